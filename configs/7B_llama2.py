@@ -1,0 +1,66 @@
+"""Llama 2, 7 billion parameters: multi-head attention, no biases, a vocabulary of 32000.
+
+Start on 8 GPUs:  torchrun --nproc_per_node=8 train.py --config configs/7B_llama2.py --launcher torch
+"""
+
+JOB_NAME = "7b_llama2_train"
+model_type = "LLAMA2"
+
+SEQ_LEN = 4096
+TOTAL_STEPS = 50000
+
+# None: random data, for a first try. Else a folder tree of X.bin and X.bin.meta, its first level the data-set types.
+TRAIN_FOLDER = None
+VALID_FOLDER = None
+
+ckpt = dict(
+    enable_save_ckpt=False,
+    save_ckpt_folder="local:llm_ckpts",
+    checkpoint_every=50,
+    auto_resume=True,
+)
+
+data = dict(
+    seq_len=SEQ_LEN,
+    micro_bsz=1,
+    micro_num=4,
+    total_steps=TOTAL_STEPS,
+    valid_every=50,
+    min_length=50,
+    train_folder=TRAIN_FOLDER,
+    valid_folder=VALID_FOLDER,
+    empty_cache_and_diag_interval=200,
+)
+
+model = dict(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_kv_attention_heads=32,
+    vocab_size=32000,
+    mlp_ratio=8 / 3,  # 4096 * 8/3, rounded up to a multiple of 256: 11008
+    max_position_embeddings=4096,
+    norm_type="rmsnorm",
+    layer_norm_epsilon=1e-5,
+    dtype="torch.bfloat16",
+    checkpoint=False,
+    use_flash_attn=True,
+)
+
+parallel = dict(
+    zero1=dict(size=-1),
+    tensor=dict(size=1, mode="mtp"),
+    pipeline=dict(size=1, interleaved_overlap=True),
+    weight=dict(size=1),
+)
+
+hybrid_zero_optimizer = dict(
+    overlap_sync_grad=True,
+    overlap_sync_param=False,
+    reduce_bucket_size=512 * 1024 * 1024,
+    clip_grad_norm=1.0,
+)
+
+adam = dict(lr=3e-4, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-5, weight_decay=0.1)
+lr_scheduler = dict(total_steps=TOTAL_STEPS, warmup_ratio=0.04, eta_min=3e-5)
+loss = dict(label_smoothing=0.0)

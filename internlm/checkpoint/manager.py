@@ -1,0 +1,238 @@
+"""Saving and resuming.
+
+A save, in phases: every rank writes the boxes it holds; rank 0 writes ``state.json``; then, last of all, the commit mark.
+A folder without the mark is an unfinished save and is never loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from internlm.checkpoint import compare, folder
+from internlm.checkpoint.logical import Logical, LogicalTensor, model_tensors, optimizer_tensors
+from internlm.checkpoint.planner import LogicalLoadPlanner, LogicalSavePlanner
+from internlm.checkpoint.storage import PlainWriter, SafeReader
+from internlm.config.schema import CkptConfig
+from internlm.core.context.random import RandomStreams
+from internlm.data.batch_plan import Position
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.logger import get_logger
+
+log = get_logger()
+
+
+class Resumable(Protocol):
+    """What the trainer knows about its progress."""
+
+    step: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Sampler(Protocol):
+    """What knows which samples come next, and can go on from there."""
+
+    def position(self, step: int) -> Position: ...
+
+    def resume(self, position: Position) -> None: ...
+
+
+class CheckpointManager:
+    """Saves every ``checkpoint_every`` steps and at ``total_steps``; resumes from the newest complete checkpoint.
+
+    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config`` and the ``data`` fingerprint. They are compared on loading.
+    """
+
+    def __init__(
+        self,
+        config: CkptConfig,
+        model: nn.Module,
+        optimizer: HybridZeroOptimizer,
+        streams: RandomStreams,
+        total_steps: int,
+        facts: dict[str, Any],
+        sampler: Sampler,
+    ) -> None:
+        self.config, self.total_steps, self.facts = config, total_steps, facts
+        self.model, self.optimizer, self.streams = model, optimizer, streams
+        self.sampler = sampler
+        self.root = folder.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
+        self.last_saved = -1
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+    def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
+        """Save if it is time to, or if ``force``; whether it was done. All ranks must call it in the same step."""
+        every = self.config.checkpoint_every
+        due = force or state.step == self.total_steps or (every is not None and state.step % every == 0)
+        if not (due and self.config.enable_save_ckpt) or state.step == self.last_saved:
+            return False
+        self.save(state)
+        return True
+
+    def save(self, state: Resumable) -> Path:
+        """Write ``step-N`` and return its folder."""
+        assert self.root is not None, "the config's rules demand a folder where saving is on"
+        target = folder.step_folder(self.root, state.step)
+        self._on_first_rank(lambda: _make_empty(target))
+        try:
+            dcp.save(self._tensors(), storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
+        except CheckpointException as error:
+            raise CheckpointError(Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")) from None
+        self._on_first_rank(lambda: self._commit(target, state))
+        self.last_saved = state.step
+        log_first(f"saved {target}")
+        return target
+
+    def _tensors(self) -> dict[str, Any]:
+        return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
+
+    def _random_tensors(self) -> Logical:
+        """``rng/<rank>/<stream>``: each rank's random streams."""
+        tensors: Logical = {}
+        for name, value in self.streams.state_dict().items():
+            tensors[f"rng/{dist.get_rank()}/{name}"] = _whole(value)
+        return tensors
+
+    def _commit(self, target: Path, state: Resumable) -> None:
+        steps = [int(self.optimizer.state_of(group)["step"]) for group in self.optimizer.groups]
+        content = {
+            "format": folder.FORMAT,
+            "train_state": state.state_dict(),
+            "optimizer_steps": steps,
+            "sampler": self.sampler.position(state.step),
+            "world_size": dist.get_world_size(),
+            **self.facts,
+        }
+        folder.write_durably(target / folder.STATE_FILE, folder.to_text(content))
+        folder.write_durably(target / folder.COMMIT_FILE, "")
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Let rank 0 act while the others wait; its failure is everybody's."""
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise CheckpointError(Problem(str(self.root), failure[0], "Choose a folder that can be written, with room"))
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+    def try_resume_training(self, state: Resumable) -> str:
+        """Load what the config says to start from, into the model, the optimizer and ``state``; say what was taken."""
+        newest = self._newest() if self.config.auto_resume else None
+        if newest is not None:
+            self.load(newest, state, ("all",))
+            message = f"resumed from {newest} at step {state.step}"
+        elif self.config.load_ckpt_info is not None:
+            info = self.config.load_ckpt_info
+            self.load(folder.local_path(info.path), state, info.content)
+            message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
+        else:
+            message = "nothing to resume; starting from step 0"
+        log_first(message)
+        return message
+
+    def _newest(self) -> Path | None:
+        """The newest complete checkpoint; every rank takes rank 0's word for it."""
+        choice: list[str | None] = [None]
+        if dist.get_rank() == 0 and self.root is not None:
+            for _, path in folder.steps_in(self.root):
+                if folder.is_complete(path):
+                    choice = [str(path)]
+                    break
+                log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
+        dist.broadcast_object_list(choice, src=0)
+        return Path(choice[0]) if choice[0] else None
+
+    def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
+        """Load ``content`` from ``source``; everything is compared before anything is changed."""
+        wants = set(content)
+        everything = "all" in wants
+        saved = folder.read_state(source)
+        reader = SafeReader(source)
+        metadata = reader.read_metadata()
+        tensors = model_tensors(self.model) if everything or "model" in wants else {}
+        unexpected = list(compare.unexpected_tensors(str(source), metadata, tensors)) if tensors else []
+        if everything or "optimizer" in wants:
+            tensors |= optimizer_tensors(self.optimizer)
+        architecture = list(compare.other_architecture(str(source), saved["config"], self.facts["config"]))
+        problems = architecture or [*compare.missing_tensors(str(source), metadata, tensors), *unexpected]
+        problems += self._other_data(source, saved) if everything or "sampler" in wants else []
+        if problems:
+            raise CheckpointError(*problems)
+        streams = self._random_tensors() if everything else {}
+        tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
+        _read(reader, tensors)
+        self._adopt(saved, tensors, state, wants)
+
+    def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:
+        """Put what does not lie in the model's and optimizer's own memory where it belongs."""
+        everything = "all" in wants
+        if everything or "optimizer" in wants:
+            for group, steps in zip(self.optimizer.groups, saved["optimizer_steps"], strict=True):
+                self.optimizer.state_of(group)["step"].fill_(steps)
+        else:
+            for group in self.optimizer.groups:
+                group.values_to_main()
+        if everything or wants & {"scheduler", "sampler"}:
+            state.load_state_dict(saved["train_state"])
+        if everything or "sampler" in wants:
+            self.sampler.resume(Position(*saved["sampler"]))
+        self.last_saved = state.step if everything else -1
+        streams = {name.rsplit("/", 1)[1]: t.boxes[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
+        if streams:
+            self.streams.load_state_dict(streams)
+
+    def _other_data(self, source: Path, saved: dict[str, Any]) -> list[Problem]:
+        then, now = saved.get("data"), self.facts.get("data")
+        if then == now:
+            return []
+        return [
+            Problem(
+                "data.train_folder",
+                f"its data changed since {source} was saved (fingerprint {then} then, {now} now)",
+                "Put the old data back, or load with ckpt.load_ckpt_info.content=('model', 'optimizer') and auto_resume=False",
+            )
+        ]
+
+
+def _make_empty(target: Path) -> None:
+    """A new folder; what an unfinished save left there is removed, the mark of a complete one first."""
+    (target / folder.COMMIT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+
+
+def _whole(value: Tensor) -> LogicalTensor:
+    tensor = LogicalTensor(tuple(value.shape), value.dtype)
+    tensor.add((0,) * value.dim(), value)
+    return tensor
+
+
+def _read(reader: SafeReader, tensors: Logical) -> None:
+    with torch.no_grad():
+        dcp.load(dict(tensors), storage_reader=reader, planner=LogicalLoadPlanner())
+
+
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+
+
+def log_first(message: str) -> None:
+    """Log on rank 0 alone."""
+    if dist.get_rank() == 0:
+        log.info(message)

@@ -1,0 +1,98 @@
+"""What the schema refuses, in words: one problem a key, from pydantic's errors."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from internlm.config import keys
+from internlm.utils.errors import Problem
+from internlm.utils.nearest import did_you_mean
+
+UNKNOWN = "extra_forbidden"
+MISSING = "missing"
+BAD_NAME = "invalid_key"
+UNKNOWN_CHOICE = "literal_error"
+
+#: pydantic's error types for a value of the right type but out of range.
+OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "too_short"}
+
+_KINDS = {
+    bool: "a truth value",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a dict",
+    type(None): "None",
+}
+
+
+def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
+    """The problems in ``error``, and the keys that they concern."""
+    by_key: dict[str, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        by_key.setdefault(_key(detail), []).append(detail)
+    implied = _implied_by_typos(by_key)
+    return [_problem(key, details) for key, details in by_key.items() if key not in implied], set(by_key)
+
+
+def _key(detail: Any) -> str:
+    """The key an error is about: the longest one the schema knows, or the unknown one itself."""
+    location = detail["loc"]
+    if detail["type"] in (UNKNOWN, BAD_NAME):
+        return ".".join(map(str, location))
+    while len(location) > 1 and ".".join(map(str, location)) not in keys.fields():
+        location = location[:-1]
+    return ".".join(map(str, location))
+
+
+def _implied_by_typos(by_key: dict[str, list[Any]]) -> set[str]:
+    """Missing keys that are there under a misspelt name: the unknown key's problem says it all."""
+    missing = [key for key, details in by_key.items() if details[0]["type"] == MISSING]
+    unknown = [key for key, details in by_key.items() if details[0]["type"] == UNKNOWN]
+    beside = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
+    return {key for typo in unknown for key in difflib.get_close_matches(typo, beside[typo], n=1, cutoff=0.8)}
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _problem(key: str, details: Iterable[Any]) -> Problem:
+    # A key that takes several types has an error for each: the one that got furthest is nearest to what was meant.
+    detail = min(details, key=lambda d: (d["type"] != UNKNOWN_CHOICE, d["type"] not in OUT_OF_RANGE))
+    value = detail["input"]
+    if detail["type"] in (UNKNOWN, BAD_NAME):
+        return Problem(key, "unknown key", _where_it_belongs(key))
+    if detail["type"] == MISSING:
+        return Problem(key, f"missing ({keys.meaning(key)})", f"Give {_wanted(key)}")
+    shown = reprlib.repr(value)
+    if detail["type"] == UNKNOWN_CHOICE and isinstance(value, str):
+        return Problem(key, f"{shown} is unknown", f"Give {keys.expected(key)}")
+    if detail["type"] in OUT_OF_RANGE:
+        return Problem(key, f"{shown} is out of range", f"Give {keys.expected(key)}")
+    return Problem(key, f"{shown} is {_kind(value)}", f"Give {_wanted(key)}")
+
+
+def _wanted(key: str) -> str:
+    """What to give, with the names of the keys that a section can't do without."""
+    needed = [name for name in keys.children(key) if keys.fields()[f"{key}.{name}"].is_required()]
+    return keys.expected(key) + (f" with {', '.join(needed)}" if needed else "")
+
+
+def _where_it_belongs(key: str) -> str:
+    """The nearest name in its section; or the one section that has a key of just this name."""
+    section, _, name = key.rpartition(".")
+    elsewhere = [known for known in keys.fields() if known.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"It belongs elsewhere: {elsewhere[0]}"
+    todo = did_you_mean(name, keys.children(section))
+    return todo if section else f"{todo} Names of your own are UPPER_CASE or begin with an underscore"
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), f"of type {type(value).__name__}")

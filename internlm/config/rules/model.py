@@ -1,0 +1,65 @@
+"""Rules about the shape of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from internlm.config.facts import DEVICE_TYPE, Facts
+from internlm.config.rules.base import Rule, at
+from internlm.config.schema import Config
+from internlm.utils.errors import Problem
+
+FLOAT16 = ("torch.float16", "torch.half")
+
+
+def heads_divide_hidden_size(config: Config, facts: Facts) -> Iterator[Problem]:
+    """``head_dim`` is derived from the two unless it is given."""
+    model = config.model
+    if model.head_dim is None:
+        what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
+        yield Problem("model.hidden_size", what, "Change one of them, or set model.head_dim")
+
+
+def head_dim_is_even(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Rotary embedding turns pairs."""
+    if (config.model.head_dim or 0) % 2:
+        yield Problem(
+            "model.head_dim", f"{config.model.head_dim} is odd, and rotary embedding turns pairs", "Make it even"
+        )
+
+
+def kv_heads_divide_heads(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Each key/value head serves equally many query heads."""
+    heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
+    if heads % kv_heads:
+        what = f"{kv_heads} does not divide num_attention_heads = {heads}"
+        yield Problem("model.num_kv_attention_heads", what, f"Use one of {divisors(heads)}")
+
+
+def experts_suffice(config: Config, facts: Facts) -> Iterator[Problem]:
+    """A token can't go to more experts than there are."""
+    experts, top_k = config.model.num_experts, config.model.top_k
+    if experts > 1 and top_k > experts:
+        yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
+
+
+def device_has_dtype(config: Config, facts: Facts) -> Iterator[Problem]:
+    """float16 needs an accelerator."""
+    if facts.device_type == "cpu" and config.model.dtype in FLOAT16:
+        yield Problem(
+            "model.dtype", f"{config.model.dtype} can't be trained in on cpu", "Use torch.float32 or torch.bfloat16"
+        )
+
+
+def divisors(number: int) -> str:
+    """Divisors of ``number``, listed."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+RULES = (
+    Rule(at("model", "hidden_size", "num_attention_heads", "head_dim"), heads_divide_hidden_size),
+    Rule(at("model", "head_dim"), head_dim_is_even),
+    Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
+    Rule(at("model", "num_experts", "top_k"), experts_suffice),
+    Rule(("model.dtype", DEVICE_TYPE), device_has_dtype),
+)

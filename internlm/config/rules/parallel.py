@@ -1,0 +1,149 @@
+"""Rules about how the processes share the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from internlm.config.facts import WORLD_SIZE, Facts
+from internlm.config.rules.base import Rule, at
+from internlm.config.rules.model import divisors
+from internlm.config.schema import Config
+from internlm.utils.errors import Problem
+
+TENSOR, PIPELINE, WEIGHT = "parallel.tensor.size", "parallel.pipeline.size", "parallel.weight.size"
+MODE = "parallel.tensor.mode"
+
+
+def tensor_size_divides_heads(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Each rank of the tensor group holds whole heads."""
+    size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
+    if heads % size or kv_heads % size:
+        what = f"{size} does not divide both num_attention_heads = {heads} and num_kv_attention_heads = {kv_heads}"
+        yield Problem(TENSOR, what, f"Use one of {divisors(math.gcd(heads, kv_heads))}")
+
+
+def every_stage_has_layers(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Every chunk of every stage holds a layer at least."""
+    layers, stages, chunks = config.model.num_layers, config.parallel.pipeline.size, config.model.num_chunks
+    if layers < stages * chunks:
+        what = f"{layers} is less than pipeline.size · num_chunks = {stages} · {chunks} = {stages * chunks}"
+        yield Problem("model.num_layers", what, "Use more layers, fewer stages or fewer chunks")
+
+
+def world_size_is_divisible(config: Config, facts: Facts) -> Iterator[Problem]:
+    """world = data · pipeline · tensor."""
+    yield from _world_problem(config, facts, "tensor", config.parallel.tensor.size)
+
+
+def world_size_is_divisible_by_weight(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Under isp, world = weight-data · pipeline · weight too."""
+    if config.parallel.tensor.mode == "isp" and config.parallel.weight.size > 1:
+        yield from _world_problem(config, facts, "weight", config.parallel.weight.size)
+
+
+def _world_problem(config: Config, facts: Facts, name: str, size: int) -> Iterator[Problem]:
+    stages, world = config.parallel.pipeline.size, facts.world_size or 1
+    if world % (stages * size):
+        what = (
+            f"world size {world} is not divisible by pipeline.size · {name}.size = {stages} · {size} = {stages * size}"
+        )
+        yield Problem("parallel", what, f"Start a multiple of {stages * size} processes, or change the sizes")
+
+
+def zero_size_divides_data_group(config: Config, facts: Facts) -> Iterator[Problem]:
+    """The ranks that share the optimizer state are a subgroup of the data group; of the weight-data group under isp."""
+    parallel, size = config.parallel, config.parallel.zero1.size
+    group, inner = (
+        ("weight-data", parallel.weight.size) if parallel.tensor.mode == "isp" else ("data", parallel.tensor.size)
+    )
+    data, rest = divmod(facts.world_size or 1, parallel.pipeline.size * inner)
+    if size > 0 and not rest and data % size:
+        what = f"{size} does not divide the {group} group of {data} ranks"
+        yield Problem("parallel.zero1.size", what, f"Use one of {divisors(data)}, or -1 for the whole group")
+
+
+def weight_needs_isp(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Weight parallelism is half of isp."""
+    mode = config.parallel.tensor.mode
+    sizes = {"weight": config.parallel.weight.size, "expert_weight": config.parallel.expert_weight.size}
+    for name, size in sizes.items():
+        if size > 1 and mode != "isp":
+            what = f"{size}, but weight parallelism needs parallel.tensor.mode = 'isp', not {mode!r}"
+            yield Problem(f"parallel.{name}.size", what, "Set the mode to 'isp', or the size to 1")
+
+
+def micro_batches_fill_pipeline(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Each stage needs a micro-batch to work on; the interleaved schedule takes them in rounds of one a stage."""
+    count, stages = config.data.micro_num, config.parallel.pipeline.size
+    interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
+    if count < stages:
+        yield Problem(
+            "data.micro_num", f"{count} is less than parallel.pipeline.size = {stages}", f"Use at least {stages}"
+        )
+    elif interleaved and count % stages:
+        what = f"{count} is not divisible by parallel.pipeline.size = {stages}, as the interleaved schedule needs"
+        yield Problem("data.micro_num", what, f"Use a multiple of {stages}, or model.num_chunks = 1")
+
+
+def zbv_has_two_chunks(config: Config, facts: Facts) -> Iterator[Problem]:
+    """The V of ZBV: each stage holds one chunk on the way down and one on the way up."""
+    if config.parallel.pipeline.mode == "ZBV" and config.model.num_chunks != 2:
+        yield Problem("model.num_chunks", f"{config.model.num_chunks}, but the schedule ZBV has 2", "Remove it")
+
+
+def sequence_divides(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Every mode but mtp splits sequences over the tensor group."""
+    length, tensor = config.data.seq_len, config.parallel.tensor
+    if tensor.mode != "mtp" and length % tensor.size:
+        what = f"{length} is not divisible by parallel.tensor.size = {tensor.size}, over which {tensor.mode} splits it"
+        yield Problem("data.seq_len", what, f"Use a multiple of {tensor.size}")
+
+
+def sequence_2d_fills_tensor_group(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Heads times context is the tensor group of isp."""
+    grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
+    if grid.enable and tensor.mode != "isp":
+        what = f"needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
+        yield Problem("parallel.sequence_2D", what, "Set the mode to 'isp', or sequence_2D.enable to False")
+    product = grid.head_size * grid.context_size
+    if grid.enable and product != tensor.size:
+        formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"
+        what = f"{formula} is not tensor.size = {tensor.size}"
+        yield Problem("parallel.sequence_2D", what, "Change the sizes until they agree")
+
+
+def fsdp_has_no_pipeline(config: Config, facts: Facts) -> Iterator[Problem]:
+    """``fully_shard`` gathers parameters by module, which a pipeline schedule would do once a micro-batch."""
+    stages = config.parallel.pipeline.size
+    if config.parallel.zero1.fsdp and stages > 1:
+        yield Problem(
+            "parallel.zero1.fsdp", f"True together with parallel.pipeline.size = {stages}", "Use one of the two"
+        )
+
+
+def experts_divide(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Each rank of the expert group holds equally many experts."""
+    experts, size = config.model.num_experts, config.parallel.expert.size
+    if size > 0 and experts % size:
+        what = f"{size} does not divide model.num_experts = {experts}"
+        yield Problem("parallel.expert.size", what, f"Use one of {divisors(experts)}, or -1")
+
+
+HEADS = at("model", "num_attention_heads", "num_kv_attention_heads")
+SEQUENCE_2D = at("parallel.sequence_2D", "enable", "head_size", "context_size")
+
+RULES = (
+    Rule((TENSOR, *HEADS), tensor_size_divides_heads),
+    Rule((PIPELINE, *at("model", "num_layers", "num_chunks")), every_stage_has_layers),
+    Rule((PIPELINE, TENSOR, WORLD_SIZE), world_size_is_divisible),
+    Rule((PIPELINE, WEIGHT, MODE, WORLD_SIZE), world_size_is_divisible_by_weight),
+    Rule((PIPELINE, TENSOR, WEIGHT, MODE, "parallel.zero1.size", WORLD_SIZE), zero_size_divides_data_group),
+    Rule((WEIGHT, "parallel.expert_weight.size", MODE), weight_needs_isp),
+    Rule((PIPELINE, "parallel.pipeline.mode", "model.num_chunks", "data.micro_num"), micro_batches_fill_pipeline),
+    Rule(("parallel.pipeline.mode", "model.num_chunks"), zbv_has_two_chunks),
+    Rule((TENSOR, MODE, "data.seq_len"), sequence_divides),
+    Rule((TENSOR, MODE, *SEQUENCE_2D), sequence_2d_fills_tensor_group),
+    Rule((PIPELINE, "parallel.zero1.fsdp"), fsdp_has_no_pipeline),
+    Rule(("model.num_experts", "parallel.expert.size"), experts_divide),
+)

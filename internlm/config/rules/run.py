@@ -1,0 +1,72 @@
+"""Rules about the course of a run: data, learning rate, saving, alerts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from internlm.config.facts import Facts
+from internlm.config.rules.base import Rule, at
+from internlm.config.schema import Config
+from internlm.config.strings import parse_rampup, parse_skip_batches
+from internlm.utils.errors import Problem
+
+
+def skip_batches_parses(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Batch numbers and ranges of them."""
+    try:
+        parse_skip_batches(config.data.skip_batches)
+    except ValueError as error:
+        yield Problem("data.skip_batches", str(error), "Write it as in: '0-9,20', both ends included")
+
+
+def rampup_leads_to_micro_num(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Three counts, of which the first is where the growth to ``micro_num`` starts."""
+    data = config.data
+    try:
+        rampup = parse_rampup(data.rampup_batch_size)
+    except ValueError as error:
+        yield Problem(
+            "data.rampup_batch_size", str(error), "Write it as in: '2 2 100', for 2 more every 100 steps from 2 on"
+        )
+        return
+    if rampup and rampup.start > data.micro_num:
+        what = f"starts at {rampup.start}, above data.micro_num = {data.micro_num}, to which it grows"
+        yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
+
+
+def warmup_ends_within_run(config: Config, facts: Facts) -> Iterator[Problem]:
+    """The learning rate must reach its peak."""
+    schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
+    warmup = int(total * schedule.warmup_ratio)
+    if schedule.init_steps + warmup > total:
+        what = (
+            f"init_steps + warmup_ratio · total_steps = {schedule.init_steps} + {warmup} steps is longer than "
+            f"total_steps = {total}"
+        )
+        yield Problem("lr_scheduler", what, "Lower init_steps or warmup_ratio")
+
+
+def saving_knows_where_and_when(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Saving needs a folder and an interval."""
+    ckpt = config.ckpt
+    if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
+        yield Problem("ckpt.save_ckpt_folder", "missing, but ckpt.enable_save_ckpt is True", "Give a folder")
+    if ckpt.enable_save_ckpt and ckpt.checkpoint_every is None:
+        yield Problem("ckpt.checkpoint_every", "missing, but ckpt.enable_save_ckpt is True", "Give a number of steps")
+
+
+def alerts_have_an_address(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Alerts need someone to go to."""
+    alert = config.monitor.alert
+    if alert.enable_feishu_alert and not alert.feishu_alert_address:
+        what = "missing, but monitor.alert.enable_feishu_alert is True"
+        yield Problem("monitor.alert.feishu_alert_address", what, "Give the address of a webhook")
+
+
+RULES = (
+    Rule(at("data", "skip_batches"), skip_batches_parses),
+    Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
+    Rule(at("lr_scheduler", "total_steps", "init_steps", "warmup_ratio"), warmup_ends_within_run),
+    Rule(at("ckpt", "enable_save_ckpt", "save_ckpt_folder", "checkpoint_every"), saving_knows_where_and_when),
+    Rule(at("monitor.alert", "enable_feishu_alert", "feishu_alert_address"), alerts_have_an_address),
+)

@@ -1,0 +1,15 @@
+"""The schema: one pydantic model per section, every field with its meaning directly beneath it."""
+
+from internlm.config.schema.data import DataConfig as DataConfig
+from internlm.config.schema.model import ModelConfig as ModelConfig
+from internlm.config.schema.optim import AdamConfig as AdamConfig
+from internlm.config.schema.optim import Beta2SchedulerConfig as Beta2SchedulerConfig
+from internlm.config.schema.optim import GradScalerConfig as GradScalerConfig
+from internlm.config.schema.optim import HybridZeroConfig as HybridZeroConfig
+from internlm.config.schema.optim import LossConfig as LossConfig
+from internlm.config.schema.optim import LRSchedulerConfig as LRSchedulerConfig
+from internlm.config.schema.parallel import ParallelConfig as ParallelConfig
+from internlm.config.schema.root import Config as Config
+from internlm.config.schema.services import AlertConfig as AlertConfig
+from internlm.config.schema.services import CkptConfig as CkptConfig
+from internlm.config.schema.services import MonitorConfig as MonitorConfig

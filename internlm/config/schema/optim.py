@@ -1,0 +1,106 @@
+"""``adam``, ``lr_scheduler``, ``beta2_scheduler``, ``hybrid_zero_optimizer``, ``grad_scaler``, ``loss``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from internlm.config.schema.base import Count, CountOrZero, Decay, Finite, Fraction, NonNegative, Positive, Section
+
+
+class AdamConfig(Section):
+    """``adam``: AdamW (arXiv 1711.05101)."""
+
+    lr: Positive
+    """Peak learning rate."""
+    adam_beta1: Decay = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Decay = 0.95
+    """Decay of the second moment."""
+    adam_beta2_c: NonNegative = 0
+    """Exponent of the beta2 schedule; 0: constant."""
+    adam_eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    decay_norm_and_bias: bool = True
+    """Decay norms and biases too."""
+
+
+class LRSchedulerConfig(Section):
+    """``lr_scheduler``: zero for init_steps, linear warm-up, cosine to eta_min."""
+
+    total_steps: Count | None = None
+    """Length of the schedule; absent: data.total_steps."""
+    init_steps: CountOrZero = 0
+    """Steps at learning rate zero."""
+    warmup_ratio: Fraction = 0.0
+    """Fraction of total_steps spent warming up."""
+    eta_min: NonNegative = 0.0
+    """Learning rate at the end."""
+    last_epoch: int = -1
+    """Step before the first one."""
+
+
+class Beta2SchedulerConfig(Section):
+    """``beta2_scheduler``: max(init_beta2, 1 − step^(−c)), constant for c ≤ 0."""
+
+    init_beta2: Decay | None = None
+    """Smallest beta2; absent: adam.adam_beta2."""
+    c: Finite | None = None
+    """Exponent; absent: adam.adam_beta2_c."""
+    cur_iter: int = -1
+    """Step before the first one."""
+
+
+class HybridZeroConfig(Section):
+    """``hybrid_zero_optimizer``: buckets, overlap, clipping."""
+
+    overlap_sync_grad: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_sync_param: bool = False
+    """Gather parameters while the next forward pass runs."""
+    reduce_bucket_size: Count = 512 * 1024 * 1024
+    """Elements reduced at once."""
+    all_gather_size: Count = 512 * 1024 * 1024
+    """Elements gathered at once."""
+    clip_grad_norm: NonNegative = 0.0
+    """Largest global gradient norm; 0: no clipping."""
+    use_split_tensor_optim: bool = False
+    """Split buckets evenly by element rather than by whole parameters."""
+
+
+class FP16Config(Section):
+    """``grad_scaler.fp16``: dynamic loss scale."""
+
+    initial_scale: Positive = 2**16
+    """Loss scale at the start."""
+    min_scale: Positive = 1
+    """Smallest loss scale."""
+    growth_interval: Count = 1000
+    """Steps without overflow before the scale grows."""
+
+
+class GradScalerConfig(Section):
+    """``grad_scaler``: used with float16 only; the scale is 1 otherwise."""
+
+    fp16: FP16Config = FP16Config()
+    """The dynamic scale."""
+    growth_factor: Positive = 2
+    """Factor of growth."""
+    backoff_factor: Positive = 0.5
+    """Factor after overflows."""
+    max_scale: Positive = 2**24
+    """Largest loss scale."""
+    hysteresis: Count = 2
+    """Overflows before the scale falls."""
+
+
+class LossConfig(Section):
+    """``loss``: token cross-entropy, averaged over the valid tokens of the global batch."""
+
+    label_smoothing: Decay = 0.0
+    """Probability mass spread evenly over the vocabulary (arXiv 1512.00567)."""
+    moe_loss_coeff: NonNegative = 0.1
+    """Weight of the router's balance loss."""
+    op_type: Literal["auto", "py_vocab_parallel", "flash_vocab_parallel", "torch_naive", "py_naive"] = "auto"
+    """Accepted for older configs; the one chunked kernel serves all."""

@@ -1,0 +1,1 @@
+"""The core: context, parallel layers, schedules, trainer."""

@@ -1,0 +1,8 @@
+"""Who am I among the processes: parallel modes, rank layout, process groups, seeds."""
+
+from internlm.config.schema import Config as Config
+from internlm.core.context.layout import Layout as Layout
+from internlm.core.context.layout import ParallelSizes as ParallelSizes
+from internlm.core.context.parallel_context import ParallelContext as ParallelContext
+from internlm.core.context.parallel_context import global_context as global_context
+from internlm.core.context.parallel_mode import ParallelMode as ParallelMode

@@ -1,0 +1,64 @@
+"""Seeds: which ranks draw the same random numbers.
+
+Each :class:`ParallelMode` that may draw has a stream of its own. ``DATA``: ranks that hold the same activations (one tensor group)
+draw alike, ranks with other samples or other layers differ. ``TENSOR``: every rank draws differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from internlm.core.context.parallel_mode import ParallelMode
+
+
+def derived_seed(seed: int, *labels: object) -> int:
+    """A 63-bit seed that depends on ``seed`` and every label; the same on every machine and Python version."""
+    text = "/".join(map(str, (seed, *labels)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) -> dict[ParallelMode, int]:
+    """The seed of each stream on a rank with these coordinates."""
+    return {
+        ParallelMode.DATA: derived_seed(seed, "data", data_rank, pipeline_rank),
+        ParallelMode.TENSOR: derived_seed(seed, "tensor", data_rank, pipeline_rank, tensor_rank),
+    }
+
+
+class RandomStreams:
+    """Generator states by mode. Outside :meth:`use`, torch's own generator stands in the ``DATA`` stream."""
+
+    def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
+        self._states = {mode: torch.Generator().manual_seed(seed).get_state() for mode, seed in seeds.items()}
+        torch.manual_seed(seeds[ParallelMode.DATA])
+
+    @contextmanager
+    def use(self, mode: ParallelMode) -> Iterator[None]:
+        """Draw from the stream of ``mode`` on the CPU generator within the block."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self._states[mode])
+        try:
+            yield
+        finally:
+            self._states[mode] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The state of each stream, and of torch's generators."""
+        states = {mode.value: state.clone() for mode, state in self._states.items()}
+        states["torch"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state()
+        return states
+
+    def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Continue every stream where :meth:`state_dict` left it."""
+        for mode in self._states:
+            self._states[mode] = states[mode.value].clone()
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])

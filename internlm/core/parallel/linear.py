@@ -1,0 +1,75 @@
+"""The parallel linear: one layer, one autograd function, and a communicator for whatever mode.
+
+Shapes: T tokens, I input features, O output features (the product of ``out_shape``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from internlm.core.parallel.communicator import SILENT, Communicator
+from internlm.core.parallel.main_grad import add_grad, add_weight_grad, weight_grad
+from internlm.core.parallel.placement import Init, ParamPlacement, constant, place
+from internlm.ops import gemm
+
+
+class ParallelLinear(nn.Module):
+    """y = x · Wᵀ + b, with W of shape [*out_shape, I].
+
+    A fused projection keeps its natural axes in ``out_shape`` ((kv heads, q + 2, head dim), (2, intermediate), …), so that splitting it
+    over ranks is splitting one axis, whatever else is fused with it.
+    """
+
+    def __init__(self, in_features: int, out_shape: int | tuple[int, ...], init: Init, bias: bool = False) -> None:
+        super().__init__()
+        self.out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
+        self.weight = place(ParamPlacement((*self.out_shape, in_features), init))
+        self.bias = place(ParamPlacement(self.out_shape, constant(0.0), is_matrix=False)) if bias else None
+        self.communicator: Communicator = SILENT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, I] → [T, *out_shape]."""
+        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.communicator)
+        return y.view(y.shape[0], *self.weight.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}"
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[*out_shape, I] as [O, I]."""
+    return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """The three products of a linear layer, and the six places where ranks may talk."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator) -> Tensor:
+        y = gemm.linear(comm.gather_input(x), _matrix(comm.gather_weight(weight)))  # [T, O]
+        if bias is not None:
+            y += bias.view(-1)
+        ctx.save_for_backward(x)
+        ctx.parameters, ctx.comm = (weight, bias), comm
+        return comm.reduce_output(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (weight, bias), comm = ctx.saved_tensors, ctx.parameters, ctx.comm
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dy = comm.gather_grad_output(grads[0])  # [T, O]
+        dx = comm.reduce_grad_input(gemm.grad_input(dy, _matrix(comm.gather_weight(weight)))) if needs_x else None
+        dw = _weight_grad(weight, dy, comm.gather_input(x), comm) if needs_weight else None
+        db = add_grad(bias, dy.sum(0)) if needs_bias else None
+        return dx, dw, db, None
+
+
+def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
+    """In place where the weight is whole; by way of a temporary where its gradient is reduced to this rank's shard first."""
+    if comm.splits_weight:
+        return add_grad(weight, comm.reduce_grad_weight(weight_grad(dy, x)))
+    return add_weight_grad(weight, dy, x)

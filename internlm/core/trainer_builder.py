@@ -1,0 +1,105 @@
+"""From a model and its data to a run: ``TrainerBuilder(model, train_dl, val_dls, config=…).fit()``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from internlm import accelerator
+from internlm.checkpoint import CheckpointManager
+from internlm.config import Config
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.trainer import Hook, Trainer, TrainState
+from internlm.data.loader import TrainLoader, ValidLoader
+from internlm.initialize.initialize_trainer import initialize_trainer
+from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
+from internlm.train import hooks
+from internlm.train.model import initialize_model_and_parallel_communicator
+from internlm.train.optimizer import initialize_optimizer
+
+
+class TrainerBuilder:
+    """Builds optimizer, trainer, checkpoints and hooks around ``model``, and runs the training.
+
+    ``extra_hooks`` run after the built-in ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dl: TrainLoader,
+        val_dls: Mapping[str, ValidLoader] | None = None,
+        config: Config | str | None = None,
+        profiling: bool = False,
+        dataset_types: Sequence[str] | None = None,
+        extra_hooks: Sequence[Hook] = (),
+        **_: Any,  # whatever else a script's parsed arguments hold
+    ) -> None:
+        self.config = gpc.config  # the resolved config; ``config`` may be the path that it came from
+        self.types = list(dataset_types or train_dl.types)
+        self.train_dl = train_dl
+        model, isp_communicator = initialize_model_and_parallel_communicator(model)
+        optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, isp_communicator)
+        self.trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(self.types))
+        self.checkpoints = CheckpointManager(
+            self.config.ckpt,
+            model,
+            optimizer,
+            gpc.random_streams,
+            self.config.data.total_steps,
+            facts={"config": self.config.model_dump(mode="json"), "data": train_dl.fingerprint()},
+            sampler=train_dl,
+        )
+        self.folder = Path(self.config.log_folder) / self.config.JOB_NAME / _launch_time()
+        self.stop = hooks.StopOnSignal(accelerator.current_device())
+        self._val_dls, self._profiling, self._extra_hooks = val_dls or {}, profiling, extra_hooks
+
+    def fit(self) -> TrainState:
+        """Resume if there is something to resume, train to the end, and return the final state.
+
+        A run ended by SIGTERM or SIGINT exits the process with 128 + the signal.
+        """
+        with initialize_monitor_manager(self.config.JOB_NAME, self.config.monitor.alert):
+            self.checkpoints.try_resume_training(self.trainer.state)
+            state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer))
+        if self.stop.exit_code:
+            raise SystemExit(self.stop.exit_code)
+        return state
+
+    def _hooks(self, trainer: Trainer) -> list[Hook]:
+        """In the order in which they run after a step."""
+        data, writer = self.config.data, self._writer(trainer.state.step)
+        world, data_size = dist.get_world_size(), gpc.get_world_size(ParallelMode.DATA)
+        built: list[Hook] = [
+            hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
+            self.stop,
+            hooks.SaveCheckpoints(self.checkpoints),
+        ]
+        if writer is not None:
+            built.insert(0, hooks.LogMetrics(self.config, self.types, world, data_size, writer))
+        built.insert(-2, hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer))
+        if self._profiling:
+            built.append(hooks.ProfileRun(self.folder, dist.get_rank()))
+        return [*built, *self._extra_hooks]
+
+    def _writer(self, first_step: int) -> MetricsWriter | None:
+        """Where the logging rank writes; None on the others."""
+        if not gpc.is_rank_for_log():
+            return None
+        config = self.config
+        tensorboard = Path(config.tensorboard_folder or self.folder / "tensorboards") if config.enable_tb else None
+        queue = config.monitor.tensorboard.queue_max_length
+        return open_writers(self.folder, tensorboard, queue, config.data.total_steps, first_step)
+
+
+def _launch_time() -> str:
+    """Rank 0's clock, so that all ranks write into one folder."""
+    now = [time.strftime("%b%d_%H-%M-%S")]
+    dist.broadcast_object_list(now, src=0)
+    return now[0]

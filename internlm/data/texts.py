@@ -1,0 +1,126 @@
+"""Text files as a stream of samples: txt, json, jsonl, parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from internlm.utils.errors import DataError, Problem
+from internlm.utils.optional import require
+
+
+def find_texts(paths: Iterable[str]) -> list[Path]:
+    """The files named, and the text files in the folders named, sorted. Raises :class:`DataError` for others."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
+            if not inside:
+                raise DataError(Problem(str(path), f"holds no text file ({KNOWN})"))
+            found += inside
+        elif not path.is_file():
+            raise DataError(Problem(str(path), "there is no such file or folder"))
+        elif path.suffix not in _READERS:
+            raise DataError(Problem(str(path), f"is of no known kind ({KNOWN})", "Rename or convert it."))
+        else:
+            found.append(path)
+    return found
+
+
+def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterator[str]:
+    """The samples of the files, in order, without blank ones.
+
+    A line of a .txt file is a sample, or the whole file where ``whole_file``; elsewhere it is a record's ``text_key``.
+    Raises :class:`DataError` naming file and line of what can't be read.
+    """
+    for file in files:
+        reader = _whole_text if whole_file and file.suffix == ".txt" else _READERS[file.suffix]
+        try:
+            yield from (text for text in reader(file, text_key) if text and not text.isspace())
+        except OSError as error:
+            raise DataError(Problem(str(file), f"can't be read ({error.strerror or error})")) from error
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """``(file:line, line)`` without its end."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            yield f"{file}:{number}", _decode(line, f"{file}:{number}").rstrip("\r\n")
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(Problem(where, f"isn't UTF-8 text ({error.reason})", "Convert it.")) from error
+
+
+def _text_lines(file: Path, text_key: str) -> Iterator[str]:
+    return (line for _, line in _lines(file))
+
+
+def _whole_text(file: Path, text_key: str) -> Iterator[str]:
+    yield _decode(file.read_bytes(), str(file))
+
+
+def _json_lines(file: Path, text_key: str) -> Iterator[str | None]:
+    return (_text_of(_parse(line, where), text_key, where) for where, line in _lines(file) if line.strip())
+
+
+def _json_records(file: Path, text_key: str) -> Iterator[str | None]:
+    """A list of records, or a single one."""
+    content = _parse(_decode(file.read_bytes(), str(file)), str(file))
+    for number, record in enumerate(content if isinstance(content, list) else [content]):
+        yield _text_of(record, text_key, f"{file}, record {number}")
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(Problem(where, f"isn't JSON ({error})", "A file of JSON lines is named .jsonl.")) from error
+
+
+def _text_of(record: object, text_key: str, where: str) -> str | None:
+    if not isinstance(record, dict):
+        raise DataError(Problem(where, f"isn't a JSON object but a {type(record).__name__}"))
+    if text_key not in record:
+        raise _no_such_key(where, text_key, record)
+    text = record[text_key]
+    if text is not None and not isinstance(text, str):
+        raise DataError(Problem(where, f"'{text_key}' isn't text but a {type(text).__name__}"))
+    return text
+
+
+def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
+    pyarrow = require("pyarrow", str(file), "pip install pyarrow")
+    parquet = require("pyarrow.parquet", str(file), "pip install pyarrow")
+    try:
+        table = parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(Problem(str(file), f"isn't a parquet file ({error})")) from error
+    with table:
+        schema = table.schema_arrow
+        if text_key not in schema.names:
+            raise _no_such_key(str(file), text_key, schema.names)
+        kind = schema.field(text_key).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(Problem(str(file), f"'{text_key}' isn't text but {kind}"))
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            yield from batch.column(0).to_pylist()
+
+
+def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
+    known = ", ".join(f"'{key}'" for key in keys)
+    return DataError(Problem(where, f"has no key '{text_key}', but {known}", "Name one of them as --text_key."))
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
+    ".txt": _text_lines,
+    ".jsonl": _json_lines,
+    ".json": _json_records,
+    ".parquet": _parquet,
+}
+KNOWN = ", ".join(_READERS)

@@ -1,0 +1,44 @@
+"""Sampling continuations: enough to see what a model has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: Sequence[int],
+    new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+) -> list[int]:
+    """Up to ``new_tokens`` tokens after ``prompt``, drawn from the smallest set of tokens of total probability ``top_p``
+    (nucleus sampling, arXiv 1904.09751); ``temperature`` 0 takes the likeliest. Ends early with token ``stop``.
+
+    The whole sequence is run again for every token: this is for looking at a model, not for serving it.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        logits = model(torch.tensor([tokens], device=device))[0, -1].float()  # [V]
+        tokens.append(_draw(logits, temperature, top_p, generator))
+        if tokens[-1] == stop:
+            break
+    return tokens[len(prompt) :]
+
+
+def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
+    outside = probabilities.cumsum(0) - probabilities >= top_p
+    probabilities[outside] = 0.0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])

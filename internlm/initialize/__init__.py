@@ -1,0 +1,16 @@
+"""Starting a run: the command line, the processes, the trainer."""
+
+from internlm.utils.lazy import lazy_exports
+
+_LAUNCH = "internlm.initialize.launch"
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "get_default_parser": _LAUNCH,
+        "parse_args": _LAUNCH,
+        "initialize_distributed_env": _LAUNCH,
+        "launch_from_torch": _LAUNCH,
+        "launch_from_slurm": _LAUNCH,
+        "initialize_trainer": "internlm.initialize.initialize_trainer",
+    },
+)

@@ -1,0 +1,224 @@
+"""From a command line and an environment to a process that knows its config, its rank and its groups."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from internlm import accelerator
+from internlm.config import Config, check_runnable, config_hash, resolve
+from internlm.core.context import global_context as gpc
+from internlm.utils.argparser import FriendlyParser
+from internlm.utils.errors import ConfigError, LaunchError, Problem
+from internlm.utils.hostlist import expand_host_list
+from internlm.utils.logger import get_logger
+
+OLDEST_TORCH = (2, 8)
+TORCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
+HOW_TO_START = (
+    "Start with: torchrun --nproc_per_node=N train.py --config CONFIG --launcher torch, "
+    "or: srun python train.py --config CONFIG --launcher slurm"
+)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+ConfigLike = str | Path | dict[str, Any] | Config
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """What the launcher told this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    port: int
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+def get_default_parser() -> argparse.ArgumentParser:
+    """The parser of the built-in arguments; add your own with ``add_argument`` before parsing."""
+    parser = FriendlyParser(description="Train a model.")
+    add = parser.add_argument
+    add("--config", type=str, help="Python config file")
+    add("--launcher", choices=["slurm", "torch"], help="who started the processes (default: found out)")
+    add("--host", type=str, help="address of rank 0 (default: as the launcher says)")
+    add("--port", type=int, default=8888, help="port of rank 0 under Slurm (default: %(default)s)")
+    add("--world_size", type=int, help="number of processes (default: as the launcher says)")
+    add("--rank", type=int, help="rank of this process (default: as the launcher says)")
+    add("--local_rank", type=int, help="rank on this machine (default: as the launcher says)")
+    add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
+    add("--seed", type=int, default=1024, help="seed of everything random (default: %(default)s)")
+    add("--profiling", action="store_true", help="write torch traces and a memory report")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, such as data.micro_num=2")
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the built-in arguments of the command line (or ``arguments``)."""
+    return get_default_parser().parse_args(arguments)
+
+
+# -- launch -----------------------------------------------------------------------------------------------------------
+def initialize_distributed_env(
+    config: ConfigLike,
+    launcher: str | None = None,
+    master_port: int = 8888,
+    seed: int = 1024,
+    *,
+    host: str | None = None,
+    backend: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Resolve ``config``, join the other processes, make the process groups and seed every random stream.
+
+    ``config`` is a file, a dict of keys or a resolved :class:`Config`; ``overrides`` are ``"key=value"`` strings. ``launcher`` is
+    ``"torch"``, ``"slurm"`` or None, which finds out. Raises :class:`ConfigError` or :class:`LaunchError` before any process group exists
+    where the fault can be seen by then.
+    """
+    if (launcher or detect_launcher(os.environ)) == "slurm":
+        launch_from_slurm(config, host=host, port=master_port, backend=backend, seed=seed, overrides=overrides)
+    else:
+        launch_from_torch(config, backend=backend, seed=seed, overrides=overrides)
+
+
+def detect_launcher(environment: Mapping[str, str]) -> str:
+    """``"torch"`` or ``"slurm"``, by whose variables are there."""
+    if "RANK" in environment:
+        return "torch"
+    if "SLURM_PROCID" in environment:
+        return "slurm"
+    raise LaunchError(Problem("RANK", "not set, nor is SLURM_PROCID: no launcher started this process", HOW_TO_START))
+
+
+def launch_from_torch(
+    config: ConfigLike, backend: str | None = None, seed: int = 1024, overrides: Sequence[str] = ()
+) -> None:
+    """As :func:`initialize_distributed_env`, for processes started by torchrun."""
+    _launch(config, read_torch_environment(os.environ), backend, seed, overrides)
+
+
+def launch_from_slurm(
+    config: ConfigLike,
+    host: str | None = None,
+    port: int = 8888,
+    backend: str | None = None,
+    seed: int = 1024,
+    overrides: Sequence[str] = (),
+) -> None:
+    """As :func:`initialize_distributed_env`, for processes started by srun; rank 0 listens on ``host`` (the first of the job) and ``port``."""
+    _launch(config, read_slurm_environment(os.environ, host, port), backend, seed, overrides)
+
+
+def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:
+    """What torchrun put into the environment."""
+    _demand(TORCH_VARIABLES, environment)
+    rank, local_rank, world, port = (_number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return ProcessInfo(rank, world, local_rank, environment["MASTER_ADDR"], port)
+
+
+def read_slurm_environment(environment: Mapping[str, str], host: str | None, port: int) -> ProcessInfo:
+    """What srun put into the environment."""
+    _demand(SLURM_VARIABLES, environment)
+    rank, world, local_rank = (_number(environment, k) for k in ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID"))
+    try:
+        first = expand_host_list(environment["SLURM_JOB_NODELIST"])[0]
+    except ValueError as error:
+        raise LaunchError(Problem("SLURM_JOB_NODELIST", str(error), "Name rank 0's machine with --host")) from None
+    return ProcessInfo(rank, world, local_rank, host or first, port)
+
+
+def _demand(names: Sequence[str], environment: Mapping[str, str]) -> None:
+    missing = [name for name in names if name not in environment]
+    if missing:
+        there = [name for name in names if name in environment]
+        found = f" (only {', '.join(there)})" if there else ""
+        raise LaunchError(Problem(", ".join(missing), f"not set{found}", HOW_TO_START))
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise LaunchError(Problem(name, f"{environment[name]!r} is not a number", HOW_TO_START)) from None
+
+
+def _launch(
+    config: ConfigLike, process: ProcessInfo, backend: str | None, seed: int, overrides: Sequence[str]
+) -> None:
+    _check_torch()
+    resolved = _resolve(config, process, overrides)
+    _check_devices(process)
+    accelerator.set_device(process.local_rank)
+    _join(process, backend or accelerator.default_backend())
+    _check_agreement(resolved)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.backends.cudnn.deterministic = resolved.cudnn_deterministic
+    torch.backends.cudnn.benchmark = resolved.cudnn_benchmark
+    gpc.initialize(resolved, seed)
+
+
+def _check_torch() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise LaunchError(Problem("torch", f"{torch.__version__} is too old", f"Install torch >= {oldest}"))
+
+
+def _resolve(config: ConfigLike, process: ProcessInfo, overrides: Sequence[str]) -> Config:
+    if isinstance(config, Config):
+        check_runnable(config)
+        return config
+    result = resolve(config, overrides, world_size=process.world_size, device_type=accelerator.device_type())
+    check_runnable(result.config)
+    if process.rank == 0:
+        for warning in result.warnings:
+            get_logger().warning(warning)
+    return result.config
+
+
+def _check_devices(process: ProcessInfo) -> None:
+    devices = accelerator.device_count()
+    if devices is not None and process.local_rank >= devices:
+        raise LaunchError(
+            Problem("LOCAL_RANK", f"{process.local_rank}, but this machine has {devices} devices", "Start one process a device")
+        )
+
+
+def _join(process: ProcessInfo, backend: str) -> None:
+    """Join the default process group; a group that is already there (a test's, a notebook's) is used as it is."""
+    if dist.is_initialized():
+        return
+    endpoint = f"{process.host}:{process.port}"
+    os.environ.update(
+        RANK=str(process.rank), WORLD_SIZE=str(process.world_size), LOCAL_RANK=str(process.local_rank),
+        MASTER_ADDR=process.host, MASTER_PORT=str(process.port),
+    )  # fmt: skip
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        in_use = "EADDRINUSE" in str(error)
+        what = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"
+        todo = "Choose another with --port" if in_use else "Check --host and --port, and that rank 0 runs"
+        raise LaunchError(Problem(endpoint, what, todo)) from None
+
+
+def _check_agreement(config: Config) -> None:
+    """Every rank must hold the same resolved config, or they would wait for one another in the middle of a step."""
+    hashes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, config_hash(config))
+    if len(set(hashes)) > 1:
+        shown = ", ".join(f"rank {rank}: {str(value)[:12]}" for rank, value in enumerate(hashes))
+        raise ConfigError(Problem("config", f"the ranks disagree ({shown})", "Give every rank the same file and overrides"))

@@ -1,0 +1,1 @@
+"""Models: plain maths built from parallel layers."""

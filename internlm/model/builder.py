@@ -1,0 +1,5 @@
+"""Home of ``create_model``, which reads the global context and so lives in the assembly layer."""
+
+from internlm.utils.lazy import lazy_exports
+
+__getattr__, __dir__ = lazy_exports(__name__, {"create_model": "internlm.train.model"})

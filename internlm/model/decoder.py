@@ -1,0 +1,155 @@
+"""The decoder: embedding, blocks of attention and feed-forward, norm, head.
+
+Shapes: B sequences, S tokens each (or one row of packed pieces), T = B · S tokens, H hidden, V vocabulary, G kv heads,
+Q query heads per kv head, D head width, F intermediate width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internlm.core.parallel import ParallelEmbedding, ParallelLinear, ParallelNorm
+from internlm.core.parallel.placement import normal
+from internlm.model.spec import DecoderSpec
+from internlm.ops import Segments, TokenLoss, attention, linear_cross_entropy, rotary_table, split_qkv_rotary, swiglu
+
+#: cos and sin of the rotary angles, each [T, D/2].
+Rotary = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        c = spec.config
+        groups, per_group = c.kv_heads, c.num_attention_heads // c.kv_heads
+        self.wqkv = ParallelLinear(
+            c.hidden_size, (groups, per_group + 2, c.head_size), normal(c.attn_wqkv_init_std), spec.qkv_bias
+        )
+        out_init = normal(c.attn_other_init_std * spec.output_scale)
+        self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias)
+        self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
+
+    def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        """x: [T, H] → [T, H]."""
+        qkv = self.wqkv(x)  # [T, G, Q + 2, D]
+        q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
+        heads = attention(q, k, v, segments, backend=self.backend)  # [T, G·Q, D]
+        out: Tensor = self.wo(heads.flatten(1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): W2 · (silu(W1 · x) * (W3 · x))."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        c = spec.config
+        self.w13 = ParallelLinear(
+            c.hidden_size, (2, c.intermediate_size), normal(c.ffn_uplayer_init_std), spec.mlp_bias
+        )
+        out_init = normal(c.ffn_other_init_std * spec.output_scale)
+        self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, H] → [T, H]."""
+        out: Tensor = self.w2(swiglu(self.w13(x)))  # [T, 2, F] → [T, F] → [T, H]
+        return out
+
+
+class Block(nn.Module):
+    """x + Attention(norm(x)), then x + FeedForward(norm(x))."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        c = spec.config
+        norm = partial(ParallelNorm, c.hidden_size, c.norm_type, c.layer_norm_epsilon)
+        self.attention_norm, self.attention = norm(), Attention(spec)
+        self.ffn_norm, self.feed_forward = norm(), FeedForward(spec)
+
+    def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        """x: [T, H] → [T, H]."""
+        x = x + self.attention(self.attention_norm(x), rotary, segments)
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Token ids to logits, or, given labels, to the loss of each token without ever holding all logits."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        c = spec.config
+        self.spec = spec
+        self.embedding = ParallelEmbedding(c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale)
+        self.layers = nn.ModuleList(Block(spec) for _ in range(c.num_layers))
+        self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
+        self.output = ParallelLinear(c.hidden_size, c.vocab_size, normal(c.out_head_init_std))
+        if c.tie_word_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        indexes: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        grad_scale: float = 1.0,
+    ) -> Tensor | TokenLoss:
+        """Logits [*input_ids.shape, V], or a :class:`TokenLoss` where ``labels`` (of the shape of ``input_ids``) are given.
+
+        input_ids: [T] packed, with ``cu_seqlens`` [pieces + 1] bounding its pieces and ``indexes`` [T] the position within each; or
+        [B, S] without them. ``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses.
+        """
+        x = self.hidden(input_ids, cu_seqlens, indexes)
+        if labels is None:
+            logits: Tensor = self.output(x)
+            return logits.view(*input_ids.shape, -1)
+        return linear_cross_entropy(
+            x, self.output.weight, labels.flatten(), label_smoothing=label_smoothing, grad_scale=grad_scale
+        )
+
+    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> Tensor:
+        """The normalised output of the last block: [T, H]."""
+        segments, positions = _pieces(input_ids, cu_seqlens, indexes)
+        rotary = self._rotary(positions, segments)
+        x: Tensor = self.embedding(input_ids.flatten())  # [T, H]
+        for number, block in enumerate(self.layers):
+            if number < self.spec.recomputed_layers and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, segments, use_reentrant=False)
+            else:
+                x = block(x, rotary, segments)
+        x = self.norm(x)
+        return x
+
+    def _rotary(self, positions: Tensor, segments: Segments) -> Rotary:
+        c = self.spec.config
+        return rotary_table(
+            positions,
+            c.head_size,
+            base=c.rope_base,
+            scaling_factor=c.rope_scaling_factor,
+            dynamic_ntk=c.use_dynamic_ntk_rope,
+            max_position=c.max_position_embeddings,
+            seq_len=segments.max_seqlen,
+            dtype=self.embedding.weight.dtype,
+        )
+
+
+def _pieces(input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> tuple[Segments, Tensor]:
+    """The pieces that attention is confined to, and the position of each token in its piece: [T]."""
+    if cu_seqlens is None:
+        batch, seq_len = input_ids.shape
+        segments = Segments.uniform(batch, seq_len, input_ids.device)
+    else:
+        segments = Segments.from_cu_seqlens(cu_seqlens)
+    if indexes is None:
+        starts = torch.repeat_interleave(segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=input_ids.numel())
+        return segments, torch.arange(input_ids.numel(), device=input_ids.device) - starts
+    return segments, indexes.flatten()

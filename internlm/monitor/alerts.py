@@ -1,0 +1,85 @@
+"""Alerts: somebody is told when a run starts, ends or breaks. A webhook that is down never harms training."""
+
+from __future__ import annotations
+
+import functools
+import json
+import traceback
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from internlm.config.schema import AlertConfig
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+
+F = TypeVar("F", bound=Callable[..., Any])
+TIMEOUT_SECONDS = 5
+log = get_logger()
+
+#: Who is told, while :func:`initialize_monitor_manager` is in force.
+_current: tuple[str, AlertConfig] | None = None
+
+
+def send_alert_message(address: str | None = None, title: str | None = None, message: str = "") -> bool:
+    """Post ``message`` to the webhook at ``address`` (default: the run's own); whether it arrived. Failures are logged, never raised."""
+    job, alert = _current or ("internlm", AlertConfig())
+    address = address or (alert.feishu_alert_address if alert.enable_feishu_alert else None)
+    text = f"[{title or job}] {message}"
+    if alert.alert_file_path:
+        _append(Path(alert.alert_file_path), text)
+    if not address:
+        return False
+    body = json.dumps({"msg_type": "text", "content": {"text": text}}).encode()
+    request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
+            return True
+    except (OSError, ValueError) as error:
+        log.warning(f"alert not delivered to {address}: {error}")
+        return False
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+    except OSError as error:
+        log.warning(f"alert not written to {path}: {error}")
+
+
+@contextmanager
+def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
+    """Tell of start, end and an unhandled exception of the block, and let :func:`send_alert_message` know whom to tell."""
+    global _current
+    outer, _current = _current, (job_name, alert or AlertConfig())
+    try:
+        send_alert_message(message="started")
+        yield
+        send_alert_message(message="ended")
+    except UserError as error:
+        send_alert_message(message=f"stopped: {error}")
+        raise
+    except Exception:
+        send_alert_message(message=f"failed:\n{traceback.format_exc()}")
+        raise
+    finally:
+        _current = outer
+
+
+def internevo_monitor(job_name: str = "internlm", alert: AlertConfig | None = None) -> Callable[[F], F]:
+    """Decorate a main function: it runs within :func:`initialize_monitor_manager`."""
+
+    def decorate(main: F) -> F:
+        @functools.wraps(main)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with initialize_monitor_manager(job_name, alert):
+                return main(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate

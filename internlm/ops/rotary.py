@@ -1,0 +1,116 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34).
+
+Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension.
+A head is D / 2 pairs of features, each turned by an angle that grows with the position. The pairs are
+(0, D/2), (1, D/2 + 1), ... or, interleaved, (0, 1), (2, 3), ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rotary_table(
+    positions: Tensor,
+    dim: int,
+    base: float = 10000.0,
+    scaling_factor: float = 1.0,
+    dynamic_ntk: bool = False,
+    max_position: int = 2048,
+    seq_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at ``positions``: [T] -> two of [T, dim / 2].
+
+    Positions are divided by ``scaling_factor`` (linear interpolation, Chen et al. 2023). With ``dynamic_ntk`` they stay as
+    they are, and the base grows once the sequence (``seq_len``, else the largest position + 1) is longer than
+    ``max_position``: base * (s * L / max_position - (s - 1)) ** (dim / (dim - 2)).
+    """
+    if dynamic_ntk:
+        length = seq_len if seq_len is not None else int(positions.max()) + 1
+        stretch = scaling_factor * length / max_position - (scaling_factor - 1)
+        base *= max(stretch, 1.0) ** (dim / (dim - 2))
+        scaling_factor = 1.0
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angles = torch.outer(positions.double() / scaling_factor, base**-exponents)  # [T, dim / 2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn every head of ``x`` by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
+    return _ApplyRotary.apply(x, cos, sin, interleaved)
+
+
+def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection and turn its queries and keys: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
+
+    Each group holds its Q query heads, then its key head, then its value head. The results are stored head by head
+    ([N, T, D] seen as [T, N, D]), the order in which attention reads them.
+    """
+    return _SplitQKVRotary.apply(qkv, cos, sin, interleaved)
+
+
+class _ApplyRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        out = torch.empty_like(x)
+        _rotate(x, cos[:, None], sin[:, None], interleaved, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        dx = torch.empty_like(dout)
+        _rotate(dout, cos[:, None], -sin[:, None], ctx.interleaved, dx)
+        return dx, None, None, None
+
+
+class _SplitQKVRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        tokens, groups, slots, dim = qkv.shape
+        per_group = slots - 2
+        q, k, v = (qkv.new_empty(groups, n, tokens, dim).permute(2, 0, 1, 3) for n in (per_group, 1, 1))
+        cos, sin = cos[:, None, None], sin[:, None, None]
+        _rotate(qkv[:, :, :per_group], cos, sin, interleaved, q)
+        _rotate(qkv[:, :, per_group : per_group + 1], cos, sin, interleaved, k)
+        v.copy_(qkv[:, :, per_group + 1 :])
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        tokens, groups, dim = dk.shape
+        per_group = dq.shape[1] // groups
+        dqkv = dq.new_empty(tokens, groups, per_group + 2, dim)
+        cos, sin = cos[:, None, None], -sin[:, None, None]
+        _rotate(dq.unflatten(1, (groups, per_group)), cos, sin, ctx.interleaved, dqkv[:, :, :per_group])
+        _rotate(dk.unsqueeze(2), cos, sin, ctx.interleaved, dqkv[:, :, per_group : per_group + 1])
+        dqkv[:, :, per_group + 1].copy_(dv)
+        return dqkv, None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
+    """Write ``x`` turned by the angles into ``out``; a negated ``sin`` turns back."""
+    x1, x2 = _pairs(x, interleaved)
+    out1, out2 = _pairs(out, interleaved)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """First and second features of all pairs: [..., D] -> two views of [..., D / 2]."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second

@@ -1,0 +1,1 @@
+"""The solver: optimizers and schedules."""

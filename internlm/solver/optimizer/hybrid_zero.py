@@ -1,0 +1,132 @@
+"""AdamW with its state sharded over part of the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054, with a choice of group).
+
+One step, in phases:
+
+1. **reduce**: gradients are summed into shards inside the zero group, then across the replicas of each shard.
+2. **measure**: the global norm, of every logical element once.
+3. **decide**: a norm that is inf or nan skips the step, on every rank alike.
+4. **update**: one fused AdamW over this rank's flat shard, which also applies the clipping.
+5. **gather**: the new parameters, inside the zero group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from internlm.config.schema import AdamConfig
+from internlm.core.parallel.placement import ParamPlacement, placed_parameters
+from internlm.solver.optimizer.flat_group import FlatGroup
+
+Placed = tuple[str, nn.Parameter, ParamPlacement]
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What a step did."""
+
+    updated: bool
+    grad_norm: float
+
+
+class HybridZeroOptimizer:
+    """Owns the flat buffers of a model's parameters and gradients.
+
+    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it. The gradient buffer must
+    hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by the valid tokens of the global batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adam: AdamConfig,
+        clip_grad_norm: float,
+        zero_group: dist.ProcessGroup,
+        replica_group: dist.ProcessGroup,
+    ) -> None:
+        self.zero_group, self.replica_group = zero_group, replica_group
+        self.clip_grad_norm = clip_grad_norm
+        shard, shards = dist.get_rank(zero_group), dist.get_world_size(zero_group)
+        self.groups = [FlatGroup(members, decay, shard, shards) for members, decay in _kinds(model, adam)]
+        self.adam = torch.optim.AdamW(
+            [{"params": [group.main], "weight_decay": group.weight_decay} for group in self.groups],
+            lr=adam.lr,
+            betas=(adam.adam_beta1, adam.adam_beta2),
+            eps=adam.adam_eps,
+            fused=True,
+        )
+        for group in self.groups:
+            self._make_state(group.main)
+
+    def _make_state(self, main: nn.Parameter) -> None:
+        """Adam's state from the start, so that a checkpoint can be loaded before the first step."""
+        self.adam.state[main] = {
+            "step": torch.zeros((), dtype=torch.float32, device=main.device),
+            "exp_avg": torch.zeros_like(main),
+            "exp_avg_sq": torch.zeros_like(main),
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for group in self.groups:
+            group.grads.zero_()
+
+    @torch.no_grad()
+    def step(self, lr: float, beta2: float) -> OptimizerStep:
+        """Reduce, clip, update and gather; see the top of the file. Parameters and state stay as they are where ``updated`` is False."""
+        for group in self.groups:
+            self._reduce(group)
+        norm = self._global_norm()
+        if not math.isfinite(norm):
+            return OptimizerStep(updated=False, grad_norm=norm)
+        self._update(lr, beta2, norm)
+        for group in self.groups:
+            group.main_to_values()
+            self._gather(group)
+        return OptimizerStep(updated=True, grad_norm=norm)
+
+    def _reduce(self, group: FlatGroup) -> None:
+        if self.zero_group.size() > 1:
+            dist.reduce_scatter_tensor(group.grad_shard, group.grads, group=self.zero_group)
+        if self.replica_group.size() > 1:
+            dist.all_reduce(group.grad_shard, group=self.replica_group)
+
+    def _global_norm(self) -> float:
+        """L2 norm over every logical element; squares are summed in float64, so that the layout hardly matters."""
+        squares = torch.stack([torch.linalg.vector_norm(group.grad_shard).double() ** 2 for group in self.groups]).sum()
+        if self.zero_group.size() > 1:
+            dist.all_reduce(squares, group=self.zero_group)
+        return math.sqrt(squares.item())
+
+    def _update(self, lr: float, beta2: float, norm: float) -> None:
+        for options in self.adam.param_groups:
+            options["lr"], options["betas"] = lr, (options["betas"][0], beta2)
+        # The fused kernel divides each gradient by grad_scale as it reads it: clipping costs no pass of its own.
+        shrink = max(1.0, (norm + 1e-6) / self.clip_grad_norm) if self.clip_grad_norm > 0 else 1.0
+        self.adam.grad_scale = torch.tensor(shrink, device=self.groups[0].main.device)  # type: ignore[attr-defined]
+        self.adam.step()
+
+    def _gather(self, group: FlatGroup) -> None:
+        if self.zero_group.size() > 1:
+            dist.all_gather_into_tensor(group.values, group.value_shard, group=self.zero_group)
+
+    def state_of(self, group: FlatGroup) -> dict[str, Tensor]:
+        """What AdamW keeps for this rank's shard of ``group``: flat tensors by name (``step`` is a scalar)."""
+        return self.adam.state[group.main]  # type: ignore[no-any-return]
+
+
+def _kinds(model: nn.Module, adam: AdamConfig) -> list[tuple[Sequence[Placed], float]]:
+    """Trainable parameters by (type, weight decay), in the order of the model."""
+    kinds: dict[tuple[torch.dtype, float], list[Placed]] = {}
+    for name, parameter, placement in placed_parameters(model):
+        if parameter.requires_grad:
+            decays = placement.is_matrix or adam.decay_norm_and_bias
+            kinds.setdefault((parameter.dtype, adam.weight_decay if decays else 0.0), []).append(
+                (name, parameter, placement)
+            )
+    return [(members, decay) for (_, decay), members in kinds.items()]

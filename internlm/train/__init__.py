@@ -1,0 +1,19 @@
+"""Assembly: from the config to model, optimizer, data and trainer."""
+
+from internlm.utils.lazy import lazy_exports
+
+_MODEL, _DATA = "internlm.train.model", "internlm.train.data"
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "create_model": _MODEL,
+        "initialize_model": _MODEL,
+        "initialize_parallel_communicator": _MODEL,
+        "initialize_model_and_parallel_communicator": _MODEL,
+        "initialize_optimizer": "internlm.train.optimizer",
+        "get_train_data_loader": _DATA,
+        "get_validation_data_loader": _DATA,
+        "build_train_loader_with_data_type": _DATA,
+        "build_valid_loader_with_data_type": _DATA,
+    },
+)

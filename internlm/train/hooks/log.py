@@ -1,0 +1,75 @@
+"""The figures of a step, in a fixed order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from internlm.config import Config
+from internlm.core.scheduler.result import CORRECT, LOSS, TOKENS
+from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.model.flops import hardware_flops_per_token, model_flops_per_token
+from internlm.monitor import MetricsWriter, Throughput
+
+
+class LogMetrics(Hook):
+    """Write the figures of each step; on the rank that logs only."""
+
+    def __init__(self, config: Config, types: Sequence[str], world_size: int, data_size: int, writer: MetricsWriter) -> None:
+        self.types, self.writer = types, writer
+        self.world_size, self.data_size = world_size, data_size
+        self.throughput = Throughput(world_size)
+        seq_len = config.data.seq_len
+        self.hardware_flops = hardware_flops_per_token(config.model, seq_len)
+        self.model_flops = model_flops_per_token(config.model, seq_len)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        tokens = report.shape.tokens * self.data_size
+        self.throughput.add(tokens, report.step_time)
+        per_device = tokens / self.world_size / report.step_time
+        self.writer.write(
+            report.step,
+            {
+                "tflops": per_device * self.hardware_flops / 1e12,
+                "step": report.step,
+                "loss": report.result.loss,
+                "real_tgs": report.result.valid_tokens / self.world_size / report.step_time,
+                "tgs (tokens/gpu/second)": per_device,
+                **self.throughput.figures(),
+                "lr": report.lr,
+                "loss_scale": 1.0,
+                "grad_norm": report.update.grad_norm,
+                "micro_num": report.shape.micro_num,
+                "num_consumed_tokens": trainer.state.num_consumed_tokens,
+                "inf_nan_skip_batches": trainer.state.inf_nan_skip_batches,
+                "num_samples_in_batch": report.shape.pieces,
+                "largest_length": report.shape.largest_length,
+                "largest_batch": report.shape.largest_batch,
+                "smallest_batch": report.shape.smallest_batch,
+                "adam_beta2": report.beta2,
+                "fwd_bwd_time": report.fwd_bwd_time,
+                **_metrics(report.result.sums, self.types),
+                "model_tflops": per_device * self.model_flops / 1e12,
+                "data_time": report.data_time,
+            },
+        )
+
+    def after_run(self, trainer: Trainer) -> None:
+        self.writer.close()
+
+
+def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
+    """Accuracy, perplexity and loss, in total and per type; ``sums`` as in :class:`StepResult`."""
+    loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
+    mean = sum(loss) / max(sum(tokens), 1)
+    figures: dict[str, float | int] = {
+        "acc": sum(correct) / max(sum(tokens), 1),
+        "perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,
+    }
+    figures |= {f"acc/{name}": c / max(n, 1) for name, c, n in zip(types, correct, tokens, strict=True)}
+    figures |= {f"tokens/{name}": int(n) for name, n in zip(types, tokens, strict=True)}
+    figures["loss_from_metric"] = mean
+    figures |= {f"loss/{name}": s / max(n, 1) for name, s, n in zip(types, loss, tokens, strict=True)}
+    return figures

@@ -1,0 +1,29 @@
+"""Optimizer assembly."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.schedulers import Beta2Schedule, CosineWithWarmup
+
+
+def initialize_optimizer(
+    model: nn.Module, isp_communicator: None = None
+) -> tuple[HybridZeroOptimizer, Beta2Schedule, CosineWithWarmup]:
+    """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config describes them.
+
+    From here on the parameters of ``model`` are views of the optimizer's flat buffers.
+    """
+    config = gpc.config
+    optimizer = HybridZeroOptimizer(
+        model,
+        config.adam,
+        config.hybrid_zero_optimizer.clip_grad_norm,
+        zero_group=gpc.get_group(ParallelMode.ZERO1),
+        replica_group=gpc.get_group(ParallelMode.ZERO1_REPLICA),
+    )
+    beta2 = Beta2Schedule.from_config(config.beta2_scheduler, config.adam)
+    return optimizer, beta2, CosineWithWarmup.from_config(config.lr_scheduler, config.adam)

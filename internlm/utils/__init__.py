@@ -1,0 +1,1 @@
+"""Ground layer: helpers that know nothing of the framework above them."""

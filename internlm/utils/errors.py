@@ -1,0 +1,103 @@
+"""Errors for people: what is wrong, where, with which values, and what to do about it.
+
+A :class:`UserError` is never a bug of the framework: it reports something that the user can mend. Entry points print it
+without a traceback and exit with code 2 (:func:`exit_on_user_error`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+EXIT_USER_ERROR = 2
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: ``<where>: <what>. <todo>``."""
+
+    where: str  # config key, file, flag or variable
+    what: str  # what is wrong, with the values
+    todo: str = ""  # what to do
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}".rstrip(".")
+        return f"{text}. {self.todo}" if self.todo else text
+
+
+class UserError(Exception):
+    """One or more problems that the user can mend."""
+
+    #: True where every rank finds the same problems, so that one of them is enough to print them.
+    same_on_all_ranks = False
+
+    def __init__(self, *problems: Problem) -> None:
+        assert problems, "a UserError needs at least one Problem"
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+class ConfigError(UserError):
+    """Problems of the config file, its overrides or the command line."""
+
+    same_on_all_ranks = True
+
+
+class LaunchError(UserError):
+    """Problems of the environment in which the processes were started."""
+
+
+class DataError(UserError):
+    """Problems of a data file or folder."""
+
+
+class CheckpointError(UserError):
+    """Problems of a checkpoint."""
+
+
+#: How long a silent rank lets another speak before it exits: a launcher ends every process once one has failed.
+_GRACE_SECONDS = 2.0
+
+
+def report(error: UserError) -> None:
+    """Print the problems of ``error`` to stderr, a line each; where several ranks would say the same, one of them does."""
+    if not _speaks(error):
+        time.sleep(_GRACE_SECONDS)
+        return
+    for problem in error.problems:
+        print(problem, file=sys.stderr, flush=True)
+
+
+def _speaks(error: UserError) -> bool:
+    """The first to say it, where the ranks can talk; rank 0 before that, for what all ranks find alike."""
+    if dist.is_initialized():
+        said = hashlib.sha256(str(error).encode()).hexdigest()
+        try:
+            return dist.distributed_c10d._get_default_store().add(f"internlm/error/{said}", 1) == 1
+        except dist.DistError:  # the rank that kept the store is gone
+            return True
+    return not error.same_on_all_ranks or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def exit_on_user_error(main: F) -> F:
+    """Decorate an entry point: a :class:`UserError` becomes its message on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            report(error)
+            sys.exit(EXIT_USER_ERROR)
+
+    return wrapper  # type: ignore[return-value]

@@ -1,0 +1,28 @@
+"""One logger for the framework: every line carries the time, the level and, in a job of several processes, the rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+NAME = "internlm"
+
+
+class _RankFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        rank = os.environ.get("RANK")
+        record.rank = f" rank {rank}" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        return super().format(record)
+
+
+def get_logger(name: str = NAME) -> logging.Logger:
+    """The framework's logger, or a child of it. Lines go to stderr unless the application set up handlers of its own."""
+    root = logging.getLogger(NAME)
+    if not root.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_RankFormatter("%(asctime)s %(levelname)s%(rank)s %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("INTERNLM_LOG_LEVEL", "INFO").upper())
+        root.propagate = False
+    return logging.getLogger(name)

@@ -1,0 +1,48 @@
+"""Registries: names to callables, so that a config file can say which one is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from internlm.utils.errors import ConfigError, Problem
+from internlm.utils.nearest import did_you_mean
+
+
+class Registry:
+    """Maps names to callables (classes or functions).
+
+    Works as a call, ``registry.register_module("NAME", cls)``, and as a decorator, ``@registry.register_module(module_name="NAME")``.
+    Registering another callable under a taken name is an error, for it would change what existing configs mean.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._modules: dict[str, Callable[..., Any]] = {}
+
+    def register_module(self, module_name: str, func: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Register ``func`` under ``module_name``; without ``func``, return a decorator that does."""
+        if func is None:
+            return lambda decorated: self.register_module(module_name, decorated)
+        known = self._modules.setdefault(module_name, func)
+        if known is not func:
+            raise KeyError(f"{self.name}: '{module_name}' is taken by {known!r}. Choose another name.")
+        return func
+
+    def get_module(self, module_name: str) -> Callable[..., Any]:
+        """The callable of that name; a :class:`ConfigError` names the nearest known one."""
+        if module_name not in self._modules:
+            raise ConfigError(
+                Problem(self.name, f"nothing is registered as {module_name!r}", did_you_mean(module_name, self._modules))
+            )
+        return self._modules[module_name]
+
+    def __contains__(self, module_name: object) -> bool:
+        return module_name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+
+#: Model types (``model_type`` in a config) to functions ``(config.model) -> nn.Module``.
+MODEL_INITIALIZER = Registry("model_type")

@@ -1,0 +1,111 @@
+"""Which rows each step uses, whatever the layout."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm.config.strings import Rampup, parse_rampup, parse_skip_batches
+from internlm.data.batch_plan import BatchPlan, Position
+
+counts = st.integers(1, 6)
+rampups = st.none() | st.builds(Rampup, counts, counts, counts)
+skips = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5))).map(
+    lambda pairs: parse_skip_batches(",".join(f"{first}-{first + more}" for first, more in pairs))
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> BatchPlan:
+    rampup = draw(rampups)
+    micro_num = draw(st.integers(rampup.start if rampup else 1, 12))
+    return BatchPlan(micro_num, draw(counts), rampup, draw(skips))
+
+
+def rows_of(plan: BatchPlan, step: int) -> list[int]:
+    return [row for rank in range(plan.data_size) for row in plan.rows(step, rank)]
+
+
+def skipped(plan: BatchPlan) -> set[int]:
+    return {batch for first, last in plan.skip for batch in range(first, last + 1)}
+
+
+@given(plans())
+def test_steps_use_the_batches_that_are_left_one_after_another(plan: BatchPlan) -> None:
+    start, increment, every = plan.rampup or (plan.micro_num, 1, 1)
+    sizes = [min(plan.micro_num, start + increment * (b // every)) * plan.data_size for b in range(80)]
+    firsts = [0, *accumulate(sizes)]
+    kept = [batch for batch in range(80) if batch not in skipped(plan)]
+    for step, batch in enumerate(kept[:20]):
+        assert rows_of(plan, step) == list(range(firsts[batch], firsts[batch + 1]))
+        assert plan.micro_batches(step) * plan.data_size == sizes[batch]
+
+
+@given(counts, counts, counts, counts, skips, st.integers(0, 40))
+def test_the_rows_of_a_step_depend_on_the_global_batch_alone(
+    start: int, increment: int, every: int, grow: int, skip: tuple[tuple[int, int], ...], step: int
+) -> None:
+    """The same global batch, shared by 12, 4, 3 and 1 data-parallel ranks."""
+    used = []
+    for data_size in (12, 4, 3, 1):
+        scale = 12 // data_size
+        rampup = Rampup(start * scale, increment * scale, every)
+        used.append(rows_of(BatchPlan((start + grow) * scale, data_size, rampup, skip), step))
+    assert all(rows == used[0] for rows in used)
+
+
+@given(plans(), st.integers(0, 30), st.integers(0, 10))
+def test_resuming_changes_nothing(plan: BatchPlan, at: int, later: int) -> None:
+    resumed = plan.resumed_at(plan.position(at))
+    assert rows_of(resumed, at + later) == rows_of(plan, at + later)
+    assert resumed.position(at + later) == plan.position(at + later)
+
+
+@given(plans(), plans(), st.integers(0, 30))
+def test_resuming_with_another_plan_goes_on_with_the_very_next_row(
+    before: BatchPlan, after: BatchPlan, at: int
+) -> None:
+    after = BatchPlan(after.micro_num, after.data_size, after.rampup).resumed_at(before.position(at))
+    assert rows_of(after, at)[0] == (rows_of(before, at - 1)[-1] + 1 if at else 0)
+
+
+def test_batches_may_be_skipped_on_resuming() -> None:
+    """As after a loss spike at batches 12 to 14: the run goes back to step 10 and leaves them out."""
+    straight = BatchPlan(2, 2)
+    resumed = BatchPlan(2, 2, skip=((3, 5), (12, 14))).resumed_at(straight.position(10))
+    assert [rows_of(resumed, step)[0] // 4 for step in range(10, 14)] == [10, 11, 15, 16]
+
+
+def test_positions() -> None:
+    plan = BatchPlan(3, 2, skip=((0, 1), (4, 4)))
+    assert [plan.position(step) for step in (0, 1, 2, 3)] == [
+        Position(0, 0, 0),
+        Position(1, 3, 18),
+        Position(2, 4, 24),
+        Position(3, 6, 36),
+    ]
+
+
+def test_strings() -> None:
+    assert parse_skip_batches("") == ()
+    assert parse_skip_batches("7, 2-4,5 - 6,9") == ((2, 7), (9, 9))
+    assert parse_rampup("") is None
+    assert parse_rampup("192 24 8") == (192, 24, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a", "'a'"), ("1-", "'1-'"), ("-1", "'-1'"), ("5-3", "ends before it begins"), ("1-2-3", "1-2-3")],
+)
+def test_bad_skip_batches(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_skip_batches(text)
+
+
+@pytest.mark.parametrize("text", ["1 2", "1 2 3 4", "0 1 1", "1 1 0", "a b c", "1 -1 1", "1.5 1 1"])
+def test_bad_rampup(text: str) -> None:
+    with pytest.raises(ValueError, match="three counts of at least 1"):
+        parse_rampup(text)

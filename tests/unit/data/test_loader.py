@@ -1,0 +1,227 @@
+"""Loaders, built from a ``data`` section: what the batches are like, seeking, sharing among ranks, errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm.config.schema import DataConfig
+from internlm.data.build import build_train_loader, build_valid_loaders
+from internlm.data.loader import Batch, TrainLoader, ValidLoader
+from internlm.utils.errors import DataError
+from tests.unit.data.files import write_bin
+
+SIZES: dict[str, Any] = {"seq_len": 16, "micro_bsz": 2, "micro_num": 3, "total_steps": 20, "num_worker": 0}
+
+
+def data(**settings: Any) -> DataConfig:
+    return DataConfig(**{**SIZES, **settings})
+
+
+def train(rank: int = 0, size: int = 1, seed: int = 7, **settings: Any) -> TrainLoader:
+    return build_train_loader(data(**settings), vocab_size=50, seed=seed, data_rank=rank, data_size=size)[0]
+
+
+def valid(rank: int = 0, size: int = 1, **settings: Any) -> dict[str, ValidLoader]:
+    return build_valid_loaders(data(**settings), vocab_size=50, seed=7, data_rank=rank, data_size=size)
+
+
+def flat(batches: list[Batch]) -> list[torch.Tensor]:
+    """All tensors of the batches, one after another."""
+    return [
+        tensor
+        for batch, labels in batches
+        for part in [*(batch[name] for name in sorted(batch)), labels]
+        for tensor in (part if isinstance(part, list) else [part])
+    ]
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    left, right = flat(one), flat(other)
+    return len(left) == len(right) and all(a.equal(b) for a, b in zip(left, right, strict=True))
+
+
+def of_all_ranks(batches: list[Batch]) -> list[torch.Tensor]:
+    """Input ids, labels and cuts of a global batch, whichever ranks its rows are on."""
+    ids = torch.cat([batch["input_ids"] for batch, _ in batches])
+    return [ids, torch.cat([labels for _, labels in batches]), *(cut for b, _ in batches for cut in b["cu_seqlens"])]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Thirty samples of type code, ten of type en."""
+    write_bin(tmp_path / "code/x.bin", [[i % 50] * (1 + i) for i in range(30)])
+    write_bin(tmp_path / "en/x.bin", [[i + 1] * 7 for i in range(10)])
+    return str(tmp_path)
+
+
+# -- batches
+
+
+def test_a_packed_batch() -> None:
+    batch, labels = next(iter(train()))
+    assert set(batch) == {"input_ids", "indexes", "type_ids", "cu_seqlens"}
+    for tensor in (batch["input_ids"], batch["indexes"], batch["type_ids"], labels):
+        assert (tensor.shape, tensor.dtype) == ((3, 32), torch.int64)
+    assert len(batch["cu_seqlens"]) == 3
+    for cuts in batch["cu_seqlens"]:
+        assert cuts.dtype == torch.int32
+        assert (cuts[0], cuts[-1]) == (0, 32)
+
+
+def test_a_batch_packed_into_one() -> None:
+    batch, _ = next(iter(train(pack_sample_into_one=True)))
+    assert [cuts.tolist() for cuts in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
+
+
+def test_an_unpacked_batch() -> None:
+    batch, labels = next(iter(train(use_packed_dataset=False)))
+    assert set(batch) == {"input_ids", "indexes", "type_ids"}
+    for tensor in (*batch.values(), labels):
+        assert (tensor.shape, tensor.dtype) == ((3, 2, 16), torch.int64)
+
+
+def test_fixed_random_samples_fill_their_sequences() -> None:
+    batch, labels = next(iter(train(fixed_random_dataset_seqlen=True)))
+    assert [cuts.tolist() for cuts in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
+    assert ((labels == -100).nonzero()[:, 1].view(3, 2) == torch.tensor([15, 31])).all()
+
+
+def test_types_are_those_of_the_folders(folder: str) -> None:
+    loader, types = build_train_loader(data(train_folder=folder), vocab_size=50, seed=7, data_rank=0, data_size=1)
+    assert types == loader.types == ["code", "en"]
+    for batch, labels in loader:
+        ids, type_ids = batch["input_ids"][labels != -100], batch["type_ids"][labels != -100]
+        assert (ids[type_ids == 1] <= 10).all()
+        assert set(type_ids.tolist()) == {0, 1}
+
+
+# -- a function of the step alone
+
+
+@pytest.mark.parametrize("num_worker", [0, 1, 4])
+@pytest.mark.parametrize("settings", [{}, {"rampup_batch_size": "1 1 4", "skip_batches": "2-5,9"}])
+def test_seeking_equals_going_straight_on(num_worker: int, settings: dict[str, str]) -> None:
+    straight = list(train(num_worker=0, **settings))
+    loader = train(num_worker=num_worker, **settings)
+    for start in (0, 1, 7, 19, 20):
+        loader.seek(start)
+        assert len(loader) == 20 - start
+        assert same(list(loader), straight[start:])
+        resumed = train(num_worker=num_worker, **settings)
+        resumed.resume(loader.position(start))
+        assert same(list(resumed), straight[start:])
+
+
+def test_the_data_goes_on_in_the_next_epoch(folder: str) -> None:
+    """535 tokens, which is 17 rows of 32 and a few epochs in all, however the steps fall."""
+    steps = list(train(train_folder=folder))
+    epochs = [torch.cat([batch["input_ids"] for batch, _ in steps])[17 * i : 17 * (i + 1)] for i in range(3)]
+    first, second, third = (sorted(epoch.flatten().tolist()) for epoch in epochs)
+    assert first == second == third
+    assert not epochs[0].equal(epochs[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"skip_batches": "1,3-4"}])
+def test_the_global_batch_does_not_depend_on_the_ranks(folder: str, settings: dict[str, str]) -> None:
+    """12 rows a step, ramped up from 6, on 1, 2 and 6 ranks."""
+    whole = [
+        [
+            of_all_ranks(
+                [
+                    train(rank, size, train_folder=folder, micro_num=12 // size, **settings, **ramp).read(step)
+                    for rank in range(size)
+                ]
+            )
+            for step in range(8)
+        ]
+        for size, ramp in (
+            (1, {"rampup_batch_size": "6 6 2"}),
+            (2, {"rampup_batch_size": "3 3 2"}),
+            (6, {"rampup_batch_size": "1 1 2"}),
+        )
+    ]
+    for other in whole[1:]:
+        for left, right in zip(whole[0], other, strict=True):
+            assert all(a.equal(b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_run_may_go_on_with_another_global_batch() -> None:
+    before, after = train(micro_num=3), train(micro_num=2)
+    after.resume(before.position(5))
+    assert after.read(5)[0]["input_ids"].equal(before.read(5)[0]["input_ids"][:2])
+    assert after.read(6)[0]["input_ids"][0].equal(before.read(5)[0]["input_ids"][2])
+
+
+def test_another_seed_gives_another_order(folder: str) -> None:
+    one, other = train(train_folder=folder), train(train_folder=folder, seed=8)
+    assert one.fingerprint() == other.fingerprint()
+    assert not one.read(0)[0]["input_ids"].equal(other.read(0)[0]["input_ids"])
+
+
+# -- validation
+
+
+def test_validation_reads_each_type_once_in_order(folder: str) -> None:
+    loaders = valid(valid_folder=folder)
+    assert list(loaders) == ["code", "en"]
+    batches = list(loaders["en"])
+    assert len(batches) == len(loaders["en"]) == 1
+    batch, labels = batches[0]
+    assert batch["input_ids"].flatten()[:70].tolist() == [i + 1 for i in range(10) for _ in range(7)]
+    assert (labels != -100).sum() == 10 * 6
+    assert batch["type_ids"].eq(0).all()
+
+
+@pytest.mark.parametrize("micro_num", [None, 1, 5])
+def test_all_ranks_get_as_many_validation_batches(folder: str, micro_num: int | None) -> None:
+    alone = valid(valid_folder=folder, valid_micro_num=1)["code"]
+    rows = [batch["input_ids"][0] for batch, _ in alone]
+    for size in (2, 3, 8):
+        ranks = [valid(rank, size, valid_folder=folder, valid_micro_num=micro_num)["code"] for rank in range(size)]
+        batches = [list(loader) for loader in ranks]
+        assert len({len(of_rank) for of_rank in batches}) == 1
+        assert all(len(labels) == (micro_num or 3) for of_rank in batches for _, labels in of_rank)
+        by_step = [row for step in zip(*batches, strict=True) for batch, _ in step for row in batch["input_ids"]]
+        assert all(a.equal(b) for a, b in zip(rows, by_step, strict=False))
+        labels = torch.cat([labels for step in zip(*batches, strict=True) for _, labels in step])
+        assert len(rows) <= len(labels)
+        assert labels[len(rows) :].eq(-100).all()
+
+
+def test_validation_may_be_bounded(folder: str) -> None:
+    loader = valid(valid_folder=folder, valid_max_batches=2, num_worker=2)["code"]
+    assert len(list(loader)) == len(loader) == 2
+
+
+def test_random_validation_differs_from_training() -> None:
+    loaders = valid(valid_max_batches=1)
+    assert list(loaders) == ["val"]
+    batch, _ = next(iter(loaders["val"]))
+    assert not batch["input_ids"].equal(train().read(0)[0]["input_ids"])
+
+
+def test_no_validation_without_a_folder_beside_one_for_training(folder: str) -> None:
+    assert valid(train_folder=folder) == {}
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("num_worker", [0, 3])
+def test_an_error_of_a_thread_reaches_the_caller(folder: str, num_worker: int) -> None:
+    batches = iter(train(train_folder=folder, num_worker=num_worker))
+    next(batches)
+    os.truncate(Path(folder, "code/x.bin"), 40)
+    with pytest.raises(DataError, match=r"code/x.bin:\d+ .* has changed since it was opened"):
+        list(batches)
+
+
+def test_the_index_may_lie_in_shared_memory(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shm = tmp_path_factory.mktemp("shm") / "metacache"
+    train(train_folder=f"local:{folder}", use_shm=True, shm_path=str(shm))
+    assert len(list(shm.iterdir())) == 1

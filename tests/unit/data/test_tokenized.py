@@ -1,0 +1,325 @@
+"""Tokenized files: types, order, the kept index, and every way in which they can be bad."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from internlm.data.index import CACHE_NAME
+from internlm.data.tokenized import TokenizedSource
+from internlm.utils.errors import DataError
+from tests.unit.data.files import write_bin, write_meta
+
+VOCAB = 100
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five samples of three types."""
+    write_bin(tmp_path / "en/b.bin", [[1, 2, 3], [4]])
+    write_bin(tmp_path / "en/a/z.bin", [[5, -6]])
+    write_bin(tmp_path / "cn/x.bin", [[7, 8, 9, 10]])
+    write_bin(tmp_path / "top.bin", [[]])
+    return tmp_path
+
+
+def opened(folder: Path, min_length: int = 0, cache: Path | None = None) -> TokenizedSource:
+    return TokenizedSource(str(folder), min_length, VOCAB, str(cache) if cache else None)
+
+
+def all_samples(source: TokenizedSource) -> list[list[int]]:
+    return [source.read(sample).tolist() for sample in range(len(source.lengths))]
+
+
+def test_samples_lie_in_the_order_of_the_names(folder: Path) -> None:
+    source = opened(folder)
+    assert all_samples(source) == [[7, 8, 9, 10], [5, -6], [1, 2, 3], [4], []]
+    assert source.lengths.tolist() == [4, 2, 3, 1, 0]
+    assert source.types == ["cn", "default", "en"]
+    assert [source.types[i] for i in source.type_ids] == ["cn", "en", "en", "en", "default"]
+
+
+def test_files_of_few_samples_are_left_out(folder: Path) -> None:
+    source = opened(folder, min_length=2)
+    assert all_samples(source) == [[1, 2, 3], [4]]
+    assert source.types == ["en"]
+
+
+def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "en").symlink_to(folder / "en")
+    (elsewhere / "circle").symlink_to(elsewhere)
+    assert all_samples(opened(elsewhere)) == [[5, -6], [1, 2, 3], [4]]
+
+
+# -- the kept index
+
+
+def test_the_index_is_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(folder)
+    monkeypatch.setattr("internlm.data.index._build", None)  # fails where the index is made again
+    second = opened(folder)
+    assert all_samples(second) == all_samples(first)
+    assert second.fingerprint() == first.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda cache: cache.write_bytes(b""),
+        lambda cache: cache.write_bytes(cache.read_bytes()[:-8]),
+        lambda cache: cache.write_bytes(cache.read_bytes()[:-1] + b"\x07"),
+        lambda cache: cache.write_bytes(pickle.dumps([1, 2, 3])),
+        lambda cache: np.save(cache, np.zeros((3, 6), np.int64)),
+        lambda cache: np.save(cache, np.zeros(4)),
+    ],
+    ids=["empty", "truncated", "bit flipped", "pickle", "foreign", "other shape"],
+)
+def test_a_damaged_index_is_made_again(folder: Path, harm: Callable[[Path], object]) -> None:
+    expected = all_samples(opened(folder))
+    good = (folder / CACHE_NAME).read_bytes()
+    harm(folder / CACHE_NAME)
+    assert all_samples(opened(folder)) == expected
+    assert (folder / CACHE_NAME).read_bytes() == good
+
+
+def test_a_stale_index_is_made_again(folder: Path) -> None:
+    before = opened(folder).fingerprint()
+    write_bin(folder / "en/b.bin", [[1, 2, 3], [4], [11]])
+    source = opened(folder)
+    assert all_samples(source)[2:] == [[1, 2, 3], [4], [11], []]
+    assert source.fingerprint() != before
+
+
+def test_the_index_may_lie_elsewhere(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cache = tmp_path_factory.mktemp("shm") / "metacache"
+    source = opened(folder, cache=cache)
+    assert len(list(cache.iterdir())) == 1
+    assert not (folder / CACHE_NAME).exists()
+    assert all_samples(opened(folder, cache=cache)) == all_samples(source)
+
+
+def test_an_index_that_cant_be_kept_is_done_without(folder: Path) -> None:
+    (folder / "taken").write_text("a file where a folder should be")
+    assert len(all_samples(opened(folder, cache=folder / "taken/metacache"))) == 5
+
+
+def test_several_may_make_the_index_at_once(folder: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        sources = list(pool.map(lambda _: opened(folder), range(16)))
+    assert all(all_samples(source) == all_samples(sources[0]) for source in sources)
+    assert [path.name for path in folder.glob(".*")] == [CACHE_NAME]
+
+
+def test_a_copy_has_the_same_fingerprint(tmp_path: Path) -> None:
+    samples = [[1, 2, 3], [4]]
+    for name in ("one", "two"):
+        os.utime(write_bin(tmp_path / name / "en/x.bin", samples), ns=(len(name), 0))
+    write_bin(tmp_path / "other/en/x.bin", [[1, 2], [3, 4]])
+    one, two, other = (opened(tmp_path / name).fingerprint() for name in ("one", "two", "other"))
+    assert one == two != other
+
+
+# -- bad input
+
+
+def error_of(folder: Path, min_length: int = 0) -> str:
+    with pytest.raises(DataError) as caught:
+        all_samples(opened(folder, min_length))
+    return str(caught.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert error_of(tmp_path / "none") == f"{tmp_path}/none: there is no such folder. Correct the path."
+
+
+def test_no_bin_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    assert "holds no .bin file" in error_of(tmp_path)
+
+
+def test_all_missing_metas_are_named(folder: Path) -> None:
+    for name in ("en/b.bin.meta", "cn/x.bin.meta"):
+        (folder / name).unlink()
+    said = error_of(folder).splitlines()
+    assert len(said) == 2
+    assert said[0].startswith(f"{folder}/cn/x.bin.meta: is missing beside x.bin")
+
+
+def test_all_samples_filtered_out(folder: Path) -> None:
+    said = error_of(folder, min_length=5)
+    assert "all 4 files have fewer samples than data.min_length = 5 (the largest: 2)" in said
+
+
+def test_nothing_but_empty_samples(tmp_path: Path) -> None:
+    write_bin(tmp_path / "x.bin", [[], []])
+    assert "hold no tokens" in error_of(tmp_path)
+
+
+#: Two lines of 22 and 16 bytes.
+TWO = [[1, 2, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(0, 3), (999, 1)], "sample 1 at byte 999 is to hold 1 tokens in -961 bytes"),
+        ([(0, 3), (22, 30)], "sample 1 at byte 22 is to hold 30 tokens in 16 bytes"),
+        ([(0, 3), (22, 2**62)], "sample 1 at byte 22 is to hold 4611686018427387904 tokens in 16 bytes"),
+        ([(22, 1), (0, 3)], "sample 0 at byte 22 is to hold 1 tokens in -22 bytes"),
+        ([(0, 3), (22, -1)], "sample 1 at byte 22 is to hold -1 tokens in 16 bytes"),
+        ([(-1, 3), (22, 1)], "sample 0 at byte -1 is to hold 3 tokens in 23 bytes"),
+        ([(0, 3), (38, 0)], "sample 1 at byte 38 is to hold 0 tokens in 0 bytes"),
+        ([(0, 3)], "the last of its 1 samples isn't the whole line that ends the file"),
+        ([], "the last of its 0 samples isn't the whole line that ends the file"),
+    ],
+)
+def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said: str) -> None:
+    file = write_bin(tmp_path / "x.bin", TWO)
+    write_meta(file, rows)
+    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Make both")
+
+
+def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
+    file = write_bin(tmp_path / "x.bin", TWO)
+    os.truncate(file, 10**10)  # a hole, which nobody should read
+    assert "sample 1 at byte 22 is to hold 1 tokens in 9999999978 bytes" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 20, 22, 30, 36])
+def test_a_truncated_bin(tmp_path: Path, kept: int) -> None:
+    file = write_bin(tmp_path / "x.bin", TWO)
+    os.truncate(file, kept)
+    assert f"{file}.meta: disagrees with x.bin of {kept} bytes" in error_of(tmp_path)
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+class Trap:
+    """Fails the test where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Trap()),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 2)}\n") + pickle.dumps([Trap()]),
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000000000, 2)}\n"),
+        npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 2)}\n"),
+        b"",
+        b"0 3\n24 1\n",
+    ],
+    ids=["pickle", "objects", "absurd size", "large size", "empty", "text"],
+)
+def test_a_meta_that_isnt_plain_numbers(tmp_path: Path, content: bytes) -> None:
+    file = write_bin(tmp_path / "x.bin", [[1, 2, 3], [4]])
+    file.with_name("x.bin.meta").write_bytes(content)
+    error = error_of(tmp_path)
+    assert f"{file}.meta: isn't a plain NumPy array" in error
+    assert "Pickled arrays are refused" in error
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3), np.int64), np.zeros((2, 2)), np.zeros(4, np.int64)])
+def test_a_meta_of_another_shape(tmp_path: Path, array: np.ndarray) -> None:
+    file = write_bin(tmp_path / "x.bin", [[1, 2, 3], [4]])
+    with file.with_name("x.bin.meta").open("wb") as stream:
+        np.save(stream, array)
+    assert "not integers of shape [samples, 2]" in error_of(tmp_path)
+
+
+def test_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    file = write_bin(tmp_path / "x.bin", [[1], [2, -VOCAB, 3]])
+    assert error_of(tmp_path) == (
+        f"{file}:2 (sample 1, byte 16): holds token 100, but model.vocab_size is 100. "
+        "Wrong tokenizer? Tokenize with that of the model."
+    )
+
+
+def test_a_wrong_tokenizer_shows_at_once(tmp_path: Path) -> None:
+    write_bin(tmp_path / "a/x.bin", [[1]])
+    write_bin(tmp_path / "b/x.bin", [[VOCAB]])
+    with pytest.raises(DataError, match="b/x.bin:1"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"tokens": [1, 2,]}', "isn't a JSON line"),
+        ('["tokens", 1, 2]', "isn't a JSON line"),
+        ('{"text": [1, 2]}', "isn't a JSON line"),
+        ('{"tokens": [1, [2]]}', "isn't a JSON line"),
+        ('{"tokens": [1, 2.5]}', "aren't a list of integers"),
+        ('{"tokens": [1, "2"]}', "aren't a list of integers"),
+        ('{"tokens": "1, 2"}', "aren't a list of integers"),
+        ('{"tokens": [1, 18446744073709551616]}', "aren't a list of integers"),
+        ('{"tokens": [1, 2, 3]}', "holds 3 tokens, x.bin.meta says 2"),
+        ('{"tokens": [1]}', "holds 1 tokens, x.bin.meta says 2"),
+    ],
+)
+def test_a_bad_line(tmp_path: Path, line: str, said: str) -> None:
+    file = write_bin(tmp_path / "x.bin", [[5], [1, 2], [6]])
+    first, _, last = file.read_text().splitlines()
+    file.write_text(f"{first}\n{line}\n{last}\n")
+    write_meta(file, [(0, 1), (16, 2), (16 + len(line) + 1, 1)])
+    error = error_of(tmp_path)
+    assert f"{file}:2 (sample 1, byte 16): " in error
+    assert said in error
+
+
+# -- a file that changes while it is used
+
+
+@pytest.mark.parametrize("was_read", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: os.truncate(file, 20), "has changed since it was opened (38 bytes then, 20 now)"),
+        (lambda file: file.write_text(file.read_text().replace("4", "5")), "has changed since it was opened"),
+    ],
+    ids=["truncated", "changed"],
+)
+def test_a_file_that_changes_is_named(
+    tmp_path: Path, change: Callable[[Path], object], said: str, was_read: bool
+) -> None:
+    write_bin(tmp_path / "t/x.bin", TWO)
+    second = write_bin(tmp_path / "t/y.bin", TWO)
+    os.utime(second, ns=(0, 0))
+    source = opened(tmp_path)
+    if was_read:
+        assert source.read(3).tolist() == [4]
+    change(second)
+    with pytest.raises(DataError) as caught:
+        source.read(3)
+    assert str(caught.value).startswith(f"{second}:2 (sample 1, byte 22): ")
+    assert said in str(caught.value)
+
+
+def test_a_replaced_file_is_named_or_read_as_it_was(tmp_path: Path) -> None:
+    first, second = (write_bin(tmp_path / f"t/{name}.bin", TWO) for name in "xy")
+    source = opened(tmp_path)  # which reads the first file of each type
+    for file in (first, second):
+        file.unlink()
+        os.utime(write_bin(file, [[1, 2, 3], [9]]), ns=(0, 0))
+    assert source.read(1).tolist() == [4]
+    with pytest.raises(DataError, match=r"y.bin:2 \(sample 1, byte 22\): the file has changed since it was opened"):
+        source.read(3)
+
+
+def test_a_removed_file_is_named(tmp_path: Path) -> None:
+    _, second = (write_bin(tmp_path / f"t/{name}.bin", TWO) for name in "xy")
+    source = opened(tmp_path)
+    second.unlink()
+    with pytest.raises(DataError, match=r"y.bin:1 \(sample 0, byte 0\): can't be read \(No such file or directory\)"):
+        source.read(2)

@@ -1,0 +1,31 @@
+"""Train a model: ``torchrun --nproc_per_node=2 train.py --config configs/demo.py``, or under Slurm with ``srun python train.py``."""
+
+from internlm.core.context import global_context as gpc
+from internlm.core.trainer_builder import TrainerBuilder
+from internlm.data import build_train_loader_with_data_type, build_valid_loader_with_data_type
+from internlm.initialize import initialize_distributed_env
+from internlm.model.builder import create_model
+from internlm.utils.common import parse_args
+from internlm.utils.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    args = parse_args()
+    initialize_distributed_env(
+        config=args.config,
+        launcher=args.launcher,
+        master_port=args.port,
+        seed=args.seed,
+        host=args.host,
+        backend=args.backend,
+        overrides=args.set,
+    )
+    model = create_model(model_type=gpc.config.model_type)
+    train_dl, dataset_types = build_train_loader_with_data_type()
+    val_dls = build_valid_loader_with_data_type()
+    TrainerBuilder(model, train_dl, val_dls, dataset_types=dataset_types, **vars(args)).fit()
+
+
+if __name__ == "__main__":
+    main()
