@@ -1,4 +1,5 @@
-"""Train a model: ``torchrun --nproc_per_node=2 train.py --config configs/demo.py``, or under Slurm with ``srun python train.py``."""
+"""Train a model: ``torchrun --nproc_per_node=2 train.py --config configs/demo.py``, or under Slurm with ``srun
+python train.py``."""
 
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer_builder import TrainerBuilder

@@ -1,7 +1,7 @@
 """A contiguous run of a flattened tensor as boxes of the tensor itself. Pure arithmetic.
 
-ZeRO cuts flat buffers anywhere, so a shard may begin and end within a row. In the tensor's own axes such a run is at most
-2 · dims − 1 boxes: a part of the first row, whole rows, a part of the last row, and so on inwards.
+ZeRO cuts flat buffers anywhere, so a shard may begin and end within a row. In the tensor's own axes such a run is at
+most 2 · dims − 1 boxes: a part of the first row, whole rows, a part of the last row, and so on inwards.
 """
 
 from __future__ import annotations

@@ -60,10 +60,13 @@ def to_text(content: dict[str, Any]) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The small, human-readable part of a checkpoint; raises :class:`CheckpointError` where ``folder`` is not a complete one."""
+    """The small, human-readable part of a checkpoint; raises :class:`CheckpointError` where ``folder`` is not a
+    complete one."""
     if not folder.is_dir():
         there = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"
-        raise CheckpointError(Problem(str(folder), f"no such checkpoint ({folder.parent} holds {there})", "Check the path"))
+        raise CheckpointError(
+            Problem(str(folder), f"no such checkpoint ({folder.parent} holds {there})", "Check the path")
+        )
     if not (folder / STATE_FILE).is_file():
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
         what = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
@@ -73,9 +76,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except ValueError as error:
-        raise CheckpointError(Problem(str(folder / STATE_FILE), f"can't be read ({error})", "Choose another one")) from None
+        raise CheckpointError(
+            Problem(str(folder / STATE_FILE), f"can't be read ({error})", "Choose another one")
+        ) from None
     if state.get("format", FORMAT + 1) > FORMAT:
         raise CheckpointError(
-            Problem(str(folder), f"has format {state.get('format')}, this version reads up to {FORMAT}", "Update InternEvo")
+            Problem(
+                str(folder), f"has format {state.get('format')}, this version reads up to {FORMAT}", "Update InternEvo"
+            )
         )
     return state

@@ -1,7 +1,8 @@
 """Logical tensors: what a checkpoint is made of, whatever the layout that wrote it.
 
 A :class:`LogicalTensor` is a global shape and the boxes of it that this rank holds. It implements the protocol by which
-``torch.distributed.checkpoint`` lets an object say what to write and where to read into, so that any layout can read what another wrote.
+``torch.distributed.checkpoint`` lets an object say what to write and where to read into, so that any layout can read
+what another wrote.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def model_tensors(model: nn.Module) -> Logical:
 
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> Logical:
-    """``optimizer/<state>/<name>``: the boxes of each moment (and of main parameters wider than the model's) in this rank's shard."""
+    """``optimizer/<state>/<name>``: the boxes of each moment (and of main parameters wider than the model's) in this
+    rank's shard."""
     tensors: Logical = {}
     for group in optimizer.groups:
         for state, flat in _flat_states(optimizer, group):

@@ -1,7 +1,7 @@
 """Saving and resuming.
 
-A save, in phases: every rank writes the boxes it holds; rank 0 writes ``state.json``; then, last of all, the commit mark.
-A folder without the mark is an unfinished save and is never loaded.
+A save, in phases: every rank writes the boxes it holds; rank 0 writes ``state.json``; then, last of all, the commit
+mark. A folder without the mark is an unfinished save and is never loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Sampler(Protocol):
 class CheckpointManager:
     """Saves every ``checkpoint_every`` steps and at ``total_steps``; resumes from the newest complete checkpoint.
 
-    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config`` and the ``data`` fingerprint. They are compared on loading.
+    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config`` and the ``data`` fingerprint. They are
+    compared on loading.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class CheckpointManager:
         try:
             dcp.save(self._tensors(), storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
         except CheckpointException as error:
-            raise CheckpointError(Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")) from None
+            raise CheckpointError(
+                Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")
+            ) from None
         self._on_first_rank(lambda: self._commit(target, state))
         self.last_saved = state.step
         log_first(f"saved {target}")
@@ -205,7 +208,7 @@ class CheckpointManager:
             Problem(
                 "data.train_folder",
                 f"its data changed since {source} was saved (fingerprint {then} then, {now} now)",
-                "Put the old data back, or load with ckpt.load_ckpt_info.content=('model', 'optimizer') and auto_resume=False",
+                "Put the old data back, or set ckpt.auto_resume=False and load content=('model', 'optimizer')",
             )
         ]
 

@@ -1,6 +1,7 @@
 """Writing ``torch.distributed.checkpoint`` files, and reading them without trusting them.
 
-Its metadata is a pickle, and a pickle may run anything. The reader here builds only the handful of plain classes that metadata is made of.
+Its metadata is a pickle, and a pickle may run anything. The reader here builds only the handful of plain classes
+that metadata is made of.
 """
 
 from __future__ import annotations

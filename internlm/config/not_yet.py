@@ -16,8 +16,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "parallel.tensor.size": (1,),
     "parallel.pipeline.size": (1,),
     "parallel.weight.size": (1,),
-    "parallel.expert.size": (-1, 1),
-    "parallel.expert_weight.size": (1,),
     "parallel.zero1.fsdp": (False,),
     "parallel.sequence_2D.enable": (False,),
     "model.num_chunks": (1,),

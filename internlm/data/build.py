@@ -74,4 +74,6 @@ def row_shape(data: DataConfig) -> RowShape:
 
 
 def _tokenized(data: DataConfig, folder: str, vocab_size: int) -> TokenizedSource:
-    return TokenizedSource(folder.removeprefix("local:"), data.min_length, vocab_size, data.shm_path if data.use_shm else None)
+    return TokenizedSource(
+        folder.removeprefix("local:"), data.min_length, vocab_size, data.shm_path if data.use_shm else None
+    )

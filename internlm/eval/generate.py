@@ -19,8 +19,9 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
 ) -> list[int]:
-    """Up to ``new_tokens`` tokens after ``prompt``, drawn from the smallest set of tokens of total probability ``top_p``
-    (nucleus sampling, arXiv 1904.09751); ``temperature`` 0 takes the likeliest. Ends early with token ``stop``.
+    """Up to ``new_tokens`` tokens after ``prompt``, drawn from the smallest set of tokens of total probability
+    ``top_p`` (nucleus sampling, arXiv 1904.09751); ``temperature`` 0 takes the likeliest. Ends early with token
+    ``stop``.
 
     The whole sequence is run again for every token: this is for looking at a model, not for serving it.
     """

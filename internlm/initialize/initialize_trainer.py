@@ -24,7 +24,8 @@ def initialize_trainer(
 ) -> Trainer:
     """A :class:`Trainer` over a model and what :func:`initialize_optimizer` made for it.
 
-    ``criterion`` defaults to cross-entropy with the config's label smoothing; ``types`` is the number of data-set types.
+    ``criterion`` defaults to cross-entropy with the config's label smoothing; ``types`` is the number of data-set
+    types.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
     scheduler = NonPipelineScheduler(

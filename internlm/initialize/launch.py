@@ -23,7 +23,7 @@ from internlm.utils.errors import ConfigError, LaunchError, Problem
 from internlm.utils.hostlist import expand_host_list
 from internlm.utils.logger import get_logger
 
-OLDEST_TORCH = (2, 8)
+OLDEST_TORCH = (2, 13)
 TORCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 HOW_TO_START = (
@@ -61,7 +61,13 @@ def get_default_parser() -> argparse.ArgumentParser:
     add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
     add("--seed", type=int, default=1024, help="seed of everything random (default: %(default)s)")
     add("--profiling", action="store_true", help="write torch traces and a memory report")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, such as data.micro_num=2")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key, such as data.micro_num=2",
+    )
     return parser
 
 
@@ -83,9 +89,9 @@ def initialize_distributed_env(
 ) -> None:
     """Resolve ``config``, join the other processes, make the process groups and seed every random stream.
 
-    ``config`` is a file, a dict of keys or a resolved :class:`Config`; ``overrides`` are ``"key=value"`` strings. ``launcher`` is
-    ``"torch"``, ``"slurm"`` or None, which finds out. Raises :class:`ConfigError` or :class:`LaunchError` before any process group exists
-    where the fault can be seen by then.
+    ``config`` is a file, a dict of keys or a resolved :class:`Config`; ``overrides`` are ``"key=value"`` strings.
+    ``launcher`` is ``"torch"``, ``"slurm"`` or None, which finds out. Raises :class:`ConfigError` or
+    :class:`LaunchError` before any process group exists where the fault can be seen by then.
     """
     if (launcher or detect_launcher(os.environ)) == "slurm":
         launch_from_slurm(config, host=host, port=master_port, backend=backend, seed=seed, overrides=overrides)
@@ -117,14 +123,17 @@ def launch_from_slurm(
     seed: int = 1024,
     overrides: Sequence[str] = (),
 ) -> None:
-    """As :func:`initialize_distributed_env`, for processes started by srun; rank 0 listens on ``host`` (the first of the job) and ``port``."""
+    """As :func:`initialize_distributed_env`, for processes started by srun; rank 0 listens on ``host`` (the first of
+    the job) and ``port``."""
     _launch(config, read_slurm_environment(os.environ, host, port), backend, seed, overrides)
 
 
 def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:
     """What torchrun put into the environment."""
     _demand(TORCH_VARIABLES, environment)
-    rank, local_rank, world, port = (_number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, local_rank, world, port = (
+        _number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    )
     return ProcessInfo(rank, world, local_rank, environment["MASTER_ADDR"], port)
 
 
@@ -154,9 +163,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
         raise LaunchError(Problem(name, f"{environment[name]!r} is not a number", HOW_TO_START)) from None
 
 
-def _launch(
-    config: ConfigLike, process: ProcessInfo, backend: str | None, seed: int, overrides: Sequence[str]
-) -> None:
+def _launch(config: ConfigLike, process: ProcessInfo, backend: str | None, seed: int, overrides: Sequence[str]) -> None:
     _check_torch()
     resolved = _resolve(config, process, overrides)
     _check_devices(process)
@@ -193,7 +200,11 @@ def _check_devices(process: ProcessInfo) -> None:
     devices = accelerator.device_count()
     if devices is not None and process.local_rank >= devices:
         raise LaunchError(
-            Problem("LOCAL_RANK", f"{process.local_rank}, but this machine has {devices} devices", "Start one process a device")
+            Problem(
+                "LOCAL_RANK",
+                f"{process.local_rank}, but this machine has {devices} devices",
+                "Start one process a device",
+            )
         )
 
 
@@ -221,4 +232,6 @@ def _check_agreement(config: Config) -> None:
     dist.all_gather_object(hashes, config_hash(config))
     if len(set(hashes)) > 1:
         shown = ", ".join(f"rank {rank}: {str(value)[:12]}" for rank, value in enumerate(hashes))
-        raise ConfigError(Problem("config", f"the ranks disagree ({shown})", "Give every rank the same file and overrides"))
+        raise ConfigError(
+            Problem("config", f"the ranks disagree ({shown})", "Give every rank the same file and overrides")
+        )

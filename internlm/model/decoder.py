@@ -75,7 +75,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
         """x: [T, H] → [T, H]."""
         x = x + self.attention(self.attention_norm(x), rotary, segments)
-        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return out
 
 
 class Decoder(nn.Module):
@@ -102,10 +103,12 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         grad_scale: float = 1.0,
     ) -> Tensor | TokenLoss:
-        """Logits [*input_ids.shape, V], or a :class:`TokenLoss` where ``labels`` (of the shape of ``input_ids``) are given.
+        """Logits [*input_ids.shape, V], or a :class:`TokenLoss` where ``labels`` (of the shape of ``input_ids``) are
+        given.
 
-        input_ids: [T] packed, with ``cu_seqlens`` [pieces + 1] bounding its pieces and ``indexes`` [T] the position within each; or
-        [B, S] without them. ``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses.
+        input_ids: [T] packed, with ``cu_seqlens`` [pieces + 1] bounding its pieces and ``indexes`` [T] the position
+        within each; or [B, S] without them. ``loss_sum`` of the result is ``grad_scale`` times the sum of the token
+        losses.
         """
         x = self.hidden(input_ids, cu_seqlens, indexes)
         if labels is None:
@@ -150,6 +153,8 @@ def _pieces(input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
     else:
         segments = Segments.from_cu_seqlens(cu_seqlens)
     if indexes is None:
-        starts = torch.repeat_interleave(segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=input_ids.numel())
+        starts = torch.repeat_interleave(
+            segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=input_ids.numel()
+        )
         return segments, torch.arange(input_ids.numel(), device=input_ids.device) - starts
     return segments, indexes.flatten()

@@ -6,7 +6,8 @@ from internlm.config.schema import ModelConfig
 
 
 def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward operations of the matrix products for one token of a sequence of ``seq_len``, causal masking not deducted."""
+    """Forward operations of the matrix products for one token of a sequence of ``seq_len``, causal masking not
+    deducted."""
     heads = model.num_attention_heads * model.head_size
     kv = model.kv_heads * model.head_size
     attention = 2 * model.hidden_size * (heads + 2 * kv) + 2 * heads * model.hidden_size  # qkv and output projections
@@ -17,7 +18,8 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward operations for one token; backward takes two products for each of forward's. No recompute."""
+    """Forward and backward operations for one token; backward takes two products for each of forward's. No
+    recompute."""
     return 3 * forward_flops_per_token(model, seq_len)
 
 

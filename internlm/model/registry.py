@@ -1,4 +1,5 @@
-"""Model types by name. A function registered here is called with the config's ``model`` section and returns the model."""
+"""Model types by name. A function registered here is called with the config's ``model`` section and returns the
+model."""
 
 from __future__ import annotations
 

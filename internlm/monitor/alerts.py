@@ -25,7 +25,8 @@ _current: tuple[str, AlertConfig] | None = None
 
 
 def send_alert_message(address: str | None = None, title: str | None = None, message: str = "") -> bool:
-    """Post ``message`` to the webhook at ``address`` (default: the run's own); whether it arrived. Failures are logged, never raised."""
+    """Post ``message`` to the webhook at ``address`` (default: the run's own); whether it arrived. Failures are
+    logged, never raised."""
     job, alert = _current or ("internlm", AlertConfig())
     address = address or (alert.feishu_alert_address if alert.enable_feishu_alert else None)
     text = f"[{title or job}] {message}"
@@ -54,7 +55,8 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Tell of start, end and an unhandled exception of the block, and let :func:`send_alert_message` know whom to tell."""
+    """Tell of start, end and an unhandled exception of the block, and let :func:`send_alert_message` know whom to
+    tell."""
     global _current
     outer, _current = _current, (job_name, alert or AlertConfig())
     try:

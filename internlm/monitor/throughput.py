@@ -27,7 +27,8 @@ class Throughput:
         self._recent.append((tokens, seconds))
 
     def figures(self) -> dict[str, float]:
-        """tgs of the last step, the last 10 and 50, the whole run; the mean over steps, and that over the last 100 steps."""
+        """tgs of the last step, the last 10 and 50, the whole run; the mean over steps, and that over the last 100
+        steps."""
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],

@@ -59,14 +59,14 @@ class TensorBoard:
         require("tensorboard", "enable_tb", "pip install tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), max_queue=queue)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), max_queue=queue)
 
     def write(self, step: int, figures: Figures) -> None:
         for key, value in figures.items():
-            self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class ProgressBar:
@@ -112,7 +112,8 @@ class MetricsWriter:
 def open_writers(
     folder: Path, tensorboard: Path | None, tb_queue: int, total_steps: int, first_step: int
 ) -> MetricsWriter:
-    """The log line, ``metrics.jsonl`` in ``folder``, TensorBoard where a folder is given, a bar where a person looks on."""
+    """The log line, ``metrics.jsonl`` in ``folder``, TensorBoard where a folder is given, a bar where a person looks
+    on."""
     makers: list[Any] = [LogLine, lambda: JsonLines(folder / "metrics.jsonl")]
     if tensorboard is not None:
         makers.append(lambda: TensorBoard(tensorboard, tb_queue))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ def peak_rss_bytes() -> int:
 
 
 def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer) -> str:
-    """Parameters by module, gradients and optimizer state of this rank, in MB, and the peak of the process (and of CUDA)."""
+    """Parameters by module, gradients and optimizer state of this rank, in MB, and the peak of the process (and of
+    CUDA)."""
     rows = [(f"parameters {name}", _bytes(module.parameters())) for name, module in model.named_children()]
     rows += [("gradients", _bytes(group.grads for group in optimizer.groups))]
     rows += [
@@ -30,5 +32,5 @@ def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer) -> str:
     return "\n".join(f"{size / 2**20:12.1f} MB  {name}" for name, size in rows) + "\n"
 
 
-def _bytes(tensors: object) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))  # type: ignore[attr-defined]
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

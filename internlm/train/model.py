@@ -8,6 +8,8 @@ from torch import nn
 from internlm import accelerator
 from internlm.config import Config
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel import Communicator, ParallelLinear
+from internlm.core.parallel.communicator import SILENT
 from internlm.core.parallel.placement import initialize_parameters, placed_parameters
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
@@ -16,7 +18,8 @@ from internlm.utils.errors import ConfigError, Problem
 
 
 def create_model(model_type: str | None = None) -> nn.Module:
-    """The model of the global config (or of another registered ``model_type``), its parameters drawn from the run's seed."""
+    """The model of the global config (or of another registered ``model_type``), its parameters drawn from the run's
+    seed."""
     return build_model(gpc.config, gpc.seed, model_type)
 
 
@@ -49,15 +52,20 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def initialize_parallel_communicator(model: nn.Module) -> None:
-    """Attach the communicators of the parallel mode to the layers of ``model``, and return that of isp, if it is the mode.
+def initialize_parallel_communicator(model: nn.Module) -> Communicator | None:
+    """Attach the communicators of the parallel mode to the layers of ``model``; that of isp is returned, if isp is on.
 
-    With data parallelism alone every layer is whole and needs none: None is returned.
+    With data parallelism alone every layer is whole and stays with the silent communicator that it was built with.
     """
+    for module in model.modules():
+        if isinstance(module, ParallelLinear):
+            module.communicator = SILENT
     return None
 
 
-def initialize_model_and_parallel_communicator(model: nn.Module | None = None) -> tuple[nn.Module, None]:
+def initialize_model_and_parallel_communicator(
+    model: nn.Module | None = None,
+) -> tuple[nn.Module, Communicator | None]:
     """:func:`initialize_model`, then :func:`initialize_parallel_communicator`; both results."""
     model = initialize_model(model)
     return model, initialize_parallel_communicator(model)

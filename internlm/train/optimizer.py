@@ -6,14 +6,16 @@ from torch import nn
 
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel import Communicator
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.schedulers import Beta2Schedule, CosineWithWarmup
 
 
 def initialize_optimizer(
-    model: nn.Module, isp_communicator: None = None
+    model: nn.Module, isp_communicator: Communicator | None = None
 ) -> tuple[HybridZeroOptimizer, Beta2Schedule, CosineWithWarmup]:
-    """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config describes them.
+    """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config
+    describes them.
 
     From here on the parameters of ``model`` are views of the optimizer's flat buffers.
     """

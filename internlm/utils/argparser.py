@@ -32,10 +32,13 @@ class FriendlyParser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            where = "/".join(action.option_strings) or str(action.metavar or action.dest)
-            todo = did_you_mean(str(value), map(str, action.choices))
-            self._refuse([Problem(where, f"{str(value)!r} is unknown", todo)])
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        command = isinstance(action, argparse._SubParsersAction)
+        where = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        todo = did_you_mean(str(value), known) if command else f"Give one of {', '.join(known)}"
+        self._refuse([Problem(where, f"{str(value)!r} is unknown", todo)])
 
     def _unknown_argument(self, word: str, parsed: argparse.Namespace) -> Problem:
         flag = word.partition("=")[0]

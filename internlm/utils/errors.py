@@ -70,7 +70,8 @@ _GRACE_SECONDS = 2.0
 
 
 def report(error: UserError) -> None:
-    """Print the problems of ``error`` to stderr, a line each; where several ranks would say the same, one of them does."""
+    """Print the problems of ``error`` to stderr, a line each; where several ranks would say the same, one of them
+    does."""
     if not _speaks(error):
         time.sleep(_GRACE_SECONDS)
         return

@@ -1,7 +1,7 @@
 """Lazy re-exports: a package offers a name that lives elsewhere and imports its home on first use.
 
-This keeps ``import internlm`` light, and lets a lower package offer a name whose home is a higher layer without importing
-that layer when it is itself imported (PEP 562).
+This keeps ``import internlm`` light, and lets a lower package offer a name whose home is a higher layer without
+importing that layer when it is itself imported (PEP 562).
 """
 
 from __future__ import annotations

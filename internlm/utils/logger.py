@@ -17,7 +17,8 @@ class _RankFormatter(logging.Formatter):
 
 
 def get_logger(name: str = NAME) -> logging.Logger:
-    """The framework's logger, or a child of it. Lines go to stderr unless the application set up handlers of its own."""
+    """The framework's logger, or a child of it. Lines go to stderr unless the application set up handlers of its
+    own."""
     root = logging.getLogger(NAME)
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -12,8 +12,9 @@ from internlm.utils.nearest import did_you_mean
 class Registry:
     """Maps names to callables (classes or functions).
 
-    Works as a call, ``registry.register_module("NAME", cls)``, and as a decorator, ``@registry.register_module(module_name="NAME")``.
-    Registering another callable under a taken name is an error, for it would change what existing configs mean.
+    Works as a call, ``registry.register_module("NAME", cls)``, and as a decorator,
+    ``@registry.register_module(module_name="NAME")``. Registering another callable under a taken name is an error,
+    for it would change what existing configs mean.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +34,9 @@ class Registry:
         """The callable of that name; a :class:`ConfigError` names the nearest known one."""
         if module_name not in self._modules:
             raise ConfigError(
-                Problem(self.name, f"nothing is registered as {module_name!r}", did_you_mean(module_name, self._modules))
+                Problem(
+                    self.name, f"nothing is registered as {module_name!r}", did_you_mean(module_name, self._modules)
+                )
             )
         return self._modules[module_name]
 

@@ -125,7 +125,7 @@ def fsdp_has_no_pipeline(config: Config, facts: Facts) -> Iterator[Problem]:
 def experts_divide(config: Config, facts: Facts) -> Iterator[Problem]:
     """Each rank of the expert group holds equally many experts."""
     experts, size = config.model.num_experts, config.parallel.expert.size
-    if size > 0 and experts % size:
+    if experts > 1 and size > 0 and experts % size:
         what = f"{size} does not divide model.num_experts = {experts}"
         yield Problem("parallel.expert.size", what, f"Use one of {divisors(experts)}, or -1")
 

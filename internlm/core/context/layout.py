@@ -1,13 +1,14 @@
 """Rank layout: sizes to rank lists, for every :class:`ParallelMode`. Pure arithmetic, no process is started.
 
-All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, a stage of the pipeline is seen in three ways::
+All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, a stage of the pipeline is seen in
+three ways::
 
     ordinary   tensor, data
     weight     weight, weight-data              (isp: the same ranks, seen by shards of the weights)
     expert     expert-tensor, expert, expert-data
 
-and the pipeline varies slowest in each. ZERO1 is a run of consecutive members of the data group (of the weight-data group under
-isp); ZERO1_REPLICA joins the ranks that hold the same shard.
+and the pipeline varies slowest in each. ZERO1 is a run of consecutive members of the data group (of the weight-data
+group under isp); ZERO1_REPLICA joins the ranks that hold the same shard.
 """
 
 from __future__ import annotations
@@ -106,13 +107,13 @@ class Layout:
 
     def groups(self, mode: ParallelMode) -> list[list[int]]:
         """Every group of ``mode``."""
-        return self.grids[mode].tolist()  # type: ignore[no-any-return]
+        return self.grids[mode].tolist()
 
     def group_of(self, rank: int, mode: ParallelMode) -> list[int]:
         """The group of ``mode`` that ``rank`` is in, in the order of local ranks."""
         grid = self.grids[mode]
         row = int(np.nonzero(grid == rank)[0][0])
-        return grid[row].tolist()  # type: ignore[no-any-return]
+        return grid[row].tolist()
 
 
 def _along(grid: np.ndarray, axis: int) -> np.ndarray:

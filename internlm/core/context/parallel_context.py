@@ -44,7 +44,8 @@ class ParallelContext:
 
     # -- life ---------------------------------------------------------------------------------------------------------
     def initialize(self, config: Config, seed: int) -> None:
-        """Make the groups of every mode. ``torch.distributed`` must be up; every rank must call this with the same config."""
+        """Make the groups of every mode. ``torch.distributed`` must be up; every rank must call this with the same
+        config."""
         self._config, self._seed = config, seed
         self._rank = dist.get_rank()
         self._layout = Layout(sizes_of(config, dist.get_world_size()))
@@ -57,13 +58,13 @@ class ParallelContext:
         )
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """One process group per set of ranks. Only its members take part in making it: each rank is in one group of a mode, and
-        all walk the modes in the same order, so nobody waits in a circle."""
+        """One process group per set of ranks. Only its members take part in making it: each rank is in one group of
+        a mode, and all walk the modes in the same order, so nobody waits in a circle."""
         if ranks not in self._made:
             whole = len(ranks) == dist.get_world_size()
-            self._made[ranks] = (
-                dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
-            )
+            group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+            assert group is not None
+            self._made[ranks] = group
         return self._made[ranks]
 
     def destroy(self) -> None:

@@ -1,7 +1,7 @@
 """Seeds: which ranks draw the same random numbers.
 
-Each :class:`ParallelMode` that may draw has a stream of its own. ``DATA``: ranks that hold the same activations (one tensor group)
-draw alike, ranks with other samples or other layers differ. ``TENSOR``: every rank draws differently.
+Each :class:`ParallelMode` that may draw has a stream of its own. ``DATA``: ranks that hold the same activations (one
+tensor group) draw alike, ranks with other samples or other layers differ. ``TENSOR``: every rank draws differently.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a parallel linear says to the other ranks, and when.
 
-A communicator has six hooks around the three matrix products of a linear layer; each is the identity here. A parallel mode is a small
-subclass that overrides the hooks it needs, attached per instance of a layer.
+A communicator has six hooks around the three matrix products of a linear layer; each is the identity here. A
+parallel mode is a small subclass that overrides the hooks it needs, attached per instance of a layer.
 """
 
 from __future__ import annotations

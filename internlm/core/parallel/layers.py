@@ -11,7 +11,8 @@ from internlm.ops import layer_norm, rms_norm
 
 
 class ParallelEmbedding(nn.Module):
-    """Token ids to vectors; ``grad_scale`` scales the gradient of the table (GLM-130B, arXiv 2210.02414, section 3.1)."""
+    """Token ids to vectors; ``grad_scale`` scales the gradient of the table (GLM-130B, arXiv 2210.02414, section
+    3.1)."""
 
     def __init__(self, vocab_size: int, hidden_size: int, std: float, grad_scale: float = 1.0) -> None:
         super().__init__()

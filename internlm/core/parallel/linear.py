@@ -20,8 +20,8 @@ from internlm.ops import gemm
 class ParallelLinear(nn.Module):
     """y = x · Wᵀ + b, with W of shape [*out_shape, I].
 
-    A fused projection keeps its natural axes in ``out_shape`` ((kv heads, q + 2, head dim), (2, intermediate), …), so that splitting it
-    over ranks is splitting one axis, whatever else is fused with it.
+    A fused projection keeps its natural axes in ``out_shape`` ((kv heads, q + 2, head dim), (2, intermediate), …),
+    so that splitting it over ranks is splitting one axis, whatever else is fused with it.
     """
 
     def __init__(self, in_features: int, out_shape: int | tuple[int, ...], init: Init, bias: bool = False) -> None:
@@ -69,7 +69,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
-    """In place where the weight is whole; by way of a temporary where its gradient is reduced to this rank's shard first."""
+    """In place where the weight is whole; by way of a temporary where its gradient is reduced to this rank's shard
+    first."""
     if comm.splits_weight:
         return add_grad(weight, comm.reduce_grad_weight(weight_grad(dy, x)))
     return add_weight_grad(weight, dy, x)

@@ -1,8 +1,8 @@
 """Gradients are added straight into the optimizer's flat buffer.
 
-The optimizer gives each parameter a ``main_grad``: a view of its flat gradient buffer, of the parameter's shape, perhaps of a wider type.
-Layers that compute a weight gradient themselves add it there and return None to autograd; where there is no ``main_grad`` (a model
-used without our optimizer) they return the gradient as any module does.
+The optimizer gives each parameter a ``main_grad``: a view of its flat gradient buffer, of the parameter's shape,
+perhaps of a wider type. Layers that compute a weight gradient themselves add it there and return None to autograd;
+where there is no ``main_grad`` (a model used without our optimizer) they return the gradient as any module does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
 
 
 def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """Add dyᵀ·x to the gradient of ``parameter``; dy: [T, O], x: [T, I]. The gradient itself where there is no ``main_grad``."""
+    """Add dyᵀ·x to the gradient of ``parameter``; dy: [T, O], x: [T, I]. The gradient itself where there is no
+    ``main_grad``."""
     target = main_grad_of(parameter)
     if target is None:
         return weight_grad(dy, x).view_as(parameter)

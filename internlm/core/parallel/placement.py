@@ -1,6 +1,7 @@
 """Where each parameter lives: one :class:`ParamPlacement` on every parameter, set where the parameter is created.
 
-Gradient reduction, norm clipping, ZeRO, checkpoints and initialisation all read it; nothing guesses from names or module types.
+Gradient reduction, norm clipping, ZeRO, checkpoints and initialisation all read it; nothing guesses from names or
+module types.
 """
 
 from __future__ import annotations
@@ -83,15 +84,16 @@ def placement_of(parameter: nn.Parameter, name: str) -> ParamPlacement:
             Problem(
                 f"model parameter '{name}'",
                 "has no ParamPlacement, so nobody knows how to reduce, shard or save it",
-                "Build it from the layers of internlm.core.parallel, or call place_replicated(module) on a module that every "
-                "rank holds whole",
+                "Build it from the layers of internlm.core.parallel, or call place_replicated(module) on a module "
+                "that every rank holds whole",
             )
         )
     return placement
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are now."""
+    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are
+    now."""
     for parameter in module.parameters():
         if not hasattr(parameter, "placement"):
             values = parameter.detach().clone()
@@ -121,5 +123,3 @@ def initialize_parameters(module: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(derived_seed(seed, "parameter", name))
         whole = placement.init(torch.empty(placement.global_shape, dtype=torch.float32, device="cpu"), generator)
         parameter.copy_(placement.local_part(whole))
-
-

@@ -13,7 +13,8 @@ from internlm.ops import TokenLoss, cross_entropy
 class TokenCrossEntropy:
     """Cross-entropy of each token against its label.
 
-    A model whose ``forward`` takes ``labels`` computes the loss itself (ours do, chunk by chunk); any other returns logits.
+    A model whose ``forward`` takes ``labels`` computes the loss itself (ours do, chunk by chunk); any other returns
+    logits.
     """
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:

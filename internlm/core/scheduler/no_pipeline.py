@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from internlm.core.parallel.collectives import all_reduce
 from internlm.core.scheduler.loss import TokenCrossEntropy
-from internlm.core.scheduler.result import LOSS, StepResult, sums_by_type
+from internlm.core.scheduler.result import LOSS, TOKENS, StepResult, sums_by_type
 
 Batch = tuple[dict[str, Any], Tensor]
 MODEL_INPUTS = ("input_ids", "cu_seqlens", "indexes")
@@ -42,8 +43,9 @@ class NonPipelineScheduler:
     ) -> StepResult:
         """Take the next batch and run it forward, and backward unless ``forward_only``.
 
-        Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over micro-batches and ranks.
-        ``return_loss=False`` (with labels the model cannot use, say) runs the model alone, forward only.
+        Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
+        micro-batches and ranks. ``return_loss=False`` (with labels the model cannot use, say) runs the model alone,
+        forward only.
         """
         batch, labels = next(data_iter)
         with torch.set_grad_enabled(not forward_only and return_loss):
@@ -61,8 +63,7 @@ class NonPipelineScheduler:
             sums += sums_by_type(result, micro_labels, batch["type_ids"][i].to(self.device), self.types)
             if backward:
                 result.loss_sum.backward()
-        dist.all_reduce(sums, group=self.data_group)
-        return sums
+        return all_reduce(sums, self.data_group)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(3, self.types, dtype=torch.float64, device=self.device)
@@ -76,10 +77,8 @@ class NonPipelineScheduler:
         return {key: batch[key][i].to(self.device, non_blocking=True) for key in MODEL_INPUTS if key in batch}
 
     def _global_valid_tokens(self, labels: Tensor) -> int:
-        valid = (labels != -100).sum().to(self.device)
-        dist.all_reduce(valid, group=self.data_group)
-        return int(valid)
+        return int(all_reduce((labels != -100).sum().to(self.device), self.data_group))
 
     def _mean_loss(self, sums: Tensor) -> float:
-        tokens = sums[-1].sum()
+        tokens = sums[TOKENS].sum()
         return float(sums[LOSS].sum() / tokens) if tokens else 0.0

@@ -19,7 +19,8 @@ class StepResult:
 
     #: Mean over the valid tokens of the global batch: the same number on every data-parallel rank.
     loss: float
-    #: [3, types], float64: summed token loss, correct predictions and valid tokens of each data-set type, over all ranks.
+    #: [3, types], float64: summed token loss, correct predictions and valid tokens of each data-set type, over all
+    #: ranks.
     sums: Tensor
     #: Outputs and labels of each micro-batch, where they were asked for.
     outputs: list[Tensor] = field(default_factory=list)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.placement import ParamPlacement
@@ -38,7 +38,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one parameter's flattened local tensor that lies in a shard: elements [start, stop), and [lo, hi) of the shard."""
+    """The part of one parameter's flattened local tensor that lies in a shard: elements [start, stop), and [lo, hi)
+    of the shard."""
 
     member: Member
     start: int
@@ -107,7 +108,8 @@ class FlatGroup:
 
     @torch.no_grad()
     def main_to_values(self) -> None:
-        """Round the wider main parameters into this rank's shard of the values; nothing where they are the same memory."""
+        """Round the wider main parameters into this rank's shard of the values; nothing where they are the same
+        memory."""
         if self.main.dtype != self.values.dtype:
             self.value_shard.copy_(self.main)
 

@@ -1,4 +1,5 @@
-"""AdamW with its state sharded over part of the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054, with a choice of group).
+"""AdamW with its state sharded over part of the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054, with a choice
+of group).
 
 One step, in phases:
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig
+from internlm.core.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters
 from internlm.solver.optimizer.flat_group import FlatGroup
 
@@ -37,8 +39,9 @@ class OptimizerStep:
 class HybridZeroOptimizer:
     """Owns the flat buffers of a model's parameters and gradients.
 
-    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it. The gradient buffer must
-    hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by the valid tokens of the global batch.
+    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it. The
+    gradient buffer must hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by
+    the valid tokens of the global batch.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class HybridZeroOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> OptimizerStep:
-        """Reduce, clip, update and gather; see the top of the file. Parameters and state stay as they are where ``updated`` is False."""
+        """Reduce, clip, update and gather; see the top of the file. Parameters and state stay as they are where
+        ``updated`` is False."""
         for group in self.groups:
             self._reduce(group)
         norm = self._global_norm()
@@ -87,21 +91,17 @@ class HybridZeroOptimizer:
         self._update(lr, beta2, norm)
         for group in self.groups:
             group.main_to_values()
-            self._gather(group)
+            all_gather(group.values, group.value_shard, self.zero_group)
         return OptimizerStep(updated=True, grad_norm=norm)
 
     def _reduce(self, group: FlatGroup) -> None:
-        if self.zero_group.size() > 1:
-            dist.reduce_scatter_tensor(group.grad_shard, group.grads, group=self.zero_group)
-        if self.replica_group.size() > 1:
-            dist.all_reduce(group.grad_shard, group=self.replica_group)
+        reduce_scatter(group.grad_shard, group.grads, self.zero_group)
+        all_reduce(group.grad_shard, self.replica_group)
 
     def _global_norm(self) -> float:
         """L2 norm over every logical element; squares are summed in float64, so that the layout hardly matters."""
         squares = torch.stack([torch.linalg.vector_norm(group.grad_shard).double() ** 2 for group in self.groups]).sum()
-        if self.zero_group.size() > 1:
-            dist.all_reduce(squares, group=self.zero_group)
-        return math.sqrt(squares.item())
+        return math.sqrt(all_reduce(squares, self.zero_group).item())
 
     def _update(self, lr: float, beta2: float, norm: float) -> None:
         for options in self.adam.param_groups:
@@ -111,13 +111,9 @@ class HybridZeroOptimizer:
         self.adam.grad_scale = torch.tensor(shrink, device=self.groups[0].main.device)  # type: ignore[attr-defined]
         self.adam.step()
 
-    def _gather(self, group: FlatGroup) -> None:
-        if self.zero_group.size() > 1:
-            dist.all_gather_into_tensor(group.values, group.value_shard, group=self.zero_group)
-
     def state_of(self, group: FlatGroup) -> dict[str, Tensor]:
         """What AdamW keeps for this rank's shard of ``group``: flat tensors by name (``step`` is a scalar)."""
-        return self.adam.state[group.main]  # type: ignore[no-any-return]
+        return self.adam.state[group.main]
 
 
 def _kinds(model: nn.Module, adam: AdamConfig) -> list[tuple[Sequence[Placed], float]]:

@@ -10,7 +10,8 @@ from internlm.config.schema import AdamConfig, LRSchedulerConfig
 
 @dataclass(frozen=True)
 class CosineWithWarmup:
-    """Zero for ``init_steps``, linear to ``peak`` over ``warmup_steps``, cosine to ``eta_min`` at ``total_steps`` (arXiv 1608.03983, eq. 5)."""
+    """Zero for ``init_steps``, linear to ``peak`` over ``warmup_steps``, cosine to ``eta_min`` at ``total_steps``
+    (arXiv 1608.03983, eq. 5)."""
 
     peak: float
     total_steps: int

@@ -17,7 +17,9 @@ from internlm.monitor import MetricsWriter, Throughput
 class LogMetrics(Hook):
     """Write the figures of each step; on the rank that logs only."""
 
-    def __init__(self, config: Config, types: Sequence[str], world_size: int, data_size: int, writer: MetricsWriter) -> None:
+    def __init__(
+        self, config: Config, types: Sequence[str], world_size: int, data_size: int, writer: MetricsWriter
+    ) -> None:
         self.types, self.writer = types, writer
         self.world_size, self.data_size = world_size, data_size
         self.throughput = Throughput(world_size)

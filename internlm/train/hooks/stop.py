@@ -19,7 +19,8 @@ log = get_logger()
 class StopOnSignal(Hook):
     """A signal to any rank makes all ranks stop after the step in which they learn of it; a second one quits at once.
 
-    Comes before the hook that saves, which then sees ``stop_requested``. The exit code is 128 + the signal, on every rank.
+    Comes before the hook that saves, which then sees ``stop_requested``. The exit code is 128 + the signal, on every
+    rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,14 +39,18 @@ class StopOnSignal(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         # The signal and the rank it reached, as one number, so that a single maximum tells every rank both.
-        flag = torch.tensor([self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device)
+        flag = torch.tensor(
+            [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device
+        )
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.agreed, rank = divmod(int(flag), dist.get_world_size())
         if self.agreed:
             trainer.stop_requested = True
             if dist.get_rank() == 0:
                 name = signal.Signals(self.agreed).name
-                log.warning(f"{name} on rank {rank}: stopping after step {trainer.state.step}, exiting {128 + self.agreed}")
+                log.warning(
+                    f"{name} on rank {rank}: stopping after step {trainer.state.step}, exiting {128 + self.agreed}"
+                )
 
     @property
     def exit_code(self) -> int:

@@ -13,7 +13,8 @@ log = get_logger()
 
 
 class Upkeep(Hook):
-    """Every ``every`` steps (0: never), give unused device memory back and report ranks slower than the mean by ``outlier_ratio``."""
+    """Every ``every`` steps (0: never), give unused device memory back and report ranks slower than the mean by
+    ``outlier_ratio``."""
 
     def __init__(self, every: int, outlier_ratio: float, device: torch.device) -> None:
         self.every, self.outlier_ratio, self.device = every, outlier_ratio, device

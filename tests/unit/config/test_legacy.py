@@ -1,0 +1,114 @@
+"""Old spellings load as new ones; the two together don't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from internlm.config import Config, load_config, resolve
+from internlm.config.legacy import Findings, normalise
+from internlm.config.tree import plain
+from tests.unit.config.samples import BUSIEST, config_of, problems_of
+
+
+def resolved(**sections: Any) -> Config:
+    return load_config(config_of(sections))
+
+
+def test_sizes_may_be_plain_numbers() -> None:
+    old = resolved(parallel={"zero1": 8, "tensor": 2, "pipeline": 2, "weight": 1, "expert": 4, "expert_weight": 1})
+    sections = {"zero1": 8, "tensor": 2, "pipeline": 2, "weight": 1, "expert": 4, "expert_weight": 1}
+    assert old == resolved(parallel={name: {"size": size} for name, size in sections.items()})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "mode"),
+    [
+        ({"tensor": 2, "sequence_parallel": True}, "msp"),
+        ({"tensor": 2, "sequence_parallel": False}, "mtp"),
+        ({"tensor": {"size": 2}, "sequence_parallel": True}, "msp"),
+        ({"tensor": {"size": 2, "mode": "isp"}, "sequence_parallel": True}, "isp"),
+        ({"tensor": {"size": 2, "mode": "mtp"}, "sequence_parallel": False}, "mtp"),
+        ({"sequence_parallel": None}, "mtp"),
+    ],
+)
+def test_sequence_parallel_agrees_with_the_mode(parallel: dict[str, Any], mode: str) -> None:
+    assert resolved(parallel=parallel).parallel.tensor.mode == mode
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("mtp", True), ("fsp", False), ("isp", False)])
+def test_sequence_parallel_against_the_mode(mode: str, flag: bool) -> None:
+    changes = {"parallel": {"tensor": {"size": 2, "mode": mode}, "sequence_parallel": flag}}
+    assert problems_of(changes) == [
+        f"parallel.sequence_parallel: old and new form disagree: {flag}, but parallel.tensor.mode = '{mode}'. "
+        "Remove it: the mode says it all"
+    ]
+
+
+def test_renamed_key() -> None:
+    assert resolved(model={**config_of({})["model"], "moe_gate_k": 1}).model.top_k == 1
+
+
+def test_renamed_key_beside_its_new_name() -> None:
+    assert problems_of({"model.moe_gate_k": 1, "model.top_k": 2}) == [
+        "model.moe_gate_k: old and new form together: model.moe_gate_k = 1 and model.top_k = 2. Keep model.top_k"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("torch.half", "torch.float16"),
+        ("torch.tf32", "torch.tf32"),
+        (torch.bfloat16, "torch.bfloat16"),
+        (torch.float16, "torch.float16"),
+    ],
+)
+def test_dtypes(written: Any, read: str) -> None:
+    assert load_config(config_of({"model.dtype": written})).model.dtype == read
+
+
+@pytest.mark.parametrize("mode", ["1f1b", "zbh1", "zbv", "ZBV"])
+def test_pipeline_mode_in_any_case(mode: str) -> None:
+    assert load_config(config_of({"parallel.pipeline.mode": mode})).parallel.pipeline.mode == mode.upper()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("model", ("model",)), (["model", "sampler"], ("model", "sampler")), (("all",), ("all",))]
+)
+def test_load_content_in_any_form(written: Any, read: tuple[str, ...]) -> None:
+    config = load_config(config_of({"ckpt.load_ckpt_info": {"path": "local:x", "content": written}}))
+    assert config.ckpt.load_ckpt_info is not None
+    assert config.ckpt.load_ckpt_info.content == read
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 1, 0.5])
+def test_checkpoint_is_a_switch_or_a_fraction(value: float) -> None:
+    assert load_config(config_of({"model.checkpoint": value})).model.checkpoint == value
+
+
+def test_none_means_not_set() -> None:
+    changes = {"grad_scaler": {"max_scale": None, "fp16": {"min_scale": None}}, "data.rampup_batch_size": None}
+    assert load_config(config_of(changes)) == load_config(config_of({}))
+
+
+def test_none_for_a_key_that_is_needed() -> None:
+    assert problems_of({"adam.lr": None}) == ["adam.lr: missing (Peak learning rate). Give a number of more than 0"]
+
+
+def test_ignored_key_is_told() -> None:
+    assert resolve(config_of({"metric_dtype": "fp32"})).warnings == [
+        "metric_dtype: ignored, metrics are always computed in float32"
+    ]
+
+
+@pytest.mark.parametrize("changes", [BUSIEST, {"parallel": {"tensor": 2, "sequence_parallel": True}}])
+def test_normalising_twice_changes_nothing_more(changes: dict[str, Any]) -> None:
+    once = config_of(changes)
+    normalise(once, Findings())
+    twice, found = plain(once), Findings()
+    normalise(twice, found)
+    assert twice == once
+    assert found == Findings()

@@ -1,0 +1,112 @@
+"""A Python file becomes a dict of config keys, or an error that names file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from internlm.config import load_file
+from internlm.utils.errors import ConfigError
+
+
+def write(folder: Path, text: str, name: str = "run.py") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_file(path)
+    assert len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+def test_keys_are_lower_case_names_and_job_name(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+from __future__ import annotations
+import math, os.path
+from functools import partial
+JOB_NAME = "x"
+DO_ALERT = False
+SEQ_LEN = 2 ** 4
+_private = 3
+class Helper: pass
+def helper(): return 1
+half = partial(pow, 2)
+data = dict(seq_len=SEQ_LEN, total_steps=helper())
+adam = {"lr": math.sqrt(1e-4)}
+""",
+    )
+    assert load_file(path) == {"JOB_NAME": "x", "data": {"seq_len": 16, "total_steps": 1}, "adam": {"lr": 0.01}}
+
+
+def test_paths_become_text_and_dicts_are_copied(tmp_path: Path) -> None:
+    path = write(tmp_path, "from pathlib import Path\nFOLDER = Path('a')\ndata = dict(train_folder=FOLDER / 'b')\n")
+    assert load_file(path) == {"data": {"train_folder": "a/b"}}
+
+
+def test_file_knows_its_own_path(tmp_path: Path) -> None:
+    path = write(tmp_path, "data = dict(train_folder=__file__)")
+    assert load_file(path)["data"]["train_folder"] == str(path)
+
+
+def test_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
+    write(tmp_path, "", "7B_sft.py")
+    assert failure(tmp_path / "7B_stf.py") == f"{tmp_path}/7B_stf.py: no such file. Did you mean '7B_sft.py'?"
+
+
+def test_missing_file_lists_what_is_beside_it(tmp_path: Path) -> None:
+    write(tmp_path, "", "demo.py")
+    write(tmp_path, "", "other.py")
+    assert "Known: demo.py, other.py." in failure(tmp_path / "7B.py")
+
+
+def test_missing_file_in_an_empty_folder(tmp_path: Path) -> None:
+    assert "There is no .py file in" in failure(tmp_path / "run.py")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert f"nor is there a folder {tmp_path}/nowhere" in failure(tmp_path / "nowhere" / "run.py")
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.py").mkdir()
+    assert "run.py: can't be read (Is a directory)" in failure(tmp_path / "run.py")
+
+
+def test_only_python_files_are_executed(tmp_path: Path) -> None:
+    assert "run.yaml: not a Python file" in failure(write(tmp_path, "a: 1", "run.yaml"))
+
+
+def test_syntax_error_names_the_line(tmp_path: Path) -> None:
+    text = failure(write(tmp_path, "data = dict(\n    seq_len=8,\n)\nmodel = dict(a b)\n"))
+    assert text.startswith(f"{tmp_path}/run.py:4: 'model = dict(a b)': invalid syntax")
+    assert text.endswith("Mend the syntax")
+
+
+def test_null_bytes(tmp_path: Path) -> None:
+    assert "null bytes" in failure(write(tmp_path, "data = 1\0"))
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("x = dict(lr=LR)", "NameError: name 'LR' is not defined"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit('enough')", "SystemExit: enough"),
+        ("x = {}['lr']", "KeyError: 'lr'"),
+        ("import json; json.loads('')", "JSONDecodeError: Expecting value"),
+    ],
+)
+def test_failure_names_the_line_and_the_cause(tmp_path: Path, code: str, cause: str) -> None:
+    text = failure(write(tmp_path, f"A = 1\n{code}\nB = 2\n"))
+    assert text.startswith(f"{tmp_path}/run.py:2: {cause}")
+
+
+def test_failure_within_a_function_names_the_innermost_line_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "def half(x):\n    return x / 0\n\ndata = dict(seq_len=half(2))\n")
+    assert failure(path).startswith(f"{path}:2: ZeroDivisionError")

@@ -1,0 +1,87 @@
+"""Settings of features to come: refused when a run starts, or accepted with a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from internlm.config import check_runnable, load_config, resolve
+from internlm.config.not_yet import NO_EFFECT, ONLY
+from internlm.utils.errors import ConfigError
+from tests.unit.config.samples import BUSIEST, config_of
+
+
+def refusals(changes: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_runnable(load_config(config_of(changes)))
+    return list(map(str, caught.value.problems))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", None])
+def test_defaults_run(device: str | None) -> None:
+    check_runnable(load_config(config_of({}), device_type=device))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel.tensor": 2}, "parallel.tensor.size: 2 is not available in this version. Use 1"),
+        ({"parallel.zero1.fsdp": True}, "parallel.zero1.fsdp: True is not available in this version. Use False"),
+        ({"ckpt.stop_file_path": "x"}, "ckpt.stop_file_path: 'x' is not available in this version. Remove it"),
+        (
+            {"model.dtype": "torch.float16"},
+            "model.dtype: 'torch.float16' is not available in this version. "
+            "Use one of torch.bfloat16, torch.float32, torch.tf32, torch.float64",
+        ),
+        (
+            {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
+            "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",
+        ),
+        (
+            {"ckpt.save_ckpt_folder": "boto3:s3://bucket/x"},
+            "ckpt.save_ckpt_folder: 'boto3:s3://bucket/x' is not a local folder, and others are not available in this "
+            "version. Use a local folder",
+        ),
+    ],
+)
+def test_refused(changes: dict[str, Any], expected: str) -> None:
+    assert refusals(changes) == [expected]
+
+
+def test_all_refusals_are_told_together() -> None:
+    where = [problem.partition(":")[0] for problem in refusals(dict(BUSIEST))]
+    assert where == [
+        "parallel.tensor.size",
+        "parallel.pipeline.size",
+        "parallel.weight.size",
+        "parallel.sequence_2D.enable",
+        "model.num_chunks",
+        "model.num_experts",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["local:llm_ckpts", "/data/ckpts", "ckpts", "./a:b", None])
+def test_local_folders_run(folder: str | None) -> None:
+    check_runnable(load_config(config_of({"ckpt.save_ckpt_folder": folder})))
+
+
+def test_settings_without_effect_give_one_warning() -> None:
+    changes = {
+        "hybrid_zero_optimizer.overlap_sync_grad": True,
+        "ckpt.async_upload": True,
+        "model.mlp_layer_fusion": False,
+    }
+    resolved = resolve(config_of(changes))
+    check_runnable(resolved.config)
+    (warning,) = resolved.warnings
+    assert warning.startswith("Without effect in this version: ")
+    assert all(key in warning for key in changes)
+
+
+def test_defaults_give_no_warning() -> None:
+    assert resolve(config_of({})).warnings == []
+
+
+def test_no_key_is_both_refused_and_accepted() -> None:
+    assert not set(ONLY) & {row.key for row in NO_EFFECT}

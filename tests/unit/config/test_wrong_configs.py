@@ -1,0 +1,253 @@
+"""What is wrong with a config is told in words: which key, which value, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.config.samples import SMALLEST, problems_of
+
+NAN, INF = float("nan"), float("inf")
+
+#: Changes to the smallest config -> the one problem they must give.
+SINGLE_KEYS = [
+    ({"model.num_layers": 0}, "model.num_layers: 0 is out of range. Give a whole number of at least 1"),
+    ({"model.num_layers": -4}, "model.num_layers: -4 is out of range"),
+    ({"model.num_layers": "32"}, "model.num_layers: '32' is text. Give a whole number of at least 1"),
+    ({"model.num_layers": 4.0}, "model.num_layers: 4.0 is a number. Give a whole number"),
+    ({"model.num_layers": True}, "model.num_layers: True is a truth value. Give a whole number"),
+    ({"model.hidden_size": [64]}, "model.hidden_size: [64] is of type list. Give a whole number"),
+    ({"model.vocab_size": None}, "model.vocab_size: missing (Tokens known to embedding and head). Give a whole number"),
+    ({"model.checkpoint": 1.5}, "model.checkpoint: 1.5 is out of range. Give True or False, or a number of at least 0"),
+    ({"model.checkpoint": "all"}, "model.checkpoint: 'all' is text. Give True or False, or a number"),
+    ({"model.dtype": "torch.int8"}, "model.dtype: 'torch.int8' is unknown. Give one of 'torch.float16', "),
+    ({"model.dtype": 16}, "model.dtype: 16 is a whole number. Give one of 'torch.float16', "),
+    ({"model.norm_type": "rms"}, "model.norm_type: 'rms' is unknown. Give one of 'rmsnorm', 'layernorm'"),
+    ({"model.use_flash_attn": 1}, "model.use_flash_attn: 1 is a whole number. Give True or False"),
+    (
+        {"model.moe_layer_kwargs": {"a": [1]}},
+        "model.moe_layer_kwargs: [1] is of type list. Give a dict of plain values",
+    ),
+    ({"model.num_layer": 4}, "model.num_layer: unknown key. Did you mean 'num_layers'?"),
+    ({"model.micro_bsz": 4}, "model.micro_bsz: unknown key. It belongs elsewhere: data.micro_bsz"),
+    ({"model.zzz": 4}, "model.zzz: unknown key. Known: apply_post_layer_norm, "),
+    ({"model": 3}, "model: 3 is a whole number. Give a dict with num_layers, hidden_size, num_attention_heads, vocab"),
+    ({"modle": {}}, "modle: unknown key. Did you mean 'model'? Names of your own are UPPER_CASE or begin with"),
+    ({"micro_num": 4}, "micro_num: unknown key. It belongs elsewhere: data.micro_num"),
+    ({"data": None}, "data: missing (What is read). Give a dict with seq_len, micro_bsz, total_steps"),
+    ({"data.micro_num": 0}, "data.micro_num: 0 is out of range"),
+    ({"data.diag_outlier_ratio": 0.5}, "data.diag_outlier_ratio: 0.5 is out of range. Give a number of at least 1"),
+    ({"data.type": "megatron"}, "data.type: 'megatron' is unknown. Give one of 'tokenized', 'streaming'"),
+    ({"data.packed_length": 32}, "data.packed_length: this key is deprecated and no longer read. Remove it"),
+    ({"data.train_folder": 3}, "data.train_folder: 3 is a whole number. Give text, or None"),
+    ({"adam.lr": NAN}, "adam.lr: nan is out of range. Give a number of more than 0"),
+    ({"adam.lr": INF}, "adam.lr: inf is out of range"),
+    ({"adam.lr": 0}, "adam.lr: 0 is out of range"),
+    ({"adam.lr": "1e-4"}, "adam.lr: '1e-4' is text. Give a number of more than 0"),
+    ({"adam.adam_beta1": 1.0}, "adam.adam_beta1: 1.0 is out of range. Give a number of at least 0 and less than 1"),
+    ({"beta2_scheduler.c": NAN}, "beta2_scheduler.c: nan is out of range. Give a number, or None"),
+    ({"lr_scheduler.warmup_ratio": 1.1}, "lr_scheduler.warmup_ratio: 1.1 is out of range"),
+    ({"grad_scaler": 5}, "grad_scaler: 5 is a whole number. Give a dict"),
+    ({"parallel.tensor.mode": "mpt"}, "parallel.tensor.mode: 'mpt' is unknown. Give one of 'mtp', 'msp', 'fsp', 'isp'"),
+    ({"parallel.tensor": "2"}, "parallel.tensor.size: '2' is text. Give a whole number of at least 1"),
+    ({"parallel.zero1": 1.5}, "parallel.zero1.size: 1.5 is a number. Give a whole number"),
+    ({"parallel.pipeline": {"sise": 2}}, "parallel.pipeline.sise: unknown key. Did you mean 'size'?"),
+    ({"parallel.sequence_parallel": "yes"}, "parallel.sequence_parallel: 'yes' is not True or False. Remove it"),
+    ({"ckpt.load_ckpt_info": {"content": "model"}}, "ckpt.load_ckpt_info.path: missing (Checkpoint: local:FOLDER or a"),
+    (
+        {"ckpt.load_ckpt_info": {"path": "x", "content": ("modle", "sampler")}},
+        "ckpt.load_ckpt_info.content: 'modle' is unknown. Give one or more of 'model', 'sampler', ",
+    ),
+    (
+        {"ckpt.load_ckpt_info": {"path": "x", "content": ()}},
+        "ckpt.load_ckpt_info.content: () is out of range. Give one or more of 'model', ",
+    ),
+    (
+        {"ckpt.load_ckpt_folder": "x"},
+        "ckpt.load_ckpt_folder: this key is deprecated and no longer read. Set ckpt.load_",
+    ),
+    ({"generation": {}}, "generation: this key is deprecated and no longer read. Remove it"),
+    ({"JOB_NAME": 3}, "JOB_NAME: 3 is a whole number. Give text"),
+]
+
+ACROSS_KEYS = [
+    (
+        {"model.hidden_size": 60},
+        "model.hidden_size: 60 is not divisible by num_attention_heads = 8. Change one of them",
+    ),
+    ({"model.head_dim": 7}, "model.head_dim: 7 is odd"),
+    (
+        {"model.num_kv_attention_heads": 3},
+        "model.num_kv_attention_heads: 3 does not divide num_attention_heads = 8. Use ",
+    ),
+    ({"model.num_kv_attention_heads": 16}, "16 does not divide num_attention_heads = 8. Use one of 1, 2, 4, 8"),
+    ({"model.num_experts": 4, "model.top_k": 8}, "model.top_k: 8 is more than num_experts = 4. Use at most 4"),
+    (
+        {"parallel.tensor": 3},
+        "parallel.tensor.size: 3 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 8. "
+        "Use one of 1, 2, 4, 8",
+    ),
+    (
+        {"parallel.tensor": 4, "model.num_kv_attention_heads": 2},
+        "4 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 2. Use one of 1, 2",
+    ),
+    (
+        {"parallel.pipeline": 4, "model.num_chunks": 2},
+        "model.num_layers: 4 is less than pipeline.size · num_chunks = 4 · 2 = 8",
+    ),
+    (
+        {"parallel.weight": 2},
+        "parallel.weight.size: 2, but weight parallelism needs parallel.tensor.mode = 'isp', not 'm",
+    ),
+    ({"parallel.expert_weight": 2}, "parallel.expert_weight.size: 2, but weight parallelism needs"),
+    (
+        {"parallel.pipeline": 4, "data.micro_num": 2},
+        "data.micro_num: 2 is less than parallel.pipeline.size = 4. Use at",
+    ),
+    (
+        {"parallel.pipeline": 2, "model.num_chunks": 2, "data.micro_num": 3},
+        "data.micro_num: 3 is not divisible by parallel.pipeline.size = 2, as the interleaved schedule needs",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "mode": "zbv"}, "model.num_chunks": 4, "model.num_layers": 8},
+        "model.num_chunks: 4, but the schedule ZBV has 2",
+    ),
+    (
+        {"parallel.tensor": {"size": 2, "mode": "msp"}, "data.seq_len": 15},
+        "data.seq_len: 15 is not divisible by parallel.tensor.size = 2, over which msp splits it. Use a multiple of 2",
+    ),
+    (
+        {"parallel.tensor": {"size": 2, "mode": "msp"}, "parallel.sequence_2D": {"enable": True, "head_size": 2}},
+        "parallel.sequence_2D: needs parallel.tensor.mode = 'isp', not 'msp'",
+    ),
+    (
+        {"parallel.tensor": {"size": 4, "mode": "isp"}, "parallel.sequence_2D": {"enable": True, "head_size": 2}},
+        "parallel.sequence_2D: head_size · context_size = 2 · 1 = 2 is not tensor.size = 4",
+    ),
+    (
+        {"parallel.pipeline": 2, "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with parallel.pipeline.size = 2. Use one of the two",
+    ),
+    ({"model.num_experts": 4, "parallel.expert": 3}, "parallel.expert.size: 3 does not divide model.num_experts = 4"),
+    ({"data.skip_batches": "9-5"}, "data.skip_batches: the range '9-5' ends before it begins. Write it as in: "),
+    ({"data.skip_batches": "a"}, "data.skip_batches: 'a' is neither"),
+    ({"data.rampup_batch_size": "1 2"}, "data.rampup_batch_size: '1 2' isn't three counts"),
+    ({"data.rampup_batch_size": "8 2 10"}, "data.rampup_batch_size: starts at 8, above data.micro_num = 4"),
+    (
+        {"lr_scheduler": {"init_steps": 95, "warmup_ratio": 0.1}},
+        "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is longer than total_steps = 100",
+    ),
+    (
+        {"ckpt": {"enable_save_ckpt": True, "checkpoint_every": 5}},
+        "ckpt.save_ckpt_folder: missing, but ckpt.enable_save_ckpt is True",
+    ),
+    (
+        {"ckpt": {"enable_save_ckpt": True, "save_ckpt_folder": "x"}},
+        "ckpt.checkpoint_every: missing, but ckpt.enable_save_ckpt is True",
+    ),
+    (
+        {"monitor.alert.enable_feishu_alert": True},
+        "monitor.alert.feishu_alert_address: missing, but monitor.alert.enable_feishu_alert is True",
+    ),
+]
+
+WITH_FACTS = [
+    (
+        {"parallel": {"tensor": 2, "pipeline": 2}},
+        {"world_size": 6},
+        "parallel: world size 6 is not divisible by pipeline.size · tensor.size = 2 · 2 = 4. Start a multiple of 4",
+    ),
+    (
+        {"parallel": {"tensor": {"size": 2, "mode": "isp"}, "weight": 4}},
+        {"world_size": 6},
+        "parallel: world size 6 is not divisible by pipeline.size · weight.size = 1 · 4 = 4",
+    ),
+    (
+        {"parallel": {"zero1": 3, "tensor": 2}},
+        {"world_size": 8},
+        "parallel.zero1.size: 3 does not divide the data group of 4 ranks. Use one of 1, 2, 4, or -1",
+    ),
+    (
+        {"parallel": {"zero1": 4, "tensor": {"size": 2, "mode": "isp"}, "weight": 4}},
+        {"world_size": 8},
+        "parallel.zero1.size: 4 does not divide the weight-data group of 2 ranks",
+    ),
+    ({"model.dtype": "torch.half"}, {"device_type": "cpu"}, "model.dtype: torch.float16 can't be trained in on cpu"),
+]
+
+
+def test_the_smallest_config_is_right() -> None:
+    assert problems_of({}, world_size=8, device_type="cpu") == []
+
+
+@pytest.mark.parametrize(("changes", "expected"), SINGLE_KEYS + ACROSS_KEYS)
+def test_one_mistake_gives_one_problem(changes: dict[str, Any], expected: str) -> None:
+    problems = problems_of(changes)
+    assert len(problems) == 1, problems
+    assert expected in problems[0]
+    assert "pydantic" not in problems[0]
+
+
+@pytest.mark.parametrize(("changes", "facts", "expected"), WITH_FACTS)
+def test_mistakes_that_facts_reveal(changes: dict[str, Any], facts: dict[str, Any], expected: str) -> None:
+    assert problems_of(changes) == []
+    problems = problems_of(changes, **facts)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(expected)
+
+
+def test_all_mistakes_are_told_together() -> None:
+    wrong = {
+        "data.packed_length": 8,
+        "model.num_layers": "4",
+        "model.hidden_sise": 3,
+        "adam.lr": NAN,
+        "parallel.tensor": 3,
+        "data.skip_batches": "x",
+    }
+    where = [problem.partition(":")[0] for problem in problems_of(wrong, world_size=4)]
+    assert sorted(where) == [
+        "adam.lr",
+        "data.packed_length",
+        "data.skip_batches",
+        "model.hidden_sise",
+        "model.num_layers",
+        "parallel",
+        "parallel.tensor.size",
+    ]
+
+
+def test_each_missing_section_is_told() -> None:
+    assert [problem.partition(":")[0] for problem in problems_of({"model": None, "data": None, "adam": None})] == [
+        "model",
+        "data",
+        "adam",
+    ]
+
+
+def test_each_missing_key_is_told() -> None:
+    assert [problem.partition(":")[0] for problem in problems_of({"model": {}})] == [
+        f"model.{name}" for name in SMALLEST["model"]
+    ]
+
+
+def test_a_misspelt_key_is_not_missing_as_well() -> None:
+    model = {**SMALLEST["model"], "hiden_size": 64}
+    del model["hidden_size"]
+    assert problems_of({"model": model}) == ["model.hiden_size: unknown key. Did you mean 'hidden_size'?"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.num_attention_heads": 0, "parallel.tensor": 3},
+        {"model.num_attention_heads": "8", "model.num_kv_attention_heads": 3},
+        {"data.total_steps": -1, "lr_scheduler": {"init_steps": 10**6}},
+        {"data.micro_num": 0, "parallel.pipeline": 4},
+        {"ckpt": {"enable_save_ckpt": "yes"}},
+        {"parallel.pipeline.size": 0},
+    ],
+)
+def test_a_failed_key_silences_the_rules_that_read_it(changes: dict[str, Any]) -> None:
+    assert len(problems_of(changes, world_size=12, device_type="cpu")) == 1

@@ -1,0 +1,226 @@
+"""Text files to tokenized files, with the command itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from internlm.cli.main import get_parser
+from internlm.data.tokenized import TokenizedSource
+from internlm.data.tokenizer import load_tokenizer
+from internlm.utils.errors import DataError
+
+ROOT = Path(__file__).parents[3]
+TEXTS = ["the quick brown fox", "  pack my box ", "über\u2028naïve café"]
+
+
+def tokenize(*inputs: Path, out: Path, tokenizer: Path, more: tuple[str, ...] = ()) -> None:
+    """Run ``internlm tokenize`` within this process."""
+    command = ["tokenize", "--bin_output_path", str(out), "--tokenizer_path", str(tokenizer)]
+    args = get_parser().parse_args([*command, "--text_input_path", *map(str, inputs), "--num_workers", "1", *more])
+    args.run(args)
+
+
+def samples(out: Path) -> list[list[int]]:
+    source = TokenizedSource(str(out.parent), 0, 320)
+    return [source.read(sample).tolist() for sample in range(len(source.lengths))]
+
+
+def write_txt(folder: Path) -> Path:
+    path = folder / "a.txt"
+    path.write_text("\n".join([TEXTS[0], "", TEXTS[1], "  ", TEXTS[2]]), encoding="utf-8-sig")
+    return path
+
+
+def write_jsonl(folder: Path) -> Path:
+    path = folder / "a.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": text, "id": 1}) for text in [*TEXTS, "", None]))
+    return path
+
+
+def write_json(folder: Path) -> Path:
+    path = folder / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    return path
+
+
+def write_parquet(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": [*TEXTS, None]}), path, row_group_size=2)
+    return path
+
+
+# -- what is written
+
+
+@pytest.mark.parametrize("write", [write_txt, write_jsonl, write_json, write_parquet])
+def test_every_kind_of_file(write: Callable[[Path], Path], tmp_path: Path, sentencepiece_model: Path) -> None:
+    out = tmp_path / "out/en/x.bin"
+    tokenize(write(tmp_path), out=out, tokenizer=sentencepiece_model)
+    tokenizer = load_tokenizer(str(sentencepiece_model))
+    assert samples(out) == [[*tokenizer.encode(text), 2] for text in TEXTS]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.bin", "x.bin.meta"]
+
+
+def test_the_files_are_as_documented(tmp_path: Path, sentencepiece_model: Path) -> None:
+    out = tmp_path / "x.bin"
+    tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model)
+    meta = np.load(f"{out}.meta")
+    assert (meta.dtype, meta.shape) == (np.int64, (3, 2))
+    with out.open("rb") as stream:
+        for offset, count in meta:
+            assert stream.tell() == offset
+            assert len(json.loads(stream.readline())["tokens"]) == count
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "after"),
+    [((), [], [1]), (("--bos",), [0], [1]), (("--no-eos",), [], []), (("--bos", "--no-eos"), [0], [])],
+)
+def test_bos_and_eos(
+    more: tuple[str, ...], before: list[int], after: list[int], tmp_path: Path, hugging_face_folder: Path
+) -> None:
+    tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=hugging_face_folder, more=more)
+    encode = load_tokenizer(str(hugging_face_folder)).encode
+    assert samples(tmp_path / "x.bin") == [[*before, *encode(text), *after] for text in TEXTS]
+
+
+def test_an_eos_token_is_used_where_there_is_one(tmp_path: Path, hugging_face_folder: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "tokenizer.json").write_bytes((hugging_face_folder / "tokenizer.json").read_bytes())
+    tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=bare)
+    assert samples(tmp_path / "x.bin") == [load_tokenizer(str(bare)).encode(text) for text in TEXTS]
+    with pytest.raises(DataError, match=r"bare: has no eos token\. Leave out --eos"):
+        tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=bare, more=("--eos",))
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path, sentencepiece_model: Path) -> None:
+    for name, text in (("b.txt", "fox"), ("a/z.jsonl", '{"body": "dog"}'), ("c.md", "left out"), ("a/y.txt", "box")):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    out = tmp_path / "out/x.bin"
+    more = ("--text_key", "body", "--no-eos")
+    tokenize(tmp_path / "in", tmp_path / "in/b.txt", out=out, tokenizer=sentencepiece_model, more=more)
+    tokenizer = load_tokenizer(str(sentencepiece_model))
+    assert [tokenizer.decode(ids) for ids in samples(out)] == ["box", "dog", "fox", "fox"]
+
+
+def test_a_whole_file_may_be_a_sample(tmp_path: Path, sentencepiece_model: Path) -> None:
+    out = tmp_path / "x.bin"
+    tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model, more=("--whole_file", "--no-eos"))
+    text = "\n".join([TEXTS[0], "", TEXTS[1], "  ", TEXTS[2]])
+    assert samples(out) == [load_tokenizer(str(sentencepiece_model)).encode(text)]
+
+
+def test_the_number_of_processes_changes_nothing(
+    tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm.data.tokenize.CHUNK_CHARACTERS", 500)
+    (tmp_path / "a.txt").write_text("".join(f"{'box ' * (i % 7)}{i}\n" for i in range(1000)))
+    for workers in (1, 3):
+        out = tmp_path / f"{workers}/x.bin"
+        tokenize(
+            tmp_path / "a.txt", out=out, tokenizer=sentencepiece_model, more=("--num_workers", str(workers))
+        )
+    for name in ("x.bin", "x.bin.meta"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+    assert len(samples(tmp_path / "3/x.bin")) == 1000
+
+
+# -- what can be wrong
+
+
+def error_of(path: Path, tokenizer: Path, *more: str) -> str:
+    with pytest.raises(DataError) as caught:
+        tokenize(path, out=path.parent / "out/x.bin", tokenizer=tokenizer, more=more)
+    assert not list(path.parent.glob("out/*"))
+    return str(caught.value)
+
+
+def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> None:
+    for path, where in ((write_jsonl(tmp_path), ":1"), (write_json(tmp_path), ", record 0"), (write_parquet(tmp_path),
+    "")):
+        assert f"{path}{where}: has no key 'body', but " in error_of(path, sentencepiece_model, "--text_key", "body")
+    path = write_jsonl(tmp_path) assert "but 'text', 'id'. Name one of them as --text_key." in error_of(path,
+    sentencepiece_model, "--text_key", "body")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "not', ":2: isn't JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n["text"]', ":2: isn't a JSON object but a list"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": 3}', ":2: 'text' isn't text but a int"),
+        ("a.json", b'{"text": "ok"}\n{"text": "ok"}', "isn't JSON (Extra data"),
+        ("a.json", b'[{"text": "ok"}, 3]', ", record 1: isn't a JSON object but a int"),
+        ("a.txt", b"ok\n\xff\xff\n", ":2: isn't UTF-8 text (invalid start byte)"),
+        ("a.txt", b"\n  \n", "the input holds no text, so nothing was tokenized"),
+        ("a.parquet", b"ok", "isn't a parquet file"),
+        ("a.pdf", b"ok", "a.pdf: is of no known kind (.txt, .jsonl, .json, .parquet)"),
+    ],
+)
+def test_a_bad_file(name: str, content: bytes, said: str, tmp_path: Path, sentencepiece_model: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert said in error_of(path, sentencepiece_model)
+
+
+def test_a_column_that_isnt_text(tmp_path: Path, sentencepiece_model: Path) -> None:
+    assert "'id' isn't text but int64" in error_of(write_parquet(tmp_path), sentencepiece_model, "--text_key", "id")
+
+
+def test_nothing_to_read(tmp_path: Path, sentencepiece_model: Path) -> None:
+    assert "there is no such file or folder" in error_of(tmp_path / "none", sentencepiece_model)
+    (tmp_path / "empty").mkdir()
+    assert "holds no text file" in error_of(tmp_path / "empty", sentencepiece_model)
+
+
+def test_a_bad_output(tmp_path: Path, sentencepiece_model: Path) -> None:
+    with pytest.raises(DataError, match=r"x: isn't the name of a \.bin file\. Call it x\.bin\."):
+        tokenize(write_txt(tmp_path), out=tmp_path / "x", tokenizer=sentencepiece_model)
+    with pytest.raises(DataError, match=r"a\.txt/x\.bin: can't be written \(.*\)\. Choose a place"):
+        tokenize(write_txt(tmp_path), out=tmp_path / "a.txt/x.bin", tokenizer=sentencepiece_model)
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, sentencepiece_model: Path) -> None:
+    out = tmp_path / "out/x.bin"
+    tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model)
+    before = samples(out)
+    (tmp_path / "b.jsonl").write_text('{"text": "ok"}\n{"text": 3}')
+    with pytest.raises(DataError):
+        tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model)
+    assert samples(out) == before
+    (tmp_path / "b.jsonl").write_text('{"text": "ok"}')
+    tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model)
+    assert len(samples(out)) == 1
+    assert sorted(path.name for path in out.parent.glob("x*")) == ["x.bin", "x.bin.meta"]
+
+
+# -- the script
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(ROOT / "tools/tokenizer.py"), *arguments] return subprocess.run(script,
+    capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_the_script(tmp_path: Path, sentencepiece_model: Path) -> None:
+    arguments = ["--bin_output_path", str(tmp_path / "x.bin"), "--tokenizer_path", str(sentencepiece_model)]
+    done = run_script("--text_input_path", str(write_txt(tmp_path)), *arguments, "--num_workers", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/x.bin: 3 samples, {sum(map(len, samples(tmp_path / 'x.bin')))} tokens\n"
+
+    failed = run_script("--text_input_path", str(tmp_path / "none"), *arguments)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == f"{tmp_path}/none: there is no such file or folder\n"
