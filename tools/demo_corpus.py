@@ -159,11 +159,10 @@ def build(root: Path, out: Path, vocab_size: int) -> dict[str, object]:
 @exit_on_user_error
 def main() -> None:
     """Make the data and print its sizes."""
-    parser = argparse.ArgumentParser(description="Make data for a first run from the Python standard library's
-    sources.") parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default:
-    data/demo)") parser.add_argument(
-        "--source", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of .py files (default: the library)"
-    )
+    parser = argparse.ArgumentParser(description="Make data for a first run from the sources of Python's library.")
+    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: data/demo)")
+    library = Path(sysconfig.get_path("stdlib"))
+    parser.add_argument("--source", type=Path, default=library, help="folder of .py files (default: the library)")
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens of the tokenizer (default: 4096)")
     args = parser.parse_args()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Turn text files into tokenised data; the same as ``internlm tokenize``."""
+"""Turn text files into tokenized data; the same as ``internlm tokenize``."""
 
 from __future__ import annotations
 

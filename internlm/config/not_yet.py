@@ -27,6 +27,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "model.use_sliding_window": (False,),
     "model.norm_head": (False,),
     "use_fp32_norm": (False,),
+    "reduce_comm_dtype": (None,),
     "data.type": ("tokenized",),
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
     "ckpt.stop_file_path": (None,),
@@ -55,9 +56,7 @@ NO_EFFECT = (
     NoEffect("model.enable_qkv_fusion", "query, key and value projection are one product", lambda fused: not fused),
     NoEffect("ckpt.async_upload", "saving is synchronous"),
     NoEffect("ckpt.oss_snapshot_freq", "no snapshots are saved between checkpoints"),
-    NoEffect("monitor.alert.enable_feishu_alert", "no alerts are sent"),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),
-    NoEffect("monitor.alert.alert_file_path", "no alerts are written"),
 )
 
 

@@ -32,7 +32,6 @@ class TrainState:
 
     step: int = 0  # steps done
     num_consumed_tokens: int = 0  # over all ranks, pads included
-    num_consumed_samples: int = 0  # pieces of this rank's rows
     inf_nan_skip_batches: int = 0  # steps whose update was left out
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,7 +157,6 @@ class Trainer:
         accelerator.synchronize()
         shape = BatchShape.of(batch[0])
         self.state.num_consumed_tokens += shape.tokens * dist.get_world_size(self.scheduler.data_group)
-        self.state.num_consumed_samples += shape.pieces
         return StepReport(
             step=step,
             result=result,

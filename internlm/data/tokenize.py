@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -154,7 +154,8 @@ def _both_or_none(output: Path) -> Iterator[tuple[Path, Path]]:
         raise DataError(Problem(str(output), f"can't be written ({error.strerror})", todo)) from error
     finally:
         for partial in partials:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _to_disk(stream: BinaryIO) -> None:

@@ -50,8 +50,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, file: Path) -> None:
         sentencepiece = require("sentencepiece", f"tokenizer {file}", "pip install sentencepiece")
-        # From bytes, because the library reports a file it can't read on its own stderr only.
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.load_from_serialized_proto(file.read_bytes())
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id = _id_or_none(self._model.bos_id())
         self.eos_id = _id_or_none(self._model.eos_id())

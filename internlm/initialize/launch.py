@@ -131,6 +131,8 @@ def launch_from_slurm(
 def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:
     """What torchrun put into the environment."""
     _demand(TORCH_VARIABLES, environment)
+    if environment["MASTER_PORT"] == "0":
+        raise LaunchError(Problem("MASTER_PORT", "0 is no port to meet at", "Give torchrun --standalone or another port"))
     rank, local_rank, world, port = (
         _number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )
@@ -185,10 +187,8 @@ def _check_torch() -> None:
 
 
 def _resolve(config: ConfigLike, process: ProcessInfo, overrides: Sequence[str]) -> Config:
-    if isinstance(config, Config):
-        check_runnable(config)
-        return config
-    result = resolve(config, overrides, world_size=process.world_size, device_type=accelerator.device_type())
+    keys = config.model_dump() if isinstance(config, Config) else config
+    result = resolve(keys, overrides, world_size=process.world_size, device_type=accelerator.device_type())
     check_runnable(result.config)
     if process.rank == 0:
         for warning in result.warnings:

@@ -1,102 +1,165 @@
-"""Causal attention on CPU as row blocks of batched GEMMs.
+"""Causal attention on CPU as row blocks of GEMMs.
 
-Shapes: as in ``attention.py``; R rows of one block, S key/value tokens that a block sees.
-The backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3.1).
+Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
+segment, B segments of one run, n = B * G pairs of a segment and a group, R rows of one block, S columns that the block sees.
+
+A block sees all its columns at once, so it takes an ordinary softmax, and the backward pass makes the probabilities anew from
+q and k: nothing else is saved. Short segments go through batched GEMMs over as many pairs as the cache holds. Long ones go
+pair by pair, for then a single GEMM is large enough for the faster library (see ``gemm``).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Runs = tuple[tuple[int, int, int], ...]
-_BLOCK = 128
+from internlm.ops import gemm
+
+Run = tuple[int, int, int]  # (first token, segments, tokens of each)
+
+_ROWS, _ROWS_SINGLE = 64, 256  # of a block of batched pairs, of a single pair
+_SCORES = 2**19  # elements that the scores of a block may have, all pairs together
+_SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs go one by one
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, window: int | None) -> Tensor:
-    """Causal attention inside each segment: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
+) -> Tensor:
+    """Causal attention inside each segment of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
     return _BlockedAttention.apply(q, k, v, runs, scale, window)
+
+
+class _Plan(NamedTuple):
+    """How the segments of a run are cut up."""
+
+    padded: int  # tokens of a segment, with those that only fill up its last block
+    rows: int  # of a block
+    together: int  # pairs worked on at once
+    window: int | None
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs, scale: float, window: int | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
     ) -> Tensor:
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32 if q.dtype != torch.float64 else q.dtype)
         groups = k.shape[1]
+        out = torch.empty(q.shape, dtype=q.dtype)
         for run in runs:
-            qs, ks, vs, outs, lses = (_heads(x, run, groups) for x in (q, k, v, out, lse[..., None]))
-            for rows, cols in _blocks(run[2], window):
-                scores = _scores(qs, ks, rows, cols, scale, window)  # [B, G, Q * R, S]
-                row_lse = torch.logsumexp(scores, -1, keepdim=True)
-                probs = torch.exp(scores.sub_(row_lse))
-                _put(lses, rows, row_lse)
-                _put(outs, rows, probs.to(q.dtype) @ vs[:, :, 0, cols])
-        ctx.save_for_backward(q, k, v, out, lse)
+            plan = _plan(q, groups, run, window)
+            qs, ks, vs = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v))
+            outs = torch.empty_like(qs)
+            for part in _parts(qs, plan):
+                _forward(qs[part].mul_(scale), ks[part], vs[part], outs[part], plan)
+            _unstack(outs, _view(out, run, groups))
+        ctx.save_for_backward(q, k, v)
         ctx.runs, ctx.scale, ctx.window = runs, scale, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        groups, scale = k.shape[1], ctx.scale
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        delta = (out * dout).sum(-1, dtype=lse.dtype)
+        q, k, v = ctx.saved_tensors
+        groups = k.shape[1]
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for run in ctx.runs:
-            qs, ks, vs, douts, lses, deltas, dqs, dks, dvs = (
-                _heads(x, run, groups) for x in (q, k, v, dout, lse[..., None], delta[..., None], dq, dk, dv)
-            )
-            for rows, cols in _blocks(run[2], ctx.window):
-                scores = _scores(qs, ks, rows, cols, scale, ctx.window)
-                probs = scores.sub_(_take(lses, rows)).exp_()
-                row_dout = _take(douts, rows)
-                dprobs = (row_dout @ vs[:, :, 0, cols].mT).to(probs.dtype)
-                dscores = dprobs.sub_(_take(deltas, rows)).mul_(probs).mul_(scale).to(q.dtype)
-                dvs[:, :, 0, cols] += probs.to(q.dtype).mT @ row_dout
-                dks[:, :, 0, cols] += dscores.mT @ _take(qs, rows)
-                _put(dqs, rows, dscores @ ks[:, :, 0, cols])
-        return dq, dk, dv, None, None, None
+            plan = _plan(q, groups, run, ctx.window)
+            qs, ks, vs, douts = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v, dout))
+            dqs, dks, dvs = torch.empty_like(qs), _zeros(ks, plan), _zeros(vs, plan)
+            for part in _parts(qs, plan):
+                _backward(qs[part].mul_(ctx.scale), ks[part], vs[part], douts[part], dqs[part], dks[part], dvs[part], plan)
+            for stack, grad in zip((dqs.mul_(ctx.scale), dks, dvs), grads, strict=True):
+                _unstack(stack, _view(grad, run, groups))
+        return *grads, None, None, None
 
 
-def _heads(x: Tensor, run: tuple[int, int, int], groups: int) -> Tensor:
-    """The tokens of a run, by segment and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
-    start, count, length = run
-    x = x[start : start + count * length].unflatten(0, (count, length)).unflatten(2, (groups, -1))
-    return x.permute(0, 2, 3, 1, 4)
+def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
+    """Attention of some pairs into ``out``: all [n, heads, L, D], q scaled."""
+    for rows, cols in _blocks(plan):
+        probs = _probs(q[:, :, rows], k[:, 0, cols], rows, cols, plan.window)
+        out[:, :, rows] = gemm.bmm(probs, v[:, 0, cols]).view(out[:, :, rows].shape)
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan
+) -> None:
+    """Gradients of some pairs, for scaled q, into ``dq`` and added to ``dk`` and ``dv``: all [n, heads, L, D]."""
+    for rows, cols in _blocks(plan):
+        block_q, block_dout = q[:, :, rows], dout[:, :, rows].flatten(1, 2)  # [n, Q, R, D], [n, Q * R, D]
+        probs = _probs(block_q, k[:, 0, cols], rows, cols, plan.window)  # [n, Q * R, S]
+        dprobs = gemm.bmm(block_dout, v[:, 0, cols].mT)
+        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        dv[:, 0, cols] += gemm.bmm(probs.mT, block_dout)
+        dk[:, 0, cols] += gemm.bmm(dscores.mT, block_q.flatten(1, 2))
+        dq[:, :, rows] = gemm.bmm(dscores, k[:, 0, cols]).view(block_q.shape)
+
+
+def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, window: int | None) -> Tensor:
+    """Attention probabilities of a block: [n, Q, R, D], [n, S, D] -> [n, Q * R, S]."""
+    scores = gemm.bmm(q.flatten(1, 2), k.mT)
+    by_head = scores.unflatten(1, q.shape[1:3])  # [n, Q, R, S]
+    by_head[..., rows.start - cols.start :] += _causal_bias(scores.dtype)[: q.shape[2], : q.shape[2]]
+    if window is not None:
+        distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(cols.start, cols.stop)
+        by_head.masked_fill_(distance >= window, float("-inf"))
+    return torch.softmax(scores, -1)
+
+
+@functools.cache
+def _causal_bias(dtype: torch.dtype) -> Tensor:
+    """-inf above the diagonal of a block, else 0: [rows, rows]."""
+    return torch.full((_ROWS_SINGLE, _ROWS_SINGLE), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _plan(q: Tensor, groups: int, run: Run, window: int | None) -> _Plan:
+    length, per_group = run[2], q.shape[1] // groups
+    window = window if window is not None and window < length else None
+    if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and gemm.onednn_serves(q):
+        rows = _ROWS_SINGLE if per_group == 1 else _ROWS_SINGLE // 2  # the heads of a group share a GEMM
+        return _Plan(length + -length % gemm.TOKEN_MULTIPLE, rows, 1, window)
+    return _Plan(length, _ROWS, max(1, _SCORES // (per_group * _ROWS * length)), window)
+
+
+def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
     """Row blocks of a segment, each with the columns that it sees."""
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        yield slice(start, end), slice(0 if window is None else max(0, start - window + 1), end)
+    for start in range(0, plan.padded, plan.rows):
+        end = min(start + plan.rows, plan.padded)
+        first = 0 if plan.window is None else max(0, start - plan.window + 1)
+        yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
 
 
-def _take(x: Tensor, rows: slice) -> Tensor:
-    """[B, G, Q, L, D] -> [B, G, Q * R, D]."""
-    return x[:, :, :, rows].flatten(2, 3)
+def _parts(stack: Tensor, plan: _Plan) -> Iterator[slice]:
+    """Which pairs of a stack to work on together."""
+    return (slice(start, start + plan.together) for start in range(0, stack.shape[0], plan.together))
 
 
-def _put(x: Tensor, rows: slice, value: Tensor) -> None:
-    """The inverse of :func:`_take`."""
-    x[:, :, :, rows] = value.unflatten(2, (x.shape[2], -1))
+def _view(x: Tensor, run: Run, groups: int) -> Tensor:
+    """The tokens of a run by segment and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
+    start, count, length = run
+    return x[start : start + count * length].unflatten(1, (groups, -1)).unflatten(0, (count, length)).permute(0, 2, 3, 1, 4)
 
 
-def _scores(qs: Tensor, ks: Tensor, rows: slice, cols: slice, scale: float, window: int | None) -> Tensor:
-    """Scaled scores of a block, -inf where a key is hidden: [B, G, Q * R, S]."""
-    q = _take(qs, rows)
-    scores = (q * scale) @ ks[:, :, 0, cols].mT
-    row = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-    col = torch.arange(cols.start, cols.stop, device=q.device)
-    hidden = (col > row) if window is None else (col > row) | (col <= row - window)
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    scores.unflatten(2, (qs.shape[2], -1)).masked_fill_(hidden, float("-inf"))
-    return scores
+def _stack(view: Tensor, padded: int) -> Tensor:
+    """A contiguous copy, padded with zeros: [B, G, heads, L, D] -> [n, heads, padded, D]."""
+    *shape, length, dim = view.shape
+    stack = view.new_empty(*shape, padded, dim)
+    stack[..., :length, :] = view
+    stack[..., length:, :] = 0
+    return stack.flatten(0, 1)
+
+
+def _unstack(stack: Tensor, view: Tensor) -> None:
+    """Write [n, heads, padded, D] to [B, G, heads, L, D], padding left out."""
+    view.copy_(stack.unflatten(0, view.shape[:2])[..., : view.shape[3], :])
+
+
+def _zeros(stack: Tensor, plan: _Plan) -> Tensor:
+    """Room for sums, [n, 1, padded, D], in the order of features and tokens in which ``gemm.bmm`` returns the terms."""
+    if plan.together > 1:
+        return torch.zeros_like(stack)
+    return stack.new_zeros(*stack.shape[:2], stack.shape[3], stack.shape[2]).mT

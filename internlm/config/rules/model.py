@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from internlm.config.facts import DEVICE_TYPE, Facts
@@ -53,7 +54,8 @@ def device_has_dtype(config: Config, facts: Facts) -> Iterator[Problem]:
 
 def divisors(number: int) -> str:
     """Divisors of ``number``, listed."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
 
 
 RULES = (

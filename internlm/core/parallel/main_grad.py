@@ -53,7 +53,8 @@ def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
 
 
 def _move_grad(parameter: Tensor) -> None:
-    """Autograd made a gradient of the parameter's own type: add it to the wider buffer and drop it."""
-    assert parameter.grad is not None
-    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-    parameter.grad = None
+    """Add a gradient that autograd made, in the parameter's own type, to the wider buffer, and drop it; there is none
+    where a layer added its own."""
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None

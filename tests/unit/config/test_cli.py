@@ -49,7 +49,7 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["confg", SFT], "COMMAND: 'confg' is unknown. Did you mean 'config'?"),
+        (["confikg", SFT], "COMMAND: 'confikg' is unknown. Did you mean 'config'?"),
         (["config", SFT, "--wrld-size", "8"], "--wrld-size: unknown argument. Did you mean '--world-size'?"),
         (["config", SFT, "--world=8"], "--world: unknown argument. Did you mean '--world-size'?"),
         (["config", SFT, "--device", "gpu"], "--device: 'gpu' is unknown. Give one of cpu, cuda"),
@@ -75,16 +75,16 @@ def test_all_unknown_flags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     parser.add_argument("--config")
     parser.add_argument("--seed", type=int)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--confg", "x.py", "--sed=3"])
+        parser.parse_args(["--confikg", "x.py", "--sed=3"])
     assert capsys.readouterr().err.splitlines() == [
-        "--confg: unknown argument. Did you mean '--config'?",
+        "--confikg: unknown argument. Did you mean '--config'?",
         "--sed: unknown argument. Did you mean '--seed'?",
     ]
 
 
 def test_other_ranks_stay_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert exit_code("confg") == 2
+    assert exit_code("confikg") == 2
     assert capsys.readouterr().err == ""
 
 

@@ -95,7 +95,7 @@ def test_malformed(text: str) -> None:
     [
         ("data.micronum=2", "--set data.micronum: unknown key. Did you mean 'data.micro_num'?"),
         ("dat.micro_num=2", "--set dat.micro_num: unknown key. Did you mean 'data.micro_num'?"),
-        ("modle={}", "--set modle: unknown key. Did you mean 'model'?"),
+        ("moddle={}", "--set moddle: unknown key. Did you mean 'model'?"),
         ("model.num_layers.x=2", "--set model.num_layers.x: unknown key. Did you mean 'model.num_layers'?"),
         ("data.packed_length=8", "data.packed_length: this key is deprecated and no longer read. Remove it: "),
         ("data.micro_num=two", "data.micro_num: 'two' is text. Give a whole number of at least 1"),
@@ -107,4 +107,4 @@ def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:
 
 
 def test_all_bad_overrides_are_told_together() -> None:
-    assert len(failures("a", "modle={}", "data.micro_num=0", "adam.lr=-1")) == 4
+    assert len(failures("a", "moddle={}", "data.micro_num=0", "adam.lr=-1")) == 4

@@ -18,15 +18,15 @@ from tools import demo_corpus
 
 ROOT = Path(__file__).parents[3]
 VOCAB = 400
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
 
 
 def source_of(i: int) -> str:
     word, other = WORDS[i % 10], WORDS[i * 7 % 10]
     return (
         f'"""Module number {i} of the tree, which is all about {word} and {other}."""\n\n\n'
-        f'def {word}(x):\n    """Short."""\n\treturn x\n\n\n'.replace("\t", "    ")
-        + f'class {other.title()}:\n    """Something that keeps {word} and {other} apart, {i} times."""\n\n    n = {i}\t# tab\n'
+        f'def {word}(x):\n    """Short."""\n    return x\t# tab\n\n\n'
+        f'class {other.title()}:\n    """Something that keeps {word} and {other} apart, {i} times."""\n'
     )
 
 
@@ -75,8 +75,8 @@ def test_stats(corpus: Path) -> None:
         source = TokenizedSource(str(corpus / split), 0, VOCAB)
         assert sum(part["tokens"] for part in stats[split].values()) == source.lengths.sum()
         assert stats[split]["en"]["bytes"] == (corpus / split / "en/stdlib.bin").stat().st_size
-    entropy = stats["unigram_entropy"] assert min(entropy["code"], entropy["en"]) < entropy["total"] <
-    max(entropy["code"], entropy["en"]) < math.log(VOCAB)
+    *by_type, total = (stats["unigram_entropy"][name] for name in ("code", "en", "total"))
+    assert min(by_type) < total < max(by_type) < math.log(VOCAB)
 
 
 def test_unigram_entropy() -> None:
@@ -85,10 +85,13 @@ def test_unigram_entropy() -> None:
 
 
 def test_the_same_sources_give_the_same_data(corpus: Path, tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "tools/demo_corpus.py", "--out", str(tmp_path), "--source", str(tree), "--vocab_size",
-    str(VOCAB)] environment = {**os.environ, "PYTHONPATH": ".", "PYTHONHASHSEED": "1"} subprocess.run(command,
-    cwd=ROOT, env=environment, check=True, capture_output=True) made = [path.relative_to(corpus) for path in
-    corpus.rglob("*") if path.is_file() and path.suffix != ".npy"] assert len(made) == 10 for name in made:
+    script = [sys.executable, "tools/demo_corpus.py"]
+    arguments = ["--out", str(tmp_path), "--source", str(tree), "--vocab_size", str(VOCAB)]
+    environment = {**os.environ, "PYTHONPATH": ".", "PYTHONHASHSEED": "1"}
+    subprocess.run(script + arguments, cwd=ROOT, env=environment, check=True, capture_output=True)
+    made = [path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file() and path.suffix != ".npy"]
+    assert len(made) == 10
+    for name in made:
         assert (tmp_path / name).read_bytes() == (corpus / name).read_bytes()
 
 

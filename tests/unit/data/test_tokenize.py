@@ -68,7 +68,7 @@ def test_every_kind_of_file(write: Callable[[Path], Path], tmp_path: Path, sente
     tokenize(write(tmp_path), out=out, tokenizer=sentencepiece_model)
     tokenizer = load_tokenizer(str(sentencepiece_model))
     assert samples(out) == [[*tokenizer.encode(text), 2] for text in TEXTS]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["x.bin", "x.bin.meta"]
+    assert sorted(path.name for path in out.parent.glob("x*")) == ["x.bin", "x.bin.meta"]
 
 
 def test_the_files_are_as_documented(tmp_path: Path, sentencepiece_model: Path) -> None:
@@ -128,14 +128,12 @@ def test_the_number_of_processes_changes_nothing(
 ) -> None:
     monkeypatch.setattr("internlm.data.tokenize.CHUNK_CHARACTERS", 500)
     (tmp_path / "a.txt").write_text("".join(f"{'box ' * (i % 7)}{i}\n" for i in range(1000)))
-    for workers in (1, 3):
+    for workers in (1, 2):
         out = tmp_path / f"{workers}/x.bin"
-        tokenize(
-            tmp_path / "a.txt", out=out, tokenizer=sentencepiece_model, more=("--num_workers", str(workers))
-        )
+        tokenize(tmp_path / "a.txt", out=out, tokenizer=sentencepiece_model, more=("--num_workers", str(workers)))
     for name in ("x.bin", "x.bin.meta"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
-    assert len(samples(tmp_path / "3/x.bin")) == 1000
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert len(samples(tmp_path / "2/x.bin")) == 1000
 
 
 # -- what can be wrong
@@ -149,11 +147,15 @@ def error_of(path: Path, tokenizer: Path, *more: str) -> str:
 
 
 def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> None:
-    for path, where in ((write_jsonl(tmp_path), ":1"), (write_json(tmp_path), ", record 0"), (write_parquet(tmp_path),
-    "")):
-        assert f"{path}{where}: has no key 'body', but " in error_of(path, sentencepiece_model, "--text_key", "body")
-    path = write_jsonl(tmp_path) assert "but 'text', 'id'. Name one of them as --text_key." in error_of(path,
-    sentencepiece_model, "--text_key", "body")
+    wrong = ("--text_key", "body")
+    for write, where, keys in (
+        (write_jsonl, ":1", "'text', 'id'"),
+        (write_json, ", record 0", "'text'"),
+        (write_parquet, "", "'id', 'text'"),
+    ):
+        path = write(tmp_path)
+        said = f"{path}{where}: has no key 'body', but {keys}. Name one of them as --text_key."
+        assert error_of(path, sentencepiece_model, *wrong) == said
 
 
 @pytest.mark.parametrize(
@@ -211,13 +213,14 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, sentencepiece_model: Pa
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(ROOT / "tools/tokenizer.py"), *arguments] return subprocess.run(script,
-    capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, str(ROOT / "tools/tokenizer.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_the_script(tmp_path: Path, sentencepiece_model: Path) -> None:
     arguments = ["--bin_output_path", str(tmp_path / "x.bin"), "--tokenizer_path", str(sentencepiece_model)]
-    done = run_script("--text_input_path", str(write_txt(tmp_path)), *arguments, "--num_workers", "2")
+    done = run_script("--text_input_path", str(write_txt(tmp_path)), *arguments, "--num_workers", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path}/x.bin: 3 samples, {sum(map(len, samples(tmp_path / 'x.bin')))} tokens\n"
 

@@ -1,0 +1,146 @@
+"""Whole runs on workers of the pool, as a user's script starts them, and what there is to know about them afterwards.
+
+A *log* here is what must be bitwise equal where two runs are the same run: losses, gradient norms, and random numbers
+drawn after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.logical import model_tensors, optimizer_tensors
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.core.trainer_builder import TrainerBuilder
+from internlm.data import build_train_loader_with_data_type
+from internlm.initialize import initialize_distributed_env
+from internlm.model.builder import create_model
+from internlm.utils.errors import UserError
+from internlm.utils.logger import get_logger
+from tests.dist.equivalence import MICRO_BATCHES, TINY, Boxes, assemble, boxes_of
+from tests.harness.pool import run_ranks
+
+#: Steps whose samples are looked at, from where a run stands.
+SAMPLES_OF = 2
+
+Entry = tuple[int, float, float, float, float]
+
+
+@dataclass
+class Rank:
+    """What one rank knows at the end."""
+
+    log: list[Entry] = field(default_factory=list)
+    """Step, loss, gradient norm, and a random number from torch's own and from the tensor stream."""
+    state: dict[str, Any] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    """Updates that Adam counts, by group."""
+    tensors: Boxes = field(default_factory=dict)
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    samples: list[Tensor] = field(default_factory=list)
+    """Rows of the next steps."""
+    message: str = ""
+    """What resuming said, or the error that ended the run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All ranks together: tensors and samples are those of the whole job."""
+
+    ranks: list[Rank]
+    tensors: dict[str, Tensor]
+    samples: list[Tensor]
+
+    @property
+    def log(self) -> list[Entry]:
+        """That of rank 0."""
+        return self.ranks[0].log
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """That of every rank."""
+        assert all(rank.state == self.ranks[0].state for rank in self.ranks)
+        return self.ranks[0].state
+
+    @property
+    def message(self) -> str:
+        """That of every rank."""
+        assert len({rank.message for rank in self.ranks}) == 1, [rank.message for rank in self.ranks]
+        return self.ranks[0].message
+
+
+def fit(
+    world_size: int, overrides: Sequence[str], stop_after: int | None = None, hooks: Sequence[Hook] = ()
+) -> Outcome:
+    """Train :data:`TINY` with ``overrides`` to its end; or to ``stop_after``, and then no further, as if killed."""
+    return _gathered(run_ranks(world_size, _fit, tuple(overrides), stop_after, tuple(hooks)))
+
+
+def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
+    """Load what such a run would go on from, and do no step. An error on loading is the outcome's message."""
+    return _gathered(run_ranks(world_size, _resume, tuple(overrides)))
+
+
+def _gathered(ranks: list[Rank]) -> Outcome:
+    samples = [torch.cat(rows) for rows in zip(*(rank.samples for rank in ranks), strict=True)]
+    return Outcome(ranks, assemble(rank.tensors for rank in ranks), samples)
+
+
+# -- on the workers
+
+
+class _Log(Hook):
+    def __init__(self, log: list[Entry], stop_after: int | None) -> None:
+        self.log, self.stop_after = log, stop_after
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        with gpc.random_streams.use(ParallelMode.TENSOR):
+            tensor_draw = torch.rand(()).item()
+        draw = torch.rand(()).item()
+        self.log.append((report.step, report.result.loss, report.update.grad_norm, draw, tensor_draw))
+        trainer.stop_requested |= trainer.state.step == self.stop_after
+
+
+def _fit(
+    rank: int, world_size: int, overrides: tuple[str, ...], stop_after: int | None, hooks: tuple[Hook, ...]
+) -> Rank:
+    log: list[Entry] = []
+    builder = _build(world_size, overrides, [*hooks, _Log(log, stop_after)])
+    return _described(builder, builder.fit, log)
+
+
+def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
+    builder = _build(world_size, overrides, [])
+    return _described(builder, lambda: builder.checkpoints.try_resume_training(builder.trainer.state), [])
+
+
+def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
+    get_logger().setLevel("WARNING")  # a line a step would hide what pytest has to say
+    initialize_distributed_env(TINY, overrides=(f"data.micro_num={MICRO_BATCHES // world_size}", *overrides))
+    model = create_model()
+    loader, types = build_train_loader_with_data_type()
+    return TrainerBuilder(model, loader, dataset_types=types, extra_hooks=hooks)
+
+
+def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
+    try:
+        message = action()
+    except UserError as error:
+        message = error
+    trainer, loader = builder.trainer, builder.train_dl
+    step, optimizer = trainer.state.step, trainer.optimizer
+    return Rank(
+        log=log,
+        state=trainer.state.state_dict(),
+        steps=[int(optimizer.state_of(group)["step"]) for group in optimizer.groups],
+        tensors=boxes_of({**model_tensors(trainer.model), **optimizer_tensors(optimizer)}),
+        streams=gpc.random_streams.state_dict(),
+        samples=[loader.read(number)[0]["input_ids"] for number in range(step, step + SAMPLES_OF)],
+        message=str(message),
+    )

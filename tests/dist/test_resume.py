@@ -1,0 +1,71 @@
+"""An interrupted run is, bit by bit, the run that nobody interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist.runs import Outcome, fit, resume
+from tests.unit.data.files import write_bin
+
+TOTAL = 14
+#: Rows of an epoch of the small data set; a step takes 4.
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Samples that fill 24 rows of 32 tokens: 6 steps an epoch."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = [[(i * 7 + j * j) % 64 for j in range(8)] for i in range(ROWS * 4)]
+    write_bin(folder / "en" / "a.bin", samples)
+    return str(folder)
+
+
+def _overrides(data: str, folder: Path, *more: str) -> list[str]:
+    return [
+        f"data.train_folder={data}",
+        f"data.total_steps={TOTAL}",
+        f"log_folder={folder / 'logs'}",
+        "model.dtype=torch.float32",
+        "ckpt.enable_save_ckpt=True",
+        "ckpt.checkpoint_every=1",
+        f"ckpt.save_ckpt_folder=local:{folder / 'ckpts'}",
+        *more,
+    ]
+
+
+def _interrupted(ranks: int, overrides: Sequence[str], stops: Sequence[int]) -> list[Outcome]:
+    return [fit(ranks, overrides, stop) for stop in (*stops, None)]
+
+
+def _assert_same_run(parts: Sequence[Outcome], straight: Outcome) -> None:
+    for rank, whole in enumerate(straight.ranks):
+        assert [entry for part in parts for entry in part.ranks[rank].log] == whole.log
+        last = parts[-1].ranks[rank]
+        assert (last.state, last.steps) == (whole.state, whole.steps)
+        assert last.streams.keys() == whole.streams.keys()
+        assert all(torch.equal(last.streams[name], state) for name, state in whole.streams.items())
+    _assert_same_tensors(parts[-1], straight)
+
+
+def _assert_same_tensors(one: Outcome, other: Outcome) -> None:
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[1], [3], [6], [12], [7, 9, 10]],
+    ids=["at step 1", "mid-epoch", "at an epoch's edge", "at the second edge", "three times in one epoch"],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_is_straight(ranks: int, stops: list[int], data: str, tmp_path: Path) -> None:
+    more = ["lr_scheduler.warmup_ratio=0.5", "adam.adam_beta2_c=0.8"]
+    straight = fit(ranks, _overrides(data, tmp_path / "straight", *more))
+    parts = _interrupted(ranks, _overrides(data, tmp_path / "parts", *more), stops)
+    _assert_same_run(parts, straight)
+    assert straight.state["step"] == TOTAL
