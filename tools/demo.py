@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,17 +51,22 @@ def train(steps: int | None) -> float:
 
 
 def loss_table(records: list[dict[str, Any]], entropy: dict[str, float]) -> str:
-    """Losses in nats per token: training (mean of the last steps), validation, and what word counts alone would give."""
+    """Losses in nats per token: training (over the last steps), validation, and what word counts alone would give."""
     steps = [record for record in records if "loss" in record][-20:]
     valid = next((record for record in reversed(records) if "valid/loss" in record), {})
-    rows = [("total", "loss", "valid/loss", "total")]
-    rows += [(name, f"loss/{name}", f"valid/loss/{name}", name) for name in entropy if name != "total"]
+    types = [name for name in entropy if name != "total"]
+    seen = {name: _mean(steps, [name]) for name in types} | {"total": _mean(steps, types)}
     lines = [f"{'type':8}{'train':>10}{'valid':>10}{'unigram entropy':>18}"]
-    for name, train_key, valid_key, entropy_key in rows:
-        seen = fmean(record[train_key] for record in steps)
-        held_out = valid.get(valid_key, float("nan"))
-        lines.append(f"{name:8}{seen:>10.3f}{held_out:>10.3f}{entropy[entropy_key]:>18.3f}")
+    for name in [*types, "total"]:
+        held_out = valid.get("valid/loss" if name == "total" else f"valid/loss/{name}", float("nan"))
+        lines.append(f"{name:8}{seen[name]:>10.3f}{held_out:>10.3f}{entropy[name]:>18.3f}")
     return "\n".join(lines)
+
+
+def _mean(steps: list[dict[str, Any]], types: list[str]) -> float:
+    """Loss per token of these types: a step may hold few tokens of one, or none."""
+    tokens = sum(step[f"tokens/{name}"] for step in steps for name in types)
+    return sum(step[f"loss/{name}"] * step[f"tokens/{name}"] for step in steps for name in types) / max(tokens, 1)
 
 
 def samples() -> str:

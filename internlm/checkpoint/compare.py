@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from internlm.checkpoint.logical import Logical
+from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
 
 #: Fields of the ``model`` section that shape the parameters or what they mean.
@@ -17,6 +19,12 @@ ARCHITECTURE = (
     "tie_word_embeddings",
 )  # fmt: skip
 
+#: Fields of the ``data`` section that say which samples a row holds.
+ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
+
+FROM_WEIGHTS = "To start from the weights alone, set ckpt.load_ckpt_info.content=('model',)"
+WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
+
 
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """A problem for each field of the architecture in which two resolved configs differ."""
@@ -25,6 +33,41 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
     for key, then, wanted in fields:
         if then != wanted:
             yield Problem(key, f"{wanted!r}, but {folder} was saved with {then!r}", "Use the config of the checkpoint")
+
+
+def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """A problem where the parameters' type differs, on which it depends what optimizer state there is."""
+    then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
+    if torch_dtype(then) != torch_dtype(wanted):
+        what = f"{wanted!r}, but {folder} was saved with {then!r}"
+        yield Problem("model.dtype", what, f"Set it back. {FROM_WEIGHTS}")
+
+
+def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """A problem for each fact in which the next samples would not be those that follow the saved position."""
+    if saved.get("data") != now.get("data"):
+        what = (
+            f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
+        )
+        yield Problem("data.train_folder", what, f"Put the old data back. {WITHOUT_SAMPLER}")
+    then, wanted = saved["config"]["data"], now["config"]["data"]
+    fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
+    for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
+        if old != new:
+            what = f"{new!r}, but {folder} was saved with {old!r}, and its position counts rows made with that"
+            yield Problem(name, what, f"Set it back. {WITHOUT_SAMPLER}")
+
+
+def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
+    """A problem for each file that is shorter than what lies in it, or gone."""
+    ends: dict[str, int] = {}
+    for place in (metadata.storage_data or {}).values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size < end:
+            yield Problem(str(path), f"{size} bytes, its index says {end}", "Choose an older checkpoint")
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: Logical) -> Iterator[Problem]:
@@ -47,6 +90,4 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Logical) -> Iter
 
 
 def _todo(name: str) -> str:
-    if name.startswith("optimizer/"):
-        return "To start from the weights alone, set ckpt.load_ckpt_info.content=('model',)"
-    return "Use the config of the checkpoint"
+    return FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"

@@ -75,14 +75,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(Problem(str(folder), "unfinished: its commit mark is missing", "Choose an older one"))
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
-    except ValueError as error:
+        newer = state["format"] > FORMAT
+    except (ValueError, TypeError, KeyError) as error:  # no JSON, or no state
         raise CheckpointError(
             Problem(str(folder / STATE_FILE), f"can't be read ({error})", "Choose another one")
         ) from None
-    if state.get("format", FORMAT + 1) > FORMAT:
+    if newer:
         raise CheckpointError(
-            Problem(
-                str(folder), f"has format {state.get('format')}, this version reads up to {FORMAT}", "Update InternEvo"
-            )
+            Problem(str(folder), f"has format {state['format']}, this version reads up to {FORMAT}", "Update InternEvo")
         )
     return state

@@ -7,7 +7,8 @@ mark. A folder without the mark is an unfinished save and is never loaded.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from internlm.checkpoint import compare, folder
 from internlm.checkpoint.logical import Logical, LogicalTensor, model_tensors, optimizer_tensors
@@ -29,6 +31,9 @@ from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
 
 log = get_logger()
+
+#: What ``content=("all",)`` means.
+ALL = {"model", "optimizer", "scheduler", "sampler"}
 
 
 class Resumable(Protocol):
@@ -52,8 +57,8 @@ class Sampler(Protocol):
 class CheckpointManager:
     """Saves every ``checkpoint_every`` steps and at ``total_steps``; resumes from the newest complete checkpoint.
 
-    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config`` and the ``data`` fingerprint. They are
-    compared on loading.
+    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config``, the ``data`` fingerprint and the ``seed``.
+    They are compared on loading.
     """
 
     def __init__(
@@ -88,12 +93,11 @@ class CheckpointManager:
         target = folder.step_folder(self.root, state.step)
         self._on_first_rank(lambda: _make_empty(target))
         try:
-            dcp.save(self._tensors(), storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
-        except CheckpointException as error:
-            raise CheckpointError(
-                Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")
-            ) from None
-        self._on_first_rank(lambda: self._commit(target, state))
+            _write(target, self._tensors())
+            self._on_first_rank(lambda: self._commit(target, state))
+        except CheckpointError:
+            self._on_first_rank(lambda: shutil.rmtree(target, ignore_errors=True))
+            raise
         self.last_saved = state.step
         log_first(f"saved {target}")
         return target
@@ -109,11 +113,10 @@ class CheckpointManager:
         return tensors
 
     def _commit(self, target: Path, state: Resumable) -> None:
-        steps = [int(self.optimizer.state_of(group)["step"]) for group in self.optimizer.groups]
         content = {
             "format": folder.FORMAT,
             "train_state": state.state_dict(),
-            "optimizer_steps": steps,
+            "updates": int(self.optimizer.state_of(self.optimizer.groups[0])["step"]),  # the same for all groups
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
             **self.facts,
@@ -162,55 +165,69 @@ class CheckpointManager:
         return Path(choice[0]) if choice[0] else None
 
     def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
-        """Load ``content`` from ``source``; everything is compared before anything is changed."""
-        wants = set(content)
-        everything = "all" in wants
-        saved = folder.read_state(source)
+        """Load ``content`` from ``source``; everything is compared, on all ranks, before anything is changed on any."""
+        wants = set(ALL) if "all" in content else set(content)
         reader = SafeReader(source)
-        metadata = reader.read_metadata()
-        tensors = model_tensors(self.model) if everything or "model" in wants else {}
-        unexpected = list(compare.unexpected_tensors(str(source), metadata, tensors)) if tensors else []
-        if everything or "optimizer" in wants:
-            tensors |= optimizer_tensors(self.optimizer)
-        architecture = list(compare.other_architecture(str(source), saved["config"], self.facts["config"]))
-        problems = architecture or [*compare.missing_tensors(str(source), metadata, tensors), *unexpected]
-        problems += self._other_data(source, saved) if everything or "sampler" in wants else []
-        if problems:
-            raise CheckpointError(*problems)
-        streams = self._random_tensors() if everything else {}
-        tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
-        _read(reader, tensors)
+        with _failing_together():
+            saved, metadata = folder.read_state(source), reader.read_metadata()
+            tensors = self._wanted_tensors(wants)
+            problems = list(self._problems(source, saved, metadata, tensors, wants))
+            if problems:
+                raise CheckpointError(*problems)
+        if wants == ALL:
+            streams = self._random_tensors()
+            tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
+        _read(source, reader, tensors)
         self._adopt(saved, tensors, state, wants)
+
+    def _wanted_tensors(self, wants: set[str]) -> Logical:
+        tensors = model_tensors(self.model) if "model" in wants else {}
+        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wants else {})}
+
+    def _problems(
+        self, source: Path, saved: dict[str, Any], metadata: Metadata, tensors: Logical, wants: set[str]
+    ) -> Iterator[Problem]:
+        """What stands in the way; where the architecture is another one, nothing but that."""
+        name, then, now = str(source), saved["config"], self.facts["config"]
+        architecture = list(compare.other_architecture(name, then, now))
+        yield from architecture
+        if not architecture:
+            yield from compare.missing_tensors(name, metadata, tensors)
+            yield from compare.unexpected_tensors(name, metadata, tensors) if "model" in wants else ()
+            yield from compare.other_dtype(name, then, now) if "optimizer" in wants else ()
+        yield from compare.other_samples(name, saved, self.facts) if "sampler" in wants else ()
+        yield from compare.damaged_files(source, metadata)
 
     def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:
         """Put what does not lie in the model's and optimizer's own memory where it belongs."""
-        everything = "all" in wants
-        if everything or "optimizer" in wants:
-            for group, steps in zip(self.optimizer.groups, saved["optimizer_steps"], strict=True):
-                self.optimizer.state_of(group)["step"].fill_(steps)
+        if "optimizer" in wants:
+            for group in self.optimizer.groups:
+                self.optimizer.state_of(group)["step"].fill_(saved["updates"])
         else:
             for group in self.optimizer.groups:
                 group.values_to_main()
-        if everything or wants & {"scheduler", "sampler"}:
+        if wants & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
-        if everything or "sampler" in wants:
+        if "sampler" in wants:
             self.sampler.resume(Position(*saved["sampler"]))
-        self.last_saved = state.step if everything else -1
+        self.last_saved = state.step if wants == ALL else -1
         streams = {name.rsplit("/", 1)[1]: t.boxes[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
 
-    def _other_data(self, source: Path, saved: dict[str, Any]) -> list[Problem]:
-        then, now = saved.get("data"), self.facts.get("data")
-        if then == now:
-            return []
-        return [
-            Problem(
-                "data.train_folder",
-                f"its data changed since {source} was saved (fingerprint {then} then, {now} now)",
-                "Put the old data back, or set ckpt.auto_resume=False and load content=('model', 'optimizer')",
-            )
-        ]
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """What any rank finds within the block is raised on all, so that nobody waits for one that has given up."""
+    found: tuple[Problem, ...] = ()
+    try:
+        yield
+    except CheckpointError as error:
+        found = error.problems
+    gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    if problems := dict.fromkeys(problem for rank in gathered for problem in rank):
+        raise CheckpointError(*problems)
 
 
 def _make_empty(target: Path) -> None:
@@ -226,9 +243,21 @@ def _whole(value: Tensor) -> LogicalTensor:
     return tensor
 
 
-def _read(reader: SafeReader, tensors: Logical) -> None:
-    with torch.no_grad():
-        dcp.load(dict(tensors), storage_reader=reader, planner=LogicalLoadPlanner())
+def _write(target: Path, tensors: dict[str, Any]) -> None:
+    try:
+        dcp.save(tensors, storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
+    except CheckpointException as error:
+        problem = Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")
+        raise CheckpointError(problem) from None
+
+
+def _read(source: Path, reader: SafeReader, tensors: Logical) -> None:
+    try:
+        with torch.no_grad():
+            dcp.load(dict(tensors), storage_reader=reader, planner=LogicalLoadPlanner())
+    except CheckpointException as error:
+        problem = Problem(str(source), f"can't be read ({_causes(error)})", "Choose an older one")
+        raise CheckpointError(problem) from None
 
 
 def _causes(error: CheckpointException) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
+
+from internlm.utils.errors import CheckpointError, Problem
 
 
 class LogicalSavePlanner(DefaultSavePlanner):
@@ -38,3 +42,8 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
         """The memory of the box at ``index``."""
         tensor: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
         return tensor
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Refuse what is no tensor: the default would unpickle it."""
+        name = read_item.dest_index.fqn
+        raise CheckpointError(Problem(name, "is a pickled object, not a tensor", "Load another checkpoint"))

@@ -16,8 +16,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from internlm.utils.errors import CheckpointError, Problem
 
-_ALLOWED_MODULES = {"torch.distributed.checkpoint.metadata"}
+_METADATA = (
+    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+    "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta",
+)  # fmt: skip
 _ALLOWED = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -30,7 +34,7 @@ _ALLOWED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module in _ALLOWED_MODULES and "." not in name):
+        if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
 
@@ -51,9 +55,19 @@ class SafeReader(dcp.FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
-                metadata: Metadata = _MetadataUnpickler(file).load()
+                metadata = _checked(_MetadataUnpickler(file).load())
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(Problem(str(path), f"can't be read ({error})", "Load another checkpoint")) from None
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _checked(metadata: Any) -> Metadata:
+    """``metadata``, if it is that, and speaks of files in its own folder alone."""
+    if not isinstance(metadata, Metadata):
+        raise ValueError("it holds something else than metadata")
+    for info in (metadata.storage_data or {}).values():
+        if info.relative_path != Path(info.relative_path).name:
+            raise ValueError(f"it names the file {info.relative_path!r}, outside the checkpoint")
+    return metadata

@@ -53,7 +53,11 @@ class TrainerBuilder:
             optimizer,
             gpc.random_streams,
             self.config.data.total_steps,
-            facts={"config": self.config.model_dump(mode="json"), "data": train_dl.fingerprint()},
+            facts={
+                "config": self.config.model_dump(mode="json"),
+                "data": train_dl.fingerprint(),
+                "seed": gpc.seed,
+            },
             sampler=train_dl,
         )
         self.folder = Path(self.config.log_folder) / self.config.JOB_NAME / _launch_time()

@@ -41,5 +41,5 @@ def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: tor
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
     outside = probabilities.cumsum(0) - probabilities >= top_p
-    probabilities[outside] = 0.0
+    probabilities[1:][outside[1:]] = 0.0  # the likeliest stays, whatever top_p
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
             return True
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         log.warning(f"alert not delivered to {address}: {error}")
         return False
 

@@ -53,9 +53,10 @@ class _BlockedAttention(torch.autograd.Function):
         for run in runs:
             plan = _plan(q, groups, run, window)
             qs, ks, vs = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v))
+            qs.mul_(scale)
             outs = torch.empty_like(qs)
             for part in _parts(qs, plan):
-                _forward(qs[part].mul_(scale), ks[part], vs[part], outs[part], plan)
+                _forward(qs[part], ks[part, 0], vs[part, 0], outs[part], plan)
             _unstack(outs, _view(out, run, groups))
         ctx.save_for_backward(q, k, v)
         ctx.runs, ctx.scale, ctx.window = runs, scale, window
@@ -70,40 +71,46 @@ class _BlockedAttention(torch.autograd.Function):
         for run in ctx.runs:
             plan = _plan(q, groups, run, ctx.window)
             qs, ks, vs, douts = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v, dout))
+            qs.mul_(ctx.scale)
             dqs, dks, dvs = torch.empty_like(qs), _zeros(ks, plan), _zeros(vs, plan)
             for part in _parts(qs, plan):
-                _backward(qs[part].mul_(ctx.scale), ks[part], vs[part], douts[part], dqs[part], dks[part], dvs[part], plan)
+                _backward(
+                    qs[part], ks[part, 0], vs[part, 0], douts[part], dqs[part], dks[part, 0], dvs[part, 0], plan
+                )
             for stack, grad in zip((dqs.mul_(ctx.scale), dks, dvs), grads, strict=True):
                 _unstack(stack, _view(grad, run, groups))
         return *grads, None, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
-    """Attention of some pairs into ``out``: all [n, heads, L, D], q scaled."""
+    """Attention of some pairs into ``out``: q scaled and out [..., Q, L, D], k and v [..., L, D]."""
     for rows, cols in _blocks(plan):
-        probs = _probs(q[:, :, rows], k[:, 0, cols], rows, cols, plan.window)
-        out[:, :, rows] = gemm.bmm(probs, v[:, 0, cols]).view(out[:, :, rows].shape)
+        probs = _probs(q[..., rows, :], k[..., cols, :], rows, cols, plan.window)
+        block_out = out[..., rows, :]
+        block_out.copy_(gemm.matmul(probs, v[..., cols, :]).view(block_out.shape))
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan
 ) -> None:
-    """Gradients of some pairs, for scaled q, into ``dq`` and added to ``dk`` and ``dv``: all [n, heads, L, D]."""
+    """Gradients of some pairs into ``dq`` (for scaled q), and added to ``dk`` and ``dv``; shapes as in :func:`_forward`."""
     for rows, cols in _blocks(plan):
-        block_q, block_dout = q[:, :, rows], dout[:, :, rows].flatten(1, 2)  # [n, Q, R, D], [n, Q * R, D]
-        probs = _probs(block_q, k[:, 0, cols], rows, cols, plan.window)  # [n, Q * R, S]
-        dprobs = gemm.bmm(block_dout, v[:, 0, cols].mT)
+        block_q, block_dq, seen = q[..., rows, :], dq[..., rows, :], k[..., cols, :]
+        block_dout = dout[..., rows, :].flatten(-3, -2)
+        probs = _probs(block_q, seen, rows, cols, plan.window)
+        dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        dv[:, 0, cols] += gemm.bmm(probs.mT, block_dout)
-        dk[:, 0, cols] += gemm.bmm(dscores.mT, block_q.flatten(1, 2))
-        dq[:, :, rows] = gemm.bmm(dscores, k[:, 0, cols]).view(block_q.shape)
+        dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
+        dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q.flatten(-3, -2)))
+        block_dq.copy_(gemm.matmul(dscores, seen).view(block_dq.shape))
 
 
 def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, window: int | None) -> Tensor:
-    """Attention probabilities of a block: [n, Q, R, D], [n, S, D] -> [n, Q * R, S]."""
-    scores = gemm.bmm(q.flatten(1, 2), k.mT)
-    by_head = scores.unflatten(1, q.shape[1:3])  # [n, Q, R, S]
-    by_head[..., rows.start - cols.start :] += _causal_bias(scores.dtype)[: q.shape[2], : q.shape[2]]
+    """Attention probabilities of a block: [..., Q, R, D], [..., S, D] -> [..., Q * R, S]."""
+    scores = gemm.matmul(q.flatten(-3, -2), k.mT)
+    by_head = scores.unflatten(-2, q.shape[-3:-1])  # [..., Q, R, S]
+    size = q.shape[-2]
+    by_head[..., rows.start - cols.start :].add_(_causal_bias(scores.dtype)[:size, :size])
     if window is not None:
         distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(cols.start, cols.stop)
         by_head.masked_fill_(distance >= window, float("-inf"))
@@ -133,8 +140,10 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
 
 
-def _parts(stack: Tensor, plan: _Plan) -> Iterator[slice]:
-    """Which pairs of a stack to work on together."""
+def _parts(stack: Tensor, plan: _Plan) -> Iterator[int | slice]:
+    """Indices of the pairs of a stack to work on together; a single pair loses its dimension."""
+    if plan.together == 1:
+        return iter(range(stack.shape[0]))
     return (slice(start, start + plan.together) for start in range(0, stack.shape[0], plan.together))
 
 
@@ -159,7 +168,7 @@ def _unstack(stack: Tensor, view: Tensor) -> None:
 
 
 def _zeros(stack: Tensor, plan: _Plan) -> Tensor:
-    """Room for sums, [n, 1, padded, D], in the order of features and tokens in which ``gemm.bmm`` returns the terms."""
+    """Room for sums, [n, 1, padded, D], in the order of features and tokens in which ``gemm.matmul`` returns the terms."""
     if plan.together > 1:
         return torch.zeros_like(stack)
     return stack.new_zeros(*stack.shape[:2], stack.shape[3], stack.shape[2]).mT

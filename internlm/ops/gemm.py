@@ -1,6 +1,6 @@
-"""The GEMMs of training, without autograd: the three of a linear layer, and a batched one.
+"""The GEMMs of training, without autograd: the three of a linear layer, and a plain one.
 
-Shapes: T tokens, I input features, O output features; [n, M, K] @ [n, K, N] for the batched one.
+Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for the plain one.
 
 On CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as fast on
 processors whose AVX-512 units that BLAS leaves unused. All else goes through ``torch.mm``.
@@ -46,16 +46,14 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
         out.copy_(product)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``: [n, M, K], [n, K, N] -> [n, M, N]; ``a`` may be a transposed view.
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``: [M, K], [K, N] -> [M, N], or a batch of them; ``a`` may be a transposed view.
 
-    A single large product goes through oneDNN. The caller sees to it that few distinct shapes occur.
+    A batch takes one call of the BLAS. The caller sees to it that few distinct shapes of single products occur.
     """
-    if a.shape[0] != 1 or not _onednn_pays(a[0], b.shape[2]):
-        return torch.bmm(a, b)
-    left, right = a[0], b[0]
-    product = _onednn(left, right.t()) if left.stride(1) == 1 else _transposed_product(left.t(), right)
-    return product.unsqueeze(0)
+    if a.dim() > 2 or not _onednn_pays(a, b.shape[1]):
+        return torch.matmul(a, b)
+    return _onednn(a, b.t()) if a.stride(1) == 1 else _transposed_product(a.t(), b)
 
 
 def onednn_serves(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 def expand_host_list(text: str) -> list[str]:
     """Every host of a Slurm host list, in order. Raises ``ValueError`` for one that cannot be read."""
     hosts = [host for part in _split_outside_brackets(text) for host in _expand(part)]
-    if not hosts or not all(hosts):
+    if not all(re.fullmatch(r"[^\s\[\]]+", host) for host in hosts):
         raise ValueError(f"{text!r} is not a list of hosts such as 'gpu[003-005,9]'")
     return hosts
 

@@ -1,12 +1,14 @@
 """Whole runs on workers of the pool, as a user's script starts them, and what there is to know about them afterwards.
 
 A *log* here is what must be bitwise equal where two runs are the same run: losses, gradient norms, and random numbers
-drawn after each step.
+drawn before each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +49,7 @@ class Rank:
     """Rows of the next steps."""
     message: str = ""
     """What resuming said, or the error that ended the run."""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,48 @@ def _gathered(ranks: list[Rank]) -> Outcome:
     return Outcome(ranks, assemble(rank.tensors for rank in ranks), samples)
 
 
+def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Equal names, and equal bit by bit."""
+    assert one.keys() == other.keys()
+    assert not [name for name, tensor in other.items() if not torch.equal(one[name], tensor)]
+
+
 # -- on the workers
+
+
+class _Texts(logging.Handler):
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """The framework's warnings within the block, of which nothing gets to the screen."""
+    texts: list[str] = []
+    logger = get_logger()
+    outer, logger.handlers = logger.handlers, [_Texts(texts)]
+    try:
+        yield texts
+    finally:
+        logger.handlers = outer
 
 
 class _Log(Hook):
     def __init__(self, log: list[Entry], stop_after: int | None) -> None:
         self.log, self.stop_after = log, stop_after
+        self.draws = (0.0, 0.0)
+
+    def before_step(self, trainer: Trainer) -> None:
+        with gpc.random_streams.use(ParallelMode.TENSOR):
+            from_tensor_stream = torch.rand(()).item()
+        self.draws = (torch.rand(()).item(), from_tensor_stream)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        with gpc.random_streams.use(ParallelMode.TENSOR):
-            tensor_draw = torch.rand(()).item()
-        draw = torch.rand(()).item()
-        self.log.append((report.step, report.result.loss, report.update.grad_norm, draw, tensor_draw))
+        self.log.append((report.step, report.result.loss, report.update.grad_norm, *self.draws))
         trainer.stop_requested |= trainer.state.step == self.stop_after
 
 
@@ -121,7 +154,6 @@ def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
 
 
 def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
-    get_logger().setLevel("WARNING")  # a line a step would hide what pytest has to say
     initialize_distributed_env(TINY, overrides=(f"data.micro_num={MICRO_BATCHES // world_size}", *overrides))
     model = create_model()
     loader, types = build_train_loader_with_data_type()
@@ -129,10 +161,11 @@ def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -
 
 
 def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
-    try:
-        message = action()
-    except UserError as error:
-        message = error
+    with _warnings() as warnings:
+        try:
+            message = action()
+        except UserError as error:
+            message = error
     trainer, loader = builder.trainer, builder.train_dl
     step, optimizer = trainer.state.step, trainer.optimizer
     return Rank(
@@ -143,4 +176,5 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
         streams=gpc.random_streams.state_dict(),
         samples=[loader.read(number)[0]["input_ids"] for number in range(step, step + SAMPLES_OF)],
         message=str(message),
+        warnings=warnings,
     )

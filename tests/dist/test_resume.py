@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.dist.runs import Outcome, fit, resume
+from tests.dist.runs import Outcome, assert_same_tensors, fit
 from tests.unit.data.files import write_bin
 
 TOTAL = 14
@@ -25,36 +24,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _overrides(data: str, folder: Path, *more: str) -> list[str]:
+def _overrides(data: str, folder: Path, every: int) -> list[str]:
     return [
         f"data.train_folder={data}",
         f"data.total_steps={TOTAL}",
         f"log_folder={folder / 'logs'}",
         "model.dtype=torch.float32",
+        "lr_scheduler.warmup_ratio=0.5",
+        "adam.adam_beta2_c=0.8",
         "ckpt.enable_save_ckpt=True",
-        "ckpt.checkpoint_every=1",
+        f"ckpt.checkpoint_every={every}",
         f"ckpt.save_ckpt_folder=local:{folder / 'ckpts'}",
-        *more,
     ]
 
 
-def _interrupted(ranks: int, overrides: Sequence[str], stops: Sequence[int]) -> list[Outcome]:
-    return [fit(ranks, overrides, stop) for stop in (*stops, None)]
-
-
-def _assert_same_run(parts: Sequence[Outcome], straight: Outcome) -> None:
-    for rank, whole in enumerate(straight.ranks):
-        assert [entry for part in parts for entry in part.ranks[rank].log] == whole.log
-        last = parts[-1].ranks[rank]
-        assert (last.state, last.steps) == (whole.state, whole.steps)
-        assert last.streams.keys() == whole.streams.keys()
-        assert all(torch.equal(last.streams[name], state) for name, state in whole.streams.items())
-    _assert_same_tensors(parts[-1], straight)
-
-
-def _assert_same_tensors(one: Outcome, other: Outcome) -> None:
-    assert one.tensors.keys() == other.tensors.keys()
-    assert all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
+@functools.cache
+def _straight(ranks: int, data: str, folder: Path) -> Outcome:
+    return fit(ranks, _overrides(data, folder / f"straight-{ranks}", TOTAL))
 
 
 @pytest.mark.parametrize(
@@ -64,8 +50,12 @@ def _assert_same_tensors(one: Outcome, other: Outcome) -> None:
 )
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_is_straight(ranks: int, stops: list[int], data: str, tmp_path: Path) -> None:
-    more = ["lr_scheduler.warmup_ratio=0.5", "adam.adam_beta2_c=0.8"]
-    straight = fit(ranks, _overrides(data, tmp_path / "straight", *more))
-    parts = _interrupted(ranks, _overrides(data, tmp_path / "parts", *more), stops)
-    _assert_same_run(parts, straight)
+    straight = _straight(ranks, data, Path(data).parent)
+    parts = [fit(ranks, _overrides(data, tmp_path, every=stop), stop) for stop in (*stops, TOTAL)]
+    for rank, whole in enumerate(straight.ranks):
+        assert [entry for part in parts for entry in part.ranks[rank].log] == whole.log
+        last = parts[-1].ranks[rank]
+        assert (last.state, last.steps) == (whole.state, whole.steps)
+        assert_same_tensors(last.streams, whole.streams)
+    assert_same_tensors(parts[-1].tensors, straight.tensors)
     assert straight.state["step"] == TOTAL

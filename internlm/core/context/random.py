@@ -30,27 +30,35 @@ def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) 
 
 
 class RandomStreams:
-    """Generator states by mode. Outside :meth:`use`, torch's own generator stands in the ``DATA`` stream."""
+    """One stream of random numbers for each mode, all drawn through torch's own generators.
+
+    Outside :meth:`use` that is the ``DATA`` stream. CUDA's generator has that one alone.
+    """
 
     def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
         self._states = {mode: torch.Generator().manual_seed(seed).get_state() for mode, seed in seeds.items()}
+        self._current = ParallelMode.DATA
         torch.manual_seed(seeds[ParallelMode.DATA])
 
     @contextmanager
     def use(self, mode: ParallelMode) -> Iterator[None]:
         """Draw from the stream of ``mode`` on the CPU generator within the block."""
-        outer = torch.get_rng_state()
-        torch.set_rng_state(self._states[mode])
+        outer = self._current
+        self._switch(mode)
         try:
             yield
         finally:
-            self._states[mode] = torch.get_rng_state()
-            torch.set_rng_state(outer)
+            self._switch(outer)
+
+    def _switch(self, mode: ParallelMode) -> None:
+        self._states[self._current] = torch.get_rng_state()
+        torch.set_rng_state(self._states[mode])
+        self._current = mode
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state of each stream, and of torch's generators."""
+        """The state of each stream, and of CUDA's generator."""
+        self._states[self._current] = torch.get_rng_state()
         states = {mode.value: state.clone() for mode, state in self._states.items()}
-        states["torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
         return states
@@ -59,6 +67,6 @@ class RandomStreams:
         """Continue every stream where :meth:`state_dict` left it."""
         for mode in self._states:
             self._states[mode] = states[mode.value].clone()
-        torch.set_rng_state(states["torch"])
+        torch.set_rng_state(self._states[self._current])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])

@@ -34,7 +34,8 @@ class ParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, I] → [T, *out_shape]."""
         y: Tensor = _Linear.apply(x, self.weight, self.bias, self.communicator)
-        return y.view(y.shape[0], *self.weight.shape[:-1])
+        whole = self.out_shape if self.communicator.splits_weight else self.weight.shape[:-1]
+        return y.view(y.shape[0], *whole)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}"
@@ -50,12 +51,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator) -> Tensor:
-        y = gemm.linear(comm.gather_input(x), _matrix(comm.gather_weight(weight)))  # [T, O]
-        if bias is not None:
+        y = comm.reduce_output(gemm.linear(comm.gather_input(x), _matrix(comm.gather_weight(weight))))  # [T, O]
+        if bias is not None:  # not before: a sum over ranks would count it on each of them
             y += bias.view(-1)
         ctx.save_for_backward(x)
         ctx.parameters, ctx.comm = (weight, bias), comm
-        return comm.reduce_output(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

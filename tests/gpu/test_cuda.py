@@ -1,0 +1,65 @@
+"""What differs on CUDA. Run on a machine that has it: ``make test-gpu``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm import accelerator
+from internlm.ops import Segments, attention, why_unavailable
+from tests.harness.launch import torchrun
+
+pytestmark = pytest.mark.gpu
+LENGTHS = [3, 64, 17, 200, 1]
+
+
+@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa", "auto"])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_attention_equals_reference(backend: str, kv_heads: int) -> None:
+    if backend != "auto" and (reason := why_unavailable(backend, "cuda", torch.bfloat16)):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    segments = Segments.from_cu_seqlens(cu)
+    shapes = [(total, 8, 64), (total, kv_heads, 64), (total, kv_heads, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    ours = attention(*inputs, segments, backend=backend)
+    exact = attention(*doubles, segments, backend="reference")
+    grad = torch.randn_like(ours)
+    ours.backward(grad)
+    exact.backward(grad.double())
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2)
+    for x, y in zip(inputs, doubles, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=5e-2, atol=5e-2)
+
+
+def test_accelerator_finds_the_device() -> None:
+    assert accelerator.device_type() == "cuda"
+    assert accelerator.default_backend() == "nccl"
+    assert accelerator.device_count() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32", "torch.bfloat16"])
+def test_training_by_nccl_learns_and_resumes(tmp_path: Path, dtype: str) -> None:
+    options = [
+        f"model.dtype={dtype}",
+        "ckpt.enable_save_ckpt=True",
+        f"ckpt.save_ckpt_folder={tmp_path}/ckpt",
+        "ckpt.checkpoint_every=10",
+        f"log_folder={tmp_path}/run",
+        "data.total_steps=20",
+    ]
+    arguments = [word for option in options for word in ("--set", option)]
+    processes = torch.cuda.device_count()
+    for _ in range(2):  # the second run resumes at the last step and has nothing left to do
+        job = torchrun(processes, "train.py", "--config", "configs/debug/internlm2.py", *arguments, timeout=240)
+        assert job.returncode == 0, job.stderr
+    (records,) = [p.read_text().splitlines() for p in tmp_path.glob("run/*/*/metrics.jsonl") if p.stat().st_size]
+    losses = [json.loads(line)["loss"] for line in records if '"loss"' in line]
+    assert losses[-1] < losses[0]
+    assert "resumed from" in job.stderr
