@@ -22,7 +22,7 @@ ARCHITECTURE = (
 #: Fields of the ``data`` section that say which samples a row holds.
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 
-FROM_WEIGHTS = "To start from the weights alone, set ckpt.load_ckpt_info.content=('model',)"
+FROM_WEIGHTS = "To start from the weights alone, set ckpt.auto_resume=False and load content=('model',)"
 WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
 
 

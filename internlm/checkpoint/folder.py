@@ -78,7 +78,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         newer = state["format"] > FORMAT
     except (ValueError, TypeError, KeyError) as error:  # no JSON, or no state
         raise CheckpointError(
-            Problem(str(folder / STATE_FILE), f"can't be read ({error})", "Choose another one")
+            Problem(str(folder / STATE_FILE), f"can't be read ({error!r})", "Choose another one")
         ) from None
     if newer:
         raise CheckpointError(

@@ -187,14 +187,14 @@ class CheckpointManager:
     def _problems(
         self, source: Path, saved: dict[str, Any], metadata: Metadata, tensors: Logical, wants: set[str]
     ) -> Iterator[Problem]:
-        """What stands in the way; where the architecture is another one, nothing but that."""
+        """What stands in the way. Of a model of another kind no tensors are listed beside."""
         name, then, now = str(source), saved["config"], self.facts["config"]
-        architecture = list(compare.other_architecture(name, then, now))
-        yield from architecture
-        if not architecture:
+        other_kind = list(compare.other_architecture(name, then, now))
+        other_kind += compare.other_dtype(name, then, now) if "optimizer" in wants else []
+        yield from other_kind
+        if not other_kind:
             yield from compare.missing_tensors(name, metadata, tensors)
             yield from compare.unexpected_tensors(name, metadata, tensors) if "model" in wants else ()
-            yield from compare.other_dtype(name, then, now) if "optimizer" in wants else ()
         yield from compare.other_samples(name, saved, self.facts) if "sampler" in wants else ()
         yield from compare.damaged_files(source, metadata)
 

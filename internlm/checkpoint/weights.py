@@ -27,6 +27,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
     problems = [
         *compare.missing_tensors(str(source), metadata, tensors),
         *compare.unexpected_tensors(str(source), metadata, tensors),
+        *compare.damaged_files(source, metadata),
     ]
     if problems:
         raise CheckpointError(*problems)

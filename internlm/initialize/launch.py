@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -131,8 +132,6 @@ def launch_from_slurm(
 def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:
     """What torchrun put into the environment."""
     _demand(TORCH_VARIABLES, environment)
-    if environment["MASTER_PORT"] == "0":
-        raise LaunchError(Problem("MASTER_PORT", "0 is no port to meet at", "Give torchrun --standalone or another port"))
     rank, local_rank, world, port = (
         _number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )
@@ -167,13 +166,16 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 def _launch(config: ConfigLike, process: ProcessInfo, backend: str | None, seed: int, overrides: Sequence[str]) -> None:
     _check_torch()
+    backend = backend or accelerator.default_backend()
+    _check_arguments(backend, seed)
+    _check_process(process)
     resolved = _resolve(config, process, overrides)
     _check_devices(process)
     accelerator.set_device(process.local_rank)
-    _join(process, backend or accelerator.default_backend())
-    _check_agreement(resolved)
+    _join(process, backend)
+    _check_agreement(resolved, seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.backends.cudnn.deterministic = resolved.cudnn_deterministic
     torch.backends.cudnn.benchmark = resolved.cudnn_benchmark
     gpc.initialize(resolved, seed)
@@ -186,7 +188,29 @@ def _check_torch() -> None:
         raise LaunchError(Problem("torch", f"{torch.__version__} is too old", f"Install torch >= {oldest}"))
 
 
+def _check_arguments(backend: str, seed: int) -> None:
+    problems = []
+    for part in (part.rpartition(":")[2] for part in backend.split(",")):  # such as "cpu:gloo,cuda:nccl"
+        if not dist.is_backend_available(part):
+            problems.append(
+                Problem("--backend", f"{part!r} is not available here", f"Use {accelerator.default_backend()}")
+            )
+    if seed < 0:
+        problems.append(Problem("--seed", f"{seed} is negative", "Give 0 or more"))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_process(process: ProcessInfo) -> None:
+    if process.rank not in range(process.world_size):
+        raise LaunchError(Problem("rank", f"{process.rank}, but the world size is {process.world_size}", HOW_TO_START))
+    if process.port not in range(1, 2**16):
+        raise LaunchError(Problem("port", f"{process.port} is no port", "Give torchrun --standalone, or --port"))
+
+
 def _resolve(config: ConfigLike, process: ProcessInfo, overrides: Sequence[str]) -> Config:
+    if config is None:  # as the parser leaves it
+        raise ConfigError(Problem("--config", "not given", "Name a config file, such as configs/demo.py"))
     keys = config.model_dump() if isinstance(config, Config) else config
     result = resolve(keys, overrides, world_size=process.world_size, device_type=accelerator.device_type())
     check_runnable(result.config)
@@ -219,19 +243,33 @@ def _join(process: ProcessInfo, backend: str) -> None:
     )  # fmt: skip
     try:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         in_use = "EADDRINUSE" in str(error)
         what = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"
         todo = "Choose another with --port" if in_use else "Check --host and --port, and that rank 0 runs"
         raise LaunchError(Problem(endpoint, what, todo)) from None
+    if backend == "gloo":
+        atexit.register(_leave)
 
 
-def _check_agreement(config: Config) -> None:
-    """Every rank must hold the same resolved config, or they would wait for one another in the middle of a step."""
-    hashes: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, config_hash(config))
-    if len(set(hashes)) > 1:
-        shown = ", ".join(f"rank {rank}: {str(value)[:12]}" for rank, value in enumerate(hashes))
-        raise ConfigError(
-            Problem("config", f"the ranks disagree ({shown})", "Give every rank the same file and overrides")
-        )
+def _leave() -> None:
+    """gloo's threads must end before the interpreter does, or now and then they abort the process. (With NCCL a rank
+    that leaves would wait for the others, who may not come.)"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _check_agreement(config: Config, seed: int) -> None:
+    """Every rank must hold the same resolved config, or they would wait for one another in the middle of a step; and
+    the same seed, or they would train different models."""
+    mine = {"config": config_hash(config)[:12], "--seed": str(seed)}
+    all_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, mine)
+    problems = []
+    for what in mine:
+        if len({known[what] for known in all_ranks}) > 1:
+            shown = ", ".join(f"rank {rank}: {known[what]}" for rank, known in enumerate(all_ranks))
+            todo = "Give every rank the same file, overrides and seed"
+            problems.append(Problem(what, f"the ranks disagree ({shown})", todo))
+    if problems:
+        raise ConfigError(*problems)

@@ -26,4 +26,5 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """As :func:`model_flops_per_token`, with the forward products that recompute repeats."""
     layers = forward_flops_per_token(model, seq_len) - 2 * model.hidden_size * model.vocab_size
-    return model_flops_per_token(model, seq_len) + float(model.checkpoint) * layers
+    recomputed = int(model.checkpoint * model.num_layers) / model.num_layers  # whole layers
+    return model_flops_per_token(model, seq_len) + recomputed * layers

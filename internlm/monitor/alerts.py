@@ -36,8 +36,8 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
     if not address:
         return False
     body = json.dumps({"msg_type": "text", "content": {"text": text}}).encode()
-    request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
             return True
     except (OSError, ValueError, HTTPException) as error:

@@ -11,16 +11,19 @@ pair by pair, for then a single GEMM is large enough for the faster library (see
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
 
 Run = tuple[int, int, int]  # (first token, segments, tokens of each)
+Pairs = tuple[int, int] | tuple[slice, slice]  # indices of segments and of groups
 
 _ROWS, _ROWS_SINGLE = 64, 256  # of a block of batched pairs, of a single pair
 _SCORES = 2**19  # elements that the scores of a block may have, all pairs together
@@ -37,9 +40,11 @@ def blocked_attention(
 class _Plan(NamedTuple):
     """How the segments of a run are cut up."""
 
-    padded: int  # tokens of a segment, with those that only fill up its last block
-    rows: int  # of a block
+    groups: int
     together: int  # pairs worked on at once
+    rows: int  # of a block
+    padded: int  # tokens of a segment, with those that only fill up its last block
+    scale: float
     window: int | None
 
 
@@ -48,16 +53,11 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
     ) -> Tensor:
-        groups = k.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype)
         for run in runs:
-            plan = _plan(q, groups, run, window)
-            qs, ks, vs = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v))
-            qs.mul_(scale)
-            outs = torch.empty_like(qs)
-            for part in _parts(qs, plan):
-                _forward(qs[part], ks[part, 0], vs[part, 0], outs[part], plan)
-            _unstack(outs, _view(out, run, groups))
+            plan = _plan(q, k.shape[1], run, scale, window)
+            for pairs in _pairs(run, plan):
+                _forward(*(_take(x, run, pairs, plan) for x in (q, k, v)), _view(out, run, plan)[pairs], plan)
         ctx.save_for_backward(q, k, v)
         ctx.runs, ctx.scale, ctx.window = runs, scale, window
         return out
@@ -66,54 +66,52 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        groups = k.shape[1]
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for run in ctx.runs:
-            plan = _plan(q, groups, run, ctx.window)
-            qs, ks, vs, douts = (_stack(_view(x, run, groups), plan.padded) for x in (q, k, v, dout))
-            qs.mul_(ctx.scale)
-            dqs, dks, dvs = torch.empty_like(qs), _zeros(ks, plan), _zeros(vs, plan)
-            for part in _parts(qs, plan):
-                _backward(
-                    qs[part], ks[part, 0], vs[part, 0], douts[part], dqs[part], dks[part, 0], dvs[part, 0], plan
-                )
-            for stack, grad in zip((dqs.mul_(ctx.scale), dks, dvs), grads, strict=True):
-                _unstack(stack, _view(grad, run, groups))
+            plan = _plan(q, k.shape[1], run, ctx.scale, ctx.window)
+            for pairs in _pairs(run, plan):
+                taken = (_take(x, run, pairs, plan) for x in (q, k, v, dout))
+                _backward(*taken, *(_view(grad, run, plan)[pairs] for grad in grads), plan)
         return *grads, None, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
-    """Attention of some pairs into ``out``: q scaled and out [..., Q, L, D], k and v [..., L, D]."""
+    """Attention of some pairs into ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
+    k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
-        probs = _probs(q[..., rows, :], k[..., cols, :], rows, cols, plan.window)
-        block_out = out[..., rows, :]
-        block_out.copy_(gemm.matmul(probs, v[..., cols, :]).view(block_out.shape))
+        probs = _probs(_block(q, rows) * plan.scale, k[..., cols, :], rows, cols, plan)
+        _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan
 ) -> None:
-    """Gradients of some pairs into ``dq`` (for scaled q), and added to ``dk`` and ``dv``; shapes as in :func:`_forward`."""
+    """Gradients of some pairs into ``dq``, ``dk`` and ``dv``; shapes as in :func:`_forward`."""
+    k, v = k.squeeze(-3), v.squeeze(-3)
+    sum_dk, sum_dv = _zeros(k, plan), _zeros(v, plan)
     for rows, cols in _blocks(plan):
-        block_q, block_dq, seen = q[..., rows, :], dq[..., rows, :], k[..., cols, :]
-        block_dout = dout[..., rows, :].flatten(-3, -2)
-        probs = _probs(block_q, seen, rows, cols, plan.window)
+        block_q, block_dout = _block(q, rows) * plan.scale, _block(dout, rows).contiguous()
+        seen = k[..., cols, :]
+        probs = _probs(block_q, seen, rows, cols, plan)
         dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
-        dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q.flatten(-3, -2)))
-        block_dq.copy_(gemm.matmul(dscores, seen).view(block_dq.shape))
+        sum_dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
+        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))
+        _put(gemm.matmul(dscores, seen).mul_(plan.scale), dq, rows)
+    everything = slice(0, plan.padded)
+    _put(sum_dk, dk, everything)
+    _put(sum_dv, dv, everything)
 
 
-def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, window: int | None) -> Tensor:
-    """Attention probabilities of a block: [..., Q, R, D], [..., S, D] -> [..., Q * R, S]."""
-    scores = gemm.matmul(q.flatten(-3, -2), k.mT)
-    by_head = scores.unflatten(-2, q.shape[-3:-1])  # [..., Q, R, S]
-    size = q.shape[-2]
+def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tensor:
+    """Attention probabilities of a block, q scaled: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
+    scores = gemm.matmul(q, k.mT)
+    size = rows.stop - rows.start
+    by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
     by_head[..., rows.start - cols.start :].add_(_causal_bias(scores.dtype)[:size, :size])
-    if window is not None:
+    if plan.window is not None:
         distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(cols.start, cols.stop)
-        by_head.masked_fill_(distance >= window, float("-inf"))
+        by_head.masked_fill_(distance >= plan.window, float("-inf"))
     return torch.softmax(scores, -1)
 
 
@@ -123,13 +121,27 @@ def _causal_bias(dtype: torch.dtype) -> Tensor:
     return torch.full((_ROWS_SINGLE, _ROWS_SINGLE), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _plan(q: Tensor, groups: int, run: Run, window: int | None) -> _Plan:
+def _plan(q: Tensor, groups: int, run: Run, scale: float, window: int | None) -> _Plan:
     length, per_group = run[2], q.shape[1] // groups
     window = window if window is not None and window < length else None
     if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and gemm.onednn_serves(q):
         rows = _ROWS_SINGLE if per_group == 1 else _ROWS_SINGLE // 2  # the heads of a group share a GEMM
-        return _Plan(length + -length % gemm.TOKEN_MULTIPLE, rows, 1, window)
-    return _Plan(length, _ROWS, max(1, _SCORES // (per_group * _ROWS * length)), window)
+        return _Plan(groups, 1, rows, length + -length % gemm.TOKEN_MULTIPLE, scale, window)
+    together = max(2, _SCORES // (per_group * _ROWS * length))
+    return _Plan(groups, together, _ROWS, length, scale, window)
+
+
+def _pairs(run: Run, plan: _Plan) -> Iterator[Pairs]:
+    """Pairs of a segment and a group to work on together, as indices of a view."""
+    segments, groups = range(run[1]), range(plan.groups)
+    if plan.together == 1:
+        return itertools.product(segments, groups)
+    per_segment = min(plan.together, plan.groups)
+    return itertools.product(_slices(segments, plan.together // per_segment), _slices(groups, per_segment))
+
+
+def _slices(indices: range, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in indices[::step])
 
 
 def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
@@ -140,35 +152,33 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
 
 
-def _parts(stack: Tensor, plan: _Plan) -> Iterator[int | slice]:
-    """Indices of the pairs of a stack to work on together; a single pair loses its dimension."""
-    if plan.together == 1:
-        return iter(range(stack.shape[0]))
-    return (slice(start, start + plan.together) for start in range(0, stack.shape[0], plan.together))
-
-
-def _view(x: Tensor, run: Run, groups: int) -> Tensor:
+def _view(x: Tensor, run: Run, plan: _Plan) -> Tensor:
     """The tokens of a run by segment and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
     start, count, length = run
-    return x[start : start + count * length].unflatten(1, (groups, -1)).unflatten(0, (count, length)).permute(0, 2, 3, 1, 4)
+    x = x[start : start + count * length].unflatten(1, (plan.groups, -1)).unflatten(0, (count, length))
+    return x.permute(0, 2, 3, 1, 4)
 
 
-def _stack(view: Tensor, padded: int) -> Tensor:
-    """A contiguous copy, padded with zeros: [B, G, heads, L, D] -> [n, heads, padded, D]."""
-    *shape, length, dim = view.shape
-    stack = view.new_empty(*shape, padded, dim)
-    stack[..., :length, :] = view
-    stack[..., length:, :] = 0
-    return stack.flatten(0, 1)
-
-
-def _unstack(stack: Tensor, view: Tensor) -> None:
-    """Write [n, heads, padded, D] to [B, G, heads, L, D], padding left out."""
-    view.copy_(stack.unflatten(0, view.shape[:2])[..., : view.shape[3], :])
-
-
-def _zeros(stack: Tensor, plan: _Plan) -> Tensor:
-    """Room for sums, [n, 1, padded, D], in the order of features and tokens in which ``gemm.matmul`` returns the terms."""
+def _take(x: Tensor, run: Run, pairs: Pairs, plan: _Plan) -> Tensor:
+    """What some pairs read, padded with zeros: [T, heads, D] -> [n, heads / G, padded, D], without n for a single pair."""
+    x = _view(x, run, plan)[pairs]
     if plan.together > 1:
-        return torch.zeros_like(stack)
-    return stack.new_zeros(*stack.shape[:2], stack.shape[3], stack.shape[2]).mT
+        x = x.flatten(0, 1)
+    return F.pad(x, (0, 0, 0, plan.padded - run[2])) if plan.padded > run[2] else x
+
+
+def _block(x: Tensor, rows: slice) -> Tensor:
+    """Rows of all heads of a pair: [..., heads, L, D] -> [..., heads * R, D]."""
+    return x[..., rows, :].flatten(-3, -2)
+
+
+def _put(block: Tensor, target: Tensor, rows: slice) -> None:
+    """Write [..., heads * R, D] to rows of [segments, groups, heads, L, D], padding left out; a single pair has no [n]."""
+    target = target[..., rows, :]
+    *heads, length, dim = target.shape
+    target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])
+
+
+def _zeros(x: Tensor, plan: _Plan) -> Tensor:
+    """Zeros like [..., L, D], with features and tokens in the order in which ``gemm.matmul`` returns a gradient."""
+    return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

@@ -51,8 +51,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
     A batch takes one call of the BLAS. The caller sees to it that few distinct shapes of single products occur.
     """
-    if a.dim() > 2 or not _onednn_pays(a, b.shape[1]):
-        return torch.matmul(a, b)
+    if a.dim() > 2:
+        return torch.bmm(a, b)
+    if not _onednn_pays(a, b.shape[1]):
+        return torch.mm(a, b)
     return _onednn(a, b.t()) if a.stride(1) == 1 else _transposed_product(a.t(), b)
 
 

@@ -60,7 +60,7 @@ class _ApplyRotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         out = torch.empty_like(x)
-        _rotate(x, cos[:, None], sin[:, None], interleaved, out)
+        _rotate(x, cos, sin, interleaved, out)
         return out
 
     @staticmethod
@@ -68,7 +68,7 @@ class _ApplyRotary(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dout)
-        _rotate(dout, cos[:, None], -sin[:, None], ctx.interleaved, dx)
+        _rotate(dout, cos, -sin, ctx.interleaved, dx)
         return dx, None, None, None
 
 
@@ -78,12 +78,10 @@ class _SplitQKVRotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         tokens, groups, slots, dim = qkv.shape
-        per_group = slots - 2
-        q, k, v = (qkv.new_empty(groups, n, tokens, dim).permute(2, 0, 1, 3) for n in (per_group, 1, 1))
-        cos, sin = cos[:, None, None], sin[:, None, None]
-        _rotate(qkv[:, :, :per_group], cos, sin, interleaved, q)
-        _rotate(qkv[:, :, per_group : per_group + 1], cos, sin, interleaved, k)
-        v.copy_(qkv[:, :, per_group + 1 :])
+        q, k, v = (qkv.new_empty(groups, heads, tokens, dim).permute(2, 0, 1, 3) for heads in (slots - 2, 1, 1))
+        _rotate(qkv[:, :, :-2], cos, sin, interleaved, q)
+        _rotate(qkv[:, :, -2:-1], cos, sin, interleaved, k)
+        v.copy_(qkv[:, :, -1:])
         return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
     @staticmethod
@@ -91,26 +89,36 @@ class _SplitQKVRotary(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         tokens, groups, dim = dk.shape
-        per_group = dq.shape[1] // groups
-        dqkv = dq.new_empty(tokens, groups, per_group + 2, dim)
-        cos, sin = cos[:, None, None], -sin[:, None, None]
-        _rotate(dq.unflatten(1, (groups, per_group)), cos, sin, ctx.interleaved, dqkv[:, :, :per_group])
-        _rotate(dk.unsqueeze(2), cos, sin, ctx.interleaved, dqkv[:, :, per_group : per_group + 1])
-        dqkv[:, :, per_group + 1].copy_(dv)
+        dq = dq.unflatten(1, (groups, -1))
+        dqkv = dq.new_empty(tokens, groups, dq.shape[2] + 2, dim)
+        _rotate(dq, cos, -sin, ctx.interleaved, dqkv[:, :, :-2])
+        _rotate(dk, cos, -sin, ctx.interleaved, dqkv[:, :, -2])
+        dqkv[:, :, -1].copy_(dv)
         return dqkv, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Write ``x`` turned by the angles into ``out``; a negated ``sin`` turns back."""
-    x1, x2 = _pairs(x, interleaved)
-    out1, out2 = _pairs(out, interleaved)
+    """Write ``x`` turned by the angles into ``out``, both [T, ..., D]; the angles negated, ``sin`` is."""
+    if x.device.type == "cpu" and x.dim() > 2:  # one head fits the cache, and is read and written several times
+        for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
+            _rotate(head, cos, sin, interleaved, out_head)
+        return
+    for _ in range(x.dim() - 2):
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        _rotate_interleaved(x, cos, sin, out)
+        return
+    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
     torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
     torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
 
 
-def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """First and second features of all pairs: [..., D] -> two views of [..., D / 2]."""
-    if interleaved:
-        return x[..., 0::2], x[..., 1::2]
-    first, second = x.chunk(2, dim=-1)
-    return first, second
+def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Neighbours are the real and imaginary parts of a complex number: one product turns them."""
+    wide = torch.promote_types(x.dtype, torch.float32)  # there are no complex numbers of half precision
+    turns = torch.complex(cos.to(wide), sin.to(wide))
+    numbers = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    if x.dtype == wide:
+        torch.mul(numbers, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+    else:
+        out.copy_(torch.view_as_real(numbers * turns).flatten(-2))

@@ -7,8 +7,11 @@ from torch import nn
 
 from internlm import accelerator
 from internlm.config import Config
+from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.context.random import derived_seed
 from internlm.core.parallel import Communicator, ParallelLinear
+from internlm.core.parallel.collectives import broadcast
 from internlm.core.parallel.communicator import SILENT
 from internlm.core.parallel.placement import initialize_parameters, placed_parameters
 from internlm.model.registry import model_initializer, register_model_initializer
@@ -32,7 +35,9 @@ def build_model(config: Config, seed: int, model_type: str | None = None) -> nn.
     _check_attention(config.model.attention_backend, dtype)
     if config.model.dtype == "torch.tf32":
         torch.set_float32_matmul_precision("high")
-    with default_dtype(dtype), accelerator.current_device():
+    device = accelerator.current_device()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), default_dtype(dtype), device:
+        torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
     initialize_parameters(model, seed)
     return model
@@ -45,10 +50,11 @@ def _check_attention(backend: str, dtype: torch.dtype) -> None:
 
 
 def initialize_model(model: nn.Module | None = None) -> nn.Module:
-    """A model ready for training: ``model`` (default: :func:`create_model`), each of its parameters placed."""
-    model = model or create_model()
-    for _ in placed_parameters(model):  # a parameter without a placement is an error, and is one now
-        pass
+    """A model ready for training: ``model`` (default: :func:`create_model`), each of its parameters placed, and equal
+    on all ranks that hold copies of it, however it was made."""
+    model = create_model() if model is None else model
+    for _, parameter, _ in placed_parameters(model):
+        broadcast(parameter.detach(), gpc.get_group(ParallelMode.DATA))
     return model
 
 

@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from internlm.checkpoint.logical import Logical, model_tensors, optimizer_tensors
+from internlm.config.schema import ModelConfig
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel import place_replicated
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.utils.registry import MODEL_INITIALIZER
 from tests.harness.pool import run_ranks
 
 #: Micro-batches of a global batch, whatever number of ranks shares it.
@@ -44,6 +47,28 @@ TINY: dict[str, Any] = {
     "hybrid_zero_optimizer": {"clip_grad_norm": 0.5},
     "enable_tb": False,
 }
+
+
+class Plain(nn.Module):
+    """A model of torch's own modules, as users bring it: each token speaks of the next one."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, hidden_size), nn.GELU())
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None, indexes: Tensor | None = None) -> Tensor:
+        """Logits [*input_ids.shape, vocab_size]."""
+        x = self.embedding(input_ids)
+        return self.head(x + self.layers(x))
+
+
+@MODEL_INITIALIZER.register_module(module_name="PLAIN")
+def build_plain(model: ModelConfig) -> nn.Module:
+    """What a user registers."""
+    return place_replicated(Plain(model.vocab_size, model.hidden_size))
+
 
 Boxes = dict[str, tuple[tuple[int, ...], dict[tuple[int, ...], Tensor]]]
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,18 @@ def fit(
     return _gathered(run_ranks(world_size, _fit, tuple(overrides), stop_after, tuple(hooks)))
 
 
+def saving(folder: Path, *more: str, every: int = 2, total: int = 6) -> list[str]:
+    """Overrides of a run that keeps its log and its checkpoints (``folder / "ckpts"``) in ``folder``."""
+    return [
+        f"data.total_steps={total}",
+        f"log_folder={folder / 'logs'}",
+        "ckpt.enable_save_ckpt=True",
+        f"ckpt.checkpoint_every={every}",
+        f"ckpt.save_ckpt_folder=local:{folder / 'ckpts'}",
+        *more,
+    ]
+
+
 def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
     """Load what such a run would go on from, and do no step. An error on loading is the outcome's message."""
     return _gathered(run_ranks(world_size, _resume, tuple(overrides)))
@@ -93,6 +106,13 @@ def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
 def _gathered(ranks: list[Rank]) -> Outcome:
     samples = [torch.cat(rows) for rows in zip(*(rank.samples for rank in ranks), strict=True)]
     return Outcome(ranks, assemble(rank.tensors for rank in ranks), samples)
+
+
+def assert_goes_on(loaded: Outcome, saved: Outcome) -> None:
+    """``loaded`` stands where ``saved`` stood, in whatever layout, and has the same samples before it."""
+    assert_same_tensors(loaded.tensors, saved.tensors)
+    assert (loaded.state, loaded.ranks[0].steps) == (saved.state, saved.ranks[0].steps)
+    assert all(map(torch.equal, loaded.samples, saved.samples))
 
 
 def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -166,6 +186,8 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
             message = action()
         except UserError as error:
             message = error
+        except SystemExit as error:
+            message = f"exit {error.code}"
     trainer, loader = builder.trainer, builder.train_dl
     step, optimizer = trainer.state.step, trainer.optimizer
     return Rank(

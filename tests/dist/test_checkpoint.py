@@ -1,42 +1,14 @@
-"""Checkpoints between layouts, in parts, and in trouble."""
+"""Checkpoints between layouts, and in parts."""
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import resource
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from internlm.core.trainer import Hook, Trainer
-from tests.dist.runs import Outcome, assert_same_tensors, fit, resume
-
-TOTAL = 6
-
-
-def _overrides(folder: Path, *more: str) -> list[str]:
-    return [
-        f"data.total_steps={TOTAL}",
-        f"log_folder={folder / 'logs'}",
-        "ckpt.enable_save_ckpt=True",
-        "ckpt.checkpoint_every=2",
-        f"ckpt.save_ckpt_folder={folder / 'ckpts'}",
-        *more,
-    ]
-
-
-def _saved(ranks: int, folder: Path, *more: str, stop_after: int = 2) -> Outcome:
-    return fit(ranks, _overrides(folder, *more), stop_after)
-
-
-def _layout(zero1: int, *more: str) -> list[str]:
-    return [f"parallel.zero1.size={zero1}", *more]
-
+from tests.dist.runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
 
 # -- another layout
 
@@ -48,29 +20,92 @@ def _layout(zero1: int, *more: str) -> list[str]:
 )
 def test_another_layout(dtype: str, ranks: int, zero1: int, other_ranks: int, other_zero1: int, tmp_path: Path) -> None:
     dtype = f"model.dtype={dtype}"
-    saved = _saved(ranks, tmp_path, *_layout(zero1, dtype))
-    loaded = resume(other_ranks, _overrides(tmp_path, *_layout(other_zero1, dtype)))
+    saved = fit(ranks, saving(tmp_path, f"parallel.zero1.size={zero1}", dtype), 2)
+    loaded = resume(other_ranks, saving(tmp_path, f"parallel.zero1.size={other_zero1}", dtype))
     assert loaded.message.endswith("step-2 at step 2")
-    _assert_goes_on(loaded, saved)
+    assert_goes_on(loaded, saved)
 
 
 def test_a_number_of_ranks_that_divides_nothing(tmp_path: Path) -> None:
-    saved = _saved(2, tmp_path, "data.micro_num=3")
-    _assert_goes_on(resume(3, _overrides(tmp_path, "data.micro_num=2")), saved)
-
-
-def _assert_goes_on(loaded: Outcome, saved: Outcome) -> None:
-    assert_same_tensors(loaded.tensors, saved.tensors)
-    assert (loaded.state, loaded.ranks[0].steps) == (saved.state, saved.ranks[0].steps)
-    for rows, wanted in zip(loaded.samples, saved.samples, strict=True):
-        assert torch.equal(rows, wanted)
+    saved = fit(2, saving(tmp_path, "data.micro_num=3"), 2)
+    assert_goes_on(resume(3, saving(tmp_path, "data.micro_num=2")), saved)
 
 
 def test_four_then_two_then_one_is_one(tmp_path: Path) -> None:
-    straight = fit(1, _overrides(tmp_path / "straight"))
-    parts = [fit(ranks, _overrides(tmp_path / "parts"), stop) for ranks, stop in ((4, 2), (2, 4), (1, TOTAL))]
+    straight = fit(1, saving(tmp_path / "straight"))
+    parts = [fit(ranks, saving(tmp_path / "parts"), stop) for ranks, stop in ((4, 2), (2, 4), (1, None))]
     log = [entry[:3] for part in parts for entry in part.log]
     for (step, loss, norm), (wanted_step, wanted_loss, wanted_norm, *_) in zip(log, straight.log, strict=True):
         assert step == wanted_step
         assert loss == pytest.approx(wanted_loss, rel=1e-12)
         assert norm == pytest.approx(wanted_norm, rel=1e-10)
+
+
+# -- a part of a checkpoint
+
+
+def _loading(folder: Path, content: Sequence[str], *more: str) -> list[str]:
+    """Overrides of a new run that starts from the checkpoint in ``folder``."""
+    path = f"ckpt.load_ckpt_info.path=local:{folder / 'ckpts' / 'step-2'}"
+    return saving(folder / "new", path, f"ckpt.load_ckpt_info.content={tuple(content)}", *more)
+
+
+def _part(outcome: Outcome, prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): x for name, x in outcome.tensors.items() if name.startswith(prefix)}
+
+
+@pytest.fixture
+def bf16(tmp_path: Path) -> tuple[Path, Outcome]:
+    """A folder with a checkpoint of step 2, and the run that saved it."""
+    return tmp_path, fit(2, saving(tmp_path, "model.dtype=torch.bfloat16"), 2)
+
+
+def test_the_model_alone(bf16: tuple[Path, Outcome]) -> None:
+    folder, saved = bf16
+    loaded = resume(2, _loading(folder, ["model"], "model.dtype=torch.bfloat16"))
+    fresh = resume(2, saving(folder / "fresh", "model.dtype=torch.bfloat16"))
+    assert loaded.message.startswith("nothing to resume; loaded model from")
+    assert_same_tensors(_part(loaded, "model/"), _part(saved, "model/"))
+    widened = {name: x.float() for name, x in _part(saved, "model/").items()}
+    assert_same_tensors(_part(loaded, "optimizer/main/"), widened)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not any(x.any() for x in _part(loaded, f"optimizer/{moment}/").values())
+    assert (loaded.state, loaded.ranks[0].steps) == (fresh.state, [0])
+    assert all(map(torch.equal, loaded.samples, fresh.samples))
+
+
+def test_the_model_alone_into_another_type(bf16: tuple[Path, Outcome]) -> None:
+    folder, saved = bf16
+    loaded = resume(1, _loading(folder, ["model"], "model.dtype=torch.float32"))
+    assert_same_tensors(_part(loaded, "model/"), {name: x.float() for name, x in _part(saved, "model/").items()})
+
+
+#: content: (steps done, updates that Adam counts)
+PARTS = [
+    (("model", "optimizer"), 0, 2),
+    (("model", "scheduler"), 2, 0),
+    (("model", "sampler"), 2, 0),
+    (("optimizer",), 0, 2),
+    (("all",), 2, 2),
+]
+
+
+@pytest.mark.parametrize(("content", "steps", "updates"), PARTS)
+def test_parts(content: tuple[str, ...], steps: int, updates: int, tmp_path: Path) -> None:
+    saved = fit(2, saving(tmp_path), 2)
+    loaded = resume(2, _loading(tmp_path, content))
+    assert (loaded.state["step"], loaded.ranks[0].steps) == (steps, [updates])
+    moments = _part(loaded, "optimizer/exp_avg/")
+    if updates:
+        assert_same_tensors(moments, _part(saved, "optimizer/exp_avg/"))
+    else:
+        assert not any(x.any() for x in moments.values())
+    fresh = resume(2, saving(tmp_path / "fresh"))
+    assert all(map(torch.equal, loaded.samples, (saved if steps else fresh).samples))
+
+
+def test_a_checkpoint_of_the_run_comes_before_load_ckpt_info(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path), 2)
+    fit(1, saving(tmp_path / "new"), 2)
+    assert resume(1, _loading(tmp_path, ["model"])).message.startswith("resumed from")
+    assert resume(1, _loading(tmp_path, ["model"], "ckpt.auto_resume=False")).message.startswith("nothing to resume;")

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "warm-up and beta2 schedule": ("lr_scheduler.warmup_ratio=0.5", "adam.adam_beta2_c=0.8"),
     "INTERNLM": ("model_type=INTERNLM",),
     "LLAMA2": ("model_type=LLAMA2",),
+    "a user's own model": ("model_type=PLAIN",),
 }
 
 

@@ -145,7 +145,8 @@ SCRIPT = """
 import os, sys, time
 mode, folder = sys.argv[1:]
 open(os.path.join(folder, str(os.getpid())), "w").close()
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], os.environ["EXTRA"], flush=True)
+line = " ".join(["rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], os.environ["EXTRA"]])
+os.write(1, (line + chr(10)).encode())  # at once, for torchrun's workers share one output and have no buffer
 if mode == "hang":
     time.sleep(600)
 sys.exit(3 if mode == "fail" else 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import Outcome, assert_same_tensors, fit
+from tests.dist.runs import Outcome, assert_same_tensors, fit, saving
 from tests.unit.data.files import write_bin
 
 TOTAL = 14
@@ -25,17 +25,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _overrides(data: str, folder: Path, every: int) -> list[str]:
-    return [
-        f"data.train_folder={data}",
-        f"data.total_steps={TOTAL}",
-        f"log_folder={folder / 'logs'}",
-        "model.dtype=torch.float32",
-        "lr_scheduler.warmup_ratio=0.5",
-        "adam.adam_beta2_c=0.8",
-        "ckpt.enable_save_ckpt=True",
-        f"ckpt.checkpoint_every={every}",
-        f"ckpt.save_ckpt_folder=local:{folder / 'ckpts'}",
-    ]
+    schedules = ["lr_scheduler.warmup_ratio=0.5", "adam.adam_beta2_c=0.8"]
+    more = [f"data.train_folder={data}", "model.dtype=torch.float32", *schedules]
+    return saving(folder, *more, every=every, total=TOTAL)
 
 
 @functools.cache

@@ -88,8 +88,7 @@ class Layout:
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)
         weight = ranks.reshape(s.pipeline, s.weight_data, s.weight)
         expert = ranks.reshape(s.pipeline, s.expert_data, max(s.expert, 1), s.expert_tensor)
-        parent = weight if s.isp else ordinary  # [pipeline, what zero1 divides, rest]
-        zero = parent.reshape(s.pipeline, s.zero_parent // s.zero, s.zero, -1)
+        zero = ranks.reshape(s.pipeline, s.zero_parent // s.zero, s.zero, -1)
         return {
             ParallelMode.GLOBAL: ranks[None],
             ParallelMode.DATA: _along(ordinary, 1),

@@ -31,6 +31,8 @@ class ParallelContext:
     """This rank's groups, config and random streams. Empty until :meth:`initialize`."""
 
     def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._made_in: dist.ProcessGroup | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -39,7 +41,6 @@ class ParallelContext:
         self._streams: RandomStreams | None = None
         self._ranks: dict[ParallelMode, list[int]] = {}
         self._groups: dict[ParallelMode, dist.ProcessGroup] = {}
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._rank, self._seed = 0, 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -58,8 +59,10 @@ class ParallelContext:
         )
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """One process group per set of ranks. Only its members take part in making it: each rank is in one group of
-        a mode, and all walk the modes in the same order, so nobody waits in a circle."""
+        """One process group per set of ranks, made by its members alone: each rank is in one group of a mode, and all
+        walk the modes in the same order, so nobody waits in a circle, and thousands of ranks not for one another."""
+        if self._made_in is not dist.group.WORLD:
+            self._made, self._made_in = {}, dist.group.WORLD
         if ranks not in self._made:
             whole = len(ranks) == dist.get_world_size()
             group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
@@ -68,10 +71,9 @@ class ParallelContext:
         return self._made[ranks]
 
     def destroy(self) -> None:
-        """Take down the groups made here, but not the default group."""
-        for group in self._made.values():
-            if dist.is_initialized() and group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+        """Forget everything, so that :meth:`initialize` may be called again. The process groups stay, for the next
+        context in this process to use, and end with the default group: torch would give a new group of the same ranks
+        the name, and with it the leftovers, of the old one."""
         self._clear()
 
     @property

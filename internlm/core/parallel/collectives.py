@@ -13,6 +13,13 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Make ``tensor`` what it is on the first rank of the group, in place."""
+    if group.size() > 1:
+        dist.broadcast(tensor, group=group, group_src=0)
+    return tensor
+
+
 def reduce_scatter(shard: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum ``whole`` over the group; this rank's part of it goes into ``shard``, which may be a view of ``whole``."""
     if group.size() > 1:

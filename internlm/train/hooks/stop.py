@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,16 @@ class StopOnSignal(Hook):
         self.device = device
         self.caught = 0
         self.agreed = 0
+        self._outer: dict[signal.Signals, Any] = {}
 
     def before_run(self, trainer: Trainer) -> None:
-        for number in SIGNALS:
-            signal.signal(number, self._catch)
+        self._outer = {number: signal.signal(number, self._catch) for number in SIGNALS}
+
+    def after_run(self, trainer: Trainer) -> None:
+        if self.agreed:  # a launcher that sees one rank exit may send the others a signal, which must not change theirs
+            return
+        for number, handler in self._outer.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:

@@ -1,0 +1,187 @@
+"""Checkpoints that are unfinished, damaged, of another run, or can't be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm.checkpoint.storage import SafeReader
+from internlm.core.trainer import Hook, Trainer
+from tests.dist.runs import assert_goes_on, assert_same_tensors, fit, resume, saving
+
+
+def _unfinished(newest: Path) -> None:
+    (newest / "COMMITTED").unlink()
+
+
+def _only_begun(newest: Path) -> None:
+    for name in ("COMMITTED", "state.json", ".metadata"):
+        (newest / name).unlink()
+
+
+def _empty(newest: Path) -> None:
+    shutil.rmtree(newest)
+    newest.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_unfinished, _only_begun, _empty])
+def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    saved = fit(2, saving(tmp_path), 2)
+    fit(2, saving(tmp_path), 4)
+    root = tmp_path / "ckpts"
+    damage(root / "step-4")
+    (root / "step-9").write_text("a file")
+    (root / "step-5.old").mkdir()
+    loaded = resume(2, saving(tmp_path))
+    assert loaded.ranks[0].warnings == [f"ignored unfinished checkpoint step-4 in {root}"]
+    assert not loaded.ranks[1].warnings
+    assert_goes_on(loaded, saved)
+
+
+def test_an_unfinished_checkpoint_is_saved_again(tmp_path: Path) -> None:
+    saved = fit(2, saving(tmp_path), 2)
+    _unfinished(tmp_path / "ckpts" / "step-2")
+    (tmp_path / "ckpts" / "step-2" / "left over").write_text("")
+    again = fit(2, saving(tmp_path), 2)
+    assert_same_tensors(again.tensors, saved.tensors)
+    assert "left over" not in os.listdir(tmp_path / "ckpts" / "step-2")
+    assert resume(2, saving(tmp_path)).state["step"] == 2
+
+
+def test_other_configs_are_refused(tmp_path: Path) -> None:
+    """Each is told what differs, and nothing is loaded."""
+    fit(2, saving(tmp_path), 2)
+    source = tmp_path / "ckpts" / "step-2"
+    rows = [
+        ("model.hidden_size=64", "model.hidden_size: 64, but {} was saved with 32. Use the config of the checkpoint"),
+        ("model_type=LLAMA2", "model_type: 'LLAMA2', but {} was saved with 'INTERNLM2'. Use the config of the"),
+        ("model.vocab_size=80", "model.vocab_size: 80, but {} was saved with 64"),
+        ("model.dtype=torch.float32", "model.dtype: 'torch.float32', but {} was saved with 'torch.float64'"),
+        ("data.micro_bsz=1", "data.micro_bsz: 1, but {} was saved with 2"),
+        ("data.fixed_random_dataset_seqlen=True", "data.train_folder: its data changed since {} was saved"),
+    ]
+    for override, expected in rows:
+        message = _assert_refused(tmp_path, override)
+        assert expected.format(source) in message
+
+
+def _assert_refused(folder: Path, *overrides: str) -> str:
+    refused, fresh = resume(2, saving(folder, *overrides)), resume(2, saving(folder / "fresh", *overrides))
+    assert_same_tensors(refused.tensors, fresh.tensors)
+    assert refused.state == fresh.state
+    assert all(map(torch.equal, refused.samples, fresh.samples))
+    return refused.message
+
+
+def test_another_weight_decay_is_no_other_architecture(tmp_path: Path) -> None:
+    """It sorts the parameters into other groups, which the logical tensors know nothing of."""
+    saved = fit(2, saving(tmp_path), 2)
+    loaded = resume(2, saving(tmp_path, "adam.decay_norm_and_bias=False"))
+    assert_same_tensors(loaded.tensors, saved.tensors)
+    assert loaded.ranks[0].steps == [2, 2]
+
+
+def test_a_missing_tensor_is_known_to_all_ranks(tmp_path: Path) -> None:
+    """Even though its owner is the only rank that asks for it."""
+    fit(2, saving(tmp_path), 2)
+    index = tmp_path / "ckpts" / "step-2" / ".metadata"
+    metadata = SafeReader(index.parent).read_metadata()
+    del metadata.state_dict_metadata["optimizer/exp_avg/output.weight"]
+    index.write_bytes(pickle.dumps(metadata))
+    assert "step-2: optimizer/exp_avg/output.weight: is missing. To start from" in _assert_refused(tmp_path)
+
+
+def _rewrite_state(newest: Path, **changes: object) -> None:
+    file = newest / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _cut(name: str, part: float) -> Callable[[Path], None]:
+    def damage(newest: Path) -> None:
+        os.truncate(newest / name, int((newest / name).stat().st_size * part))
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no index": (lambda newest: (newest / ".metadata").unlink(), ".metadata: can't be read"),
+    "half an index": (_cut(".metadata", 0.5), ".metadata: can't be read"),
+    "half a shard": (_cut("__0_0.distcp", 0.5), "bytes, its index says"),
+    "nearly a shard": (_cut("__1_0.distcp", 0.99), "bytes, its index says"),
+    "an empty shard": (_cut("__1_0.distcp", 0), "__1_0.distcp: 0 bytes, its index says"),
+    "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: 0 bytes, its index says"),
+    "half a state": (_cut("state.json", 0.5), "state.json: can't be read"),
+    "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
+    "a newer format": (lambda newest: _rewrite_state(newest, format=7), "step-2: has format 7, this version reads up"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_before_anything_changes(damage: str, tmp_path: Path) -> None:
+    fit(2, saving(tmp_path), 2)
+    spoil, expected = DAMAGES[damage]
+    spoil(tmp_path / "ckpts" / "step-2")
+    assert expected in _assert_refused(tmp_path)
+
+
+class _Hostile:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.file),))
+
+
+def test_nothing_that_lies_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    fit(2, saving(tmp_path), 2)
+    target = tmp_path / "executed"
+    (tmp_path / "ckpts" / "step-2" / ".metadata").write_bytes(pickle.dumps(_Hostile(target)))
+    assert "can't be read (it asks for posix.mkdir" in _assert_refused(tmp_path)
+    assert not target.exists()
+
+
+def test_a_wrong_path_lists_what_is_there(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path), 2)
+    path = f"ckpt.load_ckpt_info.path={tmp_path / 'ckpts' / 'step-3'}"
+    message = resume(2, saving(tmp_path / "new", path)).message
+    assert message == f"{tmp_path}/ckpts/step-3: no such checkpoint ({tmp_path}/ckpts holds step-2). Check the path"
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "ckpts").write_text("a file")
+    message = fit(2, saving(tmp_path), 2).message
+    assert "Not a directory" in message
+    assert message.endswith("Choose a folder that can be written, with room")
+
+
+class _NoRoom(Hook):
+    """From the second save on, files on one rank can't grow, as on a full disk."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def before_step(self, trainer: Trainer) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if trainer.state.step == 2 and os.environ["RANK"] == str(self.rank):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    def after_run(self, trainer: Trainer) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_room_on_one_rank(rank: int, tmp_path: Path) -> None:
+    """All ranks fail together; the partial checkpoint is removed, the one before is whole."""
+    failed = fit(2, saving(tmp_path), hooks=[_NoRoom(rank)])
+    assert f"{tmp_path}/ckpts/step-4: can't be written (rank {rank}: " in failed.message
+    assert os.listdir(tmp_path / "ckpts") == ["step-2"]
+    assert resume(2, saving(tmp_path)).state["step"] == 2

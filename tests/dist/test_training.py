@@ -1,0 +1,149 @@
+"""What a run does beside learning: the same thing twice, nothing with a bad gradient, and stop when told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.core.trainer import Hook, StepReport, Trainer
+from tests.dist.runs import Outcome, assert_same_tensors, fit, saving
+
+
+def _overrides(folder: Path, total: int, *more: str) -> list[str]:
+    return [f"data.total_steps={total}", f"log_folder={folder / 'logs'}", "model.dtype=torch.float32", *more]
+
+
+# -- the same thing twice
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twice(ranks: int, tmp_path: Path) -> None:
+    """The loss log and the parameters of two runs are equal bit by bit."""
+    overrides = _overrides(tmp_path, 200, "data.num_worker=2", "data.micro_num=1", "model.num_layers=1")
+    one, other = (fit(ranks, overrides) for _ in range(2))
+    assert [rank.log for rank in one.ranks] == [rank.log for rank in other.ranks]
+    assert len(one.log) == 200
+    assert_same_tensors(one.tensors, other.tensors)
+
+
+# -- a bad gradient
+
+
+class _Spoil(Hook):
+    """Make one value of one rank's activations ``value`` in each of ``steps``."""
+
+    def __init__(self, value: float, rank: int, steps: Sequence[int]) -> None:
+        self.value, self.rank, self.steps = value, rank, steps
+        self.spoiling = False
+
+    def before_run(self, trainer: Trainer) -> None:
+        trainer.model.norm.register_forward_hook(self._spoiled)
+
+    def before_step(self, trainer: Trainer) -> None:
+        self.spoiling = trainer.state.step in self.steps and os.environ["RANK"] == str(self.rank)
+
+    def _spoiled(self, module: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        if self.spoiling:
+            x = x.clone()
+            x[0, 0] = self.value
+        return x
+
+
+class _Updates(Hook):
+    """Note in the log folder which steps changed the parameters, on every rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "updates"
+        self.before: list[Tensor] = []
+
+    def before_step(self, trainer: Trainer) -> None:
+        self.before = [p.detach().clone() for p in trainer.model.parameters()]
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        same = all(map(torch.equal, self.before, trainer.model.parameters()))
+        assert same != report.update.updated
+        with self.file.with_name(f"updates-{os.environ['RANK']}").open("a") as file:
+            file.write("-" if same else "u")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("ranks", "zero1"), [(2, -1), (4, 2)])
+@pytest.mark.parametrize(("steps", "expected"), [((2,), "uu-uuu"), ((0, 3, 4, 5), "-uu---")])
+def test_a_bad_gradient_on_one_rank(
+    value: float, ranks: int, zero1: int, steps: Sequence[int], expected: str, tmp_path: Path
+) -> None:
+    """No rank updates, and the counter is exact."""
+    hooks = [_Spoil(value, ranks - 1, steps), _Updates(tmp_path)]
+    outcome = fit(ranks, _overrides(tmp_path, 6, f"parallel.zero1.size={zero1}"), hooks=hooks)
+    assert [(tmp_path / f"updates-{rank}").read_text() for rank in range(ranks)] == [expected] * ranks
+    assert (outcome.state["step"], outcome.state["inf_nan_skip_batches"]) == (6, len(steps))
+    assert outcome.ranks[0].steps == [6 - len(steps)]
+    assert all(x.isfinite().all() for x in outcome.tensors.values())
+
+
+# -- a signal
+
+
+class _Signal(Hook):
+    """Send this process a signal ``times`` times: on one rank, before or after one step."""
+
+    def __init__(self, number: int, rank: int, step: int, after: bool = False, times: int = 1) -> None:
+        self.number, self.rank, self.step, self.after, self.times = number, rank, step, after, times
+
+    def before_step(self, trainer: Trainer) -> None:
+        if not self.after and trainer.state.step == self.step:
+            self._send()
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self.after and report.step == self.step:  # after the hook that saves
+            self._send()
+
+    def _send(self) -> None:
+        if os.environ["RANK"] == str(self.rank):
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def _saved_steps(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder / "ckpts"))
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)])
+@pytest.mark.parametrize(("after", "last"), [(False, 4), (True, 5)])
+def test_a_signal_to_one_rank(number: int, name: str, code: int, after: bool, last: int, tmp_path: Path) -> None:
+    """All ranks stop at most one step later, save, and exit alike; the resumed run is the straight one."""
+    straight = fit(2, saving(tmp_path / "straight", every=3, total=8))
+    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Signal(number, rank=1, step=3, after=after)])
+    assert stopped.message == f"exit {code}"
+    assert stopped.state["step"] == last
+    assert stopped.ranks[0].warnings == [f"{name} on rank 1: stopping after step {last}, exiting {code}"]
+    assert _saved_steps(tmp_path) == ["step-3", f"step-{last}"]
+    _assert_continued(stopped, fit(2, saving(tmp_path, every=3, total=8)), straight)
+
+
+def _assert_continued(stopped: Outcome, resumed: Outcome, straight: Outcome) -> None:
+    assert stopped.log + resumed.log == straight.log
+    assert_same_tensors(resumed.tensors, straight.tensors)
+
+
+def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
+    straight = fit(1, saving(tmp_path / "straight", every=3, total=8))
+    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGINT, rank=0, step=4, times=2)])
+    assert stopped.message == "exit 130"
+    assert _saved_steps(tmp_path) == ["step-3"]
+    resumed = fit(1, saving(tmp_path, every=3, total=8))
+    assert stopped.log[:3] + resumed.log == straight.log
+
+
+def test_a_signal_in_the_last_step(tmp_path: Path) -> None:
+    """The run is done and says so."""
+    done = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGTERM, rank=0, step=7, after=True)])
+    assert done.state["step"] == 8
+    assert not done.message.startswith("exit")
+    assert _saved_steps(tmp_path) == ["step-3", "step-6", "step-8"]

@@ -1,0 +1,63 @@
+"""A script with a user's own model, trained, told to stop, and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness.launch import Job
+from tests.integration.jobs import metrics, records, script
+from tests.unit.data.files import write_bin
+
+#: Figures of a step that don't depend on time.
+TIMELESS = ("step", "loss", "grad_norm", "lr", "num_consumed_tokens", "acc", "perplexity")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples in which each token tells the next one."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = [[(start + 5 * i) % 32 for i in range(40)] for start in range(200)]
+    write_bin(folder / "en" / "a.bin", samples)
+    return folder
+
+
+def _run(folder: Path, data: Path, *options: str) -> Job:
+    overrides = (
+        f"data.train_folder={data}", "adam.lr=0.03", "data.micro_num=1", "ckpt.enable_save_ckpt=True",
+        "ckpt.checkpoint_every=100", "ckpt.save_ckpt_folder=local:ckpts",
+    )  # fmt: skip
+    name = "tests/integration/scripts/own_model.py"
+    return script(name, 2, "configs/debug/llama2.py", folder, *overrides, options=options)
+
+
+def _log(folder: Path) -> list[tuple[float, ...]]:
+    """Timeless figures of all runs in ``folder``."""
+    return [tuple(line[key] for key in TIMELESS) for record in records(folder) for line in metrics(record)]
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    job = _run(folder, data)
+    assert (job.returncode, job.left_behind) == (0, 0), job.stderr
+    return folder
+
+
+def test_it_learns(straight: Path) -> None:
+    losses = [loss for _, loss, *_ in _log(straight)]
+    assert losses[-1] < losses[0] / 2
+    assert [path.name for path in (straight / "ckpts").iterdir()] == ["step-20"]
+
+
+def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Path) -> None:
+    """Every rank saves and exits with 143; the log of both parts is that of the straight run, bit by bit."""
+    job = _run(tmp_path, data, "--signal_step", "7")
+    assert job.returncode == 1
+    assert "SIGTERM on rank 1: stopping after step 8, exiting 143" in job.stderr
+    assert job.stderr.count("exitcode  : 143") == 2, job.stderr
+    assert job.left_behind == 0
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
+    assert _run(tmp_path, data).returncode == 0
+    assert _log(tmp_path) == _log(straight)

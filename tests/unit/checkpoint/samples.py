@@ -1,0 +1,51 @@
+"""Checkpoint files for tests."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from internlm.checkpoint import folder
+from internlm.checkpoint.boxes import boxes_of_run
+from internlm.checkpoint.logical import LogicalTensor
+from internlm.checkpoint.planner import LogicalSavePlanner
+from internlm.checkpoint.storage import PlainWriter
+
+
+class Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.proof),)
+
+
+def in_runs(tensor: Tensor, cuts: list[int]) -> LogicalTensor:
+    """``tensor`` as the boxes of its runs between ``cuts``, each a copy."""
+    logical = LogicalTensor(tuple(tensor.shape), tensor.dtype)
+    bounds = [0, *sorted(cuts), tensor.numel()]
+    for start, stop in pairwise(bounds):
+        for box in boxes_of_run(tensor.shape, start, stop):
+            logical.add(box.offsets, tensor.flatten()[box.start : box.stop].view(box.sizes).clone())
+    return logical
+
+
+def write(target: Path, tensors: dict[str, LogicalTensor]) -> Path:
+    """Save ``tensors`` in ``target`` as one process would."""
+    dcp.save(dict(tensors), storage_writer=PlainWriter(target), planner=LogicalSavePlanner(), no_dist=True)
+    return target
+
+
+def complete(target: Path, state: str = '{"format": 1}') -> Path:
+    """Make ``target`` a complete checkpoint."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / folder.STATE_FILE).write_text(state)
+    (target / folder.COMMIT_FILE).write_text("")
+    return target

@@ -1,0 +1,190 @@
+"""What a checkpoint holds against what is asked of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm.checkpoint import compare
+from internlm.checkpoint.logical import Logical
+from internlm.checkpoint.storage import SafeReader
+from internlm.checkpoint.weights import load_weights
+from internlm.config.tree import put
+from internlm.utils.errors import CheckpointError, Problem
+from tests.unit.checkpoint.samples import complete, in_runs, write
+from tests.unit.model.samples import decoder, tokens
+
+CONFIG: dict[str, Any] = {
+    "model_type": "LLAMA2",
+    "model": {**dict.fromkeys(compare.ARCHITECTURE, 1), "dtype": "torch.float32", "checkpoint": False},
+    "data": {"seq_len": 8, "micro_bsz": 2, "use_packed_dataset": True, "pack_sample_into_one": False, "micro_num": 4},
+}
+FACTS: dict[str, Any] = {"config": CONFIG, "data": "abc", "seed": 1}
+
+
+def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """``tree`` with changes by dotted key, dots written as two underscores."""
+    tree = copy.deepcopy(tree)
+    for key, value in changes.items():
+        put(tree, key.replace("__", "."), value)
+    return tree
+
+
+def texts(problems: Iterable[Problem]) -> list[str]:
+    return list(map(str, problems))
+
+
+# -- configs
+
+
+def test_the_same_config_is_no_other_architecture() -> None:
+    now = changed(CONFIG, model__checkpoint=True, data__seq_len=16)
+    assert texts(compare.other_architecture("step-1", CONFIG, now)) == []
+
+
+def test_another_architecture_is_told_field_by_field() -> None:
+    now = changed(CONFIG, model_type="INTERNLM2", model__num_layers=3, model__num_kv_attention_heads=None)
+    assert texts(compare.other_architecture("step-1", CONFIG, now)) == [
+        "model_type: 'INTERNLM2', but step-1 was saved with 'LLAMA2'. Use the config of the checkpoint",
+        "model.num_layers: 3, but step-1 was saved with 1. Use the config of the checkpoint",
+        "model.num_kv_attention_heads: None, but step-1 was saved with 1. Use the config of the checkpoint",
+    ]
+
+
+@pytest.mark.parametrize("key", compare.ARCHITECTURE)
+def test_every_field_of_the_architecture_counts(key: str) -> None:
+    (problem,) = compare.other_architecture("step-1", CONFIG, changed(CONFIG, **{f"model__{key}": 7}))
+    assert problem.where == f"model.{key}"
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32"])
+def test_types_that_are_stored_alike_are_the_same(dtype: str) -> None:
+    assert texts(compare.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype=dtype))) == []
+
+
+def test_another_type() -> None:
+    (text,) = texts(compare.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype="torch.bfloat16")))
+    assert text.startswith("model.dtype: 'torch.bfloat16', but step-1 was saved with 'torch.float32'. Set it back. ")
+
+
+def test_the_same_samples() -> None:
+    assert texts(compare.other_samples("step-1", FACTS, changed(FACTS, config__data__micro_num=8))) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "start"),
+    [
+        ("data", "def", "data.train_folder: its data changed since step-1 was saved (fingerprint abc then, def now). "),
+        ("seed", 2, "--seed: 2, but step-1 was saved with 1, "),
+        ("config__data__seq_len", 16, "data.seq_len: 16, but step-1 was saved with 8, "),
+        ("config__data__micro_bsz", 1, "data.micro_bsz: 1, but step-1 was saved with 2, "),
+        ("config__data__use_packed_dataset", False, "data.use_packed_dataset: False, but step-1 was saved with True, "),
+        (
+            "config__data__pack_sample_into_one",
+            True,
+            "data.pack_sample_into_one: True, but step-1 was saved with False, ",
+        ),
+    ],
+)
+def test_other_samples(key: str, value: Any, start: str) -> None:
+    (text,) = texts(compare.other_samples("step-1", FACTS, changed(FACTS, **{key: value})))
+    assert text.startswith(start)
+
+
+# -- tensors and files
+
+
+def logical(**shapes: tuple[int, ...]) -> Logical:
+    return {name.replace("__", "/"): in_runs(torch.ones(shape), []) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return write(tmp_path / "step-1", logical(model__w=(2, 3), model__b=(2,), optimizer__exp_avg__w=(2, 3)))
+
+
+def test_all_that_is_wanted_is_there(saved: Path) -> None:
+    metadata = SafeReader(saved).read_metadata()
+    assert texts(compare.missing_tensors("step-1", metadata, logical(model__w=(2, 3)))) == []
+
+
+def test_missing_tensors_and_other_shapes(saved: Path) -> None:
+    wanted = logical(model__w=(3, 2), model__b=(2,), model__c=(1,), optimizer__exp_avg__c=(1,))
+    found = texts(compare.missing_tensors("step-1", SafeReader(saved).read_metadata(), wanted))
+    assert found[:2] == [
+        "step-1: model/w: has shape [2, 3], the model wants [3, 2]. Use the config of the checkpoint",
+        "step-1: model/c: is missing. Use the config of the checkpoint",
+    ]
+    assert found[2].startswith("step-1: optimizer/exp_avg/c: is missing. To start from the weights alone, ")
+    assert len(found) == 3
+
+
+def test_unexpected_parameters_are_told_but_not_what_is_left_of_the_optimizer(saved: Path) -> None:
+    found = compare.unexpected_tensors("step-1", SafeReader(saved).read_metadata(), logical(model__w=(2, 3)))
+    assert texts(found) == ["step-1: model/b: the model has no such parameter. Use the config of the checkpoint"]
+
+
+def test_whole_files_are_not_damaged(saved: Path) -> None:
+    assert texts(compare.damaged_files(saved, SafeReader(saved).read_metadata())) == []
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99, None], ids=str)
+def test_files_that_are_too_short(saved: Path, kept: float | None) -> None:
+    (file,) = saved.glob("*.distcp")
+    size = file.stat().st_size
+    left = int(size * (kept or 0))
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:left])
+    (text,) = texts(compare.damaged_files(saved, SafeReader(saved).read_metadata()))
+    assert text == f"{file}: {left} bytes, its index says {size}. Choose an older checkpoint"
+
+
+# -- the weights of a checkpoint
+
+
+def saved_model(tmp_path: Path, **keys: Any) -> Path:
+    model = decoder(**keys)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    parameters = {f"model/{name}": in_runs(p.detach(), []) for name, p in model.named_parameters()}
+    return complete(write(tmp_path / "step-1", parameters))
+
+
+def test_a_model_with_the_weights_of_a_checkpoint_is_that_model(tmp_path: Path) -> None:
+    source, model, expected = saved_model(tmp_path), decoder(), decoder()
+    load_weights(model, source)
+    assert all(torch.equal(a, 1.5 * b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert not torch.equal(model(tokens(1, 4)), expected(tokens(1, 4)))
+
+
+def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    source, model = saved_model(tmp_path), decoder(num_layers=1, vocab_size=50)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, source)
+    wheres = [problem.where for problem in caught.value.problems]
+    assert wheres[:2] == [f"{source}: model/embedding.weight", f"{source}: model/output.weight"]
+    assert all(where.startswith(f"{source}: model/layers.1.") for where in wheres[2:])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_loaded(tmp_path: Path) -> None:
+    source = saved_model(tmp_path)
+    next(source.glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="0 bytes, its index says"):
+        load_weights(decoder(), source)
+
+
+def test_weights_of_an_unfinished_checkpoint_are_not_loaded(tmp_path: Path) -> None:
+    source = saved_model(tmp_path)
+    (source / "COMMITTED").unlink()
+    with pytest.raises(CheckpointError, match="unfinished"):
+        load_weights(decoder(), source)

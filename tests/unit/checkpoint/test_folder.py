@@ -1,0 +1,102 @@
+"""The save folder, and the state that is for people to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from internlm.checkpoint import folder
+from internlm.checkpoint.folder import COMMIT_FILE, STATE_FILE, read_state
+from internlm.utils.errors import CheckpointError
+from tests.unit.checkpoint.samples import complete
+
+
+def problem_of(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_state(path)
+    (problem,) = caught.value.problems
+    return str(problem)
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [("local:ckpts/7b", "ckpts/7b"), ("/data/ckpts", "/data/ckpts"), ("local:/data", "/data"), ("~/a", "HOME/a")],
+)
+def test_locations(location: str, expected: str) -> None:
+    assert str(folder.local_path(location)) == expected.replace("HOME", str(Path.home()))
+
+
+def test_steps_come_newest_first_by_number(tmp_path: Path) -> None:
+    for name in ("step-9", "step-100", "step-20", "step-x", "step-", "logs", "my-step-3", "step-5.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-7").write_text("a file")
+    steps = list(folder.steps_in(tmp_path))
+    assert steps == [(number, folder.step_folder(tmp_path, number)) for number in (100, 20, 9)]
+
+
+def test_a_save_folder_that_is_not_there_has_no_steps(tmp_path: Path) -> None:
+    assert list(folder.steps_in(tmp_path / "none")) == []
+
+
+def test_a_checkpoint_is_complete_once_its_mark_is_there(tmp_path: Path) -> None:
+    assert not folder.is_complete(tmp_path)
+    assert folder.is_complete(complete(tmp_path))
+
+
+def test_a_durable_file_is_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / STATE_FILE
+    path.write_text("old")
+    folder.write_durably(path, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(STATE_FILE, "new")]
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    state = {"format": folder.FORMAT, "train_state": {"step": 3}, "data": None, "name": "modèle"}
+    assert read_state(complete(tmp_path, folder.to_text(state))) == state
+
+
+def test_not_there_says_what_is(tmp_path: Path) -> None:
+    complete(tmp_path / "step-20")
+    complete(tmp_path / "step-9")
+    missing = tmp_path / "step-10"
+    assert problem_of(missing) == f"{missing}: no such checkpoint ({tmp_path} holds step-20, step-9). Check the path"
+    nowhere = tmp_path / "none" / "step-1"
+    assert (
+        problem_of(nowhere) == f"{nowhere}: no such checkpoint ({nowhere.parent} holds no checkpoint). Check the path"
+    )
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    assert problem_of(tmp_path).startswith(f"{tmp_path}: not a checkpoint: it has no {STATE_FILE}. ")
+
+
+@pytest.mark.parametrize("left", [".metadata", "__0_0.distcp"])
+def test_a_save_that_was_cut_off_before_its_state(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("")
+    assert problem_of(tmp_path).startswith(f"{tmp_path}: unfinished: {STATE_FILE} is missing. ")
+
+
+def test_a_save_that_was_cut_off_before_its_mark(tmp_path: Path) -> None:
+    (complete(tmp_path) / COMMIT_FILE).unlink()
+    assert problem_of(tmp_path) == f"{tmp_path}: unfinished: its commit mark is missing. Choose an older one"
+
+
+def test_a_newer_format(tmp_path: Path) -> None:
+    complete(tmp_path, '{"format": 99}')
+    assert problem_of(tmp_path) == f"{tmp_path}: has format 99, this version reads up to 1. Update InternEvo"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"format": 1, "train_st', "[]", "1", "null", '{"format": "one"}', '{"format": null}', "{}", "\x00"],
+)
+def test_a_damaged_state(tmp_path: Path, text: str) -> None:
+    complete(tmp_path, text)
+    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: can't be read (")
+
+
+def test_a_state_that_is_not_text(tmp_path: Path) -> None:
+    (complete(tmp_path) / STATE_FILE).write_bytes(b"\xff\xfe\x00")
+    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: can't be read (UnicodeDecodeError")

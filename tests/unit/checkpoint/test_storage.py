@@ -1,0 +1,199 @@
+"""Reading checkpoint files without trusting them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from internlm.checkpoint.logical import LogicalTensor
+from internlm.checkpoint.planner import LogicalLoadPlanner
+from internlm.checkpoint.storage import SafeReader
+from internlm.utils.errors import CheckpointError
+from tests.unit.checkpoint.samples import Evil, in_runs, write
+
+VALUES = torch.arange(12.0).view(3, 4)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A checkpoint of one tensor, in two pieces."""
+    return write(tmp_path / "step-1", {"model/w": in_runs(VALUES, [5])})
+
+
+def read_into(source: Path, name: str, logical: LogicalTensor) -> None:
+    dcp.load({name: logical}, storage_reader=SafeReader(source), planner=LogicalLoadPlanner(), no_dist=True)
+
+
+def edit(source: Path, change: Callable[[Metadata], None]) -> None:
+    """Change the metadata of a checkpoint."""
+    path = source / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+# -- good files
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_good_file_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = VALUES.to(dtype)
+    source = write(tmp_path / "step-1", {"model/w": in_runs(values, [])})
+    metadata = SafeReader(source).read_metadata().state_dict_metadata["model/w"]
+    assert (metadata.size, metadata.properties.dtype) == (values.shape, dtype)
+    target = in_runs(torch.zeros_like(values), [])
+    read_into(source, "model/w", target)
+    assert torch.equal(target.boxes[0, 0], values)
+
+
+def test_nothing_of_the_machine_is_written(good: Path) -> None:
+    """Such as the folder's path."""
+    assert all(str(good.parent).encode() not in path.read_bytes() for path in good.iterdir())
+
+
+def test_what_several_reads_of_a_file_need_is_remembered(good: Path) -> None:
+    reader = SafeReader(good)
+    assert reader.read_metadata().storage_meta.load_id == reader.load_id
+
+
+# -- hostile files
+
+
+def global_of(module: str, name: str) -> bytes:
+    """A pickle that asks for a name, in the protocol that allows dots in it."""
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93."
+
+
+METADATA = "torch.distributed.checkpoint.metadata"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("torch", "load"),
+        ("torch.hub", "load"),
+        ("collections", "namedtuple"),
+        (METADATA, "os"),
+        (METADATA, "os.system"),
+        (METADATA, "torch"),
+        (METADATA, "dataclass"),  # makes source code of field names, and executes it
+        (METADATA, "field"),
+        (METADATA, "Metadata.__init__.__globals__"),
+        (METADATA, "TensorProperties.create_from_tensor"),
+        ("torch", "Size.__new__"),
+    ],
+)
+def test_names_that_no_checkpoint_needs_are_refused(tmp_path: Path, module: str, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(global_of(module, name))
+    with pytest.raises(CheckpointError, match=f"it asks for {module}.{name}, which no checkpoint needs"):
+        SafeReader(tmp_path).read_metadata()
+
+
+def test_hostile_metadata_executes_nothing(tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
+    with pytest.raises(CheckpointError, match=r"it asks for posix\.mkdir"):
+        SafeReader(tmp_path).read_metadata()
+    assert not proof.exists()
+
+
+def test_a_pickled_object_in_place_of_a_tensor_executes_nothing(tmp_path: Path) -> None:
+    source, proof = tmp_path / "step-1", tmp_path / "proof"
+    dcp.save({"rng/0/data": Evil(proof)}, checkpoint_id=source, no_dist=True)
+    edit(source, lambda metadata: setattr(metadata, "storage_meta", None))
+    assert isinstance(SafeReader(source).read_metadata().state_dict_metadata["rng/0/data"], BytesStorageMetadata)
+    with pytest.raises(CheckpointException, match="rng/0/data: is a pickled object, not a tensor"):
+        read_into(source, "rng/0/data", in_runs(VALUES, []))
+    assert not proof.exists()
+
+
+def test_a_pickled_object_in_a_tensors_bytes_executes_nothing(good: Path, tmp_path: Path) -> None:
+    proof, stream = tmp_path / "proof", io.BytesIO()
+    torch.save(Evil(proof), stream)
+    hostile = stream.getvalue()
+
+    def point_at_it(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            (good / info.relative_path).write_bytes(hostile)
+            info.offset, info.length = 0, len(hostile)
+
+    edit(good, point_at_it)
+    with pytest.raises(CheckpointException, match="Weights only load failed"):
+        read_into(good, "model/w", in_runs(VALUES, []))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "inner/file", "./file"])
+def test_files_outside_the_checkpoint_are_not_read(good: Path, path: str) -> None:
+    def point_outside(metadata: Metadata) -> None:
+        next(iter(metadata.storage_data.values())).relative_path = path
+
+    edit(good, point_outside)
+    with pytest.raises(CheckpointError, match=f"it names the file '{path}', outside the checkpoint"):
+        SafeReader(good).read_metadata()
+
+
+# -- damaged files
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "Ran out of input"),
+        (b"not a pickle", "can't be read"),
+        (pickle.dumps(torch.Size((3, 4))), "it holds something else than metadata"),
+        (pickle.dumps(None), "it holds something else than metadata"),
+        (pickle.dumps(Metadata({}))[:-20], "can't be read"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", "can't be read"),
+    ],
+    ids=["empty", "garbage", "something else", "nothing", "cut off", "an absurd length"],
+)
+def test_damaged_metadata(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match=why) as caught:
+        SafeReader(tmp_path).read_metadata()
+    assert str(caught.value).startswith(f"{tmp_path / '.metadata'}: can't be read (")
+
+
+def test_missing_metadata(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        SafeReader(tmp_path).read_metadata()
+
+
+def test_a_missing_piece_is_an_error(good: Path) -> None:
+    edit(good, lambda metadata: metadata.storage_data.pop(MetadataIndex("model/w", torch.Size((0, 0)), 0)))
+    with pytest.raises(CheckpointException):
+        read_into(good, "model/w", in_runs(VALUES, []))
+
+
+# -- layouts
+
+
+def any_cuts(numel: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(numel, generator=generator)[: seed % 4].tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shape", [(4, 3, 5), (7,), (2, 9)], ids=str)
+def test_any_layout_reads_what_another_wrote(tmp_path: Path, shape: tuple[int, ...], seed: int) -> None:
+    """Flat runs cut anywhere, as ZeRO cuts them."""
+    values = torch.randn(shape)
+    source = write(tmp_path / "step-1", {"optimizer/exp_avg/w": in_runs(values, any_cuts(values.numel(), seed))})
+    cuts: Any = any_cuts(values.numel(), seed + 11)
+    target, expected = in_runs(torch.zeros(shape), cuts), in_runs(values, cuts)
+    read_into(source, "optimizer/exp_avg/w", target)
+    assert all(torch.equal(target.boxes[offsets], box) for offsets, box in expected.boxes.items())

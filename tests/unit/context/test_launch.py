@@ -1,0 +1,249 @@
+"""Starting a process: the command line and the launcher's environment."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from internlm.initialize import get_default_parser, initialize_distributed_env, launch
+from internlm.initialize.launch import ProcessInfo, detect_launcher, parse_args
+from internlm.utils.common import parse_args as common_parse_args
+from internlm.utils.errors import ConfigError, LaunchError
+from tests.unit.config.samples import SMALLEST
+
+TORCH = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "host-a", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NPROCS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "gpu[003-005,9],login",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*TORCH, *SLURM]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+# -- command line
+
+
+def test_defaults() -> None:
+    assert vars(parse_args([])) == {
+        "config": None,
+        "launcher": None,
+        "host": None,
+        "port": 8888,
+        "world_size": None,
+        "rank": None,
+        "local_rank": None,
+        "backend": None,
+        "seed": 1024,
+        "profiling": False,
+        "set": [],
+    }
+
+
+def test_arguments_are_typed() -> None:
+    line = (
+        "--config a.py --launcher slurm --host h --port 1 --world_size 2 --rank 1 --local_rank 0 --seed 3 --profiling"
+    )
+    args = parse_args([*line.split(), "--set", "data.micro_num=2", "--set=adam.lr=1e-3"])
+    assert (args.config, args.launcher, args.host, args.profiling) == ("a.py", "slurm", "h", True)
+    assert (args.port, args.world_size, args.rank, args.local_rank, args.seed) == (1, 2, 1, 0, 3)
+    assert args.set == ["data.micro_num=2", "adam.lr=1e-3"]
+
+
+def test_users_add_their_own_arguments() -> None:
+    parser = get_default_parser()
+    parser.add_argument("--notes", type=str, default="none")
+    args = parser.parse_args(["--notes", "mine"])
+    assert isinstance(args, argparse.Namespace)
+    assert (args.notes, args.port) == ("mine", 8888)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--confg", "a.py"], "--confg: unknown argument. Did you mean '--config'?"),
+        (["--world-size=8"], "--world-size: unknown argument. Did you mean '--world_size'?"),
+        (["--launcher", "mpi"], "--launcher: 'mpi' is unknown. Give one of slurm, torch"),
+        (["--port", "http"], "argument --port: invalid int value: 'http'"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(arguments)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_parse_args_is_found_in_utils_common() -> None:
+    assert common_parse_args is parse_args
+
+
+# -- environment
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"), [(TORCH, "torch"), (SLURM, "slurm"), (TORCH | SLURM, "torch")], ids=str
+)
+def test_the_launcher_is_found_out(environment: dict[str, str], launcher: str) -> None:
+    assert detect_launcher(environment) == launcher
+
+
+def test_no_launcher_at_all() -> None:
+    with pytest.raises(LaunchError, match=r"no launcher started this process\. Start with: torchrun .* or: srun "):
+        detect_launcher({})
+
+
+def test_torch_environment() -> None:
+    assert launch.read_torch_environment(TORCH) == ProcessInfo(5, 8, 1, "host-a", 29500)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [(None, "gpu003"), ("10.0.0.1", "10.0.0.1")], ids=["first of the job", "as given"]
+)
+def test_slurm_environment(host: str | None, expected: str) -> None:
+    assert launch.read_slurm_environment(SLURM, host, 8888) == ProcessInfo(5, 8, 1, expected, 8888)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not set. Start with: torchrun "),
+        (
+            without(TORCH, "WORLD_SIZE", "MASTER_PORT"),
+            "WORLD_SIZE, MASTER_PORT: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
+        ),
+        (TORCH | {"RANK": "first"}, "RANK: 'first' is not a number. Start with: torchrun "),
+        (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT: '' is not a number. Start with: torchrun "),
+    ],
+)
+def test_wrong_torch_environments(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        launch.read_torch_environment(environment)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            without(SLURM, "SLURM_JOB_NODELIST"),
+            "SLURM_JOB_NODELIST: not set (only SLURM_PROCID, SLURM_NPROCS, SLURM_LOCALID). Start with: ",
+        ),
+        (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: '8x' is not a number. Start with: "),
+        (
+            SLURM | {"SLURM_JOB_NODELIST": "gpu[003-"},
+            "SLURM_JOB_NODELIST: 'gpu[003-' has an unclosed bracket. Name rank 0's machine with --host",
+        ),
+    ],
+)
+def test_wrong_slurm_environments(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        launch.read_slurm_environment(environment, None, 8888)
+    assert str(caught.value).startswith(message)
+
+
+# -- what is refused before any process group exists
+
+
+def problems_of_launch(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str] | None = None, **options: Any
+) -> str:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**alone, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((ConfigError, LaunchError)) as caught:
+        initialize_distributed_env(**{"config": SMALLEST, "launcher": "torch", **options})
+    assert not dist.is_initialized()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MASTER_PORT": "99999"}, "port: 99999 is no port. "),
+        ({"MASTER_PORT": "0"}, "port: 0 is no port. "),
+        ({"RANK": "3"}, "rank: 3, but the world size is 1. "),
+        ({"WORLD_SIZE": "0"}, "rank: 0, but the world size is 0. "),
+    ],
+)
+def test_environments_that_make_no_sense(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problems_of_launch(monkeypatch, environment).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": None}, "--config: not given. Name a config file"),
+        ({"config": "missing.py"}, "missing.py: "),
+        ({"backend": "glo"}, "--backend: 'glo' is not available here. Use "),
+        ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available here. Use "),
+        ({"seed": -1}, "--seed: -1 is negative. "),
+        ({"overrides": ["adam.lr=0"]}, "adam.lr: "),
+    ],
+)
+def test_arguments_that_make_no_sense(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems_of_launch(monkeypatch, {}, **options).startswith(message)
+
+
+@pytest.mark.parametrize("version", ["1.13.1+cpu", "2.9.1"])
+def test_too_old_a_torch(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert problems_of_launch(monkeypatch, {}) == f"torch: {version} is too old. Install torch >= 2.13"
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.13.0", True), ("2.14.0a0+git1", True), ("3.0", True), ("2.9.1", False)]
+)
+def test_versions_of_torch(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if fits:
+        launch._check_torch()
+    else:
+        with pytest.raises(LaunchError):
+            launch._check_torch()
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use(busy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = problems_of_launch(monkeypatch, {"MASTER_PORT": str(busy_port)})
+    assert message == f"127.0.0.1:{busy_port}: is in use. Choose another with --port"
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [("0", "can't be reached (Timed out after"), ("1", "can't be reached (The client socket has timed out")],
+    ids=["rank 0 waits in vain", "rank 0 is not there"],
+)
+def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "COLLECTIVE_TIMEOUT", timedelta(seconds=0.5))
+    with socket.socket() as finder:
+        finder.bind(("127.0.0.1", 0))
+        port = str(finder.getsockname()[1])
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+    assert problems_of_launch(monkeypatch, environment).startswith(f"127.0.0.1:{port}: {message}")

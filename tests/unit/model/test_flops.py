@@ -1,0 +1,78 @@
+"""Counts of operations: the formula against what torch counts, and by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from internlm.config.schema import ModelConfig
+from internlm.model.flops import forward_flops_per_token, hardware_flops_per_token, model_flops_per_token
+from tests.unit.model.samples import decoder, tokens
+
+SEQ_LEN = 32
+TOKENS = 2 * SEQ_LEN
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "INTERNLM": ("INTERNLM", {}),
+    "INTERNLM2 with grouped queries": ("INTERNLM2", {"num_kv_attention_heads": 2}),
+    "LLAMA2": ("LLAMA2", {}),
+    "heads wider than hidden / heads": ("LLAMA2", {"head_dim": 16}),
+    "recompute": ("LLAMA2", {"checkpoint": True}),
+    "recompute of one layer in three": ("LLAMA2", {"num_layers": 3, "checkpoint": 0.5}),
+}
+
+
+def counted(case: str, backward: bool) -> tuple[float, ModelConfig]:
+    """What torch counts per token. In float64, because float32 takes kernels that it doesn't know; nor does it know
+    ``addmm_``."""
+    family, keys = CASES[case]
+    model = decoder(family, attention_backend="reference", **keys)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.set_grad_enabled(backward):
+        logits = model(tokens(2, SEQ_LEN))
+        if backward:
+            logits.backward(torch.ones_like(logits))
+    return counter.get_total_flops() / TOKENS, model.spec.config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case: str) -> None:
+    found, config = counted(case, backward=False)
+    assert forward_flops_per_token(config, SEQ_LEN) == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_backward(case: str) -> None:
+    found, config = counted(case, backward=True)
+    assert hardware_flops_per_token(config, SEQ_LEN) == pytest.approx(found, rel=0.01)
+
+
+# Llama 2 7B: 32 layers, hidden 4096, 32 heads, intermediate 11008, vocabulary 32000, sequences of 4096.
+ATTENTION = 2 * 4096 * 4096 * 4  # query, key, value and output projection
+SCORES = 2 * 4096 * 4096 * 2  # q·kᵀ and p·v
+FEED_FORWARD = 2 * 4096 * 11008 * 3  # gate, up, down
+HEAD = 2 * 4096 * 32000
+LAYERS = 32 * (ATTENTION + SCORES + FEED_FORWARD)
+
+
+def seven_billion(**keys: Any) -> ModelConfig:
+    return ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, vocab_size=32000, **keys)
+
+
+def test_7b_by_hand() -> None:
+    assert forward_flops_per_token(seven_billion(), 4096) == LAYERS + HEAD == 15_361_638_400
+    assert model_flops_per_token(seven_billion(), 4096) == 3 * (LAYERS + HEAD)
+
+
+@pytest.mark.parametrize(("checkpoint", "repeated"), [(False, 0.0), (0.5, 0.5), (True, 1.0)])
+def test_recompute_repeats_the_layers_but_not_the_head(checkpoint: bool | float, repeated: float) -> None:
+    found = hardware_flops_per_token(seven_billion(checkpoint=checkpoint), 4096)
+    assert found == 3 * (LAYERS + HEAD) + repeated * LAYERS
+
+
+def test_grouped_queries_save_key_and_value_projections() -> None:
+    saved = 32 * 2 * 4096 * (4096 - 1024) * 2
+    found = forward_flops_per_token(seven_billion(num_kv_attention_heads=8), 4096)
+    assert found == LAYERS + HEAD - saved

@@ -1,0 +1,77 @@
+"""Sampling continuations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.eval import generate
+from tests.unit.model.samples import VOCAB, decoder
+
+PROMPT = [3, 1, 4]
+
+
+class Fixed(nn.Module):
+    """The same distribution after every token."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits.expand(*ids.shape, -1)
+
+
+def test_temperature_0_takes_the_likeliest_token() -> None:
+    model = decoder()
+    tokens = list(PROMPT)
+    for _ in range(6):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert generate(model, PROMPT, 6, temperature=0) == tokens[3:]
+
+
+def test_the_same_seed_gives_the_same_tokens() -> None:
+    model = decoder()
+    first = generate(model, PROMPT, 20, seed=1)
+    torch.manual_seed(99)
+    assert generate(model, PROMPT, 20, seed=1) == first
+    assert generate(model, PROMPT, 20, seed=2) != first
+    assert all(0 <= token < VOCAB for token in first)
+
+
+def test_the_prompt_is_left_alone() -> None:
+    prompt = list(PROMPT)
+    assert len(generate(decoder(), prompt, 4)) == 4
+    assert prompt == PROMPT
+
+
+def test_generation_ends_with_the_stop_token() -> None:
+    model = decoder()
+    free = generate(model, PROMPT, 20, seed=1)
+    stop = free[7]
+    assert generate(model, PROMPT, 20, seed=1, stop=stop) == free[: free.index(stop) + 1]
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
+    assert generate(decoder(), PROMPT, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("top_p", "drawn"), [(1.0, {0, 1, 2}), (0.95, {0, 1, 2}), (0.85, {0, 1}), (0.5, {1}), (0.0, {1})]
+)
+def test_top_p_keeps_the_smallest_set_of_that_probability(top_p: float, drawn: set[int]) -> None:
+    assert set(generate(Fixed(0.3, 0.6, 0.1), [0], 200, top_p=top_p)) == drawn
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.8), (0.5, 16 / 17), (2.0, 2 / 3)])
+def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> None:
+    """Probabilities 4 : 1 become 4 ** (1 / temperature) : 1."""
+    tokens = generate(Fixed(0.2, 0.8), [0], 1000, temperature=temperature)
+    assert sum(tokens) / 1000 == pytest.approx(share, abs=0.04)
+
+
+def test_gradients_are_not_recorded() -> None:
+    model = decoder()
+    generate(model, PROMPT, 2)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,203 @@
+"""A step of the optimizer, against torch's AdamW and clip_grad_norm_; and a step that is left out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from internlm.config.schema import AdamConfig
+from internlm.core.parallel import place_replicated
+from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
+from internlm.core.trainer import Trainer
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.utils.errors import UserError
+from tests.unit.model.samples import decoder, tokens
+
+STEPS = 4
+BETA2 = [0.9, 0.95, 0.95, 0.99]  # of each step
+LR = [0.0, 1e-2, 2e-2, 1e-2]
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    for step in range(STEPS):
+        yield tokens(2, 8, seed=10 + step), tokens(2, 8, seed=20 + step)
+
+
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return model(ids, labels=labels, grad_scale=1 / labels.numel()).loss_sum
+
+
+def plain_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
+    """Train ``model`` with torch's own optimizer; the norms before clipping."""
+    matrices = [p for p in model.parameters() if p.placement.is_matrix]
+    others = [p for p in model.parameters() if not p.placement.is_matrix]
+    decay = adam.weight_decay if adam.decay_norm_and_bias else 0.0
+    groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": decay}]
+    optimizer = torch.optim.AdamW(groups, lr=adam.lr, eps=adam.adam_eps, foreach=False)
+    norms = []
+    for (ids, labels), lr, beta2 in zip(batches(), LR, BETA2, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = lr, (adam.adam_beta1, beta2)
+        optimizer.zero_grad()
+        loss_of(model, ids, labels).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).item())
+        optimizer.step()
+    return norms
+
+
+def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: dist.ProcessGroup) -> list[float]:
+    optimizer = HybridZeroOptimizer(model, adam, clip, group, group)
+    norms = []
+    for (ids, labels), lr, beta2 in zip(batches(), LR, BETA2, strict=True):
+        optimizer.zero_grad()
+        loss_of(model, ids, labels).backward()
+        step = optimizer.step(lr, beta2)
+        assert step.updated
+        norms.append(step.grad_norm)
+    return norms
+
+
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6], ids=["no clipping", "clipping", "clipping out of reach"])
+@pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2"])
+def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool, alone: dist.ProcessGroup) -> None:
+    adam = AdamConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-6, decay_norm_and_bias=decay_norm_and_bias)
+    ours, theirs = decoder(family), decoder(family)
+    norms = plain_run(theirs, adam, clip)
+    assert min(norms) > 0.5
+    assert our_run(ours, adam, clip, alone) == pytest.approx(norms, rel=1e-12)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12), name
+
+
+def test_float32_steps_are_torchs_too(alone: dist.ProcessGroup) -> None:
+    """There the fused kernel does the clipping."""
+    adam = AdamConfig(lr=1e-2, weight_decay=0.1)
+    ours, theirs = (decoder(dtype=torch.float32) for _ in range(2))
+    assert our_run(ours, adam, 0.5, alone) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-5)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one - other).abs().max() <= 1e-5
+
+
+def test_tied_and_frozen_parameters(alone: dist.ProcessGroup) -> None:
+    adam = AdamConfig(lr=1e-2, weight_decay=0.1)
+    ours, theirs = (decoder(tie_word_embeddings=True) for _ in range(2))
+    for model in (ours, theirs):
+        model.layers[0].requires_grad_(False)
+    frozen = copy.deepcopy(ours.layers[0].state_dict())
+    assert our_run(ours, adam, 0.5, alone) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-12)
+    assert ours.output.weight is ours.embedding.weight
+    assert all(torch.equal(ours.layers[0].state_dict()[name], value) for name, value in frozen.items())
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_accumulate_over_micro_batches(alone: dist.ProcessGroup) -> None:
+    adam, (ids, labels) = AdamConfig(lr=1e-2), next(batches())
+    at_once, one_by_one = decoder(), decoder()
+    optimizers = [HybridZeroOptimizer(model, adam, 0.0, alone, alone) for model in (at_once, one_by_one)]
+    (2 * loss_of(at_once, ids, labels)).backward()
+    for row in range(2):
+        loss_of(one_by_one, ids[row : row + 1], labels[row : row + 1]).backward()
+    norms = [optimizer.step(1e-2, 0.95).grad_norm for optimizer in optimizers]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+def test_bfloat16_parameters_are_the_rounded_main_parameters(alone: dist.ProcessGroup) -> None:
+    model = decoder(dtype=torch.bfloat16)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
+    loss_of(model, *next(batches())).backward()
+    before = [group.main.detach().clone() for group in optimizer.groups]
+    assert optimizer.step(1e-4, 0.95).updated
+    for group, main in zip(optimizer.groups, before, strict=True):
+        assert group.main.dtype == torch.float32
+        assert not torch.equal(group.main, main)
+        assert torch.equal(group.values, group.main.bfloat16())
+
+
+def test_a_foreign_module_is_trained_once_it_is_placed(alone: dist.ProcessGroup) -> None:
+    linear = nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"model parameter 'weight': has no ParamPlacement"):
+        HybridZeroOptimizer(linear, AdamConfig(lr=0.1), 0.0, alone, alone)
+    optimizer = HybridZeroOptimizer(place_replicated(linear), AdamConfig(lr=0.1), 0.0, alone, alone)
+    before = linear.bias.detach().clone()
+    linear(torch.ones(1, 3)).sum().backward()
+    assert optimizer.step(0.1, 0.95).grad_norm == pytest.approx(8**0.5)
+    assert not torch.equal(linear.bias, before)
+
+
+def test_zero_grad_forgets(alone: dist.ProcessGroup) -> None:
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.0, alone, alone)
+    loss_of(model, *next(batches())).backward()
+    optimizer.zero_grad()
+    assert optimizer.step(0.0, 0.95).grad_norm == 0
+
+
+# -- a step that is left out
+
+
+@pytest.fixture
+def trainer(alone: dist.ProcessGroup) -> Trainer:
+    """A trainer that has done one good step."""
+    model = decoder(dtype=torch.float32)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
+    schedule = NonPipelineScheduler(model, TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
+    trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
+    trainer.train_step(batch_iterator())
+    return trainer
+
+
+def batch_iterator() -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """One batch of two micro-batches."""
+    ids, labels = tokens(2, 1, 8), tokens(2, 1, 8, seed=4)
+    yield {"input_ids": ids, "type_ids": torch.zeros_like(ids)}, labels
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of parameters and optimizer state."""
+    state = {f"model {name}": value for name, value in trainer.model.state_dict().items()}
+    for number, group in enumerate(trainer.optimizer.groups):
+        state |= {f"{number} {key}": value for key, value in trainer.optimizer.state_of(group).items()}
+        state[f"{number} main"] = group.main.detach()
+    return {name: value.clone() for name, value in state.items()}
+
+
+def poison(value: float) -> Callable[[Tensor], Tensor]:
+    def put(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad.view(-1)[3] = value
+        return grad
+
+    return put
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_with_a_bad_gradient_changes_nothing_and_is_counted(trainer: Trainer, value: float) -> None:
+    before = everything(trainer)
+    hook = trainer.model.embedding.weight.register_hook(poison(value))
+    report = trainer.train_step(batch_iterator())
+    hook.remove()
+    assert not report.update.updated
+    assert not math.isfinite(report.update.grad_norm)
+    after = everything(trainer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (2, 1)
+
+
+def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(trainer: Trainer) -> None:
+    hook = trainer.model.embedding.weight.register_hook(poison(math.nan))
+    trainer.train_step(batch_iterator())
+    hook.remove()
+    report = trainer.train_step(batch_iterator())
+    assert report.update.updated
+    assert all(value.isfinite().all() for value in everything(trainer).values())
+    assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (3, 1)
+    assert {int(trainer.optimizer.state_of(group)["step"]) for group in trainer.optimizer.groups} == {2}

@@ -1,0 +1,127 @@
+"""Learning rate and beta2 as functions of the step."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
+from internlm.solver.schedulers import Beta2Schedule, CosineWithWarmup
+
+# Steps 0-1 at zero, 2-5 warming up, 6-15 falling from 1.0 to 0.2.
+EXAMPLE = CosineWithWarmup(peak=1.0, total_steps=16, init_steps=2, warmup_steps=4, eta_min=0.2)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.0),
+        (1, 0.0),
+        (2, 0.25),
+        (3, 0.5),
+        (5, 1.0),
+        (6, 1.0),
+        (11, 0.6),
+        (15, 0.2 + 0.8 * (1 + math.cos(math.pi * 0.9)) / 2),
+        (16, 0.2),
+        (10_000, 0.2),
+    ],
+)
+def test_learning_rate_by_hand(step: int, expected: float) -> None:
+    assert EXAMPLE(step) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (CosineWithWarmup(peak=1.0, total_steps=4), [1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0]),
+        (CosineWithWarmup(peak=1.0, total_steps=4, warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 0.0]),
+        (CosineWithWarmup(peak=1.0, total_steps=1), [1.0, 0.0]),
+        (CosineWithWarmup(peak=1.0, total_steps=8, warmup_steps=4, first_step=2), [0.75, 1.0, 1.0]),
+    ],
+    ids=["cosine alone", "warm-up alone", "one step", "not from the first step"],
+)
+def test_corners_of_the_learning_rate(schedule: CosineWithWarmup, rates: list[float]) -> None:
+    assert [schedule(step) for step in range(len(rates))] == pytest.approx(rates, abs=1e-12)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> CosineWithWarmup:
+    total = draw(st.integers(1, 500))
+    peak = draw(st.floats(1e-6, 1.0))
+    return CosineWithWarmup(
+        peak=peak,
+        total_steps=total,
+        init_steps=draw(st.integers(0, total)),
+        warmup_steps=draw(st.integers(0, total)),
+        eta_min=draw(st.floats(0, peak)),
+        first_step=draw(st.integers(0, total)),
+    )
+
+
+@given(schedules())
+def test_the_learning_rate_stays_between_zero_and_the_peak(schedule: CosineWithWarmup) -> None:
+    rates = [schedule(step) for step in range(2 * schedule.total_steps + 5)]
+    assert all(0 <= rate <= schedule.peak * (1 + 1e-12) for rate in rates)
+
+
+@given(schedules())
+def test_the_learning_rate_rises_once_and_falls_once(schedule: CosineWithWarmup) -> None:
+    rates = [schedule(step) for step in range(2 * schedule.total_steps + 5)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+@given(schedules())
+def test_the_learning_rate_moves_in_small_steps(schedule: CosineWithWarmup) -> None:
+    """After init_steps, where it may begin anywhere."""
+    length = max(schedule.total_steps - schedule.init_steps - schedule.warmup_steps, 1)
+    largest = schedule.peak * max(1 / max(schedule.warmup_steps, 1), math.pi / 2 / length)
+    first = max(schedule.init_steps - schedule.first_step, 0)
+    rates = [schedule(step) for step in range(first, 2 * schedule.total_steps + 5)]
+    jumps = [abs(b - a) for a, b in pairwise(rates)]
+    assert all(jump <= largest * (1 + 1e-9) for jump in jumps)
+
+
+def test_learning_rate_from_a_config() -> None:
+    config = LRSchedulerConfig(total_steps=100, init_steps=3, warmup_ratio=0.1, eta_min=0.5, last_epoch=4)
+    assert CosineWithWarmup.from_config(config, AdamConfig(lr=2.0)) == CosineWithWarmup(2.0, 100, 3, 10, 0.5, 5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Beta2Schedule(init=0.95), [0.95, 0.95, 0.95, 0.95]),
+        (Beta2Schedule(init=0.95, c=-1.0), [0.95, 0.95, 0.95, 0.95]),
+        (Beta2Schedule(init=0.6, c=1.0), [0.6, 0.6, 1 - 1 / 3, 1 - 1 / 4]),
+        (Beta2Schedule(init=0.0, c=0.5), [0.0, 1 - 2**-0.5, 1 - 3**-0.5, 0.5]),
+        (Beta2Schedule(init=0.6, c=1.0, first_step=2), [1 - 1 / 3, 1 - 1 / 4, 1 - 1 / 5, 1 - 1 / 6]),
+    ],
+    ids=["constant", "negative exponent", "c = 1", "c = 1/2", "not from the first step"],
+)
+def test_beta2_by_hand(schedule: Beta2Schedule, expected: list[float]) -> None:
+    assert [schedule(step) for step in range(4)] == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.floats(0, 0.999), st.floats(-1, 2), st.integers(0, 10**6))
+def test_beta2_never_falls_and_stays_below_one(init: float, c: float, step: int) -> None:
+    schedule = Beta2Schedule(init, c)
+    assert init <= schedule(step) <= schedule(step + 1) <= 1
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (Beta2SchedulerConfig(), Beta2Schedule(0.99, 0.8, 0)),
+        (Beta2SchedulerConfig(init_beta2=0.9, c=0.5, cur_iter=9), Beta2Schedule(0.9, 0.5, 10)),
+        (Beta2SchedulerConfig(init_beta2=0.0, c=0.0), Beta2Schedule(0.0, 0.0, 0)),
+    ],
+    ids=["from adam", "its own", "zeros are values"],
+)
+def test_beta2_from_a_config(section: Beta2SchedulerConfig, expected: Beta2Schedule) -> None:
+    assert Beta2Schedule.from_config(section, AdamConfig(lr=1.0, adam_beta2=0.99, adam_beta2_c=0.8)) == expected

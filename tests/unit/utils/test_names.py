@@ -1,0 +1,79 @@
+"""The names that users' scripts import. Nothing else is promised."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+PROMISED = {
+    "internlm.initialize": [
+        "get_default_parser",
+        "initialize_distributed_env",
+        "launch_from_torch",
+        "launch_from_slurm",
+        "initialize_trainer",
+    ],
+    "internlm.train": [
+        "initialize_model",
+        "initialize_model_and_parallel_communicator",
+        "initialize_parallel_communicator",
+        "initialize_optimizer",
+        "get_train_data_loader",
+    ],
+    "internlm.data": ["build_train_loader_with_data_type", "build_valid_loader_with_data_type"],
+    "internlm.core.context": ["global_context", "ParallelMode", "Config"],
+    "internlm.core.trainer": ["Trainer", "TrainState"],
+    "internlm.core.trainer_builder": ["TrainerBuilder"],
+    "internlm.model.builder": ["create_model"],
+    "internlm.model.registry": ["model_initializer", "register_model_initializer"],
+    "internlm.utils.registry": ["Registry", "MODEL_INITIALIZER"],
+    "internlm.solver.optimizer": ["HybridZeroOptimizer"],
+    "internlm.checkpoint": ["CheckpointManager"],
+    "internlm.monitor": ["initialize_monitor_manager", "internevo_monitor", "send_alert_message"],
+    "internlm.utils.common": ["parse_args"],
+}
+NAMES = [(module, name) for module, names in PROMISED.items() for name in names]
+#: Packages that a feature may need, and that nothing needs to be imported.
+OPTIONAL = ("sentencepiece", "pyarrow", "tokenizers", "tensorboard", "tqdm", "transformers", "flash_attn")
+
+_IMPORT_WITHOUT = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {blocked!r}:
+                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+    sys.meta_path.insert(0, Blocked())
+    import internlm
+
+    for module, name in {names!r}:
+        exec(f"from {{module}} import {{name}}")
+"""
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES)
+def test_the_name_is_there(module: str, name: str) -> None:
+    """Also once the modules around it are loaded, which must not shadow it."""
+    for _ in range(2):
+        found = getattr(importlib.import_module(module), name)
+        assert not isinstance(found, ModuleType)
+
+
+def test_a_builder_can_be_fitted() -> None:
+    from internlm.core.trainer_builder import TrainerBuilder
+
+    assert callable(TrainerBuilder.fit)
+
+
+def test_all_can_be_imported_without_optional_packages() -> None:
+    code = textwrap.dedent(_IMPORT_WITHOUT.format(blocked=OPTIONAL, names=NAMES))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
