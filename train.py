@@ -21,6 +21,9 @@ def main() -> None:
         host=args.host,
         backend=args.backend,
         overrides=args.set,
+        rank=args.rank,
+        world_size=args.world_size,
+        local_rank=args.local_rank,
     )
     model = create_model(model_type=gpc.config.model_type)
     train_dl, dataset_types = build_train_loader_with_data_type()

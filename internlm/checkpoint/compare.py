@@ -15,7 +15,7 @@ from internlm.utils.errors import Problem
 #: Fields of the ``model`` section that shape the parameters or what they mean.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
-    "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "qk_interleaved", "rope_base",
+    "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "qk_interleaved",
     "tie_word_embeddings",
 )  # fmt: skip
 

@@ -25,7 +25,8 @@ from internlm.utils.hostlist import expand_host_list
 from internlm.utils.logger import get_logger
 
 OLDEST_TORCH = (2, 13)
-TORCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# rank, world size, rank on this machine, …
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 HOW_TO_START = (
     "Start with: torchrun --nproc_per_node=N train.py --config CONFIG --launcher torch, "
@@ -55,7 +56,7 @@ def get_default_parser() -> argparse.ArgumentParser:
     add("--config", type=str, help="Python config file")
     add("--launcher", choices=["slurm", "torch"], help="who started the processes (default: found out)")
     add("--host", type=str, help="address of rank 0 (default: as the launcher says)")
-    add("--port", type=int, default=8888, help="port of rank 0 under Slurm (default: %(default)s)")
+    add("--port", type=int, default=8888, help="port of rank 0, where torchrun names none (default: %(default)s)")
     add("--world_size", type=int, help="number of processes (default: as the launcher says)")
     add("--rank", type=int, help="rank of this process (default: as the launcher says)")
     add("--local_rank", type=int, help="rank on this machine (default: as the launcher says)")
@@ -87,17 +88,32 @@ def initialize_distributed_env(
     host: str | None = None,
     backend: str | None = None,
     overrides: Sequence[str] = (),
+    rank: int | None = None,
+    world_size: int | None = None,
+    local_rank: int | None = None,
 ) -> None:
     """Resolve ``config``, join the other processes, make the process groups and seed every random stream.
 
     ``config`` is a file, a dict of keys or a resolved :class:`Config`; ``overrides`` are ``"key=value"`` strings.
-    ``launcher`` is ``"torch"``, ``"slurm"`` or None, which finds out. Raises :class:`ConfigError` or
+    ``launcher`` is ``"torch"``, ``"slurm"`` or None, which finds out. What is given of ``host``, ``rank``,
+    ``world_size`` and ``local_rank`` stands for what the launcher says. Raises :class:`ConfigError` or
     :class:`LaunchError` before any process group exists where the fault can be seen by then.
     """
-    if (launcher or detect_launcher(os.environ)) == "slurm":
-        launch_from_slurm(config, host=host, port=master_port, backend=backend, seed=seed, overrides=overrides)
+    launcher = launcher or ("torch" if rank is not None else detect_launcher(os.environ))
+    given = (rank, world_size, local_rank)
+    if launcher == "slurm":
+        environment = _with_given(SLURM_VARIABLES, given)
+        process = read_slurm_environment(environment, host, master_port)
     else:
-        launch_from_torch(config, backend=backend, seed=seed, overrides=overrides)
+        environment = {"MASTER_PORT": str(master_port)} | _with_given(TORCH_VARIABLES, (*given, host))
+        process = read_torch_environment(environment)
+    _launch(config, process, backend, seed, overrides)
+
+
+def _with_given(names: Sequence[str], given: Sequence[object]) -> dict[str, str]:
+    """The environment, with what was given in place of what it says."""
+    chosen = {name: str(value) for name, value in zip(names, given, strict=False) if value is not None}
+    return {**os.environ, **chosen}
 
 
 def detect_launcher(environment: Mapping[str, str]) -> str:
@@ -113,7 +129,7 @@ def launch_from_torch(
     config: ConfigLike, backend: str | None = None, seed: int = 1024, overrides: Sequence[str] = ()
 ) -> None:
     """As :func:`initialize_distributed_env`, for processes started by torchrun."""
-    _launch(config, read_torch_environment(os.environ), backend, seed, overrides)
+    initialize_distributed_env(config, "torch", seed=seed, backend=backend, overrides=overrides)
 
 
 def launch_from_slurm(
@@ -126,7 +142,7 @@ def launch_from_slurm(
 ) -> None:
     """As :func:`initialize_distributed_env`, for processes started by srun; rank 0 listens on ``host`` (the first of
     the job) and ``port``."""
-    _launch(config, read_slurm_environment(os.environ, host, port), backend, seed, overrides)
+    initialize_distributed_env(config, "slurm", port, seed, host=host, backend=backend, overrides=overrides)
 
 
 def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:

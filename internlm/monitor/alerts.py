@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from internlm.config.schema import AlertConfig
-from internlm.utils.errors import UserError
+from internlm.utils.errors import UserError, first_of_all_ranks
 from internlm.utils.logger import get_logger
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,22 +56,27 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Tell of start, end and an unhandled exception of the block, and let :func:`send_alert_message` know whom to
-    tell."""
+    """Tell of start, end and an unhandled exception of the block, each once a job, and let
+    :func:`send_alert_message` know whom to tell."""
     global _current
     outer, _current = _current, (job_name, alert or AlertConfig())
     try:
-        send_alert_message(message="started")
+        _tell("started")
         yield
-        send_alert_message(message="ended")
+        _tell("ended")
     except UserError as error:
-        send_alert_message(message=f"stopped: {error}")
+        _tell("stopped", f": {error}")
         raise
     except Exception:
-        send_alert_message(message=f"failed:\n{traceback.format_exc()}")
+        _tell("failed", f":\n{traceback.format_exc()}")
         raise
     finally:
         _current = outer
+
+
+def _tell(what: str, details: str = "") -> None:
+    if first_of_all_ranks(f"alert: {what}"):
+        send_alert_message(message=what + details)
 
 
 def internevo_monitor(job_name: str = "internlm", alert: AlertConfig | None = None) -> Callable[[F], F]:

@@ -83,9 +83,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
         _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan
-) -> None:
+def _backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan) -> None:
     """Gradients of some pairs into ``dq``, ``dk`` and ``dv``; shapes as in :func:`_forward`."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     sum_dk, sum_dv = _zeros(k, plan), _zeros(v, plan)

@@ -14,14 +14,13 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 
 IGNORED = -100  # the label of a token that takes no part in the loss
-_CHUNK_ELEMENTS = 4 * 1024 * 1024  # of one chunk's logits
 
 
 class TokenLoss(NamedTuple):
     """The loss of some tokens, as a sum to differentiate and token by token."""
 
     loss_sum: Tensor  # scalar, differentiable: grad_scale * sum of the token losses
-    token_loss: Tensor  # [T] detached, 0 where the label is ignored
+    token_loss: Tensor  # [T] detached, without grad_scale, 0 where the label is ignored
     correct: Tensor  # [T] bool, whether no logit exceeds the label's; False where the label is ignored
 
 
@@ -36,12 +35,19 @@ def linear_cross_entropy(
 ) -> TokenLoss:
     """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``: [T, H], [V, H], int64 [T].
 
-    The logits exist for ``chunk_tokens`` tokens at a time. Where gradients are wanted they are made in the forward pass, chunk by
-    chunk, so that no logits are computed twice. A weight with an attribute ``main_grad`` has its gradient added there.
+    The logits exist for ``chunk_tokens`` tokens at a time. Where gradients are wanted they are made in the forward pass, chunk
+    by chunk, so that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(128, _CHUNK_ELEMENTS // weight.shape[0])
-    return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, label_smoothing, chunk_tokens, grad_scale))
+        chunk_tokens = 512 if x.device.type == "cpu" else 2048
+    options = (label_smoothing, chunk_tokens, grad_scale)
+    if x.device.type != "cpu":  # to count the ignored tokens would make the device wait
+        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
+    (kept,) = torch.where(labels != IGNORED)
+    if len(kept) == len(labels):
+        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
+    loss_sum, *by_token = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, labels[kept], *options)
+    return TokenLoss(loss_sum, *(y.new_zeros(len(labels)).index_copy_(0, kept, y) for y in by_token))
 
 
 def cross_entropy(
@@ -58,21 +64,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_x else None
-        dweight = _weight_scratch(weight) if wants_weight else None
-        losses, hits = [], []
-        for start in range(0, x.shape[0], chunk):
+        # Transposed, for then the sum over chunks needs no transposed copy of the logits.
+        dweight = weight.new_zeros(weight.shape[::-1], dtype=_grad_dtype(weight)) if wants_weight else None
+        token_loss = x.new_empty(len(x), dtype=_wide(x.dtype))
+        correct = torch.empty_like(labels, dtype=torch.bool)
+        for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
+            valid = labels[rows] != IGNORED
             logits = gemm.linear(x[rows], weight)
-            loss, correct = _token_loss(logits, labels[rows], smoothing)
-            losses.append(loss)
-            hits.append(correct)
-            if wants_x or wants_weight:
-                dlogits = _grad_logits(logits, labels[rows], smoothing)
+            token_loss[rows], correct[rows], dlogits = _losses_and_grad(logits, labels[rows], valid, smoothing)
             if dx is not None:
-                dx[rows] = gemm.grad_input(dlogits, weight)
+                torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
             if dweight is not None:
-                gemm.accumulate_grad_weight(dweight, dlogits, x[rows], accumulate=start > 0)
-        token_loss, correct = torch.cat(losses), torch.cat(hits)
+                gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
         ctx.weight, ctx.grad_scale = weight, grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
@@ -86,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dx is not None:
             dx = dx * factor.to(dx.dtype)
         if dweight is not None:
-            dweight = _deliver(dweight, factor, ctx.weight)
+            dweight = _deliver(dweight.t(), factor, ctx.weight)
         return dx, dweight, None, None, None, None
 
 
@@ -95,58 +99,55 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, grad_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        token_loss, correct = _token_loss(logits, labels, smoothing)
-        ctx.save_for_backward(logits, labels)
-        ctx.smoothing, ctx.grad_scale = smoothing, grad_scale
+        valid = labels != IGNORED
+        token_loss, correct, dlogits = _losses_and_grad(logits.clone(), labels, valid, smoothing)
+        ctx.save_for_backward(dlogits, valid)
+        ctx.grad_scale = grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
         return token_loss.sum() * grad_scale, token_loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels = ctx.saved_tensors
-        dlogits = _grad_logits(logits, labels, ctx.smoothing)
-        return dlogits * (dloss * ctx.grad_scale).to(logits.dtype), None, None, None
+        dlogits, valid = ctx.saved_tensors
+        factor = dloss * ctx.grad_scale * valid[:, None]
+        return dlogits * factor.to(dlogits.dtype), None, None, None
 
 
-def _token_loss(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Loss and correctness of each token: [C, V], [C] -> [C], bool [C]. Half-precision logits are summed in fp32."""
-    logits = _widen(logits)
-    valid = labels != IGNORED
-    label_logit = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    lse = logits.logsumexp(1)
-    loss = lse - label_logit
+def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, correctness and the gradient of the sum of losses for the logits, which are overwritten.
+
+    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. In rows that are not valid the gradient means nothing. With smoothing s the
+    target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7). Half precision is widened to fp32.
+    """
+    dtype = logits.dtype
+    logits = logits.to(_wide(dtype))
+    targets = labels.where(valid, 0)[:, None]
+    label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
+    wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
+    probs = torch.softmax(logits, 1, out=logits)
+    losses = (
+        top - probs.amax(1).log() - wanted
+    )  # the log-sum-exp of a row is its top less the logarithm of the top's share
     if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * (lse - logits.mean(1))
-    correct = label_logit >= logits.amax(1)
-    return loss.masked_fill(~valid, 0.0), correct & valid
+        probs.sub_(smoothing / probs.shape[1])
+    probs.scatter_add_(1, targets, probs.new_full(targets.shape, smoothing - 1))
+    return losses.where(valid, 0.0), (label_logit >= top) & valid, probs.to(dtype)
 
 
-def _grad_logits(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Gradient of the sum of token losses for the logits: [C, V], [C] -> [C, V]."""
-    vocab = logits.shape[1]
-    grad = torch.softmax(_widen(logits), 1)
-    if smoothing:
-        grad -= smoothing / vocab
-    valid = (labels != IGNORED)[:, None]
-    grad.scatter_add_(1, labels.clamp(min=0)[:, None], grad.new_full(valid.shape, smoothing - 1))
-    return grad.mul_(valid).to(logits.dtype)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _weight_scratch(weight: Tensor) -> Tensor:
-    main_grad = getattr(weight, "main_grad", None)
-    dtype = weight.dtype if main_grad is None else main_grad.dtype
-    return torch.zeros_like(weight, dtype=dtype)
+def _grad_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which to sum up the gradient of ``weight``: that of where it goes, at least fp32."""
+    return _wide(getattr(weight, "main_grad", weight).dtype)
 
 
 def _deliver(dweight: Tensor, factor: Tensor, weight: Tensor) -> Tensor | None:
-    """Add the gradient to ``weight.main_grad`` where there is one, else return it for autograd."""
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        return dweight * factor.to(dweight.dtype)
-    main_grad.addcmul_(dweight, factor.to(dweight.dtype))
+    """Add ``factor`` times the gradient to ``weight.main_grad``, or return it if there is no such attribute."""
+    factor = factor.to(dweight.dtype)
+    if not hasattr(weight, "main_grad"):
+        return torch.mul(dweight, factor, out=torch.empty_like(weight))
+    weight.main_grad.addcmul_(dweight, factor)
     return None

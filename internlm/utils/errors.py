@@ -82,12 +82,17 @@ def report(error: UserError) -> None:
 def _speaks(error: UserError) -> bool:
     """The first to say it, where the ranks can talk; rank 0 before that, for what all ranks find alike."""
     if dist.is_initialized():
-        said = hashlib.sha256(str(error).encode()).hexdigest()
-        try:
-            return dist.distributed_c10d._get_default_store().add(f"internlm/error/{said}", 1) == 1
-        except dist.DistError:  # the rank that kept the store is gone
-            return True
+        return first_of_all_ranks(str(error))
     return not error.same_on_all_ranks or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def first_of_all_ranks(topic: str) -> bool:
+    """Whether no other rank has asked the same before: for what is to be said once a job. Needs no collective."""
+    key = hashlib.sha256(topic.encode()).hexdigest()
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", 1) == 1
+    except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no job of several ranks
+        return True
 
 
 def exit_on_user_error(main: F) -> F:

@@ -48,13 +48,13 @@ def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
     parameter.main_grad = main_grad  # type: ignore[attr-defined]
     if main_grad.dtype == parameter.dtype:
         parameter.grad = main_grad  # autograd adds in place to a gradient that is there
-    else:
-        parameter.register_post_accumulate_grad_hook(_move_grad)
+    parameter.register_post_accumulate_grad_hook(_move_grad)
 
 
 def _move_grad(parameter: Tensor) -> None:
-    """Add a gradient that autograd made, in the parameter's own type, to the wider buffer, and drop it; there is none
-    where a layer added its own."""
-    if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
-        parameter.grad = None
+    """Autograd made a gradient of its own, for want of one to add to: the buffer is of a wider type, or somebody set
+    ``.grad`` to None. Add it to the buffer."""
+    grad, main_grad = parameter.grad, parameter.main_grad  # type: ignore[attr-defined]
+    if grad is not None and grad.data_ptr() != main_grad.data_ptr():
+        main_grad.add_(grad)
+        parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None

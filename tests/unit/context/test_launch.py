@@ -124,7 +124,7 @@ def test_slurm_environment(host: str | None, expected: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: not set. Start with: torchrun "),
+        ({}, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set. Start with: torchrun "),
         (
             without(TORCH, "WORLD_SIZE", "MASTER_PORT"),
             "WORLD_SIZE, MASTER_PORT: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",

@@ -54,5 +54,5 @@ def test_a_lazy_name_is_looked_up_in_its_home(home: str) -> None:
 
 def test_an_unknown_lazy_name(home: str) -> None:
     get, _ = lazy_exports("package", {"answer": home})
-    with pytest.raises(AttributeError, match="module 'package' has no attribute 'anwser'"):
-        get("anwser")
+    with pytest.raises(AttributeError, match="module 'package' has no attribute 'answers'"):
+        get("answers")
