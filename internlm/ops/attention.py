@@ -6,9 +6,11 @@ dimension, L tokens of one segment, B segments of one run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,8 @@ from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.nearest import did_you_mean
 from internlm.utils.optional import why_missing
 
-HALF = (torch.float16, torch.bfloat16)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """Where the segments of a flattened batch begin and end; attention never crosses a bound."""
 
@@ -35,14 +35,14 @@ class Segments:
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
         """From the cumulative lengths [segments + 1], which begin with 0. Empty segments are dropped."""
         bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+        lengths = [end - start for start, end in pairwise(bounds) if end > start]
         runs, start = [], 0
         for length, equal in groupby(lengths):
             count = len(list(equal))
             runs.append((start, count, length))
             start += count * length
         if len(lengths) + 1 != len(bounds):
-            cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=cu_seqlens.device)
+            cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=cu_seqlens.device)
         return cls(cu_seqlens.to(torch.int32), max(lengths, default=0), tuple(runs))
 
     @classmethod
@@ -75,83 +75,102 @@ def attention(
     ``scale`` multiplies the scores (default D ** -0.5); with ``window`` a token sees itself and the ``window - 1`` before.
     Raises :class:`ConfigError` where ``backend`` is unknown or can't serve this device and dtype.
     """
+    device, dtype = q.device.type, q.dtype
     if backend == "auto":
-        backend = _choose(q)
-    elif reason := why_unavailable(backend, q.device.type, q.dtype):
+        backend = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
+    elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("attention backend", reason, "Use 'auto'."))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend](q, k, v, segments, scale, window)
+    return BACKENDS[backend].kernel(q, k, v, segments, scale, window)
 
 
 def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """Why ``backend`` can't serve tensors of this kind; empty where it can."""
     if backend not in BACKENDS:
         return f"{backend!r} is unknown. {did_you_mean(backend, BACKENDS)}"
-    if backend in ("flash", "varlen"):
-        if device_type != "cuda":
-            return f"'{backend}' runs on CUDA only, the tensors are on {device_type}"
-        if dtype not in HALF:
-            return f"'{backend}' takes float16 and bfloat16, not {dtype}"
-        package = "flash_attn" if backend == "flash" else "torch.nn.attention.varlen"
-        if reason := why_missing(package):
-            return f"'{backend}' needs {package}, which can't be imported ({reason})"
+    known = BACKENDS[backend]
+    if known.device and device_type != known.device:
+        return f"{backend!r} runs on {known.device} only, the tensors are on {device_type}"
+    if known.dtypes and dtype not in known.dtypes:
+        return f"{backend!r} takes {', '.join(map(str, known.dtypes))}, the tensors are {dtype}"
+    if known.package and (reason := why_missing(known.package)):
+        return f"{backend!r} needs the package '{known.package}', which can't be imported ({reason})"
     return ""
 
 
-def _choose(q: Tensor) -> str:
-    usable = (b for b in ("flash", "varlen") if not why_unavailable(b, q.device.type, q.dtype))
-    return next(usable, "blocked" if q.device.type == "cpu" else "sdpa")
-
-
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor:  # pragma: no cover
+def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = segments.cu_seqlens, segments.max_seqlen
-    left = -1 if window is None else window - 1
+    cu, longest, reach = segments.cu_seqlens, segments.max_seqlen, _reach(window)
     return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0 if left >= 0 else -1)
+        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(reach, 0)
     )
 
 
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None
-) -> Tensor:  # pragma: no cover
+def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = segments.cu_seqlens, segments.max_seqlen
-    left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
+    cu, longest, reach = segments.cu_seqlens, segments.max_seqlen, _reach(window)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=True)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    outs = []
-    for start, count, length in segments.runs:
-        rows = slice(start, start + count * length)
-        heads = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [B, heads, L, D]
-        if window is None or window >= length:
-            out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=gqa)
-        else:
-            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_().triu_(1 - window)
-            out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=gqa)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+def _reach(window: int | None) -> int:
+    """Tokens that a token sees before itself; -1 for all."""
+    return -1 if window is None else window - 1
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     return blocked_attention(q, k, v, segments.runs, scale, window)
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+    outs = []
+    for start, count, length in segments.runs:
+        rows = slice(start, start + count * length)
+        run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [B, heads, L, D]
+        kernel = _sdpa_run if window is None or window >= length else functools.partial(_sdpa_window, window=window)
+        outs.append(kernel(*run, scale=scale).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
+    """In blocks of ``window`` rows, each of which sees at most ``2 * window - 1`` columns: the mask stays that small."""
+    outs, length = [], q.shape[2]
+    for start in range(0, length, window):
+        first, end = max(0, start - window + 1), min(start + window, length)
+        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+        seen = (distance >= 0) & (distance < window)
+        block = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        outs.append(
+            F.scaled_dot_product_attention(*block, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        )
+    return torch.cat(outs, 2)
+
+
 def _reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
     return reference.attention(q, k, v, segments.bounds, scale, window)
 
 
-BACKENDS: dict[str, Kernel] = {
-    "flash": _flash,
-    "varlen": _varlen,
-    "sdpa": _sdpa,
-    "blocked": _blocked,
-    "reference": _reference,
+class Backend(NamedTuple):
+    """A way to compute attention, and what it serves; empty fields mean everything."""
+
+    kernel: Kernel
+    device: str = ""
+    dtypes: tuple[torch.dtype, ...] = ()
+    package: str = ""
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+#: In the order in which "auto" tries them. On CPU in half precision the fused kernel, which sums in fp32, is the exact one.
+BACKENDS: dict[str, Backend] = {
+    "flash": Backend(_flash, "cuda", HALF, "flash_attn"),
+    "varlen": Backend(_varlen, "cuda", HALF, "torch.nn.attention.varlen"),
+    "blocked": Backend(_blocked, "cpu", (torch.float32, torch.float64)),
+    "sdpa": Backend(_sdpa),
+    "reference": Backend(_reference),
 }

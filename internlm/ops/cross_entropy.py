@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
+from internlm.ops.precision import wide
 
 IGNORED = -100  # the label of a token that takes no part in the loss
 
@@ -38,6 +39,8 @@ def linear_cross_entropy(
     The logits exist for ``chunk_tokens`` tokens at a time. Where gradients are wanted they are made in the forward pass, chunk
     by chunk, so that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
     """
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
     if chunk_tokens is None:
         chunk_tokens = 512 if x.device.type == "cpu" else 2048
     options = (label_smoothing, chunk_tokens, grad_scale)
@@ -66,13 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if wants_x else None
         # Transposed, for then the sum over chunks needs no transposed copy of the logits.
         dweight = weight.new_zeros(weight.shape[::-1], dtype=_grad_dtype(weight)) if wants_weight else None
-        token_loss = x.new_empty(len(x), dtype=_wide(x.dtype))
+        token_loss = x.new_empty(len(x), dtype=wide(x.dtype))
         correct = torch.empty_like(labels, dtype=torch.bool)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             valid = labels[rows] != IGNORED
-            logits = gemm.linear(x[rows], weight)
+            logits = gemm.linear(x[rows], weight).to(token_loss.dtype)
             token_loss[rows], correct[rows], dlogits = _losses_and_grad(logits, labels[rows], valid, smoothing)
+            dlogits = dlogits.to(x.dtype)
             if dx is not None:
                 torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
             if dweight is not None:
@@ -100,8 +104,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, grad_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid = labels != IGNORED
-        token_loss, correct, dlogits = _losses_and_grad(logits.clone(), labels, valid, smoothing)
-        ctx.save_for_backward(dlogits, valid)
+        own = logits.to(wide(logits.dtype), copy=True)
+        token_loss, correct, dlogits = _losses_and_grad(own, labels, valid, smoothing)
+        ctx.save_for_backward(dlogits.to(logits.dtype), valid)
         ctx.grad_scale = grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
         return token_loss.sum() * grad_scale, token_loss, correct
@@ -118,10 +123,8 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
     """Losses, correctness and the gradient of the sum of losses for the logits, which are overwritten.
 
     Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. In rows that are not valid the gradient means nothing. With smoothing s the
-    target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7). Half precision is widened to fp32.
+    target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7).
     """
-    dtype = logits.dtype
-    logits = logits.to(_wide(dtype))
     targets = labels.where(valid, 0)[:, None]
     label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
     wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
@@ -132,16 +135,12 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
     if smoothing:
         probs.sub_(smoothing / probs.shape[1])
     probs.scatter_add_(1, targets, probs.new_full(targets.shape, smoothing - 1))
-    return losses.where(valid, 0.0), (label_logit >= top) & valid, probs.to(dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return losses.where(valid, 0.0), (label_logit >= top) & valid, probs
 
 
 def _grad_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which to sum up the gradient of ``weight``: that of where it goes, at least fp32."""
-    return _wide(getattr(weight, "main_grad", weight).dtype)
+    return wide(getattr(weight, "main_grad", weight).dtype)
 
 
 def _deliver(dweight: Tensor, factor: Tensor, weight: Tensor) -> Tensor | None:

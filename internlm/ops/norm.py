@@ -1,6 +1,6 @@
 """Normalisation over the hidden dimension.
 
-Shapes: T tokens, H hidden.
+Shapes: T tokens, H hidden; any number of dimensions may stand in the place of T.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from internlm.ops.precision import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,10 +33,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide_x = x.to(wide(x.dtype))
+        inverse = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        return (wide_x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -45,9 +47,5 @@ class _RMSNorm(torch.autograd.Function):
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             wide_dout, wide_x, weight.shape, torch.zeros_like(inverse), inverse, wide_weight, None, [True, True, False]
         )
-        mean = torch.mv(wide_dout, wide_weight).div_(x.shape[-1]).unsqueeze(-1)
+        mean = torch.matmul(wide_dout, wide_weight).div_(x.shape[-1]).unsqueeze(-1)
         return dx.addcmul_(mean, inverse).to(x.dtype), dweight.to(weight.dtype), None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

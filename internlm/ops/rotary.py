@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.ops.precision import wide
+
 
 def rotary_table(
     positions: Tensor,
@@ -115,10 +117,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor)
 
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Neighbours are the real and imaginary parts of a complex number: one product turns them."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # there are no complex numbers of half precision
-    turns = torch.complex(cos.to(wide), sin.to(wide))
-    numbers = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
-    if x.dtype == wide:
+    dtype = wide(x.dtype)  # there are no complex numbers of half precision
+    turns = torch.complex(cos.to(dtype), sin.to(dtype))
+    numbers = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+    if x.dtype == dtype:
         torch.mul(numbers, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
     else:
         out.copy_(torch.view_as_real(numbers * turns).flatten(-2))
