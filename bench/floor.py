@@ -31,11 +31,11 @@ def products(model: ModelConfig) -> list[tuple[int, int, int]]:
 def floor_seconds(model: ModelConfig, tokens: int, plain: bool) -> float:
     """Seconds of the forward product and the two backward ones of every linear layer, by median.
 
-    ``plain``: by ``torch.mm``, as a model written in plain torch computes them; else by our own :mod:`internlm.ops.gemm`.
+    ``plain``: by ``torch.mm``, as a model written in plain torch computes them; else by our own
+    :mod:`internlm.ops.gemm`.
     """
     return sum(
-        count * sum(map(_seconds, _three(tokens, inputs, outputs, plain)))
-        for inputs, outputs, count in products(model)
+        count * sum(map(_seconds, _three(tokens, inputs, outputs, plain))) for inputs, outputs, count in products(model)
     )
 
 

@@ -1,7 +1,7 @@
-"""Race against ``transformers``, turn by turn: ``python -m bench.peers [--yardstick bench-30M] [--rounds 10]`` prints JSON.
+"""Race against ``transformers``, turn by turn, and print JSON.
 
-Each side lives in a process of its own and rests while the other runs a step, so that drifts of the machine hit both alike and each
-has its own peak of resident memory.
+``python -m bench.peers [--yardstick bench-30M] [--rounds 10]``. Each side lives in a process of its own and rests while
+the other runs a step, so that drifts of the machine hit both alike and each has its own peak of resident memory.
 """
 
 from __future__ import annotations

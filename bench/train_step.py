@@ -1,4 +1,5 @@
-"""Time the training step: ``python -m bench.train_step [--yardstick bench-30M] [--steps 20] [--threads 2]`` prints JSON."""
+"""Time the training step: ``python -m bench.train_step [--yardstick bench-30M] [--steps 20] [--threads 2]`` prints
+JSON."""
 
 from __future__ import annotations
 

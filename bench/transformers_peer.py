@@ -1,7 +1,7 @@
 """The same step with ``transformers``: LlamaForCausalLM (sdpa), clip_grad_norm_, fused AdamW.
 
-Packed documents go its own way: one row whose position ids begin anew with each document, from which it makes a block-diagonal
-mask. (Its path without a mask needs flash-attn, which needs CUDA.)
+Packed documents go its own way: one row whose position ids begin anew with each document, from which it makes a
+block-diagonal mask. (Its path without a mask needs flash-attn, which needs CUDA.)
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(output.loss)
+        return output.loss.item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -269,10 +270,12 @@ def _join(process: ProcessInfo, backend: str) -> None:
 
 
 def _leave() -> None:
-    """gloo's threads must end before the interpreter does, or now and then they abort the process. (With NCCL a rank
-    that leaves would wait for the others, who may not come.)"""
+    """End gloo's threads, which they do with the last reference to their group: one that lets go of a tensor while the
+    interpreter ends aborts the process. (With NCCL a rank that leaves would wait for the others, who may not come.)"""
+    gpc.destroy()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 def _check_agreement(config: Config, seed: int) -> None:

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,11 @@ class Segments:
         return cls(cu_seqlens, seq_len, ((0, batch, seq_len),))
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all segments together."""
+        return sum(count * length for _, count, length in self.runs)
+
+    @property
     def bounds(self) -> list[tuple[int, int]]:
         """(first token, end) of every segment."""
         return [(s + i * length, s + (i + 1) * length) for s, count, length in self.runs for i in range(count)]
@@ -72,7 +77,7 @@ def attention(
 ) -> Tensor:
     """Causal attention inside each segment: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
 
-    ``scale`` multiplies the scores (default D ** -0.5); with ``window`` a token sees itself and the ``window - 1`` before.
+    ``scale`` multiplies the scores (default D ** -0.5). With ``window`` a token sees that many tokens, itself the last.
     Raises :class:`ConfigError` where ``backend`` is unknown or can't serve this device and dtype.
     """
     device, dtype = q.device.type, q.dtype
@@ -80,6 +85,7 @@ def attention(
         backend = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("attention backend", reason, "Use 'auto'."))
+    assert segments.tokens == q.shape[0], f"segments of {segments.tokens} tokens for {q.shape[0]}"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[backend].kernel(q, k, v, segments, scale, window)
 
@@ -111,7 +117,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, w
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest, reach = segments.cu_seqlens, segments.max_seqlen, _reach(window)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=True)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=True)
+    return cast(Tensor, out)
 
 
 def _reach(window: int | None) -> int:
@@ -138,7 +145,7 @@ def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 
 def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
-    """In blocks of ``window`` rows, each of which sees at most ``2 * window - 1`` columns: the mask stays that small."""
+    """In blocks of ``window`` rows, which see less than ``2 * window`` columns: the mask stays that small."""
     outs, length = [], q.shape[2]
     for start in range(0, length, window):
         first, end = max(0, start - window + 1), min(start + window, length)
@@ -166,7 +173,7 @@ class Backend(NamedTuple):
 
 HALF = (torch.float16, torch.bfloat16)
 
-#: In the order in which "auto" tries them. On CPU in half precision the fused kernel, which sums in fp32, is the exact one.
+#: In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
     "flash": Backend(_flash, "cuda", HALF, "flash_attn"),
     "varlen": Backend(_varlen, "cuda", HALF, "torch.nn.attention.varlen"),

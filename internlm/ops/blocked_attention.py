@@ -1,11 +1,11 @@
 """Causal attention on CPU as row blocks of GEMMs.
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
-segment, B segments of one run, n = B * G pairs of a segment and a group, R rows of one block, S columns that the block sees.
+segment, B segments of one run, n pairs of a segment and a group, R rows of one block, S columns that the block sees.
 
-A block sees all its columns at once, so it takes an ordinary softmax, and the backward pass makes the probabilities anew from
-q and k: nothing else is saved. Short segments go through batched GEMMs over as many pairs as the cache holds. Long ones go
-pair by pair, for then a single GEMM is large enough for the faster library (see ``gemm``).
+A block has all the scores of its rows, so it takes an ordinary softmax, and the backward pass makes the probabilities
+anew from q and k: nothing else is saved. Short segments go through batched GEMMs over as many pairs as the cache holds.
+Long ones go pair by pair, for then a single GEMM is large enough for the faster library (see ``gemm``).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class _BlockedAttention(torch.autograd.Function):
         for run in runs:
             plan = _plan(q, k.shape[1], run, scale, window)
             for pairs in _pairs(run, plan):
-                _forward(*(_take(x, run, pairs, plan) for x in (q, k, v)), _view(out, run, plan)[pairs], plan)
+                target = _view(out, run, plan)[pairs]
+                _forward(plan, target, *(_take(x, run, pairs, plan) for x in (q, k, v)))
         ctx.save_for_backward(q, k, v)
         ctx.runs, ctx.scale, ctx.window = runs, scale, window
         return out
@@ -71,11 +72,11 @@ class _BlockedAttention(torch.autograd.Function):
             plan = _plan(q, k.shape[1], run, ctx.scale, ctx.window)
             for pairs in _pairs(run, plan):
                 taken = (_take(x, run, pairs, plan) for x in (q, k, v, dout))
-                _backward(*taken, *(_view(grad, run, plan)[pairs] for grad in grads), plan)
+                _backward(plan, *taken, *(_view(grad, run, plan)[pairs] for grad in grads))
         return *grads, None, None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
+def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Attention of some pairs into ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
@@ -83,7 +84,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: _Plan) -> None:
         _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: _Plan) -> None:
+def _backward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Gradients of some pairs into ``dq``, ``dk`` and ``dv``; shapes as in :func:`_forward`."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     sum_dk, sum_dv = _zeros(k, plan), _zeros(v, plan)
@@ -158,7 +159,7 @@ def _view(x: Tensor, run: Run, plan: _Plan) -> Tensor:
 
 
 def _take(x: Tensor, run: Run, pairs: Pairs, plan: _Plan) -> Tensor:
-    """What some pairs read, padded with zeros: [T, heads, D] -> [n, heads / G, padded, D], without n for a single pair."""
+    """What some pairs read, padded with zeros: [T, heads, D] -> [n, heads / G, L, D], without n for a single pair."""
     x = _view(x, run, plan)[pairs]
     if plan.together > 1:
         x = x.flatten(0, 1)
@@ -171,7 +172,7 @@ def _block(x: Tensor, rows: slice) -> Tensor:
 
 
 def _put(block: Tensor, target: Tensor, rows: slice) -> None:
-    """Write [..., heads * R, D] to rows of [segments, groups, heads, L, D], padding left out; a single pair has no [n]."""
+    """Write [..., heads * R, D] to rows of [segments, groups, heads, L, D] or [heads, L, D], padding left out."""
     target = target[..., rows, :]
     *heads, length, dim = target.shape
     target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])

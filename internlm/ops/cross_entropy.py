@@ -15,6 +15,8 @@ from internlm.ops import gemm
 from internlm.ops.precision import wide
 
 IGNORED = -100  # the label of a token that takes no part in the loss
+# Of one chunk's logits on CPU: just below the 32 MiB from which glibc maps fresh pages for every allocation.
+_CHUNK_ELEMENTS = 8_300_000
 
 
 class TokenLoss(NamedTuple):
@@ -36,13 +38,13 @@ def linear_cross_entropy(
 ) -> TokenLoss:
     """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``: [T, H], [V, H], int64 [T].
 
-    The logits exist for ``chunk_tokens`` tokens at a time. Where gradients are wanted they are made in the forward pass, chunk
-    by chunk, so that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
+    The logits exist for ``chunk_tokens`` tokens at a time. Gradients, where wanted, are made in the forward pass, so
+    that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     if chunk_tokens is None:
-        chunk_tokens = 512 if x.device.type == "cpu" else 2048
+        chunk_tokens = _chunk_tokens(x, weight)
     options = (label_smoothing, chunk_tokens, grad_scale)
     if x.device.type != "cpu":  # to count the ignored tokens would make the device wait
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
@@ -92,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         factor = dloss * ctx.grad_scale
         if dx is not None:
-            dx = dx * factor.to(dx.dtype)
+            dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
         if dweight is not None:
             dweight = _deliver(dweight.t(), factor, ctx.weight)
         return dx, dweight, None, None, None, None
@@ -116,26 +118,30 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dlogits, valid = ctx.saved_tensors
         factor = dloss * ctx.grad_scale * valid[:, None]
-        return dlogits * factor.to(dlogits.dtype), None, None, None
+        return (dlogits.to(factor.dtype) * factor).to(dlogits.dtype), None, None, None
 
 
 def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, correctness and the gradient of the sum of losses for the logits, which are overwritten.
 
-    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. In rows that are not valid the gradient means nothing. With smoothing s the
-    target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7).
+    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. In rows that are not valid the gradient means nothing. With
+    smoothing s the target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7).
     """
     targets = labels.where(valid, 0)[:, None]
     label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
     wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
     probs = torch.softmax(logits, 1, out=logits)
-    losses = (
-        top - probs.amax(1).log() - wanted
-    )  # the log-sum-exp of a row is its top less the logarithm of the top's share
+    logsumexp = top - probs.amax(1).log()  # the largest logit less the logarithm of its probability
     if smoothing:
         probs.sub_(smoothing / probs.shape[1])
     probs.scatter_add_(1, targets, probs.new_full(targets.shape, smoothing - 1))
-    return losses.where(valid, 0.0), (label_logit >= top) & valid, probs
+    return (logsumexp - wanted).where(valid, 0.0), (label_logit >= top) & valid, probs
+
+
+def _chunk_tokens(x: Tensor, weight: Tensor) -> int:
+    if x.device.type != "cpu":
+        return 2048
+    return min(512, max(128, _CHUNK_ELEMENTS // weight.shape[0] // 64 * 64))
 
 
 def _grad_dtype(weight: Tensor) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for the plain one.
 
-On CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as fast on
-processors whose AVX-512 units that BLAS leaves unused. All else goes through ``torch.mm``.
+On CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as fast
+on processors whose AVX-512 units that BLAS leaves unused. All else goes through ``torch.mm``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN compiles a kernel for every shape it meets (about 1 ms) and keeps it (about 0.5 MB), so the number of tokens, which
-# may vary from call to call, is padded to a multiple of this.
+# oneDNN compiles a kernel for every shape it meets (about 1 ms) and keeps it (about 0.5 MB), so the number of tokens,
+# which may vary from call to call, is padded to a multiple of this.
 TOKEN_MULTIPLE = 64
 # Multiply-adds below which a call to oneDNN (15 us before any work, against 4) costs more than it saves.
 _LEAST_WORK = 2**20
@@ -64,7 +64,7 @@ def onednn_serves(x: Tensor) -> bool:
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -74,6 +74,8 @@ def _onednn_pays(left: Tensor, columns: int) -> bool:
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``: [M, K], [N, K] -> [M, N]. A transposed view is free as ``b``; as ``a`` it is copied."""
+    if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
+        b = b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 

@@ -28,9 +28,9 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at ``positions``: [T] -> two of [T, dim / 2].
 
-    Positions are divided by ``scaling_factor`` (linear interpolation, Chen et al. 2023). With ``dynamic_ntk`` they stay as
-    they are, and the base grows once the sequence (``seq_len``, else the largest position + 1) is longer than
-    ``max_position``: base * (s * L / max_position - (s - 1)) ** (dim / (dim - 2)).
+    Positions are divided by the scaling factor s (linear interpolation, Chen et al. 2023). With ``dynamic_ntk`` they
+    stay as they are, and once L tokens (``seq_len``, else the largest position + 1) exceed ``max_position`` the base is
+    base * (s * L / max_position - (s - 1)) ** (dim / (dim - 2)).
     """
     if dynamic_ntk:
         length = seq_len if seq_len is not None else int(positions.max()) + 1
@@ -48,7 +48,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection and turn its queries and keys: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
+    """Split a fused projection, turn queries and keys: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
 
     Each group holds its Q query heads, then its key head, then its value head. The results are stored head by head
     ([N, T, D] seen as [T, N, D]), the order in which attention reads them.

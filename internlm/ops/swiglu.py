@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 _BLOCK = 2**17  # elements of one tensor's block
 
 

@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from internlm.checkpoint.logical import model_tensors
+from internlm.core.parallel import place_replicated
 from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.initialize import initialize_distributed_env
+from internlm.model.builder import create_model
+from internlm.train import initialize_model_and_parallel_communicator
+from tests.dist.equivalence import TINY, Boxes, Plain, assemble, boxes_of
 from tests.dist.runs import Outcome, assert_same_tensors, fit, saving
+from tests.harness.pool import run_ranks
 
 
 def _overrides(folder: Path, total: int, *more: str) -> list[str]:
@@ -30,6 +37,32 @@ def test_twice(ranks: int, tmp_path: Path) -> None:
     assert [rank.log for rank in one.ranks] == [rank.log for rank in other.ranks]
     assert len(one.log) == 200
     assert_same_tensors(one.tensors, other.tensors)
+
+
+# -- a model that draws its own values
+
+
+def _drawn(rank: int, world_size: int) -> Boxes:
+    initialize_distributed_env(TINY)
+    torch.rand(rank)
+    one, other = create_model("PLAIN"), create_model("PLAIN")
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    return boxes_of(model_tensors(one))
+
+
+def test_a_model_type_is_drawn_from_the_seed() -> None:
+    assert_same_tensors(*(assemble(run_ranks(ranks, _drawn)) for ranks in (1, 2)))
+
+
+def _brought(rank: int, world_size: int) -> Boxes:
+    initialize_distributed_env(TINY)
+    torch.manual_seed(rank)
+    model, _ = initialize_model_and_parallel_communicator(place_replicated(Plain(vocab_size=8, hidden_size=4)))
+    return boxes_of(model_tensors(model))
+
+
+def test_a_model_made_elsewhere_becomes_the_same_on_all_ranks() -> None:
+    assert len(assemble(run_ranks(2, _brought))) == 7
 
 
 # -- a bad gradient
@@ -51,7 +84,7 @@ class _Spoil(Hook):
     def _spoiled(self, module: nn.Module, inputs: tuple[Tensor, ...], x: Tensor) -> Tensor:
         if self.spoiling:
             x = x.clone()
-            x[0, 0] = self.value
+            x[:, 0] = self.value
         return x
 
 
