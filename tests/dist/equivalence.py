@@ -104,7 +104,7 @@ class Tolerance:
 TOLERANCES = {
     "torch.float64": Tolerance(1e-12, 1e-12, 1e-10, 1e-10, 1e-11, 1e-10),
     "torch.float32": Tolerance(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4),
-    "torch.bfloat16": Tolerance(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 1e-2),  # gradients are summed in float32
+    "torch.bfloat16": Tolerance(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2),  # gradients are summed in float32
 }
 
 

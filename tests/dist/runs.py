@@ -21,7 +21,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.core.trainer_builder import TrainerBuilder
-from internlm.data import build_train_loader_with_data_type
+from internlm.data import build_train_loader_with_data_type, build_valid_loader_with_data_type
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.utils.errors import UserError
@@ -177,7 +177,8 @@ def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -
     initialize_distributed_env(TINY, overrides=(f"data.micro_num={MICRO_BATCHES // world_size}", *overrides))
     model = create_model()
     loader, types = build_train_loader_with_data_type()
-    return TrainerBuilder(model, loader, dataset_types=types, extra_hooks=hooks)
+    val_dls = build_valid_loader_with_data_type()
+    return TrainerBuilder(model, loader, val_dls, dataset_types=types, extra_hooks=hooks)
 
 
 def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:

@@ -19,9 +19,9 @@ from tests.dist.runs import Outcome, assert_goes_on, assert_same_tensors, fit, r
     [(2, -1, 1, 1), (2, -1, 4, -1), (1, 1, 4, 2), (2, 1, 2, -1), (4, -1, 2, 1), (4, 2, 4, -1)],
 )
 def test_another_layout(dtype: str, ranks: int, zero1: int, other_ranks: int, other_zero1: int, tmp_path: Path) -> None:
-    dtype = f"model.dtype={dtype}"
-    saved = fit(ranks, saving(tmp_path, f"parallel.zero1.size={zero1}", dtype), 2)
-    loaded = resume(other_ranks, saving(tmp_path, f"parallel.zero1.size={other_zero1}", dtype))
+    common = [f"model.dtype={dtype}", "adam.decay_norm_and_bias=False"]  # shards of the small group may be mere padding
+    saved = fit(ranks, saving(tmp_path, f"parallel.zero1.size={zero1}", *common), 2)
+    loaded = resume(other_ranks, saving(tmp_path, f"parallel.zero1.size={other_zero1}", *common))
     assert loaded.message.endswith("step-2 at step 2")
     assert_goes_on(loaded, saved)
 

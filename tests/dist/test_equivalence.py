@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.core.context import global_context as gpc
-from internlm.data import build_train_loader_with_data_type
-from internlm.initialize import initialize_distributed_env
+from internlm.data import build_train_loader_with_data_type, build_valid_loader_with_data_type
+from internlm.eval import evaluate
+from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from tests.dist.equivalence import (
     MICRO_BATCHES,
     STEPS,
@@ -77,6 +79,11 @@ def test_narrower_types(dtype: str, ranks: int, zero1: int) -> None:
     assert_equal_runs(train(ranks, (*overrides, _zero1(zero1))), train(1, overrides), TOLERANCES[dtype])
 
 
+def test_a_users_model_in_bf16() -> None:
+    overrides = ("model.dtype=torch.bfloat16", "model_type=PLAIN")
+    assert_equal_runs(train(2, overrides), train(1, overrides), TOLERANCES["torch.bfloat16"])
+
+
 @pytest.mark.parametrize(("dtype", "relative"), [("torch.float64", 1e-10), ("torch.float32", 1e-5)])
 def test_a_hundred_steps(dtype: str, relative: float) -> None:
     overrides = (f"model.dtype={dtype}", "data.total_steps=100", "adam.lr=3e-3")
@@ -103,6 +110,28 @@ def test_a_rank_without_valid_tokens(lopsided: str, ranks: int, zero1: int) -> N
     assert len(set(run.valid_tokens)) > 1
     assert ranks == 2 or 0 in run.valid_tokens
     assert len(run.sums[0]) == 2
+
+
+def _validate(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, float]:
+    initialize_distributed_env(TINY, overrides=overrides)
+    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
+    trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=2)
+    figures = evaluate(trainer, build_valid_loader_with_data_type())
+    assert model.training
+    return figures
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("ranks", "micro_num"), [(2, 1), (2, 3), (4, 2)])
+def test_validation(lopsided: str, packed: bool, ranks: int, micro_num: int) -> None:
+    """The figures are those of one process, though no number of rows fits: the last batches are filled up with pads."""
+    overrides = (f"data.train_folder={lopsided}", f"data.valid_folder={lopsided}", f"data.use_packed_dataset={packed}")
+    (alone,) = run_ranks(1, _validate, (*overrides, "data.valid_micro_num=1"))
+    together = run_ranks(ranks, _validate, (*overrides, f"data.valid_micro_num={micro_num}"))
+    assert all(figures == together[0] for figures in together)
+    assert together[0] == pytest.approx(alone, rel=1e-12, abs=0)
+    assert alone["valid/loss/cn"] != alone["valid/loss/en"]
 
 
 def test_recomputing_gives_the_same_bits() -> None:

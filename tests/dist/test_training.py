@@ -18,7 +18,7 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
 from tests.dist.equivalence import TINY, Boxes, Plain, assemble, boxes_of
-from tests.dist.runs import Outcome, assert_same_tensors, fit, saving
+from tests.dist.runs import assert_same_tensors, fit, saving
 from tests.harness.pool import run_ranks
 
 
@@ -37,6 +37,22 @@ def test_twice(ranks: int, tmp_path: Path) -> None:
     assert [rank.log for rank in one.ranks] == [rank.log for rank in other.ranks]
     assert len(one.log) == 200
     assert_same_tensors(one.tensors, other.tensors)
+
+
+# -- main parameters
+
+
+@pytest.mark.parametrize(("ranks", "zero1"), [(1, 1), (2, -1), (4, 2)])
+def test_bf16_parameters_are_the_main_ones_rounded(ranks: int, zero1: int, tmp_path: Path) -> None:
+    overrides = _overrides(tmp_path, 8, "model.dtype=torch.bfloat16", f"parallel.zero1.size={zero1}")
+    start, end = fit(ranks, overrides, stop_after=1), fit(ranks, overrides)
+    main = {name.removeprefix("optimizer/main/"): x for name, x in end.tensors.items() if "/main/" in name}
+    assert main.keys() == {name.removeprefix("model/") for name in end.tensors if name.startswith("model/")}
+    for name, values in main.items():
+        assert values.dtype == torch.float32
+        assert torch.equal(end.tensors[f"model/{name}"], values.bfloat16()), name
+        assert not torch.equal(values, values.bfloat16().float()), name
+        assert not torch.equal(end.tensors[f"model/{name}"], start.tensors[f"model/{name}"]), name
 
 
 # -- a model that draws its own values
@@ -124,21 +140,27 @@ def test_a_bad_gradient_on_one_rank(
 
 
 class _Signal(Hook):
-    """Send this process a signal ``times`` times: on one rank, before or after one step."""
+    """Send this process a signal, on one rank, somewhere in one step; ``times`` times."""
 
-    def __init__(self, number: int, rank: int, step: int, after: bool = False, times: int = 1) -> None:
-        self.number, self.rank, self.step, self.after, self.times = number, rank, step, after, times
+    def __init__(self, number: int, rank: int, step: int, where: str, times: int = 1) -> None:
+        self.number, self.rank, self.step, self.where, self.times = number, rank, step, where, times
+
+    def before_run(self, trainer: Trainer) -> None:
+        trainer.model.register_forward_pre_hook(lambda model, inputs: self._reached("forward", trainer, model.training))
+        trainer.model.register_forward_pre_hook(
+            lambda model, inputs: self._reached("eval", trainer, not model.training)
+        )
 
     def before_step(self, trainer: Trainer) -> None:
-        if not self.after and trainer.state.step == self.step:
-            self._send()
+        self._reached("before", trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.after and report.step == self.step:  # after the hook that saves
-            self._send()
+        self._reached("after", trainer)  # after the hook that saves
 
-    def _send(self) -> None:
-        if os.environ["RANK"] == str(self.rank):
+    def _reached(self, where: str, trainer: Trainer, really: bool = True) -> None:
+        here = (where, trainer.state.step, os.environ["RANK"]) == (self.where, self.step, str(self.rank))
+        if here and really:
+            self.step = -1
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
 
@@ -147,36 +169,48 @@ def _saved_steps(folder: Path) -> list[str]:
     return sorted(os.listdir(folder / "ckpts"))
 
 
-@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)])
-@pytest.mark.parametrize(("after", "last"), [(False, 4), (True, 5)])
-def test_a_signal_to_one_rank(number: int, name: str, code: int, after: bool, last: int, tmp_path: Path) -> None:
+SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("where", "step", "last"), [("before", 3, 4), ("forward", 3, 4), ("eval", 4, 4), ("after", 3, 4)]
+)
+def test_a_signal_to_one_rank(number: int, code: int, where: str, step: int, last: int, tmp_path: Path) -> None:
     """All ranks stop at most one step later, save, and exit alike; the resumed run is the straight one."""
-    straight = fit(2, saving(tmp_path / "straight", every=3, total=8))
-    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Signal(number, rank=1, step=3, after=after)])
+    overrides = saving(tmp_path, *SIGNALLED, every=3, total=8)
+    straight = fit(2, saving(tmp_path / "straight", *SIGNALLED, every=3, total=8))
+    stopped = fit(2, overrides, hooks=[_Signal(number, 1, step, where)])
     assert stopped.message == f"exit {code}"
     assert stopped.state["step"] == last
+    name = signal.Signals(number).name
     assert stopped.ranks[0].warnings == [f"{name} on rank 1: stopping after step {last}, exiting {code}"]
     assert _saved_steps(tmp_path) == ["step-3", f"step-{last}"]
-    _assert_continued(stopped, fit(2, saving(tmp_path, every=3, total=8)), straight)
-
-
-def _assert_continued(stopped: Outcome, resumed: Outcome, straight: Outcome) -> None:
+    resumed = fit(2, overrides)
     assert stopped.log + resumed.log == straight.log
     assert_same_tensors(resumed.tensors, straight.tensors)
 
 
 def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     straight = fit(1, saving(tmp_path / "straight", every=3, total=8))
-    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGINT, rank=0, step=4, times=2)])
+    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGINT, 0, 4, "before", times=2)])
     assert stopped.message == "exit 130"
     assert _saved_steps(tmp_path) == ["step-3"]
     resumed = fit(1, saving(tmp_path, every=3, total=8))
     assert stopped.log[:3] + resumed.log == straight.log
 
 
-def test_a_signal_in_the_last_step(tmp_path: Path) -> None:
+def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
     """The run is done and says so."""
-    done = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGTERM, rank=0, step=7, after=True)])
+    overrides = saving(tmp_path, every=3, total=8)
+    done = fit(2, overrides, hooks=[_Signal(signal.SIGTERM, 0, 8, "after")])
     assert done.state["step"] == 8
     assert not done.message.startswith("exit")
     assert _saved_steps(tmp_path) == ["step-3", "step-6", "step-8"]
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
+    done, again = (fit(2, saving(tmp_path)) for _ in range(2))
+    assert again.log == []
+    assert again.state == done.state
+    assert_same_tensors(again.tensors, done.tensors)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from internlm.ops import cross_entropy, linear_cross_entropy, reference
+from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error
+
+TOKENS, HIDDEN, VOCAB = 23, 12, 31
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def labels_with(ignored: list[int]) -> Tensor:
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    labels[ignored] = -100
+    return labels
+
+
+def exact_sum(x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, scale: float) -> Tensor:
+    return scale * reference.token_loss(x @ weight.t(), labels, smoothing).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("ignored", [[], [0, 5, 6, 22]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_reference(dtype: torch.dtype, chunk: int | None, ignored: list[int], smoothing: float) -> None:
+    labels = labels_with(ignored)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            x, weight, labels, label_smoothing=smoothing, chunk_tokens=chunk, grad_scale=0.25
+        ).loss_sum
+
+    exact = partial(exact_sum, labels=labels, smoothing=smoothing, scale=0.25)
+    assert_parity(ours, exact, randn(TOKENS, HIDDEN, dtype=dtype), randn(VOCAB, HIDDEN, dtype=dtype, seed=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_of_logits_equals_reference(dtype: torch.dtype, smoothing: float) -> None:
+    labels = labels_with([0, 5])
+    assert_parity(
+        lambda z: cross_entropy(z, labels, label_smoothing=smoothing, grad_scale=3.0).loss_sum,
+        lambda z: 3.0 * reference.token_loss(z, labels, smoothing).sum(),
+        randn(TOKENS, VOCAB, dtype=dtype),
+    )
+
+
+def test_gradients() -> None:
+    labels = torch.tensor([1, -100, 0])
+    assert gradcheck(lambda x, w: linear_cross_entropy(x, w, labels).loss_sum, (randn(3, 4), randn(5, 4, seed=1)))
+    assert gradcheck(lambda z: cross_entropy(z, labels).loss_sum, (randn(3, 5),))
+
+
+@pytest.mark.parametrize("ignored", [[], [3, 4], list(range(TOKENS))])
+def test_losses_token_by_token(ignored: list[int]) -> None:
+    x, weight, labels = randn(TOKENS, HIDDEN), randn(VOCAB, HIDDEN, seed=1), labels_with(ignored)
+    logits = x @ weight.t()
+    for loss in (
+        linear_cross_entropy(x, weight, labels, chunk_tokens=5, grad_scale=2.0),
+        cross_entropy(logits, labels),
+    ):
+        torch.testing.assert_close(loss.token_loss, reference.token_loss(logits, labels).detach())
+        assert torch.equal(loss.correct, (logits.argmax(1) == labels) & (labels != -100))
+        assert not loss.token_loss.requires_grad
+        assert loss.token_loss[ignored].eq(0).all()
+
+
+def test_nothing_but_ignored_tokens_gives_zero_gradients() -> None:
+    x, weight = randn(TOKENS, HIDDEN), randn(VOCAB, HIDDEN, seed=1)
+    loss = linear_cross_entropy(x, weight, labels_with(list(range(TOKENS))))
+    grads = torch.autograd.grad(loss.loss_sum, (x, weight))
+    assert loss.loss_sum == 0
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+def test_a_tie_with_the_largest_logit_counts_as_correct() -> None:
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert cross_entropy(logits, torch.tensor([0, 1, 2])).correct.tolist() == [True, True, False]
+
+
+def test_logits_far_apart() -> None:
+    logits = torch.tensor([[300.0, -300.0, 0.0]])
+    assert cross_entropy(logits, torch.tensor([0])).token_loss.item() == 0.0
+    assert cross_entropy(logits, torch.tensor([1])).token_loss.item() == 600.0
+
+
+def test_cross_entropy_leaves_the_logits_as_they_are() -> None:
+    logits = randn(TOKENS, VOCAB, dtype=torch.float32)
+    before = logits.detach().clone()
+    cross_entropy(logits, labels_with([])).loss_sum.backward()
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
+    labels = labels_with([2])
+    x, weight = randn(TOKENS, HIDDEN, dtype=dtype), randn(VOCAB, HIDDEN, dtype=dtype, seed=1)
+    weight.main_grad = torch.ones(VOCAB, HIDDEN, dtype=torch.promote_types(dtype, torch.float32))
+    for _ in range(2):
+        linear_cross_entropy(x, weight, labels, grad_scale=0.5).loss_sum.backward()
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    exact_sum(exact_x, exact_weight, labels, 0.0, 1.0).backward()
+    assert weight.grad is None
+    assert relative_error(weight.main_grad, exact_weight.grad + 1) < (1e-12 if dtype == torch.float64 else 1e-2)
+
+
+def test_a_loss_scale_beyond_half_precision_keeps_gradients_finite() -> None:
+    x = randn(TOKENS, HIDDEN, dtype=torch.float16)
+    weight = randn(VOCAB, HIDDEN, dtype=torch.float16, seed=1)
+    loss = linear_cross_entropy(x, weight, labels_with([]), grad_scale=2.0**17)
+    (dx,) = torch.autograd.grad(loss.loss_sum * 2.0**-14, x)
+    exact_x = x.detach().double().requires_grad_()
+    exact_sum(exact_x, weight.detach().double(), labels_with([]), 0.0, 8.0).backward()
+    assert relative_error(dx, exact_x.grad) < 3e-3
+
+
+@pytest.mark.parametrize("wanted", ["both", "x", "weight", "neither"])
+def test_only_wanted_gradients_are_made(wanted: str) -> None:
+    x, weight = randn(TOKENS, HIDDEN), randn(VOCAB, HIDDEN, seed=1)
+    x.requires_grad_(wanted in ("both", "x"))
+    weight.requires_grad_(wanted in ("both", "weight"))
+    loss = linear_cross_entropy(x, weight, labels_with([])).loss_sum
+    assert loss.requires_grad == (wanted != "neither")
+    if loss.requires_grad:
+        loss.backward()
+    assert (x.grad is not None, weight.grad is not None) == (x.requires_grad, weight.requires_grad)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_exist_one_chunk_at_a_time(grad: bool) -> None:
+    x, weight = randn(512, 4), randn(300, 4, seed=1)
+    labels = torch.zeros(512, dtype=torch.int64)
+    with torch.set_grad_enabled(grad), LargestTensor() as largest:
+        linear_cross_entropy(x, weight, labels, chunk_tokens=32)
+    assert largest.elements == 32 * 300
+    with torch.set_grad_enabled(grad), LargestTensor() as largest:
+        linear_cross_entropy(x, weight, labels)
+    assert largest.elements == 512 * 300
+
+
+def test_without_gradients_none_are_made() -> None:
+    x, weight = randn(8, 64), randn(32, 64, seed=1)
+    with torch.no_grad(), LargestTensor() as largest:
+        linear_cross_entropy(x, weight, torch.zeros(8, dtype=torch.int64))
+    assert largest.elements < weight.numel()
