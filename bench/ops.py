@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def report(case: Case, runs: int) -> None:
     if grad:
         passes["forward + backward"] = (forward_backward, case.flops * (1 + case.backward))
     for name, (run, flops) in passes.items():
-        ours, theirs = alternate(lambda f, run=run: run(f, case.inputs), (case.ours, case.torch), runs)
+        ours, theirs = alternate(partial(run, inputs=case.inputs), (case.ours, case.torch), runs)
         rates = [f" ({flops / seconds / 1e9:.0f})" if flops else "" for seconds in (ours, theirs)]
         times = [f"{seconds * 1e3:.2f}{rate}" for seconds, rate in zip((ours, theirs), rates, strict=True)]
         print(f"| {case.name} | {case.shape} | {name} | {times[0]} | {times[1]} | {theirs / ours:.2f} |", flush=True)

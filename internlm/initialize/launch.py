@@ -272,9 +272,9 @@ def _join(process: ProcessInfo, backend: str) -> None:
 def _leave() -> None:
     """End gloo's threads, which they do with the last reference to their group: one that lets go of a tensor while the
     interpreter ends aborts the process. (With NCCL a rank that leaves would wait for the others, who may not come.)"""
-    gpc.destroy()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gpc.destroy()
     gc.collect()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,13 @@ def script(
     sets = [word for override in overrides for word in ("--set", override)]
     environment = {"PYTHONPATH": str(ROOT), "INTERNLM_DEVICE": "cpu"}
     return torchrun(ranks, ROOT / name, "--config", str(ROOT / config), *options, *sets, cwd=folder, env=environment)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def records(folder: Path) -> list[Path]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.harness.launch import Job
-from tests.integration.jobs import metrics, records, script
+from tests.integration.jobs import ROOT, free_port, metrics, records, script
 from tests.unit.data.files import write_bin
 
 #: Figures of a step that don't depend on time.
@@ -61,3 +64,15 @@ def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
     assert _run(tmp_path, data).returncode == 0
     assert _log(tmp_path) == _log(straight)
+
+
+def test_gloo_has_no_thread_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """One that still holds a tensor then would, now and then, abort the process."""
+    command = [sys.executable, "-m", "tests.integration.scripts.leaving", "--config", "configs/debug/llama2.py"]
+    command += ["--set", "data.total_steps=1", "--set", f"log_folder={tmp_path}"]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "INTERNLM_DEVICE": "cpu"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    threads = done.stdout.split()
+    assert threads
+    assert not [name for name in threads if "gloo" in name]

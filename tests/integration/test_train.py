@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.integration.jobs import ROOT, debug_losses, lines, metrics, records, train
+from tests.integration.jobs import ROOT, debug_losses, free_port, lines, metrics, records, train
 from tests.unit.data.files import write_bin
 
 #: What a step logs, in this order; ``{type}`` stands for each type of data.
@@ -147,15 +146,9 @@ def _check_metrics(record: Path, row: Row) -> None:
 # -- Slurm
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_slurm(tmp_path: Path) -> None:
     """Two processes that srun would have started train as torchrun's do."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/debug/internlm2.py")]
     command += ["--port", str(port), "--set", "data.micro_num=1"]
     common = {

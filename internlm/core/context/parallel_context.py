@@ -75,6 +75,8 @@ class ParallelContext:
         context in this process to use, and end with the default group: torch would give a new group of the same ranks
         the name, and with it the leftovers, of the old one."""
         self._clear()
+        if not dist.is_initialized():
+            self._made, self._made_in = {}, None
 
     @property
     def initialized(self) -> bool:
