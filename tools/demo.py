@@ -79,9 +79,10 @@ def samples() -> str:
         load_weights(model, checkpoint)
     tokenizer = load_tokenizer(DATA / "tokenizer.model")
     texts = []
+    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for number, prompt in enumerate(PROMPTS):
         ids = generate(model, tokenizer.encode(prompt), 60, temperature=0.8, top_p=0.95, seed=number)
-        texts.append(f"--- sample {number + 1}\n{prompt}\033[2m{tokenizer.decode(ids)}\033[0m")
+        texts.append(f"--- sample {number + 1}\n{prompt}{dim}{tokenizer.decode(ids)}{plain}")
     return "\n".join(texts)
 
 

@@ -72,10 +72,14 @@ def test_every_case(case: str, ranks: int, zero1: int) -> None:
     assert_equal_runs(train(ranks, (*overrides, _zero1(zero1))), train(1, overrides), DOUBLE)
 
 
-@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+#: In bf16 without biases: the gradient of a key's bias is zero but for rounding, which Adam then makes large.
+NARROW = [("torch.float32", "INTERNLM"), ("torch.bfloat16", "LLAMA2")]
+
+
+@pytest.mark.parametrize(("dtype", "family"), NARROW)
 @pytest.mark.parametrize(("ranks", "zero1"), LAYOUTS)
-def test_narrower_types(dtype: str, ranks: int, zero1: int) -> None:
-    overrides = (f"model.dtype={dtype}", "model_type=INTERNLM")
+def test_narrower_types(dtype: str, family: str, ranks: int, zero1: int) -> None:
+    overrides = (f"model.dtype={dtype}", f"model_type={family}")
     assert_equal_runs(train(ranks, (*overrides, _zero1(zero1))), train(1, overrides), TOLERANCES[dtype])
 
 
