@@ -34,10 +34,10 @@ class StopOnSignal(Hook):
         self._outer = {number: signal.signal(number, self._catch) for number in SIGNALS}
 
     def after_run(self, trainer: Trainer) -> None:
-        if self.agreed:  # a launcher that sees one rank exit may send the others a signal, which must not change theirs
-            return
+        # A launcher that sees one rank exit sends the others a signal, which must not change their exit code. Python
+        # takes its own handlers back before it ends, so the signal is left to nobody.
         for number, handler in self._outer.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:
