@@ -5,7 +5,7 @@ model_type = "INTERNLM2"
 
 VOCAB_SIZE = 4096  # of the tokenizer that tools/demo_corpus.py trains
 SEQ_LEN = 512
-TOTAL_STEPS = 440
+TOTAL_STEPS = 560
 
 model = dict(
     num_layers=4,
@@ -20,10 +20,10 @@ model = dict(
 
 data = dict(
     seq_len=SEQ_LEN,
-    micro_bsz=4,  # 2048 tokens a row on each rank
+    micro_bsz=2,  # 1024 tokens a row on each rank
     micro_num=1,
     total_steps=TOTAL_STEPS,
-    valid_every=110,
+    valid_every=280,
     valid_micro_num=1,
     train_folder="data/demo/train",
     valid_folder="data/demo/valid",
@@ -31,7 +31,7 @@ data = dict(
     num_worker=1,
 )
 
-adam = dict(lr=4e-3, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1)
+adam = dict(lr=3e-3, adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1)
 lr_scheduler = dict(warmup_ratio=0.05, eta_min=1e-4)
 hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
 
