@@ -140,7 +140,14 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _batch_list(value: Any) -> Any:
+    """7 and (1, 5), which is how a command line's ``7`` and ``1,5`` are read -> "7" and "1,5"."""
+    batches = value if isinstance(value, (tuple, list)) else [value]
+    return ",".join(map(str, batches)) if all(type(batch) is int for batch in batches) else value
+
+
 RESPELLED = {
+    "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,
     "model.dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,

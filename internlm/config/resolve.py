@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from internlm.config import tree
 from internlm.config.derive import DERIVATIONS
+from internlm.config.doubts import doubts
 from internlm.config.dump import values
 from internlm.config.facts import Facts
 from internlm.config.keys import section_of
@@ -83,7 +84,7 @@ def resolve(
         raise ConfigError(*found.problems, *problems)
     config = Config.model_validate(raw)
     sources = _sources(config, set(tree.leaves(raw)) - derived, overridden, derived)
-    return Resolved(config, sources, found.warnings + without_effect(config))
+    return Resolved(config, sources, found.warnings + without_effect(config) + doubts(config))
 
 
 def _validate(raw: Tree) -> tuple[list[Problem], set[str]]:

@@ -60,7 +60,7 @@ class TrainerBuilder:
             },
             sampler=train_dl,
         )
-        self.folder = Path(self.config.log_folder) / self.config.JOB_NAME / _launch_time()
+        self.folder = _new_folder(Path(self.config.log_folder) / self.config.JOB_NAME)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
         self._val_dls, self._profiling, self._extra_hooks = val_dls or {}, profiling, extra_hooks
 
@@ -69,7 +69,8 @@ class TrainerBuilder:
 
         A run ended by SIGTERM or SIGINT exits the process with 128 + the signal.
         """
-        with initialize_monitor_manager(self.config.JOB_NAME, self.config.monitor.alert):
+        alerts = initialize_monitor_manager(self.config.JOB_NAME, self.config.monitor.alert)
+        with self.stop.listening(), alerts:
             self.checkpoints.try_resume_training(self.trainer.state)
             state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer))
         if self.stop.exit_code:
@@ -102,8 +103,24 @@ class TrainerBuilder:
         return open_writers(self.folder, tensorboard, queue, config.data.total_steps, first_step)
 
 
-def _launch_time() -> str:
-    """Rank 0's clock, so that all ranks write into one folder."""
-    now = [time.strftime("%b%d_%H-%M-%S")]
-    dist.broadcast_object_list(now, src=0)
-    return now[0]
+def _new_folder(parent: Path) -> Path:
+    """A folder in ``parent`` that no other run has, named by rank 0's clock; the same on all ranks."""
+    chosen = [_claim(parent) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen, src=0)
+    assert chosen[0] is not None
+    return chosen[0]
+
+
+def _claim(parent: Path) -> Path:
+    name = folder = parent / time.strftime("%b%d_%H-%M-%S")
+    others = 0
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            others += 1
+            folder = name.with_name(f"{name.name}_{others}")
+            continue
+        except OSError:  # whoever writes there first will say what is wrong
+            pass
+        return folder

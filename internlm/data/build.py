@@ -12,6 +12,7 @@ from internlm.data.sources import OneType, RandomSource, SampleSource
 from internlm.data.tokenized import TokenizedSource
 
 RANDOM_VALID_TYPE = "val"
+RANDOM_VALID_SAMPLES = 200
 
 
 def build_train_loader(
@@ -47,7 +48,7 @@ def build_valid_loaders(
         source: SampleSource = _tokenized(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
         fixed = data.fixed_random_dataset_seqlen
-        source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, type_name=RANDOM_VALID_TYPE)
+        source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, RANDOM_VALID_TYPE, RANDOM_VALID_SAMPLES)
     else:
         return {}
     micro_num = data.valid_micro_num or data.micro_num

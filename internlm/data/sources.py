@@ -12,7 +12,6 @@ import numpy as np
 
 from internlm.data.rng import Purpose, raw_numbers
 
-RANDOM_SAMPLES = 10_000
 LONGEST_PATTERN = 8
 
 
@@ -37,14 +36,22 @@ class RandomSource:
     ``fixed_length`` every sample has exactly ``seq_len`` tokens instead, drawn uniformly and independently.
     """
 
-    def __init__(self, seed: int, vocab_size: int, seq_len: int, fixed_length: bool, type_name: str = "random") -> None:
+    def __init__(
+        self,
+        seed: int,
+        vocab_size: int,
+        seq_len: int,
+        fixed_length: bool,
+        type_name: str = "random",
+        samples: int = 10_000,
+    ) -> None:
         self._settings = (seed, vocab_size, seq_len, fixed_length)
         self._seed, self._vocab_size, self._fixed_length = seed, vocab_size, fixed_length
         shortest = seq_len if fixed_length else -(-seq_len // 8)
-        spread = (raw_numbers(RANDOM_SAMPLES, seed, Purpose.LENGTHS) % (seq_len - shortest + 1)).astype(np.int64)
+        spread = (raw_numbers(samples, seed, Purpose.LENGTHS) % (seq_len - shortest + 1)).astype(np.int64)
         self.lengths = shortest + spread  # [N]
         self.types = [type_name]
-        self.type_ids = np.zeros(RANDOM_SAMPLES, np.int16)  # [N]
+        self.type_ids = np.zeros(samples, np.int16)  # [N]
 
     def read(self, sample: int) -> np.ndarray:
         """Token ids of a sample, [length] int64."""

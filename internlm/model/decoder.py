@@ -35,9 +35,9 @@ class Attention(nn.Module):
         self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias)
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
 
-    def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
-        """x: [T, H] → [T, H]."""
-        qkv = self.wqkv(x)  # [T, G, Q + 2, D]
+    def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, segments: Segments) -> Tensor:
+        """x: [T, H] → [T, H], normalised first."""
+        qkv = self.wqkv(x, before=norm)  # [T, G, Q + 2, D]
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, segments, backend=self.backend)  # [T, G·Q, D]
         out: Tensor = self.wo(heads.flatten(1))
@@ -56,9 +56,9 @@ class FeedForward(nn.Module):
         out_init = normal(c.ffn_other_init_std * spec.output_scale)
         self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, H] → [T, H]."""
-        out: Tensor = self.w2(swiglu(self.w13(x)))  # [T, 2, F] → [T, F] → [T, H]
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """x: [T, H] → [T, H], normalised first."""
+        out: Tensor = self.w2(self.w13(x, before=norm), before=swiglu)  # [T, 2, F] → [T, F] → [T, H]
         return out
 
 
@@ -74,8 +74,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
         """x: [T, H] → [T, H]."""
-        x = x + self.attention(self.attention_norm(x), rotary, segments)
-        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention(x, self.attention_norm, rotary, segments)
+        out: Tensor = x + self.feed_forward(x, self.ffn_norm)
         return out
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 TOKEN_MULTIPLE = 64
 # Multiply-adds below which a call to oneDNN (15 us before any work, against 4) costs more than it saves.
 _LEAST_WORK = 2**20
+# Of a product that is made only to be added to something, so that it takes little memory.
+_BLOCK_ELEMENTS = 2**22
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -39,11 +41,13 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
     if out.dtype == dy.dtype and not _onednn_pays(dy.t(), x.shape[1]):
         out.addmm_(dy.t(), x, beta=int(accumulate))
         return
-    product = _wide_product(dy, x, out.dtype) if out.dtype != dy.dtype else _transposed_product(dy, x)
-    if accumulate:
-        out.add_(product)
-    else:
-        out.copy_(product)
+    rows = max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // out.shape[1])
+    for part, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
+        product = _wide_product(columns, x, out.dtype) if out.dtype != dy.dtype else _transposed_product(columns, x)
+        if accumulate:
+            part.add_(product)
+        else:
+            part.copy_(product)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -69,9 +69,14 @@ class CheckpointError(UserError):
 _GRACE_SECONDS = 2.0
 
 
+#: Said by a rank that stops, so that others know why it has left them.
+_STOPPED = "a rank stopped by a user's error"
+
+
 def report(error: UserError) -> None:
     """Print the problems of ``error`` to stderr, a line each; where several ranks would say the same, one of them
     does."""
+    _times_said(_STOPPED, 1)
     if not _speaks(error):
         time.sleep(_GRACE_SECONDS)
         return
@@ -88,11 +93,17 @@ def _speaks(error: UserError) -> bool:
 
 def first_of_all_ranks(topic: str) -> bool:
     """Whether no other rank has asked the same before: for what is to be said once a job. Needs no collective."""
-    key = hashlib.sha256(topic.encode()).hexdigest()
+    return _times_said(topic, 1) == 1
+
+
+def _times_said(topic: str, more: int = 0) -> int:
+    """How often this job's ranks have said ``topic``, counting ``more`` times now."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a job started anew keeps the store
+    key = hashlib.sha256(f"{attempt} {topic}".encode()).hexdigest()
     try:
-        return dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", 1) == 1
+        return int(dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", more))
     except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no job of several ranks
-        return True
+        return more
 
 
 def exit_on_user_error(main: F) -> F:
@@ -105,5 +116,9 @@ def exit_on_user_error(main: F) -> F:
         except UserError as error:
             report(error)
             sys.exit(EXIT_USER_ERROR)
+        except RuntimeError:  # as a collective raises when a peer is gone
+            if _times_said(_STOPPED):
+                sys.exit(EXIT_USER_ERROR)
+            raise
 
     return wrapper  # type: ignore[return-value]

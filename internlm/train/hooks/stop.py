@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ log = get_logger()
 
 class StopOnSignal(Hook):
     """A signal to any rank makes all ranks stop after the step in which they learn of it; a second one quits at once.
+    Signals are caught within :meth:`listening`.
 
     Comes before the hook that saves, which then sees ``stop_requested``. The exit code is 128 + the signal, on every
     rank.
@@ -28,16 +30,18 @@ class StopOnSignal(Hook):
         self.device = device
         self.caught = 0
         self.agreed = 0
-        self._outer: dict[signal.Signals, Any] = {}
 
-    def before_run(self, trainer: Trainer) -> None:
-        self._outer = {number: signal.signal(number, self._catch) for number in SIGNALS}
-
-    def after_run(self, trainer: Trainer) -> None:
-        # A launcher that sees one rank exit sends the others a signal, which must not change their exit code. Python
-        # takes its own handlers back before it ends, so the signal is left to nobody.
-        for number, handler in self._outer.items():
-            signal.signal(number, signal.SIG_IGN if self.agreed else handler)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals meanwhile."""
+        outer = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            # A launcher that sees one rank exit sends the others a signal, which must not change their exit code.
+            # Python takes its own handlers back before it ends, so the signal is left to nobody.
+            for number, handler in outer.items():
+                signal.signal(number, signal.SIG_IGN if self.agreed else handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:

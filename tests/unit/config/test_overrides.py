@@ -108,3 +108,8 @@ def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:
 
 def test_all_bad_overrides_are_told_together() -> None:
     assert len(failures("a", "moddle={}", "data.micro_num=0", "adam.lr=-1")) == 4
+
+
+@pytest.mark.parametrize(("text", "value"), [("7", "7"), ("1,5", "1,5"), ("0-9,20", "0-9,20"), ("'3'", "3")])
+def test_batches_to_skip_may_look_like_numbers(text: str, value: str) -> None:
+    assert load_config(config_of({}), [f"data.skip_batches={text}"]).data.skip_batches == value

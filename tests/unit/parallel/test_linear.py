@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from internlm.core.parallel import Communicator, ParallelLinear
+from internlm.core.parallel import Communicator, ParallelLinear, ParallelNorm
 from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.ops import swiglu
 from internlm.utils.dtype import default_dtype
 
 TOKENS, WIDTH = 5, 4
@@ -234,3 +236,56 @@ def test_two_layers_may_have_different_communicators() -> None:
     x, _ = inputs(plain)
     assert torch.equal(plain(x), linear()(x))
     assert not torch.equal(scaled(x), plain(x))
+
+
+# -- something before the layer
+
+BEFORE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "norm": lambda: ParallelNorm(WIDTH, "rmsnorm", 1e-5),
+    "layer norm": lambda: ParallelNorm(WIDTH, "layernorm", 1e-5),
+    "swiglu": lambda: swiglu,
+}
+
+
+def _before(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What comes before, and an input for it."""
+    with default_dtype(torch.float64):
+        before = BEFORE[name]()
+    if isinstance(before, torch.nn.Module):
+        initialize_parameters(before, seed=3)
+    shape = (TOKENS, 2, WIDTH) if name == "swiglu" else (TOKENS, WIDTH)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return before, x
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize("with_main_grad", [True, False])
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_comes_before_is_the_same_bitwise_inside_the_layer_and_outside(
+    name: str, with_main_grad: bool, needs_x: bool
+) -> None:
+    found: list[dict[str, Tensor | None]] = []
+    for inside in (True, False):
+        layer, (before, x) = linear(), _before(name)
+        own = list(before.parameters()) if isinstance(before, torch.nn.Module) else []
+        for parameter in [*layer.parameters(), *own]:
+            if with_main_grad:
+                attach_main_grad(parameter, torch.zeros_like(parameter))
+        x.requires_grad_(needs_x)
+        y = layer(x, before=before) if inside else layer(before(x))
+        y.backward(inputs(layer)[1])
+        grads = {str(n): p.grad for n, p in enumerate([*layer.parameters(), *own])}
+        found.append({"y": y.detach(), "x": x.grad, **grads})
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        other = found[1][key]
+        assert (value is None and other is None) or torch.equal(value, other), key
+
+
+def test_what_comes_before_is_not_kept_for_backward() -> None:
+    layer, (norm, x) = linear(), _before("norm")
+    kept: list[int] = []
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        layer(x, before=norm)
+    assert kept == [x.data_ptr()]
