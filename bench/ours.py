@@ -4,45 +4,78 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bench.yardsticks import Yardstick
+from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel.ledger import LEDGER
+from internlm.core.parallel.sharding import WHOLE, Share
+from internlm.data.loader import Batch, split_rows
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
-from internlm.train import initialize_optimizer
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Ours:
-    """A trainer over a yardstick's model; ``step`` trains on its next batch."""
+    """A trainer over a yardstick's model, on rank ``rank`` of ``world``; ``step`` trains on its part of the yardstick's
+    next batch. ``data_size`` ranks read different sequences."""
 
-    def __init__(self, yardstick: Yardstick) -> None:
+    def __init__(
+        self,
+        yardstick: Yardstick,
+        overrides: Sequence[str] = (),
+        rank: int = 0,
+        world: int = 1,
+        port: int | None = None,
+        data_size: int = 1,
+    ) -> None:
         self.yardstick, self._batches = yardstick, yardstick.batches()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        initialize_distributed_env(yardstick.config(), launcher="torch")
-        model = create_model()
-        optimizer, beta2, lr = initialize_optimizer(model)
+        names = dict(
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port or free_port()
+        )
+        os.environ |= {name: str(value) for name, value in names.items()}
+        share = f"data.micro_bsz={yardstick.micro_bsz // data_size}"
+        initialize_distributed_env(yardstick.config(), launcher="torch", overrides=[share, *overrides])
+        model, communicator = initialize_model_and_parallel_communicator(create_model())
+        optimizer, beta2, lr = initialize_optimizer(model, communicator)
         self.trainer = initialize_trainer(model, optimizer, lr, beta2)
         self.config = gpc.config
+        tensor = Share(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))
+        self._part = tensor if self.config.parallel.tensor.mode == "isp" else WHOLE
+        self._data = Share(gpc.get_local_rank(ParallelMode.DATA), data_size)
 
     def step(self) -> float:
         """Forward, backward, clip, update; the loss."""
         return self.trainer.train_step(iter([self._batch()])).result.loss
 
-    def _batch(self) -> tuple[dict[str, Any], torch.Tensor]:
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent so far."""
+        return sum(entry.sent for entry in LEDGER.snapshot().values())
+
+    def _batch(self) -> Batch:
         ids, lengths = next(self._batches)
+        if self._data.size > 1:
+            ids = ids.chunk(self._data.size)[self._data.rank]
+            lengths = lengths[: len(lengths) // self._data.size]
         ends = torch.tensor(lengths).cumsum(0)
         labels = ids.roll(-1)
         labels[ends - 1] = -100
         positions = torch.cat([torch.arange(length) for length in lengths])
-        shape = (1, -1) if self.yardstick.documents else (1, self.yardstick.micro_bsz, self.yardstick.seq_len)
+        shape = (1, -1) if self.yardstick.documents else (1, len(lengths), self.yardstick.seq_len)
         batch: dict[str, Any] = {"input_ids": ids.view(shape), "indexes": positions.view(shape)}
         batch["type_ids"] = torch.zeros_like(batch["input_ids"])
         if self.yardstick.documents:
             batch["cu_seqlens"] = [torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()])]
-        return batch, labels.view(shape)
+        return split_rows((batch, labels.view(shape)), self._part)

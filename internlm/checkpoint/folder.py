@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,10 @@ def to_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The small, human-readable part of a checkpoint; raises :class:`CheckpointError` where ``folder`` is not a
-    complete one."""
+def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The small, human-readable part of a checkpoint, with the keys that are ``needed``.
+
+    Raises :class:`CheckpointError` where ``folder`` is not a complete one."""
     if not folder.is_dir():
         there = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"
         raise CheckpointError(
@@ -76,6 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
         newer = state["format"] > FORMAT
+        _ = newer or [state[key] for key in needed]
     except (ValueError, TypeError, KeyError) as error:  # no JSON, or no state
         raise CheckpointError(
             Problem(str(folder / STATE_FILE), f"can't be read ({error!r})", "Choose another one")

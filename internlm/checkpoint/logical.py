@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from internlm.checkpoint.boxes import boxes_of_run
-from internlm.core.parallel.placement import ParamPlacement, placed_parameters
+from internlm.core.parallel.placement import placed_parameters, state_buffers
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.flat_group import FlatGroup, Piece
 
@@ -60,12 +59,17 @@ Logical = dict[str, LogicalTensor]
 
 
 def model_tensors(model: nn.Module) -> Logical:
-    """``model/<name>``: this rank's part of each parameter. Where ranks hold the same part, one of them writes it."""
+    """``model/<name>``: this rank's part of each parameter, and each buffer that belongs to the model's state. Where
+    ranks hold the same part, one of them writes it."""
     tensors: Logical = {}
     for name, parameter, placement in placed_parameters(model):
         tensor = LogicalTensor(placement.global_shape, parameter.dtype)
-        tensor.add(placement.offset, parameter)
+        for box in placement.boxes(0, parameter.numel()):
+            tensor.add(box.offsets, parameter.detach().view(-1)[box.start : box.stop].view(box.sizes))
         tensors[f"model/{name}"] = tensor
+    for name, buffer in state_buffers(model):
+        tensors[f"model/{name}"] = whole = LogicalTensor(tuple(buffer.shape), buffer.dtype)
+        whole.add((0,) * buffer.dim(), buffer)
     return tensors
 
 
@@ -94,8 +98,6 @@ def _flat_states(optimizer: HybridZeroOptimizer, group: FlatGroup) -> Iterator[t
 
 def _views(piece: Piece, flat: Tensor) -> Iterator[tuple[Offsets, Tensor]]:
     """Boxes of the logical tensor, as views of the shard's flat tensor."""
-    placement: ParamPlacement = piece.member.placement
-    for box in boxes_of_run(placement.local_shape, piece.start, piece.stop):
+    for box in piece.member.placement.boxes(piece.start, piece.stop):
         begin = piece.lo + box.start - piece.start
-        view = flat[begin : begin + box.stop - box.start].view(box.sizes)
-        yield tuple(a + b for a, b in zip(placement.offset, box.offsets, strict=True)), view
+        yield box.offsets, flat[begin : begin + box.stop - box.start].view(box.sizes)

@@ -7,6 +7,7 @@ mark. A folder without the mark is an unfinished save and is never loaded.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ log = get_logger()
 
 #: What ``content=("all",)`` means.
 ALL = {"model", "optimizer", "scheduler", "sampler"}
+#: What resuming reads of the state file.
+STATE_KEYS = ("config", "train_state", "updates", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
@@ -139,6 +142,8 @@ class CheckpointManager:
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable) -> str:
         """Load what the config says to start from, into the model, the optimizer and ``state``; say what was taken."""
+        if self.config.enable_save_ckpt:
+            self._on_first_rank(self._prepare_root)
         newest = self._newest() if self.config.auto_resume else None
         if newest is not None:
             self.load(newest, state, ("all",))
@@ -150,26 +155,44 @@ class CheckpointManager:
         else:
             message = "nothing to resume; starting from step 0"
         log_first(message)
+        if state.step >= self.total_steps and dist.get_rank() == 0:
+            log.warning(f"already at step {state.step}, and data.total_steps is {self.total_steps}: nothing to train")
         return message
 
     def _newest(self) -> Path | None:
         """The newest complete checkpoint; every rank takes rank 0's word for it."""
         choice: list[str | None] = [None]
-        if dist.get_rank() == 0 and self.root is not None:
-            for _, path in folder.steps_in(self.root):
+
+        def choose() -> None:
+            for _, path in folder.steps_in(self.root) if self.root else ():
                 if folder.is_complete(path):
-                    choice = [str(path)]
+                    choice[0] = str(path)
                     break
                 log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
+
+        self._on_first_rank(choose)
         dist.broadcast_object_list(choice, src=0)
         return Path(choice[0]) if choice[0] else None
+
+    def _prepare_root(self) -> None:
+        """Find out now, not at the first save, whether the folder can be written, and whether it is another run's."""
+        assert self.root is not None, "the config's rules demand a folder where saving is on"
+        self.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.root):
+            pass
+        there = [path.name for _, path in folder.steps_in(self.root)]
+        if there and not self.config.auto_resume:
+            log.warning(
+                f"{self.root} holds {', '.join(there[:3])} of an earlier run, which this one does not resume "
+                "(ckpt.auto_resume is False) and will mix with: choose another ckpt.save_ckpt_folder"
+            )
 
     def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
         """Load ``content`` from ``source``; everything is compared, on all ranks, before anything is changed on any."""
         wants = set(ALL) if "all" in content else set(content)
         reader = SafeReader(source)
         with _failing_together():
-            saved, metadata = folder.read_state(source), reader.read_metadata()
+            saved, metadata = folder.read_state(source, STATE_KEYS), reader.read_metadata()
             tensors = self._wanted_tensors(wants)
             problems = list(self._problems(source, saved, metadata, tensors, wants))
             if problems:

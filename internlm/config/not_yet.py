@@ -13,9 +13,7 @@ from internlm.utils.errors import ConfigError, Problem
 
 #: Keys whose other values would change results or can't be honoured, with the values that can.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "parallel.tensor.size": (1,),
     "parallel.pipeline.size": (1,),
-    "parallel.weight.size": (1,),
     "parallel.zero1.fsdp": (False,),
     "parallel.sequence_2D.enable": (False,),
     "model.num_chunks": (1,),

@@ -28,6 +28,8 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _literal_or_text(text: str) -> Any:
+    if text.lstrip("+-") in ("nan", "inf"):
+        return float(text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

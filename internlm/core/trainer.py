@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm import accelerator
@@ -156,7 +155,7 @@ class Trainer:
         update = self.step()
         accelerator.synchronize()
         shape = BatchShape.of(batch[0])
-        self.state.num_consumed_tokens += shape.tokens * dist.get_world_size(self.scheduler.data_group)
+        self.state.num_consumed_tokens += shape.tokens * self.scheduler.data_group.size
         return StepReport(
             step=step,
             result=result,

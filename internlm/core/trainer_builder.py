@@ -13,7 +13,6 @@ from torch import nn
 from internlm import accelerator
 from internlm.checkpoint import CheckpointManager
 from internlm.config import Config
-from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
@@ -27,7 +26,7 @@ from internlm.train.optimizer import initialize_optimizer
 class TrainerBuilder:
     """Builds optimizer, trainer, checkpoints and hooks around ``model``, and runs the training.
 
-    ``extra_hooks`` run after the built-in ones.
+    ``extra_hooks`` run after the figures are logged and before the model is saved.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class TrainerBuilder:
         val_dls: Mapping[str, ValidLoader] | None = None,
         config: Config | str | None = None,
         profiling: bool = False,
+        ledger: bool = False,
         dataset_types: Sequence[str] | None = None,
         extra_hooks: Sequence[Hook] = (),
         **_: Any,  # whatever else a script's parsed arguments hold
@@ -62,7 +62,8 @@ class TrainerBuilder:
         )
         self.folder = _new_folder(Path(self.config.log_folder) / self.config.JOB_NAME)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
-        self._val_dls, self._profiling, self._extra_hooks = val_dls or {}, profiling, extra_hooks
+        self._val_dls, self._extra_hooks = val_dls or {}, extra_hooks
+        self._profiling, self._ledger = profiling, ledger
 
     def fit(self) -> TrainState:
         """Resume if there is something to resume, train to the end, and return the final state.
@@ -73,25 +74,24 @@ class TrainerBuilder:
         with self.stop.listening(), alerts:
             self.checkpoints.try_resume_training(self.trainer.state)
             state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer))
-        if self.stop.exit_code:
+        if self.stop.exit_code and state.step < self.config.data.total_steps:
             raise SystemExit(self.stop.exit_code)
         return state
 
     def _hooks(self, trainer: Trainer) -> list[Hook]:
         """In the order in which they run after a step."""
         data, writer = self.config.data, self._writer(trainer.state.step)
-        world, data_size = dist.get_world_size(), gpc.get_world_size(ParallelMode.DATA)
-        built: list[Hook] = [
+        world, data_size = dist.get_world_size(), trainer.scheduler.data_group.size
+        return [
+            *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
+            hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
+            *self._extra_hooks,  # which may ask for a stop
             self.stop,
             hooks.SaveCheckpoints(self.checkpoints),
+            *([hooks.ReportTraffic()] if self._ledger and writer else []),
+            *([hooks.ProfileRun(self.folder, dist.get_rank())] if self._profiling else []),
         ]
-        if writer is not None:
-            built.insert(0, hooks.LogMetrics(self.config, self.types, world, data_size, writer))
-        built.insert(-2, hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer))
-        if self._profiling:
-            built.append(hooks.ProfileRun(self.folder, dist.get_rank()))
-        return [*built, *self._extra_hooks]
 
     def _writer(self, first_step: int) -> MetricsWriter | None:
         """Where the logging rank writes; None on the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from internlm.config.schema import DataConfig
 from internlm.config.strings import parse_rampup, parse_skip_batches
+from internlm.core.parallel.sharding import WHOLE, Share
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.packing import Layout, RowShape
@@ -16,9 +17,10 @@ RANDOM_VALID_SAMPLES = 200
 
 
 def build_train_loader(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int
+    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: Share = WHOLE
 ) -> tuple[TrainLoader, list[str]]:
-    """The training loader of one data-parallel rank, and the names of the data-set types.
+    """The training loader of one data-parallel rank, and the names of the data-set types; ``part`` is its part of each
+    row, where rows are split along the sequence.
 
     ``train_folder`` None means a random data set. Raises :class:`DataError` where the folder can't serve.
     """
@@ -33,11 +35,11 @@ def build_train_loader(
         skip=parse_skip_batches(data.skip_batches),
     )
     rows = TrainRows(source, row_shape(data), seed)
-    return TrainLoader(rows, plan, data_rank, data.total_steps, data.num_worker), source.types
+    return TrainLoader(rows, plan, data_rank, data.total_steps, data.num_worker, part), source.types
 
 
 def build_valid_loaders(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int
+    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: Share = WHOLE
 ) -> dict[str, ValidLoader]:
     """The validation loaders of one data-parallel rank, by data-set type.
 
@@ -60,6 +62,7 @@ def build_valid_loaders(
             data_size,
             data.valid_max_batches,
             data.num_worker,
+            part,
         )
         for name in source.types
     }

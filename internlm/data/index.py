@@ -73,7 +73,7 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
     table = _load(cache, key)
     if table is None:
         table = _store(cache, key, _build(files, min_length))
-    if not table[1, 1:].any():
+    if not (table[1, 1:] > 1).any():  # a single token has none to predict
         raise DataError(_nothing_left(folder, files, min_length))
     return Index(files, *np.asarray(table)[:, 1:])
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from internlm.core.parallel.sharding import WHOLE, Share
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import Layout, Row, RowShape
 from internlm.data.read_ahead import read_ahead
@@ -37,8 +38,30 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
     return batch, stacked("labels")
 
 
+def split_rows(batch: Batch, part: Share) -> Batch:
+    """This rank's tokens of each row, where a row is split along the sequence; ``cu_seqlens`` stays that of whole rows.
+
+    Padded sequences are taken for pieces of one row, [M, B · S].
+    """
+    if part.size == 1:
+        return batch
+    fields, labels = batch
+    rows = len(labels)
+    cuts = fields.get("cu_seqlens")
+    if cuts is None:
+        _, sequences, length = labels.shape
+        cuts = [torch.arange(sequences + 1, dtype=torch.int32) * length] * rows
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(rows, -1).chunk(part.size, 1)[part.rank]
+
+    split = {name: own(fields[name]) for name in ("input_ids", "indexes", "type_ids")}
+    return {**split, "cu_seqlens": cuts}, own(labels)
+
+
 class TrainLoader:
-    """The training batches of one data-parallel rank, from a start step to ``total_steps``.
+    """The training batches of one data-parallel rank, from a start step to ``total_steps``; of each row the part of the
+    sequence that is this rank's.
 
     Iterating gives the batches of the steps from the start step on (see :func:`collate`), read ahead by
     ``num_worker`` threads that end with the iterator. What a step reads depends on nothing but its number, so
@@ -46,11 +69,19 @@ class TrainLoader:
     size or the skipped batches may have changed.
     """
 
-    def __init__(self, rows: TrainRows, plan: BatchPlan, data_rank: int, total_steps: int, num_worker: int) -> None:
+    def __init__(
+        self,
+        rows: TrainRows,
+        plan: BatchPlan,
+        data_rank: int,
+        total_steps: int,
+        num_worker: int,
+        part: Share = WHOLE,
+    ) -> None:
         self.plan = plan
         self.types = rows.source.types
         self._rows, self._data_rank, self._total_steps, self._num_worker = rows, data_rank, total_steps, num_worker
-        self._start = 0
+        self._start, self._part = 0, part
 
     def seek(self, step: int) -> None:
         """Iterate from ``step`` on."""
@@ -71,7 +102,8 @@ class TrainLoader:
 
     def read(self, step: int) -> Batch:
         """The batch of one step."""
-        return collate([self._rows[row] for row in self.plan.rows(step, self._data_rank)], self._rows.shape)
+        rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
+        return split_rows(collate(rows, self._rows.shape), self._part)
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, range(self._start, self._total_steps), self._num_worker)
@@ -89,9 +121,16 @@ class ValidLoader:
     """
 
     def __init__(
-        self, rows: ValidRows, micro_num: int, data_rank: int, data_size: int, max_batches: int | None, num_worker: int
+        self,
+        rows: ValidRows,
+        micro_num: int,
+        data_rank: int,
+        data_size: int,
+        max_batches: int | None,
+        num_worker: int,
+        part: Share = WHOLE,
     ) -> None:
-        self._rows, self._micro_num, self._num_worker = rows, micro_num, num_worker
+        self._rows, self._num_worker, self._part = rows, num_worker, part
         self._plan = BatchPlan(micro_num, data_size)
         self._data_rank = data_rank
         whole = -(-len(rows) // (micro_num * data_size))
@@ -99,7 +138,8 @@ class ValidLoader:
 
     def read(self, number: int) -> Batch:
         """One batch."""
-        return collate([self._rows[row] for row in self._plan.rows(number, self._data_rank)], self._rows.shape)
+        rows = [self._rows[row] for row in self._plan.rows(number, self._data_rank)]
+        return split_rows(collate(rows, self._rows.shape), self._part)
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, range(self._batches), self._num_worker)

@@ -35,7 +35,9 @@ def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
 
 
 def _figures(suffix: str, sums: torch.Tensor) -> dict[str, float]:
-    tokens = max(float(sums[TOKENS]), 1.0)
+    tokens = float(sums[TOKENS])
+    if not tokens:  # nothing to predict is no perfect score
+        return {f"valid/{name}{suffix}": math.nan for name in ("loss", "acc", "perplexity")}
     loss = float(sums[LOSS]) / tokens
     return {
         f"valid/loss{suffix}": loss,

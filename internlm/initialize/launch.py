@@ -64,6 +64,7 @@ def get_default_parser() -> argparse.ArgumentParser:
     add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
     add("--seed", type=int, default=1024, help="seed of everything random (default: %(default)s)")
     add("--profiling", action="store_true", help="write torch traces and a memory report")
+    add("--ledger", action="store_true", help="at the end, show what was sent between ranks, by mode and collective")
     add(
         "--set",
         action="append",
@@ -100,14 +101,16 @@ def initialize_distributed_env(
     ``world_size`` and ``local_rank`` stands for what the launcher says. Raises :class:`ConfigError` or
     :class:`LaunchError` before any process group exists where the fault can be seen by then.
     """
-    launcher = launcher or ("torch" if rank is not None else detect_launcher(os.environ))
     given = (rank, world_size, local_rank)
-    if launcher == "slurm":
-        environment = _with_given(SLURM_VARIABLES, given)
-        process = read_slurm_environment(environment, host, master_port)
-    else:
-        environment = {"MASTER_PORT": str(master_port)} | _with_given(TORCH_VARIABLES, (*given, host))
-        process = read_torch_environment(environment)
+    try:
+        launcher = launcher or ("torch" if rank is not None else detect_launcher(os.environ))
+        if launcher == "slurm":
+            process = read_slurm_environment(_with_given(SLURM_VARIABLES, given), host, master_port)
+        else:
+            process = read_torch_environment(_with_given(TORCH_VARIABLES, (*given, host)), master_port)
+    except LaunchError:
+        _resolve(config, None, overrides)  # whatever is wrong there is what comes first
+        raise
     _launch(config, process, backend, seed, overrides)
 
 
@@ -146,9 +149,10 @@ def launch_from_slurm(
     initialize_distributed_env(config, "slurm", port, seed, host=host, backend=backend, overrides=overrides)
 
 
-def read_torch_environment(environment: Mapping[str, str]) -> ProcessInfo:
-    """What torchrun put into the environment."""
-    _demand(TORCH_VARIABLES, environment)
+def read_torch_environment(environment: Mapping[str, str], port: int = 8888) -> ProcessInfo:
+    """What torchrun put into the environment; ``port`` where it names none."""
+    _demand(TORCH_VARIABLES[:-1], environment)
+    environment = {"MASTER_PORT": str(port), **environment}
     rank, local_rank, world, port = (
         _number(environment, k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )
@@ -221,17 +225,22 @@ def _check_arguments(backend: str, seed: int) -> None:
 def _check_process(process: ProcessInfo) -> None:
     if process.rank not in range(process.world_size):
         raise LaunchError(Problem("rank", f"{process.rank}, but the world size is {process.world_size}", HOW_TO_START))
+    if process.local_rank not in range(process.world_size):
+        what = f"{process.local_rank}, but the world size is {process.world_size}"
+        raise LaunchError(Problem("local rank", what, HOW_TO_START))
     if process.port not in range(1, 2**16):
         raise LaunchError(Problem("port", f"{process.port} is no port", "Give torchrun --standalone, or --port"))
 
 
-def _resolve(config: ConfigLike, process: ProcessInfo, overrides: Sequence[str]) -> Config:
+def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequence[str]) -> Config:
+    """The resolved config; ``process`` None where nobody knows how many there are."""
     if config is None:  # as the parser leaves it
         raise ConfigError(Problem("--config", "not given", "Name a config file, such as configs/demo.py"))
     keys = config.model_dump() if isinstance(config, Config) else config
-    result = resolve(keys, overrides, world_size=process.world_size, device_type=accelerator.device_type())
+    world_size = process.world_size if process else None
+    result = resolve(keys, overrides, world_size=world_size, device_type=accelerator.device_type())
     check_runnable(result.config)
-    if process.rank == 0:
+    if process and process.rank == 0:
         for warning in result.warnings:
             get_logger().warning(warning)
     return result.config

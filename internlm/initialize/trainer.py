@@ -28,7 +28,6 @@ def initialize_trainer(
     types.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
-    scheduler = NonPipelineScheduler(
-        model, criterion, types, gpc.get_group(ParallelMode.DATA), accelerator.current_device()
-    )
+    tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
+    scheduler = NonPipelineScheduler(model, criterion, types, gpc.group(tokens), accelerator.current_device())
     return Trainer(model, optimizer, scheduler, lr_scheduler, beta2_scheduler)

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm.core.parallel import ParallelEmbedding, ParallelLinear, ParallelNorm
+from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
+from internlm.core.parallel.communicator import (
+    SILENT_ATTENTION,
+    SILENT_MODEL,
+    AttentionCommunicator,
+    ModelCommunicator,
+)
 from internlm.core.parallel.placement import normal
 from internlm.model.spec import DecoderSpec
-from internlm.ops import Segments, TokenLoss, attention, linear_cross_entropy, rotary_table, split_qkv_rotary, swiglu
+from internlm.ops import Segments, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
 #: cos and sin of the rotary angles, each [T, D/2].
 Rotary = tuple[Tensor, Tensor]
@@ -23,6 +29,9 @@ Rotary = tuple[Tensor, Tensor]
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
+
+    role = "attention"
+    communicator: AttentionCommunicator = SILENT_ATTENTION
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -32,15 +41,15 @@ class Attention(nn.Module):
             c.hidden_size, (groups, per_group + 2, c.head_size), normal(c.attn_wqkv_init_std), spec.qkv_bias
         )
         out_init = normal(c.attn_other_init_std * spec.output_scale)
-        self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias)
+        self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row")
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
 
     def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, segments: Segments) -> Tensor:
         """x: [T, H] → [T, H], normalised first."""
-        qkv = self.wqkv(x, before=norm)  # [T, G, Q + 2, D]
+        qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, G, Q + 2, D]
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, segments, backend=self.backend)  # [T, G·Q, D]
-        out: Tensor = self.wo(heads.flatten(1))
+        out: Tensor = self.wo(self.communicator.to_tokens(heads.flatten(1)))
         return out
 
 
@@ -50,11 +59,10 @@ class FeedForward(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         c = spec.config
-        self.w13 = ParallelLinear(
-            c.hidden_size, (2, c.intermediate_size), normal(c.ffn_uplayer_init_std), spec.mlp_bias
-        )
+        up_init = normal(c.ffn_uplayer_init_std)
+        self.w13 = ParallelLinear(c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
         out_init = normal(c.ffn_other_init_std * spec.output_scale)
-        self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias)
+        self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """x: [T, H] → [T, H], normalised first."""
@@ -82,14 +90,21 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to logits, or, given labels, to the loss of each token without ever holding all logits."""
 
+    role = "model"
+    communicator: ModelCommunicator = SILENT_MODEL
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         c = spec.config
         self.spec = spec
-        self.embedding = ParallelEmbedding(c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale)
+        # A table that is the head's weight too must be split like that.
+        split_hidden = c.embed_split_hidden and not c.tie_word_embeddings
+        self.embedding = ParallelEmbedding(
+            c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale, split_hidden
+        )
         self.layers = nn.ModuleList(Block(spec) for _ in range(c.num_layers))
         self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
-        self.output = ParallelLinear(c.hidden_size, c.vocab_size, normal(c.out_head_init_std))
+        self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(c.out_head_init_std), c.parallel_output)
         if c.tie_word_embeddings:
             self.output.weight = self.embedding.weight
 
@@ -112,15 +127,15 @@ class Decoder(nn.Module):
         """
         x = self.hidden(input_ids, cu_seqlens, indexes)
         if labels is None:
-            logits: Tensor = self.output(x)
-            return logits.view(*input_ids.shape, -1)
-        return linear_cross_entropy(
-            x, self.output.weight, labels.flatten(), label_smoothing=label_smoothing, grad_scale=grad_scale
-        )
+            logits = self.output.logits(x)
+            return logits.view(*input_ids.shape[:-1], -1, logits.shape[-1])
+        return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> Tensor:
         """The normalised output of the last block: [T, H]."""
-        segments, positions = _pieces(input_ids, cu_seqlens, indexes)
+        segments = _segments(input_ids, cu_seqlens)
+        own = None if indexes is None else indexes.flatten()
+        positions = _positions(segments) if own is None else self.communicator.whole_positions(own)
         rotary = self._rotary(positions, segments)
         x: Tensor = self.embedding(input_ids.flatten())  # [T, H]
         for number, block in enumerate(self.layers):
@@ -145,16 +160,16 @@ class Decoder(nn.Module):
         )
 
 
-def _pieces(input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> tuple[Segments, Tensor]:
-    """The pieces that attention is confined to, and the position of each token in its piece: [T]."""
-    if cu_seqlens is None:
-        batch, seq_len = input_ids.shape
-        segments = Segments.uniform(batch, seq_len, input_ids.device)
-    else:
-        segments = Segments.from_cu_seqlens(cu_seqlens)
-    if indexes is None:
-        starts = torch.repeat_interleave(
-            segments.cu_seqlens[:-1], segments.cu_seqlens.diff(), output_size=input_ids.numel()
-        )
-        return segments, torch.arange(input_ids.numel(), device=input_ids.device) - starts
-    return segments, indexes.flatten()
+def _segments(input_ids: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    """The pieces that attention is confined to."""
+    if cu_seqlens is not None:
+        return Segments.from_cu_seqlens(cu_seqlens)
+    batch, seq_len = input_ids.shape
+    return Segments.uniform(batch, seq_len, input_ids.device)
+
+
+def _positions(segments: Segments) -> Tensor:
+    """The position of each token in its piece: [T]."""
+    bounds, tokens = segments.cu_seqlens, segments.tokens
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=tokens)
+    return torch.arange(tokens, device=bounds.device) - starts

@@ -1,7 +1,7 @@
 """Kernels of training in plain torch: right on CUDA, fast on CPU."""
 
 from internlm.ops.attention import Segments, attention, why_unavailable
-from internlm.ops.cross_entropy import TokenLoss, cross_entropy, linear_cross_entropy
+from internlm.ops.cross_entropy import TokenLoss, VocabShard, cross_entropy, linear_cross_entropy
 from internlm.ops.norm import layer_norm, rms_norm
 from internlm.ops.rotary import apply_rotary, rotary_table, split_qkv_rotary
 from internlm.ops.swiglu import swiglu
@@ -9,6 +9,7 @@ from internlm.ops.swiglu import swiglu
 __all__ = [
     "Segments",
     "TokenLoss",
+    "VocabShard",
     "apply_rotary",
     "attention",
     "cross_entropy",

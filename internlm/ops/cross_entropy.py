@@ -1,11 +1,13 @@
 """Cross entropy of next-token prediction, with the output projection and without.
 
-Shapes: T tokens, H hidden, V vocabulary, C tokens of one chunk.
+Shapes: T tokens, H hidden, V vocabulary (of a shard: the rows of its weight), C tokens of one chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,20 @@ class TokenLoss(NamedTuple):
     correct: Tensor  # [T] bool, whether no logit exceeds the label's; False where the label is ignored
 
 
+class VocabShard(Protocol):
+    """The part of the vocabulary that this rank holds."""
+
+    first: int  # number of its first token
+    columns: int  # tokens of it; the weight may have more rows, which are padding
+    total: int  # the whole vocabulary, without padding
+
+    def max_(self, x: Tensor) -> Tensor:
+        """The largest value over the ranks, element by element, in place."""
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -35,17 +51,21 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     chunk_tokens: int | None = None,
     grad_scale: float = 1.0,
+    vocab: VocabShard | None = None,
 ) -> TokenLoss:
     """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``: [T, H], [V, H], int64 [T].
 
     The logits exist for ``chunk_tokens`` tokens at a time. Gradients, where wanted, are made in the forward pass, so
     that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
+
+    With ``vocab`` the vocabulary is split over ranks: ``weight`` holds this rank's rows, as many on every rank. All
+    other arguments are the same on every rank, and so is the result; the gradient for ``x`` is to be summed over them.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
     if chunk_tokens is None:
-        chunk_tokens = _chunk_tokens(x, weight)
-    options = (label_smoothing, chunk_tokens, grad_scale)
+        chunk_tokens = default_chunk_tokens(x.device.type, weight.shape[0])
+    options = (label_smoothing, chunk_tokens, grad_scale, vocab)
     if x.device.type != "cpu":  # to count the ignored tokens would make the device wait
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
     (kept,) = torch.where(labels != IGNORED)
@@ -65,8 +85,18 @@ def cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, chunk: int, grad_scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        smoothing: float,
+        chunk: int,
+        grad_scale: float,
+        vocab: VocabShard | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        losses_and_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+            _losses_and_grad if vocab is None else partial(_sharded_losses_and_grad, vocab=vocab)
+        )
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_x else None
         # Transposed, for then the sum over chunks needs no transposed copy of the logits.
@@ -77,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             valid = labels[rows] != IGNORED
             logits = gemm.linear(x[rows], weight).to(token_loss.dtype)
-            token_loss[rows], correct[rows], dlogits = _losses_and_grad(logits, labels[rows], valid, smoothing)
+            token_loss[rows], correct[rows], dlogits = losses_and_grad(logits, labels[rows], valid, smoothing)
             dlogits = dlogits.to(x.dtype)
             if dx is not None:
                 torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
@@ -97,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
         if dweight is not None:
             dweight = _deliver(dweight.t(), factor, ctx.weight)
-        return dx, dweight, None, None, None, None
+        return dx, dweight, None, None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -138,10 +168,37 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
     return (logsumexp - wanted).where(valid, 0.0), (label_logit >= top) & valid, probs
 
 
-def _chunk_tokens(x: Tensor, weight: Tensor) -> int:
-    if x.device.type != "cpu":
+def _sharded_losses_and_grad(
+    logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float, vocab: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_losses_and_grad` of the logits of one shard (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+
+    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. Two collectives whatever the labels, so that the ranks keep in step.
+    """
+    local = labels - vocab.first
+    held = (local >= 0) & (local < vocab.columns)  # of no ignored label, which is negative
+    targets = local.where(held, 0)[:, None]
+    real = logits[:, : vocab.columns]
+    logits[:, vocab.columns :] = -torch.inf
+    top = vocab.max_(logits.amax(1))
+    sums = [logits.gather(1, targets).squeeze(1).where(held, 0.0)]
+    if smoothing:
+        sums.append(real.sum(1))
+    probs = logits.sub_(top[:, None]).exp_()
+    sum_exp, label_logit, *logit_sum = vocab.sum_(torch.stack([probs.sum(1), *sums]))
+    wanted = label_logit if not smoothing else torch.lerp(label_logit, logit_sum[0] / vocab.total, smoothing)
+    probs.div_(sum_exp[:, None])
+    if smoothing:
+        real.sub_(smoothing / vocab.total)
+    probs.scatter_add_(1, targets, held[:, None].to(probs.dtype).mul_(smoothing - 1))
+    return (top + sum_exp.log() - wanted).where(valid, 0.0), (label_logit >= top) & valid, probs
+
+
+def default_chunk_tokens(device_type: str, rows: int) -> int:
+    """Tokens of one chunk, for a weight of ``rows`` rows."""
+    if device_type != "cpu":
         return 2048
-    return min(512, max(128, _CHUNK_ELEMENTS // weight.shape[0] // 64 * 64))
+    return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
 
 
 def _grad_dtype(weight: Tensor) -> torch.dtype:

@@ -10,10 +10,11 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.context.random import derived_seed
-from internlm.core.parallel import Communicator, ParallelLinear
+from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.collectives import broadcast
-from internlm.core.parallel.communicator import SILENT
-from internlm.core.parallel.placement import initialize_parameters, placed_parameters
+from internlm.core.parallel.placement import Shard, initialize_parameters, placed_parameters, state_buffers
+from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
 from internlm.utils.dtype import default_dtype, torch_dtype
@@ -23,11 +24,19 @@ from internlm.utils.errors import ConfigError, Problem
 def create_model(model_type: str | None = None) -> nn.Module:
     """The model of the global config (or of another registered ``model_type``), its parameters drawn from the run's
     seed."""
-    return build_model(gpc.config, gpc.seed, model_type)
+
+    def share(mode: ParallelMode) -> Share:
+        return Share(gpc.get_local_rank(mode), gpc.get_world_size(mode))
+
+    sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
+    return build_model(gpc.config, gpc.seed, model_type, sharding)
 
 
-def build_model(config: Config, seed: int, model_type: str | None = None) -> nn.Module:
-    """The model that ``config`` describes, on this process's device, its parameters drawn from ``seed``."""
+def build_model(
+    config: Config, seed: int, model_type: str | None = None, sharding: Sharding | None = None
+) -> nn.Module:
+    """The model that ``config`` describes, or this rank's part of it by ``sharding``, on this process's device, its
+    parameters drawn from ``seed``."""
     register_model_initializer()
     build = model_initializer.get_module(model_type or config.model_type)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
@@ -36,7 +45,8 @@ def build_model(config: Config, seed: int, model_type: str | None = None) -> nn.
     if config.model.dtype == "torch.tf32":
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), default_dtype(dtype), device:
+    randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with randomness, default_dtype(dtype), device, building(sharding or Sharding()):
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
     initialize_parameters(model, seed)
@@ -53,25 +63,45 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     """A model ready for training: ``model`` (default: :func:`create_model`), each of its parameters placed, and equal
     on all ranks that hold copies of it, however it was made."""
     model = create_model() if model is None else model
-    for _, parameter, _ in placed_parameters(model):
-        broadcast(parameter.detach(), gpc.get_group(ParallelMode.DATA))
+    for _, parameter, placement in placed_parameters(model):
+        for mode in _copies(placement.shard):
+            broadcast(parameter.detach(), gpc.group(mode))
+    for _, buffer in state_buffers(model):
+        broadcast(buffer, gpc.group(ParallelMode.GLOBAL))
     return model
 
 
-def initialize_parallel_communicator(model: nn.Module) -> Communicator | None:
+def _copies(shard: Shard | None) -> tuple[ParallelMode, ...]:
+    """The modes over whose groups a parameter of which ``shard`` is held here is copied."""
+    split, data = (
+        (ParallelMode.WEIGHT, ParallelMode.WEIGHT_DATA) if _isp() else (ParallelMode.TENSOR, ParallelMode.DATA)
+    )
+    return (data,) if shard else (split, data)
+
+
+def _isp() -> bool:
+    return gpc.config.parallel.tensor.mode == "isp"
+
+
+def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
     """Attach the communicators of the parallel mode to the layers of ``model``; that of isp is returned, if isp is on.
 
     With data parallelism alone every layer is whole and stays with the silent communicator that it was built with.
     """
-    for module in model.modules():
-        if isinstance(module, ParallelLinear):
-            module.communicator = SILENT
-    return None
+    weight = gpc.config.parallel.weight
+    overlap = Overlap(
+        enabled=weight.overlap,
+        per_layer=weight.forward_overlap_per == "layer",
+        launch_place=LAUNCH_PLACES[weight.launch_allgather_before],
+        memory_pool=weight.memory_pool,
+    )
+    groups = gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)
+    return attach_communicators(model, gpc.config.parallel.tensor.mode, *groups, overlap)
 
 
 def initialize_model_and_parallel_communicator(
     model: nn.Module | None = None,
-) -> tuple[nn.Module, Communicator | None]:
+) -> tuple[nn.Module, WeightGatherer | None]:
     """:func:`initialize_model`, then :func:`initialize_parallel_communicator`; both results."""
     model = initialize_model(model)
     return model, initialize_parallel_communicator(model)

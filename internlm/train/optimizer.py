@@ -6,13 +6,13 @@ from torch import nn
 
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel import Communicator
+from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.schedulers import Beta2Schedule, CosineWithWarmup
 
 
 def initialize_optimizer(
-    model: nn.Module, isp_communicator: Communicator | None = None
+    model: nn.Module, isp_communicator: WeightGatherer | None = None
 ) -> tuple[HybridZeroOptimizer, Beta2Schedule, CosineWithWarmup]:
     """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config
     describes them.
@@ -24,8 +24,9 @@ def initialize_optimizer(
         model,
         config.adam,
         config.hybrid_zero_optimizer.clip_grad_norm,
-        zero_group=gpc.get_group(ParallelMode.ZERO1),
-        replica_group=gpc.get_group(ParallelMode.ZERO1_REPLICA),
+        zero_group=gpc.group(ParallelMode.ZERO1),
+        replica_group=gpc.group(ParallelMode.ZERO1_REPLICA),
+        split_groups=[gpc.group(ParallelMode.WEIGHT if config.parallel.tensor.mode == "isp" else ParallelMode.TENSOR)],
     )
     beta2 = Beta2Schedule.from_config(config.beta2_scheduler, config.adam)
     return optimizer, beta2, CosineWithWarmup.from_config(config.lr_scheduler, config.adam)

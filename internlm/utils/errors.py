@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 EXIT_USER_ERROR = 2
+EXIT_LOST_PEER = 3
+#: What gloo says of a rank that is gone, in errors without a type of their own.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,6 +109,15 @@ def _times_said(topic: str, more: int = 0) -> int:
         return more
 
 
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST_PEER)
+
+
+def _last_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".")
+
+
 def exit_on_user_error(main: F) -> F:
     """Decorate an entry point: a :class:`UserError` becomes its message on stderr and exit code 2."""
 
@@ -116,9 +128,13 @@ def exit_on_user_error(main: F) -> F:
         except UserError as error:
             report(error)
             sys.exit(EXIT_USER_ERROR)
-        except RuntimeError:  # as a collective raises when a peer is gone
-            if _times_said(_STOPPED):
-                sys.exit(EXIT_USER_ERROR)
-            raise
+        except RuntimeError as error:
+            if not _lost_peer(error):
+                raise
+            if not _times_said(_STOPPED):
+                rank = os.environ.get("RANK", "?")
+                print(f"rank {rank}: lost another rank ({_last_line(error)}). See what it said", file=sys.stderr)
+                sys.exit(EXIT_LOST_PEER)
+            sys.exit(EXIT_USER_ERROR)
 
     return wrapper  # type: ignore[return-value]

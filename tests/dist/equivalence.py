@@ -7,7 +7,7 @@ so that many rows can be compared with one serial run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,12 @@ TOLERANCES = {
 }
 
 
+def share_of_batch(world_size: int, overrides: Sequence[str]) -> str:
+    """The override that gives each rank its part of the global batch; the ranks of a tensor group share theirs."""
+    tensor = next((int(text.partition("=")[2]) for text in overrides if text.startswith("parallel.tensor.size=")), 1)
+    return f"data.micro_num={MICRO_BATCHES * tensor // world_size}"
+
+
 @functools.cache
 def train(world_size: int, overrides: tuple[str, ...] = (), steps: int = STEPS) -> Run:
     """The first ``steps`` steps of :data:`TINY` with ``overrides`` (``"key=value"``), on ``world_size`` ranks."""
@@ -125,8 +131,7 @@ def train(world_size: int, overrides: tuple[str, ...] = (), steps: int = STEPS) 
 
 
 def _train(rank: int, world_size: int, overrides: tuple[str, ...], steps: int) -> dict[str, Any]:
-    micro_num = f"data.micro_num={MICRO_BATCHES // world_size}"
-    initialize_distributed_env(TINY, overrides=(micro_num, *overrides))
+    initialize_distributed_env(TINY, overrides=(share_of_batch(world_size, overrides), *overrides))
     model, communicator = initialize_model_and_parallel_communicator(create_model())
     loader, types = build_train_loader_with_data_type()
     optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)

@@ -26,7 +26,7 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
-from tests.dist.equivalence import MICRO_BATCHES, TINY, Boxes, assemble, boxes_of
+from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
 from tests.harness.pool import run_ranks
 
 #: Steps whose samples are looked at, from where a run stands.
@@ -145,19 +145,24 @@ def _warnings() -> Iterator[list[str]]:
         logger.handlers = outer
 
 
+class Killed(Exception):
+    """Ends a run on every rank, without anything being saved."""
+
+
 class _Log(Hook):
     def __init__(self, log: list[Entry], stop_after: int | None) -> None:
         self.log, self.stop_after = log, stop_after
         self.draws = (0.0, 0.0)
 
     def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.stop_after:
+            raise Killed
         with gpc.random_streams.use(ParallelMode.TENSOR):
             from_tensor_stream = torch.rand(()).item()
         self.draws = (torch.rand(()).item(), from_tensor_stream)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self.log.append((report.step, report.result.loss, report.update.grad_norm, *self.draws))
-        trainer.stop_requested |= trainer.state.step == self.stop_after
 
 
 def _fit(
@@ -174,7 +179,7 @@ def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
 
 
 def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
-    initialize_distributed_env(TINY, overrides=(f"data.micro_num={MICRO_BATCHES // world_size}", *overrides))
+    initialize_distributed_env(TINY, overrides=(share_of_batch(world_size, overrides), *overrides))
     model = create_model()
     loader, types = build_train_loader_with_data_type()
     val_dls = build_valid_loader_with_data_type()
@@ -187,6 +192,8 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
             message = action()
         except UserError as error:
             message = error
+        except Killed:
+            message = "killed"
         except SystemExit as error:
             message = f"exit {error.code}"
     trainer, loader = builder.trainer, builder.train_dl

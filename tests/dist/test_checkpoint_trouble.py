@@ -157,9 +157,10 @@ def test_a_wrong_path_lists_what_is_there(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "ckpts").write_text("a file")
-    message = fit(2, saving(tmp_path), 2).message
-    assert "Not a directory" in message
-    assert message.endswith("Choose a folder that can be written, with room")
+    outcome = fit(2, saving(tmp_path), 2)
+    assert "File exists" in outcome.message
+    assert outcome.log == []  # found before anything was trained in vain
+    assert outcome.message.endswith("Choose a folder that can be written, with room")
 
 
 class _NoRoom(Hook):
@@ -185,3 +186,16 @@ def test_no_room_on_one_rank(rank: int, tmp_path: Path) -> None:
     assert f"{tmp_path}/ckpts/step-4: can't be written (rank {rank}: " in failed.message
     assert os.listdir(tmp_path / "ckpts") == ["step-2"]
     assert resume(2, saving(tmp_path)).state["step"] == 2
+
+
+def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, total=2))
+    warnings = fit(1, saving(tmp_path, "ckpt.auto_resume=False", total=2)).ranks[0].warnings
+    assert len(warnings) == 1
+    assert "holds step-2 of an earlier run, which this one does not resume" in warnings[0]
+
+
+def test_a_state_that_lacks_something(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, total=2))
+    (tmp_path / "ckpts" / "step-2" / "state.json").write_text('{"format": 1}')
+    assert "state.json: can't be read (KeyError('config')). Choose another one" in fit(1, saving(tmp_path)).message

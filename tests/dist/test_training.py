@@ -155,7 +155,7 @@ class _Signal(Hook):
         self._reached("before", trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._reached("after", trainer)  # after the hook that saves
+        self._reached("after", trainer)
 
     def _reached(self, where: str, trainer: Trainer, really: bool = True) -> None:
         here = (where, trainer.state.step, os.environ["RANK"]) == (self.where, self.step, str(self.rank))
@@ -174,7 +174,7 @@ SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
-    ("where", "step", "last"), [("before", 3, 4), ("forward", 3, 4), ("eval", 4, 4), ("after", 3, 4)]
+    ("where", "step", "last"), [("before", 3, 4), ("forward", 3, 4), ("eval", 4, 4), ("after", 4, 4)]
 )
 def test_a_signal_to_one_rank(number: int, code: int, where: str, step: int, last: int, tmp_path: Path) -> None:
     """All ranks stop at most one step later, save, and exit alike; the resumed run is the straight one."""
@@ -207,6 +207,24 @@ def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
     assert done.state["step"] == 8
     assert not done.message.startswith("exit")
     assert _saved_steps(tmp_path) == ["step-3", "step-6", "step-8"]
+
+
+class _Stop(Hook):
+    """Asks for a stop, as a user's hook may."""
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        trainer.stop_requested |= trainer.state.step == 4
+
+
+def test_a_hook_that_asks_for_a_stop_loses_nothing(tmp_path: Path) -> None:
+    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Stop()])
+    assert (stopped.state["step"], _saved_steps(tmp_path)) == (4, ["step-3", "step-4"])
+
+
+def test_a_run_that_is_past_its_end_says_so(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, every=3, total=6))
+    again = fit(1, saving(tmp_path, every=3, total=5))
+    assert again.ranks[0].warnings == ["already at step 6, and data.total_steps is 5: nothing to train"]
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:

@@ -66,6 +66,13 @@ def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Pa
     assert _log(tmp_path) == _log(straight)
 
 
+def test_a_rank_that_is_gone_is_told_in_a_line(data: Path, tmp_path: Path) -> None:
+    job = _run(tmp_path, data, "--signal_step", "7", "--send", "9")
+    assert job.stderr.count("rank 0: lost another rank (") == 1, job.stderr
+    assert "/internlm/" not in job.stderr  # no traceback of the one that is left
+    assert (job.returncode, job.left_behind) == (1, 0)
+
+
 def test_gloo_has_no_thread_when_the_interpreter_ends(tmp_path: Path) -> None:
     """One that still holds a tensor then would, now and then, abort the process."""
     command = [sys.executable, "-m", "tests.integration.scripts.leaving", "--config", "configs/debug/llama2.py"]

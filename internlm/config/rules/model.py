@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from internlm.config.facts import DEVICE_TYPE, Facts
 from internlm.config.rules.base import Rule, at
@@ -34,7 +34,7 @@ def kv_heads_divide_heads(config: Config, facts: Facts) -> Iterator[Problem]:
     heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
     if heads % kv_heads:
         what = f"{kv_heads} does not divide num_attention_heads = {heads}"
-        yield Problem("model.num_kv_attention_heads", what, f"Use one of {divisors(heads)}")
+        yield Problem("model.num_kv_attention_heads", what, f"Use one of {listed(divisors(heads))}")
 
 
 def experts_suffice(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -52,10 +52,15 @@ def device_has_dtype(config: Config, facts: Facts) -> Iterator[Problem]:
         )
 
 
-def divisors(number: int) -> str:
-    """Divisors of ``number``, listed."""
+def divisors(number: int) -> list[int]:
+    """Divisors of ``number``, in order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return ", ".join(map(str, sorted({*small, *(number // n for n in small)})))
+    return sorted({*small, *(number // n for n in small)})
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Numbers, as a person lists them."""
+    return ", ".join(map(str, numbers))
 
 
 RULES = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from internlm.config.facts import WORLD_SIZE, Facts
 from internlm.config.rules.base import Rule, at
-from internlm.config.rules.model import divisors
+from internlm.config.rules.model import divisors, listed
 from internlm.config.schema import Config
 from internlm.utils.errors import Problem
 
@@ -16,11 +16,27 @@ MODE = "parallel.tensor.mode"
 
 
 def tensor_size_divides_heads(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Each rank of the tensor group holds whole heads."""
+    """Each rank of the tensor group holds whole heads; isp repeats kv heads that are fewer than the ranks."""
     size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
-    if heads % size or kv_heads % size:
+    isp = config.parallel.tensor.mode == "isp"
+    if heads % size or (kv_heads % size and not (isp and size % kv_heads == 0)):
         what = f"{size} does not divide both num_attention_heads = {heads} and num_kv_attention_heads = {kv_heads}"
-        yield Problem(TENSOR, what, f"Use one of {divisors(math.gcd(heads, kv_heads))}")
+        repeated = [kv_heads * n for n in divisors(heads // kv_heads)] if isp else []
+        yield Problem(TENSOR, what, f"Use one of {listed(sorted({*divisors(math.gcd(heads, kv_heads)), *repeated}))}")
+
+
+def tensor_size_divides_widths(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Each rank of the tensor group holds equally many units of the feed-forward layer, and of the embedding where that
+    is split by them."""
+    size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
+    if mode == "isp":
+        return
+    if model.intermediate_size % size:
+        what = f"{size} does not divide the intermediate width {model.intermediate_size}"
+        yield Problem(TENSOR, what, f"Make model.multiple_of a multiple of {size}")
+    if model.embed_split_hidden and not model.tie_word_embeddings and model.hidden_size % size:
+        what = f"{size} does not divide model.hidden_size = {model.hidden_size}, by which the embedding is split"
+        yield Problem(TENSOR, what, "Set model.embed_split_hidden to False")
 
 
 def every_stage_has_layers(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -60,7 +76,7 @@ def zero_size_divides_data_group(config: Config, facts: Facts) -> Iterator[Probl
     data, rest = divmod(facts.world_size or 1, parallel.pipeline.size * inner)
     if size > 0 and not rest and data % size:
         what = f"{size} does not divide the {group} group of {data} ranks"
-        yield Problem("parallel.zero1.size", what, f"Use one of {divisors(data)}, or -1 for the whole group")
+        yield Problem("parallel.zero1.size", what, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
 
 
 def weight_needs_isp(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -127,14 +143,16 @@ def experts_divide(config: Config, facts: Facts) -> Iterator[Problem]:
     experts, size = config.model.num_experts, config.parallel.expert.size
     if experts > 1 and size > 0 and experts % size:
         what = f"{size} does not divide model.num_experts = {experts}"
-        yield Problem("parallel.expert.size", what, f"Use one of {divisors(experts)}, or -1")
+        yield Problem("parallel.expert.size", what, f"Use one of {listed(divisors(experts))}, or -1")
 
 
 HEADS = at("model", "num_attention_heads", "num_kv_attention_heads")
+WIDTHS = at("model", "hidden_size", "mlp_ratio", "multiple_of", "embed_split_hidden", "tie_word_embeddings")
 SEQUENCE_2D = at("parallel.sequence_2D", "enable", "head_size", "context_size")
 
 RULES = (
-    Rule((TENSOR, *HEADS), tensor_size_divides_heads),
+    Rule((TENSOR, MODE, *HEADS), tensor_size_divides_heads),
+    Rule((TENSOR, MODE, *WIDTHS), tensor_size_divides_widths),
     Rule((PIPELINE, *at("model", "num_layers", "num_chunks")), every_stage_has_layers),
     Rule((PIPELINE, TENSOR, WORLD_SIZE), world_size_is_divisible),
     Rule((PIPELINE, WEIGHT, MODE, WORLD_SIZE), world_size_is_divisible_by_weight),

@@ -63,7 +63,15 @@ def alerts_have_an_address(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("monitor.alert.feishu_alert_address", what, "Give the address of a webhook")
 
 
+def job_name_is_a_folder_name(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Records lie in a folder of that name."""
+    name = config.JOB_NAME
+    if not name.strip(".") or set(name) & set("/\\\0"):
+        yield Problem("JOB_NAME", f"{name!r} can't be the name of a folder", "Use letters, digits, '-' and '_'")
+
+
 RULES = (
+    Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
     Rule(at("lr_scheduler", "total_steps", "init_steps", "warmup_ratio"), warmup_ends_within_run),

@@ -12,8 +12,8 @@ from internlm.config.schema.base import Count, CountOrZero, Section
 class DataConfig(Section):
     """``data``: a step reads ``micro_num`` rows of ``packed_length`` tokens on each data-parallel rank."""
 
-    seq_len: Count
-    """Longest piece of a sample, in tokens."""
+    seq_len: Annotated[int, Field(ge=2)]
+    """Longest piece of a sample, in tokens; at least 2, for the first one is never a label."""
     micro_bsz: Count
     """Sequences per micro-batch."""
     total_steps: Count

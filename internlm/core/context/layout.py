@@ -99,6 +99,7 @@ class Layout:
             ParallelMode.ZERO1_REPLICA: _along(zero, 1),
             ParallelMode.WEIGHT: _along(weight, 2),
             ParallelMode.WEIGHT_DATA: _along(weight, 1),
+            ParallelMode.ISP_DATA: ranks.reshape(s.pipeline, -1),
             ParallelMode.EXPERT: _along(expert, 2),
             ParallelMode.EXPERT_DATA: _along(expert, 1),
             ParallelMode.EXPERT_TENSOR: _along(expert, 3),

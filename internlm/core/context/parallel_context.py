@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from internlm.config.schema import Config
+from internlm.core.context.group import Group
 from internlm.core.context.layout import Layout, ParallelSizes
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.context.random import RandomStreams, mode_seeds
@@ -123,6 +124,10 @@ class ParallelContext:
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup:
         """This rank's process group of ``mode``."""
         return self._groups[mode]
+
+    def group(self, mode: ParallelMode) -> Group:
+        """The same, for the framework's own layers."""
+        return Group.of(mode, self._groups[mode])
 
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
         """Global ranks of that group, in the order of local ranks."""

@@ -17,6 +17,7 @@ class ParallelMode(Enum):
     ZERO1_REPLICA = "zero1_replica"  # the same shard of the optimizer state
     WEIGHT = "weight"  # isp: different shards of one weight
     WEIGHT_DATA = "weight_data"  # isp: the same shard of a weight, different data
+    ISP_DATA = "isp_data"  # isp: different tokens, of the same samples or of others
     EXPERT = "expert"  # different experts
     EXPERT_DATA = "expert_data"  # the same experts, different data
     EXPERT_TENSOR = "expert_tensor"  # different slices of an expert

@@ -1,38 +1,101 @@
-"""Collectives over a process group; a group of one rank costs nothing."""
+"""Collectives over a group, counted by the ledger; a group of one rank costs nothing.
+
+Each comes in two forms: ``begin_…`` returns at once what can be waited for, the plain one waits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from internlm.core.context.group import Group
+from internlm.core.parallel.ledger import LEDGER
 
-def all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+
+class Pending:
+    """A tensor that may still be on its way."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None, then: Callable[[Tensor], Tensor] | None = None):
+        self._result, self._work, self._then = result, work, then
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._then is not None:
+            self._result, self._then = self._then(self._result), None
+        return self._result
+
+
+def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """Begin to sum ``tensor`` over the group, in place."""
+    if group.size == 1:
+        return Pending(tensor)
+    LEDGER.record(group.mode, "all-reduce", 2 * (group.size - 1) * tensor.nbytes // group.size)
+    return Pending(tensor, dist.all_reduce(tensor, op, group=group.handle, async_op=True))
+
+
+def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Pending:
+    """Begin to sum ``whole`` over the group; this rank's part of the first dimension is the result, in ``shard`` where
+    that is given (which may be a view of ``whole``)."""
+    if group.size == 1:
+        return Pending(whole if shard is None or shard.data_ptr() == whole.data_ptr() else shard.copy_(whole))
+    if shard is None:
+        shard = whole.new_empty(whole.shape[0] // group.size, *whole.shape[1:])
+    LEDGER.record(group.mode, "reduce-scatter", (group.size - 1) * shard.nbytes)
+    work = dist.reduce_scatter_single(shard, whole.contiguous(), group=group.handle, async_op=True)
+    return Pending(shard, work)
+
+
+def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Pending:
+    """Begin to put the shards of the group side by side, along the first dimension; in ``whole`` where that is given
+    (of which ``shard`` may be a view)."""
+    if group.size == 1:
+        return Pending(shard if whole is None or shard.data_ptr() == whole.data_ptr() else whole.copy_(shard))
+    if whole is None:
+        whole = shard.new_empty(shard.shape[0] * group.size, *shard.shape[1:])
+    LEDGER.record(group.mode, "all-gather", (group.size - 1) * shard.nbytes)
+    work = dist.all_gather_single(whole, shard.contiguous(), group=group.handle, async_op=True)
+    return Pending(whole, work)
+
+
+def begin_all_to_all(parts: Tensor, group: Group) -> Pending:
+    """Begin to send ``parts[i]`` to rank i; the result holds what each rank sent here. ``parts``: [size, ...]."""
+    if group.size == 1:
+        return Pending(parts)
+    LEDGER.record(group.mode, "all-to-all", (group.size - 1) * parts.nbytes // group.size)
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    work = dist.all_to_all_single(received, parts.contiguous(), group=group.handle, async_op=True)
+    return Pending(received, work)
+
+
+def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum ``tensor`` over the group, in place."""
-    if group.size() > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
+    return begin_all_reduce(tensor, group, op).wait()
 
 
-def broadcast(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Tensor:
+    """Sum ``whole`` over the group; this rank's part of it."""
+    return begin_reduce_scatter(whole, group, shard).wait()
+
+
+def all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Tensor:
+    """The shards of the group side by side."""
+    return begin_all_gather(shard, group, whole).wait()
+
+
+def all_to_all(parts: Tensor, group: Group) -> Tensor:
+    """What each rank of the group sent here."""
+    return begin_all_to_all(parts, group).wait()
+
+
+def broadcast(tensor: Tensor, group: Group) -> Tensor:
     """Make ``tensor`` what it is on the first rank of the group, in place."""
-    if group.size() > 1:
-        dist.broadcast(tensor, group=group, group_src=0)
+    if group.size > 1:
+        LEDGER.record(group.mode, "broadcast", 0 if group.rank else tensor.nbytes)
+        dist.broadcast(tensor, group=group.handle, group_src=0)
     return tensor
-
-
-def reduce_scatter(shard: Tensor, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum ``whole`` over the group; this rank's part of it goes into ``shard``, which may be a view of ``whole``."""
-    if group.size() > 1:
-        dist.reduce_scatter_single(shard, whole, group=group)
-    elif shard.data_ptr() != whole.data_ptr():
-        shard.copy_(whole)
-    return shard
-
-
-def all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Put the shards of the group side by side into ``whole``, of which ``shard`` may be a view."""
-    if group.size() > 1:
-        dist.all_gather_single(whole, shard, group=group)
-    elif shard.data_ptr() != whole.data_ptr():
-        whole.copy_(shard)
-    return whole

@@ -6,14 +6,16 @@ module types.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.context.random import derived_seed
+from internlm.core.parallel.boxes import Box, boxes_of_run
 from internlm.utils.errors import Problem, UserError
 
 #: Fills a tensor of the parameter's global shape, drawing from the generator.
@@ -31,42 +33,74 @@ def constant(value: float) -> Init:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Part ``index`` of ``count`` equal ones: along ``axis``; or, where that is None, of the rows that all axes but the
+    last make together, whose number is rounded up (what the last parts hold too much is padding, and zero)."""
+
+    mode: ParallelMode
+    index: int
+    count: int
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
 class ParamPlacement:
     """Global shape of a parameter, which part of it this rank holds, and what is still to be done to its gradient."""
 
     global_shape: tuple[int, ...]
     init: Init
-    #: The dimension that is split over ``shard_mode``, this rank holding part ``shard_index`` of ``shard_count``.
-    shard_dim: int | None = None
-    shard_mode: ParallelMode | None = None
-    shard_index: int = 0
-    shard_count: int = 1
-    #: Modes over whose groups the gradient is still a partial sum after backward (beside data parallelism).
-    partial_over: tuple[ParallelMode, ...] = ()
+    #: The part that this rank holds; None: all of it.
+    shard: Shard | None = None
+    #: The mode over whose group the gradient is still a partial sum after backward (beside data parallelism).
+    partial_over: ParallelMode | None = None
     #: Norms and biases are False: weight decay may be told to leave them out.
     is_matrix: bool = True
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the part held here."""
+        """Shape of the part held here, padding included."""
+        if self.shard is None:
+            return self.global_shape
+        if self.shard.axis is None:
+            return (-(-self._rows // self.shard.count), self.global_shape[-1])
         shape = list(self.global_shape)
-        if self.shard_dim is not None:
-            shape[self.shard_dim] //= self.shard_count
+        shape[self.shard.axis] //= self.shard.count
         return tuple(shape)
 
-    @property
-    def offset(self) -> tuple[int, ...]:
-        """Where that part begins, in each dimension."""
-        offset = [0] * len(self.global_shape)
-        if self.shard_dim is not None:
-            offset[self.shard_dim] = self.shard_index * self.local_shape[self.shard_dim]
-        return tuple(offset)
+    def boxes(self, start: int, stop: int) -> Iterator[Box]:
+        """Elements [start, stop) of the flattened local part as boxes of the whole tensor, without padding: offsets in
+        the whole, ``start`` and ``stop`` in the local part."""
+        if self.shard is None or self.shard.axis is None:
+            first, last = self._run
+            for box in boxes_of_run(self.global_shape, first + start, min(first + stop, last)):
+                yield replace(box, start=box.start - first, stop=box.stop - first)
+            return
+        axis, shape = self.shard.axis, self.local_shape
+        for box in boxes_of_run(shape, start, stop):
+            offsets = list(box.offsets)
+            offsets[axis] += self.shard.index * shape[axis]
+            yield replace(box, offsets=tuple(offsets))
 
     def local_part(self, whole: Tensor) -> Tensor:
-        """The view of ``whole`` (of the global shape) that is held here."""
-        for dim, (start, length) in enumerate(zip(self.offset, self.local_shape, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole
+        """The view of ``whole`` (of the global shape) that is held here, without padding."""
+        if self.shard is None:
+            return whole
+        if self.shard.axis is None:
+            first, last = self._run
+            return whole.view(-1)[first:last].view(-1, whole.shape[-1])
+        length = self.local_shape[self.shard.axis]
+        return whole.narrow(self.shard.axis, self.shard.index * length, length)
+
+    @property
+    def _rows(self) -> int:
+        return math.prod(self.global_shape[:-1])
+
+    @property
+    def _run(self) -> tuple[int, int]:
+        """Which elements of the flattened whole are held here, for parts that are a run of rows."""
+        total, size = math.prod(self.global_shape), math.prod(self.local_shape)
+        first = min(self.shard.index * size, total) if self.shard else 0
+        return first, min(first + size, total)
 
 
 def place(placement: ParamPlacement) -> nn.Parameter:
@@ -91,26 +125,16 @@ def placement_of(parameter: nn.Parameter, name: str) -> ParamPlacement:
     return placement
 
 
-def place_replicated(module: nn.Module) -> nn.Module:
-    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are
-    now."""
-    for parameter in module.parameters():
-        if not hasattr(parameter, "placement"):
-            values = parameter.detach().clone()
-            parameter.placement = ParamPlacement(  # type: ignore[attr-defined]
-                tuple(parameter.shape), init=_copy_of(values), is_matrix=parameter.dim() > 1
-            )
-    return module
-
-
-def _copy_of(values: Tensor) -> Init:
-    return lambda tensor, generator: tensor.copy_(values)
-
-
 def placed_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamPlacement]]:
     """Logical name, parameter and placement of each parameter, a shared one once."""
     for name, parameter in module.named_parameters():
         yield name, parameter, placement_of(parameter, name)
+
+
+def state_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each buffer that belongs to the state of ``module``; every rank holds it whole."""
+    state = module.state_dict()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in state)
 
 
 @torch.no_grad()
@@ -122,4 +146,6 @@ def initialize_parameters(module: nn.Module, seed: int) -> None:
     for name, parameter, placement in placed_parameters(module):
         generator = torch.Generator().manual_seed(derived_seed(seed, "parameter", name))
         whole = placement.init(torch.empty(placement.global_shape, dtype=torch.float32, device="cpu"), generator)
-        parameter.copy_(placement.local_part(whole))
+        part = placement.local_part(whole)
+        parameter.view(-1)[: part.numel()].copy_(part.reshape(-1))
+        parameter.view(-1)[part.numel() :].zero_()  # padding

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.scheduler.loss import TokenCrossEntropy
 from internlm.core.scheduler.result import LOSS, TOKENS, StepResult, sums_by_type
@@ -20,7 +20,8 @@ MODEL_INPUTS = ("input_ids", "cu_seqlens", "indexes")
 class NonPipelineScheduler:
     """Runs the micro-batches of a step through a model that is whole on this rank.
 
-    ``types`` is the number of data-set types; ``data_group`` joins the ranks whose batches make up the global batch.
+    ``types`` is the number of data-set types; ``data_group`` joins the ranks whose
+    tokens make up the global batch.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class NonPipelineScheduler:
         model: nn.Module,
         criterion: TokenCrossEntropy,
         types: int,
-        data_group: dist.ProcessGroup,
+        data_group: Group,
         device: torch.device,
     ) -> None:
         self.model, self.criterion, self.types = model, criterion, types

@@ -72,7 +72,7 @@ def pieces_of_shard(members: Sequence[Member], first: int, last: int) -> Iterato
 
 
 class FlatGroup:
-    """Parameters of one type and one weight decay, in flat buffers that ``shards`` ranks share."""
+    """Parameters of one kind (type, weight decay, placement), in flat buffers that ``shards`` ranks share."""
 
     def __init__(
         self,
@@ -83,7 +83,9 @@ class FlatGroup:
     ) -> None:
         self.members = lay_out(parameters)
         self.weight_decay = weight_decay
-        first = self.members[0].parameter
+        first, placement = self.members[0].parameter, self.members[0].placement
+        self.split_over = placement.shard.mode if placement.shard else None
+        self.partial_over = placement.partial_over
         numel = padded(self.members[-1].stop, shards)
         self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
         self.grads = torch.zeros(numel, dtype=_wide(first.dtype), device=first.device)

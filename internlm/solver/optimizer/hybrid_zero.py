@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig
+from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters
 from internlm.solver.optimizer.flat_group import ALIGNMENT, FlatGroup
@@ -39,7 +39,8 @@ class OptimizerStep:
 class HybridZeroOptimizer:
     """Owns the flat buffers of a model's parameters and gradients.
 
-    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it. The
+    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it;
+    ``split_groups`` are those over which parameters are split, or gradients of whole ones still partial sums. The
     gradient buffer must hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by
     the valid tokens of the global batch.
     """
@@ -49,13 +50,16 @@ class HybridZeroOptimizer:
         model: nn.Module,
         adam: AdamConfig,
         clip_grad_norm: float,
-        zero_group: dist.ProcessGroup,
-        replica_group: dist.ProcessGroup,
+        zero_group: Group,
+        replica_group: Group,
+        split_groups: Sequence[Group] = (),
     ) -> None:
         self.zero_group, self.replica_group = zero_group, replica_group
+        self.split_groups = {group.mode: group for group in split_groups}
         self.clip_grad_norm = clip_grad_norm
-        shard, shards = dist.get_rank(zero_group), dist.get_world_size(zero_group)
-        self.groups = [FlatGroup(members, decay, shard, shards) for members, decay in _kinds(model, adam)]
+        self.groups = [
+            FlatGroup(members, decay, zero_group.rank, zero_group.size) for members, decay in _kinds(model, adam)
+        ]
         self.adam = torch.optim.AdamW(
             [{"params": [group.main], "weight_decay": group.weight_decay} for group in self.groups],
             lr=adam.lr,
@@ -91,17 +95,27 @@ class HybridZeroOptimizer:
         self._update(lr, beta2, norm)
         for group in self.groups:
             group.main_to_values()
-            all_gather(group.values, group.value_shard, self.zero_group)
+            all_gather(group.value_shard, self.zero_group, group.values)
         return OptimizerStep(updated=True, grad_norm=norm)
 
     def _reduce(self, group: FlatGroup) -> None:
-        reduce_scatter(group.grad_shard, group.grads, self.zero_group)
+        reduce_scatter(group.grads, self.zero_group, group.grad_shard)
         all_reduce(group.grad_shard, self.replica_group)
+        if group.partial_over is not None:
+            all_reduce(group.grad_shard, self.split_groups[group.partial_over])
 
     def _global_norm(self) -> float:
-        """L2 norm over every logical element, hardly dependent on the layout."""
-        squares = torch.stack([_accurate_norm(group.grad_shard) ** 2 for group in self.groups]).sum()
-        return math.sqrt(all_reduce(squares, self.zero_group).item())
+        """L2 norm over every logical element, once, hardly dependent on the layout: parameters that are split have
+        other elements on each rank, those that are not the same."""
+        modes = [None, *self.split_groups]
+        squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].main.device)
+        for group in self.groups:
+            squares[modes.index(group.split_over)] += _accurate_norm(group.grad_shard) ** 2
+        all_reduce(squares, self.zero_group)
+        for mode, square in zip(modes, squares, strict=True):
+            if mode is not None:
+                all_reduce(square, self.split_groups[mode])
+        return math.sqrt(squares.sum().item())
 
     def _update(self, lr: float, beta2: float, norm: float) -> None:
         for options in self.adam.param_groups:
@@ -132,12 +146,13 @@ def _accurate_norm(flat: Tensor) -> Tensor:
 
 
 def _kinds(model: nn.Module, adam: AdamConfig) -> list[tuple[Sequence[Placed], float]]:
-    """Trainable parameters by (type, weight decay), in the order of the model."""
-    kinds: dict[tuple[torch.dtype, float], list[Placed]] = {}
+    """Trainable parameters by (type, weight decay, split over, partial over), in the order of the model."""
+    kinds: dict[tuple[object, ...], tuple[float, list[Placed]]] = {}
     for name, parameter, placement in placed_parameters(model):
         if parameter.requires_grad:
             decays = placement.is_matrix or adam.decay_norm_and_bias
-            kinds.setdefault((parameter.dtype, adam.weight_decay if decays else 0.0), []).append(
-                (name, parameter, placement)
-            )
-    return [(members, decay) for (_, decay), members in kinds.items()]
+            decay = adam.weight_decay if decays else 0.0
+            split = placement.shard and placement.shard.mode
+            kind = parameter.dtype, decay, split, placement.partial_over
+            kinds.setdefault(kind, (decay, []))[1].append((name, parameter, placement))
+    return [(members, decay) for decay, members in kinds.values()]

@@ -36,18 +36,19 @@ def build_next_token(model):
 class SendSignal(Hook):
     """Asks one rank to stop."""
 
-    def __init__(self, rank, step):
-        self.rank, self.step = rank, step
+    def __init__(self, rank, step, number):
+        self.rank, self.step, self.number = rank, step, number
 
     def before_step(self, trainer):
         if (gpc.get_global_rank(), trainer.state.step) == (self.rank, self.step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 @exit_on_user_error
 def main():
     parser = get_default_parser()
-    parser.add_argument("--signal_step", type=int, default=-1, help="step in which rank 1 gets SIGTERM")
+    parser.add_argument("--signal_step", type=int, default=-1, help="step in which rank 1 gets a signal")
+    parser.add_argument("--send", type=int, default=signal.SIGTERM, help="which one")
     args = parser.parse_args()
     initialize_distributed_env(
         config=args.config, launcher=args.launcher, master_port=args.port, seed=args.seed, overrides=args.set
@@ -62,7 +63,7 @@ def main():
         config=args.config,
         profiling=args.profiling,
         dataset_types=dataset_types,
-        extra_hooks=[SendSignal(1, args.signal_step)],
+        extra_hooks=[SendSignal(1, args.signal_step, args.send)],
     ).fit()
 
 

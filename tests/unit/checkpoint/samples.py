@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from internlm.checkpoint import folder
-from internlm.checkpoint.boxes import boxes_of_run
 from internlm.checkpoint.logical import LogicalTensor
 from internlm.checkpoint.planner import LogicalSavePlanner
 from internlm.checkpoint.storage import PlainWriter
+from internlm.core.parallel.boxes import boxes_of_run
 
 
 class Evil:

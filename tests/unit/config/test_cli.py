@@ -35,8 +35,8 @@ def test_prints_values_with_their_sources(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_says_what_this_version_can_not_run(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", str(ROOT / "configs/7B_isp_sft.py")])
-    assert "warning: parallel.weight.size: 4 is not available in this version. Use 1\n" in capsys.readouterr().err
+    main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "parallel.pipeline.size=2"])
+    assert "warning: parallel.pipeline.size: 2 is not available in this version. Use 1\n" in capsys.readouterr().err
 
 
 def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

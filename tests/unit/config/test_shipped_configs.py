@@ -25,15 +25,22 @@ def test_shipped_configs_resolve(path: str, device: str) -> None:
     assert load_config(ROOT / path, world_size=8, device_type=device).JOB_NAME
 
 
-@pytest.mark.parametrize("path", [path for path in SHIPPED if "isp" not in path])
+@pytest.mark.parametrize("path", SHIPPED)
 def test_shipped_configs_run(path: str) -> None:
     check_runnable(load_config(ROOT / path, world_size=8, device_type="cpu"))
 
 
-def test_the_isp_config_needs_what_is_still_to_come() -> None:
-    config = load_config(ROOT / "configs/7B_isp_sft.py", world_size=8)
-    assert (config.parallel.tensor.mode, config.parallel.weight.size) == ("isp", 4)
-    with pytest.raises(ConfigError, match=r"parallel\.weight\.size: 4 is not available"):
+def test_the_isp_config_uses_all_of_isp() -> None:
+    parallel = load_config(ROOT / "configs/7B_isp_sft.py", world_size=8).parallel
+    assert (parallel.tensor.mode, parallel.tensor.size, parallel.weight.size) == ("isp", 2, 4)
+    assert parallel.weight.overlap
+    assert parallel.weight.memory_pool
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if "debug" in path])
+def test_configs_with_a_feature_to_come_do_not_run(path: str) -> None:
+    config = load_config(ROOT / path, overrides=["parallel.pipeline.size=2", "data.micro_num=2"], world_size=8)
+    with pytest.raises(ConfigError, match=r"^parallel\.pipeline\.size: 2 is not available"):
         check_runnable(config)
 
 

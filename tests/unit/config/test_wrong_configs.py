@@ -71,6 +71,8 @@ SINGLE_KEYS = [
     ({"JOB_NAME": 3}, "JOB_NAME: 3 is a whole number. Give text"),
 ]
 
+TWELVE_HEADS = {"model.hidden_size": 96, "model.num_attention_heads": 12, "model.num_kv_attention_heads": 3}
+
 ACROSS_KEYS = [
     (
         {"model.hidden_size": 60},
@@ -84,13 +86,30 @@ ACROSS_KEYS = [
     ({"model.num_kv_attention_heads": 16}, "16 does not divide num_attention_heads = 8. Use one of 1, 2, 4, 8"),
     ({"model.num_experts": 4, "model.top_k": 8}, "model.top_k: 8 is more than num_experts = 4. Use at most 4"),
     (
-        {"parallel.tensor": 3},
-        "parallel.tensor.size: 3 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 8. "
+        {"parallel.tensor": 16},
+        "parallel.tensor.size: 16 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 8. "
         "Use one of 1, 2, 4, 8",
     ),
     (
         {"parallel.tensor": 4, "model.num_kv_attention_heads": 2},
         "4 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 2. Use one of 1, 2",
+    ),
+    (
+        {"parallel.tensor": {"size": 3, "mode": "isp"}, "model.num_kv_attention_heads": 2, "data.seq_len": 15},
+        "3 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 2. Use one of 1, 2, 4, 8",
+    ),
+    (
+        {"parallel.tensor": {"size": 2, "mode": "isp"}, **TWELVE_HEADS},
+        "2 does not divide both num_attention_heads = 12 and num_kv_attention_heads = 3. Use one of 1, 3, 6, 12",
+    ),
+    (
+        {"parallel.tensor": 8, "model.multiple_of": 4},
+        "parallel.tensor.size: 8 does not divide the intermediate width 172. Make model.multiple_of a multiple of 8",
+    ),
+    (
+        {"parallel.tensor": 8, "model.hidden_size": 60, "model.head_dim": 8},
+        "parallel.tensor.size: 8 does not divide model.hidden_size = 60, by which the embedding is split. "
+        "Set model.embed_split_hidden to False",
     ),
     (
         {"parallel.pipeline": 4, "model.num_chunks": 2},
@@ -189,6 +208,24 @@ def test_one_mistake_gives_one_problem(changes: dict[str, Any], expected: str) -
     assert "pydantic" not in problems[0]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.tensor": {"size": 4, "mode": "isp"}, "model.num_kv_attention_heads": 2},
+        {"parallel.tensor": {"size": 8, "mode": "isp"}, "model.num_kv_attention_heads": 2},
+        {"parallel.tensor": {"size": 8, "mode": "isp"}, "model.multiple_of": 4},
+        {"parallel.tensor": {"size": 8, "mode": "isp"}, "model.hidden_size": 60, "model.head_dim": 8},
+        {"parallel.tensor": 4, "model.multiple_of": 4},
+        {"parallel.tensor": 8, "model.hidden_size": 60, "model.head_dim": 8, "model.embed_split_hidden": False},
+        {"parallel.tensor": 8, "model.hidden_size": 60, "model.head_dim": 8, "model.tie_word_embeddings": True},
+        {"parallel.tensor": {"size": 8, "mode": "msp"}},
+        {"parallel.tensor": {"size": 2, "mode": "isp"}, "parallel.weight": 4},
+    ],
+)
+def test_what_can_be_split_is_right(changes: dict[str, Any]) -> None:
+    assert problems_of(changes, world_size=8) == []
+
+
 @pytest.mark.parametrize(("changes", "facts", "expected"), WITH_FACTS)
 def test_mistakes_that_facts_reveal(changes: dict[str, Any], facts: dict[str, Any], expected: str) -> None:
     assert problems_of(changes) == []
@@ -203,7 +240,7 @@ def test_all_mistakes_are_told_together() -> None:
         "model.num_layers": "4",
         "model.hidden_sizze": 3,
         "adam.lr": NAN,
-        "parallel.tensor": 3,
+        "parallel.tensor": 16,
         "data.skip_batches": "x",
     }
     where = [problem.partition(":")[0] for problem in problems_of(wrong, world_size=4)]
@@ -241,7 +278,9 @@ def test_a_misspelt_key_is_not_missing_as_well() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.num_attention_heads": 0, "parallel.tensor": 3},
+        {"model.num_attention_heads": 0, "parallel.tensor": 3, "model.hidden_size": 96, "model.multiple_of": 96},
+        {"model.mlp_ratio": 0, "parallel.tensor": 4, "model.multiple_of": 6},
+        {"model.hidden_size": "60", "model.head_dim": 8, "parallel.tensor": 4},
         {"model.num_attention_heads": "8", "model.num_kv_attention_heads": 3},
         {"data.total_steps": -1, "lr_scheduler": {"init_steps": 10**6}},
         {"data.micro_num": 0, "parallel.pipeline": 4},

@@ -52,6 +52,7 @@ def test_defaults() -> None:
         "backend": None,
         "seed": 1024,
         "profiling": False,
+        "ledger": False,
         "set": [],
     }
 
@@ -121,13 +122,17 @@ def test_slurm_environment(host: str | None, expected: str) -> None:
     assert launch.read_slurm_environment(SLURM, host, 8888) == ProcessInfo(5, 8, 1, expected, 8888)
 
 
+def test_torchs_port_may_come_from_the_command_line() -> None:
+    assert launch.read_torch_environment(without(TORCH, "MASTER_PORT"), 7777).port == 7777
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({}, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set. Start with: torchrun "),
+        ({}, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR: not set. Start with: torchrun "),
         (
             without(TORCH, "WORLD_SIZE", "MASTER_PORT"),
-            "WORLD_SIZE, MASTER_PORT: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
+            "WORLD_SIZE: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
         ),
         (TORCH | {"RANK": "first"}, "RANK: 'first' is not a number. Start with: torchrun "),
         (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT: '' is not a number. Start with: torchrun "),

@@ -55,6 +55,7 @@ def test_groups_are_as_large_as_asked(any_layout: Layout) -> None:
         ParallelMode.ZERO1_REPLICA: s.zero_parent // s.zero,
         ParallelMode.WEIGHT: s.weight,
         ParallelMode.WEIGHT_DATA: s.weight_data,
+        ParallelMode.ISP_DATA: s.world // s.pipeline,
         ParallelMode.EXPERT: s.expert,
         ParallelMode.EXPERT_DATA: s.expert_data,
         ParallelMode.EXPERT_TENSOR: s.expert_tensor,

@@ -247,7 +247,7 @@ def test_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_a_wrong_tokenizer_shows_at_once(tmp_path: Path) -> None:
-    write_bin(tmp_path / "a/x.bin", [[1]])
+    write_bin(tmp_path / "a/x.bin", [[1, 2]])
     write_bin(tmp_path / "b/x.bin", [[VOCAB]])
     with pytest.raises(DataError, match=r"b/x\.bin:1"):
         opened(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -8,10 +9,28 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from internlm.ops import cross_entropy, linear_cross_entropy, reference
+from internlm.ops.cross_entropy import _losses_and_grad, _sharded_losses_and_grad
 from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error
 
 TOKENS, HIDDEN, VOCAB = 23, 12, 31
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass
+class Alone:
+    """The whole vocabulary on one rank: what it holds is the sum and the maximum over the ranks."""
+
+    total: int = VOCAB
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        self.columns = self.total
+
+    def max_(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
 
 
 def labels_with(ignored: list[int]) -> Tensor:
@@ -149,3 +168,48 @@ def test_without_gradients_none_are_made() -> None:
     with torch.no_grad(), LargestTensor() as largest:
         linear_cross_entropy(x, weight, torch.zeros(8, dtype=torch.int64))
     assert largest.elements < weight.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_shard_of_the_whole_vocabulary_equals_reference(dtype: torch.dtype, smoothing: float) -> None:
+    """Its weight has rows of padding, which are no part of the vocabulary."""
+    labels = labels_with([0, 5])
+    assert_parity(
+        lambda x, w: (
+            linear_cross_entropy(
+                x, w, labels, label_smoothing=smoothing, chunk_tokens=7, grad_scale=0.25, vocab=Alone()
+            ).loss_sum
+        ),
+        lambda x, w: exact_sum(x, w[:VOCAB], labels, smoothing, 0.25),
+        randn(TOKENS, HIDDEN, dtype=dtype),
+        randn(VOCAB + 2, HIDDEN, dtype=dtype, seed=1),
+    )
+
+
+def test_shard_with_labels_far_from_the_largest_logit() -> None:
+    weight, x = torch.tensor([[300.0], [-300.0], [0.0]]), torch.ones(2, 1)
+    loss = linear_cross_entropy(x, weight, torch.tensor([0, 1]), vocab=Alone(total=3))
+    assert loss.token_loss.tolist() == [0.0, 600.0]
+
+
+def test_logits_of_a_shard_exist_one_chunk_at_a_time() -> None:
+    x, weight = randn(512, 4), randn(300, 4, seed=1)
+    with LargestTensor() as largest:
+        linear_cross_entropy(
+            x, weight, torch.zeros(512, dtype=torch.int64), label_smoothing=0.1, chunk_tokens=32, vocab=Alone(299)
+        )
+    assert largest.elements == 32 * 300
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_tokens_among_those_of_a_shard(smoothing: float) -> None:
+    """As where ignored tokens are not dropped beforehand; gradients of their logits are left to the caller."""
+    logits, labels = randn(TOKENS, VOCAB).detach(), labels_with([0, 5])
+    valid = labels != -100
+    loss, correct, grad = _losses_and_grad(logits.clone(), labels, valid, smoothing)
+    ours = _sharded_losses_and_grad(logits, labels, valid, smoothing, Alone())
+    torch.testing.assert_close(ours[0], loss)
+    assert torch.equal(ours[1], correct)
+    torch.testing.assert_close(ours[2][valid], grad[valid])
+    assert ours[2].isfinite().all()

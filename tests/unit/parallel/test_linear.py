@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -11,11 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internlm.core.parallel import Communicator, ParallelLinear, ParallelNorm
+from internlm.core.parallel.collectives import Pending
 from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.ops import swiglu
 from internlm.utils.dtype import default_dtype
 
+Deliver = Callable[[Tensor], "Tensor | None"]
 TOKENS, WIDTH = 5, 4
 OUT_SHAPES = [6, (2, 3), (2, 3, 2)]
 
@@ -128,13 +130,14 @@ def test_the_splits_of_a_fused_projection_keep_their_axes() -> None:
 
 # -- hooks
 
-FORWARD = ["gather_input", "gather_weight", "reduce_output"]
-BACKWARD = ["gather_grad_output", "gather_weight", "reduce_grad_input", "gather_input"]
+FORWARD = ["gather_input", "gather_weight", "reduce_output", "release_weight"]
+BACKWARD = ["gather_grad_output", "gather_input", "gather_weight backward", "release_weight", "reduce_grad_input"]
 
 #: By what each hook of :class:`Scaling` multiplies. Powers of two, so that products are exact.
 FACTORS = {
     "gather_input": 2.0,
     "gather_weight": 4.0,
+    "gather_weight backward": 128.0,
     "reduce_output": 8.0,
     "gather_grad_output": 16.0,
     "reduce_grad_input": 32.0,
@@ -143,21 +146,34 @@ FACTORS = {
 
 
 class Scaling(Communicator):
-    """Multiplies what it is given, as a collective over ranks with equal tensors would, and remembers its calls."""
+    """Multiplies what it is given, as a collective over ranks with equal tensors would, and remembers its calls; what
+    may be waited for later is multiplied no sooner."""
 
-    def __init__(self, splits_weight: bool = False) -> None:
-        self.splits_weight = splits_weight
+    def __init__(self, splits_weight: bool = False, keeps_gathered_input: bool = False) -> None:
+        self.splits_weight, self.keeps_gathered_input = splits_weight, keeps_gathered_input
         self.calls: list[str] = []
+        self.gathered: list[Tensor] = []
+        self.late: Callable[[], object] | None = None
 
     def _scale(self, hook: str, tensor: Tensor) -> Tensor:
         self.calls.append(hook)
         return tensor * FACTORS[hook]
 
-    def gather_input(self, x: Tensor) -> Tensor:
-        return self._scale("gather_input", x)
+    def _later(self, hook: str, tensor: Tensor) -> Pending:
+        self.calls.append(hook)
+        return Pending(tensor, then=lambda tensor: tensor * FACTORS[hook])
 
-    def gather_weight(self, weight: Tensor) -> Tensor:
-        return self._scale("gather_weight", weight)
+    def gather_input(self, x: Tensor) -> Pending:
+        return self._later("gather_input", x)
+
+    def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
+        hook = "gather_weight backward" if backward else "gather_weight"
+        self.gathered.append(self._scale(hook, weight.flatten(0, -2)))
+        return self.gathered[-1]
+
+    def release_weight(self, whole: Tensor) -> None:
+        self.calls.append("release_weight")
+        assert whole is self.gathered.pop()
 
     def reduce_output(self, y: Tensor) -> Tensor:
         return self._scale("reduce_output", y)
@@ -165,38 +181,78 @@ class Scaling(Communicator):
     def gather_grad_output(self, dy: Tensor) -> Tensor:
         return self._scale("gather_grad_output", dy)
 
-    def reduce_grad_input(self, dx: Tensor) -> Tensor:
-        return self._scale("reduce_grad_input", dx)
+    def reduce_grad_input(self, dx: Tensor) -> Pending:
+        return self._later("reduce_grad_input", dx)
 
-    def reduce_grad_weight(self, dw: Tensor) -> Tensor:
-        return self._scale("reduce_grad_weight", dw)
+    def reduce_grad_weight(self, dw: Tensor, deliver: Deliver) -> Tensor | None:
+        return deliver(self._scale("reduce_grad_weight", dw))
+
+
+class Late(Scaling):
+    """Has the gradient delivered when the test says so."""
+
+    def reduce_grad_weight(self, dw: Tensor, deliver: Deliver) -> None:
+        scaled = self._scale("reduce_grad_weight", dw)
+        self.late = lambda: deliver(scaled)
+
+
+def with_main_grads(layer: ParallelLinear) -> ParallelLinear:
+    for parameter in layer.parameters():
+        attach_main_grad(parameter, torch.zeros_like(parameter))
+    return layer
 
 
 @pytest.mark.parametrize("with_main_grad", [False, True])
+@pytest.mark.parametrize("keeps_gathered_input", [False, True])
 @pytest.mark.parametrize("splits_weight", [False, True])
-def test_each_hook_is_called_in_its_place(splits_weight: bool, with_main_grad: bool) -> None:
-    layer = linear()
-    if with_main_grad:
-        for parameter in layer.parameters():
-            attach_main_grad(parameter, torch.zeros_like(parameter))
-    layer.communicator = comm = Scaling(splits_weight)
+def test_each_hook_is_called_in_its_place(
+    splits_weight: bool, keeps_gathered_input: bool, with_main_grad: bool
+) -> None:
+    layer = with_main_grads(linear()) if with_main_grad else linear()
+    layer.communicator = comm = Scaling(splits_weight, keeps_gathered_input)
     x, dy = inputs(layer)
     expected, f = reference(layer, x, dy), FACTORS
     y = layer(x)
     assert sorted(comm.calls[:2]) == FORWARD[:2]  # in either order, but before the product
-    assert comm.calls[2:] == FORWARD[2:]
+    assert sorted(comm.calls[2:]) == sorted(FORWARD[2:])
     comm.calls.clear()
     y.backward(dy)
-    assert sorted(comm.calls) == sorted(BACKWARD + ["reduce_grad_weight"] * splits_weight)
-    assert comm.calls[0] == "gather_grad_output"
+    wanted_calls = [call for call in BACKWARD if call != "gather_input" or not keeps_gathered_input]
+    assert comm.calls == wanted_calls + ["reduce_grad_weight"] * splits_weight
+    assert comm.gathered == []
 
-    product = math.prod(f[hook] for hook in FORWARD) * (expected["y"] - layer.bias)
+    product = f["gather_input"] * f["gather_weight"] * f["reduce_output"] * (expected["y"] - layer.bias)
     assert close(y, product + layer.bias), "the bias is added once, after the ranks' parts are summed"
-    assert close(x.grad, f["gather_grad_output"] * f["gather_weight"] * f["reduce_grad_input"] * expected["x"])
+    assert close(x.grad, f["gather_grad_output"] * f["gather_weight backward"] * f["reduce_grad_input"] * expected["x"])
     reduced = f["reduce_grad_weight"] if splits_weight else 1.0
     wanted = f["gather_grad_output"] * f["gather_input"] * reduced * expected["weight"]
     assert close(layer.weight.grad, wanted)
-    assert close(layer.bias.grad, f["gather_grad_output"] * expected["bias"])
+    assert close(layer.bias.grad, expected["bias"]), "so it sees the gradient of this rank's tokens alone"
+
+
+def test_a_gradient_may_be_delivered_late() -> None:
+    layer = with_main_grads(linear())
+    layer.communicator = comm = Late(splits_weight=True)
+    x, dy = inputs(layer)
+    layer(x).backward(dy)
+    assert layer.weight.main_grad.eq(0).all()
+    assert comm.late is not None
+    assert comm.late() is None
+    factor = FACTORS["gather_grad_output"] * FACTORS["gather_input"] * FACTORS["reduce_grad_weight"]
+    assert close(layer.weight.main_grad, factor * reference(layer, x, dy)["weight"])
+
+
+def test_nothing_is_said_about_gradients_that_are_not_needed() -> None:
+    layer = linear().requires_grad_(False)
+    layer.communicator = comm = Scaling(splits_weight=True)
+    x, dy = inputs(layer)
+    layer(x).backward(dy)
+    assert not {"reduce_grad_weight"} & set(comm.calls)
+    assert comm.calls.count("gather_input") == 1
+    layer = linear()
+    layer.communicator = comm = Scaling(splits_weight=True)
+    layer(x.detach()).backward(dy)
+    assert not {"reduce_grad_input", "gather_weight backward"} & set(comm.calls)
 
 
 class Halves(Communicator):
@@ -207,27 +263,40 @@ class Halves(Communicator):
     def __init__(self, other: Tensor, dim: int) -> None:
         self.other, self.dim = other, dim
 
-    def gather_weight(self, weight: Tensor) -> Tensor:
-        return torch.cat([weight, self.other], self.dim)
+    def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
+        return torch.cat([weight, self.other], self.dim).flatten(0, -2)
 
-    def reduce_grad_weight(self, dw: Tensor) -> Tensor:
+    def reduce_grad_weight(self, dw: Tensor, deliver: Deliver) -> Tensor | None:
         whole = list(self.other.shape)
         whole[self.dim] *= 2
-        return dw.view(whole).narrow(self.dim, 0, whole[self.dim] // 2)
+        return deliver(dw.view(whole).narrow(self.dim, 0, whole[self.dim] // 2).contiguous())
 
 
+@pytest.mark.parametrize("with_main_grad", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_a_gathered_weight_gives_the_whole_output(dim: int) -> None:
+def test_a_gathered_weight_gives_the_whole_output(dim: int, with_main_grad: bool) -> None:
     whole = linear((2, 6), bias=False)
     layer = linear((2, 6), bias=False)
     mine, other = (half.detach().clone() for half in whole.weight.chunk(2, dim))
     layer.weight = torch.nn.Parameter(mine)
     layer.communicator = Halves(other, dim)
+    if with_main_grad:
+        with_main_grads(layer)
     x, dy = inputs(whole)
     y = layer(x)
     assert torch.equal(y, whole(x))
     y.backward(dy)
     assert close(layer.weight.grad, reference(whole, x, dy)["weight"].chunk(2, dim)[0])
+
+
+def test_a_split_output_has_the_shape_of_what_is_held() -> None:
+    with default_dtype(torch.float64), building(Sharding("mtp", tensor=Share(1, 3))):
+        layer = ParallelLinear(WIDTH, (2, 6), normal(1.0), bias=True, split_axis=1)
+    initialize_parameters(layer, seed=1)
+    whole = linear((2, 6), bias=False)
+    x, _ = inputs(whole)
+    assert layer(x).shape == (TOKENS, 2, 2)
+    assert close(layer(x), whole(x)[:, :, 2:4])
 
 
 def test_two_layers_may_have_different_communicators() -> None:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from internlm.core.context.group import Group
+from internlm.core.context.parallel_mode import ParallelMode
+
 
 @pytest.fixture
-def alone() -> Iterator[dist.ProcessGroup]:
+def alone() -> Iterator[Group]:
     """The group of this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
+    yield Group.of(ParallelMode.ZERO1, dist.group.WORLD)
     dist.destroy_process_group()

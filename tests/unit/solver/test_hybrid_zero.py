@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig
+from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
 from internlm.core.trainer import Trainer
@@ -52,7 +52,7 @@ def plain_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
     return norms
 
 
-def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: dist.ProcessGroup) -> list[float]:
+def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: Group) -> list[float]:
     optimizer = HybridZeroOptimizer(model, adam, clip, group, group)
     norms = []
     for (ids, labels), lr, beta2 in zip(batches(), LR, BETA2, strict=True):
@@ -67,7 +67,7 @@ def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: dist.Process
 @pytest.mark.parametrize("decay_norm_and_bias", [True, False])
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6], ids=["no clipping", "clipping", "clipping out of reach"])
 @pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2"])
-def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool, alone: dist.ProcessGroup) -> None:
+def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool, alone: Group) -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-6, decay_norm_and_bias=decay_norm_and_bias)
     ours, theirs = decoder(family), decoder(family)
     norms = plain_run(theirs, adam, clip)
@@ -77,7 +77,7 @@ def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool, a
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12), name
 
 
-def test_float32_steps_are_torchs_too(alone: dist.ProcessGroup) -> None:
+def test_float32_steps_are_torchs_too(alone: Group) -> None:
     """There the fused kernel does the clipping."""
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(dtype=torch.float32) for _ in range(2))
@@ -86,7 +86,7 @@ def test_float32_steps_are_torchs_too(alone: dist.ProcessGroup) -> None:
         assert (one - other).abs().max() <= 1e-5
 
 
-def test_tied_and_frozen_parameters(alone: dist.ProcessGroup) -> None:
+def test_tied_and_frozen_parameters(alone: Group) -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(tie_word_embeddings=True) for _ in range(2))
     for model in (ours, theirs):
@@ -99,7 +99,7 @@ def test_tied_and_frozen_parameters(alone: dist.ProcessGroup) -> None:
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_accumulate_over_micro_batches(alone: dist.ProcessGroup) -> None:
+def test_gradients_accumulate_over_micro_batches(alone: Group) -> None:
     adam, (ids, labels) = AdamConfig(lr=1e-2), next(batches())
     at_once, one_by_one = decoder(), decoder()
     optimizers = [HybridZeroOptimizer(model, adam, 0.0, alone, alone) for model in (at_once, one_by_one)]
@@ -110,7 +110,7 @@ def test_gradients_accumulate_over_micro_batches(alone: dist.ProcessGroup) -> No
     assert norms[0] == pytest.approx(norms[1], rel=1e-12)
 
 
-def test_bfloat16_parameters_are_the_rounded_main_parameters(alone: dist.ProcessGroup) -> None:
+def test_bfloat16_parameters_are_the_rounded_main_parameters(alone: Group) -> None:
     model = decoder(dtype=torch.bfloat16)
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
     loss_of(model, *next(batches())).backward()
@@ -122,7 +122,7 @@ def test_bfloat16_parameters_are_the_rounded_main_parameters(alone: dist.Process
         assert torch.equal(group.values, group.main.bfloat16())
 
 
-def test_a_foreign_module_is_trained_once_it_is_placed(alone: dist.ProcessGroup) -> None:
+def test_a_foreign_module_is_trained_once_it_is_placed(alone: Group) -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(UserError, match=r"model parameter 'weight': has no ParamPlacement"):
         HybridZeroOptimizer(linear, AdamConfig(lr=0.1), 0.0, alone, alone)
@@ -133,7 +133,7 @@ def test_a_foreign_module_is_trained_once_it_is_placed(alone: dist.ProcessGroup)
     assert not torch.equal(linear.bias, before)
 
 
-def test_zero_grad_forgets(alone: dist.ProcessGroup) -> None:
+def test_zero_grad_forgets(alone: Group) -> None:
     model = decoder()
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.0, alone, alone)
     loss_of(model, *next(batches())).backward()
@@ -145,7 +145,7 @@ def test_zero_grad_forgets(alone: dist.ProcessGroup) -> None:
 
 
 @pytest.fixture
-def trainer(alone: dist.ProcessGroup) -> Trainer:
+def trainer(alone: Group) -> Trainer:
     """A trainer that has done one good step."""
     model = decoder(dtype=torch.float32)
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)

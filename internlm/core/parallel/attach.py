@@ -1,0 +1,164 @@
+"""Attaching communicators: a table from mode and role to what a layer shall talk through.
+
+A layer says its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``, ``"attention"``, ``"model"``) and has
+an attribute ``communicator``. For a role of your own, whose weights are split like those of another::
+
+    @register_communicator("msp", "my role", like="column")
+    def build(ties: Ties, layer: nn.Module) -> Communicator: ...
+
+In modes for which nothing is registered, the layer gets what that other role gets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
+
+from internlm.core.context.group import Group
+from internlm.core.parallel.communicator import SILENT, Communicator
+from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
+from internlm.core.parallel.placement import ParamPlacement, placement_of
+from internlm.core.parallel.sequence import (
+    FspColumn,
+    MspColumn,
+    SequenceHead,
+    SequenceRow,
+    sum_to_tokens,
+    units_to_tokens,
+)
+from internlm.core.parallel.sharding import LIKE
+from internlm.core.parallel.tensor import (
+    HiddenEmbedding,
+    MtpColumn,
+    MtpRow,
+    SplitHead,
+    VocabEmbedding,
+    sum_to_all,
+    units_to_all,
+)
+from internlm.core.parallel.weight_gatherer import Linear, Overlap, WeightGatherer
+
+SPLITS_WEIGHT_ROLES = ("column", "row", "head")
+
+
+@dataclass(frozen=True)
+class Ties:
+    """The groups over which a model is split; under isp also who gathers its weights."""
+
+    tensor: Group
+    weight: Group
+    gatherer: WeightGatherer | None = None
+    numbers: Mapping[nn.Module, int] = field(default_factory=dict)  # of the linears, in the order in which they run
+    blocks: Mapping[nn.Module, int] = field(default_factory=dict)  # in which each module lies
+
+
+Build = Callable[[Ties, Any], Any]
+TABLE: dict[tuple[str, str], Build] = {}
+
+
+def register_communicator(mode: str, role: str, like: str | None = None) -> Callable[[Build], Build]:
+    """Decorate a function that builds the communicator of a layer in ``role`` under ``mode``. A role of your own must
+    be registered before the model is built, and says of which other it is ``like``."""
+
+    def register(build: Build) -> Build:
+        TABLE[mode, role] = build
+        if like is not None:
+            LIKE[role] = like
+        return build
+
+    return register
+
+
+def _embedding(combine_units: Any, combine_sum: Any) -> Build:
+    def build(ties: Ties, layer: Any) -> VocabEmbedding | HiddenEmbedding:
+        placement: ParamPlacement = layer.weight.placement
+        if placement.shard is not None and placement.shard.axis is not None:
+            return HiddenEmbedding(ties.tensor, combine_units)
+        return VocabEmbedding(ties.tensor, placement, combine_sum)
+
+    return build
+
+
+def _isp_linear(ties: Ties, layer: Any) -> Communicator:
+    return IspLinear(ties.gatherer, ties.numbers[layer]) if ties.gatherer else SILENT
+
+
+def _isp_head(ties: Ties, layer: Any) -> TokensHead:
+    return IspHead(ties.gatherer, ties.numbers[layer], ties.tensor) if ties.gatherer else TokensHead(ties.tensor)
+
+
+def _isp_attention(ties: Ties, layer: Any) -> IspAttention:
+    gatherer = ties.gatherer
+    before = partial(gatherer.before_attention, ties.blocks[layer]) if gatherer else lambda: None
+    return IspAttention(ties.tensor, before)
+
+
+TABLE |= {
+    ("mtp", "column"): lambda ties, layer: MtpColumn(ties.tensor),
+    ("mtp", "row"): lambda ties, layer: MtpRow(ties.tensor),
+    ("mtp", "head"): lambda ties, layer: SplitHead(ties.tensor, layer.weight.placement),
+    ("mtp", "embedding"): _embedding(units_to_all, sum_to_all),
+    ("msp", "column"): lambda ties, layer: MspColumn(ties.tensor),
+    ("msp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
+    ("msp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
+    ("msp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
+    ("fsp", "column"): lambda ties, layer: FspColumn(ties.tensor),
+    ("fsp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
+    ("fsp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
+    ("fsp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
+    ("isp", "column"): _isp_linear,
+    ("isp", "row"): _isp_linear,
+    ("isp", "head"): _isp_head,
+    ("isp", "embedding"): lambda ties, layer: IspEmbedding(ties.weight, layer.weight.placement.global_shape[0]),
+    ("isp", "attention"): _isp_attention,
+    ("isp", "model"): lambda ties, layer: IspModel(ties.tensor),
+}
+
+
+def attach_communicators(
+    model: nn.Module, mode: str, tensor: Group, weight: Group, overlap: Overlap | None = None
+) -> WeightGatherer | None:
+    """Give every layer of ``model`` that has a role its communicator; under isp, return who gathers the weights."""
+    split = weight.size * tensor.size > 1 if mode == "isp" else tensor.size > 1
+    if not split:
+        return None
+    gathers = mode == "isp" and weight.size > 1
+    ties = _isp_ties(model, tensor, weight, overlap or Overlap()) if gathers else Ties(tensor, weight)
+    for module in model.modules():
+        role = getattr(module, "role", "")
+        build = TABLE.get((mode, role)) or TABLE.get((mode, LIKE.get(role, "")))
+        if build is not None:
+            module.communicator = build(ties, module)
+    return ties.gatherer
+
+
+def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> Ties:
+    names = {module: name for name, module in model.named_modules()}
+    numbers: dict[nn.Module, int] = {}
+    members: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
+    linears: list[Linear] = []
+    for module, name in names.items():
+        role = getattr(module, "role", "")
+        if LIKE.get(role, role) in SPLITS_WEIGHT_ROLES:
+            parameter = cast(nn.Parameter, module.weight)
+            place = members.get(block_of(name), 0)
+            members[block_of(name)] = place + 1
+            numbers[module] = len(linears)
+            rows = math.prod(placement_of(parameter, name).global_shape[:-1])
+            linears.append(Linear(parameter, rows, list(members).index(block_of(name)), place))
+    blocks = {
+        module: list(members).index(block_of(name)) for module, name in names.items() if block_of(name) in members
+    }
+    return Ties(tensor, weight, WeightGatherer(weight, linears, overlap), numbers, blocks)
+
+
+def block_of(name: str) -> str:
+    """The block in which the module of that name lies: its name up to the first number; else the whole name."""
+    parts = name.split(".")
+    ends = [i + 1 for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: ends[0]]) if ends else name

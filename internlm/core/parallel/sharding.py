@@ -1,0 +1,117 @@
+"""Which part of a parameter this rank holds: a table by mode and role. No process group is needed.
+
+A *role* says what a layer is to the parallel modes:
+
+=============  =====================================================================================
+``column``     a linear whose output is split: query/key/value, gate and up projection
+``row``        a linear whose input is split: the projections that write into the residual stream
+``head``       the linear from hidden units to the vocabulary
+``embedding``  the table from the vocabulary to hidden units
+``replicated`` whatever each rank holds whole: norms, biases of row linears
+=============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel.placement import Init, ParamPlacement, Shard
+from internlm.utils.errors import Problem, UserError
+
+#: Modes that split activations outside the linears along the sequence.
+SEQUENCE_MODES = ("msp", "fsp", "isp")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Place ``rank`` of ``size``."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A mode, and this rank's place in the groups that it uses."""
+
+    mode: str = "mtp"
+    tensor: Share = Share()
+    weight: Share = Share()
+
+    def weight_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
+        """Placement of the weight of a layer in ``role``; ``axis`` is the one by which mtp, msp and fsp split a
+        ``column``."""
+        if self.mode == "isp":
+            return ParamPlacement(shape, init, self._shard(ParallelMode.WEIGHT, self.weight, None))
+        axes = {"column": axis, "row": len(shape) - 1, "head": None, "embedding": None, "embedding by hidden units": 1}
+        role = LIKE.get(role, role)
+        if role not in axes:
+            known = ", ".join(["column", "row", "head", *LIKE])
+            raise UserError(Problem("role", f"{role!r} is unknown (known: {known})", "Register it with like='column'"))
+        return ParamPlacement(shape, init, self._shard(ParallelMode.TENSOR, self.tensor, axes[role]))
+
+    def bias_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
+        """Placement of a bias: split like the output that it is added to, or whole."""
+        if LIKE.get(role, role) == "column" and self.mode != "isp":
+            shard = self._shard(ParallelMode.TENSOR, self.tensor, axis)
+            return ParamPlacement(shape, init, shard, is_matrix=False)
+        return self.replicated(shape, init)
+
+    def replicated(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
+        """Placement of a vector that every rank holds whole, and applies to the tokens that it has."""
+        partial = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, "isp": ParallelMode.WEIGHT}
+        return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
+
+    @staticmethod
+    def _shard(mode: ParallelMode, share: Share, axis: int | None) -> Shard | None:
+        return Shard(mode, share.rank, share.size, axis) if share.size > 1 else None
+
+    def foreign(self, shape: tuple[int, ...], init: Init, is_matrix: bool) -> ParamPlacement:
+        """Placement of a parameter of a module that knows nothing of all this: every rank holds it whole, and applies
+        it to all tokens that the loader gives it."""
+        partial = ParallelMode.WEIGHT if self.mode == "isp" else None
+        return ParamPlacement(shape, init, partial_over=partial, is_matrix=is_matrix)
+
+
+#: Of a rank that shares nothing.
+WHOLE = Share()
+
+#: Roles of users' own, and which of ours each is like.
+LIKE: dict[str, str] = {}
+
+_current = Sharding()
+
+
+def current_sharding() -> Sharding:
+    """That of the layers being built."""
+    return _current
+
+
+@contextmanager
+def building(sharding: Sharding) -> Iterator[None]:
+    """Layers that are built within the block place their parameters by ``sharding``, however deep they lie."""
+    global _current
+    outer, _current = _current, sharding
+    try:
+        yield
+    finally:
+        _current = outer
+
+
+def place_replicated(module: nn.Module) -> nn.Module:
+    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are
+    now."""
+    for parameter in module.parameters():
+        if not hasattr(parameter, "placement"):
+            shape, init = tuple(parameter.shape), _copy_of(parameter.detach().clone())
+            parameter.placement = _current.foreign(shape, init, parameter.dim() > 1)  # type: ignore[attr-defined]
+    return module
+
+
+def _copy_of(values: Tensor) -> Init:
+    return lambda tensor, generator: tensor.copy_(values)

@@ -1,0 +1,82 @@
+"""What one rank records of a run: plain data that can travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+from internlm.core.parallel.boxes import Box
+from internlm.core.parallel.ledger import Traffic
+
+Offsets: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """The boxes of one logical tensor that a rank holds, by their offsets."""
+
+    shape: tuple[int, ...]
+    boxes: dict[Offsets, Tensor]
+
+
+#: By logical name.
+HeldTensors: TypeAlias = dict[str, Held]
+
+
+@dataclass
+class Pass:
+    """Modules in one micro-batch, in the order in which they ended: their outputs, and the gradients of those."""
+
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: among those that read different samples, and among those that share a layer."""
+
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """All that a rank knows about its run."""
+
+    place: Place
+    losses: list[float]
+    norms: list[float]
+    """Global gradient norms, before clipping."""
+    gradients: HeldTensors
+    """Of the first step: reduced over the ranks, not clipped."""
+    parameters: HeldTensors
+    """After the last step."""
+    passes: list[Pass]
+    """Of the micro-batches of the first step that were asked for."""
+    traffic: list[Traffic]
+    """Step by step."""
+    tokens: list[list[int]]
+    """Labels that count, of each micro-batch of each step."""
+    types: int
+    """Of data sets."""
+
+
+def hold(
+    held: HeldTensors, name: str, shape: tuple[int, ...], boxes: Iterable[Box], flat: Tensor, begin: int = 0
+) -> None:
+    """Add copies of ``boxes`` of the logical tensor ``name`` to ``held``; they are runs of ``flat``, counted from
+    ``begin``."""
+    mine = held.setdefault(name, Held(shape, {}))
+    for box in boxes:
+        mine.boxes[box.offsets] = flat[begin + box.start : begin + box.stop].view(box.sizes).detach().clone()
+
+
+def by_sample(records: Iterable[RankRecord]) -> Mapping[int, list[RankRecord]]:
+    """Records by data-parallel place; those of one place in the order of the tensor group."""
+    groups: dict[int, list[RankRecord]] = {}
+    for record in sorted(records, key=lambda record: (record.place.data, record.place.tensor)):
+        groups.setdefault(record.place.data, []).append(record)
+    return groups

@@ -1,0 +1,103 @@
+"""What one rank does: train some steps as a user's script would, and record it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from internlm.config import Config
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel.ledger import LEDGER, Traffic
+from internlm.core.parallel.placement import placed_parameters
+from internlm.core.trainer import StepReport, Trainer
+from internlm.data.loader import Batch, TrainLoader
+from internlm.initialize.launch import initialize_distributed_env
+from internlm.initialize.trainer import initialize_trainer
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.train.data import build_train_loader_with_data_type
+from internlm.train.model import create_model, initialize_model_and_parallel_communicator
+from internlm.train.optimizer import initialize_optimizer
+from internlm.verify.record import HeldTensors, Place, RankRecord, hold
+from internlm.verify.watch import watching
+
+
+def run_rank(
+    rank: int, world_size: int, config: Config | Mapping[str, Any], seed: int, steps: int, parts: int = 1
+) -> RankRecord:
+    """Train ``steps`` steps of ``config`` on this rank. Modules are watched in the first micro-batch of each of
+    ``parts`` equal parts of the first step: those that as many data-parallel ranks would begin with.
+
+    The environment must say who this rank is, as torchrun does. Nothing is saved, logged or validated.
+    """
+    initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
+    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    loader, types = build_train_loader_with_data_type()
+    optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
+    trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))
+    trainer.train()
+    meter = _Meter(trainer, loader)
+    micro_num = loader.plan.micro_batches(0)
+    with watching(model, range(0, micro_num, micro_num // parts)) as passes:
+        reports = [meter.step()]
+    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.clip_grad_norm))
+    reports += [meter.step() for _ in range(steps - 1)]
+    return RankRecord(
+        Place(gpc.get_local_rank(ParallelMode.DATA), gpc.get_local_rank(ParallelMode.TENSOR)),
+        [report.result.loss for report in reports],
+        [report.update.grad_norm for report in reports],
+        gradients,
+        _parameters(model),
+        passes,
+        meter.traffic,
+        meter.tokens,
+        len(types),
+    )
+
+
+class _Meter:
+    """Trains step by step, and notes what each step reads and sends."""
+
+    def __init__(self, trainer: Trainer, loader: TrainLoader) -> None:
+        self.trainer, self.traffic, self.tokens = trainer, list[Traffic](), list[list[int]]()
+        self._batches = self._noted(iter(loader))
+
+    def step(self) -> StepReport:
+        before = LEDGER.snapshot()
+        report = self.trainer.train_step(self._batches)
+        self.traffic.append(LEDGER.since(before))
+        return report
+
+    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch, labels in batches:
+            self.tokens.append([int((row != -100).sum()) for row in labels])
+            yield batch, labels
+
+
+def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
+    """What the gradients in the optimizer's buffers were divided by in a step, see ``HybridZeroOptimizer``."""
+    clips = report.update.updated and clip_grad_norm > 0
+    return max(1.0, (report.update.grad_norm + 1e-6) / clip_grad_norm) if clips else 1.0
+
+
+def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> HeldTensors:
+    """This rank's shard of the reduced gradients."""
+    held: HeldTensors = {}
+    for group in optimizer.groups:
+        flat: Tensor = group.grad_shard * clipped_by
+        for piece in group.pieces():
+            placement = piece.member.placement
+            boxes = placement.boxes(piece.start, piece.stop)
+            hold(held, piece.member.name, placement.global_shape, boxes, flat, piece.lo - piece.start)
+    return held
+
+
+def _parameters(model: nn.Module) -> HeldTensors:
+    """This rank's part of each parameter."""
+    held: HeldTensors = {}
+    for name, parameter, placement in placed_parameters(model):
+        boxes = placement.boxes(0, parameter.numel())
+        hold(held, name, placement.global_shape, boxes, parameter.detach().view(-1))
+    return held

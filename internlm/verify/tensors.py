@@ -1,0 +1,102 @@
+"""Tensors of several ranks: put together, and compared. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from internlm.verify.record import HeldTensors
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A tensor, or a part of one, that several ranks hold and that is not the same bit by bit."""
+
+    name: str
+    rank: int
+    """The first that holds other values than a rank before it."""
+    elements: int
+    largest: float
+    """Largest difference of an element."""
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} differs from a rank before it"
+        return f"{self.name}: {where}, in {self.elements} elements by up to {self.largest:.2g}"
+
+
+@dataclass
+class Assembled:
+    """Whole logical tensors, and what was wrong with their parts."""
+
+    wholes: dict[str, Tensor] = field(default_factory=dict)
+    shared: int = 0
+    """Tensors of which several ranks hold the same elements."""
+    disagreements: list[Disagreement] = field(default_factory=list)
+    holes: list[str] = field(default_factory=list)
+    """Tensors of which some elements are held by no rank."""
+
+
+def assemble(ranks: Sequence[HeldTensors]) -> Assembled:
+    """Whole tensors from what each rank holds of them; where ranks disagree, the first one counts."""
+    result = Assembled()
+    for name in dict.fromkeys(name for held in ranks for name in held):
+        _assemble(name, ranks, result)
+    return result
+
+
+def _assemble(name: str, ranks: Sequence[HeldTensors], result: Assembled) -> None:
+    whole, known = torch.empty(0), torch.empty(0)
+    shared, first_other = False, None
+    for rank, held in enumerate(ranks):
+        if name not in held:
+            continue
+        for at, box in held[name].boxes.items():
+            if not whole.numel():
+                whole, known = torch.zeros(held[name].shape, dtype=box.dtype), torch.zeros(held[name].shape)
+            where = tuple(slice(start, start + size) for start, size in zip(at, box.shape, strict=True))
+            again = known[where].bool()
+            other = again & ~_same(whole[where], box)
+            shared = shared or bool(again.any())
+            if first_other is None and other.any():
+                largest = (whole[where] - box)[other].abs().max().item()
+                first_other = Disagreement(name, rank, int(other.sum()), largest)
+            whole[where] = torch.where(again, whole[where], box)
+            known[where] = 1
+    result.wholes[name] = whole
+    result.shared += shared
+    result.disagreements += [first_other] if first_other else []
+    result.holes += [] if known.all() else [name]
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def put_together(parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+    """Tensors of ``shape`` from what the ranks of a tensor group have of one: each part where all are whole; all parts
+    side by side where they are parts along one axis; else nothing."""
+    if all(part.shape == shape for part in parts):
+        return list(parts)
+    if any(part.dim() != len(shape) for part in parts):
+        return []
+    axes = {axis for part in parts for axis in range(len(shape)) if part.shape[axis] != shape[axis]}
+    if len(axes) > 1 or sum(part.shape[axis] for axis in axes for part in parts) != sum(shape[axis] for axis in axes):
+        return []
+    return [torch.cat(list(parts), axis) for axis in axes]
+
+
+def relative(value: float, reference: float) -> float:
+    """|value − reference| / |reference|; 0 where both are the same, infinite where only the reference is zero."""
+    return 0.0 if value == reference else abs(value - reference) / abs(reference) if reference else math.inf
+
+
+def relative_l2(tensor: Tensor, reference: Tensor) -> float:
+    """The same in the L2 norm; infinite where shapes differ."""
+    if tensor.shape != reference.shape:
+        return math.inf
+    difference, norm = (tensor.double() - reference.double()).norm().item(), reference.double().norm().item()
+    return 0.0 if difference == 0 else difference / norm if norm else math.inf

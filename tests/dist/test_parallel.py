@@ -1,0 +1,127 @@
+"""Tensor, sequence and weight parallelism change nothing: a run in any mode is that of one process, sums taken in
+another order. Parameters that several ranks hold, and their gradients, are compared bit by bit besides."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from tests.dist.equivalence import TOLERANCES, assert_equal_runs, train
+
+DOUBLE = TOLERANCES["torch.float64"]
+SINGLE = TOLERANCES["torch.float32"]
+
+MULTI_HEAD = "model.num_kv_attention_heads=4"
+OVERLAP = ("parallel.weight.overlap=True",)
+
+#: (mode, tensor size, weight size, ranks)
+Layout = tuple[str, int, int, int]
+TENSOR: list[Layout] = [
+    (mode, tensor, 1, ranks) for mode in ("mtp", "msp", "fsp") for tensor, ranks in ((1, 2), (2, 2), (2, 4), (4, 4))
+]
+ISP: list[Layout] = [
+    ("isp", tensor, weight, max(tensor, weight) * data)
+    for tensor in (1, 2, 4)
+    for weight in (1, 2, 4)
+    for data in (1, 2)
+    if 2 <= max(tensor, weight) * data <= 4
+]
+EIGHT: list[Layout] = [("mtp", 4, 1, 8), ("msp", 2, 1, 8), ("fsp", 4, 1, 8), ("isp", 4, 2, 8), ("isp", 2, 4, 8)]
+
+#: One layout of each mode for the cases, with data parallelism beside.
+SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), ("isp", 2, 2, 4), ("isp", 4, 2, 4)]
+
+#: What hides mistakes, as overrides.
+CASES: dict[str, tuple[str, ...]] = {
+    "unpacked": ("data.use_packed_dataset=False",),
+    "windows across samples": ("data.pack_sample_into_one=True",),
+    "label smoothing": ("loss.label_smoothing=0.1",),
+    "a vocabulary that no size divides": ("model.vocab_size=67", "loss.label_smoothing=0.1"),
+    "an embedding split by words": ("model.embed_split_hidden=False", "model.vocab_size=67"),
+    "tied embeddings": ("model.tie_word_embeddings=True", "model.vocab_size=67"),
+    "scaled embedding gradient": ("model.embed_grad_scale=0.1",),
+    "half recomputed": ("model.checkpoint=0.5",),
+    "all recomputed, with biases": ("model.checkpoint=True", "model_type=INTERNLM"),
+    "layer norm and biases": ("model.norm_type=layernorm", "model.qkv_bias=True", "model.mlp_bias=True"),
+    "biases of rows": ("model.o_bias=True", "model.mlp_bias=True", "adam.decay_norm_and_bias=False"),
+    "multi-head": (MULTI_HEAD,),
+    "not clipped": ("hybrid_zero_optimizer.clip_grad_norm=0",),
+    "optimizer state whole": ("parallel.zero1.size=1",),
+    "a user's own model": ("model_type=PLAIN",),
+}
+
+
+def overrides_of(layout: Layout) -> tuple[str, ...]:
+    mode, tensor, weight, _ = layout
+    return (f"parallel.tensor.mode={mode}", f"parallel.tensor.size={tensor}", f"parallel.weight.size={weight}")
+
+
+def assert_equal(layout: Layout, case: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> None:
+    """``case`` holds for the one process too; ``more`` for the parallel run alone."""
+    if layout[0] != "isp" and layout[1] == 4:
+        case = (*case, MULTI_HEAD)  # the tensor size must divide the kv heads
+    tolerance = SINGLE if "model.dtype=torch.float32" in case else DOUBLE
+    assert_equal_runs(train(layout[3], (*overrides_of(layout), *case, *more)), train(1, case), tolerance)
+
+
+@pytest.mark.parametrize("layout", [*TENSOR, *ISP], ids=str)
+def test_every_layout(layout: Layout) -> None:
+    assert_equal(layout)
+
+
+@pytest.mark.parametrize("layout", EIGHT, ids=str)
+def test_eight_ranks(layout: Layout) -> None:
+    assert_equal(layout)
+
+
+@pytest.mark.parametrize("layout", SAMPLES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_case(case: str, layout: Layout) -> None:
+    assert_equal(layout, CASES[case])
+
+
+@pytest.mark.parametrize("layout", SAMPLES, ids=str)
+@pytest.mark.parametrize("family", ["INTERNLM2", "INTERNLM"])
+def test_float32(family: str, layout: Layout) -> None:
+    assert_equal(layout, ("model.dtype=torch.float32", f"model_type={family}"))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_fewer_kv_heads_than_ranks(tensor: int, kv_heads: int) -> None:
+    assert_equal(("isp", tensor, 2, 4), (f"model.num_kv_attention_heads={kv_heads}",))
+
+
+@pytest.mark.parametrize("memory_pool", [False, True])
+@pytest.mark.parametrize("per", ["module", "layer"])
+@pytest.mark.parametrize("checkpoint", [False, 0.5, True])
+def test_isp_with_overlap(checkpoint: bool | float, per: str, memory_pool: bool) -> None:
+    more = (*OVERLAP, f"parallel.weight.forward_overlap_per={per}", f"parallel.weight.memory_pool={memory_pool}")
+    assert_equal(("isp", 2, 2, 4), (f"model.checkpoint={checkpoint}",), more)
+
+
+def draws() -> Iterator[tuple[int, Layout, tuple[str, ...]]]:
+    """Layouts and cases that nobody chose; each has a seed, by which :func:`test_a_random_layout` can draw it again."""
+    for _ in range(6):
+        seed = random.SystemRandom().randrange(10**6)
+        yield draw(seed)
+
+
+def draw(seed: int) -> tuple[int, Layout, tuple[str, ...]]:
+    """The layout and the case of a seed."""
+    rng = random.Random(seed)
+    layout = rng.choice([*TENSOR, *ISP, *EIGHT])
+    chosen = rng.sample(sorted(CASES), 2)
+    more = (f"model.num_layers={rng.choice([1, 2, 3])}", f"data.seq_len={rng.choice([8, 24])}")
+    if layout[0] == "isp" and rng.random() < 0.5:
+        more = (*more, *OVERLAP)
+    return seed, layout, tuple(dict.fromkeys((*CASES[chosen[0]], *CASES[chosen[1]], *more)))
+
+
+def test_a_random_layout() -> None:
+    """Drawn anew in each run, from seeds that are printed. To try one again: ``draws = [draw(seed)]``."""
+    for seed, layout, case in draws():
+        print(f"seed {seed}: {layout} {case}")
+        assert_equal(layout, case)

@@ -1,0 +1,284 @@
+"""The equivalence oracle passes what is equal, and tells where planted faults lie."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import internlm.verify.run
+from internlm.core.context import ParallelMode
+from internlm.core.parallel.collectives import Pending, all_reduce
+from internlm.core.parallel.isp import IspModel
+from internlm.core.parallel.placement import ParamPlacement
+from internlm.core.parallel.sharding import Sharding
+from internlm.core.parallel.tensor import MtpColumn, MtpRow
+from internlm.core.scheduler import NonPipelineScheduler
+from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.utils.errors import DataError, Problem
+from internlm.verify.compare import Report, compare
+from internlm.verify.plan import make_plan
+from internlm.verify.processes import RankError, run_world
+from internlm.verify.record import RankRecord
+from internlm.verify.run import run_rank
+from tests.dist.equivalence import TINY
+from tests.harness.pool import run_ranks
+
+MODULES = 21  # embedding, 2 x (2 norms, 4 linears, attention, feed-forward, block), norm, the model
+
+
+@functools.cache
+def verify(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> Report:
+    """What the oracle says of :data:`TINY` with overrides, a fault planted in the ranks."""
+    plan = make_plan(TINY, ("data.micro_num=2", *overrides), world_size, steps=2, dtype=dtype)
+    (alone,) = run_ranks(1, _run, "", plan.reference, plan.seed, plan.steps, plan.data_size)
+    ranks = run_ranks(world_size, _run, fault, plan.config, plan.seed, plan.steps)
+    return compare(plan.config, alone, ranks)
+
+
+def _run(rank: int, world_size: int, fault: str, *args: Any) -> RankRecord:
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            FAULTS[fault](patch, rank)
+        return run_rank(rank, world_size, *args)
+
+
+def layout(mode: str, tensor: int = 2, weight: int = 1, zero1: int = -1) -> tuple[str, ...]:
+    sizes = {"tensor": tensor, "weight": weight, "zero1": zero1}
+    return (f"parallel.tensor.mode={mode}", *(f"parallel.{name}.size={size}" for name, size in sizes.items()))
+
+
+LAYOUTS = {
+    "data parallel": (2, ()),
+    "mtp": (2, layout("mtp")),
+    "msp": (2, layout("msp")),
+    "fsp": (2, layout("fsp")),
+    "isp": (2, layout("isp", 2, 2)),
+    "mtp and data": (4, layout("mtp")),
+    "msp and data": (4, layout("msp", zero1=1)),
+    "fsp and data, recomputed": (4, (*layout("fsp"), "model.checkpoint=True")),
+    "isp, more weight than tensor": (4, (*layout("isp", 2, 4), "model_type=INTERNLM")),
+    "isp, more tensor than kv heads": (4, (*layout("isp", 4, 2), "model.checkpoint=0.5")),
+    "odd vocabulary, words split": (4, (*layout("msp"), "model.vocab_size=67", "model.embed_split_hidden=False")),
+    "tied, unpacked": (4, (*layout("mtp"), "model.tie_word_embeddings=True", "data.use_packed_dataset=False")),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equal_runs_pass(name: str) -> None:
+    world_size, overrides = LAYOUTS[name]
+    report = verify(world_size, *overrides)
+    assert report.failures == []
+    assert report.forward.first is None
+    assert report.backward.first is None
+    assert len(report.forward.compared) == len(report.forward.differences) == MODULES
+    assert len(report.backward.compared) == len(report.backward.differences) == MODULES - 1
+    assert report.shared
+    assert report.traffic == []
+    assert min(row.reference or 0 for row in report.norms) > TINY["hybrid_zero_optimizer"]["clip_grad_norm"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_types(dtype: str) -> None:
+    mode = layout("msp") if dtype == "float32" else ()
+    assert verify(2, *mode, dtype=dtype).failures == []
+
+
+def test_a_model_without_formula() -> None:
+    report = verify(2, "model_type=PLAIN")
+    assert report.passed
+    assert report.traffic is None
+    assert report.forward.compared
+
+
+# -- planted faults
+Fault = Callable[[pytest.MonkeyPatch, int], None]
+FAULTS: dict[str, Fault] = {}
+
+
+def planted(fault: Fault) -> Fault:
+    FAULTS[fault.__name__] = fault
+    return fault
+
+
+@planted
+def row_keeps_its_part(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(MtpRow, "reduce_output", lambda self, y: y)
+
+
+def test_row_keeps_its_part() -> None:
+    report = verify(2, *layout("mtp"), fault="row_keeps_its_part")
+    assert report.forward.first == "layers.0.attention.wo"
+    assert report.forward.last_equal == "layers.0.attention.wqkv"
+    assert not report.losses[0].passed
+
+
+@planted
+def column_keeps_its_part(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(MtpColumn, "reduce_grad_input", lambda self, dx: Pending(dx))
+
+
+def test_column_keeps_its_part() -> None:
+    report = verify(2, *layout("mtp"), fault="column_keeps_its_part")
+    assert report.forward.first is None
+    assert report.backward.first == "layers.1.ffn_norm"
+    assert report.backward.last_equal == "layers.1.feed_forward.w13"
+    assert "gradient of layers.1.ffn_norm.weight" in {row.name for row in report.gradients if not row.passed}
+
+
+@planted
+def norms_stay_partial(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def replicated(self: Sharding, shape: tuple[int, ...], init: Any) -> ParamPlacement:
+        return ParamPlacement(shape, init, is_matrix=False)
+
+    patch.setattr(Sharding, "replicated", replicated)
+
+
+def test_norms_stay_partial() -> None:
+    report = verify(2, *layout("msp"), fault="norms_stay_partial")
+    assert report.forward.first is None
+    assert report.backward.first is None
+    norms = {f"layers.{i}.{kind}_norm.weight" for i in range(2) for kind in ("attention", "ffn")} | {"norm.weight"}
+    assert {row.name for row in report.gradients if not row.passed} == {f"gradient of {name}" for name in norms}
+    assert {each.name for each in report.disagreements} >= {f"gradient of {name}" for name in norms}
+    assert {error.collective for error in report.traffic or ()} == {"all-reduce"}
+
+
+@planted
+def one_rank_is_perturbed(patch: pytest.MonkeyPatch, rank: int) -> None:
+    make = internlm.verify.run.initialize_optimizer
+
+    def perturbed(model: nn.Module, communicator: Any) -> Any:
+        made = make(model, communicator)
+        if rank == 1:
+            model.get_parameter("layers.1.ffn_norm.weight").data[3] += 1e-3
+        return made
+
+    patch.setattr(internlm.verify.run, "initialize_optimizer", perturbed)
+
+
+def test_one_rank_is_perturbed() -> None:
+    report = verify(2, *layout("mtp", zero1=1), fault="one_rank_is_perturbed")
+    assert report.forward.first == "layers.1.ffn_norm"
+    wrong = report.disagreements[
+        [each.name for each in report.disagreements].index("parameter layers.1.ffn_norm.weight")
+    ]
+    assert wrong.rank == 1
+    assert wrong.largest >= 1e-3 / 2
+
+
+@planted
+def loss_counts_own_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def own(self: NonPipelineScheduler, labels: Tensor) -> int:
+        return int((labels != -100).sum())
+
+    patch.setattr(NonPipelineScheduler, "_global_valid_tokens", own)
+
+
+def test_loss_counts_own_tokens() -> None:
+    report = verify(2, fault="loss_counts_own_tokens")
+    assert report.losses[0].passed  # it is the gradients that are divided
+    assert report.forward.first is None
+    assert report.backward.first == "norm"
+    assert not any(row.passed for row in report.gradients)
+    assert all(row.difference == pytest.approx(1, rel=0.1) for row in report.gradients)
+
+
+@planted
+def norm_counts_twice(patch: pytest.MonkeyPatch, rank: int) -> None:
+    make = FlatGroup.__init__
+
+    def split(self: FlatGroup, *args: Any) -> None:
+        make(self, *args)
+        self.split_over = ParallelMode.TENSOR
+
+    patch.setattr(FlatGroup, "__init__", split)
+
+
+def test_norm_counts_twice() -> None:
+    report = verify(2, *layout("mtp"), fault="norm_counts_twice")
+    assert not report.norms[0].passed
+    assert all(row.passed for row in report.gradients)  # clipping by the wrong norm comes after them
+    assert not all(row.passed for row in report.parameters)
+
+
+@planted
+def positions_start_anew(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(IspModel, "whole_positions", lambda self, positions: positions.repeat(self.group.size))
+
+
+def test_positions_start_anew() -> None:
+    report = verify(2, *layout("isp", 2, 2), "data.micro_bsz=1", fault="positions_start_anew")
+    assert report.forward.first == "layers.0.attention.wo"
+    assert "all-gather over tensor" in str(report.traffic[0] if report.traffic else "")
+
+
+@planted
+def last_micro_batch_is_dropped(patch: pytest.MonkeyPatch, rank: int) -> None:
+    run = NonPipelineScheduler._run
+    patch.setattr(
+        NonPipelineScheduler, "_run", lambda self, batch, labels, backward: run(self, batch, labels[:-1], backward)
+    )
+
+
+def test_last_micro_batch_is_dropped() -> None:
+    report = verify(2, fault="last_micro_batch_is_dropped")
+    assert not report.losses[0].passed
+    assert report.forward.first is None  # of the first micro-batch
+
+
+@planted
+def speaks_too_often(patch: pytest.MonkeyPatch, rank: int) -> None:
+    def twice(self: MtpRow, y: Tensor) -> Tensor:
+        all_reduce(y.clone(), self.group)
+        return all_reduce(y, self.group)
+
+    patch.setattr(MtpRow, "reduce_output", twice)
+
+
+def test_speaks_too_often() -> None:
+    report = verify(2, *layout("mtp"), fault="speaks_too_often")
+    assert all(row.passed for row in report.rows)
+    assert report.failures[0].startswith("traffic: all-reduce over tensor, step 1, rank 0: ")
+    assert not report.passed
+
+
+# -- processes
+def _shared_sum(rank: int, world_size: int) -> float:
+    total = torch.tensor(float(rank))
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
+def _trouble(rank: int, world_size: int, kind: str) -> None:
+    if rank == 1 and kind == "raises":
+        raise ZeroDivisionError("of rank 1")
+    if rank == 1 and kind == "user":
+        raise DataError(Problem("here", "is wrong", "Mend it"))
+    if rank == 1 and kind == "hangs":
+        time.sleep(1000)
+    if kind != "hangs":
+        torch.distributed.barrier()
+
+
+def test_a_world_answers_by_rank() -> None:
+    assert run_world(3, _shared_sum, (), 60) == [3.0, 3.0, 3.0]
+
+
+ENDS: dict[str, tuple[type[Exception], str]] = {
+    "raises": (RankError, "rank 1 of 2:\nTraceback .*(.|\n)*ZeroDivisionError: of rank 1"),
+    "user": (DataError, "^here: is wrong. Mend it$"),
+    "hangs": (RankError, "not finished after 3 s: rank 1 of 2"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_rank_in_trouble(kind: str) -> None:
+    error, message = ENDS[kind]
+    with pytest.raises(error, match=message):
+        run_world(2, _trouble, (kind,), 3 if kind == "hangs" else 60)

@@ -1,0 +1,113 @@
+"""``internlm verify`` as a user types it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-c", "from internlm.cli.main import main; raise SystemExit(main())", "verify"]
+DEBUG = str(ROOT / "configs" / "debug" / "internlm2.py")
+#: Seconds that processes get to see that their parent has gone.
+LAST_WORDS = 5.0
+
+
+class Done(NamedTuple):
+    """A finished command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    left_behind: int
+
+
+def _verify(*arguments: str, cwd: Path) -> Done:
+    process = _start(*arguments, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        left = _end(process)
+    return Done(process.returncode, out, err, left)
+
+
+def _start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    return subprocess.Popen(
+        [*COMMAND, *arguments], cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """Kill what is left, and return how many processes outlived ``process`` by more than a moment."""
+    _wait_until(lambda: process.poll() is None or not _session(process))
+    left = len(_session(process))
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return left
+
+
+def _session(process: subprocess.Popen[str]) -> list[str]:
+    """Ids of the processes that ``process`` started, itself included, but for those that have ended."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = file.read_text().rpartition(")")[2].split()[:4]
+            if session == str(process.pid) and state != "Z":
+                found.append(file.parent.name)
+    return found
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = LAST_WORDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_shipped_config_in_debug_size(tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "7B_internlm2.py")
+    options = ("--debug-size", "--steps", "2", "--set", "parallel.tensor.size=2", "--json", "report.json")
+    done = _verify(config, *options, "--world", "2", cwd=tmp_path)
+    assert (done.returncode, done.left_behind) == (0, 0), done.stdout + done.stderr
+    assert "2 ranks (mtp, tensor 2;" in done.stdout
+    assert done.stdout.splitlines()[-1] == "PASS"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"]
+    assert len(report["losses"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]  # nothing else is written
+
+
+def test_a_typo_in_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(Path(DEBUG).read_text().replace("hidden_size", "hiden_size"))
+    done = _verify(str(file), cwd=tmp_path)
+    assert (done.returncode, done.left_behind, done.stdout) == (2, 0, "")
+    assert done.stderr.count("model.hiden_size: unknown key. Did you mean 'hidden_size'?") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_that_a_rank_finds(tmp_path: Path) -> None:
+    done = _verify(DEBUG, "--set", "data.train_folder=nowhere", cwd=tmp_path)
+    assert (done.returncode, done.left_behind) == (2, 0)
+    assert done.stderr.count("nowhere: there is no such folder. Correct the path.") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    process = _start(DEBUG, "--set", "data.total_steps=100000", "--steps", "100000", cwd=tmp_path)
+    try:
+        assert _wait_until(lambda: len(_session(process)) > 3, 60)  # beside its helpers, a rank
+        process.kill()
+        process.communicate()
+    finally:
+        left = _end(process)
+    assert left == 0

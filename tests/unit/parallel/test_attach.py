@@ -1,0 +1,232 @@
+"""Which layer gets which communicator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.core.context.group import Group
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel import Communicator, ParallelLinear
+from internlm.core.parallel.attach import TABLE, Ties, attach_communicators, block_of, register_communicator
+from internlm.core.parallel.communicator import (
+    SILENT,
+    SILENT_ATTENTION,
+    SILENT_EMBEDDING,
+    SILENT_HEAD,
+    SILENT_MODEL,
+)
+from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
+from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.core.parallel.sequence import FspColumn, MspColumn, SequenceHead, SequenceRow
+from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.tensor import HiddenEmbedding, MtpColumn, MtpRow, SplitHead, VocabEmbedding
+from internlm.core.parallel.weight_gatherer import Overlap
+from internlm.model.decoder import Decoder
+from tests.unit.model.samples import decoder
+
+MODES = ("mtp", "msp", "fsp", "isp")
+SILENTS = {SILENT, SILENT_HEAD, SILENT_EMBEDDING, SILENT_ATTENTION, SILENT_MODEL}
+
+
+def groups(tensor: int = 2, weight: int = 2) -> tuple[Group, Group]:
+    """Groups of these sizes, for communicators that are made and never heard."""
+    return Group(ParallelMode.TENSOR, None, 1 % tensor, tensor), Group(ParallelMode.WEIGHT, None, 1 % weight, weight)
+
+
+def split_decoder(mode: str, tensor: int = 2, weight: int = 2, **keys: object) -> Decoder:
+    with building(Sharding(mode, Share(1 % tensor, tensor), Share(1 % weight, weight))):
+        return decoder(**keys)
+
+
+def communicators(model: nn.Module) -> dict[str, object]:
+    """Communicators by the name of their layer."""
+    return {name: module.communicator for name, module in model.named_modules() if hasattr(module, "communicator")}
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    """Their types, of the first block and of what is outside of blocks."""
+    return {name: type(comm) for name, comm in communicators(model).items() if "layers.1" not in name}
+
+
+def expected(model: type, column: type, row: type, head: type, embedding: type, attention: type) -> dict[str, type]:
+    return {
+        "": model,
+        "embedding": embedding,
+        "layers.0.attention": attention,
+        "layers.0.attention.wqkv": column,
+        "layers.0.attention.wo": row,
+        "layers.0.feed_forward.w13": column,
+        "layers.0.feed_forward.w2": row,
+        "output": head,
+    }
+
+
+MODEL, ATTENTION, EMBEDDING = type(SILENT_MODEL), type(SILENT_ATTENTION), type(SILENT_EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    ("mode", "split_hidden", "wanted"),
+    [
+        ("mtp", True, expected(MODEL, MtpColumn, MtpRow, SplitHead, HiddenEmbedding, ATTENTION)),
+        ("mtp", False, expected(MODEL, MtpColumn, MtpRow, SplitHead, VocabEmbedding, ATTENTION)),
+        ("msp", True, expected(MODEL, MspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
+        ("msp", False, expected(MODEL, MspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
+        ("fsp", True, expected(MODEL, FspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
+        ("fsp", False, expected(MODEL, FspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
+        ("isp", True, expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)),
+    ],
+)
+def test_each_role_of_a_decoder_gets_its_own(mode: str, split_hidden: bool, wanted: dict[str, type]) -> None:
+    model = split_decoder(mode, embed_split_hidden=split_hidden)
+    attach_communicators(model, mode, *groups())
+    assert kinds(model) == wanted
+
+
+def test_a_tied_table_is_split_over_words() -> None:
+    model = split_decoder("mtp", tie_word_embeddings=True)
+    attach_communicators(model, "mtp", *groups())
+    assert isinstance(model.embedding.communicator, VocabEmbedding)
+    assert model.output.communicator.vocab.first == model.embedding.communicator.first == 31
+
+
+def test_isp_may_split_the_sequence_alone() -> None:
+    model = split_decoder("isp", weight=1)
+    assert attach_communicators(model, "isp", *groups(weight=1)) is None
+    wanted = expected(IspModel, Communicator, Communicator, TokensHead, IspEmbedding, IspAttention)
+    assert kinds(model) == wanted
+
+
+def test_isp_may_split_the_weights_alone() -> None:
+    model = split_decoder("isp", tensor=1)
+    assert attach_communicators(model, "isp", *groups(tensor=1)) is not None
+    assert kinds(model) == expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alone_every_layer_stays_silent(mode: str) -> None:
+    model = decoder()
+    assert attach_communicators(model, mode, *groups(1, 1)) is None
+    assert set(communicators(model).values()) == SILENTS
+
+
+def test_tensor_modes_do_not_look_at_the_weight_group() -> None:
+    model = decoder()
+    attach_communicators(model, "mtp", *groups(1, 2))
+    assert set(communicators(model).values()) == SILENTS
+
+
+def test_two_models_may_live_in_one_process() -> None:
+    split, whole = split_decoder("mtp"), decoder()
+    attach_communicators(split, "mtp", *groups())
+    assert set(communicators(whole).values()) == SILENTS
+    assert not SILENTS & {split.output.communicator, split.layers[0].attention.wo.communicator}
+
+
+def test_who_gathers_knows_the_order_of_the_linears() -> None:
+    model, overlap = split_decoder("isp"), Overlap(enabled=True, memory_pool=True)
+    gatherer = attach_communicators(model, "isp", *groups(), overlap)
+    assert gatherer is not None
+    assert gatherer.overlap is overlap
+    layers = [(layer.attention.wqkv, layer.attention.wo, *layer.feed_forward.children()) for layer in model.layers]
+    order = [*layers[0], *layers[1], model.output]
+    assert [linear.weight for linear in gatherer.linears] == [layer.weight for layer in order]
+    assert [layer.communicator.number for layer in order] == list(range(9))
+    assert [(linear.block, linear.place) for linear in gatherer.linears] == [
+        *((block, place) for block in range(2) for place in range(4)),
+        (2, 0),
+    ]
+    assert [linear.rows for linear in gatherer.linears] == [96, 32, 192, 32, 96, 32, 192, 32, 61]
+    assert all(layer.communicator.gatherer is gatherer for layer in order)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("layers.0", "layers.0"),
+        ("layers.0.attention.wqkv", "layers.0"),
+        ("layers.11.feed_forward.w2", "layers.11"),
+        ("stages.1.layers.3.attention", "stages.1"),
+        ("output", "output"),
+        ("head.linear", "head.linear"),
+        ("model.h2.w", "model.h2.w"),
+        ("0.weight", "0"),
+        ("", ""),
+    ],
+)
+def test_the_block_of_a_module(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+# -- communicators of one's own
+
+
+class Doubling(Communicator):
+    """Doubles the output."""
+
+    def __init__(self, ties: Ties, layer: nn.Module) -> None:
+        self.ties, self.layer = ties, layer
+
+    def reduce_output(self, y: Tensor) -> Tensor:
+        return 2 * y
+
+
+@pytest.fixture
+def _forget() -> Iterator[None]:
+    """Leave the table as it was."""
+    before = dict(TABLE)
+    yield
+    TABLE.clear()
+    TABLE.update(before)
+
+
+class Mine(ParallelLinear):
+    """A linear in a role of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3, normal(1.0), role="row")
+        self.role = "my role"
+
+
+@pytest.mark.usefixtures("_forget")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_role_of_ones_own(mode: str) -> None:
+    register_communicator(mode, "my role")(Doubling)
+    model, x = nn.Sequential(Mine(), nn.ReLU()), torch.ones(2, 4)
+    initialize_parameters(model, seed=1)
+    before = model[0](x)
+    attach_communicators(model, mode, *groups())
+    comm = model[0].communicator
+    assert isinstance(comm, Doubling)
+    assert comm.layer is model[0]
+    assert (comm.ties.tensor, comm.ties.weight) == groups()
+    assert torch.equal(model[0](x), 2 * before)
+
+
+@pytest.mark.usefixtures("_forget")
+def test_another_mode_does_not_know_it() -> None:
+    register_communicator("isp", "my role")(Doubling)
+    layer = Mine()
+    attach_communicators(layer, "mtp", *groups())
+    assert layer.communicator is SILENT
+
+
+@pytest.mark.usefixtures("_forget")
+def test_a_known_role_may_be_taken_over() -> None:
+    register_communicator("mtp", "row")(Doubling)
+    model = split_decoder("mtp")
+    attach_communicators(model, "mtp", *groups())
+    assert isinstance(model.layers[0].attention.wo.communicator, Doubling)
+    assert isinstance(model.layers[0].attention.wqkv.communicator, MtpColumn)
+
+
+@pytest.mark.usefixtures("_forget")
+def test_the_decorator_gives_the_function_back() -> None:
+    def build(ties: Ties, layer: nn.Module) -> Communicator:
+        return SILENT
+
+    assert register_communicator("isp", "my role")(build) is build
+    assert TABLE["isp", "my role"] is build

@@ -1,0 +1,94 @@
+"""The communication ledger: what is counted, and how it is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from internlm.core.context.group import Group
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel import collectives
+from internlm.core.parallel.ledger import LEDGER, Entry, Ledger, table
+
+TENSOR, WEIGHT = ParallelMode.TENSOR, ParallelMode.WEIGHT
+
+
+def test_calls_and_bytes_add_up_by_mode_and_collective() -> None:
+    ledger = Ledger()
+    ledger.record(TENSOR, "all-gather", 100)
+    ledger.record(TENSOR, "all-gather", 20)
+    ledger.record(TENSOR, "all-reduce", 3)
+    ledger.record(WEIGHT, "all-gather", 4)
+    assert ledger.snapshot() == {
+        (TENSOR, "all-gather"): Entry(2, 120),
+        (TENSOR, "all-reduce"): Entry(1, 3),
+        (WEIGHT, "all-gather"): Entry(1, 4),
+    }
+
+
+def test_a_snapshot_stays_as_it_is() -> None:
+    ledger = Ledger()
+    ledger.record(TENSOR, "all-gather", 1)
+    before = ledger.snapshot()
+    ledger.record(TENSOR, "all-gather", 1)
+    assert before == {(TENSOR, "all-gather"): Entry(1, 1)}
+
+
+def test_what_came_since() -> None:
+    ledger = Ledger()
+    ledger.record(TENSOR, "all-gather", 5)
+    ledger.record(TENSOR, "all-reduce", 7)
+    before = ledger.snapshot()
+    assert ledger.since(before) == {}
+    ledger.record(TENSOR, "all-gather", 2)
+    ledger.record(WEIGHT, "broadcast", 0)  # all ranks but the first call it and send nothing
+    assert ledger.since(before) == {(TENSOR, "all-gather"): Entry(1, 2), (WEIGHT, "broadcast"): Entry(1, 0)}
+    assert ledger.since({}) == ledger.snapshot()
+
+
+def test_the_table_tells_a_step_and_all() -> None:
+    mb = 2**20
+    traffic = {(WEIGHT, "all-gather"): Entry(6, 12 * mb), (TENSOR, "reduce-scatter"): Entry(3, mb // 2)}
+    head, *rows = table(traffic, steps=4).splitlines()
+    assert head.split() == ["mode", "collective", "calls/step", "MB/step", "calls", "MB"]
+    assert [row.split() for row in rows] == [
+        ["tensor", "reduce-scatter", "0.8", "0.125", "3", "0.500"],
+        ["weight", "all-gather", "1.5", "3.000", "6", "12.000"],
+    ]
+    assert len({len(line) for line in (head, *rows)}) == 1, "columns stand below their heads"
+
+
+def test_the_table_of_a_single_step_and_of_nothing() -> None:
+    (_, row) = table({(TENSOR, "all-to-all"): Entry(2, 2**20)}).splitlines()
+    assert row.split() == ["tensor", "all-to-all", "2.0", "1.000", "2", "1.000"]
+    assert len(table({}).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "collective",
+    ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"],
+)
+def test_a_group_of_one_says_nothing(collective: str) -> None:
+    before, x = LEDGER.snapshot(), torch.arange(6.0).view(1, 6)
+    assert getattr(collectives, collective)(x, Group(TENSOR)) is x
+    assert LEDGER.since(before) == {}
+
+
+@pytest.mark.parametrize("collective", ["reduce_scatter", "all_gather"])
+def test_a_group_of_one_fills_the_tensor_that_was_given(collective: str) -> None:
+    x, target = torch.arange(6.0), torch.zeros(6)
+    assert getattr(collectives, collective)(x, Group(TENSOR), target) is target
+    assert torch.equal(target, x)
+    assert getattr(collectives, collective)(x, Group(TENSOR), x.view(6)).data_ptr() == x.data_ptr()
+
+
+def test_pending_is_finished_once() -> None:
+    times: list[int] = []
+
+    def then(x: torch.Tensor) -> torch.Tensor:
+        times.append(1)
+        return x + 1
+
+    pending = collectives.Pending(torch.zeros(1), then=then)
+    assert pending.wait().item() == pending.wait().item() == 1
+    assert times == [1]

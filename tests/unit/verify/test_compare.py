@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from internlm.core.context import ParallelMode
+from internlm.core.parallel.ledger import Entry
+from internlm.verify.compare import Report, compare
+from internlm.verify.plan import make_plan
+from internlm.verify.record import Held, Pass, Place, RankRecord
+from internlm.verify.report import as_json, as_text, heading
+from internlm.verify.traffic import compare_traffic
+from tests.unit.verify.test_plan import SMALL
+
+PLAN = make_plan(SMALL, ("model_type=MINE",), world_size=2, steps=1)
+W = torch.arange(1.0, 5.0, dtype=torch.float64)
+
+
+def _record(data: int = 0, *, loss: float = 2.0, norm: float = 1.0, w: torch.Tensor = W, rows: int = 1) -> RankRecord:
+    held = {"w": Held((4,), {(0,): w})}
+    passes = [Pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
+    return RankRecord(Place(data, 0), [loss], [norm], held, held, passes, [{}], [[8]], 1)
+
+
+def _compare(*ranks: RankRecord) -> Report:
+    return compare(PLAN.config, _record(rows=len(ranks)), ranks)
+
+
+def test_equal_records_pass() -> None:
+    report = _compare(_record(0), _record(1))
+    assert report.passed
+    assert report.traffic is None  # of a model that nobody knows
+    assert "PASS" in as_text(report).splitlines()[-1]
+    assert "2 ranks (mtp, zero1 2; 2 x 3 micro-batches)" in heading(PLAN)
+
+
+@pytest.mark.parametrize("loss", [2.0 + 1e-10, math.nan, math.inf])
+def test_another_loss_fails(loss: float) -> None:
+    report = _compare(_record(0, loss=loss), _record(1, loss=loss))
+    assert [failure.split(":")[0] for failure in report.failures] == ["loss of step 1"]
+    found = json.loads(as_json(PLAN, report), parse_constant=lambda text: pytest.fail(text))
+    assert found["passed"] is False
+    assert found["losses"][0]["reference"] == 2.0
+
+
+def test_ranks_that_disagree_fail() -> None:
+    report = _compare(_record(0), _record(1, norm=1.0 + 1e-15, w=W + torch.tensor([0, 0, 0, 1e-15])))
+    assert all(row.passed for row in report.rows)
+    assert [each.name for each in report.disagreements] == ["gradient norm of step 1", "parameter w", "gradient of w"]
+    assert not report.passed
+    assert "FAIL, beyond 3 limits" in as_text(report)
+
+
+def test_a_tensor_that_is_missing_fails() -> None:
+    ranks = [replace(_record(place), gradients={}) for place in range(2)]
+    assert _compare(*ranks).gradients[0].difference == math.inf
+
+
+def test_the_first_module_to_differ() -> None:
+    ranks = [_record(0), _record(1)]
+    ranks[1].passes[0].outputs["b"] = W * 2
+    ranks[1].passes[0].gradients["b"] = W * math.nan
+    report = _compare(*ranks)
+    assert (report.forward.first, report.forward.last_equal) == ("b", "a")
+    assert (report.backward.first, report.backward.last_equal) == ("b", None)
+    assert report.passed  # what matters of it would show elsewhere
+    assert "first to differ is b" in as_text(report)
+
+
+def test_a_module_that_cannot_be_compared() -> None:
+    ranks = [_record(0), _record(1)]
+    ranks[0].passes[0].outputs["b"] = W.view(2, 2)
+    trace = _compare(*ranks).forward
+    assert trace.compared == ["a"]
+    assert trace.first is None
+
+
+def test_traffic_by_the_formula() -> None:
+    config = make_plan(SMALL, world_size=2).config
+    (*_, error) = compare_traffic(config, [_record(0), _record(1)]) or []
+    assert (error.rank, error.step, error.counted) == (1, 1, Entry())
+    record = replace(_record(0), traffic=[{(ParallelMode.EXPERT, "broadcast"): Entry(1, 8)}])
+    errors = compare_traffic(config, [record, _record(1)]) or []
+    assert "broadcast over expert, step 1, rank 0: 1 calls of 8 bytes in all, expected 0 of 0" in map(str, errors)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm.config import Config, load_config
+from internlm.config.strings import parse_rampup
+from internlm.utils.errors import ConfigError
+from internlm.verify.debug_size import debug_size
+from internlm.verify.plan import as_overrides, default_world_size, make_plan
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = sorted(CONFIGS.glob("7B_*.py"))
+SMALL: dict[str, Any] = {
+    "data": {"seq_len": 16, "micro_bsz": 2, "micro_num": 3, "total_steps": 5},
+    "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 64},
+    "adam": {"lr": 1e-3},
+}
+
+
+def _config(*overrides: str, keys: dict[str, Any] = SMALL) -> Config:
+    return load_config(keys, overrides, device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ((), 2),
+        (("parallel.tensor.size=2",), 4),
+        (("parallel.tensor.size=8",), 8),
+        (("parallel.zero1.size=3",), 6),
+        (("parallel.tensor.size=2", "parallel.zero1.size=2"), 8),
+        (("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=4"), 8),
+        (("parallel.tensor.mode=isp", "parallel.weight.size=3"), 6),
+    ],
+)
+def test_default_world_size(overrides: tuple[str, ...], world_size: int) -> None:
+    assert default_world_size(_config(*overrides)) == world_size
+    assert make_plan(SMALL, ("model.num_attention_heads=8", *overrides)).world_size == world_size
+
+
+def test_the_reference_has_the_same_model_and_global_batch() -> None:
+    overrides = ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "data.rampup_batch_size='1 2 100'")
+    plan = make_plan(SMALL, overrides, world_size=8, steps=2)
+    assert (plan.world_size, plan.data_size) == (8, 4)
+    assert plan.reference.model == plan.config.model
+    assert plan.reference.data.micro_num == 12
+    assert parse_rampup(plan.reference.data.rampup_batch_size) == (4, 8, 100)
+    assert (plan.reference.parallel.tensor.size, plan.reference.parallel.zero1.size) == (1, 1)
+    assert plan.config.parallel.tensor.mode == "msp"
+    assert plan.config.model.dtype == "torch.float64"
+
+
+def test_nothing_is_saved_or_told() -> None:
+    keys = {
+        **SMALL,
+        "ckpt": {"enable_save_ckpt": True, "save_ckpt_folder": "s3://far/away", "checkpoint_every": 5},
+        "monitor": {"alert": {"enable_feishu_alert": True, "feishu_alert_address": "http://a.b"}},
+    }
+    config = make_plan(keys).config
+    assert not config.ckpt.enable_save_ckpt
+    assert not config.monitor.alert.enable_feishu_alert
+    assert not config.enable_tb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overrides": ("model.hiden_size=3",)}, "--set model.hiden_size: unknown key"),
+        ({"overrides": ("parallel.tensor.size=2",), "world_size": 3}, "world size 3 is not divisible"),
+        ({"steps": 6}, "--steps: 6 is more than data.total_steps = 5"),
+        ({"overrides": ("model.residual_in_fp32=True",)}, "model.residual_in_fp32"),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(SMALL, **arguments)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_configs_shrink(file: Path) -> None:
+    """What is a ratio or a kind stays."""
+    large, small = load_config(file, device_type="cpu"), make_plan(file, shrink=True).config
+    assert small.model.num_layers == 2
+    assert small.model.hidden_size <= 256
+    assert small.model.vocab_size % 2
+    assert small.data.train_folder is None
+    assert small.model.num_attention_heads // small.model.kv_heads == (
+        large.model.num_attention_heads // large.model.kv_heads
+    )
+    same = ("norm_type", "mlp_ratio", "checkpoint", "tie_word_embeddings", "rope_base", "qk_interleaved")
+    assert all(getattr(small.model, key) == getattr(large.model, key) for key in same)
+    assert small.parallel == large.parallel
+
+
+def test_overrides_outdo_the_debug_size() -> None:
+    assert make_plan(SMALL, ("data.micro_num=5",), shrink=True).config.data.micro_num == 5
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "layout"),
+    [
+        (32, 1, ()),
+        (32, 8, ("tensor.size=2",)),
+        (24, 3, ("tensor.size=3",)),
+        (18, 6, ("tensor.size=6", "tensor.mode=msp")),
+        (96, 96, ("tensor.size=8",)),
+        (32, 1, ("tensor.size=8", "tensor.mode=isp", "weight.size=4")),
+        (24, 2, ("tensor.size=6", "tensor.mode=isp", "weight.size=2")),
+    ],
+)
+def test_the_debug_size_suits_the_parallel_sizes(heads: int, kv_heads: int, layout: tuple[str, ...]) -> None:
+    model = {"num_attention_heads": heads, "num_kv_attention_heads": kv_heads, "hidden_size": 128 * heads}
+    keys = {**SMALL, "model": {**SMALL["model"], **model, "multiple_of": 384}}
+    sizes = ["data.seq_len=48", *(f"parallel.{size}" for size in layout)]
+    large = _config(*sizes, keys=keys)
+    small = _config(*sizes, *as_overrides(debug_size(large)), keys=keys)
+    assert small.model.hidden_size <= 384
+    assert (small.model.kv_heads > 1) == (kv_heads > 1)
+    assert (small.model.kv_heads < small.model.num_attention_heads) == (kv_heads < heads)

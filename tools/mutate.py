@@ -1,0 +1,179 @@
+"""Plant mistakes in the parallel code, one at a time, and see whether the tests catch each: ``python tools/mutate.py
+[--write]``.
+
+Works on a copy of the project in a temporary folder. With ``--write`` the outcome goes into ``doc/testing.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "doc" / "testing.md"
+BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
+PARALLEL = ("tests/dist/test_parallel.py", "-k", "test_every_layout or test_every_case")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """``old`` (which occurs once in ``file``, below ``internlm/``) becomes ``new``; ``tests`` must then fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = PARALLEL
+
+
+TENSOR, SEQUENCE, ISP = (f"core/parallel/{name}.py" for name in ("tensor", "sequence", "isp"))
+GATHERER, LINEAR = "core/parallel/weight_gatherer.py", "core/parallel/linear.py"
+ZERO, SCHEDULER = "solver/optimizer/hybrid_zero.py", "core/scheduler/no_pipeline.py"
+
+MISTAKES = (
+    Mistake("mtp: the output of a row is not summed", TENSOR, "return all_reduce(y, self.group)", "return y"),
+    Mistake(
+        "mtp: the gradient of a column's input is not summed",
+        TENSOR,
+        '''class MtpColumn(Communicator):
+    """Identity forward, all-reduce of the input's gradient backward."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def reduce_grad_input(self, dx: Tensor) -> Pending:
+        return begin_all_reduce(dx, self.group)''',
+        '''class MtpColumn(Communicator):
+    def __init__(self, group: Group) -> None:
+        self.group = group''',
+    ),
+    Mistake(
+        "partial gradients of norms are not summed",
+        ZERO,
+        "if group.partial_over is not None:",
+        "if False:",
+    ),
+    Mistake(
+        "the norm counts whole parameters on every rank",
+        ZERO,
+        "squares[modes.index(group.split_over)] +=",
+        "squares[-1] +=",
+    ),
+    Mistake("the norm leaves split parameters unsummed", ZERO, "all_reduce(square, self.split_groups[mode])", "pass"),
+    Mistake(
+        "the loss is divided by this rank's valid tokens",
+        SCHEDULER,
+        "int(all_reduce((labels != -100).sum().to(self.device), self.data_group))",
+        "int((labels != -100).sum())",
+    ),
+    Mistake("the last micro-batch is dropped", SCHEDULER, "        for i in range(len(labels)):\n            micro",
+            "        for i in range(max(len(labels) - 1, 1)):\n            micro"),
+    Mistake(
+        "isp: rotary positions begin anew on every rank",
+        ISP,
+        "return all_gather(positions, self.group)",
+        "return positions.repeat(self.group.size)",
+    ),
+    Mistake("isp: gradients of a repeated kv head are not summed", ISP, "dqkv[:, :, :, -2:].sum(2)",
+            "dqkv[:, :, 0, -2:]", ("tests/dist/test_parallel.py", "-k", "fewer_kv_heads")),
+    Mistake("isp: heads come back in the wrong order", ISP,
+            "all_to_all(heads.view(self.group.size, tokens, -1), self.group).transpose(0, 1).flatten(1)",
+            "all_to_all(heads.view(self.group.size, tokens, -1), self.group).flip(0).transpose(0, 1).flatten(1)"),
+    Mistake("isp: the gradient of the embedding is not summed", ISP,
+            "return reduce_scatter(F.pad(dw, (0, 0, 0, -self.words % self.group.size)), self.group)",
+            "return F.pad(dw, (0, 0, 0, -self.words % self.group.size)).chunk(self.group.size)[self.group.rank]"),
+    Mistake("isp: with overlap the last gradient is never delivered", GATHERER,
+            "        self._deliver()\n        for number in list",
+            "        for number in list", ("tests/dist/test_parallel.py", "-k", "overlap")),
+    Mistake("isp: with overlap a weight is taken before it has arrived", GATHERER,
+            "whole = self._coming.pop(number).wait()", "whole = self._coming.pop(number)._result",
+            ("tests/dist/test_parallel.py", "-k", "overlap or every_layout")),
+    Mistake("isp: every rank reads the first part of the row", "data/loader.py",
+            ".chunk(part.size, 1)[part.rank]", ".chunk(part.size, 1)[0]"),
+    Mistake("msp, fsp: the gradient of a row's bias is that of all tokens", LINEAR,
+            '''        db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
+        dy = comm.gather_grad_output(dy)  # [T, O]
+''',
+            '''        dy = comm.gather_grad_output(dy)  # [T, O]
+        db = add_grad(bias, dy.sum(0)) if needs_bias else None
+'''),
+    Mistake("msp, fsp: the gradient of the head's input is cut, not summed", SEQUENCE,
+            "lambda dx: reduce_scatter(dx, self.group))",
+            "lambda dx: dx.chunk(self.group.size)[self.group.rank].contiguous())"),
+    Mistake("msp, fsp: hidden units go to the wrong tokens", SEQUENCE, "return parts.transpose(0, 1).flatten(1)",
+            "return parts.flip(0).transpose(0, 1).flatten(1)"),
+    Mistake("an embedding split by words looks up the first rank's words", TENSOR,
+            "self.first = group.rank * placement.local_shape[0]", "self.first = 0"),
+    Mistake("an embedding split by units takes the first rank's gradient", TENSOR,
+            "dx.chunk(group.size, 1)[group.rank]", "dx.chunk(group.size, 1)[0]"),
+    Mistake("padding of the vocabulary is counted as words", TENSOR,
+            "self.columns = min(self.first + rows, self.total) - self.first", "self.columns = rows"),
+    Mistake("label smoothing spreads over this rank's words alone", TENSOR,
+            "self.total = placement.local_shape[0], placement.global_shape[0]",
+            "self.total = placement.local_shape[0], placement.local_shape[0]"),
+    Mistake("gate and up projection are split at the wrong axis", "model/decoder.py", "split_axis=1", "split_axis=0"),
+    Mistake("a padded part is filled from the wrong rows", "core/parallel/placement.py",
+            "first = min(self.shard.index * size, total)", "first = min(self.shard.index * size // 2, total)"),
+    Mistake("replicated parameters of isp are called complete", "core/parallel/sharding.py",
+            '"isp": ParallelMode.WEIGHT}', '"isp": None}'),
+    Mistake("the ledger forgets the second half of an all-reduce", "core/parallel/collectives.py",
+            "2 * (group.size - 1) * tensor.nbytes // group.size", "(group.size - 1) * tensor.nbytes // group.size",
+            ("tests/dist/test_traffic.py",)),
+    Mistake("fsp keeps what it gathered", SEQUENCE, '''class FspColumn(Communicator):
+    """''', '''class FspColumn(Communicator):
+    keeps_gathered_input = True
+    """''', ("tests/dist/test_traffic.py",)),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Try all; 0 where all were caught."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write the outcome into {PAGE.name}")
+    parser.add_argument("--only", default="", help="try those whose description contains this")
+    args = parser.parse_args()
+    chosen = [mistake for mistake in MISTAKES if args.only in mistake.what]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        ignored = shutil.ignore_patterns(".git", ".venv", "data", "RUN", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        outcomes = {mistake: _caught_by(mistake, copy) for mistake in chosen}
+    if args.write:
+        _write(outcomes)
+    return 0 if all(outcomes.values()) else 1
+
+
+def _caught_by(mistake: Mistake, copy: Path) -> str:
+    """The first test that failed; empty where none did."""
+    file = copy / "internlm" / mistake.file
+    right = file.read_text()
+    assert right.count(mistake.old) == 1, f"{mistake.what}: {right.count(mistake.old)} places in {mistake.file}"
+    file.write_text(right.replace(mistake.old, mistake.new))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *mistake.tests]
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy)})
+    file.write_text(right)
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S.*?)(?: - .*)?$", run.stdout, re.M)
+    caught = found[1] if found and run.returncode == 1 else ""
+    print(f"{'caught' if caught else 'MISSED'}: {mistake.what} ({caught or run.stdout[-500:]})", flush=True)
+    return caught
+
+
+def _write(outcomes: dict[Mistake, str]) -> None:
+    rows = [
+        f"| {m.what} | `{m.file}` | {f'`{caught}`' if caught else '**missed**'} |" for m, caught in outcomes.items()
+    ]
+    table = "\n".join(["| mistake | planted in | caught first by |", "|---|---|---|", *rows])
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
