@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from internlm.core.parallel.communicator import SILENT_MODEL
+from internlm.core.parallel.placement import placed_parameters
+from internlm.utils.errors import Problem, UserError
+
 
 @torch.no_grad()
 def generate(
@@ -25,6 +29,7 @@ def generate(
 
     The whole sequence is run again for every token: this is for looking at a model, not for serving it.
     """
+    _demand_whole(model)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = list(prompt)
@@ -34,6 +39,14 @@ def generate(
         if tokens[-1] == stop:
             break
     return tokens[len(prompt) :]
+
+
+def _demand_whole(model: nn.Module) -> None:
+    """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens."""
+    communicator = getattr(model, "communicator", SILENT_MODEL)
+    if communicator is not SILENT_MODEL or any(p.shard for _, _, p in placed_parameters(model)):
+        todo = "Load its checkpoint into the same model on one process"
+        raise UserError(Problem("generate", "the model is split over ranks", todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -128,7 +128,8 @@ class Decoder(nn.Module):
         x = self.hidden(input_ids, cu_seqlens, indexes)
         if labels is None:
             logits = self.output.logits(x)
-            return logits.view(*input_ids.shape[:-1], -1, logits.shape[-1])
+            own = logits.shape[0] == input_ids.numel()  # not those of other ranks' tokens besides
+            return logits.view(*(input_ids.shape if own else logits.shape[:1]), logits.shape[-1])
         return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
 
     def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> Tensor:

@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
-        ctx.weight, ctx.grad_scale = weight, grad_scale
+        ctx.main_grad, ctx.dtype, ctx.grad_scale = getattr(weight, "main_grad", None), weight.dtype, grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
         return token_loss.sum() * grad_scale, token_loss, correct
 
@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dx is not None:
             dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
         if dweight is not None:
-            dweight = _deliver(dweight.t(), factor, ctx.weight)
+            dweight = _deliver(dweight.t(), factor, ctx.main_grad, ctx.dtype)
         return dx, dweight, None, None, None, None, None
 
 
@@ -206,10 +206,10 @@ def _grad_dtype(weight: Tensor) -> torch.dtype:
     return wide(getattr(weight, "main_grad", weight).dtype)
 
 
-def _deliver(dweight: Tensor, factor: Tensor, weight: Tensor) -> Tensor | None:
-    """Add ``factor`` times the gradient to ``weight.main_grad``, or return it if there is no such attribute."""
+def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Add ``factor`` times the gradient to ``main_grad``, or return it if there is none."""
     factor = factor.to(dweight.dtype)
-    if not hasattr(weight, "main_grad"):
-        return torch.mul(dweight, factor, out=torch.empty_like(weight))
-    weight.main_grad.addcmul_(dweight, factor)
+    if main_grad is None:
+        return torch.mul(dweight, factor, out=torch.empty(dweight.shape, dtype=dtype, device=dweight.device))
+    main_grad.addcmul_(dweight, factor)
     return None

@@ -1,18 +1,24 @@
 """Tensor, sequence and weight parallelism change nothing: a run in any mode is that of one process, sums taken in
-another order. Parameters that several ranks hold, and their gradients, are compared bit by bit besides."""
+another order. The engine is that of ``internlm verify``, so what ranks hold in common is compared bit by bit besides,
+outputs and gradients of modules are compared one by one, and what was sent is that of the formula."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.dist.equivalence import TOLERANCES, assert_equal_runs, train
+from internlm.config import Config
+from internlm.verify.compare import compare
+from internlm.verify.plan import make_plan
+from internlm.verify.record import RankRecord
+from internlm.verify.run import run_rank
+from tests.dist.equivalence import TINY, share_of_batch
+from tests.harness.pool import run_ranks
 
-DOUBLE = TOLERANCES["torch.float64"]
-SINGLE = TOLERANCES["torch.float32"]
-
+STEPS = 2
 MULTI_HEAD = "model.num_kv_attention_heads=4"
 OVERLAP = ("parallel.weight.overlap=True",)
 
@@ -58,12 +64,31 @@ def overrides_of(layout: Layout) -> tuple[str, ...]:
     return (f"parallel.tensor.mode={mode}", f"parallel.tensor.size={tensor}", f"parallel.weight.size={weight}")
 
 
-def assert_equal(layout: Layout, case: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> None:
-    """``case`` holds for the one process too; ``more`` for the parallel run alone."""
+def assert_equal(layout: Layout, case: tuple[str, ...] = (), dtype: str = "float64") -> None:
     if layout[0] != "isp" and layout[1] == 4:
         case = (*case, MULTI_HEAD)  # the tensor size must divide the kv heads
-    tolerance = SINGLE if "model.dtype=torch.float32" in case else DOUBLE
-    assert_equal_runs(train(layout[3], (*overrides_of(layout), *case, *more)), train(1, case), tolerance)
+    overrides = (*overrides_of(layout), *case)
+    plan = make_plan(TINY, (share_of_batch(layout[3], overrides), *overrides), layout[3], STEPS, dtype)
+    alone = _reference(plan.reference, plan.seed, plan.data_size)
+    report = compare(plan.config, alone, run_ranks(layout[3], _run, plan.config, plan.seed, STEPS))
+    assert report.failures == []
+    assert dtype != "float64" or (report.forward.first, report.backward.first) == (None, None)
+
+
+#: Runs of one process, by config and parts, each made once a session.
+_known: dict[tuple[str, int], RankRecord] = {}
+
+
+def _run(rank: int, world_size: int, *args: Any) -> RankRecord:
+    """That a worker finds this function makes it know the models of :mod:`tests.dist.equivalence`."""
+    return run_rank(rank, world_size, *args)
+
+
+def _reference(config: Config, seed: int, parts: int) -> RankRecord:
+    key = config.model_dump_json()
+    if (key, parts) not in _known:
+        (_known[key, parts],) = run_ranks(1, _run, config, seed, STEPS, parts)
+    return _known[key, parts]
 
 
 @pytest.mark.parametrize("layout", [*TENSOR, *ISP], ids=str)
@@ -85,7 +110,7 @@ def test_every_case(case: str, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", SAMPLES, ids=str)
 @pytest.mark.parametrize("family", ["INTERNLM2", "INTERNLM"])
 def test_float32(family: str, layout: Layout) -> None:
-    assert_equal(layout, ("model.dtype=torch.float32", f"model_type={family}"))
+    assert_equal(layout, (f"model_type={family}",), "float32")
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -99,7 +124,7 @@ def test_fewer_kv_heads_than_ranks(tensor: int, kv_heads: int) -> None:
 @pytest.mark.parametrize("checkpoint", [False, 0.5, True])
 def test_isp_with_overlap(checkpoint: bool | float, per: str, memory_pool: bool) -> None:
     more = (*OVERLAP, f"parallel.weight.forward_overlap_per={per}", f"parallel.weight.memory_pool={memory_pool}")
-    assert_equal(("isp", 2, 2, 4), (f"model.checkpoint={checkpoint}",), more)
+    assert_equal(("isp", 2, 2, 4), (f"model.checkpoint={checkpoint}", *more))
 
 
 def draws() -> Iterator[tuple[int, Layout, tuple[str, ...]]]:

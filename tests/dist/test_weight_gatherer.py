@@ -3,6 +3,7 @@ memory than promised."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.ledger import LEDGER, Traffic
 from internlm.core.parallel.sharding import Sharding, Share, building
@@ -359,3 +361,50 @@ def test_what_is_fetched_for_a_product_that_is_not_needed_is_given_up(overlap: s
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert "layers.1.feed_forward.w2.weight" in ours
         assert not any(name.startswith("layers.0") for name in ours)
+
+
+class _Broken(Exception):
+    """Breaks a pass off."""
+
+
+def _break_off(ranks: Ranks, where: str) -> None:
+    """A pass that does not come to its end, in one way or another."""
+    layer = ranks.model.layers[0]
+
+    def fail(*_: object) -> None:
+        raise _Broken
+
+    if where == "backward":
+        hook = layer.register_forward_hook(lambda module, inputs, out: out.register_hook(fail) and None)
+    elif where == "loss":
+        hook = ranks.model.norm.register_forward_hook(fail)
+    with contextlib.suppress(_Broken):
+        if where == "hidden units alone":
+            with torch.no_grad():
+                ranks.model.hidden(own(ranks.tensor, 1), CUTS, None)
+            return
+        loss_of(ranks, 1).backward()
+    hook.remove()
+
+
+def _after_a_broken_pass(rank: int, world_size: int, overlap: Overlap, where: str) -> dict[str, Tensor]:
+    """Gradients of a pass that comes after one that was broken off, and after a change of the weights."""
+    ranks = split(rank, world_size, Case(overlap, dtype=torch.float64))
+    for parameter in ranks.model.parameters():
+        attach_main_grad(parameter, torch.zeros_like(parameter))
+    _break_off(ranks, where)
+    with torch.no_grad():
+        for parameter in ranks.model.parameters():
+            parameter.main_grad.zero_()
+            parameter.mul_(1.5)
+    loss_of(ranks, 1).backward()
+    assert_nothing_is_left(ranks.gatherer)
+    return {name: parameter.main_grad.clone() for name, parameter in ranks.model.named_parameters()}
+
+
+@pytest.mark.parametrize("where", ["backward", "loss", "hidden units alone"])
+@pytest.mark.parametrize("overlap", ["module", "layer, attn"])
+def test_a_pass_that_was_broken_off_leaves_nothing(overlap: str, where: str) -> None:
+    found, wanted = (run_ranks(2, _after_a_broken_pass, o, where) for o in (OVERLAPS[overlap], NONE))
+    for mine, reference in zip(found, wanted, strict=True):
+        assert all(torch.equal(mine[name], reference[name]) for name in reference)

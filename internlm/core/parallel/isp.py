@@ -117,7 +117,7 @@ class IspAttention(AttentionCommunicator):
 
     def to_heads(self, qkv: Tensor) -> Tensor:
         self.before()
-        kv_heads, dim = qkv.shape[1], qkv.shape[3]
+        tokens, kv_heads, dim = qkv.shape[0], qkv.shape[1], qkv.shape[3]
         repeats = max(self.group.size // kv_heads, 1)
         groups = max(kv_heads // self.group.size, 1)  # on each rank
 
@@ -127,8 +127,8 @@ class IspAttention(AttentionCommunicator):
             return received.view(qkv.shape[0] * self.group.size, groups, -1, dim)
 
         def back(dqkv: Tensor) -> Tensor:
-            parts = all_to_all(dqkv.reshape(self.group.size, qkv.shape[0], -1), self.group)
-            return _from_each_rank(parts.transpose(0, 1).reshape(qkv.shape[0], kv_heads, repeats, -1, dim))
+            parts = all_to_all(dqkv.reshape(self.group.size, tokens, -1), self.group)
+            return _from_each_rank(parts.transpose(0, 1).reshape(tokens, kv_heads, repeats, -1, dim))
 
         return exchange(qkv, there, back)
 

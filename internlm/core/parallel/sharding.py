@@ -104,14 +104,17 @@ def building(sharding: Sharding) -> Iterator[None]:
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are
-    now."""
+    """Mark every parameter of ``module`` that has no placement as held whole by each rank, its values as they are.
+
+    For modules that see all the tokens which the loader gives their rank. Under msp and fsp that is not so between
+    parallel layers, which have split them: use :class:`ParallelNorm` and the like there.
+    """
     for parameter in module.parameters():
         if not hasattr(parameter, "placement"):
-            shape, init = tuple(parameter.shape), _copy_of(parameter.detach().clone())
+            shape, init = tuple(parameter.shape), _values_of(parameter)
             parameter.placement = _current.foreign(shape, init, parameter.dim() > 1)  # type: ignore[attr-defined]
     return module
 
 
-def _copy_of(values: Tensor) -> Init:
-    return lambda tensor, generator: tensor.copy_(values)
+def _values_of(parameter: Tensor) -> Init:
+    return lambda tensor, generator: tensor.copy_(parameter.detach())

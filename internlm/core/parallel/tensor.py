@@ -66,11 +66,13 @@ class SplitHead(HeadCommunicator):
         return exchange(x, lambda x: x, lambda dx: all_reduce(dx, self.group))
 
     def whole_logits(self, logits: Tensor) -> Tensor:
+        shape = logits.shape
+
         def gather(part: Tensor) -> Tensor:
             return _side_by_side(part, self.group)[:, : self._part.total]
 
         def own(whole: Tensor) -> Tensor:
-            part = whole.new_zeros(logits.shape)
+            part = whole.new_zeros(shape)
             part[:, : self._part.columns] = whole[:, self._part.first : self._part.first + self._part.columns]
             return part
 

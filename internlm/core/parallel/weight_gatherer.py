@@ -2,7 +2,7 @@
 
 The linears have numbers, in the order in which they run; those of one block are neighbours. A forward pass takes them
 upwards, a backward pass downwards; where a block is recomputed, upwards within the block and then downwards. Whatever
-is fetched ahead is used in the same pass, so no weight can change in between.
+is fetched ahead is used in the same pass, or given up when the next one begins, so no weight changes in between.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class WeightGatherer:
     # -- weights ------------------------------------------------------------------------------------------------------
     def take(self, number: int, backward: bool) -> Tensor:
         """The whole weight, [O, I]; it must be released before it is taken again."""
+        if number == 0 and not backward and not _in_backward():
+            self._begin_forward()
         self._fetch([number])
         whole = self._coming.pop(number).wait()
         if self.overlap.enabled:
@@ -126,6 +128,11 @@ class WeightGatherer:
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         return None
 
+    def _begin_forward(self) -> None:
+        """Forget what a pass that was broken off has left: weights, which may have changed since, and a gradient."""
+        self._delivery = None
+        self._give_up()
+
     def _deliver(self) -> None:
         if self._delivery is not None:
             self._delivery()
@@ -134,8 +141,12 @@ class WeightGatherer:
     def _end_backward(self) -> None:
         """Deliver the last gradient, and give up what was fetched for a product that was not needed."""
         self._deliver()
+        self._give_up()
+
+    def _give_up(self) -> None:
         for number in list(self._coming):
             self._coming.pop(number).wait()
+        for number in list(self._held):
             self.release(number)
 
 

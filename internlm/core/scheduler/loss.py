@@ -7,7 +7,21 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from internlm.core.parallel.communicator import SILENT_HEAD, HeadCommunicator
 from internlm.ops import TokenLoss, cross_entropy
+from internlm.utils.errors import Problem, UserError
+
+
+def _check_logits(model: nn.Module) -> None:
+    """A model that returns logits must return those of all words for its rank's labels."""
+    for name, module in model.named_modules():
+        comm = getattr(module, "communicator", None)
+        if isinstance(comm, HeadCommunicator) and comm is not SILENT_HEAD:
+            wrong = comm.vocab is not None  # labels are those of all tokens; else those of this rank's
+            if module.parallel_output == wrong:
+                what = f"gives logits that the loss can't use in this parallel mode (parallel_output={wrong})"
+                todo = f"Let forward take labels and return {name}.loss(x, labels), or set parallel_output={not wrong}"
+                raise UserError(Problem(f"model '{name}'", what, todo))
 
 
 class TokenCrossEntropy:
@@ -20,6 +34,8 @@ class TokenCrossEntropy:
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
         self.model, self.label_smoothing = model, label_smoothing
         self.takes_labels = "labels" in inspect.signature(model.forward).parameters
+        if not self.takes_labels:
+            _check_logits(model)
 
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor, grad_scale: float) -> TokenLoss:
         """``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses."""

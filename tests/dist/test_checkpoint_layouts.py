@@ -1,0 +1,57 @@
+"""What one parallel layout saved, any other goes on from: the loaded state is that which was saved, bit by bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.dist.runs import Outcome, assert_same_tensors, fit, resume, saving
+
+#: (ranks, overrides); the vocabulary is one that no size divides.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one process": (1, ()),
+    "data": (2, ()),
+    "mtp": (2, ("parallel.tensor.mode=mtp", "parallel.tensor.size=2", "model.embed_split_hidden=False")),
+    "msp": (4, ("parallel.tensor.mode=msp", "parallel.tensor.size=2")),
+    "isp": (4, ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=4")),
+}
+COMMON = ("model.vocab_size=67", "model_type=INTERNLM", "model.num_kv_attention_heads=2")
+
+
+def _overrides(folder: Path, layout: str) -> tuple[int, list[str]]:
+    ranks, own = LAYOUTS[layout]
+    return ranks, saving(folder, *COMMON, *own)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
+    """A folder with a checkpoint of step 2 for each layout that saves, and the run that made it."""
+    runs = {}
+    for layout in ("mtp", "msp", "isp"):
+        folder = tmp_path_factory.mktemp(layout)
+        ranks, overrides = _overrides(folder, layout)
+        runs[layout] = folder, fit(ranks, overrides, stop_after=2)
+    return runs
+
+
+@pytest.mark.parametrize("reader", LAYOUTS)
+@pytest.mark.parametrize("writer", ["mtp", "msp", "isp"])
+def test_any_layout_loads_what_another_saved(
+    writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]
+) -> None:
+    folder, run = saved[writer]
+    loaded = resume(*_overrides(folder, reader))
+    assert_same_tensors(loaded.tensors, run.tensors)
+    assert (loaded.state, set(loaded.ranks[0].steps)) == (run.state, set(run.ranks[0].steps))
+
+
+@pytest.mark.parametrize("layout", ["mtp", "msp", "isp"])
+def test_resumed_is_straight(layout: str, tmp_path: Path, saved: dict[str, tuple[Path, Outcome]]) -> None:
+    straight = fit(*_overrides(tmp_path / "straight", layout))
+    folder, run = saved[layout]
+    own = shutil.copytree(folder, tmp_path / "own")
+    resumed = fit(*_overrides(own, layout))
+    assert run.log + resumed.log == straight.log
+    assert_same_tensors(resumed.tensors, straight.tensors)

@@ -1,0 +1,97 @@
+"""What a model that is split over ranks can't be used for is said."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor, nn
+
+from internlm.config.schema import ModelConfig
+from internlm.core.parallel import ParallelEmbedding, ParallelHead
+from internlm.core.parallel.placement import normal
+from internlm.eval import generate
+from internlm.initialize import initialize_distributed_env, initialize_trainer
+from internlm.model.builder import create_model
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.utils.errors import UserError
+from internlm.utils.registry import MODEL_INITIALIZER
+from tests.dist.equivalence import TINY
+from tests.harness.pool import run_ranks
+
+
+class GivesLogits(nn.Module):
+    """A user's model of parallel layers that leaves the loss to others."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = ParallelEmbedding(model.vocab_size, model.hidden_size, 0.02)
+        self.head = ParallelHead(model.hidden_size, model.vocab_size, normal(0.02), model.parallel_output)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None, indexes: Tensor | None = None) -> Tensor:
+        """Logits."""
+        return self.head.logits(self.embedding(input_ids.flatten()))
+
+
+@MODEL_INITIALIZER.register_module(module_name="GIVES_LOGITS")
+def build(model: ModelConfig) -> nn.Module:
+    """What a user registers."""
+    return GivesLogits(model)
+
+
+def _start(mode: str, *overrides: str) -> nn.Module:
+    layout = (f"parallel.tensor.mode={mode}", "parallel.tensor.size=2", "data.micro_num=1")
+    initialize_distributed_env(TINY, overrides=(*layout, *overrides))
+    return initialize_model_and_parallel_communicator(create_model())[0]
+
+
+def _said(rank: int, world_size: int, mode: str, parallel_output: bool) -> str:
+    model = _start(mode, "model_type=GIVES_LOGITS", f"model.parallel_output={parallel_output}")
+    optimizer, beta2, lr = initialize_optimizer(model)
+    try:
+        initialize_trainer(model, optimizer, lr, beta2)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("mode", ["mtp", "msp", "isp"])
+def test_logits_that_do_not_fit_the_labels(mode: str) -> None:
+    for parallel_output in (True, False):
+        said = run_ranks(2, _said, mode, parallel_output)
+        fits = parallel_output == (mode == "isp")
+        assert [not text for text in said] == [fits, fits]
+        assert fits or "Let forward take labels and return head.loss(x, labels)" in said[0]
+
+
+def _generated(rank: int, world_size: int, mode: str) -> str:
+    with pytest.raises(UserError) as caught:
+        generate(_start(mode), [1, 2, 3], 2)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["mtp", "isp"])
+def test_sampling_needs_a_whole_model(mode: str) -> None:
+    assert set(run_ranks(2, _generated, mode)) == {
+        "generate: the model is split over ranks. Load its checkpoint into the same model on one process"
+    }
+
+
+def _shapes(rank: int, world_size: int, mode: str, parallel_output: bool) -> tuple[int, ...]:
+    from internlm.data import build_train_loader_with_data_type
+
+    model = _start(mode, f"model.parallel_output={parallel_output}", "model.vocab_size=3", "data.use_packed_dataset=True")
+    batch, _ = next(iter(build_train_loader_with_data_type()[0]))
+    with_batch = model(batch["input_ids"][0], batch["cu_seqlens"][0], batch["indexes"][0])
+    return tuple(with_batch.shape)
+
+
+@pytest.mark.parametrize(
+    ("mode", "parallel_output", "shapes"),
+    [
+        ("mtp", True, [(32, 2), (32, 1)]),
+        ("mtp", False, [(32, 3), (32, 3)]),
+        ("isp", True, [(16, 3), (16, 3)]),
+        ("isp", False, [(32, 3), (32, 3)]),
+    ],
+)
+def test_shapes_of_logits(mode: str, parallel_output: bool, shapes: list[tuple[int, int]]) -> None:
+    assert run_ranks(2, _shapes, mode, parallel_output) == shapes
