@@ -56,7 +56,6 @@ class Step(NamedTuple):
     operation: str = ""
     weight: str = ""
     moved_by: str = ""
-    parts: int = 1  # side by side, each of them split
 
 
 class Weight(NamedTuple):
@@ -93,7 +92,7 @@ HALVES = {
         Step("x", "H", 56),
         Step("norm(x)", "H", 56, weight="ffn_norm"),
         Step("input of w13", "H", 56, moved_by="column"),
-        Step("gate, up", "2·F", 128, weight="feed_forward.w13", parts=2),
+        Step("gate, up", "2·F", 128, weight="feed_forward.w13"),
         Step("silu(gate) · up", "F", 64, operation="swiglu"),
         Step("output of w2", "H", 56, weight="feed_forward.w2"),
         Step("x", "H", 56, operation="+", moved_by="row"),
@@ -174,7 +173,7 @@ def picture(mode: str) -> str:
     size = {"width": WIDTH, "inner": WIDTH - 2, "height": end + 92, "low": end + 90}
     title = f"{mode}: {MODES[mode]}"
     parts = [HEAD.format(title=escape(title), first=FILL[0], second=FILL[1], line=LINE, **size)]
-    parts += [text(24, 36, mode, "bold", size=20), text(72, 36, MODES[mode], size=15)]
+    parts += [text(24, 36, mode, "bold", size=20), text(82, 36, MODES[mode], size=15)]
     for number, (name, each) in enumerate(halves.items()):
         parts += [text(24 + 450 * number, 76, name, "bold", size=15), *drawn(450 * number, each)]
     return "\n".join([*parts, *legend(end + 40), "</svg>", ""])
@@ -195,7 +194,8 @@ def drawn(left: int, steps: list[Row]) -> Iterator[str]:
 def activation(axis: float, y: float, row: Row) -> Iterator[str]:
     """Its rectangle, centred on the axis, and what it is."""
     step, x = row.step, axis - row.step.width / 2
-    cells = {TOKENS: [[0], [1]], WHOLE: [[BOTH]], FEATURES: [[0, 1] * step.parts]}
+    features = row.weight.grid if row.weight else [[0, 1]]  # of a product, split as the weight's outputs are
+    cells = {TOKENS: [[0], [1]], WHOLE: [[BOTH]], FEATURES: features}
     if row.layout == SUMMANDS:
         yield from (*box(x + 5, y - 5, step.width, TALL, [[1]]), *box(x - 1, y + 1, step.width, TALL, [[0]]))
     else:
@@ -206,7 +206,7 @@ def activation(axis: float, y: float, row: Row) -> Iterator[str]:
 
 def between(axis: float, y: float, row: Row, before: Step) -> Iterator[str]:
     """What happens on the arrow whose middle is at ``y``."""
-    lines = (-7, 17, 33) if row.weight else [5 + 16 * i - 8 * (len(row.labels) - 1) for i in range(len(row.labels))]
+    lines = (-7, 15, 29) if row.weight else [5 + 16 * i - 8 * (len(row.labels) - 1) for i in range(len(row.labels))]
     for line, (when, collective) in zip(lines, row.labels, strict=False):
         stands_out = ("bold", DARK) if when == "forward" else ("normal", GREY)
         yield text(axis + 12, y + line, f"{when}: {collective}", *stands_out)
