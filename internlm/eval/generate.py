@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.communicator import SILENT_MODEL
-from internlm.core.parallel.placement import placed_parameters
 from internlm.utils.errors import Problem, UserError
 
 
@@ -43,8 +42,9 @@ def generate(
 
 def _demand_whole(model: nn.Module) -> None:
     """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens."""
+    placements = [getattr(parameter, "placement", None) for parameter in model.parameters()]
     communicator = getattr(model, "communicator", SILENT_MODEL)
-    if communicator is not SILENT_MODEL or any(p.shard for _, _, p in placed_parameters(model)):
+    if communicator is not SILENT_MODEL or any(placement and placement.shard for placement in placements):
         todo = "Load its checkpoint into the same model on one process"
         raise UserError(Problem("generate", "the model is split over ranks", todo))
 

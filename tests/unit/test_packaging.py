@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import subprocess
 import sys
 from importlib import metadata
@@ -71,3 +72,11 @@ def test_every_package_has_a_layer() -> None:
     parts = [*PACKAGE.iterdir(), *(PACKAGE / "core").iterdir()]
     modules = {".".join(part.relative_to(ROOT).with_suffix("").parts) for part in parts if part.name[0] != "_"}
     assert modules - {"internlm.core"} == named
+
+
+def test_no_folder_of_tests_is_left_out(request: pytest.FixtureRequest) -> None:
+    """By default pytest does not look into folders with names like ``dist`` and ``build``."""
+    passed_over = request.config.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in passed_over if fnmatch.fnmatch(name, pattern)]
