@@ -34,7 +34,12 @@ ISP: list[Layout] = [
     for data in (1, 2)
     if 2 <= max(tensor, weight) * data <= 4
 ]
-EIGHT: list[Layout] = [("mtp", 4, 1, 8), ("msp", 2, 1, 8), ("fsp", 4, 1, 8), ("isp", 4, 2, 8), ("isp", 2, 4, 8)]
+EIGHT: list[Layout] = [
+    *(("mtp", size, 1, 8) for size in (2, 4)),
+    *(("msp", size, 1, 8) for size in (2, 4)),
+    *(("fsp", size, 1, 8) for size in (2, 4)),
+    *(("isp", tensor, weight, 8) for tensor in (1, 2, 4) for weight in (1, 2, 4) if max(tensor, weight) == 4),
+]
 
 #: One layout of each mode for the cases, with data parallelism beside.
 SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), ("isp", 2, 2, 4), ("isp", 4, 2, 4)]
