@@ -111,7 +111,7 @@ TOLERANCES = {
 def share_of_batch(world_size: int, overrides: Sequence[str]) -> str:
     """The override that gives each rank its part of the global batch; the ranks of a tensor group share theirs."""
     tensor = next((int(text.partition("=")[2]) for text in overrides if text.startswith("parallel.tensor.size=")), 1)
-    return f"data.micro_num={MICRO_BATCHES * tensor // world_size}"
+    return f"data.micro_num={max(MICRO_BATCHES * tensor // world_size, 1)}"
 
 
 @functools.cache
