@@ -25,6 +25,7 @@ from internlm.model.builder import create_model
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.registry import MODEL_INITIALIZER
+from internlm.verify.limits import Limits
 from tests.harness.pool import run_ranks
 
 #: Micro-batches of a global batch, whatever number of ranks shares it.
@@ -87,25 +88,6 @@ class Run:
     """After the last step."""
     valid_tokens: list[int]
     """Labels that counted in the first step, rank by rank."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest relative differences; of tensors in the L2 norm."""
-
-    first_loss: float
-    first_norm: float
-    losses: float
-    norms: float
-    gradients: float
-    parameters: float
-
-
-TOLERANCES = {
-    "torch.float64": Tolerance(1e-12, 1e-12, 1e-10, 1e-10, 1e-11, 1e-10),
-    "torch.float32": Tolerance(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4),
-    "torch.bfloat16": Tolerance(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2),  # gradients are summed in float32
-}
 
 
 def share_of_batch(world_size: int, overrides: Sequence[str]) -> str:
@@ -185,7 +167,7 @@ def assemble(ranks: Iterable[Boxes]) -> dict[str, Tensor]:
     return wholes
 
 
-def assert_equal_runs(run: Run, reference: Run, tolerance: Tolerance) -> None:
+def assert_equal_runs(run: Run, reference: Run, tolerance: Limits) -> None:
     """``run`` is the same training as ``reference``, but for the order in which sums are taken."""
     assert run.losses[0] == pytest.approx(reference.losses[0], rel=tolerance.first_loss, abs=0)
     assert run.norms[0] == pytest.approx(reference.norms[0], rel=tolerance.first_norm, abs=0)

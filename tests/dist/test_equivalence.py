@@ -18,11 +18,11 @@ from internlm.eval import evaluate
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.verify.limits import LIMITS
 from tests.dist.equivalence import (
     MICRO_BATCHES,
     STEPS,
     TINY,
-    TOLERANCES,
     assert_close,
     assert_equal_runs,
     train,
@@ -30,7 +30,7 @@ from tests.dist.equivalence import (
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
 
-DOUBLE = TOLERANCES["torch.float64"]
+DOUBLE = LIMITS["torch.float64"]
 #: (ranks, parallel.zero1.size)
 LAYOUTS = [(1, 1), (2, -1), (2, 1), (4, -1), (4, 1), (4, 2)]
 
@@ -80,12 +80,12 @@ NARROW = [("torch.float32", "INTERNLM"), ("torch.bfloat16", "LLAMA2")]
 @pytest.mark.parametrize(("ranks", "zero1"), LAYOUTS)
 def test_narrower_types(dtype: str, family: str, ranks: int, zero1: int) -> None:
     overrides = (f"model.dtype={dtype}", f"model_type={family}")
-    assert_equal_runs(train(ranks, (*overrides, _zero1(zero1))), train(1, overrides), TOLERANCES[dtype])
+    assert_equal_runs(train(ranks, (*overrides, _zero1(zero1))), train(1, overrides), LIMITS[dtype])
 
 
 def test_a_users_model_in_bf16() -> None:
     overrides = ("model.dtype=torch.bfloat16", "model_type=PLAIN")
-    assert_equal_runs(train(2, overrides), train(1, overrides), TOLERANCES["torch.bfloat16"])
+    assert_equal_runs(train(2, overrides), train(1, overrides), LIMITS["torch.bfloat16"])
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [("torch.float64", 1e-10), ("torch.float32", 1e-5)])

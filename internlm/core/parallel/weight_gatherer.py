@@ -48,6 +48,9 @@ class WeightGatherer:
 
     def __init__(self, group: Group, linears: Sequence[Linear], overlap: Overlap) -> None:
         self.group, self.linears, self.overlap = group, linears, overlap
+        self._members: dict[int, list[int]] = {}  # numbers of each block
+        for number, linear in enumerate(linears):
+            self._members.setdefault(linear.block, []).append(number)
         self.pool: dict[torch.Size, list[Tensor]] = {}  # free buffers
         self._held: dict[int, Tensor] = {}  # buffers in use, by number
         self._coming: dict[int, Pending] = {}
@@ -113,7 +116,7 @@ class WeightGatherer:
         return self._block(block + 1) if place == self.overlap.launch_place else []
 
     def _block(self, block: int) -> Sequence[int]:
-        return [number for number, linear in enumerate(self.linears) if linear.block == block]
+        return self._members.get(block, ())
 
     # -- gradients ----------------------------------------------------------------------------------------------------
     def reduce(self, number: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
