@@ -29,7 +29,7 @@ def free_port() -> int:
 
 class Ours:
     """A trainer over a yardstick's model, on rank ``rank`` of ``world``; ``step`` trains on its part of the yardstick's
-    next batch. ``data_size`` ranks read different sequences."""
+    next batch. ``data_size`` ranks read different sequences, each in ``micro_num`` micro-batches."""
 
     def __init__(
         self,
@@ -39,14 +39,18 @@ class Ours:
         world: int = 1,
         port: int | None = None,
         data_size: int = 1,
+        micro_num: int = 1,
     ) -> None:
         self.yardstick, self._batches = yardstick, yardstick.batches()
         names = dict(
             RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port or free_port()
         )
         os.environ |= {name: str(value) for name, value in names.items()}
-        share = f"data.micro_bsz={yardstick.micro_bsz // data_size}"
-        initialize_distributed_env(yardstick.config(), launcher="torch", overrides=[share, *overrides])
+        self._micro_num = micro_num
+        share = f"data.micro_bsz={yardstick.micro_bsz // data_size // micro_num}"
+        initialize_distributed_env(
+            yardstick.config(), launcher="torch", overrides=[share, f"data.micro_num={micro_num}", *overrides]
+        )
         model, communicator = initialize_model_and_parallel_communicator(create_model())
         optimizer, beta2, lr = initialize_optimizer(model, communicator)
         self.trainer = initialize_trainer(model, optimizer, lr, beta2)
@@ -73,7 +77,7 @@ class Ours:
         labels = ids.roll(-1)
         labels[ends - 1] = -100
         positions = torch.cat([torch.arange(length) for length in lengths])
-        shape = (1, -1) if self.yardstick.documents else (1, len(lengths), self.yardstick.seq_len)
+        shape = (1, -1) if self.yardstick.documents else (self._micro_num, -1, self.yardstick.seq_len)
         batch: dict[str, Any] = {"input_ids": ids.view(shape), "indexes": positions.view(shape)}
         batch["type_ids"] = torch.zeros_like(batch["input_ids"])
         if self.yardstick.documents:

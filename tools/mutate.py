@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "doc" / "testing.md"
 BEGIN, END = "<!-- mutations: begin -->", "<!-- mutations: end -->"
+PIPELINE = ("tests/dist/test_pipeline.py",)
 PARALLEL = ("tests/dist/test_parallel.py", "-k", "test_every_layout or test_every_case")
 
 
@@ -35,7 +36,7 @@ class Mistake:
 
 TENSOR, SEQUENCE, ISP = (f"core/parallel/{name}.py" for name in ("tensor", "sequence", "isp"))
 GATHERER, LINEAR = "core/parallel/weight_gatherer.py", "core/parallel/linear.py"
-ZERO, SCHEDULER = "solver/optimizer/hybrid_zero.py", "core/scheduler/no_pipeline.py"
+ZERO, SCHEDULER = "solver/optimizer/hybrid_zero.py", "core/scheduler/schedulers.py"
 
 MISTAKES = (
     Mistake("mtp: the output of a row is not summed", TENSOR, "return all_reduce(y, self.group)", "return y"),
@@ -70,11 +71,11 @@ MISTAKES = (
     Mistake(
         "the loss is divided by this rank's valid tokens",
         SCHEDULER,
-        "int(all_reduce((labels != -100).sum().to(self.device), self.data_group))",
-        "int((labels != -100).sum())",
+        "int(all_reduce(micro_batches.valid_tokens(), self.data_group))",
+        "int(micro_batches.valid_tokens())",
     ),
-    Mistake("the last micro-batch is dropped", SCHEDULER, "        for i in range(len(labels)):\n            micro",
-            "        for i in range(max(len(labels) - 1, 1)):\n            micro"),
+    Mistake("the last micro-batch is dropped", "core/scheduler/compute.py", "return len(self._labels)\n",
+            "return max(len(self._labels) - 1, 1)\n"),
     Mistake(
         "isp: rotary positions begin anew on every rank",
         ISP,
@@ -130,6 +131,23 @@ MISTAKES = (
     """''', '''class FspColumn(Communicator):
     keeps_gathered_input = True
     """''', ("tests/dist/test_traffic.py",)),
+    Mistake("a pipeline's norm is that of one stage", ZERO, "all_reduce(squares.sum(), self.pipeline_group)",
+            "squares.sum()", PIPELINE),
+    Mistake("the norm counts a tied embedding twice", ZERO, "if not self._is_copy(group):", "if True:", PIPELINE),
+    Mistake("gradients of a tied embedding are not summed", "model/decoder.py",
+            "if c.tie_word_embeddings and part.has_embedding != part.has_head:", "if False:", PIPELINE),
+    Mistake("the loss stays on the last stage", SCHEDULER,
+            "all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)",
+            "all_reduce(compute.sums, self.data_group)", PIPELINE),
+    Mistake("a gradient that was put off is forgotten", "core/scheduler/compute.py", "kept.tasks.pop(0)()",
+            "kept.tasks.pop(0)", PIPELINE),
+    Mistake("hidden units of one micro-batch are taken for another's", "core/scheduler/plan.py",
+            "begins[bisect_left(ends, span.end)].append(", "begins[bisect_left(ends, span.end)].insert(0, ", PIPELINE),
+    Mistake("chunks of a V are cut as if in rounds", "train/stages.py", "cut.virtual(stage, chunk) for chunk",
+            "chunk * pipeline.size + stage for chunk", PIPELINE),
+    Mistake("isp: a weight of the next chunk is fetched in vain", GATHERER,
+            "return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk",
+            "return 0 <= other < len(self.linears)", ("tests/dist/test_traffic.py",)),
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ def missing_tensors(folder: str, metadata: Metadata, wanted: Logical) -> Iterato
             yield Problem(f"{folder}: {name}", shapes, "Use the config of the checkpoint")
 
 
-def unexpected_tensors(folder: str, metadata: Metadata, wanted: Logical) -> Iterator[Problem]:
-    """A problem for each parameter of the checkpoint that the model lacks."""
+def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
+    """A problem for each parameter of the checkpoint that the model lacks, on all ranks."""
     for name in metadata.state_dict_metadata:
         if name.startswith("model/") and name not in wanted:
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")

@@ -191,10 +191,11 @@ class CheckpointManager:
         """Load ``content`` from ``source``; everything is compared, on all ranks, before anything is changed on any."""
         wants = set(ALL) if "all" in content else set(content)
         reader = SafeReader(source)
+        tensors = self._wanted_tensors(wants)
+        known = _known_to_any_rank(tensors)
         with _failing_together():
             saved, metadata = folder.read_state(source, STATE_KEYS), reader.read_metadata()
-            tensors = self._wanted_tensors(wants)
-            problems = list(self._problems(source, saved, metadata, tensors, wants))
+            problems = list(self._problems(source, saved, metadata, tensors, known, wants))
             if problems:
                 raise CheckpointError(*problems)
         if wants == ALL:
@@ -208,16 +209,23 @@ class CheckpointManager:
         return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wants else {})}
 
     def _problems(
-        self, source: Path, saved: dict[str, Any], metadata: Metadata, tensors: Logical, wants: set[str]
+        self,
+        source: Path,
+        saved: dict[str, Any],
+        metadata: Metadata,
+        tensors: Logical,
+        known: set[str],
+        wants: set[str],
     ) -> Iterator[Problem]:
-        """What stands in the way. Of a model of another kind no tensors are listed beside."""
+        """What stands in the way. Of a model of another kind no tensors are listed beside. ``known``: names that any
+        rank wants."""
         name, then, now = str(source), saved["config"], self.facts["config"]
         other_kind = list(compare.other_architecture(name, then, now))
         other_kind += compare.other_dtype(name, then, now) if "optimizer" in wants else []
         yield from other_kind
         if not other_kind:
             yield from compare.missing_tensors(name, metadata, tensors)
-            yield from compare.unexpected_tensors(name, metadata, tensors) if "model" in wants else ()
+            yield from compare.unexpected_tensors(name, metadata, known) if "model" in wants else ()
         yield from compare.other_samples(name, saved, self.facts) if "sampler" in wants else ()
         yield from compare.damaged_files(source, metadata)
 
@@ -237,6 +245,13 @@ class CheckpointManager:
         streams = {name.rsplit("/", 1)[1]: t.boxes[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
+
+
+def _known_to_any_rank(tensors: Logical) -> set[str]:
+    """Names of what this rank wants, or, of a pipeline, another stage."""
+    names: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(names, list(tensors))
+    return {name for rank in names for name in rank}
 
 
 @contextmanager

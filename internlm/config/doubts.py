@@ -21,6 +21,10 @@ DOUBTS = (
         "data.pack_sample_into_one: without effect, since data.use_packed_dataset is False",
     ),
     Doubt(
+        lambda c: c.parallel.pipeline.size == 1 and c.parallel.pipeline.mode != "1F1B",
+        "parallel.pipeline.mode: a pipeline of one stage has nothing to fill, since parallel.pipeline.size is 1",
+    ),
+    Doubt(
         lambda c: c.data.valid_every > 0 and c.data.valid_folder is None and c.data.train_folder is not None,
         "data.valid_every: nothing is validated, since data.valid_folder is not given",
     ),

@@ -137,6 +137,10 @@ def _upper(value: Any) -> Any:
 def _as_tuple(value: Any) -> Any:
     if isinstance(value, str):
         return (value,)
+    return _list_as_tuple(value)
+
+
+def _list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -149,6 +153,7 @@ def _batch_list(value: Any) -> Any:
 RESPELLED = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,
+    "parallel.pipeline.partition": _list_as_tuple,
     "model.dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,
     "ckpt.load_ckpt_info.content": _as_tuple,

@@ -13,10 +13,8 @@ from internlm.utils.errors import ConfigError, Problem
 
 #: Keys whose other values would change results or can't be honoured, with the values that can.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "parallel.pipeline.size": (1,),
     "parallel.zero1.fsdp": (False,),
     "parallel.sequence_2D.enable": (False,),
-    "model.num_chunks": (1,),
     "model.num_experts": (1,),
     "model.num_shared_experts": (0,),
     "model.dtype": (None, "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"),
@@ -47,7 +45,6 @@ class NoEffect:
 
 
 NO_EFFECT = (
-    NoEffect("hybrid_zero_optimizer.overlap_sync_grad", "gradients are reduced after the backward pass"),
     NoEffect("hybrid_zero_optimizer.overlap_sync_param", "parameters are gathered before the next forward pass"),
     NoEffect("hybrid_zero_optimizer.use_split_tensor_optim", "results are the same"),
     NoEffect("model.mlp_layer_fusion", "gate and up projection are one product", lambda fused: not fused),

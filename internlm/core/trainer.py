@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from internlm import accelerator
-from internlm.core.scheduler import NonPipelineScheduler, StepResult
+from internlm.core.scheduler import Scheduler, StepResult
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -108,12 +108,15 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: HybridZeroOptimizer,
-        scheduler: NonPipelineScheduler,
+        scheduler: Scheduler,
         lr_schedule: Schedule,
         beta2_schedule: Schedule,
         state: TrainState | None = None,
+        overlap_sync_grad: bool = False,
     ) -> None:
+        """``overlap_sync_grad``: gradients of a step are reduced as soon as this rank's are complete."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.overlap_sync_grad = overlap_sync_grad
         self.lr_schedule, self.beta2_schedule = lr_schedule, beta2_schedule
         self.state = state or TrainState()
         self.stop_requested = False
@@ -133,7 +136,7 @@ class Trainer:
 
     def execute_schedule(self, data_iter: Iterator[Batch], **options: Any) -> StepResult:
         """Run the next batch of ``data_iter``; ``options`` as in the scheduler's ``forward_backward_step``."""
-        return self.scheduler.forward_backward_step(data_iter, **options)
+        return self.scheduler.forward_backward_step(self, data_iter, **options)
 
     def step(self) -> OptimizerStep:
         """Update the parameters with this step's learning rate and beta2, and count the step."""
@@ -149,7 +152,8 @@ class Trainer:
         batch = next(batches)
         fetched = time.perf_counter()
         self.zero_grad()
-        result = self.execute_schedule(iter([batch]))
+        after_backward = self.optimizer.begin_reduction if self.overlap_sync_grad else None
+        result = self.execute_schedule(iter([batch]), after_backward=after_backward)
         accelerator.synchronize()
         computed = time.perf_counter()
         update = self.step()

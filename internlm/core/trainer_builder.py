@@ -13,6 +13,7 @@ from torch import nn
 from internlm import accelerator
 from internlm.checkpoint import CheckpointManager
 from internlm.config import Config
+from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
@@ -37,6 +38,7 @@ class TrainerBuilder:
         config: Config | str | None = None,
         profiling: bool = False,
         ledger: bool = False,
+        pipeline_trace: bool = False,
         dataset_types: Sequence[str] | None = None,
         extra_hooks: Sequence[Hook] = (),
         **_: Any,  # whatever else a script's parsed arguments hold
@@ -63,7 +65,7 @@ class TrainerBuilder:
         self.folder = _new_folder(Path(self.config.log_folder) / self.config.JOB_NAME)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
         self._val_dls, self._extra_hooks = val_dls or {}, extra_hooks
-        self._profiling, self._ledger = profiling, ledger
+        self._profiling, self._ledger, self._pipeline_trace = profiling, ledger, pipeline_trace
 
     def fit(self) -> TrainState:
         """Resume if there is something to resume, train to the end, and return the final state.
@@ -90,8 +92,14 @@ class TrainerBuilder:
             self.stop,
             hooks.SaveCheckpoints(self.checkpoints),
             *([hooks.ReportTraffic()] if self._ledger and writer else []),
+            *([self._recorder()] if self._pipeline_trace else []),
             *([hooks.ProfileRun(self.folder, dist.get_rank())] if self._profiling else []),
         ]
+
+    def _recorder(self) -> hooks.RecordPipeline:
+        """The pipeline that has the logging rank is drawn."""
+        folder = self.folder if gpc.is_rank_for_log() else None
+        return hooks.RecordPipeline(gpc.group(ParallelMode.PIPELINE), folder)
 
     def _writer(self, first_step: int) -> MetricsWriter | None:
         """Where the logging rank writes; None on the others."""

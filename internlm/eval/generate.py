@@ -41,12 +41,15 @@ def generate(
 
 
 def _demand_whole(model: nn.Module) -> None:
-    """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens."""
+    """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens, or into
+    chunks, the first of which has none to draw."""
+    part = getattr(model, "part", None)
+    in_parts = part is not None and not (part.is_whole and len(part.chunks) == 1)
     placements = [getattr(parameter, "placement", None) for parameter in model.parameters()]
     communicator = getattr(model, "communicator", SILENT_MODEL)
-    if communicator is not SILENT_MODEL or any(placement and placement.shard for placement in placements):
+    if in_parts or communicator is not SILENT_MODEL or any(placement and placement.shard for placement in placements):
         todo = "Load its checkpoint into the same model on one process"
-        raise UserError(Problem("generate", "the model is split over ranks", todo))
+        raise UserError(Problem("generate", "the model is split over ranks or into chunks", todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -33,7 +33,6 @@ HOW_TO_START = (
     "Start with: torchrun --nproc_per_node=N train.py --config CONFIG --launcher torch, "
     "or: srun python train.py --config CONFIG --launcher slurm"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 ConfigLike = str | Path | dict[str, Any] | Config
 
@@ -64,6 +63,7 @@ def get_default_parser() -> argparse.ArgumentParser:
     add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
     add("--seed", type=int, default=1024, help="seed of everything random (default: %(default)s)")
     add("--profiling", action="store_true", help="write torch traces and a memory report")
+    add("--pipeline-trace", action="store_true", help="draw a step of the pipeline, measured beside simulated")
     add("--ledger", action="store_true", help="at the end, show what was sent between ranks, by mode and collective")
     add(
         "--set",
@@ -193,7 +193,7 @@ def _launch(config: ConfigLike, process: ProcessInfo, backend: str | None, seed:
     resolved = _resolve(config, process, overrides)
     _check_devices(process)
     accelerator.set_device(process.local_rank)
-    _join(process, backend)
+    _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -258,7 +258,7 @@ def _check_devices(process: ProcessInfo) -> None:
         )
 
 
-def _join(process: ProcessInfo, backend: str) -> None:
+def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     """Join the default process group; a group that is already there (a test's, a notebook's) is used as it is."""
     if dist.is_initialized():
         return
@@ -268,7 +268,7 @@ def _join(process: ProcessInfo, backend: str) -> None:
         MASTER_ADDR=process.host, MASTER_PORT=str(process.port),
     )  # fmt: skip
     try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except dist.DistError as error:
         in_use = "EADDRINUSE" in str(error)
         what = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"

@@ -9,9 +9,13 @@ from torch import nn
 from internlm import accelerator
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
+from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
+from internlm.core.scheduler.channels import Channels
+from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
+from internlm.core.scheduler.table import kind_of
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.train.stages import own_table
 
 
 def initialize_trainer(
@@ -28,6 +32,52 @@ def initialize_trainer(
     types.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
+    return Trainer(
+        model,
+        optimizer,
+        _scheduler(criterion, types),
+        lr_scheduler,
+        beta2_scheduler,
+        overlap_sync_grad=gpc.config.hybrid_zero_optimizer.overlap_sync_grad,
+    )
+
+
+def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
-    scheduler = NonPipelineScheduler(model, criterion, types, gpc.group(tokens), accelerator.current_device())
-    return Trainer(model, optimizer, scheduler, lr_scheduler, beta2_scheduler)
+    options = criterion, types, gpc.group(tokens), accelerator.current_device()
+    config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
+    if config.size * chunks == 1:
+        return NonPipelineScheduler(*options)
+    kind = kind_of(config.mode, chunks)
+    pipeline = Pipeline(
+        gpc.group(ParallelMode.PIPELINE),
+        chunks,
+        _channels(kind) if config.size > 1 else None,
+        own_table(gpc.config),
+    )
+    scheduler = SCHEDULERS[kind](*options, pipeline)
+    scheduler.table(gpc.config.data.micro_num)  # what is wrong with it is said before the run
+    return scheduler
+
+
+def _channels(kind: str) -> Channels:
+    """To and from this rank's neighbours: those before and after it in the chain of stages; for chunks that begin
+    anew, the last is before the first."""
+    stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel
+    incoming, outgoing = {}, {}
+    for number, pairs in enumerate(_neighbours(stage.size, ring=kind == "interleaved")):
+        up, down = (gpc.pair_of_stages(f"{number} {direction}", pairs) for direction in ("up", "down"))
+        for lower, upper in pairs:
+            if stage.rank == lower:
+                outgoing[upper], incoming[upper] = up, down
+            if stage.rank == upper:
+                outgoing[lower], incoming[lower] = down, up
+    overlap = kind != "interleaved" or config.pipeline.interleaved_overlap
+    return Channels(stage, incoming, outgoing, accelerator.current_device(), config.timeout, overlap)
+
+
+def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:
+    """Pairs of neighbours, in lists in which no stage is twice."""
+    lists = [[(rank, rank + 1) for rank in range(first, stages - 1, 2)] for first in (0, 1)]
+    lists.append([(stages - 1, 0)] if ring and stages > 2 else [])
+    return [pairs for pairs in lists if pairs]

@@ -1,17 +1,23 @@
 """The decoder: embedding, blocks of attention and feed-forward, norm, head.
 
+Of a model that is split into pipeline stages a rank holds a part (:class:`internlm.core.parallel.part.Part`): the
+blocks of its chunks under their numbers in the whole model, and embedding or head where they are its.
+
 Shapes: B sequences, S tokens each (or one row of packed pieces), T = B · S tokens, H hidden, V vocabulary, G kv heads,
 Q query heads per kv head, D head width, F intermediate width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
 from internlm.core.parallel.communicator import (
     SILENT_ATTENTION,
@@ -19,7 +25,8 @@ from internlm.core.parallel.communicator import (
     AttentionCommunicator,
     ModelCommunicator,
 )
-from internlm.core.parallel.placement import normal
+from internlm.core.parallel.placement import normal, placement_of
+from internlm.core.parallel.sharding import current_part
 from internlm.model.spec import DecoderSpec
 from internlm.ops import Segments, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
@@ -73,8 +80,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + Attention(norm(x)), then x + FeedForward(norm(x))."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, chunk: int = 0) -> None:
         super().__init__()
+        self.chunk = chunk  # of the pipeline stage
         c = spec.config
         norm = partial(ParallelNorm, c.hidden_size, c.norm_type, c.layer_norm_epsilon)
         self.attention_norm, self.attention = norm(), Attention(spec)
@@ -87,6 +95,23 @@ class Block(nn.Module):
         return out
 
 
+class Blocks(nn.Module):
+    """The blocks that are held here, by their numbers in the whole model."""
+
+    def __init__(self, blocks: Mapping[int, Block]) -> None:
+        super().__init__()
+        for number, block in blocks.items():
+            self.add_module(str(number), block)
+
+    def __getitem__(self, number: int) -> Block:
+        block = self.get_submodule(str(number))
+        assert isinstance(block, Block)
+        return block
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self[int(name)] for name in self._modules)
+
+
 class Decoder(nn.Module):
     """Token ids to logits, or, given labels, to the loss of each token without ever holding all logits."""
 
@@ -96,17 +121,33 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         c = spec.config
-        self.spec = spec
+        self.spec, self.part = spec, current_part(c.num_layers)
+        holds_copy = self.part.has_head and c.tie_word_embeddings  # of the table, as the head's weight
+        if self.part.has_embedding or holds_copy:
+            self.embedding = self._embedding()
+        self.layers = Blocks(
+            {number: Block(spec, chunk) for chunk, numbers in enumerate(self.part.chunks) for number in numbers}
+        )
+        if self.part.has_head:
+            self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
+            self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(c.out_head_init_std), c.parallel_output)
+            self.output.chunk = len(self.part.chunks) - 1
+        if holds_copy:
+            self.output.weight = self.embedding.weight
+
+    def _embedding(self) -> ParallelEmbedding:
+        c, part = self.spec.config, self.part
         # A table that is the head's weight too must be split like that.
         split_hidden = c.embed_split_hidden and not c.tie_word_embeddings
-        self.embedding = ParallelEmbedding(
+        embedding = ParallelEmbedding(
             c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale, split_hidden
         )
-        self.layers = nn.ModuleList(Block(spec) for _ in range(c.num_layers))
-        self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
-        self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(c.out_head_init_std), c.parallel_output)
-        if c.tie_word_embeddings:
-            self.output.weight = self.embedding.weight
+        if c.tie_word_embeddings and part.has_embedding != part.has_head:  # the other end has a copy
+            weight = embedding.weight
+            weight.placement = replace(  # type: ignore[attr-defined]
+                placement_of(weight, "embedding.weight"), partial_over=ParallelMode.PIPELINE
+            )
+        return embedding
 
     def forward(
         self,
@@ -117,34 +158,54 @@ class Decoder(nn.Module):
         *,
         label_smoothing: float = 0.0,
         grad_scale: float = 1.0,
+        chunk: int = 0,
+        hidden: Tensor | None = None,
     ) -> Tensor | TokenLoss:
         """Logits [*input_ids.shape, V], or a :class:`TokenLoss` where ``labels`` (of the shape of ``input_ids``) are
         given.
 
         input_ids: [T] packed, with ``cu_seqlens`` [pieces + 1] bounding its pieces and ``indexes`` [T] the position
         within each; or [B, S] without them. ``loss_sum`` of the result is ``grad_scale`` times the sum of the token
-        losses.
+        losses. Of a model in parts, ``chunk`` takes the output of the chunk before it as ``hidden``, [T, H], and gives
+        its own, but the last.
         """
-        x = self.hidden(input_ids, cu_seqlens, indexes)
+        x = self._blocks(chunk, hidden, input_ids, cu_seqlens, indexes)
+        if not self.part.is_last(chunk):
+            return x
+        x = self.norm(x)
         if labels is None:
             logits = self.output.logits(x)
             own = logits.shape[0] == input_ids.numel()  # not those of other ranks' tokens besides
             return logits.view(*(input_ids.shape if own else logits.shape[:1]), logits.shape[-1])
         return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
 
-    def hidden(self, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None) -> Tensor:
-        """The normalised output of the last block: [T, H]."""
+    def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of what a chunk gives that is not the last, for these inputs of :meth:`forward`."""
+        tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
+        return (tokens, self.spec.config.hidden_size), self.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of parameters and activations."""
+        return next(self.layers.parameters()).dtype
+
+    def _blocks(
+        self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
+    ) -> Tensor:
+        """The output of the last block of ``chunk``: [T, H]."""
         segments = _segments(input_ids, cu_seqlens)
         own = None if indexes is None else indexes.flatten()
         positions = _positions(segments) if own is None else self.communicator.whole_positions(own)
         rotary = self._rotary(positions, segments)
-        x: Tensor = self.embedding(input_ids.flatten())  # [T, H]
-        for number, block in enumerate(self.layers):
-            if number < self.spec.recomputed_layers and torch.is_grad_enabled():
+        x: Tensor = self.embedding(input_ids.flatten()) if hidden is None else hidden  # [T, H]
+        numbers = self.part.chunks[chunk]
+        recomputed = self.spec.recomputed_of(len(numbers)) if torch.is_grad_enabled() else 0
+        for place, number in enumerate(numbers):
+            block = self.layers[number]
+            if place < recomputed:
                 x = checkpoint(block, x, rotary, segments, use_reentrant=False)
             else:
                 x = block(x, rotary, segments)
-        x = self.norm(x)
         return x
 
     def _rotary(self, positions: Tensor, segments: Segments) -> Rotary:
@@ -157,7 +218,7 @@ class Decoder(nn.Module):
             dynamic_ntk=c.use_dynamic_ntk_rope,
             max_position=c.max_position_embeddings,
             seq_len=segments.max_seqlen,
-            dtype=self.embedding.weight.dtype,
+            dtype=self.dtype,
         )
 
 

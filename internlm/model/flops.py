@@ -5,16 +5,25 @@ from __future__ import annotations
 from internlm.config.schema import ModelConfig
 
 
-def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward operations of the matrix products for one token of a sequence of ``seq_len``, causal masking not
-    deducted."""
+def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward operations of the matrix products of one block for one token of a sequence of ``seq_len``, causal masking
+    not deducted."""
     heads = model.num_attention_heads * model.head_size
     kv = model.kv_heads * model.head_size
     attention = 2 * model.hidden_size * (heads + 2 * kv) + 2 * heads * model.hidden_size  # qkv and output projections
     scores = 2 * 2 * seq_len * heads  # q·kᵀ and p·v
     feed_forward = 3 * 2 * model.hidden_size * model.intermediate_size
-    head = 2 * model.hidden_size * model.vocab_size
-    return model.num_layers * (attention + scores + feed_forward) + head
+    return attention + scores + feed_forward
+
+
+def head_forward_flops(model: ModelConfig) -> float:
+    """The same of the head."""
+    return 2 * model.hidden_size * model.vocab_size
+
+
+def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """The same of the whole model."""
+    return model.num_layers * layer_forward_flops(model, seq_len) + head_forward_flops(model)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -25,6 +34,6 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """As :func:`model_flops_per_token`, with the forward products that recompute repeats."""
-    layers = forward_flops_per_token(model, seq_len) - 2 * model.hidden_size * model.vocab_size
+    layers = model.num_layers * layer_forward_flops(model, seq_len)
     recomputed = int(model.checkpoint * model.num_layers) / model.num_layers  # whole layers
     return model_flops_per_token(model, seq_len) + recomputed * layers

@@ -29,7 +29,6 @@ class DecoderSpec:
         asked = self.config.attention_backend
         return "sdpa" if asked == "auto" and not self.config.use_flash_attn else asked
 
-    @property
-    def recomputed_layers(self) -> int:
-        """How many layers, from the first, are computed again in backward."""
-        return int(self.config.checkpoint * self.config.num_layers)
+    def recomputed_of(self, layers: int) -> int:
+        """How many of a chunk's ``layers``, from its first, are computed again in backward."""
+        return int(self.config.checkpoint * layers)

@@ -1,14 +1,10 @@
 """What a micro-batch keeps for its backward pass, by formula: bytes on each rank, from the config alone.
 
+The symbols are those of :mod:`internlm.train.traffic.symbols`; besides
+
 ==========  =========================================================================================================
-t, w        ranks of the tensor group and of the weight group (w is 1 but under isp)
-T           tokens of a row on a data rank, ``data.packed_length``
-S           those of them that this rank has between the linears: T under mtp, T/t under msp, fsp and isp
 K           tokens that take part in the loss, of those whose labels this rank has: T, under isp T/t
-L, R        layers, and those of them that are recomputed (``model.checkpoint``)
-H, F, V     hidden width, intermediate width, vocabulary
-G, Q, D     kv heads, query heads per kv head, head width
-e, g        bytes of an activation; of a gradient or a statistic where they are summed up (4 at least)
+L, R        layers of a chunk, and those of them that are recomputed (``model.checkpoint``)
 ==========  =========================================================================================================
 
 Counted is what autograd saves, each storage once; parameters are not, nor the weights that isp gathers, which are
@@ -16,9 +12,14 @@ given up after each product. A linear saves its input alone: what a norm or SwiG
 backward. So a block keeps four tensors of its own, and the queries, keys and values. The kernel of attention is the
 one for the CPU, which saves these alone; flash attention also saves 4·T·G·Q/t for the sums of its softmax and, under
 isp, its output before the all-to-all, T·G·Q·D·e/t.
+
+In a pipeline each chunk keeps its own. The hidden units that it was sent are the input of its first block, and counted
+there; its output is kept by nobody once it was sent. What is on its way between stages is not counted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from internlm.config import Config
 from internlm.train.traffic import Symbols
@@ -35,34 +36,55 @@ NORM = "final norm"
 LOSS_INPUT = "loss: gradient of its input"
 LOSS_WEIGHT = "loss: gradient of the head's weight"
 
+NORMALISED = "block: normalised inputs"
+SWIGLU = "block: input of w2"
+GRAD_QKV = "block: gradient of queries, keys, values"
+GRAD_GATE_UP = "block: gradient of gate and up"
+GRAD_RESIDUAL = "block: gradients of residual outputs"
 
-def saved_for_backward(config: Config, world_size: int, tokens: int | None = None) -> dict[str, int]:
-    """Bytes of each part that a rank holds between the forward and the backward pass of one micro-batch.
 
-    ``tokens``: K; without it, no label is ignored. ``config`` is resolved, and without pipeline. Raises KeyError for a
-    model that is not ours.
+def saved_for_backward(
+    config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, chunk: int | None = None
+) -> dict[str, int]:
+    """Bytes of each part that a rank of pipeline stage ``stage`` holds between the forward and the backward pass of one
+    micro-batch: of all its chunks together, or of ``chunk``.
+
+    ``tokens``: K; without it, no label is ignored. ``config`` is resolved. Raises KeyError for a model that is not
+    ours.
     """
-    s = Symbols.of(config, world_size)
-    recomputed = s.spec.recomputed_layers
-    blocks = {part: (config.model.num_layers - recomputed) * size for part, size in block(s).items()}
+    s = Symbols.of(config, world_size, stage)
+    return _of_chunks(s, chunk, lambda each: _saved(s, each, tokens))
+
+
+def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
+    """The same between the backward pass and the gradients of the weights, where a schedule puts these off: what the
+    linears of blocks need for theirs. All else is computed in the backward pass."""
+    s = Symbols.of(config, world_size, stage)
+    return _of_chunks(s, chunk, lambda each: _times(len(s.part.chunks[each]), block_for_weights(s)))
+
+
+def _of_chunks(s: Symbols, chunk: int | None, parts: Callable[[int], dict[str, int]]) -> dict[str, int]:
+    """The sum of ``parts`` of all chunks, or those of one."""
+    each = [parts(number) for number in (s.chunks if chunk is None else [chunk])]
+    return {part: sum(sizes[part] for sizes in each) for part in each[0]}
+
+
+def _saved(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
+    """By ``chunk``: rotary table and blocks; by the first also the token ids, by the last norm and loss."""
+    first, last = s.part.is_first(chunk), s.part.is_last(chunk)
+    recomputed = s.recomputed(chunk)
     return {
-        TOKEN_IDS: token_ids(s),
+        TOKEN_IDS: first * token_ids(s),
         ROTARY: rotary(s),
-        **blocks,
-        RECOMPUTED: recomputed * own_tokens(s) * s.H * s.e,
-        NORM: norm(s),
-        **loss(s, tokens),
+        **_times(len(s.part.chunks[chunk]) - recomputed, block(s)),
+        RECOMPUTED: recomputed * s.S * s.H * s.e,
+        NORM: last * norm(s),
+        **_times(last, loss(s, tokens)),
     }
 
 
-def total_saved(config: Config, world_size: int, tokens: int | None = None) -> int:
-    """The sum of :func:`saved_for_backward`."""
-    return sum(saved_for_backward(config, world_size, tokens).values())
-
-
-def own_tokens(s: Symbols) -> int:
-    """S."""
-    return s.T if s.mode == "mtp" else s.T // s.t.size
+def _times(count: int, parts: dict[str, int]) -> dict[str, int]:
+    return {part: count * size for part, size in parts.items()}
 
 
 def block(s: Symbols) -> dict[str, int]:
@@ -80,22 +102,56 @@ def block(s: Symbols) -> dict[str, int]:
 
     msp gathers nothing where t is 1. Under isp, of kv heads fewer than t each is held by several ranks.
     """
-    keeps_gathered = s.mode == "msp" and s.t.size > 1
     heads = s.G * s.Q
     return {
-        RESIDUAL: 2 * own_tokens(s) * s.H * s.e,
-        GATHERED: 2 * s.T * s.H * s.e if keeps_gathered else 0,
+        RESIDUAL: 2 * s.S * s.H * s.e,
+        GATHERED: gathered(s),
         QKV: s.T * (heads + 2 * max(s.G, s.t.size)) * s.D * s.e // s.t.size,
         HEADS: s.T * heads * s.D * s.e // s.t.size,
         GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
     }
 
 
+def block_for_weights(s: Symbols) -> dict[str, int]:
+    """One block, recomputed or not, whose gradients of weights are put off: inputs of its four linears, and the
+    gradients of their outputs, as the products take them.
+
+    =======================  ===========  ===========  ===========  ===========
+    part                     mtp          msp          fsp          isp
+    =======================  ===========  ===========  ===========  ===========
+    inputs of wqkv and w13   2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
+    the same, gathered       –            2·T·H·e      –            –
+    input of wo              T·G·Q·D·e/t in every mode
+    input of w2              T·F·e/t in every mode
+    gradient of wqkv         T·G·(Q + 2)·D·e/t in every mode
+    gradient of w13          2·T·F·e/t in every mode
+    gradients of wo and w2   2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
+    =======================  ===========  ===========  ===========  ===========
+
+    msp gathers nothing where t is 1.
+    """
+    tokens = s.S if s.mode == "isp" else s.T  # of the gradients that msp and fsp gather
+    return {
+        NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
+        GATHERED: gathered(s),
+        HEADS: s.T * s.G * s.Q * s.D * s.e // s.t.size,
+        SWIGLU: s.T * s.F * s.e // s.t.size,
+        GRAD_QKV: s.T * s.G * (s.Q + 2) * s.D * s.e // s.t.size,
+        GRAD_GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
+        GRAD_RESIDUAL: 2 * tokens * s.H * s.e,
+    }
+
+
+def gathered(s: Symbols) -> int:
+    """msp: 2·T·H·e, where it gathers."""
+    return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
+
+
 def token_ids(s: Symbols) -> int:
     """8·T, the ids that were looked up; where the table is split by words, also T for which of them lie elsewhere. isp:
     8·T/t."""
     if s.mode == "isp":
-        return 8 * own_tokens(s)
+        return 8 * s.S
     by_words = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
     return (9 if by_words and s.t.size > 1 else 8) * s.T
 
@@ -108,7 +164,7 @@ def rotary(s: Symbols) -> int:
 def norm(s: Symbols) -> int:
     """S·H·e for its input, and of each token a statistic, g (of a layernorm two)."""
     statistics = 2 if s.config.model.norm_type == "layernorm" else 1
-    return own_tokens(s) * (s.H * s.e + statistics * s.g)
+    return s.S * (s.H * s.e + statistics * s.g)
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
@@ -117,7 +173,7 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
     For their input K·H·e, and 8·K for the places of the tokens where some labels are ignored. For the weight
     ⌈V/t⌉·H·g, under isp V·H·g.
     """
-    split, labels = (1, own_tokens(s)) if s.mode == "isp" else (s.t.size, s.T)
+    split, labels = (1, s.S) if s.mode == "isp" else (s.t.size, s.T)
     kept = labels if tokens is None else tokens
     places = 8 * kept if kept < labels else 0
     return {LOSS_INPUT: kept * s.H * s.e + places, LOSS_WEIGHT: -(-s.V // split) * s.H * s.g}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -9,14 +11,17 @@ from internlm import accelerator
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.context.group import Group
 from internlm.core.context.random import derived_seed
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.collectives import broadcast
-from internlm.core.parallel.placement import Shard, initialize_parameters, placed_parameters, state_buffers
+from internlm.core.parallel.part import Part
+from internlm.core.parallel.placement import ParamPlacement, initialize_parameters, placed_parameters, state_buffers
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
+from internlm.train.stages import part_of
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import ConfigError, Problem
 
@@ -29,14 +34,19 @@ def create_model(model_type: str | None = None) -> nn.Module:
         return Share(gpc.get_local_rank(mode), gpc.get_world_size(mode))
 
     sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
-    return build_model(gpc.config, gpc.seed, model_type, sharding)
+    part = part_of(gpc.config, gpc.get_local_rank(ParallelMode.PIPELINE))
+    return build_model(gpc.config, gpc.seed, model_type, sharding, part)
 
 
 def build_model(
-    config: Config, seed: int, model_type: str | None = None, sharding: Sharding | None = None
+    config: Config,
+    seed: int,
+    model_type: str | None = None,
+    sharding: Sharding | None = None,
+    part: Part | None = None,
 ) -> nn.Module:
-    """The model that ``config`` describes, or this rank's part of it by ``sharding``, on this process's device, its
-    parameters drawn from ``seed``."""
+    """The model that ``config`` describes, or this rank's part of it by ``sharding`` and ``part``, on this process's
+    device, its parameters drawn from ``seed``."""
     register_model_initializer()
     build = model_initializer.get_module(model_type or config.model_type)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
@@ -46,11 +56,21 @@ def build_model(
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
     randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with randomness, default_dtype(dtype), device, building(sharding or Sharding()):
+    with randomness, default_dtype(dtype), device, building(sharding or Sharding(), part):
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
+    _check_part(model, part, model_type or config.model_type)
     initialize_parameters(model, seed)
     return model
+
+
+def _check_part(model: nn.Module, part: Part | None, model_type: str) -> None:
+    if part is not None and len(part.chunks) + (not part.is_whole) > 1 and getattr(model, "part", None) != part:
+        what = f"{model_type!r} can't be split into stages: it did not ask for its part"
+        todo = (
+            "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks to 1"
+        )
+        raise ConfigError(Problem("model_type", what, todo))
 
 
 def _check_attention(backend: str, dtype: torch.dtype) -> None:
@@ -64,19 +84,23 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     on all ranks that hold copies of it, however it was made."""
     model = create_model() if model is None else model
     for _, parameter, placement in placed_parameters(model):
-        for mode in _copies(placement.shard):
-            broadcast(parameter.detach(), gpc.group(mode))
+        for group in _copies(placement):
+            broadcast(parameter.detach(), group)
     for _, buffer in state_buffers(model):
-        broadcast(buffer, gpc.group(ParallelMode.GLOBAL))
+        broadcast(buffer, gpc.group(ParallelMode.ISP_DATA))  # all ranks of a stage
     return model
 
 
-def _copies(shard: Shard | None) -> tuple[ParallelMode, ...]:
-    """The modes over whose groups a parameter of which ``shard`` is held here is copied."""
+def _copies(placement: ParamPlacement) -> Iterator[Group]:
+    """The groups over which a parameter that lies so is copied."""
     split, data = (
         (ParallelMode.WEIGHT, ParallelMode.WEIGHT_DATA) if _isp() else (ParallelMode.TENSOR, ParallelMode.DATA)
     )
-    return (data,) if shard else (split, data)
+    if not placement.shard:
+        yield gpc.group(split)
+    yield gpc.group(data)
+    if placement.partial_over is ParallelMode.PIPELINE:
+        yield gpc.pipeline_ends()
 
 
 def _isp() -> bool:

@@ -26,6 +26,8 @@ def initialize_optimizer(
         config.hybrid_zero_optimizer.clip_grad_norm,
         zero_group=gpc.group(ParallelMode.ZERO1),
         replica_group=gpc.group(ParallelMode.ZERO1_REPLICA),
+        pipeline_group=gpc.group(ParallelMode.PIPELINE),
+        ends_group=gpc.pipeline_ends(),
         split_groups=[gpc.group(ParallelMode.WEIGHT if config.parallel.tensor.mode == "isp" else ParallelMode.TENSOR)],
     )
     beta2 = Beta2Schedule.from_config(config.beta2_scheduler, config.adam)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
-#: What gloo says of a rank that is gone, in errors without a type of their own.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+#: What gloo says of a rank that is gone or silent, in errors without a type of their own.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,6 +68,10 @@ class CheckpointError(UserError):
     """Problems of a checkpoint."""
 
 
+class LostPeerError(RuntimeError):
+    """Another rank is gone, or does not do its part in time; the text says which."""
+
+
 #: How long a silent rank lets another speak before it exits: a launcher ends every process once one has failed.
 _GRACE_SECONDS = 2.0
 
@@ -109,7 +113,7 @@ def _times_said(topic: str, more: int = 0) -> int:
         return more
 
 
-def _lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST_PEER)
 
@@ -128,8 +132,11 @@ def exit_on_user_error(main: F) -> F:
         except UserError as error:
             report(error)
             sys.exit(EXIT_USER_ERROR)
+        except LostPeerError as error:
+            print(f"{error}. See what that rank said", file=sys.stderr, flush=True)
+            sys.exit(EXIT_LOST_PEER)
         except RuntimeError as error:
-            if not _lost_peer(error):
+            if not lost_peer(error):
                 raise
             if not _times_said(_STOPPED):
                 rank = os.environ.get("RANK", "?")

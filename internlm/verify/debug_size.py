@@ -19,7 +19,7 @@ MOST_QUERIES = 4
 
 def debug_size(config: Config) -> dict[str, Any]:
     """Values by key that make ``config`` tiny, for the parallel sizes that it has: random data, a short run."""
-    return {**_model(config), **_data(config), **_course()}
+    return {**_model(config), **_pipeline(config), **_data(config), **_course()}
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -51,6 +51,15 @@ def _heads(config: Config) -> tuple[int, int]:
 
 def _seq_len(config: Config) -> int:
     return math.lcm(SEQ_LEN, config.parallel.tensor.size)
+
+
+def _pipeline(config: Config) -> dict[str, Any]:
+    """What was written for another number of layers, or of micro-batches, goes."""
+    partition = config.parallel.pipeline.partition
+    return {
+        "parallel.pipeline.partition": partition if isinstance(partition, str) else "uniform",
+        "parallel.pipeline.table": None,
+    }
 
 
 def _data(config: Config) -> dict[str, Any]:

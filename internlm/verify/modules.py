@@ -50,19 +50,24 @@ class Trace:
 
 
 def trace(reference: RankRecord, ranks: Sequence[RankRecord], what: Callable[[Pass], Tensors], limit: float) -> Trace:
-    """Compare ``what`` of the passes. Each data-parallel place of ``ranks`` has one, the first; ``reference`` has them
-    all, in the order of the places."""
+    """Compare ``what`` of the passes. Each data-parallel place of ``ranks`` has one, the first, of which each stage of
+    the pipeline has its modules; ``reference`` has them all, in the order of the places."""
     wanted = [what(each) for each in reference.passes]
-    groups = [[what(record.passes[0]) for record in group] for group in by_sample(ranks).values()]
-    assert len(wanted) == len(groups), f"{len(wanted)} passes for {len(groups)} places"
+    places = [
+        [[what(record.passes[0]) for record in group] for group in stages.values()]
+        for stages in by_sample(ranks).values()
+    ]
+    assert len(wanted) == len(places), f"{len(wanted)} passes for {len(places)} places"
     names = dict.fromkeys(name for tensors in wanted for name in tensors)
-    return Trace(limit, {name: _difference(name, wanted, groups) for name in names})
+    return Trace(limit, {name: _difference(name, wanted, places) for name in names})
 
 
-def _difference(name: str, wanted: Sequence[Tensors], groups: Sequence[Sequence[Tensors]]) -> float | None:
+def _difference(name: str, wanted: Sequence[Tensors], places: Sequence[Sequence[Sequence[Tensors]]]) -> float | None:
+    """``places``: by data-parallel place and stage, what each rank of the tensor group has."""
     found: list[float] = []
-    for tensors, group in zip(wanted, groups, strict=True):
-        if name not in tensors or any(name not in part for part in group):
+    for tensors, stages in zip(wanted, places, strict=True):
+        group = next((group for group in stages if all(name in part for part in group)), None)
+        if group is None or name not in tensors:
             return None
         wholes = put_together([part[name] for part in group], tensors[name].shape)
         found += [relative_l2(whole, tensors[name]) for whole in wholes]

@@ -37,6 +37,8 @@ ALONE: Values = {
     "parallel.tensor.mode": "mtp",
     "parallel.pipeline.size": 1,
     "parallel.pipeline.mode": "1F1B",
+    "parallel.pipeline.partition": "uniform",
+    "parallel.pipeline.table": None,
     "parallel.weight.size": 1,
     "parallel.zero1.size": 1,
     "parallel.expert.size": 1,

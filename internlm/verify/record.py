@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -36,10 +36,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: among those that read different samples, and among those that share a layer."""
+    """Where a rank is: among those that read different samples, among those that share a layer, and in the pipeline."""
 
     data: int
     tensor: int
+    stage: int
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def hold(
         mine.boxes[box.offsets] = flat[begin + box.start : begin + box.stop].view(box.sizes).detach().clone()
 
 
-def by_sample(records: Iterable[RankRecord]) -> Mapping[int, list[RankRecord]]:
-    """Records by data-parallel place; those of one place in the order of the tensor group."""
-    groups: dict[int, list[RankRecord]] = {}
-    for record in sorted(records, key=lambda record: (record.place.data, record.place.tensor)):
-        groups.setdefault(record.place.data, []).append(record)
-    return groups
+def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:
+    """Records by data-parallel place and pipeline stage; those of one stage in the order of the tensor group."""
+    places: dict[int, dict[int, list[RankRecord]]] = {}
+    for record in sorted(records, key=lambda record: astuple(record.place)):
+        places.setdefault(record.place.data, {}).setdefault(record.place.stage, []).append(record)
+    return places

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from internlm.config import Config
 from internlm.core.context.parallel_context import sizes_of
 from internlm.verify.compare import Report, Row
 from internlm.verify.modules import Trace
@@ -20,11 +21,25 @@ WORST = 5
 def heading(plan: Plan) -> str:
     """What is compared with what."""
     config, sizes = plan.config, sizes_of(plan.config, plan.world_size)
-    named = {"tensor": sizes.tensor, "weight": sizes.weight, "pipeline": sizes.pipeline, "zero1": sizes.zero}
-    layout = ", ".join([config.parallel.tensor.mode, *(f"{name} {size}" for name, size in named.items() if size > 1)])
+    named = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
+    layout = ", ".join(
+        [
+            config.parallel.tensor.mode,
+            *(f"{name} {size}" for name, size in named.items() if size > 1),
+            *_pipeline(config),
+        ]
+    )
     batches = f"{plan.data_size} x {config.data.micro_num} micro-batches"
     model = f"{config.model_type}, {config.model.dtype}, seed {plan.seed}"
     return f"{model}: {plan.world_size} ranks ({layout}; {batches}) against one process"
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    """Stages, chunks of each, and what they run."""
+    pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
+    if pipeline.size * chunks > 1:
+        table = f" by {pipeline.table}" if pipeline.table else ""
+        yield f"pipeline {pipeline.size} x {chunks} {pipeline.mode}{table}"
 
 
 def as_text(report: Report) -> str:

@@ -12,6 +12,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER, Traffic
 from internlm.core.parallel.placement import placed_parameters
+from internlm.core.scheduler.actions import FORWARD
 from internlm.core.trainer import StepReport, Trainer
 from internlm.data.loader import Batch, TrainLoader
 from internlm.initialize.launch import initialize_distributed_env
@@ -40,12 +41,12 @@ def run_rank(
     trainer.train()
     meter = _Meter(trainer, loader)
     micro_num = loader.plan.micro_batches(0)
-    with watching(model, range(0, micro_num, micro_num // parts)) as passes:
+    with watching(model, range(0, micro_num, micro_num // parts), _forward_calls(trainer, micro_num)) as passes:
         reports = [meter.step()]
     gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.clip_grad_norm))
     reports += [meter.step() for _ in range(steps - 1)]
     return RankRecord(
-        Place(gpc.get_local_rank(ParallelMode.DATA), gpc.get_local_rank(ParallelMode.TENSOR)),
+        Place(*map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE))),
         [report.result.loss for report in reports],
         [report.update.grad_norm for report in reports],
         gradients,
@@ -55,6 +56,12 @@ def run_rank(
         meter.tokens,
         len(types),
     )
+
+
+def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:
+    """Which micro-batch the model has in each of its forward calls, of a step of ``micro_num``."""
+    actions = trainer.scheduler.table(micro_num).actions[gpc.get_local_rank(ParallelMode.PIPELINE)]
+    return [action.micro_batch for action in actions if action.kind == FORWARD]
 
 
 class _Meter:

@@ -42,7 +42,7 @@ def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[Traff
 def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> list[TrafficError]:
     errors = []
     for step, (counted, tokens) in enumerate(zip(record.traffic, record.tokens, strict=True), 1):
-        expected = expected_traffic(config, world_size, tokens, types=record.types)
+        expected = expected_traffic(config, world_size, tokens, types=record.types, stage=record.place.stage)
         for mode, collective in sorted({*counted, *expected}, key=str):
             pair = (each.get((mode, collective), Entry()) for each in (counted, expected))
             error = TrafficError(rank, step, mode.value, collective, *pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,15 +13,16 @@ from internlm.verify.record import Pass
 
 
 @contextmanager
-def watching(model: nn.Module, micro_batches: Collection[int]) -> Iterator[list[Pass]]:
-    """What the modules of ``model`` give within the block, in those of its forward calls whose numbers (from 0) are in
-    ``micro_batches``, and in the backward passes that follow them."""
-    watch = _Watch(micro_batches)
-    handles = [model.register_forward_pre_hook(watch.begin)]
+def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int]) -> Iterator[list[Pass]]:
+    """What the modules of ``model`` give within the block, forward and backward, in the micro-batches that are asked
+    for: a pass for each. ``calls`` says which micro-batch each forward call of the model has; a model in chunks is
+    called for each ``chunk``."""
+    watch = _Watch(micro_batches, calls)
+    handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
     for name, module in model.named_modules():
         handles.append(module.register_forward_hook(partial(watch.called, name)))
     try:
-        yield watch.passes
+        yield list(watch.passes.values())
     finally:
         for handle in handles:
             handle.remove()
@@ -29,30 +30,34 @@ def watching(model: nn.Module, micro_batches: Collection[int]) -> Iterator[list[
 
 class _Watch:
     """The first call of a module in a pass counts: a layer recomputed in backward is called again, and so is a norm
-    that a linear does first. The gradient of the output comes from whichever of the calls is differentiated."""
+    that a linear does first. The gradient of the output comes from whichever of the calls is differentiated. Between
+    forward and backward of a micro-batch there may be others; that a gradient comes tells whose backward it is."""
 
-    def __init__(self, micro_batches: Collection[int]) -> None:
-        self.micro_batches, self.passes = micro_batches, list[Pass]()
-        self._calls, self._current, self._forward = 0, Pass(), False
+    def __init__(self, micro_batches: Iterable[int], calls: Iterable[int]) -> None:
+        self.passes, self._calls = {number: Pass() for number in micro_batches}, iter(calls)
+        self._current, self._forward, self._ends = Pass(), False, True
 
-    def begin(self, model: nn.Module, args: Any) -> None:
-        self._current, self._forward = Pass(), True
-        if self._calls in self.micro_batches:
-            self.passes.append(self._current)
-        self._calls += 1
+    def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
+        part = getattr(model, "part", None)
+        self._ends = part is None or part.is_last(inputs.get("chunk", 0))  # else it gives hidden units
 
     def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        for key, tensor in tensors_in(output, name or "the model"):
-            if self._forward:
-                self._current.outputs.setdefault(key, tensor.detach().clone())
-            if tensor.requires_grad:
-                tensor.register_hook(partial(_keep, self._current.gradients, key))
+        if name or self._ends:
+            self._note(name or "the model", output)
         if not name:  # the model itself: from here on whatever is called is called again
             self._forward = False
 
+    def _note(self, name: str, output: Any) -> None:
+        for key, tensor in tensors_in(output, name):
+            if self._forward:
+                self._current.outputs.setdefault(key, tensor.detach().clone())
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._differentiated, self._current, key))
 
-def _keep(gradients: dict[str, Tensor], key: str, gradient: Tensor) -> None:
-    gradients.setdefault(key, gradient.detach().clone())
+    def _differentiated(self, its_pass: Pass, key: str, gradient: Tensor) -> None:
+        self._current = its_pass
+        its_pass.gradients.setdefault(key, gradient.detach().clone())
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ so that many rows can be compared with one serial run.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,9 +92,11 @@ class Run:
 
 
 def share_of_batch(world_size: int, overrides: Sequence[str]) -> str:
-    """The override that gives each rank its part of the global batch; the ranks of a tensor group share theirs."""
-    tensor = next((int(text.partition("=")[2]) for text in overrides if text.startswith("parallel.tensor.size=")), 1)
-    return f"data.micro_num={max(MICRO_BATCHES * tensor // world_size, 1)}"
+    """The override that gives each rank its part of the global batch; the ranks of a tensor group share theirs, and so
+    do the stages of a pipeline."""
+    given = dict(text.split("=", 1) for text in overrides)
+    sharing = math.prod(int(given.get(f"parallel.{each}.size", 1)) for each in ("tensor", "pipeline"))
+    return f"data.micro_num={max(MICRO_BATCHES * sharing // world_size, 1)}"
 
 
 @functools.cache

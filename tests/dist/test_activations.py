@@ -8,8 +8,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ from internlm.train.activations import (
     saved_for_backward,
 )
 from internlm.train.model import build_model
+from internlm.train.stages import part_of
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 
@@ -49,6 +51,8 @@ SMALL: dict[str, Any] = TINY | {
     "data": TINY["data"] | {"seq_len": 64, "micro_bsz": 4},
     "model": TINY["model"] | {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 96},
 }
+
+Case: TypeAlias = tuple[str, ...]
 
 #: The module in whose forward each part is saved; that of both columns is one, the loss is the model's own.
 SAVED_BY = {
@@ -106,6 +110,14 @@ CASES = [
 ]
 ISP_CASES = [(f"model.num_kv_attention_heads={kv}",) for kv in (1, 2)]  # fewer than ranks
 
+#: Cuts of the model into parts, not all equally large.
+CUTS: list[Case] = [
+    ("parallel.pipeline.size=3", "model.num_layers=4", ALL),
+    ("parallel.pipeline.size=2", "model.num_chunks=2", "model.num_layers=6", "model.checkpoint=0.5"),
+    ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=5", "model.tie_word_embeddings=True"),
+]
+CUT_LAYOUTS = [Layout("mtp", 1), *(Layout(mode, 2) for mode in ("mtp", "msp", "fsp")), Layout("isp", 2, 2)]
+
 
 def cases_of(layout: Layout) -> list[tuple[str, ...]]:
     """Overrides of the cases that are run in a layout."""
@@ -141,15 +153,26 @@ def _measure(rank: int, world_size: int, layout: Sequence[str], cases: Sequence[
     return measured
 
 
-def _measure_case(config: Config) -> Measured:
+def _measure_case(config: Config, stage: int = 0, chunk: int = 0) -> Measured:
     mode, tensor, weight = config.parallel.tensor.mode, gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)
     shares = Share(tensor.rank, tensor.size), Share(weight.rank, weight.size)
-    model = build_model(config, 0, sharding=Sharding(mode, *shares))
+    part = part_of(config, stage)
+    model = build_model(config, 0, sharding=Sharding(mode, *shares), part=part)
     attach_communicators(model, mode, tensor, weight)
     inputs = _inputs(config, shares[0] if mode == "isp" else Share())
+    tokens = int((inputs["labels"] >= 0).sum())
+    if not part.is_first(chunk):
+        shape, dtype = model.hidden_like(inputs)
+        inputs["hidden"] = torch.randn(shape, dtype=dtype).requires_grad_()
     matrices = sum(p.nbytes for name, p in model.named_parameters() if placement_of(p, name).is_matrix)
+    inputs["chunk"] = chunk
     saved, held = _forward(model, inputs)
-    return Measured(saved, held, int((inputs["labels"] >= 0).sum()), matrices)
+    return Measured(saved, held, tokens, matrices)
+
+
+def _loss_or_hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.loss_sum
 
 
 def _inputs(config: Config, part: Share) -> dict[str, Any]:
@@ -177,13 +200,13 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], in
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss_sum
+        output = _loss_or_hidden(model, inputs)
     held = _storages()
     for _ in range(3):  # the backend may not yet have let go of what it sent
         dist.barrier()
         held = {at: size for at, size in _storages().items() if at in held}
-    others = {*saved, _at(loss)}
-    del loss
+    others = {*saved, _at(output)}
+    del output
     gc.collect()
     others |= _storages().keys()
     by_module: Counter[str] = Counter()
@@ -262,6 +285,50 @@ def test_half_of_the_matrices_under_isp(t: int) -> None:
             assert half[case][0].matrices * 2 == whole[case][0].matrices
 
 
+# -- parts of a pipeline
+def _measure_chunks(rank: int, world_size: int, layout: Sequence[str], cuts: Sequence[Case]) -> list[list[Measured]]:
+    """Of every chunk of every stage; all in one process, for a chunk does not care where the others are."""
+    initialize_distributed_env(SMALL, overrides=layout)
+    gc.freeze()
+    configs = [_cut_config(layout, cut, world_size) for cut in cuts]
+    measured = [[_measure_case(config, *place) for place in _places(config)] for config in configs]
+    gc.unfreeze()
+    return measured
+
+
+def _cut_config(layout: Sequence[str], cut: Case, stage_size: int) -> Config:
+    stages = int(cut[0].partition("=")[2])
+    return load_config(SMALL, (*layout, *cut, f"data.micro_num={stages}"), stages * stage_size, "cpu")
+
+
+def _places(config: Config) -> list[tuple[int, int]]:
+    """Every stage and chunk."""
+    return list(product(range(config.parallel.pipeline.size), range(config.model.num_chunks)))
+
+
+@pytest.mark.parametrize("layout", CUT_LAYOUTS, ids=str)
+def test_every_chunk_to_the_byte(layout: Layout) -> None:
+    """And nothing else is held, but for what is told above."""
+    for rank in run_ranks(layout.world, _measure_chunks, layout.overrides, CUTS):
+        for cut, measured in zip(CUTS, rank, strict=True):
+            config = _cut_config(layout.overrides, cut, layout.world)
+            for (stage, chunk), of_chunk in zip(_places(config), measured, strict=True):
+                _assert_chunk(config, layout.world * config.parallel.pipeline.size, stage, chunk, of_chunk)
+
+
+def _assert_chunk(config: Config, world: int, stage: int, chunk: int, measured: Measured) -> None:
+    saved = saved_for_backward(config, world, stage=stage, chunk=chunk)
+    layers = len(part_of(config, stage).chunks[chunk])
+    recomputed = int(config.model.checkpoint * layers)
+    table = saved[ROTARY] if recomputed == layers else 0
+    expected: Counter[str] = Counter()
+    for part, size in saved.items():
+        expected[SAVED_BY[part]] += size - table if part == ROTARY else size
+    assert measured.saved == expected
+    assert measured.held == recomputed * torch.get_rng_state().nbytes + table
+
+
+# -- the page
 def test_the_numbers_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """The program on the page prints the tables on the page."""
     page = DOC.read_text()

@@ -16,8 +16,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "mtp": (2, ("parallel.tensor.mode=mtp", "parallel.tensor.size=2", "model.embed_split_hidden=False")),
     "msp": (4, ("parallel.tensor.mode=msp", "parallel.tensor.size=2")),
     "isp": (4, ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=4")),
+    "pipeline": (4, ("parallel.pipeline.size=2", "parallel.pipeline.partition=[3,1]")),
+    "V": (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "parallel.tensor.size=2")),
 }
-COMMON = ("model.vocab_size=67", "model_type=INTERNLM", "model.num_kv_attention_heads=2")
+WRITERS = ("mtp", "msp", "isp", "pipeline", "V")
+COMMON = ("model.num_layers=4", "model.vocab_size=67", "model_type=INTERNLM", "model.num_kv_attention_heads=2")
 
 
 def _overrides(folder: Path, layout: str) -> tuple[int, list[str]]:
@@ -29,7 +32,7 @@ def _overrides(folder: Path, layout: str) -> tuple[int, list[str]]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
     """A folder with a checkpoint of step 2 for each layout that saves, and the run that made it."""
     runs = {}
-    for layout in ("mtp", "msp", "isp"):
+    for layout in WRITERS:
         folder = tmp_path_factory.mktemp(layout)
         ranks, overrides = _overrides(folder, layout)
         runs[layout] = folder, fit(ranks, overrides, stop_after=2)
@@ -37,7 +40,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Out
 
 
 @pytest.mark.parametrize("reader", LAYOUTS)
-@pytest.mark.parametrize("writer", ["mtp", "msp", "isp"])
+@pytest.mark.parametrize("writer", WRITERS)
 def test_any_layout_loads_what_another_saved(
     writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]
 ) -> None:
@@ -47,7 +50,7 @@ def test_any_layout_loads_what_another_saved(
     assert (loaded.state, set(loaded.ranks[0].steps)) == (run.state, set(run.ranks[0].steps))
 
 
-@pytest.mark.parametrize("layout", ["mtp", "msp", "isp"])
+@pytest.mark.parametrize("layout", WRITERS)
 def test_resumed_is_straight(layout: str, tmp_path: Path, saved: dict[str, tuple[Path, Outcome]]) -> None:
     straight = fit(*_overrides(tmp_path / "straight", layout))
     folder, run = saved[layout]
@@ -55,3 +58,13 @@ def test_resumed_is_straight(layout: str, tmp_path: Path, saved: dict[str, tuple
     resumed = fit(*_overrides(own, layout))
     assert run.log + resumed.log == straight.log
     assert_same_tensors(resumed.tensors, straight.tensors)
+
+
+def test_a_tied_embedding_is_saved_once(tmp_path: Path) -> None:
+    """The first and the last stage have a copy each; one process goes on from it, and they from what that saves."""
+    tied, stages = ("model.tie_word_embeddings=True", "model.vocab_size=67"), ("parallel.pipeline.size=2",)
+    run = fit(2, saving(tmp_path, *tied, *stages), stop_after=2)
+    assert_same_tensors(resume(1, saving(tmp_path, *tied)).tensors, run.tensors)
+    shutil.rmtree(tmp_path / "ckpts")
+    alone = fit(1, saving(tmp_path, *tied), stop_after=2)
+    assert_same_tensors(resume(2, saving(tmp_path, *tied, *stages)).tensors, alone.tensors)

@@ -6,19 +6,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from internlm.config import Config
 from internlm.verify.compare import compare
 from internlm.verify.plan import make_plan
-from internlm.verify.record import RankRecord
-from internlm.verify.run import run_rank
 from tests.dist.equivalence import TINY, share_of_batch
+from tests.dist.oracle import STEPS, alone, run
 from tests.harness.pool import run_ranks
 
-STEPS = 2
 MULTI_HEAD = "model.num_kv_attention_heads=4"
 OVERLAP = ("parallel.weight.overlap=True",)
 
@@ -74,26 +70,9 @@ def assert_equal(layout: Layout, case: tuple[str, ...] = (), dtype: str = "float
         case = (*case, MULTI_HEAD)  # the tensor size must divide the kv heads
     overrides = (*overrides_of(layout), *case)
     plan = make_plan(TINY, (share_of_batch(layout[3], overrides), *overrides), layout[3], STEPS, dtype)
-    alone = _reference(plan.reference, plan.seed, plan.data_size)
-    report = compare(plan.config, alone, run_ranks(layout[3], _run, plan.config, plan.seed, STEPS))
+    report = compare(plan.config, alone(plan), run_ranks(layout[3], run, plan.config, plan.seed, STEPS))
     assert report.failures == []
     assert dtype != "float64" or (report.forward.first, report.backward.first) == (None, None)
-
-
-#: Runs of one process, by config and parts, each made once a session.
-_known: dict[tuple[str, int], RankRecord] = {}
-
-
-def _run(rank: int, world_size: int, *args: Any) -> RankRecord:
-    """That a worker finds this function makes it know the models of :mod:`tests.dist.equivalence`."""
-    return run_rank(rank, world_size, *args)
-
-
-def _reference(config: Config, seed: int, parts: int) -> RankRecord:
-    key = config.model_dump_json()
-    if (key, parts) not in _known:
-        (_known[key, parts],) = run_ranks(1, _run, config, seed, STEPS, parts)
-    return _known[key, parts]
 
 
 @pytest.mark.parametrize("layout", [*TENSOR, *ISP], ids=str)

@@ -62,16 +62,26 @@ def test_logits_that_do_not_fit_the_labels(mode: str) -> None:
         assert fits or "Let forward take labels and return head.loss(x, labels)" in said[0]
 
 
-def _generated(rank: int, world_size: int, mode: str) -> str:
+def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
+    initialize_distributed_env(TINY, overrides=("data.micro_num=2", *overrides))
     with pytest.raises(UserError) as caught:
-        generate(_start(mode), [1, 2, 3], 2)
+        generate(create_model(), [1, 2, 3], 2)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["mtp", "isp"])
-def test_sampling_needs_a_whole_model(mode: str) -> None:
-    assert set(run_ranks(2, _generated, mode)) == {
-        "generate: the model is split over ranks. Load its checkpoint into the same model on one process"
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (2, ("parallel.tensor.mode=mtp", "parallel.tensor.size=2")),
+        (2, ("parallel.tensor.mode=isp", "parallel.weight.size=2")),
+        (2, ("parallel.pipeline.size=2",)),
+        (1, ("model.num_chunks=2",)),
+    ],
+)
+def test_sampling_needs_a_whole_model(world_size: int, overrides: tuple[str, ...]) -> None:
+    assert set(run_ranks(world_size, _generated, overrides)) == {
+        "generate: the model is split over ranks or into chunks. "
+        "Load its checkpoint into the same model on one process"
     }
 
 

@@ -19,7 +19,7 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.ops.cross_entropy import IGNORED
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.train.traffic import Call, Part, Symbols, attention, block, embedding, expected_traffic, head
+from internlm.train.traffic import Call, Passes, Symbols, attention, block, embedding, expected_traffic, head
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
@@ -47,6 +47,22 @@ class Layout(NamedTuple):
         sizes = f"parallel.tensor.size={self.tensor}", f"parallel.weight.size={self.weight}"
         heads = () if self.mode == "isp" else ("model.num_kv_attention_heads=4",)  # isp may have fewer than ranks
         return (f"parallel.tensor.mode={self.mode}", *sizes, *heads)
+
+
+class Pipeline(NamedTuple):
+    """Stages, each of which is laid out alike."""
+
+    stages: int
+    layout: Layout
+
+    @property
+    def world(self) -> int:
+        return self.stages * self.layout.world
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        sizes = f"parallel.pipeline.size={self.stages}", f"data.micro_num={self.stages}"
+        return (*self.layout.overrides, *sizes, f"model.num_layers={2 * self.stages + 1}")  # parts of unequal size
 
 
 SIZES = (1, 2, 4)
@@ -108,6 +124,51 @@ ISP_CASES: Table = {
     },
 }
 
+SCHEDULES: Table = {
+    "GPipe": ("parallel.pipeline.mode=GPIPE",),
+    "1F1B": (),
+    "interleaved": ("model.num_chunks=2",),
+    "ZB-H1": ("parallel.pipeline.mode=ZBH1",),
+    "ZB-V": ("parallel.pipeline.mode=ZBV",),
+}
+PIPELINES = [
+    *(Pipeline(p, Layout("mtp", 1)) for p in (2, 4)),
+    *(Pipeline(2, Layout(mode, 2)) for mode in ("mtp", "msp", "fsp")),
+    *(Pipeline(2, Layout("isp", t, w)) for t, w in ((1, 2), (2, 1), (2, 2))),
+    Pipeline(2, Layout("mtp", 1, data=2)),
+]
+LARGE_PIPELINES = [Pipeline(4, Layout("msp", 2)), Pipeline(2, Layout("isp", 4, 2))]
+LARGE_CASES: Table = {"tied, 1F1B": ("model.tie_word_embeddings=True",), "ZB-V": SCHEDULES["ZB-V"]}
+PIPELINE_CASES: Table = {
+    f"{schedule}, {name}": (*SCHEDULES[schedule], *case)
+    for name, case in {
+        "tied embeddings": ("model.tie_word_embeddings=True",),
+        "half recomputed": ("model.checkpoint=0.5",),
+        "layer norm, biases, bfloat16": (*CASES["layer norm and biases"], *CASES["bfloat16"]),
+        "by parameters": ("parallel.pipeline.partition=parameters", "model.vocab_size=2048"),
+        "reduced early": ("hybrid_zero_optimizer.overlap_sync_grad=True", "parallel.zero1.size=1"),
+    }.items()
+    for schedule in ("interleaved", "ZB-V")
+}
+OVERLAP_CASES: Table = {
+    f"{schedule}, {per} before {place}, recompute {recompute}": (
+        *SCHEDULES[schedule],
+        "parallel.weight.overlap=True",
+        "parallel.weight.memory_pool=True",
+        f"parallel.weight.forward_overlap_per={per}",
+        f"parallel.weight.launch_allgather_before={place}",
+        f"model.checkpoint={recompute}",
+    )
+    for schedule, per, place, recompute in [
+        ("1F1B", "layer", "wqkv", 0.5),
+        ("interleaved", "layer", "attn", 0.0),
+        ("interleaved", "module", "wo", 0.5),
+        ("ZB-H1", "module", "wo", 0.0),
+        ("ZB-V", "layer", "wo", 0.5),
+        ("ZB-V", "module", "wo", 1.0),
+    ]
+}
+
 
 class Measured(NamedTuple):
     """What a rank's ledger held after a training and after a validation step, and how many labels counted in each
@@ -121,7 +182,7 @@ class Measured(NamedTuple):
 
 
 @functools.cache
-def _measured(layout: Layout, cases: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], list[Measured]]:
+def _measured(layout: Layout | Pipeline, cases: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], list[Measured]]:
     """By case, rank by rank; all cases in one call, for the process groups take longer to make than a step."""
     ranks = run_ranks(layout.world, _measure, [(*layout.overrides, *case) for case in cases])
     return {case: list(measured) for case, *measured in zip(cases, *ranks, strict=True)}
@@ -148,13 +209,14 @@ def _measure_case(overrides: tuple[str, ...]) -> Measured:
 
 
 def _assert_formula_holds(
-    layout: Layout, overrides: tuple[str, ...] = (), table: Table | None = None
+    layout: Layout | Pipeline, overrides: tuple[str, ...] = (), table: Table | None = None
 ) -> list[Measured]:
     """For ``overrides``, which are run together with the rest of their ``table``."""
     ranks = _measured(layout, tuple(table.values()) if table else (overrides,))[overrides]
     config = load_config(TINY, (*layout.overrides, *overrides), layout.world, "cpu")
-    for rank in ranks:
-        expected = functools.partial(expected_traffic, config, layout.world, types=rank.types)
+    for number, rank in enumerate(ranks):
+        stage = number * config.parallel.pipeline.size // layout.world
+        expected = functools.partial(expected_traffic, config, layout.world, types=rank.types, stage=stage)
         assert rank.training == expected(rank.training_tokens)
         assert rank.validation == expected(rank.validation_tokens, forward_only=True)
     return ranks
@@ -190,8 +252,39 @@ def test_padding_of_weights_in_flat_buffers() -> None:
     _assert_formula_holds(Layout("isp", 1, 4, 2), sizes)
 
 
-@pytest.mark.parametrize("layout", FEW, ids=str)
-def test_ignored_labels(tmp_path: Path, layout: Layout) -> None:
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=str)
+def test_every_schedule(pipeline: Pipeline) -> None:
+    for case in SCHEDULES.values():
+        _assert_formula_holds(pipeline, case, SCHEDULES)
+
+
+@pytest.mark.parametrize("pipeline", LARGE_PIPELINES, ids=str)
+def test_large_pipelines(pipeline: Pipeline) -> None:
+    for case in LARGE_CASES.values():
+        _assert_formula_holds(pipeline, case, LARGE_CASES)
+
+
+@pytest.mark.parametrize("layout", [Layout("mtp", 1), Layout("fsp", 2), Layout("isp", 1, 2)], ids=str)
+def test_every_case_of_a_pipeline(layout: Layout) -> None:
+    for case in PIPELINE_CASES.values():
+        _assert_formula_holds(Pipeline(2, layout), case, PIPELINE_CASES)
+
+
+def test_weights_fetched_ahead_in_every_schedule() -> None:
+    """None is fetched in vain."""
+    for case in OVERLAP_CASES.values():
+        _assert_formula_holds(Pipeline(2, Layout("isp", 1, 2)), case, OVERLAP_CASES)
+
+
+def test_several_chunks_without_a_pipeline() -> None:
+    """What a rank gives to itself is not sent."""
+    for chunks in ("parallel.pipeline.mode=ZBV", "model.num_chunks=3"):
+        ranks = _assert_formula_holds(Pipeline(1, Layout("fsp", 2)), (chunks,))
+        assert all(collective != "send" for rank in ranks for _, collective in rank.training)
+
+
+@pytest.mark.parametrize("layout", [*FEW, Pipeline(2, Layout("mtp", 1)), Pipeline(2, Layout("msp", 2))], ids=str)
+def test_ignored_labels(tmp_path: Path, layout: Layout | Pipeline) -> None:
     """Two types of samples; in two of three no label counts at all, so that some micro-batches have no loss."""
     for name, offset in (("cn", 0), ("en", 7)):
         samples = [[(offset + i * j) % 63 + 1 for j in range(4 + i % 12)] for i in range(24)]
@@ -252,15 +345,15 @@ def test_recomputed_blocks_run_forward_once_more() -> None:
 
 
 def test_parts_that_other_modes_lack() -> None:
-    assert attention(Symbols.of(_seven_b("mtp"), 8)) == Part([], [])
+    assert attention(Symbols.of(_seven_b("mtp"), 8)) == Passes([], [])
     for part, words in ((embedding, 32000), (head, 32000)):
         there, back = part(Symbols.of(_seven_b("isp"), 8))
         assert _sent(there) == _sent(back) == words * 4096 * 2 * 7 // 8
 
 
 def test_the_numbers_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """The program on the page prints the table on the page."""
+    """The program on the page prints the tables on the page."""
     page = DOC.read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(program, {})
-    assert capsys.readouterr().out.strip() in page
+    assert all(table in page for table in capsys.readouterr().out.strip().split("\n\n"))

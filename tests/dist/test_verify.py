@@ -18,7 +18,13 @@ from internlm.core.parallel.isp import IspModel
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.core.parallel.sharding import Sharding
 from internlm.core.parallel.tensor import MtpColumn, MtpRow
-from internlm.core.scheduler import NonPipelineScheduler
+from internlm.core.scheduler import executor
+from internlm.core.scheduler.actions import BACKWARD
+from internlm.core.scheduler.channels import Channels
+from internlm.core.scheduler.compute import MicroBatches
+from internlm.core.scheduler.plan import Message
+from internlm.core.scheduler.schedulers import Scheduler
+from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
@@ -29,7 +35,8 @@ from internlm.verify.run import run_rank
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 
-MODULES = 21  # embedding, 2 x (2 norms, 4 linears, attention, feed-forward, block), norm, the model
+MODULES_OF_LAYER = 9  # 2 norms, 4 linears, attention, feed-forward, block
+OTHER_MODULES = 3  # embedding, norm, the model
 
 
 @functools.cache
@@ -53,6 +60,11 @@ def layout(mode: str, tensor: int = 2, weight: int = 1, zero1: int = -1) -> tupl
     return (f"parallel.tensor.mode={mode}", *(f"parallel.{name}.size={size}" for name, size in sizes.items()))
 
 
+def pipeline(stages: int, mode: str = "1F1B", chunks: int = 1, layers: int = 2) -> tuple[str, ...]:
+    sizes = {"parallel.pipeline.size": stages, "model.num_chunks": chunks, "model.num_layers": layers}
+    return (f"parallel.pipeline.mode={mode}", *(f"{key}={value}" for key, value in sizes.items()))
+
+
 LAYOUTS = {
     "data parallel": (2, ()),
     "mtp": (2, layout("mtp")),
@@ -66,6 +78,16 @@ LAYOUTS = {
     "isp, more tensor than kv heads": (4, (*layout("isp", 4, 2), "model.checkpoint=0.5")),
     "odd vocabulary, words split": (4, (*layout("msp"), "model.vocab_size=67", "model.embed_split_hidden=False")),
     "tied, unpacked": (4, (*layout("mtp"), "model.tie_word_embeddings=True", "data.use_packed_dataset=False")),
+    "pipeline": (2, pipeline(2)),
+    "pipeline and data, interleaved": (4, pipeline(2, chunks=2, layers=4)),
+    "pipeline and isp, recomputed, in a V": (
+        4,
+        (*pipeline(2, "ZBV", 2, 4), *layout("isp", 2, 2), "model.checkpoint=True", "data.micro_num=3"),
+    ),
+    "pipeline and msp, tied, weights late": (
+        4,
+        (*pipeline(2, "ZBH1"), *layout("msp"), "model.tie_word_embeddings=True", "model.checkpoint=0.5"),
+    ),
 }
 
 
@@ -76,9 +98,10 @@ def test_equal_runs_pass(name: str) -> None:
     assert report.failures == []
     assert report.forward.first is None
     assert report.backward.first is None
-    assert len(report.forward.compared) == len(report.forward.differences) == MODULES
-    assert len(report.backward.compared) == len(report.backward.differences) == MODULES - 1
-    assert report.shared
+    modules = MODULES_OF_LAYER * (4 if "model.num_layers=4" in overrides else 2) + OTHER_MODULES
+    assert len(report.forward.compared) == len(report.forward.differences) == modules
+    assert len(report.backward.compared) == len(report.backward.differences) == modules - 1
+    assert report.shared or name == "pipeline"  # whose stages hold nothing in common
     assert report.traffic == []
     assert min(row.reference or 0 for row in report.norms) > TINY["hybrid_zero_optimizer"]["clip_grad_norm"]
 
@@ -174,10 +197,10 @@ def test_one_rank_is_perturbed() -> None:
 
 @planted
 def loss_counts_own_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
-    def own(self: NonPipelineScheduler, labels: Tensor) -> int:
-        return int((labels != -100).sum())
+    def own(self: Scheduler, micro_batches: MicroBatches) -> float:
+        return 1 / int(micro_batches.valid_tokens())
 
-    patch.setattr(NonPipelineScheduler, "_global_valid_tokens", own)
+    patch.setattr(Scheduler, "_grad_scale", own)
 
 
 def test_loss_counts_own_tokens() -> None:
@@ -220,10 +243,7 @@ def test_positions_start_anew() -> None:
 
 @planted
 def last_micro_batch_is_dropped(patch: pytest.MonkeyPatch, rank: int) -> None:
-    run = NonPipelineScheduler._run
-    patch.setattr(
-        NonPipelineScheduler, "_run", lambda self, batch, labels, backward: run(self, batch, labels[:-1], backward)
-    )
+    patch.setattr(MicroBatches, "__len__", lambda self: len(self._labels) - 1)
 
 
 def test_last_micro_batch_is_dropped() -> None:
@@ -246,6 +266,72 @@ def test_speaks_too_often() -> None:
     assert all(row.passed for row in report.rows)
     assert report.failures[0].startswith("traffic: all-reduce over tensor, step 1, rank 0: ")
     assert not report.passed
+
+
+# -- in a pipeline
+@planted
+def last_stage_keeps_its_part(patch: pytest.MonkeyPatch, rank: int) -> None:
+    if rank >= 2:
+        row_keeps_its_part(patch, rank)
+
+
+@pytest.mark.parametrize("mode", ["1F1B", "ZBH1"])
+def test_last_stage_keeps_its_part(mode: str) -> None:
+    report = verify(4, *pipeline(2, mode, layers=4), *layout("mtp"), fault="last_stage_keeps_its_part")
+    assert report.forward.first == "layers.2.attention.wo"
+    assert report.forward.last_equal == "layers.2.attention.wqkv"
+    assert not report.losses[0].passed
+
+
+@planted
+def gradients_are_halved_on_their_way(patch: pytest.MonkeyPatch, rank: int) -> None:
+    send = Channels.send
+
+    def halved(self: Channels, target: int, message: Message, tensor: Tensor, announced: bool) -> None:
+        to_the_middle = message.kind == BACKWARD and message.virtual == 1
+        send(self, target, message, tensor / 2 if to_the_middle else tensor, announced)
+
+    patch.setattr(Channels, "send", halved)
+
+
+def test_gradients_are_halved_on_their_way() -> None:
+    report = verify(2, *pipeline(2, "1F1B", 2, 4), fault="gradients_are_halved_on_their_way")
+    assert report.forward.first is None
+    assert report.backward.first == "layers.1"
+    assert report.backward.last_equal in ("layers.2", "layers.2.attention_norm")
+    wrong = {row.name for row in report.gradients if not row.passed}
+    assert "gradient of layers.1.attention.wo.weight" in wrong
+    assert "gradient of layers.2.attention.wo.weight" not in wrong
+
+
+@planted
+def weights_are_put_off_for_ever(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(executor, "weight_gradients", lambda kept: None)
+
+
+def test_weights_are_put_off_for_ever() -> None:
+    report = verify(2, *pipeline(2, "ZBH1"), fault="weights_are_put_off_for_ever")
+    assert (report.forward.first, report.backward.first) == (None, None)
+    wrong = {row.name for row in report.gradients if not row.passed}
+    assert wrong >= {f"gradient of layers.{i}.feed_forward.w2.weight" for i in range(2)}
+    assert "gradient of layers.0.ffn_norm.weight" not in wrong
+
+
+@planted
+def ends_forget_one_another(patch: pytest.MonkeyPatch, rank: int) -> None:
+    sum_up = HybridZeroOptimizer._sum_up
+
+    def forgetful(self: HybridZeroOptimizer, group: FlatGroup) -> None:
+        if group.partial_over is not ParallelMode.PIPELINE:
+            sum_up(self, group)
+
+    patch.setattr(HybridZeroOptimizer, "_sum_up", forgetful)
+
+
+def test_ends_forget_one_another() -> None:
+    report = verify(2, *pipeline(2), "model.tie_word_embeddings=True", fault="ends_forget_one_another")
+    assert "gradient of embedding.weight" in {each.name for each in report.disagreements}
+    assert "gradient of embedding.weight" in {row.name for row in report.gradients if not row.passed}
 
 
 # -- processes

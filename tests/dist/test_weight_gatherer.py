@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
-from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.attach import attach_communicators
+from internlm.core.parallel.deferred import deferring
 from internlm.core.parallel.ledger import LEDGER, Traffic
+from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
@@ -381,7 +383,7 @@ def _break_off(ranks: Ranks, where: str) -> None:
     with contextlib.suppress(_Broken):
         if where == "hidden units alone":
             with torch.no_grad():
-                ranks.model.hidden(own(ranks.tensor, 1), CUTS, None)
+                ranks.model._blocks(0, None, own(ranks.tensor, 1), CUTS, None)
             return
         loss_of(ranks, 1).backward()
     hook.remove()
@@ -408,3 +410,60 @@ def test_a_pass_that_was_broken_off_leaves_nothing(overlap: str, where: str) -> 
     found, wanted = (run_ranks(2, _after_a_broken_pass, o, where) for o in (OVERLAPS[overlap], NONE))
     for mine, reference in zip(found, wanted, strict=True):
         assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+# -- chunks of a pipeline stage
+
+
+def _of_two_chunks(rank: int, world_size: int, overlap: Overlap) -> tuple[list[str], dict[str, Tensor]]:
+    """What happens in F of either chunk and B of either, and the gradients."""
+    share = Share(rank, world_size)
+    with building(Sharding("isp", share, share), Part(2, (range(1), range(1, 2)))):
+        model = decoder()
+    world = dist.group.WORLD
+    assert world is not None
+    group = Group.of(ParallelMode.WEIGHT, world)
+    gatherer = attach_communicators(model, "isp", Group.of(ParallelMode.TENSOR, world), group, overlap)
+    assert gatherer is not None
+    for parameter in model.parameters():
+        attach_main_grad(parameter, torch.zeros_like(parameter))
+    events, found = watch(gatherer), []
+
+    def done() -> None:
+        found.append(take_all(events))
+        assert_nothing_is_left(gatherer)
+
+    ids, labels = own(group, 1), own(group, 2)
+    hidden = model(ids, CUTS, chunk=0)
+    done()
+    given = hidden.detach().requires_grad_()
+    loss = model(ids, CUTS, labels=labels, chunk=1, hidden=given).loss_sum
+    done()
+    loss.backward()
+    done()
+    with deferring() as tasks:
+        hidden.backward(given.grad)
+    done()
+    for task in tasks:
+        task()
+    assert_nothing_is_left(gatherer)
+    return found, {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+
+
+#: What is used in F of chunk 0, F of chunk 1, its B and that of chunk 0.
+CHUNKS = "u0 u1 u2 u3", "u4 u5 u6 u7 u8", "U7 U6 U5 U4", "U3 U2 U1 U0"
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_no_gather_crosses_the_border_of_a_chunk(overlap: str) -> None:
+    """What is fetched in an action is used in it; and gradients are delivered, put off or not."""
+    found, wanted = (run_ranks(2, _of_two_chunks, o) for o in (OVERLAPS[overlap], NONE))
+    for (actions, gradients), (_, reference) in zip(found, wanted, strict=True):
+        for action, used in zip(actions, CHUNKS, strict=True):
+            events = action.split()
+            assert [event for event in events if event[0] != "f"] == used.split()
+            assert {event[1:] for event in events if event[0] == "f"} == {event[1:] for event in used.split()}
+        assert actions[2].startswith("f7 f6 U7")  # ahead, that is
+        assert actions[3].startswith("f3 f2 U3")
+        assert not [name for name in reference if not torch.equal(gradients[name], reference[name])]
+        assert all(gradient.any() for gradient in gradients.values())

@@ -35,7 +35,8 @@ T = TypeVar("T")
 
 HOST = "127.0.0.1"
 SEED = 0
-PRELOAD = ["torch", "torch.distributed.checkpoint", "internlm.core.trainer_builder"]
+#: The second is what an optimizer imports when it is made.
+PRELOAD = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "internlm.core.trainer_builder"]
 #: Seconds in which the cause of a failure may still arrive after its consequences on other ranks.
 SETTLE = 0.2
 #: Seconds in which a hung rank writes down its stack.

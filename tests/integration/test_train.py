@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +96,19 @@ ROWS = {
         ),
         types=("cn", "en"),
     ),
+    "a pipeline, drawn": Row(
+        "llama2",
+        2,
+        (
+            "data.train_folder={data}", "data.valid_folder={data}", "data.valid_every=4", "data.valid_micro_num=1",
+            "parallel.pipeline.size=2", "parallel.pipeline.mode=zbv", "model.num_layers=4",
+            "model.tie_word_embeddings=True", "hybrid_zero_optimizer.overlap_sync_grad=True",
+        ),
+        ("--pipeline-trace", "--ledger"),
+        types=("cn", "en"),
+        files=("pipeline.html", "pipeline-trace.json"),
+        valid={3: ("cn", "en")},
+    ),
 }  # fmt: skip
 
 
@@ -141,6 +158,20 @@ def _check_metrics(record: Path, row: Row) -> None:
         assert set(board.Tags()["scalars"]) == {key for line in lines(record) for key in line}
         assert [event.step for event in board.Scalars("loss")] == [0, 1, 2, 3]
         assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in steps])
+
+
+def test_a_pipeline_is_drawn_as_measured_and_as_simulated(tmp_path: Path) -> None:
+    stages = ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBH1", "data.micro_num=3", "data.total_steps=3")
+    job = train(2, "configs/debug/internlm2.py", tmp_path, *stages, options=["--pipeline-trace"])
+    assert (job.returncode, job.left_behind) == (0, 0), job.stderr
+    assert re.search(r"pipeline of step 3 in \S+: simulated [\d.]+ ms, [\d.]+% idle, measured [\d.]+ ms", job.stderr)
+    (record,) = records(tmp_path)
+    events = json.loads((record / "pipeline-trace.json").read_text())["traceEvents"]
+    actions = Counter((event["pid"], event["tid"]) for event in events if event["ph"] == "X")
+    assert actions == dict.fromkeys(itertools.product((0, 1), (0, 1)), 9)  # F, B and W of three micro-batches
+    ends = {pid: max(e["ts"] + e["dur"] for e in events if e["ph"] == "X" and e["pid"] == pid) for pid in (0, 1)}
+    assert 0 < ends[0] < 60e6
+    assert 0 < ends[1] < 60e6
 
 
 # -- Slurm

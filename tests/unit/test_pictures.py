@@ -1,4 +1,4 @@
-"""The pictures of the parallel modes are current, and say what the traffic of a block is."""
+"""The pictures in the documentation are current, and those of the parallel modes say what the traffic of a block is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from xml.etree import ElementTree
 import pytest
 
 from internlm.config import load_config
+from internlm.core.scheduler.table import KINDS
 from internlm.train.traffic import Symbols, block, flat_buffers
+from tools import draw_schedules
 from tools.draw_parallel import MODES, picture
 
 FOLDER = Path(__file__).parents[2] / "doc" / "pictures"
+SCHEDULES = FOLDER / "schedules"
 
 
 def symbols(mode: str) -> Symbols:
@@ -33,7 +36,17 @@ def told(mode: str) -> Counter[str]:
 
 
 def test_there_is_a_picture_of_each_mode() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {f"{mode}.svg" for mode in MODES}
+    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == {f"{mode}.svg" for mode in MODES}
+
+
+def test_there_is_a_picture_of_each_schedule() -> None:
+    assert {path.name for path in SCHEDULES.iterdir()} == {f"{kind}.svg" for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_picture_of_the_schedule_is_current(kind: str) -> None:
+    file = (SCHEDULES / f"{kind}.svg").read_text(encoding="utf-8")
+    assert file == draw_schedules.picture(kind), "run: python tools/draw_schedules.py --out doc/pictures/schedules"
 
 
 @pytest.mark.parametrize("mode", MODES)

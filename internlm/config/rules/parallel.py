@@ -102,10 +102,37 @@ def micro_batches_fill_pipeline(config: Config, facts: Facts) -> Iterator[Proble
         yield Problem("data.micro_num", what, f"Use a multiple of {stages}, or model.num_chunks = 1")
 
 
-def zbv_has_two_chunks(config: Config, facts: Facts) -> Iterator[Problem]:
-    """The V of ZBV: each stage holds one chunk on the way down and one on the way up."""
-    if config.parallel.pipeline.mode == "ZBV" and config.model.num_chunks != 2:
-        yield Problem("model.num_chunks", f"{config.model.num_chunks}, but the schedule ZBV has 2", "Remove it")
+def table_has_one_size(config: Config, facts: Facts) -> Iterator[Problem]:
+    """A schedule of the user's own is for one number of micro-batches."""
+    table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
+    if table is not None and ramp:
+        what = f"{ramp!r} changes the number of micro-batches, but parallel.pipeline.table is for {count} alone"
+        yield Problem("data.rampup_batch_size", what, "Remove one of them")
+
+
+def chunks_fit_schedule(config: Config, facts: Facts) -> Iterator[Problem]:
+    """The V of ZBV: each stage holds one chunk on the way down and one on the way up. The others have one, but 1F1B,
+    which is interleaved where there are more."""
+    mode, chunks = config.parallel.pipeline.mode, config.model.num_chunks
+    has = {"ZBV": 2, "ZBH1": 1, "GPIPE": 1}.get(mode, chunks)
+    if chunks != has:
+        yield Problem("model.num_chunks", f"{chunks}, but the schedule {mode} has {has}", "Remove it")
+
+
+def partition_is_whole(config: Config, facts: Facts) -> Iterator[Problem]:
+    """An explicit partition names every part, and gives away every layer."""
+    partition, layers = config.parallel.pipeline.partition, config.model.num_layers
+    if isinstance(partition, str):
+        return
+    stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
+    where, shown = "parallel.pipeline.partition", list(partition)
+    if len(partition) != stages * chunks:
+        what = f"{shown} has {len(partition)} parts, but pipeline.size · num_chunks = {stages} · {chunks}"
+        yield Problem(where, what, f"Give {stages * chunks} numbers")
+    if min(partition, default=1) < 1:
+        yield Problem(where, f"{shown} has a part without layers", "Give every part one at least")
+    if sum(partition) != layers:
+        yield Problem(where, f"{shown} has {sum(partition)} layers, but model.num_layers = {layers}", "Make them agree")
 
 
 def sequence_divides(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -159,7 +186,9 @@ RULES = (
     Rule((PIPELINE, TENSOR, WEIGHT, MODE, "parallel.zero1.size", WORLD_SIZE), zero_size_divides_data_group),
     Rule((WEIGHT, "parallel.expert_weight.size", MODE), weight_needs_isp),
     Rule((PIPELINE, "parallel.pipeline.mode", "model.num_chunks", "data.micro_num"), micro_batches_fill_pipeline),
-    Rule(("parallel.pipeline.mode", "model.num_chunks"), zbv_has_two_chunks),
+    Rule(("parallel.pipeline.table", "data.rampup_batch_size", "data.micro_num"), table_has_one_size),
+    Rule(("parallel.pipeline.mode", "model.num_chunks"), chunks_fit_schedule),
+    Rule((PIPELINE, "parallel.pipeline.partition", *at("model", "num_layers", "num_chunks")), partition_is_whole),
     Rule((TENSOR, MODE, "data.seq_len"), sequence_divides),
     Rule((TENSOR, MODE, *SEQUENCE_2D), sequence_2d_fills_tensor_group),
     Rule((PIPELINE, "parallel.zero1.fsdp"), fsdp_has_no_pipeline),

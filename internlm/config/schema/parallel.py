@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from internlm.config.schema.base import Count, Section
+from internlm.config.schema.base import Count, Positive, Section
 
 
 class Zero1Config(Section):
@@ -32,9 +32,16 @@ class PipelineConfig(Section):
     size: Count = 1
     """Stages."""
     interleaved_overlap: bool = False
-    """Let transfers run under compute in the interleaved schedule."""
-    mode: Literal["1F1B", "ZBH1", "ZBV"] = "1F1B"
+    """Let transfers run under compute in the interleaved schedule, as they do in the others."""
+    mode: Literal["1F1B", "ZBH1", "ZBV", "GPIPE"] = "1F1B"
     """Schedule. Interleaved 1F1B is meant when ``model.num_chunks > 1``."""
+    partition: Literal["uniform", "parameters", "flops"] | tuple[int, ...] = "uniform"
+    """Which layers a part of the model gets: equally many; such that the largest part has as few parameters, or as few
+    operations, as can be, embedding and head included; or how many, part by part in the order of the model. There are
+    size · ``model.num_chunks`` parts."""
+    table: str | None = None
+    """A CSV file with a schedule of your own, that ``internlm schedule`` can check; the mode says how the model is cut
+    for it (ZBV: in a V)."""
 
 
 class WeightConfig(Section):
@@ -100,5 +107,7 @@ class ParallelConfig(Section):
     """Distribution of experts."""
     expert_weight: WeightConfig = WeightConfig()
     """Weight parallelism of experts; only under isp."""
+    timeout: Positive = 1800.0
+    """Seconds that a rank waits for another before it takes it for lost."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)
     """Two-dimensional sequence parallelism; only under isp."""

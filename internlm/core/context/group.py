@@ -22,3 +22,7 @@ class Group:
     def of(cls, mode: ParallelMode, handle: dist.ProcessGroup) -> Group:
         """Around a process group of torch's."""
         return cls(mode, handle, dist.get_rank(handle), dist.get_world_size(handle))
+
+
+#: The stages of a pipeline that has one.
+NO_PIPELINE = Group(ParallelMode.PIPELINE)

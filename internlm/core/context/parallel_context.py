@@ -5,6 +5,9 @@ Read by users and by the assembly layers only; everything below takes the groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
+
 import torch.distributed as dist
 
 from internlm.config.schema import Config
@@ -32,7 +35,7 @@ class ParallelContext:
     """This rank's groups, config and random streams. Empty until :meth:`initialize`."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self._made_in: dist.ProcessGroup | None = None
         self._clear()
 
@@ -59,17 +62,21 @@ class ParallelContext:
             mode_seeds(seed, local(ParallelMode.DATA), local(ParallelMode.PIPELINE), local(ParallelMode.TENSOR))
         )
 
-    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """One process group per set of ranks, made by its members alone: each rank is in one group of a mode, and all
-        walk the modes in the same order, so nobody waits in a circle, and thousands of ranks not for one another."""
+    def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
+        """One process group per set of ranks and ``use``, made by its members alone: each rank is in one group of a
+        mode, and all walk the modes in the same order, so nobody waits in a circle, and thousands of ranks not for one
+        another."""
         if self._made_in is not dist.group.WORLD:
             self._made, self._made_in = {}, dist.group.WORLD
-        if ranks not in self._made:
-            whole = len(ranks) == dist.get_world_size()
-            group = dist.group.WORLD if whole else dist.new_group(list(ranks), use_local_synchronization=True)
+        if (use, ranks) not in self._made:
+            whole = len(ranks) == dist.get_world_size() and not use
+            timeout = timedelta(seconds=self.config.parallel.timeout)
+            group = dist.group.WORLD
+            if not whole:
+                group = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
             assert group is not None
-            self._made[ranks] = group
-        return self._made[ranks]
+            self._made[use, ranks] = group
+        return self._made[use, ranks]
 
     def destroy(self) -> None:
         """Forget everything, so that :meth:`initialize` may be called again. The process groups stay, for the next
@@ -129,6 +136,23 @@ class ParallelContext:
         """The same, for the framework's own layers."""
         return Group.of(mode, self._groups[mode])
 
+    def pair_of_stages(self, use: str, pairs: Sequence[tuple[int, int]]) -> Group:
+        """A group for each of ``pairs`` of stages of this rank's pipeline, of which no stage is in two; a stage in none
+        is alone. All ranks must ask, for the same pairs, and groups for another ``use`` are others.
+
+        A rank that is alone makes a group nevertheless: torch names a group by the number of those that are there, so
+        its members must have made equally many.
+        """
+        ranks = self._ranks[ParallelMode.PIPELINE]
+        mine = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)
+        members = tuple(ranks[stage] for stage in mine) if mine else (self._rank,)
+        return Group.of(ParallelMode.PIPELINE, self._group(members, use))
+
+    def pipeline_ends(self) -> Group:
+        """The first and the last stage of this rank's pipeline."""
+        stages = self.get_world_size(ParallelMode.PIPELINE)
+        return self.pair_of_stages("ends", [(0, stages - 1)] if stages > 1 else [])
+
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
         """Global ranks of that group, in the order of local ranks."""
         return list(self._ranks[mode])
@@ -166,8 +190,9 @@ class ParallelContext:
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.is_pipeline_last_stage()
+        """Whether this rank computes the loss, which in a V the first stage does."""
+        in_a_v = self.config.parallel.pipeline.mode == "ZBV"
+        return self.is_pipeline_first_stage() if in_a_v else self.is_pipeline_last_stage()
 
     def is_rank_for_log(self) -> bool:
         """Whether this rank writes the log: the first of its data and tensor groups, on the last stage."""

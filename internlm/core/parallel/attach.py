@@ -27,6 +27,7 @@ from internlm.core.parallel.sequence import (
     FspColumn,
     MspColumn,
     SequenceHead,
+    SequenceModel,
     SequenceRow,
     sum_to_tokens,
     units_to_tokens,
@@ -107,10 +108,12 @@ TABLE |= {
     ("msp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
     ("msp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
     ("msp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
+    ("msp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
     ("fsp", "column"): lambda ties, layer: FspColumn(ties.tensor),
     ("fsp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
     ("fsp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
     ("fsp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
+    ("fsp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
     ("isp", "column"): _isp_linear,
     ("isp", "row"): _isp_linear,
     ("isp", "head"): _isp_head,
@@ -150,7 +153,8 @@ def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) 
             members[block_of(name)] = place + 1
             numbers[module] = len(linears)
             rows = math.prod(placement_of(parameter, name).global_shape[:-1])
-            linears.append(Linear(parameter, rows, list(members).index(block_of(name)), place))
+            chunk = getattr(model.get_submodule(block_of(name)), "chunk", 0)
+            linears.append(Linear(parameter, rows, list(members).index(block_of(name)), place, chunk))
     blocks = {
         module: list(members).index(block_of(name)) for module, name in names.items() if block_of(name) in members
     }

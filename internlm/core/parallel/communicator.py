@@ -105,6 +105,10 @@ class ModelCommunicator:
         """The positions of all tokens that attention sees, from those of this rank's tokens: [T]."""
         return positions
 
+    def tokens_between_layers(self, tokens: int) -> int:
+        """How many this rank has between the layers, of those that the loader gives it."""
+        return tokens
+
 
 #: Layers start with these.
 SILENT = Communicator()

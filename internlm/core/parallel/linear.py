@@ -6,6 +6,7 @@ Shapes: T tokens, I input features, O output features (the product of ``out_shap
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from internlm.core.parallel.collectives import Pending
 from internlm.core.parallel.communicator import SILENT, Communicator
+from internlm.core.parallel.deferred import deferred_tasks
 from internlm.core.parallel.main_grad import add_grad, add_weight_grad, weight_grad
 from internlm.core.parallel.placement import Init, constant, place
 from internlm.core.parallel.sharding import current_sharding
@@ -32,6 +34,7 @@ class ParallelLinear(nn.Module):
     """
 
     communicator: Communicator = SILENT
+    chunk = 0  # of the pipeline stage; that of a block where it lies in one
 
     def __init__(
         self,
@@ -88,10 +91,16 @@ class _Linear(torch.autograd.Function):
         db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
         dy = comm.gather_grad_output(dy)  # [T, O]
         x, inputs = _again(ctx.before, x)
+        fetch: Callable[[], Pending] = (
+            partial(Pending, gathered) if gathered is not None else partial(comm.gather_input, inputs.detach())
+        )
+        later = deferred_tasks(weight) if needs_weight else None
         # Each begins what runs under the product that comes after it.
-        inputs_on_their_way = _inputs_again(gathered, inputs, comm) if needs_weight else None
+        inputs_on_their_way = fetch() if needs_weight and later is None else None
         dx_on_its_way = _grad_input(dy, weight, comm) if needs_x or inputs is not x else None
         dw = _weight_grad(weight, dy, inputs_on_their_way.wait(), comm) if inputs_on_their_way else None
+        if later is not None:
+            later.append(partial(_weight_grad_later, weight, dy, fetch, comm))
         dx = dx_on_its_way.wait() if dx_on_its_way else None
         if inputs is not x:
             inputs.backward(dx)  # gradients of the parameters of ``before`` are added where they belong
@@ -108,8 +117,8 @@ def _again(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, before(x)
 
 
-def _inputs_again(gathered: Tensor | None, inputs: Tensor, comm: Communicator) -> Pending:
-    return Pending(gathered) if gathered is not None else comm.gather_input(inputs.detach())
+def _weight_grad_later(weight: Tensor, dy: Tensor, fetch: Callable[[], Pending], comm: Communicator) -> None:
+    _weight_grad(weight, dy, fetch().wait(), comm)
 
 
 def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:

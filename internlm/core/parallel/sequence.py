@@ -14,7 +14,7 @@ from internlm.core.parallel.collectives import (
     begin_reduce_scatter,
     reduce_scatter,
 )
-from internlm.core.parallel.communicator import Communicator
+from internlm.core.parallel.communicator import Communicator, ModelCommunicator
 from internlm.core.parallel.exchange import exchange
 from internlm.core.parallel.tensor import SplitHead
 
@@ -63,6 +63,16 @@ class SequenceHead(SplitHead):
 
     def enter(self, x: Tensor) -> Tensor:
         return exchange(x, lambda x: all_gather(x, self.group), lambda dx: reduce_scatter(dx, self.group))
+
+
+class SequenceModel(ModelCommunicator):
+    """The loader gives every rank all tokens of a row; between the layers each has its part of them."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def tokens_between_layers(self, tokens: int) -> int:
+        return tokens // self.group.size
 
 
 def sum_to_tokens(x: Tensor, group: Group) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel.part import Part
 from internlm.core.parallel.placement import Init, ParamPlacement, Shard
 from internlm.utils.errors import Problem, UserError
 
@@ -84,19 +85,29 @@ WHOLE = Share()
 #: Roles of users' own, and which of ours each is like.
 LIKE: dict[str, str] = {}
 
-_current = Sharding()
+_current: tuple[Sharding, Part | None] = Sharding(), None
 
 
 def current_sharding() -> Sharding:
     """That of the layers being built."""
-    return _current
+    return _current[0]
+
+
+def current_part(layers: int) -> Part:
+    """That of the model being built, which has ``layers`` in all; outside of a pipeline all of them.
+
+    A model that asks for its part can be split into stages: it keeps it as its attribute ``part``, and its forward
+    takes ``chunk`` and ``hidden`` as told in :mod:`internlm.core.scheduler.compute`.
+    """
+    return _current[1] or Part.whole(layers)
 
 
 @contextmanager
-def building(sharding: Sharding) -> Iterator[None]:
-    """Layers that are built within the block place their parameters by ``sharding``, however deep they lie."""
+def building(sharding: Sharding, part: Part | None = None) -> Iterator[None]:
+    """Layers that are built within the block place their parameters by ``sharding``, however deep they lie; of a model
+    that is split into stages, ``part`` is built."""
     global _current
-    outer, _current = _current, sharding
+    outer, _current = _current, (sharding, part)
     try:
         yield
     finally:
@@ -112,7 +123,7 @@ def place_replicated(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         if not hasattr(parameter, "placement"):
             shape, init = tuple(parameter.shape), _values_of(parameter)
-            parameter.placement = _current.foreign(shape, init, parameter.dim() > 1)  # type: ignore[attr-defined]
+            parameter.placement = current_sharding().foreign(shape, init, parameter.dim() > 1)  # type: ignore[attr-defined]
     return module
 
 

@@ -1,8 +1,9 @@
 """isp's weights: gathered for a product and given up after it, the next ones fetched meanwhile.
 
-The linears have numbers, in the order in which they run; those of one block are neighbours. A forward pass takes them
-upwards, a backward pass downwards; where a block is recomputed, upwards within the block and then downwards. Whatever
-is fetched ahead is used in the same pass, or given up when the next one begins, so no weight changes in between.
+The linears have numbers, in the order in which they run; those of one block are neighbours. A forward pass takes those
+of a chunk upwards (a model that is not split into pipeline stages is one chunk), a backward pass downwards; where a
+block is recomputed, upwards within the block and then downwards. Whatever is fetched ahead is used in the same pass, or
+given up when the next one begins, so no weight changes in between.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Linear:
     rows: int  # of the whole matrix, without padding
     block: int
     place: int  # within the block
+    chunk: int = 0
 
 
 class WeightGatherer:
@@ -60,7 +62,7 @@ class WeightGatherer:
     # -- weights ------------------------------------------------------------------------------------------------------
     def take(self, number: int, backward: bool) -> Tensor:
         """The whole weight, [O, I]; it must be released before it is taken again."""
-        if number == 0 and not backward and not _in_backward():
+        if not backward and not _in_backward() and not self._same_chunk(number, number - 1):
             self._begin_forward()
         self._fetch([number])
         whole = self._coming.pop(number).wait()
@@ -102,18 +104,23 @@ class WeightGatherer:
             return [n for n in [number + 1] if n in self._block(here.block)]
         if self.overlap.per_layer:
             return self._next_block(here.block, here.place)
-        return [number + 1] if number + 1 < len(self.linears) else []
+        return [number + 1] if self._same_chunk(number, number + 1) else []
 
     def _previous(self, number: int) -> Sequence[int]:
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-        if number == 0:
+        if not self._same_chunk(number, number - 1):
             return []
         block = self.linears[number - 1].block
         recomputed = block in self._recomputed and block != self.linears[number].block
         return [min(self._block(block)) if recomputed else number - 1]
 
     def _next_block(self, block: int, place: int) -> Sequence[int]:
-        return self._block(block + 1) if place == self.overlap.launch_place else []
+        here, following = self._block(block), self._block(block + 1)
+        goes_on = bool(following) and self._same_chunk(here[-1], following[0])
+        return following if goes_on and place == self.overlap.launch_place else []
+
+    def _same_chunk(self, number: int, other: int) -> bool:
+        return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk
 
     def _block(self, block: int) -> Sequence[int]:
         return self._members.get(block, ())
@@ -124,8 +131,8 @@ class WeightGatherer:
         with overlap, when the next gradient is there."""
         linear = self.linears[number]
         pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
-        if not self.overlap.enabled or main_grad_of(linear.weight) is None:
-            return deliver(pending.wait())
+        if not self.overlap.enabled or not _in_backward() or main_grad_of(linear.weight) is None:
+            return deliver(pending.wait())  # put off, it comes after the backward pass
         self._deliver()
         self._delivery = lambda: deliver(pending.wait())
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)

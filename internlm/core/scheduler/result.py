@@ -17,12 +17,12 @@ LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 class StepResult:
     """Loss and sums of one step."""
 
-    #: Mean over the valid tokens of the global batch: the same number on every data-parallel rank.
+    #: Mean over the valid tokens of the global batch: the same number on every rank.
     loss: float
     #: [3, types], float64: summed token loss, correct predictions and valid tokens of each data-set type, over all
     #: ranks.
     sums: Tensor
-    #: Outputs and labels of each micro-batch, where they were asked for.
+    #: Outputs and labels of each micro-batch, where they were asked for; of a pipeline, on the rank of the head.
     outputs: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
@@ -30,6 +30,11 @@ class StepResult:
     def valid_tokens(self) -> int:
         """Labels that counted, over all ranks."""
         return int(self.sums[TOKENS].sum())
+
+
+def no_sums(types: int, device: torch.device) -> Tensor:
+    """The sums of nothing."""
+    return torch.zeros(3, types, dtype=torch.float64, device=device)
 
 
 def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int) -> Tensor:

@@ -3,8 +3,9 @@ of group).
 
 One step, in phases:
 
-1. **reduce**: gradients are summed into shards inside the zero group, then across the replicas of each shard.
-2. **measure**: the global norm, of every logical element once.
+1. **reduce**: gradients are summed into shards inside the zero group, then across the replicas of each shard, then over
+   ranks that have parts of the sum besides.
+2. **measure**: the global norm, of every logical element once, over the stages of the pipeline too.
 3. **decide**: a norm that is inf or nan skips the step, on every rank alike.
 4. **update**: one fused AdamW over this rank's flat shard, which also applies the clipping.
 5. **gather**: the new parameters, inside the zero group.
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig
-from internlm.core.context.group import Group
-from internlm.core.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from internlm.core.context.group import NO_PIPELINE, Group
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel.collectives import Pending, all_gather, all_reduce, begin_reduce_scatter
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters
 from internlm.solver.optimizer.flat_group import ALIGNMENT, FlatGroup
 
@@ -40,7 +42,8 @@ class HybridZeroOptimizer:
     """Owns the flat buffers of a model's parameters and gradients.
 
     ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it;
-    ``split_groups`` are those over which parameters are split, or gradients of whole ones still partial sums. The
+    ``split_groups`` are those over which parameters are split, or gradients of whole ones still partial sums;
+    ``pipeline_group`` joins the stages, ``ends_group`` the first and the last, which may share an embedding. The
     gradient buffer must hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by
     the valid tokens of the global batch.
     """
@@ -53,9 +56,12 @@ class HybridZeroOptimizer:
         zero_group: Group,
         replica_group: Group,
         split_groups: Sequence[Group] = (),
+        pipeline_group: Group = NO_PIPELINE,
+        ends_group: Group = NO_PIPELINE,
     ) -> None:
-        self.zero_group, self.replica_group = zero_group, replica_group
+        self.zero_group, self.replica_group, self.pipeline_group = zero_group, replica_group, pipeline_group
         self.split_groups = {group.mode: group for group in split_groups}
+        self.partial_groups = {**self.split_groups, ParallelMode.PIPELINE: ends_group}
         self.clip_grad_norm = clip_grad_norm
         self.groups = [
             FlatGroup(members, decay, zero_group.rank, zero_group.size) for members, decay in _kinds(model, adam)
@@ -69,6 +75,7 @@ class HybridZeroOptimizer:
         )
         for group in self.groups:
             self._make_state(group.main)
+        self._reducing: list[Pending] = []
 
     def _make_state(self, main: nn.Parameter) -> None:
         """Adam's state from the start, so that a checkpoint can be loaded before the first step."""
@@ -80,15 +87,23 @@ class HybridZeroOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+        self._reduced()
         for group in self.groups:
             group.grads.zero_()
+
+    def begin_reduction(self) -> None:
+        """Begin to sum the gradients of the step, which are complete. Without this, :meth:`step` does it."""
+        self._reducing = [begin_reduce_scatter(group.grads, self.zero_group, group.grad_shard) for group in self.groups]
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> OptimizerStep:
         """Reduce, clip, update and gather; see the top of the file. Parameters and state stay as they are where
         ``updated`` is False."""
+        if not self._reducing:
+            self.begin_reduction()
+        self._reduced()
         for group in self.groups:
-            self._reduce(group)
+            self._sum_up(group)
         norm = self._global_norm()
         if not math.isfinite(norm):
             return OptimizerStep(updated=False, grad_norm=norm)
@@ -98,11 +113,16 @@ class HybridZeroOptimizer:
             all_gather(group.value_shard, self.zero_group, group.values)
         return OptimizerStep(updated=True, grad_norm=norm)
 
-    def _reduce(self, group: FlatGroup) -> None:
-        reduce_scatter(group.grads, self.zero_group, group.grad_shard)
+    def _reduced(self) -> None:
+        for pending in self._reducing:
+            pending.wait()
+        self._reducing = []
+
+    def _sum_up(self, group: FlatGroup) -> None:
+        """Beyond the zero group."""
         all_reduce(group.grad_shard, self.replica_group)
         if group.partial_over is not None:
-            all_reduce(group.grad_shard, self.split_groups[group.partial_over])
+            all_reduce(group.grad_shard, self.partial_groups[group.partial_over])
 
     def _global_norm(self) -> float:
         """L2 norm over every logical element, once, hardly dependent on the layout: parameters that are split have
@@ -110,12 +130,17 @@ class HybridZeroOptimizer:
         modes = [None, *self.split_groups]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].main.device)
         for group in self.groups:
-            squares[modes.index(group.split_over)] += _accurate_norm(group.grad_shard) ** 2
+            if not self._is_copy(group):
+                squares[modes.index(group.split_over)] += _accurate_norm(group.grad_shard) ** 2
         all_reduce(squares, self.zero_group)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
                 all_reduce(square, self.split_groups[mode])
-        return math.sqrt(squares.sum().item())
+        return math.sqrt(all_reduce(squares.sum(), self.pipeline_group).item())
+
+    def _is_copy(self, group: FlatGroup) -> bool:
+        """Whether another stage counts what is in ``group``."""
+        return group.partial_over is ParallelMode.PIPELINE and self.partial_groups[ParallelMode.PIPELINE].rank > 0
 
     def _update(self, lr: float, beta2: float, norm: float) -> None:
         for options in self.adam.param_groups:

@@ -26,7 +26,7 @@ BUSIEST: Mapping[str, Any] = {
     "model.num_experts": 4,
     "model.dtype": "torch.float32",
     "parallel.tensor": {"size": 2, "mode": "isp"},
-    "parallel.pipeline.size": 2,
+    "parallel.pipeline": {"size": 2, "partition": (1, 1, 1, 1)},
     "parallel.weight.size": 2,
     "parallel.zero1.size": 2,
     "parallel.expert.size": 2,

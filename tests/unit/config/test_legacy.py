@@ -70,9 +70,27 @@ def test_dtypes(written: Any, read: str) -> None:
     assert load_config(config_of({"model.dtype": written})).model.dtype == read
 
 
-@pytest.mark.parametrize("mode", ["1f1b", "zbh1", "zbv", "ZBV"])
+@pytest.mark.parametrize("mode", ["1f1b", "zbh1", "zbv", "ZBV", "gpipe", "GPipe"])
 def test_pipeline_mode_in_any_case(mode: str) -> None:
     assert load_config(config_of({"parallel.pipeline.mode": mode})).parallel.pipeline.mode == mode.upper()
+
+
+@pytest.mark.parametrize("written", [[3, 1], (3, 1)])
+def test_a_partition_in_any_form(written: Any) -> None:
+    keys = {"parallel.pipeline": {"size": 2, "partition": written}}
+    assert load_config(config_of(keys)).parallel.pipeline.partition == (3, 1)
+
+
+@pytest.mark.parametrize("text", ["[3,1]", "(3, 1)", "3,1"])
+def test_a_partition_on_the_command_line(text: str) -> None:
+    config = load_config(config_of({"parallel.pipeline": 2}), [f"parallel.pipeline.partition={text}"])
+    assert config.parallel.pipeline.partition == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["uniform", "parameters", "flops"])
+def test_a_partition_by_name_on_the_command_line(name: str) -> None:
+    config = load_config(config_of({"parallel.pipeline": 2}), [f"parallel.pipeline.partition={name}"])
+    assert config.parallel.pipeline.partition == name
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ def test_defaults_run(device: str | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"parallel.pipeline": 2}, "parallel.pipeline.size: 2 is not available in this version. Use 1"),
         ({"parallel.zero1.fsdp": True}, "parallel.zero1.fsdp: True is not available in this version. Use False"),
         ({"ckpt.stop_file_path": "x"}, "ckpt.stop_file_path: 'x' is not available in this version. Remove it"),
         (
@@ -52,9 +51,7 @@ def test_refused(changes: dict[str, Any], expected: str) -> None:
 def test_all_refusals_are_told_together() -> None:
     where = [problem.partition(":")[0] for problem in refusals(dict(BUSIEST))]
     assert where == [
-        "parallel.pipeline.size",
         "parallel.sequence_2D.enable",
-        "model.num_chunks",
         "model.num_experts",
     ]
 
@@ -66,7 +63,7 @@ def test_local_folders_run(folder: str | None) -> None:
 
 def test_settings_without_effect_give_one_warning() -> None:
     changes = {
-        "hybrid_zero_optimizer.overlap_sync_grad": True,
+        "hybrid_zero_optimizer.overlap_sync_param": True,
         "ckpt.async_upload": True,
         "model.mlp_layer_fusion": False,
     }

@@ -52,6 +52,16 @@ SINGLE_KEYS = [
     ({"parallel.tensor.mode": "mpt"}, "parallel.tensor.mode: 'mpt' is unknown. Give one of 'mtp', 'msp', 'fsp', 'isp'"),
     ({"parallel.tensor": "2"}, "parallel.tensor.size: '2' is text. Give a whole number of at least 1"),
     ({"parallel.zero1": 1.5}, "parallel.zero1.size: 1.5 is a number. Give a whole number"),
+    ({"parallel.pipeline": {"mode": "zbh2"}}, "parallel.pipeline.mode: 'ZBH2' is unknown. Give one of '1F1B', 'ZBH1'"),
+    ({"parallel.pipeline": {"size": 2, "partition": "even"}}, "parallel.pipeline.partition: 'even' is unknown. Give"),
+    (
+        {"parallel.pipeline": {"size": 2, "partition": (4, 0)}},
+        "parallel.pipeline.partition: [4, 0] has a part without layers. Give every part one at least",
+    ),
+    ({"parallel.pipeline": {"size": 2, "partition": 4}}, "parallel.pipeline.partition: 4 is a whole number. Give"),
+    ({"parallel.timeout": 0}, "parallel.timeout: 0 is out of range. Give a number of more than 0"),
+    ({"parallel.timeout": -1.5}, "parallel.timeout: -1.5 is out of range. Give a number of more than 0"),
+    ({"parallel.timeout": NAN}, "parallel.timeout: nan is out of range. Give a number of more than 0"),
     ({"parallel.pipeline": {"sze": 2}}, "parallel.pipeline.sze: unknown key. Did you mean 'size'?"),
     ({"parallel.sequence_parallel": "yes"}, "parallel.sequence_parallel: 'yes' is not True or False. Remove it"),
     ({"ckpt.load_ckpt_info": {"content": "model"}}, "ckpt.load_ckpt_info.path: missing (Checkpoint: local:FOLDER or a"),
@@ -130,7 +140,27 @@ ACROSS_KEYS = [
     ),
     (
         {"parallel.pipeline": {"size": 2, "mode": "zbv"}, "model.num_chunks": 4, "model.num_layers": 8},
-        "model.num_chunks: 4, but the schedule ZBV has 2",
+        "model.num_chunks: 4, but the schedule ZBV has 2. Remove it",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "mode": "ZBH1"}, "model.num_chunks": 2},
+        "model.num_chunks: 2, but the schedule ZBH1 has 1. Remove it",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "mode": "GPIPE"}, "model.num_chunks": 2},
+        "model.num_chunks: 2, but the schedule GPIPE has 1. Remove it",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "partition": (1, 1, 2)}},
+        "parallel.pipeline.partition: [1, 1, 2] has 3 parts, but pipeline.size · num_chunks = 2 · 1. Give 2 numbers",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "partition": [2, 2]}, "model.num_chunks": 2},
+        "parallel.pipeline.partition: [2, 2] has 2 parts, but pipeline.size · num_chunks = 2 · 2. Give 4 numbers",
+    ),
+    (
+        {"parallel.pipeline": {"size": 2, "partition": (3, 2)}},
+        "parallel.pipeline.partition: [3, 2] has 5 layers, but model.num_layers = 4. Make them agree",
     ),
     (
         {"parallel.tensor": {"size": 2, "mode": "msp"}, "data.seq_len": 15},
@@ -153,6 +183,11 @@ ACROSS_KEYS = [
     ({"data.skip_batches": "a"}, "data.skip_batches: 'a' is neither"),
     ({"data.rampup_batch_size": "1 2"}, "data.rampup_batch_size: '1 2' isn't three counts"),
     ({"data.rampup_batch_size": "8 2 10"}, "data.rampup_batch_size: starts at 8, above data.micro_num = 4"),
+    (
+        {"data.rampup_batch_size": "2 2 10", "parallel.pipeline.table": "mine.csv"},
+        "data.rampup_batch_size: '2 2 10' changes the number of micro-batches, but parallel.pipeline.table is for 4 "
+        "alone. Remove one of them",
+    ),
     (
         {"lr_scheduler": {"init_steps": 95, "warmup_ratio": 0.1}},
         "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is longer than total_steps = 100",
@@ -220,6 +255,9 @@ def test_one_mistake_gives_one_problem(changes: dict[str, Any], expected: str) -
         {"parallel.tensor": 8, "model.hidden_size": 60, "model.head_dim": 8, "model.tie_word_embeddings": True},
         {"parallel.tensor": {"size": 8, "mode": "msp"}},
         {"parallel.tensor": {"size": 2, "mode": "isp"}, "parallel.weight": 4},
+        {"parallel.pipeline": {"size": 2, "partition": [3, 1]}},
+        {"parallel.pipeline": {"size": 2, "partition": (1, 1, 1, 1), "mode": "zbv"}, "model.num_chunks": 1},
+        {"parallel.pipeline": {"size": 2, "mode": "gpipe"}, "data.micro_num": 3},
     ],
 )
 def test_what_can_be_split_is_right(changes: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -246,9 +245,9 @@ def test_a_port_in_use(busy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["rank 0 waits in vain", "rank 0 is not there"],
 )
 def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "COLLECTIVE_TIMEOUT", timedelta(seconds=0.5))
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
         port = str(finder.getsockname()[1])
     environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
-    assert problems_of_launch(monkeypatch, environment).startswith(f"127.0.0.1:{port}: {message}")
+    problems = problems_of_launch(monkeypatch, environment, overrides=["parallel.timeout=0.5"])
+    assert problems.startswith(f"127.0.0.1:{port}: {message}")

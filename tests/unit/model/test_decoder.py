@@ -1,15 +1,21 @@
-"""The decoder: packing, recompute, tied embeddings, loss."""
+"""The decoder: packing, recompute, tied embeddings, loss, families, parts."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel.part import Part
+from internlm.core.parallel.sharding import Sharding, building
 from internlm.model.decoder import Block, Decoder
 from tests.unit.model.samples import VOCAB, decoder, gradients, tokens
 
@@ -200,3 +206,123 @@ def test_projections_into_the_residual_stream_may_start_smaller(scaled: bool, ex
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.03)
         for layer in (block.attention.wqkv, block.feed_forward.w13):
             assert layer.weight.std().item() == pytest.approx(0.3, rel=0.03)
+
+
+# -- parts
+
+
+LAYERS = 6
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> list[list[range]]:
+    """Stages, each with its chunks, however they lie."""
+    chunks = draw(st.integers(1, 3))
+    stages = draw(st.integers(1, LAYERS // chunks))
+    inner = draw(st.permutations(range(1, LAYERS)))[: stages * chunks - 1]
+    bounds = [0, *sorted(inner), LAYERS]
+    ranges = draw(st.permutations([range(*pair) for pair in pairwise(bounds)]))
+    return [sorted(ranges[stage::stages], key=lambda numbers: numbers.start) for stage in range(stages)]
+
+
+def parts_of(partition: list[list[range]], **keys: Any) -> list[Decoder]:
+    parts = []
+    for chunks in partition:
+        with building(Sharding(), Part(LAYERS, tuple(chunks))):
+            parts.append(decoder(num_layers=LAYERS, **keys))
+    return parts
+
+
+def with_values_of(whole: Decoder, parts: list[Decoder]) -> list[Decoder]:
+    """Norms and biases too, which the samples make random in the order in which they come."""
+    values = {**whole.state_dict(), "output.weight": whole.output.weight}
+    for part in parts:
+        part.load_state_dict({name: values[name] for name in part.state_dict()})
+    return parts
+
+
+def in_order(parts: list[Decoder]) -> list[tuple[Decoder, int]]:
+    """Part and chunk of every virtual stage."""
+    chunks = [(part, chunk) for part in parts for chunk in range(len(part.part.chunks))]
+    return sorted(chunks, key=lambda each: each[0].part.chunks[each[1]].start)
+
+
+@settings(max_examples=15)
+@given(partitions(), st.booleans(), st.sampled_from([False, 0.5, True]))
+def test_parts_one_after_another_are_the_model(partition: list[list[range]], tied: bool, checkpoint: float) -> None:
+    """Bit by bit, and the shape of what goes between them is foretold."""
+    keys = {"tie_word_embeddings": tied, "checkpoint": checkpoint, **GQA}
+    whole, inputs = decoder(num_layers=LAYERS, **keys), {"input_ids": tokens(18), "cu_seqlens": BOUNDS}
+    *before, last = in_order(with_values_of(whole, parts_of(partition, **keys)))
+    hidden = None
+    for part, chunk in before:
+        hidden = part(**inputs, chunk=chunk, hidden=hidden)
+        assert part.hidden_like(inputs) == (tuple(hidden.shape), hidden.dtype)
+    part, chunk = last
+    assert torch.equal(part(**inputs, chunk=chunk, hidden=hidden), whole(**inputs))
+    labels = tokens(18, seed=4)
+    loss, wanted = part(**inputs, labels=labels, chunk=chunk, hidden=hidden), whole(**inputs, labels=labels)
+    assert torch.equal(loss.token_loss, wanted.token_loss)
+
+
+@settings(max_examples=15)
+@given(partitions(), st.booleans())
+def test_parts_have_the_parameters_of_the_model_between_them(partition: list[list[range]], tied: bool) -> None:
+    """Under their names, once each, with their first values; a tied table is at both ends, if these are two."""
+    parts, whole = parts_of(partition, tie_word_embeddings=tied), decoder(num_layers=LAYERS, tie_word_embeddings=tied)
+    names = Counter(name for part in parts for name, _ in part.named_parameters())
+    wanted = Counter(name for name, _ in whole.named_parameters())
+    ends = sum(part.part.has_embedding or part.part.has_head for part in parts)
+    assert names == wanted + Counter(["embedding.weight"] * (tied and ends == 2))
+    values = whole.state_dict()
+    for part in parts:
+        for name, value in part.named_parameters():
+            assert not value.placement.is_matrix or torch.equal(value, values[name]), name
+
+
+def test_layers_keep_their_numbers() -> None:
+    (part,) = parts_of([[range(1, 3), range(5, 6)]])
+    assert [name for name, _ in part.layers.named_children()] == ["1", "2", "5"]
+    assert list(part.layers) == [part.layers[1], part.layers[2], part.layers[5]]
+    assert [block.chunk for block in part.layers] == [0, 0, 1]
+    assert part.output.chunk == 1
+    assert not hasattr(part, "embedding")
+    with pytest.raises(AttributeError):
+        part.layers[0]
+
+
+@pytest.mark.parametrize(
+    ("partition", "partial"),
+    [
+        ([[range(2)], [range(2, 4)], [range(4, 6)]], [ParallelMode.PIPELINE, None, ParallelMode.PIPELINE]),
+        ([[range(2), range(4, 6)], [range(2, 4)]], [None, None]),  # both ends on one rank
+    ],
+)
+def test_the_gradient_of_a_table_at_both_ends_is_a_sum(
+    partition: list[list[range]], partial: list[ParallelMode | None]
+) -> None:
+    parts = parts_of(partition, tie_word_embeddings=True)
+    placements = [getattr(part, "embedding", None) and part.embedding.weight.placement for part in parts]
+    assert [placement and placement.partial_over for placement in placements] == partial
+    assert parts[-1].part.has_head == hasattr(parts[-1], "output")
+
+
+@pytest.mark.parametrize(("checkpoint", "recomputed"), [(True, [4, 5]), (0.5, [4]), (False, [])])
+def test_a_chunk_recomputes_its_own_share(checkpoint: float, recomputed: list[int]) -> None:
+    (part,) = parts_of([[range(2), range(4, 6)]], checkpoint=checkpoint)
+    runs: Counter[str] = Counter()
+    for name, block in part.layers.named_children():
+        block.register_forward_pre_hook(lambda module, _, name=name: runs.update([name]))
+    hidden = torch.randn(18, 32, dtype=torch.float64).requires_grad_()
+    part(tokens(18), BOUNDS, labels=tokens(18), chunk=1, hidden=hidden).loss_sum.backward()
+    assert runs == Counter([*map(str, recomputed), "4", "5"])
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(18,), (3, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_units_are_foretold(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    (part,) = parts_of([[range(2)]], dtype=dtype)
+    inputs = {"input_ids": tokens(*shape)} | ({"cu_seqlens": BOUNDS} if len(shape) == 1 else {})
+    hidden = part(**inputs)
+    assert part.hidden_like(inputs) == (tuple(hidden.shape), hidden.dtype) == ((18, 32), dtype)

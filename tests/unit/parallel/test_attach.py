@@ -21,7 +21,7 @@ from internlm.core.parallel.communicator import (
 )
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import initialize_parameters, normal
-from internlm.core.parallel.sequence import FspColumn, MspColumn, SequenceHead, SequenceRow
+from internlm.core.parallel.sequence import FspColumn, MspColumn, SequenceHead, SequenceModel, SequenceRow
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.tensor import HiddenEmbedding, MtpColumn, MtpRow, SplitHead, VocabEmbedding
 from internlm.core.parallel.weight_gatherer import Overlap
@@ -73,10 +73,10 @@ MODEL, ATTENTION, EMBEDDING = type(SILENT_MODEL), type(SILENT_ATTENTION), type(S
     [
         ("mtp", True, expected(MODEL, MtpColumn, MtpRow, SplitHead, HiddenEmbedding, ATTENTION)),
         ("mtp", False, expected(MODEL, MtpColumn, MtpRow, SplitHead, VocabEmbedding, ATTENTION)),
-        ("msp", True, expected(MODEL, MspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
-        ("msp", False, expected(MODEL, MspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
-        ("fsp", True, expected(MODEL, FspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
-        ("fsp", False, expected(MODEL, FspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
+        ("msp", True, expected(SequenceModel, MspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
+        ("msp", False, expected(SequenceModel, MspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
+        ("fsp", True, expected(SequenceModel, FspColumn, SequenceRow, SequenceHead, HiddenEmbedding, ATTENTION)),
+        ("fsp", False, expected(SequenceModel, FspColumn, SequenceRow, SequenceHead, VocabEmbedding, ATTENTION)),
         ("isp", True, expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)),
     ],
 )

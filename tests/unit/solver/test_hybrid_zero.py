@@ -141,6 +141,31 @@ def test_zero_grad_forgets(alone: Group) -> None:
     assert optimizer.step(0.0, 0.95).grad_norm == 0
 
 
+def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes(alone: Group) -> None:
+    models = [decoder() for _ in range(2)]
+    optimizers = [HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.5, alone, alone) for model in models]
+    for begun, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        for batch in batches():
+            optimizer.zero_grad()
+            loss_of(model, *batch).backward()
+            if begun:
+                optimizer.begin_reduction()
+            assert optimizer.step(1e-2, 0.95).updated
+            assert optimizer._reducing == []
+    assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
+
+
+def test_zero_grad_forgets_a_reduction_too(alone: Group) -> None:
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.0, alone, alone)
+    loss_of(model, *next(batches())).backward()
+    optimizer.begin_reduction()
+    assert optimizer._reducing
+    optimizer.zero_grad()
+    assert optimizer._reducing == []
+    assert optimizer.step(0.0, 0.95).grad_norm == 0
+
+
 # -- a step that is left out
 
 
@@ -149,7 +174,7 @@ def trainer(alone: Group) -> Trainer:
     """A trainer that has done one good step."""
     model = decoder(dtype=torch.float32)
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
-    schedule = NonPipelineScheduler(model, TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
+    schedule = NonPipelineScheduler(TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
     trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
     trainer.train_step(batch_iterator())
     return trainer

@@ -23,7 +23,7 @@ W = torch.arange(1.0, 5.0, dtype=torch.float64)
 def _record(data: int = 0, *, loss: float = 2.0, norm: float = 1.0, w: torch.Tensor = W, rows: int = 1) -> RankRecord:
     held = {"w": Held((4,), {(0,): w})}
     passes = [Pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
-    return RankRecord(Place(data, 0), [loss], [norm], held, held, passes, [{}], [[8]], 1)
+    return RankRecord(Place(data, 0, 0), [loss], [norm], held, held, passes, [{}], [[8]], 1)
 
 
 def _compare(*ranks: RankRecord) -> Report:
@@ -77,6 +77,29 @@ def test_a_module_that_cannot_be_compared() -> None:
     trace = _compare(*ranks).forward
     assert trace.compared == ["a"]
     assert trace.first is None
+
+
+def test_stages_have_a_module_each() -> None:
+    """A module is compared where the ranks of one stage have it: here its halves lie on the second."""
+    first = replace(_record(), place=Place(0, 0, 0), passes=[Pass({"a": W}, {"a": W})])
+    halves = [
+        replace(_record(), place=Place(0, tensor, 1), passes=[Pass({"b": half}, {"b": half})])
+        for tensor, half in enumerate(W.split(2))
+    ]
+    forward = compare(PLAN.config, _record(), [first, replace(first, place=Place(0, 1, 0)), *halves]).forward
+    assert (forward.compared, forward.first) == (["a", "b"], None)
+    astray = compare(PLAN.config, _record(), [first, replace(halves[0], place=Place(0, 1, 0)), *halves]).forward
+    assert astray.compared == ["b"]
+    halves[1].passes[0].outputs["b"] = W[:2]
+    forward = compare(PLAN.config, _record(), [first, replace(first, place=Place(0, 1, 0)), *halves]).forward
+    assert (forward.first, forward.last_equal) == ("b", "a")
+
+
+def test_the_heading_names_the_pipeline() -> None:
+    keys = ("parallel.pipeline.size=2", "model.num_chunks=2", "parallel.pipeline.mode=ZBV")
+    assert "2 ranks (mtp, pipeline 2 x 2 ZBV; 1 x 3 micro" in heading(make_plan(SMALL, keys, world_size=2))
+    keys = ("parallel.pipeline.size=2", "parallel.pipeline.table=own.csv", "parallel.tensor.size=2")
+    assert "(mtp, tensor 2, pipeline 2 x 1 1F1B by own.csv; 1" in heading(make_plan(SMALL, keys, world_size=4))
 
 
 def test_traffic_by_the_formula() -> None:

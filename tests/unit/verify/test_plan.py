@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from internlm.config import Config, load_config
+from internlm.config.schema.parallel import PipelineConfig
 from internlm.config.strings import parse_rampup
 from internlm.utils.errors import ConfigError
 from internlm.verify.debug_size import debug_size
@@ -34,6 +35,11 @@ def _config(*overrides: str, keys: dict[str, Any] = SMALL) -> Config:
         (("parallel.tensor.size=2", "parallel.zero1.size=2"), 8),
         (("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=4"), 8),
         (("parallel.tensor.mode=isp", "parallel.weight.size=3"), 6),
+        (("parallel.pipeline.size=2",), 4),
+        (("parallel.pipeline.size=2", "parallel.tensor.size=2"), 8),
+        (("parallel.pipeline.size=4", "parallel.zero1.size=2", "data.micro_num=4"), 8),
+        (("parallel.pipeline.size=3", "parallel.tensor.mode=isp", "parallel.weight.size=2"), 6),
+        (("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_chunks=2"), 4),
     ],
 )
 def test_default_world_size(overrides: tuple[str, ...], world_size: int) -> None:
@@ -51,6 +57,39 @@ def test_the_reference_has_the_same_model_and_global_batch() -> None:
     assert (plan.reference.parallel.tensor.size, plan.reference.parallel.zero1.size) == (1, 1)
     assert plan.config.parallel.tensor.mode == "msp"
     assert plan.config.model.dtype == "torch.float64"
+
+
+def test_the_reference_has_no_pipeline(tmp_path: Path) -> None:
+    table = tmp_path / "own.csv"
+    sizes = ("parallel.pipeline.size=2", "model.num_chunks=2", "parallel.pipeline.mode=ZBV")
+    plan = make_plan(SMALL, (*sizes, "parallel.pipeline.partition=(1,1,1,1)", f"parallel.pipeline.table={table}"))
+    assert (plan.world_size, plan.data_size) == (4, 2)
+    assert plan.reference.parallel.pipeline == PipelineConfig()
+    assert plan.reference.model.num_chunks == 1
+    assert plan.reference.data.micro_num == 6
+    assert plan.config.parallel.pipeline.partition == (1, 1, 1, 1)
+    assert plan.config.parallel.pipeline.table == str(table)
+
+
+@pytest.mark.parametrize("mode", ["1F1B", "ZBV"])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_pipeline_shrinks(stages: int, mode: str, tmp_path: Path) -> None:
+    pipeline = {"size": stages, "mode": mode, "table": str(tmp_path / "own.csv")}
+    large = {
+        **SMALL,
+        "data": {**SMALL["data"], "micro_num": 5 * stages},
+        "model": {**SMALL["model"], "num_layers": 80, "num_chunks": 2},
+    }
+
+    def shrunk(partition: Any) -> Config:
+        keys = {**large, "parallel": {"pipeline": {**pipeline, "partition": partition}}}
+        return make_plan(keys, shrink=True).config
+
+    small = shrunk((81 - 2 * stages, *[1] * (2 * stages - 1)))
+    assert (small.model.num_layers, small.model.num_chunks, small.data.micro_num) == (2 * stages, 2, stages)
+    assert (small.parallel.pipeline.partition, small.parallel.pipeline.table) == ("uniform", None)
+    assert small.parallel.pipeline.mode == mode
+    assert shrunk("flops").parallel.pipeline.partition == "flops"
 
 
 def test_nothing_is_saved_or_told() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from internlm.core.parallel.part import Part
 from internlm.verify.watch import tensors_in, watching
 
 
@@ -23,7 +24,7 @@ class Model(nn.Module):
 
 def test_outputs_and_their_gradients() -> None:
     model, xs = Model(), torch.randn(3, 5, 3)
-    with watching(model, [0, 2]) as passes:
+    with watching(model, [0, 2], range(3)) as passes:
         for x in xs:
             model(x).square().sum().backward()
     assert len(passes) == 2
@@ -42,11 +43,60 @@ def test_outputs_and_their_gradients() -> None:
 
 def test_hooks_are_gone_afterwards() -> None:
     model = Model()
-    with watching(model, [0, 1]) as passes:
+    with watching(model, [0, 1], [1, 2]) as passes:
         model(torch.ones(1, 3))
     model(torch.ones(1, 3))
-    assert len(passes) == 1
+    assert [list(each.outputs) for each in passes] == [[], ["first", "second", "the model"]]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class InChunks(nn.Module):
+    """The first layer is a chunk, recomputed in backward, the second is another."""
+
+    part = Part(2, (range(1), range(1, 2)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, chunk: int) -> Tensor:
+        return checkpoint(self.first, x, use_reentrant=False) if chunk == 0 else self.second(torch.relu(x))
+
+
+def test_chunks_whose_backward_comes_later() -> None:
+    model, xs = InChunks(), torch.randn(2, 5, 3)
+    with watching(model, [0, 1], [1, 0, 1, 0]) as passes:
+        hidden = [model(x, chunk=0) for x in xs.flip(0)]
+        outputs = [model(each, chunk=1) for each in hidden]
+        for output in outputs:
+            output.square().sum().backward()
+    for y, seen, x in zip(outputs[::-1], passes, xs, strict=True):
+        assert list(seen.outputs) == ["first", "second", "the model"]  # which is not what a chunk gives
+        assert torch.equal(seen.outputs["first"], model.first(x))
+        assert torch.equal(seen.gradients["the model"], 2 * y)
+        assert torch.equal(seen.gradients["first"], 2 * y @ model.second.weight * (seen.outputs["first"] > 0))
+
+
+class NormTwice(nn.Module):
+    """As a linear that calls the norm before it again in backward, where that call is differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: self.norm(x).exp(), x, use_reentrant=True)
+
+
+def test_gradients_of_what_is_called_again() -> None:
+    inner = NormTwice()
+    model, xs = nn.Sequential(inner), torch.randn(2, 5, 3, requires_grad=True)
+    with watching(model, [0, 1], [0, 1]) as passes:
+        for output in [model(x) for x in xs]:
+            output.sum().backward()
+    for x, seen in zip(xs, passes, strict=True):
+        assert torch.equal(seen.outputs["0.norm"], inner.norm(x))
+        torch.testing.assert_close(seen.gradients["0.norm"], inner.norm(x).exp())
 
 
 class Output(NamedTuple):

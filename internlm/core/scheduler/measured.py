@@ -1,0 +1,77 @@
+"""A real step beside the simulated one: what the stages recorded → their timeline, and the costs that they show. Pure.
+
+All stages' clocks count from one moment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Table
+from internlm.core.scheduler.executor import Record
+from internlm.core.scheduler.plan import Message, given_by, giver_of, needed_by
+from internlm.core.scheduler.validate import Costs, Span, Timeline, peak_in_flight
+
+Records = Sequence[Sequence[Record]]
+
+
+def measured_timeline(table: Table, records: Records) -> Timeline:
+    """``records``: of each stage, in seconds; the first that begins, begins at 0. An action starts when what it needed
+    was there."""
+    zero = min(row[0].begin for row in records)
+    spans = tuple(tuple(Span(each.action, each.ready - zero, each.end - zero) for each in row) for row in records)
+    peaks = tuple(peak_in_flight(table, rank) for rank in range(table.cut.stages))
+    return Timeline(table, measured_costs(table, records), spans, peaks)
+
+
+def measured_costs(table: Table, records: Records) -> Costs:
+    """Medians by virtual stage. A B that does the work of a W too counts for both."""
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for rank, row in enumerate(records):
+        for each in row:
+            virtual = table.cut.virtual(rank, each.action.chunk)
+            seconds[each.action.kind, virtual].append(each.end - each.ready)
+
+    def of(kind: str) -> tuple[float, ...]:
+        return tuple(median(seconds.get((kind, v), [0.0])) for v in range(table.cut.virtual_stages))
+
+    return Costs(of(FORWARD), of(BACKWARD), of(WEIGHT), median([*_transfers(table, records)] or [0.0]))
+
+
+def _transfers(table: Table, records: Records) -> Iterator[float]:
+    """Seconds from the end of an action to the moment when what it gave was there, where another rank waited for it."""
+    ends = {message: (rank, record) for rank, message, record in _given(table, records)}
+    for rank, row in enumerate(records):
+        for each in row:
+            message = needed_by(table.cut, rank, each.action)
+            source, giver = ends.get(message, (rank, each)) if message else (rank, each)
+            if source != rank and each.begin < giver.end:
+                yield each.ready - giver.end
+
+
+def _given(table: Table, records: Records) -> Iterator[tuple[int, Message, Record]]:
+    for rank, row in enumerate(records):
+        for each in row:
+            message = given_by(table.cut, rank, each.action)
+            if message:
+                yield rank, message, each
+
+
+def counted_from(records: Sequence[Record], start: float) -> list[Record]:
+    """``records`` with their clock set to 0 at ``start``."""
+    return [Record(each.action, *(moment - start for moment in each[1:])) for each in records]
+
+
+def overhead(table: Table, rank: int, records: Sequence[Record]) -> float:
+    """Seconds for each action of ``rank`` that went into neither the action nor a transfer from or to another rank."""
+    cut, spent = table.cut, records[-1].sent - records[0].begin
+    for each in records:
+        takes, gives = needed_by(cut, rank, each.action), given_by(cut, rank, each.action)
+        spent -= each.end - each.ready
+        if takes and giver_of(cut, takes) != rank:
+            spent -= each.ready - each.begin
+        if gives and cut.rank_of(gives.virtual) != rank:
+            spent -= each.sent - each.end
+    return spent / len(records)

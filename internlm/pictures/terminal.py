@@ -1,0 +1,127 @@
+"""A timeline as text, for a terminal: a row for each rank, time to the right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action
+from internlm.core.scheduler.validate import Timeline
+from internlm.pictures.facts import (
+    KINDS,
+    Clock,
+    Titled,
+    clock,
+    end_of_all,
+    figures,
+    heading,
+    how_to_read,
+    kinds_of_all,
+    label,
+    longest_label,
+    of_ranks,
+    shortest_labelled,
+    ticks,
+)
+
+#: Background of cells, of even and odd chunks, in the palette of 256 colours.
+_SHADES = {FORWARD: (74, 153), BACKWARD: (214, 223), WEIGHT: (72, 151)}
+_BLACK = 16
+
+
+class Column(NamedTuple):
+    """A character, and on which background."""
+
+    character: str = " "
+    shade: int | None = None
+
+
+def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, seconds: bool = False) -> str:
+    """``timelines`` beneath one another, no line longer than ``width`` characters: what is longer goes on beneath.
+
+    ``coloured`` adds ANSI colours, which no information depends on; ``seconds`` says that times are seconds.
+    """
+    times = clock(timelines, seconds)
+    margin = len(f"rank {max(timeline.table.cut.stages for _, timeline in timelines) - 1}") + 2
+    scale, columns = _fitted(timelines, width - margin)
+    parts = []
+    for title, timeline in timelines:
+        rows = [_ruler(end_of_all(timelines), scale, times)]
+        rows += [_row(timeline, rank, scale, len(rows[0])) for rank in range(len(timeline.spans))]
+        names = ["time", *(f"rank {rank}" for rank in range(len(timeline.spans)))]
+        parts.append(f"{heading(title, timeline)}; {figures(timeline, times)}")
+        for start in range(0, round(timeline.end * scale), columns):
+            blocks = (_printed(row[start : start + columns], coloured) for row in rows)
+            parts.append(
+                "\n".join(f"{name:{margin}}{block}".rstrip() for name, block in zip(names, blocks, strict=True))
+            )
+        parts.append(_summary(timeline, times))
+    return "\n\n".join([*parts, _legend(timelines, coloured)]) + "\n"
+
+
+def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
+    """Columns for a unit of time, so that labels fit, and columns in a line: all of them if ``room`` allows it, else as
+    many in each line."""
+    narrow, shortest = longest_label(timelines), shortest_labelled(timelines)
+    for wide in (narrow + 1, narrow):
+        scale, columns = wide / shortest, round(end_of_all(timelines) * wide / shortest)
+        if columns <= room:
+            return scale, columns
+    cells = math.ceil(columns / narrow)
+    lines = math.ceil(cells / max(1, room // narrow))
+    return scale, math.ceil(cells / lines) * narrow
+
+
+def _row(timeline: Timeline, rank: int, scale: float, columns: int) -> list[Column]:
+    row, chunks = [Column()] * columns, timeline.table.cut.chunks
+    for span in timeline.spans[rank]:
+        start, end = round(span.start * scale), round(span.end * scale)
+        shade = _shade(span.action)
+        row[start:end] = [Column(character, shade) for character in _cell(label(span.action, chunks), end - start)]
+    return row
+
+
+def _shade(action: Action) -> int:
+    return _SHADES[action.kind][action.chunk % 2]
+
+
+def _cell(name: str, wide: int) -> str:
+    """``B3--``: drawn out, with a gap at the end where there is room; a name that is too long is its letter alone."""
+    shown = name if len(name) <= wide else name[0]
+    return shown.ljust(wide - 1, "-").ljust(wide)[:wide]
+
+
+def _ruler(end: float, scale: float, times: Clock) -> list[Column]:
+    row = [Column()] * round(end * scale)
+    for time in ticks(end, max(1, len(row) // 12)):
+        place = round(time * scale)
+        words = times(time)
+        if place + len(words) <= len(row):
+            row[place : place + len(words)] = map(Column, words)
+    return row
+
+
+def _printed(row: Sequence[Column], coloured: bool) -> str:
+    runs = groupby(row, key=lambda column: column.shade if coloured else None)
+    return "".join(_on(shade, "".join(column.character for column in run)) for shade, run in runs)
+
+
+def _on(shade: int | None, words: str) -> str:
+    return words if shade is None else f"\x1b[38;5;{_BLACK};48;5;{shade}m{words}\x1b[0m"
+
+
+def _summary(timeline: Timeline, times: Clock) -> str:
+    lines = [("rank", "busy", "idle", "in flight at most")]
+    lines += [(str(row.rank), times(row.busy), times(row.idle), str(row.peak_in_flight)) for row in of_ranks(timeline)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def _legend(timelines: Sequence[Titled], coloured: bool) -> str:
+    def swatch(kind: str) -> str:
+        return _on(_SHADES[kind][0] if coloured else None, kind)
+
+    kinds: Iterator[str] = (f"{swatch(kind)} {KINDS[kind]}" for kind in kinds_of_all(timelines))
+    return f"{', '.join(kinds)}. {how_to_read(timelines)}."

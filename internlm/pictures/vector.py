@@ -1,0 +1,151 @@
+"""A timeline as SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+from internlm.core.scheduler.actions import Action
+from internlm.core.scheduler.validate import Span, Timeline
+from internlm.pictures.facts import (
+    COLOURS,
+    KINDS,
+    Clock,
+    Titled,
+    chunks_of_all,
+    clock,
+    end_of_all,
+    figures,
+    heading,
+    how_to_read,
+    kinds_of_all,
+    label,
+    longest_label,
+    sentence,
+    shortest_labelled,
+    ticks,
+)
+
+NARROWEST, WIDEST = 960, 20_000  # px: the picture
+EDGE, LEFT, RIGHT = 20, 56, 84  # px: around all; the names of ranks; their peaks
+HEAD, PITCH, TALL, GAP = 46, 30, 26, 16  # px: heading; from rank to rank; cells; between timelines
+AXIS, LEGEND = 36, 44  # px
+LETTER, TICK = 7.2, 80  # px: a letter of a cell; the least between two ticks
+DARK, GREY, LINE, IDLE = "#111827", "#6b7280", "#9ca3af", "#eef0f3"
+_FRAME = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" \
+height="{height:g}" role="img" font-family="Helvetica, Arial, sans-serif" font-size="13">
+<title>{title}</title>
+<rect x="1" y="1" width="{inner:g}" height="{low:g}" rx="12" fill="#ffffff" stroke="#d1d5db"/>"""
+
+
+class Paper(NamedTuple):
+    """How time lies on the picture."""
+
+    times: Clock
+    end: float
+    width: float  # px
+    chunks: int
+
+    def x(self, time: float) -> float:
+        """Where ``time`` is on the axis."""
+        return EDGE + LEFT + (self.width - 2 * EDGE - LEFT - RIGHT) * time / self.end
+
+
+def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
+    """``timelines`` beneath one another, as wide as their labels need; what is pointed at says what it is.
+
+    ``seconds`` says that times are seconds.
+    """
+    width = min(max(NARROWEST, _legible(timelines)), WIDEST)
+    paper = Paper(clock(timelines, seconds), end_of_all(timelines), width, chunks_of_all(timelines))
+    parts: list[str] = []
+    y = EDGE
+    for title, timeline in timelines:
+        parts += _panel(paper, y, title, timeline)
+        y += HEAD + PITCH * len(timeline.spans) + GAP
+    parts += [*_axis(paper, y - GAP), *_legend(paper, y - GAP + AXIS, timelines)]
+    height = y - GAP + AXIS + LEGEND
+    title = escape("; ".join(heading(*titled) for titled in timelines))
+    frame = _FRAME.format(width=width, height=height, title=title, inner=width - 2, low=height - 2)
+    return "\n".join([frame, *parts, "</svg>", ""])
+
+
+def _legible(timelines: Sequence[Titled]) -> float:
+    """How wide a picture must be in px for labels to fit."""
+    cells = end_of_all(timelines) / shortest_labelled(timelines)
+    return math.ceil(2 * EDGE + LEFT + RIGHT + cells * (LETTER * longest_label(timelines) + 4))
+
+
+def _panel(paper: Paper, y: float, title: str, timeline: Timeline) -> Iterator[str]:
+    """A timeline: its heading, and a row for each rank."""
+    right = paper.width - EDGE
+    yield _text(EDGE, y + 12, heading(title, timeline), "bold", size=15)
+    yield _text(right, y + 12, figures(timeline, paper.times), anchor="end")
+    yield _text(right, y + HEAD - 8, "in flight, at most", colour=GREY, anchor="end", size=11)
+    for rank, (spans, peak) in enumerate(zip(timeline.spans, timeline.peak_in_flight, strict=True)):
+        top = y + HEAD + PITCH * rank
+        yield _text(EDGE, top + 18, f"rank {rank}")
+        yield _text(right, top + 18, str(peak), anchor="end")
+        yield _rect(paper.x(0), top, paper.x(timeline.end) - paper.x(0), IDLE)
+        yield '<g font-size="11" text-anchor="middle" stroke-width="1">'
+        yield from (_cell(paper, top, timeline, rank, span) for span in spans)
+        yield "</g>"
+
+
+def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> str:
+    action, (start, end) = span.action, (paper.x(span.start), paper.x(span.end))
+    when = f"{paper.times(span.start)} to {paper.times(span.end)} (takes {paper.times(span.end - span.start)})"
+    title = f"<title>{action}: {escape(sentence(timeline, rank, action))}; {when}</title>"
+    names = (label(action, paper.chunks), str(action.micro_batch))
+    name = next((name for name in names if LETTER * len(name) + 2 <= end - start), "")
+    words = f'<text x="{_px((start + end) / 2)}" y="{_px(y + 17)}" fill="{DARK}">{name}</text>' if name else ""
+    body = _rect(start, y, end - start, _colour(action, paper.chunks), ' stroke="#ffffff"')
+    return f'<g class="action">{title}{body}{words}</g>'
+
+
+def _axis(paper: Paper, y: float) -> Iterator[str]:
+    """The axis of time, for all timelines."""
+    start, end = paper.x(0), paper.x(paper.end)
+    marks = list(ticks(paper.end, max(1, int((end - start) / TICK))))
+    path = f"M{_px(start)},{y} H{_px(end)}" + "".join(f" M{_px(paper.x(time))},{y} v5" for time in marks)
+    yield f'<path d="{path}" fill="none" stroke="{LINE}"/>'
+    yield _text(EDGE, y + 18, "time", colour=GREY, size=11)
+    yield from (
+        _text(paper.x(time), y + 18, paper.times(time), colour=GREY, anchor="middle", size=11) for time in marks
+    )
+
+
+def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str]:
+    """Colours, and how labels are read."""
+    x = float(EDGE)
+    for kind in kinds_of_all(timelines):
+        for chunk in range(paper.chunks):
+            yield _rect(x, y - 4, TALL, _colour(Action(kind, 0, chunk), paper.chunks))
+            yield _text(x + TALL / 2, y + 13, label(Action(kind, 0, chunk), paper.chunks)[0], anchor="middle", size=11)
+            x += TALL + 3
+        yield _text(x + 5, y + 13, KINDS[kind])
+        x += 7.2 * len(KINDS[kind]) + 24
+    yield _text(paper.width - EDGE, y + 13, how_to_read(timelines), colour=GREY, anchor="end")
+
+
+def _colour(action: Action, chunks: int) -> str:
+    """That of its kind, the lighter the later the chunk."""
+    white = 0.6 * action.chunk / max(1, chunks - 1)
+    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in COLOURS[action.kind])
+
+
+def _rect(x: float, y: float, wide: float, fill: str, more: str = "") -> str:
+    return f'<rect x="{_px(x)}" y="{_px(y)}" width="{_px(wide)}" height="{TALL}" fill="{fill}"{more}/>'
+
+
+def _text(
+    x: float, y: float, words: str, weight: str = "normal", colour: str = DARK, anchor: str = "start", size: int = 13
+) -> str:
+    style = f'font-weight="{weight}" fill="{colour}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text x="{_px(x)}" y="{_px(y)}" {style}>{escape(words)}</text>'
+
+
+def _px(length: float) -> str:
+    return f"{length:.2f}".rstrip("0").rstrip(".")

@@ -1,0 +1,123 @@
+"""What the stages of a pipeline keep after each of their actions is what the formula says, to the byte."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+from weakref import WeakSet
+
+import pytest
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from internlm.config import load_config
+from internlm.core.context import global_context as gpc
+from internlm.core.scheduler.compute import InFlight
+from internlm.core.scheduler.executor import Record
+from internlm.data import build_train_loader_with_data_type
+from internlm.initialize import initialize_distributed_env, initialize_trainer
+from internlm.model.builder import create_model
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train.activations import saved_for_backward
+from internlm.train.in_flight import kept_after_each_action, peak_saved
+from tests.dist.equivalence import TINY
+from tests.harness.pool import run_ranks
+
+Case: TypeAlias = tuple[str, ...]
+
+STAGES = "parallel.pipeline.size=2", "data.micro_num=4", "model.num_layers=5", "model.num_kv_attention_heads=4"
+SCHEDULES: list[Case] = [
+    ("parallel.pipeline.mode=GPIPE", "model.norm_type=layernorm"),
+    ("data.micro_num=5", "model.checkpoint=0.5"),
+    ("model.num_chunks=2", "model.tie_word_embeddings=True"),
+    ("data.micro_num=5", "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5"),
+    ("data.micro_num=5", "parallel.pipeline.mode=ZBV"),
+]
+#: A tensor mode, ranks of the tensor group and of the weight group.
+LAYOUTS = [("mtp", 1, 1), ("mtp", 2, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 2)]
+
+
+class Held:
+    """A tensor, as long as autograd saves it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _at(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors_of(kept: InFlight) -> Iterator[Tensor]:
+    """What is kept for a micro-batch beside what autograd saves."""
+    if kept.hidden is not None:
+        yield kept.hidden
+    for task in kept.tasks:
+        assert isinstance(task, functools.partial)
+        yield from (each for each in task.args if isinstance(each, Tensor))
+
+
+class Watch(list[Record]):
+    """After each action, how many bytes of activations are kept for those to come."""
+
+    def __init__(self, model: nn.Module, shared: set[int]) -> None:
+        super().__init__()
+        self.parameters, self.shared = {_at(each) for each in model.parameters()}, shared
+        self.saved: WeakSet[Held] = WeakSet()
+        self.bytes: list[int] = []
+
+    def pack(self, tensor: Tensor) -> Held:
+        held = Held(tensor)
+        self.saved.add(held)
+        return held
+
+    def append(self, record: Record) -> None:
+        in_flight = [each for each in gc.get_objects() if type(each) is InFlight]
+        tensors = [tensor for each in in_flight for tensor in _tensors_of(each)] + [each.tensor for each in self.saved]
+        kept = {}
+        for tensor in tensors:
+            if _at(tensor) in self.shared:  # by all micro-batches: this one's part
+                kept[tensor.data_ptr()] = tensor.nbytes
+            elif _at(tensor) not in self.parameters:
+                kept[_at(tensor)] = tensor.untyped_storage().nbytes()
+        self.bytes.append(sum(kept.values()))
+
+
+def _watch(rank: int, world_size: int, cases: Sequence[Case]) -> list[list[int]]:
+    return [_watch_case(case) for case in cases]
+
+
+def _watch_case(overrides: Case) -> list[int]:
+    gpc.destroy()  # of the case before
+    initialize_distributed_env(TINY, overrides=overrides)
+    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    loader, types = build_train_loader_with_data_type()
+    optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
+    trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))
+    batch, _ = next(iter(loader))
+    ids = batch["input_ids"]
+    watch = trainer.scheduler.records = Watch(model, {_at(ids)})
+    gc.collect()
+    gc.freeze()
+    with saved_tensors_hooks(watch.pack, lambda held: held.tensor):
+        trainer.execute_schedule(iter([(batch, ids.clone())]))  # every label counts
+    gc.unfreeze()
+    return watch.bytes
+
+
+@pytest.mark.parametrize(("mode", "tensor", "weight"), LAYOUTS)
+def test_what_a_stage_keeps_after_each_action(mode: str, tensor: int, weight: int) -> None:
+    sizes = f"parallel.tensor.size={tensor}", f"parallel.weight.size={weight}", f"parallel.tensor.mode={mode}"
+    cases, world = [(*STAGES, *sizes, *schedule) for schedule in SCHEDULES], 2 * tensor
+    for rank, of_rank in enumerate(run_ranks(world, _watch, cases)):
+        for case, kept in zip(cases, of_rank, strict=True):
+            config, stage = load_config(TINY, case, world, "cpu"), rank // tensor
+            assert kept == kept_after_each_action(config, world, stage=stage), case
+            assert max(kept) == peak_saved(config, world, stage=stage)
+
+
+def test_peak_without_a_pipeline_is_one_micro_batch() -> None:
+    config = load_config(TINY, ("data.micro_num=3",), 1, "cpu")
+    assert peak_saved(config, 1) == sum(saved_for_backward(config, 1).values())

@@ -1,0 +1,104 @@
+"""Users' own models in a pipeline: one that can be split is trained as on one process, one that can't is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.config.schema import ModelConfig
+from internlm.core.parallel import current_part, place_replicated
+from internlm.initialize import initialize_distributed_env
+from internlm.model.builder import create_model
+from internlm.utils.errors import ConfigError
+from internlm.utils.registry import MODEL_INITIALIZER
+from tests.dist.oracle import TINY
+from tests.dist.test_pipeline import Outcome, assert_equal, run
+from tests.harness.pool import run_ranks
+
+
+class Chain(nn.Module):
+    """A user's model of torch's own modules that can be split: it draws all layers, and keeps its part."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.part = current_part(config.num_layers)
+        embedding, head = nn.Embedding(config.vocab_size, width), nn.Linear(width, config.vocab_size)
+        layers = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(config.num_layers)]
+        if self.part.has_embedding:
+            self.embedding = embedding
+        self.layers = nn.ModuleDict({str(n): layers[n] for numbers in self.part.chunks for n in numbers})
+        if self.part.has_head:
+            self.head = head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        indexes: Tensor | None = None,
+        *,
+        chunk: int = 0,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [*input_ids.shape, vocab_size], or hidden units for the next chunk."""
+        x = self.embedding(input_ids) if hidden is None else hidden
+        for number in self.part.chunks[chunk]:
+            x = x + self.layers[str(number)](x).tanh()
+        return self.head(x) if self.part.is_last(chunk) else x
+
+
+class Foretold(Chain):
+    """The same; the shape of what its chunks give is known before."""
+
+    def hidden_like(self, inputs: dict[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
+        """[*input_ids.shape, hidden_size]."""
+        weight = next(iter(self.layers.parameters()))
+        return (*inputs["input_ids"].shape, len(weight)), weight.dtype
+
+
+@MODEL_INITIALIZER.register_module(module_name="CHAIN")
+def build_chain(config: ModelConfig) -> nn.Module:
+    """What a user registers."""
+    return place_replicated(Chain(config))
+
+
+@MODEL_INITIALIZER.register_module(module_name="FORETOLD")
+def build_foretold(config: ModelConfig) -> nn.Module:
+    """What a user registers."""
+    return place_replicated(Foretold(config))
+
+
+def _run(rank: int, world_size: int, *args: Any) -> Outcome:
+    """That a worker finds this function makes it know the models above."""
+    return run(rank, world_size, *args)
+
+
+@pytest.mark.parametrize(("mode", "chunks"), [("1F1B", 1), ("1F1B", 2), ("ZBH1", 1), ("ZBV", 2)])
+@pytest.mark.parametrize("model_type", ["CHAIN", "FORETOLD"])
+def test_a_users_model(model_type: str, mode: str, chunks: int) -> None:
+    packed = model_type == "FORETOLD"
+    sizes = ("parallel.pipeline.size=4", f"model.num_chunks={chunks}", "model.num_layers=9", "data.micro_num=4")
+    assert_equal(
+        [f"model_type={model_type}", f"parallel.pipeline.mode={mode}", *sizes, f"data.use_packed_dataset={packed}"],
+        4,
+        _run,
+    )
+
+
+def _refused(rank: int, world_size: int, overrides: list[str]) -> str:
+    initialize_distributed_env(TINY, overrides=overrides)
+    with pytest.raises(ConfigError) as caught:
+        create_model()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("more", ["parallel.pipeline.size=2", "model.num_chunks=2"])
+def test_a_model_that_cannot_be_split(more: str) -> None:
+    said = run_ranks(2, _refused, ["model_type=PLAIN", "model.num_layers=4", "data.micro_num=2", more])
+    assert set(said) == {
+        "model_type: 'PLAIN' can't be split into stages: it did not ask for its part. Build it by "
+        "internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks to 1"
+    }

@@ -1,0 +1,133 @@
+"""Gradients of weights that are put off: the same, only later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.core.parallel import ParallelLinear, ParallelNorm
+from internlm.core.parallel.deferred import deferring
+from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.ops import swiglu
+from internlm.utils.dtype import default_dtype
+from tests.unit.model.samples import decoder, tokens
+
+WIDTH = 4
+
+
+class TwoLinears(nn.Module):
+    """A linear of a norm, and one of an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ParallelNorm(WIDTH, "rmsnorm", 1e-5)
+        self.up = ParallelLinear(WIDTH, (2, 6), normal(1.0), bias=True)
+        self.down = ParallelLinear(6, WIDTH, normal(1.0), bias=True, role="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, WIDTH]"""
+        y: Tensor = self.down(self.up(x, before=self.norm), before=swiglu)
+        return y
+
+
+def two_linears(dtype: torch.dtype = torch.float32, wide: bool = False) -> TwoLinears:
+    with default_dtype(dtype):
+        model = TwoLinears()
+    initialize_parameters(model, seed=1)
+    for parameter in model.parameters():
+        attach_main_grad(parameter, torch.ones_like(parameter, dtype=torch.float32 if wide else dtype))
+    return model
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+
+
+def main_grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_bit_by_bit_the_same_once_the_tasks_are_run(dtype: torch.dtype, wide: bool) -> None:
+    at_once, later = two_linears(dtype, wide), two_linears(dtype, wide)
+    x, other = inputs(dtype), inputs(dtype)
+    at_once(x).sum().backward()
+    with deferring() as tasks:
+        later(other).sum().backward()
+    wanted, found = main_grads(at_once), main_grads(later)
+    assert torch.equal(other.grad, x.grad)  # what the stage before waits for is there
+    weights = {"up.weight", "down.weight"}
+    assert all((found[name] == 1).all() for name in weights)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted.keys() - weights)
+    for task in tasks:
+        task()
+    assert_equal(main_grads(later), wanted)
+
+
+def test_those_of_a_whole_model() -> None:
+    """But for the table of the embedding, and the head, which gives its gradient with the loss."""
+    models = [decoder(), decoder()]
+    for model in models:
+        for parameter in model.parameters():
+            attach_main_grad(parameter, torch.zeros_like(parameter))
+    losses = [model(tokens(2, 8), labels=tokens(2, 8, seed=4)).loss_sum for model in models]
+    losses[0].backward()
+    with deferring() as tasks:
+        losses[1].backward()
+    assert len(tasks) == 8
+    untouched = {name for name, grad in main_grads(models[1]).items() if not grad.any()}
+    linears = [f"{each}.weight" for each in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")]
+    assert untouched == {f"layers.{number}.{name}" for number in range(2) for name in linears}
+    for task in tasks:
+        task()
+    assert_equal(main_grads(models[1]), main_grads(models[0]))
+
+
+def test_without_main_grad_nothing_is_put_off() -> None:
+    layer = ParallelLinear(WIDTH, 3, normal(1.0))
+    initialize_parameters(layer, seed=1)
+    with deferring() as tasks:
+        layer(inputs()).sum().backward()
+    assert tasks == []
+    assert layer.weight.grad.any()
+
+
+def test_a_frozen_weight_leaves_no_task() -> None:
+    model = two_linears()
+    model.up.weight.requires_grad_(False)
+    with deferring() as tasks:
+        model(inputs()).sum().backward()
+    assert len(tasks) == 1
+    tasks[0]()
+    assert (model.up.weight.main_grad == 1).all()
+    assert (model.down.weight.main_grad != 1).any()
+
+
+def test_tasks_belong_to_the_innermost_block() -> None:
+    model = two_linears()
+    with deferring() as outer:
+        model(inputs()).sum().backward()
+        with deferring() as inner:
+            model(inputs()).sum().backward()
+        model(inputs()).sum().backward()
+    before = main_grads(model)
+    model(inputs()).sum().backward()
+    assert (len(outer), len(inner)) == (4, 2)
+    assert not torch.equal(main_grads(model)["up.weight"], before["up.weight"])  # at once again
+
+
+def test_an_error_ends_the_block() -> None:
+    model = two_linears()
+    with pytest.raises(ValueError, match="broken off"), deferring():
+        raise ValueError("broken off")
+    model(inputs()).sum().backward()
+    assert (model.up.weight.main_grad != 1).any()

@@ -1,0 +1,20 @@
+"""Timelines for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from internlm.core.scheduler.table import make_table
+from internlm.core.scheduler.validate import Costs, Span, Timeline, simulate
+
+
+def simulated(kind: str, stages: int = 4, chunks: int = 1, micro_batches: int = 8, **costs: float) -> Timeline:
+    """A schedule of that kind, actions taking a unit of time each unless ``costs`` says otherwise."""
+    table = make_table(kind, stages, chunks, micro_batches)
+    return simulate(table, Costs.uniform(table.cut.virtual_stages, **costs))
+
+
+def slower(timeline: Timeline, factor: float) -> Timeline:
+    """As a measurement that takes ``factor`` times as long."""
+    rows = (tuple(Span(a, start * factor, end * factor) for a, start, end in row) for row in timeline.spans)
+    return replace(timeline, spans=tuple(rows))

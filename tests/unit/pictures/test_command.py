@@ -1,0 +1,92 @@
+"""``internlm schedule``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from internlm.cli.main import main
+from internlm.pictures import chrome_trace, html, svg, text
+from tests.unit.pictures.samples import simulated
+
+FOUR_BY_EIGHT = ["--stages", "4", "--micro-batches", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)])
+def test_prints_the_timeline(kind: str, chunks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["schedule", "--kind", kind, *FOUR_BY_EIGHT])
+    assert capsys.readouterr().out == text([("", simulated(kind, chunks=chunks))], width=100)
+
+
+def test_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = ["--forward", "2", "--backward", "3", "--weight", "1.5", "--transfer", "0.5"]
+    main(["schedule", "--kind", "zbh1", *FOUR_BY_EIGHT, *costs])
+    timeline = simulated("zbh1", forward=2, backward=3, weight=1.5, transfer=0.5)
+    assert capsys.readouterr().out == text([("", timeline)], width=100)
+
+
+def test_draws(tmp_path: Path) -> None:
+    files = {flag: tmp_path / flag for flag in ("svg", "html", "trace")}
+    flags = [word for flag, file in files.items() for word in (f"--{flag}", str(file))]
+    main(["schedule", "--kind", "zbv", *FOUR_BY_EIGHT, *flags])
+    drawn = [("", simulated("zbv", chunks=2))]
+    assert files["svg"].read_text(encoding="utf-8") == svg(drawn)
+    assert files["html"].read_text(encoding="utf-8") == html(drawn)
+    assert json.loads(files["trace"].read_text()) == json.loads(chrome_trace(drawn))
+
+
+def test_a_written_schedule_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.csv"
+    main(["schedule", "--kind", "zbv", *FOUR_BY_EIGHT, "--write-csv", str(file)])
+    first = capsys.readouterr().out
+    main(["schedule", "--csv", str(file), "--chunks", "2", *FOUR_BY_EIGHT])
+    assert capsys.readouterr().out == first.replace("zbv", "mine.csv", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Give one of gpipe, 1f1b, "),
+        (["--kind", "zbv"], "internlm schedule: the following arguments are required: --stages, --micro-batches"),
+        (FOUR_BY_EIGHT, "internlm schedule: one of the arguments --kind --csv is required"),
+        (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
+        (["--kind", "zbv", "--stages", "0"], "internlm schedule: argument --stages: '0' is not a whole number of at"),
+        (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: 'two' is not a whole number"),
+        (["--kind", "zbv", "--weight", "-1"], "internlm schedule: argument --weight: '-1' is not a time of at least 0"),
+        (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is not a time"),
+        (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
+        (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: 'no/where.svg' lies in no"),
+        (["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."], ".: can't be written (Is a directory). Give another path"),
+        (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv with chunks = 3. Use chunks = 2"),
+        (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: can't be read (No such file or directory)"),
+        (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
+        (
+            ["--kind", "1f1b", *FOUR_BY_EIGHT, "--forward", "0", "--backward", "0", "--weight", "0"],
+            "--forward, --backward, --weight: all are 0. Give one of them a time",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["schedule", *arguments])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(expected)
+
+
+def test_a_schedule_that_waits_for_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "stuck.csv"
+    file.write_text("F0,B0,F1,B1\nF1,F0,B1,B0\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["schedule", "--csv", str(file), "--stages", "2", "--micro-batches", "2"])
+    assert caught.value.code == 2
+    assert "deadlock" in capsys.readouterr().err

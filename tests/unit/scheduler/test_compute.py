@@ -1,0 +1,238 @@
+"""Forward and backward of a chunk for a micro-batch: what comes out, and what is kept meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.part import Part
+from internlm.core.parallel.sharding import Sharding, building
+from internlm.core.scheduler.compute import (
+    Compute,
+    InFlight,
+    MicroBatches,
+    backward,
+    in_flight,
+    weight_gradients,
+)
+from internlm.core.scheduler.loss import TokenCrossEntropy
+from internlm.model.decoder import Decoder
+from tests.unit.model.samples import decoder, tokens
+
+CPU = torch.device("cpu")
+LENGTH = 8
+
+
+def batch(count: int = 3) -> tuple[dict[str, Any], Tensor]:
+    """Micro-batches of one row, of one, two, … pieces."""
+    bounds = [torch.tensor([*range(pieces), LENGTH], dtype=torch.int32) for pieces in range(1, count + 1)]
+    labels = tokens(count, LENGTH, seed=4)
+    labels[0, :3] = -100
+    type_ids = torch.arange(count)[:, None].expand(count, LENGTH) % 2
+    inputs = {"input_ids": tokens(count, LENGTH), "cu_seqlens": bounds, "type_ids": type_ids, "note": "not for models"}
+    return inputs, labels
+
+
+def part(*chunks: range) -> Decoder:
+    with building(Sharding(), Part(4, chunks)):
+        return decoder(num_layers=4)
+
+
+def compute_of(model: nn.Module, grad_scale: float | None = 1.0, wants_outputs: bool = False) -> Compute:
+    return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU), 2, CPU, grad_scale, wants_outputs)
+
+
+def hidden_units(compute: Compute, number: int = 0) -> Tensor:
+    shape, dtype = compute.hidden_form(number)
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(number)).requires_grad_()
+
+
+# -- micro-batches
+
+
+def test_micro_batches() -> None:
+    inputs, labels = batch()
+    ours = MicroBatches(inputs, labels, CPU)
+    assert len(ours) == 3
+    assert ours.inputs(1).keys() == ours.inputs_as_read(1).keys() == {"input_ids", "cu_seqlens"}
+    for number in range(3):
+        assert torch.equal(ours.inputs(number)["input_ids"], inputs["input_ids"][number])
+        assert ours.inputs(number)["cu_seqlens"].tolist() == inputs["cu_seqlens"][number].tolist()
+        assert torch.equal(ours.labels(number), labels[number])
+        assert ours.type_ids(number).tolist() == [number % 2] * LENGTH
+    assert int(ours.valid_tokens()) == 3 * LENGTH - 3
+
+
+# -- forward
+
+
+def test_the_whole_model_is_not_told_of_chunks() -> None:
+    """Nor need it know of them."""
+
+    class Plain(nn.Module):
+        def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+            return torch.eye(61, dtype=torch.float64)[input_ids]
+
+    compute = compute_of(Plain(), wants_outputs=True)
+    assert not compute.foretells_hidden
+    assert compute.hidden_form(0) is None
+    loss = compute.forward(0, 1, None)
+    assert loss is not None
+    assert loss.shape == ()
+    assert compute.outputs[1].shape == (LENGTH, 61)
+
+
+def test_sums_are_those_of_the_last_chunk_by_type() -> None:
+    model = decoder(num_layers=4)
+    compute = compute_of(model, grad_scale=0.5)
+    losses = [compute.forward(0, number, None) for number in range(3)]
+    assert compute.sums[2].tolist() == [LENGTH - 3 + LENGTH, LENGTH]
+    by_type = [(losses[0] + losses[2]).item() * 2, losses[1].item() * 2]
+    assert compute.sums[0].tolist() == pytest.approx(by_type, rel=1e-12)
+    assert compute.outputs == {}
+
+
+def test_chunks_one_after_another_are_the_model() -> None:
+    whole, model = compute_of(decoder(num_layers=4)), part(range(1), range(1, 3), range(3, 4))
+    assert model.part.is_whole
+    compute, hidden = compute_of(model), None
+    for chunk in range(3):
+        hidden = compute.forward(chunk, 2, hidden)
+    assert torch.equal(hidden, whole.forward(0, 2, None))
+    assert torch.equal(compute.sums, whole.sums)
+
+
+def test_no_loss_is_wanted() -> None:
+    model = part(range(2, 4))
+    compute = compute_of(model, grad_scale=None, wants_outputs=True)
+    assert compute.forward(0, 1, hidden_units(compute, 1).detach()) is None
+    assert compute.outputs[1].shape == (LENGTH, 61)
+    assert not compute.sums.any()
+
+
+# -- backward
+
+
+def run_backward(compute: Compute, defer: bool) -> tuple[InFlight, Tensor | None]:
+    """F and B of the first chunk."""
+    hidden = None if compute.part.is_first(0) else hidden_units(compute)
+    output = compute.forward(0, 0, hidden)
+    assert output is not None
+    kept = in_flight(hidden, output)
+    assert kept.form == (tuple(output.shape), output.dtype)
+    return kept, backward(kept, torch.ones_like(output), defer)
+
+
+def with_main_grads(model: Decoder) -> Decoder:
+    for parameter in model.parameters():
+        attach_main_grad(parameter, torch.zeros_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("numbers", [range(2), range(1, 3), range(2, 4)], ids=["first", "middle", "last"])
+def test_backward_in_two_is_backward(numbers: range) -> None:
+    models = [with_main_grads(part(numbers)) for _ in range(2)]
+    (_, gradient), (kept, early) = (run_backward(compute_of(model), i == 1) for i, model in enumerate(models))
+    assert (gradient is None) == (numbers.start == 0)
+    assert gradient is None or torch.equal(early, gradient)
+    assert len(kept.tasks) == 8
+    weight_gradients(kept)
+    assert kept.tasks == []
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(ours.main_grad, theirs.main_grad)
+        assert ours.main_grad.any()
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_frozen_chunk_passes_the_gradient_on(defer: bool) -> None:
+    trained, frozen = (with_main_grads(part(range(1, 3))) for _ in range(2))
+    frozen.requires_grad_(False)
+    _, wanted = run_backward(compute_of(trained), False)
+    kept, found = run_backward(compute_of(frozen), defer)
+    assert torch.equal(found, wanted)
+    assert kept.tasks == []
+    assert not any(parameter.main_grad.any() for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_first_chunk_that_is_frozen_has_nothing_to_do(defer: bool) -> None:
+    """Its output needs no gradient, so there is no graph; the next stage sends one nevertheless."""
+    kept, gradient = run_backward(compute_of(part(range(2)).requires_grad_(False)), defer)
+    assert (gradient, kept.tasks) == (None, [])
+
+
+# -- memory
+
+
+def storage_of(tensor: Tensor) -> weakref.ref[torch.UntypedStorage]:
+    """Lives as long as the memory of ``tensor``, whoever else has a share of it."""
+    return weakref.ref(tensor.untyped_storage())
+
+
+def addresses(storages: list[weakref.ref[torch.UntypedStorage]]) -> set[int]:
+    """Of those that are still there."""
+    return {alive.data_ptr() for storage in storages if (alive := storage()) is not None}
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[weakref.ref[torch.UntypedStorage]]]:
+    """The memory of all that autograd keeps in the block, but parameters."""
+    kept: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept.append(storage_of(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def in_tasks(kept: InFlight) -> list[weakref.ref[torch.UntypedStorage]]:
+    """The memory of what tasks hold, but parameters."""
+    calls = [call for task in kept.tasks for call in (task, *(each for each in task.args if isinstance(each, partial)))]
+    held = [held for call in calls for held in call.args]
+    return [storage_of(each) for each in held if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+
+
+@pytest.mark.parametrize("numbers", [range(2), range(1, 3)], ids=["first", "middle"])
+def test_an_output_may_go_once_it_was_sent(numbers: range) -> None:
+    """What backward needs of it is its place in the graph."""
+    compute = compute_of(with_main_grads(part(numbers)))
+    hidden = None if numbers.start == 0 else hidden_units(compute)
+    output = compute.forward(0, 0, hidden)
+    assert output is not None
+    grad_output, sent = torch.ones_like(output), storage_of(output)
+    kept = in_flight(hidden, output)
+    assert sent() is not None
+    del output
+    assert sent() is None
+    assert (backward(kept, grad_output, False) is None) == (hidden is None)
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_activations_go_with_the_last_action(defer: bool) -> None:
+    compute = compute_of(with_main_grads(part(range(1, 3))))
+    with saved_for_backward() as saved:
+        hidden = hidden_units(compute)
+        output = compute.forward(0, 0, hidden)
+        assert output is not None
+        kept = in_flight(hidden, output)
+    grad_output = torch.ones_like(output)
+    del output, hidden
+    assert addresses(saved)
+    backward(kept, grad_output, defer)
+    del grad_output
+    left = in_tasks(kept)
+    assert bool(left) == defer
+    assert addresses(saved) <= addresses(left)  # an input of a linear may be one of both
+    weight_gradients(kept)
+    assert addresses(left) == addresses(saved) == set()

@@ -1,0 +1,93 @@
+"""What stages send one another and keep, by hand; the formulas are held against running pipelines in tests/dist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from internlm.config import Config, load_config
+from internlm.core.context import ParallelMode
+from internlm.train.activations import kept_for_weights, saved_for_backward
+from internlm.train.in_flight import kept_after_each_action, peak_saved
+from internlm.train.traffic import Symbols, expected_traffic
+
+STAGES, MICRO_BATCHES, TENSOR = 4, 6, 2
+WORLD = STAGES * TENSOR
+HIDDEN_UNITS = 64 // TENSOR * 32 * 2  # S · H · e
+
+
+def pipeline(model: dict[str, Any] | None = None, micro_batches: int = MICRO_BATCHES, **keys: Any) -> Config:
+    """A model of nine layers under fsp."""
+    sizes = dict(num_layers=9, hidden_size=32, num_attention_heads=4, vocab_size=64, dtype="torch.bfloat16")
+    data = dict(seq_len=64, micro_bsz=1, micro_num=micro_batches, total_steps=1)
+    parallel = dict(tensor=dict(mode="fsp", size=TENSOR), pipeline=dict(size=STAGES, **keys))
+    sections = dict(model=sizes | (model or {}), data=data, adam=dict(lr=1e-4), parallel=parallel)
+    return load_config(dict(model_type="LLAMA2", **sections), world_size=WORLD, device_type="cpu")
+
+
+SCHEDULES = {
+    "1F1B": pipeline(),
+    "ZB-H1": pipeline(mode="ZBH1"),
+    "interleaved": pipeline(dict(num_chunks=2), micro_batches=8),
+    "ZB-V": pipeline(mode="ZBV"),
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "borders"),
+    [("1F1B", STAGES - 1), ("ZB-H1", STAGES - 1), ("interleaved", 2 * STAGES - 1), ("ZB-V", 2 * STAGES - 2)],
+)
+def test_every_border_between_ranks_is_crossed_twice(schedule: str, borders: int) -> None:
+    config = SCHEDULES[schedule]
+    for forward_only, crossings in ((True, 1), (False, 2)):
+        steps = [expected_traffic(config, WORLD, stage=stage, forward_only=forward_only) for stage in range(STAGES)]
+        entries = [step[ParallelMode.PIPELINE, "send"] for step in steps if (ParallelMode.PIPELINE, "send") in step]
+        messages = crossings * borders * config.data.micro_num
+        assert sum(entry.calls for entry in entries) == messages
+        assert sum(entry.sent for entry in entries) == messages * HIDDEN_UNITS
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_hold_the_model_once(schedule: str) -> None:
+    parts = [Symbols.of(SCHEDULES[schedule], WORLD, stage) for stage in range(STAGES)]
+    assert sum(part.layers for part in parts) == 9
+    assert sum(part.part.has_embedding for part in parts) == sum(part.part.has_head for part in parts) == 1
+
+
+def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_to_come() -> None:
+    for stage in range(STAGES):
+        one = sum(saved_for_backward(SCHEDULES["1F1B"], WORLD, stage=stage).values())
+        assert peak_saved(SCHEDULES["1F1B"], WORLD, stage=stage) == (STAGES - stage) * one
+
+
+def test_gpipe_keeps_all_micro_batches() -> None:
+    config = pipeline(mode="GPIPE")
+    assert peak_saved(config, WORLD) == MICRO_BATCHES * sum(saved_for_backward(config, WORLD).values())
+
+
+def test_what_was_put_off_is_kept_until_w() -> None:
+    """The last stage of ZB-H1 runs F0 B0 F1 B1 … and all its W at the end, but for those that fit in between."""
+    config, stage = SCHEDULES["ZB-H1"], STAGES - 1
+    f = sum(saved_for_backward(config, WORLD, stage=stage).values())
+    w = sum(kept_for_weights(config, WORLD, stage=stage).values())
+    kept = kept_after_each_action(config, WORLD, stage=stage)
+    assert kept[:8] == [f, w, w + f, 2 * w, 2 * w + f, 3 * w, 3 * w + f, 4 * w]
+    assert kept[-1] == 0
+
+
+def test_chunks_add_up_to_their_stage() -> None:
+    for formula in (saved_for_backward, kept_for_weights):
+        whole, *chunks = (formula(SCHEDULES["ZB-V"], WORLD, stage=1, chunk=chunk) for chunk in (None, 0, 1))
+        assert whole == {part: sum(chunk[part] for chunk in chunks) for part in whole}
+
+
+def test_a_tied_embedding_is_summed_over_both_ends() -> None:
+    """Unless one stage has both."""
+    tied = dict(tie_word_embeddings=True)
+    for config, ends in ((pipeline(tied), {0, STAGES - 1}), (pipeline(tied, mode="ZBV"), set())):
+        calls = [
+            expected_traffic(config, WORLD, stage=stage)[ParallelMode.PIPELINE, "all-reduce"].calls
+            for stage in range(STAGES)
+        ]
+        assert calls == [2 + (stage in ends) for stage in range(STAGES)]

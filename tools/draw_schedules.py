@@ -1,0 +1,33 @@
+"""Pictures of the pipeline schedules: each simulated on four stages, where F, B and W take the same time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from internlm.core.scheduler.table import KINDS, make_table
+from internlm.core.scheduler.validate import Costs, simulate
+from internlm.pictures import svg
+
+STAGES, MICRO_BATCHES = 4, 8
+CHUNKS = {"interleaved": 2, "zbv": 2}
+
+
+def picture(kind: str) -> str:
+    """The SVG of ``kind``."""
+    table = make_table(kind, STAGES, CHUNKS.get(kind, 1), MICRO_BATCHES)
+    return svg([("", simulate(table, Costs.uniform(table.cut.virtual_stages)))])
+
+
+def main() -> None:
+    """Write a picture for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:
+        (folder / f"{kind}.svg").write_text(picture(kind), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
