@@ -20,7 +20,7 @@ from typing import Any
 from bench.race import Setup, Side, Transformers, race
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.measured import measured_costs, measured_timeline, overhead
+from internlm.core.scheduler.measured import measured_costs, measured_timeline, overheads
 from internlm.core.scheduler.table import make_table
 from internlm.core.scheduler.validate import Costs, simulate
 
@@ -98,9 +98,9 @@ def _medians(all_costs: list[Costs]) -> Costs:
 
 
 def _overhead(table: Table, steps: list[tuple[list[Record], ...]]) -> float:
-    """Of the worst rank, in the median step."""
+    """Of the median action: now and then a process is interrupted for milliseconds."""
     ranks = range(table.cut.stages)
-    return max(median(overhead(table, rank, step[rank]) for step in steps) for rank in ranks)
+    return median(each for step in steps for rank in ranks for each in overheads(table, rank, step[rank]))
 
 
 def python_alone(rounds: int) -> dict[str, Any]:

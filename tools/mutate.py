@@ -142,7 +142,8 @@ MISTAKES = (
     Mistake("a gradient that was put off is forgotten", "core/scheduler/compute.py", "kept.tasks.pop(0)()",
             "kept.tasks.pop(0)", PIPELINE),
     Mistake("hidden units of one micro-batch are taken for another's", "core/scheduler/plan.py",
-            "begins[bisect_left(ends, span.end)].append(", "begins[bisect_left(ends, span.end)].insert(0, ", PIPELINE),
+            "begins[bisect_left(ends, when)].append(receive)", "begins[bisect_left(ends, when)].insert(0, receive)",
+            PIPELINE),
     Mistake("chunks of a V are cut as if in rounds", "train/stages.py", "cut.virtual(stage, chunk) for chunk",
             "chunk * pipeline.size + stage for chunk", PIPELINE),
     Mistake("isp: a weight of the next chunk is fetched in vain", GATHERER,
@@ -155,9 +156,9 @@ def main() -> int:
     """Try all; 0 where all were caught."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write the outcome into {PAGE.name}")
-    parser.add_argument("--only", default="", help="try those whose description contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="try those whose description contains one of these")
     args = parser.parse_args()
-    chosen = [mistake for mistake in MISTAKES if args.only in mistake.what]
+    chosen = [mistake for mistake in MISTAKES if any(words in mistake.what for words in args.only)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         copy.mkdir()
@@ -197,12 +198,15 @@ def _caught_by(mistake: Mistake, copy: Path) -> str:
 
 
 def _write(outcomes: dict[Mistake, str]) -> None:
-    rows = [
-        f"| {m.what} | `{m.file}` | {f'`{caught}`' if caught else '**missed**'} |" for m, caught in outcomes.items()
-    ]
-    table = "\n".join(["| mistake | planted in | caught first by |", "|---|---|---|", *rows])
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
+    known = {line.split(" | ")[0].removeprefix("| "): line for line in rest.split(END)[0].splitlines()}
+    known |= {
+        m.what: f"| {m.what} | `{m.file}` | {f'`{caught}`' if caught else '**missed**'} |"
+        for m, caught in outcomes.items()
+    }
+    rows = [known[m.what] for m in MISTAKES if m.what in known]  # of those not tried now, what was found before
+    table = "\n".join(["| mistake | planted in | caught first by |", "|---|---|---|", *rows])
     PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 
 

@@ -21,6 +21,7 @@ DESCRIPTION = (
     "Exit code: 0 it can run, 2 it cannot, or a mistake in the arguments."
 )
 WIDTH_OF_FILES = 120
+MOST_PAIRS = 100_000
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,6 +74,10 @@ def _table(a: argparse.Namespace) -> Table:
     from internlm.core.scheduler.table import make_table
     from internlm.core.scheduler.table_file import read_table
 
+    pairs = a.stages * (a.chunks or 1) * a.micro_batches
+    if pairs > MOST_PAIRS:
+        what = f"{pairs} pairs of virtual stage and micro-batch are too many to draw"
+        raise UserError(Problem("--stages, --chunks, --micro-batches", what, f"Keep to {MOST_PAIRS}"))
     if a.csv:
         return read_table(a.csv, a.stages, a.chunks or 1, a.micro_batches)
     usual = 2 if a.kind in ("interleaved", "zbv") else 1

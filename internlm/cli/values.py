@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
+
+LONGEST = 1e9
 
 
 def count(text: str) -> int:
@@ -15,13 +16,13 @@ def count(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """A finite number from 0 on."""
+    """A number from 0 to :data:`LONGEST`."""
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time of at least 0")
+    if not 0 <= number <= LONGEST:  # nor nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 0 to {LONGEST:g}")
     return number
 
 

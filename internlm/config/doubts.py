@@ -25,6 +25,10 @@ DOUBTS = (
         "parallel.pipeline.mode: a pipeline of one stage has nothing to fill, since parallel.pipeline.size is 1",
     ),
     Doubt(
+        lambda c: c.parallel.pipeline.table is not None and c.parallel.pipeline.size * c.model.num_chunks == 1,
+        "parallel.pipeline.table: without effect, since the model is in one piece",
+    ),
+    Doubt(
         lambda c: c.data.valid_every > 0 and c.data.valid_folder is None and c.data.train_folder is not None,
         "data.valid_every: nothing is validated, since data.valid_folder is not given",
     ),

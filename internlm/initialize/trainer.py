@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
+import torch.distributed as dist
 from torch import nn
 
 from internlm import accelerator
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
+from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
 from internlm.core.scheduler.table import kind_of
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train.stages import own_table
+from internlm.utils.errors import ConfigError, Problem
 
 
 def initialize_trainer(
@@ -56,8 +60,19 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
         own_table(gpc.config),
     )
     scheduler = SCHEDULERS[kind](*options, pipeline)
-    scheduler.table(gpc.config.data.micro_num)  # what is wrong with it is said before the run
+    _check_agreement(scheduler.table(gpc.config.data.micro_num))  # what is wrong with it is said before the run
     return scheduler
+
+
+def _check_agreement(table: Table) -> None:
+    """Ranks that run other tables would wait for one another; a file may be another one on another machine."""
+    tables: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(tables, hashlib.sha256(repr(table.actions).encode()).hexdigest()[:12])
+    if len(set(tables)) > 1:
+        shown = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(tables))
+        raise ConfigError(
+            Problem(table.kind, f"is not the same file on all ranks ({shown})", "Copy it to all machines")
+        )
 
 
 def _channels(kind: str) -> Channels:

@@ -198,11 +198,9 @@ class Decoder(nn.Module):
         positions = _positions(segments) if own is None else self.communicator.whole_positions(own)
         rotary = self._rotary(positions, segments)
         x: Tensor = self.embedding(input_ids.flatten()) if hidden is None else hidden  # [T, H]
-        numbers = self.part.chunks[chunk]
-        recomputed = self.spec.recomputed_of(len(numbers)) if torch.is_grad_enabled() else 0
-        for place, number in enumerate(numbers):
+        for number in self.part.chunks[chunk]:
             block = self.layers[number]
-            if place < recomputed:
+            if self.spec.recomputes(number) and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, segments, use_reentrant=False)
             else:
                 x = block(x, rotary, segments)

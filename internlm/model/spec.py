@@ -29,6 +29,9 @@ class DecoderSpec:
         asked = self.config.attention_backend
         return "sdpa" if asked == "auto" and not self.config.use_flash_attn else asked
 
-    def recomputed_of(self, layers: int) -> int:
-        """How many of a chunk's ``layers``, from its first, are computed again in backward."""
-        return int(self.config.checkpoint * layers)
+    def recomputes(self, number: int) -> bool:
+        """Whether the layer of that number in the whole model is computed again in backward: a fraction of them, from
+        the first on every so many, so that each stage of a pipeline has its share."""
+        layers = self.config.num_layers
+        recomputed = int(self.config.checkpoint * layers)
+        return number * recomputed % layers < recomputed

@@ -34,8 +34,9 @@ def create_model(model_type: str | None = None) -> nn.Module:
         return Share(gpc.get_local_rank(mode), gpc.get_world_size(mode))
 
     sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
-    part = part_of(gpc.config, gpc.get_local_rank(ParallelMode.PIPELINE))
-    return build_model(gpc.config, gpc.seed, model_type, sharding, part)
+    model = build_model(gpc.config, gpc.seed, model_type, sharding, _own_part())
+    _check_part(model, model_type or gpc.config.model_type)
+    return model
 
 
 def build_model(
@@ -59,18 +60,21 @@ def build_model(
     with randomness, default_dtype(dtype), device, building(sharding or Sharding(), part):
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
-    _check_part(model, part, model_type or config.model_type)
     initialize_parameters(model, seed)
     return model
 
 
-def _check_part(model: nn.Module, part: Part | None, model_type: str) -> None:
-    if part is not None and len(part.chunks) + (not part.is_whole) > 1 and getattr(model, "part", None) != part:
-        what = f"{model_type!r} can't be split into stages: it did not ask for its part"
-        todo = (
-            "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks to 1"
-        )
-        raise ConfigError(Problem("model_type", what, todo))
+def _check_part(model: nn.Module, name: str) -> None:
+    """A model of which this rank should have a part, or chunks, must have asked for it."""
+    part = _own_part()
+    if (len(part.chunks) > 1 or not part.is_whole) and getattr(model, "part", None) != part:
+        what = f"{name!r} can't be split into stages: it did not ask for its part"
+        todo = "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks "
+        raise ConfigError(Problem("model_type", what, f"{todo}to 1"))
+
+
+def _own_part() -> Part:
+    return part_of(gpc.config, gpc.get_local_rank(ParallelMode.PIPELINE))
 
 
 def _check_attention(backend: str, dtype: torch.dtype) -> None:
@@ -83,6 +87,8 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     """A model ready for training: ``model`` (default: :func:`create_model`), each of its parameters placed, and equal
     on all ranks that hold copies of it, however it was made."""
     model = create_model() if model is None else model
+    _check_part(model, type(model).__name__)
+    gpc.pipeline_ends()  # which all ranks must ask for, and here some will
     for _, parameter, placement in placed_parameters(model):
         for group in _copies(placement):
             broadcast(parameter.detach(), group)

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from internlm.config import Config
 from internlm.core.parallel.part import Part
-from internlm.core.scheduler.actions import Cut, Table
+from internlm.core.scheduler.actions import BACKWARD, Cut, Table
 from internlm.core.scheduler.partition import balanced, uniform
-from internlm.core.scheduler.schedulers import cut_of
-from internlm.core.scheduler.table import kind_of
+from internlm.core.scheduler.table import cut_of, kind_of
 from internlm.core.scheduler.table_file import read_table
 from internlm.core.scheduler.validate import ScheduleError
 from internlm.model.flops import head_forward_flops, layer_forward_flops
@@ -68,7 +67,13 @@ def own_table(config: Config) -> Callable[[int], Table] | None:
 
 
 def _read_table(path: Path, cut: Cut, micro_batches: int) -> Table:
-    table = read_table(path, cut.stages, cut.chunks, micro_batches)
+    try:
+        table = read_table(path, cut.stages, cut.chunks, micro_batches)
+    except ScheduleError as error:
+        sizes = f"{cut.stages} stages with {cut.chunks} chunks, and data.micro_num = {micro_batches}"
+        raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
+    if not any(action.kind == BACKWARD for row in table.actions for action in row):
+        raise ScheduleError(Problem(str(path), "has no B, so nothing would be learnt", "Add a B for every F"))
     if table.cut != cut:
         what = f"is for a model cut {_told(table.cut)}, but this one is cut {_told(cut)}"
         raise ScheduleError(Problem(str(path), what, "Change the line V in it, or parallel.pipeline.mode"))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Cut, Table
-from internlm.core.scheduler.schedulers import cut_of
+from internlm.core.scheduler.table import cut_of
 from internlm.core.scheduler.table import kind_of, make_table
 
 #: By schedule: its mode, and with how many chunks it is tried. ``own`` is a table in a file, drawn at random.

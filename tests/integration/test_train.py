@@ -162,7 +162,8 @@ def _check_metrics(record: Path, row: Row) -> None:
 
 def test_a_pipeline_is_drawn_as_measured_and_as_simulated(tmp_path: Path) -> None:
     stages = ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBH1", "data.micro_num=3", "data.total_steps=3")
-    job = train(2, "configs/debug/internlm2.py", tmp_path, *stages, options=["--pipeline-trace"])
+    validation = ("data.valid_every=1", "data.valid_max_batches=1")  # which is not recorded
+    job = train(2, "configs/debug/internlm2.py", tmp_path, *stages, *validation, options=["--pipeline-trace"])
     assert (job.returncode, job.left_behind) == (0, 0), job.stderr
     assert re.search(r"pipeline of step 3 in \S+: simulated [\d.]+ ms, [\d.]+% idle, measured [\d.]+ ms", job.stderr)
     (record,) = records(tmp_path)

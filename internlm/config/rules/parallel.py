@@ -93,6 +93,8 @@ def micro_batches_fill_pipeline(config: Config, facts: Facts) -> Iterator[Proble
     """Each stage needs a micro-batch to work on; the interleaved schedule takes them in rounds of one a stage."""
     count, stages = config.data.micro_num, config.parallel.pipeline.size
     interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
+    if config.parallel.pipeline.table is not None:  # which says itself how many it has
+        return
     if count < stages:
         yield Problem(
             "data.micro_num", f"{count} is less than parallel.pipeline.size = {stages}", f"Use at least {stages}"
@@ -185,7 +187,10 @@ RULES = (
     Rule((PIPELINE, WEIGHT, MODE, WORLD_SIZE), world_size_is_divisible_by_weight),
     Rule((PIPELINE, TENSOR, WEIGHT, MODE, "parallel.zero1.size", WORLD_SIZE), zero_size_divides_data_group),
     Rule((WEIGHT, "parallel.expert_weight.size", MODE), weight_needs_isp),
-    Rule((PIPELINE, "parallel.pipeline.mode", "model.num_chunks", "data.micro_num"), micro_batches_fill_pipeline),
+    Rule(
+        (PIPELINE, *at("parallel.pipeline", "mode", "table"), "model.num_chunks", "data.micro_num"),
+        micro_batches_fill_pipeline,
+    ),
     Rule(("parallel.pipeline.table", "data.rampup_batch_size", "data.micro_num"), table_has_one_size),
     Rule(("parallel.pipeline.mode", "model.num_chunks"), chunks_fit_schedule),
     Rule((PIPELINE, "parallel.pipeline.partition", *at("model", "num_layers", "num_chunks")), partition_is_whole),

@@ -33,9 +33,10 @@ class ModelConfig(Section):
     max_position_embeddings: Count = 2048
     """Positions the model was made for; dynamic NTK starts beyond it."""
     num_chunks: Count = 1
-    """Model chunks per pipeline stage; over 1 means an interleaved schedule."""
+    """Model chunks per pipeline stage; over 1 makes 1F1B interleaved. ZBV has 2."""
     checkpoint: bool | Fraction = False
-    """Activation recompute: True (all layers), False (none) or the fraction of layers."""
+    """Activation recompute: True (all layers), False (none) or the fraction of layers, spread over the model: of 0.5
+    every second."""
     dtype: Dtype | None = None
     """Type of parameters and activations; absent: bfloat16 on CUDA, float32 on CPU. tf32 is float32 with TF32 matrix
     products allowed."""

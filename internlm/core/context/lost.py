@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from internlm.core.context.group import Group
@@ -33,8 +34,9 @@ def naming_lost(stage: Group, other: int, what: str, timeout: timedelta) -> Iter
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, LostPeerError) or (other == ALL and not lost_peer(error)):
-            raise  # of a block that waits for one rank all errors are that rank's
+        own = isinstance(error, (LostPeerError, torch.AcceleratorError))
+        if own or (other == ALL and not lost_peer(error)):
+            raise  # of a block that waits for one rank all others are that rank's
         raise LostPeerError(_told(stage, other, what, time.monotonic() - start, timeout, error)) from None
 
 
@@ -47,7 +49,7 @@ def _told(stage: Group, other: int, what: str, waited: float, timeout: timedelta
     waiting = f"stage {stage.rank} (rank {ranks[stage.rank]}) waited {waited:.0f} s for {whom} to {what}"
     if culprit is None:
         return f"pipeline: all stages wait for one another; {waiting} ({_last_line(error)})"
-    return f"pipeline stage {ranks.index(culprit)} (rank {culprit}) is {fate}: {waiting}"
+    return f"pipeline stage {ranks.index(culprit)} (rank {culprit}) is {fate}: {waiting} ({_last_line(error)})"
 
 
 def _culprit(ranks: Sequence[int], rank: int, other: int, fate: str) -> tuple[int | None, str]:

@@ -91,16 +91,14 @@ class _Linear(torch.autograd.Function):
         db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
         dy = comm.gather_grad_output(dy)  # [T, O]
         x, inputs = _again(ctx.before, x)
-        fetch: Callable[[], Pending] = (
-            partial(Pending, gathered) if gathered is not None else partial(comm.gather_input, inputs.detach())
-        )
+        fetch, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, inputs.detach())
         later = deferred_tasks(weight) if needs_weight else None
         # Each begins what runs under the product that comes after it.
-        inputs_on_their_way = fetch() if needs_weight and later is None else None
+        inputs_on_their_way = fetch(kept) if needs_weight and later is None else None
         dx_on_its_way = _grad_input(dy, weight, comm) if needs_x or inputs is not x else None
         dw = _weight_grad(weight, dy, inputs_on_their_way.wait(), comm) if inputs_on_their_way else None
         if later is not None:
-            later.append(partial(_weight_grad_later, weight, dy, fetch, comm))
+            later.append(partial(_weight_grad_later, weight, dy, kept, fetch, comm))
         dx = dx_on_its_way.wait() if dx_on_its_way else None
         if inputs is not x:
             inputs.backward(dx)  # gradients of the parameters of ``before`` are added where they belong
@@ -117,8 +115,10 @@ def _again(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, before(x)
 
 
-def _weight_grad_later(weight: Tensor, dy: Tensor, fetch: Callable[[], Pending], comm: Communicator) -> None:
-    _weight_grad(weight, dy, fetch().wait(), comm)
+def _weight_grad_later(
+    weight: Tensor, dy: Tensor, kept: Tensor, fetch: Callable[[Tensor], Pending], comm: Communicator
+) -> None:
+    _weight_grad(weight, dy, fetch(kept).wait(), comm)
 
 
 def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:

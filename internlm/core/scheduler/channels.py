@@ -143,7 +143,7 @@ class Channels:
 
     def _wait(self, work: dist.Work, other: int, message: Message, verb: str) -> None:
         with self._may_lose(other, message, verb):
-            work.wait(self.timeout)
+            work.wait()  # for as long as the group waits, which is so made
 
     def _may_lose(self, other: int, message: Message, verb: str) -> AbstractContextManager[None]:
         """Any of what is done within fails where ``other`` is gone."""

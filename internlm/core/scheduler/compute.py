@@ -20,6 +20,7 @@ from internlm.core.parallel.deferred import Task, deferring
 from internlm.core.parallel.part import Part
 from internlm.core.scheduler.loss import TokenCrossEntropy
 from internlm.core.scheduler.result import no_sums, sums_by_type
+from internlm.utils.errors import Problem, UserError
 
 #: Shape and type of a tensor.
 Form: TypeAlias = tuple[tuple[int, ...], torch.dtype]
@@ -93,15 +94,19 @@ class Compute:
         self.sums = no_sums(types, device)
         self.outputs: dict[int, Tensor] = {}
 
-    @property
-    def foretells_hidden(self) -> bool:
-        """Whether the shape of hidden units is known before they come."""
-        return hasattr(self.model, "hidden_like")
-
     def hidden_form(self, number: int) -> Form | None:
         """Shape and type of the hidden units of a micro-batch, where the model foretells them."""
         hidden_like = getattr(self.model, "hidden_like", None)
         return hidden_like(self.micro_batches.inputs_as_read(number)) if hidden_like else None
+
+    def check_form(self, number: int, hidden: Tensor) -> bool:
+        """Whether the form of the hidden units of a micro-batch was foretold; raises :class:`UserError` where it was
+        another one, into which nobody could receive them."""
+        foretold, found = self.hidden_form(number), (tuple(hidden.shape), hidden.dtype)
+        if foretold is not None and (tuple(foretold[0]), foretold[1]) != found:
+            what = f"foretold {foretold}, but a chunk gave {found}"
+            raise UserError(Problem("hidden_like of the model", what, "Make them agree, or remove it"))
+        return foretold is not None
 
     def forward(self, chunk: int, number: int, hidden: Tensor | None) -> Tensor | None:
         """Hidden units; of the last chunk the loss, if one is wanted."""

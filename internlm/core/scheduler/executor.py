@@ -51,18 +51,22 @@ class Executor:
         now = _no_clock if records is None else _clock
         with torch.set_grad_enabled(self.backward):
             for step in self.steps:
-                begin = now()
-                for receive in step.begins:
-                    self._begin_receive(receive)
-                given = self._take(step)
-                ready = now()
-                result = self._run[step.action.kind](step, given)
-                end = now()
-                self._give(step, result)
+                record = self._do(step, now)
                 if records is not None:
-                    records.append(Record(step.action, begin, ready, end, now()))
+                    records.append(record)
             if self.channels:
                 self.channels.flush()
+
+    def _do(self, step: Step, now: Callable[[], float]) -> Record:
+        begin = now()
+        for receive in step.begins:
+            self._begin_receive(receive)
+        given = self._take(step)
+        ready = now()
+        result = self._run[step.action.kind](step, given)
+        end = now()
+        self._give(step, result)
+        return Record(step.action, begin, ready, end, now())
 
     # -- actions ------------------------------------------------------------------------------------------------------
     def _forward(self, step: Step, hidden: Tensor | None) -> Tensor | None:
@@ -116,7 +120,7 @@ class Executor:
         if self.channels is None or step.target == self.channels.stage.rank:
             self._at_hand[step.gives] = result
         else:
-            announced = step.gives.kind == BACKWARD or self.compute.foretells_hidden
+            announced = step.gives.kind == BACKWARD or self.compute.check_form(step.action.micro_batch, result)
             self.channels.send(step.target, step.gives, result, announced)
 
 

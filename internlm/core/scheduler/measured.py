@@ -64,14 +64,13 @@ def counted_from(records: Sequence[Record], start: float) -> list[Record]:
     return [Record(each.action, *(moment - start for moment in each[1:])) for each in records]
 
 
-def overhead(table: Table, rank: int, records: Sequence[Record]) -> float:
-    """Seconds for each action of ``rank`` that went into neither the action nor a transfer from or to another rank."""
-    cut, spent = table.cut, records[-1].sent - records[0].begin
-    for each in records:
+def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
+    """For each action of ``rank`` the seconds, up to the next one, that went into neither the action nor a transfer."""
+    cut, following = table.cut, [*(each.begin for each in records[1:]), records[-1].sent]
+    spent = []
+    for each, then in zip(records, following, strict=True):
         takes, gives = needed_by(cut, rank, each.action), given_by(cut, rank, each.action)
-        spent -= each.end - each.ready
-        if takes and giver_of(cut, takes) != rank:
-            spent -= each.ready - each.begin
-        if gives and cut.rank_of(gives.virtual) != rank:
-            spent -= each.sent - each.end
-    return spent / len(records)
+        received = each.ready - each.begin if takes and giver_of(cut, takes) != rank else 0.0
+        sent = each.sent - each.end if gives and cut.rank_of(gives.virtual) != rank else 0.0
+        spent.append(then - each.begin - received - (each.end - each.ready) - sent)
+    return spent

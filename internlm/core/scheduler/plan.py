@@ -93,13 +93,17 @@ def given_by(cut: Cut, rank: int, action: Action) -> Message | None:
 
 
 def _begins(timeline: Timeline, rank: int) -> list[list[Receive]]:
-    """What to offer a buffer for before each action of ``rank``; of one source in the order in which it sends."""
+    """What to offer a buffer for before each action of ``rank``, in the order of arrival: the first message of a
+    channel may make both sides wait until they are connected, which must not hold up one that comes earlier."""
     cut = timeline.table.cut
     ends = [span.end for span in timeline.spans[rank]]
-    begins: list[list[Receive]] = [[] for _ in ends]
+    arrivals: list[tuple[float, Receive]] = []
     for source, spans in enumerate(timeline.spans):
         for span in spans:
             message = given_by(cut, source, span.action)
             if message and source != rank and cut.rank_of(message.virtual) == rank:
-                begins[bisect_left(ends, span.end)].append(Receive(source, message, cut.chunk_of(message.virtual)))
+                arrivals.append((span.end, Receive(source, message, cut.chunk_of(message.virtual))))
+    begins: list[list[Receive]] = [[] for _ in ends]
+    for when, receive in sorted(arrivals):
+        begins[bisect_left(ends, when)].append(receive)
     return begins

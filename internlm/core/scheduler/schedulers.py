@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.lost import ALL, naming_lost
 from internlm.core.parallel.collectives import all_reduce
-from internlm.core.scheduler.actions import Cut, Table
+from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, MicroBatches
 from internlm.core.scheduler.executor import Executor, Record
@@ -62,7 +62,7 @@ class Scheduler:
     ) -> None:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
         self.pipeline = pipeline or Pipeline()
-        #: Told of each action, where somebody sets a list.
+        #: Told of each action of steps with backward, where somebody sets a list.
         self.records: list[Record] | None = None
         #: Pairs of chunk and micro-batch that were between F and their last action, at their most in the last step.
         self.peak_in_flight = 0
@@ -87,8 +87,8 @@ class Scheduler:
         """Take the next batch and run it forward, and backward unless ``forward_only``.
 
         Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
-        micro-batches and ranks. ``return_loss=False`` (with labels the model cannot use, say) runs the model alone,
-        forward only. ``after_backward`` is called when this rank's gradients are complete, which may be while other
+        micro-batches and ranks. ``return_loss=False`` (with labels the model cannot use, say) goes forward only,
+        for the outputs. ``after_backward`` is called when this rank's gradients are complete, which may be while other
         stages still compute theirs.
         """
         micro_batches = MicroBatches(*next(data_iter), self.device)
@@ -98,7 +98,7 @@ class Scheduler:
             engine.model, self.criterion, micro_batches, self.types, self.device, scale, return_output_label
         )
         executor = Executor(self._plan(len(micro_batches), backward), compute, self.pipeline.channels, backward)
-        executor.run(self.records)
+        executor.run(self.records if backward else None)
         if backward:
             self.peak_in_flight = executor.peak_in_flight
             if after_backward is not None:
@@ -181,8 +181,3 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         ZeroBubblePipelineVShapeScheduler,
     )
 }
-
-
-def cut_of(kind: str, stages: int, chunks: int) -> Cut:
-    """How the model is cut for tables of ``kind``."""
-    return Cut(stages, chunks, v_shaped=kind == "zbv")

@@ -43,7 +43,12 @@ def make_table(kind: str, stages: int, chunks: int, micro_batches: int) -> Table
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
-    return Table(kind, Cut(stages, chunks, v_shaped=kind == "zbv"), micro_batches, rows)
+    return Table(kind, cut_of(kind, stages, chunks), micro_batches, rows)
+
+
+def cut_of(kind: str, stages: int, chunks: int) -> Cut:
+    """How a model is cut for ``kind``."""
+    return Cut(stages, chunks, v_shaped=kind == "zbv")
 
 
 def _gpipe(i: int, p: int, v: int, m: int) -> Row:

@@ -26,6 +26,7 @@ from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel.collectives import Pending, all_gather, all_reduce, begin_reduce_scatter
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters
 from internlm.solver.optimizer.flat_group import ALIGNMENT, FlatGroup
+from internlm.utils.errors import Problem, UserError
 
 Placed = tuple[str, nn.Parameter, ParamPlacement]
 
@@ -66,6 +67,9 @@ class HybridZeroOptimizer:
         self.groups = [
             FlatGroup(members, decay, zero_group.rank, zero_group.size) for members, decay in _kinds(model, adam)
         ]
+        if not self.groups:
+            what = f"nothing is to be trained (stage {pipeline_group.rank} of {pipeline_group.size})"
+            raise UserError(Problem("model", what, "Leave a parameter of every stage with requires_grad = True"))
         self.adam = torch.optim.AdamW(
             [{"params": [group.main], "weight_decay": group.weight_decay} for group in self.groups],
             lr=adam.lr,
@@ -93,6 +97,7 @@ class HybridZeroOptimizer:
 
     def begin_reduction(self) -> None:
         """Begin to sum the gradients of the step, which are complete. Without this, :meth:`step` does it."""
+        assert not self._reducing, "gradients are being reduced already"
         self._reducing = [begin_reduce_scatter(group.grads, self.zero_group, group.grad_shard) for group in self.groups]
 
     @torch.no_grad()

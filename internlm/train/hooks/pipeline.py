@@ -49,14 +49,14 @@ class RecordPipeline(Hook):
         if self.folder is not None:
             table = trainer.scheduler.table(report.shape.micro_num)
             measured = measured_timeline(table, records)
-            self._draw(self.folder, simulate(table, measured.costs), measured)
+            self._draw(self.folder, report.step + 1, simulate(table, measured.costs), measured)
 
-    def _draw(self, folder: Path, simulated: Timeline, measured: Timeline) -> None:
+    def _draw(self, folder: Path, step: int, simulated: Timeline, measured: Timeline) -> None:
         both = [("simulated", simulated), ("measured", measured)]
         (folder / "pipeline.html").write_text(html(both, seconds=True), encoding="utf-8")
         (folder / "pipeline-trace.json").write_text(chrome_trace(both), encoding="utf-8")
         figures = ", ".join(f"{name} {t.end * 1e3:.1f} ms, {t.bubble:.1%} idle" for name, t in both)
-        log.info(f"pipeline of step {RECORDED} in {folder / 'pipeline.html'}: {figures}")
+        log.info(f"pipeline of step {step} in {folder / 'pipeline.html'}: {figures}")
 
     def after_run(self, trainer: Trainer) -> None:
         if self.steps < RECORDED and self.folder is not None:

@@ -24,8 +24,7 @@ from internlm.core.context.group import Group
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel.part import Part
 from internlm.core.scheduler.actions import Cut
-from internlm.core.scheduler.schedulers import cut_of
-from internlm.core.scheduler.table import kind_of
+from internlm.core.scheduler.table import cut_of, kind_of
 from internlm.model.families import FAMILIES, spec_of
 from internlm.model.spec import DecoderSpec
 from internlm.ops.precision import wide
@@ -113,4 +112,4 @@ class Symbols:
 
     def recomputed(self, chunk: int) -> int:
         """Layers of a chunk that are run again in backward."""
-        return self.spec.recomputed_of(len(self.part.chunks[chunk]))
+        return sum(map(self.spec.recomputes, self.part.chunks[chunk]))

@@ -52,6 +52,7 @@ def test_defaults() -> None:
         "seed": 1024,
         "profiling": False,
         "ledger": False,
+        "pipeline_trace": False,
         "set": [],
     }
 

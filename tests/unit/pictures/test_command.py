@@ -59,7 +59,10 @@ def test_a_written_schedule_can_be_read(tmp_path: Path, capsys: pytest.CaptureFi
         (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
         (["--kind", "zbv", "--stages", "0"], "internlm schedule: argument --stages: '0' is not a whole number of at"),
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: 'two' is not a whole number"),
-        (["--kind", "zbv", "--weight", "-1"], "internlm schedule: argument --weight: '-1' is not a time of at least 0"),
+        (
+            ["--kind", "zbv", "--weight", "-1"],
+            "internlm schedule: argument --weight: '-1' is not a time from 0 to 1e+09",
+        ),
         (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is not a time"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
         (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: 'no/where.svg' lies in no"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from internlm.core.scheduler.compute import (
 )
 from internlm.core.scheduler.loss import TokenCrossEntropy
 from internlm.model.decoder import Decoder
+from internlm.utils.errors import UserError
 from tests.unit.model.samples import decoder, tokens
 
 CPU = torch.device("cpu")
@@ -82,12 +82,21 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
             return torch.eye(61, dtype=torch.float64)[input_ids]
 
     compute = compute_of(Plain(), wants_outputs=True)
-    assert not compute.foretells_hidden
+    assert not compute.check_form(0, torch.zeros(3))
     assert compute.hidden_form(0) is None
     loss = compute.forward(0, 1, None)
     assert loss is not None
     assert loss.shape == ()
     assert compute.outputs[1].shape == (LENGTH, 61)
+
+
+def test_hidden_units_of_another_form_than_foretold_are_not_sent() -> None:
+    compute = compute_of(part(range(2)))
+    good = hidden_units(compute)
+    assert compute.check_form(0, good)
+    for bad in (good[:-1], good.float()):
+        with pytest.raises(UserError, match=r"^hidden_like of the model: foretold .*, but a chunk gave"):
+            compute.check_form(0, bad)
 
 
 def test_sums_are_those_of_the_last_chunk_by_type() -> None:
@@ -198,8 +207,7 @@ def saved_for_backward() -> Iterator[list[weakref.ref[torch.UntypedStorage]]]:
 
 def in_tasks(kept: InFlight) -> list[weakref.ref[torch.UntypedStorage]]:
     """The memory of what tasks hold, but parameters."""
-    calls = [call for task in kept.tasks for call in (task, *(each for each in task.args if isinstance(each, partial)))]
-    held = [held for call in calls for held in call.args]
+    held = [held for task in kept.tasks for held in task.args]
     return [storage_of(each) for each in held if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
 
 

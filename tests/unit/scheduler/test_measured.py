@@ -6,7 +6,7 @@ import pytest
 
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.measured import counted_from, measured_costs, measured_timeline, overhead
+from internlm.core.scheduler.measured import counted_from, measured_costs, measured_timeline, overheads
 from internlm.core.scheduler.table import make_table
 from internlm.core.scheduler.validate import Costs, Timeline, simulate
 
@@ -64,12 +64,12 @@ def test_a_message_nobody_waited_for_says_nothing_of_the_wire() -> None:
 def test_overhead_is_what_is_neither_action_nor_transfer() -> None:
     table = make_table("1f1b", 2, 1, 4)
     row = recorded(simulate(table, Costs.uniform(2, transfer=0.25)))[0]
-    assert overhead(table, 0, row) == 0
+    assert overheads(table, 0, row) == [0.0] * len(row)
     slowed = [
         Record(each.action, *(moment + n * SPENT for moment in each[1:]))  # later than the one before ended
         for n, each in enumerate(row)
     ]
-    assert overhead(table, 0, slowed) == pytest.approx(SPENT * (len(row) - 1) / len(row))
+    assert overheads(table, 0, slowed) == [SPENT] * (len(row) - 1) + [0.0]
 
 
 def test_handing_on_to_another_rank_is_no_overhead_but_to_oneself_it_is() -> None:
@@ -77,8 +77,8 @@ def test_handing_on_to_another_rank_is_no_overhead_but_to_oneself_it_is() -> Non
     for stages in (1, 2):
         table = make_table("interleaved", stages, 2, 4)
         first = recorded(simulate(table, Costs.uniform(2 * stages)))[0][0]
-        found[stages] = overhead(table, 0, [first._replace(sent=first.end + SPENT)])
-    assert found == {1: SPENT, 2: 0.0}
+        found[stages] = overheads(table, 0, [first._replace(sent=first.end + SPENT)])
+    assert found == {1: [SPENT], 2: [0.0]}
 
 
 def test_clocks_count_from_a_moment() -> None:

@@ -87,8 +87,11 @@ def test_a_schedule_in_a_file_is_read(tmp_path: Path) -> None:
     read = own_table(load_config(config_of({"parallel.pipeline": {"size": 2, "table": str(tmp_path / "mine.csv")}})))
     assert read is not None
     assert read(4).actions == table.actions
-    with pytest.raises(ScheduleError, match=r"mine\.csv"):
+    with pytest.raises(ScheduleError) as caught:
         read(5)
+    assert str(caught.value.problems[-1]).endswith(
+        "mine.csv: was read for 2 stages with 1 chunks, and data.micro_num = 5"
+    )
 
 
 def test_without_a_file_there_is_none() -> None:
@@ -112,3 +115,12 @@ def test_a_schedule_for_a_model_that_is_cut_otherwise(
         f"{path}: is for a model cut in {cuts[0]}, but this one is cut in {cuts[1]}. "
         "Change the line V in it, or parallel.pipeline.mode"
     )
+
+
+def test_a_schedule_without_backward_would_teach_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    write_table(make_table("1f1b", 2, 1, 4).forward_only(), path)
+    read = own_table(load_config(config_of({"parallel.pipeline": {"size": 2, "table": str(path)}})))
+    assert read is not None
+    with pytest.raises(ScheduleError, match=r"has no B, so nothing would be learnt\. Add a B for every F"):
+        read(4)
