@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Cut, Table
-from internlm.core.scheduler.table import cut_of
-from internlm.core.scheduler.table import kind_of, make_table
+from internlm.core.scheduler.table import cut_of, kind_of, make_table
 
 #: By schedule: its mode, and with how many chunks it is tried. ``own`` is a table in a file, drawn at random.
 KINDS: dict[str, list[tuple[str, int]]] = {
@@ -50,16 +49,25 @@ class Place(NamedTuple):
         return self.stages * TENSOR[self.tensor][0] * self.data
 
 
+#: Where every schedule is tried.
 PLACES = [
     Place(8, "whole"),
     Place(2, "whole", 2, 2),
     Place(2, "mtp"),
-    Place(2, "msp", 2, 1),
+    Place(2, "msp"),
     Place(2, "fsp"),
     Place(2, "isp"),
     Place(2, "isp, overlapped"),
     Place(2, "isp, weights alone"),
+    Place(4, "whole", 1, 1),
 ]
+#: Eight ranks that share in all ways at once, for some.
+MIXED = {
+    "1f1b": Place(4, "mtp"),
+    "interleaved": Place(4, "fsp"),
+    "zbh1": Place(2, "msp", 2, 1),
+    "zbv": Place(2, "isp, overlapped", 2, 2),
+}
 
 VOCABULARY = "model.vocab_size=67"
 #: What hides mistakes, as overrides: a choice of each is made.
@@ -145,10 +153,9 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Of each schedule eight rows and more, whose choices follow one another at their own pace."""
-    fours = [Place(4, tensor) for tensor in TENSOR if tensor != "whole"]
+    """Of each schedule nine rows or ten, whose choices follow one another at their own pace."""
     for k, (kind, sorts) in enumerate(KINDS.items()):
-        for n, place in enumerate([*PLACES, fours[k]]):
+        for n, place in enumerate([*PLACES, *([MIXED[kind]] if kind in MIXED else [])]):
             cases = {
                 what: list(choices)[(n + k * pace) % len(choices)] for pace, (what, choices) in enumerate(CASES.items())
             }

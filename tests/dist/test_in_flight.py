@@ -36,7 +36,7 @@ SCHEDULES: list[Case] = [
     ("data.micro_num=5", "parallel.pipeline.mode=ZBV"),
 ]
 #: A tensor mode, ranks of the tensor group and of the weight group.
-LAYOUTS = [("mtp", 1, 1), ("mtp", 2, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 2)]
+LAYOUTS = [("mtp", 1, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 2)]
 
 
 class Held:

@@ -38,7 +38,7 @@ EIGHT: list[Layout] = [
 ]
 
 #: One layout of each mode for the cases, with data parallelism beside.
-SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), ("isp", 2, 2, 4), ("isp", 4, 2, 4)]
+SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), ("isp", 4, 2, 4)]
 
 #: What hides mistakes, as overrides.
 CASES: dict[str, tuple[str, ...]] = {

@@ -123,17 +123,17 @@ def test_the_rows_cover_every_pair() -> None:
 
 def test_a_random_row(lopsided: str, tmp_path: Path) -> None:
     """Drawn anew in each run, from seeds that are printed."""
-    for _ in range(3):
+    for _ in range(2):
         seed = random.SystemRandom().randrange(10**6)
         print(f"seed {seed}: {draw(seed)}")
         assert_row(draw(seed), seed, lopsided, tmp_path)
 
 
-def test_interleaved_on_one_stage() -> None:
-    row = Row(
-        "interleaved", "1F1B", 2, Place(1, "whole", 2), {what: next(iter(names)) for what, names in CASES.items()}
-    )
-    assert_equal(row.overrides, 2)
+@pytest.mark.parametrize(("place", "chunks"), [(Place(1, "whole", 2), 2), (Place(8, "whole"), 4)], ids=str)
+def test_the_least_and_the_most_that_is_interleaved(place: Place, chunks: int) -> None:
+    """One stage, and thirty-two virtual ones."""
+    row = Row("interleaved", "1F1B", chunks, place, {what: next(iter(names)) for what, names in CASES.items()})
+    assert_equal(row.overrides, place.ranks)
 
 
 def _tensors(outcome: Outcome) -> Iterator[Tensor]:

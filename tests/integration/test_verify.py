@@ -96,16 +96,6 @@ def test_a_pipeline_with_a_table_of_its_own(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "PASS"
 
 
-def test_a_table_that_cannot_run(tmp_path: Path) -> None:
-    (tmp_path / "own.csv").write_text("B0,F0\nF0,B0\n")
-    sizes = ("--set", "parallel.pipeline.size=2", "--set", "data.micro_num=2", "--world", "2")
-    done = _verify(DEBUG, *sizes, "--set", "parallel.pipeline.table=own.csv", cwd=tmp_path)
-    assert (done.returncode, done.left_behind) == (2, 0), done.stdout + done.stderr
-    assert "own.csv, rank 0: lacks F1, B1" in done.stderr
-    assert done.stderr.count("has B0 before F0") == 1
-    assert "Traceback" not in done.stderr
-
-
 def test_a_typo_in_the_config(tmp_path: Path) -> None:
     file = tmp_path / "config.py"
     file.write_text(Path(DEBUG).read_text().replace("hidden_size", "hiden_size"))
