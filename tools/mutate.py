@@ -145,7 +145,7 @@ MISTAKES = (
             "begins[bisect_left(ends, when)].append(receive)", "begins[bisect_left(ends, when)].insert(0, receive)",
             PIPELINE),
     Mistake("chunks of a V are cut as if in rounds", "train/stages.py", "cut.virtual(stage, chunk) for chunk",
-            "chunk * pipeline.size + stage for chunk", PIPELINE),
+            "chunk * cut.stages + stage for chunk", PIPELINE),
     Mistake("isp: a weight of the next chunk is fetched in vain", GATHERER,
             "return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk",
             "return 0 <= other < len(self.linears)", ("tests/dist/test_traffic.py",)),
