@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from internlm.cli.values import count
 from internlm.config import Config, check_runnable, resolve, with_sources
 from internlm.utils.errors import ConfigError
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="Python config file; it is executed")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--world-size", type=_count, metavar="N", help="check the parallel sizes for N processes")
+    parser.add_argument("--world-size", type=count, metavar="N", help="check the parallel sizes for N processes")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="check and derive what depends on the device")
     parser.set_defaults(run=run)
 
@@ -32,12 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(with_sources(resolved.config, resolved.sources), indent=2))
     for warning in [*resolved.warnings, *_why_not_runnable(resolved.config)]:
         print(f"warning: {warning}", file=sys.stderr)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _why_not_runnable(config: Config) -> list[str]:

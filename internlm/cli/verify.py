@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
+
+from internlm.cli.values import file_to_write
 
 DESCRIPTION = (
     "Train some steps on several processes of this machine (CPU), and the same model on one, from one seed and one "
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     add("--debug-size", action="store_true", help="make model and data tiny, the architecture kept; data are random")
     add("--timeout", type=_count, default=600, metavar="S", help="seconds for either run (default: %(default)s)")
-    add("--json", type=_file, metavar="FILE", help="write all numbers to FILE")
+    add("--json", type=file_to_write, metavar="FILE", help="write all numbers to FILE")
     parser.set_defaults(run=run)
 
 
@@ -72,9 +73,3 @@ def _count(text: str) -> int:
     if _number(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
     return int(text)
-
-
-def _file(text: str) -> Path:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} lies in no folder that exists")
-    return Path(text)
