@@ -51,13 +51,17 @@ class Ours:
         initialize_distributed_env(
             yardstick.config(), launcher="torch", overrides=[share, f"data.micro_num={micro_num}", *overrides]
         )
-        model, communicator = initialize_model_and_parallel_communicator(create_model())
-        optimizer, beta2, lr = initialize_optimizer(model, communicator)
-        self.trainer = initialize_trainer(model, optimizer, lr, beta2)
         self.config = gpc.config
+        self.build()
         tensor = Share(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))
         self._part = tensor if self.config.parallel.tensor.mode == "isp" else WHOLE
         self._data = Share(gpc.get_local_rank(ParallelMode.DATA), data_size)
+
+    def build(self) -> None:
+        """Model, optimizer, trainer."""
+        model, communicator = initialize_model_and_parallel_communicator(create_model())
+        optimizer, beta2, lr = initialize_optimizer(model, communicator)
+        self.trainer = initialize_trainer(model, optimizer, lr, beta2)
 
     def step(self) -> float:
         """Forward, backward, clip, update; the loss."""

@@ -41,6 +41,11 @@ class Transformers(Setup):
     world: int = 1
 
 
+@dataclass(frozen=True)
+class DDP(Setup):
+    """``DistributedDataParallel``."""
+
+
 @dataclass
 class Ended:
     """What a rank knows at the end."""
@@ -65,9 +70,15 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
         _turns(pipe, peer.step)
         pipe.send(Ended(peak_rss_bytes()))
         return
+    torch.set_num_threads(1)
+    if isinstance(setup, DDP):
+        from bench.ddp_peer import Ddp
+
+        _turns(pipe, Ddp(setup.tokens, rank, setup.world, port).step)
+        pipe.send(Ended(peak_rss_bytes()))
+        return
     from bench.ours import Ours
 
-    torch.set_num_threads(1)
     ours = Ours(setup.tokens, setup.overrides, rank, setup.world, port, setup.data_size, setup.micro_num)
     scheduler, steps, sent = ours.trainer.scheduler, [], []
 

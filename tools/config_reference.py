@@ -28,7 +28,7 @@ def refreshed(page: str) -> str:
 
 
 def _key_tables() -> Iterator[str]:
-    sections = ["", *filter(keys.is_section, keys.fields())]
+    sections = ["", *filter(keys.children, keys.fields())]  # and lists of them
     for section in sections:
         leaves = [key for key in _inside(section) if not keys.is_section(key)]
         if leaves:

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from internlm.core.parallel.placement import placed_parameters, state_buffers
+from internlm.core.parallel.fully_sharded import compute_dtype, held
+from internlm.core.parallel.placement import ParamPlacement, placed_parameters, state_buffers
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.flat_group import FlatGroup, Piece
+from internlm.solver.optimizer.parameter_group import ParameterGroup
 
 Offsets = tuple[int, ...]
 
 
 class LogicalTensor:
-    """The boxes of one logical tensor that this rank holds, by their offsets."""
+    """The boxes of one logical tensor that this rank holds, by their offsets. They may be of a wider type than
+    ``dtype``, in which they are written."""
 
     def __init__(self, global_shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.global_shape, self.dtype = torch.Size(global_shape), dtype
@@ -31,6 +33,11 @@ class LogicalTensor:
     def add(self, offsets: Offsets, tensor: Tensor) -> None:
         """Hold ``tensor`` as the box that begins at ``offsets``."""
         self.boxes[offsets] = tensor.detach()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether boxes are rounded as they are written."""
+        return any(box.dtype != self.dtype for box in self.boxes.values())
 
     # The names below are the protocol's.
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
@@ -63,10 +70,9 @@ def model_tensors(model: nn.Module) -> Logical:
     ranks hold the same part, one of them writes it."""
     tensors: Logical = {}
     for name, parameter, placement in placed_parameters(model):
-        tensor = LogicalTensor(placement.global_shape, parameter.dtype)
-        for box in placement.boxes(0, parameter.numel()):
-            tensor.add(box.offsets, parameter.detach().view(-1)[box.start : box.stop].view(box.sizes))
-        tensors[f"model/{name}"] = tensor
+        tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
+        flat, start = held(parameter)
+        _add(tensor, placement, flat, start, start + len(flat))
     for name, buffer in state_buffers(model):
         tensors[f"model/{name}"] = whole = LogicalTensor(tuple(buffer.shape), buffer.dtype)
         whole.add((0,) * buffer.dim(), buffer)
@@ -78,26 +84,32 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> Logical:
     rank's shard."""
     tensors: Logical = {}
     for group in optimizer.groups:
-        for state, flat in _flat_states(optimizer, group):
+        for state, parts in _states(optimizer, group):
             for piece in group.pieces():
-                key = f"optimizer/{state}/{piece.member.name}"
-                shape = piece.member.placement.global_shape
-                tensor = tensors.setdefault(key, LogicalTensor(shape, flat.dtype))
-                for offsets, view in _views(piece, flat):
-                    tensor.add(offsets, view)
+                key, part = f"optimizer/{state}/{piece.name}", parts[piece.number][piece.lo : piece.hi]
+                tensor = tensors.setdefault(key, LogicalTensor(piece.placement.global_shape, part.dtype))
+                _add(tensor, piece.placement, part, piece.start, piece.stop)
     return tensors
 
 
-def _flat_states(optimizer: HybridZeroOptimizer, group: FlatGroup) -> Iterator[tuple[str, Tensor]]:
-    state = optimizer.state_of(group)
-    yield "exp_avg", state["exp_avg"]
-    yield "exp_avg_sq", state["exp_avg_sq"]
-    if group.main.dtype != group.values.dtype:
-        yield "main", group.main
+def _states(optimizer: HybridZeroOptimizer, group: ParameterGroup) -> Iterator[tuple[str, list[Tensor]]]:
+    """Each state of the shard, in parts."""
+    for name, state in optimizer.state_of(group).items():
+        yield name, group.split(state)
+    if group.has_main:
+        yield "main", group.main_parts
 
 
-def _views(piece: Piece, flat: Tensor) -> Iterator[tuple[Offsets, Tensor]]:
-    """Boxes of the logical tensor, as views of the shard's flat tensor."""
-    for box in piece.member.placement.boxes(piece.start, piece.stop):
-        begin = piece.lo + box.start - piece.start
-        yield box.offsets, flat[begin : begin + box.stop - box.start].view(box.sizes)
+def _add(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int, stop: int) -> None:
+    """``flat`` is elements [start, stop) of the flattened part that lies here: add its boxes, as views of it."""
+    for box in placement.boxes(start, stop):
+        tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
+
+
+def without_rounded(tensors: Logical) -> Logical:
+    """``tensors``, but none that would be read into the memory of a more precise one of them."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (tensor.rounds and name.replace("model/", "optimizer/main/", 1) in tensors)
+    }

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from internlm.checkpoint import compare, folder
-from internlm.checkpoint.logical import Logical, LogicalTensor, model_tensors, optimizer_tensors
+from internlm.checkpoint.logical import Logical, LogicalTensor, model_tensors, optimizer_tensors, without_rounded
 from internlm.checkpoint.planner import LogicalLoadPlanner, LogicalSavePlanner
 from internlm.checkpoint.storage import PlainWriter, SafeReader
 from internlm.config.schema import CkptConfig
@@ -36,7 +36,7 @@ log = get_logger()
 #: What ``content=("all",)`` means.
 ALL = {"model", "optimizer", "scheduler", "sampler"}
 #: What resuming reads of the state file.
-STATE_KEYS = ("config", "train_state", "updates", "sampler", "data", "seed")
+STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
@@ -94,6 +94,7 @@ class CheckpointManager:
         """Write ``step-N`` and return its folder."""
         assert self.root is not None, "the config's rules demand a folder where saving is on"
         target = folder.step_folder(self.root, state.step)
+        self.optimizer.gather_parameters()
         self._on_first_rank(lambda: _make_empty(target))
         try:
             _write(target, self._tensors())
@@ -119,7 +120,7 @@ class CheckpointManager:
         content = {
             "format": folder.FORMAT,
             "train_state": state.state_dict(),
-            "updates": int(self.optimizer.state_of(self.optimizer.groups[0])["step"]),  # the same for all groups
+            "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
             **self.facts,
@@ -201,7 +202,7 @@ class CheckpointManager:
         if wants == ALL:
             streams = self._random_tensors()
             tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
-        _read(source, reader, tensors)
+        _read(source, reader, without_rounded(tensors))
         self._adopt(saved, tensors, state, wants)
 
     def _wanted_tensors(self, wants: set[str]) -> Logical:
@@ -232,8 +233,7 @@ class CheckpointManager:
     def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:
         """Put what does not lie in the model's and optimizer's own memory where it belongs."""
         if "optimizer" in wants:
-            for group in self.optimizer.groups:
-                self.optimizer.state_of(group)["step"].fill_(saved["updates"])
+            self.optimizer.load_state_dict(saved["optimizer"])
         else:
             for group in self.optimizer.groups:
                 group.values_to_main()

@@ -20,8 +20,9 @@ class LogicalSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The memory of the box at ``index``."""
-        tensor: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
+        """The box at ``index``, rounded to what it is written as."""
+        logical = self.state_dict[index.fqn]
+        tensor: Tensor = logical.__get_tensor_shard__(index).to(logical.dtype)
         return tensor
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import internlm
-from internlm.cli import config, schedule, tokenize, verify
+from internlm.cli import config, memory, schedule, tokenize, verify
 from internlm.utils.argparser import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
 #: Modules with ``add_parser(subparsers)``, which sets ``run``: a function of the parsed arguments.
-COMMANDS = (config, schedule, tokenize, verify)
+COMMANDS = (config, memory, schedule, tokenize, verify)
 
 
 def get_parser() -> FriendlyParser:

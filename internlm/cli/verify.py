@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
         help="processes (default: the fewest that the parallel sizes allow, times 2)",
     )
     add("--steps", type=_count, default=3, metavar="K", help="steps to train (default: %(default)s)")
-    add("--dtype", choices=["float64", "float32", "bfloat16"], default="float64", help="default: %(default)s")
+    add(
+        "--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float64", help="default: %(default)s"
+    )
     add("--seed", type=_number, default=1024, help="seed of parameters and data (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     add("--debug-size", action="store_true", help="make model and data tiny, the architecture kept; data are random")

@@ -23,6 +23,11 @@ _WORDS: dict[Any, str] = {
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field holds, directly or as ``Section | None``; None for a plain value."""
+    return None if get_origin(annotation) is tuple else _section_in(annotation)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The same, and of a field that holds a list of sections that of its items."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -30,10 +35,11 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of everything in ``section``, each section before its own fields."""
+    """Dotted key and field of everything in ``section``, each section before its own fields. Those of the items of a
+    list have no number."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
-        if inner := section_of(field.annotation):
+        if inner := _section_in(field.annotation):
             yield from walk(inner, f"{prefix}{name}.")
 
 
@@ -85,6 +91,8 @@ def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
         return ", or ".join(_in_words(argument) for argument in arguments)
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
+    if origin is tuple and section_of(arguments[0]):
+        return "a list of dicts"
     if origin is tuple:
         return f"one or more of {_in_words(arguments[0]).removeprefix('one of ')}"
     if origin is dict:

@@ -154,6 +154,7 @@ RESPELLED = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,
     "parallel.pipeline.partition": _list_as_tuple,
+    "optimizer.param_groups": _list_as_tuple,
     "model.dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,
     "ckpt.load_ckpt_info.content": _as_tuple,

@@ -41,8 +41,9 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
 
 
 def _key(detail: Any) -> str:
-    """The key an error is about: the longest one the schema knows, or the unknown one itself."""
-    location = detail["loc"]
+    """The key an error is about: the longest one the schema knows, or the unknown one itself; in an item of a list
+    without its number."""
+    location = [part for part in detail["loc"] if isinstance(part, str)]
     if detail["type"] in (UNKNOWN, BAD_NAME):
         return ".".join(map(str, location))
     while len(location) > 1 and ".".join(map(str, location)) not in keys.fields():
@@ -62,16 +63,21 @@ def _section(key: str) -> str:
     return key.rpartition(".")[0]
 
 
+def _is_other_text(detail: Any) -> bool:
+    """Text was given where some texts, but not this one, are known."""
+    return detail["type"] == UNKNOWN_CHOICE and isinstance(detail["input"], str)
+
+
 def _problem(key: str, details: Iterable[Any]) -> Problem:
     # A key that takes several types has an error for each: the one that got furthest is nearest to what was meant.
-    detail = min(details, key=lambda d: (d["type"] != UNKNOWN_CHOICE, d["type"] not in OUT_OF_RANGE))
+    detail = min(details, key=lambda d: (not _is_other_text(d), d["type"] not in OUT_OF_RANGE))
     value = detail["input"]
     if detail["type"] in (UNKNOWN, BAD_NAME):
         return Problem(key, "unknown key", _where_it_belongs(key))
     if detail["type"] == MISSING:
         return Problem(key, f"missing ({keys.meaning(key)})", f"Give {_wanted(key)}")
     shown = reprlib.repr(value)
-    if detail["type"] == UNKNOWN_CHOICE and isinstance(value, str):
+    if _is_other_text(detail):
         return Problem(key, f"{shown} is unknown", f"Give {keys.expected(key)}")
     if detail["type"] in OUT_OF_RANGE:
         return Problem(key, f"{shown} is out of range", f"Give {keys.expected(key)}")

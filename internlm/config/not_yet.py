@@ -13,17 +13,13 @@ from internlm.utils.errors import ConfigError, Problem
 
 #: Keys whose other values would change results or can't be honoured, with the values that can.
 ONLY: dict[str, tuple[Any, ...]] = {
-    "parallel.zero1.fsdp": (False,),
     "parallel.sequence_2D.enable": (False,),
     "model.num_experts": (1,),
     "model.num_shared_experts": (0,),
-    "model.dtype": (None, "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"),
     "model.apply_post_layer_norm": (False,),
     "model.residual_in_fp32": (False,),
     "model.use_sliding_window": (False,),
     "model.norm_head": (False,),
-    "use_fp32_norm": (False,),
-    "reduce_comm_dtype": (None,),
     "data.type": ("tokenized",),
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
     "ckpt.stop_file_path": (None,),
@@ -45,8 +41,6 @@ class NoEffect:
 
 
 NO_EFFECT = (
-    NoEffect("hybrid_zero_optimizer.overlap_sync_param", "parameters are gathered before the next forward pass"),
-    NoEffect("hybrid_zero_optimizer.use_split_tensor_optim", "results are the same"),
     NoEffect("model.mlp_layer_fusion", "gate and up projection are one product", lambda fused: not fused),
     NoEffect("model.enable_qkv_fusion", "query, key and value projection are one product", lambda fused: not fused),
     NoEffect("ckpt.async_upload", "saving is synchronous"),

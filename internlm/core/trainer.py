@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
+from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
 Schedule = Callable[[int], float]
@@ -112,11 +114,8 @@ class Trainer:
         lr_schedule: Schedule,
         beta2_schedule: Schedule,
         state: TrainState | None = None,
-        overlap_sync_grad: bool = False,
     ) -> None:
-        """``overlap_sync_grad``: gradients of a step are reduced as soon as this rank's are complete."""
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.overlap_sync_grad = overlap_sync_grad
         self.lr_schedule, self.beta2_schedule = lr_schedule, beta2_schedule
         self.state = state or TrainState()
         self.stop_requested = False
@@ -136,13 +135,17 @@ class Trainer:
 
     def execute_schedule(self, data_iter: Iterator[Batch], **options: Any) -> StepResult:
         """Run the next batch of ``data_iter``; ``options`` as in the scheduler's ``forward_backward_step``."""
-        return self.scheduler.forward_backward_step(self, data_iter, **options)
+        given = {"step": self.state.step, "loss_scale": self.optimizer.loss_scale.scale, **options}
+        return self.scheduler.forward_backward_step(self, data_iter, **given)
 
     def step(self) -> OptimizerStep:
-        """Update the parameters with this step's learning rate and beta2, and count the step."""
+        """Update the parameters with this step's learning rate and beta2, and count the step. Raises
+        :class:`~internlm.utils.errors.UserError` where too many in a row had to be skipped."""
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.step += 1
         self.state.inf_nan_skip_batches += not update.updated
+        if update.skipped_in_a_row >= self.optimizer.zero.max_skipped_steps:
+            raise UserError(given_up(self.state.step - 1, update))
         return update
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -151,9 +154,8 @@ class Trainer:
         step, start = self.state.step, time.perf_counter()
         batch = next(batches)
         fetched = time.perf_counter()
-        self.zero_grad()
-        after_backward = self.optimizer.begin_reduction if self.overlap_sync_grad else None
-        result = self.execute_schedule(iter([batch]), after_backward=after_backward)
+        self.optimizer.begin_step(micro_batches=len(batch[1]))
+        result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
         accelerator.synchronize()
         computed = time.perf_counter()
         update = self.step()
@@ -189,4 +191,19 @@ class Trainer:
         finally:
             for hook in reversed(hooks):
                 hook.after_run(self)
+        self.optimizer.gather_parameters()
         return self.state
+
+
+def given_up(step: int, update: OptimizerStep) -> Problem:
+    """What to say of the last of too many steps that were skipped. All ranks must ask."""
+    found: list[str | None] = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(found, update.bad_gradient)
+    else:
+        found = [update.bad_gradient]
+    bad = [(rank, name) for rank, name in enumerate(found) if name]
+    where = f"first in {bad[0][1]} on rank {bad[0][0]}" if bad else "in no rank's own, so their sum is too large"
+    what = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"
+    todo = "Go on from an older checkpoint with a lower learning rate, or look at the data of these steps"
+    return Problem(f"step {step}", what, todo)

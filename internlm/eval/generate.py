@@ -26,7 +26,8 @@ def generate(
     ``top_p`` (nucleus sampling, arXiv 1904.09751); ``temperature`` 0 takes the likeliest. Ends early with token
     ``stop``.
 
-    The whole sequence is run again for every token: this is for looking at a model, not for serving it.
+    The whole sequence is run again for every token: this is for looking at a model, not for serving it. Ranks that
+    share its parameters (``parallel.zero1.fsdp``) must all ask for the same.
     """
     _demand_whole(model)
     device = next(model.parameters()).device

@@ -11,6 +11,7 @@ from torch import nn
 from internlm import accelerator
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel.dropout import Draws
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
@@ -36,22 +37,16 @@ def initialize_trainer(
     types.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
-    return Trainer(
-        model,
-        optimizer,
-        _scheduler(criterion, types),
-        lr_scheduler,
-        beta2_scheduler,
-        overlap_sync_grad=gpc.config.hybrid_zero_optimizer.overlap_sync_grad,
-    )
+    return Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     options = criterion, types, gpc.group(tokens), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
+    draws = Draws(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
     if config.size * chunks == 1:
-        return NonPipelineScheduler(*options)
+        return NonPipelineScheduler(*options, draws=draws)
     kind = kind_of(config.mode, chunks)
     pipeline = Pipeline(
         gpc.group(ParallelMode.PIPELINE),
@@ -59,7 +54,7 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
         _channels(kind) if config.size > 1 else None,
         own_table(gpc.config),
     )
-    scheduler = SCHEDULERS[kind](*options, pipeline)
+    scheduler = SCHEDULERS[kind](*options, pipeline, draws)
     _check_agreement(scheduler.table(gpc.config.data.micro_num))  # what is wrong with it is said before the run
     return scheduler
 

@@ -9,7 +9,7 @@ Q query heads per kv head, D head width, F intermediate width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -25,6 +25,9 @@ from internlm.core.parallel.communicator import (
     AttentionCommunicator,
     ModelCommunicator,
 )
+from internlm.core.parallel.dropout import Drop, Dropout, current_draws, no_drop
+from internlm.core.parallel.fully_sharded import held
+from internlm.core.parallel.offload import Offloading
 from internlm.core.parallel.placement import normal, placement_of
 from internlm.core.parallel.sharding import current_part
 from internlm.model.spec import DecoderSpec
@@ -50,14 +53,20 @@ class Attention(nn.Module):
         out_init = normal(c.attn_other_init_std * spec.output_scale)
         self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row")
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
+        self.recomputes = spec.recomputes_attention
 
     def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, segments: Segments) -> Tensor:
         """x: [T, H] → [T, H], normalised first."""
         qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, G, Q + 2, D]
+        attend = partial(self._attend, rotary=rotary, segments=segments)
+        out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))
+        return out
+
+    def _attend(self, qkv: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        """All between the linears: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, segments, backend=self.backend)  # [T, G·Q, D]
-        out: Tensor = self.wo(self.communicator.to_tokens(heads.flatten(1)))
-        return out
+        return self.communicator.to_tokens(heads.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -88,10 +97,10 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(), Attention(spec)
         self.ffn_norm, self.feed_forward = norm(), FeedForward(spec)
 
-    def forward(self, x: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, segments: Segments, drop: Drop = no_drop) -> Tensor:
         """x: [T, H] → [T, H]."""
-        x = x + self.attention(x, self.attention_norm, rotary, segments)
-        out: Tensor = x + self.feed_forward(x, self.ffn_norm)
+        x = x + drop("attention", self.attention(x, self.attention_norm, rotary, segments))
+        out: Tensor = x + drop("feed_forward", self.feed_forward(x, self.ffn_norm))
         return out
 
 
@@ -122,6 +131,7 @@ class Decoder(nn.Module):
         super().__init__()
         c = spec.config
         self.spec, self.part = spec, current_part(c.num_layers)
+        self.dtype = torch.get_default_dtype()  # of activations
         holds_copy = self.part.has_head and c.tie_word_embeddings  # of the table, as the head's weight
         if self.part.has_embedding or holds_copy:
             self.embedding = self._embedding()
@@ -184,11 +194,6 @@ class Decoder(nn.Module):
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
         return (tokens, self.spec.config.hidden_size), self.dtype
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of parameters and activations."""
-        return next(self.layers.parameters()).dtype
-
     def _blocks(
         self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
     ) -> Tensor:
@@ -197,14 +202,37 @@ class Decoder(nn.Module):
         own = None if indexes is None else indexes.flatten()
         positions = _positions(segments) if own is None else self.communicator.whole_positions(own)
         rotary = self._rotary(positions, segments)
-        x: Tensor = self.embedding(input_ids.flatten()) if hidden is None else hidden  # [T, H]
-        for number in self.part.chunks[chunk]:
-            block = self.layers[number]
-            if self.spec.recomputes(number) and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, segments, use_reentrant=False)
-            else:
-                x = block(x, rotary, segments)
+        drop_in = self._dropout(positions.numel())
+        x = drop_in(None)("embedding", self.embedding(input_ids.flatten())) if hidden is None else hidden  # [T, H]
+        offloading = self._offloading(chunk, (*rotary, segments.cu_seqlens, *([] if hidden is None else [hidden])))
+        for place, number in enumerate(self.part.chunks[chunk]):
+            run = partial(self._block, number, rotary=rotary, segments=segments, drop=drop_in(number))
+            x = offloading.run(place, run, x)
+        offloading.finish()
         return x
+
+    def _block(self, number: int, x: Tensor, rotary: Rotary, segments: Segments, drop: Drop) -> Tensor:
+        """x: [T, H] → [T, H]."""
+        run: Callable[..., Tensor] = self.layers[number]
+        if self.spec.recomputes(number) and torch.is_grad_enabled():
+            # Nothing in a block draws from the common generators, so their state need not be kept.
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        return run(x, rotary, segments, drop)
+
+    def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
+        """What drops in each layer, by its number, and at the embedding; ``tokens``: of the row."""
+        c = self.spec.config
+        if not (c.drop_rate and self.training):
+            return lambda layer: no_drop
+        dropout = Dropout(c.drop_rate, not c.dropout_selective_checkpoint, current_draws(), tokens)
+        return lambda layer: partial(dropout, layer)
+
+    def _offloading(self, chunk: int, shared: Iterable[Tensor]) -> Offloading:
+        """Of a pass through ``chunk``, whose blocks share ``shared``."""
+        count = self.spec.config.cpu_offloading if torch.is_grad_enabled() else 0
+        numbers = self.part.chunks[chunk][:count]
+        parameters = (held(parameter).flat for number in numbers for parameter in self.layers[number].parameters())
+        return Offloading(len(numbers), [*parameters, *shared])
 
     def _rotary(self, positions: Tensor, segments: Segments) -> Rotary:
         c = self.spec.config

@@ -11,9 +11,13 @@ def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
     heads = model.num_attention_heads * model.head_size
     kv = model.kv_heads * model.head_size
     attention = 2 * model.hidden_size * (heads + 2 * kv) + 2 * heads * model.hidden_size  # qkv and output projections
-    scores = 2 * 2 * seq_len * heads  # q·kᵀ and p·v
     feed_forward = 3 * 2 * model.hidden_size * model.intermediate_size
-    return attention + scores + feed_forward
+    return attention + scores_forward_flops(model, seq_len) + feed_forward
+
+
+def scores_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """Those of them without a weight: q·kᵀ and p·v."""
+    return 2 * 2 * seq_len * model.num_attention_heads * model.head_size
 
 
 def head_forward_flops(model: ModelConfig) -> float:
@@ -34,6 +38,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """As :func:`model_flops_per_token`, with the forward products that recompute repeats."""
-    layers = model.num_layers * layer_forward_flops(model, seq_len)
-    recomputed = int(model.checkpoint * model.num_layers) / model.num_layers  # whole layers
-    return model_flops_per_token(model, seq_len) + recomputed * layers
+    again = model.recomputed_layers * layer_forward_flops(model, seq_len)
+    if model.checkpoint == "selective":
+        again = model.num_layers * scores_forward_flops(model, seq_len)
+    return model_flops_per_token(model, seq_len) + again

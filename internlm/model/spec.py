@@ -32,6 +32,10 @@ class DecoderSpec:
     def recomputes(self, number: int) -> bool:
         """Whether the layer of that number in the whole model is computed again in backward: a fraction of them, from
         the first on every so many, so that each stage of a pipeline has its share."""
-        layers = self.config.num_layers
-        recomputed = int(self.config.checkpoint * layers)
+        layers, recomputed = self.config.num_layers, self.config.recomputed_layers
         return number * recomputed % layers < recomputed
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether of every layer the attention between its linears is computed again in backward."""
+        return self.config.checkpoint == "selective"

@@ -21,6 +21,7 @@ from internlm.ops.blocked_attention import blocked_attention
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.nearest import did_you_mean
 from internlm.utils.optional import why_missing
+from internlm.utils.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,7 @@ class Segments:
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float, "int | None"], Tensor]
 
 
+@uncompiled("attention follows the pieces of the row")
 def attention(
     q: Tensor,
     k: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
-from internlm.ops.precision import wide
+from internlm.ops.precision import grad_dtype, wide
 
 IGNORED = -100  # the label of a token that takes no part in the loss
 # Of one chunk's logits on CPU: just below the 32 MiB from which glibc maps fresh pages for every allocation.
@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
-        ctx.main_grad, ctx.dtype, ctx.grad_scale = getattr(weight, "main_grad", None), weight.dtype, grad_scale
+        ctx.main_grad, ctx.dtype, ctx.grad_scale = getattr(weight, "main_grad", None), grad_dtype(weight), grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
         return token_loss.sum() * grad_scale, token_loss, correct
 

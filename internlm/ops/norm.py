@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.ops import reference
 from internlm.ops.precision import wide
 
 
@@ -20,14 +21,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Half precision is computed in fp32. Saves ``x`` and one number per token.
     """
+    if torch.compiler.is_compiling():
+        width = wide(x.dtype)
+        return reference.rms_norm(x.to(width), weight.to(width), eps).to(x.dtype)
     if x.device.type == "cuda" and x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # one kernel each way; on CPU it is a chain of small ones
     return _RMSNorm.apply(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """``(x - mean) / std * weight + bias`` over the last dimension (Ba et al. 2016): [T, H], [H], [H] -> [T, H]."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    """``(x - mean) / std * weight + bias`` over the last dimension (Ba et al. 2016): [T, H], [H], [H] -> [T, H].
+
+    Computed in the type of ``weight``, which may be wider than that of ``x``.
+    """
+    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

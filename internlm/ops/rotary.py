@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.ops import reference
 from internlm.ops.precision import wide
 
 
@@ -53,6 +54,8 @@ def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     Each group holds its Q query heads, then its key head, then its value head. The results are stored head by head
     ([N, T, D] seen as [T, N, D]), the order in which attention reads them.
     """
+    if torch.compiler.is_compiling():
+        return reference.split_qkv_rotary(qkv, cos, sin, interleaved)
     return _SplitQKVRotary.apply(qkv, cos, sin, interleaved)
 
 

@@ -1,14 +1,27 @@
-"""Where the memory of a run lies, by its owner."""
+"""Where the memory of a run lies, part by part."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from internlm.core.parallel.fully_sharded import held
 from internlm.solver.optimizer import HybridZeroOptimizer
+
+PARAMETERS = "parameters"
+GRADIENTS = "gradients"
+MAIN = "main parameters"
+REDUCTION = "reduction buffers"
+GATHER = "gather buffers"
+ACTIVATIONS = "activations"
+
+
+def state(name: str) -> str:
+    """What a part of the optimizer's state is called."""
+    return f"optimizer: {name}"
 
 
 def peak_rss_bytes() -> int:
@@ -16,21 +29,47 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer) -> str:
-    """Parameters by module, gradients and optimizer state of this rank, in MB, and the peak of the process (and of
-    CUDA)."""
-    rows = [(f"parameters {name}", _bytes(module.parameters())) for name, module in model.named_children()]
-    rows += [("gradients", _bytes(group.grads for group in optimizer.groups))]
-    rows += [
-        (f"optimizer {key}", _bytes([optimizer.state_of(group)[key]]))
-        for group in optimizer.groups
-        for key in ("exp_avg", "exp_avg_sq")
-    ]
-    rows += [("peak of the process", peak_rss_bytes())]
+def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict[str, int]:
+    """Bytes of each part that this rank holds all the time, padding included, each storage once."""
+    groups = optimizer.groups
+    parameters = _storages(held(parameter).flat for parameter in model.parameters())
+    parts = {
+        PARAMETERS: parameters,
+        GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_parts)),
+        MAIN: _storages(part for group in groups for part in group.main_parts),
+    }
+    for group in groups:
+        for name, tensor in optimizer.state_of(group).items():
+            parts.setdefault(state(name), {}).update(_storages([tensor]))
+    parts[MAIN] = {at: size for at, size in parts[MAIN].items() if at not in parameters}
+    return {part: sum(storages.values()) for part, storages in parts.items()}
+
+
+def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mapping[str, int] | None = None) -> str:
+    """What this rank holds, in MB, beside what ``plan`` says; parameters also by module; and the peak of the process
+    (and of CUDA)."""
+    measured, planned = held_between_steps(model, optimizer), plan or {}
+    rows = [(part, measured.get(part), planned.get(part)) for part in {**measured, **planned}]
+    rows += [("all", sum(measured.values()), sum(planned.values()) or None)]
+    rows += [(f"{PARAMETERS} of {name}", _of_module(module), None) for name, module in model.named_children()]
+    rows += [("peak of the process", peak_rss_bytes(), None)]
     if torch.cuda.is_available():
-        rows += [("peak of CUDA", torch.cuda.max_memory_allocated())]
-    return "\n".join(f"{size / 2**20:12.1f} MB  {name}" for name, size in rows) + "\n"
+        rows += [("peak of CUDA", torch.cuda.max_memory_allocated(), None)]
+    lines = [f"{'held, MB':>12} {'planned, MB':>12}"]
+    lines += [f"{in_mb(size):>12} {in_mb(of_plan):>12}  {part}" for part, size, of_plan in rows]
+    return "\n".join(lines) + "\n"
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def in_mb(size: int | None) -> str:
+    """Bytes as a number of MB, 2**20 bytes; None: a dash."""
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _of_module(module: nn.Module) -> int:
+    return sum(held(parameter).flat.nbytes for parameter in module.parameters())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address and bytes of what ``tensors`` lie in."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

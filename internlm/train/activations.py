@@ -9,9 +9,12 @@ L, R        layers of a chunk, and those of them that are recomputed (``model.ch
 
 Counted is what autograd saves, each storage once; parameters are not, nor the weights that isp gathers, which are
 given up after each product. A linear saves its input alone: what a norm or SwiGLU made of it is made again in
-backward. So a block keeps four tensors of its own, and the queries, keys and values. The kernel of attention is the
-one for the CPU, which saves these alone; flash attention also saves 4·T·G·Q/t for the sums of its softmax and, under
-isp, its output before the all-to-all, T·G·Q·D·e/t.
+backward. So a block keeps four tensors of its own, the queries, keys and values, and what :func:`kernel` tells.
+
+With ``model.checkpoint="selective"`` the attention between its linears is computed again too, and the queries, keys and
+values are kept as their product gave them. Masks of dropout, a byte for each element, are kept if they are not to be
+drawn again. Of the first ``model.cpu_offloading`` layers of a chunk all this is kept on the host, but for what the
+chunk was sent.
 
 In a pipeline each chunk keeps its own. The hidden units that it was sent are the input of its first block, and counted
 there; its output is kept by nobody once it was sent. What is on its way between stages is not counted.
@@ -25,12 +28,15 @@ from internlm.config import Config
 from internlm.train.traffic import Symbols
 
 TOKEN_IDS = "embedding: token ids"
+MASK = "embedding: mask of dropout"
 ROTARY = "rotary: cosines and sines"
 RESIDUAL = "block: residual inputs"
 GATHERED = "block: kept gathered inputs"
 QKV = "block: queries, keys, values"
 HEADS = "block: attention output"
+KERNEL = "block: sums and output of the attention kernel"
 GATE_UP = "block: gate and up"
+MASKS = "block: masks of dropout"
 RECOMPUTED = "recomputed block: input"
 NORM = "final norm"
 LOSS_INPUT = "loss: gradient of its input"
@@ -46,14 +52,20 @@ GRAD_RESIDUAL = "block: gradients of residual outputs"
 def saved_for_backward(
     config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, chunk: int | None = None
 ) -> dict[str, int]:
-    """Bytes of each part that a rank of pipeline stage ``stage`` holds between the forward and the backward pass of one
-    micro-batch: of all its chunks together, or of ``chunk``.
+    """Bytes of each part that a rank of pipeline stage ``stage`` holds on its device between the forward and the
+    backward pass of one micro-batch: of all its chunks together, or of ``chunk``.
 
     ``tokens``: K; without it, no label is ignored. ``config`` is resolved. Raises KeyError for a model that is not
     ours.
     """
     s = Symbols.of(config, world_size, stage)
     return _of_chunks(s, chunk, lambda each: _saved(s, each, tokens))
+
+
+def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
+    """The same in host memory (``model.cpu_offloading``)."""
+    s = Symbols.of(config, world_size, stage)
+    return _of_chunks(s, chunk, lambda each: _on_host(s, each))
 
 
 def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
@@ -72,15 +84,43 @@ def _of_chunks(s: Symbols, chunk: int | None, parts: Callable[[int], dict[str, i
 def _saved(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
     """By ``chunk``: rotary table and blocks; by the first also the token ids, by the last norm and loss."""
     first, last = s.part.is_first(chunk), s.part.is_last(chunk)
-    recomputed = s.recomputed(chunk)
-    return {
+    _, here = _by_place(s, chunk)
+    parts = {
         TOKEN_IDS: first * token_ids(s),
+        MASK: first * mask(s),
         ROTARY: rotary(s),
-        **_times(len(s.part.chunks[chunk]) - recomputed, block(s)),
-        RECOMPUTED: recomputed * s.S * s.H * s.e,
+        **_layers(s, here),
         NORM: last * norm(s),
         **_times(last, loss(s, tokens)),
     }
+    for part, size in _sent_input(s, chunk).items():
+        parts[part] += size
+    return parts
+
+
+def _on_host(s: Symbols, chunk: int) -> dict[str, int]:
+    away, _ = _by_place(s, chunk)
+    stays = _sent_input(s, chunk)
+    return {part: size - stays.get(part, 0) for part, size in _layers(s, away).items()}
+
+
+def _by_place(s: Symbols, chunk: int) -> tuple[range, range]:
+    """Layers of ``chunk`` that are offloaded, and those that are not."""
+    numbers, offloaded = s.part.chunks[chunk], s.config.model.cpu_offloading
+    return numbers[:offloaded], numbers[offloaded:]
+
+
+def _sent_input(s: Symbols, chunk: int) -> dict[str, int]:
+    """S·H·e that stay here though the first layer is offloaded: what a chunk was sent waits for its gradient."""
+    away, _ = _by_place(s, chunk)
+    part = RECOMPUTED if away and s.spec.recomputes(away[0]) else RESIDUAL
+    return {part: s.S * s.H * s.e} if away and not s.part.is_first(chunk) else {}
+
+
+def _layers(s: Symbols, numbers: range) -> dict[str, int]:
+    """Layers of these numbers: a block each, or its input alone, S·H·e."""
+    recomputed = sum(map(s.spec.recomputes, numbers))
+    return {**_times(len(numbers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
 
 def _times(count: int, parts: dict[str, int]) -> dict[str, int]:
@@ -96,8 +136,10 @@ def block(s: Symbols) -> dict[str, int]:
     inputs of wqkv and w13   2·T·H·e      2·T·H·e/t    2·T·H·e/t    2·T·H·e/t
     the same, gathered       –            2·T·H·e      –            –
     queries, keys, values    T·G·(Q + 2)·D·e/t         as mtp       T·(G·Q + 2·max(G, t))·D·e/t
-    attention output         T·G·Q·D·e/t in every mode
+    attention output         T·G·Q·D·e/t in every mode; not if attention is recomputed
+    its kernel               see :func:`kernel`; nothing if attention is recomputed
     gate and up              2·T·F·e/t in every mode
+    masks, if kept           2·T·H        2·T·H/t      2·T·H/t      2·T·H/t
     =======================  ===========  ===========  ===========  =========================
 
     msp gathers nothing where t is 1. Under isp, of kv heads fewer than t each is held by several ranks.
@@ -107,8 +149,10 @@ def block(s: Symbols) -> dict[str, int]:
         RESIDUAL: 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
         QKV: s.T * (heads + 2 * max(s.G, s.t.size)) * s.D * s.e // s.t.size,
-        HEADS: s.T * heads * s.D * s.e // s.t.size,
+        HEADS: 0 if s.spec.recomputes_attention else attention_output(s),
+        KERNEL: 0 if s.spec.recomputes_attention else kernel(s),
         GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
+        MASKS: 2 * mask(s),
     }
 
 
@@ -134,12 +178,40 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     return {
         NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
-        HEADS: s.T * s.G * s.Q * s.D * s.e // s.t.size,
+        HEADS: attention_output(s),
         SWIGLU: s.T * s.F * s.e // s.t.size,
         GRAD_QKV: s.T * s.G * (s.Q + 2) * s.D * s.e // s.t.size,
         GRAD_GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
         GRAD_RESIDUAL: 2 * tokens * s.H * s.e,
     }
+
+
+def attention_output(s: Symbols) -> int:
+    """T·G·Q·D·e/t."""
+    return s.T * s.G * s.Q * s.D * s.e // s.t.size
+
+
+def kernel(s: Symbols) -> int:
+    """What the kernel of attention keeps besides: for the sums of its softmax g·T·G·Q/t, and its output, T·G·Q·D·e/t,
+    if that is not what the next linear gets.
+
+    =============  ====  =========================
+    kernel         sums  output
+    =============  ====  =========================
+    blocked        –     –
+    flash, varlen  yes   under isp, where t > 1
+    sdpa           yes   yes
+    =============  ====  =========================
+
+    The kernel that ``auto`` takes is that of a CUDA device in half precision, and that of the CPU else.
+    """
+    backend = s.spec.attention_backend
+    if backend == "auto":
+        backend = "flash" if s.e < s.g else "blocked"
+    if backend == "blocked":
+        return 0
+    copied = backend == "sdpa" or (s.mode == "isp" and s.t.size > 1)
+    return s.g * s.T * s.G * s.Q // s.t.size + copied * attention_output(s)
 
 
 def gathered(s: Symbols) -> int:
@@ -154,6 +226,12 @@ def token_ids(s: Symbols) -> int:
         return 8 * s.S
     by_words = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
     return (9 if by_words and s.t.size > 1 else 8) * s.T
+
+
+def mask(s: Symbols) -> int:
+    """S·H, where masks are kept."""
+    model = s.config.model
+    return s.S * s.H if model.drop_rate and not model.dropout_selective_checkpoint else 0
 
 
 def rotary(s: Symbols) -> int:

@@ -1,4 +1,4 @@
-"""Model assembly, a recipe in a fixed order: build → initialise → communicators."""
+"""Model assembly, a recipe in a fixed order: build → initialise → compile → communicators."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.context.group import Group
 from internlm.core.context.random import derived_seed
+from internlm.core.parallel import ParallelNorm
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.collectives import broadcast
+from internlm.core.parallel.fully_sharded import shard_fully
 from internlm.core.parallel.part import Part
 from internlm.core.parallel.placement import ParamPlacement, initialize_parameters, placed_parameters, state_buffers
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
+from internlm.ops.precision import wide
 from internlm.train.stages import part_of
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import ConfigError, Problem
@@ -60,8 +63,17 @@ def build_model(
     with randomness, default_dtype(dtype), device, building(sharding or Sharding(), part):
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
+    if config.use_fp32_norm:
+        widen_norms(model)
     initialize_parameters(model, seed)
     return model
+
+
+def widen_norms(model: nn.Module) -> None:
+    """Have the weights of norms in float32 at least, whatever the type of the rest."""
+    for module in model.modules():
+        if isinstance(module, ParallelNorm):
+            module.to(wide(module.weight.dtype))
 
 
 def _check_part(model: nn.Module, name: str) -> None:
@@ -94,6 +106,10 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
             broadcast(parameter.detach(), group)
     for _, buffer in state_buffers(model):
         broadcast(buffer, gpc.group(ParallelMode.ISP_DATA))  # all ranks of a stage
+    if gpc.config.model.compile:
+        from internlm.train.compile import compile_blocks  # which loads the compiler
+
+        compile_blocks(model)
     return model
 
 
@@ -115,6 +131,7 @@ def _isp() -> bool:
 
 def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
     """Attach the communicators of the parallel mode to the layers of ``model``; that of isp is returned, if isp is on.
+    Under ``parallel.zero1.fsdp`` its parameters are shared from here on.
 
     With data parallelism alone every layer is whole and stays with the silent communicator that it was built with.
     """
@@ -126,7 +143,18 @@ def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
         memory_pool=weight.memory_pool,
     )
     groups = gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)
-    return attach_communicators(model, gpc.config.parallel.tensor.mode, *groups, overlap)
+    gatherer = attach_communicators(model, gpc.config.parallel.tensor.mode, *groups, overlap)
+    if gpc.config.parallel.zero1.fsdp:
+        _shard_fully(model)
+    return gatherer
+
+
+def _shard_fully(model: nn.Module) -> None:
+    config, zero = gpc.config, gpc.group(ParallelMode.ZERO1)
+    dtype, reduced = torch_dtype(str(config.model.dtype)), config.reduce_comm_dtype
+    grad_dtype = wide(dtype) if config.hybrid_zero_optimizer.fp32_grad_accum else dtype
+    if zero.size > 1:
+        shard_fully(model, zero, dtype, grad_dtype, torch_dtype(reduced) if reduced else None)
 
 
 def initialize_model_and_parallel_communicator(

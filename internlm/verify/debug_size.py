@@ -30,6 +30,7 @@ def _model(config: Config) -> dict[str, Any]:
     position_scale = model.max_position_embeddings / config.data.seq_len
     return {
         "model.num_layers": max(LAYERS, config.parallel.pipeline.size * model.num_chunks),
+        "model.cpu_offloading": min(model.cpu_offloading, 1),
         "model.num_attention_heads": heads,
         "model.num_kv_attention_heads": kv_heads,
         "model.head_dim": HEAD_DIM,

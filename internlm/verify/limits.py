@@ -24,10 +24,11 @@ class Limits:
     loss and gradients."""
 
 
-#: In bfloat16 the limits are those of layouts that round alike (data parallelism, ZeRO).
+#: In half precision the limits are those of layouts that round alike (data parallelism, ZeRO).
 LIMITS = {
     "torch.float64": Limits(1e-12, 1e-12, 1e-10, 1e-10, 1e-11, 1e-10, 1e-11),
     "torch.float32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),
     "torch.tf32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),  # on CPU the same as float32
     "torch.bfloat16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
+    "torch.float16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
 }

@@ -31,7 +31,7 @@ OFF: Values = {
     "enable_tb": False,
 }
 
-#: A process that is alone.
+#: A process that is alone, and computes as it is written.
 ALONE: Values = {
     "parallel.tensor.size": 1,
     "parallel.tensor.mode": "mtp",
@@ -41,10 +41,12 @@ ALONE: Values = {
     "parallel.pipeline.table": None,
     "parallel.weight.size": 1,
     "parallel.zero1.size": 1,
+    "parallel.zero1.fsdp": False,
     "parallel.expert.size": 1,
     "parallel.expert_weight.size": 1,
     "parallel.sequence_2D.enable": False,
     "model.num_chunks": 1,
+    "model.compile": False,
 }
 
 

@@ -36,11 +36,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: among those that read different samples, among those that share a layer, and in the pipeline."""
+    """Where a rank is: among those that read different samples, among those that share a layer, in the pipeline, and
+    among those that share the optimizer's state."""
 
     data: int
     tensor: int
     stage: int
+    zero: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.ledger import LEDGER, Traffic
+from internlm.core.parallel.fully_sharded import compute_dtype, held
+from internlm.core.parallel.ledger import LEDGER, Traffic, summed
 from internlm.core.parallel.placement import placed_parameters
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.trainer import StepReport, Trainer
@@ -23,6 +24,9 @@ from internlm.train.model import create_model, initialize_model_and_parallel_com
 from internlm.train.optimizer import initialize_optimizer
 from internlm.verify.record import HeldTensors, Place, RankRecord, hold
 from internlm.verify.watch import watching
+
+#: By which a rank is told from others.
+PLACE = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
 
 
 def run_rank(
@@ -43,10 +47,11 @@ def run_rank(
     micro_num = loader.plan.micro_batches(0)
     with watching(model, range(0, micro_num, micro_num // parts), _forward_calls(trainer, micro_num)) as passes:
         reports = [meter.step()]
-    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.clip_grad_norm))
+    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.zero.clip_grad_norm))
     reports += [meter.step() for _ in range(steps - 1)]
+    meter.finish()
     return RankRecord(
-        Place(*map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE))),
+        Place(*map(gpc.get_local_rank, PLACE)),
         [report.result.loss for report in reports],
         [report.update.grad_norm for report in reports],
         gradients,
@@ -77,6 +82,12 @@ class _Meter:
         self.traffic.append(LEDGER.since(before))
         return report
 
+    def finish(self) -> None:
+        """What the last step has put off."""
+        before = LEDGER.snapshot()
+        self.trainer.optimizer.gather_parameters()
+        self.traffic[-1] = summed([self.traffic[-1], LEDGER.since(before)])
+
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch, labels in batches:
             self.tokens.append([int((row != -100).sum()) for row in labels])
@@ -91,20 +102,20 @@ def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
 
 def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> HeldTensors:
     """This rank's shard of the reduced gradients."""
-    held: HeldTensors = {}
+    gradients: HeldTensors = {}
     for group in optimizer.groups:
-        flat: Tensor = group.grad_shard * clipped_by
         for piece in group.pieces():
-            placement = piece.member.placement
-            boxes = placement.boxes(piece.start, piece.stop)
-            hold(held, piece.member.name, placement.global_shape, boxes, flat, piece.lo - piece.start)
-    return held
+            flat = group.grad_parts[piece.number] * clipped_by
+            boxes = piece.placement.boxes(piece.start, piece.stop)
+            hold(gradients, piece.name, piece.placement.global_shape, boxes, flat, piece.lo - piece.start)
+    return gradients
 
 
 def _parameters(model: nn.Module) -> HeldTensors:
-    """This rank's part of each parameter."""
-    held: HeldTensors = {}
+    """This rank's part of each parameter, as it is computed with."""
+    parameters: HeldTensors = {}
     for name, parameter, placement in placed_parameters(model):
-        boxes = placement.boxes(0, parameter.numel())
-        hold(held, name, placement.global_shape, boxes, parameter.detach().view(-1))
-    return held
+        flat, start = held(parameter)
+        boxes = placement.boxes(start, start + len(flat))
+        hold(parameters, name, placement.global_shape, boxes, flat.to(compute_dtype(parameter)), -start)
+    return parameters

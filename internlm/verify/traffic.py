@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from internlm.config import Config
-from internlm.core.parallel.ledger import Entry
+from internlm.core.parallel.ledger import Entry, summed
 from internlm.train.traffic import expected_traffic
 from internlm.verify.record import RankRecord
 
@@ -40,9 +40,16 @@ def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[Traff
 
 
 def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> list[TrafficError]:
-    errors = []
-    for step, (counted, tokens) in enumerate(zip(record.traffic, record.tokens, strict=True), 1):
-        expected = expected_traffic(config, world_size, tokens, types=record.types, stage=record.place.stage)
+    """Step by step; all steps together where parameters are gathered as the next step needs them."""
+    place, errors = record.place, []
+    steps = [
+        expected_traffic(config, world_size, tokens, types=record.types, stage=place.stage, zero_rank=place.zero)
+        for tokens in record.tokens
+    ]
+    pairs = list(zip(record.traffic, steps, strict=True))
+    if config.hybrid_zero_optimizer.overlap_sync_param:
+        pairs = [(summed(record.traffic), summed(steps))]
+    for step, (counted, expected) in enumerate(pairs, 1):
         for mode, collective in sorted({*counted, *expected}, key=str):
             pair = (each.get((mode, collective), Entry()) for each in (counted, expected))
             error = TrafficError(rank, step, mode.value, collective, *pair)

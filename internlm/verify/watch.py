@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from internlm.train.compile import is_compiled
 from internlm.verify.record import Pass
 
 
@@ -19,13 +20,20 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
     called for each ``chunk``."""
     watch = _Watch(micro_batches, calls)
     handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
-    for name, module in model.named_modules():
+    for name, module in watchable_modules(model):
         handles.append(module.register_forward_hook(partial(watch.called, name)))
     try:
         yield list(watch.passes.values())
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those whose output there is: a compiled block has no modules left in it, and a hook there would change what is
+    compiled."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
+    return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))
 
 
 class _Watch:

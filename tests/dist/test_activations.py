@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -23,14 +24,19 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import placement_of
 from internlm.core.parallel.attach import attach_communicators
+from internlm.core.parallel.dropout import Draws, drawing
+from internlm.core.parallel.offload import _Parked, _Store
 from internlm.core.parallel.sharding import Sharding, Share
 from internlm.initialize import initialize_distributed_env
 from internlm.train.activations import (
     GATE_UP,
     GATHERED,
     HEADS,
+    KERNEL,
     LOSS_INPUT,
     LOSS_WEIGHT,
+    MASK,
+    MASKS,
     NORM,
     QKV,
     RECOMPUTED,
@@ -38,6 +44,7 @@ from internlm.train.activations import (
     ROTARY,
     TOKEN_IDS,
     saved_for_backward,
+    saved_on_host,
 )
 from internlm.train.model import build_model
 from internlm.train.stages import part_of
@@ -54,14 +61,17 @@ SMALL: dict[str, Any] = TINY | {
 
 Case: TypeAlias = tuple[str, ...]
 
-#: The module in whose forward each part is saved; that of both columns is one, the loss is the model's own.
+#: The module in whose forward each part is saved; that of both columns is one, loss and masks are the model's own.
 SAVED_BY = {
     TOKEN_IDS: "embedding",
+    MASK: "",
+    MASKS: "block",
     ROTARY: "attention",
     RESIDUAL: "columns",
     GATHERED: "columns",
     QKV: "attention",
     HEADS: "wo",
+    KERNEL: "attention",
     GATE_UP: "w2",
     RECOMPUTED: "",
     NORM: "norm",
@@ -92,7 +102,10 @@ LAYOUTS = [
     *(Layout("isp", t, w) for t in (1, 2, 4) for w in (1, 2)),
 ]
 
-ALL = "model.checkpoint=1.0"
+#: Layers that are recomputed where half of so many are.
+HALF_OF = {3: [0], 6: [0, 2, 4]}
+ALL, SELECTIVE = "model.checkpoint=1.0", "model.checkpoint=selective"
+DROPOUT, KEPT = "model.drop_rate=0.25", "model.dropout_selective_checkpoint=False"
 GROUPED = "model.num_kv_attention_heads=4"
 #: Recompute × heads × dtype, and what else the formula knows of.
 CASES = [
@@ -107,6 +120,15 @@ CASES = [
     (GROUPED, "model.norm_type=layernorm"),
     (GROUPED, "model.head_dim=16"),
     (GROUPED, "loss.label_smoothing=0.1"),  # some labels are ignored then
+    (GROUPED, "model.attention_backend=sdpa", "model.dtype=torch.bfloat16"),
+    (GROUPED, "model.use_flash_attn=False"),
+    (SELECTIVE, GROUPED),
+    (GROUPED, DROPOUT),
+    (GROUPED, DROPOUT, KEPT),
+    (GROUPED, "model.cpu_offloading=2"),
+    ("model.checkpoint=0.5", GROUPED, DROPOUT, KEPT, "model.cpu_offloading=2"),
+    (ALL, GROUPED, "model.cpu_offloading=1"),
+    (SELECTIVE, DROPOUT, KEPT, "model.cpu_offloading=3"),
 ]
 ISP_CASES = [(f"model.num_kv_attention_heads={kv}",) for kv in (1, 2)]  # fewer than ranks
 
@@ -115,6 +137,8 @@ CUTS: list[Case] = [
     ("parallel.pipeline.size=3", "model.num_layers=4", ALL),
     ("parallel.pipeline.size=2", "model.num_chunks=2", "model.num_layers=6", "model.checkpoint=0.5"),
     ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=5", "model.tie_word_embeddings=True"),
+    ("parallel.pipeline.size=2", "model.num_layers=6", "model.checkpoint=0.5", DROPOUT, KEPT, "model.cpu_offloading=1"),
+    ("parallel.pipeline.size=2", "model.num_layers=5", SELECTIVE, "model.cpu_offloading=2"),
 ]
 CUT_LAYOUTS = [Layout("mtp", 1), *(Layout(mode, 2) for mode in ("mtp", "msp", "fsp")), Layout("isp", 2, 2)]
 
@@ -129,6 +153,8 @@ class Measured(NamedTuple):
 
     saved: Counter[str]
     """By autograd, by the module that ran."""
+    host: int
+    """By what is to wait in host memory."""
     held: int
     """By whatever else came into being meanwhile and is still there."""
     tokens: int
@@ -166,8 +192,8 @@ def _measure_case(config: Config, stage: int = 0, chunk: int = 0) -> Measured:
         inputs["hidden"] = torch.randn(shape, dtype=dtype).requires_grad_()
     matrices = sum(p.nbytes for name, p in model.named_parameters() if placement_of(p, name).is_matrix)
     inputs["chunk"] = chunk
-    saved, held = _forward(model, inputs)
-    return Measured(saved, held, tokens, matrices)
+    gc.collect()  # the model of the case before
+    return Measured(*_forward(model, inputs), tokens, matrices)
 
 
 def _loss_or_hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -188,31 +214,52 @@ def _inputs(config: Config, part: Share) -> dict[str, Any]:
     return {**own, "cu_seqlens": bounds, "label_smoothing": config.loss.label_smoothing}
 
 
-def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], int]:
-    """What a forward pass saves, by module, and what else is given up only with its graph."""
+class Held:
+    """A tensor, as long as autograd saves it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], int, int]:
+    """What a forward pass saves, by module; what waits on the host; and what else is given up only with its graph."""
     parameters = {_at(parameter) for parameter in model.parameters()}
     saved: dict[int, tuple[str, int]] = {}
     running = _names_of_running(model)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Held:
         if _at(tensor) not in parameters:
             saved.setdefault(_at(tensor), (running[-1], tensor.untyped_storage().nbytes()))
-        return tensor
+        return Held(tensor.detach())  # what an operator gave would else keep itself
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda held: held.tensor), drawing(Draws()):
         output = _loss_or_hidden(model, inputs)
+    if "hidden" in inputs:  # it waits for its gradient, also where nobody saves it
+        saved.setdefault(_at(inputs["hidden"]), ("columns", inputs["hidden"].nbytes))
     held = _storages()
     for _ in range(3):  # the backend may not yet have let go of what it sent
         dist.barrier()
+        time.sleep(0.01)
         held = {at: size for at, size in _storages().items() if at in held}
-    others = {*saved, _at(output)}
-    del output
-    gc.collect()
+    stores = [each for each in gc.get_objects() if type(each) is _Store]
+    host = {_at(each.host): each.host.nbytes for each in stores if each.host is not None}
+    others = {*saved, *host, _at(output)}
+    del output, stores
+    _wait_for_the_graph_to_go()
     others |= _storages().keys()
     by_module: Counter[str] = Counter()
     for name, size in saved.values():
         by_module[name] += size
-    return by_module, sum(size for at, size in held.items() if at not in others)
+    return by_module, sum(host.values()), sum(size for at, size in held.items() if at not in others)
+
+
+def _wait_for_the_graph_to_go() -> None:
+    """The backend, which may be late, has had outputs of linears, and with them what came before."""
+    for _ in range(1000):
+        gc.collect()
+        if not any(type(each) in (Held, _Parked) for each in gc.get_objects()):
+            return
+        time.sleep(0.01)
 
 
 def _storages() -> dict[int, int]:
@@ -226,7 +273,7 @@ def _names_of_running(model: nn.Module) -> list[str]:
     running: list[str] = []
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        label = "columns" if name in ("wqkv", "w13") else name
+        label = "columns" if name in ("wqkv", "w13") else "block" if name.isdigit() else name
         module.register_forward_pre_hook(lambda *_, label=label: running.append(label))
         module.register_forward_hook(lambda *_: (running.pop(), None)[1])
     return running
@@ -243,24 +290,35 @@ def _expected(layout: Layout, case: Sequence[str], tokens: int | None = None) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_part_to_the_byte(layout: Layout) -> None:
-    """But for the rotary table where all blocks are recomputed: their inputs are kept by Python then."""
     for case, ranks in _measured(layout).items():
-        expected: Counter[str] = Counter()
-        for part, size in _expected(layout, case, ranks[0].tokens).items():
-            if part != ROTARY or case[0] != ALL:
-                expected[SAVED_BY[part]] += size
+        config = load_config(SMALL, (*layout.overrides, *case), layout.world, "cpu")
+        host = saved_on_host(config, layout.world)
         for rank in ranks:
-            assert rank.saved == expected, case
+            saved = saved_for_backward(config, layout.world, rank.tokens)
+            _assert_measured(config, range(config.model.num_layers), saved, host, rank)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_nothing_else_is_held(layout: Layout) -> None:
-    """But by recomputed blocks the state of the random numbers, and of the rotary table what autograd has not saved."""
-    for case, ranks in _measured(layout).items():
-        recomputed = {"model.checkpoint=0.5": 1, ALL: 3}.get(case[0], 0)
-        table = _expected(layout, case)[ROTARY] if case[0] == ALL else 0
-        for rank in ranks:
-            assert rank.held == recomputed * torch.get_rng_state().nbytes + table, case
+def _assert_measured(
+    config: Config, layers: range, saved: dict[str, int], host: dict[str, int], measured: Measured
+) -> None:
+    """Autograd saves every part, and nothing else is held but what waits on the host, and the rotary table where no
+    block saves it: those that are recomputed or offloaded leave it to Python."""
+    table = 0 if _plain(config, layers) else saved[ROTARY]
+    expected: Counter[str] = Counter()
+    for part, size in saved.items():
+        name = "wo" if part == QKV and config.model.checkpoint == "selective" else SAVED_BY[part]
+        expected[name] += size - table if part == ROTARY else size
+    assert measured.saved == expected, config.model
+    assert (measured.host, measured.held) == (sum(host.values()), table), config.model
+
+
+def _plain(config: Config, layers: range) -> list[int]:
+    """Which of them are neither recomputed, not even in part, nor offloaded."""
+    model = config.model
+    if model.checkpoint in ("selective", True):
+        return []
+    again = HALF_OF[model.num_layers] if model.checkpoint else ()
+    return [layer for layer in layers[model.cpu_offloading :] if layer not in again]
 
 
 @pytest.mark.parametrize("t", [2, 4])
@@ -318,15 +376,8 @@ def test_every_chunk_to_the_byte(layout: Layout) -> None:
 
 def _assert_chunk(config: Config, world: int, stage: int, chunk: int, measured: Measured) -> None:
     saved = saved_for_backward(config, world, stage=stage, chunk=chunk)
-    numbers = part_of(config, stage).chunks[chunk]
-    recomputes = {0.0: lambda number: False, 0.5: lambda number: number % 2 == 0, 1.0: lambda number: True}
-    recomputed = sum(map(recomputes[float(config.model.checkpoint)], numbers))
-    table = saved[ROTARY] if recomputed == len(numbers) else 0
-    expected: Counter[str] = Counter()
-    for part, size in saved.items():
-        expected[SAVED_BY[part]] += size - table if part == ROTARY else size
-    assert measured.saved == expected
-    assert measured.held == recomputed * torch.get_rng_state().nbytes + table
+    host = saved_on_host(config, world, stage=stage, chunk=chunk)
+    _assert_measured(config, part_of(config, stage).chunks[chunk], saved, host, measured)
 
 
 # -- the page

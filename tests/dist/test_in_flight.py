@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from internlm.config import load_config
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel.fully_sharded import held
 from internlm.core.scheduler.compute import InFlight
 from internlm.core.scheduler.executor import Record
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
+from internlm.model.decoder import Decoder
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.train.activations import saved_for_backward
 from internlm.train.in_flight import kept_after_each_action, peak_saved
@@ -28,12 +30,15 @@ from tests.harness.pool import run_ranks
 Case: TypeAlias = tuple[str, ...]
 
 STAGES = "parallel.pipeline.size=2", "data.micro_num=4", "model.num_layers=5", "model.num_kv_attention_heads=4"
+DROPOUT = "model.drop_rate=0.25", "model.dropout_selective_checkpoint=False"
 SCHEDULES: list[Case] = [
     ("parallel.pipeline.mode=GPIPE", "model.norm_type=layernorm"),
     ("data.micro_num=5", "model.checkpoint=0.5"),
     ("model.num_chunks=2", "model.tie_word_embeddings=True"),
     ("data.micro_num=5", "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5"),
     ("data.micro_num=5", "parallel.pipeline.mode=ZBV"),
+    ("model.checkpoint=0.5", "model.cpu_offloading=1", *DROPOUT),
+    ("data.micro_num=5", "parallel.pipeline.mode=ZBH1", "model.checkpoint=selective", *DROPOUT),
 ]
 #: A tensor mode, ranks of the tensor group and of the weight group.
 LAYOUTS = [("mtp", 1, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 2)]
@@ -46,7 +51,8 @@ class Held:
         self.tensor = tensor
 
 
-def _at(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Where it lies."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -62,10 +68,12 @@ def _tensors_of(kept: InFlight) -> Iterator[Tensor]:
 class Watch(list[Record]):
     """After each action, how many bytes of activations are kept for those to come."""
 
-    def __init__(self, model: nn.Module, shared: set[int]) -> None:
+    def __init__(self, model: Decoder, shared: set[int]) -> None:
         super().__init__()
-        self.parameters, self.shared = {_at(each) for each in model.parameters()}, shared
+        self.model, self.shared = model, shared
         self.saved: WeakSet[Held] = WeakSet()
+        self.tables: list[ref[Tensor]] = []
+        model._rotary = self._remembered(model._rotary)
         self.bytes: list[int] = []
 
     def pack(self, tensor: Tensor) -> Held:
@@ -73,15 +81,27 @@ class Watch(list[Record]):
         self.saved.add(held)
         return held
 
+    def _remembered(self, rotary: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Rotary tables may be kept by whoever will run a block again, rather than by autograd."""
+
+        def made(*arguments: object) -> tuple[Tensor, Tensor]:
+            tables = rotary(*arguments)
+            self.tables += map(ref, tables)
+            return tables
+
+        return made
+
     def append(self, record: Record) -> None:
         in_flight = [each for each in gc.get_objects() if type(each) is InFlight]
         tensors = [tensor for each in in_flight for tensor in _tensors_of(each)] + [each.tensor for each in self.saved]
+        tensors += [table for table in (each() for each in self.tables) if table is not None]
+        parameters = {address(held(each).flat) for each in self.model.parameters()}
         kept = {}
         for tensor in tensors:
-            if _at(tensor) in self.shared:  # by all micro-batches: this one's part
+            if address(tensor) in self.shared:  # by all micro-batches: this one's part
                 kept[tensor.data_ptr()] = tensor.nbytes
-            elif _at(tensor) not in self.parameters:
-                kept[_at(tensor)] = tensor.untyped_storage().nbytes()
+            elif address(tensor) not in parameters:
+                kept[address(tensor)] = tensor.untyped_storage().nbytes()
         self.bytes.append(sum(kept.values()))
 
 
@@ -93,12 +113,13 @@ def _watch_case(overrides: Case) -> list[int]:
     gpc.destroy()  # of the case before
     initialize_distributed_env(TINY, overrides=overrides)
     model, communicator = initialize_model_and_parallel_communicator(create_model())
+    assert isinstance(model, Decoder)
     loader, types = build_train_loader_with_data_type()
     optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
     trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))
     batch, _ = next(iter(loader))
     ids = batch["input_ids"]
-    watch = trainer.scheduler.records = Watch(model, {_at(ids)})
+    watch = trainer.scheduler.records = Watch(model, {address(ids)})
     gc.collect()
     gc.freeze()
     with saved_tensors_hooks(watch.pack, lambda held: held.tensor):

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.config.schema import AdamConfig
+from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, building
-from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer import Groups, HybridZeroOptimizer
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -33,7 +33,9 @@ def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tens
     with building(Sharding(), Part(2, (range(rank, rank + 1),))):
         model = decoder(tie_word_embeddings=True)
     stages = world(ParallelMode.PIPELINE)
-    optimizer = HybridZeroOptimizer(model, ADAM, clip, ALONE, ALONE, pipeline_group=stages, ends_group=stages)
+    optimizer = HybridZeroOptimizer(
+        model, ADAM, HybridZeroConfig(clip_grad_norm=clip), Groups(pipeline=stages, ends=stages)
+    )
     for parameter in model.parameters():
         parameter.main_grad.fill_(1.0)
     norm = optimizer.step(1e-2, 0.95).grad_norm
@@ -53,7 +55,8 @@ def test_a_table_at_both_ends_counts_once(clip: float) -> None:
 
 def _steps_of_shards(rank: int, world_size: int, begun: bool) -> tuple[list[float], list[Tensor]]:
     model = decoder()
-    optimizer = HybridZeroOptimizer(model, ADAM, 0.5, world(ParallelMode.ZERO1), ALONE)
+    zero = HybridZeroConfig(clip_grad_norm=0.5, overlap_sync_grad=begun)
+    optimizer = HybridZeroOptimizer(model, ADAM, zero, Groups(world(ParallelMode.ZERO1)))
     norms = []
     for step in range(3):
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import internlm.verify.run
 from internlm.core.context import ParallelMode
+from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import Pending, all_reduce
 from internlm.core.parallel.isp import IspModel
 from internlm.core.parallel.placement import ParamPlacement
@@ -24,7 +26,7 @@ from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import MicroBatches
 from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
-from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer import Groups, HybridZeroOptimizer
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
@@ -216,9 +218,9 @@ def test_loss_counts_own_tokens() -> None:
 def norm_counts_twice(patch: pytest.MonkeyPatch, rank: int) -> None:
     make = FlatGroup.__init__
 
-    def split(self: FlatGroup, *args: Any) -> None:
-        make(self, *args)
-        self.split_over = ParallelMode.TENSOR
+    def split(self: FlatGroup, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        self.kind = replace(self.kind, split_over=ParallelMode.TENSOR)
 
     patch.setattr(FlatGroup, "__init__", split)
 
@@ -319,13 +321,12 @@ def test_weights_are_put_off_for_ever() -> None:
 
 @planted
 def ends_forget_one_another(patch: pytest.MonkeyPatch, rank: int) -> None:
-    sum_up = HybridZeroOptimizer._sum_up
+    of_partial = Groups.of_partial
 
-    def forgetful(self: HybridZeroOptimizer, group: FlatGroup) -> None:
-        if group.partial_over is not ParallelMode.PIPELINE:
-            sum_up(self, group)
+    def forgetful(self: Groups, mode: ParallelMode) -> Group:
+        return Group(mode) if mode is ParallelMode.PIPELINE else of_partial(self, mode)
 
-    patch.setattr(HybridZeroOptimizer, "_sum_up", forgetful)
+    patch.setattr(Groups, "of_partial", forgetful)
 
 
 def test_ends_forget_one_another() -> None:

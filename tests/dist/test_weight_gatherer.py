@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from internlm.config.schema import AdamConfig
+from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
@@ -23,7 +23,7 @@ from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
-from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer import Groups, HybridZeroOptimizer
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -103,8 +103,8 @@ class Result(NamedTuple):
 def _train(rank: int, world_size: int, case: Case) -> Result:
     ranks = split(rank, world_size, case)
     model, gatherer = ranks.model, ranks.gatherer
-    shards = Group(ParallelMode.ZERO1), Group(ParallelMode.ZERO1_REPLICA)
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, *shards, [ranks.weight])
+    zero, groups = HybridZeroConfig(clip_grad_norm=1.0), Groups(split=(ranks.weight,))
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), zero, groups)
     made, before = buffers_made(gatherer), LEDGER.snapshot()
     losses, norms = [], []
     for step in range(STEPS):
@@ -231,7 +231,7 @@ def watch(gatherer: WeightGatherer) -> list[str]:
 def _orders(rank: int, world_size: int, case: Case) -> tuple[str, str, str]:
     """What happens in a forward pass, and in the first and the second backward pass."""
     ranks = split(rank, world_size, case)
-    HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2), 0.0, Group(ParallelMode.ZERO1), Group(ParallelMode.ZERO1))
+    HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2))
     events, found = watch(ranks.gatherer), []
     for _ in range(2):
         loss = loss_of(ranks, 1)
@@ -325,8 +325,7 @@ def test_changed_weights_are_seen_by_the_next_pass(overlap: str, memory_pool: bo
 def _gradients(rank: int, world_size: int, case: Case, with_optimizer: bool) -> dict[str, Tensor]:
     ranks = split(rank, world_size, case)
     if with_optimizer:
-        shards = Group(ParallelMode.ZERO1), Group(ParallelMode.ZERO1_REPLICA)
-        HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2), 0.0, *shards, [ranks.weight])
+        HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2), groups=Groups(split=(ranks.weight,)))
     for seed in range(2):
         loss_of(ranks, seed).backward()
     assert_nothing_is_left(ranks.gatherer)

@@ -135,6 +135,9 @@ def test_rows(name: str, data: Path, tmp_path: Path) -> None:
     for pattern in row.files:
         assert all(path.stat().st_size for path in record.glob(pattern)), pattern
         assert list(record.glob(pattern)), pattern
+    assert job.stderr.count("Memory plan") == 1
+    if "memory-rank0.txt" in row.files:
+        _check_memory((record / "memory-rank0.txt").read_text())
     if "pipeline.html" in row.files:
         _check_drawing(record, job.stderr)
     written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
@@ -160,6 +163,13 @@ def _check_metrics(record: Path, row: Row) -> None:
         assert set(board.Tags()["scalars"]) == {key for line in lines(record) for key in line}
         assert [event.step for event in board.Scalars("loss")] == [0, 1, 2, 3]
         assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in steps])
+
+
+def _check_memory(report: str) -> None:
+    """What is held all the time is what was planned."""
+    rows = re.findall(r"^ *([\d.]+) +([\d.]+)  (?!all$)(.*)$", report, re.MULTILINE)
+    assert {name for _, _, name in rows} >= {"parameters", "gradients", "optimizer: exp_avg"}
+    assert all(held == planned for held, planned, _ in rows)
 
 
 def _check_drawing(record: Path, log: str) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from internlm.config import load_config
 from internlm.core.scheduler.table import KINDS
-from internlm.train.traffic import Symbols, block, flat_buffers
+from internlm.train.traffic import Symbols, block
+from internlm.train.traffic.parameters import buffers
 from tools import draw_schedules
 from tools.draw_parallel import MODES, picture
 
@@ -61,6 +62,6 @@ def test_the_picture_has_every_collective_of_a_block_and_no_other(mode: str) -> 
     part = block(s)
     expected = Counter(f"forward: {call.collective}" for call in part.forward)
     expected += Counter(f"backward: {call.collective}" for call in part.backward)
-    norms_are_summed = any(kind.is_partial for kind in flat_buffers(s))
+    norms_are_summed = any(kind.partial_over for kind in buffers(s))
     expected += Counter({"step: all-reduce": 2 * norms_are_summed})
     assert told(mode) == expected

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from internlm.config.facts import DEVICE_TYPE, Facts
+from internlm.config.facts import Facts
 from internlm.config.rules.base import Rule, at
 from internlm.config.schema import Config
 from internlm.utils.errors import Problem
-
-FLOAT16 = ("torch.float16", "torch.half")
 
 
 def heads_divide_hidden_size(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -44,12 +42,19 @@ def experts_suffice(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
 
 
-def device_has_dtype(config: Config, facts: Facts) -> Iterator[Problem]:
-    """float16 needs an accelerator."""
-    if facts.device_type == "cpu" and config.model.dtype in FLOAT16:
-        yield Problem(
-            "model.dtype", f"{config.model.dtype} can't be trained in on cpu", "Use torch.float32 or torch.bfloat16"
-        )
+def layers_to_offload_exist(config: Config, facts: Facts) -> Iterator[Problem]:
+    """A chunk of a pipeline may have fewer, of which then all are."""
+    offloaded, layers = config.model.cpu_offloading, config.model.num_layers
+    if offloaded > layers:
+        what = f"{offloaded} is more than num_layers = {layers}"
+        yield Problem("model.cpu_offloading", what, f"Use at most {layers}")
+
+
+def compiled_blocks_are_recomputed_as_a_whole(config: Config, facts: Facts) -> Iterator[Problem]:
+    """What a compiled block keeps for backward is the compiler's choice."""
+    if (config.model.compile, config.model.checkpoint) == (True, "selective"):
+        what = "'selective' says what is kept within a layer, which in a compiled one the compiler decides"
+        yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
 
 
 def divisors(number: int) -> list[int]:
@@ -68,5 +73,6 @@ RULES = (
     Rule(at("model", "head_dim"), head_dim_is_even),
     Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
     Rule(at("model", "num_experts", "top_k"), experts_suffice),
-    Rule(("model.dtype", DEVICE_TYPE), device_has_dtype),
+    Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
+    Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
 )

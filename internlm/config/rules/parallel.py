@@ -158,13 +158,21 @@ def sequence_2d_fills_tensor_group(config: Config, facts: Facts) -> Iterator[Pro
         yield Problem("parallel.sequence_2D", what, "Change the sizes until they agree")
 
 
-def fsdp_has_no_pipeline(config: Config, facts: Facts) -> Iterator[Problem]:
-    """``fully_shard`` gathers parameters by module, which a pipeline schedule would do once a micro-batch."""
-    stages = config.parallel.pipeline.size
-    if config.parallel.zero1.fsdp and stages > 1:
-        yield Problem(
-            "parallel.zero1.fsdp", f"True together with parallel.pipeline.size = {stages}", "Use one of the two"
-        )
+def fsdp_shares_whole_models(config: Config, facts: Facts) -> Iterator[Problem]:
+    """``fully_shard`` gathers a unit each time it runs, sums gradients after each, splits all parameters by rows, and
+    computes with all of a unit in one type."""
+    pipeline, optimizer = config.parallel.pipeline, config.optimizer
+    others = {
+        f"{PIPELINE} = {pipeline.size}": pipeline.size > 1,
+        f"model.num_chunks = {config.model.num_chunks}": config.model.num_chunks > 1,
+        f"{MODE} = 'isp'": config.parallel.tensor.mode == "isp",
+        "model.compile = True": config.model.compile,
+        "optimizer.type = 'Muon'": optimizer.type == "Muon",
+        "Muon in optimizer.param_groups": any(dict(group).get("type") == "Muon" for group in optimizer.param_groups),
+        "use_fp32_norm = True": config.use_fp32_norm,
+    }
+    for other in [other for other, is_on in others.items() if config.parallel.zero1.fsdp and is_on]:
+        yield Problem("parallel.zero1.fsdp", f"True together with {other}", "Use one of the two")
 
 
 def experts_divide(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -177,6 +185,7 @@ def experts_divide(config: Config, facts: Facts) -> Iterator[Problem]:
 
 HEADS = at("model", "num_attention_heads", "num_kv_attention_heads")
 WIDTHS = at("model", "hidden_size", "mlp_ratio", "multiple_of", "embed_split_hidden", "tie_word_embeddings")
+FSDP_REFUSES = ("model.num_chunks", "model.compile", "optimizer.type", "optimizer.param_groups", "use_fp32_norm")
 SEQUENCE_2D = at("parallel.sequence_2D", "enable", "head_size", "context_size")
 
 RULES = (
@@ -196,6 +205,6 @@ RULES = (
     Rule((PIPELINE, "parallel.pipeline.partition", *at("model", "num_layers", "num_chunks")), partition_is_whole),
     Rule((TENSOR, MODE, "data.seq_len"), sequence_divides),
     Rule((TENSOR, MODE, *SEQUENCE_2D), sequence_2d_fills_tensor_group),
-    Rule((PIPELINE, "parallel.zero1.fsdp"), fsdp_has_no_pipeline),
+    Rule(("parallel.zero1.fsdp", PIPELINE, MODE, *FSDP_REFUSES), fsdp_shares_whole_models),
     Rule(("model.num_experts", "parallel.expert.size"), experts_divide),
 )

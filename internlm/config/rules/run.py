@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from internlm.config.facts import Facts
@@ -46,6 +47,15 @@ def warmup_ends_within_run(config: Config, facts: Facts) -> Iterator[Problem]:
         yield Problem("lr_scheduler", what, "Lower init_steps or warmup_ratio")
 
 
+def patterns_compile(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Of parameter groups."""
+    for group in config.optimizer.param_groups:
+        try:
+            re.compile(group["pattern"] if isinstance(group, dict) else group.pattern)
+        except re.error as error:
+            yield Problem("optimizer.param_groups", f"{error.pattern!r} is no regular expression ({error})", "Mend it")
+
+
 def saving_knows_where_and_when(config: Config, facts: Facts) -> Iterator[Problem]:
     """Saving needs a folder and an interval."""
     ckpt = config.ckpt
@@ -75,6 +85,7 @@ RULES = (
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
     Rule(at("lr_scheduler", "total_steps", "init_steps", "warmup_ratio"), warmup_ends_within_run),
+    Rule(("optimizer.param_groups",), patterns_compile),
     Rule(at("ckpt", "enable_save_ckpt", "save_ckpt_folder", "checkpoint_every"), saving_knows_where_and_when),
     Rule(at("monitor.alert", "enable_feishu_alert", "feishu_alert_address"), alerts_have_an_address),
 )

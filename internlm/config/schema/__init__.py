@@ -8,6 +8,8 @@ from internlm.config.schema.optim import GradScalerConfig as GradScalerConfig
 from internlm.config.schema.optim import HybridZeroConfig as HybridZeroConfig
 from internlm.config.schema.optim import LossConfig as LossConfig
 from internlm.config.schema.optim import LRSchedulerConfig as LRSchedulerConfig
+from internlm.config.schema.optim import OptimizerConfig as OptimizerConfig
+from internlm.config.schema.optim import ParamGroupConfig as ParamGroupConfig
 from internlm.config.schema.parallel import ParallelConfig as ParallelConfig
 from internlm.config.schema.root import Config as Config
 from internlm.config.schema.services import AlertConfig as AlertConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,9 +34,17 @@ class ModelConfig(Section):
     """Positions the model was made for; dynamic NTK starts beyond it."""
     num_chunks: Count = 1
     """Model chunks per pipeline stage; over 1 makes 1F1B interleaved. ZBV has 2."""
-    checkpoint: bool | Fraction = False
+    checkpoint: bool | Fraction | Literal["selective"] = False
     """Activation recompute: True (all layers), False (none) or the fraction of layers, spread over the model: of 0.5
-    every second."""
+    every second; ``selective``: of every layer what is no product with a weight."""
+    cpu_offloading: CountOrZero = 0
+    """Of how many layers of each chunk, from its first on, activations wait for backward in host memory."""
+    drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    """Dropout of what embedding, attention and feed-forward give to the residual stream."""
+    dropout_selective_checkpoint: bool = True
+    """Draw the masks of dropout again in backward; False: keep them, a byte for each element."""
+    compile: bool = False
+    """Have torch.compile compile each block."""
     dtype: Dtype | None = None
     """Type of parameters and activations; absent: bfloat16 on CUDA, float32 on CPU. tf32 is float32 with TF32 matrix
     products allowed."""
@@ -110,6 +118,11 @@ class ModelConfig(Section):
     """Kind of mixture layer."""
     moe_layer_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
     """Settings of the mixture layer."""
+
+    @property
+    def recomputed_layers(self) -> int:
+        """Layers of which nothing but the input is kept for backward."""
+        return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     @property
     def kv_heads(self) -> int:

@@ -14,7 +14,8 @@ class Zero1Config(Section):
     """Ranks that share one copy of the optimizer state. At most 0: the whole data group (weight-data group under isp);
     1: off; k: a subgroup of k consecutive ranks, which must divide that group."""
     fsdp: bool = False
-    """Shard parameters and gradients too, with PyTorch's ``fully_shard``."""
+    """Share parameters and gradients too, with PyTorch's ``fully_shard``. Buckets, and what overlaps with them, are
+    then its own: all keys of ``hybrid_zero_optimizer`` about them are without effect."""
 
 
 class TensorConfig(Section):

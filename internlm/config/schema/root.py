@@ -16,6 +16,7 @@ from internlm.config.schema.optim import (
     HybridZeroConfig,
     LossConfig,
     LRSchedulerConfig,
+    OptimizerConfig,
 )
 from internlm.config.schema.parallel import ParallelConfig
 from internlm.config.schema.services import CkptConfig, MonitorConfig
@@ -29,13 +30,15 @@ class Config(Section):
     data: DataConfig
     """What is read."""
     adam: AdamConfig
-    """The optimizer."""
+    """Learning rate, betas, weight decay."""
     JOB_NAME: str = "internlm"
     """Name of the run; its records lie under ``RUN/{JOB_NAME}/``."""
     model_type: str = "INTERNLM"
     """Registered model type."""
     parallel: ParallelConfig = ParallelConfig()
     """How many processes share what."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How parameters are updated."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
     """Learning rate over the steps."""
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
@@ -51,7 +54,7 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     """Alerts and TensorBoard."""
     use_fp32_norm: bool = False
-    """Compute and keep norms in float32."""
+    """Keep the weights of norms in float32, and compute with them so."""
     reduce_comm_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] | None = None
     """Type in which gradients are reduced; absent: the type of the gradient buffer."""
     cudnn_deterministic: bool = False

@@ -12,7 +12,7 @@ In modes for which nothing is registered, the layer gets what that other role ge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -166,3 +166,9 @@ def block_of(name: str) -> str:
     parts = name.split(".")
     ends = [i + 1 for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: ends[0]]) if ends else name
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of ``model`` that are numbered, but not those within them."""
+    names = dict.fromkeys(block_of(name) for name, _ in model.named_modules())
+    return (model.get_submodule(name) for name in names if name.rpartition(".")[2].isdigit())

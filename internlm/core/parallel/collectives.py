@@ -63,6 +63,22 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
     return Pending(whole, work)
 
 
+def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
+    """Begin to sum ``tensor`` over the group, in place on its rank ``root``; elsewhere it is of no use then."""
+    if group.size == 1:
+        return Pending(tensor)
+    LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes)
+    return Pending(tensor, dist.reduce(tensor, group=group.handle, group_dst=root, async_op=True))
+
+
+def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
+    """Begin to make ``tensor`` what it is on rank ``root`` of the group, in place."""
+    if group.size == 1:
+        return Pending(tensor)
+    LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0)
+    return Pending(tensor, dist.broadcast(tensor, group=group.handle, group_src=root, async_op=True))
+
+
 def begin_all_to_all(parts: Tensor, group: Group) -> Pending:
     """Begin to send ``parts[i]`` to rank i; the result holds what each rank sent here. ``parts``: [size, ...]."""
     if group.size == 1:
@@ -95,7 +111,4 @@ def all_to_all(parts: Tensor, group: Group) -> Tensor:
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
     """Make ``tensor`` what it is on the first rank of the group, in place."""
-    if group.size > 1:
-        LEDGER.record(group.mode, "broadcast", 0 if group.rank else tensor.nbytes)
-        dist.broadcast(tensor, group=group.handle, group_src=0)
-    return tensor
+    return begin_broadcast(tensor, group, 0).wait()

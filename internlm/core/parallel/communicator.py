@@ -25,6 +25,10 @@ class Communicator:
     #: Whether the gathered input is kept for backward, rather than gathered again.
     keeps_gathered_input = False
 
+    def output_tokens(self, tokens: int) -> int:
+        """How many tokens the output has, for an input of ``tokens``."""
+        return tokens
+
     def gather_input(self, x: Tensor) -> Pending:
         """Before the forward product: the input that the product needs."""
         return Pending(x)

@@ -29,6 +29,7 @@ from internlm.core.parallel.communicator import (
 from internlm.core.parallel.exchange import exchange
 from internlm.core.parallel.main_grad import add_grad
 from internlm.core.parallel.weight_gatherer import WeightGatherer
+from internlm.utils.uncompiled import uncompiled
 
 
 class IspLinear(Communicator):
@@ -115,6 +116,7 @@ class IspAttention(AttentionCommunicator):
     def __init__(self, group: Group, before: Callable[[], None]) -> None:
         self.group, self.before = group, before
 
+    @uncompiled("ranks exchange tokens and heads")
     def to_heads(self, qkv: Tensor) -> Tensor:
         self.before()
         tokens, kv_heads, dim = qkv.shape[0], qkv.shape[1], qkv.shape[3]
@@ -132,6 +134,7 @@ class IspAttention(AttentionCommunicator):
 
         return exchange(qkv, there, back)
 
+    @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
         tokens = heads.shape[0] // self.group.size
 

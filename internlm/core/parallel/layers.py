@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from internlm.core.parallel.communicator import SILENT_EMBEDDING, SILENT_HEAD, EmbeddingCommunicator, HeadCommunicator
 from internlm.core.parallel.linear import ParallelLinear
+from internlm.core.parallel.main_grad import fresh
 from internlm.core.parallel.placement import Init, constant, normal, place
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import TokenLoss, layer_norm, linear_cross_entropy, rms_norm
@@ -69,7 +70,7 @@ class ParallelHead(ParallelLinear):
 
     def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
         """x: [tokens of this rank, H] → losses of the labels, [T]."""
-        with self.communicator.weight_for_loss(self.weight) as weight:
+        with self.communicator.weight_for_loss(fresh(self.weight)) as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),
                 weight,

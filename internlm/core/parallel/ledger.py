@@ -8,13 +8,14 @@ all-gather         (n − 1) · N / n, N being the gathered tensor
 reduce-scatter     (n − 1) · N / n, N being the tensor that is reduced
 all-reduce         2 · (n − 1) · N / n
 all-to-all         (n − 1) · N / n
-broadcast          N on the first rank, else 0
+broadcast          N on the rank that has it, else 0
+reduce             0 on the rank that wants it, else N
 =================  ===========================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from internlm.core.context.parallel_mode import ParallelMode
@@ -54,6 +55,16 @@ class Ledger:
             if entry != old:
                 later[key] = Entry(entry.calls - old.calls, entry.sent - old.sent)
         return later
+
+
+def summed(parts: Iterable[Traffic]) -> Traffic:
+    """All of them together."""
+    total: dict[tuple[ParallelMode, str], Entry] = {}
+    for part in parts:
+        for key, entry in part.items():
+            before = total.get(key, Entry())
+            total[key] = Entry(before.calls + entry.calls, before.sent + entry.sent)
+    return total
 
 
 #: The ledger of this process.

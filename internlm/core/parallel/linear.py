@@ -5,21 +5,19 @@ Shapes: T tokens, I input features, O output features (the product of ``out_shap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from internlm.core.parallel.collectives import Pending
+from internlm.core.parallel import opaque, products
 from internlm.core.parallel.communicator import SILENT, Communicator
-from internlm.core.parallel.deferred import deferred_tasks
-from internlm.core.parallel.main_grad import add_grad, add_weight_grad, weight_grad
+from internlm.core.parallel.main_grad import add_grad
 from internlm.core.parallel.placement import Init, constant, place
 from internlm.core.parallel.sharding import current_sharding
-from internlm.ops import gemm
 
 #: What a layer does to its input first.
 Before = Callable[[Tensor], Tensor]
@@ -50,7 +48,9 @@ class ParallelLinear(nn.Module):
         self.role = role
         sharding = current_sharding()
         self.weight = place(sharding.weight_of(role, (*self.out_shape, in_features), init, split_axis))
+        self.own_out_shape = tuple(self.weight.shape[:-1])  # though it may become a matrix (fully_sharded.py)
         self.bias = place(sharding.bias_of(role, self.out_shape, constant(0.0), split_axis)) if bias else None
+        self._opaque = opaque.Layer(self)
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
         """x: [T, I] → [T, *out_shape]; with ``before``, the layer of ``before(x)``, whatever the shape of x then.
@@ -58,25 +58,33 @@ class ParallelLinear(nn.Module):
         ``before`` must be cheap, not random, and depend on nothing but x and parameters (a norm, an activation): its
         output is not kept, but computed again in backward.
         """
+        whole = self.out_shape if self.communicator.splits_weight else self.own_out_shape
+        if torch.compiler.is_compiling():
+            return self._compiled(before(x) if before else x, math.prod(whole)).view(-1, *whole)
         y: Tensor = _Linear.apply(x, self.weight, self.bias, self.communicator, before)
-        whole = self.out_shape if self.communicator.splits_weight else self.weight.shape[:-1]
         return y.view(y.shape[0], *whole)
+
+    def _compiled(self, x: Tensor, features: int) -> Tensor:
+        """x: [T, I] → [T, O]; what the backward pass keeps, the compiler decides."""
+        y = opaque.linear(x, self._opaque, self.weight, features, self.communicator)
+        return y if self.bias is None else y + self.bias.view(-1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._opaque = opaque.Layer(self)  # of a copy
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"
 
 
 class _Linear(torch.autograd.Function):
-    """The three products of a linear layer, and the places where ranks may talk."""
+    """The products of a linear layer, and what is done to their input first."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator, before: Before | None
     ) -> Tensor:
-        inputs = comm.gather_input(before(x) if before else x).wait()
-        matrix = comm.gather_weight(weight)
-        y = comm.reduce_output(gemm.linear(inputs, matrix))  # [T, O]
-        comm.release_weight(matrix)
+        y, inputs = products.output(before(x) if before else x, weight, comm)
         if bias is not None:  # not earlier: a sum over ranks would count it on each of them
             y += bias.view(-1)
         ctx.save_for_backward(x, inputs if comm.keeps_gathered_input else None)
@@ -91,15 +99,8 @@ class _Linear(torch.autograd.Function):
         db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
         dy = comm.gather_grad_output(dy)  # [T, O]
         x, inputs = _again(ctx.before, x)
-        fetch, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, inputs.detach())
-        later = deferred_tasks(weight) if needs_weight else None
-        # Each begins what runs under the product that comes after it.
-        inputs_on_their_way = fetch(kept) if needs_weight and later is None else None
-        dx_on_its_way = _grad_input(dy, weight, comm) if needs_x or inputs is not x else None
-        dw = _weight_grad(weight, dy, inputs_on_their_way.wait(), comm) if inputs_on_their_way else None
-        if later is not None:
-            later.append(partial(_weight_grad_later, weight, dy, kept, fetch, comm))
-        dx = dx_on_its_way.wait() if dx_on_its_way else None
+        needs_dx = needs_x or inputs is not x
+        dx, dw = products.gradients(dy, inputs.detach(), gathered, weight, comm, needs_dx, needs_weight)
         if inputs is not x:
             inputs.backward(dx)  # gradients of the parameters of ``before`` are added where they belong
             dx = x.grad
@@ -113,24 +114,3 @@ def _again(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         return x, before(x)
-
-
-def _weight_grad_later(
-    weight: Tensor, dy: Tensor, kept: Tensor, fetch: Callable[[Tensor], Pending], comm: Communicator
-) -> None:
-    _weight_grad(weight, dy, fetch(kept).wait(), comm)
-
-
-def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:
-    matrix = comm.gather_weight(weight, backward=True)
-    dx = gemm.grad_input(dy, matrix)
-    comm.release_weight(matrix)
-    return comm.reduce_grad_input(dx)
-
-
-def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
-    """In place where the weight is whole; by way of a temporary where its gradient is reduced to this rank's shard
-    first."""
-    if comm.splits_weight:
-        return comm.reduce_grad_weight(weight_grad(dy, x), lambda shard: add_grad(weight, shard))
-    return add_weight_grad(weight, dy, x)

@@ -7,9 +7,11 @@ where there is no ``main_grad`` (a model used without our optimizer) they return
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from internlm.ops import gemm
+from internlm.ops.precision import grad_dtype
 
 
 def main_grad_of(parameter: Tensor) -> Tensor | None:
@@ -17,19 +19,29 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
     return getattr(parameter, "main_grad", None)
 
 
+def fresh(parameter: Tensor) -> Tensor:
+    """``parameter``, with the values of its last update: some may still have to come from other ranks. A forward pass
+    that calls the module which has it need not ask."""
+    ask = getattr(parameter, "before_use", None)
+    if ask is not None:
+        ask()
+    return parameter
+
+
 def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     """Add dyᵀ·x to the gradient of ``parameter``; dy: [T, O], x: [T, I]. The gradient itself where there is no
     ``main_grad``."""
     target = main_grad_of(parameter)
     if target is None:
-        return weight_grad(dy, x).view_as(parameter)
+        return weight_grad(dy, x, grad_dtype(parameter)).view_as(parameter)
     gemm.accumulate_grad_weight(target.view(dy.shape[1], x.shape[1]), dy, x)
+    _tell(parameter)
     return None
 
 
-def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ·x as a tensor of its own: [O, I]."""
-    grad = dy.new_empty(dy.shape[1], x.shape[1])
+def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dyᵀ·x as a tensor of its own: [O, I], of ``dtype`` if that is given."""
+    grad = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
     gemm.accumulate_grad_weight(grad, dy, x, accumulate=False)
     return grad
 
@@ -40,6 +52,7 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
     if target is None:
         return grad.view_as(parameter)
     target.add_(grad.view_as(target))
+    _tell(parameter)
     return None
 
 
@@ -58,3 +71,11 @@ def _move_grad(parameter: Tensor) -> None:
     if grad is not None and grad.data_ptr() != main_grad.data_ptr():
         main_grad.add_(grad)
         parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None
+    _tell(parameter)
+
+
+def _tell(parameter: Tensor) -> None:
+    """Whoever wants to know when the gradient of ``parameter`` has grown."""
+    listener = getattr(parameter, "on_grad", None)
+    if listener is not None:
+        listener()

@@ -55,6 +55,13 @@ class ParamPlacement:
     partial_over: ParallelMode | None = None
     #: Norms and biases are False: weight decay may be told to leave them out.
     is_matrix: bool = True
+    #: A matrix between hidden units, as embedding and head are not: some optimizers treat these in their own way.
+    is_hidden: bool = False
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """As a matrix: all axes but the last make its rows."""
+        return self._rows, self.global_shape[-1]
 
     @property
     def local_shape(self) -> tuple[int, ...]:

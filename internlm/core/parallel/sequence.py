@@ -26,6 +26,9 @@ class FspColumn(Communicator):
     def __init__(self, group: Group) -> None:
         self.group = group
 
+    def output_tokens(self, tokens: int) -> int:
+        return tokens * self.group.size
+
     def gather_input(self, x: Tensor) -> Pending:
         return begin_all_gather(x, self.group)
 
@@ -44,6 +47,9 @@ class SequenceRow(Communicator):
 
     def __init__(self, group: Group) -> None:
         self.group = group
+
+    def output_tokens(self, tokens: int) -> int:
+        return tokens // self.group.size
 
     def reduce_output(self, y: Tensor) -> Tensor:
         return reduce_scatter(y, self.group)

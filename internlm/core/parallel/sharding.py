@@ -47,14 +47,15 @@ class Sharding:
     def weight_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
         """Placement of the weight of a layer in ``role``; ``axis`` is the one by which mtp, msp and fsp split a
         ``column``."""
+        hidden = LIKE.get(role, role) in ("column", "row")
         if self.mode == "isp":
-            return ParamPlacement(shape, init, self._shard(ParallelMode.WEIGHT, self.weight, None))
+            return ParamPlacement(shape, init, self._shard(ParallelMode.WEIGHT, self.weight, None), is_hidden=hidden)
         axes = {"column": axis, "row": len(shape) - 1, "head": None, "embedding": None, "embedding by hidden units": 1}
         role = LIKE.get(role, role)
         if role not in axes:
             known = ", ".join(["column", "row", "head", *LIKE])
             raise UserError(Problem("role", f"{role!r} is unknown (known: {known})", "Register it with like='column'"))
-        return ParamPlacement(shape, init, self._shard(ParallelMode.TENSOR, self.tensor, axes[role]))
+        return ParamPlacement(shape, init, self._shard(ParallelMode.TENSOR, self.tensor, axes[role]), is_hidden=hidden)
 
     def bias_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
         """Placement of a bias: split like the output that it is added to, or whole."""

@@ -9,7 +9,7 @@ and type of hidden units, nobody need be told of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from internlm.core.parallel.deferred import Task, deferring
+from internlm.core.parallel.dropout import Draws, drawing
 from internlm.core.parallel.part import Part
 from internlm.core.scheduler.loss import TokenCrossEntropy
 from internlm.core.scheduler.result import no_sums, sums_by_type
@@ -86,10 +87,13 @@ class Compute:
         device: torch.device,
         grad_scale: float | None,
         wants_outputs: bool = False,
+        draws: Draws | None = None,
     ) -> None:
-        """``grad_scale``: factor on the sum of the token losses; None: no loss is wanted."""
+        """``grad_scale``: factor on the sum of the token losses; None: no loss is wanted. ``draws``: what masks of
+        dropout are drawn from, but for the number of the micro-batch."""
         self.model, self.criterion, self.micro_batches, self.types = model, criterion, micro_batches, types
         self.grad_scale, self.wants_outputs = grad_scale, wants_outputs
+        self.draws = replace(draws or Draws(), micro_num=len(micro_batches))
         self.part: Part = getattr(model, "part", Part.whole(1))
         self.sums = no_sums(types, device)
         self.outputs: dict[int, Tensor] = {}
@@ -110,6 +114,10 @@ class Compute:
 
     def forward(self, chunk: int, number: int, hidden: Tensor | None) -> Tensor | None:
         """Hidden units; of the last chunk the loss, if one is wanted."""
+        with drawing(replace(self.draws, number=number)):
+            return self._forward(chunk, number, hidden)
+
+    def _forward(self, chunk: int, number: int, hidden: Tensor | None) -> Tensor | None:
         inputs: dict[str, Any] = self.micro_batches.inputs(number)
         if not self.part.is_whole or len(self.part.chunks) > 1:
             inputs |= {"chunk": chunk, "hidden": hidden}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.lost import ALL, naming_lost
 from internlm.core.parallel.collectives import all_reduce
+from internlm.core.parallel.dropout import Draws
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, MicroBatches
@@ -47,7 +48,7 @@ class Scheduler:
     """Runs the micro-batches of a step in the order of a table.
 
     ``types`` is the number of data-set types; ``data_group`` joins the ranks of a stage whose tokens make up the global
-    batch.
+    batch. ``draws`` says who this rank is to masks of dropout.
     """
 
     kind: ClassVar[str]
@@ -59,8 +60,10 @@ class Scheduler:
         data_group: Group,
         device: torch.device,
         pipeline: Pipeline | None = None,
+        draws: Draws | None = None,
     ) -> None:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
+        self.draws = draws or Draws()
         self.pipeline = pipeline or Pipeline()
         #: Told of each action of steps with backward, where somebody sets a list.
         self.records: list[Record] | None = None
@@ -83,20 +86,22 @@ class Scheduler:
         return_loss: bool = True,
         return_output_label: bool = False,
         after_backward: Callable[[], None] | None = None,
+        step: int = 0,
+        loss_scale: float = 1.0,
     ) -> StepResult:
         """Take the next batch and run it forward, and backward unless ``forward_only``.
 
         Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
         micro-batches and ranks. ``return_loss=False`` (with labels the model cannot use, say) goes forward only,
         for the outputs. ``after_backward`` is called when this rank's gradients are complete, which may be while other
-        stages still compute theirs.
+        stages still compute theirs. Masks of dropout depend on ``step``;
+        ``loss_scale`` is a factor on the gradients.
         """
         micro_batches = MicroBatches(*next(data_iter), self.device)
         backward = not forward_only and return_loss
-        scale = self._grad_scale(micro_batches) if return_loss else None
-        compute = Compute(
-            engine.model, self.criterion, micro_batches, self.types, self.device, scale, return_output_label
-        )
+        scale = loss_scale * self._grad_scale(micro_batches) if return_loss else None
+        options = self.types, self.device, scale, return_output_label, replace(self.draws, step=step)
+        compute = Compute(engine.model, self.criterion, micro_batches, *options)
         executor = Executor(self._plan(len(micro_batches), backward), compute, self.pipeline.channels, backward)
         executor.run(self.records if backward else None)
         if backward:

@@ -1,10 +1,12 @@
-"""Flat buffers: the parameters of one kind side by side, their gradients likewise, and this rank's shard of both.
+"""Flat buffers: the parameters of one kind side by side, their gradients likewise, and what this rank owns of both.
 
-Layout of a group, for zero size 2 (``|`` parts the shards, ``·`` is padding)::
+Layout of a group of one bucket, for zero size 2 (``|`` parts the runs, ``·`` is padding)::
 
     values   [ w0 w0 w0 w0 w1 w1 | w1 w1 w2 ·  ·  ·  ]     the parameters are views of it
     grads    [ the same              |               ]     each ``main_grad`` is a view of it
-    main     values' shard where the types agree, else a wider copy of it
+
+Main parameters are the values themselves where their type is wide enough, else a float32 copy; reduced gradients
+likewise. A shard has a part in each bucket.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.core.parallel.main_grad import attach_main_grad
 from internlm.core.parallel.placement import ParamPlacement
-
-ALIGNMENT = 64  # elements; a shard starts on a cache line whatever its type
+from internlm.ops.precision import wide
+from internlm.solver.optimizer.buckets import Bucket, lay_out
+from internlm.solver.optimizer.kinds import Kind, Placed
+from internlm.solver.optimizer.parameter_group import ParameterGroup, Piece
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Member:
     name: str
     parameter: nn.Parameter
     placement: ParamPlacement
+    place: int  # in the model
     start: int
 
     @property
@@ -36,67 +41,39 @@ class Member:
         return self.start + self.parameter.numel()
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The part of one parameter's flattened local tensor that lies in a shard: elements [start, stop), and [lo, hi)
-    of the shard."""
-
-    member: Member
-    start: int
-    stop: int
-    lo: int
-    hi: int
-
-
-def lay_out(parameters: Sequence[tuple[str, nn.Parameter, ParamPlacement]]) -> list[Member]:
-    """Members one after another, without gaps."""
-    members, start = [], 0
-    for name, parameter, placement in parameters:
-        members.append(Member(name, parameter, placement, start))
-        start = members[-1].stop
-    return members
-
-
-def padded(numel: int, shards: int) -> int:
-    """``numel`` rounded up so that all ``shards`` are equal and aligned."""
-    unit = shards * ALIGNMENT
-    return -(-numel // unit) * unit
-
-
-def pieces_of_shard(members: Sequence[Member], first: int, last: int) -> Iterator[Piece]:
-    """The parts of each member that lie in [first, last) of the flat buffer."""
-    for member in members:
-        lo, hi = max(member.start, first), min(member.stop, last)
-        if lo < hi:
-            yield Piece(member, lo - member.start, hi - member.start, lo - first, hi - first)
-
-
-class FlatGroup:
-    """Parameters of one kind (type, weight decay, placement), in flat buffers that ``shards`` ranks share."""
+class FlatGroup(ParameterGroup):
+    """Parameters of one kind in flat buffers that ``shards`` ranks share, in buckets of at most ``bucket_size``
+    elements. ``split_evenly`` shares buckets by element, where the kind allows it, rather than by parameter;
+    ``wide_grads`` accumulates gradients in float32 at least, rather than in the parameters' type."""
 
     def __init__(
         self,
-        parameters: Sequence[tuple[str, nn.Parameter, ParamPlacement]],
-        weight_decay: float,
-        shard: int,
-        shards: int,
+        kind: Kind,
+        parameters: Sequence[Placed],
+        shard: int = 0,
+        shards: int = 1,
+        *,
+        bucket_size: int = 2**29,
+        split_evenly: bool = True,
+        wide_grads: bool = True,
     ) -> None:
-        self.members = lay_out(parameters)
-        self.weight_decay = weight_decay
-        first, placement = self.members[0].parameter, self.members[0].placement
-        self.split_over = placement.shard.mode if placement.shard else None
-        self.partial_over = placement.partial_over
-        numel = padded(self.members[-1].stop, shards)
-        self.values = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(numel, dtype=_wide(first.dtype), device=first.device)
+        self.kind, self.rank = kind, shard
+        whole = kind.needs_matrices or not split_evenly
+        sizes = [each.parameter.numel() for each in parameters]
+        self.layout = lay_out(sizes, shards, bucket_size, whole)
+        self.members = [Member(*placed, start) for placed, start in zip(parameters, self.layout.starts, strict=True)]
+        device = parameters[0].parameter.device
+        self.values = torch.zeros(self.layout.numel, dtype=kind.dtype, device=device)
+        grad_dtype = wide(kind.dtype) if wide_grads else kind.dtype
+        self.grads = torch.zeros(self.layout.numel, dtype=grad_dtype, device=device)
         self._adopt()
-        size = numel // shards
-        self.first, self.last = shard * size, (shard + 1) * size
-        self.value_shard = self.values[self.first : self.last]
-        self.grad_shard = self.grads[self.first : self.last]
-        same = self.values.dtype == self.grads.dtype
-        self.main = nn.Parameter(self.value_shard if same else self.value_shard.to(self.grads.dtype))
-        self.main.grad = self.grad_shard
+        self.main_parts = self.parts_of(self.values)
+        if self.has_main:
+            self.main_parts = self.split(self.new_state())
+        self.grad_parts = self.parts_of(self.grads)
+        if grad_dtype != self.main_dtype:
+            self.grad_parts = self.split(self.new_state())
+        self.values_to_main()
 
     @torch.no_grad()
     def _adopt(self) -> None:
@@ -108,24 +85,52 @@ class FlatGroup:
             parameter.data = view
             attach_main_grad(parameter, self.grads[where].view_as(parameter))
 
+    # -- buckets and this rank's parts of them ------------------------------------------------------------------------
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """In the order of the buffer."""
+        return self.layout.buckets
+
+    def parts_of(self, flat: Tensor) -> list[Tensor]:
+        """This rank's part of each bucket, as views of a whole buffer."""
+        return [flat[bucket.run(self.rank)] for bucket in self.buckets]
+
+    # -- between types ------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def main_to_values(self) -> None:
         """Round the wider main parameters into this rank's shard of the values; nothing where they are the same
         memory."""
-        if self.main.dtype != self.values.dtype:
-            self.value_shard.copy_(self.main)
+        if self.has_main:
+            torch._foreach_copy_(self.parts_of(self.values), self.main_parts)
 
     @torch.no_grad()
     def values_to_main(self) -> None:
-        """Widen this rank's shard of the values into the main parameters, after values were loaded."""
-        if self.main.dtype != self.values.dtype:
-            self.main.copy_(self.value_shard)
+        """Widen this rank's shard of the values into the main parameters, after values were set."""
+        if self.has_main:
+            torch._foreach_copy_(self.main_parts, self.parts_of(self.values))
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+    def members_of(self, number: int) -> list[Member]:
+        """The parameters of which a part lies in that bucket."""
+        bucket = self.buckets[number]
+        return [member for member in self.members if member.start < bucket.last and bucket.first < member.stop]
 
     def pieces(self) -> Iterator[Piece]:
-        """Which parts of which parameters this rank's shard holds."""
-        return pieces_of_shard(self.members, self.first, self.last)
+        """Which parts of which parameters the shard holds, in its order."""
+        for number in range(len(self.buckets)):
+            for member, lo, hi in self._held(number):
+                start = member.start - self.buckets[number].run(self.rank).start
+                yield Piece(member.name, member.placement, lo - start, hi - start, number, lo, hi)
 
+    def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
+        """As views of the buffer."""
+        for member in self.members:
+            yield member.place, member.name, self.grads[member.start : member.stop]
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of gradients and main parameters."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    def _held(self, number: int) -> Iterator[tuple[Member, int, int]]:
+        """The parameters in this rank's part of a bucket, and which elements of the part each is."""
+        run = self.buckets[number].run(self.rank)
+        for member in self.members:
+            lo, hi = max(member.start, run.start), min(member.stop, run.stop)
+            if lo < hi:
+                yield member, lo - run.start, hi - run.start

@@ -1,4 +1,4 @@
-"""AdamW with its state sharded over part of the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054, with a choice
+"""The optimizer, its state sharded over part of the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054, with a choice
 of group).
 
 One step, in phases:
@@ -7,28 +7,40 @@ One step, in phases:
    ranks that have parts of the sum besides.
 2. **measure**: the global norm, of every logical element once, over the stages of the pipeline too.
 3. **decide**: a norm that is inf or nan skips the step, on every rank alike.
-4. **update**: one fused AdamW over this rank's flat shard, which also applies the clipping.
+4. **update**: the rule of each group over this rank's flat shard, of gradients that are clipped.
 5. **gather**: the new parameters, inside the zero group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from internlm.config.schema import AdamConfig
-from internlm.core.context.group import NO_PIPELINE, Group
+from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.parallel_mode import ParallelMode
-from internlm.core.parallel.collectives import Pending, all_gather, all_reduce, begin_reduce_scatter
-from internlm.core.parallel.placement import ParamPlacement, placed_parameters
-from internlm.solver.optimizer.flat_group import ALIGNMENT, FlatGroup
+from internlm.core.parallel.collectives import all_reduce
+from internlm.core.parallel.fully_sharded import is_fully_sharded
+from internlm.solver.optimizer.buckets import bucket_size
+from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.solver.optimizer.fully_sharded_group import FullyShardedGroup, ReplicaReducer
+from internlm.solver.optimizer.gathering import Gatherer
+from internlm.solver.optimizer.groups import Groups
+from internlm.solver.optimizer.kinds import by_kind
+from internlm.solver.optimizer.loss_scale import LossScale
+from internlm.solver.optimizer.muon import Muon
+from internlm.solver.optimizer.parameter_group import ParameterGroup
+from internlm.solver.optimizer.reduction import Reducer
+from internlm.solver.optimizer.rules import AdamW, Lion, Rule
+from internlm.solver.optimizer.trouble import bad_gradient
 from internlm.utils.errors import Problem, UserError
 
-Placed = tuple[str, nn.Parameter, ParamPlacement]
+#: By the name that configs have for each.
+RULES: dict[str, type[Rule]] = {"AdamW": AdamW, "Lion": Lion, "Muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -37,152 +49,176 @@ class OptimizerStep:
 
     updated: bool
     grad_norm: float
+    """Before clipping; inf or nan where nothing was updated."""
+    loss_scale: float = 1.0
+    """By which the loss was multiplied."""
+    skipped_in_a_row: int = 0
+    """Steps that were skipped, up to this one."""
+    bad_gradient: str | None = None
+    """Where this rank's gradient was inf or nan, if it was, and one more skipped step was one too many."""
 
 
 class HybridZeroOptimizer:
-    """Owns the flat buffers of a model's parameters and gradients.
+    """Owns the flat buffers of a model's parameters and gradients, and updates them by the rules of ``optimizer``. Of a
+    model that is fully sharded it takes what is held here as it is, and phases 1 and 5 inside the zero group are done
+    already, or done later, by the model.
 
-    ``zero_group`` shares one copy of the state; ``replica_group`` joins the ranks that hold the same shard of it;
-    ``split_groups`` are those over which parameters are split, or gradients of whole ones still partial sums;
-    ``pipeline_group`` joins the stages, ``ends_group`` the first and the last, which may share an embedding. The
-    gradient buffer must hold this rank's part of the sum over all data-parallel ranks: the loss is already divided by
-    the valid tokens of the global batch.
+    The gradient buffers must hold this rank's part of the sum over all data-parallel ranks: the loss is already divided
+    by the valid tokens of the global batch, and multiplied by ``loss_scale.scale``. Gradients are reduced in
+    ``reduce_dtype``; without it, in the type in which they are accumulated.
     """
 
     def __init__(
         self,
         model: nn.Module,
         adam: AdamConfig,
-        clip_grad_norm: float,
-        zero_group: Group,
-        replica_group: Group,
-        split_groups: Sequence[Group] = (),
-        pipeline_group: Group = NO_PIPELINE,
-        ends_group: Group = NO_PIPELINE,
+        zero: HybridZeroConfig | None = None,
+        groups: Groups | None = None,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        loss_scale: LossScale | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        self.zero_group, self.replica_group, self.pipeline_group = zero_group, replica_group, pipeline_group
-        self.split_groups = {group.mode: group for group in split_groups}
-        self.partial_groups = {**self.split_groups, ParallelMode.PIPELINE: ends_group}
-        self.clip_grad_norm = clip_grad_norm
-        self.groups = [
-            FlatGroup(members, decay, zero_group.rank, zero_group.size) for members, decay in _kinds(model, adam)
+        self.zero, self.ties = zero or HybridZeroConfig(), groups or Groups()
+        optimizer = optimizer or OptimizerConfig()
+        self.loss_scale = loss_scale or LossScale()
+        flats, shards = self._groups_of(model, adam, optimizer)
+        self.groups: list[ParameterGroup] = [*flats, *shards]
+        self.rules = [
+            rule([flat for flat in self.groups if flat.kind.rule == name], adam, optimizer, self.ties)
+            for name, rule in RULES.items()
+            if any(flat.kind.rule == name for flat in self.groups)
         ]
-        if not self.groups:
-            what = f"nothing is to be trained (stage {pipeline_group.rank} of {pipeline_group.size})"
-            raise UserError(Problem("model", what, "Leave a parameter of every stage with requires_grad = True"))
-        self.adam = torch.optim.AdamW(
-            [{"params": [group.main], "weight_decay": group.weight_decay} for group in self.groups],
-            lr=adam.lr,
-            betas=(adam.adam_beta1, adam.adam_beta2),
-            eps=adam.adam_eps,
-            fused=True,
+        self.updates = 0
+        self.skipped_in_a_row = 0
+        self._reducer = (
+            ReplicaReducer(shards, self.ties, reduce_dtype)
+            if shards
+            else Reducer(flats, self.ties, reduce_dtype, self.zero.overlap_sync_grad)
         )
-        for group in self.groups:
-            self._make_state(group.main)
-        self._reducing: list[Pending] = []
+        self._gatherer = Gatherer(model, flats, self.ties.zero, self.zero.overlap_sync_param)
 
-    def _make_state(self, main: nn.Parameter) -> None:
-        """Adam's state from the start, so that a checkpoint can be loaded before the first step."""
-        self.adam.state[main] = {
-            "step": torch.zeros((), dtype=torch.float32, device=main.device),
-            "exp_avg": torch.zeros_like(main),
-            "exp_avg_sq": torch.zeros_like(main),
-        }
+    def _groups_of(
+        self, model: nn.Module, adam: AdamConfig, optimizer: OptimizerConfig
+    ) -> tuple[list[FlatGroup], list[FullyShardedGroup]]:
+        """The groups of ``model``: flat buffers, or what is shared already."""
+        zero, ties, kinds = self.zero, self.ties, by_kind(model, adam, optimizer)
+        if not kinds:
+            what = f"nothing is to be trained (stage {ties.pipeline.rank} of {ties.pipeline.size})"
+            raise UserError(Problem("model", what, "Leave a parameter of every stage with requires_grad = True"))
+        if is_fully_sharded(model):
+            return [], [FullyShardedGroup(kind, members) for kind, members in kinds.items()]
+        flats = [
+            FlatGroup(
+                kind,
+                members,
+                ties.zero.rank,
+                ties.zero.size,
+                bucket_size=bucket_size(zero),
+                split_evenly=zero.use_split_tensor_optim,
+                wide_grads=zero.fp32_grad_accum,
+            )
+            for kind, members in kinds.items()
+        ]
+        return flats, []
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+    def begin_step(self, micro_batches: int | None = None) -> None:
+        """Forget the gradients. Those of ``micro_batches`` will follow; a caller who doesn't say how many has them
+        reduced when all are there."""
+        self._reducer.begin_step(None if self._is_last_chance else micro_batches)
+        for flat in self.groups:
+            flat.grads.zero_()
+
+    @property
+    def _is_last_chance(self) -> bool:
+        """Whether the run is given up if this step is skipped. Then gradients are looked at before they are reduced."""
+        return self.skipped_in_a_row + 1 >= self.zero.max_skipped_steps
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self._reduced()
-        for group in self.groups:
-            group.grads.zero_()
+        self.begin_step()
 
     def begin_reduction(self) -> None:
-        """Begin to sum the gradients of the step, which are complete. Without this, :meth:`step` does it."""
-        assert not self._reducing, "gradients are being reduced already"
-        self._reducing = [begin_reduce_scatter(group.grads, self.zero_group, group.grad_shard) for group in self.groups]
+        """Gradients are complete: begin to reduce those that are not on their way (``overlap_sync_grad``). Without
+        this, :meth:`step` does it."""
+        if self.zero.overlap_sync_grad and not self._is_last_chance:
+            self._reducer.begin()
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> OptimizerStep:
-        """Reduce, clip, update and gather; see the top of the file. Parameters and state stay as they are where
-        ``updated`` is False."""
-        if not self._reducing:
-            self.begin_reduction()
-        self._reduced()
-        for group in self.groups:
-            self._sum_up(group)
-        norm = self._global_norm()
-        if not math.isfinite(norm):
-            return OptimizerStep(updated=False, grad_norm=norm)
-        self._update(lr, beta2, norm)
-        for group in self.groups:
-            group.main_to_values()
-            all_gather(group.value_shard, self.zero_group, group.values)
-        return OptimizerStep(updated=True, grad_norm=norm)
+        """Reduce, measure, decide, update and gather; see the top of the file. Parameters and state stay as they are
+        where ``updated`` is False."""
+        self._gatherer.finish()
+        suspect = bad_gradient(self.groups) if self._is_last_chance else None
+        self._reducer.reduce()
+        scale = self.loss_scale.scale
+        norm = self._global_norm() / scale
+        finite = math.isfinite(norm)
+        if finite:
+            self._update(lr, beta2, norm, scale)
+            self._gatherer.begin()
+        self.loss_scale.update(overflow=not finite)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        return OptimizerStep(finite, norm, scale, self.skipped_in_a_row, suspect)
 
-    def _reduced(self) -> None:
-        for pending in self._reducing:
-            pending.wait()
-        self._reducing = []
-
-    def _sum_up(self, group: FlatGroup) -> None:
-        """Beyond the zero group."""
-        all_reduce(group.grad_shard, self.replica_group)
-        if group.partial_over is not None:
-            all_reduce(group.grad_shard, self.partial_groups[group.partial_over])
+    def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
+        clip = self.zero.clip_grad_norm
+        divisor = scale * (max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
+        for rule in self.rules:
+            rule.update(lr, beta2, divisor)
+        for flat in self.groups:
+            flat.main_to_values()
+        self.updates += 1
 
     def _global_norm(self) -> float:
         """L2 norm over every logical element, once, hardly dependent on the layout: parameters that are split have
         other elements on each rank, those that are not the same."""
-        modes = [None, *self.split_groups]
-        squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].main.device)
-        for group in self.groups:
-            if not self._is_copy(group):
-                squares[modes.index(group.split_over)] += _accurate_norm(group.grad_shard) ** 2
-        all_reduce(squares, self.zero_group)
+        modes = [None, *self.ties.by_split]
+        squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
+        for flat in self.groups:
+            if not self._is_copy(flat):
+                squares[modes.index(flat.kind.split_over)] += sum_of_squares(flat.grad_parts)
+        all_reduce(squares, self.ties.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
-                all_reduce(square, self.split_groups[mode])
-        return math.sqrt(all_reduce(squares.sum(), self.pipeline_group).item())
+                all_reduce(square, self.ties.by_split[mode])
+        return math.sqrt(all_reduce(squares.sum(), self.ties.pipeline).item())
 
-    def _is_copy(self, group: FlatGroup) -> bool:
-        """Whether another stage counts what is in ``group``."""
-        return group.partial_over is ParallelMode.PIPELINE and self.partial_groups[ParallelMode.PIPELINE].rank > 0
+    def _is_copy(self, flat: ParameterGroup) -> bool:
+        """Whether another stage counts what is in ``flat``."""
+        return flat.kind.partial_over is ParallelMode.PIPELINE and self.ties.ends.rank > 0
 
-    def _update(self, lr: float, beta2: float, norm: float) -> None:
-        for options in self.adam.param_groups:
-            options["lr"], options["betas"] = lr, (options["betas"][0], beta2)
-        self._clip(max(1.0, (norm + 1e-6) / self.clip_grad_norm) if self.clip_grad_norm > 0 else 1.0)
-        self.adam.step()
+    def gather_parameters(self) -> None:
+        """Have all parameters up to date, for whoever reads them without a forward pass (``overlap_sync_param``)."""
+        self._gatherer.finish()
 
-    def _clip(self, divisor: float) -> None:
-        """Have gradients divided by ``divisor``. The fused kernel does it as it reads them, but knows the divisor in
-        float32 only, which is too coarse for float64."""
-        double = any(group.grads.dtype == torch.float64 for group in self.groups)
-        if double:
-            for group in self.groups:
-                group.grad_shard.div_(divisor)
-        scale = None if double else torch.tensor(divisor, device=self.groups[0].main.device)
-        self.adam.grad_scale = scale  # type: ignore[attr-defined]
+    # -- state --------------------------------------------------------------------------------------------------------
+    def state_of(self, flat: ParameterGroup) -> Mapping[str, Tensor]:
+        """What is kept for this rank's shard of ``flat``: tensors over the shard, by name."""
+        return next(rule.state_of(flat) for rule in self.rules if flat in rule.flats)
 
-    def state_of(self, group: FlatGroup) -> dict[str, Tensor]:
-        """What AdamW keeps for this rank's shard of ``group``: flat tensors by name (``step`` is a scalar)."""
-        return self.adam.state[group.main]
+    def state_dict(self) -> dict[str, Any]:
+        """What is no tensor."""
+        counts = {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**counts, "loss_scale": self.loss_scale.state_dict()}
 
-
-def _accurate_norm(flat: Tensor) -> Tensor:
-    """L2 norm in float64. Row by row first: over ten million elements a float32 sum is off by 1e-4 on CPU, and a
-    float64 one takes many times as long."""
-    rows = torch.linalg.vector_norm(flat.view(-1, ALIGNMENT), dim=1)
-    return torch.linalg.vector_norm(rows, dtype=torch.float64)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        for rule in self.rules:
+            rule.set_updates(self.updates)
 
 
-def _kinds(model: nn.Module, adam: AdamConfig) -> list[tuple[Sequence[Placed], float]]:
-    """Trainable parameters by (type, weight decay, split over, partial over), in the order of the model."""
-    kinds: dict[tuple[object, ...], tuple[float, list[Placed]]] = {}
-    for name, parameter, placement in placed_parameters(model):
-        if parameter.requires_grad:
-            decays = placement.is_matrix or adam.decay_norm_and_bias
-            decay = adam.weight_decay if decays else 0.0
-            split = placement.shard and placement.shard.mode
-            kind = parameter.dtype, decay, split, placement.partial_over
-            kinds.setdefault(kind, (decay, []))[1].append((name, parameter, placement))
-    return [(members, decay) for decay, members in kinds.values()]
+def sum_of_squares(parts: Sequence[Tensor]) -> Tensor:
+    """In float64; row by row first: over ten million elements a float32 sum is off by 1e-4 on CPU, and a float64 one
+    takes many times as long."""
+    rows = [torch.linalg.vector_norm(part.view(-1, _row_of(part.numel())), dim=1) for part in parts if part.numel()]
+    norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in rows]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def _row_of(numel: int) -> int:
+    """Elements of a row: a power of two that divides all, at most 256."""
+    return min(numel & -numel, 256)

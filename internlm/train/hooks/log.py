@@ -41,7 +41,7 @@ class LogMetrics(Hook):
                 "tgs (tokens/gpu/second)": per_device,
                 **self.throughput.figures(),
                 "lr": report.lr,
-                "loss_scale": 1.0,
+                "loss_scale": report.update.loss_scale,
                 "grad_norm": report.update.grad_norm,
                 "micro_num": report.shape.micro_num,
                 "num_consumed_tokens": trainer.state.num_consumed_tokens,

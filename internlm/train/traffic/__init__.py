@@ -21,5 +21,4 @@ from internlm.train.traffic.model import head as head
 from internlm.train.traffic.step import expected_traffic as expected_traffic
 from internlm.train.traffic.step import micro_batch as micro_batch
 from internlm.train.traffic.symbols import Symbols as Symbols
-from internlm.train.traffic.update import flat_buffers as flat_buffers
 from internlm.train.traffic.update import optimizer as optimizer

@@ -10,7 +10,7 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import Ledger, Traffic
 
 AG, RS, AR, A2A = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
-SEND = "send"
+SEND, REDUCE, BROADCAST = "send", "reduce", "broadcast"
 
 
 class Call(NamedTuple):

@@ -82,9 +82,13 @@ def linear(s: Symbols, weight: Linear) -> Passes:
 def attention(s: Symbols) -> Passes:
     """isp: over t, all-to-all of the queries, keys and values of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e, and of the
     heads' outputs, (T/t)·G·Q·D·e; backward the same. Of kv heads fewer than t each is sent to several ranks."""
-    tokens, queries = s.T // s.t.size, s.G * s.Q
-    sizes = (tokens * (queries + 2 * max(s.G, s.t.size)) * s.D * s.e, tokens * queries * s.D * s.e)
-    return together(*(_part(s, "attention", s.t, size) for size in sizes))
+    qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
+    return together(_part(s, "attention", s.t, qkv), to_tokens(s))
+
+
+def to_tokens(s: Symbols) -> Passes:
+    """The second of the two."""
+    return _part(s, "attention", s.t, s.T // s.t.size * s.G * s.Q * s.D * s.e)
 
 
 def positions(s: Symbols) -> Passes:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from internlm.config import Config
 from internlm.core.parallel.ledger import Traffic
+from internlm.train.traffic import fully_sharded
 from internlm.train.traffic.calls import AR, SEND, Call, Passes, calls_of, count_calls, together
-from internlm.train.traffic.model import block, embedding, head, loss, positions
+from internlm.train.traffic.model import block, embedding, head, loss, positions, to_tokens
 from internlm.train.traffic.symbols import Symbols
 from internlm.train.traffic.update import optimizer
 
@@ -21,9 +22,11 @@ def expected_traffic(
     device_type: str = "cpu",
     forward_only: bool = False,
     stage: int = 0,
+    zero_rank: int = 0,
 ) -> Traffic:
     """What the ledger of each rank of pipeline stage ``stage`` must hold after one training step of a decoder of ours:
-    scalars, micro-batches, optimizer. With ``forward_only``, after one validation step.
+    scalars, micro-batches, optimizer. With ``forward_only``, after one validation step. ``zero_rank``: its place among
+    those that share the optimizer's state, which matters where they do so by whole parameters.
 
     ``tokens``: of each micro-batch of this rank, how many take part in the loss: on the CPU those whose label is not
     ignored, elsewhere all. Without it, all of ``micro_num`` micro-batches. ``types``: number of data-set types.
@@ -36,7 +39,7 @@ def expected_traffic(
     for count in tokens if tokens is not None else [s.T] * config.data.micro_num:
         passes = micro_batch(s, count, device_type)
         calls += passes.forward if forward_only else passes.forward + passes.backward
-    return count_calls(calls if forward_only else calls + optimizer(s))
+    return count_calls(calls if forward_only else calls + optimizer(s, zero_rank))
 
 
 def scalars(s: Symbols, types: int) -> list[Call]:
@@ -47,16 +50,22 @@ def scalars(s: Symbols, types: int) -> list[Call]:
 
 
 def micro_batch(s: Symbols, tokens: int, device_type: str) -> Passes:
-    """One micro-batch, of which so many tokens take part in the loss: all chunks of the stage."""
-    return together(*(chunk(s, number, tokens, device_type) for number in s.chunks))
+    """One micro-batch, of which so many tokens take part in the loss: all chunks of the stage, and the parameters that
+    are shared."""
+    shared = [fully_sharded.units(s)] if s.shares_parameters else []
+    return together(*shared, *(chunk(s, number, tokens, device_type) for number in s.chunks))
 
 
 def chunk(s: Symbols, number: int, tokens: int, device_type: str) -> Passes:
     """A chunk: positions, blocks, what it sends to others; the first also the embedding, the last head and loss.
-    Backward runs blocks that are recomputed forward once more, the last product and all that is sent by it included.
-    Where gradients of weights are put off, the same is sent later."""
+    Backward runs blocks that are recomputed forward once more, the last product and all that is sent by it included;
+    where attention alone is recomputed, it sends heads to tokens once more. Where gradients of weights are put off, the
+    same is sent later."""
     layers, each = len(s.part.chunks[number]), block(s)
-    blocks = Passes(each.forward * layers, each.backward * layers + each.forward * s.recomputed(number))
+    again = each.forward * s.recomputed(number)
+    if s.spec.recomputes_attention:
+        again = to_tokens(s).forward * layers
+    blocks = Passes(each.forward * layers, each.backward * layers + again)
     parts = [positions(s), blocks, sends(s, number)]
     if s.part.is_first(number):
         parts.append(embedding(s))

@@ -96,6 +96,11 @@ class Symbols:
         return self.config.parallel.tensor.mode
 
     @property
+    def shares_parameters(self) -> bool:
+        """Whether the z ranks share parameters and gradients too."""
+        return self.config.parallel.zero1.fsdp and self.z.size > 1
+
+    @property
     def split(self) -> Group:
         """The group over which weights are split."""
         return self.w if self.mode == "isp" else self.t

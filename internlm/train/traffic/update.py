@@ -2,88 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
-from internlm.core.context import ParallelMode
-from internlm.core.context.group import Group
-from internlm.solver.optimizer.flat_group import padded
-from internlm.train.traffic.calls import AG, AR, RS, Call, calls_of
-from internlm.train.traffic.model import Linear, block_linears, by_hidden_units, share
+from internlm.ops.precision import wide
+from internlm.solver.optimizer.buckets import Bucket
+from internlm.solver.optimizer.kinds import Kind
+from internlm.train.traffic import fully_sharded
+from internlm.train.traffic.calls import AG, AR, BROADCAST, REDUCE, RS, Call, calls_of
+from internlm.train.traffic.parameters import Buffer, buffers, group_of_partial, reduced_size
 from internlm.train.traffic.symbols import Symbols
 
-#: The first and the last stage.
-ENDS = Group(ParallelMode.PIPELINE, size=2)
 
+def optimizer(s: Symbols, zero_rank: int = 0) -> list[Call]:
+    """Every bucket of B elements, padding included, of the flat buffer of each kind: its gradients, then the norm, then
+    its parameters. c: bytes of an element as it is reduced.
 
-class Kind(NamedTuple):
-    """What parameters of one flat buffer have in common."""
-
-    decays: bool
-    is_split: bool = False
-    is_partial: bool = False  # every rank over which weights are split has a part of the sum
-    is_at_both_ends: bool = False  # of the pipeline
-
-
-def optimizer(s: Symbols) -> list[Call]:
-    """Every flat buffer of B elements, padding included: its gradients, then the norm, then its parameters.
-
-    1. reduce-scatter over z of B·g; all-reduce over r of (B/z)·g; where every rank has a part of the sum (vectors under
+    1. reduce-scatter over z of B·c; all-reduce over r of (B/z)·c; where every rank has a part of the sum (vectors under
        msp and fsp: over t, under isp: over w) all-reduce of (B/z)·g; the same over the first and the last stage of the
        pipeline, where both hold a tied embedding
     2. all-reduce over z of 16; over the group by which weights are split, of 8; over p of 8
-    3. all-gather over z of B·e
+    3. Muon: all-gather over that group of each matrix that this rank of z owns, O·I·g
+    4. all-gather over z of B·e
+
+    Buckets that are shared by parameter are reduced owner by owner, and broadcast so: of the N elements of each, N·c
+    from those that don't own them, N·e from the one that does. In 1 B/z is what this rank owns.
+
+    There are no buckets where parameters are shared (:mod:`~internlm.train.traffic.fully_sharded`).
     """
     calls = calls_of(s.z, AR, 16) + calls_of(s.split, AR, 8) + calls_of(s.p, AR, 8)
-    for kind, elements in flat_buffers(s).items():
-        shard = elements // s.z.size * s.g
-        calls += calls_of(s.z, RS, elements * s.g) + calls_of(s.r, AR, shard) + calls_of(s.z, AG, elements * s.e)
-        calls += calls_of(s.split, AR, shard) if kind.is_partial else []
-        calls += calls_of(ENDS, AR, shard) if kind.is_at_both_ends else []
+    if s.shares_parameters:
+        return calls + fully_sharded.sums(s, zero_rank)
+    for kind, buffer in buffers(s).items():
+        for bucket in buffer.layout.buckets:
+            calls += _bucket(s, kind, bucket, zero_rank)
+        calls += _matrices(s, kind, buffer, zero_rank)
     return calls
 
 
-def flat_buffers(s: Symbols) -> dict[Kind, int]:
-    """Elements that a rank holds of each kind of parameter, rounded up to a multiple of z cache lines."""
-    elements: dict[Kind, int] = {}
-    for kind, count in parameters(s):
-        elements[kind] = elements.get(kind, 0) + count
-    return {kind: padded(count, s.z.size) for kind, count in elements.items()}
+def _bucket(s: Symbols, kind: Kind, bucket: Bucket, zero_rank: int) -> list[Call]:
+    sent, wide_size = reduced_size(s, kind.dtype), wide(kind.dtype).itemsize
+    run = bucket.run(zero_rank)
+    own = run.stop - run.start
+    calls = calls_of(s.r, AR, own * sent) if own else []
+    if kind.partial_over is not None and own:
+        calls += calls_of(group_of_partial(s, kind.partial_over), AR, own * wide_size)
+    if bucket.is_even:
+        elements = bucket.last - bucket.first
+        return [*calls, *calls_of(s.z, RS, elements * sent), *calls_of(s.z, AG, elements * kind.dtype.itemsize)]
+    return calls + [call for owner in range(s.z.size) for call in _owned(s, kind, bucket, owner, zero_rank)]
 
 
-def parameters(s: Symbols) -> Iterator[tuple[Kind, int]]:
-    """Kind and elements on this rank: of matrices, of biases split like the output that they are added to (of columns,
-    but under isp), and of vectors that are whole (other biases, and norms: 2 in a block and 1 after the last, with
-    bias for layernorm)."""
-    model, adam, n = s.config.model, s.config.adam, s.split.size
-    matrix, decays = Kind(True, n > 1), adam.decay_norm_and_bias or not adam.weight_decay
-    split_vector, vector = Kind(decays, n > 1), Kind(decays, is_partial=s.mode != "mtp")
-    for weight in block_linears(s) * s.layers:
-        yield matrix, _elements(s, weight)
-        if weight.bias and weight.role == "column" and s.mode != "isp":
-            yield split_vector, weight.outputs // n
-        elif weight.bias:
-            yield vector, weight.outputs
-    yield vector, (2 * s.layers + s.part.has_head) * s.H * (2 if model.norm_type == "layernorm" else 1)
-    yield from ((matrix._replace(is_at_both_ends=is_copy), elements) for is_copy, elements in _tables(s))
+def _owned(s: Symbols, kind: Kind, bucket: Bucket, owner: int, zero_rank: int) -> list[Call]:
+    """Of what one rank owns of a bucket."""
+    run = bucket.run(owner)
+    elements = run.stop - run.start
+    if not elements:
+        return []
+    grads, values = elements * reduced_size(s, kind.dtype), elements * kind.dtype.itemsize
+    return [
+        Call(s.z.mode, REDUCE, 0 if owner == zero_rank else grads),
+        Call(s.z.mode, BROADCAST, values if owner == zero_rank else 0),
+    ]
 
 
-def _tables(s: Symbols) -> Iterator[tuple[bool, int]]:
-    """Elements on this rank of the embedding and of the head, where the stage has them; a tied one is one table, of
-    which a stage that has either of the two alone holds a copy."""
-    part, by_words = s.part, share(s.V, s.split) * s.H
-    if s.config.model.tie_word_embeddings:
-        if part.has_embedding or part.has_head:
-            yield part.has_embedding != part.has_head, by_words
-        return
-    if part.has_embedding:
-        yield False, s.V * s.H // s.t.size if s.mode != "isp" and by_hidden_units(s) else by_words
-    if part.has_head:
-        yield False, by_words
-
-
-def _elements(s: Symbols, weight: Linear) -> int:
-    """Of a block's weight: isp splits its rows and pads them, the other modes split evenly."""
-    if s.mode == "isp":
-        return share(weight.outputs, s.w) * weight.inputs
-    return weight.outputs * weight.inputs // s.t.size
+def _matrices(s: Symbols, kind: Kind, buffer: Buffer, zero_rank: int) -> list[Call]:
+    if not kind.needs_matrices or kind.split_over is None:
+        return []
+    size = wide(kind.dtype).itemsize
+    owned = [s.split.size * each.elements * size for each in buffer.owned(zero_rank)]
+    return [call for whole in owned for call in calls_of(s.split, AG, whole)]

@@ -32,8 +32,8 @@ def test_prints_values_with_their_sources(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_says_what_this_version_can_not_run(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "parallel.zero1.fsdp=True"])
-    assert "warning: parallel.zero1.fsdp: True is not available in this version. Use False\n" in capsys.readouterr().err
+    main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "model.norm_head=True"])
+    assert "warning: model.norm_head: True is not available in this version. Use False\n" in capsys.readouterr().err
 
 
 def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

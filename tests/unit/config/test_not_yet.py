@@ -26,13 +26,8 @@ def test_defaults_run(device: str | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"parallel.zero1.fsdp": True}, "parallel.zero1.fsdp: True is not available in this version. Use False"),
+        ({"model.norm_head": True}, "model.norm_head: True is not available in this version. Use False"),
         ({"ckpt.stop_file_path": "x"}, "ckpt.stop_file_path: 'x' is not available in this version. Remove it"),
-        (
-            {"model.dtype": "torch.float16"},
-            "model.dtype: 'torch.float16' is not available in this version. "
-            "Use one of torch.bfloat16, torch.float32, torch.tf32, torch.float64",
-        ),
         (
             {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
             "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",
@@ -63,7 +58,6 @@ def test_local_folders_run(folder: str | None) -> None:
 
 def test_settings_without_effect_give_one_warning() -> None:
     changes = {
-        "hybrid_zero_optimizer.overlap_sync_param": True,
         "ckpt.async_upload": True,
         "model.mlp_layer_fusion": False,
     }

@@ -20,7 +20,8 @@ SINGLE_KEYS = [
     ({"model.hidden_size": [64]}, "model.hidden_size: [64] is of type list. Give a whole number"),
     ({"model.vocab_size": None}, "model.vocab_size: missing (Tokens known to embedding and head). Give a whole number"),
     ({"model.checkpoint": 1.5}, "model.checkpoint: 1.5 is out of range. Give True or False, or a number of at least 0"),
-    ({"model.checkpoint": "all"}, "model.checkpoint: 'all' is text. Give True or False, or a number"),
+    ({"model.checkpoint": "all"}, "model.checkpoint: 'all' is unknown. Give True or False, or a number"),
+    ({"model.drop_rate": 1.0}, "model.drop_rate: 1.0 is out of range. Give a number of at least 0"),
     ({"model.dtype": "torch.int8"}, "model.dtype: 'torch.int8' is unknown. Give one of 'torch.float16', "),
     ({"model.dtype": 16}, "model.dtype: 16 is a whole number. Give one of 'torch.float16', "),
     ({"model.norm_type": "rms"}, "model.norm_type: 'rms' is unknown. Give one of 'rmsnorm', 'layernorm'"),
@@ -94,6 +95,7 @@ ACROSS_KEYS = [
         "model.num_kv_attention_heads: 3 does not divide num_attention_heads = 8. Use ",
     ),
     ({"model.num_kv_attention_heads": 16}, "16 does not divide num_attention_heads = 8. Use one of 1, 2, 4, 8"),
+    ({"model.cpu_offloading": 999}, "model.cpu_offloading: 999 is more than num_layers = 4. Use at most 4"),
     ({"model.num_experts": 4, "model.top_k": 8}, "model.top_k: 8 is more than num_experts = 4. Use at most 4"),
     (
         {"parallel.tensor": 16},
@@ -178,6 +180,26 @@ ACROSS_KEYS = [
         {"parallel.pipeline": 2, "parallel.zero1": {"fsdp": True}},
         "parallel.zero1.fsdp: True together with parallel.pipeline.size = 2. Use one of the two",
     ),
+    (
+        {"model.num_chunks": 2, "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with model.num_chunks = 2. Use one of the two",
+    ),
+    (
+        {"parallel.tensor": {"size": 1, "mode": "isp"}, "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with parallel.tensor.mode = 'isp'. Use one of the two",
+    ),
+    (
+        {"optimizer": {"type": "Muon"}, "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with optimizer.type = 'Muon'. Use one of the two",
+    ),
+    (
+        {"optimizer.param_groups": [{"pattern": "wo", "type": "Muon"}], "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with Muon in optimizer.param_groups. Use one of the two",
+    ),
+    (
+        {"use_fp32_norm": True, "parallel.zero1": {"fsdp": True}},
+        "parallel.zero1.fsdp: True together with use_fp32_norm = True. Use one of the two",
+    ),
     ({"model.num_experts": 4, "parallel.expert": 3}, "parallel.expert.size: 3 does not divide model.num_experts = 4"),
     ({"data.skip_batches": "9-5"}, "data.skip_batches: the range '9-5' ends before it begins. Write it as in: "),
     ({"data.skip_batches": "a"}, "data.skip_batches: 'a' is neither"),
@@ -227,7 +249,6 @@ WITH_FACTS = [
         {"world_size": 8},
         "parallel.zero1.size: 4 does not divide the weight-data group of 2 ranks",
     ),
-    ({"model.dtype": "torch.half"}, {"device_type": "cpu"}, "model.dtype: torch.float16 can't be trained in on cpu"),
 ]
 
 

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LLAMA2": ("LLAMA2", {}),
     "heads wider than hidden / heads": ("LLAMA2", {"head_dim": 16}),
     "recompute": ("LLAMA2", {"checkpoint": True}),
+    "recompute of attention": ("LLAMA2", {"checkpoint": "selective"}),
     "recompute of one layer in three": ("LLAMA2", {"num_layers": 3, "checkpoint": 0.5}),
 }
 
@@ -70,6 +71,11 @@ def test_7b_by_hand() -> None:
 def test_recompute_repeats_the_layers_but_not_the_head(checkpoint: bool | float, repeated: float) -> None:
     found = hardware_flops_per_token(seven_billion(checkpoint=checkpoint), 4096)
     assert found == 3 * (LAYERS + HEAD) + repeated * LAYERS
+
+
+def test_recompute_of_attention_repeats_its_scores() -> None:
+    found = hardware_flops_per_token(seven_billion(checkpoint="selective"), 4096)
+    assert found == 3 * (LAYERS + HEAD) + 32 * SCORES
 
 
 def test_grouped_queries_save_key_and_value_projections() -> None:

@@ -16,6 +16,7 @@ INIT = normal(1.0)
 MODES = ("mtp", "msp", "fsp", "isp")
 TENSOR_MODES = MODES[:3]
 TENSOR, WEIGHT = Share(1, 2), Share(3, 4)
+HIDDEN = ("column", "row")
 ROLES = ("column", "row", "head", "embedding", "embedding by hidden units")
 
 
@@ -45,7 +46,7 @@ def test_weights_over_the_tensor_group(
     mode: str, role: str, shape: tuple[int, ...], axis: int, split: int | None, local: tuple[int, ...]
 ) -> None:
     placement = sharding(mode).weight_of(role, shape, INIT, axis)
-    assert placement == ParamPlacement(shape, INIT, over_tensor(split))
+    assert placement == ParamPlacement(shape, INIT, over_tensor(split), is_hidden=role in HIDDEN)
     assert placement.local_shape == local
 
 
@@ -55,7 +56,7 @@ def test_weights_over_the_tensor_group(
 )
 def test_weights_under_isp_are_runs_of_rows(role: str, shape: tuple[int, ...], local: tuple[int, ...]) -> None:
     placement = sharding("isp").weight_of(role, shape, INIT, axis=1)
-    assert placement == ParamPlacement(shape, INIT, Shard(ParallelMode.WEIGHT, 3, 4, None))
+    assert placement == ParamPlacement(shape, INIT, Shard(ParallelMode.WEIGHT, 3, 4, None), is_hidden=role in HIDDEN)
     assert placement.local_shape == local
 
 
@@ -89,7 +90,7 @@ def test_biases_under_isp_are_whole() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_alone_a_rank_holds_everything(mode: str, role: str) -> None:
     placement = Sharding(mode).weight_of(role, (7, 9), INIT)
-    assert placement == ParamPlacement((7, 9), INIT)
+    assert placement == ParamPlacement((7, 9), INIT, is_hidden=role in HIDDEN)
     assert Sharding(mode).bias_of("column", (7,), INIT).shard is None
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.config.schema import AdamConfig
+from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
@@ -34,6 +36,10 @@ def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     return model(ids, labels=labels, grad_scale=1 / labels.numel()).loss_sum
 
 
+def clipping(norm: float, **options: Any) -> HybridZeroConfig:
+    return HybridZeroConfig(clip_grad_norm=norm, **options)
+
+
 def plain_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
     """Train ``model`` with torch's own optimizer; the norms before clipping."""
     matrices = [p for p in model.parameters() if p.placement.is_matrix]
@@ -52,8 +58,8 @@ def plain_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
     return norms
 
 
-def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: Group) -> list[float]:
-    optimizer = HybridZeroOptimizer(model, adam, clip, group, group)
+def our_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
+    optimizer = HybridZeroOptimizer(model, adam, clipping(clip))
     norms = []
     for (ids, labels), lr, beta2 in zip(batches(), LR, BETA2, strict=True):
         optimizer.zero_grad()
@@ -67,42 +73,42 @@ def our_run(model: nn.Module, adam: AdamConfig, clip: float, group: Group) -> li
 @pytest.mark.parametrize("decay_norm_and_bias", [True, False])
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6], ids=["no clipping", "clipping", "clipping out of reach"])
 @pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2"])
-def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool, alone: Group) -> None:
+def test_steps_are_torchs(family: str, clip: float, decay_norm_and_bias: bool) -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1, adam_eps=1e-6, decay_norm_and_bias=decay_norm_and_bias)
     ours, theirs = decoder(family), decoder(family)
     norms = plain_run(theirs, adam, clip)
     assert min(norms) > 0.5
-    assert our_run(ours, adam, clip, alone) == pytest.approx(norms, rel=1e-12)
+    assert our_run(ours, adam, clip) == pytest.approx(norms, rel=1e-12)
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12), name
 
 
-def test_float32_steps_are_torchs_too(alone: Group) -> None:
+def test_float32_steps_are_torchs_too() -> None:
     """There the fused kernel does the clipping."""
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(dtype=torch.float32) for _ in range(2))
-    assert our_run(ours, adam, 0.5, alone) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-5)
+    assert our_run(ours, adam, 0.5) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-5)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (one - other).abs().max() <= 1e-5
 
 
-def test_tied_and_frozen_parameters(alone: Group) -> None:
+def test_tied_and_frozen_parameters() -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(tie_word_embeddings=True) for _ in range(2))
     for model in (ours, theirs):
         model.layers[0].requires_grad_(False)
     frozen = copy.deepcopy(ours.layers[0].state_dict())
-    assert our_run(ours, adam, 0.5, alone) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-12)
+    assert our_run(ours, adam, 0.5) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-12)
     assert ours.output.weight is ours.embedding.weight
     assert all(torch.equal(ours.layers[0].state_dict()[name], value) for name, value in frozen.items())
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_accumulate_over_micro_batches(alone: Group) -> None:
+def test_gradients_accumulate_over_micro_batches() -> None:
     adam, (ids, labels) = AdamConfig(lr=1e-2), next(batches())
     at_once, one_by_one = decoder(), decoder()
-    optimizers = [HybridZeroOptimizer(model, adam, 0.0, alone, alone) for model in (at_once, one_by_one)]
+    optimizers = [HybridZeroOptimizer(model, adam, clipping(0.0)) for model in (at_once, one_by_one)]
     (2 * loss_of(at_once, ids, labels)).backward()
     for row in range(2):
         loss_of(one_by_one, ids[row : row + 1], labels[row : row + 1]).backward()
@@ -110,40 +116,41 @@ def test_gradients_accumulate_over_micro_batches(alone: Group) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-12)
 
 
-def test_bfloat16_parameters_are_the_rounded_main_parameters(alone: Group) -> None:
+def test_bfloat16_parameters_are_the_rounded_main_parameters() -> None:
     model = decoder(dtype=torch.bfloat16)
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0))
     loss_of(model, *next(batches())).backward()
-    before = [group.main.detach().clone() for group in optimizer.groups]
+    before = [group.main_parts[0].clone() for group in optimizer.groups]
     assert optimizer.step(1e-4, 0.95).updated
     for group, main in zip(optimizer.groups, before, strict=True):
-        assert group.main.dtype == torch.float32
-        assert not torch.equal(group.main, main)
-        assert torch.equal(group.values, group.main.bfloat16())
+        assert group.main_parts[0].dtype == torch.float32
+        assert not torch.equal(group.main_parts[0], main)
+        assert torch.equal(group.values, group.main_parts[0].bfloat16())
 
 
-def test_a_foreign_module_is_trained_once_it_is_placed(alone: Group) -> None:
+def test_a_foreign_module_is_trained_once_it_is_placed() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(UserError, match=r"model parameter 'weight': has no ParamPlacement"):
-        HybridZeroOptimizer(linear, AdamConfig(lr=0.1), 0.0, alone, alone)
-    optimizer = HybridZeroOptimizer(place_replicated(linear), AdamConfig(lr=0.1), 0.0, alone, alone)
+        HybridZeroOptimizer(linear, AdamConfig(lr=0.1), clipping(0.0))
+    optimizer = HybridZeroOptimizer(place_replicated(linear), AdamConfig(lr=0.1), clipping(0.0))
     before = linear.bias.detach().clone()
     linear(torch.ones(1, 3)).sum().backward()
     assert optimizer.step(0.1, 0.95).grad_norm == pytest.approx(8**0.5)
     assert not torch.equal(linear.bias, before)
 
 
-def test_zero_grad_forgets(alone: Group) -> None:
+def test_zero_grad_forgets() -> None:
     model = decoder()
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.0, alone, alone)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.0))
     loss_of(model, *next(batches())).backward()
     optimizer.zero_grad()
     assert optimizer.step(0.0, 0.95).grad_norm == 0
 
 
-def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes(alone: Group) -> None:
+def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes() -> None:
     models = [decoder() for _ in range(2)]
-    optimizers = [HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.5, alone, alone) for model in models]
+    zero = clipping(0.5, overlap_sync_grad=True)
+    optimizers = [HybridZeroOptimizer(model, AdamConfig(lr=1e-2), zero) for model in models]
     for begun, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
         for batch in batches():
             optimizer.zero_grad()
@@ -151,18 +158,18 @@ def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes(alone: Group)
             if begun:
                 optimizer.begin_reduction()
             assert optimizer.step(1e-2, 0.95).updated
-            assert optimizer._reducing == []
+            assert optimizer._reducer.begun == []
     assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
 
 
-def test_zero_grad_forgets_a_reduction_too(alone: Group) -> None:
+def test_zero_grad_forgets_a_reduction_too() -> None:
     model = decoder()
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 0.0, alone, alone)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.0, overlap_sync_grad=True))
     loss_of(model, *next(batches())).backward()
     optimizer.begin_reduction()
-    assert optimizer._reducing
+    assert optimizer._reducer.begun
     optimizer.zero_grad()
-    assert optimizer._reducing == []
+    assert optimizer._reducer.begun == []
     assert optimizer.step(0.0, 0.95).grad_norm == 0
 
 
@@ -173,7 +180,7 @@ def test_zero_grad_forgets_a_reduction_too(alone: Group) -> None:
 def trainer(alone: Group) -> Trainer:
     """A trainer that has done one good step."""
     model = decoder(dtype=torch.float32)
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), 1.0, alone, alone)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0))
     schedule = NonPipelineScheduler(TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
     trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
     trainer.train_step(batch_iterator())
@@ -191,7 +198,7 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     state = {f"model {name}": value for name, value in trainer.model.state_dict().items()}
     for number, group in enumerate(trainer.optimizer.groups):
         state |= {f"{number} {key}": value for key, value in trainer.optimizer.state_of(group).items()}
-        state[f"{number} main"] = group.main.detach()
+        state |= {f"{number} main {part}": value for part, value in enumerate(group.main_parts)}
     return {name: value.clone() for name, value in state.items()}
 
 
@@ -225,4 +232,36 @@ def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(trainer: Trainer) -> 
     assert report.update.updated
     assert all(value.isfinite().all() for value in everything(trainer).values())
     assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (3, 1)
-    assert {int(trainer.optimizer.state_of(group)["step"]) for group in trainer.optimizer.groups} == {2}
+    assert trainer.optimizer.updates == 2
+
+
+# -- how much work it is
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """Calls of Python functions and of others."""
+    count = 0
+
+    def note(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["AdamW", "Lion"])
+def test_a_step_calls_nothing_for_each_parameter(rule: str, dtype: torch.dtype) -> None:
+    found = []
+    for layers in (1, 5):
+        model = decoder(num_layers=layers, dtype=dtype)
+        config = OptimizerConfig(type=rule)
+        optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.5), optimizer=config)
+        optimizer.step(1e-2, 0.95)
+        found.append(calls_of(lambda optimizer=optimizer: optimizer.step(1e-2, 0.95)))
+    assert found[0] == found[1]

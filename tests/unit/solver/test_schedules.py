@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
-from internlm.solver.schedulers import Beta2Schedule, CosineWithWarmup
+from internlm.solver.schedulers import Beta2Schedule, LRSchedule
+from internlm.solver.schedulers.lr import SHAPES
 
 # Steps 0-1 at zero, 2-5 warming up, 6-15 falling from 1.0 to 0.2.
-EXAMPLE = CosineWithWarmup(peak=1.0, total_steps=16, init_steps=2, warmup_steps=4, eta_min=0.2)
+EXAMPLE = LRSchedule(peak=1.0, total_steps=16, init_steps=2, warmup_steps=4, eta_min=0.2)
 
 
 @pytest.mark.parametrize(
@@ -38,39 +39,49 @@ def test_learning_rate_by_hand(step: int, expected: float) -> None:
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        (CosineWithWarmup(peak=1.0, total_steps=4), [1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0]),
-        (CosineWithWarmup(peak=1.0, total_steps=4, warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 0.0]),
-        (CosineWithWarmup(peak=1.0, total_steps=1), [1.0, 0.0]),
-        (CosineWithWarmup(peak=1.0, total_steps=8, warmup_steps=4, first_step=2), [0.75, 1.0, 1.0]),
+        (LRSchedule(peak=1.0, total_steps=4), [1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0]),
+        (LRSchedule(peak=1.0, total_steps=4, warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 0.0]),
+        (LRSchedule(peak=1.0, total_steps=1), [1.0, 0.0]),
+        (LRSchedule(peak=1.0, total_steps=8, warmup_steps=4, first_step=2), [0.75, 1.0, 1.0]),
+        (LRSchedule(1.0, 6, warmup_steps=2, eta_min=0.2, shape="linear"), [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        (LRSchedule(1.0, 4, warmup_steps=2, eta_min=0.2, shape="constant"), [0.5, 1.0, 1.0, 1.0, 1.0]),
+        (LRSchedule(1.0, 6, 1, 1, 0.2, shape="wsd", decay_steps=2), [0.0, 1.0, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2]),
+        (LRSchedule(1.0, 3, shape="wsd", decay_steps=9), [1.0, 2 / 3, 1 / 3, 0.0]),
+        (LRSchedule(1.0, 3, shape="wsd", decay_steps=0), [1.0, 1.0, 1.0, 1.0]),
     ],
-    ids=["cosine alone", "warm-up alone", "one step", "not from the first step"],
+    ids=[
+        *["cosine alone", "warm-up alone", "one step", "not from the first step"],
+        *["linear", "constant", "warm-up, stable, decay", "decay alone", "no decay"],
+    ],
 )
-def test_corners_of_the_learning_rate(schedule: CosineWithWarmup, rates: list[float]) -> None:
+def test_corners_of_the_learning_rate(schedule: LRSchedule, rates: list[float]) -> None:
     assert [schedule(step) for step in range(len(rates))] == pytest.approx(rates, abs=1e-12)
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> CosineWithWarmup:
+def schedules(draw: st.DrawFn) -> LRSchedule:
     total = draw(st.integers(1, 500))
     peak = draw(st.floats(1e-6, 1.0))
-    return CosineWithWarmup(
+    return LRSchedule(
         peak=peak,
         total_steps=total,
         init_steps=draw(st.integers(0, total)),
         warmup_steps=draw(st.integers(0, total)),
         eta_min=draw(st.floats(0, peak)),
         first_step=draw(st.integers(0, total)),
+        shape=draw(st.sampled_from(sorted(SHAPES))),
+        decay_steps=draw(st.integers(0, total)),
     )
 
 
 @given(schedules())
-def test_the_learning_rate_stays_between_zero_and_the_peak(schedule: CosineWithWarmup) -> None:
+def test_the_learning_rate_stays_between_zero_and_the_peak(schedule: LRSchedule) -> None:
     rates = [schedule(step) for step in range(2 * schedule.total_steps + 5)]
     assert all(0 <= rate <= schedule.peak * (1 + 1e-12) for rate in rates)
 
 
 @given(schedules())
-def test_the_learning_rate_rises_once_and_falls_once(schedule: CosineWithWarmup) -> None:
+def test_the_learning_rate_rises_once_and_falls_once(schedule: LRSchedule) -> None:
     rates = [schedule(step) for step in range(2 * schedule.total_steps + 5)]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
@@ -78,10 +89,11 @@ def test_the_learning_rate_rises_once_and_falls_once(schedule: CosineWithWarmup)
 
 
 @given(schedules())
-def test_the_learning_rate_moves_in_small_steps(schedule: CosineWithWarmup) -> None:
+def test_the_learning_rate_moves_in_small_steps(schedule: LRSchedule) -> None:
     """After init_steps, where it may begin anywhere."""
     length = max(schedule.total_steps - schedule.init_steps - schedule.warmup_steps, 1)
-    largest = schedule.peak * max(1 / max(schedule.warmup_steps, 1), math.pi / 2 / length)
+    decay = max(min(schedule.decay_steps, length), 1) if schedule.shape == "wsd" else length
+    largest = schedule.peak * max(1 / max(schedule.warmup_steps, 1), math.pi / 2 / decay)
     first = max(schedule.init_steps - schedule.first_step, 0)
     rates = [schedule(step) for step in range(first, 2 * schedule.total_steps + 5)]
     jumps = [abs(b - a) for a, b in pairwise(rates)]
@@ -90,7 +102,7 @@ def test_the_learning_rate_moves_in_small_steps(schedule: CosineWithWarmup) -> N
 
 def test_learning_rate_from_a_config() -> None:
     config = LRSchedulerConfig(total_steps=100, init_steps=3, warmup_ratio=0.1, eta_min=0.5, last_epoch=4)
-    assert CosineWithWarmup.from_config(config, AdamConfig(lr=2.0)) == CosineWithWarmup(2.0, 100, 3, 10, 0.5, 5)
+    assert LRSchedule.from_config(config, AdamConfig(lr=2.0)) == LRSchedule(2.0, 100, 3, 10, 0.5, 5, "cosine", 10)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982): momentum whose matrices are made orthogonal.
+
+``torch.optim.Muon`` would do for matrices that are whole. Here a matrix may be split over ranks: its momentum stays so,
+since it is kept element by element, and is gathered for the product alone. And products are computed in the type of
+main parameters, rather than in bfloat16, where that is what differs between a split matrix and a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from internlm.core.parallel.collectives import all_gather
+from internlm.core.parallel.placement import ParamPlacement
+from internlm.solver.optimizer.parameter_group import ParameterGroup
+from internlm.solver.optimizer.rules import Rule
+
+#: Of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7
+
+#: Factor on the learning rate for a matrix [O, I].
+ADJUST: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
+
+
+def orthogonal(matrix: Tensor, steps: int) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns: [O, I] -> [O, I], singular values 0.7 to 1.2."""
+    a, b, c = COEFFICIENTS
+    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=EPSILON)
+    for _ in range(steps):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(Rule):
+    """Muon over matrices that lie whole in one rank's shard, or are split over the groups of a parallel mode."""
+
+    states = ("momentum",)
+
+    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
+        o, momentum = self.optimizer, flat.split(self._states[flat]["momentum"])
+        torch._foreach_lerp_(momentum, flat.grad_parts, 1 - o.momentum)
+        direction = torch._foreach_lerp(flat.grad_parts, momentum, o.momentum) if o.nesterov else momentum
+        torch._foreach_mul_(flat.main_parts, 1 - lr * flat.kind.weight_decay)
+        for piece in flat.pieces():
+            placement, number, where = piece.placement, piece.number, slice(piece.lo, piece.hi)
+            whole = orthogonal(self._whole(direction[number][where], placement), o.ns_steps)
+            own = placement.local_part(whole.contiguous().view(placement.global_shape)).reshape(-1)
+            main = flat.main_parts[number][where][: own.numel()]  # without padding
+            main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
+
+    def _whole(self, part: Tensor, placement: ParamPlacement) -> Tensor:
+        """The matrix of which this rank has ``part``, flat."""
+        if placement.shard is None:
+            return part.view(placement.matrix_shape)
+        whole = part.new_empty(placement.global_shape)
+        parts = all_gather(part, self.groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
+        for index, each in enumerate(parts):
+            there = replace(placement, shard=replace(placement.shard, index=index)).local_part(whole)
+            there.copy_(each[: there.numel()].view_as(there))  # without padding
+        return whole.view(placement.matrix_shape)

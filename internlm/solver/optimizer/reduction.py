@@ -1,0 +1,111 @@
+"""The sums of gradients: within the zero group, across the replicas of each shard, and over ranks that have parts of
+the sum besides.
+
+The order of buckets is that in which a backward pass is likely to end them, and the same on every rank: from the last
+layer to the first. With overlap a bucket is begun in the backward pass of the last micro-batch, once all its gradients,
+and the buckets before it, are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_reduce, begin_reduce_scatter
+from internlm.solver.optimizer.arrivals import Arrivals
+from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.solver.optimizer.groups import Groups
+
+
+class BucketSum:
+    """The sum of one bucket, on its way to this rank's part of it."""
+
+    def __init__(self, flat: FlatGroup, number: int, groups: Groups, dtype: torch.dtype | None) -> None:
+        """Begin, inside the zero group; in ``dtype``, or that of the gradients."""
+        self.flat, self.groups, bucket = flat, groups, flat.buckets[number]
+        self._part = flat.grad_parts[number]
+        self._pending: list[Pending] = []
+        sent = flat.grads[bucket.first : bucket.last].to(dtype or flat.grads.dtype)  # itself, if that is its type
+        runs = [slice(run.start - bucket.first, run.stop - bucket.first) for run in map(bucket.run, _ranks(groups))]
+        self._own = sent[runs[flat.rank]]
+        if bucket.is_even:
+            self._pending = [begin_reduce_scatter(sent, groups.zero, self._own)]
+        else:
+            owned = [(rank, sent[run]) for rank, run in enumerate(runs) if run.start < run.stop]
+            self._pending = [begin_reduce(part, groups.zero, rank) for rank, part in owned]
+
+    def across_replicas(self) -> None:
+        """Go on with the ranks that hold the same shard."""
+        self._wait()
+        self._pending = [begin_all_reduce(self._own, self.groups.replica)] if self._own.numel() else []
+
+    def over_parts(self) -> None:
+        """Put the sum where it belongs, and go on with ranks that have parts of it."""
+        self._wait()
+        if self._own.data_ptr() != self._part.data_ptr():
+            self._part.copy_(self._own)
+        partial = self.flat.kind.partial_over
+        if partial is not None and self._part.numel():
+            self._pending = [begin_all_reduce(self._part, self.groups.of_partial(partial))]
+
+    def end(self) -> None:
+        """It is all there."""
+        self._wait()
+
+    def _wait(self) -> None:
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+
+
+def _ranks(groups: Groups) -> range:
+    return range(groups.zero.size)
+
+
+class Reducer:
+    """Sums the gradients of a step; ``dtype`` as for :class:`BucketSum`."""
+
+    def __init__(self, flats: Sequence[FlatGroup], groups: Groups, dtype: torch.dtype | None, overlap: bool) -> None:
+        self.groups, self.dtype = groups, dtype
+        self.buckets = in_backward_order(flats)
+        self.begun: list[BucketSum] = []
+        members = [flat.members_of(number) for flat, number in self.buckets]
+        self._arrivals = Arrivals(members, self._begin) if overlap else None
+
+    def begin_step(self, micro_batches: int | None) -> None:
+        """Gradients of so many micro-batches will follow; None: nobody knows, so nothing is begun before the end."""
+        self.forget()
+        if self._arrivals:
+            self._arrivals.begin_step(micro_batches)
+
+    def forget(self) -> None:
+        """What a step that was broken off has begun."""
+        for each in self.begun:
+            each.end()
+        self.begun = []
+
+    def begin(self) -> None:
+        """All gradients are complete: begin whatever is not on its way."""
+        if self._arrivals:
+            self._arrivals.end_step()
+        for number in range(len(self.begun), len(self.buckets)):
+            self._begin(number)
+
+    def reduce(self) -> None:
+        """Have the sums of all gradients, which are complete, in each ``grad_parts``."""
+        self.begin()
+        for stage in (BucketSum.across_replicas, BucketSum.over_parts, BucketSum.end):
+            for each in self.begun:
+                stage(each)
+        self.begun = []
+
+    def _begin(self, number: int) -> None:
+        flat, bucket = self.buckets[number]
+        self.begun.append(BucketSum(flat, bucket, self.groups, self.dtype))
+
+
+def in_backward_order(flats: Sequence[FlatGroup]) -> list[tuple[FlatGroup, int]]:
+    """All buckets of all groups, by the first in the model of the parameters that lie in each, the last one first."""
+    buckets = [(flat, number) for flat in flats for number in range(len(flat.buckets))]
+    return sorted(buckets, key=lambda each: -min((m.place for m in each[0].members_of(each[1])), default=0))

@@ -1,0 +1,111 @@
+"""Update rules: what becomes of parameters, given their gradients.
+
+A rule works on the shards of the groups that it is made for: main parameters and gradients in parts, one for each
+bucket. What it remembers of each element, its *state*, is one tensor over the shard, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from internlm.config.schema import AdamConfig, OptimizerConfig
+from internlm.solver.optimizer.groups import Groups
+from internlm.solver.optimizer.parameter_group import ParameterGroup
+
+
+class Rule:
+    """What rules have in common: state, and gradients to be divided by something first."""
+
+    #: Names of the state.
+    states: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, flats: Sequence[ParameterGroup], adam: AdamConfig, optimizer: OptimizerConfig, groups: Groups
+    ) -> None:
+        self.flats, self.adam, self.optimizer, self.groups = flats, adam, optimizer, groups
+        self._states = {flat: {name: flat.new_state() for name in self.states} for flat in flats}
+
+    def state_of(self, flat: ParameterGroup) -> Mapping[str, Tensor]:
+        """The state of a group's shard."""
+        return self._states[flat]
+
+    def set_updates(self, count: int) -> None:
+        """So many updates were done before."""
+
+    @torch.no_grad()
+    def update(self, lr: float, beta2: float, divisor: float) -> None:
+        """Update every parameter, of gradients that are to be divided by ``divisor``."""
+        for flat in self.flats:
+            if divisor != 1.0:
+                torch._foreach_div_(flat.grad_parts, divisor)
+            self._update(flat, lr * flat.kind.lr_scale, beta2)
+
+    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
+        """The parameters of one group."""
+        raise NotImplementedError
+
+
+class AdamW(Rule):
+    """AdamW (arXiv 1711.05101), by torch's fused kernel."""
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self, flats: Sequence[ParameterGroup], adam: AdamConfig, optimizer: OptimizerConfig, groups: Groups
+    ) -> None:
+        super().__init__(flats, adam, optimizer, groups)
+        parameters = [[nn.Parameter(part) for part in flat.main_parts] for flat in flats]
+        self.torchs = torch.optim.AdamW(
+            [
+                {"params": each, "weight_decay": flat.kind.weight_decay}
+                for flat, each in zip(flats, parameters, strict=True)
+            ],
+            eps=adam.adam_eps,
+            fused=True,
+        )
+        for flat, each in zip(flats, parameters, strict=True):
+            self._adopt(flat, each)
+
+    def _adopt(self, flat: ParameterGroup, parameters: Sequence[nn.Parameter]) -> None:
+        """The state from the start, so that a checkpoint can be loaded before the first step."""
+        averages = zip(*(flat.split(state) for state in self._states[flat].values()), strict=True)
+        for parameter, grad, pair in zip(parameters, flat.grad_parts, averages, strict=True):
+            parameter.grad = grad
+            step = torch.zeros((), dtype=torch.float32, device=grad.device)
+            self.torchs.state[parameter] = {"step": step, **dict(zip(self.states, pair, strict=True))}
+
+    def set_updates(self, count: int) -> None:
+        """For the correction of the averages' bias."""
+        for state in self.torchs.state.values():
+            state["step"].fill_(count)
+
+    @torch.no_grad()
+    def update(self, lr: float, beta2: float, divisor: float) -> None:
+        """The kernel divides gradients as it reads them, but knows the divisor in float32 only, which is too coarse for
+        float64."""
+        for flat, options in zip(self.flats, self.torchs.param_groups, strict=True):
+            options["lr"], options["betas"] = lr * flat.kind.lr_scale, (self.adam.adam_beta1, beta2)
+            if flat.main_dtype == torch.float64:
+                torch._foreach_div_(flat.grad_parts, divisor)
+        double = self.flats[0].main_dtype == torch.float64
+        scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.flats[0].grads.device)
+        self.torchs.grad_scale = scale  # type: ignore[attr-defined]
+        self.torchs.step()
+
+
+class Lion(Rule):
+    """Lion (arXiv 2302.06675, algorithm 2): the sign of an interpolation between gradient and momentum."""
+
+    states = ("exp_avg",)
+
+    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
+        momentum = flat.split(self._states[flat]["exp_avg"])
+        direction = torch._foreach_lerp(momentum, flat.grad_parts, 1 - self.adam.adam_beta1)
+        torch._foreach_sign_(direction)
+        torch._foreach_mul_(flat.main_parts, 1 - lr * flat.kind.weight_decay)
+        torch._foreach_add_(flat.main_parts, direction, alpha=-lr)
+        torch._foreach_lerp_(momentum, flat.grad_parts, 1 - beta2)

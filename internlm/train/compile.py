@@ -1,0 +1,77 @@
+"""``model.compile``: blocks go through torch.compile, one by one.
+
+All blocks are alike, so the first is compiled and the others take what it got. Names, placements, hooks and checkpoints
+know nothing of it: the modules stay what they are, and what is compiled is what they do when they are called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+from internlm.core.parallel.attach import blocks_of
+from internlm.utils.errors import ConfigError, Problem, UserError
+from internlm.utils.uncompiled import before_compiling
+
+KEY = "model.compile"
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have each block of ``model`` compiled when it is first called; raises :class:`ConfigError` where there are none.
+
+    Hooks of a block itself run outside of what is compiled.
+    """
+    torch._dynamo.config.nested_graph_breaks = True  # a break in a layer leaves the rest of its block in one piece
+    blocks = list(blocks_of(model))
+    if not blocks:
+        what = "the model has no blocks: no module in it has a number for a name, as those of a list have"
+        raise ConfigError(Problem(KEY, what, "Set it to False"))
+    before_compiling()
+    for block in blocks:
+        block.forward = partial(_call, torch.compile(block.forward))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is a block that :func:`compile_blocks` had."""
+    forward = module.forward
+    return isinstance(forward, partial) and forward.func is _call
+
+
+def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return compiled(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        what = f"a block can't be compiled ({error.inner_exception})".splitlines()[0]
+        raise UserError(Problem(KEY, what, "See that there is a C++ compiler, or set it to False")) from error
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What this process has compiled so far."""
+
+    graphs: int
+    breaks: Mapping[str, int]
+    """Places where a graph had to end, and Python went on: how many, by reason."""
+
+
+def compiled_so_far() -> Compiled:
+    """The counters of torch.compile. Neither grows in steps that need nothing compiled anew."""
+    breaks: dict[str, int] = {}
+    for text, count in counters["graph_break"].items():
+        reason = _reason(text)
+        breaks[reason] = breaks.get(reason, 0) + count
+    return Compiled(counters["stats"]["unique_graphs"], breaks)
+
+
+def _reason(text: str) -> str:
+    """The reason that was given where compiling was switched off, else what torch says, its first line."""
+    given = re.search(r"\(reason: (.*)\)", text)
+    return given[1] if given else text.splitlines()[0]

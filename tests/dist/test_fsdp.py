@@ -1,0 +1,266 @@
+"""Parameters and gradients shared by the zero group change nothing: a run is that of one process, what was sent is that
+of the formula, and checkpoints are the same as without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from internlm.checkpoint.logical import model_tensors
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel.fully_sharded import held, is_fully_sharded
+from internlm.core.parallel.ledger import LEDGER, Traffic
+from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.data import build_train_loader_with_data_type
+from internlm.data.loader import Batch
+from internlm.eval import generate
+from internlm.initialize import initialize_distributed_env, initialize_trainer
+from internlm.model.builder import create_model
+from internlm.profiler.memory import held_between_steps
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train.traffic import expected_traffic
+from internlm.utils.errors import ConfigError
+from internlm.verify.compare import Report, compare
+from internlm.verify.plan import make_plan
+from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
+from tests.dist.oracle import alone, run
+from tests.dist.runs import Outcome, assert_same_tensors, fit, resume, saving
+from tests.harness.pool import run_ranks
+
+STEPS = 3
+FSDP = "parallel.zero1.fsdp=True"
+BF16 = "model.dtype=torch.bfloat16"
+MSP, FSP = (("parallel.tensor.size=2", f"parallel.tensor.mode={mode}") for mode in ("msp", "fsp"))
+BIASES = ("model_type=INTERNLM", "model.norm_type=layernorm")
+
+#: Ranks, overrides, type.
+ROWS: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "two ranks": (2, (), "float64"),
+    "four ranks, uneven rows": (4, ("model.vocab_size=67", "model.num_layers=3", *BIASES), "float64"),
+    "replicas": (4, ("parallel.zero1.size=2", "optimizer.type=Lion", "adam.lr=1e-4"), "float64"),
+    "mtp": (4, ("parallel.tensor.size=2", "parallel.zero1.size=2", "model.checkpoint=selective"), "float64"),
+    "msp, recomputed, tied": (4, (*MSP, *BIASES, "model.checkpoint=True", "model.tie_word_embeddings=True"), "float64"),
+    "fsp": (4, (*FSP, "model.checkpoint=0.5", "model.embed_split_hidden=False", "model.cpu_offloading=1"), "float64"),
+    "unpacked": (2, ("data.use_packed_dataset=False", "hybrid_zero_optimizer.overlap_sync_param=True"), "float64"),
+    "a user's own model": (2, ("model_type=PLAIN",), "float64"),
+    "bfloat16": (4, ("parallel.zero1.size=2", "model.tie_word_embeddings=True"), "bfloat16"),
+    "float16": (2, ("model.checkpoint=True", "hybrid_zero_optimizer.overlap_sync_grad=True"), "float16"),
+}
+
+
+def report_of(ranks: int, case: tuple[str, ...], dtype: str) -> Report:
+    plan = make_plan(TINY, (share_of_batch(ranks, case), FSDP, *case), ranks, STEPS, dtype)
+    return compare(plan.config, alone(plan), run_ranks(ranks, run, plan.config, plan.seed, STEPS))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row(row: str) -> None:
+    assert report_of(*ROWS[row]).failures == []
+
+
+def test_gradients_in_half_precision() -> None:
+    """What is sent is as by the formula, and gradients are those of one process but for their rounding."""
+    report = report_of(2, ("hybrid_zero_optimizer.fp32_grad_accum=False",), "bfloat16")
+    assert (report.traffic, report.disagreements, report.holes) == ([], [], [])
+    assert 1e-5 < max(row.difference for row in report.gradients) < 2e-2
+    assert max(row.difference for row in report.losses) < 1e-3
+
+
+def _with_frozen(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[Boxes, list[float]]:
+    initialize_distributed_env(TINY, overrides=overrides)
+    model = create_model()
+    model.norm.requires_grad_(False)
+    model.layers[0].attention.requires_grad_(False)
+    trainer, batches = _trainer(*initialize_model_and_parallel_communicator(model))
+    losses = [trainer.train_step(batches).result.loss for _ in range(STEPS)]
+    return boxes_of(model_tensors(model)), losses
+
+
+def test_dropout_and_frozen_parameters() -> None:
+    """Of which one process knows nothing; it is as with flat buffers."""
+    overrides = ("model.drop_rate=0.2", "model.checkpoint=0.5", "model.qkv_bias=True")
+    shared, flat = (run_ranks(2, _with_frozen, (*overrides, *more)) for more in ((FSDP,), ()))
+    tensors = assemble(boxes for boxes, _ in shared)
+    for name, tensor in assemble(boxes for boxes, _ in flat).items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-9, atol=1e-12)
+    assert shared[0][1] == pytest.approx(flat[0][1], rel=1e-12)
+
+
+# -- what overflows
+
+
+@dataclass
+class _Poison(Hook):
+    """Makes the first gradient that one rank has of a group infinite in some steps."""
+
+    rank: int
+    steps: tuple[int, ...]
+
+    def before_step(self, trainer: Trainer) -> None:
+        optimizer = trainer.optimizer
+        begin = optimizer.begin_step
+
+        def poisoned(micro_batches: int | None = None) -> None:
+            begin(micro_batches)
+            if torch.distributed.get_rank() == self.rank and trainer.state.step in self.steps:
+                optimizer.groups[0].grads[0] = math.inf
+
+        optimizer.begin_step = poisoned  # type: ignore[method-assign]
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        vars(trainer.optimizer).pop("begin_step")
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    overrides = [FSDP, BF16, "data.total_steps=6", "parallel.zero1.size=2"]
+    clean = fit(4, overrides, stop_after=2)
+    bad = fit(4, overrides, stop_after=3, hooks=[_Poison(1, (2,))])
+    assert_same_tensors(bad.tensors, clean.tensors)
+    assert bad.ranks[0].steps == clean.ranks[0].steps
+    assert (bad.state["step"], bad.state["inf_nan_skip_batches"]) == (3, 1)
+
+
+def test_a_streak_ends_the_run() -> None:
+    overrides = [FSDP, "data.total_steps=9", "hybrid_zero_optimizer.max_skipped_steps=2"]
+    run = fit(2, overrides, hooks=[_Poison(1, (1, 3, 4))])
+    where = "(first in embedding.weight on rank 1)"
+    assert run.message.startswith(f"step 4: 2 steps in a row were skipped, since gradients were inf or nan {where}")
+
+
+# -- checkpoints
+
+#: Ranks and overrides; the vocabulary is one that no size divides.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "shared by two": (2, (FSDP,)),
+    "shared by two of four": (4, (FSDP, *MSP)),
+    "flat": (2, ()),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_any_loads_what_another_saved(dtype: str, tmp_path: Path) -> None:
+    """Bit by bit; and a run that goes on is the run that was not cut."""
+    common = (f"model.dtype=torch.{dtype}", "model.vocab_size=67", "model.tie_word_embeddings=True")
+
+    def overrides(folder: str, layout: str) -> tuple[int, list[str]]:
+        ranks, own = LAYOUTS[layout]
+        return ranks, saving(tmp_path / folder, *common, *own, total=4)
+
+    for writer in LAYOUTS:
+        saved = fit(*overrides(writer, writer), stop_after=2)
+        for reader in LAYOUTS:
+            _assert_same_state(resume(*overrides(writer, reader)), saved)
+    straight = fit(*overrides("straight", "shared by two"))
+    rest = fit(*overrides("shared by two", "shared by two"))
+    assert rest.log == straight.log[2:]
+    assert_same_tensors(rest.tensors, straight.tensors)
+
+
+def _assert_same_state(loaded: Outcome, saved: Outcome) -> None:
+    assert_same_tensors(loaded.tensors, saved.tensors)
+    assert (loaded.state, set(loaded.ranks[0].steps)) == (saved.state, set(saved.ranks[0].steps))
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(FSDP, ""), ("", FSDP), (FSDP, FSDP)])
+def test_the_model_alone_makes_the_main_parameters(writer: str, reader: str, tmp_path: Path) -> None:
+    saved = fit(2, saving(tmp_path, BF16, *filter(None, [writer])), stop_after=2)
+    new = saving(tmp_path / "new", BF16, f"ckpt.load_ckpt_info.path=local:{tmp_path}/ckpts/step-2")
+    loaded = resume(2, [*new, "ckpt.load_ckpt_info.content=('model',)", *filter(None, [reader])])
+    for name, tensor in saved.tensors.items():
+        if name.startswith("model/"):
+            assert torch.equal(loaded.tensors[name], tensor)
+            assert torch.equal(loaded.tensors[name.replace("model/", "optimizer/main/")], tensor.float())
+
+
+# -- beside training
+
+
+class _Batches:
+    """An iterator that knows where it came from."""
+
+    def __init__(self) -> None:
+        self.loader, types = build_train_loader_with_data_type()
+        self.types, self._batches = len(types), iter(self.loader)
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+
+def _trainer(model: nn.Module, communicator: Any) -> tuple[Trainer, _Batches]:
+    batches = _Batches()
+    optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
+    return initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=batches.types), batches
+
+
+@dataclass
+class _Seen:
+    traffic: dict[str, tuple[Traffic, Traffic]]
+    tokens: list[int]
+    memory: dict[str, int]
+    numel: int
+
+
+def _beside(rank: int, world_size: int, overrides: tuple[str, ...]) -> _Seen:
+    """Train, validate, draw tokens, train and validate again."""
+    initialize_distributed_env(TINY, overrides=overrides)
+    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    trainer, batches = _trainer(model, communicator)
+    assert is_fully_sharded(model) == (world_size > 1)
+    traffic = {}
+
+    def note(what: str, action: Callable[[], object], step: int, **options: Any) -> None:
+        before = LEDGER.snapshot()
+        action()
+        counted = [int((labels != -100).sum()) for labels in batches.loader.read(step)[1]]
+        expected = expected_traffic(gpc.config, world_size, counted, types=batches.types, **options)
+        traffic[what] = LEDGER.since(before), expected
+
+    def validate() -> None:
+        trainer.eval()
+        trainer.execute_schedule(batches, forward_only=True)
+        trainer.train()
+
+    note("training", lambda: trainer.train_step(batches), 0)
+    note("validation", validate, 1, forward_only=True)
+    tokens = generate(model, [3, 1, 4], 5, temperature=0)
+    note("training again", lambda: trainer.train_step(batches), 2)
+    note("validation again", validate, 3, forward_only=True)
+    numel = sum(len(held(parameter).flat) for parameter in model.parameters())
+    return _Seen(
+        traffic, [*tokens, *generate(model, [3], 5, temperature=0)], held_between_steps(model, trainer.optimizer), numel
+    )
+
+
+def test_beside_training() -> None:
+    (one,) = run_ranks(1, _beside, ("data.micro_num=4",))
+    ranks = run_ranks(2, _beside, ("data.micro_num=2", FSDP))
+    for seen in ranks:
+        assert all(counted == expected for counted, expected in seen.traffic.values())
+        assert seen.tokens == one.tokens
+        assert seen.memory["parameters"] == seen.memory["gradients"] == 8 * seen.numel
+    assert sum(seen.numel for seen in ranks) == one.numel
+    assert abs(ranks[0].numel - ranks[1].numel) < 0.02 * one.numel
+
+
+def _mixed(rank: int, world_size: int) -> str:
+    initialize_distributed_env(TINY, overrides=(FSDP,))
+    model = create_model()
+    model.norm.float()
+    with pytest.raises(ConfigError) as caught:
+        initialize_model_and_parallel_communicator(model)
+    return str(caught.value)
+
+
+def test_two_types_are_refused() -> None:
+    what = "'norm.weight' is of torch.float32, and all else of torch.float64"
+    assert run_ranks(2, _mixed) == [f"parallel.zero1.fsdp: True, but {what}. Set it to False"] * 2

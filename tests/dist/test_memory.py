@@ -1,0 +1,208 @@
+"""What a rank holds is what the memory plan says: part by part, to the byte."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
+from torch.autograd.graph import saved_tensors_hooks
+
+from internlm.config import load_config
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel.fully_sharded import is_fully_sharded
+from internlm.core.parallel.isp import IspEmbedding
+from internlm.core.parallel.weight_gatherer import WeightGatherer
+from internlm.core.trainer import Trainer
+from internlm.data import build_train_loader_with_data_type
+from internlm.initialize import initialize_distributed_env, initialize_trainer
+from internlm.model.builder import create_model
+from internlm.model.decoder import Decoder
+from internlm.profiler.memory import ACTIVATIONS, GATHER, REDUCTION, held_between_steps
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer.reduction import BucketSum
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train.hooks import TellMemoryPlan
+from internlm.train.hooks.memory import own_plan
+from internlm.train.memory import Plan, memory_plan, told
+from internlm.utils.logger import get_logger
+from tests.dist.equivalence import TINY
+from tests.dist.test_in_flight import Watch, address
+from tests.harness.pool import run_ranks
+
+Row: TypeAlias = tuple[int, tuple[str, ...]]
+
+SMALL: dict[str, Any] = TINY | {
+    "data": TINY["data"] | {"seq_len": 64, "micro_bsz": 4, "micro_num": 2},
+    "model": TINY["model"] | {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 97},
+}
+
+ZERO, PARALLEL, WEIGHT = "hybrid_zero_optimizer", "parallel", "parallel.weight"
+BF16 = "model.dtype=torch.bfloat16", "model.attention_backend=sdpa"
+NARROW, FP32_NORM = f"{ZERO}.fp32_grad_accum=False", "use_fp32_norm=True"
+REDUCED = "reduce_comm_dtype=torch.bfloat16"
+BUCKETS = f"{ZERO}.reduce_bucket_size=20000"
+WHOLE = f"{ZERO}.use_split_tensor_optim=False"
+LAYERNORM = "model.norm_type=layernorm", "model_type=INTERNLM"
+TIED = "model.tie_word_embeddings=True"
+OVERLAP, POOL = f"{WEIGHT}.overlap=True", f"{WEIGHT}.memory_pool=True"
+
+
+def split(mode: str, tensor: int = 2, weight: int = 1) -> tuple[str, ...]:
+    sizes = f"{PARALLEL}.tensor.size={tensor}", f"{WEIGHT}.size={weight}"
+    return (f"{PARALLEL}.tensor.mode={mode}", *sizes)
+
+
+def stages(mode: str = "1F1B") -> tuple[str, ...]:
+    return f"{PARALLEL}.pipeline.size=2", f"{PARALLEL}.pipeline.mode={mode}", "data.micro_num=4"
+
+
+def per_layer(place: str) -> tuple[str, ...]:
+    return OVERLAP, f"{WEIGHT}.launch_allgather_before={place}"
+
+
+PER_MODULE = OVERLAP, f"{WEIGHT}.forward_overlap_per=module"
+
+#: Ranks and overrides.
+ROWS: dict[str, Row] = {
+    "zero over all, bf16, reduced in bf16": (4, (*BF16, REDUCED, BUCKETS)),
+    "zero over two, narrow sums, norms in fp32": (4, (*BF16, NARROW, FP32_NORM, f"{PARALLEL}.zero1.size=2")),
+    "zero off, narrow sums reduced in fp32": (
+        2,
+        (*BF16, NARROW, "reduce_comm_dtype=torch.float32", f"{PARALLEL}.zero1.size=1", "model.checkpoint=True"),
+    ),
+    "by parameter": (2, (*BF16, WHOLE, BUCKETS, REDUCED, "model.checkpoint=0.5")),
+    "muon": (4, (*split("mtp"), *BF16, FP32_NORM, "optimizer.type=Muon", "model.checkpoint=selective")),
+    "lion, embedding split by words": (2, (*split("msp"), "optimizer.type=Lion", "model.embed_split_hidden=False")),
+    "fsp, offloaded": (4, (*split("fsp"), REDUCED, "model.cpu_offloading=2", *LAYERNORM)),
+    "isp": (4, (*split("isp", 2, 2), *BF16, BUCKETS)),
+    "isp, pool": (4, (*split("isp", 2, 4), POOL, "model.checkpoint=True")),
+    "isp, by module, all recomputed": (2, (*split("isp", 2, 2), *PER_MODULE, "model.checkpoint=True")),
+    "isp, by layer": (2, (*split("isp", 1, 2), *per_layer("wo"), TIED)),
+    "isp, by layer from wqkv, pool, half recomputed": (
+        2,
+        (*split("isp", 2, 2), *per_layer("wqkv"), POOL, "model.checkpoint=0.5"),
+    ),
+    "isp, by layer from attention, pipeline": (
+        4,
+        (*split("isp", 2, 2), *stages(), *per_layer("attn"), "model.num_layers=5"),
+    ),
+    "pipeline of tied ends": (4, (*stages("ZBV"), *BF16, TIED, "model.num_layers=5", "optimizer.type=Muon")),
+    "fully sharded": (4, (f"{PARALLEL}.zero1.fsdp=True", f"{PARALLEL}.zero1.size=2", *BF16, REDUCED)),
+}
+
+
+class Peak:
+    """The most that was ever held of something."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def after(self, function: Callable[..., Any], held: Callable[[], int]) -> Callable[..., Any]:
+        """``function``, after each call of which it is looked how much that is."""
+
+        def watched(*arguments: Any) -> Any:
+            result = function(*arguments)
+            self.bytes = max(self.bytes, held())
+            return result
+
+        return watched
+
+
+def _watch_gathering(model: Decoder, gatherer: WeightGatherer | None) -> Peak:
+    peak = Peak()
+    if gatherer is None:
+        return peak
+
+    def held() -> int:
+        free = [buffer for buffers in gatherer.pool.values() for buffer in buffers]
+        return sum(buffer.nbytes for buffer in (*gatherer._held.values(), *free))
+
+    gatherer._fetch = peak.after(gatherer._fetch, held)
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None and isinstance(embedding.communicator, IspEmbedding):
+        table = embedding.weight.nbytes * gatherer.group.size
+        embedding.communicator._gather = peak.after(embedding.communicator._gather, lambda: table + held())
+    return peak
+
+
+def _watch_reduction(optimizer: HybridZeroOptimizer) -> Peak:
+    """What is on its way and not in the buffers themselves."""
+    peak, reducer = Peak(), optimizer._reducer
+
+    def held() -> int:
+        sent = [each._own.untyped_storage() for each in getattr(reducer, "begun", ()) if isinstance(each, BucketSum)]
+        buffers = {address(group.grads) for group in optimizer.groups}
+        return sum({each.data_ptr(): each.nbytes() for each in sent if each.data_ptr() not in buffers}.values())
+
+    reducer.begin = peak.after(reducer.begin, held)
+    return peak
+
+
+def _trainer(overrides: tuple[str, ...]) -> tuple[Trainer, WeightGatherer | None]:
+    initialize_distributed_env(SMALL, overrides=overrides)
+    model, gatherer = initialize_model_and_parallel_communicator(create_model())
+    optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, gatherer)
+    return initialize_trainer(model, optimizer, lr_schedule, beta2_schedule), gatherer
+
+
+def _measure(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[int, int, Plan]:
+    """Stage, rank in the zero group, and what is held there in a step; without buffers that are PyTorch's."""
+    trainer, gatherer = _trainer(overrides)
+    model, optimizer = trainer.model, trainer.optimizer
+    assert isinstance(model, Decoder)
+    gathering, reduction = _watch_gathering(model, gatherer), _watch_reduction(optimizer)
+    batch, _ = next(iter(build_train_loader_with_data_type()[0]))
+    ids = batch["input_ids"]
+    watch = trainer.scheduler.records = Watch(model, {address(ids)})
+    gc.collect()
+    gc.freeze()
+    with saved_tensors_hooks(watch.pack, lambda held: held.tensor):
+        trainer.execute_schedule(iter([(batch, ids.clone())]))  # every label counts
+    gc.unfreeze()
+    trainer.step()
+    measured = held_between_steps(model, optimizer)
+    measured[ACTIVATIONS] = max(watch.bytes)
+    if not is_fully_sharded(model):
+        measured |= {REDUCTION: reduction.bytes, GATHER: gathering.bytes}
+    return gpc.get_local_rank(ParallelMode.PIPELINE), gpc.get_local_rank(ParallelMode.ZERO1), measured
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_part_to_the_byte(row: str) -> None:
+    world, overrides = ROWS[row]
+    config = load_config(SMALL, overrides, world, "cpu")
+    for stage, zero_rank, measured in run_ranks(world, _measure, overrides):
+        plan = memory_plan(config, world, stage=stage, zero_rank=zero_rank)
+        assert plan.keys() - measured.keys() == ({REDUCTION, GATHER} if config.parallel.zero1.fsdp else set())
+        assert measured == {part: plan[part] for part in measured}
+
+
+def _told(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[str, Plan]:
+    """What the run says of its plan, and what it takes for the plan of this rank."""
+    trainer, _ = _trainer(overrides)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log = get_logger()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    TellMemoryPlan().before_run(trainer)
+    log.removeHandler(handler)
+    return "\n".join(lines), own_plan(trainer.model)
+
+
+def test_a_run_tells_its_plan() -> None:
+    overrides = ROWS["muon"][1]
+    ranks = run_ranks(4, _told, overrides)
+    config = load_config(SMALL, overrides, 4, "cpu")
+    assert {text for text, _ in ranks} == {told(config, 4)}
+    assert [plan for _, plan in ranks] == [memory_plan(config, 4, zero_rank=rank) for rank in (0, 0, 1, 1)]
+
+
+def test_of_a_model_that_users_bring_there_is_none() -> None:
+    (found,) = run_ranks(1, _told, ("model_type=PLAIN",))
+    assert found == ("Memory plan: there is no formula for this model", {})

@@ -1,0 +1,68 @@
+"""However the optimizer's state is shared, sent and overlapped, and whichever rule updates the parameters: after five
+steps with clipping they are those of one process, and what was sent is that of the formula."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm.verify.compare import compare
+from internlm.verify.plan import make_plan
+from tests.dist.equivalence import TINY, share_of_batch
+from tests.dist.oracle import alone, run
+from tests.harness.pool import run_ranks
+
+STEPS = 5
+
+#: Ranks and overrides.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "data": (2, ()),
+    "replicas": (4, ("parallel.zero1.size=2",)),
+    "four shards": (4, ("data.micro_num=2",)),
+    "state whole": (2, ("parallel.zero1.size=1",)),
+    "mtp": (4, ("parallel.tensor.size=2",)),
+    "msp": (4, ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "model_type=INTERNLM")),
+    "fsp": (2, ("parallel.tensor.size=2", "parallel.tensor.mode=fsp")),
+    "isp": (4, ("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=2")),
+    "isp, overlapped": (
+        4,
+        ("parallel.tensor.mode=isp", "parallel.weight.size=2", "parallel.weight.overlap=True", "model.checkpoint=0.5"),
+    ),
+    "isp, padded": (4, ("parallel.tensor.mode=isp", "parallel.weight.size=4", "model.vocab_size=67")),
+    "pipeline": (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBH1", "data.micro_num=4")),
+    "tied pipeline": (4, ("parallel.pipeline.size=2", "model.tie_word_embeddings=True", "data.micro_num=4")),
+}
+
+ZERO = "hybrid_zero_optimizer"
+BUCKETS = (f"{ZERO}.reduce_bucket_size=5000",)
+WHOLE = (f"{ZERO}.use_split_tensor_optim=False",)
+GRADS, PARAMETERS = (f"{ZERO}.overlap_sync_grad=True", *BUCKETS), (f"{ZERO}.overlap_sync_param=True", *BUCKETS)
+MUON, LION = ("optimizer.type=Muon",), ("optimizer.type=Lion", "adam.lr=1e-4")
+GROUPS = (
+    "optimizer.param_groups=[{'pattern':'^embedding','lr_scale':0.1},{'pattern':'wo','type':'Lion','weight_decay':0}]",
+)
+
+ROWS: list[tuple[str, tuple[str, ...]]] = [
+    *((name, BUCKETS) for name in ("data", "replicas", "msp", "isp")),
+    *((name, WHOLE) for name in ("data", "replicas", "four shards", "msp", "isp", "tied pipeline")),
+    *((name, (*WHOLE, *BUCKETS)) for name in ("data", "mtp")),
+    *((name, GRADS) for name in ("data", "replicas", "fsp", "isp, overlapped", "pipeline", "tied pipeline")),
+    *((name, PARAMETERS) for name in ("data", "replicas", "msp", "isp, overlapped", "pipeline", "tied pipeline")),
+    *((name, (*GRADS, *PARAMETERS, *WHOLE)) for name in ("four shards", "mtp", "isp", "pipeline")),
+    *((name, MUON) for name in ("data", "state whole", "mtp", "fsp", "isp", "isp, padded", "pipeline")),
+    *((name, (*MUON, *GRADS, *PARAMETERS)) for name in ("replicas", "msp")),
+    *((name, LION) for name in ("replicas", "msp", "isp")),
+    *((name, GROUPS) for name in ("data", "mtp", "pipeline")),
+]
+
+
+def assert_equal(layout: str, case: tuple[str, ...], steps: int = STEPS) -> None:
+    ranks, sizes = LAYOUTS[layout]
+    overrides = (*sizes, *case)
+    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, steps, "float64")
+    report = compare(plan.config, alone(plan), run_ranks(ranks, run, plan.config, plan.seed, steps))
+    assert report.failures == []
+
+
+@pytest.mark.parametrize(("layout", "case"), ROWS, ids=lambda each: each if isinstance(each, str) else ",".join(each))
+def test_every_row(layout: str, case: tuple[str, ...]) -> None:
+    assert_equal(layout, case)

@@ -1,0 +1,183 @@
+"""Gradients are reduced while others are computed, parameters gathered while layers run: and no bit differs for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from internlm.config.schema import AdamConfig, HybridZeroConfig
+from internlm.core.context.group import Group
+from internlm.core.context.parallel_mode import ParallelMode
+from internlm.solver.optimizer import Groups, HybridZeroOptimizer
+from internlm.utils.errors import UserError
+from internlm.verify.plan import make_plan
+from internlm.verify.record import RankRecord
+from tests.dist.equivalence import TINY, share_of_batch
+from tests.dist.oracle import run
+from tests.harness.pool import run_ranks
+from tests.unit.model.samples import decoder, tokens
+
+ZERO = "hybrid_zero_optimizer"
+BOTH = (f"{ZERO}.overlap_sync_grad=True", f"{ZERO}.overlap_sync_param=True")
+PATIENCE = 20.0  # seconds
+
+
+# -- no bit differs
+
+
+def _trained(ranks: int, overrides: tuple[str, ...]) -> list[RankRecord]:
+    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, 5, "float32")
+    records: list[RankRecord] = run_ranks(ranks, run, plan.config, plan.seed, 5)
+    return records
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ()),
+        (4, ("parallel.zero1.size=2", "model.tie_word_embeddings=True", "model.checkpoint=True")),
+        (4, ("parallel.tensor.mode=isp", "parallel.weight.size=2", "parallel.weight.overlap=True")),
+        (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=4", "data.micro_num=4")),
+    ],
+    ids=str,
+)
+def test_no_bit_differs(ranks: int, layout: tuple[str, ...], whole: bool) -> None:
+    common = (*layout, f"{ZERO}.reduce_bucket_size=3000", f"{ZERO}.use_split_tensor_optim={not whole}")
+    for one, other in zip(_trained(ranks, common), _trained(ranks, (*common, *BOTH)), strict=True):
+        assert one.losses == other.losses
+        assert one.norms == other.norms
+        for name, held in one.parameters.items():
+            assert all(torch.equal(box, other.parameters[name].boxes[where]) for where, box in held.boxes.items()), name
+
+
+# -- it really overlaps
+
+
+class _Progress:
+    """How far the model is, which a thread may wait for."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._changed = threading.Condition()
+
+    def advance(self, *_: Any) -> None:
+        with self._changed:
+            self.done += 1
+            self._changed.notify_all()
+
+    def reached(self, done: int) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done >= done, PATIENCE)
+
+
+@contextmanager
+def _held_back(name: str, progress: _Progress, last: int) -> Iterator[list[tuple[int, Future[bool]]]]:
+    """No collective of that name of torch.distributed is carried out before the model is further than when it was
+    begun, or has made its ``last`` progress: to wait for it at once would last for ever. For each, when it was begun,
+    and whether it could be carried out in time."""
+    real, held, line = getattr(dist, name), list[tuple[int, Future[bool]]](), ThreadPoolExecutor(max_workers=1)
+
+    def carried_out(begun: int, args: Any, options: Any) -> bool:
+        moved = progress.reached(min(begun + 1, last))
+        real(*args, **options).wait()
+        return moved
+
+    def begin(*args: Any, **options: Any) -> SimpleNamespace:
+        future = line.submit(carried_out, progress.done, args, options)
+        held.append((progress.done, future))
+        return SimpleNamespace(wait=future.result)
+
+    setattr(dist, name, begin)
+    try:
+        yield held
+    finally:
+        setattr(dist, name, real)
+        line.shutdown()
+
+
+def _model_and_optimizer(**options: Any) -> tuple[Any, HybridZeroOptimizer]:
+    assert dist.group.WORLD is not None
+    model = decoder(num_layers=3)
+    groups = Groups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    return model, HybridZeroOptimizer(
+        model, AdamConfig(lr=1e-2), HybridZeroConfig(reduce_bucket_size=4000, **options), groups
+    )
+
+
+def _step(model: Any, optimizer: HybridZeroOptimizer) -> None:
+    optimizer.begin_step(micro_batches=1)
+    model(tokens(1, 8), labels=tokens(1, 8, seed=1)).loss_sum.backward()
+    optimizer.step(1e-2, 0.95)
+
+
+def _grads(rank: int, world_size: int) -> list[tuple[int, bool]]:
+    model, optimizer = _model_and_optimizer(overlap_sync_grad=True)
+    _step(model, optimizer)  # learns
+    progress = _Progress()
+
+    def advance_in_backward(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        output.register_hook(progress.advance)
+
+    model.embedding.register_forward_hook(advance_in_backward)
+    with _held_back("reduce_scatter_single", progress, last=1) as held:
+        _step(model, optimizer)
+    return [(begun, future.result()) for begun, future in held]
+
+
+def test_gradients_are_reduced_while_the_backward_pass_runs() -> None:
+    """What was begun before the backward pass came to the embedding was still on its way then."""
+    for found in run_ranks(2, _grads):
+        begun, timely = zip(*found, strict=True)
+        assert all(timely)
+        assert list(begun) == sorted(begun)
+        assert begun.count(0) >= 3
+        assert begun[-1] == 1  # the embedding's own gradients come last
+
+
+def _gathers(rank: int, world_size: int) -> list[tuple[int, bool]]:
+    model, optimizer = _model_and_optimizer(overlap_sync_param=True)
+    _step(model, optimizer)
+    progress = _Progress()
+    for module in (model.embedding, *model.layers, model.norm):
+        module.register_forward_hook(progress.advance)
+    with _held_back("all_gather_single", progress, last=len(model.layers._modules) + 2) as held:
+        model(tokens(1, 8), labels=tokens(1, 8, seed=1))
+    return [(begun, future.result()) for begun, future in held]
+
+
+def test_parameters_are_gathered_while_the_layer_before_them_runs() -> None:
+    """Those of a layer were still on their way when the one before it had ended."""
+    for found in run_ranks(2, _gathers):
+        begun, timely = zip(*found, strict=True)
+        assert all(timely)
+        assert set(begun) >= {0, 1, 2}  # as the embedding and each of the first layers began
+
+
+# -- what can't be foreseen
+
+
+def test_more_gradients_than_in_the_first_step_are_refused() -> None:
+    (message,) = run_ranks(1, _surprised)
+    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: another gradient of 'output.weight' came when")
+
+
+def _surprised(rank: int, world_size: int) -> str:
+    model, optimizer = _model_and_optimizer(overlap_sync_grad=True)
+    _step(model, optimizer)
+    optimizer.begin_step(micro_batches=1)
+    for _ in range(2):
+        loss = model(tokens(1, 8), labels=tokens(1, 8, seed=1)).loss_sum
+        try:
+            loss.backward()
+        except UserError as error:
+            return str(error)
+    return "nothing"

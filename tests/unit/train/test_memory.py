@@ -1,0 +1,166 @@
+"""The memory plan by hand, and where it is told; it is held against running ranks in tests/dist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm.cli.main import main
+from internlm.config import Config, load_config
+from internlm.train.in_flight import peak_saved
+from internlm.train.memory import memory_plan, plans_of_stages, table, told
+
+HIDDEN, WORDS = 64, 128
+#: wqkv, wo, w13, w2 of a block of one head, and its norms.
+WEIGHTS = {"wqkv": 3 * HIDDEN * HIDDEN, "wo": HIDDEN * HIDDEN, "w13": 2 * 256 * HIDDEN, "w2": 256 * HIDDEN}
+BLOCK, TABLE = sum(WEIGHTS.values()) + 2 * HIDDEN, WORDS * HIDDEN
+SIZES = dict(num_layers=3, hidden_size=HIDDEN, num_attention_heads=1, vocab_size=WORDS, dtype="torch.bfloat16")
+KEYS: dict[str, Any] = dict(
+    model_type="LLAMA2",
+    model=SIZES | dict(mlp_ratio=4.0, multiple_of=64),
+    data=dict(seq_len=16, micro_bsz=1, total_steps=1),
+    adam=dict(lr=1e-4),
+)
+ALL = 3 * BLOCK + 2 * TABLE + HIDDEN  # and the last norm; a multiple of the padding
+MB = 2**20
+
+
+def resolved(*overrides: str, world: int = 1) -> Config:
+    return load_config(KEYS, overrides, world, "cpu")
+
+
+def plan(*overrides: str, world: int = 1, **where: Any) -> dict[str, int]:
+    return memory_plan(resolved(*overrides, world=world), world, **where)
+
+
+def test_one_rank_in_bfloat16() -> None:
+    assert plan() == {
+        "parameters": 2 * ALL,
+        "gradients": 4 * ALL,
+        "main parameters": 4 * ALL,
+        "optimizer: exp_avg": 4 * ALL,
+        "optimizer: exp_avg_sq": 4 * ALL,
+        "reduction buffers": 0,
+        "gather buffers": 0,
+        "activations": peak_saved(resolved(), 1),
+    }
+
+
+def test_zero_shares_what_is_updated() -> None:
+    one, four = plan(), plan(world=4)
+    for part, size in one.items():
+        shared = part.startswith(("main", "optimizer"))
+        assert four[part] * (4 if shared else 1) == pytest.approx(size, rel=1e-2), part  # padding
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gradients", "reduction"),
+    [
+        (("hybrid_zero_optimizer.fp32_grad_accum=False",), 2 + 4, 0),
+        (("reduce_comm_dtype=torch.bfloat16",), 4, 2),
+        (("reduce_comm_dtype=torch.bfloat16", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 0),
+        (("reduce_comm_dtype=torch.float16", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 2),
+    ],
+)
+def test_types_of_gradients(overrides: tuple[str, ...], gradients: int, reduction: int) -> None:
+    found = plan(*overrides)
+    assert (found["gradients"], found["reduction buffers"]) == (gradients * ALL, reduction * ALL)
+
+
+def test_float32_needs_no_main_parameters() -> None:
+    found = plan("model.dtype=torch.float32")
+    assert (found["parameters"], found["main parameters"]) == (4 * ALL, 0)
+
+
+def test_states_are_those_of_each_rule() -> None:
+    assert "optimizer: exp_avg_sq" not in plan("optimizer.type=Lion")
+    muon = plan("optimizer.type=Muon")
+    assert muon["optimizer: momentum"] == 4 * 3 * sum(WEIGHTS.values())
+    assert muon["optimizer: exp_avg"] == muon["optimizer: exp_avg_sq"] == 4 * ALL - muon["optimizer: momentum"]
+
+
+def test_without_a_rank_the_fullest_of_those_that_share_by_parameter() -> None:
+    whole = ("hybrid_zero_optimizer.use_split_tensor_optim=False",)
+    ranks = [sum(plan(*whole, world=2, zero_rank=rank).values()) for rank in range(2)]
+    assert ranks[0] != ranks[1]
+    assert sum(plan(*whole, world=2).values()) == max(ranks)
+
+
+OVERLAP = "parallel.weight.overlap=True"
+QKV, WO, W13, W2 = WEIGHTS.values()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "elements"),
+    [
+        ((), W13),
+        (("parallel.weight.memory_pool=True",), QKV + WO + W13 + W2 + TABLE + TABLE),
+        ((OVERLAP, "parallel.weight.forward_overlap_per=module"), W13 + W2),
+        ((OVERLAP,), WO + W13 + W2 + QKV + WO + W13 + W2),
+        ((OVERLAP, "parallel.weight.launch_allgather_before=w1"), W13 + W2 + QKV + WO + W13 + W2),
+        ((OVERLAP, "parallel.weight.launch_allgather_before=w1", "model.num_layers=1"), W13 + W2),
+        ((OVERLAP, "parallel.weight.forward_overlap_per=module", "model.checkpoint=True"), W2 + WO + W13),
+        ((OVERLAP, "parallel.weight.memory_pool=True"), QKV + 2 * (WO + W13 + W2) + TABLE + TABLE),
+    ],
+)
+def test_gathered_weights(overrides: tuple[str, ...], elements: int) -> None:
+    isp = "parallel.tensor.mode=isp", "parallel.weight.size=2"
+    assert plan(*isp, *overrides, world=2)["gather buffers"] == 2 * elements
+
+
+def test_stages_have_plans_of_their_own() -> None:
+    pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
+    first, middle, last = plans_of_stages(pipeline, 3)
+    assert [each["parameters"] for each in (first, middle, last)] == [
+        2 * (BLOCK + TABLE), 2 * BLOCK, 2 * (BLOCK + TABLE + HIDDEN)
+    ]  # fmt: skip
+    assert first["activations"] > middle["activations"]
+
+
+# -- told
+
+
+def test_a_table_of_stages() -> None:
+    text = table([{"a": MB, "long": 0}, {"a": 3 * MB // 2}], ["stage 0", "stage 1"])
+    assert text.splitlines() == [
+        "      stage 0  stage 1",
+        "a         1.0      1.5",
+        "long      0.0      0.0",
+        "all       1.0      1.5",
+    ]
+
+
+def test_the_fullest_stage_is_told() -> None:
+    assert told(resolved(), 1).startswith("Memory plan of the rank that holds the most, in MB\nparameters")
+    pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
+    totals = [sum(each.values()) for each in plans_of_stages(pipeline, 3)]
+    assert f", in stage {totals.index(max(totals))}, in MB" in told(pipeline, 3)
+
+
+def test_of_another_model_there_is_no_formula() -> None:
+    other = resolved().model_copy(update={"model_type": "MINE"})
+    assert told(other, 1) == "Memory plan: there is no formula for the model 'MINE'"
+
+
+CONFIG = """
+model_type = "LLAMA2"
+model = dict(num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=128)
+data = dict(seq_len=64, micro_bsz=1, total_steps=1)
+adam = dict(lr=1e-4)
+"""
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG)
+    stages = "--set", "parallel.pipeline.size=2", "--set", "data.micro_num=2"
+    main(["memory", "--config", str(file), "--world", "4", *stages])
+    heading, columns, *rows = capsys.readouterr().out.splitlines()
+    assert heading == "Memory plan of the rank of each stage that holds the most, of 4, in MB"
+    assert columns.split() == ["stage", "0", "stage", "1"]
+    assert (rows[0].split()[0], rows[-1].split()[0]) == ("parameters", "all")
+    with pytest.raises(SystemExit) as caught:
+        main(["memory", "--config", str(file), "--world", "3", *stages])
+    assert caught.value.code == 2
