@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer
+from internlm.solver.optimizer import Groups, HybridZeroOptimizer, gathering, reduction
 from internlm.utils.errors import UserError
 from internlm.verify.plan import make_plan
 from internlm.verify.record import RankRecord
@@ -80,27 +80,29 @@ class _Progress:
 
 
 @contextmanager
-def _held_back(name: str, progress: _Progress, last: int) -> Iterator[list[tuple[int, Future[bool]]]]:
-    """No collective of that name of torch.distributed is carried out before the model is further than when it was
+def _held_back(
+    module: ModuleType, name: str, progress: _Progress, last: int
+) -> Iterator[list[tuple[int, Future[bool]]]]:
+    """No collective that ``module`` begins by that name is carried out before the model is further than when it was
     begun, or has made its ``last`` progress: to wait for it at once would last for ever. For each, when it was begun,
     and whether it could be carried out in time."""
-    real, held, line = getattr(dist, name), list[tuple[int, Future[bool]]](), ThreadPoolExecutor(max_workers=1)
+    real, held, line = getattr(module, name), list[tuple[int, Future[bool]]](), ThreadPoolExecutor(max_workers=1)
 
-    def carried_out(begun: int, args: Any, options: Any) -> bool:
+    def carried_out(begun: int, args: Any) -> bool:
         moved = progress.reached(min(begun + 1, last))
-        real(*args, **options).wait()
+        real(*args).wait()
         return moved
 
-    def begin(*args: Any, **options: Any) -> SimpleNamespace:
-        future = line.submit(carried_out, progress.done, args, options)
+    def begin(*args: Any) -> SimpleNamespace:
+        future = line.submit(carried_out, progress.done, args)
         held.append((progress.done, future))
-        return SimpleNamespace(wait=future.result)
+        return SimpleNamespace(wait=future.result, settle=lambda: None)
 
-    setattr(dist, name, begin)
+    setattr(module, name, begin)
     try:
         yield held
     finally:
-        setattr(dist, name, real)
+        setattr(module, name, real)
         line.shutdown()
 
 
@@ -128,7 +130,7 @@ def _grads(rank: int, world_size: int) -> list[tuple[int, bool]]:
         output.register_hook(progress.advance)
 
     model.embedding.register_forward_hook(advance_in_backward)
-    with _held_back("reduce_scatter_single", progress, last=1) as held:
+    with _held_back(reduction, "begin_reduce_scatter", progress, last=1) as held:
         _step(model, optimizer)
     return [(begun, future.result()) for begun, future in held]
 
@@ -149,7 +151,7 @@ def _gathers(rank: int, world_size: int) -> list[tuple[int, bool]]:
     progress = _Progress()
     for module in (model.embedding, *model.layers, model.norm):
         module.register_forward_hook(progress.advance)
-    with _held_back("all_gather_single", progress, last=len(model.layers._modules) + 2) as held:
+    with _held_back(gathering, "begin_all_gather", progress, last=len(model.layers._modules) + 2) as held:
         model(tokens(1, 8), labels=tokens(1, 8, seed=1))
     return [(begun, future.result()) for begun, future in held]
 

@@ -6,20 +6,35 @@ Each comes in two forms: ``begin_…`` returns at once what can be waited for, t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.context.group import Group
+from internlm.core.parallel import gloo
 from internlm.core.parallel.ledger import LEDGER
+
+
+class Work(Protocol):
+    """What can be waited for."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
 
 
 class Pending:
     """A tensor that may still be on its way."""
 
-    def __init__(self, result: Tensor, work: dist.Work | None = None, then: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, result: Tensor, work: Work | None = None, then: Callable[[Tensor], Tensor] | None = None):
         self._result, self._work, self._then = result, work, then
+
+    def settle(self) -> None:
+        """Give up what it needs to come, if it is there."""
+        if self._work is not None and self._work.is_completed():
+            self.wait()
 
     def wait(self) -> Tensor:
         """The tensor, once it is there."""
@@ -47,8 +62,10 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
     if shard is None:
         shard = whole.new_empty(whole.shape[0] // group.size, *whole.shape[1:])
     LEDGER.record(group.mode, "reduce-scatter", (group.size - 1) * shard.nbytes)
-    work = dist.reduce_scatter_single(shard, whole.contiguous(), group=group.handle, async_op=True)
-    return Pending(shard, work)
+    whole = whole.contiguous()
+    if whole.is_cpu:
+        return Pending(shard, gloo.SumOfParts(shard, whole, group.handle, group.size))
+    return Pending(shard, dist.reduce_scatter_single(shard, whole, group=group.handle, async_op=True))
 
 
 def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Pending:
@@ -59,8 +76,10 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
     if whole is None:
         whole = shard.new_empty(shard.shape[0] * group.size, *shard.shape[1:])
     LEDGER.record(group.mode, "all-gather", (group.size - 1) * shard.nbytes)
-    work = dist.all_gather_single(whole, shard.contiguous(), group=group.handle, async_op=True)
-    return Pending(whole, work)
+    shard = shard.contiguous()
+    if whole.is_cpu:
+        return Pending(whole, gloo.all_gather(whole, shard, group.handle, group.rank, group.size))
+    return Pending(whole, dist.all_gather_single(whole, shard, group=group.handle, async_op=True))
 
 
 def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:

@@ -35,6 +35,11 @@ class BucketSum:
             owned = [(rank, sent[run]) for rank, run in enumerate(runs) if run.start < run.stop]
             self._pending = [begin_reduce(part, groups.zero, rank) for rank, part in owned]
 
+    def settle(self) -> None:
+        """Give up buffers of what is there."""
+        for pending in self._pending:
+            pending.settle()
+
     def across_replicas(self) -> None:
         """Go on with the ranks that hold the same shard."""
         self._wait()
@@ -101,6 +106,8 @@ class Reducer:
         self.begun = []
 
     def _begin(self, number: int) -> None:
+        for each in self.begun:
+            each.settle()
         flat, bucket = self.buckets[number]
         self.begun.append(BucketSum(flat, bucket, self.groups, self.dtype))
 
