@@ -191,6 +191,7 @@ class CheckpointManager:
     def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
         """Load ``content`` from ``source``; everything is compared, on all ranks, before anything is changed on any."""
         wants = set(ALL) if "all" in content else set(content)
+        self.optimizer.gather_parameters()  # what is still on its way shall not come after what is loaded
         reader = SafeReader(source)
         tensors = self._wanted_tensors(wants)
         known = _known_to_any_rank(tensors)
@@ -234,6 +235,8 @@ class CheckpointManager:
         """Put what does not lie in the model's and optimizer's own memory where it belongs."""
         if "optimizer" in wants:
             self.optimizer.load_state_dict(saved["optimizer"])
+            if "model" not in wants:
+                self.optimizer.publish()
         else:
             for group in self.optimizer.groups:
                 group.values_to_main()

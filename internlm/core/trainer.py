@@ -197,13 +197,12 @@ class Trainer:
 
 def given_up(step: int, update: OptimizerStep) -> Problem:
     """What to say of the last of too many steps that were skipped. All ranks must ask."""
-    found: list[str | None] = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
+    found: list[str | None] = [update.bad_gradient]
     if dist.is_initialized():
+        found *= dist.get_world_size()
         dist.all_gather_object(found, update.bad_gradient)
-    else:
-        found = [update.bad_gradient]
     bad = [(rank, name) for rank, name in enumerate(found) if name]
-    where = f"first in {bad[0][1]} on rank {bad[0][0]}" if bad else "in no rank's own, so their sum is too large"
+    where = f"first in {bad[0][1]} on rank {bad[0][0]}" if bad else "in no rank's own: their sum is too large"
     what = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"
     todo = "Go on from an older checkpoint with a lower learning rate, or look at the data of these steps"
     return Problem(f"step {step}", what, todo)

@@ -205,6 +205,7 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
         except SystemExit as error:
             message = f"exit {error.code}"
     trainer, loader = builder.trainer, builder.train_dl
+    trainer.optimizer.gather_parameters()  # of a run that was broken off
     step, optimizer = trainer.state.step, trainer.optimizer
     return Rank(
         log=log,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.parallel import place_replicated
 from internlm.solver.optimizer import Groups, HybridZeroOptimizer, gathering, reduction
 from internlm.utils.errors import UserError
 from internlm.verify.plan import make_plan
@@ -162,6 +163,63 @@ def test_parameters_are_gathered_while_the_layer_before_them_runs() -> None:
         begun, timely = zip(*found, strict=True)
         assert all(timely)
         assert set(begun) >= {0, 1, 2}  # as the embedding and each of the first layers began
+
+
+class _Named(torch.nn.Module):
+    """Blocks that are no modules to be called: what is in them is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(64, 32)
+        self.layers = torch.nn.ModuleList(
+            [torch.nn.ModuleDict({"up": torch.nn.Linear(32, 64), "down": torch.nn.Linear(64, 32)}) for _ in range(2)]
+        )
+        self.head = torch.nn.Linear(32, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.layers:
+            x = x + block["down"](block["up"](x).relu())
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def _uncalled(rank: int, world_size: int, lazily: bool) -> list[torch.Tensor]:
+    assert dist.group.WORLD is not None
+    torch.manual_seed(0)
+    model = place_replicated(_Named())
+    config = HybridZeroConfig(reduce_bucket_size=4000, overlap_sync_param=lazily)
+    groups = Groups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), config, groups)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(tokens(8, seed=10 * step + rank)).logsumexp(-1).sum().backward()
+        optimizer.step(1e-2, 0.95)
+    optimizer.gather_parameters()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_layers_that_are_not_called_are_gathered_in_time() -> None:
+    eager, lazy = (run_ranks(2, _uncalled, lazily) for lazily in (False, True))
+    for one, other in zip(eager, lazy, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def _state(rank: int, world_size: int) -> str:
+    model, optimizer = _model_and_optimizer(overlap_sync_param=True)
+    _step(model, optimizer)
+    try:
+        model.state_dict()
+    except UserError as error:
+        optimizer.gather_parameters()
+        assert model.state_dict()
+        return str(error)
+    return "nothing"
+
+
+def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
+    for message in run_ranks(2, _state):
+        assert message.startswith("model.state_dict(): not all is gathered yet (overlap_sync_param). Call optimizer.")
 
 
 # -- what can't be foreseen

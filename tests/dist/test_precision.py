@@ -107,6 +107,18 @@ def test_one_rank_alone_sees_it_and_nobody_updates(rank: int, tmp_path: Path) ->
     assert (bad.state["step"], bad.state["inf_nan_skip_batches"]) == (3, 1)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.attention.wqkv.weight", "layers.1.attention.wo.bias"])
+@pytest.mark.parametrize("mode", ["mtp", "msp"])
+def test_one_rank_of_a_tensor_group_alone_sees_it(mode: str, name: str, tmp_path: Path) -> None:
+    """In a parameter of which it holds a copy, or a part."""
+    layout = [f"parallel.tensor.mode={mode}", "parallel.tensor.size=2", "model_type=INTERNLM"]
+    heads = "model.num_kv_attention_heads=4"
+    overrides = [FP32, f"log_folder={tmp_path}", "data.total_steps=6", *layout, heads]
+    bad = fit(2, overrides, stop_after=2, hooks=[Poison(1, (1,), math.nan, name)])
+    assert_same_tensors(bad.tensors, fit(2, overrides, stop_after=1).tensors)
+    assert (bad.state["step"], bad.state["inf_nan_skip_batches"]) == (2, 1)
+
+
 @pytest.mark.parametrize(("rank", "layout"), [(1, ()), (0, ("parallel.zero1.size=1",)), (1, PIPELINE)], ids=str)
 def test_a_streak_ends_the_run(rank: int, layout: tuple[str, ...], tmp_path: Path) -> None:
     overrides = [FP32, f"log_folder={tmp_path}", "data.total_steps=9", *layout]

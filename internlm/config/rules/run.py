@@ -56,6 +56,14 @@ def patterns_compile(config: Config, facts: Facts) -> Iterator[Problem]:
             yield Problem("optimizer.param_groups", f"{error.pattern!r} is no regular expression ({error})", "Mend it")
 
 
+def gradients_fit(config: Config, facts: Facts) -> Iterator[Problem]:
+    """Small gradients vanish in float16, unless a loss scale keeps them up."""
+    dtype = config.model.dtype
+    if config.reduce_comm_dtype == "torch.float16" and dtype != "torch.float16":
+        what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would vanish"
+        yield Problem("reduce_comm_dtype", what, "Use torch.bfloat16, or remove it")
+
+
 def saving_knows_where_and_when(config: Config, facts: Facts) -> Iterator[Problem]:
     """Saving needs a folder and an interval."""
     ckpt = config.ckpt
@@ -86,6 +94,7 @@ RULES = (
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
     Rule(at("lr_scheduler", "total_steps", "init_steps", "warmup_ratio"), warmup_ends_within_run),
     Rule(("optimizer.param_groups",), patterns_compile),
+    Rule(("reduce_comm_dtype", "model.dtype"), gradients_fit),
     Rule(at("ckpt", "enable_save_ckpt", "save_ckpt_folder", "checkpoint_every"), saving_knows_where_and_when),
     Rule(at("monitor.alert", "enable_feishu_alert", "feishu_alert_address"), alerts_have_an_address),
 )

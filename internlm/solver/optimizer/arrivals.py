@@ -1,8 +1,8 @@
 """When the gradients of a bucket are complete, found by counting.
 
-How often a gradient grows in a step depends on the model alone (a tied embedding's twice a micro-batch) and on the
-number of micro-batches. So the first step of a number of micro-batches teaches how many additions each parameter gets,
-and in later ones a bucket is complete when they have all come.
+How often a parameter is told of in a step, since its gradient has grown or autograd is done with it, depends on the
+model and on the number of micro-batches alone. So the first step of a number of micro-batches teaches how often that
+is, and in later ones a bucket is complete when it was as often.
 """
 
 from __future__ import annotations

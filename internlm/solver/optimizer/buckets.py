@@ -89,7 +89,7 @@ def _by_element(sizes: Sequence[int], shards: int, limit: int) -> Layout:
     for size in sizes:
         starts.append(starts[-1] + size)
     unit = shards * ALIGNMENT
-    units = padded(starts.pop(), shards) // unit
+    units = max(padded(starts.pop(), shards) // unit, 1)
     count = -(-units // max(limit // unit, 1))
     ends = [units * number // count * unit for number in range(count + 1)]
     buckets = (Bucket(tuple(range(first, last + 1, (last - first) // shards))) for first, last in pairwise(ends))

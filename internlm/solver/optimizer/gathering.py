@@ -1,14 +1,18 @@
 """The parameters after an update: every rank gets those that the others own.
 
-Eagerly all of them are gathered at once, and waited for. Lazily (``overlap_sync_param``) a layer's are gathered just
-before its forward pass, and those of the layer that comes next meanwhile. Which is next, the first forward pass
-teaches. A parameter that no layer asked for in it is gathered eagerly.
+Eagerly all of them are gathered at once, and waited for. Lazily (``overlap_sync_param``) those of a layer are gathered
+just before its forward pass, and those of the layer that comes next in the model meanwhile.
+
+Buckets have an order, that of the model, and are always begun in it: whatever layers a rank happens to use, all ranks
+begin the same gathers in the same order. A layer that was not called in the first forward pass may be used in ways that
+can't be seen, so its parameters are gathered eagerly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -16,73 +20,87 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.attach import block_of
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
 from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.utils.errors import Problem, UserError
 
 
 class Gatherer:
-    """Gathers the buckets of ``flats`` over the ``zero`` group, lazily if asked to."""
+    """Gathers the buckets of ``flats`` over the ``zero`` group, lazily if asked to.
+
+    ``begun`` and ``ready`` count buckets, in their order: all before them are on their way, or there.
+    """
 
     def __init__(self, model: nn.Module, flats: Sequence[FlatGroup], zero: Group, lazily: bool) -> None:
         self.zero = zero
-        self.buckets = [(flat, number) for flat in flats for number in range(len(flat.buckets))]
-        self._stale: set[int] = set()
-        self._coming: dict[int, list[Pending]] = {}
-        self._asked: list[frozenset[int]] = []  # by the layers, in the order of the first forward pass
-        self._next: dict[frozenset[int], frozenset[int]] = {}
+        self.buckets = in_forward_order(flats)
+        self.begun = self.ready = len(self.buckets)
         self.lazily = lazily and zero.size > 1
+        self._coming: list[list[Pending]] = []
+        self._needed: list[int] = []  # buckets that each layer needs to be ready
+        self._called: set[int] = set()  # layers
+        self._updates = 0
         if self.lazily:
             self._listen(model)
 
     def _listen(self, model: nn.Module) -> None:
         """Be asked by each layer, and by whatever is used without being called."""
-        holding: dict[nn.Parameter, set[int]] = {}
+        needed: dict[nn.Parameter, int] = {}
         for number, (flat, bucket) in enumerate(self.buckets):
-            for member in flat.members_of(bucket):
-                holding.setdefault(member.parameter, set()).add(number)
-        for parameter, numbers in holding.items():
-            parameter.before_use = partial(self.need, frozenset(numbers))  # type: ignore[attr-defined]
-        for module, parameters in layers(model).items():
-            needed = frozenset(number for each in parameters for number in holding.get(each, ()))
-            module.register_forward_pre_hook(lambda _module, _args, needed=needed: self.need(needed))
-        model.register_state_dict_pre_hook(lambda *_: self.finish())
+            needed |= {member.parameter: number + 1 for member in flat.members_of(bucket)}
+        for layer, (module, parameters) in enumerate(layers(model).items()):
+            self._needed.append(max((needed.get(each, 0) for each in parameters), default=0))
+            module.register_forward_pre_hook(partial(self._on_call, layer))
+            for parameter in parameters:
+                parameter.before_use = partial(self.need, layer)  # type: ignore[attr-defined]
+        model.register_forward_hook(lambda *_: self.finish())  # before gradients are sent over the same group
+        model.register_state_dict_pre_hook(self._demand_all)
+
+    def _on_call(self, layer: int, _module: nn.Module, _args: Any) -> None:
+        self.need(layer)
+
+    def _demand_all(self, *_: Any) -> None:
+        """Who takes the state on one rank alone would wait for the others in vain."""
+        if self.ready < len(self.buckets):
+            todo = "Call optimizer.gather_parameters() on all ranks first"
+            raise UserError(Problem("model.state_dict()", "not all is gathered yet (overlap_sync_param)", todo))
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin(self) -> None:
         """This rank's parts have changed."""
+        self._updates += 1
         if self.zero.size == 1:
             return
-        self._stale = set(range(len(self.buckets)))
-        asked = frozenset().union(*self._asked)
-        self._begin(sorted(self._stale - asked))
-        for number in sorted(self._coming):
-            self._take(number)
-        if self._asked:
-            self._next = dict(zip(self._asked, self._asked[1:], strict=False))
-            self._begin(sorted(self._asked[0]))
+        self.begun = self.ready = 0
+        if not self.lazily:
+            self.finish()
+            return
+        unseen = (needed for layer, needed in enumerate(self._needed) if layer not in self._called)
+        self._take(max(unseen, default=0))
+        self._begin(self._needed[0])
 
-    def need(self, numbers: frozenset[int]) -> None:
-        """Buckets that are to be used now."""
-        if self._stale:
-            for number in sorted(numbers & self._stale):
-                self._take(number)
-            self._begin(sorted(self._next.get(numbers, ())))
-        elif not self._next and numbers not in self._asked:
-            self._asked.append(numbers)
+    def need(self, layer: int) -> None:
+        """A layer is to be used now."""
+        if not self._updates:
+            self._called.add(layer)
+        if self.ready < len(self.buckets):
+            self._take(self._needed[layer])
+            self._begin(max(self._needed[: layer + 2]))
 
     def finish(self) -> None:
         """Have all of them."""
-        for number in sorted(self._stale):
-            self._take(number)
+        self._begin(len(self.buckets))
+        self._take(len(self.buckets))
 
-    def _begin(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            if number in self._stale and number not in self._coming:
-                self._coming[number] = begin_gather(*self.buckets[number], self.zero)
+    def _begin(self, count: int) -> None:
+        for flat, number in self.buckets[self.begun : count]:
+            self._coming.append(begin_gather(flat, number, self.zero))
+        self.begun = max(self.begun, count)
 
-    def _take(self, number: int) -> None:
-        self._begin([number])
-        for pending in self._coming.pop(number):
-            pending.wait()
-        self._stale.discard(number)
+    def _take(self, count: int) -> None:
+        self._begin(count)
+        while self.ready < count:
+            for pending in self._coming.pop(0):
+                pending.wait()
+            self.ready += 1
 
 
 def begin_gather(flat: FlatGroup, number: int, zero: Group) -> list[Pending]:
@@ -92,6 +110,12 @@ def begin_gather(flat: FlatGroup, number: int, zero: Group) -> list[Pending]:
         return [begin_all_gather(flat.values[bucket.run(flat.rank)], zero, flat.values[bucket.first : bucket.last])]
     runs = [(rank, bucket.run(rank)) for rank in range(zero.size)]
     return [begin_broadcast(flat.values[run], zero, rank) for rank, run in runs if run.start < run.stop]
+
+
+def in_forward_order(flats: Sequence[FlatGroup]) -> list[tuple[FlatGroup, int]]:
+    """All buckets of all groups, by the first in the model of the parameters that lie in each."""
+    buckets = [(flat, number) for flat in flats for number in range(len(flat.buckets))]
+    return sorted(buckets, key=lambda each: min((m.place for m in each[0].members_of(each[1])), default=0))
 
 
 def layers(model: nn.Module) -> Mapping[nn.Module, Sequence[nn.Parameter]]:

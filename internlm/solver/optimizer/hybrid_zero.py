@@ -181,8 +181,8 @@ class HybridZeroOptimizer:
                 squares[modes.index(flat.kind.split_over)] += sum_of_squares(flat.grad_parts)
         all_reduce(squares, self.ties.zero)
         for mode, square in zip(modes, squares, strict=True):
-            if mode is not None:
-                all_reduce(square, self.ties.by_split[mode])
+            if mode is not None:  # nan in a copy that is not split, if one rank has it, is to be seen by all
+                all_reduce(square.add_(squares[0] * 0), self.ties.by_split[mode])
         return math.sqrt(all_reduce(squares.sum(), self.ties.pipeline).item())
 
     def _is_copy(self, flat: ParameterGroup) -> bool:
@@ -191,6 +191,13 @@ class HybridZeroOptimizer:
 
     def gather_parameters(self) -> None:
         """Have all parameters up to date, for whoever reads them without a forward pass (``overlap_sync_param``)."""
+        self._gatherer.finish()
+
+    def publish(self) -> None:
+        """Make the model's parameters of main parameters that were loaded."""
+        for flat in self.groups:
+            flat.main_to_values()
+        self._gatherer.begin()
         self._gatherer.finish()
 
     # -- state --------------------------------------------------------------------------------------------------------

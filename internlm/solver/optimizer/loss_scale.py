@@ -51,7 +51,7 @@ class LossScale:
                 self.scale = max(self.scale * self.backoff_factor, self.min_scale)
             return
         self.good_steps += 1
-        if self.good_steps == self.growth_interval:
+        if self.good_steps >= self.growth_interval:
             self.good_steps = self.overflows = 0
             self.scale = min(self.scale * self.growth_factor, self.max_scale)
 

@@ -15,6 +15,7 @@ import torch
 from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_reduce, begin_reduce_scatter
 from internlm.solver.optimizer.arrivals import Arrivals
 from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.solver.optimizer.gathering import in_forward_order
 from internlm.solver.optimizer.groups import Groups
 
 
@@ -73,7 +74,7 @@ class Reducer:
 
     def __init__(self, flats: Sequence[FlatGroup], groups: Groups, dtype: torch.dtype | None, overlap: bool) -> None:
         self.groups, self.dtype = groups, dtype
-        self.buckets = in_backward_order(flats)
+        self.buckets = in_forward_order(flats)[::-1]
         self.begun: list[BucketSum] = []
         members = [flat.members_of(number) for flat, number in self.buckets]
         self._arrivals = Arrivals(members, self._begin) if overlap else None
@@ -110,9 +111,3 @@ class Reducer:
             each.settle()
         flat, bucket = self.buckets[number]
         self.begun.append(BucketSum(flat, bucket, self.groups, self.dtype))
-
-
-def in_backward_order(flats: Sequence[FlatGroup]) -> list[tuple[FlatGroup, int]]:
-    """All buckets of all groups, by the first in the model of the parameters that lie in each, the last one first."""
-    buckets = [(flat, number) for flat in flats for number in range(len(flat.buckets))]
-    return sorted(buckets, key=lambda each: -min((m.place for m in each[0].members_of(each[1])), default=0))

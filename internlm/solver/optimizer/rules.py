@@ -87,11 +87,11 @@ class AdamW(Rule):
     def update(self, lr: float, beta2: float, divisor: float) -> None:
         """The kernel divides gradients as it reads them, but knows the divisor in float32 only, which is too coarse for
         float64."""
+        double = any(flat.main_dtype == torch.float64 for flat in self.flats)
         for flat, options in zip(self.flats, self.torchs.param_groups, strict=True):
             options["lr"], options["betas"] = lr * flat.kind.lr_scale, (self.adam.adam_beta1, beta2)
-            if flat.main_dtype == torch.float64:
+            if double and divisor != 1.0:
                 torch._foreach_div_(flat.grad_parts, divisor)
-        double = self.flats[0].main_dtype == torch.float64
         scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.flats[0].grads.device)
         self.torchs.grad_scale = scale  # type: ignore[attr-defined]
         self.torchs.step()

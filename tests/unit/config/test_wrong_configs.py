@@ -86,6 +86,14 @@ TWELVE_HEADS = {"model.hidden_size": 96, "model.num_attention_heads": 12, "model
 
 ACROSS_KEYS = [
     (
+        {"reduce_comm_dtype": "torch.float16", "model.dtype": "torch.bfloat16"},
+        "reduce_comm_dtype: torch.float16, but model.dtype = torch.bfloat16 has no loss scale, so small gradients",
+    ),
+    (
+        {"optimizer": {"param_groups": [{"pattern": "norm("}]}},
+        "optimizer.param_groups: 'norm(' is no regular expression (missing ), unterminated subpattern at position 4)",
+    ),
+    (
         {"model.hidden_size": 60},
         "model.hidden_size: 60 is not divisible by num_attention_heads = 8. Change one of them",
     ),

@@ -53,6 +53,12 @@ def test_of_other_types_it_is_one_for_ever() -> None:
     assert set(after(LossScale(), "!!!......!" * 5)) == {1.0}
 
 
+def test_a_shorter_interval_than_before() -> None:
+    scale = scale_of()
+    scale.load_state_dict({"scale": 16.0, "good_steps": 100, "overflows": 0})
+    assert after(scale, "..") == [32, 32]
+
+
 @given(st.text("!.", max_size=30), st.text("!.", max_size=30))
 def test_a_checkpoint_goes_on_where_it_was(before: str, later: str) -> None:
     one, other = scale_of(), scale_of(initial=4.0)

@@ -98,6 +98,22 @@ def test_a_learning_rate_of_ones_own() -> None:
         assert not torch.equal(fast, start)
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_clipping_of_two_types(first: torch.dtype) -> None:
+    """All are divided by the same, once."""
+    other = torch.float64 if first == torch.float32 else torch.float32
+    model = Matrices()
+    for number, weight in enumerate(model.weights):
+        weight.data = weight.data.to(other if number else first)
+    optimizer = HybridZeroOptimizer(model, ADAM, HybridZeroConfig(clip_grad_norm=0.5))
+    for weight in model.weights:
+        weight.main_grad.fill_(2.0)
+    norm = optimizer.step(1e-2, 0.9).grad_norm
+    for flat in optimizer.groups:
+        moment = optimizer.state_of(flat)["exp_avg"][0].item()
+        assert moment == pytest.approx((1 - ADAM.adam_beta1) * 2.0 * 0.5 / norm, rel=1e-5)
+
+
 # -- who is trained by which
 
 
