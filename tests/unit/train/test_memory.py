@@ -61,7 +61,7 @@ def test_zero_shares_what_is_updated() -> None:
         (("hybrid_zero_optimizer.fp32_grad_accum=False",), 2 + 4, 0),
         (("reduce_comm_dtype=torch.bfloat16",), 4, 2),
         (("reduce_comm_dtype=torch.bfloat16", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 0),
-        (("reduce_comm_dtype=torch.float16", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 2),
+        (("reduce_comm_dtype=torch.float32", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 4),
     ],
 )
 def test_types_of_gradients(overrides: tuple[str, ...], gradients: int, reduction: int) -> None:
