@@ -37,7 +37,7 @@ class Gatherer:
         self._coming: list[list[Pending]] = []
         self._needed: list[int] = []  # buckets that each layer needs to be ready
         self._called: set[int] = set()  # layers
-        self._updates = 0
+        self._learning = True  # until the first update
         if self.lazily:
             self._listen(model)
 
@@ -66,7 +66,7 @@ class Gatherer:
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin(self) -> None:
         """This rank's parts have changed."""
-        self._updates += 1
+        self._learning = False
         if self.zero.size == 1:
             return
         self.begun = self.ready = 0
@@ -79,7 +79,7 @@ class Gatherer:
 
     def need(self, layer: int) -> None:
         """A layer is to be used now."""
-        if not self._updates:
+        if self._learning:
             self._called.add(layer)
         if self.ready < len(self.buckets):
             self._take(self._needed[layer])
