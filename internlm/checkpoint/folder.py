@@ -78,7 +78,10 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
         newer = state["format"] > FORMAT
         _ = newer or [state[key] for key in needed]
-    except (ValueError, TypeError, KeyError) as error:  # no JSON, or no state
+    except KeyError as error:
+        what = f"has no {error}: another version wrote it, or it was changed"
+        raise CheckpointError(Problem(str(folder / STATE_FILE), what, "Choose another one")) from None
+    except (ValueError, TypeError) as error:  # no JSON, or no state
         raise CheckpointError(
             Problem(str(folder / STATE_FILE), f"can't be read ({error!r})", "Choose another one")
         ) from None

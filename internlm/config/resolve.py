@@ -126,13 +126,15 @@ def _partial(section: type[Section], given: Any) -> Any:
 
 
 def _sources(config: Config, given: set[str], overridden: set[str], derived: set[str]) -> dict[str, str]:
+    # A dict in which any name is allowed is one value of the config, but several leaves of the file.
+    in_file = {key for leaf in given for key in tree.with_sections(leaf)}
+    replaced = {key for leaf in given if tree.within(leaf, overridden) for key in tree.with_sections(leaf)}
+
     def source(key: str) -> str:
         if key in derived:
             return "derived"
-        # A dict in which any name is allowed is one value of the config, but several leaves of the file.
-        mine = {leaf for leaf in given if tree.within(leaf, {key})}
-        if not mine:
-            return "default"
-        return "override" if any(tree.within(leaf, overridden) for leaf in mine) else "file"
+        if key in replaced:
+            return "override"
+        return "file" if key in in_file else "default"
 
     return {key: source(key) for key, _ in values(config)}

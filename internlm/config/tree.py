@@ -52,6 +52,13 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+def with_sections(key: str) -> Iterator[str]:
+    """``key``, and the sections that hold it, from the inmost."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
 def within(key: str, others: frozenset[str] | set[str]) -> bool:
     """Whether ``key`` or a section that holds it is one of ``others``."""
-    return any(key == other or key.startswith(f"{other}.") for other in others)
+    return any(each in others for each in with_sections(key))

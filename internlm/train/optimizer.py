@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
+import torch
 from torch import nn
 
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel.collectives import all_reduce
+from internlm.core.parallel.placement import placed_parameters
 from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.solver.optimizer import Groups, HybridZeroOptimizer, LossScale
 from internlm.solver.schedulers import Beta2Schedule, LRSchedule
 from internlm.utils.dtype import torch_dtype
+from internlm.utils.errors import ConfigError, Problem
 
 
 def initialize_optimizer(
@@ -22,6 +28,7 @@ def initialize_optimizer(
     From here on the parameters of ``model`` are views of the optimizer's flat buffers, unless they are fully sharded.
     """
     config = gpc.config
+    _refuse_idle_patterns(model, [group.pattern for group in config.optimizer.param_groups])
     optimizer = HybridZeroOptimizer(
         model,
         config.adam,
@@ -33,6 +40,22 @@ def initialize_optimizer(
     )
     beta2 = Beta2Schedule.from_config(config.beta2_scheduler, config.adam)
     return optimizer, beta2, LRSchedule.from_config(config.lr_scheduler, config.adam)
+
+
+def _refuse_idle_patterns(model: nn.Module, patterns: list[str]) -> None:
+    """A pattern that fits no parameter of any stage is a typing mistake."""
+    if not patterns:
+        return
+    names = [name for name, *_ in placed_parameters(model)]
+    fitting = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
+    total = all_reduce(fitting.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
+    problems = [
+        Problem("optimizer.param_groups", f"{pattern!r} fits no parameter", f"Names are like {names[0]!r}")
+        for pattern, count in zip(patterns, total, strict=True)
+        if not count
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _groups(config: Config) -> Groups:

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import pytest
 
+from internlm.initialize import initialize_distributed_env
+from internlm.model.builder import create_model
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.utils.errors import ConfigError
 from internlm.verify.compare import compare
 from internlm.verify.plan import make_plan
 from tests.dist.equivalence import TINY, share_of_batch
@@ -66,3 +70,21 @@ def assert_equal(layout: str, case: tuple[str, ...], steps: int = STEPS) -> None
 @pytest.mark.parametrize(("layout", "case"), ROWS, ids=lambda each: each if isinstance(each, str) else ",".join(each))
 def test_every_row(layout: str, case: tuple[str, ...]) -> None:
     assert_equal(layout, case)
+
+
+def _refusal(rank: int, world_size: int, *patterns: str) -> str:
+    groups = [{"pattern": pattern, "lr_scale": 0.5} for pattern in patterns]
+    stages = ("parallel.pipeline.size=2", "data.micro_num=2")
+    initialize_distributed_env(TINY, overrides=[*stages, f"optimizer.param_groups={groups}"])
+    model, _ = initialize_model_and_parallel_communicator(create_model())
+    try:
+        initialize_optimizer(model)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_pattern_that_fits_no_parameter_of_any_stage_is_told() -> None:
+    assert run_ranks(2, _refusal, "^embedding", "^output") == ["", ""]  # each is in another stage
+    for message in run_ranks(2, _refusal, "^embedding", "^embeding"):
+        assert message.startswith("optimizer.param_groups: '^embeding' fits no parameter. Names are like ")

@@ -49,9 +49,10 @@ def warmup_ends_within_run(config: Config, facts: Facts) -> Iterator[Problem]:
 
 def patterns_compile(config: Config, facts: Facts) -> Iterator[Problem]:
     """Of parameter groups."""
-    for group in config.optimizer.param_groups:
+    given = [dict(group).get("pattern") for group in config.optimizer.param_groups]
+    for pattern in [each for each in given if isinstance(each, str)]:  # of all else the schema speaks
         try:
-            re.compile(group["pattern"] if isinstance(group, dict) else group.pattern)
+            re.compile(pattern)
         except re.error as error:
             yield Problem("optimizer.param_groups", f"{error.pattern!r} is no regular expression ({error})", "Mend it")
 

@@ -11,6 +11,7 @@ likewise. A shard has a part in each bucket.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class FlatGroup(ParameterGroup):
         sizes = [each.parameter.numel() for each in parameters]
         self.layout = lay_out(sizes, shards, bucket_size, whole)
         self.members = [Member(*placed, start) for placed, start in zip(parameters, self.layout.starts, strict=True)]
+        self._in_order = sorted(self.members, key=lambda member: (member.start, member.stop))
         device = parameters[0].parameter.device
         self.values = torch.zeros(self.layout.numel, dtype=kind.dtype, device=device)
         grad_dtype = wide(kind.dtype) if wide_grads else kind.dtype
@@ -112,8 +114,7 @@ class FlatGroup(ParameterGroup):
     # -- parameters ---------------------------------------------------------------------------------------------------
     def members_of(self, number: int) -> list[Member]:
         """The parameters of which a part lies in that bucket."""
-        bucket = self.buckets[number]
-        return [member for member in self.members if member.start < bucket.last and bucket.first < member.stop]
+        return self._between(self.buckets[number].first, self.buckets[number].last)
 
     def pieces(self) -> Iterator[Piece]:
         """Which parts of which parameters the shard holds, in its order."""
@@ -130,7 +131,13 @@ class FlatGroup(ParameterGroup):
     def _held(self, number: int) -> Iterator[tuple[Member, int, int]]:
         """The parameters in this rank's part of a bucket, and which elements of the part each is."""
         run = self.buckets[number].run(self.rank)
-        for member in self.members:
+        for member in self._between(run.start, run.stop):
             lo, hi = max(member.start, run.start), min(member.stop, run.stop)
             if lo < hi:
                 yield member, lo - run.start, hi - run.start
+
+    def _between(self, first: int, last: int) -> list[Member]:
+        """The parameters of which a part lies in [first, last)."""
+        begin = bisect_right(self._in_order, first, key=lambda member: member.stop)
+        end = bisect_left(self._in_order, last, key=lambda member: member.start)
+        return self._in_order[begin:end]

@@ -93,6 +93,7 @@ ACROSS_KEYS = [
         {"optimizer": {"param_groups": [{"pattern": "norm("}]}},
         "optimizer.param_groups: 'norm(' is no regular expression (missing ), unterminated subpattern at position 4)",
     ),
+    ({"optimizer": {"param_groups": ({"lr_scale": 2},)}}, "optimizer.param_groups.pattern: missing"),
     (
         {"model.hidden_size": 60},
         "model.hidden_size: 60 is not divisible by num_attention_heads = 8. Change one of them",
