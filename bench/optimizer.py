@@ -51,7 +51,7 @@ def ours(keys: dict[str, Any]) -> tuple[int, Callable[[float], object]]:
         flat.grads.normal_()
 
     def step(clip: float) -> None:
-        optimizer.zero = HybridZeroConfig(clip_grad_norm=clip)
+        optimizer.config = HybridZeroConfig(clip_grad_norm=clip)
         optimizer.step(1e-4, 0.95)
 
     return sum(flat.owned for flat in optimizer.groups), step

@@ -144,7 +144,7 @@ class Trainer:
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.step += 1
         self.state.inf_nan_skip_batches += not update.updated
-        if update.skipped_in_a_row >= self.optimizer.zero.max_skipped_steps:
+        if update.skipped_in_a_row >= self.optimizer.config.max_skipped_steps:
             raise UserError(given_up(self.state.step - 1, update))
         return update
 

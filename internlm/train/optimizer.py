@@ -13,7 +13,7 @@ from internlm.core.context import global_context as gpc
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.placement import placed_parameters
 from internlm.core.parallel.weight_gatherer import WeightGatherer
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer, LossScale
+from internlm.solver.optimizer import HybridZeroOptimizer, LossScale, ProcessGroups
 from internlm.solver.schedulers import Beta2Schedule, LRSchedule
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError, Problem
@@ -58,9 +58,9 @@ def _refuse_idle_patterns(model: nn.Module, patterns: list[str]) -> None:
         raise ConfigError(*problems)
 
 
-def _groups(config: Config) -> Groups:
+def _groups(config: Config) -> ProcessGroups:
     isp = config.parallel.tensor.mode == "isp"
-    return Groups(
+    return ProcessGroups(
         zero=gpc.group(ParallelMode.ZERO1),
         replica=gpc.group(ParallelMode.ZERO1_REPLICA),
         split=(gpc.group(ParallelMode.WEIGHT if isp else ParallelMode.TENSOR),),

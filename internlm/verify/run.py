@@ -47,7 +47,7 @@ def run_rank(
     micro_num = loader.plan.micro_batches(0)
     with watching(model, range(0, micro_num, micro_num // parts), _forward_calls(trainer, micro_num)) as passes:
         reports = [meter.step()]
-    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.zero.clip_grad_norm))
+    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.config.clip_grad_norm))
     reports += [meter.step() for _ in range(steps - 1)]
     meter.finish()
     return RankRecord(

@@ -17,7 +17,7 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel import place_replicated
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer, gathering, reduction
+from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer, gathering, reduction
 from internlm.utils.errors import UserError
 from internlm.verify.plan import make_plan
 from internlm.verify.record import RankRecord
@@ -110,7 +110,7 @@ def _held_back(
 def _model_and_optimizer(**options: Any) -> tuple[Any, HybridZeroOptimizer]:
     assert dist.group.WORLD is not None
     model = decoder(num_layers=3)
-    groups = Groups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    groups = ProcessGroups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
     return model, HybridZeroOptimizer(
         model, AdamConfig(lr=1e-2), HybridZeroConfig(reduce_bucket_size=4000, **options), groups
     )
@@ -189,7 +189,7 @@ def _uncalled(rank: int, world_size: int, lazily: bool) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = place_replicated(_Named())
     config = HybridZeroConfig(reduce_bucket_size=4000, overlap_sync_param=lazily)
-    groups = Groups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    groups = ProcessGroups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), config, groups)
     for step in range(3):
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, building
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer
+from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -34,7 +34,7 @@ def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tens
         model = decoder(tie_word_embeddings=True)
     stages = world(ParallelMode.PIPELINE)
     optimizer = HybridZeroOptimizer(
-        model, ADAM, HybridZeroConfig(clip_grad_norm=clip), Groups(pipeline=stages, ends=stages)
+        model, ADAM, HybridZeroConfig(clip_grad_norm=clip), ProcessGroups(pipeline=stages, ends=stages)
     )
     for parameter in model.parameters():
         parameter.main_grad.fill_(1.0)
@@ -56,7 +56,7 @@ def test_a_table_at_both_ends_counts_once(clip: float) -> None:
 def _steps_of_shards(rank: int, world_size: int, begun: bool) -> tuple[list[float], list[Tensor]]:
     model = decoder()
     zero = HybridZeroConfig(clip_grad_norm=0.5, overlap_sync_grad=begun)
-    optimizer = HybridZeroOptimizer(model, ADAM, zero, Groups(world(ParallelMode.ZERO1)))
+    optimizer = HybridZeroOptimizer(model, ADAM, zero, ProcessGroups(world(ParallelMode.ZERO1)))
     norms = []
     for step in range(3):
         optimizer.zero_grad()

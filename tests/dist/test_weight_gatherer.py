@@ -23,7 +23,7 @@ from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer
+from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -103,7 +103,7 @@ class Result(NamedTuple):
 def _train(rank: int, world_size: int, case: Case) -> Result:
     ranks = split(rank, world_size, case)
     model, gatherer = ranks.model, ranks.gatherer
-    zero, groups = HybridZeroConfig(clip_grad_norm=1.0), Groups(split=(ranks.weight,))
+    zero, groups = HybridZeroConfig(clip_grad_norm=1.0), ProcessGroups(split=(ranks.weight,))
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), zero, groups)
     made, before = buffers_made(gatherer), LEDGER.snapshot()
     losses, norms = [], []
@@ -325,7 +325,7 @@ def test_changed_weights_are_seen_by_the_next_pass(overlap: str, memory_pool: bo
 def _gradients(rank: int, world_size: int, case: Case, with_optimizer: bool) -> dict[str, Tensor]:
     ranks = split(rank, world_size, case)
     if with_optimizer:
-        HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2), groups=Groups(split=(ranks.weight,)))
+        HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2), process_groups=ProcessGroups(split=(ranks.weight,)))
     for seed in range(2):
         loss_of(ranks, seed).backward()
     assert_nothing_is_left(ranks.gatherer)

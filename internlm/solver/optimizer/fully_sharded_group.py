@@ -14,9 +14,9 @@ from torch import Tensor
 
 from internlm.core.parallel.collectives import begin_all_reduce
 from internlm.core.parallel.fully_sharded import held, set_grad
-from internlm.solver.optimizer.groups import Groups
 from internlm.solver.optimizer.kinds import Kind, Placed
 from internlm.solver.optimizer.parameter_group import ParameterGroup, Piece
+from internlm.solver.optimizer.process_groups import ProcessGroups
 
 
 class FullyShardedGroup(ParameterGroup):
@@ -46,8 +46,10 @@ class ReplicaReducer:
     """The sums that are left to do: over the replicas of each shard, in ``dtype`` if that is given, and over ranks that
     have parts of the sum besides."""
 
-    def __init__(self, shards: Sequence[FullyShardedGroup], groups: Groups, dtype: torch.dtype | None) -> None:
-        self.shards, self.groups, self.dtype = [shard for shard in shards if shard.owned], groups, dtype
+    def __init__(
+        self, shards: Sequence[FullyShardedGroup], process_groups: ProcessGroups, dtype: torch.dtype | None
+    ) -> None:
+        self.shards, self.process_groups, self.dtype = [shard for shard in shards if shard.owned], process_groups, dtype
 
     def begin_step(self, micro_batches: int | None) -> None:
         """Nothing is begun before all gradients are there."""
@@ -57,12 +59,14 @@ class ReplicaReducer:
 
     def reduce(self) -> None:
         """Have the sums in each ``grads``."""
-        if self.groups.replica.size > 1:
+        if self.process_groups.replica.size > 1:
             sent = [shard.grads.to(self.dtype or shard.grads.dtype) for shard in self.shards]
-            pending = [begin_all_reduce(each, self.groups.replica) for each in sent]
+            pending = [begin_all_reduce(each, self.process_groups.replica) for each in sent]
             for shard, each in zip(self.shards, pending, strict=True):
                 shard.grads.copy_(each.wait())
         partial = [(shard.grads, shard.kind.partial_over) for shard in self.shards]
-        over = [begin_all_reduce(grads, self.groups.of_partial(mode)) for grads, mode in partial if mode is not None]
+        over = [
+            begin_all_reduce(grads, self.process_groups.of_partial(mode)) for grads, mode in partial if mode is not None
+        ]
         for each in over:
             each.wait()

@@ -29,11 +29,11 @@ from internlm.solver.optimizer.buckets import bucket_size
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.solver.optimizer.fully_sharded_group import FullyShardedGroup, ReplicaReducer
 from internlm.solver.optimizer.gathering import Gatherer
-from internlm.solver.optimizer.groups import Groups
 from internlm.solver.optimizer.kinds import by_kind
 from internlm.solver.optimizer.loss_scale import LossScale
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.parameter_group import ParameterGroup
+from internlm.solver.optimizer.process_groups import ProcessGroups
 from internlm.solver.optimizer.reduction import Reducer
 from internlm.solver.optimizer.rules import AdamW, Lion, Rule
 from internlm.solver.optimizer.trouble import bad_gradient
@@ -72,39 +72,40 @@ class HybridZeroOptimizer:
         self,
         model: nn.Module,
         adam: AdamConfig,
-        zero: HybridZeroConfig | None = None,
-        groups: Groups | None = None,
+        config: HybridZeroConfig | None = None,
+        process_groups: ProcessGroups | None = None,
         *,
         optimizer: OptimizerConfig | None = None,
         loss_scale: LossScale | None = None,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        self.zero, self.ties = zero or HybridZeroConfig(), groups or Groups()
+        self.config, self.process_groups = config or HybridZeroConfig(), process_groups or ProcessGroups()
         optimizer = optimizer or OptimizerConfig()
         self.loss_scale = loss_scale or LossScale()
         flats, shards = self._groups_of(model, adam, optimizer)
         self.groups: list[ParameterGroup] = [*flats, *shards]
         self.rules = [
-            rule([flat for flat in self.groups if flat.kind.rule == name], adam, optimizer, self.ties)
+            rule([group for group in self.groups if group.kind.rule == name], adam, optimizer, self.process_groups)
             for name, rule in RULES.items()
-            if any(flat.kind.rule == name for flat in self.groups)
+            if any(group.kind.rule == name for group in self.groups)
         ]
         self.updates = 0
         self.skipped_in_a_row = 0
         self._reducer = (
-            ReplicaReducer(shards, self.ties, reduce_dtype)
+            ReplicaReducer(shards, self.process_groups, reduce_dtype)
             if shards
-            else Reducer(flats, self.ties, reduce_dtype, self.zero.overlap_sync_grad)
+            else Reducer(flats, self.process_groups, reduce_dtype, self.config.overlap_sync_grad)
         )
-        self._gatherer = Gatherer(model, flats, self.ties.zero, self.zero.overlap_sync_param)
+        self._gatherer = Gatherer(model, flats, self.process_groups.zero, self.config.overlap_sync_param)
 
     def _groups_of(
         self, model: nn.Module, adam: AdamConfig, optimizer: OptimizerConfig
     ) -> tuple[list[FlatGroup], list[FullyShardedGroup]]:
         """The groups of ``model``: flat buffers, or what is shared already."""
-        zero, ties, kinds = self.zero, self.ties, by_kind(model, adam, optimizer)
+        kinds = by_kind(model, adam, optimizer)
         if not kinds:
-            what = f"nothing is to be trained (stage {ties.pipeline.rank} of {ties.pipeline.size})"
+            stages = self.process_groups.pipeline
+            what = f"nothing is to be trained (stage {stages.rank} of {stages.size})"
             raise UserError(Problem("model", what, "Leave a parameter of every stage with requires_grad = True"))
         if is_fully_sharded(model):
             return [], [FullyShardedGroup(kind, members) for kind, members in kinds.items()]
@@ -112,11 +113,11 @@ class HybridZeroOptimizer:
             FlatGroup(
                 kind,
                 members,
-                ties.zero.rank,
-                ties.zero.size,
-                bucket_size=bucket_size(zero),
-                split_evenly=zero.use_split_tensor_optim,
-                wide_grads=zero.fp32_grad_accum,
+                self.process_groups.zero.rank,
+                self.process_groups.zero.size,
+                bucket_size=bucket_size(self.config),
+                split_evenly=self.config.use_split_tensor_optim,
+                wide_grads=self.config.fp32_grad_accum,
             )
             for kind, members in kinds.items()
         ]
@@ -127,13 +128,13 @@ class HybridZeroOptimizer:
         """Forget the gradients. Those of ``micro_batches`` will follow; a caller who doesn't say how many has them
         reduced when all are there."""
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
-        for flat in self.groups:
-            flat.grads.zero_()
+        for group in self.groups:
+            group.grads.zero_()
 
     @property
     def _is_last_chance(self) -> bool:
         """Whether the run is given up if this step is skipped. Then gradients are looked at before they are reduced."""
-        return self.skipped_in_a_row + 1 >= self.zero.max_skipped_steps
+        return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -142,7 +143,7 @@ class HybridZeroOptimizer:
     def begin_reduction(self) -> None:
         """Gradients are complete: begin to reduce those that are not on their way (``overlap_sync_grad``). Without
         this, :meth:`step` does it."""
-        if self.zero.overlap_sync_grad and not self._is_last_chance:
+        if self.config.overlap_sync_grad and not self._is_last_chance:
             self._reducer.begin()
 
     @torch.no_grad()
@@ -163,31 +164,31 @@ class HybridZeroOptimizer:
         return OptimizerStep(finite, norm, scale, self.skipped_in_a_row, suspect)
 
     def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
-        clip = self.zero.clip_grad_norm
+        clip = self.config.clip_grad_norm
         divisor = scale * (max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
         for rule in self.rules:
             rule.update(lr, beta2, divisor)
-        for flat in self.groups:
-            flat.main_to_values()
+        for group in self.groups:
+            group.main_to_values()
         self.updates += 1
 
     def _global_norm(self) -> float:
         """L2 norm over every logical element, once, hardly dependent on the layout: parameters that are split have
         other elements on each rank, those that are not the same."""
-        modes = [None, *self.ties.by_split]
+        modes = [None, *self.process_groups.by_split]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
-        for flat in self.groups:
-            if not self._is_copy(flat):
-                squares[modes.index(flat.kind.split_over)] += sum_of_squares(flat.grad_parts)
-        all_reduce(squares, self.ties.zero)
+        for group in self.groups:
+            if not self._is_copy(group):
+                squares[modes.index(group.kind.split_over)] += sum_of_squares(group.grad_parts)
+        all_reduce(squares, self.process_groups.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:  # nan in a copy that is not split, if one rank has it, is to be seen by all
-                all_reduce(square.add_(squares[0] * 0), self.ties.by_split[mode])
-        return math.sqrt(all_reduce(squares.sum(), self.ties.pipeline).item())
+                all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
+        return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
-    def _is_copy(self, flat: ParameterGroup) -> bool:
-        """Whether another stage counts what is in ``flat``."""
-        return flat.kind.partial_over is ParallelMode.PIPELINE and self.ties.ends.rank > 0
+    def _is_copy(self, group: ParameterGroup) -> bool:
+        """Whether another stage counts what is in ``group``."""
+        return group.kind.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
     def gather_parameters(self) -> None:
         """Have all parameters up to date, for whoever reads them without a forward pass (``overlap_sync_param``)."""
@@ -195,15 +196,15 @@ class HybridZeroOptimizer:
 
     def publish(self) -> None:
         """Make the model's parameters of main parameters that were loaded."""
-        for flat in self.groups:
-            flat.main_to_values()
+        for group in self.groups:
+            group.main_to_values()
         self._gatherer.begin()
         self._gatherer.finish()
 
     # -- state --------------------------------------------------------------------------------------------------------
-    def state_of(self, flat: ParameterGroup) -> Mapping[str, Tensor]:
-        """What is kept for this rank's shard of ``flat``: tensors over the shard, by name."""
-        return next(rule.state_of(flat) for rule in self.rules if flat in rule.flats)
+    def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:
+        """What is kept for this rank's shard of ``group``: tensors over the shard, by name."""
+        return next(rule.state_of(group) for rule in self.rules if group in rule.groups)
 
     def state_dict(self) -> dict[str, Any]:
         """What is no tensor."""

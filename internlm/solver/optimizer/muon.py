@@ -46,16 +46,16 @@ class Muon(Rule):
 
     states = ("momentum",)
 
-    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
-        o, momentum = self.optimizer, flat.split(self._states[flat]["momentum"])
-        torch._foreach_lerp_(momentum, flat.grad_parts, 1 - o.momentum)
-        direction = torch._foreach_lerp(flat.grad_parts, momentum, o.momentum) if o.nesterov else momentum
-        torch._foreach_mul_(flat.main_parts, 1 - lr * flat.kind.weight_decay)
-        for piece in flat.pieces():
+    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
+        o, momentum = self.optimizer, group.split(self._states[group]["momentum"])
+        torch._foreach_lerp_(momentum, group.grad_parts, 1 - o.momentum)
+        direction = torch._foreach_lerp(group.grad_parts, momentum, o.momentum) if o.nesterov else momentum
+        torch._foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
+        for piece in group.pieces():
             placement, number, where = piece.placement, piece.number, slice(piece.lo, piece.hi)
             whole = orthogonal(self._whole(direction[number][where], placement), o.ns_steps)
             own = placement.local_part(whole.contiguous().view(placement.global_shape)).reshape(-1)
-            main = flat.main_parts[number][where][: own.numel()]  # without padding
+            main = group.main_parts[number][where][: own.numel()]  # without padding
             main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
 
     def _whole(self, part: Tensor, placement: ParamPlacement) -> Tensor:
@@ -63,7 +63,7 @@ class Muon(Rule):
         if placement.shard is None:
             return part.view(placement.matrix_shape)
         whole = part.new_empty(placement.global_shape)
-        parts = all_gather(part, self.groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
+        parts = all_gather(part, self.process_groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
         for index, each in enumerate(parts):
             there = replace(placement, shard=replace(placement.shard, index=index)).local_part(whole)
             there.copy_(each[: there.numel()].view_as(there))  # without padding

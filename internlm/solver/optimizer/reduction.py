@@ -9,6 +9,7 @@ and the buckets before it, are there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -16,25 +17,25 @@ from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_
 from internlm.solver.optimizer.arrivals import Arrivals
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.solver.optimizer.gathering import in_forward_order
-from internlm.solver.optimizer.groups import Groups
+from internlm.solver.optimizer.process_groups import ProcessGroups
 
 
 class BucketSum:
     """The sum of one bucket, on its way to this rank's part of it."""
 
-    def __init__(self, flat: FlatGroup, number: int, groups: Groups, dtype: torch.dtype | None) -> None:
+    def __init__(self, flat: FlatGroup, number: int, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
         """Begin, inside the zero group; in ``dtype``, or that of the gradients."""
-        self.flat, self.groups, bucket = flat, groups, flat.buckets[number]
+        self.flat, self.process_groups, bucket = flat, process_groups, flat.buckets[number]
         self._part = flat.grad_parts[number]
         self._pending: list[Pending] = []
         sent = flat.grads[bucket.first : bucket.last].to(dtype or flat.grads.dtype)  # itself, if that is its type
-        runs = [slice(run.start - bucket.first, run.stop - bucket.first) for run in map(bucket.run, _ranks(groups))]
+        runs = [slice(start - bucket.first, stop - bucket.first) for start, stop in pairwise(bucket.cuts)]
         self._own = sent[runs[flat.rank]]
         if bucket.is_even:
-            self._pending = [begin_reduce_scatter(sent, groups.zero, self._own)]
+            self._pending = [begin_reduce_scatter(sent, process_groups.zero, self._own)]
         else:
             owned = [(rank, sent[run]) for rank, run in enumerate(runs) if run.start < run.stop]
-            self._pending = [begin_reduce(part, groups.zero, rank) for rank, part in owned]
+            self._pending = [begin_reduce(part, process_groups.zero, rank) for rank, part in owned]
 
     def settle(self) -> None:
         """Give up buffers of what is there."""
@@ -44,7 +45,7 @@ class BucketSum:
     def across_replicas(self) -> None:
         """Go on with the ranks that hold the same shard."""
         self._wait()
-        self._pending = [begin_all_reduce(self._own, self.groups.replica)] if self._own.numel() else []
+        self._pending = [begin_all_reduce(self._own, self.process_groups.replica)] if self._own.numel() else []
 
     def over_parts(self) -> None:
         """Put the sum where it belongs, and go on with ranks that have parts of it."""
@@ -53,7 +54,7 @@ class BucketSum:
             self._part.copy_(self._own)
         partial = self.flat.kind.partial_over
         if partial is not None and self._part.numel():
-            self._pending = [begin_all_reduce(self._part, self.groups.of_partial(partial))]
+            self._pending = [begin_all_reduce(self._part, self.process_groups.of_partial(partial))]
 
     def end(self) -> None:
         """It is all there."""
@@ -65,15 +66,13 @@ class BucketSum:
         self._pending = []
 
 
-def _ranks(groups: Groups) -> range:
-    return range(groups.zero.size)
-
-
 class Reducer:
     """Sums the gradients of a step; ``dtype`` as for :class:`BucketSum`."""
 
-    def __init__(self, flats: Sequence[FlatGroup], groups: Groups, dtype: torch.dtype | None, overlap: bool) -> None:
-        self.groups, self.dtype = groups, dtype
+    def __init__(
+        self, flats: Sequence[FlatGroup], process_groups: ProcessGroups, dtype: torch.dtype | None, overlap: bool
+    ) -> None:
+        self.process_groups, self.dtype = process_groups, dtype
         self.buckets = in_forward_order(flats)[::-1]
         self.begun: list[BucketSum] = []
         members = [flat.members_of(number) for flat, number in self.buckets]
@@ -110,4 +109,4 @@ class Reducer:
         for each in self.begun:
             each.settle()
         flat, bucket = self.buckets[number]
-        self.begun.append(BucketSum(flat, bucket, self.groups, self.dtype))
+        self.begun.append(BucketSum(flat, bucket, self.process_groups, self.dtype))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
-from internlm.solver.optimizer.groups import Groups
 from internlm.solver.optimizer.parameter_group import ParameterGroup
+from internlm.solver.optimizer.process_groups import ProcessGroups
 
 
 class Rule:
@@ -24,14 +24,18 @@ class Rule:
     states: ClassVar[tuple[str, ...]]
 
     def __init__(
-        self, flats: Sequence[ParameterGroup], adam: AdamConfig, optimizer: OptimizerConfig, groups: Groups
+        self,
+        groups: Sequence[ParameterGroup],
+        adam: AdamConfig,
+        optimizer: OptimizerConfig,
+        process_groups: ProcessGroups,
     ) -> None:
-        self.flats, self.adam, self.optimizer, self.groups = flats, adam, optimizer, groups
-        self._states = {flat: {name: flat.new_state() for name in self.states} for flat in flats}
+        self.groups, self.adam, self.optimizer, self.process_groups = groups, adam, optimizer, process_groups
+        self._states = {group: {name: group.new_state() for name in self.states} for group in groups}
 
-    def state_of(self, flat: ParameterGroup) -> Mapping[str, Tensor]:
+    def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:
         """The state of a group's shard."""
-        return self._states[flat]
+        return self._states[group]
 
     def set_updates(self, count: int) -> None:
         """So many updates were done before."""
@@ -39,12 +43,12 @@ class Rule:
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
         """Update every parameter, of gradients that are to be divided by ``divisor``."""
-        for flat in self.flats:
+        for group in self.groups:
             if divisor != 1.0:
-                torch._foreach_div_(flat.grad_parts, divisor)
-            self._update(flat, lr * flat.kind.lr_scale, beta2)
+                torch._foreach_div_(group.grad_parts, divisor)
+            self._update(group, lr * group.kind.lr_scale, beta2)
 
-    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
+    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
         """The parameters of one group."""
         raise NotImplementedError
 
@@ -55,25 +59,29 @@ class AdamW(Rule):
     states = ("exp_avg", "exp_avg_sq")
 
     def __init__(
-        self, flats: Sequence[ParameterGroup], adam: AdamConfig, optimizer: OptimizerConfig, groups: Groups
+        self,
+        groups: Sequence[ParameterGroup],
+        adam: AdamConfig,
+        optimizer: OptimizerConfig,
+        process_groups: ProcessGroups,
     ) -> None:
-        super().__init__(flats, adam, optimizer, groups)
-        parameters = [[nn.Parameter(part) for part in flat.main_parts] for flat in flats]
+        super().__init__(groups, adam, optimizer, process_groups)
+        parameters = [[nn.Parameter(part) for part in group.main_parts] for group in groups]
         self.torchs = torch.optim.AdamW(
             [
-                {"params": each, "weight_decay": flat.kind.weight_decay}
-                for flat, each in zip(flats, parameters, strict=True)
+                {"params": each, "weight_decay": group.kind.weight_decay}
+                for group, each in zip(groups, parameters, strict=True)
             ],
             eps=adam.adam_eps,
             fused=True,
         )
-        for flat, each in zip(flats, parameters, strict=True):
-            self._adopt(flat, each)
+        for group, each in zip(groups, parameters, strict=True):
+            self._adopt(group, each)
 
-    def _adopt(self, flat: ParameterGroup, parameters: Sequence[nn.Parameter]) -> None:
+    def _adopt(self, group: ParameterGroup, parameters: Sequence[nn.Parameter]) -> None:
         """The state from the start, so that a checkpoint can be loaded before the first step."""
-        averages = zip(*(flat.split(state) for state in self._states[flat].values()), strict=True)
-        for parameter, grad, pair in zip(parameters, flat.grad_parts, averages, strict=True):
+        averages = zip(*(group.split(state) for state in self._states[group].values()), strict=True)
+        for parameter, grad, pair in zip(parameters, group.grad_parts, averages, strict=True):
             parameter.grad = grad
             step = torch.zeros((), dtype=torch.float32, device=grad.device)
             self.torchs.state[parameter] = {"step": step, **dict(zip(self.states, pair, strict=True))}
@@ -87,12 +95,12 @@ class AdamW(Rule):
     def update(self, lr: float, beta2: float, divisor: float) -> None:
         """The kernel divides gradients as it reads them, but knows the divisor in float32 only, which is too coarse for
         float64."""
-        double = any(flat.main_dtype == torch.float64 for flat in self.flats)
-        for flat, options in zip(self.flats, self.torchs.param_groups, strict=True):
-            options["lr"], options["betas"] = lr * flat.kind.lr_scale, (self.adam.adam_beta1, beta2)
+        double = any(group.main_dtype == torch.float64 for group in self.groups)
+        for group, options in zip(self.groups, self.torchs.param_groups, strict=True):
+            options["lr"], options["betas"] = lr * group.kind.lr_scale, (self.adam.adam_beta1, beta2)
             if double and divisor != 1.0:
-                torch._foreach_div_(flat.grad_parts, divisor)
-        scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.flats[0].grads.device)
+                torch._foreach_div_(group.grad_parts, divisor)
+        scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.groups[0].grads.device)
         self.torchs.grad_scale = scale  # type: ignore[attr-defined]
         self.torchs.step()
 
@@ -102,10 +110,10 @@ class Lion(Rule):
 
     states = ("exp_avg",)
 
-    def _update(self, flat: ParameterGroup, lr: float, beta2: float) -> None:
-        momentum = flat.split(self._states[flat]["exp_avg"])
-        direction = torch._foreach_lerp(momentum, flat.grad_parts, 1 - self.adam.adam_beta1)
+    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
+        momentum = group.split(self._states[group]["exp_avg"])
+        direction = torch._foreach_lerp(momentum, group.grad_parts, 1 - self.adam.adam_beta1)
         torch._foreach_sign_(direction)
-        torch._foreach_mul_(flat.main_parts, 1 - lr * flat.kind.weight_decay)
-        torch._foreach_add_(flat.main_parts, direction, alpha=-lr)
-        torch._foreach_lerp_(momentum, flat.grad_parts, 1 - beta2)
+        torch._foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
+        torch._foreach_add_(group.main_parts, direction, alpha=-lr)
+        torch._foreach_lerp_(momentum, group.grad_parts, 1 - beta2)

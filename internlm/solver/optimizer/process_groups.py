@@ -13,7 +13,7 @@ ALONE = Group(ParallelMode.ZERO1)
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """``zero`` shares one copy of the optimizer's state, ``replica`` joins the ranks that hold the same shard of it;
     ``split`` are the groups over which parameters are split, or gradients of whole ones still partial sums;
     ``pipeline`` joins the stages, ``ends`` the first and the last, which may share an embedding."""
