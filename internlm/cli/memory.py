@@ -27,10 +27,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; raises :class:`UserError` for what the user can mend."""
-    from internlm.config import load_config
+    from internlm.config import check_runnable, load_config
+    from internlm.model.registry import model_initializer, register_model_initializer
     from internlm.train.memory import plans_of_stages, table
 
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
+    check_runnable(config)
+    register_model_initializer()
+    model_initializer.get_module(config.model_type)  # which refuses an unknown one
     try:
         plans = plans_of_stages(config, arguments.world)
     except KeyError:

@@ -32,11 +32,15 @@ def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def with_sources(section: Section, sources: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
-    """Nested dict of ``section`` in which each value is ``{"value": ..., "source": ...}``."""
+def with_sources(config: Config, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Nested dict of ``config``, as in its JSON, in which each value is ``{"value": ..., "source": ...}``."""
+    return _with_sources(config.model_dump(mode="json"), sources)
+
+
+def _with_sources(tree: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
     return {
-        name: with_sources(value, sources, f"{prefix}{name}.")
-        if isinstance(value := getattr(section, name), Section)
-        else {"value": value, "source": sources[f"{prefix}{name}"]}
-        for name in type(section).model_fields
+        name: {"value": value, "source": sources[key]}
+        if (key := f"{prefix}{name}") in sources
+        else _with_sources(value, sources, f"{key}.")
+        for name, value in tree.items()
     }

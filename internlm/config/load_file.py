@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -43,7 +44,7 @@ def _is_config_key(name: str, value: Any) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    if path.suffix != ".py":
+    if path.suffix != ".py" and os.path.exists(path):
         raise ConfigError(Problem(str(path), "not a Python file", "Give a config file that ends in .py"))
     try:
         return path.read_bytes()

@@ -18,8 +18,13 @@ MISSING = "missing"
 BAD_NAME = "invalid_key"
 UNKNOWN_CHOICE = "literal_error"
 
-#: pydantic's error types for a value of the right type but out of range.
-OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "too_short"}
+#: pydantic's error types for a value of the right type but out of range: what it is then.
+OUT_OF_RANGE = {
+    "finite_number": "not a finite number",
+    **dict.fromkeys(
+        ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short"), "out of range"
+    ),
+}
 
 _KINDS = {
     bool: "a truth value",
@@ -80,7 +85,7 @@ def _problem(key: str, details: Iterable[Any]) -> Problem:
     if _is_other_text(detail):
         return Problem(key, f"{shown} is unknown", f"Give {keys.expected(key)}")
     if detail["type"] in OUT_OF_RANGE:
-        return Problem(key, f"{shown} is out of range", f"Give {keys.expected(key)}")
+        return Problem(key, f"{shown} is {OUT_OF_RANGE[detail['type']]}", f"Give {keys.expected(key)}")
     return Problem(key, f"{shown} is {_kind(value)}", f"Give {_wanted(key)}")
 
 
@@ -91,13 +96,22 @@ def _wanted(key: str) -> str:
 
 
 def _where_it_belongs(key: str) -> str:
-    """The nearest name in its section; or the one section that has a key of just this name."""
+    """The keys of just this name in other sections; or the nearest name in its own."""
+    if todo := belongs_elsewhere(key):
+        return todo
     section, _, name = key.rpartition(".")
-    elsewhere = [known for known in keys.fields() if known.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return f"It belongs elsewhere: {elsewhere[0]}"
     todo = did_you_mean(name, keys.children(section))
     return todo if section else f"{todo} Names of your own are UPPER_CASE or begin with an underscore"
+
+
+def belongs_elsewhere(key: str) -> str:
+    """Where there are keys of just the name of the unknown ``key``, in words; ``""`` where there are none, or several
+    while a name in its own section is near."""
+    section, _, name = key.rpartition(".")
+    namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name]
+    if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
+        return ""
+    return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from internlm.config import keys
 from internlm.config.legacy import OLD_KEYS, RENAMED
+from internlm.config.messages import belongs_elsewhere
 from internlm.config.tree import Tree, put
 from internlm.utils.errors import Problem
 from internlm.utils.nearest import did_you_mean
@@ -60,8 +61,8 @@ def _is_known(key: str) -> bool:
 
 
 def _suggestion(key: str) -> str:
-    """The nearest name within the key's section where that exists, else the nearest key of all."""
+    """Where in other sections, or what within its own, the key may be; where that doesn't exist, the nearest of all."""
     section, _, _ = key.rpartition(".")
-    if section and keys.is_section(section):
-        return did_you_mean(key, [f"{section}.{child}" for child in keys.children(section)])
-    return did_you_mean(key, keys.fields())
+    known = [f"{section}.{child}" for child in keys.children(section)] if keys.is_section(section) else keys.fields()
+    elsewhere = belongs_elsewhere(key) if keys.is_section(section) or not section else ""
+    return elsewhere or did_you_mean(key, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -165,44 +165,75 @@ def test_parameters_are_gathered_while_the_layer_before_them_runs() -> None:
         assert set(begun) >= {0, 1, 2}  # as the embedding and each of the first layers began
 
 
-class _Named(torch.nn.Module):
-    """Blocks that are no modules to be called: what is in them is."""
+Look = Callable[["_Peeking", torch.Tensor], torch.Tensor]
 
-    def __init__(self) -> None:
+
+class _Peeking(torch.nn.Module):
+    """Besides calling its layers it looks at some of their parameters, before any is called."""
+
+    def __init__(self, look: Look) -> None:
         super().__init__()
+        self.look = look
         self.embedding = torch.nn.Embedding(64, 32)
-        self.layers = torch.nn.ModuleList(
-            [torch.nn.ModuleDict({"up": torch.nn.Linear(32, 64), "down": torch.nn.Linear(64, 32)}) for _ in range(2)]
-        )
+        blocks = [torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)) for _ in "ab"]
+        self.layers = torch.nn.ModuleList(blocks)
         self.head = torch.nn.Linear(32, 64)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        seen = self.look(self, ids)
         x = self.embedding(ids)
         for block in self.layers:
-            x = x + block["down"](block["up"](x).relu())
+            x = x + block(x)
+        logits: torch.Tensor = self.head(x) + seen
+        return logits
+
+
+class _Named(_Peeking):
+    """Blocks are not called: what is in them is."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for up, act, down in self.layers:  # type: ignore[misc]
+            x = x + down(act(up(x)))
         logits: torch.Tensor = self.head(x)
         return logits
 
 
-def _uncalled(rank: int, world_size: int, lazily: bool) -> list[torch.Tensor]:
+#: By what is read beside the calls: the model, and whether all must be there when the update ends.
+LOOKS: dict[str, tuple[type[_Peeking], Look, bool]] = {
+    "nothing": (_Peeking, lambda model, ids: torch.zeros(()), False),
+    "in the loss": (_Peeking, lambda model, ids: sum(each.square().mean() for each in model.parameters()), True),
+    "as a function": (_Peeking, lambda model, ids: model.embedding.weight[ids] @ model.head.weight.t(), True),
+    "of a block": (_Peeking, lambda model, ids: model.layers[1][0].weight.mean(), False),
+    "in uncalled blocks": (_Named, lambda model, ids: ids, False),
+}
+
+
+def _read(rank: int, world_size: int, look: str, lazily: bool) -> tuple[list[torch.Tensor], int, int]:
+    """Parameters after three steps; of how many buckets how many were there when the last update had ended."""
     assert dist.group.WORLD is not None
     torch.manual_seed(0)
-    model = place_replicated(_Named())
-    config = HybridZeroConfig(reduce_bucket_size=4000, overlap_sync_param=lazily)
+    kind, seen, _ = LOOKS[look]
+    model = place_replicated(kind(seen))
+    config = HybridZeroConfig(reduce_bucket_size=1000, overlap_sync_param=lazily)
     groups = ProcessGroups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), config, groups)
     for step in range(3):
         optimizer.zero_grad()
         model(tokens(8, seed=10 * step + rank)).logsumexp(-1).sum().backward()
         optimizer.step(1e-2, 0.95)
+    ready, buckets = optimizer._gatherer.ready, len(optimizer._gatherer.buckets)
     optimizer.gather_parameters()
-    return [parameter.detach().clone() for parameter in model.parameters()]
+    return [parameter.detach().clone() for parameter in model.parameters()], ready, buckets
 
 
-def test_layers_that_are_not_called_are_gathered_in_time() -> None:
-    eager, lazy = (run_ranks(2, _uncalled, lazily) for lazily in (False, True))
-    for one, other in zip(eager, lazy, strict=True):
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_read_without_a_call_is_gathered_in_time(look: str) -> None:
+    eager, lazy = (run_ranks(2, _read, look, lazily) for lazily in (False, True))
+    for (one, _, _), (other, ready, buckets) in zip(eager, lazy, strict=True):
         assert all(map(torch.equal, one, other))
+        assert (ready == buckets) == LOOKS[look][2]
+        assert (ready == 0) == (look == "nothing")
 
 
 def _state(rank: int, world_size: int) -> str:
@@ -225,19 +256,24 @@ def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
 # -- what can't be foreseen
 
 
-def test_more_gradients_than_in_the_first_step_are_refused() -> None:
-    (message,) = run_ranks(1, _surprised)
-    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: another gradient of 'output.weight' came when")
+@pytest.mark.parametrize("begins", [False, True])
+def test_more_gradients_than_in_the_first_step_are_refused(begins: bool) -> None:
+    """Whether the sums were begun as those of the first step were complete, or because somebody said that all were."""
+    (message,) = run_ranks(1, _surprised, begins)
+    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' came when its")
 
 
-def _surprised(rank: int, world_size: int) -> str:
+def _surprised(rank: int, world_size: int, begins: bool) -> str:
     model, optimizer = _model_and_optimizer(overlap_sync_grad=True)
-    _step(model, optimizer)
-    optimizer.begin_step(micro_batches=1)
+    if not begins:
+        _step(model, optimizer)
+    optimizer.begin_step(micro_batches=2 if begins else 1)
     for _ in range(2):
         loss = model(tokens(1, 8), labels=tokens(1, 8, seed=1)).loss_sum
         try:
             loss.backward()
         except UserError as error:
             return str(error)
+        if begins:
+            optimizer.begin_reduction()
     return "nothing"

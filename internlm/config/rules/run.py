@@ -35,16 +35,26 @@ def rampup_leads_to_micro_num(config: Config, facts: Facts) -> Iterator[Problem]
         yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
 
 
-def warmup_ends_within_run(config: Config, facts: Facts) -> Iterator[Problem]:
-    """The learning rate must reach its peak."""
+def schedule_fits_run(config: Config, facts: Facts) -> Iterator[Problem]:
+    """The learning rate must reach its peak, and that of wsd begin its decay there."""
     schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
-    warmup = int(total * schedule.warmup_ratio)
-    if schedule.init_steps + warmup > total:
-        what = (
-            f"init_steps + warmup_ratio · total_steps = {schedule.init_steps} + {warmup} steps is longer than "
-            f"total_steps = {total}"
-        )
-        yield Problem("lr_scheduler", what, "Lower init_steps or warmup_ratio")
+    ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
+    if schedule.type != "wsd":
+        del ratios["decay_ratio"]
+    steps = [schedule.init_steps, *(int(total * ratio) for ratio in ratios.values())]
+    if sum(steps) > total:
+        terms = " + ".join(["init_steps", *(f"{name} · total_steps" for name in ratios)])
+        what = f"{terms} = {' + '.join(map(str, steps))} steps is longer than total_steps = {total}"
+        yield Problem("lr_scheduler", what, f"Lower {' or '.join(['init_steps', *ratios])}")
+
+
+def loss_scale_keeps_its_bounds(config: Config, facts: Facts) -> Iterator[Problem]:
+    """It is used with float16 alone."""
+    scaler, dtype = config.grad_scaler, config.model.dtype
+    smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
+    if dtype == "torch.float16" and not smallest <= first <= largest:
+        what = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
+        yield Problem("grad_scaler", what, "Change them until it is")
 
 
 def patterns_compile(config: Config, facts: Facts) -> Iterator[Problem]:
@@ -89,11 +99,14 @@ def job_name_is_a_folder_name(config: Config, facts: Facts) -> Iterator[Problem]
         yield Problem("JOB_NAME", f"{name!r} can't be the name of a folder", "Use letters, digits, '-' and '_'")
 
 
+LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")
+
 RULES = (
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
-    Rule(at("lr_scheduler", "total_steps", "init_steps", "warmup_ratio"), warmup_ends_within_run),
+    Rule(at("lr_scheduler", "type", "total_steps", "init_steps", "warmup_ratio", "decay_ratio"), schedule_fits_run),
+    Rule(("model.dtype", *at("grad_scaler", *LOSS_SCALES)), loss_scale_keeps_its_bounds),
     Rule(("optimizer.param_groups",), patterns_compile),
     Rule(("reduce_comm_dtype", "model.dtype"), gradients_fit),
     Rule(at("ckpt", "enable_save_ckpt", "save_ckpt_folder", "checkpoint_every"), saving_knows_where_and_when),

@@ -20,8 +20,11 @@ class Section(BaseModel):
 
 Count = Annotated[int, Field(ge=1)]  # at least one of something
 CountOrZero = Annotated[int, Field(ge=0)]
+LastStep = Annotated[int, Field(ge=-1)]  # counted from 0; -1: none yet
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MoreThanOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Shrinking = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # a factor
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # an exponential average's coefficient

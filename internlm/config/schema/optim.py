@@ -5,7 +5,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from internlm.config.schema.base import Count, CountOrZero, Decay, Finite, Fraction, NonNegative, Positive, Section
+from internlm.config.schema.base import (
+    Count,
+    CountOrZero,
+    Decay,
+    Finite,
+    Fraction,
+    LastStep,
+    MoreThanOne,
+    NonNegative,
+    Positive,
+    Section,
+    Shrinking,
+)
 
 
 class AdamConfig(Section):
@@ -77,7 +89,7 @@ class LRSchedulerConfig(Section):
     """Fraction of total_steps that the decay of wsd takes."""
     eta_min: NonNegative = 0.0
     """Learning rate at the end."""
-    last_epoch: int = -1
+    last_epoch: LastStep = -1
     """Step before the first one."""
 
 
@@ -88,7 +100,7 @@ class Beta2SchedulerConfig(Section):
     """Smallest beta2; absent: adam.adam_beta2."""
     c: Finite | None = None
     """Exponent; absent: adam.adam_beta2_c."""
-    cur_iter: int = -1
+    cur_iter: LastStep = -1
     """Step before the first one."""
 
 
@@ -129,9 +141,9 @@ class GradScalerConfig(Section):
 
     fp16: FP16Config = FP16Config()
     """The dynamic scale."""
-    growth_factor: Positive = 2
+    growth_factor: MoreThanOne = 2
     """Factor of growth."""
-    backoff_factor: Positive = 0.5
+    backoff_factor: Shrinking = 0.5
     """Factor after overflows."""
     max_scale: Positive = 2**24
     """Largest loss scale."""

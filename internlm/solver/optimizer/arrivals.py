@@ -46,10 +46,11 @@ class Arrivals:
         self._next = 0
 
     def end_step(self) -> None:
-        """All gradients are there: learn."""
+        """All gradients are there: learn. What comes now comes too late."""
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
         self.begin_step(None)
+        self._next = len(self.buckets)
 
     def _arrived(self, member: Member) -> None:
         parameter = member.parameter
@@ -62,5 +63,6 @@ class Arrivals:
                 self._next += 1
                 self.complete(self._next - 1)
         elif count > expected and min(self._holding[parameter]) < self._next:
-            what = f"another gradient of {member.name!r} came when its sum was begun, which the first step had not"
-            raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", what, "Set it to False"))
+            what = f"a gradient of {member.name!r} came when its sum was begun, other than in the first step"
+            todo = "Call optimizer.begin_reduction() after the last backward pass only, or set it to False"
+            raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", what, todo))

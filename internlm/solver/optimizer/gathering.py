@@ -4,8 +4,9 @@ Eagerly all of them are gathered at once, and waited for. Lazily (``overlap_sync
 just before its forward pass, and those of the layer that comes next in the model meanwhile.
 
 Buckets have an order, that of the model, and are always begun in it: whatever layers a rank happens to use, all ranks
-begin the same gathers in the same order. A layer that was not called in the first forward pass may be used in ways that
-can't be seen, so its parameters are gathered eagerly.
+begin the same gathers in the same order. A layer that was not called before the first update, or of which a forward
+pass then read something without calling it, may be used in ways that can't be seen, so its parameters are gathered
+eagerly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.attach import block_of
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
 from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.solver.optimizer.reads import Reads
 from internlm.utils.errors import Problem, UserError
 
 
@@ -36,8 +38,8 @@ class Gatherer:
         self.lazily = lazily and zero.size > 1
         self._coming: list[list[Pending]] = []
         self._needed: list[int] = []  # buckets that each layer needs to be ready
-        self._called: set[int] = set()  # layers
-        self._learning = True  # until the first update
+        self._called: set[int] = set()  # layers, before the first update
+        self._reads: Reads | None = None  # until then
         if self.lazily:
             self._listen(model)
 
@@ -46,15 +48,23 @@ class Gatherer:
         needed: dict[nn.Parameter, int] = {}
         for number, (flat, bucket) in enumerate(self.buckets):
             needed |= {member.parameter: number + 1 for member in flat.members_of(bucket)}
-        for layer, (module, parameters) in enumerate(layers(model).items()):
+        called = list(layers(model).items())
+        self._reads = Reads(model, called)
+        for layer, (module, owners) in enumerate(called):
+            parameters = [each for owner in owners for each in owner.parameters(recurse=False)]
             self._needed.append(max((needed.get(each, 0) for each in parameters), default=0))
             module.register_forward_pre_hook(partial(self._on_call, layer))
             for parameter in parameters:
-                parameter.before_use = partial(self.need, layer)  # type: ignore[attr-defined]
+                parameter.before_use = partial(self._on_use, layer)  # type: ignore[attr-defined]
         model.register_forward_hook(lambda *_: self.finish())  # before gradients are sent over the same group
         model.register_state_dict_pre_hook(self._demand_all)
 
     def _on_call(self, layer: int, _module: nn.Module, _args: Any) -> None:
+        self.need(layer)
+
+    def _on_use(self, layer: int) -> None:
+        if self._reads:
+            self._reads.asked(layer)
         self.need(layer)
 
     def _demand_all(self, *_: Any) -> None:
@@ -66,7 +76,9 @@ class Gatherer:
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin(self) -> None:
         """This rank's parts have changed."""
-        self._learning = False
+        if self._reads:
+            self._called -= self._reads.end()
+            self._reads = None
         if self.zero.size == 1:
             return
         self.begun = self.ready = 0
@@ -79,7 +91,7 @@ class Gatherer:
 
     def need(self, layer: int) -> None:
         """A layer is to be used now."""
-        if self._learning:
+        if self._reads:
             self._called.add(layer)
         if self.ready < len(self.buckets):
             self._take(self._needed[layer])
@@ -118,12 +130,11 @@ def in_forward_order(flats: Sequence[FlatGroup]) -> list[tuple[FlatGroup, int]]:
     return sorted(buckets, key=lambda each: min((m.place for m in each[0].members_of(each[1])), default=0))
 
 
-def layers(model: nn.Module) -> Mapping[nn.Module, Sequence[nn.Parameter]]:
-    """The modules that a forward pass calls one after the other, with their parameters: each block as one, and every
-    other module that has parameters of its own."""
-    found: dict[nn.Module, list[nn.Parameter]] = {}
+def layers(model: nn.Module) -> Mapping[nn.Module, Sequence[nn.Module]]:
+    """The modules that a forward pass calls one after the other: each block as one, and every other module that has
+    parameters of its own; with those in them that have some."""
+    found: dict[nn.Module, list[nn.Module]] = {}
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            found.setdefault(model.get_submodule(block_of(name)), []).extend(own)
+        if next(module.parameters(recurse=False), None) is not None:
+            found.setdefault(model.get_submodule(block_of(name)), []).append(module)
     return found

@@ -103,7 +103,7 @@ class Reducer:
         for stage in (BucketSum.across_replicas, BucketSum.over_parts, BucketSum.end):
             for each in self.begun:
                 stage(each)
-        self.begun = []
+        self.begin_step(None)
 
     def _begin(self, number: int) -> None:
         for each in self.begun:

@@ -1,0 +1,95 @@
+"""What a forward pass reads of layers without calling them.
+
+A module hands out its parameters from a dict. While a forward pass is watched, the dict of a layer that is not being
+called is one that tells when it is asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, ItemsView, Sequence, ValuesView
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+class Reads:
+    """Watches the forward passes of ``model`` until it is ended. ``layers``: what is called, each with the modules in
+    it that have parameters of their own."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[nn.Module, Sequence[nn.Module]]]) -> None:
+        self._owners = [owners for _, owners in layers]
+        self._watched: dict[int, list[dict[str, Any]]] = {}  # by layer, the dicts that its modules have without us
+        self._running = False
+        self._beside: Counter[int] = Counter()
+        self._handles = [
+            model.register_forward_pre_hook(lambda *_: self._begin()),
+            model.register_forward_hook(lambda *_: self._stop(), always_call=True),
+        ]
+        for number, (layer, _) in enumerate(layers):
+            self._handles.append(layer.register_forward_pre_hook(partial(self._on_call, number)))
+            self._handles.append(layer.register_forward_hook(partial(self._on_return, number), always_call=True))
+
+    def asked(self, layer: int) -> None:
+        """Who has just read of that layer saw to it that what it got is up to date."""
+        if layer in self._watched and self._beside[layer]:
+            self._beside[layer] -= 1
+
+    def end(self) -> set[int]:
+        """Watch no longer; the layers of which something was read, by somebody who did not ask, while they were not
+        called."""
+        self._stop()
+        for handle in self._handles:
+            handle.remove()
+        return {layer for layer, count in self._beside.items() if count}
+
+    def _begin(self) -> None:
+        self._running = True
+        for number in range(len(self._owners)):
+            self._watch(number)
+
+    def _stop(self) -> None:
+        for number in list(self._watched):
+            self._leave(number)
+        self._running = False
+
+    def _on_call(self, number: int, *_: Any) -> None:
+        self._leave(number)
+
+    def _on_return(self, number: int, *_: Any) -> None:
+        if self._running:
+            self._watch(number)
+
+    def _watch(self, number: int) -> None:
+        owners = self._owners[number]
+        self._watched[number] = [owner._parameters for owner in owners]
+        for owner in owners:
+            owner._parameters = _Telling(owner._parameters, partial(self._on_read, number))
+
+    def _leave(self, number: int) -> None:
+        for owner, parameters in zip(self._owners[number], self._watched.pop(number, ()), strict=False):
+            owner._parameters = parameters
+
+    def _on_read(self, number: int) -> None:
+        self._beside[number] += 1
+
+
+class _Telling(dict[str, Any]):
+    """A dict that calls ``tell`` when something is taken from it."""
+
+    def __init__(self, content: dict[str, Any], tell: Callable[[], None]) -> None:
+        super().__init__(content)
+        self._tell = tell
+
+    def __getitem__(self, key: str) -> Any:
+        self._tell()
+        return super().__getitem__(key)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        self._tell()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
+        self._tell()
+        return super().values()
