@@ -89,5 +89,23 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) 
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
 
 
+def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
+    """A problem for each kind of state that the optimizer had, and has no longer, for parameters that it still trains:
+    what is left of it would mean something else now."""
+    states: dict[str, set[str]] = {}
+    for name in metadata.state_dict_metadata:
+        what, _, rest = name.partition("/")
+        if what == "optimizer":
+            state, _, parameter = rest.partition("/")
+            states.setdefault(state, set()).add(parameter)
+    trained = {each for state, held in states.items() for each in held if f"optimizer/{state}/{each}" in wanted}
+    for state, held in states.items():
+        if left := sorted(each for each in held & trained if f"optimizer/{state}/{each}" not in wanted):
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            what = f"is there for {left[0]!r}{more}, for which there is no such state now"
+            todo = f"Set optimizer and use_fp32_norm as they were. {FROM_WEIGHTS}"
+            yield Problem(f"{folder}: optimizer/{state}", what, todo)
+
+
 def _todo(name: str) -> str:
     return FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"

@@ -228,6 +228,7 @@ class CheckpointManager:
         if not other_kind:
             yield from compare.missing_tensors(name, metadata, tensors)
             yield from compare.unexpected_tensors(name, metadata, known) if "model" in wants else ()
+            yield from compare.other_states(name, metadata, known) if "optimizer" in wants else ()
         yield from compare.other_samples(name, saved, self.facts) if "sampler" in wants else ()
         yield from compare.damaged_files(source, metadata)
 

@@ -63,6 +63,7 @@ def _is_known(key: str) -> bool:
 def _suggestion(key: str) -> str:
     """Where in other sections, or what within its own, the key may be; where that doesn't exist, the nearest of all."""
     section, _, _ = key.rpartition(".")
-    known = [f"{section}.{child}" for child in keys.children(section)] if keys.is_section(section) else keys.fields()
-    elsewhere = belongs_elsewhere(key) if keys.is_section(section) or not section else ""
-    return elsewhere or did_you_mean(key, known)
+    if section and not keys.is_section(section):
+        return did_you_mean(key, keys.fields())
+    inside = [f"{section}.{child}" for child in keys.children(section)] if section else keys.fields()
+    return belongs_elsewhere(key) or did_you_mean(key, inside)

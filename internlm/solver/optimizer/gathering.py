@@ -35,7 +35,7 @@ class Gatherer:
         self.zero = zero
         self.buckets = in_forward_order(flats)
         self.begun = self.ready = len(self.buckets)
-        self.lazily = lazily and zero.size > 1
+        self.lazily = lazily and zero.size > 1 and bool(flats)
         self._coming: list[list[Pending]] = []
         self._needed: list[int] = []  # buckets that each layer needs to be ready
         self._called: set[int] = set()  # layers, before the first update

@@ -76,11 +76,15 @@ class Reads:
 
 
 class _Telling(dict[str, Any]):
-    """A dict that calls ``tell`` when something is taken from it."""
+    """``content``, but that it calls ``tell`` when something is taken from it."""
 
     def __init__(self, content: dict[str, Any], tell: Callable[[], None]) -> None:
         super().__init__(content)
-        self._tell = tell
+        self._content, self._tell = content, tell
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._content[key] = value
+        super().__setitem__(key, value)
 
     def __getitem__(self, key: str) -> Any:
         self._tell()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from internlm.checkpoint import compare
 from internlm.checkpoint.logical import Logical
@@ -70,6 +71,15 @@ def test_types_that_are_stored_alike_are_the_same(dtype: str) -> None:
 def test_another_type() -> None:
     (text,) = texts(compare.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype="torch.bfloat16")))
     assert text.startswith("model.dtype: 'torch.bfloat16', but step-1 was saved with 'torch.float32'. Set it back. ")
+
+
+def test_state_of_another_optimizer() -> None:
+    """Only of parameters that are trained still."""
+    saved = ["optimizer/exp_avg/a", "optimizer/main/a", "optimizer/exp_avg/b", "optimizer/main/b", "model/a", "rng/0/x"]
+    metadata = Metadata(dict.fromkeys(saved))  # type: ignore[arg-type]
+    assert texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
+    (text,) = texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
+    assert text.startswith("step-1: optimizer/main: is there for 'a', for which there is no such state now. Set ")
 
 
 def test_the_same_samples() -> None:

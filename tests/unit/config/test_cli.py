@@ -31,6 +31,12 @@ def test_prints_values_with_their_sources(capsys: pytest.CaptureFixture[str]) ->
     assert err == ""
 
 
+def test_prints_lists_of_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", SFT, "--set", "optimizer.param_groups=[{'pattern': 'norm', 'weight_decay': 0.0}]"])
+    (group,) = json.loads(capsys.readouterr().out)["optimizer"]["param_groups"]["value"]
+    assert group == {"pattern": "norm", "lr_scale": 1.0, "weight_decay": 0.0, "type": None}
+
+
 def test_says_what_this_version_can_not_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "model.norm_head=True"])
     assert "warning: model.norm_head: True is not available in this version. Use False\n" in capsys.readouterr().err

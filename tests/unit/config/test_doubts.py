@@ -15,6 +15,10 @@ NOTHING_TO_VALIDATE = "data.valid_every: nothing is validated, since data.valid_
 NOTHING_TO_FILL = (
     "parallel.pipeline.mode: a pipeline of one stage has nothing to fill, since parallel.pipeline.size is 1"
 )
+RISES = "lr_scheduler.eta_min: the learning rate rises to 0.1 after its peak, since adam.lr is 0.001"
+NO_DROPOUT = "model.dropout_selective_checkpoint: without effect, since model.drop_rate is 0"
+NO_MUON = "without effect, since nothing is trained by Muon"
+MUON_OF_SOME = {"pattern": "wo", "type": "Muon"}
 ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
     ({}, []),
     ({"data.pack_sample_into_one": True}, []),
@@ -26,6 +30,18 @@ ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
     ({"data.valid_every": 10}, []),  # random data validate on random data
     ({"data.valid_every": 10, "data.train_folder": "x"}, [NOTHING_TO_VALIDATE]),
     ({"data.valid_every": 10, "data.train_folder": "x", "data.valid_folder": "y"}, []),
+    ({"lr_scheduler.eta_min": 1e-3}, []),
+    ({"lr_scheduler.eta_min": 0.1}, [RISES]),
+    ({"lr_scheduler": {"eta_min": 0.1, "type": "constant"}}, []),
+    ({"model.dropout_selective_checkpoint": False}, [NO_DROPOUT]),
+    ({"model.dropout_selective_checkpoint": False, "model.drop_rate": 0.1}, []),
+    ({"optimizer.nesterov": False}, [f"optimizer.nesterov: {NO_MUON}"]),
+    (
+        {"optimizer": {"type": "Lion", "momentum": 0.9, "ns_steps": 3, "adjust_lr": "original"}},
+        [f"optimizer.momentum, optimizer.ns_steps, optimizer.adjust_lr: {NO_MUON}"],
+    ),
+    ({"optimizer": {"type": "Muon", "momentum": 0.9}}, []),
+    ({"optimizer": {"momentum": 0.9, "param_groups": [MUON_OF_SOME]}}, []),
 )
 
 

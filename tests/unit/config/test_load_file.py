@@ -65,6 +65,11 @@ def test_missing_file_lists_what_is_beside_it(tmp_path: Path) -> None:
     assert "Known: demo.py, other.py." in failure(tmp_path / "7B.py")
 
 
+def test_missing_file_without_an_ending(tmp_path: Path) -> None:
+    write(tmp_path, "", "demo.py")
+    assert failure(tmp_path / "demo") == f"{tmp_path}/demo: no such file. Did you mean 'demo.py'?"
+
+
 def test_missing_file_in_an_empty_folder(tmp_path: Path) -> None:
     assert "There is no .py file in" in failure(tmp_path / "run.py")
 

@@ -76,7 +76,11 @@ def test_resolving_leaves_the_source_alone() -> None:
 
 
 def test_json_round_trip() -> None:
-    changes = {**BUSIEST, "ckpt.load_ckpt_info": {"path": "x", "content": ("model", "sampler")}}
+    changes = {
+        **BUSIEST,
+        "ckpt.load_ckpt_info": {"path": "x", "content": ("model", "sampler")},
+        "optimizer.param_groups": [{"pattern": "norm", "weight_decay": 0.0}],
+    }
     config = load_config(config_of(changes))
     assert Config.model_validate_json(to_json(config)) == config
     assert load_config(json.loads(to_json(config))) == config

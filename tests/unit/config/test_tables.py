@@ -9,6 +9,7 @@ import pytest
 
 from internlm.config import keys, load_config
 from internlm.config.derive import DERIVATIONS
+from internlm.config.doubts import DOUBTS
 from internlm.config.facts import DEVICE_TYPE, WORLD_SIZE, Facts
 from internlm.config.legacy import OLD_KEYS, RENAMED, RESPELLED, SHORT_FORMS
 from internlm.config.not_yet import FOLDERS, NO_EFFECT, ONLY
@@ -23,6 +24,7 @@ TABLES = {
     "short forms": [f"{section}.{key}" for section, key in SHORT_FORMS.items()],
     "renamed": list(RENAMED.values()),
     "respelled": list(RESPELLED),
+    "doubts": [key for doubt in DOUBTS for key in doubt.keys],
     "not yet": [*ONLY, *FOLDERS, *(row.key for row in NO_EFFECT)],
 }
 

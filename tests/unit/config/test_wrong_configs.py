@@ -35,6 +35,8 @@ SINGLE_KEYS = [
     ({"model.zzz": 4}, "model.zzz: unknown key. Known: apply_post_layer_norm, "),
     ({"model": 3}, "model: 3 is a whole number. Give a dict with num_layers, hidden_size, num_attention_heads, vocab"),
     ({"moddle": {}}, "moddle: unknown key. Did you mean 'model'? Names of your own are UPPER_CASE or begin with"),
+    ({"parallel.overlap": 1}, "It belongs elsewhere: parallel.weight.overlap or parallel.expert_weight.overlap"),
+    ({"model.type": "x"}, "model.type: unknown key. Did you mean 'dtype'?"),
     ({"micro_num": 4}, "micro_num: unknown key. It belongs elsewhere: data.micro_num"),
     ({"data": None}, "data: missing (What is read). Give a dict with seq_len, micro_bsz, total_steps"),
     ({"data.micro_num": 0}, "data.micro_num: 0 is out of range"),
@@ -42,14 +44,20 @@ SINGLE_KEYS = [
     ({"data.type": "megatron"}, "data.type: 'megatron' is unknown. Give one of 'tokenized', 'streaming'"),
     ({"data.packed_length": 32}, "data.packed_length: this key is deprecated and no longer read. Remove it"),
     ({"data.train_folder": 3}, "data.train_folder: 3 is a whole number. Give text, or None"),
-    ({"adam.lr": NAN}, "adam.lr: nan is out of range. Give a number of more than 0"),
-    ({"adam.lr": INF}, "adam.lr: inf is out of range"),
+    ({"adam.lr": NAN}, "adam.lr: nan is not a finite number. Give a number of more than 0"),
+    ({"adam.lr": INF}, "adam.lr: inf is not a finite number"),
     ({"adam.lr": 0}, "adam.lr: 0 is out of range"),
     ({"adam.lr": "1e-4"}, "adam.lr: '1e-4' is text. Give a number of more than 0"),
     ({"adam.adam_beta1": 1.0}, "adam.adam_beta1: 1.0 is out of range. Give a number of at least 0 and less than 1"),
-    ({"beta2_scheduler.c": NAN}, "beta2_scheduler.c: nan is out of range. Give a number, or None"),
+    ({"beta2_scheduler.c": NAN}, "beta2_scheduler.c: nan is not a finite number. Give a number, or None"),
+    ({"beta2_scheduler.cur_iter": -2}, "beta2_scheduler.cur_iter: -2 is out of range. Give a whole number of at least"),
+    ({"lr_scheduler.last_epoch": -2}, "lr_scheduler.last_epoch: -2 is out of range. Give a whole number of at least"),
     ({"lr_scheduler.warmup_ratio": 1.1}, "lr_scheduler.warmup_ratio: 1.1 is out of range"),
     ({"grad_scaler": 5}, "grad_scaler: 5 is a whole number. Give a dict"),
+    ({"grad_scaler.growth_factor": 1}, "growth_factor: 1 is out of range. Give a number of more than 1"),
+    ({"grad_scaler.backoff_factor": 1.0}, "backoff_factor: 1.0 is out of range. Give a number of more than 0 and less"),
+    ({"grad_scaler.backoff_factor": 0}, "backoff_factor: 0 is out of range. Give a number of more than 0 and less"),
+    ({"grad_scaler.max_scale": INF}, "grad_scaler.max_scale: inf is not a finite number. Give a number of more than 0"),
     ({"parallel.tensor.mode": "mpt"}, "parallel.tensor.mode: 'mpt' is unknown. Give one of 'mtp', 'msp', 'fsp', 'isp'"),
     ({"parallel.tensor": "2"}, "parallel.tensor.size: '2' is text. Give a whole number of at least 1"),
     ({"parallel.zero1": 1.5}, "parallel.zero1.size: 1.5 is a number. Give a whole number"),
@@ -62,7 +70,7 @@ SINGLE_KEYS = [
     ({"parallel.pipeline": {"size": 2, "partition": 4}}, "parallel.pipeline.partition: 4 is a whole number. Give"),
     ({"parallel.timeout": 0}, "parallel.timeout: 0 is out of range. Give a number of more than 0"),
     ({"parallel.timeout": -1.5}, "parallel.timeout: -1.5 is out of range. Give a number of more than 0"),
-    ({"parallel.timeout": NAN}, "parallel.timeout: nan is out of range. Give a number of more than 0"),
+    ({"parallel.timeout": NAN}, "parallel.timeout: nan is not a finite number. Give a number of more than 0"),
     ({"parallel.pipeline": {"sze": 2}}, "parallel.pipeline.sze: unknown key. Did you mean 'size'?"),
     ({"parallel.sequence_parallel": "yes"}, "parallel.sequence_parallel: 'yes' is not True or False. Remove it"),
     ({"ckpt.load_ckpt_info": {"content": "model"}}, "ckpt.load_ckpt_info.path: missing (Checkpoint: local:FOLDER or a"),
@@ -221,7 +229,21 @@ ACROSS_KEYS = [
     ),
     (
         {"lr_scheduler": {"init_steps": 95, "warmup_ratio": 0.1}},
-        "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is longer than total_steps = 100",
+        "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is longer than total_steps = 100. "
+        "Lower init_steps or warmup_ratio",
+    ),
+    (
+        {"lr_scheduler": {"type": "wsd", "init_steps": 1, "warmup_ratio": 0.4, "decay_ratio": 0.6}},
+        "lr_scheduler: init_steps + warmup_ratio · total_steps + decay_ratio · total_steps = 1 + 40 + 60 steps is "
+        "longer than total_steps = 100. Lower init_steps or warmup_ratio or decay_ratio",
+    ),
+    (
+        {"model.dtype": "torch.float16", "grad_scaler": {"max_scale": 2**15}},
+        "grad_scaler: fp16.initial_scale = 65536 is not between fp16.min_scale = 1 and max_scale = 32768",
+    ),
+    (
+        {"model.dtype": "torch.half", "grad_scaler": {"fp16": {"initial_scale": 2, "min_scale": 4}}},
+        "grad_scaler: fp16.initial_scale = 2 is not between fp16.min_scale = 4 and max_scale = 16777216",
     ),
     (
         {"ckpt": {"enable_save_ckpt": True, "checkpoint_every": 5}},
@@ -292,6 +314,19 @@ def test_one_mistake_gives_one_problem(changes: dict[str, Any], expected: str) -
 )
 def test_what_can_be_split_is_right(changes: dict[str, Any]) -> None:
     assert problems_of(changes, world_size=8) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.dtype": "torch.float16", "grad_scaler": {"fp16": {"initial_scale": 4, "min_scale": 4}, "max_scale": 4}},
+        {"model.dtype": "torch.bfloat16", "grad_scaler": {"max_scale": 1}},
+        {"lr_scheduler": {"type": "wsd", "warmup_ratio": 0.4, "decay_ratio": 0.6}},
+        {"lr_scheduler": {"type": "cosine", "warmup_ratio": 0.4, "decay_ratio": 1.0}},
+    ],
+)
+def test_what_is_not_used_or_just_fits_is_right(changes: dict[str, Any]) -> None:
+    assert problems_of(changes) == []
 
 
 @pytest.mark.parametrize(("changes", "facts", "expected"), WITH_FACTS)

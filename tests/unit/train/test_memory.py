@@ -164,3 +164,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["memory", "--config", str(file), "--world", "3", *stages])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.num_experts=4", "model.num_experts: 4 is not available in this version. Use 1\n"),
+        ("model_type=LAMA2", "model_type: nothing is registered as 'LAMA2'. Did you mean 'LLAMA2'?\n"),
+    ],
+)
+def test_command_refuses_what_a_run_refuses(
+    override: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG)
+    with pytest.raises(SystemExit) as caught:
+        main(["memory", "--config", str(file), "--world", "1", "--set", override])
+    assert (caught.value.code, capsys.readouterr().err) == (2, expected)
