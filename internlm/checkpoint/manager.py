@@ -239,8 +239,7 @@ class CheckpointManager:
             if "model" not in wants:
                 self.optimizer.publish()
         else:
-            for group in self.optimizer.groups:
-                group.values_to_main()
+            self.optimizer.adopt_parameters()
         if wants & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
         if "sampler" in wants:

@@ -15,6 +15,7 @@ from torch import nn
 
 from internlm.checkpoint.logical import model_tensors
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel import place_replicated
 from internlm.core.parallel.fully_sharded import held, is_fully_sharded
 from internlm.core.parallel.ledger import LEDGER, Traffic
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -252,15 +253,36 @@ def test_beside_training() -> None:
     assert abs(ranks[0].numel - ranks[1].numel) < 0.02 * one.numel
 
 
-def _mixed(rank: int, world_size: int) -> str:
+def _of_two_types(model: nn.Module) -> None:
+    model.norm.float()  # type: ignore[operator]
+
+
+def _with_a_scalar(model: nn.Module) -> None:
+    model.layers[1].scale = nn.Parameter(torch.ones((), dtype=torch.float64))  # type: ignore[index]
+
+
+def _shared_by_blocks(model: nn.Module) -> None:
+    model.layers[1].attention.wo.weight = model.layers[0].attention.wo.weight  # type: ignore[index]
+
+
+#: By what is done to a model before it is to be shared.
+UNFIT: dict[Callable[[nn.Module], None], str] = {
+    _of_two_types: "'norm.weight' is of torch.float32, and all else of torch.float64",
+    _with_a_scalar: "'layers.1.scale' is a scalar, of which nothing can be shared (shape [1] can)",
+    _shared_by_blocks: "'layers.1.attention.wo.weight' is also 'layers.0.attention.wo.weight', which is gathered at "
+    "another time",
+}
+
+
+def _refused(rank: int, world_size: int, spoil: Callable[[nn.Module], None]) -> str:
     initialize_distributed_env(TINY, overrides=(FSDP,))
     model = create_model()
-    model.norm.float()
+    spoil(model)
     with pytest.raises(ConfigError) as caught:
-        initialize_model_and_parallel_communicator(model)
+        initialize_model_and_parallel_communicator(place_replicated(model))
     return str(caught.value)
 
 
-def test_two_types_are_refused() -> None:
-    what = "'norm.weight' is of torch.float32, and all else of torch.float64"
-    assert run_ranks(2, _mixed) == [f"parallel.zero1.fsdp: True, but {what}. Set it to False"] * 2
+@pytest.mark.parametrize("spoil", UNFIT, ids=lambda spoil: spoil.__name__)
+def test_what_cannot_be_shared_is_refused(spoil: Callable[[nn.Module], None]) -> None:
+    assert run_ranks(2, _refused, spoil) == [f"parallel.zero1.fsdp: True, but {UNFIT[spoil]}. Set it to False"] * 2

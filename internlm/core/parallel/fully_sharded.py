@@ -44,13 +44,14 @@ def shard_fully(
     """Share the parameters of ``model``, computed with in ``dtype``, over ``group``. Gradients of micro-batches are of
     ``grad_dtype`` (default: ``dtype``), and summed over the group in ``reduce_dtype`` (default: ``grad_dtype``).
 
-    Raises :class:`ConfigError` where a parameter is of another type.
+    Raises :class:`ConfigError` where a parameter is of another type, has no rows, or is in several units.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which imports the compiler
 
     placements = {name: placement for name, _, placement in placed_parameters(model)}
     grad_dtype = grad_dtype or dtype
-    _demand_one_type(model, dtype)
+    if problem := _unfit(model, dtype):
+        raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but {problem}", "Set it to False"))
     _make_matrices(model)
     assert group.handle is not None, "a rank that is alone has nobody to share with"
     mesh = DeviceMesh.from_group(group.handle, next(model.parameters()).device.type)
@@ -102,11 +103,21 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
     )
 
 
-def _demand_one_type(model: nn.Module, dtype: torch.dtype) -> None:
-    other = next(((name, each.dtype) for name, each in model.named_parameters() if each.dtype != dtype), None)
-    if other:
-        what = f"True, but {other[0]!r} is of {other[1]}, and all else of {dtype}"
-        raise ConfigError(Problem("parallel.zero1.fsdp", what, "Set it to False"))
+def _unfit(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a parameter of ``model`` can't be shared, if one can't."""
+    unit_of = {module: block for block in blocks_of(model) for module in block.modules()}
+    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            name, unit = f"{path}.{own}".lstrip("."), unit_of.get(module, model)
+            if parameter.dtype != dtype:
+                return f"{name!r} is of {parameter.dtype}, and all else of {dtype}"
+            if parameter.dim() == 0:
+                return f"{name!r} is a scalar, of which nothing can be shared (shape [1] can)"
+            elsewhere, alias = first.setdefault(parameter, (unit, name))
+            if elsewhere is not unit:
+                return f"{name!r} is also {alias!r}, which is gathered at another time"
+    return None
 
 
 def _make_matrices(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from internlm.ops.precision import wide
 from internlm.solver.optimizer.buckets import Bucket, lay_out
 from internlm.solver.optimizer.kinds import Kind, Placed
 from internlm.solver.optimizer.parameter_group import ParameterGroup, Piece
+from internlm.utils.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ class FlatGroup(ParameterGroup):
     def parts_of(self, flat: Tensor) -> list[Tensor]:
         """This rank's part of each bucket, as views of a whole buffer."""
         return [flat[bucket.run(self.rank)] for bucket in self.buckets]
+
+    def begin_step(self) -> None:
+        """Forget the gradients. Raises :class:`UserError` where the model has other memory by now."""
+        name, parameter = self.members[0].name, self.members[0].parameter
+        if parameter.untyped_storage().data_ptr() != self.values.untyped_storage().data_ptr():
+            what = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
+            raise UserError(
+                Problem("model", what, "Call model.to() or .half() before the optimizer is made")
+            )
+        super().begin_step()
 
     # -- between types ------------------------------------------------------------------------------------------------
     @torch.no_grad()

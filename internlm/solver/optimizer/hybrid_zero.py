@@ -129,7 +129,7 @@ class HybridZeroOptimizer:
         reduced when all are there."""
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
         for group in self.groups:
-            group.grads.zero_()
+            group.begin_step()
 
     @property
     def _is_last_chance(self) -> bool:
@@ -193,6 +193,13 @@ class HybridZeroOptimizer:
     def gather_parameters(self) -> None:
         """Have all parameters up to date, for whoever reads them without a forward pass (``overlap_sync_param``)."""
         self._gatherer.finish()
+
+    def adopt_parameters(self) -> None:
+        """Make main parameters of the model's, after somebody set these. In half precision they would be overwritten by
+        the next update without this."""
+        self._gatherer.finish()
+        for group in self.groups:
+            group.values_to_main()
 
     def publish(self) -> None:
         """Make the model's parameters of main parameters that were loaded."""

@@ -74,6 +74,10 @@ class ParameterGroup:
         parameter's place in the model and its name."""
         raise NotImplementedError
 
+    def begin_step(self) -> None:
+        """Forget the gradients."""
+        self.grads.zero_()
+
     def main_to_values(self) -> None:
         """Round wider main parameters into this rank's shard of what is computed with, if it is kept."""
 

@@ -94,8 +94,8 @@ def test_a_newer_format(tmp_path: Path) -> None:
 )
 def test_a_damaged_state(tmp_path: Path, text: str) -> None:
     complete(tmp_path, text)
-    problem = problem_of(tmp_path)
-    assert problem.startswith((f"{tmp_path / STATE_FILE}: can't be read (", f"{tmp_path / STATE_FILE}: has no 'format'"))
+    problem, file = problem_of(tmp_path), tmp_path / STATE_FILE
+    assert problem.startswith((f"{file}: can't be read (", f"{file}: has no 'format'"))
 
 
 def test_a_state_that_is_not_text(tmp_path: Path) -> None:

@@ -235,6 +235,30 @@ def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(trainer: Trainer) -> 
     assert trainer.optimizer.updates == 2
 
 
+# -- what others do to the model
+
+
+def test_a_model_that_was_converted_is_refused() -> None:
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2))
+    model.half()
+    with pytest.raises(UserError, match=r"model: 'embedding.weight' does not lie where the optimizer put it"):
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_were_set_are_adopted(dtype: torch.dtype) -> None:
+    model = decoder(dtype=dtype)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2, weight_decay=0.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    optimizer.adopt_parameters()
+    optimizer.zero_grad()
+    optimizer.step(1e-2, 0.95)
+    assert all((parameter == 0.5).all() for parameter in model.parameters())
+
+
 # -- how much work it is
 
 
