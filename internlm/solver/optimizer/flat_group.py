@@ -103,9 +103,7 @@ class FlatGroup(ParameterGroup):
         name, parameter = self.members[0].name, self.members[0].parameter
         if parameter.untyped_storage().data_ptr() != self.values.untyped_storage().data_ptr():
             what = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
-            raise UserError(
-                Problem("model", what, "Call model.to() or .half() before the optimizer is made")
-            )
+            raise UserError(Problem("model", what, "Call model.to() or .half() before the optimizer is made"))
         super().begin_step()
 
     # -- between types ------------------------------------------------------------------------------------------------
