@@ -26,7 +26,7 @@ from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import MicroBatches
 from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
-from internlm.solver.optimizer import Groups, HybridZeroOptimizer
+from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
@@ -321,12 +321,12 @@ def test_weights_are_put_off_for_ever() -> None:
 
 @planted
 def ends_forget_one_another(patch: pytest.MonkeyPatch, rank: int) -> None:
-    of_partial = Groups.of_partial
+    of_partial = ProcessGroups.of_partial
 
-    def forgetful(self: Groups, mode: ParallelMode) -> Group:
+    def forgetful(self: ProcessGroups, mode: ParallelMode) -> Group:
         return Group(mode) if mode is ParallelMode.PIPELINE else of_partial(self, mode)
 
-    patch.setattr(Groups, "of_partial", forgetful)
+    patch.setattr(ProcessGroups, "of_partial", forgetful)
 
 
 def test_ends_forget_one_another() -> None:
