@@ -5,7 +5,6 @@ Each comes in two forms: ``begin_…`` returns at once what can be waited for, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -28,8 +27,8 @@ class Work(Protocol):
 class Pending:
     """A tensor that may still be on its way."""
 
-    def __init__(self, result: Tensor, work: Work | None = None, then: Callable[[Tensor], Tensor] | None = None):
-        self._result, self._work, self._then = result, work, then
+    def __init__(self, result: Tensor, work: Work | None = None) -> None:
+        self._result, self._work = result, work
 
     def settle(self) -> None:
         """Give up what it needs to come, if it is there."""
@@ -41,8 +40,6 @@ class Pending:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        if self._then is not None:
-            self._result, self._then = self._then(self._result), None
         return self._result
 
 

@@ -145,6 +145,19 @@ FACTORS = {
 }
 
 
+class LateFactor:
+    """Work that is done when it is waited for: ``tensor``, times ``factor``."""
+
+    def __init__(self, tensor: Tensor, factor: float) -> None:
+        self.tensor, self.factor = tensor, factor
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        self.tensor.mul_(self.factor)
+
+
 class Scaling(Communicator):
     """Multiplies what it is given, as a collective over ranks with equal tensors would, and remembers its calls; what
     may be waited for later is multiplied no sooner."""
@@ -161,7 +174,8 @@ class Scaling(Communicator):
 
     def _later(self, hook: str, tensor: Tensor) -> Pending:
         self.calls.append(hook)
-        return Pending(tensor, then=lambda tensor: tensor * FACTORS[hook])
+        tensor = tensor.clone()
+        return Pending(tensor, LateFactor(tensor, FACTORS[hook]))
 
     def gather_input(self, x: Tensor) -> Pending:
         return self._later("gather_input", x)
