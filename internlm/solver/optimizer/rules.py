@@ -32,6 +32,10 @@ class Rule:
     ) -> None:
         self.groups, self.adam, self.optimizer, self.process_groups = groups, adam, optimizer, process_groups
         self._states = {group: {name: group.new_state() for name in self.states} for group in groups}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What else is needed before the first update."""
 
     def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:
         """The state of a group's shard."""
@@ -58,24 +62,17 @@ class AdamW(Rule):
 
     states = ("exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        groups: Sequence[ParameterGroup],
-        adam: AdamConfig,
-        optimizer: OptimizerConfig,
-        process_groups: ProcessGroups,
-    ) -> None:
-        super().__init__(groups, adam, optimizer, process_groups)
-        parameters = [[nn.Parameter(part) for part in group.main_parts] for group in groups]
+    def _prepare(self) -> None:
+        parameters = [[nn.Parameter(part) for part in group.main_parts] for group in self.groups]
         self.torchs = torch.optim.AdamW(
             [
                 {"params": each, "weight_decay": group.kind.weight_decay}
-                for group, each in zip(groups, parameters, strict=True)
+                for group, each in zip(self.groups, parameters, strict=True)
             ],
-            eps=adam.adam_eps,
+            eps=self.adam.adam_eps,
             fused=True,
         )
-        for group, each in zip(groups, parameters, strict=True):
+        for group, each in zip(self.groups, parameters, strict=True):
             self._adopt(group, each)
 
     def _adopt(self, group: ParameterGroup, parameters: Sequence[nn.Parameter]) -> None:
