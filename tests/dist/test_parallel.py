@@ -85,14 +85,15 @@ def test_eight_ranks(layout: Layout) -> None:
     assert_equal(layout)
 
 
-@pytest.mark.parametrize("layout", SAMPLES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "layout"), [(case, each) for n, case in enumerate(CASES) for each in (SAMPLES[n % 3], SAMPLES[3])], ids=str
+)
 def test_every_case(case: str, layout: Layout) -> None:
+    """With isp, and with one of the others in turn; :func:`test_a_random_layout` tries them anywhere."""
     assert_equal(layout, CASES[case])
 
 
-@pytest.mark.parametrize("layout", SAMPLES, ids=str)
-@pytest.mark.parametrize("family", ["INTERNLM2", "INTERNLM"])
+@pytest.mark.parametrize(("family", "layout"), zip(["INTERNLM2", "INTERNLM"] * 2, SAMPLES, strict=True), ids=str)
 def test_float32(family: str, layout: Layout) -> None:
     assert_equal(layout, (f"model_type={family}",), "float32")
 
