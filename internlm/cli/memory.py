@@ -28,17 +28,18 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; raises :class:`UserError` for what the user can mend."""
     from internlm.config import check_runnable, load_config
-    from internlm.model.registry import model_initializer, register_model_initializer
+    from internlm.model.families import FAMILIES
     from internlm.train.memory import plans_of_stages, table
+    from internlm.utils.nearest import did_you_mean
 
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
-    register_model_initializer()
-    model_initializer.get_module(config.model_type)  # which refuses an unknown one
     try:
         plans = plans_of_stages(config, arguments.world)
     except KeyError:
         what = f"there is no formula for the memory of {config.model_type!r}"
-        raise UserError(Problem("model_type", what, "Measure it: train.py --profiling")) from None
+        near = did_you_mean(config.model_type, FAMILIES)
+        todo = f"{near} Of a model of your own, measure it: train.py --profiling"
+        raise UserError(Problem("model_type", what, todo)) from None
     print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world}, in MB")
     print(table(plans, [f"stage {stage}" for stage in range(len(plans))]))

@@ -11,8 +11,8 @@ from internlm.config.schema import Config, OptimizerConfig
 
 
 class Doubt(NamedTuple):
-    """``why`` is said of those of ``keys`` that have another value than by default, where ``arises``; fields of the
-    config ``c`` may be named in it."""
+    """``why`` is said of those of ``keys`` that have another value than by default, where ``arises``. It is a format
+    string, for the config ``c``."""
 
     keys: tuple[str, ...]
     arises: Callable[[Config], bool]

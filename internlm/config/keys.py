@@ -66,6 +66,12 @@ def children(section: str) -> list[str]:
     return [name for name in inside if "." not in name]
 
 
+def is_of_list(key: str) -> bool:
+    """Whether ``key`` is one of a dict in a list, which can't be given by itself."""
+    holder = fields().get(key.rpartition(".")[0])
+    return holder is not None and get_origin(holder.annotation) is tuple
+
+
 def takes_none(key: str) -> bool:
     """Whether None is a value of ``key``."""
     return NoneType in get_args(fields()[key].annotation)

@@ -97,18 +97,19 @@ def _wanted(key: str) -> str:
 
 def _where_it_belongs(key: str) -> str:
     """The keys of just this name in other sections; or the nearest name in its own."""
-    if todo := belongs_elsewhere(key):
-        return todo
     section, _, name = key.rpartition(".")
-    todo = did_you_mean(name, keys.children(section))
-    return todo if section else f"{todo} Names of your own are UPPER_CASE or begin with an underscore"
+    todo = belongs_elsewhere(key)
+    if section:
+        return todo or did_you_mean(name, keys.children(section))
+    todo = f"{todo}." if todo else did_you_mean(name, keys.children(section))
+    return f"{todo} Names of your own are UPPER_CASE or begin with an underscore"
 
 
 def belongs_elsewhere(key: str) -> str:
     """Where there are keys of just the name of the unknown ``key``, in words; ``""`` where there are none, or several
     while a name in its own section is near."""
     section, _, name = key.rpartition(".")
-    namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name]
+    namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
         return ""
     return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""

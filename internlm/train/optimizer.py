@@ -28,7 +28,7 @@ def initialize_optimizer(
     From here on the parameters of ``model`` are views of the optimizer's flat buffers, unless they are fully sharded.
     """
     config = gpc.config
-    _refuse_idle_patterns(model, [group.pattern for group in config.optimizer.param_groups])
+    _refuse_patterns_without_parameters(model, [group.pattern for group in config.optimizer.param_groups])
     optimizer = HybridZeroOptimizer(
         model,
         config.adam,
@@ -42,7 +42,7 @@ def initialize_optimizer(
     return optimizer, beta2, LRSchedule.from_config(config.lr_scheduler, config.adam)
 
 
-def _refuse_idle_patterns(model: nn.Module, patterns: list[str]) -> None:
+def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -> None:
     """A pattern that fits no parameter of any stage is a typing mistake."""
     if not patterns:
         return

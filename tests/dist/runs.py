@@ -147,7 +147,7 @@ def _warnings() -> Iterator[list[str]]:
         logger.handlers = outer
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Ends a run on every rank, without anything being saved."""
 
 
@@ -158,7 +158,7 @@ class _Log(Hook):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.state.step == self.stop_after:
-            raise Killed
+            raise KilledError
         with gpc.random_streams.use(ParallelMode.TENSOR):
             from_tensor_stream = torch.rand(()).item()
         self.draws = (torch.rand(()).item(), from_tensor_stream)
@@ -200,7 +200,7 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
             message = action()
         except UserError as error:
             message = error
-        except Killed:
+        except KilledError:
             message = "killed"
         except SystemExit as error:
             message = f"exit {error.code}"

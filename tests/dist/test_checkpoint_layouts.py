@@ -41,9 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Out
 
 @pytest.mark.parametrize("reader", LAYOUTS)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_any_layout_loads_what_another_saved(
-    writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]
-) -> None:
+def test_any_layout_loads_what_another_saved(writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]) -> None:
     folder, run = saved[writer]
     loaded = resume(*_overrides(folder, reader))
     assert_same_tensors(loaded.tensors, run.tensors)

@@ -199,4 +199,7 @@ def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
 def test_a_state_that_lacks_something(tmp_path: Path) -> None:
     fit(1, saving(tmp_path, total=2))
     (tmp_path / "ckpts" / "step-2" / "state.json").write_text('{"format": 1}')
-    assert "state.json: has no 'config': another version wrote it, or it was changed. Choose another one" in fit(1, saving(tmp_path)).message
+    assert (
+        "state.json: has no 'config': another version wrote it, or it was changed. Choose another one"
+        in fit(1, saving(tmp_path)).message
+    )

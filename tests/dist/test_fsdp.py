@@ -27,7 +27,7 @@ from internlm.model.builder import create_model
 from internlm.profiler.memory import held_between_steps
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.train.traffic import expected_traffic
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import ConfigError, UserError
 from internlm.verify.compare import Report, compare
 from internlm.verify.plan import make_plan
 from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
@@ -265,12 +265,17 @@ def _shared_by_blocks(model: nn.Module) -> None:
     model.layers[1].attention.wo.weight = model.layers[0].attention.wo.weight  # type: ignore[index]
 
 
+def _shared_norm(model: nn.Module) -> None:
+    model.norm = model.layers[1].ffn_norm  # type: ignore[index]
+
+
 #: By what is done to a model before it is to be shared.
 UNFIT: dict[Callable[[nn.Module], None], str] = {
     _of_two_types: "'norm.weight' is of torch.float32, and all else of torch.float64",
     _with_a_scalar: "'layers.1.scale' is a scalar, of which nothing can be shared (shape [1] can)",
     _shared_by_blocks: "'layers.1.attention.wo.weight' is also 'layers.0.attention.wo.weight', which is gathered at "
     "another time",
+    _shared_norm: "'norm.weight' is also 'layers.1.ffn_norm.weight', which is gathered at another time",
 }
 
 
@@ -286,3 +291,18 @@ def _refused(rank: int, world_size: int, spoil: Callable[[nn.Module], None]) -> 
 @pytest.mark.parametrize("spoil", UNFIT, ids=lambda spoil: spoil.__name__)
 def test_what_cannot_be_shared_is_refused(spoil: Callable[[nn.Module], None]) -> None:
     assert run_ranks(2, _refused, spoil) == [f"parallel.zero1.fsdp: True, but {UNFIT[spoil]}. Set it to False"] * 2
+
+
+def _converted(rank: int, world_size: int) -> str:
+    initialize_distributed_env(TINY, overrides=(FSDP,))
+    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    optimizer, *_ = initialize_optimizer(model, communicator)
+    model.half()
+    with pytest.raises(UserError) as caught:
+        optimizer.zero_grad()
+    return str(caught.value)
+
+
+def test_a_model_that_was_converted_is_refused() -> None:
+    for message in run_ranks(2, _converted):
+        assert message.startswith("model: 'embedding.weight' does not lie where the optimizer put it, so updates")

@@ -17,7 +17,7 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel import place_replicated
-from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer, gathering, reduction
+from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, gathering, reduction
 from internlm.utils.errors import UserError
 from internlm.verify.plan import make_plan
 from internlm.verify.record import RankRecord
@@ -199,6 +199,19 @@ class _Named(_Peeking):
         return logits
 
 
+def _on_one_rank(model: _Peeking, ids: torch.Tensor) -> torch.Tensor:
+    return model.head.weight.mean() if dist.get_rank() == 0 else torch.zeros(())
+
+
+def _within(model: _Peeking, ids: torch.Tensor) -> torch.Tensor:
+    """As of a teacher that the model itself is."""
+    model.look = lambda model, ids: torch.zeros(())
+    with torch.no_grad():
+        seen: torch.Tensor = model(ids)
+    model.look = _within
+    return seen
+
+
 #: By what is read beside the calls: the model, and whether all must be there when the update ends.
 LOOKS: dict[str, tuple[type[_Peeking], Look, bool]] = {
     "nothing": (_Peeking, lambda model, ids: torch.zeros(()), False),
@@ -206,6 +219,8 @@ LOOKS: dict[str, tuple[type[_Peeking], Look, bool]] = {
     "as a function": (_Peeking, lambda model, ids: model.embedding.weight[ids] @ model.head.weight.t(), True),
     "of a block": (_Peeking, lambda model, ids: model.layers[1][0].weight.mean(), False),
     "in uncalled blocks": (_Named, lambda model, ids: ids, False),
+    "on one rank": (_Peeking, _on_one_rank, True),
+    "in a pass within": (_Peeking, _within, False),
 }
 
 
@@ -233,7 +248,22 @@ def test_what_is_read_without_a_call_is_gathered_in_time(look: str) -> None:
     for (one, _, _), (other, ready, buckets) in zip(eager, lazy, strict=True):
         assert all(map(torch.equal, one, other))
         assert (ready == buckets) == LOOKS[look][2]
-        assert (ready == 0) == (look == "nothing")
+        assert (ready == 0) == (look in ("nothing", "in a pass within"))
+
+
+def _adopted(rank: int, world_size: int) -> str:
+    model, optimizer = _model_and_optimizer(overlap_sync_param=True)
+    _step(model, optimizer)
+    with pytest.raises(UserError) as caught:
+        optimizer.adopt_parameters()
+    optimizer.gather_parameters()
+    optimizer.adopt_parameters()
+    return str(caught.value)
+
+
+def test_parameters_that_gathers_may_overwrite_are_not_adopted() -> None:
+    for message in run_ranks(2, _adopted):
+        assert message.startswith("optimizer.adopt_parameters(): not all is gathered yet (overlap_sync_param). Call")
 
 
 def _state(rank: int, world_size: int) -> str:

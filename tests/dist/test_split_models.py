@@ -80,15 +80,16 @@ def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
 )
 def test_sampling_needs_a_whole_model(world_size: int, overrides: tuple[str, ...]) -> None:
     assert set(run_ranks(world_size, _generated, overrides)) == {
-        "generate: the model is split over ranks or into chunks. "
-        "Load its checkpoint into the same model on one process"
+        "generate: the model is split over ranks or into chunks. Load its checkpoint into the same model on one process"
     }
 
 
 def _shapes(rank: int, world_size: int, mode: str, parallel_output: bool) -> tuple[int, ...]:
     from internlm.data import build_train_loader_with_data_type
 
-    model = _start(mode, f"model.parallel_output={parallel_output}", "model.vocab_size=3", "data.use_packed_dataset=True")
+    model = _start(
+        mode, f"model.parallel_output={parallel_output}", "model.vocab_size=3", "data.use_packed_dataset=True"
+    )
     batch, _ = next(iter(build_train_loader_with_data_type()[0]))
     with_batch = model(batch["input_ids"][0], batch["cu_seqlens"][0], batch["indexes"][0])
     return tuple(with_batch.shape)

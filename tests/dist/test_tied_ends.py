@@ -15,7 +15,7 @@ from internlm.core.context.group import Group
 from internlm.core.context.parallel_mode import ParallelMode
 from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, building
-from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
+from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 

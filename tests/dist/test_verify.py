@@ -26,7 +26,7 @@ from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import MicroBatches
 from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
-from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
+from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_group import FlatGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare

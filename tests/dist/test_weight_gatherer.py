@@ -23,7 +23,7 @@ from internlm.core.parallel.part import Part
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
-from internlm.solver.optimizer import ProcessGroups, HybridZeroOptimizer
+from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -364,7 +364,7 @@ def test_what_is_fetched_for_a_product_that_is_not_needed_is_given_up(overlap: s
         assert not any(name.startswith("layers.0") for name in ours)
 
 
-class _Broken(Exception):
+class _BrokenError(Exception):
     """Breaks a pass off."""
 
 
@@ -373,13 +373,13 @@ def _break_off(ranks: Ranks, where: str) -> None:
     layer = ranks.model.layers[0]
 
     def fail(*_: object) -> None:
-        raise _Broken
+        raise _BrokenError
 
     if where == "backward":
         hook = layer.register_forward_hook(lambda module, inputs, out: out.register_hook(fail) and None)
     elif where == "loss":
         hook = ranks.model.norm.register_forward_hook(fail)
-    with contextlib.suppress(_Broken):
+    with contextlib.suppress(_BrokenError):
         if where == "hidden units alone":
             with torch.no_grad():
                 ranks.model._blocks(0, None, own(ranks.tensor, 1), CUTS, None)

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.attach import blocks_of
+from internlm.core.parallel.attach import block_of, blocks_of
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.placement import placed_parameters
@@ -44,7 +44,7 @@ def shard_fully(
     """Share the parameters of ``model``, computed with in ``dtype``, over ``group``. Gradients of micro-batches are of
     ``grad_dtype`` (default: ``dtype``), and summed over the group in ``reduce_dtype`` (default: ``grad_dtype``).
 
-    Raises :class:`ConfigError` where a parameter is of another type, has no rows, or is in several units.
+    Raises :class:`ConfigError` where a parameter is of another type, a scalar, or in several units.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which imports the compiler
 
@@ -105,17 +105,17 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
 
 def _unfit(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why a parameter of ``model`` can't be shared, if one can't."""
-    unit_of = {module: block for block in blocks_of(model) for module in block.modules()}
-    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
+    first: dict[nn.Parameter, tuple[str, str]] = {}  # the unit and the name under which it comes first
+    for path, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module.named_parameters(recurse=False):
-            name, unit = f"{path}.{own}".lstrip("."), unit_of.get(module, model)
+            block = block_of(path)
+            name, unit = f"{path}.{own}".lstrip("."), block if block.rpartition(".")[2].isdigit() else ""
             if parameter.dtype != dtype:
                 return f"{name!r} is of {parameter.dtype}, and all else of {dtype}"
             if parameter.dim() == 0:
                 return f"{name!r} is a scalar, of which nothing can be shared (shape [1] can)"
             elsewhere, alias = first.setdefault(parameter, (unit, name))
-            if elsewhere is not unit:
+            if elsewhere != unit:
                 return f"{name!r} is also {alias!r}, which is gathered at another time"
     return None
 

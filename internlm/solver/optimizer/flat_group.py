@@ -24,7 +24,6 @@ from internlm.ops.precision import wide
 from internlm.solver.optimizer.buckets import Bucket, lay_out
 from internlm.solver.optimizer.kinds import Kind, Placed
 from internlm.solver.optimizer.parameter_group import ParameterGroup, Piece
-from internlm.utils.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,9 @@ class FlatGroup(ParameterGroup):
         """This rank's part of each bucket, as views of a whole buffer."""
         return [flat[bucket.run(self.rank)] for bucket in self.buckets]
 
-    def begin_step(self) -> None:
-        """Forget the gradients. Raises :class:`UserError` where the model has other memory by now."""
-        name, parameter = self.members[0].name, self.members[0].parameter
-        if parameter.untyped_storage().data_ptr() != self.values.untyped_storage().data_ptr():
-            what = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
-            raise UserError(Problem("model", what, "Call model.to() or .half() before the optimizer is made"))
-        super().begin_step()
+    def _first(self) -> tuple[str, Tensor, Tensor]:
+        first = self.members[0]
+        return first.name, first.parameter, self.values[first.start :]
 
     # -- between types ------------------------------------------------------------------------------------------------
     @torch.no_grad()

@@ -31,6 +31,9 @@ class FullyShardedGroup(ParameterGroup):
         for each, grad in zip(parameters, self.grad_parts, strict=True):
             set_grad(each.parameter, grad)
 
+    def _first(self) -> tuple[str, Tensor, Tensor]:
+        return self.parameters[0].name, self.parameters[0].parameter, self.main_parts[0]
+
     def pieces(self) -> Iterator[Piece]:
         """One part each, which may be empty."""
         for number, (each, (flat, start)) in enumerate(zip(self.parameters, self._runs, strict=True)):

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from internlm.core.context.group import Group
@@ -55,23 +57,26 @@ class Gatherer:
             self._needed.append(max((needed.get(each, 0) for each in parameters), default=0))
             module.register_forward_pre_hook(partial(self._on_call, layer))
             for parameter in parameters:
-                parameter.before_use = partial(self._on_use, layer)  # type: ignore[attr-defined]
+                parameter.before_use = partial(self._on_use, layer, parameter)  # type: ignore[attr-defined]
         model.register_forward_hook(lambda *_: self.finish())  # before gradients are sent over the same group
-        model.register_state_dict_pre_hook(self._demand_all)
+        model.register_state_dict_pre_hook(self._demand_all_for_state)
 
     def _on_call(self, layer: int, _module: nn.Module, _args: Any) -> None:
         self.need(layer)
 
-    def _on_use(self, layer: int) -> None:
+    def _on_use(self, layer: int, parameter: nn.Parameter) -> None:
         if self._reads:
-            self._reads.asked(layer)
+            self._reads.asked(layer, parameter)
         self.need(layer)
 
-    def _demand_all(self, *_: Any) -> None:
-        """Who takes the state on one rank alone would wait for the others in vain."""
+    def _demand_all_for_state(self, *_: Any) -> None:
+        self.demand_all("model.state_dict()")
+
+    def demand_all(self, where: str) -> None:
+        """Refuse what would wait for other ranks in vain, or be overwritten, since something is still to come."""
         if self.ready < len(self.buckets):
             todo = "Call optimizer.gather_parameters() on all ranks first"
-            raise UserError(Problem("model.state_dict()", "not all is gathered yet (overlap_sync_param)", todo))
+            raise UserError(Problem(where, "not all is gathered yet (overlap_sync_param)", todo))
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -79,15 +84,28 @@ class Gatherer:
         if self._reads:
             self._called -= self._reads.end()
             self._reads = None
-        if self.zero.size == 1:
+            self._agree()
+        if not self.lazily:
+            self.gather_all()
             return
         self.begun = self.ready = 0
-        if not self.lazily:
-            self.finish()
-            return
         unseen = (needed for layer, needed in enumerate(self._needed) if layer not in self._called)
         self._take(max(unseen, default=0))
         self._begin(self._needed[0])
+
+    def gather_all(self) -> None:
+        """This rank's parts were set: have all the others'."""
+        if self.zero.size > 1:
+            self.begun = self.ready = 0
+            self.finish()
+
+    def _agree(self) -> None:
+        """Leave to be gathered late what all ranks have called: what one of them waits for in the update, all must
+        begin there."""
+        called = torch.tensor([layer in self._called for layer in range(len(self._needed))], dtype=torch.int32)
+        called = called.to(self.buckets[0][0].values.device)
+        dist.all_reduce(called, dist.ReduceOp.MIN, group=self.zero.handle)  # once, so the ledger need not know of it
+        self._called = {layer for layer, by_all in enumerate(called.tolist()) if by_all}
 
     def need(self, layer: int) -> None:
         """A layer is to be used now."""

@@ -195,9 +195,10 @@ class HybridZeroOptimizer:
         self._gatherer.finish()
 
     def adopt_parameters(self) -> None:
-        """Make main parameters of the model's, after somebody set these. In half precision they would be overwritten by
-        the next update without this."""
-        self._gatherer.finish()
+        """Make main parameters of the model's, after somebody set these: in half precision they would be overwritten by
+        the next update without this. Raises :class:`UserError` where gathers that are still on their way
+        (``overlap_sync_param``) may have overwritten them: :meth:`gather_parameters` must come first."""
+        self._gatherer.demand_all("optimizer.adopt_parameters()")
         for group in self.groups:
             group.values_to_main()
 
@@ -205,8 +206,7 @@ class HybridZeroOptimizer:
         """Make the model's parameters of main parameters that were loaded."""
         for group in self.groups:
             group.main_to_values()
-        self._gatherer.begin()
-        self._gatherer.finish()
+        self._gatherer.gather_all()
 
     # -- state --------------------------------------------------------------------------------------------------------
     def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from internlm.core.parallel.fully_sharded import held
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.ops.precision import wide
 from internlm.solver.optimizer.kinds import Kind
+from internlm.utils.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,16 @@ class ParameterGroup:
         raise NotImplementedError
 
     def begin_step(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients. Raises :class:`UserError` where the whole model was moved to other memory."""
+        name, parameter, memory = self._first()
+        if held(parameter).flat.data_ptr() != memory.data_ptr():
+            what = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
+            raise UserError(Problem("model", what, "Call model.to() or .half() before the optimizer is made"))
         self.grads.zero_()
+
+    def _first(self) -> tuple[str, Tensor, Tensor]:
+        """Name of the first parameter, the parameter itself, and the memory that it had when the group was made."""
+        raise NotImplementedError
 
     def main_to_values(self) -> None:
         """Round wider main parameters into this rank's shard of what is computed with, if it is kept."""

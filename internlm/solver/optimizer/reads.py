@@ -21,8 +21,9 @@ class Reads:
     def __init__(self, model: nn.Module, layers: Sequence[tuple[nn.Module, Sequence[nn.Module]]]) -> None:
         self._owners = [owners for _, owners in layers]
         self._watched: dict[int, list[dict[str, Any]]] = {}  # by layer, the dicts that its modules have without us
-        self._running = False
+        self._depth = 0  # of forward passes within one another
         self._beside: Counter[int] = Counter()
+        self._last: tuple[int, Any] | None = None
         self._handles = [
             model.register_forward_pre_hook(lambda *_: self._begin()),
             model.register_forward_hook(lambda *_: self._stop(), always_call=True),
@@ -31,54 +32,62 @@ class Reads:
             self._handles.append(layer.register_forward_pre_hook(partial(self._on_call, number)))
             self._handles.append(layer.register_forward_hook(partial(self._on_return, number), always_call=True))
 
-    def asked(self, layer: int) -> None:
-        """Who has just read of that layer saw to it that what it got is up to date."""
-        if layer in self._watched and self._beside[layer]:
+    def asked(self, layer: int, parameter: nn.Parameter) -> None:
+        """Who has just read ``parameter`` of that layer saw to it that it is up to date."""
+        if self._last is not None and self._last[0] == layer and self._last[1] is parameter:
             self._beside[layer] -= 1
+            self._last = None
 
     def end(self) -> set[int]:
         """Watch no longer; the layers of which something was read, by somebody who did not ask, while they were not
         called."""
-        self._stop()
+        self._leave_all()
         for handle in self._handles:
             handle.remove()
         return {layer for layer, count in self._beside.items() if count}
 
     def _begin(self) -> None:
-        self._running = True
-        for number in range(len(self._owners)):
-            self._watch(number)
+        self._depth += 1
+        if self._depth == 1:
+            for number in range(len(self._owners)):
+                self._watch(number)
 
     def _stop(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._leave_all()
+
+    def _leave_all(self) -> None:
         for number in list(self._watched):
             self._leave(number)
-        self._running = False
 
     def _on_call(self, number: int, *_: Any) -> None:
         self._leave(number)
 
     def _on_return(self, number: int, *_: Any) -> None:
-        if self._running:
+        if self._depth > 0:
             self._watch(number)
 
     def _watch(self, number: int) -> None:
-        owners = self._owners[number]
-        self._watched[number] = [owner._parameters for owner in owners]
-        for owner in owners:
-            owner._parameters = _Telling(owner._parameters, partial(self._on_read, number))
+        if number not in self._watched:
+            owners = self._owners[number]
+            self._watched[number] = [owner._parameters for owner in owners]
+            for owner in owners:
+                owner._parameters = _Telling(owner._parameters, partial(self._on_read, number))
 
     def _leave(self, number: int) -> None:
         for owner, parameters in zip(self._owners[number], self._watched.pop(number, ()), strict=False):
             owner._parameters = parameters
 
-    def _on_read(self, number: int) -> None:
+    def _on_read(self, number: int, what: Any) -> None:
         self._beside[number] += 1
+        self._last = number, what
 
 
 class _Telling(dict[str, Any]):
-    """``content``, but that it calls ``tell`` when something is taken from it."""
+    """``content``, but that it calls ``tell`` when something is taken from it, with what that is or None for all."""
 
-    def __init__(self, content: dict[str, Any], tell: Callable[[], None]) -> None:
+    def __init__(self, content: dict[str, Any], tell: Callable[[Any], None]) -> None:
         super().__init__(content)
         self._content, self._tell = content, tell
 
@@ -86,14 +95,24 @@ class _Telling(dict[str, Any]):
         self._content[key] = value
         super().__setitem__(key, value)
 
+    def __delitem__(self, key: str) -> None:
+        del self._content[key]
+        super().__delitem__(key)
+
     def __getitem__(self, key: str) -> Any:
-        self._tell()
-        return super().__getitem__(key)
+        value = super().__getitem__(key)
+        self._tell(value)
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = super().get(key, default)
+        self._tell(value)
+        return value
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        self._tell()
+        self._tell(None)
         return super().items()
 
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        self._tell()
+        self._tell(None)
         return super().values()

@@ -170,7 +170,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("override", "expected"),
     [
         ("model.num_experts=4", "model.num_experts: 4 is not available in this version. Use 1\n"),
-        ("model_type=LAMA2", "model_type: nothing is registered as 'LAMA2'. Did you mean 'LLAMA2'?\n"),
+        (
+            "model_type=LAMA2",
+            "model_type: there is no formula for the memory of 'LAMA2'. Did you mean 'LLAMA2'? Of a model of your own, "
+            "measure it: train.py --profiling\n",
+        ),
     ],
 )
 def test_command_refuses_what_a_run_refuses(
