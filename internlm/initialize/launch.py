@@ -268,7 +268,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         MASTER_ADDR=process.host, MASTER_PORT=str(process.port),
     )  # fmt: skip
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_store_of_attempt(process, timeout))
     except dist.DistError as error:
         in_use = "EADDRINUSE" in str(error)
         what = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"
@@ -276,6 +276,17 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         raise LaunchError(Problem(endpoint, what, todo)) from None
     if backend == "gloo":
         atexit.register(_leave)
+
+
+def _store_of_attempt(process: ProcessInfo, timeout: float) -> dict[str, Any]:
+    """Where torchrun keeps the store through all attempts of a job (``--max-restarts``), a part of it for this one: in
+    the whole there are the addresses of ranks that have died."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    limit = timedelta(seconds=timeout)
+    whole = dist.TCPStore(process.host, process.port, process.world_size, is_master=False, timeout=limit)
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", whole)
+    return {"store": store, "rank": process.rank, "world_size": process.world_size}
 
 
 def _leave() -> None:

@@ -105,8 +105,7 @@ def first_of_all_ranks(topic: str) -> bool:
 
 def _times_said(topic: str, more: int = 0) -> int:
     """How often this job's ranks have said ``topic``, counting ``more`` times now."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a job started anew keeps the store
-    key = hashlib.sha256(f"{attempt} {topic}".encode()).hexdigest()
+    key = hashlib.sha256(topic.encode()).hexdigest()
     try:
         return int(dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", more))
     except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no job of several ranks

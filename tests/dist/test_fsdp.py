@@ -66,9 +66,17 @@ def test_every_row(row: str) -> None:
     assert report_of(*ROWS[row]).failures == []
 
 
-def test_gradients_in_half_precision() -> None:
+NARROW_GRADS = "hybrid_zero_optimizer.fp32_grad_accum=False"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(NARROW_GRADS,), ("reduce_comm_dtype=torch.bfloat16",), (NARROW_GRADS, "reduce_comm_dtype=torch.float32")],
+    ids=str,
+)
+def test_gradients_in_half_precision(case: tuple[str, ...]) -> None:
     """What is sent is as by the formula, and gradients are those of one process but for their rounding."""
-    report = report_of(2, ("hybrid_zero_optimizer.fp32_grad_accum=False",), "bfloat16")
+    report = report_of(2, case, "bfloat16")
     assert (report.traffic, report.disagreements, report.holes) == ([], [], [])
     assert 1e-5 < max(row.difference for row in report.gradients) < 2e-2
     assert max(row.difference for row in report.losses) < 1e-3

@@ -22,12 +22,19 @@ def train(ranks: int, config: str | Path, folder: Path, *overrides: str, options
 
 
 def script(
-    name: str, ranks: int, config: str | Path, folder: Path, *overrides: str, options: Sequence[str] = ()
+    name: str,
+    ranks: int,
+    config: str | Path,
+    folder: Path,
+    *overrides: str,
+    options: Sequence[str] = (),
+    launcher: Sequence[str] = (),
 ) -> Job:
-    """As :func:`train`, for another script."""
+    """As :func:`train`, for another script; with options of the ``launcher``, torchrun."""
     sets = [word for override in overrides for word in ("--set", override)]
     environment = {"PYTHONPATH": str(ROOT), "INTERNLM_DEVICE": "cpu"}
-    return torchrun(ranks, ROOT / name, "--config", str(ROOT / config), *options, *sets, cwd=folder, env=environment)
+    args = ("--config", str(ROOT / config), *options, *sets)
+    return torchrun(ranks, ROOT / name, *args, cwd=folder, env=environment, options=launcher)
 
 
 def free_port() -> int:

@@ -26,13 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(folder: Path, data: Path, *options: str) -> Job:
+def _run(folder: Path, data: Path, *options: str, every: int = 100, launcher: tuple[str, ...] = ()) -> Job:
     overrides = (
         f"data.train_folder={data}", "adam.lr=0.03", "data.micro_num=1", "ckpt.enable_save_ckpt=True",
-        "ckpt.checkpoint_every=100", "ckpt.save_ckpt_folder=local:ckpts",
+        f"ckpt.checkpoint_every={every}", "ckpt.save_ckpt_folder=local:ckpts",
     )  # fmt: skip
     name = "tests/integration/scripts/own_model.py"
-    return script(name, 2, "configs/debug/llama2.py", folder, *overrides, options=options)
+    return script(name, 2, "configs/debug/llama2.py", folder, *overrides, options=options, launcher=launcher)
 
 
 def _log(folder: Path) -> list[tuple[float, ...]]:
@@ -64,6 +64,15 @@ def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
     assert _run(tmp_path, data).returncode == 0
     assert _log(tmp_path) == _log(straight)
+
+
+def test_a_job_that_is_started_anew_goes_on(straight: Path, data: Path, tmp_path: Path) -> None:
+    """The launcher keeps its store, in which the dead have left their addresses."""
+    job = _run(tmp_path, data, "--signal_step", "7", "--send", "9", every=5, launcher=("--max-restarts=1",))
+    assert (job.returncode, job.left_behind) == (0, 0), job.stderr
+    *_, last = records(tmp_path)
+    goes_on = [tuple(line[key] for key in TIMELESS) for line in metrics(last)]
+    assert goes_on == _log(straight)[5:]
 
 
 def test_a_rank_that_is_gone_is_told_in_a_line(data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ for, and then reads what the others have said: the culprit is one that said noth
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,8 +85,7 @@ def _what_is_said(ranks: Sequence[int], rank: int, other: int, fate: str) -> dic
 
 
 def _key(rank: int) -> str:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a job started anew keeps the store
-    return f"internlm/waited/{attempt}/{rank}"
+    return f"internlm/waited/{rank}"
 
 
 def _last_line(error: RuntimeError) -> str:

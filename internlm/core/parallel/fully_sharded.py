@@ -55,11 +55,11 @@ def shard_fully(
     _make_matrices(model)
     assert group.handle is not None, "a rank that is alone has nobody to share with"
     mesh = DeviceMesh.from_group(group.handle, next(model.parameters()).device.type)
-    policy = MixedPrecisionPolicy(dtype, reduce_dtype or grad_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
     for unit in (*blocks_of(model), model):
         for parameter in _whole(unit):
             parameter.data = parameter.data.to(wide(dtype))
-        _set_up(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype)
+        _set_up(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
     model.register_forward_hook(_give_up_root)
     for name, parameter in model.named_parameters():
         parameter.placement, parameter.compute_dtype = placements[name], dtype  # type: ignore[attr-defined]
@@ -136,12 +136,12 @@ def _whole(unit: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)]
 
 
-def _set_up(unit: Any, group: Group, grad_dtype: torch.dtype) -> None:
+def _set_up(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
     """Sums rather than means, and collectives that are counted."""
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
     unit.set_custom_all_gather(_AllGather(group))
-    unit.set_custom_reduce_scatter(_ReduceScatter(group))
+    unit.set_custom_reduce_scatter(_ReduceScatter(group, reduce_dtype))
     unit.register_forward_pre_hook(partial(_widen_gradients, grad_dtype))
 
 
@@ -180,6 +180,12 @@ class _AllGather(_Counted):
 
 
 class _ReduceScatter(_Counted):
+    """In ``dtype``: a policy's own type of reduction counts for nothing where it is that of the parameters."""
+
+    def __init__(self, group: Group, dtype: torch.dtype) -> None:
+        super().__init__(group)
+        self.dtype = dtype
+
     def __call__(
         self,
         output_tensor: Tensor,
@@ -188,5 +194,12 @@ class _ReduceScatter(_Counted):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        self._count("reduce-scatter", output_tensor)
-        return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        sent = input_tensor.to(self.dtype)
+        part = output_tensor if sent is input_tensor else torch.empty_like(output_tensor, dtype=self.dtype)
+        self._count("reduce-scatter", part)
+        work = dist.reduce_scatter_single(part, sent, op=op, group=group, async_op=async_op)
+        if part is not output_tensor:
+            if work is not None:
+                work.wait()
+            output_tensor.copy_(part)
+        return work

@@ -34,13 +34,14 @@ def build_next_token(model):
 
 
 class SendSignal(Hook):
-    """Asks one rank to stop."""
+    """Asks one rank to stop, once a job."""
 
     def __init__(self, rank, step, number):
         self.rank, self.step, self.number = rank, step, number
 
     def before_step(self, trainer):
-        if (gpc.get_global_rank(), trainer.state.step) == (self.rank, self.step):
+        started_anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if (gpc.get_global_rank(), trainer.state.step) == (self.rank, self.step) and not started_anew:
             os.kill(os.getpid(), self.number)
 
 
