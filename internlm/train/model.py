@@ -21,12 +21,14 @@ from internlm.core.parallel.part import Part
 from internlm.core.parallel.placement import ParamPlacement, initialize_parameters, placed_parameters, state_buffers
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
+from internlm.model.decoder import Decoder
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
 from internlm.ops.precision import wide
 from internlm.train.stages import part_of
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import ConfigError, Problem
+from internlm.utils.logger import get_logger
 
 
 def create_model(model_type: str | None = None) -> nn.Module:
@@ -39,6 +41,7 @@ def create_model(model_type: str | None = None) -> nn.Module:
     sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
     model = build_model(gpc.config, gpc.seed, model_type, sharding, _own_part())
     _check_part(model, model_type or gpc.config.model_type)
+    _doubt_keys_of_the_decoder(model, model_type or gpc.config.model_type)
     return model
 
 
@@ -83,6 +86,13 @@ def _check_part(model: nn.Module, name: str) -> None:
         what = f"{name!r} can't be split into stages: it did not ask for its part"
         todo = "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks "
         raise ConfigError(Problem("model_type", what, f"{todo}to 1"))
+
+
+def _doubt_keys_of_the_decoder(model: nn.Module, name: str) -> None:
+    """What our decoder does when it runs, a model of a user's own must do itself."""
+    given = [f"model.{key}" for key in ("checkpoint", "cpu_offloading", "drop_rate") if getattr(gpc.config.model, key)]
+    if given and not isinstance(model, Decoder) and gpc.get_global_rank() == 0:
+        get_logger().warning(f"{', '.join(given)}: without effect, unless {name!r} sees to it itself")
 
 
 def _own_part() -> Part:

@@ -136,7 +136,7 @@ class _Texts(logging.Handler):
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def noted_warnings() -> Iterator[list[str]]:
     """The framework's warnings within the block, of which nothing gets to the screen."""
     texts: list[str] = []
     logger = get_logger()
@@ -195,7 +195,7 @@ def _updates(optimizer: HybridZeroOptimizer) -> list[int]:
 
 
 def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
-    with _warnings() as warnings:
+    with noted_warnings() as warnings:
         try:
             message = action()
         except UserError as error:

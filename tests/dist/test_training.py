@@ -18,7 +18,7 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
 from tests.dist.equivalence import TINY, Boxes, Plain, assemble, boxes_of
-from tests.dist.runs import assert_same_tensors, fit, saving
+from tests.dist.runs import assert_same_tensors, fit, noted_warnings, saving
 from tests.harness.pool import run_ranks
 
 
@@ -232,3 +232,17 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
     assert again.log == []
     assert again.state == done.state
     assert_same_tensors(again.tensors, done.tensors)
+
+
+def _told(rank: int, world_size: int, *overrides: str) -> list[str]:
+    with noted_warnings() as warnings:
+        initialize_distributed_env(TINY, overrides=overrides)
+        create_model()
+    return warnings
+
+
+def test_keys_that_a_model_of_ones_own_must_heed_are_told() -> None:
+    keys = ("model.checkpoint=True", "model.drop_rate=0.1")
+    told = "model.checkpoint, model.drop_rate: without effect, unless 'PLAIN' sees to it itself"
+    assert run_ranks(2, _told, "model_type=PLAIN", *keys) == [[told], []]
+    assert run_ranks(2, _told, *keys) == [[], []]

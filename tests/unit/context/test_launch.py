@@ -252,3 +252,20 @@ def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.Mo
     environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
     problems = problems_of_launch(monkeypatch, environment, overrides=["parallel.timeout=0.5"])
     assert problems.startswith(f"127.0.0.1:{port}: {message}")
+
+
+def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps the store through all of them."""
+    whole = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    process = ProcessInfo(0, 2, 0, "127.0.0.1", whole.port)
+    assert launch._store_of_attempt(process, 5.0) == {}
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    seen = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        given = launch._store_of_attempt(process, 5.0)
+        assert (given["rank"], given["world_size"]) == (0, 2)
+        seen.append(given["store"].check(["address"]))
+        given["store"].set("address", attempt)
+    assert seen == [False, False]
+    assert given["store"].get("address") == b"1"
