@@ -93,7 +93,7 @@ def test_every_case(case: str, layout: Layout) -> None:
     assert_equal(layout, CASES[case])
 
 
-@pytest.mark.parametrize(("family", "layout"), zip(["INTERNLM2", "INTERNLM"] * 2, SAMPLES, strict=True), ids=str)
+@pytest.mark.parametrize(("family", "layout"), [*zip(["INTERNLM2", "INTERNLM"] * 2, SAMPLES, strict=True)], ids=str)
 def test_float32(family: str, layout: Layout) -> None:
     assert_equal(layout, (f"model_type={family}",), "float32")
 
@@ -104,9 +104,14 @@ def test_fewer_kv_heads_than_ranks(tensor: int, kv_heads: int) -> None:
     assert_equal(("isp", tensor, 2, 4), (f"model.num_kv_attention_heads={kv_heads}",))
 
 
-@pytest.mark.parametrize("memory_pool", [False, True])
-@pytest.mark.parametrize("per", ["module", "layer"])
-@pytest.mark.parametrize("checkpoint", [False, 0.5, True])
+@pytest.mark.parametrize(
+    ("checkpoint", "per", "memory_pool"),
+    [  # every pair of choices
+        (checkpoint, per, (n + m) % 2 == 0)
+        for n, checkpoint in enumerate([False, 0.5, True])
+        for m, per in enumerate(["module", "layer"])
+    ],
+)
 def test_isp_with_overlap(checkpoint: bool | float, per: str, memory_pool: bool) -> None:
     more = (*OVERLAP, f"parallel.weight.forward_overlap_per={per}", f"parallel.weight.memory_pool={memory_pool}")
     assert_equal(("isp", 2, 2, 4), (f"model.checkpoint={checkpoint}", *more))
