@@ -39,9 +39,10 @@ def create_model(model_type: str | None = None) -> nn.Module:
         return Share(gpc.get_local_rank(mode), gpc.get_world_size(mode))
 
     sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
-    model = build_model(gpc.config, gpc.seed, model_type, sharding, _own_part())
-    _check_part(model, model_type or gpc.config.model_type)
-    _doubt_keys_of_the_decoder(model, model_type or gpc.config.model_type)
+    name = model_type or gpc.config.model_type
+    model = build_model(gpc.config, gpc.seed, name, sharding, _own_part())
+    _check_part(model, name)
+    _doubt_keys_of_the_decoder(model, name)
     return model
 
 

@@ -193,7 +193,7 @@ class _Named(_Peeking):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embedding(ids)
-        for up, act, down in self.layers:  # type: ignore[misc]
+        for up, act, down in self.layers:
             x = x + down(act(up(x)))
         logits: torch.Tensor = self.head(x)
         return logits

@@ -59,7 +59,7 @@ class Gatherer:
             for parameter in parameters:
                 parameter.before_use = partial(self._on_use, layer, parameter)  # type: ignore[attr-defined]
         model.register_forward_hook(lambda *_: self.finish())  # before gradients are sent over the same group
-        model.register_state_dict_pre_hook(self._demand_all_for_state)
+        model.register_state_dict_pre_hook(lambda *_: self.demand_all("model.state_dict()"))
 
     def _on_call(self, layer: int, _module: nn.Module, _args: Any) -> None:
         self.need(layer)
@@ -68,9 +68,6 @@ class Gatherer:
         if self._reads:
             self._reads.asked(layer, parameter)
         self.need(layer)
-
-    def _demand_all_for_state(self, *_: Any) -> None:
-        self.demand_all("model.state_dict()")
 
     def demand_all(self, where: str) -> None:
         """Refuse what would wait for other ranks in vain, or be overwritten, since something is still to come."""

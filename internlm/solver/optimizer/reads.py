@@ -6,8 +6,8 @@ called is one that tells when it is asked.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, ItemsView, Sequence, ValuesView
+from collections import Counter, UserDict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ class Reads:
             owners = self._owners[number]
             self._watched[number] = [owner._parameters for owner in owners]
             for owner in owners:
-                owner._parameters = _Telling(owner._parameters, partial(self._on_read, number))
+                owner._parameters = _Telling(owner._parameters, partial(self._on_read, number))  # type: ignore[assignment]
 
     def _leave(self, number: int) -> None:
         for owner, parameters in zip(self._owners[number], self._watched.pop(number, ()), strict=False):
@@ -84,35 +84,12 @@ class Reads:
         self._last = number, what
 
 
-class _Telling(dict[str, Any]):
-    """``content``, but that it calls ``tell`` when something is taken from it, with what that is or None for all."""
+class _Telling(UserDict[str, Any]):
+    """``content`` itself, but that whatever is taken from it is told."""
 
     def __init__(self, content: dict[str, Any], tell: Callable[[Any], None]) -> None:
-        super().__init__(content)
-        self._content, self._tell = content, tell
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._content[key] = value
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: str) -> None:
-        del self._content[key]
-        super().__delitem__(key)
+        self.data, self._tell = content, tell
 
     def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        self._tell(value)
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = super().get(key, default)
-        self._tell(value)
-        return value
-
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        self._tell(None)
-        return super().items()
-
-    def values(self) -> ValuesView[Any]:  # type: ignore[override]
-        self._tell(None)
-        return super().values()
+        self._tell(self.data[key])
+        return self.data[key]

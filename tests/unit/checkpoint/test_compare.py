@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from internlm.checkpoint import compare
 from internlm.checkpoint.logical import Logical
@@ -76,7 +76,7 @@ def test_another_type() -> None:
 def test_state_of_another_optimizer() -> None:
     """Only of parameters that are trained still."""
     saved = ["optimizer/exp_avg/a", "optimizer/main/a", "optimizer/exp_avg/b", "optimizer/main/b", "model/a", "rng/0/x"]
-    metadata = Metadata(dict.fromkeys(saved))  # type: ignore[arg-type]
+    metadata = Metadata(dict.fromkeys(saved, BytesStorageMetadata()))
     assert texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
     (text,) = texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
     assert text.startswith("step-1: optimizer/main: is there for 'a', for which there is no such state now. Set ")
