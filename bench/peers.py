@@ -30,7 +30,7 @@ def side(name: str, yardstick: str, threads: int, pipe: Connection) -> None:
         start = time.perf_counter()
         runner.step()
         pipe.send(time.perf_counter() - start)
-    from internlm.profiler.memory import peak_rss_bytes
+    from internlm.profiler.reports import peak_rss_bytes
 
     pipe.send(peak_rss_bytes())
 

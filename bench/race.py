@@ -60,7 +60,7 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
     """One process of one side: a step for each message, its seconds as the reply; at the end what it knows."""
     import torch
 
-    from internlm.profiler.memory import peak_rss_bytes
+    from internlm.profiler.reports import peak_rss_bytes
 
     if isinstance(setup, Transformers):
         from bench.transformers_peer import Transformers as Peer

@@ -13,8 +13,8 @@ import torch
 from bench.floor import floor_seconds, gemm_flops_per_second
 from bench.ours import Ours
 from bench.yardsticks import YARDSTICKS
-from internlm.model.flops import model_flops_per_token
-from internlm.profiler.memory import peak_rss_bytes
+from internlm.costs.flops import model_flops_per_token
+from internlm.profiler.reports import peak_rss_bytes
 
 WARMUP = 3
 

@@ -20,12 +20,12 @@ import torch
 
 from internlm import accelerator
 from internlm.accelerator.device import DEVICE_VARIABLE
-from internlm.checkpoint.folder import is_complete, steps_in
+from internlm.checkpoint.storage import is_complete, steps_in
 from internlm.checkpoint.weights import load_weights
 from internlm.config import load_config
 from internlm.data.tokenizer import load_tokenizer
 from internlm.eval import generate
-from internlm.train.model import build_model
+from internlm.train.build_model import build_model
 
 CONFIG = Path("configs/demo.py")
 DATA = Path("data/demo")

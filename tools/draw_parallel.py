@@ -1,7 +1,7 @@
 """Pictures of the parallel modes: one decoder block on two ranks, what each holds and what they send one another.
 
 The pictures follow from the code. Where a weight lies is read off the placements of a block that is built for each
-rank; the collectives are those of :data:`internlm.train.traffic.TABLE`; and from these two follows how every activation
+rank; the collectives are those of :data:`internlm.costs.TABLE`; and from these two follows how every activation
 lies, from the top of the block to its end.
 """
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from internlm.config.schema import ModelConfig
 from internlm.core.parallel.sharding import SEQUENCE_MODES, Sharding, Share, building
-from internlm.model.decoder import Block
-from internlm.model.spec import DecoderSpec
-from internlm.train.traffic import A2A, AG, AR, RS, TABLE
+from internlm.costs import A2A, AG, AR, RS, TABLE
+from internlm.model.decoder import Block, DecoderSpec
 
 MODES = {
     "mtp": "weights split by features; activations outside the linears whole on both ranks",

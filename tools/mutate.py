@@ -36,7 +36,7 @@ class Mistake:
 
 TENSOR, SEQUENCE, ISP = (f"core/parallel/{name}.py" for name in ("tensor", "sequence", "isp"))
 GATHERER, LINEAR = "core/parallel/weight_gatherer.py", "core/parallel/linear.py"
-ZERO, SCHEDULER = "solver/optimizer/hybrid_zero.py", "core/scheduler/schedulers.py"
+ZERO, SCHEDULER = "solver/optimizer/zero_optimizer.py", "core/scheduler/schedulers.py"
 
 MISTAKES = (
     Mistake("mtp: the output of a row is not summed", TENSOR, "return all_reduce(y, self.group)", "return y"),
@@ -144,7 +144,7 @@ MISTAKES = (
     Mistake("hidden units of one micro-batch are taken for another's", "core/scheduler/plan.py",
             "begins[bisect_left(ends, when)].append(receive)", "begins[bisect_left(ends, when)].insert(0, receive)",
             PIPELINE),
-    Mistake("chunks of a V are cut as if in rounds", "train/stages.py", "cut.virtual(stage, chunk) for chunk",
+    Mistake("chunks of a V are cut as if in rounds", "costs/stages.py", "cut.virtual(stage, chunk) for chunk",
             "chunk * cut.stages + stage for chunk", PIPELINE),
     Mistake("isp: a weight of the next chunk is fetched in vain", GATHERER,
             "return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk",

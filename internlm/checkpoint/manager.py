@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from internlm.checkpoint import compare, folder
-from internlm.checkpoint.logical import Logical, LogicalTensor, model_tensors, optimizer_tensors, without_rounded
-from internlm.checkpoint.planner import LogicalLoadPlanner, LogicalSavePlanner
+from internlm.checkpoint import compatibility, storage
+from internlm.checkpoint.logical import (
+    Logical,
+    LogicalLoadPlanner,
+    LogicalSavePlanner,
+    LogicalTensor,
+    model_tensors,
+    optimizer_tensors,
+    without_rounded,
+)
 from internlm.checkpoint.storage import PlainWriter, SafeReader
 from internlm.config.schema import CkptConfig
 from internlm.core.context.random import RandomStreams
@@ -77,7 +84,7 @@ class CheckpointManager:
         self.config, self.total_steps, self.facts = config, total_steps, facts
         self.model, self.optimizer, self.streams = model, optimizer, streams
         self.sampler = sampler
-        self.root = folder.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
+        self.root = storage.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.last_saved = -1
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -93,7 +100,7 @@ class CheckpointManager:
     def save(self, state: Resumable) -> Path:
         """Write ``step-N`` and return its folder."""
         assert self.root is not None, "the config's rules demand a folder where saving is on"
-        target = folder.step_folder(self.root, state.step)
+        target = storage.step_folder(self.root, state.step)
         self.optimizer.gather_parameters()
         self._on_first_rank(lambda: _make_empty(target))
         try:
@@ -118,15 +125,15 @@ class CheckpointManager:
 
     def _commit(self, target: Path, state: Resumable) -> None:
         content = {
-            "format": folder.FORMAT,
+            "format": storage.FORMAT,
             "train_state": state.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
             **self.facts,
         }
-        folder.write_durably(target / folder.STATE_FILE, folder.to_text(content))
-        folder.write_durably(target / folder.COMMIT_FILE, "")
+        storage.write_durably(target / storage.STATE_FILE, storage.to_text(content))
+        storage.write_durably(target / storage.COMMIT_FILE, "")
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Let rank 0 act while the others wait; its failure is everybody's."""
@@ -151,7 +158,7 @@ class CheckpointManager:
             message = f"resumed from {newest} at step {state.step}"
         elif self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
-            self.load(folder.local_path(info.path), state, info.content)
+            self.load(storage.local_path(info.path), state, info.content)
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
         else:
             message = "nothing to resume; starting from step 0"
@@ -165,8 +172,8 @@ class CheckpointManager:
         choice: list[str | None] = [None]
 
         def choose() -> None:
-            for _, path in folder.steps_in(self.root) if self.root else ():
-                if folder.is_complete(path):
+            for _, path in storage.steps_in(self.root) if self.root else ():
+                if storage.is_complete(path):
                     choice[0] = str(path)
                     break
                 log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
@@ -181,7 +188,7 @@ class CheckpointManager:
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.root):
             pass
-        there = [path.name for _, path in folder.steps_in(self.root)]
+        there = [path.name for _, path in storage.steps_in(self.root)]
         if there and not self.config.auto_resume:
             log.warning(
                 f"{self.root} holds {', '.join(there[:3])} of an earlier run, which this one does not resume "
@@ -196,7 +203,7 @@ class CheckpointManager:
         tensors = self._wanted_tensors(wants)
         known = _known_to_any_rank(tensors)
         with _failing_together():
-            saved, metadata = folder.read_state(source, STATE_KEYS), reader.read_metadata()
+            saved, metadata = storage.read_state(source, STATE_KEYS), reader.read_metadata()
             problems = list(self._problems(source, saved, metadata, tensors, known, wants))
             if problems:
                 raise CheckpointError(*problems)
@@ -222,15 +229,15 @@ class CheckpointManager:
         """What stands in the way. Of a model of another kind no tensors are listed beside. ``known``: names that any
         rank wants."""
         name, then, now = str(source), saved["config"], self.facts["config"]
-        other_kind = list(compare.other_architecture(name, then, now))
-        other_kind += compare.other_dtype(name, then, now) if "optimizer" in wants else []
+        other_kind = list(compatibility.other_architecture(name, then, now))
+        other_kind += compatibility.other_dtype(name, then, now) if "optimizer" in wants else []
         yield from other_kind
         if not other_kind:
-            yield from compare.missing_tensors(name, metadata, tensors)
-            yield from compare.unexpected_tensors(name, metadata, known) if "model" in wants else ()
-            yield from compare.other_states(name, metadata, known) if "optimizer" in wants else ()
-        yield from compare.other_samples(name, saved, self.facts) if "sampler" in wants else ()
-        yield from compare.damaged_files(source, metadata)
+            yield from compatibility.missing_tensors(name, metadata, tensors)
+            yield from compatibility.unexpected_tensors(name, metadata, known) if "model" in wants else ()
+            yield from compatibility.other_states(name, metadata, known) if "optimizer" in wants else ()
+        yield from compatibility.other_samples(name, saved, self.facts) if "sampler" in wants else ()
+        yield from compatibility.damaged_files(source, metadata)
 
     def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:
         """Put what does not lie in the model's and optimizer's own memory where it belongs."""
@@ -273,7 +280,7 @@ def _failing_together() -> Iterator[None]:
 
 def _make_empty(target: Path) -> None:
     """A new folder; what an unfinished save left there is removed, the mark of a complete one first."""
-    (target / folder.COMMIT_FILE).unlink(missing_ok=True)
+    (target / storage.COMMIT_FILE).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
 

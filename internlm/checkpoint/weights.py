@@ -8,9 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from internlm.checkpoint import compare, folder
-from internlm.checkpoint.logical import model_tensors
-from internlm.checkpoint.planner import LogicalLoadPlanner
+from internlm.checkpoint import compatibility, storage
+from internlm.checkpoint.logical import LogicalLoadPlanner, model_tensors
 from internlm.checkpoint.storage import SafeReader
 from internlm.utils.errors import CheckpointError
 
@@ -20,14 +19,14 @@ def load_weights(model: nn.Module, source: Path) -> None:
 
     Raises :class:`CheckpointError` where the folder is not a complete checkpoint or does not fit the model.
     """
-    folder.read_state(source)
+    storage.read_state(source)
     reader = SafeReader(source)
     tensors = model_tensors(model)
     metadata = reader.read_metadata()
     problems = [
-        *compare.missing_tensors(str(source), metadata, tensors),
-        *compare.unexpected_tensors(str(source), metadata, tensors),
-        *compare.damaged_files(source, metadata),
+        *compatibility.missing_tensors(str(source), metadata, tensors),
+        *compatibility.unexpected_tensors(str(source), metadata, tensors),
+        *compatibility.damaged_files(source, metadata),
     ]
     if problems:
         raise CheckpointError(*problems)

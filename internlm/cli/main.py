@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import internlm
 from internlm.cli import config, memory, schedule, tokenize, verify
-from internlm.utils.argparser import FriendlyParser
+from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
 #: Modules with ``add_parser(subparsers)``, which sets ``run``: a function of the parsed arguments.

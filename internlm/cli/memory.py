@@ -28,9 +28,9 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the table; raises :class:`UserError` for what the user can mend."""
     from internlm.config import check_runnable, load_config
+    from internlm.costs import format_plans, plans_of_stages
     from internlm.model.families import FAMILIES
-    from internlm.train.memory import plans_of_stages, table
-    from internlm.utils.nearest import did_you_mean
+    from internlm.utils.errors import did_you_mean
 
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
@@ -42,4 +42,4 @@ def run(arguments: argparse.Namespace) -> None:
         todo = f"{near} Of a model of your own, measure it: train.py --profiling"
         raise UserError(Problem("model_type", what, todo)) from None
     print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world}, in MB")
-    print(table(plans, [f"stage {stage}" for stage in range(len(plans))]))
+    print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))]))

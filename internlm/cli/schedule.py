@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Simulate, print and draw; raises :class:`UserError` for a schedule that cannot run."""
     from internlm import pictures
-    from internlm.core.scheduler.table_file import write_table
+    from internlm.core.scheduler.table import write_table
     from internlm.core.scheduler.validate import Costs, simulate
 
     a = arguments
@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _table(a: argparse.Namespace) -> Table:
     """The schedule that is asked for."""
-    from internlm.core.scheduler.table import make_table
-    from internlm.core.scheduler.table_file import read_table
+    from internlm.core.scheduler.table import make_table, read_table
 
     pairs = a.stages * (a.chunks or 1) * a.micro_batches
     if pairs > MOST_PAIRS:

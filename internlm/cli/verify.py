@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare, print the report; the exit code. Raises :class:`UserError` for what the user can mend."""
     from internlm.verify.compare import compare
-    from internlm.verify.plan import make_plan
+    from internlm.verify.configs import make_plan
     from internlm.verify.processes import RankError, run_world
     from internlm.verify.report import as_json, as_text, heading
     from internlm.verify.run import run_rank

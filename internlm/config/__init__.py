@@ -3,9 +3,9 @@
 from internlm.config.dump import config_hash as config_hash
 from internlm.config.dump import to_json as to_json
 from internlm.config.dump import with_sources as with_sources
-from internlm.config.load_file import load_file as load_file
-from internlm.config.not_yet import check_runnable as check_runnable
+from internlm.config.load import load_file as load_file
 from internlm.config.resolve import Resolved as Resolved
 from internlm.config.resolve import load_config as load_config
 from internlm.config.resolve import resolve as resolve
 from internlm.config.schema import Config as Config
+from internlm.config.support import check_runnable as check_runnable

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from internlm.config.schema import Config
-from internlm.config.schema.base import Section
+from internlm.config.schema.fields import Section
 
 
 def to_json(config: Config, indent: int | None = None) -> str:

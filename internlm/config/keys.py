@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from internlm.config.schema import Config
-from internlm.config.schema.base import Section
+from internlm.config.schema.fields import Section
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internlm.config import keys
-from internlm.config.tree import ABSENT, Tree, get, pop, put
+from internlm.config.nested_dict import ABSENT, Tree, get, pop, put
 from internlm.utils.errors import Problem
 
 #: Sections that may be written as one value: the value of this key in them.

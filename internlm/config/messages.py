@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from internlm.config import keys
-from internlm.utils.errors import Problem
-from internlm.utils.nearest import did_you_mean
+from internlm.utils.errors import Problem, did_you_mean
 
 UNKNOWN = "extra_forbidden"
 MISSING = "missing"

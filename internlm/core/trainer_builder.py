@@ -17,11 +17,11 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
-from internlm.initialize.trainer import initialize_trainer
+from internlm.initialize.build_trainer import initialize_trainer
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
 from internlm.train import hooks
-from internlm.train.model import initialize_model_and_parallel_communicator
-from internlm.train.optimizer import initialize_optimizer
+from internlm.train.build_model import initialize_model_and_parallel_communicator
+from internlm.train.build_optimizer import initialize_optimizer
 
 
 class TrainerBuilder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from internlm.config.strings import Rampup
+from internlm.config.schema.fields import Rampup
 
 
 class Position(NamedTuple):

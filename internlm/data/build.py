@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from internlm.config.schema import DataConfig
-from internlm.config.strings import parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import WHOLE, Share
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.packing import Layout, RowShape
 from internlm.data.rows import TrainRows, ValidRows
-from internlm.data.sources import OneType, RandomSource, SampleSource
-from internlm.data.tokenized import TokenizedSource
+from internlm.data.sources import OneType, RandomSource, SampleSource, TokenizedSource
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200

@@ -16,8 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from internlm.data.rng import Purpose, raw_numbers
-from internlm.data.sources import SampleSource
+from internlm.data.sources import Purpose, SampleSource, raw_numbers
 
 IGNORED = -100  # label that takes no part in the loss
 PAD = 0  # input where a row holds no sample

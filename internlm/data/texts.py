@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.utils.errors import DataError, Problem
-from internlm.utils.optional import require
+from internlm.utils.lazy import require
 
 
 def find_texts(paths: Iterable[str]) -> list[Path]:

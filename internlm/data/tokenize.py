@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from internlm.data.read_ahead import in_order
+from internlm.data.loader import in_order
 from internlm.data.tokenizer import Tokenizer, load_tokenizer
 from internlm.utils.errors import DataError, Problem
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from internlm.utils.errors import DataError, Problem, UserError
-from internlm.utils.optional import require
+from internlm.utils.lazy import require
 
 KINDS = "Name a sentencepiece .model file, or a folder that holds tokenizer.json or tokenizer.model."
 

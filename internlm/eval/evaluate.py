@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from internlm.core.scheduler.result import CORRECT, LOSS, TOKENS
+from internlm.core.scheduler.loss import CORRECT, LOSS, TOKENS
 from internlm.core.trainer import Batch, Trainer
 
 

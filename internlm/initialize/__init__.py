@@ -11,6 +11,6 @@ __getattr__, __dir__ = lazy_exports(
         "initialize_distributed_env": _LAUNCH,
         "launch_from_torch": _LAUNCH,
         "launch_from_slurm": _LAUNCH,
-        "initialize_trainer": "internlm.initialize.trainer",
+        "initialize_trainer": "internlm.initialize.build_trainer",
     },
 )

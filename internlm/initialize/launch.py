@@ -20,7 +20,7 @@ import torch.distributed as dist
 from internlm import accelerator
 from internlm.config import Config, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
-from internlm.utils.argparser import FriendlyParser
+from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import ConfigError, LaunchError, Problem
 from internlm.utils.hostlist import expand_host_list
 from internlm.utils.logger import get_logger

@@ -2,4 +2,4 @@
 
 from internlm.utils.lazy import lazy_exports
 
-__getattr__, __dir__ = lazy_exports(__name__, {"create_model": "internlm.train.model"})
+__getattr__, __dir__ = lazy_exports(__name__, {"create_model": "internlm.train.build_model"})

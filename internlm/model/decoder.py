@@ -1,6 +1,8 @@
-"""The decoder: embedding, blocks of attention and feed-forward, norm, head.
+"""What a decoder is made of, with nothing left open.
 
-Of a model that is split into pipeline stages a rank holds a part (:class:`internlm.core.parallel.part.Part`): the
+The decoder: embedding, blocks of attention and feed-forward, norm, head.
+
+Of a model that is split into pipeline stages a rank holds a part (:class:`internlm.core.parallel.sharding.Part`): the
 blocks of its chunks under their numbers in the whole model, and embedding or head where they are its.
 
 Shapes: B sequences, S tokens each (or one row of packed pieces), T = B · S tokens, H hidden, V vocabulary, G kv heads,
@@ -9,15 +11,17 @@ Q query heads per kv head, D head width, F intermediate width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.config.schema import ModelConfig
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
 from internlm.core.parallel.communicator import (
     SILENT_ATTENTION,
@@ -30,8 +34,41 @@ from internlm.core.parallel.fully_sharded import held
 from internlm.core.parallel.offload import Offloading
 from internlm.core.parallel.placement import normal, placement_of
 from internlm.core.parallel.sharding import current_part
-from internlm.model.spec import DecoderSpec
 from internlm.ops import Segments, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The config's ``model`` section, and the choices that its family made."""
+
+    config: ModelConfig
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_interleaved: bool
+
+    @property
+    def output_scale(self) -> float:
+        """Factor on the deviation of projections that write into the residual stream (GPT-2, section 2.3)."""
+        return 1 / math.sqrt(2 * self.config.num_layers) if self.config.use_scaled_init else 1.0
+
+    @property
+    def attention_backend(self) -> str:
+        """The attention kernel asked for; ``use_flash_attn=False`` rules only the flash kernels out."""
+        asked = self.config.attention_backend
+        return "sdpa" if asked == "auto" and not self.config.use_flash_attn else asked
+
+    def recomputes(self, number: int) -> bool:
+        """Whether the layer of that number in the whole model is computed again in backward: a fraction of them, from
+        the first on every so many, so that each stage of a pipeline has its share."""
+        layers, recomputed = self.config.num_layers, self.config.recomputed_layers
+        return number * recomputed % layers < recomputed
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether of every layer the attention between its linears is computed again in backward."""
+        return self.config.checkpoint == "selective"
+
 
 #: cos and sin of the rotary angles, each [T, D/2].
 Rotary = tuple[Tensor, Tensor]

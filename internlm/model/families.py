@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from internlm.config.schema import ModelConfig
-from internlm.model.decoder import Decoder
-from internlm.model.spec import DecoderSpec
+from internlm.model.decoder import Decoder, DecoderSpec
 
 
 @dataclass(frozen=True)

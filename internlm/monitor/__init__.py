@@ -3,6 +3,6 @@
 from internlm.monitor.alerts import initialize_monitor_manager as initialize_monitor_manager
 from internlm.monitor.alerts import internevo_monitor as internevo_monitor
 from internlm.monitor.alerts import send_alert_message as send_alert_message
-from internlm.monitor.throughput import Throughput as Throughput
-from internlm.monitor.writers import MetricsWriter as MetricsWriter
-from internlm.monitor.writers import open_writers as open_writers
+from internlm.monitor.metrics import MetricsWriter as MetricsWriter
+from internlm.monitor.metrics import Throughput as Throughput
+from internlm.monitor.metrics import open_writers as open_writers

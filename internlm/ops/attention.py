@@ -18,10 +18,9 @@ from torch import Tensor
 
 from internlm.ops import reference
 from internlm.ops.blocked_attention import blocked_attention
-from internlm.utils.errors import ConfigError, Problem
-from internlm.utils.nearest import did_you_mean
-from internlm.utils.optional import why_missing
-from internlm.utils.uncompiled import uncompiled
+from internlm.utils.errors import ConfigError, Problem, did_you_mean
+from internlm.utils.lazy import why_missing
+from internlm.utils.torch_private import uncompiled
 
 
 @dataclass(frozen=True, eq=False)

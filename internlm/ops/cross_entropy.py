@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
-from internlm.ops.precision import grad_dtype, wide
+from internlm.utils.dtype import grad_dtype, wide
 
 IGNORED = -100  # the label of a token that takes no part in the loss
 # Of one chunk's logits on CPU: just below the 32 MiB from which glibc maps fresh pages for every allocation.

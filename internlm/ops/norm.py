@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import reference
-from internlm.ops.precision import wide
+from internlm.utils.dtype import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import reference
-from internlm.ops.precision import wide
+from internlm.utils.dtype import wide
 
 
 def rotary_table(

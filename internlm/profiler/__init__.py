@@ -1,4 +1,4 @@
 """Profiling a run."""
 
-from internlm.profiler.memory import memory_report as memory_report
-from internlm.profiler.trace import StepTrace as StepTrace
+from internlm.profiler.reports import StepTrace as StepTrace
+from internlm.profiler.reports import memory_report as memory_report

@@ -2,7 +2,7 @@
 
 from internlm.utils.lazy import lazy_exports
 
-_MODEL, _DATA = "internlm.train.model", "internlm.train.data"
+_MODEL, _DATA = "internlm.train.build_model", "internlm.train.build_data"
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
@@ -10,7 +10,7 @@ __getattr__, __dir__ = lazy_exports(
         "initialize_model": _MODEL,
         "initialize_parallel_communicator": _MODEL,
         "initialize_model_and_parallel_communicator": _MODEL,
-        "initialize_optimizer": "internlm.train.optimizer",
+        "initialize_optimizer": "internlm.train.build_optimizer",
         "get_train_data_loader": _DATA,
         "get_validation_data_loader": _DATA,
         "build_train_loader_with_data_type": _DATA,

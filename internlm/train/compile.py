@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from internlm.core.parallel.attach import blocks_of
 from internlm.utils.errors import ConfigError, Problem, UserError
-from internlm.utils.uncompiled import before_compiling
+from internlm.utils.torch_private import before_compiling
 
 KEY = "model.compile"
 

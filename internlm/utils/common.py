@@ -1,5 +1,65 @@
-"""Home of ``parse_args``, re-exported from the launcher."""
+"""A command line parser whose errors say what is wrong, with the nearest known flag or command.
 
+Home of ``parse_args``, re-exported from the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from internlm.utils.errors import EXIT_USER_ERROR, ConfigError, Problem, did_you_mean, report
 from internlm.utils.lazy import lazy_exports
+
+
+class FriendlyParser(argparse.ArgumentParser):
+    """``ArgumentParser`` that takes no abbreviations, and exits with code 2 and one line where arguments are wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As ``ArgumentParser.parse_args``; unknown arguments are told with the nearest known flag."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` as a problem of this command, and exit with code 2."""
+        self._refuse([Problem(self.prog, message, f"See: {self.prog} --help")])
+
+    def _refuse(self, problems: list[Problem]) -> NoReturn:
+        report(ConfigError(*problems))
+        self.exit(EXIT_USER_ERROR)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        command = isinstance(action, argparse._SubParsersAction)
+        where = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        todo = did_you_mean(str(value), known) if command else f"Give one of {', '.join(known)}"
+        self._refuse([Problem(where, f"{str(value)!r} is unknown", todo)])
+
+    def _unknown_argument(self, word: str, parsed: argparse.Namespace) -> Problem:
+        flag = word.partition("=")[0]
+        todo = did_you_mean(flag, self._known_flags(parsed)) if flag.startswith("-") else f"See: {self.prog} --help"
+        return Problem(flag, "unknown argument", todo)
+
+    def _known_flags(self, parsed: argparse.Namespace) -> Iterator[str]:
+        """Flags of this parser, and of the sub-command that was chosen."""
+        for action in self._actions:
+            yield from (flag for flag in action.option_strings if flag.startswith("--"))
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = action.choices.get(getattr(parsed, action.dest, ""))
+                yield from chosen._known_flags(parsed) if chosen else ()
+
+
+def _flags_or_all(unknown: list[str]) -> list[str]:
+    """The flags among the words left over: what follows a flag is only its value."""
+    return [word for word in unknown if word.startswith("-")] or unknown
+
 
 __getattr__, __dir__ = lazy_exports(__name__, {"parse_args": "internlm.initialize.launch"})

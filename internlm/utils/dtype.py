@@ -1,4 +1,7 @@
-"""Names of types in configs, and what they are in torch."""
+"""Names of types in configs, and what they are in torch.
+
+Which dtype to compute in.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +34,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(outer)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for sums over many elements of ``dtype``: fp32 for half precision, else the same."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype that autograd has the gradient of ``parameter`` in."""
+    return (parameter.grad_dtype if parameter.is_leaf else None) or parameter.dtype

@@ -2,16 +2,19 @@
 
 A :class:`UserError` is never a bug of the framework: it reports something that the user can mend. Entry points print it
 without a traceback and exit with code 2 (:func:`exit_on_user_error`).
+
+The nearest known name for a mistyped one.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -144,3 +147,11 @@ def exit_on_user_error(main: F) -> F:
             sys.exit(EXIT_USER_ERROR)
 
     return wrapper  # type: ignore[return-value]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"Did you mean 'x'?"`` where a known name is near ``name``, else a list of what is known."""
+    known = sorted(known)
+    by_folded = {k.casefold(): k for k in known}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
+    return f"Did you mean '{by_folded[near[0]]}'?" if near else f"Known: {', '.join(known)}."

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from internlm.utils.errors import ConfigError, Problem
-from internlm.utils.nearest import did_you_mean
+from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
 
 class Registry:

@@ -1,4 +1,9 @@
-"""Two sets of records → a report. Pure: no process is started, nothing is read or printed."""
+"""How far a run on several ranks may be from that on one process, by type.
+
+What ranks sent, against the formula. Pure.
+
+Two sets of records → a report. Pure: no process is started, nothing is read or printed.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,87 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from internlm.config import Config
-from internlm.verify.limits import LIMITS
-from internlm.verify.modules import Trace, trace
+from internlm.core.parallel.ledger import Entry, summed
+from internlm.costs import expected_traffic
 from internlm.verify.record import RankRecord
-from internlm.verify.tensors import Assembled, Disagreement, assemble, relative, relative_l2
-from internlm.verify.traffic import TrafficError, compare_traffic
+from internlm.verify.tensors import Assembled, Disagreement, Trace, assemble, relative, relative_l2, trace
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest relative differences; of tensors in the L2 norm. What several ranks hold must be equal bit by bit."""
+
+    first_loss: float
+    first_norm: float
+    """Global gradient norm."""
+    losses: float
+    """Of the steps after the first."""
+    norms: float
+    gradients: float
+    """Each, of the first step."""
+    parameters: float
+    """Each, after the last step."""
+    modules: float
+    """From which on a module's output is said to differ; no part of the verdict, for whatever matters of it shows in
+    loss and gradients."""
+
+
+#: In half precision the limits are those of layouts that round alike (data parallelism, ZeRO).
+LIMITS = {
+    "torch.float64": Limits(1e-12, 1e-12, 1e-10, 1e-10, 1e-11, 1e-10, 1e-11),
+    "torch.float32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),
+    "torch.tf32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),  # on CPU the same as float32
+    "torch.bfloat16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
+    "torch.float16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class TrafficError:
+    """A collective of a mode that a rank's ledger and the formula tell differently."""
+
+    rank: int
+    step: int
+    """From 1."""
+    mode: str
+    collective: str
+    counted: Entry
+    expected: Entry
+
+    def __str__(self) -> str:
+        return (
+            f"{self.collective} over {self.mode}, step {self.step}, rank {self.rank}: {self.counted.calls} calls of "
+            f"{self.counted.sent} bytes in all, expected {self.expected.calls} of {self.expected.sent}"
+        )
+
+
+def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[TrafficError] | None:
+    """Every difference between the ledgers and what ``config`` makes its ranks send; None where there is no formula for
+    the model."""
+    try:
+        return [error for rank, record in enumerate(records) for error in _of_rank(config, rank, record, len(records))]
+    except KeyError:
+        return None
+
+
+def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> list[TrafficError]:
+    """Step by step; all steps together where parameters are gathered as the next step needs them."""
+    place, errors = record.place, []
+    steps = [
+        expected_traffic(config, world_size, tokens, types=record.types, stage=place.stage, zero_rank=place.zero)
+        for tokens in record.tokens
+    ]
+    pairs = list(zip(record.traffic, steps, strict=True))
+    if config.hybrid_zero_optimizer.overlap_sync_param:
+        pairs = [(summed(record.traffic), summed(steps))]
+    for step, (counted, expected) in enumerate(pairs, 1):
+        for mode, collective in sorted({*counted, *expected}, key=str):
+            pair = (each.get((mode, collective), Entry()) for each in (counted, expected))
+            error = TrafficError(rank, step, mode.value, collective, *pair)
+            if error.counted != error.expected:
+                errors.append(error)
+    return errors
+
 
 GRADIENT, PARAMETER = "gradient of", "parameter"
 

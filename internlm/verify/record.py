@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from internlm.core.parallel.boxes import Box
 from internlm.core.parallel.ledger import Traffic
+from internlm.core.parallel.placement import Box
 
 Offsets: TypeAlias = tuple[int, ...]
 

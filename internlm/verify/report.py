@@ -11,8 +11,8 @@ from typing import Any
 from internlm.config import Config
 from internlm.core.context.parallel_context import sizes_of
 from internlm.verify.compare import Report, Row
-from internlm.verify.modules import Trace
-from internlm.verify.plan import Plan
+from internlm.verify.configs import Plan
+from internlm.verify.tensors import Trace
 
 #: Rows shown of each table.
 WORST = 5

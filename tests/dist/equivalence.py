@@ -26,7 +26,7 @@ from internlm.model.builder import create_model
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.registry import MODEL_INITIALIZER
-from internlm.verify.limits import Limits
+from internlm.verify.compare import Limits
 from tests.harness.pool import run_ranks
 
 #: Micro-batches of a global batch, whatever number of ranks shares it.

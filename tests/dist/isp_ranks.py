@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from internlm.verify.plan import Plan
+from internlm.verify.configs import Plan
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist import equivalence

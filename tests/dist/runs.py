@@ -25,7 +25,7 @@ from internlm.data import build_train_loader_with_data_type, build_valid_loader_
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.rules import AdamW
+from internlm.solver.optimizer.update_rules import AdamW
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
 from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch

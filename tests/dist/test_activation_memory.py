@@ -10,7 +10,7 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.verify.compare import compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from tests.dist.equivalence import TINY, share_of_batch
 from tests.dist.oracle import STEPS, alone, run
 from tests.harness.pool import run_ranks

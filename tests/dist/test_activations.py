@@ -27,8 +27,7 @@ from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.dropout import Draws, drawing
 from internlm.core.parallel.offload import _Parked, _Store
 from internlm.core.parallel.sharding import Sharding, Share
-from internlm.initialize import initialize_distributed_env
-from internlm.train.activations import (
+from internlm.costs.activations import (
     GATE_UP,
     GATHERED,
     HEADS,
@@ -46,8 +45,9 @@ from internlm.train.activations import (
     saved_for_backward,
     saved_on_host,
 )
-from internlm.train.model import build_model
-from internlm.train.stages import part_of
+from internlm.costs.stages import part_of
+from internlm.initialize import initialize_distributed_env
+from internlm.train.build_model import build_model
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 

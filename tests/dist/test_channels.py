@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.ledger import LEDGER, Entry
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.plan import Message

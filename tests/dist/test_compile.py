@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from internlm.train.compile import Compiled, compiled_so_far
 from internlm.verify.compare import compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist.equivalence import TINY, share_of_batch

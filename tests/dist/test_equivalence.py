@@ -18,7 +18,7 @@ from internlm.eval import evaluate
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.verify.limits import LIMITS
+from internlm.verify.compare import LIMITS
 from tests.dist.equivalence import (
     MICRO_BATCHES,
     STEPS,

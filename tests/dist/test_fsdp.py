@@ -19,17 +19,17 @@ from internlm.core.parallel import place_replicated
 from internlm.core.parallel.fully_sharded import held, is_fully_sharded
 from internlm.core.parallel.ledger import LEDGER, Traffic
 from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.costs import expected_traffic
 from internlm.data import build_train_loader_with_data_type
 from internlm.data.loader import Batch
 from internlm.eval import generate
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
-from internlm.profiler.memory import held_between_steps
+from internlm.profiler.reports import held_between_steps
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.train.traffic import expected_traffic
 from internlm.utils.errors import ConfigError, UserError
 from internlm.verify.compare import Report, compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
 from tests.dist.oracle import alone, run
 from tests.dist.runs import Outcome, assert_same_tensors, fit, resume, saving

@@ -17,13 +17,12 @@ from internlm.core.context import global_context as gpc
 from internlm.core.parallel.fully_sharded import held
 from internlm.core.scheduler.compute import InFlight
 from internlm.core.scheduler.executor import Record
+from internlm.costs.activations import kept_after_each_action, peak_saved, saved_for_backward
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.model.decoder import Decoder
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.train.activations import saved_for_backward
-from internlm.train.in_flight import kept_after_each_action, peak_saved
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 

@@ -17,17 +17,17 @@ from internlm.core.parallel.fully_sharded import is_fully_sharded
 from internlm.core.parallel.isp import IspEmbedding
 from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.core.trainer import Trainer
+from internlm.costs import Plan, format_worst_plan, memory_plan
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.model.decoder import Decoder
-from internlm.profiler.memory import ACTIVATIONS, GATHER, REDUCTION, held_between_steps
+from internlm.profiler.reports import ACTIVATIONS, GATHER, REDUCTION, held_between_steps
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.reduction import BucketSum
+from internlm.solver.optimizer.grad_reduce import BucketSum
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.train.hooks import TellMemoryPlan
-from internlm.train.hooks.memory import own_plan
-from internlm.train.memory import Plan, memory_plan, told
+from internlm.train.hooks.log import own_plan
 from internlm.utils.logger import get_logger
 from tests.dist.equivalence import TINY
 from tests.dist.test_in_flight import Watch, address
@@ -199,7 +199,7 @@ def test_a_run_tells_its_plan() -> None:
     overrides = ROWS["muon"][1]
     ranks = run_ranks(4, _told, overrides)
     config = load_config(SMALL, overrides, 4, "cpu")
-    assert {text for text, _ in ranks} == {told(config, 4)}
+    assert {text for text, _ in ranks} == {format_worst_plan(config, 4)}
     assert [plan for _, plan in ranks] == [memory_plan(config, 4, zero_rank=rank) for rank in (0, 0, 1, 1)]
 
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import place_replicated
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, gathering, reduction
 from internlm.utils.errors import UserError
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
 from tests.dist.equivalence import TINY, share_of_batch
 from tests.dist.oracle import run

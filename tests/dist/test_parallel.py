@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from internlm.verify.compare import compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from tests.dist.equivalence import TINY, share_of_batch
 from tests.dist.oracle import STEPS, alone, run
 from tests.harness.pool import run_ranks

@@ -18,7 +18,7 @@ import internlm.verify.run
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import StepResult
 from internlm.core.scheduler.actions import Cut
-from internlm.core.scheduler.table_file import write_table
+from internlm.core.scheduler.table import write_table
 from internlm.core.scheduler.validate import Costs, simulate
 from internlm.core.trainer import StepReport, Trainer
 from internlm.data import build_train_loader_with_data_type
@@ -26,7 +26,7 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.verify.compare import compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist.oracle import STEPS, TINY, alone

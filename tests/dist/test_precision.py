@@ -11,7 +11,7 @@ import torch
 
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.verify.compare import compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from tests.dist.equivalence import TINY, share_of_batch
 from tests.dist.oracle import alone, run
 from tests.dist.runs import assert_goes_on, assert_same_tensors, fit, resume, saving

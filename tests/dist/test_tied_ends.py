@@ -12,9 +12,8 @@ from torch import Tensor
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, building
+from internlm.core.context.layout import ParallelMode
+from internlm.core.parallel.sharding import Part, Sharding, building
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens

@@ -14,12 +14,12 @@ import pytest
 from internlm.config import Config, load_config
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER, Traffic
+from internlm.costs import Call, Passes, Symbols, attention, block, embedding, expected_traffic, head
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.ops.cross_entropy import IGNORED
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.train.traffic import Call, Passes, Symbols, attention, block, embedding, expected_traffic, head
 from tests.dist.equivalence import TINY
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin

@@ -19,7 +19,7 @@ from internlm.core.parallel.collectives import Pending, all_reduce
 from internlm.core.parallel.isp import IspModel
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.core.parallel.sharding import Sharding
-from internlm.core.parallel.tensor import MtpColumn, MtpRow
+from internlm.core.parallel.tensor_parallel import MtpColumn, MtpRow
 from internlm.core.scheduler import executor
 from internlm.core.scheduler.actions import BACKWARD
 from internlm.core.scheduler.channels import Channels
@@ -27,10 +27,10 @@ from internlm.core.scheduler.compute import MicroBatches
 from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
-from internlm.solver.optimizer.flat_group import FlatGroup
+from internlm.solver.optimizer.flat_buffers import FlatGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
-from internlm.verify.plan import make_plan
+from internlm.verify.configs import make_plan
 from internlm.verify.processes import RankError, run_world
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.ledger import LEDGER, Traffic
-from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.weight_gatherer import Overlap, WeightGatherer
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.dist.isp_ranks import (

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from internlm.config.schema import AdamConfig
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
-from internlm.core.parallel.deferred import deferring
-from internlm.core.parallel.main_grad import attach_main_grad
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.param_state import attach_main_grad
+from internlm.core.parallel.products import deferring
+from internlm.core.parallel.sharding import Part, Sharding, Share, building
 from internlm.core.parallel.weight_gatherer import Overlap, WeightGatherer
 from internlm.solver.optimizer import HybridZeroOptimizer
 from tests.dist.isp_ranks import (

@@ -17,7 +17,7 @@ import internlm
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "internlm"
-#: Used where they are installed, and asked for through internlm.utils.optional.
+#: Used where they are installed, and asked for through internlm.utils.lazy.
 OPTIONAL = {"flash_attn"}
 
 

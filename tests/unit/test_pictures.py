@@ -10,8 +10,8 @@ import pytest
 
 from internlm.config import load_config
 from internlm.core.scheduler.table import KINDS
-from internlm.train.traffic import Symbols, block
-from internlm.train.traffic.parameters import buffers
+from internlm.costs import Symbols, block
+from internlm.costs.parameters import buffers
 from tools import draw_schedules
 from tools.draw_parallel import MODES, picture
 

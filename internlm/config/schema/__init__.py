@@ -11,7 +11,7 @@ from internlm.config.schema.optim import LRSchedulerConfig as LRSchedulerConfig
 from internlm.config.schema.optim import OptimizerConfig as OptimizerConfig
 from internlm.config.schema.optim import ParamGroupConfig as ParamGroupConfig
 from internlm.config.schema.parallel import ParallelConfig as ParallelConfig
+from internlm.config.schema.root import AlertConfig as AlertConfig
+from internlm.config.schema.root import CkptConfig as CkptConfig
 from internlm.config.schema.root import Config as Config
-from internlm.config.schema.services import AlertConfig as AlertConfig
-from internlm.config.schema.services import CkptConfig as CkptConfig
-from internlm.config.schema.services import MonitorConfig as MonitorConfig
+from internlm.config.schema.root import MonitorConfig as MonitorConfig

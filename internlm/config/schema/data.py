@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.base import Count, CountOrZero, Section
+from internlm.config.schema.fields import Count, CountOrZero, Section
 
 
 class DataConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.base import Count, CountOrZero, Fraction, NonNegative, Positive, Section
+from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from internlm.config.schema.base import (
+from internlm.config.schema.fields import (
     Count,
     CountOrZero,
     Decay,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from internlm.config.schema.base import Count, Positive, Section
+from internlm.config.schema.fields import Count, Positive, Section
 
 
 class Zero1Config(Section):

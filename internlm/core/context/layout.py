@@ -1,4 +1,6 @@
-"""Rank layout: sizes to rank lists, for every :class:`ParallelMode`. Pure arithmetic, no process is started.
+"""The ways in which ranks form groups.
+
+Rank layout: sizes to rank lists, for every :class:`ParallelMode`. Pure arithmetic, no process is started.
 
 All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, a stage of the pipeline is seen in
 three ways::
@@ -14,11 +16,28 @@ group under isp); ZERO1_REPLICA joins the ranks that hold the same shard.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
 
-from internlm.core.context.parallel_mode import ParallelMode
+
+class ParallelMode(Enum):
+    """A family of process groups; each rank is in exactly one group of each mode."""
+
+    GLOBAL = "global"  # every rank
+    DATA = "data"  # different samples
+    MODEL = "model"  # one copy of the model: tensor x pipeline
+    PIPELINE = "pipeline"  # different layers
+    TENSOR = "tensor"  # different slices of a layer, or of the sequence
+    ZERO1 = "zero1"  # different shards of one optimizer state
+    ZERO1_REPLICA = "zero1_replica"  # the same shard of the optimizer state
+    WEIGHT = "weight"  # isp: different shards of one weight
+    WEIGHT_DATA = "weight_data"  # isp: the same shard of a weight, different data
+    ISP_DATA = "isp_data"  # isp: different tokens, of the same samples or of others
+    EXPERT = "expert"  # different experts
+    EXPERT_DATA = "expert_data"  # the same experts, different data
+    EXPERT_TENSOR = "expert_tensor"  # different slices of an expert
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from internlm.config.schema import Config
 from internlm.core.context.group import Group
-from internlm.core.context.layout import Layout, ParallelSizes
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import Layout, ParallelMode, ParallelSizes
 from internlm.core.context.random import RandomStreams, mode_seeds
 
 

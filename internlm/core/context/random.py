@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 
 
 def derived_seed(seed: int, *labels: object) -> int:

@@ -23,24 +23,22 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.communicator import SILENT, Communicator
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import ParamPlacement, placement_of
-from internlm.core.parallel.sequence import (
+from internlm.core.parallel.sharding import LIKE
+from internlm.core.parallel.tensor_parallel import (
     FspColumn,
+    HiddenEmbedding,
     MspColumn,
+    MtpColumn,
+    MtpRow,
     SequenceHead,
     SequenceModel,
     SequenceRow,
-    sum_to_tokens,
-    units_to_tokens,
-)
-from internlm.core.parallel.sharding import LIKE
-from internlm.core.parallel.tensor import (
-    HiddenEmbedding,
-    MtpColumn,
-    MtpRow,
     SplitHead,
     VocabEmbedding,
     sum_to_all,
+    sum_to_tokens,
     units_to_all,
+    units_to_tokens,
 )
 from internlm.core.parallel.weight_gatherer import Linear, Overlap, WeightGatherer
 

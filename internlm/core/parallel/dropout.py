@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from internlm.core.context.random import derived_seed
 from internlm.utils.errors import Problem, UserError
-from internlm.utils.uncompiled import uncompiled
+from internlm.utils.torch_private import uncompiled
 
 
 @dataclass(frozen=True)

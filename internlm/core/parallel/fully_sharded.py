@@ -30,7 +30,7 @@ from internlm.core.parallel.attach import block_of, blocks_of
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.placement import placed_parameters
-from internlm.ops.precision import wide
+from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from internlm.core.parallel.collectives import all_gather, all_to_all, exchange, reduce_scatter
 from internlm.core.parallel.communicator import (
     AttentionCommunicator,
     Communicator,
@@ -26,10 +26,9 @@ from internlm.core.parallel.communicator import (
     HeadCommunicator,
     ModelCommunicator,
 )
-from internlm.core.parallel.exchange import exchange
-from internlm.core.parallel.main_grad import add_grad
+from internlm.core.parallel.param_state import add_grad
 from internlm.core.parallel.weight_gatherer import WeightGatherer
-from internlm.utils.uncompiled import uncompiled
+from internlm.utils.torch_private import uncompiled
 
 
 class IspLinear(Communicator):

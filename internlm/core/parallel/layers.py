@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from internlm.core.parallel.communicator import SILENT_EMBEDDING, SILENT_HEAD, EmbeddingCommunicator, HeadCommunicator
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.main_grad import fresh
+from internlm.core.parallel.param_state import fresh
 from internlm.core.parallel.placement import Init, constant, normal, place
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import TokenLoss, layer_norm, linear_cross_entropy, rms_norm

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 
 
 class Entry(NamedTuple):
@@ -71,7 +71,7 @@ def summed(parts: Iterable[Traffic]) -> Traffic:
 LEDGER = Ledger()
 
 
-def table(traffic: Traffic, steps: int = 1) -> str:
+def format_traffic(traffic: Traffic, steps: int = 1) -> str:
     """``traffic`` as lines of text, a row for each mode and collective: per step, and in all."""
     lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MB/step':>11} {'calls':>9} {'MB':>11}"]
     for (mode, collective), entry in sorted(traffic.items(), key=lambda item: (item[0][0].value, item[0][1])):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from internlm.core.parallel import opaque, products
+from internlm.core.parallel import compiled_linear, products
 from internlm.core.parallel.communicator import SILENT, Communicator
-from internlm.core.parallel.main_grad import add_grad
+from internlm.core.parallel.param_state import add_grad
 from internlm.core.parallel.placement import Init, constant, place
 from internlm.core.parallel.sharding import current_sharding
 
@@ -50,7 +50,7 @@ class ParallelLinear(nn.Module):
         self.weight = place(sharding.weight_of(role, (*self.out_shape, in_features), init, split_axis))
         self.own_out_shape = tuple(self.weight.shape[:-1])  # though it may become a matrix (fully_sharded.py)
         self.bias = place(sharding.bias_of(role, self.out_shape, constant(0.0), split_axis)) if bias else None
-        self._opaque = opaque.Layer(self)
+        self._opaque = compiled_linear.Layer(self)
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
         """x: [T, I] → [T, *out_shape]; with ``before``, the layer of ``before(x)``, whatever the shape of x then.
@@ -66,12 +66,12 @@ class ParallelLinear(nn.Module):
 
     def _compiled(self, x: Tensor, features: int) -> Tensor:
         """x: [T, I] → [T, O]; what the backward pass keeps, the compiler decides."""
-        y = opaque.linear(x, self._opaque, self.weight, features, self.communicator)
+        y = compiled_linear.linear(x, self._opaque, self.weight, features, self.communicator)
         return y if self.bias is None else y + self.bias.view(-1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._opaque = opaque.Layer(self)  # of a copy
+        self._opaque = compiled_linear.Layer(self)  # of a copy
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"

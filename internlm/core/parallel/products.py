@@ -1,20 +1,44 @@
-"""The three products of a linear layer, and the places where ranks may talk.
+"""Gradients of weights, put off: what waits for the gradient of a layer's input need not wait for that of its weight,
+which can fill time when there is nothing else to do (Qi et al. 2023, arXiv 2401.10241).
+
+The three products of a linear layer, and the places where ranks may talk.
 
 Shapes: T tokens, I input features, O output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor
 
 from internlm.core.parallel.collectives import Pending
 from internlm.core.parallel.communicator import Communicator
-from internlm.core.parallel.deferred import deferred_tasks
-from internlm.core.parallel.main_grad import add_grad, add_weight_grad, weight_grad
+from internlm.core.parallel.param_state import add_grad, add_weight_grad, main_grad_of, weight_grad
 from internlm.ops import gemm
+
+#: Adds one gradient to its ``main_grad``.
+Task = Callable[[], object]
+
+_tasks: list[Task] | None = None
+
+
+@contextmanager
+def deferring() -> Iterator[list[Task]]:
+    """Backward passes within the block leave the gradients of linears to the tasks in the list, to be run later."""
+    global _tasks
+    outer, _tasks = _tasks, []
+    try:
+        yield _tasks
+    finally:
+        _tasks = outer
+
+
+def deferred_tasks(weight: Tensor) -> list[Task] | None:
+    """Where to leave the gradient of ``weight``; None: it is wanted now. Without a ``main_grad`` it always is."""
+    return None if main_grad_of(weight) is None else _tasks
 
 
 def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
@@ -36,7 +60,7 @@ def gradients(
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Those of x and of the weight, from that of the product, [T, O], after ``comm.gather_grad_output``; that of a
-    weight with a ``main_grad`` is added there instead, now or later (:mod:`internlm.core.parallel.deferred`).
+    weight with a ``main_grad`` is added there instead, now or later (:mod:`internlm.core.parallel.products`).
 
     ``gathered``: what the product had for ``x``, where it was kept.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_reduce_scatter
-from internlm.core.parallel.main_grad import fresh, main_grad_of
+from internlm.core.parallel.param_state import fresh, main_grad_of
 
 #: Where in a block the gathers of the next one may be launched: before a linear, by its place; -1 is the kernel of
 #: attention.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.context.group import Group
-from internlm.core.context.lost import naming_lost
+from internlm.core.context.peer_failure import naming_lost
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.scheduler.compute import Form

@@ -1,6 +1,7 @@
 """What a rank does with a micro-batch: forward and backward of one chunk of its model.
 
-A model that can be split into stages has an attribute ``part`` (a :class:`internlm.core.parallel.part.Part`), and its
+A model that can be split into stages has an attribute ``part`` (a :class:`internlm.core.parallel.sharding.Part`), and
+its
 ``forward`` takes ``chunk``, and ``hidden``: what the chunk before it gave, but for the first. All but the last give
 hidden units, one tensor; the last, what a model gives that is whole. Where it has ``hidden_like(inputs)``, the shape
 and type of hidden units, nobody need be told of them.
@@ -16,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.core.parallel.deferred import Task, deferring
 from internlm.core.parallel.dropout import Draws, drawing
-from internlm.core.parallel.part import Part
-from internlm.core.scheduler.loss import TokenCrossEntropy
-from internlm.core.scheduler.result import no_sums, sums_by_type
+from internlm.core.parallel.products import Task, deferring
+from internlm.core.parallel.sharding import Part
+from internlm.core.scheduler.loss import TokenCrossEntropy, no_sums, sums_by_type
 from internlm.utils.errors import Problem, UserError
 
 #: Shape and type of a tensor.

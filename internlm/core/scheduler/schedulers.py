@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.group import NO_PIPELINE, Group
-from internlm.core.context.lost import ALL, naming_lost
+from internlm.core.context.peer_failure import ALL, naming_lost
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.dropout import Draws
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, MicroBatches
 from internlm.core.scheduler.executor import Executor, Record
-from internlm.core.scheduler.loss import TokenCrossEntropy
+from internlm.core.scheduler.loss import LOSS, TOKENS, StepResult, TokenCrossEntropy
 from internlm.core.scheduler.plan import Step, plan_of
-from internlm.core.scheduler.result import LOSS, TOKENS, StepResult
 from internlm.core.scheduler.table import make_table
 
 Batch = tuple[dict[str, Any], Tensor]

@@ -1,6 +1,6 @@
 """Optimizers over flat, sharded buffers."""
 
-from internlm.solver.optimizer.hybrid_zero import HybridZeroOptimizer as HybridZeroOptimizer
-from internlm.solver.optimizer.hybrid_zero import OptimizerStep as OptimizerStep
 from internlm.solver.optimizer.loss_scale import LossScale as LossScale
-from internlm.solver.optimizer.process_groups import ProcessGroups as ProcessGroups
+from internlm.solver.optimizer.param_groups import ProcessGroups as ProcessGroups
+from internlm.solver.optimizer.zero_optimizer import HybridZeroOptimizer as HybridZeroOptimizer
+from internlm.solver.optimizer.zero_optimizer import OptimizerStep as OptimizerStep

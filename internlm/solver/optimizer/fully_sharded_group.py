@@ -14,9 +14,7 @@ from torch import Tensor
 
 from internlm.core.parallel.collectives import begin_all_reduce
 from internlm.core.parallel.fully_sharded import held, set_grad
-from internlm.solver.optimizer.kinds import Kind, Placed
-from internlm.solver.optimizer.parameter_group import ParameterGroup, Piece
-from internlm.solver.optimizer.process_groups import ProcessGroups
+from internlm.solver.optimizer.param_groups import Kind, ParameterGroup, Piece, Placed, ProcessGroups
 
 
 class FullyShardedGroup(ParameterGroup):

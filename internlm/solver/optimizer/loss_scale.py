@@ -5,13 +5,19 @@ The loss is multiplied by the scale before the backward pass, and gradients are 
 vanish in float16. A step whose gradient overflows is skipped; after ``hysteresis`` of them the scale falls by
 ``backoff_factor``, and at every further one, until it grows again by ``growth_factor``, after ``growth_interval`` steps
 in a row without overflow.
+
+Which gradient is not finite.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from internlm.config.schema import GradScalerConfig
+from internlm.solver.optimizer.param_groups import ParameterGroup
 
 
 @dataclass
@@ -63,3 +69,14 @@ class LossScale:
         """The inverse of :meth:`state_dict`."""
         self.scale = state["scale"]
         self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
+
+
+def bad_gradient(groups: Sequence[ParameterGroup]) -> str | None:
+    """The first parameter, in the order of the model, whose gradient on this rank is inf or nan somewhere."""
+    suspects = [group for group in groups if not _finite(group.grads)]
+    bad = [(place, name) for group in suspects for place, name, grad in group.gradients() if not _finite(grad)]
+    return min(bad)[1] if bad else None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

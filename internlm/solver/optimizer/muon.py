@@ -16,8 +16,8 @@ from torch import Tensor
 
 from internlm.core.parallel.collectives import all_gather
 from internlm.core.parallel.placement import ParamPlacement
-from internlm.solver.optimizer.parameter_group import ParameterGroup
-from internlm.solver.optimizer.rules import Rule
+from internlm.solver.optimizer.param_groups import ParameterGroup
+from internlm.solver.optimizer.update_rules import Rule
 
 #: Of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

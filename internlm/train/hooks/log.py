@@ -1,17 +1,80 @@
-"""The figures of a step, in a fixed order."""
+"""What the run will hold, before it does.
+
+``--ledger``: what was said between ranks.
+
+The figures of a step, in a fixed order.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from internlm.config import Config
-from internlm.core.scheduler.result import CORRECT, LOSS, TOKENS
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel.ledger import LEDGER, format_traffic
+from internlm.core.scheduler.loss import CORRECT, LOSS, TOKENS
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.model.flops import hardware_flops_per_token, model_flops_per_token
+from internlm.costs import Plan, format_worst_plan, memory_plan
+from internlm.costs.flops import hardware_flops_per_token, model_flops_per_token
+from internlm.model.decoder import Decoder
 from internlm.monitor import MetricsWriter, Throughput
+from internlm.utils.logger import get_logger
+
+T = TypeVar("T")
+log = get_logger()
+
+
+class TellMemoryPlan(Hook):
+    """The memory plan before the first step; on the rank that logs only."""
+
+    def before_run(self, trainer: Trainer) -> None:
+        if not isinstance(trainer.model, Decoder):  # whatever the config says
+            log.info("Memory plan: there is no formula for this model")
+        elif text := _attempt(lambda: format_worst_plan(gpc.config, dist.get_world_size()), ""):
+            log.info(text)
+
+
+def own_plan(model: nn.Module) -> Plan:
+    """The plan of this rank; empty where there is no formula for ``model``."""
+    stage, zero_rank = map(gpc.get_local_rank, (ParallelMode.PIPELINE, ParallelMode.ZERO1))
+
+    def make() -> Plan:
+        return memory_plan(gpc.config, dist.get_world_size(), stage=stage, zero_rank=zero_rank)
+
+    return _attempt(make, {}) if isinstance(model, Decoder) else {}
+
+
+def _attempt(make: Callable[[], T], otherwise: T) -> T:
+    """A formula that is wrong is no reason to end a run."""
+    try:
+        return make()
+    except Exception as error:
+        log.warning(f"the memory plan could not be made: {error!r}")
+        return otherwise
+
+
+class ReportTraffic(Hook):
+    """At the end of the run, a table of the collectives of its steps and the bytes that this rank sent by them."""
+
+    def __init__(self) -> None:
+        self.before = LEDGER.snapshot()
+        self.steps = 0
+
+    def before_run(self, trainer: Trainer) -> None:
+        self.before = LEDGER.snapshot()
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.steps += 1
+
+    def after_run(self, trainer: Trainer) -> None:
+        traffic = LEDGER.since(self.before)
+        log.info(f"sent by this rank in {self.steps} steps\n{format_traffic(traffic, max(self.steps, 1))}")
 
 
 class LogMetrics(Hook):

@@ -10,11 +10,10 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from internlm.checkpoint import folder
-from internlm.checkpoint.logical import LogicalTensor
-from internlm.checkpoint.planner import LogicalSavePlanner
+from internlm.checkpoint import storage
+from internlm.checkpoint.logical import LogicalSavePlanner, LogicalTensor
 from internlm.checkpoint.storage import PlainWriter
-from internlm.core.parallel.boxes import boxes_of_run
+from internlm.core.parallel.placement import boxes_of_run
 
 
 class Evil:
@@ -46,6 +45,6 @@ def write(target: Path, tensors: dict[str, LogicalTensor]) -> Path:
 def complete(target: Path, state: str = '{"format": 1}') -> Path:
     """Make ``target`` a complete checkpoint."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / folder.STATE_FILE).write_text(state)
-    (target / folder.COMMIT_FILE).write_text("")
+    (target / storage.STATE_FILE).write_text(state)
+    (target / storage.COMMIT_FILE).write_text("")
     return target

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from internlm.checkpoint import compare
+from internlm.checkpoint import compatibility
 from internlm.checkpoint.logical import Logical
 from internlm.checkpoint.storage import SafeReader
 from internlm.checkpoint.weights import load_weights
-from internlm.config.tree import put
+from internlm.config.nested_dict import put
 from internlm.utils.errors import CheckpointError, Problem
 from tests.unit.checkpoint.samples import complete, in_runs, write
 from tests.unit.model.samples import decoder, tokens
 
 CONFIG: dict[str, Any] = {
     "model_type": "LLAMA2",
-    "model": {**dict.fromkeys(compare.ARCHITECTURE, 1), "dtype": "torch.float32", "checkpoint": False},
+    "model": {**dict.fromkeys(compatibility.ARCHITECTURE, 1), "dtype": "torch.float32", "checkpoint": False},
     "data": {"seq_len": 8, "micro_bsz": 2, "use_packed_dataset": True, "pack_sample_into_one": False, "micro_num": 4},
 }
 FACTS: dict[str, Any] = {"config": CONFIG, "data": "abc", "seed": 1}
@@ -45,31 +45,31 @@ def texts(problems: Iterable[Problem]) -> list[str]:
 
 def test_the_same_config_is_no_other_architecture() -> None:
     now = changed(CONFIG, model__checkpoint=True, data__seq_len=16)
-    assert texts(compare.other_architecture("step-1", CONFIG, now)) == []
+    assert texts(compatibility.other_architecture("step-1", CONFIG, now)) == []
 
 
 def test_another_architecture_is_told_field_by_field() -> None:
     now = changed(CONFIG, model_type="INTERNLM2", model__num_layers=3, model__num_kv_attention_heads=None)
-    assert texts(compare.other_architecture("step-1", CONFIG, now)) == [
+    assert texts(compatibility.other_architecture("step-1", CONFIG, now)) == [
         "model_type: 'INTERNLM2', but step-1 was saved with 'LLAMA2'. Use the config of the checkpoint",
         "model.num_layers: 3, but step-1 was saved with 1. Use the config of the checkpoint",
         "model.num_kv_attention_heads: None, but step-1 was saved with 1. Use the config of the checkpoint",
     ]
 
 
-@pytest.mark.parametrize("key", compare.ARCHITECTURE)
+@pytest.mark.parametrize("key", compatibility.ARCHITECTURE)
 def test_every_field_of_the_architecture_counts(key: str) -> None:
-    (problem,) = compare.other_architecture("step-1", CONFIG, changed(CONFIG, **{f"model__{key}": 7}))
+    (problem,) = compatibility.other_architecture("step-1", CONFIG, changed(CONFIG, **{f"model__{key}": 7}))
     assert problem.where == f"model.{key}"
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32"])
 def test_types_that_are_stored_alike_are_the_same(dtype: str) -> None:
-    assert texts(compare.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype=dtype))) == []
+    assert texts(compatibility.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype=dtype))) == []
 
 
 def test_another_type() -> None:
-    (text,) = texts(compare.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype="torch.bfloat16")))
+    (text,) = texts(compatibility.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype="torch.bfloat16")))
     assert text.startswith("model.dtype: 'torch.bfloat16', but step-1 was saved with 'torch.float32'. Set it back. ")
 
 
@@ -77,13 +77,13 @@ def test_state_of_another_optimizer() -> None:
     """Only of parameters that are trained still."""
     saved = ["optimizer/exp_avg/a", "optimizer/main/a", "optimizer/exp_avg/b", "optimizer/main/b", "model/a", "rng/0/x"]
     metadata = Metadata(dict.fromkeys(saved, BytesStorageMetadata()))
-    assert texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
-    (text,) = texts(compare.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
+    assert texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
+    (text,) = texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
     assert text.startswith("step-1: optimizer/main: is there for 'a', for which there is no such state now. Set ")
 
 
 def test_the_same_samples() -> None:
-    assert texts(compare.other_samples("step-1", FACTS, changed(FACTS, config__data__micro_num=8))) == []
+    assert texts(compatibility.other_samples("step-1", FACTS, changed(FACTS, config__data__micro_num=8))) == []
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_same_samples() -> None:
     ],
 )
 def test_other_samples(key: str, value: Any, start: str) -> None:
-    (text,) = texts(compare.other_samples("step-1", FACTS, changed(FACTS, **{key: value})))
+    (text,) = texts(compatibility.other_samples("step-1", FACTS, changed(FACTS, **{key: value})))
     assert text.startswith(start)
 
 
@@ -120,12 +120,12 @@ def saved(tmp_path: Path) -> Path:
 
 def test_all_that_is_wanted_is_there(saved: Path) -> None:
     metadata = SafeReader(saved).read_metadata()
-    assert texts(compare.missing_tensors("step-1", metadata, logical(model__w=(2, 3)))) == []
+    assert texts(compatibility.missing_tensors("step-1", metadata, logical(model__w=(2, 3)))) == []
 
 
 def test_missing_tensors_and_other_shapes(saved: Path) -> None:
     wanted = logical(model__w=(3, 2), model__b=(2,), model__c=(1,), optimizer__exp_avg__c=(1,))
-    found = texts(compare.missing_tensors("step-1", SafeReader(saved).read_metadata(), wanted))
+    found = texts(compatibility.missing_tensors("step-1", SafeReader(saved).read_metadata(), wanted))
     assert found[:2] == [
         "step-1: model/w: has shape [2, 3], the model wants [3, 2]. Use the config of the checkpoint",
         "step-1: model/c: is missing. Use the config of the checkpoint",
@@ -135,12 +135,12 @@ def test_missing_tensors_and_other_shapes(saved: Path) -> None:
 
 
 def test_unexpected_parameters_are_told_but_not_what_is_left_of_the_optimizer(saved: Path) -> None:
-    found = compare.unexpected_tensors("step-1", SafeReader(saved).read_metadata(), logical(model__w=(2, 3)))
+    found = compatibility.unexpected_tensors("step-1", SafeReader(saved).read_metadata(), logical(model__w=(2, 3)))
     assert texts(found) == ["step-1: model/b: the model has no such parameter. Use the config of the checkpoint"]
 
 
 def test_whole_files_are_not_damaged(saved: Path) -> None:
-    assert texts(compare.damaged_files(saved, SafeReader(saved).read_metadata())) == []
+    assert texts(compatibility.damaged_files(saved, SafeReader(saved).read_metadata())) == []
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99, None], ids=str)
@@ -152,7 +152,7 @@ def test_files_that_are_too_short(saved: Path, kept: float | None) -> None:
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:left])
-    (text,) = texts(compare.damaged_files(saved, SafeReader(saved).read_metadata()))
+    (text,) = texts(compatibility.damaged_files(saved, SafeReader(saved).read_metadata()))
     assert text == f"{file}: {left} bytes, its index says {size}. Choose an older checkpoint"
 
 

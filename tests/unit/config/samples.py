@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.config import resolve
-from internlm.config.tree import Tree, plain, put
+from internlm.config.nested_dict import Tree, plain, put
 from internlm.utils.errors import ConfigError, Problem
 
 ROOT = Path(__file__).parents[3]

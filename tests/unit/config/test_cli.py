@@ -8,7 +8,7 @@ import pytest
 
 import internlm
 from internlm.cli.main import main
-from internlm.utils.argparser import FriendlyParser
+from internlm.utils.common import FriendlyParser
 from tests.unit.config.samples import ROOT
 
 SFT = str(ROOT / "configs/7B_sft.py")

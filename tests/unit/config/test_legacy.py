@@ -9,7 +9,7 @@ import torch
 
 from internlm.config import Config, load_config, resolve
 from internlm.config.legacy import Findings, normalise
-from internlm.config.tree import plain
+from internlm.config.nested_dict import plain
 from tests.unit.config.samples import BUSIEST, config_of, problems_of
 
 

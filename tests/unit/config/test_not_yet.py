@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from internlm.config import check_runnable, load_config, resolve
-from internlm.config.not_yet import NO_EFFECT, ONLY
+from internlm.config.support import NO_EFFECT, ONLY
 from internlm.utils.errors import ConfigError
 from tests.unit.config.samples import BUSIEST, config_of
 

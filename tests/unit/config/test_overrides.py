@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.config import keys, load_config
-from internlm.config.overrides import parse_override
+from internlm.config.load import parse_override
 from tests.unit.config.samples import config_of, found
 
 NAMES = st.lists(st.text(string.ascii_letters + "_", min_size=1), min_size=1, max_size=4).map(".".join)

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 
 from internlm.config import keys, load_config
-from internlm.config.derive import DERIVATIONS
-from internlm.config.doubts import DOUBTS
-from internlm.config.facts import DEVICE_TYPE, WORLD_SIZE, Facts
 from internlm.config.legacy import OLD_KEYS, RENAMED, RESPELLED, SHORT_FORMS
-from internlm.config.not_yet import FOLDERS, NO_EFFECT, ONLY
+from internlm.config.resolve import DERIVATIONS
 from internlm.config.rules import ALL_RULES, Rule
-from internlm.config.schema.base import Section
+from internlm.config.schema.fields import Section
+from internlm.config.support import DEVICE_TYPE, DOUBTS, FOLDERS, NO_EFFECT, ONLY, WORLD_SIZE, Facts
 from tests.unit.config.samples import BUSIEST, config_of
 
 FACTS = Facts(world_size=8, device_type="cpu")

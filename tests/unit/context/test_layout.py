@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.context.layout import Layout, ParallelSizes
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import Layout, ParallelMode, ParallelSizes
 
 LARGEST = 4096
 

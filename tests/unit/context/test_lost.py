@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from internlm.core.context import lost
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.utils.errors import LostPeerError
 
 TIMEOUT = timedelta(seconds=60)

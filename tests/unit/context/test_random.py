@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.context.random import RandomStreams, derived_seed, mode_seeds
 
 DATA, TENSOR = ParallelMode.DATA, ParallelMode.TENSOR

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.config.strings import Rampup, parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
 from internlm.data.batch_plan import BatchPlan, Position
 
 counts = st.integers(1, 6)

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from internlm.cli.main import get_parser
-from internlm.data.tokenized import TokenizedSource
+from internlm.data.sources import TokenizedSource
 from internlm.data.tokenizer import load_tokenizer
 from internlm.utils.errors import DataError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from internlm.data.index import CACHE_NAME
-from internlm.data.tokenized import TokenizedSource
+from internlm.data.sources import TokenizedSource
 from internlm.utils.errors import DataError
 from tests.unit.data.files import write_bin, write_meta
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.context.parallel_mode import ParallelMode
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, building
+from internlm.core.context.layout import ParallelMode
+from internlm.core.parallel.sharding import Part, Sharding, building
 from internlm.model.decoder import Block, Decoder
 from tests.unit.model.samples import VOCAB, decoder, gradients, tokens
 

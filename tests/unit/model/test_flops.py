@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from internlm.config.schema import ModelConfig
-from internlm.model.flops import forward_flops_per_token, hardware_flops_per_token, model_flops_per_token
+from internlm.costs.flops import forward_flops_per_token, hardware_flops_per_token, model_flops_per_token
 from tests.unit.model.samples import decoder, tokens
 
 SEQ_LEN = 32

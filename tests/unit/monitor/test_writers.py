@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from internlm.monitor.writers import Figures, JsonLines, LogLine, MetricsWriter, TensorBoard, open_writers
+from internlm.monitor.metrics import Figures, JsonLines, LogLine, MetricsWriter, TensorBoard, open_writers
 
 FIGURES = {"step": 3, "loss": 2.5, "acc/en": 0.1}
 

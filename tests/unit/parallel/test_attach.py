@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import Communicator, ParallelLinear
 from internlm.core.parallel.attach import TABLE, Ties, attach_communicators, block_of, register_communicator
 from internlm.core.parallel.communicator import (
@@ -21,9 +21,19 @@ from internlm.core.parallel.communicator import (
 )
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import initialize_parameters, normal
-from internlm.core.parallel.sequence import FspColumn, MspColumn, SequenceHead, SequenceModel, SequenceRow
 from internlm.core.parallel.sharding import Sharding, Share, building
-from internlm.core.parallel.tensor import HiddenEmbedding, MtpColumn, MtpRow, SplitHead, VocabEmbedding
+from internlm.core.parallel.tensor_parallel import (
+    FspColumn,
+    HiddenEmbedding,
+    MspColumn,
+    MtpColumn,
+    MtpRow,
+    SequenceHead,
+    SequenceModel,
+    SequenceRow,
+    SplitHead,
+    VocabEmbedding,
+)
 from internlm.core.parallel.weight_gatherer import Overlap
 from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.parallel.boxes import boxes_of_run
+from internlm.core.parallel.placement import boxes_of_run
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

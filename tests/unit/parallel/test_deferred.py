@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.parallel import ParallelLinear, ParallelNorm
-from internlm.core.parallel.deferred import deferring
-from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.core.parallel.products import deferring
 from internlm.ops import swiglu
 from internlm.utils.dtype import default_dtype
 from tests.unit.model.samples import decoder, tokens

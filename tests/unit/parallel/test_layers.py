@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from internlm.core.parallel import ParallelEmbedding, ParallelNorm
-from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, placed_parameters
 from internlm.utils.dtype import default_dtype
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import collectives
-from internlm.core.parallel.ledger import LEDGER, Entry, Ledger, table
+from internlm.core.parallel.ledger import LEDGER, Entry, Ledger, format_traffic
 
 TENSOR, WEIGHT = ParallelMode.TENSOR, ParallelMode.WEIGHT
 
@@ -49,7 +49,7 @@ def test_what_came_since() -> None:
 def test_the_table_tells_a_step_and_all() -> None:
     mb = 2**20
     traffic = {(WEIGHT, "all-gather"): Entry(6, 12 * mb), (TENSOR, "reduce-scatter"): Entry(3, mb // 2)}
-    head, *rows = table(traffic, steps=4).splitlines()
+    head, *rows = format_traffic(traffic, steps=4).splitlines()
     assert head.split() == ["mode", "collective", "calls/step", "MB/step", "calls", "MB"]
     assert [row.split() for row in rows] == [
         ["tensor", "reduce-scatter", "0.8", "0.125", "3", "0.500"],
@@ -59,9 +59,9 @@ def test_the_table_tells_a_step_and_all() -> None:
 
 
 def test_the_table_of_a_single_step_and_of_nothing() -> None:
-    (_, row) = table({(TENSOR, "all-to-all"): Entry(2, 2**20)}).splitlines()
+    (_, row) = format_traffic({(TENSOR, "all-to-all"): Entry(2, 2**20)}).splitlines()
     assert row.split() == ["tensor", "all-to-all", "2.0", "1.000", "2", "1.000"]
-    assert len(table({}).splitlines()) == 1
+    assert len(format_traffic({}).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

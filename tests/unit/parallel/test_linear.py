@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from internlm.core.parallel import Communicator, ParallelLinear, ParallelNorm
 from internlm.core.parallel.collectives import Pending
-from internlm.core.parallel.main_grad import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, normal
 from internlm.core.parallel.sharding import Sharding, Share, building
 from internlm.ops import swiglu

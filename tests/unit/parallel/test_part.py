@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, building, current_part
+from internlm.core.parallel.sharding import Part, Sharding, building, current_part
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParamPlacement, place, place_replicated, placement_of
 from internlm.core.parallel.placement import Shard, constant, initialize_parameters, normal, placed_parameters
 from internlm.utils.errors import UserError

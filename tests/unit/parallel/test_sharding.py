@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm, ParamPlacement
 from internlm.core.parallel.placement import Shard, constant, normal
 from internlm.core.parallel.sharding import LIKE, Sharding, Share, building, current_sharding

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.core.parallel.main_grad import attach_main_grad
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, building
+from internlm.core.parallel.param_state import attach_main_grad
+from internlm.core.parallel.sharding import Part, Sharding, building
 from internlm.core.scheduler.compute import (
     Compute,
     InFlight,

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.group import NO_PIPELINE, Group
-from internlm.core.context.parallel_mode import ParallelMode
-from internlm.core.parallel.part import Part
-from internlm.core.parallel.sharding import Sharding, building
+from internlm.core.context.layout import ParallelMode
+from internlm.core.parallel.sharding import Part, Sharding, building
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
 from internlm.core.scheduler.executor import Record
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
-from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.table_file import read_table, write_table
+from internlm.core.scheduler.table import make_table, read_table, write_table
 from tests.unit.model.samples import decoder, tokens
 
 CPU = torch.device("cpu")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from internlm.core.scheduler.actions import Cut
-from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.table_file import read_table, write_table
+from internlm.core.scheduler.table import make_table, read_table, write_table
 from internlm.core.scheduler.validate import ScheduleError
 
 

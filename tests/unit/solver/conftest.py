@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from internlm.core.context.group import Group
-from internlm.core.context.parallel_mode import ParallelMode
+from internlm.core.context.layout import ParallelMode
 
 
 @pytest.fixture

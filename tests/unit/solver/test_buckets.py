@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.solver.optimizer.buckets import ALIGNMENT, Layout, lay_out, padded
+from internlm.solver.optimizer.flat_buffers import ALIGNMENT, Layout, lay_out, padded
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=30)
 SHARDS = st.integers(1, 9)

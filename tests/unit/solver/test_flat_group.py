@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from internlm.core.parallel import ParamPlacement, place
 from internlm.core.parallel.placement import normal
-from internlm.solver.optimizer.flat_group import FlatGroup
-from internlm.solver.optimizer.kinds import Kind, Placed
+from internlm.solver.optimizer.flat_buffers import FlatGroup
+from internlm.solver.optimizer.param_groups import Kind, Placed
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=8)
 SHARDS = st.integers(1, 9)

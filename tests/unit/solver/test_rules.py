@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
 from internlm.core.parallel import place_replicated
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.kinds import by_kind
 from internlm.solver.optimizer.muon import orthogonal
+from internlm.solver.optimizer.param_groups import by_kind
 from internlm.utils.errors import ConfigError
 from tests.unit.model.samples import decoder
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
-from internlm.solver.schedulers import Beta2Schedule, LRSchedule
-from internlm.solver.schedulers.lr import SHAPES
+from internlm.solver.lr_schedules import SHAPES, Beta2Schedule, LRSchedule
 
 # Steps 0-1 at zero, 2-5 warming up, 6-15 falling from 1.0 to 0.2.
 EXAMPLE = LRSchedule(peak=1.0, total_steps=16, init_steps=2, warmup_steps=4, eta_min=0.2)

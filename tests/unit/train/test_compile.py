@@ -15,12 +15,12 @@ from torch._inductor.utils import fresh_cache
 from internlm.config import load_config
 from internlm.core.parallel import ParallelLinear, place_replicated
 from internlm.core.parallel.attach import blocks_of
-from internlm.core.parallel.deferred import deferring
-from internlm.core.parallel.main_grad import attach_main_grad
-from internlm.core.parallel.opaque import Layer
+from internlm.core.parallel.compiled_linear import Layer
+from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import normal
+from internlm.core.parallel.products import deferring
+from internlm.train.build_model import build_model
 from internlm.train.compile import Compiled, compile_blocks, compiled_so_far
-from internlm.train.model import build_model
 from internlm.utils.errors import ConfigError, UserError
 
 TINY = {

@@ -9,8 +9,8 @@ import pytest
 
 from internlm.cli.main import main
 from internlm.config import Config, load_config
-from internlm.train.in_flight import peak_saved
-from internlm.train.memory import memory_plan, plans_of_stages, table, told
+from internlm.costs import format_plans, format_worst_plan, memory_plan, plans_of_stages
+from internlm.costs.activations import peak_saved
 
 HIDDEN, WORDS = 64, 128
 #: wqkv, wo, w13, w2 of a block of one head, and its norms.
@@ -123,7 +123,7 @@ def test_stages_have_plans_of_their_own() -> None:
 
 
 def test_a_table_of_stages() -> None:
-    text = table([{"a": MB, "long": 0}, {"a": 3 * MB // 2}], ["stage 0", "stage 1"])
+    text = format_plans([{"a": MB, "long": 0}, {"a": 3 * MB // 2}], ["stage 0", "stage 1"])
     assert text.splitlines() == [
         "      stage 0  stage 1",
         "a         1.0      1.5",
@@ -133,15 +133,15 @@ def test_a_table_of_stages() -> None:
 
 
 def test_the_fullest_stage_is_told() -> None:
-    assert told(resolved(), 1).startswith("Memory plan of the rank that holds the most, in MB\nparameters")
+    assert format_worst_plan(resolved(), 1).startswith("Memory plan of the rank that holds the most, in MB\nparameters")
     pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
     totals = [sum(each.values()) for each in plans_of_stages(pipeline, 3)]
-    assert f", in stage {totals.index(max(totals))}, in MB" in told(pipeline, 3)
+    assert f", in stage {totals.index(max(totals))}, in MB" in format_worst_plan(pipeline, 3)
 
 
 def test_of_another_model_there_is_no_formula() -> None:
     other = resolved().model_copy(update={"model_type": "MINE"})
-    assert told(other, 1) == "Memory plan: there is no formula for the model 'MINE'"
+    assert format_worst_plan(other, 1) == "Memory plan: there is no formula for the model 'MINE'"
 
 
 CONFIG = """

@@ -8,9 +8,8 @@ import pytest
 
 from internlm.config import Config, load_config
 from internlm.core.context import ParallelMode
-from internlm.train.activations import kept_for_weights, saved_for_backward
-from internlm.train.in_flight import kept_after_each_action, peak_saved
-from internlm.train.traffic import Symbols, expected_traffic
+from internlm.costs import Symbols, expected_traffic
+from internlm.costs.activations import kept_after_each_action, kept_for_weights, peak_saved, saved_for_backward
 
 STAGES, MICRO_BATCHES, TENSOR = 4, 6, 2
 WORLD = STAGES * TENSOR

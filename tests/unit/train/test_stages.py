@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from internlm.config import Config, load_config
-from internlm.core.parallel.part import Part
-from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.table_file import write_table
+from internlm.core.parallel.sharding import Part
+from internlm.core.scheduler.table import make_table, write_table
 from internlm.core.scheduler.validate import ScheduleError
-from internlm.train.stages import own_table, part_of, partition_of
+from internlm.costs.stages import own_table, part_of, partition_of
 from tests.unit.config.samples import config_of
 
 

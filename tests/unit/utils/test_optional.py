@@ -9,8 +9,7 @@ from types import ModuleType
 import pytest
 
 from internlm.utils.errors import UserError
-from internlm.utils.lazy import lazy_exports
-from internlm.utils.optional import available, require, why_missing
+from internlm.utils.lazy import available, lazy_exports, require, why_missing
 
 
 def test_what_is_there() -> None:

@@ -9,11 +9,10 @@ import torch
 
 from internlm.core.context import ParallelMode
 from internlm.core.parallel.ledger import Entry
-from internlm.verify.compare import Report, compare
-from internlm.verify.plan import make_plan
+from internlm.verify.compare import Report, compare, compare_traffic
+from internlm.verify.configs import make_plan
 from internlm.verify.record import Held, Pass, Place, RankRecord
 from internlm.verify.report import as_json, as_text, heading
-from internlm.verify.traffic import compare_traffic
 from tests.unit.verify.test_plan import SMALL
 
 PLAN = make_plan(SMALL, ("model_type=MINE",), world_size=2, steps=1)

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 
 from internlm.config import Config, load_config
+from internlm.config.schema.fields import parse_rampup
 from internlm.config.schema.parallel import PipelineConfig
-from internlm.config.strings import parse_rampup
 from internlm.utils.errors import ConfigError
-from internlm.verify.debug_size import debug_size
-from internlm.verify.plan import as_overrides, default_world_size, make_plan
+from internlm.verify.configs import as_overrides, debug_size, default_world_size, make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("7B_*.py"))

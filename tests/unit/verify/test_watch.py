@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm.core.parallel.part import Part
-from internlm.verify.watch import tensors_in, watching
+from internlm.core.parallel.sharding import Part
+from internlm.verify.run import tensors_in, watching
 
 
 class Model(nn.Module):

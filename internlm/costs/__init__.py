@@ -1,0 +1,23 @@
+"""What a layout costs, by formula: bytes held, bytes sent and floating-point operations."""
+
+from internlm.costs.memory_plan import Plan as Plan
+from internlm.costs.memory_plan import format_plans as format_plans
+from internlm.costs.memory_plan import format_worst_plan as format_worst_plan
+from internlm.costs.memory_plan import memory_plan as memory_plan
+from internlm.costs.memory_plan import plans_of_stages as plans_of_stages
+from internlm.costs.symbols import Symbols as Symbols
+from internlm.costs.traffic import expected_traffic as expected_traffic
+from internlm.costs.traffic import micro_batch as micro_batch
+from internlm.costs.traffic import optimizer as optimizer
+from internlm.costs.traffic_model import A2A as A2A
+from internlm.costs.traffic_model import AG as AG
+from internlm.costs.traffic_model import AR as AR
+from internlm.costs.traffic_model import RS as RS
+from internlm.costs.traffic_model import TABLE as TABLE
+from internlm.costs.traffic_model import Call as Call
+from internlm.costs.traffic_model import Passes as Passes
+from internlm.costs.traffic_model import attention as attention
+from internlm.costs.traffic_model import block as block
+from internlm.costs.traffic_model import count_calls as count_calls
+from internlm.costs.traffic_model import embedding as embedding
+from internlm.costs.traffic_model import head as head

@@ -1,0 +1,74 @@
+"""Optimizer assembly."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from internlm.config import Config
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel.collectives import all_reduce
+from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.weight_gatherer import WeightGatherer
+from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
+from internlm.solver.optimizer import HybridZeroOptimizer, LossScale, ProcessGroups
+from internlm.utils.dtype import torch_dtype
+from internlm.utils.errors import ConfigError, Problem
+
+
+def initialize_optimizer(
+    model: nn.Module, isp_communicator: WeightGatherer | None = None
+) -> tuple[HybridZeroOptimizer, Beta2Schedule, LRSchedule]:
+    """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config
+    describes them.
+
+    From here on the parameters of ``model`` are views of the optimizer's flat buffers, unless they are fully sharded.
+    """
+    config = gpc.config
+    _refuse_patterns_without_parameters(model, [group.pattern for group in config.optimizer.param_groups])
+    optimizer = HybridZeroOptimizer(
+        model,
+        config.adam,
+        config.hybrid_zero_optimizer,
+        _groups(config),
+        optimizer=config.optimizer,
+        loss_scale=_loss_scale(config),
+        reduce_dtype=torch_dtype(config.reduce_comm_dtype) if config.reduce_comm_dtype else None,
+    )
+    beta2 = Beta2Schedule.from_config(config.beta2_scheduler, config.adam)
+    return optimizer, beta2, LRSchedule.from_config(config.lr_scheduler, config.adam)
+
+
+def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -> None:
+    """A pattern that fits no parameter of any stage is a typing mistake."""
+    if not patterns:
+        return
+    names = [name for name, *_ in placed_parameters(model)]
+    fitting = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
+    total = all_reduce(fitting.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
+    problems = [
+        Problem("optimizer.param_groups", f"{pattern!r} fits no parameter", f"Names are like {names[0]!r}")
+        for pattern, count in zip(patterns, total, strict=True)
+        if not count
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _groups(config: Config) -> ProcessGroups:
+    isp = config.parallel.tensor.mode == "isp"
+    return ProcessGroups(
+        zero=gpc.group(ParallelMode.ZERO1),
+        replica=gpc.group(ParallelMode.ZERO1_REPLICA),
+        split=(gpc.group(ParallelMode.WEIGHT if isp else ParallelMode.TENSOR),),
+        pipeline=gpc.group(ParallelMode.PIPELINE),
+        ends=gpc.pipeline_ends(),
+    )
+
+
+def _loss_scale(config: Config) -> LossScale:
+    """Only float16 needs one."""
+    return LossScale.dynamic(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()

@@ -1,0 +1,76 @@
+"""Saving, when it is time to.
+
+Validation during training.
+
+Now and then: empty the device's cache, look for slow ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from internlm import accelerator
+from internlm.checkpoint import CheckpointManager
+from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.data.loader import ValidLoader
+from internlm.eval import evaluate
+from internlm.monitor import MetricsWriter
+from internlm.utils.logger import get_logger
+
+
+class SaveCheckpoints(Hook):
+    """Save every so many steps, at the last step, and when the run is asked to stop."""
+
+    def __init__(self, manager: CheckpointManager) -> None:
+        self.manager = manager
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
+
+
+class Validate(Hook):
+    """Validate every ``every`` steps and after the last one."""
+
+    def __init__(
+        self, loaders: Mapping[str, ValidLoader], every: int, total_steps: int, writer: MetricsWriter | None
+    ) -> None:
+        self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        done = trainer.state.step
+        if self.every and (done % self.every == 0 or done == self.total_steps):
+            figures = evaluate(trainer, self.loaders)
+            if self.writer and figures:
+                self.writer.write(report.step, {"step": report.step, **figures})
+
+
+log = get_logger()
+
+
+class Upkeep(Hook):
+    """Every ``every`` steps (0: never), give unused device memory back and report ranks slower than the mean by
+    ``outlier_ratio``."""
+
+    def __init__(self, every: int, outlier_ratio: float, device: torch.device) -> None:
+        self.every, self.outlier_ratio, self.device = every, outlier_ratio, device
+        self.seconds = 0.0
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.seconds += report.fwd_bwd_time
+        if self.every and trainer.state.step % self.every == 0:
+            accelerator.empty_cache()
+            self._report_slow_ranks()
+            self.seconds = 0.0
+
+    def _report_slow_ranks(self) -> None:
+        all_seconds = torch.zeros(dist.get_world_size(), device=self.device)
+        all_seconds[dist.get_rank()] = self.seconds
+        dist.all_reduce(all_seconds)
+        mean = all_seconds.mean()
+        slow = (all_seconds > self.outlier_ratio * mean).nonzero().flatten().tolist()
+        if slow and dist.get_rank() == 0:
+            shown = ", ".join(f"rank {rank}: {float(all_seconds[rank] / self.every):.3f} s" for rank in slow)
+            log.warning(f"slow forward and backward passes (mean {float(mean / self.every):.3f} s a step): {shown}")

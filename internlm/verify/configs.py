@@ -1,0 +1,194 @@
+"""A config made tiny, its architecture kept: what is a ratio or a kind stays, what is a size shrinks.
+
+The two configs of a comparison: that of the ranks, and that of one process with the same model and global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from internlm.config import Config, check_runnable, resolve
+from internlm.config.schema.fields import Rampup, parse_rampup
+from internlm.core.context.parallel_context import sizes_of
+from internlm.utils.errors import ConfigError, Problem
+
+LAYERS = 2
+HEAD_DIM = 16
+#: Odd, so that no tensor size divides it.
+VOCABULARY = 67
+SEQ_LEN = 32
+STEPS = 20
+#: Query heads per key/value head, where there are more.
+MOST_QUERIES = 4
+
+
+def debug_size(config: Config) -> dict[str, Any]:
+    """Values by key that make ``config`` tiny, for the parallel sizes that it has: random data, a short run."""
+    return {**_model(config), **_pipeline(config), **_data(config), **_course()}
+
+
+def _model(config: Config) -> dict[str, Any]:
+    model, tensor = config.model, config.parallel.tensor.size
+    kv_heads, queries = _heads(config)
+    heads = kv_heads * queries
+    usual = model.num_attention_heads * model.head_size == model.hidden_size
+    position_scale = model.max_position_embeddings / config.data.seq_len
+    return {
+        "model.num_layers": max(LAYERS, config.parallel.pipeline.size * model.num_chunks),
+        "model.cpu_offloading": min(model.cpu_offloading, 1),
+        "model.num_attention_heads": heads,
+        "model.num_kv_attention_heads": kv_heads,
+        "model.head_dim": HEAD_DIM,
+        "model.hidden_size": heads * HEAD_DIM * (1 if usual else 2),
+        "model.multiple_of": math.lcm(8, tensor),
+        "model.vocab_size": VOCABULARY,
+        "model.max_position_embeddings": max(1, int(_seq_len(config) * position_scale)),
+    }
+
+
+def _heads(config: Config) -> tuple[int, int]:
+    """Key/value heads, and query heads for each: as few as the tensor size allows, more than one of what was more."""
+    kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size
+    queries = config.model.num_attention_heads // kv_heads
+    few = min(kv_heads, max(2, tensor))
+    unit = tensor // math.gcd(few, tensor)  # of isp, where a key/value head is sent to several ranks
+    return few, max(unit, min(queries, MOST_QUERIES) // unit * unit)
+
+
+def _seq_len(config: Config) -> int:
+    return math.lcm(SEQ_LEN, config.parallel.tensor.size)
+
+
+def _pipeline(config: Config) -> dict[str, Any]:
+    """What was written for another number of layers, or of micro-batches, goes."""
+    partition = config.parallel.pipeline.partition
+    return {
+        "parallel.pipeline.partition": partition if isinstance(partition, str) else "uniform",
+        "parallel.pipeline.table": None,
+    }
+
+
+def _data(config: Config) -> dict[str, Any]:
+    return {
+        "data.type": "tokenized",
+        "data.train_folder": None,
+        "data.seq_len": _seq_len(config),
+        "data.micro_bsz": min(config.data.micro_bsz, 2),
+        "data.micro_num": max(2, config.parallel.pipeline.size),
+        "data.valid_micro_num": None,
+        "data.rampup_batch_size": "",
+        "data.total_steps": STEPS,
+    }
+
+
+def _course() -> dict[str, Any]:
+    return {"lr_scheduler.total_steps": STEPS, "lr_scheduler.init_steps": 0}
+
+
+Values = Mapping[str, Any]
+#: Ranks that the default world size won't exceed to have two data-parallel ranks.
+MANY_RANKS = 8
+
+#: Whatever surrounds training.
+OFF: Values = {
+    "ckpt.enable_save_ckpt": False,
+    "ckpt.save_ckpt_folder": None,
+    "ckpt.load_ckpt_info": None,
+    "monitor.alert.enable_feishu_alert": False,
+    "monitor.alert.alert_file_path": None,
+    "data.valid_every": 0,
+    "data.valid_folder": None,
+    "data.num_worker": 0,
+    "enable_tb": False,
+}
+
+#: A process that is alone, and computes as it is written.
+ALONE: Values = {
+    "parallel.tensor.size": 1,
+    "parallel.tensor.mode": "mtp",
+    "parallel.pipeline.size": 1,
+    "parallel.pipeline.mode": "1F1B",
+    "parallel.pipeline.partition": "uniform",
+    "parallel.pipeline.table": None,
+    "parallel.weight.size": 1,
+    "parallel.zero1.size": 1,
+    "parallel.zero1.fsdp": False,
+    "parallel.expert.size": 1,
+    "parallel.expert_weight.size": 1,
+    "parallel.sequence_2D.enable": False,
+    "model.num_chunks": 1,
+    "model.compile": False,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    config: Config
+    world_size: int
+    data_size: int
+    """Ranks that read different samples."""
+    reference: Config
+    steps: int
+    seed: int
+
+
+def make_plan(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    steps: int = 3,
+    dtype: str = "float64",
+    seed: int = 1024,
+    shrink: bool = False,
+) -> Plan:
+    """Resolve ``source`` (a file or keys) for ``world_size`` CPU ranks (default: :func:`default_world_size`), and for
+    one process; with ``shrink`` in debug size. ``overrides`` outdo ``dtype`` and the debug size.
+
+    Raises :class:`ConfigError` for whatever the user can mend.
+    """
+    common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
+    config = resolve(source, common, device_type="cpu").config
+    if shrink:
+        common = [*as_overrides(debug_size(config)), *common]
+        config = resolve(source, common, device_type="cpu").config
+    world_size = world_size or default_world_size(config)
+    config = resolve(source, common, world_size, "cpu").config
+    check_runnable(config)
+    if steps > config.data.total_steps:
+        what = f"{steps} is more than data.total_steps = {config.data.total_steps}"
+        raise ConfigError(Problem("--steps", what, "Compare fewer steps, or make the run longer"))
+    data_size = sizes_of(config, world_size).data
+    return Plan(config, world_size, data_size, reference_of(config, data_size), steps, seed)
+
+
+def default_world_size(config: Config) -> int:
+    """The smallest that the sizes in ``config`` allow; twice that, for more data-parallel ranks, where it is not
+    many."""
+    parallel = config.parallel
+    isp = parallel.tensor.mode == "isp"
+    sharing_state = (parallel.weight.size if isp else parallel.tensor.size) * max(parallel.zero1.size, 1)
+    smallest = parallel.pipeline.size * math.lcm(parallel.tensor.size, sharing_state)
+    return 2 * smallest if 2 * smallest <= MANY_RANKS else smallest
+
+
+def reference_of(config: Config, data_size: int) -> Config:
+    """The same model and global batch on one process, where ``config`` has ``data_size`` data-parallel ranks."""
+    rampup = parse_rampup(config.data.rampup_batch_size)
+    batch = {"data.micro_num": config.data.micro_num * data_size}
+    ramp = {"data.rampup_batch_size": _larger(rampup, data_size)} if rampup else {}
+    return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, "cpu").config
+
+
+def _larger(rampup: Rampup, factor: int) -> str:
+    return f"{rampup.start * factor} {rampup.increment * factor} {rampup.every}"
+
+
+def as_overrides(values: Values) -> list[str]:
+    """``KEY=VALUE`` each."""
+    return [f"{key}={value!r}" for key, value in values.items()]
