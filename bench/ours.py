@@ -13,7 +13,7 @@ from bench.yardsticks import Yardstick
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER
-from internlm.core.parallel.sharding import WHOLE, Share
+from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.loader import Batch, split_rows
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
@@ -53,9 +53,9 @@ class Ours:
         )
         self.config = gpc.config
         self.build()
-        tensor = Share(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))
-        self._part = tensor if self.config.parallel.tensor.mode == "isp" else WHOLE
-        self._data = Share(gpc.get_local_rank(ParallelMode.DATA), data_size)
+        tensor = GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))
+        self._part = tensor if self.config.parallel.tensor.mode == "isp" else ALONE
+        self._data = GroupPosition(gpc.get_local_rank(ParallelMode.DATA), data_size)
 
     def build(self) -> None:
         """Model, optimizer, trainer."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from internlm.config import keys, legacy, not_yet
+from internlm.config import keys, legacy, support
 from internlm.config.resolve import DERIVATIONS
 
 PAGE = Path(__file__).parent.parent / "doc" / "config.md"
@@ -77,11 +77,11 @@ def _old_spellings() -> Iterator[str]:
 def _not_yet() -> Iterator[str]:
     yield "### Not available yet\n"
     yield "A run refuses any other value of these keys:\n"
-    only = [(f"`{key}`", ", ".join(f"`{value!r}`" for value in values)) for key, values in not_yet.ONLY.items()]
+    only = [(f"`{key}`", ", ".join(f"`{value!r}`" for value in values)) for key, values in support.ONLY.items()]
     yield from _table(("key", "values that run"), only)
     yield "These keys are accepted and have no effect yet:\n"
-    yield from _table(("key", "what happens"), [(f"`{row.key}`", row.instead) for row in not_yet.NO_EFFECT])
-    yield f"Folders ({', '.join(f'`{key}`' for key in not_yet.FOLDERS)}) must be local: `local:FOLDER` or a plain path."
+    yield from _table(("key", "what happens"), [(f"`{row.key}`", row.instead) for row in support.NO_EFFECT])
+    yield f"Folders ({', '.join(f'`{key}`' for key in support.FOLDERS)}) must be local: `local:FOLDER` or a plain path."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from internlm.config.schema import ModelConfig
-from internlm.core.parallel.sharding import SEQUENCE_MODES, Sharding, Share, building
+from internlm.core.parallel.sharding import SEQUENCE_MODES, GroupPosition, Sharding, building
 from internlm.costs import A2A, AG, AR, RS, TABLE
 from internlm.model.decoder import Block, DecoderSpec
 
@@ -126,7 +126,7 @@ def rows(mode: str, half: str) -> Iterator[Row]:
 def block(mode: str, rank: int) -> Block:
     """A small one, as ``rank`` of two builds it."""
     sizes: Any = {"hidden_size": 4, "num_attention_heads": 2, "mlp_ratio": 1.0, "multiple_of": 2}
-    config, share = ModelConfig(num_layers=1, vocab_size=2, **sizes), Share(rank, 2)
+    config, share = ModelConfig(num_layers=1, vocab_size=2, **sizes), GroupPosition(rank, 2)
     with building(Sharding(mode, share, share)):
         return Block(DecoderSpec(config, qkv_bias=False, o_bias=False, mlp_bias=False, qk_interleaved=False))
 

@@ -16,7 +16,7 @@ CHUNKS = {"interleaved": 2, "zbv": 2}
 def picture(kind: str) -> str:
     """The SVG of ``kind``."""
     table = make_table(kind, STAGES, CHUNKS.get(kind, 1), MICRO_BATCHES)
-    return svg([("", simulate(table, Costs.uniform(table.cut.virtual_stages)))])
+    return svg([("", simulate(table, Costs.uniform(table.stage_layout.virtual_stages)))])
 
 
 def main() -> None:

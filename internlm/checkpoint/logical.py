@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
-from internlm.core.parallel.fully_sharded import compute_dtype, held
+from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters, state_buffers
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.param_groups import ParameterGroup
+from internlm.solver.optimizer.param_groups import ParamGroup
 from internlm.utils.errors import CheckpointError, Problem
 
 Offsets = tuple[int, ...]
@@ -34,16 +34,16 @@ class LogicalTensor:
 
     def __init__(self, global_shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.global_shape, self.dtype = torch.Size(global_shape), dtype
-        self.boxes: dict[Offsets, Tensor] = {}
+        self.slices: dict[Offsets, Tensor] = {}
 
     def add(self, offsets: Offsets, tensor: Tensor) -> None:
         """Hold ``tensor`` as the box that begins at ``offsets``."""
-        self.boxes[offsets] = tensor.detach()
+        self.slices[offsets] = tensor.detach()
 
     @property
     def rounds(self) -> bool:
         """Whether boxes are rounded as they are written."""
-        return any(box.dtype != self.dtype for box in self.boxes.values())
+        return any(box.dtype != self.dtype for box in self.slices.values())
 
     # The names below are the protocol's.
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
@@ -57,15 +57,15 @@ class LogicalTensor:
                     size=self.global_shape,
                 ),
             )
-            for offsets, tensor in self.boxes.items()
+            for offsets, tensor in self.slices.items()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offsets), t.size()) for offsets, t in self.boxes.items()]
+        return [ChunkStorageMetadata(torch.Size(offsets), t.size()) for offsets, t in self.slices.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None, index
-        return self.boxes[tuple(index.offset)]
+        return self.slices[tuple(index.offset)]
 
 
 Logical = dict[str, LogicalTensor]
@@ -77,7 +77,7 @@ def model_tensors(model: nn.Module) -> Logical:
     tensors: Logical = {}
     for name, parameter, placement in placed_parameters(model):
         tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
-        flat, start = held(parameter)
+        flat, start = local_shard(parameter)
         _add(tensor, placement, flat, start, start + len(flat))
     for name, buffer in state_buffers(model):
         tensors[f"model/{name}"] = whole = LogicalTensor(tuple(buffer.shape), buffer.dtype)
@@ -98,7 +98,7 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> Logical:
     return tensors
 
 
-def _states(optimizer: HybridZeroOptimizer, group: ParameterGroup) -> Iterator[tuple[str, list[Tensor]]]:
+def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
     """Each state of the shard, in parts."""
     for name, state in optimizer.state_of(group).items():
         yield name, group.split(state)
@@ -108,7 +108,7 @@ def _states(optimizer: HybridZeroOptimizer, group: ParameterGroup) -> Iterator[t
 
 def _add(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int, stop: int) -> None:
     """``flat`` is elements [start, stop) of the flattened part that lies here: add its boxes, as views of it."""
-    for box in placement.boxes(start, stop):
+    for box in placement.slices(start, stop):
         tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
 
 

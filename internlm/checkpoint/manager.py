@@ -244,15 +244,15 @@ class CheckpointManager:
         if "optimizer" in wants:
             self.optimizer.load_state_dict(saved["optimizer"])
             if "model" not in wants:
-                self.optimizer.publish()
+                self.optimizer.copy_main_to_model_params()
         else:
-            self.optimizer.adopt_parameters()
+            self.optimizer.copy_model_to_main_params()
         if wants & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
         if "sampler" in wants:
             self.sampler.resume(Position(*saved["sampler"]))
         self.last_saved = state.step if wants == ALL else -1
-        streams = {name.rsplit("/", 1)[1]: t.boxes[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
+        streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
 

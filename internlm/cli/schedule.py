@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = _table(a)
     if not (a.forward or a.backward or a.weight):
         raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Give one of them a time"))
-    costs = Costs.uniform(table.cut.virtual_stages, a.forward, a.backward, a.weight, a.transfer)
+    costs = Costs.uniform(table.stage_layout.virtual_stages, a.forward, a.backward, a.weight, a.transfer)
     drawn = [("", simulate(table, costs))]
     if a.write_csv:
         write_table(table, a.write_csv)

@@ -197,10 +197,10 @@ class Trainer:
 
 def given_up(step: int, update: OptimizerStep) -> Problem:
     """What to say of the last of too many steps that were skipped. All ranks must ask."""
-    found: list[str | None] = [update.bad_gradient]
+    found: list[str | None] = [update.nonfinite_gradient]
     if dist.is_initialized():
         found *= dist.get_world_size()
-        dist.all_gather_object(found, update.bad_gradient)
+        dist.all_gather_object(found, update.nonfinite_gradient)
     bad = [(rank, name) for rank, name in enumerate(found) if name]
     where = f"first in {bad[0][1]} on rank {bad[0][0]}" if bad else "in no rank's own: their sum is too large"
     what = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"

@@ -85,7 +85,7 @@ class TrainerBuilder:
         data, writer = self.config.data, self._writer(trainer.state.step)
         world, data_size = dist.get_world_size(), trainer.scheduler.data_group.size
         return [
-            *([hooks.TellMemoryPlan()] if writer else []),
+            *([hooks.LogMemoryPlan()] if writer else []),
             *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),

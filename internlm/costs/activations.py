@@ -82,7 +82,7 @@ def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: 
     """The same between the backward pass and the gradients of the weights, where a schedule puts these off: what the
     linears of blocks need for theirs. All else is computed in the backward pass."""
     s = Symbols.of(config, world_size, stage)
-    return _of_chunks(s, chunk, lambda each: _times(len(s.part.chunks[each]), block_for_weights(s)))
+    return _of_chunks(s, chunk, lambda each: _times(len(s.stage_layers.chunks[each]), block_for_weights(s)))
 
 
 def _of_chunks(s: Symbols, chunk: int | None, parts: Callable[[int], dict[str, int]]) -> dict[str, int]:
@@ -93,7 +93,7 @@ def _of_chunks(s: Symbols, chunk: int | None, parts: Callable[[int], dict[str, i
 
 def _saved(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
     """By ``chunk``: rotary table and blocks; by the first also the token ids, by the last norm and loss."""
-    first, last = s.part.is_first(chunk), s.part.is_last(chunk)
+    first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
     _, here = _by_place(s, chunk)
     parts = {
         TOKEN_IDS: first * token_ids(s),
@@ -116,7 +116,7 @@ def _on_host(s: Symbols, chunk: int) -> dict[str, int]:
 
 def _by_place(s: Symbols, chunk: int) -> tuple[range, range]:
     """Layers of ``chunk`` that are offloaded, and those that are not."""
-    numbers, offloaded = s.part.chunks[chunk], s.config.model.cpu_offloading
+    numbers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
     return numbers[:offloaded], numbers[offloaded:]
 
 
@@ -124,7 +124,7 @@ def _sent_input(s: Symbols, chunk: int) -> dict[str, int]:
     """S·H·e that stay here though the first layer is offloaded: what a chunk was sent waits for its gradient."""
     away, _ = _by_place(s, chunk)
     part = RECOMPUTED if away and s.spec.recomputes(away[0]) else RESIDUAL
-    return {part: s.S * s.H * s.e} if away and not s.part.is_first(chunk) else {}
+    return {part: s.S * s.H * s.e} if away and not s.stage_layers.is_first(chunk) else {}
 
 
 def _layers(s: Symbols, numbers: range) -> dict[str, int]:
@@ -279,7 +279,7 @@ def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, st
 def kept_after_each_action(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> list[int]:
     """The same after each of its actions."""
     table = table_of(config)
-    chunks = range(table.cut.chunks)
+    chunks = range(table.stage_layout.chunks)
     saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=each).values()) for each in chunks]
     put_off = [sum(kept_for_weights(config, world_size, stage=stage, chunk=each).values()) for each in chunks]
     kept: dict[tuple[int, int], int] = {}

@@ -49,7 +49,7 @@ def gather_buffers(s: Symbols) -> int:
     if s.mode != "isp" or s.w.size == 1:
         return 0
     moments = [Counter(moment) for chunk in s.chunks for moment in _of_chunk(s, chunk)]
-    table = _bytes(s, Counter([_whole(s, s.V, s.H)])) if s.part.has_embedding else 0
+    table = _bytes(s, Counter([_whole(s, s.V, s.H)])) if s.stage_layers.has_embedding else 0
     if s.config.parallel.weight.memory_pool:
         return _bytes(s, reduce(or_, moments)) + table
     return max(table, *(_bytes(s, moment) for moment in moments))
@@ -65,9 +65,9 @@ def _whole(s: Symbols, rows: int, columns: int) -> Shape:
 
 def _of_chunk(s: Symbols, chunk: int) -> Iterator[Moment]:
     """What is held at once in the passes through a chunk."""
-    layers = s.part.chunks[chunk]
+    layers = s.stage_layers.chunks[chunk]
     block = [_whole(s, each.outputs, each.inputs) for each in block_linears(s)]
-    head = [[_whole(s, s.V, s.H)]] if s.part.is_last(chunk) else []
+    head = [[_whole(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
     blocks, weight = [block] * len(layers), s.config.parallel.weight
     yield from ([each] for each in chain(*blocks, *head))
     if not weight.overlap:

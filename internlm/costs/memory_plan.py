@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from internlm.config import Config
-from internlm.core.parallel.sharding import Share
+from internlm.core.parallel.sharding import GroupPosition
 from internlm.costs.activations import peak_saved
 from internlm.costs.gather_buffers import gather_buffers
 from internlm.costs.parameters import buffers, kinds
@@ -29,18 +29,18 @@ from internlm.costs.symbols import Symbols
 from internlm.costs.traffic import held_elements
 from internlm.costs.traffic_model import share
 from internlm.profiler.reports import ACTIVATIONS, GATHER, GRADIENTS, MAIN, PARAMETERS, REDUCTION, in_mb, state
-from internlm.solver.optimizer.param_groups import Kind
-from internlm.solver.optimizer.zero_optimizer import RULES
+from internlm.solver.optimizer.param_groups import ParamGroupKey
+from internlm.solver.optimizer.zero_optimizer import UPDATE_RULES
 from internlm.utils.dtype import torch_dtype, wide
 
 #: Bytes by part.
 Plan: TypeAlias = dict[str, int]
 
 
-class Lot(NamedTuple):
+class GroupElements(NamedTuple):
     """The parameters of one kind: N, and n of each rank of the zero group."""
 
-    kind: Kind
+    kind: ParamGroupKey
     held: int
     owned: Sequence[int]
 
@@ -84,19 +84,19 @@ def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
     return [memory_plan(config, world_size, stage=stage) for stage in range(config.parallel.pipeline.size)]
 
 
-def _lots(s: Symbols) -> list[Lot]:
+def _lots(s: Symbols) -> list[GroupElements]:
     ranks = range(s.z.size)
     if not s.shares_parameters:
         layouts = [(kind, buffer.layout) for kind, buffer in buffers(s).items()]
-        return [Lot(kind, layout.numel, [layout.owned(rank) for rank in ranks]) for kind, layout in layouts]
+        return [GroupElements(kind, layout.numel, [layout.owned(rank) for rank in ranks]) for kind, layout in layouts]
     found = []
     for kind, members in kinds(s).items():
-        owned = [sum(held_elements(each, Share(rank, s.z.size)) for each in members) for rank in ranks]
-        found.append(Lot(kind, sum(share(each.rows, s.z) * each.width for each in members), owned))
+        owned = [sum(held_elements(each, GroupPosition(rank, s.z.size)) for each in members) for rank in ranks]
+        found.append(GroupElements(kind, sum(share(each.rows, s.z) * each.width for each in members), owned))
     return found
 
 
-def _optimizer(s: Symbols, lots: Sequence[Lot], zero_rank: int) -> Plan:
+def _optimizer(s: Symbols, lots: Sequence[GroupElements], zero_rank: int) -> Plan:
     """The parts that the optimizer owns."""
     parts = Counter(dict.fromkeys((PARAMETERS, GRADIENTS, MAIN), 0))
     for kind, held_here, by_rank in lots:
@@ -105,7 +105,7 @@ def _optimizer(s: Symbols, lots: Sequence[Lot], zero_rank: int) -> Plan:
     return {**parts, REDUCTION: reduction}
 
 
-def _of_kind(s: Symbols, kind: Kind, held_here: int, owned: int) -> Plan:
+def _of_kind(s: Symbols, kind: ParamGroupKey, held_here: int, owned: int) -> Plan:
     shared, main, config = s.shares_parameters, wide(kind.dtype), s.config
     kept = main if shared else kind.dtype
     accumulated = main if shared or config.hybrid_zero_optimizer.fp32_grad_accum else kind.dtype
@@ -116,7 +116,7 @@ def _of_kind(s: Symbols, kind: Kind, held_here: int, owned: int) -> Plan:
         PARAMETERS: held_here * kept.itemsize,
         GRADIENTS: in_buffer * accumulated.itemsize + (accumulated != main) * owned * main.itemsize,
         MAIN: (kept != main) * owned * main.itemsize,
-        **{state(name): owned * main.itemsize for name in RULES[kind.rule].states},
+        **{state(name): owned * main.itemsize for name in UPDATE_RULES[kind.rule].states},
         REDUCTION: copied * in_buffer * reduced.itemsize,
     }
 

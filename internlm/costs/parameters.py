@@ -16,7 +16,7 @@ from internlm.core.parallel.placement import ParamPlacement, Shard, constant
 from internlm.costs.symbols import Symbols
 from internlm.costs.traffic_model import Linear, block_linears, by_hidden_units, share
 from internlm.solver.optimizer.flat_buffers import Layout, bucket_size, lay_out
-from internlm.solver.optimizer.param_groups import Kind, kind_of
+from internlm.solver.optimizer.param_groups import ParamGroupKey, param_group_key
 from internlm.utils.dtype import torch_dtype, wide
 
 NAMES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
@@ -53,20 +53,20 @@ class Buffer(NamedTuple):
         return [each for each, start in starts if any(run.start <= start < run.stop for run in runs)]
 
 
-def kinds(s: Symbols) -> Mapping[Kind, list[Parameter]]:
+def kinds(s: Symbols) -> Mapping[ParamGroupKey, list[Parameter]]:
     """The parameters of each kind."""
-    config, found = s.config, dict[Kind, list[Parameter]]()
+    config, found = s.config, dict[ParamGroupKey, list[Parameter]]()
     for each in parameters(s):
         shard = Shard(each.split_over, 0, s.split.size) if each.split_over else None
         placement = ParamPlacement(
             (each.elements,), constant(0.0), shard, each.partial_over, each.is_matrix, each.is_hidden
         )
-        kind = kind_of(each.name, placement, _dtype(s, each), config.adam, config.optimizer)
+        kind = param_group_key(each.name, placement, _dtype(s, each), config.adam, config.optimizer)
         found.setdefault(kind, []).append(each)
     return found
 
 
-def buffers(s: Symbols) -> Mapping[Kind, Buffer]:
+def buffers(s: Symbols) -> Mapping[ParamGroupKey, Buffer]:
     """The flat buffers of a rank."""
     zero, found = s.config.hybrid_zero_optimizer, {}
     for kind, members in kinds(s).items():
@@ -84,11 +84,11 @@ def parameters(s: Symbols) -> Iterator[Parameter]:
     """In the order of the model: of matrices, of biases split like the output that they are added to (of columns, but
     under isp), and of vectors that are whole (other biases, and norms: 2 in a block and 1 after the last, with bias for
     layernorm)."""
-    if s.part.has_embedding or (s.part.has_head and s.config.model.tie_word_embeddings):
+    if s.stage_layers.has_embedding or (s.stage_layers.has_head and s.config.model.tie_word_embeddings):
         yield _table(s, "embedding.weight")
-    for number in sorted(number for chunk in s.part.chunks for number in chunk):
+    for number in sorted(number for chunk in s.stage_layers.chunks for number in chunk):
         yield from _block(s, f"layers.{number}")
-    if s.part.has_head:
+    if s.stage_layers.has_head:
         yield from _norm(s, "norm")
         if not s.config.model.tie_word_embeddings:
             yield _table(s, "output.weight")
@@ -129,10 +129,10 @@ def _norm(s: Symbols, name: str) -> Iterator[Parameter]:
 def _table(s: Symbols, name: str) -> Parameter:
     """Embedding or head, split by words but for an embedding that is split by hidden units; a tied one is one table, of
     which a stage that has either of the two alone holds a copy."""
-    elements, width, part = share(s.V, s.split) * s.H, s.H, s.part
+    elements, width, stage_layers = share(s.V, s.split) * s.H, s.H, s.stage_layers
     if name == "embedding.weight" and s.mode != "isp" and by_hidden_units(s):
         elements, width = s.V * s.H // s.t.size, s.H // s.t.size
-    is_copy = s.config.model.tie_word_embeddings and part.has_embedding != part.has_head
+    is_copy = s.config.model.tie_word_embeddings and stage_layers.has_embedding != stage_layers.has_head
     return Parameter(
         name,
         elements,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from internlm.config import Config
-from internlm.core.parallel.sharding import Part
-from internlm.core.scheduler.actions import BACKWARD, Cut, Table
+from internlm.core.parallel.sharding import StageLayers
+from internlm.core.scheduler.actions import BACKWARD, StageLayout, Table
 from internlm.core.scheduler.partition import balanced, uniform
-from internlm.core.scheduler.table import cut_of, kind_of, read_table
+from internlm.core.scheduler.table import kind_of, read_table, stage_layout_of
 from internlm.core.scheduler.validate import ScheduleError
 from internlm.costs.flops import head_forward_flops, layer_forward_flops, layer_parameters, table_parameters
 from internlm.utils.errors import Problem
@@ -51,20 +51,20 @@ def partition_of(config: Config) -> list[int]:
     return balanced([costs.layer] * layers, parts, costs.embedding, costs.head)
 
 
-def cut_by(config: Config) -> Cut:
+def stage_layout_of_config(config: Config) -> StageLayout:
     """How the config cuts the model."""
     pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
-    return cut_of(kind_of(pipeline.mode, chunks), pipeline.size, chunks)
+    return stage_layout_of(kind_of(pipeline.mode, chunks), pipeline.size, chunks)
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
     """What reads the user's own schedule for a number of micro-batches, if there is one; raises
     :class:`ScheduleError` for what is wrong with it."""
     path = config.parallel.pipeline.table
-    return None if path is None else partial(_read_table, Path(path), cut_by(config))
+    return None if path is None else partial(_read_table, Path(path), stage_layout_of_config(config))
 
 
-def _read_table(path: Path, cut: Cut, micro_batches: int) -> Table:
+def _read_table(path: Path, cut: StageLayout, micro_batches: int) -> Table:
     try:
         table = read_table(path, cut.stages, cut.chunks, micro_batches)
     except ScheduleError as error:
@@ -72,18 +72,18 @@ def _read_table(path: Path, cut: Cut, micro_batches: int) -> Table:
         raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
     if not any(action.kind == BACKWARD for row in table.actions for action in row):
         raise ScheduleError(Problem(str(path), "has no B, so nothing would be learnt", "Add a B for every F"))
-    if table.cut != cut:
-        what = f"is for a model cut {_told(table.cut)}, but this one is cut {_told(cut)}"
+    if table.stage_layout != cut:
+        what = f"is for a model cut {_told(table.stage_layout)}, but this one is cut {_told(cut)}"
         raise ScheduleError(Problem(str(path), what, "Change the line V in it, or parallel.pipeline.mode"))
     return table
 
 
-def _told(cut: Cut) -> str:
+def _told(cut: StageLayout) -> str:
     return "in a V" if cut.v_shaped else "in rounds"
 
 
-def part_of(config: Config, stage: int) -> Part:
+def stage_layers_of(config: Config, stage: int) -> StageLayers:
     """The layers that ``stage`` holds, chunk by chunk."""
-    cut, bounds = cut_by(config), [0, *accumulate(partition_of(config))]
+    cut, bounds = stage_layout_of_config(config), [0, *accumulate(partition_of(config))]
     virtual_stages = [cut.virtual(stage, chunk) for chunk in range(cut.chunks)]
-    return Part(config.model.num_layers, tuple(range(bounds[v], bounds[v + 1]) for v in virtual_stages))
+    return StageLayers(config.model.num_layers, tuple(range(bounds[v], bounds[v + 1]) for v in virtual_stages))

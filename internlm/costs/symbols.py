@@ -22,10 +22,10 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_context import sizes_of
-from internlm.core.parallel.sharding import Part
-from internlm.core.scheduler.actions import Cut
-from internlm.core.scheduler.table import cut_of, kind_of
-from internlm.costs.stages import part_of
+from internlm.core.parallel.sharding import StageLayers
+from internlm.core.scheduler.actions import StageLayout
+from internlm.core.scheduler.table import kind_of, stage_layout_of
+from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import DecoderSpec
 from internlm.model.families import FAMILIES, spec_of
 from internlm.utils.dtype import torch_dtype, wide
@@ -38,8 +38,8 @@ class Symbols:
     config: Config
     spec: DecoderSpec
     stage: int
-    cut: Cut
-    part: Part  # of the stage
+    stage_layout: StageLayout
+    stage_layers: StageLayers  # of the stage
     t: Group
     w: Group
     p: Group
@@ -69,8 +69,8 @@ class Symbols:
             config,
             spec_of(FAMILIES[config.model_type], model),
             stage,
-            cut_of(kind_of(config.parallel.pipeline.mode, model.num_chunks), sizes.pipeline, model.num_chunks),
-            part_of(config, stage),
+            stage_layout_of(kind_of(config.parallel.pipeline.mode, model.num_chunks), sizes.pipeline, model.num_chunks),
+            stage_layers_of(config, stage),
             t=Group(ParallelMode.TENSOR, size=sizes.tensor),
             w=Group(ParallelMode.WEIGHT, size=sizes.weight),
             p=Group(ParallelMode.PIPELINE, size=sizes.pipeline),
@@ -107,13 +107,13 @@ class Symbols:
     @property
     def chunks(self) -> range:
         """Numbers of the stage's chunks."""
-        return range(len(self.part.chunks))
+        return range(len(self.stage_layers.chunks))
 
     @property
     def layers(self) -> int:
         """Layers of the stage."""
-        return sum(map(len, self.part.chunks))
+        return sum(map(len, self.stage_layers.chunks))
 
     def recomputed(self, chunk: int) -> int:
         """Layers of a chunk that are run again in backward."""
-        return sum(map(self.spec.recomputes, self.part.chunks[chunk]))
+        return sum(map(self.spec.recomputes, self.stage_layers.chunks[chunk]))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from internlm.config import Config
 from internlm.core.parallel.attach import block_of
 from internlm.core.parallel.ledger import Traffic
-from internlm.core.parallel.sharding import Share
+from internlm.core.parallel.sharding import GroupPosition
 from internlm.costs.parameters import Buffer, Parameter, buffers, group_of_partial, kinds, parameters, reduced_size
 from internlm.costs.symbols import Symbols
 from internlm.costs.traffic_model import (
@@ -39,7 +39,7 @@ from internlm.costs.traffic_model import (
     together,
 )
 from internlm.solver.optimizer.flat_buffers import Bucket
-from internlm.solver.optimizer.param_groups import Kind
+from internlm.solver.optimizer.param_groups import ParamGroupKey
 from internlm.utils.dtype import torch_dtype, wide
 
 
@@ -76,8 +76,8 @@ def fsdp_sums(s: Symbols, zero_rank: int) -> list[Call]:
     return [call for kind, members in kinds(s).items() for call in _fsdp_sums(s, kind, members, zero_rank)]
 
 
-def _fsdp_sums(s: Symbols, kind: Kind, members: Iterable[Parameter], zero_rank: int) -> list[Call]:
-    count = sum(held_elements(each, Share(zero_rank, s.z.size)) for each in members)
+def _fsdp_sums(s: Symbols, kind: ParamGroupKey, members: Iterable[Parameter], zero_rank: int) -> list[Call]:
+    count = sum(held_elements(each, GroupPosition(zero_rank, s.z.size)) for each in members)
     reduced = s.config.reduce_comm_dtype
     if not count:
         return []
@@ -88,7 +88,7 @@ def _fsdp_sums(s: Symbols, kind: Kind, members: Iterable[Parameter], zero_rank: 
     return calls
 
 
-def held_elements(parameter: Parameter, place: Share) -> int:
+def held_elements(parameter: Parameter, place: GroupPosition) -> int:
     """Elements of a parameter that a rank holds."""
     rows = -(-parameter.rows // place.size)
     return max(min(rows, parameter.rows - place.rank * rows), 0) * parameter.width
@@ -120,7 +120,7 @@ def optimizer(s: Symbols, zero_rank: int = 0) -> list[Call]:
     return calls
 
 
-def _bucket(s: Symbols, kind: Kind, bucket: Bucket, zero_rank: int) -> list[Call]:
+def _bucket(s: Symbols, kind: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
     sent, wide_size = reduced_size(s, kind.dtype), wide(kind.dtype).itemsize
     run = bucket.run(zero_rank)
     own = run.stop - run.start
@@ -133,7 +133,7 @@ def _bucket(s: Symbols, kind: Kind, bucket: Bucket, zero_rank: int) -> list[Call
     return calls + [call for owner in range(s.z.size) for call in _owned(s, kind, bucket, owner, zero_rank)]
 
 
-def _owned(s: Symbols, kind: Kind, bucket: Bucket, owner: int, zero_rank: int) -> list[Call]:
+def _owned(s: Symbols, kind: ParamGroupKey, bucket: Bucket, owner: int, zero_rank: int) -> list[Call]:
     """Of what one rank owns of a bucket."""
     run = bucket.run(owner)
     elements = run.stop - run.start
@@ -146,7 +146,7 @@ def _owned(s: Symbols, kind: Kind, bucket: Bucket, owner: int, zero_rank: int) -
     ]
 
 
-def _matrices(s: Symbols, kind: Kind, buffer: Buffer, zero_rank: int) -> list[Call]:
+def _matrices(s: Symbols, kind: ParamGroupKey, buffer: Buffer, zero_rank: int) -> list[Call]:
     if not kind.needs_matrices or kind.split_over is None:
         return []
     size = wide(kind.dtype).itemsize
@@ -202,15 +202,15 @@ def chunk(s: Symbols, number: int, tokens: int, device_type: str) -> Passes:
     Backward runs blocks that are recomputed forward once more, the last product and all that is sent by it included;
     where attention alone is recomputed, it sends heads to tokens once more. Where gradients of weights are put off, the
     same is sent later."""
-    layers, each = len(s.part.chunks[number]), block(s)
+    layers, each = len(s.stage_layers.chunks[number]), block(s)
     again = each.forward * s.recomputed(number)
     if s.spec.recomputes_attention:
         again = to_tokens(s).forward * layers
     blocks = Passes(each.forward * layers, each.backward * layers + again)
     parts = [positions(s), blocks, sends(s, number)]
-    if s.part.is_first(number):
+    if s.stage_layers.is_first(number):
         parts.append(embedding(s))
-    if s.part.is_last(number):
+    if s.stage_layers.is_last(number):
         parts += head(s), Passes(loss(s, tokens, device_type), [])
     return together(*parts)
 
@@ -219,8 +219,8 @@ def sends(s: Symbols, number: int) -> Passes:
     """S·H·e: hidden units to the chunk after, their gradient to the one before, unless that is on the same rank."""
 
     def to(virtual: int) -> list[Call]:
-        goes = 0 <= virtual < s.cut.virtual_stages and s.cut.rank_of(virtual) != s.stage
+        goes = 0 <= virtual < s.stage_layout.virtual_stages and s.stage_layout.rank_of(virtual) != s.stage
         return [Call(s.p.mode, SEND, s.S * s.H * s.e)] if goes else []
 
-    here = s.cut.virtual(s.stage, number)
+    here = s.stage_layout.virtual(s.stage, number)
     return Passes(to(here + 1), to(here - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from internlm.config.schema import DataConfig
 from internlm.config.schema.fields import parse_rampup, parse_skip_batches
-from internlm.core.parallel.sharding import WHOLE, Share
+from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.packing import Layout, RowShape
@@ -16,7 +16,7 @@ RANDOM_VALID_SAMPLES = 200
 
 
 def build_train_loader(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: Share = WHOLE
+    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: GroupPosition = ALONE
 ) -> tuple[TrainLoader, list[str]]:
     """The training loader of one data-parallel rank, and the names of the data-set types; ``part`` is its part of each
     row, where rows are split along the sequence.
@@ -38,7 +38,7 @@ def build_train_loader(
 
 
 def build_valid_loaders(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: Share = WHOLE
+    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: GroupPosition = ALONE
 ) -> dict[str, ValidLoader]:
     """The validation loaders of one data-parallel rank, by data-set type.
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from internlm.core.parallel.sharding import WHOLE, Share
+from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import Layout, Row, RowShape
 from internlm.data.rows import TrainRows, ValidRows
@@ -72,7 +72,7 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
     return batch, stacked("labels")
 
 
-def split_rows(batch: Batch, part: Share) -> Batch:
+def split_rows(batch: Batch, part: GroupPosition) -> Batch:
     """This rank's tokens of each row, where a row is split along the sequence; ``cu_seqlens`` stays that of whole rows.
 
     Padded sequences are taken for pieces of one row, [M, B · S].
@@ -110,7 +110,7 @@ class TrainLoader:
         data_rank: int,
         total_steps: int,
         num_worker: int,
-        part: Share = WHOLE,
+        part: GroupPosition = ALONE,
     ) -> None:
         self.plan = plan
         self.types = rows.source.types
@@ -162,7 +162,7 @@ class ValidLoader:
         data_size: int,
         max_batches: int | None,
         num_worker: int,
-        part: Share = WHOLE,
+        part: GroupPosition = ALONE,
     ) -> None:
         self._rows, self._num_worker, self._part = rows, num_worker, part
         self._plan = BatchPlan(micro_num, data_size)

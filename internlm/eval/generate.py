@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from internlm.core.parallel.communicator import SILENT_MODEL
+from internlm.core.parallel.communicator import IDENTITY_MODEL
 from internlm.utils.errors import Problem, UserError
 
 
@@ -44,11 +44,11 @@ def generate(
 def _demand_whole(model: nn.Module) -> None:
     """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens, or into
     chunks, the first of which has none to draw."""
-    part = getattr(model, "part", None)
+    part = getattr(model, "stage_layers", None)
     in_parts = part is not None and not (part.is_whole and len(part.chunks) == 1)
     placements = [getattr(parameter, "placement", None) for parameter in model.parameters()]
-    communicator = getattr(model, "communicator", SILENT_MODEL)
-    if in_parts or communicator is not SILENT_MODEL or any(placement and placement.shard for placement in placements):
+    communicator = getattr(model, "communicator", IDENTITY_MODEL)
+    if in_parts or communicator is not IDENTITY_MODEL or any(placement and placement.shard for placement in placements):
         todo = "Load its checkpoint into the same model on one process"
         raise UserError(Problem("generate", "the model is split over ranks or into chunks", todo))
 

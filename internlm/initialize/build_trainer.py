@@ -11,7 +11,7 @@ from torch import nn
 from internlm import accelerator
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.dropout import Draws
+from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
@@ -44,7 +44,7 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     options = criterion, types, gpc.group(tokens), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
-    draws = Draws(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
+    draws = DropoutKey(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
     if config.size * chunks == 1:
         return NonPipelineScheduler(*options, draws=draws)
     kind = kind_of(config.mode, chunks)

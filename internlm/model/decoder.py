@@ -2,7 +2,7 @@
 
 The decoder: embedding, blocks of attention and feed-forward, norm, head.
 
-Of a model that is split into pipeline stages a rank holds a part (:class:`internlm.core.parallel.sharding.Part`): the
+A rank of a pipeline holds the blocks of its :class:`~internlm.core.parallel.sharding.StageLayers`: the
 blocks of its chunks under their numbers in the whole model, and embedding or head where they are its.
 
 Shapes: B sequences, S tokens each (or one row of packed pieces), T = B · S tokens, H hidden, V vocabulary, G kv heads,
@@ -24,16 +24,16 @@ from internlm.config.schema import ModelConfig
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
 from internlm.core.parallel.communicator import (
-    SILENT_ATTENTION,
-    SILENT_MODEL,
+    IDENTITY_ATTENTION,
+    IDENTITY_MODEL,
     AttentionCommunicator,
     ModelCommunicator,
 )
-from internlm.core.parallel.dropout import Drop, Dropout, current_draws, no_drop
-from internlm.core.parallel.fully_sharded import held
+from internlm.core.parallel.dropout import Drop, Dropout, current_dropout_key, no_drop
+from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.offload import Offloading
 from internlm.core.parallel.placement import normal, placement_of
-from internlm.core.parallel.sharding import current_part
+from internlm.core.parallel.sharding import current_stage_layers
 from internlm.ops import Segments, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
 
     role = "attention"
-    communicator: AttentionCommunicator = SILENT_ATTENTION
+    communicator: AttentionCommunicator = IDENTITY_ATTENTION
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -162,34 +162,34 @@ class Decoder(nn.Module):
     """Token ids to logits, or, given labels, to the loss of each token without ever holding all logits."""
 
     role = "model"
-    communicator: ModelCommunicator = SILENT_MODEL
+    communicator: ModelCommunicator = IDENTITY_MODEL
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         c = spec.config
-        self.spec, self.part = spec, current_part(c.num_layers)
+        self.spec, self.stage_layers = spec, current_stage_layers(c.num_layers)
         self.dtype = torch.get_default_dtype()  # of activations
-        holds_copy = self.part.has_head and c.tie_word_embeddings  # of the table, as the head's weight
-        if self.part.has_embedding or holds_copy:
+        holds_copy = self.stage_layers.has_head and c.tie_word_embeddings  # of the table, as the head's weight
+        if self.stage_layers.has_embedding or holds_copy:
             self.embedding = self._embedding()
         self.layers = Blocks(
-            {number: Block(spec, chunk) for chunk, numbers in enumerate(self.part.chunks) for number in numbers}
+            {number: Block(spec, chunk) for chunk, numbers in enumerate(self.stage_layers.chunks) for number in numbers}
         )
-        if self.part.has_head:
+        if self.stage_layers.has_head:
             self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
             self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(c.out_head_init_std), c.parallel_output)
-            self.output.chunk = len(self.part.chunks) - 1
+            self.output.chunk = len(self.stage_layers.chunks) - 1
         if holds_copy:
             self.output.weight = self.embedding.weight
 
     def _embedding(self) -> ParallelEmbedding:
-        c, part = self.spec.config, self.part
+        c, stage_layers = self.spec.config, self.stage_layers
         # A table that is the head's weight too must be split like that.
         split_hidden = c.embed_split_hidden and not c.tie_word_embeddings
         embedding = ParallelEmbedding(
             c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale, split_hidden
         )
-        if c.tie_word_embeddings and part.has_embedding != part.has_head:  # the other end has a copy
+        if c.tie_word_embeddings and stage_layers.has_embedding != stage_layers.has_head:  # the other end has a copy
             weight = embedding.weight
             weight.placement = replace(  # type: ignore[attr-defined]
                 placement_of(weight, "embedding.weight"), partial_over=ParallelMode.PIPELINE
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         its own, but the last.
         """
         x = self._blocks(chunk, hidden, input_ids, cu_seqlens, indexes)
-        if not self.part.is_last(chunk):
+        if not self.stage_layers.is_last(chunk):
             return x
         x = self.norm(x)
         if labels is None:
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
         drop_in = self._dropout(positions.numel())
         x = drop_in(None)("embedding", self.embedding(input_ids.flatten())) if hidden is None else hidden  # [T, H]
         offloading = self._offloading(chunk, (*rotary, segments.cu_seqlens, *([] if hidden is None else [hidden])))
-        for place, number in enumerate(self.part.chunks[chunk]):
+        for place, number in enumerate(self.stage_layers.chunks[chunk]):
             run = partial(self._block, number, rotary=rotary, segments=segments, drop=drop_in(number))
             x = offloading.run(place, run, x)
         offloading.finish()
@@ -261,14 +261,16 @@ class Decoder(nn.Module):
         c = self.spec.config
         if not (c.drop_rate and self.training):
             return lambda layer: no_drop
-        dropout = Dropout(c.drop_rate, not c.dropout_selective_checkpoint, current_draws(), tokens)
+        dropout = Dropout(c.drop_rate, not c.dropout_selective_checkpoint, current_dropout_key(), tokens)
         return lambda layer: partial(dropout, layer)
 
     def _offloading(self, chunk: int, shared: Iterable[Tensor]) -> Offloading:
         """Of a pass through ``chunk``, whose blocks share ``shared``."""
         count = self.spec.config.cpu_offloading if torch.is_grad_enabled() else 0
-        numbers = self.part.chunks[chunk][:count]
-        parameters = (held(parameter).flat for number in numbers for parameter in self.layers[number].parameters())
+        numbers = self.stage_layers.chunks[chunk][:count]
+        parameters = (
+            local_shard(parameter).flat for number in numbers for parameter in self.layers[number].parameters()
+        )
         return Offloading(len(numbers), [*parameters, *shared])
 
     def _rotary(self, positions: Tensor, segments: Segments) -> Rotary:

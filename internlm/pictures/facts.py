@@ -59,9 +59,9 @@ def of_ranks(timeline: Timeline) -> list[OfRank]:
 
 def heading(title: str, timeline: Timeline) -> str:
     """Title, kind and sizes."""
-    table, cut = timeline.table, timeline.table.cut
-    sizes = [table.kind, _count(cut.stages, "stage")]
-    sizes += [_count(cut.chunks, "chunk") + " each"] if cut.chunks > 1 else []
+    table, stage_layout = timeline.table, timeline.table.stage_layout
+    sizes = [table.kind, _count(stage_layout.stages, "stage")]
+    sizes += [_count(stage_layout.chunks, "chunk") + " each"] if stage_layout.chunks > 1 else []
     words = ", ".join([*sizes, _count(table.micro_batches, "micro-batch")])
     return f"{title}: {words}" if title else words
 
@@ -93,10 +93,10 @@ def how_to_read(timelines: Sequence[Titled]) -> str:
 
 def sentence(timeline: Timeline, rank: int, action: Action) -> str:
     """The action in words."""
-    cut = timeline.table.cut
+    stage_layout = timeline.table.stage_layout
     where = f"rank {rank}"
-    if cut.chunks > 1:
-        where += f", chunk {action.chunk} (virtual stage {cut.virtual(rank, action.chunk)})"
+    if stage_layout.chunks > 1:
+        where += f", chunk {action.chunk} (virtual stage {stage_layout.virtual(rank, action.chunk)})"
     return f"{KINDS[action.kind]} of micro-batch {action.micro_batch}, {where}"
 
 
@@ -108,7 +108,7 @@ def kinds_of_all(timelines: Sequence[Titled]) -> list[str]:
 
 def chunks_of_all(timelines: Sequence[Titled]) -> int:
     """The most chunks of a rank."""
-    return max(timeline.table.cut.chunks for _, timeline in timelines)
+    return max(timeline.table.stage_layout.chunks for _, timeline in timelines)
 
 
 def end_of_all(timelines: Sequence[Titled]) -> float:

@@ -44,7 +44,7 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
     ``coloured`` adds ANSI colours, which no information depends on; ``seconds`` says that times are seconds.
     """
     times = clock(timelines, seconds)
-    margin = len(f"rank {max(timeline.table.cut.stages for _, timeline in timelines) - 1}") + 2
+    margin = len(f"rank {max(timeline.table.stage_layout.stages for _, timeline in timelines) - 1}") + 2
     scale, columns = _fitted(timelines, width - margin)
     parts = []
     for title, timeline in timelines:
@@ -75,7 +75,7 @@ def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
 
 
 def _row(timeline: Timeline, rank: int, scale: float, columns: int) -> list[Column]:
-    row, chunks = [Column()] * columns, timeline.table.cut.chunks
+    row, chunks = [Column()] * columns, timeline.table.stage_layout.chunks
     for span in timeline.spans[rank]:
         start, end = round(span.start * scale), round(span.end * scale)
         shade = _shade(span.action)

@@ -47,14 +47,14 @@ def _complete(process: int, rank: int, table: Table, span: Span) -> Event:
             "kind": KINDS[action.kind],
             "micro-batch": action.micro_batch,
             "chunk": action.chunk,
-            "virtual stage": table.cut.virtual(rank, action.chunk),
+            "virtual stage": table.stage_layout.virtual(rank, action.chunk),
         },
     }
 
 
 def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
     """From the end of an action to the start of the one that takes its result."""
-    cut = timeline.table.cut
+    cut = timeline.table.stage_layout
     starts = {(rank, span.action): span.start for rank, row in enumerate(timeline.spans) for span in row}
     sent = ((rank, span, given_by(cut, rank, span.action)) for rank, row in enumerate(timeline.spans) for span in row)
     for number, (rank, span, message) in enumerate(sent):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from internlm.core.parallel.fully_sharded import held
+from internlm.core.parallel.fully_sharded import local_shard
 from internlm.solver.optimizer import HybridZeroOptimizer
 
 PARAMETERS = "parameters"
@@ -37,7 +37,7 @@ def peak_rss_bytes() -> int:
 def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict[str, int]:
     """Bytes of each part that this rank holds all the time, padding included, each storage once."""
     groups = optimizer.groups
-    parameters = _storages(held(parameter).flat for parameter in model.parameters())
+    parameters = _storages(local_shard(parameter).flat for parameter in model.parameters())
     parts = {
         PARAMETERS: parameters,
         GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_parts)),
@@ -71,7 +71,7 @@ def in_mb(size: int | None) -> str:
 
 
 def _of_module(module: nn.Module) -> int:
-    return sum(held(parameter).flat.nbytes for parameter in module.parameters())
+    return sum(local_shard(parameter).flat.nbytes for parameter in module.parameters())
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

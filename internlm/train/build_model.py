@@ -18,9 +18,9 @@ from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.collectives import broadcast
 from internlm.core.parallel.fully_sharded import shard_fully
 from internlm.core.parallel.placement import ParamPlacement, initialize_parameters, placed_parameters, state_buffers
-from internlm.core.parallel.sharding import Part, Sharding, Share, building
+from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
-from internlm.costs.stages import part_of
+from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
@@ -33,8 +33,8 @@ def create_model(model_type: str | None = None) -> nn.Module:
     """The model of the global config (or of another registered ``model_type``), its parameters drawn from the run's
     seed."""
 
-    def share(mode: ParallelMode) -> Share:
-        return Share(gpc.get_local_rank(mode), gpc.get_world_size(mode))
+    def share(mode: ParallelMode) -> GroupPosition:
+        return GroupPosition(gpc.get_local_rank(mode), gpc.get_world_size(mode))
 
     sharding = Sharding(gpc.config.parallel.tensor.mode, share(ParallelMode.TENSOR), share(ParallelMode.WEIGHT))
     name = model_type or gpc.config.model_type
@@ -49,7 +49,7 @@ def build_model(
     seed: int,
     model_type: str | None = None,
     sharding: Sharding | None = None,
-    part: Part | None = None,
+    stage_layers: StageLayers | None = None,
 ) -> nn.Module:
     """The model that ``config`` describes, or this rank's part of it by ``sharding`` and ``part``, on this process's
     device, its parameters drawn from ``seed``."""
@@ -62,7 +62,7 @@ def build_model(
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
     randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with randomness, default_dtype(dtype), device, building(sharding or Sharding(), part):
+    with randomness, default_dtype(dtype), device, building(sharding or Sharding(), stage_layers):
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
     if config.use_fp32_norm:
@@ -80,8 +80,10 @@ def widen_norms(model: nn.Module) -> None:
 
 def _check_part(model: nn.Module, name: str) -> None:
     """A model of which this rank should have a part, or chunks, must have asked for it."""
-    part = _own_part()
-    if (len(part.chunks) > 1 or not part.is_whole) and getattr(model, "part", None) != part:
+    stage_layers = _own_part()
+    if (len(stage_layers.chunks) > 1 or not stage_layers.is_whole) and getattr(
+        model, "stage_layers", None
+    ) != stage_layers:
         what = f"{name!r} can't be split into stages: it did not ask for its part"
         todo = "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks "
         raise ConfigError(Problem("model_type", what, f"{todo}to 1"))
@@ -94,8 +96,8 @@ def _doubt_keys_of_the_decoder(model: nn.Module, name: str) -> None:
         get_logger().warning(f"{', '.join(given)}: without effect, unless {name!r} sees to it itself")
 
 
-def _own_part() -> Part:
-    return part_of(gpc.config, gpc.get_local_rank(ParallelMode.PIPELINE))
+def _own_part() -> StageLayers:
+    return stage_layers_of(gpc.config, gpc.get_local_rank(ParallelMode.PIPELINE))
 
 
 def _check_attention(backend: str, dtype: torch.dtype) -> None:

@@ -9,21 +9,21 @@ from typing import TypeAlias
 from torch import Tensor
 
 from internlm.core.parallel.ledger import Traffic
-from internlm.core.parallel.placement import Box
+from internlm.core.parallel.placement import TensorSlice
 
 Offsets: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorShards:
     """The boxes of one logical tensor that a rank holds, by their offsets."""
 
     shape: tuple[int, ...]
-    boxes: dict[Offsets, Tensor]
+    slices: dict[Offsets, Tensor]
 
 
 #: By logical name.
-HeldTensors: TypeAlias = dict[str, Held]
+ShardsByName: TypeAlias = dict[str, TensorShards]
 
 
 @dataclass
@@ -53,9 +53,9 @@ class RankRecord:
     losses: list[float]
     norms: list[float]
     """Global gradient norms, before clipping."""
-    gradients: HeldTensors
+    gradients: ShardsByName
     """Of the first step: reduced over the ranks, not clipped."""
-    parameters: HeldTensors
+    parameters: ShardsByName
     """After the last step."""
     passes: list[Pass]
     """Of the micro-batches of the first step that were asked for."""
@@ -68,13 +68,13 @@ class RankRecord:
 
 
 def hold(
-    held: HeldTensors, name: str, shape: tuple[int, ...], boxes: Iterable[Box], flat: Tensor, begin: int = 0
+    held: ShardsByName, name: str, shape: tuple[int, ...], boxes: Iterable[TensorSlice], flat: Tensor, begin: int = 0
 ) -> None:
     """Add copies of ``boxes`` of the logical tensor ``name`` to ``held``; they are runs of ``flat``, counted from
     ``begin``."""
-    mine = held.setdefault(name, Held(shape, {}))
+    mine = held.setdefault(name, TensorShards(shape, {}))
     for box in boxes:
-        mine.boxes[box.offsets] = flat[begin + box.start : begin + box.stop].view(box.sizes).detach().clone()
+        mine.slices[box.offsets] = flat[begin + box.start : begin + box.stop].view(box.sizes).detach().clone()
 
 
 def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:

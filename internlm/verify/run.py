@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.fully_sharded import compute_dtype, held
+from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic, summed
 from internlm.core.parallel.placement import placed_parameters
 from internlm.core.scheduler.actions import FORWARD
@@ -28,7 +28,7 @@ from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model, initialize_model_and_parallel_communicator
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.compile import is_compiled
-from internlm.verify.record import HeldTensors, Pass, Place, RankRecord, hold
+from internlm.verify.record import Pass, Place, RankRecord, ShardsByName, hold
 
 
 @contextmanager
@@ -65,7 +65,7 @@ class _Watch:
 
     def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
-        part = getattr(model, "part", None)
+        part = getattr(model, "stage_layers", None)
         self._ends = part is None or part.is_last(inputs.get("chunk", 0))  # else it gives hidden units
 
     def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -175,22 +175,22 @@ def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
     return max(1.0, (report.update.grad_norm + 1e-6) / clip_grad_norm) if clips else 1.0
 
 
-def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> HeldTensors:
+def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> ShardsByName:
     """This rank's shard of the reduced gradients."""
-    gradients: HeldTensors = {}
+    gradients: ShardsByName = {}
     for group in optimizer.groups:
         for piece in group.pieces():
             flat = group.grad_parts[piece.number] * clipped_by
-            boxes = piece.placement.boxes(piece.start, piece.stop)
+            boxes = piece.placement.slices(piece.start, piece.stop)
             hold(gradients, piece.name, piece.placement.global_shape, boxes, flat, piece.lo - piece.start)
     return gradients
 
 
-def _parameters(model: nn.Module) -> HeldTensors:
+def _parameters(model: nn.Module) -> ShardsByName:
     """This rank's part of each parameter, as it is computed with."""
-    parameters: HeldTensors = {}
+    parameters: ShardsByName = {}
     for name, parameter, placement in placed_parameters(model):
-        flat, start = held(parameter)
-        boxes = placement.boxes(start, start + len(flat))
+        flat, start = local_shard(parameter)
+        boxes = placement.slices(start, start + len(flat))
         hold(parameters, name, placement.global_shape, boxes, flat.to(compute_dtype(parameter)), -start)
     return parameters

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from internlm.verify.record import HeldTensors, Pass, RankRecord, by_sample
+from internlm.verify.record import Pass, RankRecord, ShardsByName, by_sample
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Assembled:
     """Tensors of which some elements are held by no rank."""
 
 
-def assemble(ranks: Sequence[HeldTensors]) -> Assembled:
+def assemble(ranks: Sequence[ShardsByName]) -> Assembled:
     """Whole tensors from what each rank holds of them; where ranks disagree, the first one counts."""
     result = Assembled()
     for name in dict.fromkeys(name for held in ranks for name in held):
@@ -51,13 +51,13 @@ def assemble(ranks: Sequence[HeldTensors]) -> Assembled:
     return result
 
 
-def _assemble(name: str, ranks: Sequence[HeldTensors], result: Assembled) -> None:
+def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> None:
     whole, known = torch.empty(0), torch.empty(0)
     shared, first_other = False, None
     for rank, held in enumerate(ranks):
         if name not in held:
             continue
-        for at, box in held[name].boxes.items():
+        for at, box in held[name].slices.items():
             if not whole.numel():
                 whole, known = torch.zeros(held[name].shape, dtype=box.dtype), torch.zeros(held[name].shape)
             where = tuple(slice(start, start + size) for start, size in zip(at, box.shape, strict=True))

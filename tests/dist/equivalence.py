@@ -148,7 +148,7 @@ def _first_gradients(optimizer: HybridZeroOptimizer) -> Boxes:
 def boxes_of(tensors: Logical) -> Boxes:
     """What a rank holds of each logical tensor, copied, so that it can travel to the test."""
     return {
-        name: (tuple(tensor.global_shape), {at: box.to(tensor.dtype, copy=True) for at, box in tensor.boxes.items()})
+        name: (tuple(tensor.global_shape), {at: box.to(tensor.dtype, copy=True) for at, box in tensor.slices.items()})
         for name, tensor in tensors.items()
     }
 

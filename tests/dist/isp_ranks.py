@@ -12,7 +12,7 @@ from torch import Tensor
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
-from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder, tokens
@@ -51,7 +51,7 @@ class Ranks(NamedTuple):
 
 
 def split(rank: int, world_size: int, case: Case) -> Ranks:
-    share = Share(rank, world_size)
+    share = GroupPosition(rank, world_size)
     with building(Sharding("isp", share, share)):
         model = decoder(dtype=case.dtype, checkpoint=case.recompute, tie_word_embeddings=case.tied)
     world = dist.group.WORLD

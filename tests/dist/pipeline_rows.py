@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Cut, Table
-from internlm.core.scheduler.table import cut_of, kind_of, make_table
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, StageLayout, Table
+from internlm.core.scheduler.table import kind_of, make_table, stage_layout_of
 
 #: By schedule: its mode, and with how many chunks it is tried. ``own`` is a table in a file, drawn at random.
 KINDS: dict[str, list[tuple[str, int]]] = {
@@ -148,7 +148,7 @@ class Row(NamedTuple):
         """What it runs."""
         kind, stages = kind_of(self.mode, self.chunks), self.place.stages
         if self.kind == "own":
-            return random_table(random.Random(seed), cut_of(kind, stages, self.chunks), self.micro_batches)
+            return random_table(random.Random(seed), stage_layout_of(kind, stages, self.chunks), self.micro_batches)
         return make_table(kind, stages, self.chunks, self.micro_batches)
 
 
@@ -165,7 +165,7 @@ def rows() -> Iterator[Row]:
 ROWS = list(rows())
 
 
-def random_table(rng: random.Random, cut: Cut, micro_batches: int) -> Table:
+def random_table(rng: random.Random, cut: StageLayout, micro_batches: int) -> Table:
     """An order that nobody would choose, but that can run: always any action of which all that it needs is done. Of
     about half of all backward actions the weights come later."""
     pairs = itertools.product(range(cut.virtual_stages), range(micro_batches))

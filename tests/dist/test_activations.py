@@ -24,9 +24,9 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import placement_of
 from internlm.core.parallel.attach import attach_communicators
-from internlm.core.parallel.dropout import Draws, drawing
+from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.offload import _Parked, _Store
-from internlm.core.parallel.sharding import Sharding, Share
+from internlm.core.parallel.sharding import GroupPosition, Sharding
 from internlm.costs.activations import (
     GATE_UP,
     GATHERED,
@@ -45,7 +45,7 @@ from internlm.costs.activations import (
     saved_for_backward,
     saved_on_host,
 )
-from internlm.costs.stages import part_of
+from internlm.costs.stages import stage_layers_of
 from internlm.initialize import initialize_distributed_env
 from internlm.train.build_model import build_model
 from tests.dist.equivalence import TINY
@@ -181,11 +181,11 @@ def _measure(rank: int, world_size: int, layout: Sequence[str], cases: Sequence[
 
 def _measure_case(config: Config, stage: int = 0, chunk: int = 0) -> Measured:
     mode, tensor, weight = config.parallel.tensor.mode, gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)
-    shares = Share(tensor.rank, tensor.size), Share(weight.rank, weight.size)
-    part = part_of(config, stage)
-    model = build_model(config, 0, sharding=Sharding(mode, *shares), part=part)
+    shares = GroupPosition(tensor.rank, tensor.size), GroupPosition(weight.rank, weight.size)
+    part = stage_layers_of(config, stage)
+    model = build_model(config, 0, sharding=Sharding(mode, *shares), stage_layers=part)
     attach_communicators(model, mode, tensor, weight)
-    inputs = _inputs(config, shares[0] if mode == "isp" else Share())
+    inputs = _inputs(config, shares[0] if mode == "isp" else GroupPosition())
     tokens = int((inputs["labels"] >= 0).sum())
     if not part.is_first(chunk):
         shape, dtype = model.hidden_like(inputs)
@@ -201,7 +201,7 @@ def _loss_or_hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss_sum
 
 
-def _inputs(config: Config, part: Share) -> dict[str, Any]:
+def _inputs(config: Config, part: GroupPosition) -> dict[str, Any]:
     """Of four sequences in one row this rank's part."""
     length, count = config.data.seq_len, config.data.micro_bsz
     ids = torch.randint(config.model.vocab_size, (length * count,), generator=torch.Generator().manual_seed(0))
@@ -232,7 +232,7 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], in
             saved.setdefault(_at(tensor), (running[-1], tensor.untyped_storage().nbytes()))
         return Held(tensor.detach())  # what an operator gave would else keep itself
 
-    with saved_tensors_hooks(pack, lambda held: held.tensor), drawing(Draws()):
+    with saved_tensors_hooks(pack, lambda held: held.tensor), dropout_key_scope(DropoutKey()):
         output = _loss_or_hidden(model, inputs)
     if "hidden" in inputs:  # it waits for its gradient, also where nobody saves it
         saved.setdefault(_at(inputs["hidden"]), ("columns", inputs["hidden"].nbytes))
@@ -377,7 +377,7 @@ def test_every_chunk_to_the_byte(layout: Layout) -> None:
 def _assert_chunk(config: Config, world: int, stage: int, chunk: int, measured: Measured) -> None:
     saved = saved_for_backward(config, world, stage=stage, chunk=chunk)
     host = saved_on_host(config, world, stage=stage, chunk=chunk)
-    _assert_measured(config, part_of(config, stage).chunks[chunk], saved, host, measured)
+    _assert_measured(config, stage_layers_of(config, stage).chunks[chunk], saved, host, measured)
 
 
 # -- the page

@@ -16,7 +16,7 @@ from torch import nn
 from internlm.checkpoint.logical import model_tensors
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import place_replicated
-from internlm.core.parallel.fully_sharded import held, is_fully_sharded
+from internlm.core.parallel.fully_sharded import is_fully_sharded, local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.costs import expected_traffic
@@ -244,7 +244,7 @@ def _beside(rank: int, world_size: int, overrides: tuple[str, ...]) -> _Seen:
     tokens = generate(model, [3, 1, 4], 5, temperature=0)
     note("training again", lambda: trainer.train_step(batches), 2)
     note("validation again", validate, 3, forward_only=True)
-    numel = sum(len(held(parameter).flat) for parameter in model.parameters())
+    numel = sum(len(local_shard(parameter).flat) for parameter in model.parameters())
     return _Seen(
         traffic, [*tokens, *generate(model, [3], 5, temperature=0)], held_between_steps(model, trainer.optimizer), numel
     )

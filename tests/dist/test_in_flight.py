@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from internlm.config import load_config
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.fully_sharded import held
+from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.scheduler.compute import InFlight
 from internlm.core.scheduler.executor import Record
 from internlm.costs.activations import kept_after_each_action, peak_saved, saved_for_backward
@@ -76,9 +76,9 @@ class Watch(list[Record]):
         self.bytes: list[int] = []
 
     def pack(self, tensor: Tensor) -> Held:
-        held = Held(tensor)
-        self.saved.add(held)
-        return held
+        local_shard = Held(tensor)
+        self.saved.add(local_shard)
+        return local_shard
 
     def _remembered(self, rotary: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
         """Rotary tables may be kept by whoever will run a block again, rather than by autograd."""
@@ -94,7 +94,7 @@ class Watch(list[Record]):
         in_flight = [each for each in gc.get_objects() if type(each) is InFlight]
         tensors = [tensor for each in in_flight for tensor in _tensors_of(each)] + [each.tensor for each in self.saved]
         tensors += [table for table in (each() for each in self.tables) if table is not None]
-        parameters = {address(held(each).flat) for each in self.model.parameters()}
+        parameters = {address(local_shard(each).flat) for each in self.model.parameters()}
         kept = {}
         for tensor in tensors:
             if address(tensor) in self.shared:  # by all micro-batches: this one's part
@@ -121,7 +121,7 @@ def _watch_case(overrides: Case) -> list[int]:
     watch = trainer.scheduler.records = Watch(model, {address(ids)})
     gc.collect()
     gc.freeze()
-    with saved_tensors_hooks(watch.pack, lambda held: held.tensor):
+    with saved_tensors_hooks(watch.pack, lambda local_shard: local_shard.tensor):
         trainer.execute_schedule(iter([(batch, ids.clone())]))  # every label counts
     gc.unfreeze()
     return watch.bytes

@@ -26,7 +26,7 @@ from internlm.profiler.reports import ACTIVATIONS, GATHER, REDUCTION, held_betwe
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.grad_reduce import BucketSum
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.train.hooks import TellMemoryPlan
+from internlm.train.hooks import LogMemoryPlan
 from internlm.train.hooks.log import own_plan
 from internlm.utils.logger import get_logger
 from tests.dist.equivalence import TINY
@@ -190,7 +190,7 @@ def _told(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[str, 
     log = get_logger()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    TellMemoryPlan().before_run(trainer)
+    LogMemoryPlan().before_run(trainer)
     log.removeHandler(handler)
     return "\n".join(lines), own_plan(trainer.model)
 

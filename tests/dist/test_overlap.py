@@ -57,7 +57,9 @@ def test_no_bit_differs(ranks: int, layout: tuple[str, ...], whole: bool) -> Non
         assert one.losses == other.losses
         assert one.norms == other.norms
         for name, held in one.parameters.items():
-            assert all(torch.equal(box, other.parameters[name].boxes[where]) for where, box in held.boxes.items()), name
+            assert all(torch.equal(box, other.parameters[name].slices[where]) for where, box in held.slices.items()), (
+                name
+            )
 
 
 # -- it really overlaps
@@ -97,7 +99,7 @@ def _held_back(
     def begin(*args: Any) -> SimpleNamespace:
         future = line.submit(carried_out, progress.done, args)
         held.append((progress.done, future))
-        return SimpleNamespace(wait=future.result, settle=lambda: None)
+        return SimpleNamespace(wait=future.result, release_if_completed=lambda: None)
 
     setattr(module, name, begin)
     try:
@@ -255,9 +257,9 @@ def _adopted(rank: int, world_size: int) -> str:
     model, optimizer = _model_and_optimizer(overlap_sync_param=True)
     _step(model, optimizer)
     with pytest.raises(UserError) as caught:
-        optimizer.adopt_parameters()
+        optimizer.copy_model_to_main_params()
     optimizer.gather_parameters()
-    optimizer.adopt_parameters()
+    optimizer.copy_model_to_main_params()
     return str(caught.value)
 
 

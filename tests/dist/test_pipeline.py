@@ -17,7 +17,7 @@ from torch import Tensor
 import internlm.verify.run
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import StepResult
-from internlm.core.scheduler.actions import Cut
+from internlm.core.scheduler.actions import StageLayout
 from internlm.core.scheduler.table import write_table
 from internlm.core.scheduler.validate import Costs, simulate
 from internlm.core.trainer import StepReport, Trainer
@@ -95,7 +95,7 @@ def assert_row(row: Row, seed: int, lopsided: str, folder: Path) -> None:
         write_table(table, folder / "own.csv")
         overrides.append(f"parallel.pipeline.table={folder / 'own.csv'}")
     outcomes = assert_equal(overrides, row.place.ranks)
-    peaks = simulate(table, Costs.uniform(table.cut.virtual_stages)).peak_in_flight
+    peaks = simulate(table, Costs.uniform(table.stage_layout.virtual_stages)).peak_in_flight
     assert [each.peak_in_flight for each in outcomes] == [peaks[each.record.place.stage] for each in outcomes]
 
 
@@ -138,7 +138,7 @@ def test_the_least_and_the_most_that_is_interleaved(place: Place, chunks: int) -
 
 def _tensors(outcome: Outcome) -> Iterator[Tensor]:
     for held in (outcome.record.gradients, outcome.record.parameters):
-        yield from (box for each in held.values() for box in each.boxes.values())
+        yield from (box for each in held.values() for box in each.slices.values())
 
 
 def test_overlap_changes_no_bit() -> None:
@@ -194,7 +194,7 @@ def test_validation(tmp_path: Path) -> None:
     sorts = sorted({(mode, chunks) for sorts in KINDS.values() for mode, chunks in sorts if chunks <= 2})
     layout = ["parallel.pipeline.size=4", "model.num_layers=8"]
     configs = [[*layout, f"parallel.pipeline.mode={mode}", f"model.num_chunks={chunks}"] for mode, chunks in sorts]
-    write_table(random_table(random.Random(0), Cut(4), MICRO_BATCHES), tmp_path / "own.csv")
+    write_table(random_table(random.Random(0), StageLayout(4), MICRO_BATCHES), tmp_path / "own.csv")
     sorts.append(("1F1B", 1))
     configs.append([*layout, f"parallel.pipeline.table={tmp_path / 'own.csv'}"])
     (((wanted, trained),),) = run_ranks(1, _validate, ["model.num_layers=8"])

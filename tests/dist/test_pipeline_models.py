@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import ModelConfig
-from internlm.core.parallel import current_part, place_replicated
+from internlm.core.parallel import current_stage_layers, place_replicated
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.utils.errors import ConfigError
@@ -25,13 +25,13 @@ class Chain(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.part = current_part(config.num_layers)
+        self.stage_layers = current_stage_layers(config.num_layers)
         embedding, head = nn.Embedding(config.vocab_size, width), nn.Linear(width, config.vocab_size)
         layers = [nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(config.num_layers)]
-        if self.part.has_embedding:
+        if self.stage_layers.has_embedding:
             self.embedding = embedding
-        self.layers = nn.ModuleDict({str(n): layers[n] for numbers in self.part.chunks for n in numbers})
-        if self.part.has_head:
+        self.layers = nn.ModuleDict({str(n): layers[n] for numbers in self.stage_layers.chunks for n in numbers})
+        if self.stage_layers.has_head:
             self.head = head
 
     def forward(
@@ -45,9 +45,9 @@ class Chain(nn.Module):
     ) -> Tensor:
         """Logits [*input_ids.shape, vocab_size], or hidden units for the next chunk."""
         x = self.embedding(input_ids) if hidden is None else hidden
-        for number in self.part.chunks[chunk]:
+        for number in self.stage_layers.chunks[chunk]:
             x = x + self.layers[str(number)](x).tanh()
-        return self.head(x) if self.part.is_last(chunk) else x
+        return self.head(x) if self.stage_layers.is_last(chunk) else x
 
 
 class Foretold(Chain):

@@ -13,7 +13,7 @@ from torch import Tensor
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.sharding import Part, Sharding, building
+from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
@@ -29,7 +29,7 @@ def world(mode: ParallelMode) -> Group:
 
 def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tensor]:
     """The norm of gradients that are 1 everywhere, and the table after a step."""
-    with building(Sharding(), Part(2, (range(rank, rank + 1),))):
+    with building(Sharding(), StageLayers(2, (range(rank, rank + 1),))):
         model = decoder(tie_word_embeddings=True)
     stages = world(ParallelMode.PIPELINE)
     optimizer = HybridZeroOptimizer(

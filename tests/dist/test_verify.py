@@ -27,7 +27,7 @@ from internlm.core.scheduler.compute import MicroBatches
 from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
-from internlm.solver.optimizer.flat_buffers import FlatGroup
+from internlm.solver.optimizer.flat_buffers import FlatParamGroup
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
 from internlm.verify.configs import make_plan
@@ -216,13 +216,13 @@ def test_loss_counts_own_tokens() -> None:
 
 @planted
 def norm_counts_twice(patch: pytest.MonkeyPatch, rank: int) -> None:
-    make = FlatGroup.__init__
+    make = FlatParamGroup.__init__
 
-    def split(self: FlatGroup, *args: Any, **options: Any) -> None:
+    def split(self: FlatParamGroup, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         self.kind = replace(self.kind, split_over=ParallelMode.TENSOR)
 
-    patch.setattr(FlatGroup, "__init__", split)
+    patch.setattr(FlatParamGroup, "__init__", split)
 
 
 def test_norm_counts_twice() -> None:

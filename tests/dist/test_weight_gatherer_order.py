@@ -13,7 +13,7 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.products import deferring
-from internlm.core.parallel.sharding import Part, Sharding, Share, building
+from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.core.parallel.weight_gatherer import Overlap, WeightGatherer
 from internlm.solver.optimizer import HybridZeroOptimizer
 from tests.dist.isp_ranks import (
@@ -118,8 +118,8 @@ def test_order_where_the_first_layer_is_recomputed(overlap: str) -> None:
 
 def _of_two_chunks(rank: int, world_size: int, overlap: Overlap) -> tuple[list[str], dict[str, Tensor]]:
     """What happens in F of either chunk and B of either, and the gradients."""
-    share = Share(rank, world_size)
-    with building(Sharding("isp", share, share), Part(2, (range(1), range(1, 2)))):
+    share = GroupPosition(rank, world_size)
+    with building(Sharding("isp", share, share), StageLayers(2, (range(1), range(1, 2)))):
         model = decoder()
     world = dist.group.WORLD
     assert world is not None

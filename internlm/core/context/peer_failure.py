@@ -24,7 +24,7 @@ ALL = -1
 
 
 @contextmanager
-def naming_lost(stage: Group, other: int, what: str, timeout: timedelta) -> Iterator[None]:
+def attributing_peer_failure(stage: Group, other: int, what: str, timeout: timedelta) -> Iterator[None]:
     """Where the block fails because another rank is gone or silent, raise a :class:`LostPeerError` that names it.
 
     In the block this rank, one of the ``stage`` group, waits for ``other`` of them, or :data:`ALL`, to do ``what``.

@@ -8,6 +8,6 @@ from internlm.core.parallel.linear import ParallelLinear as ParallelLinear
 from internlm.core.parallel.placement import ParamPlacement as ParamPlacement
 from internlm.core.parallel.placement import place as place
 from internlm.core.parallel.placement import placement_of as placement_of
-from internlm.core.parallel.sharding import Part as Part
-from internlm.core.parallel.sharding import current_part as current_part
+from internlm.core.parallel.sharding import StageLayers as StageLayers
+from internlm.core.parallel.sharding import current_stage_layers as current_stage_layers
 from internlm.core.parallel.sharding import place_replicated as place_replicated

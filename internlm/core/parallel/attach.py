@@ -20,7 +20,7 @@ from typing import Any, cast
 from torch import nn
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.communicator import SILENT, Communicator
+from internlm.core.parallel.communicator import IDENTITY, Communicator
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import ParamPlacement, placement_of
 from internlm.core.parallel.sharding import LIKE
@@ -46,7 +46,7 @@ SPLITS_WEIGHT_ROLES = ("column", "row", "head")
 
 
 @dataclass(frozen=True)
-class Ties:
+class CommContext:
     """The groups over which a model is split; under isp also who gathers its weights."""
 
     tensor: Group
@@ -56,7 +56,7 @@ class Ties:
     blocks: Mapping[nn.Module, int] = field(default_factory=dict)  # in which each module lies
 
 
-Build = Callable[[Ties, Any], Any]
+Build = Callable[[CommContext, Any], Any]
 TABLE: dict[tuple[str, str], Build] = {}
 
 
@@ -74,7 +74,7 @@ def register_communicator(mode: str, role: str, like: str | None = None) -> Call
 
 
 def _embedding(combine_units: Any, combine_sum: Any) -> Build:
-    def build(ties: Ties, layer: Any) -> VocabEmbedding | HiddenEmbedding:
+    def build(ties: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
         placement: ParamPlacement = layer.weight.placement
         if placement.shard is not None and placement.shard.axis is not None:
             return HiddenEmbedding(ties.tensor, combine_units)
@@ -83,15 +83,15 @@ def _embedding(combine_units: Any, combine_sum: Any) -> Build:
     return build
 
 
-def _isp_linear(ties: Ties, layer: Any) -> Communicator:
-    return IspLinear(ties.gatherer, ties.numbers[layer]) if ties.gatherer else SILENT
+def _isp_linear(ties: CommContext, layer: Any) -> Communicator:
+    return IspLinear(ties.gatherer, ties.numbers[layer]) if ties.gatherer else IDENTITY
 
 
-def _isp_head(ties: Ties, layer: Any) -> TokensHead:
+def _isp_head(ties: CommContext, layer: Any) -> TokensHead:
     return IspHead(ties.gatherer, ties.numbers[layer], ties.tensor) if ties.gatherer else TokensHead(ties.tensor)
 
 
-def _isp_attention(ties: Ties, layer: Any) -> IspAttention:
+def _isp_attention(ties: CommContext, layer: Any) -> IspAttention:
     gatherer = ties.gatherer
     before = partial(gatherer.before_attention, ties.blocks[layer]) if gatherer else lambda: None
     return IspAttention(ties.tensor, before)
@@ -129,7 +129,7 @@ def attach_communicators(
     if not split:
         return None
     gathers = mode == "isp" and weight.size > 1
-    ties = _isp_ties(model, tensor, weight, overlap or Overlap()) if gathers else Ties(tensor, weight)
+    ties = _isp_ties(model, tensor, weight, overlap or Overlap()) if gathers else CommContext(tensor, weight)
     for module in model.modules():
         role = getattr(module, "role", "")
         build = TABLE.get((mode, role)) or TABLE.get((mode, LIKE.get(role, "")))
@@ -138,7 +138,7 @@ def attach_communicators(
     return ties.gatherer
 
 
-def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> Ties:
+def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
     names = {module: name for name, module in model.named_modules()}
     numbers: dict[nn.Module, int] = {}
     members: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
@@ -156,7 +156,7 @@ def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) 
     blocks = {
         module: list(members).index(block_of(name)) for module, name in names.items() if block_of(name) in members
     }
-    return Ties(tensor, weight, WeightGatherer(weight, linears, overlap), numbers, blocks)
+    return CommContext(tensor, weight, WeightGatherer(weight, linears, overlap), numbers, blocks)
 
 
 def block_of(name: str) -> str:

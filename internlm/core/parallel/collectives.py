@@ -80,7 +80,7 @@ class Pending:
     def __init__(self, result: Tensor, work: Work | None = None) -> None:
         self._result, self._work = result, work
 
-    def settle(self) -> None:
+    def release_if_completed(self) -> None:
         """Give up what it needs to come, if it is there."""
         if self._work is not None and self._work.is_completed():
             self.wait()

@@ -115,8 +115,8 @@ class ModelCommunicator:
 
 
 #: Layers start with these.
-SILENT = Communicator()
-SILENT_HEAD = HeadCommunicator()
-SILENT_EMBEDDING = EmbeddingCommunicator()
-SILENT_ATTENTION = AttentionCommunicator()
-SILENT_MODEL = ModelCommunicator()
+IDENTITY = Communicator()
+IDENTITY_HEAD = HeadCommunicator()
+IDENTITY_EMBEDDING = EmbeddingCommunicator()
+IDENTITY_ATTENTION = AttentionCommunicator()
+IDENTITY_MODEL = ModelCommunicator()

@@ -25,7 +25,7 @@ from internlm.utils.torch_private import uncompiled
 
 
 @dataclass(frozen=True)
-class Draws:
+class DropoutKey:
     """What masks are drawn from, besides layer and place: who this rank is, and what it computes."""
 
     seed: int = 0
@@ -41,11 +41,11 @@ class Draws:
         return self.data_rank * self.micro_num + self.number
 
 
-_current: Draws | None = None
+_current: DropoutKey | None = None
 
 
 @contextmanager
-def drawing(draws: Draws) -> Iterator[None]:
+def dropout_key_scope(draws: DropoutKey) -> Iterator[None]:
     """Models that run within the block take their masks from ``draws``."""
     global _current
     outer, _current = _current, draws
@@ -55,7 +55,7 @@ def drawing(draws: Draws) -> Iterator[None]:
         _current = outer
 
 
-def current_draws() -> Draws:
+def current_dropout_key() -> DropoutKey:
     """Those of the model that runs; raises :class:`UserError` where nobody said which micro-batch it has."""
     if _current is None:
         what = "a mask depends on step and micro-batch, and nobody says which the model has"
@@ -72,7 +72,7 @@ class Dropout:
 
     rate: float
     keeps_masks: bool
-    draws: Draws
+    draws: DropoutKey
     tokens: int
 
     def __call__(self, layer: object, place: str, x: Tensor) -> Tensor:

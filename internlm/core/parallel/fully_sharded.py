@@ -70,7 +70,7 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-class Run(NamedTuple):
+class LocalShard(NamedTuple):
     """The elements of a parameter's flattened part, as its placement knows it, that are held here: those of ``flat``,
     the first of which is number ``start``."""
 
@@ -78,14 +78,14 @@ class Run(NamedTuple):
     start: int
 
 
-def held(parameter: Tensor) -> Run:
+def local_shard(parameter: Tensor) -> LocalShard:
     """What this rank holds of ``parameter``, in its own memory; all of it, unless that is shared."""
     parameter = parameter.detach()
     if not isinstance(parameter, DTensor):
-        return Run(parameter.view(-1), 0)
+        return LocalShard(parameter.view(-1), 0)
     rows, mesh = parameter.shape[0], parameter.device_mesh
     first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-    return Run(parameter.to_local().view(-1), first * math.prod(parameter.shape[1:]))
+    return LocalShard(parameter.to_local().view(-1), first * math.prod(parameter.shape[1:]))
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.parallel.communicator import SILENT_EMBEDDING, SILENT_HEAD, EmbeddingCommunicator, HeadCommunicator
+from internlm.core.parallel.communicator import (
+    IDENTITY_EMBEDDING,
+    IDENTITY_HEAD,
+    EmbeddingCommunicator,
+    HeadCommunicator,
+)
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.param_state import fresh
+from internlm.core.parallel.param_state import wait_for_all_gather
 from internlm.core.parallel.placement import Init, constant, normal, place
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import TokenLoss, layer_norm, linear_cross_entropy, rms_norm
@@ -19,7 +24,7 @@ class ParallelEmbedding(nn.Module):
     3.1). Tensor parallel modes split the table over its words, or, with ``split_hidden``, over hidden units."""
 
     role = "embedding"
-    communicator: EmbeddingCommunicator = SILENT_EMBEDDING
+    communicator: EmbeddingCommunicator = IDENTITY_EMBEDDING
 
     def __init__(
         self, vocab_size: int, hidden_size: int, std: float, grad_scale: float = 1.0, split_hidden: bool = False
@@ -56,7 +61,7 @@ class ParallelNorm(nn.Module):
 class ParallelHead(ParallelLinear):
     """Hidden units to logits, or, given labels, to the loss of each token without ever holding all logits."""
 
-    communicator: HeadCommunicator = SILENT_HEAD
+    communicator: HeadCommunicator = IDENTITY_HEAD
 
     def __init__(self, hidden_size: int, vocab_size: int, init: Init, parallel_output: bool = True) -> None:
         super().__init__(hidden_size, vocab_size, init, role="head")
@@ -70,7 +75,7 @@ class ParallelHead(ParallelLinear):
 
     def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
         """x: [tokens of this rank, H] → losses of the labels, [T]."""
-        with self.communicator.weight_for_loss(fresh(self.weight)) as weight:
+        with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),
                 weight,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from internlm.core.parallel import compiled_linear, products
-from internlm.core.parallel.communicator import SILENT, Communicator
+from internlm.core.parallel.communicator import IDENTITY, Communicator
 from internlm.core.parallel.param_state import add_grad
 from internlm.core.parallel.placement import Init, constant, place
 from internlm.core.parallel.sharding import current_sharding
@@ -31,7 +31,7 @@ class ParallelLinear(nn.Module):
     how a parallel mode treats it: see :mod:`internlm.core.parallel.sharding`.
     """
 
-    communicator: Communicator = SILENT
+    communicator: Communicator = IDENTITY
     chunk = 0  # of the pipeline stage; that of a block where it lies in one
 
     def __init__(

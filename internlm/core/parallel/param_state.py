@@ -19,7 +19,7 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
     return getattr(parameter, "main_grad", None)
 
 
-def fresh(parameter: Tensor) -> Tensor:
+def wait_for_all_gather(parameter: Tensor) -> Tensor:
     """``parameter``, with the values of its last update: some may still have to come from other ranks. A forward pass
     that calls the module which has it need not ask."""
     ask = getattr(parameter, "before_use", None)

@@ -24,7 +24,7 @@ from internlm.utils.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
-class Box:
+class TensorSlice:
     """Offsets and sizes in each dimension, and the run [start, stop) of the flattened tensor that it is."""
 
     offsets: tuple[int, ...]
@@ -33,12 +33,12 @@ class Box:
     stop: int
 
 
-def boxes_of_run(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+def slices_of_run(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorSlice]:
     """The boxes of elements [start, stop) of a row-major tensor of ``shape``."""
     if start >= stop:
         return
     if len(shape) == 0:
-        yield Box((), (), start, stop)
+        yield TensorSlice((), (), start, stop)
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row  # whole rows: first … last - 1
@@ -47,14 +47,14 @@ def boxes_of_run(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         return
     yield from _within_row(shape, first - 1, start, first * row, row)
     if first < last:
-        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), first * row, last * row)
+        yield TensorSlice((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]), first * row, last * row)
     yield from _within_row(shape, last, last * row, stop, row)
 
 
-def _within_row(shape: Sequence[int], index: int, start: int, stop: int, row: int) -> Iterator[Box]:
+def _within_row(shape: Sequence[int], index: int, start: int, stop: int, row: int) -> Iterator[TensorSlice]:
     base = index * row
-    for box in boxes_of_run(shape[1:], start - base, stop - base):
-        yield Box((index, *box.offsets), (1, *box.sizes), box.start + base, box.stop + base)
+    for box in slices_of_run(shape[1:], start - base, stop - base):
+        yield TensorSlice((index, *box.offsets), (1, *box.sizes), box.start + base, box.stop + base)
 
 
 #: Fills a tensor of the parameter's global shape, drawing from the generator.
@@ -113,16 +113,16 @@ class ParamPlacement:
         shape[self.shard.axis] //= self.shard.count
         return tuple(shape)
 
-    def boxes(self, start: int, stop: int) -> Iterator[Box]:
+    def slices(self, start: int, stop: int) -> Iterator[TensorSlice]:
         """Elements [start, stop) of the flattened local part as boxes of the whole tensor, without padding: offsets in
         the whole, ``start`` and ``stop`` in the local part."""
         if self.shard is None or self.shard.axis is None:
             first, last = self._run
-            for box in boxes_of_run(self.global_shape, first + start, min(first + stop, last)):
+            for box in slices_of_run(self.global_shape, first + start, min(first + stop, last)):
                 yield replace(box, start=box.start - first, stop=box.stop - first)
             return
         axis, shape = self.shard.axis, self.local_shape
-        for box in boxes_of_run(shape, start, stop):
+        for box in slices_of_run(shape, start, stop):
             offsets = list(box.offsets)
             offsets[axis] += self.shard.index * shape[axis]
             yield replace(box, offsets=tuple(offsets))

@@ -30,7 +30,7 @@ from internlm.utils.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
-class Part:
+class StageLayers:
     """``chunks``: numbers of the layers of each, counted in the whole model, which has ``layers``. The chunk that has
     the first layer also has the embedding, that with the last one the head. No chunk is empty."""
 
@@ -38,7 +38,7 @@ class Part:
     chunks: tuple[range, ...]
 
     @classmethod
-    def whole(cls, layers: int) -> Part:
+    def whole(cls, layers: int) -> StageLayers:
         """All of a model, in one chunk."""
         return cls(layers, (range(layers),))
 
@@ -71,7 +71,7 @@ SEQUENCE_MODES = ("msp", "fsp", "isp")
 
 
 @dataclass(frozen=True)
-class Share:
+class GroupPosition:
     """Place ``rank`` of ``size``."""
 
     rank: int = 0
@@ -83,8 +83,8 @@ class Sharding:
     """A mode, and this rank's place in the groups that it uses."""
 
     mode: str = "mtp"
-    tensor: Share = Share()
-    weight: Share = Share()
+    tensor: GroupPosition = GroupPosition()
+    weight: GroupPosition = GroupPosition()
 
     def weight_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
         """Placement of the weight of a layer in ``role``; ``axis`` is the one by which mtp, msp and fsp split a
@@ -112,7 +112,7 @@ class Sharding:
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
 
     @staticmethod
-    def _shard(mode: ParallelMode, share: Share, axis: int | None) -> Shard | None:
+    def _shard(mode: ParallelMode, share: GroupPosition, axis: int | None) -> Shard | None:
         return Shard(mode, share.rank, share.size, axis) if share.size > 1 else None
 
     def foreign(self, shape: tuple[int, ...], init: Init, is_matrix: bool) -> ParamPlacement:
@@ -123,12 +123,12 @@ class Sharding:
 
 
 #: Of a rank that shares nothing.
-WHOLE = Share()
+ALONE = GroupPosition()
 
 #: Roles of users' own, and which of ours each is like.
 LIKE: dict[str, str] = {}
 
-_current: tuple[Sharding, Part | None] = Sharding(), None
+_current: tuple[Sharding, StageLayers | None] = Sharding(), None
 
 
 def current_sharding() -> Sharding:
@@ -136,17 +136,17 @@ def current_sharding() -> Sharding:
     return _current[0]
 
 
-def current_part(layers: int) -> Part:
+def current_stage_layers(layers: int) -> StageLayers:
     """That of the model being built, which has ``layers`` in all; outside of a pipeline all of them.
 
     A model that asks for its part can be split into stages: it keeps it as its attribute ``part``, and its forward
     takes ``chunk`` and ``hidden`` as told in :mod:`internlm.core.scheduler.compute`.
     """
-    return _current[1] or Part.whole(layers)
+    return _current[1] or StageLayers.whole(layers)
 
 
 @contextmanager
-def building(sharding: Sharding, part: Part | None = None) -> Iterator[None]:
+def building(sharding: Sharding, part: StageLayers | None = None) -> Iterator[None]:
     """Layers that are built within the block place their parameters by ``sharding``, however deep they lie; of a model
     that is split into stages, ``part`` is built."""
     global _current

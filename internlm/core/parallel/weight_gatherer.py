@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_reduce_scatter
-from internlm.core.parallel.param_state import fresh, main_grad_of
+from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
 
 #: Where in a block the gathers of the next one may be launched: before a linear, by its place; -1 is the kernel of
 #: attention.
@@ -85,7 +85,7 @@ class WeightGatherer:
         for number in numbers:
             if number not in self._coming:
                 assert number not in self._held, f"weight {number} is in use already"
-                shard = fresh(self.linears[number].weight).detach()
+                shard = wait_for_all_gather(self.linears[number].weight).detach()
                 self._held[number] = self._buffer(shard)
                 self._coming[number] = begin_all_gather(shard, self.group, self._held[number])
 

@@ -31,7 +31,7 @@ class Action(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut:
+class StageLayout:
     """How virtual stages lie on the ranks of a pipeline.
 
     Usually chunk c of rank r is virtual stage c · stages + r. In a V, odd chunks run back from the last rank to the
@@ -67,7 +67,7 @@ class Table:
     """A schedule: ``actions[rank]`` in the order in which that rank runs them."""
 
     kind: str
-    cut: Cut
+    stage_layout: StageLayout
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]
 
@@ -88,4 +88,4 @@ class Table:
     def forward_only(self) -> Table:
         """The same without backward, for validation."""
         rows = tuple(tuple(action for action in row if action.kind == FORWARD) for row in self.actions)
-        return Table(self.kind, self.cut, self.micro_batches, rows)
+        return Table(self.kind, self.stage_layout, self.micro_batches, rows)

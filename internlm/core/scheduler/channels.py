@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from internlm.core.context.group import Group
-from internlm.core.context.peer_failure import naming_lost
+from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.scheduler.compute import Form
@@ -147,7 +147,7 @@ class Channels:
 
     def _may_lose(self, other: int, message: Message, verb: str) -> AbstractContextManager[None]:
         """Any of what is done within fails where ``other`` is gone."""
-        return naming_lost(self.stage, other, f"{verb} {_told(message)}", self.timeout)
+        return attributing_peer_failure(self.stage, other, f"{verb} {_told(message)}", self.timeout)
 
 
 def _header(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a rank does with a micro-batch: forward and backward of one chunk of its model.
 
-A model that can be split into stages has an attribute ``part`` (a :class:`internlm.core.parallel.sharding.Part`), and
-its
+A model that can be split into stages has an attribute ``stage_layers``
+(a :class:`internlm.core.parallel.sharding.StageLayers`), and its
 ``forward`` takes ``chunk``, and ``hidden``: what the chunk before it gave, but for the first. All but the last give
 hidden units, one tensor; the last, what a model gives that is whole. Where it has ``hidden_like(inputs)``, the shape
 and type of hidden units, nobody need be told of them.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.core.parallel.dropout import Draws, drawing
+from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
-from internlm.core.parallel.sharding import Part
+from internlm.core.parallel.sharding import StageLayers
 from internlm.core.scheduler.loss import TokenCrossEntropy, no_sums, sums_by_type
 from internlm.utils.errors import Problem, UserError
 
@@ -87,14 +87,14 @@ class Compute:
         device: torch.device,
         grad_scale: float | None,
         wants_outputs: bool = False,
-        draws: Draws | None = None,
+        draws: DropoutKey | None = None,
     ) -> None:
         """``grad_scale``: factor on the sum of the token losses; None: no loss is wanted. ``draws``: what masks of
         dropout are drawn from, but for the number of the micro-batch."""
         self.model, self.criterion, self.micro_batches, self.types = model, criterion, micro_batches, types
         self.grad_scale, self.wants_outputs = grad_scale, wants_outputs
-        self.draws = replace(draws or Draws(), micro_num=len(micro_batches))
-        self.part: Part = getattr(model, "part", Part.whole(1))
+        self.draws = replace(draws or DropoutKey(), micro_num=len(micro_batches))
+        self.stage_layers: StageLayers = getattr(model, "stage_layers", StageLayers.whole(1))
         self.sums = no_sums(types, device)
         self.outputs: dict[int, Tensor] = {}
 
@@ -114,14 +114,14 @@ class Compute:
 
     def forward(self, chunk: int, number: int, hidden: Tensor | None) -> Tensor | None:
         """Hidden units; of the last chunk the loss, if one is wanted."""
-        with drawing(replace(self.draws, number=number)):
+        with dropout_key_scope(replace(self.draws, number=number)):
             return self._forward(chunk, number, hidden)
 
     def _forward(self, chunk: int, number: int, hidden: Tensor | None) -> Tensor | None:
         inputs: dict[str, Any] = self.micro_batches.inputs(number)
-        if not self.part.is_whole or len(self.part.chunks) > 1:
+        if not self.stage_layers.is_whole or len(self.stage_layers.chunks) > 1:
             inputs |= {"chunk": chunk, "hidden": hidden}
-        if not self.part.is_last(chunk):
+        if not self.stage_layers.is_last(chunk):
             output: Tensor = self.model(**inputs)
             return output
         if self.wants_outputs:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internlm.core.parallel.communicator import SILENT_HEAD, HeadCommunicator
+from internlm.core.parallel.communicator import IDENTITY_HEAD, HeadCommunicator
 from internlm.ops import TokenLoss, cross_entropy
 from internlm.utils.errors import Problem, UserError
 
@@ -58,7 +58,7 @@ def _check_logits(model: nn.Module) -> None:
     """A model that returns logits must return those of all words for its rank's labels."""
     for name, module in model.named_modules():
         comm = getattr(module, "communicator", None)
-        if isinstance(comm, HeadCommunicator) and comm is not SILENT_HEAD:
+        if isinstance(comm, HeadCommunicator) and comm is not IDENTITY_HEAD:
             wrong = comm.vocab is not None  # labels are those of all tokens; else those of this rank's
             if module.parallel_output == wrong:
                 what = f"gives logits that the loss can't use in this parallel mode (parallel_output={wrong})"

@@ -22,7 +22,7 @@ def measured_timeline(table: Table, records: Records) -> Timeline:
     was there."""
     zero = min(row[0].begin for row in records)
     spans = tuple(tuple(Span(each.action, each.ready - zero, each.end - zero) for each in row) for row in records)
-    peaks = tuple(peak_in_flight(table, rank) for rank in range(table.cut.stages))
+    peaks = tuple(peak_in_flight(table, rank) for rank in range(table.stage_layout.stages))
     return Timeline(table, measured_costs(table, records), spans, peaks)
 
 
@@ -31,11 +31,11 @@ def measured_costs(table: Table, records: Records) -> Costs:
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for rank, row in enumerate(records):
         for each in row:
-            virtual = table.cut.virtual(rank, each.action.chunk)
+            virtual = table.stage_layout.virtual(rank, each.action.chunk)
             seconds[each.action.kind, virtual].append(each.end - each.ready)
 
     def of(kind: str) -> tuple[float, ...]:
-        return tuple(median(seconds.get((kind, v), [0.0])) for v in range(table.cut.virtual_stages))
+        return tuple(median(seconds.get((kind, v), [0.0])) for v in range(table.stage_layout.virtual_stages))
 
     return Costs(of(FORWARD), of(BACKWARD), of(WEIGHT), median([*_transfers(table, records)] or [0.0]))
 
@@ -45,7 +45,7 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
     ends = {message: (rank, record) for rank, message, record in _given(table, records)}
     for rank, row in enumerate(records):
         for each in row:
-            message = needed_by(table.cut, rank, each.action)
+            message = needed_by(table.stage_layout, rank, each.action)
             source, giver = ends.get(message, (rank, each)) if message else (rank, each)
             if source != rank and each.begin < giver.end:
                 yield each.ready - giver.end
@@ -54,7 +54,7 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
 def _given(table: Table, records: Records) -> Iterator[tuple[int, Message, Record]]:
     for rank, row in enumerate(records):
         for each in row:
-            message = given_by(table.cut, rank, each.action)
+            message = given_by(table.stage_layout, rank, each.action)
             if message:
                 yield rank, message, each
 
@@ -66,7 +66,7 @@ def counted_from(records: Sequence[Record], start: float) -> list[Record]:
 
 def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
     """For each action of ``rank`` the seconds, up to the next one, that went into neither the action nor a transfer."""
-    cut, following = table.cut, [*(each.begin for each in records[1:]), records[-1].sent]
+    cut, following = table.stage_layout, [*(each.begin for each in records[1:]), records[-1].sent]
     spent = []
     for each, then in zip(records, following, strict=True):
         takes, gives = needed_by(cut, rank, each.action), given_by(cut, rank, each.action)

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Cut, Table
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, StageLayout, Table
 from internlm.core.scheduler.validate import Costs, Timeline, simulate
 
 
@@ -54,13 +54,13 @@ class Step:
 
 def plan_of(table: Table, rank: int) -> tuple[Step, ...]:
     """The steps of ``rank``; raises :class:`ScheduleError` where the table is wrong."""
-    timeline = simulate(table, Costs.uniform(table.cut.virtual_stages))
+    timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
     begins = _begins(timeline, rank)
     return tuple(_step(table, rank, action, begins[place]) for place, action in enumerate(table.actions[rank]))
 
 
 def _step(table: Table, rank: int, action: Action, begins: list[Receive]) -> Step:
-    cut = table.cut
+    cut = table.stage_layout
     takes, gives = needed_by(cut, rank, action), given_by(cut, rank, action)
     return Step(
         action,
@@ -73,19 +73,19 @@ def _step(table: Table, rank: int, action: Action, begins: list[Receive]) -> Ste
     )
 
 
-def giver_of(cut: Cut, message: Message) -> int:
+def giver_of(cut: StageLayout, message: Message) -> int:
     """The rank that gives ``message``."""
     return cut.rank_of(message.virtual + (-1 if message.kind == FORWARD else 1))
 
 
-def needed_by(cut: Cut, rank: int, action: Action) -> Message | None:
+def needed_by(cut: StageLayout, rank: int, action: Action) -> Message | None:
     """What ``action`` of ``rank`` takes from another virtual stage, if anything."""
     virtual = cut.virtual(rank, action.chunk)
     needs = {FORWARD: virtual > 0, BACKWARD: virtual < cut.virtual_stages - 1}.get(action.kind, False)
     return Message(action.kind, virtual, action.micro_batch) if needs else None
 
 
-def given_by(cut: Cut, rank: int, action: Action) -> Message | None:
+def given_by(cut: StageLayout, rank: int, action: Action) -> Message | None:
     """What it gives to another."""
     virtual = cut.virtual(rank, action.chunk)
     to = {FORWARD: virtual + 1, BACKWARD: virtual - 1}.get(action.kind, -1)
@@ -95,7 +95,7 @@ def given_by(cut: Cut, rank: int, action: Action) -> Message | None:
 def _begins(timeline: Timeline, rank: int) -> list[list[Receive]]:
     """What to offer a buffer for before each action of ``rank``, in the order of arrival: the first message of a
     channel may make both sides wait until they are connected, which must not hold up one that comes earlier."""
-    cut = timeline.table.cut
+    cut = timeline.table.stage_layout
     ends = [span.end for span in timeline.spans[rank]]
     arrivals: list[tuple[float, Receive]] = []
     for source, spans in enumerate(timeline.spans):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.group import NO_PIPELINE, Group
-from internlm.core.context.peer_failure import ALL, naming_lost
+from internlm.core.context.peer_failure import ALL, attributing_peer_failure
 from internlm.core.parallel.collectives import all_reduce
-from internlm.core.parallel.dropout import Draws
+from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, MicroBatches
@@ -59,10 +59,10 @@ class Scheduler:
         data_group: Group,
         device: torch.device,
         pipeline: Pipeline | None = None,
-        draws: Draws | None = None,
+        draws: DropoutKey | None = None,
     ) -> None:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
-        self.draws = draws or Draws()
+        self.draws = draws or DropoutKey()
         self.pipeline = pipeline or Pipeline()
         #: Told of each action of steps with backward, where somebody sets a list.
         self.records: list[Record] | None = None
@@ -135,7 +135,7 @@ class Scheduler:
         """Here a stage waits that is done, while another may be stuck in the middle of the step."""
         if self.pipeline.channels is None:
             return nullcontext()
-        return naming_lost(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
+        return attributing_peer_failure(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
 
 
 class NonPipelineScheduler(Scheduler):

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Cut, Table
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, StageLayout, Table
 from internlm.core.scheduler.validate import ScheduleError, problems
 from internlm.utils.errors import Problem, did_you_mean
 
@@ -57,12 +57,12 @@ def make_table(kind: str, stages: int, chunks: int, micro_batches: int) -> Table
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
-    return Table(kind, cut_of(kind, stages, chunks), micro_batches, rows)
+    return Table(kind, stage_layout_of(kind, stages, chunks), micro_batches, rows)
 
 
-def cut_of(kind: str, stages: int, chunks: int) -> Cut:
+def stage_layout_of(kind: str, stages: int, chunks: int) -> StageLayout:
     """How a model is cut for ``kind``."""
-    return Cut(stages, chunks, v_shaped=kind == "zbv")
+    return StageLayout(stages, chunks, v_shaped=kind == "zbv")
 
 
 def _gpipe(i: int, p: int, v: int, m: int) -> Row:
@@ -155,7 +155,7 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
     faults: list[Problem] = []
     rows = tuple(tuple(_actions(f"{path}:{number}", cells, faults)) for number, cells in lines[v_shaped:])
-    table = Table(path.name, Cut(stages, chunks, v_shaped), micro_batches, rows)
+    table = Table(path.name, StageLayout(stages, chunks, v_shaped), micro_batches, rows)
     faults = faults or [replace(problem, where=f"{path}, {problem.where}") for problem in problems(table)]
     if faults:
         raise ScheduleError(*faults)
@@ -164,7 +164,7 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
 
 def write_table(table: Table, path: Path) -> None:
     """Write ``table`` so that :func:`read_table` gives it back; raises :class:`ScheduleError` where that can't be."""
-    cut = table.cut
+    cut = table.stage_layout
     title = f"# {table.kind}: stages {cut.stages}, chunks {cut.chunks}, micro-batches {table.micro_batches}"
     rows = [",".join(map(str, row)) for row in table.actions]
     try:

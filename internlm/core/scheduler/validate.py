@@ -54,7 +54,7 @@ class Costs:
 
     def of(self, table: Table, rank: int, action: Action) -> float:
         """How long ``rank`` takes for ``action``: a B without a W of its own does the work of both."""
-        virtual = table.cut.virtual(rank, action.chunk)
+        virtual = table.stage_layout.virtual(rank, action.chunk)
         if action.kind == FORWARD:
             return self.forward[virtual]
         if action.kind == WEIGHT:
@@ -97,13 +97,13 @@ class Timeline:
 def problems(table: Table) -> list[Problem]:
     """All that keeps ``table`` from running: missing, doubled or foreign actions, a wrong order, or ranks that wait for
     one another."""
-    stages, rows = table.cut.stages, len(table.actions)
+    stages, rows = table.stage_layout.stages, len(table.actions)
     if rows != stages:
         what = f"{rows} rows for {stages} stages"
         return [Problem(f"ranks 0 to {stages - 1}", what, "Give each rank a row.")]
     if found := [problem for rank in range(stages) for problem in _problems_of_row(table, rank)]:
         return found
-    run = _Run(table, Costs.uniform(table.cut.virtual_stages))
+    run = _Run(table, Costs.uniform(table.stage_layout.virtual_stages))
     return [_deadlock(run.stuck)] if run.stuck else []
 
 
@@ -111,9 +111,11 @@ def simulate(table: Table, costs: Costs) -> Timeline:
     """Run ``table`` in thought, each action as early as it can; raises :class:`ScheduleError` where it cannot run."""
     if found := problems(table):
         raise ScheduleError(*found)
-    assert len(costs.forward) == len(costs.backward) == len(costs.weight) == table.cut.virtual_stages
+    assert len(costs.forward) == len(costs.backward) == len(costs.weight) == table.stage_layout.virtual_stages
     spans = tuple(map(tuple, _Run(table, costs).spans))
-    return Timeline(table, costs, spans, tuple(peak_in_flight(table, rank) for rank in range(table.cut.stages)))
+    return Timeline(
+        table, costs, spans, tuple(peak_in_flight(table, rank) for rank in range(table.stage_layout.stages))
+    )
 
 
 def _problems_of_row(table: Table, rank: int) -> Iterator[Problem]:
@@ -123,7 +125,7 @@ def _problems_of_row(table: Table, rank: int) -> Iterator[Problem]:
     counts = Counter(row)
     known = {*due, *(action._replace(kind=WEIGHT) for action in due if action.kind == BACKWARD)}
     if foreign := [action for action in counts if action not in known]:
-        size = f"chunks 0 to {table.cut.chunks - 1} and micro-batches 0 to {table.micro_batches - 1}"
+        size = f"chunks 0 to {table.stage_layout.chunks - 1} and micro-batches 0 to {table.micro_batches - 1}"
         yield Problem(where, f"has {_some(foreign)}, but there are {size} only", "Leave it out.")
     if doubled := [action for action in counts if counts[action] > 1]:
         yield Problem(where, f"has {_some(doubled)} more than once", "Leave one of them.")
@@ -143,7 +145,7 @@ def _due(table: Table) -> list[Action]:
     return [
         Action(kind, micro_batch, chunk)
         for micro_batch in range(table.micro_batches)
-        for chunk in range(table.cut.chunks)
+        for chunk in range(table.stage_layout.chunks)
         for kind in (FORWARD, BACKWARD)[: 1 + has_backward]
     ]
 
@@ -174,7 +176,7 @@ class _Run:
         self.spans: list[list[Span]] = [[] for _ in table.actions]
         self._ends: dict[tuple[int, Action], float] = {}
         self._waiting: dict[tuple[int, Action], _Wait] = {}
-        self._ready = list(range(table.cut.stages))
+        self._ready = list(range(table.stage_layout.stages))
         while self._ready:
             self._advance(self._ready.pop())
 
@@ -203,7 +205,7 @@ def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | Non
     """The rank and action of the neighbouring virtual stage whose result ``action`` takes; None where there is none."""
     if action.kind == WEIGHT:
         return None
-    cut = table.cut
+    cut = table.stage_layout
     virtual = cut.virtual(rank, action.chunk) + (-1 if action.kind == FORWARD else 1)
     if not 0 <= virtual < cut.virtual_stages:
         return None

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from internlm.config.schema import HybridZeroConfig
 from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import ParamPlacement
-from internlm.solver.optimizer.param_groups import Kind, ParameterGroup, Piece, Placed
+from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
 
 ALIGNMENT = 64  # elements; a run starts on a cache line whatever its type
@@ -147,7 +147,7 @@ def _filled(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Member:
+class BucketEntry:
     """One parameter of a group, and where it lies in the flat buffers."""
 
     name: str
@@ -162,15 +162,15 @@ class Member:
         return self.start + self.parameter.numel()
 
 
-class FlatGroup(ParameterGroup):
+class FlatParamGroup(ParamGroup):
     """Parameters of one kind in flat buffers that ``shards`` ranks share, in buckets of at most ``bucket_size``
     elements. ``split_evenly`` shares buckets by element, where the kind allows it, rather than by parameter;
     ``wide_grads`` accumulates gradients in float32 at least, rather than in the parameters' type."""
 
     def __init__(
         self,
-        kind: Kind,
-        parameters: Sequence[Placed],
+        kind: ParamGroupKey,
+        parameters: Sequence[NamedParameter],
         shard: int = 0,
         shards: int = 1,
         *,
@@ -182,7 +182,9 @@ class FlatGroup(ParameterGroup):
         whole = kind.needs_matrices or not split_evenly
         sizes = [each.parameter.numel() for each in parameters]
         self.layout = lay_out(sizes, shards, bucket_size, whole)
-        self.members = [Member(*placed, start) for placed, start in zip(parameters, self.layout.starts, strict=True)]
+        self.members = [
+            BucketEntry(*placed, start) for placed, start in zip(parameters, self.layout.starts, strict=True)
+        ]
         self._in_order = sorted(self.members, key=lambda member: (member.start, member.stop))
         device = parameters[0].parameter.device
         self.values = torch.zeros(self.layout.numel, dtype=kind.dtype, device=device)
@@ -195,7 +197,7 @@ class FlatGroup(ParameterGroup):
         self.grad_parts = self.parts_of(self.grads)
         if grad_dtype != self.main_dtype:
             self.grad_parts = self.split(self.new_state())
-        self.values_to_main()
+        self.copy_params_to_main()
 
     @torch.no_grad()
     def _adopt(self) -> None:
@@ -223,36 +225,36 @@ class FlatGroup(ParameterGroup):
 
     # -- between types ------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def main_to_values(self) -> None:
+    def copy_main_to_params(self) -> None:
         """Round the wider main parameters into this rank's shard of the values; nothing where they are the same
         memory."""
         if self.has_main:
             torch._foreach_copy_(self.parts_of(self.values), self.main_parts)
 
     @torch.no_grad()
-    def values_to_main(self) -> None:
+    def copy_params_to_main(self) -> None:
         """Widen this rank's shard of the values into the main parameters, after values were set."""
         if self.has_main:
             torch._foreach_copy_(self.main_parts, self.parts_of(self.values))
 
     # -- parameters ---------------------------------------------------------------------------------------------------
-    def members_of(self, number: int) -> list[Member]:
+    def members_of(self, number: int) -> list[BucketEntry]:
         """The parameters of which a part lies in that bucket."""
         return self._between(self.buckets[number].first, self.buckets[number].last)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         """Which parts of which parameters the shard holds, in its order."""
         for number in range(len(self.buckets)):
             for member, lo, hi in self._held(number):
                 start = member.start - self.buckets[number].run(self.rank).start
-                yield Piece(member.name, member.placement, lo - start, hi - start, number, lo, hi)
+                yield ShardSlice(member.name, member.placement, lo - start, hi - start, number, lo, hi)
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
         """As views of the buffer."""
         for member in self.members:
             yield member.place, member.name, self.grads[member.start : member.stop]
 
-    def _held(self, number: int) -> Iterator[tuple[Member, int, int]]:
+    def _held(self, number: int) -> Iterator[tuple[BucketEntry, int, int]]:
         """The parameters in this rank's part of a bucket, and which elements of the part each is."""
         run = self.buckets[number].run(self.rank)
         for member in self._between(run.start, run.stop):
@@ -260,7 +262,7 @@ class FlatGroup(ParameterGroup):
             if lo < hi:
                 yield member, lo - run.start, hi - run.start
 
-    def _between(self, first: int, last: int) -> list[Member]:
+    def _between(self, first: int, last: int) -> list[BucketEntry]:
         """The parameters of which a part lies in [first, last)."""
         begin = bisect_right(self._in_order, first, key=lambda member: member.stop)
         end = bisect_left(self._in_order, last, key=lambda member: member.start)

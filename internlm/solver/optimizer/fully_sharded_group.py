@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from internlm.core.parallel.collectives import begin_all_reduce
-from internlm.core.parallel.fully_sharded import held, set_grad
-from internlm.solver.optimizer.param_groups import Kind, ParameterGroup, Piece, Placed, ProcessGroups
+from internlm.core.parallel.fully_sharded import local_shard, set_grad
+from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroup, ParamGroupKey, ProcessGroups, ShardSlice
 
 
-class FullyShardedGroup(ParameterGroup):
+class FullyShardedGroup(ParamGroup):
     """Parameters of one kind that are shared."""
 
-    def __init__(self, kind: Kind, parameters: Sequence[Placed]) -> None:
+    def __init__(self, kind: ParamGroupKey, parameters: Sequence[NamedParameter]) -> None:
         self.kind, self.parameters = kind, parameters
-        self._runs = [held(each.parameter) for each in parameters]
+        self._runs = [local_shard(each.parameter) for each in parameters]
         self.main_parts = [run.flat for run in self._runs]
         self.grads = self.new_state()
         self.grad_parts = self.split(self.grads)
@@ -32,10 +32,10 @@ class FullyShardedGroup(ParameterGroup):
     def _first(self) -> tuple[str, Tensor, Tensor]:
         return self.parameters[0].name, self.parameters[0].parameter, self.main_parts[0]
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         """One part each, which may be empty."""
         for number, (each, (flat, start)) in enumerate(zip(self.parameters, self._runs, strict=True)):
-            yield Piece(each.name, each.placement, start, start + len(flat), number, 0, len(flat))
+            yield ShardSlice(each.name, each.placement, start, start + len(flat), number, 0, len(flat))
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
         """Of the shard."""

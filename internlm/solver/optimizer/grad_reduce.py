@@ -22,20 +22,20 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_reduce, begin_reduce_scatter
-from internlm.solver.optimizer.flat_buffers import FlatGroup, Member
+from internlm.solver.optimizer.flat_buffers import BucketEntry, FlatParamGroup
 from internlm.solver.optimizer.param_gather import in_forward_order
 from internlm.solver.optimizer.param_groups import ProcessGroups
 from internlm.utils.errors import Problem, UserError
 
 
-class Arrivals:
+class GradReadyTracker:
     """Calls ``complete(number)`` for each of ``buckets``, one after the other, once it and those before it are
     complete.
 
     A bucket with a parameter that gets no gradient, and those after it, are left to the end of the step.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[Member]], complete: Callable[[int], None]) -> None:
+    def __init__(self, buckets: Sequence[Sequence[BucketEntry]], complete: Callable[[int], None]) -> None:
         self.buckets, self.complete = buckets, complete
         self._counts: dict[nn.Parameter, int] = {}
         self._holding: dict[nn.Parameter, list[int]] = {}
@@ -64,7 +64,7 @@ class Arrivals:
         self.begin_step(None)
         self._next = len(self.buckets)
 
-    def _arrived(self, member: Member) -> None:
+    def _arrived(self, member: BucketEntry) -> None:
         parameter = member.parameter
         self._counts[parameter] = count = self._counts.get(parameter, 0) + 1
         expected = self._expected.get(parameter, 0)
@@ -83,7 +83,9 @@ class Arrivals:
 class BucketSum:
     """The sum of one bucket, on its way to this rank's part of it."""
 
-    def __init__(self, flat: FlatGroup, number: int, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, flat: FlatParamGroup, number: int, process_groups: ProcessGroups, dtype: torch.dtype | None
+    ) -> None:
         """Begin, inside the zero group; in ``dtype``, or that of the gradients."""
         self.flat, self.process_groups, bucket = flat, process_groups, flat.buckets[number]
         self._part = flat.grad_parts[number]
@@ -97,10 +99,10 @@ class BucketSum:
             owned = [(rank, sent[run]) for rank, run in enumerate(runs) if run.start < run.stop]
             self._pending = [begin_reduce(part, process_groups.zero, rank) for rank, part in owned]
 
-    def settle(self) -> None:
+    def release_if_completed(self) -> None:
         """Give up buffers of what is there."""
         for pending in self._pending:
-            pending.settle()
+            pending.release_if_completed()
 
     def across_replicas(self) -> None:
         """Go on with the ranks that hold the same shard."""
@@ -130,13 +132,13 @@ class Reducer:
     """Sums the gradients of a step; ``dtype`` as for :class:`BucketSum`."""
 
     def __init__(
-        self, flats: Sequence[FlatGroup], process_groups: ProcessGroups, dtype: torch.dtype | None, overlap: bool
+        self, flats: Sequence[FlatParamGroup], process_groups: ProcessGroups, dtype: torch.dtype | None, overlap: bool
     ) -> None:
         self.process_groups, self.dtype = process_groups, dtype
         self.buckets = in_forward_order(flats)[::-1]
         self.begun: list[BucketSum] = []
         members = [flat.members_of(number) for flat, number in self.buckets]
-        self._arrivals = Arrivals(members, self._begin) if overlap else None
+        self._arrivals = GradReadyTracker(members, self._begin) if overlap else None
 
     def begin_step(self, micro_batches: int | None) -> None:
         """Gradients of so many micro-batches will follow; None: nobody knows, so nothing is begun before the end."""
@@ -167,6 +169,6 @@ class Reducer:
 
     def _begin(self, number: int) -> None:
         for each in self.begun:
-            each.settle()
+            each.release_if_completed()
         flat, bucket = self.buckets[number]
         self.begun.append(BucketSum(flat, bucket, self.process_groups, self.dtype))

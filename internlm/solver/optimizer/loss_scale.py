@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from internlm.config.schema import GradScalerConfig
-from internlm.solver.optimizer.param_groups import ParameterGroup
+from internlm.solver.optimizer.param_groups import ParamGroup
 
 
 @dataclass
@@ -71,7 +71,7 @@ class LossScale:
         self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
 
 
-def bad_gradient(groups: Sequence[ParameterGroup]) -> str | None:
+def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
     """The first parameter, in the order of the model, whose gradient on this rank is inf or nan somewhere."""
     suspects = [group for group in groups if not _finite(group.grads)]
     bad = [(place, name) for group in suspects for place, name, grad in group.gradients() if not _finite(grad)]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from internlm.core.parallel.collectives import all_gather
 from internlm.core.parallel.placement import ParamPlacement
-from internlm.solver.optimizer.param_groups import ParameterGroup
-from internlm.solver.optimizer.update_rules import Rule
+from internlm.solver.optimizer.param_groups import ParamGroup
+from internlm.solver.optimizer.update_rules import UpdateRule
 
 #: Of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -41,12 +41,12 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
-class Muon(Rule):
+class Muon(UpdateRule):
     """Muon over matrices that lie whole in one rank's shard, or are split over the groups of a parallel mode."""
 
     states = ("momentum",)
 
-    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
+    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         o, momentum = self.optimizer, group.split(self._states[group]["momentum"])
         torch._foreach_lerp_(momentum, group.grad_parts, 1 - o.momentum)
         direction = torch._foreach_lerp(group.grad_parts, momentum, o.momentum) if o.nesterov else momentum

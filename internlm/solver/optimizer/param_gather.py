@@ -28,7 +28,7 @@ from torch import nn
 from internlm.core.context.group import Group
 from internlm.core.parallel.attach import block_of
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
-from internlm.solver.optimizer.flat_buffers import FlatGroup
+from internlm.solver.optimizer.flat_buffers import FlatParamGroup
 from internlm.utils.errors import Problem, UserError
 
 
@@ -119,7 +119,7 @@ class Gatherer:
     ``begun`` and ``ready`` count buckets, in their order: all before them are on their way, or there.
     """
 
-    def __init__(self, model: nn.Module, flats: Sequence[FlatGroup], zero: Group, lazily: bool) -> None:
+    def __init__(self, model: nn.Module, flats: Sequence[FlatParamGroup], zero: Group, lazily: bool) -> None:
         self.zero = zero
         self.buckets = in_forward_order(flats)
         self.begun = self.ready = len(self.buckets)
@@ -216,7 +216,7 @@ class Gatherer:
             self.ready += 1
 
 
-def begin_gather(flat: FlatGroup, number: int, zero: Group) -> list[Pending]:
+def begin_gather(flat: FlatParamGroup, number: int, zero: Group) -> list[Pending]:
     """Begin to gather the values of one bucket."""
     bucket = flat.buckets[number]
     if bucket.is_even:
@@ -225,7 +225,7 @@ def begin_gather(flat: FlatGroup, number: int, zero: Group) -> list[Pending]:
     return [begin_broadcast(flat.values[run], zero, rank) for rank, run in runs if run.start < run.stop]
 
 
-def in_forward_order(flats: Sequence[FlatGroup]) -> list[tuple[FlatGroup, int]]:
+def in_forward_order(flats: Sequence[FlatParamGroup]) -> list[tuple[FlatParamGroup, int]]:
     """All buckets of all groups, by the first in the model of the parameters that lie in each."""
     buckets = [(flat, number) for flat in flats for number in range(len(flat.buckets))]
     return sorted(buckets, key=lambda each: min((m.place for m in each[0].members_of(each[1])), default=0))

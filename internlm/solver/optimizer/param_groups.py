@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, OptimizerConfig, ParamGroupConfig
 from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.fully_sharded import compute_dtype, held
+from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
 from internlm.core.parallel.placement import ParamPlacement, placed_parameters
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem, UserError
@@ -52,7 +52,7 @@ class ProcessGroups:
         return self.ends if mode is ParallelMode.PIPELINE else self.by_split[mode]
 
 
-class Placed(NamedTuple):
+class NamedParameter(NamedTuple):
     """A parameter of the model, and the how many-eth of it that it is."""
 
     name: str
@@ -62,7 +62,7 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kind:
+class ParamGroupKey:
     """What parameters of one flat buffer have in common."""
 
     dtype: torch.dtype
@@ -79,14 +79,14 @@ class Kind:
         return self.rule == "Muon"
 
 
-def kind_of(
+def param_group_key(
     name: str, placement: ParamPlacement, dtype: torch.dtype, adam: AdamConfig, optimizer: OptimizerConfig
-) -> Kind:
+) -> ParamGroupKey:
     """How the parameter of that name is trained."""
     group = next((each for each in optimizer.param_groups if re.search(each.pattern, name)), None)
     decays = placement.is_matrix or adam.decay_norm_and_bias
     decay = group.weight_decay if group and group.weight_decay is not None else adam.weight_decay * decays
-    return Kind(
+    return ParamGroupKey(
         dtype,
         _rule(name, placement, group, optimizer),
         float(decay),
@@ -105,18 +105,20 @@ def _rule(name: str, placement: ParamPlacement, group: ParamGroupConfig | None, 
     return "AdamW" if optimizer.type == "Muon" and not placement.is_hidden else optimizer.type
 
 
-def by_kind(model: nn.Module, adam: AdamConfig, optimizer: OptimizerConfig) -> dict[Kind, list[Placed]]:
+def build_param_groups(
+    model: nn.Module, adam: AdamConfig, optimizer: OptimizerConfig
+) -> dict[ParamGroupKey, list[NamedParameter]]:
     """The trainable parameters of each kind, in the order of the model."""
-    kinds: dict[Kind, list[Placed]] = {}
+    kinds: dict[ParamGroupKey, list[NamedParameter]] = {}
     for place, (name, parameter, placement) in enumerate(placed_parameters(model)):
         if parameter.requires_grad:
-            kind = kind_of(name, placement, compute_dtype(parameter), adam, optimizer)
-            kinds.setdefault(kind, []).append(Placed(name, parameter, placement, place))
+            kind = param_group_key(name, placement, compute_dtype(parameter), adam, optimizer)
+            kinds.setdefault(kind, []).append(NamedParameter(name, parameter, placement, place))
     return kinds
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """The part of one parameter's flattened local tensor that lies in a shard: elements [start, stop), and [lo, hi) of
     part ``number``."""
 
@@ -129,10 +131,10 @@ class Piece:
     hi: int
 
 
-class ParameterGroup:
+class ParamGroup:
     """Parameters of one kind, and this rank's shard of them."""
 
-    kind: Kind
+    kind: ParamGroupKey
     #: Where gradients are added up, whether this rank owns them or not.
     grads: Tensor
     #: Main parameters of the shard.
@@ -163,7 +165,7 @@ class ParameterGroup:
         """The parts of one tensor over the shard, as views."""
         return list(state.split([*map(len, self.main_parts)]))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         """Which parts of which parameters the shard holds, in its order."""
         raise NotImplementedError
 
@@ -175,7 +177,7 @@ class ParameterGroup:
     def begin_step(self) -> None:
         """Forget the gradients. Raises :class:`UserError` where the whole model was moved to other memory."""
         name, parameter, memory = self._first()
-        if held(parameter).flat.data_ptr() != memory.data_ptr():
+        if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
             what = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
             raise UserError(Problem("model", what, "Call model.to() or .half() before the optimizer is made"))
         self.grads.zero_()
@@ -184,8 +186,8 @@ class ParameterGroup:
         """Name of the first parameter, the parameter itself, and the memory that it had when the group was made."""
         raise NotImplementedError
 
-    def main_to_values(self) -> None:
+    def copy_main_to_params(self) -> None:
         """Round wider main parameters into this rank's shard of what is computed with, if it is kept."""
 
-    def values_to_main(self) -> None:
+    def copy_params_to_main(self) -> None:
         """The inverse, after the others were set."""

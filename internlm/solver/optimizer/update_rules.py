@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
-from internlm.solver.optimizer.param_groups import ParameterGroup, ProcessGroups
+from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups
 
 
-class Rule:
+class UpdateRule:
     """What rules have in common: state, and gradients to be divided by something first."""
 
     #: Names of the state.
@@ -24,7 +24,7 @@ class Rule:
 
     def __init__(
         self,
-        groups: Sequence[ParameterGroup],
+        groups: Sequence[ParamGroup],
         adam: AdamConfig,
         optimizer: OptimizerConfig,
         process_groups: ProcessGroups,
@@ -36,7 +36,7 @@ class Rule:
     def _prepare(self) -> None:
         """What else is needed before the first update."""
 
-    def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:
+    def state_of(self, group: ParamGroup) -> Mapping[str, Tensor]:
         """The state of a group's shard."""
         return self._states[group]
 
@@ -51,12 +51,12 @@ class Rule:
                 torch._foreach_div_(group.grad_parts, divisor)
             self._update(group, lr * group.kind.lr_scale, beta2)
 
-    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
+    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         """The parameters of one group."""
         raise NotImplementedError
 
 
-class AdamW(Rule):
+class AdamW(UpdateRule):
     """AdamW (arXiv 1711.05101), by torch's fused kernel."""
 
     states = ("exp_avg", "exp_avg_sq")
@@ -74,7 +74,7 @@ class AdamW(Rule):
         for group, each in zip(self.groups, parameters, strict=True):
             self._adopt(group, each)
 
-    def _adopt(self, group: ParameterGroup, parameters: Sequence[nn.Parameter]) -> None:
+    def _adopt(self, group: ParamGroup, parameters: Sequence[nn.Parameter]) -> None:
         """The state from the start, so that a checkpoint can be loaded before the first step."""
         averages = zip(*(group.split(state) for state in self._states[group].values()), strict=True)
         for parameter, grad, pair in zip(parameters, group.grad_parts, averages, strict=True):
@@ -101,12 +101,12 @@ class AdamW(Rule):
         self.torchs.step()
 
 
-class Lion(Rule):
+class Lion(UpdateRule):
     """Lion (arXiv 2302.06675, algorithm 2): the sign of an interpolation between gradient and momentum."""
 
     states = ("exp_avg",)
 
-    def _update(self, group: ParameterGroup, lr: float, beta2: float) -> None:
+    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         momentum = group.split(self._states[group]["exp_avg"])
         direction = torch._foreach_lerp(momentum, group.grad_parts, 1 - self.adam.adam_beta1)
         torch._foreach_sign_(direction)

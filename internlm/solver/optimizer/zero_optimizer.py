@@ -25,18 +25,18 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.fully_sharded import is_fully_sharded
-from internlm.solver.optimizer.flat_buffers import FlatGroup, bucket_size
+from internlm.solver.optimizer.flat_buffers import FlatParamGroup, bucket_size
 from internlm.solver.optimizer.fully_sharded_group import FullyShardedGroup, ReplicaReducer
 from internlm.solver.optimizer.grad_reduce import Reducer
-from internlm.solver.optimizer.loss_scale import LossScale, bad_gradient
+from internlm.solver.optimizer.loss_scale import LossScale, first_nonfinite_gradient
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import Gatherer
-from internlm.solver.optimizer.param_groups import ParameterGroup, ProcessGroups, by_kind
-from internlm.solver.optimizer.update_rules import AdamW, Lion, Rule
+from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups, build_param_groups
+from internlm.solver.optimizer.update_rules import AdamW, Lion, UpdateRule
 from internlm.utils.errors import Problem, UserError
 
 #: By the name that configs have for each.
-RULES: dict[str, type[Rule]] = {"AdamW": AdamW, "Lion": Lion, "Muon": Muon}
+UPDATE_RULES: dict[str, type[UpdateRule]] = {"AdamW": AdamW, "Lion": Lion, "Muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class OptimizerStep:
     """By which the loss was multiplied."""
     skipped_in_a_row: int = 0
     """Steps that were skipped, up to this one."""
-    bad_gradient: str | None = None
+    nonfinite_gradient: str | None = None
     """Where this rank's gradient was inf or nan, if it was, and one more skipped step was one too many."""
 
 
@@ -79,10 +79,10 @@ class HybridZeroOptimizer:
         optimizer = optimizer or OptimizerConfig()
         self.loss_scale = loss_scale or LossScale()
         flats, shards = self._groups_of(model, adam, optimizer)
-        self.groups: list[ParameterGroup] = [*flats, *shards]
+        self.groups: list[ParamGroup] = [*flats, *shards]
         self.rules = [
             rule([group for group in self.groups if group.kind.rule == name], adam, optimizer, self.process_groups)
-            for name, rule in RULES.items()
+            for name, rule in UPDATE_RULES.items()
             if any(group.kind.rule == name for group in self.groups)
         ]
         self.updates = 0
@@ -96,9 +96,9 @@ class HybridZeroOptimizer:
 
     def _groups_of(
         self, model: nn.Module, adam: AdamConfig, optimizer: OptimizerConfig
-    ) -> tuple[list[FlatGroup], list[FullyShardedGroup]]:
+    ) -> tuple[list[FlatParamGroup], list[FullyShardedGroup]]:
         """The groups of ``model``: flat buffers, or what is shared already."""
-        kinds = by_kind(model, adam, optimizer)
+        kinds = build_param_groups(model, adam, optimizer)
         if not kinds:
             stages = self.process_groups.pipeline
             what = f"nothing is to be trained (stage {stages.rank} of {stages.size})"
@@ -106,7 +106,7 @@ class HybridZeroOptimizer:
         if is_fully_sharded(model):
             return [], [FullyShardedGroup(kind, members) for kind, members in kinds.items()]
         flats = [
-            FlatGroup(
+            FlatParamGroup(
                 kind,
                 members,
                 self.process_groups.zero.rank,
@@ -147,7 +147,7 @@ class HybridZeroOptimizer:
         """Reduce, measure, decide, update and gather; see the top of the file. Parameters and state stay as they are
         where ``updated`` is False."""
         self._gatherer.finish()
-        suspect = bad_gradient(self.groups) if self._is_last_chance else None
+        suspect = first_nonfinite_gradient(self.groups) if self._is_last_chance else None
         self._reducer.reduce()
         scale = self.loss_scale.scale
         norm = self._global_norm() / scale
@@ -165,7 +165,7 @@ class HybridZeroOptimizer:
         for rule in self.rules:
             rule.update(lr, beta2, divisor)
         for group in self.groups:
-            group.main_to_values()
+            group.copy_main_to_params()
         self.updates += 1
 
     def _global_norm(self) -> float:
@@ -182,7 +182,7 @@ class HybridZeroOptimizer:
                 all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
-    def _is_copy(self, group: ParameterGroup) -> bool:
+    def _is_copy(self, group: ParamGroup) -> bool:
         """Whether another stage counts what is in ``group``."""
         return group.kind.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
@@ -190,22 +190,22 @@ class HybridZeroOptimizer:
         """Have all parameters up to date, for whoever reads them without a forward pass (``overlap_sync_param``)."""
         self._gatherer.finish()
 
-    def adopt_parameters(self) -> None:
+    def copy_model_to_main_params(self) -> None:
         """Make main parameters of the model's, after somebody set these: in half precision they would be overwritten by
         the next update without this. Raises :class:`UserError` where gathers that are still on their way
         (``overlap_sync_param``) may have overwritten them: :meth:`gather_parameters` must come first."""
         self._gatherer.demand_all("optimizer.adopt_parameters()")
         for group in self.groups:
-            group.values_to_main()
+            group.copy_params_to_main()
 
-    def publish(self) -> None:
+    def copy_main_to_model_params(self) -> None:
         """Make the model's parameters of main parameters that were loaded."""
         for group in self.groups:
-            group.main_to_values()
+            group.copy_main_to_params()
         self._gatherer.gather_all()
 
     # -- state --------------------------------------------------------------------------------------------------------
-    def state_of(self, group: ParameterGroup) -> Mapping[str, Tensor]:
+    def state_of(self, group: ParamGroup) -> Mapping[str, Tensor]:
         """What is kept for this rank's shard of ``group``: tensors over the shard, by name."""
         return next(rule.state_of(group) for rule in self.rules if group in rule.groups)
 

@@ -1,8 +1,8 @@
 """What is done beside training, each as a hook."""
 
+from internlm.train.hooks.log import LogMemoryPlan as LogMemoryPlan
 from internlm.train.hooks.log import LogMetrics as LogMetrics
 from internlm.train.hooks.log import ReportTraffic as ReportTraffic
-from internlm.train.hooks.log import TellMemoryPlan as TellMemoryPlan
 from internlm.train.hooks.periodic import SaveCheckpoints as SaveCheckpoints
 from internlm.train.hooks.periodic import Upkeep as Upkeep
 from internlm.train.hooks.periodic import Validate as Validate

@@ -30,7 +30,7 @@ T = TypeVar("T")
 log = get_logger()
 
 
-class TellMemoryPlan(Hook):
+class LogMemoryPlan(Hook):
     """The memory plan before the first step; on the rank that logs only."""
 
     def before_run(self, trainer: Trainer) -> None:

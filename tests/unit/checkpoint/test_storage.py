@@ -52,7 +52,7 @@ def test_a_good_file_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     assert (metadata.size, metadata.properties.dtype) == (values.shape, dtype)
     target = in_runs(torch.zeros_like(values), [])
     read_into(source, "model/w", target)
-    assert torch.equal(target.boxes[0, 0], values)
+    assert torch.equal(target.slices[0, 0], values)
 
 
 def test_nothing_of_the_machine_is_written(good: Path) -> None:
@@ -195,4 +195,4 @@ def test_any_layout_reads_what_another_wrote(tmp_path: Path, shape: tuple[int, .
     cuts: Any = any_cuts(values.numel(), seed + 11)
     target, expected = in_runs(torch.zeros(shape), cuts), in_runs(values, cuts)
     read_into(source, "optimizer/exp_avg/w", target)
-    assert all(torch.equal(target.boxes[offsets], box) for offsets, box in expected.boxes.items())
+    assert all(torch.equal(target.slices[offsets], box) for offsets, box in expected.slices.items())

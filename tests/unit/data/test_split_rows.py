@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from internlm.config.schema import DataConfig
-from internlm.core.parallel.sharding import Share
+from internlm.core.parallel.sharding import GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, collate, split_rows
 from internlm.data.packing import Layout, RowShape
@@ -26,7 +26,7 @@ def batch_of(layout: Layout) -> Batch:
 
 
 def parts_of(batch: Batch, size: int) -> list[Batch]:
-    return [split_rows(batch, Share(rank, size)) for rank in range(size)]
+    return [split_rows(batch, GroupPosition(rank, size)) for rank in range(size)]
 
 
 def test_the_worked_example() -> None:
@@ -74,7 +74,7 @@ def test_cuts_are_those_of_whole_rows(layout: Layout, cuts: list[list[int]]) -> 
 @pytest.mark.parametrize("layout", Layout)
 def test_a_rank_that_shares_with_nobody_has_the_batch_as_it_is(layout: Layout) -> None:
     batch = batch_of(layout)
-    assert split_rows(batch, Share()) is batch
+    assert split_rows(batch, GroupPosition()) is batch
 
 
 SIZES: dict[str, Any] = {"seq_len": 16, "micro_bsz": 2, "micro_num": 3, "total_steps": 20, "num_worker": 0}
@@ -84,7 +84,7 @@ SIZES: dict[str, Any] = {"seq_len": 16, "micro_bsz": 2, "micro_num": 3, "total_s
 def test_loaders_give_each_rank_its_part(settings: dict[str, Any]) -> None:
     """Training and validation alike; of the samples of the data-parallel rank that it is."""
     data = DataConfig(**SIZES, **settings)
-    for part in (Share(0, 2), Share(1, 2)):
+    for part in (GroupPosition(0, 2), GroupPosition(1, 2)):
         given = (50, 7, 1, 2)  # vocabulary, seed, data rank, data size
         pairs = [(build_train_loader(data, *given, part)[0], build_train_loader(data, *given)[0])]
         split, whole = build_valid_loaders(data, *given, part), build_valid_loaders(data, *given)

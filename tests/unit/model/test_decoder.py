@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.sharding import Part, Sharding, building
+from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.model.decoder import Block, Decoder
 from tests.unit.model.samples import VOCAB, decoder, gradients, tokens
 
@@ -230,7 +230,7 @@ def partitions(draw: st.DrawFn) -> list[list[range]]:
 def parts_of(partition: list[list[range]], **keys: Any) -> list[Decoder]:
     parts = []
     for chunks in partition:
-        with building(Sharding(), Part(LAYERS, tuple(chunks))):
+        with building(Sharding(), StageLayers(LAYERS, tuple(chunks))):
             parts.append(decoder(num_layers=LAYERS, **keys))
     return parts
 
@@ -245,8 +245,8 @@ def with_values_of(whole: Decoder, parts: list[Decoder]) -> list[Decoder]:
 
 def in_order(parts: list[Decoder]) -> list[tuple[Decoder, int]]:
     """Part and chunk of every virtual stage."""
-    chunks = [(part, chunk) for part in parts for chunk in range(len(part.part.chunks))]
-    return sorted(chunks, key=lambda each: each[0].part.chunks[each[1]].start)
+    chunks = [(part, chunk) for part in parts for chunk in range(len(part.stage_layers.chunks))]
+    return sorted(chunks, key=lambda each: each[0].stage_layers.chunks[each[1]].start)
 
 
 @settings(max_examples=15)
@@ -274,7 +274,7 @@ def test_parts_have_the_parameters_of_the_model_between_them(partition: list[lis
     parts, whole = parts_of(partition, tie_word_embeddings=tied), decoder(num_layers=LAYERS, tie_word_embeddings=tied)
     names = Counter(name for part in parts for name, _ in part.named_parameters())
     wanted = Counter(name for name, _ in whole.named_parameters())
-    ends = sum(part.part.has_embedding or part.part.has_head for part in parts)
+    ends = sum(part.stage_layers.has_embedding or part.stage_layers.has_head for part in parts)
     assert names == wanted + Counter(["embedding.weight"] * (tied and ends == 2))
     values = whole.state_dict()
     for part in parts:
@@ -306,7 +306,7 @@ def test_the_gradient_of_a_table_at_both_ends_is_a_sum(
     parts = parts_of(partition, tie_word_embeddings=True)
     placements = [getattr(part, "embedding", None) and part.embedding.weight.placement for part in parts]
     assert [placement and placement.partial_over for placement in placements] == partial
-    assert parts[-1].part.has_head == hasattr(parts[-1], "output")
+    assert parts[-1].stage_layers.has_head == hasattr(parts[-1], "output")
 
 
 @pytest.mark.parametrize(("checkpoint", "recomputed"), [(True, [4, 5]), (0.5, [4]), (False, [])])

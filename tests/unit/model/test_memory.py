@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import internlm.model.decoder
-from internlm.core.parallel.dropout import Draws, drawing
+from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.utils.errors import UserError
 from tests.unit.model.samples import decoder, gradients, tokens
 
@@ -28,12 +28,12 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def trained(draws: Draws | None = None, **keys: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def trained(draws: DropoutKey | None = None, **keys: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a model of three layers."""
     model = decoder(num_layers=3, num_kv_attention_heads=2, **keys)
-    with drawing(draws or Draws(seed=3, step=5)):
+    with dropout_key_scope(draws or DropoutKey(seed=3, step=5)):
         loss = model(IDS, labels=LABELS).loss_sum
-    with drawing(Draws(seed=99)):  # another micro-batch may be current by then
+    with dropout_key_scope(DropoutKey(seed=99)):  # another micro-batch may be current by then
         loss.backward()
     return loss.detach(), gradients(model)
 
@@ -62,12 +62,12 @@ def test_dropout_is_for_training_alone() -> None:
     dropping.eval()
     assert torch.equal(plain(IDS), dropping(IDS))
     dropping.train()
-    with drawing(Draws()):
+    with dropout_key_scope(DropoutKey()):
         assert not torch.isclose(plain(IDS), dropping(IDS)).any()
 
 
 def test_every_step_drops_something_else() -> None:
-    assert trained(Draws(step=1), **DROPOUT)[0] != trained(Draws(step=2), **DROPOUT)[0]
+    assert trained(DropoutKey(step=1), **DROPOUT)[0] != trained(DropoutKey(step=2), **DROPOUT)[0]
 
 
 def test_dropout_is_told_which_micro_batch_it_has() -> None:
@@ -85,7 +85,7 @@ def test_places_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
             return x
 
     monkeypatch.setattr(internlm.model.decoder, "Dropout", Noted)
-    with drawing(Draws()):
+    with dropout_key_scope(DropoutKey()):
         assert torch.equal(decoder(**DROPOUT)(IDS), decoder()(IDS))
     layers = [(layer, place) for layer in (0, 1) for place in ("attention", "feed_forward")]
     assert places == [(None, "embedding"), *layers]

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import Communicator, ParallelLinear
-from internlm.core.parallel.attach import TABLE, Ties, attach_communicators, block_of, register_communicator
+from internlm.core.parallel.attach import TABLE, CommContext, attach_communicators, block_of, register_communicator
 from internlm.core.parallel.communicator import (
-    SILENT,
-    SILENT_ATTENTION,
-    SILENT_EMBEDDING,
-    SILENT_HEAD,
-    SILENT_MODEL,
+    IDENTITY,
+    IDENTITY_ATTENTION,
+    IDENTITY_EMBEDDING,
+    IDENTITY_HEAD,
+    IDENTITY_MODEL,
 )
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import initialize_parameters, normal
-from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.core.parallel.tensor_parallel import (
     FspColumn,
     HiddenEmbedding,
@@ -39,7 +39,7 @@ from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder
 
 MODES = ("mtp", "msp", "fsp", "isp")
-SILENTS = {SILENT, SILENT_HEAD, SILENT_EMBEDDING, SILENT_ATTENTION, SILENT_MODEL}
+SILENTS = {IDENTITY, IDENTITY_HEAD, IDENTITY_EMBEDDING, IDENTITY_ATTENTION, IDENTITY_MODEL}
 
 
 def groups(tensor: int = 2, weight: int = 2) -> tuple[Group, Group]:
@@ -48,7 +48,7 @@ def groups(tensor: int = 2, weight: int = 2) -> tuple[Group, Group]:
 
 
 def split_decoder(mode: str, tensor: int = 2, weight: int = 2, **keys: object) -> Decoder:
-    with building(Sharding(mode, Share(1 % tensor, tensor), Share(1 % weight, weight))):
+    with building(Sharding(mode, GroupPosition(1 % tensor, tensor), GroupPosition(1 % weight, weight))):
         return decoder(**keys)
 
 
@@ -75,7 +75,7 @@ def expected(model: type, column: type, row: type, head: type, embedding: type, 
     }
 
 
-MODEL, ATTENTION, EMBEDDING = type(SILENT_MODEL), type(SILENT_ATTENTION), type(SILENT_EMBEDDING)
+MODEL, ATTENTION, EMBEDDING = type(IDENTITY_MODEL), type(IDENTITY_ATTENTION), type(IDENTITY_EMBEDDING)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_block_of_a_module(name: str, block: str) -> None:
 class Doubling(Communicator):
     """Doubles the output."""
 
-    def __init__(self, ties: Ties, layer: nn.Module) -> None:
+    def __init__(self, ties: CommContext, layer: nn.Module) -> None:
         self.ties, self.layer = ties, layer
 
     def reduce_output(self, y: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def test_another_mode_does_not_know_it() -> None:
     register_communicator("isp", "my role")(Doubling)
     layer = Mine()
     attach_communicators(layer, "mtp", *groups())
-    assert layer.communicator is SILENT
+    assert layer.communicator is IDENTITY
 
 
 @pytest.mark.usefixtures("_forget")
@@ -235,8 +235,8 @@ def test_a_known_role_may_be_taken_over() -> None:
 
 @pytest.mark.usefixtures("_forget")
 def test_the_decorator_gives_the_function_back() -> None:
-    def build(ties: Ties, layer: nn.Module) -> Communicator:
-        return SILENT
+    def build(ties: CommContext, layer: nn.Module) -> Communicator:
+        return IDENTITY
 
     assert register_communicator("isp", "my role")(build) is build
     assert TABLE["isp", "my role"] is build

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.core.parallel.dropout import Draws, Dropout, current_draws, drawing
+from internlm.core.parallel.dropout import Dropout, DropoutKey, current_dropout_key, dropout_key_scope
 from internlm.utils.errors import UserError
 
 TOKENS, WIDTH = 64, 32
-DRAWS = Draws(seed=5, data_rank=1, step=3, micro_num=4, number=2)
+DRAWS = DropoutKey(seed=5, data_rank=1, step=3, micro_num=4, number=2)
 
 
 def ones(tokens: int = TOKENS) -> Tensor:
     return torch.ones(tokens, WIDTH, dtype=torch.float64, requires_grad=True)
 
 
-def dropout(draws: Draws = DRAWS, rate: float = 0.25, keeps_masks: bool = False) -> Dropout:
+def dropout(draws: DropoutKey = DRAWS, rate: float = 0.25, keeps_masks: bool = False) -> Dropout:
     return Dropout(rate, keeps_masks, draws, TOKENS)
 
 
@@ -34,7 +34,7 @@ def test_a_part_is_dropped_and_the_rest_scaled_up() -> None:
 def test_backward_drops_the_same(keeps_masks: bool) -> None:
     x = ones()
     y = dropout(keeps_masks=keeps_masks)(0, "attention", x)
-    with drawing(Draws(seed=99)):  # another micro-batch may be current by then
+    with dropout_key_scope(DropoutKey(seed=99)):  # another micro-batch may be current by then
         y.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, y)
@@ -67,14 +67,14 @@ def test_every_place_has_a_mask_of_its_own(layer: int | None, place: str) -> Non
 
 def test_the_micro_batch_is_counted_in_the_global_batch() -> None:
     """The sixth of a rank that has eight is the second of the second of two that have four each."""
-    alone = Draws(seed=5, step=3, micro_num=8, number=6)
+    alone = DropoutKey(seed=5, step=3, micro_num=8, number=6)
     assert torch.equal(dropout()(0, "attention", ones()), dropout(alone)(0, "attention", ones()))
 
 
 def test_draws_are_those_of_the_innermost_block() -> None:
-    with drawing(DRAWS):
-        with drawing(Draws()):
-            assert current_draws() == Draws()
-        assert current_draws() == DRAWS
+    with dropout_key_scope(DRAWS):
+        with dropout_key_scope(DropoutKey()):
+            assert current_dropout_key() == DropoutKey()
+        assert current_dropout_key() == DRAWS
     with pytest.raises(UserError, match=r"model.drop_rate: .* nobody says which"):
-        current_draws()
+        current_dropout_key()

@@ -100,6 +100,6 @@ def test_pending_is_finished_once() -> None:
     for done in (False, True):
         tensor = torch.zeros(1)
         pending = collectives.Pending(tensor, _Increment(tensor, done))
-        pending.settle()
+        pending.release_if_completed()
         assert tensor.item() == done
         assert pending.wait().item() == pending.wait().item() == 1

@@ -13,7 +13,7 @@ from internlm.core.parallel import Communicator, ParallelLinear, ParallelNorm
 from internlm.core.parallel.collectives import Pending
 from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import initialize_parameters, normal
-from internlm.core.parallel.sharding import Sharding, Share, building
+from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.ops import swiglu
 from internlm.utils.dtype import default_dtype
 
@@ -304,7 +304,7 @@ def test_a_gathered_weight_gives_the_whole_output(dim: int, with_main_grad: bool
 
 
 def test_a_split_output_has_the_shape_of_what_is_held() -> None:
-    with default_dtype(torch.float64), building(Sharding("mtp", tensor=Share(1, 3))):
+    with default_dtype(torch.float64), building(Sharding("mtp", tensor=GroupPosition(1, 3))):
         layer = ParallelLinear(WIDTH, (2, 6), normal(1.0), bias=True, split_axis=1)
     initialize_parameters(layer, seed=1)
     whole = linear((2, 6), bias=False)

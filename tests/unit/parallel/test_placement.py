@@ -43,10 +43,10 @@ def drawn(seed: int = 1, **placements: ParamPlacement) -> dict[str, torch.Tensor
     return dict(module.named_parameters())
 
 
-def boxes(placement: ParamPlacement, start: int = 0, stop: int | None = None) -> list[tuple[tuple[int, ...], ...]]:
+def slices(placement: ParamPlacement, start: int = 0, stop: int | None = None) -> list[tuple[tuple[int, ...], ...]]:
     """Offsets and sizes of the boxes of [start, stop); of all that is held where ``stop`` is None."""
     stop = math.prod(placement.local_shape) if stop is None else stop
-    return [(box.offsets, box.sizes) for box in placement.boxes(start, stop)]
+    return [(box.offsets, box.sizes) for box in placement.slices(start, stop)]
 
 
 # -- arithmetic
@@ -55,8 +55,8 @@ def boxes(placement: ParamPlacement, start: int = 0, stop: int | None = None) ->
 def test_a_whole_parameter() -> None:
     whole = ParamPlacement((4, 6), NORMAL)
     assert whole.local_shape == (4, 6)
-    assert boxes(whole) == [((0, 0), (4, 6))]
-    assert boxes(whole, 3, 13) == [((0, 3), (1, 3)), ((1, 0), (1, 6)), ((2, 0), (1, 1))]
+    assert slices(whole) == [((0, 0), (4, 6))]
+    assert slices(whole, 3, 13) == [((0, 3), (1, 3)), ((1, 0), (1, 6)), ((2, 0), (1, 1))]
     values = torch.arange(24).view(4, 6)
     assert whole.local_part(values) is values
 
@@ -64,8 +64,8 @@ def test_a_whole_parameter() -> None:
 def test_a_part_of_one() -> None:
     third = part(ParamPlacement((4, 6), NORMAL), axis=1, index=2, count=3)
     assert third.local_shape == (4, 2)
-    assert boxes(third) == [((0, 4), (4, 2))]
-    assert boxes(third, 3, 6) == [((1, 5), (1, 1)), ((2, 4), (1, 2))]
+    assert slices(third) == [((0, 4), (4, 2))]
+    assert slices(third, 3, 6) == [((1, 5), (1, 1)), ((2, 4), (1, 2))]
     values = torch.arange(24).view(4, 6)
     assert torch.equal(third.local_part(values), values[:, 4:])
 
@@ -74,20 +74,20 @@ def test_a_run_of_rows() -> None:
     """Four rows of two matrices of three: the second half begins within the second matrix."""
     halves = [part(ParamPlacement((2, 4, 3), NORMAL), None, index, 2) for index in range(2)]
     assert [half.local_shape for half in halves] == [(4, 3), (4, 3)]
-    assert [boxes(half) for half in halves] == [[((0, 0, 0), (1, 4, 3))], [((1, 0, 0), (1, 4, 3))]]
+    assert [slices(half) for half in halves] == [[((0, 0, 0), (1, 4, 3))], [((1, 0, 0), (1, 4, 3))]]
     thirds = [part(ParamPlacement((2, 4, 3), NORMAL), None, index, 3) for index in range(3)]
     assert [third.local_shape for third in thirds] == [(3, 3)] * 3
-    assert boxes(thirds[1]) == [((0, 3, 0), (1, 1, 3)), ((1, 0, 0), (1, 2, 3))]
-    assert boxes(thirds[2]) == [((1, 2, 0), (1, 2, 3))], "the last row that it has room for is padding"
-    assert boxes(thirds[2], 5, 9) == [((1, 3, 2), (1, 1, 1))]
-    assert boxes(thirds[2], 6, 9) == []
+    assert slices(thirds[1]) == [((0, 3, 0), (1, 1, 3)), ((1, 0, 0), (1, 2, 3))]
+    assert slices(thirds[2]) == [((1, 2, 0), (1, 2, 3))], "the last row that it has room for is padding"
+    assert slices(thirds[2], 5, 9) == [((1, 3, 2), (1, 1, 1))]
+    assert slices(thirds[2], 6, 9) == []
 
 
 def test_the_last_parts_may_hold_nothing() -> None:
     """Five rows on four ranks: two, two, one and none."""
     parts = [part(ParamPlacement((5, 3), NORMAL), None, index, 4) for index in range(4)]
     assert [held.local_shape for held in parts] == [(2, 3)] * 4
-    assert [boxes(held) for held in parts] == [[((0, 0), (2, 3))], [((2, 0), (2, 3))], [((4, 0), (1, 3))], []]
+    assert [slices(held) for held in parts] == [[((0, 0), (2, 3))], [((2, 0), (2, 3))], [((4, 0), (1, 3))], []]
     values = torch.arange(15).view(5, 3)
     assert [held.local_part(values).tolist() for held in parts] == [
         [[0, 1, 2], [3, 4, 5]],
@@ -143,7 +143,7 @@ def test_boxes_of_all_parts_are_the_whole_once_wherever_they_are_cut(
         held, at = padded_part(placement, whole), 0
         cuts = data.draw(st.lists(st.integers(0, len(held)), max_size=4))
         for start, stop in pairwise(sorted([0, *cuts, len(held)])):
-            for box in placement.boxes(start, stop):
+            for box in placement.slices(start, stop):
                 assert at <= box.start < box.stop <= stop
                 at = box.stop
                 where = tuple(slice(o, o + size) for o, size in zip(box.offsets, box.sizes, strict=True))

@@ -9,13 +9,13 @@ import pytest
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm, ParamPlacement
 from internlm.core.parallel.placement import Shard, constant, normal
-from internlm.core.parallel.sharding import LIKE, Sharding, Share, building, current_sharding
+from internlm.core.parallel.sharding import LIKE, GroupPosition, Sharding, building, current_sharding
 from internlm.utils.errors import UserError
 
 INIT = normal(1.0)
 MODES = ("mtp", "msp", "fsp", "isp")
 TENSOR_MODES = MODES[:3]
-TENSOR, WEIGHT = Share(1, 2), Share(3, 4)
+TENSOR, WEIGHT = GroupPosition(1, 2), GroupPosition(3, 4)
 HIDDEN = ("column", "row")
 ROLES = ("column", "row", "head", "embedding", "embedding by hidden units")
 

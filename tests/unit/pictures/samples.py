@@ -11,7 +11,7 @@ from internlm.core.scheduler.validate import Costs, Span, Timeline, simulate
 def simulated(kind: str, stages: int = 4, chunks: int = 1, micro_batches: int = 8, **costs: float) -> Timeline:
     """A schedule of that kind, actions taking a unit of time each unless ``costs`` says otherwise."""
     table = make_table(kind, stages, chunks, micro_batches)
-    return simulate(table, Costs.uniform(table.cut.virtual_stages, **costs))
+    return simulate(table, Costs.uniform(table.stage_layout.virtual_stages, **costs))
 
 
 def slower(timeline: Timeline, factor: float) -> Timeline:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.parallel.param_state import attach_main_grad
-from internlm.core.parallel.sharding import Part, Sharding, building
+from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler.compute import (
     Compute,
     InFlight,
@@ -40,8 +40,8 @@ def batch(count: int = 3) -> tuple[dict[str, Any], Tensor]:
     return inputs, labels
 
 
-def part(*chunks: range) -> Decoder:
-    with building(Sharding(), Part(4, chunks)):
+def stage_layers(*chunks: range) -> Decoder:
+    with building(Sharding(), StageLayers(4, chunks)):
         return decoder(num_layers=4)
 
 
@@ -90,7 +90,7 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
 
 
 def test_hidden_units_of_another_form_than_foretold_are_not_sent() -> None:
-    compute = compute_of(part(range(2)))
+    compute = compute_of(stage_layers(range(2)))
     good = hidden_units(compute)
     assert compute.check_form(0, good)
     for bad in (good[:-1], good.float()):
@@ -109,8 +109,8 @@ def test_sums_are_those_of_the_last_chunk_by_type() -> None:
 
 
 def test_chunks_one_after_another_are_the_model() -> None:
-    whole, model = compute_of(decoder(num_layers=4)), part(range(1), range(1, 3), range(3, 4))
-    assert model.part.is_whole
+    whole, model = compute_of(decoder(num_layers=4)), stage_layers(range(1), range(1, 3), range(3, 4))
+    assert model.stage_layers.is_whole
     compute, hidden = compute_of(model), None
     for chunk in range(3):
         hidden = compute.forward(chunk, 2, hidden)
@@ -119,7 +119,7 @@ def test_chunks_one_after_another_are_the_model() -> None:
 
 
 def test_no_loss_is_wanted() -> None:
-    model = part(range(2, 4))
+    model = stage_layers(range(2, 4))
     compute = compute_of(model, grad_scale=None, wants_outputs=True)
     assert compute.forward(0, 1, hidden_units(compute, 1).detach()) is None
     assert compute.outputs[1].shape == (LENGTH, 61)
@@ -131,7 +131,7 @@ def test_no_loss_is_wanted() -> None:
 
 def run_backward(compute: Compute, defer: bool) -> tuple[InFlight, Tensor | None]:
     """F and B of the first chunk."""
-    hidden = None if compute.part.is_first(0) else hidden_units(compute)
+    hidden = None if compute.stage_layers.is_first(0) else hidden_units(compute)
     output = compute.forward(0, 0, hidden)
     assert output is not None
     kept = in_flight(hidden, output)
@@ -147,7 +147,7 @@ def with_main_grads(model: Decoder) -> Decoder:
 
 @pytest.mark.parametrize("numbers", [range(2), range(1, 3), range(2, 4)], ids=["first", "middle", "last"])
 def test_backward_in_two_is_backward(numbers: range) -> None:
-    models = [with_main_grads(part(numbers)) for _ in range(2)]
+    models = [with_main_grads(stage_layers(numbers)) for _ in range(2)]
     (_, gradient), (kept, early) = (run_backward(compute_of(model), i == 1) for i, model in enumerate(models))
     assert (gradient is None) == (numbers.start == 0)
     assert gradient is None or torch.equal(early, gradient)
@@ -161,7 +161,7 @@ def test_backward_in_two_is_backward(numbers: range) -> None:
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_a_frozen_chunk_passes_the_gradient_on(defer: bool) -> None:
-    trained, frozen = (with_main_grads(part(range(1, 3))) for _ in range(2))
+    trained, frozen = (with_main_grads(stage_layers(range(1, 3))) for _ in range(2))
     frozen.requires_grad_(False)
     _, wanted = run_backward(compute_of(trained), False)
     kept, found = run_backward(compute_of(frozen), defer)
@@ -173,7 +173,7 @@ def test_a_frozen_chunk_passes_the_gradient_on(defer: bool) -> None:
 @pytest.mark.parametrize("defer", [False, True])
 def test_a_first_chunk_that_is_frozen_has_nothing_to_do(defer: bool) -> None:
     """Its output needs no gradient, so there is no graph; the next stage sends one nevertheless."""
-    kept, gradient = run_backward(compute_of(part(range(2)).requires_grad_(False)), defer)
+    kept, gradient = run_backward(compute_of(stage_layers(range(2)).requires_grad_(False)), defer)
     assert (gradient, kept.tasks) == (None, [])
 
 
@@ -213,7 +213,7 @@ def in_tasks(kept: InFlight) -> list[weakref.ref[torch.UntypedStorage]]:
 @pytest.mark.parametrize("numbers", [range(2), range(1, 3)], ids=["first", "middle"])
 def test_an_output_may_go_once_it_was_sent(numbers: range) -> None:
     """What backward needs of it is its place in the graph."""
-    compute = compute_of(with_main_grads(part(numbers)))
+    compute = compute_of(with_main_grads(stage_layers(numbers)))
     hidden = None if numbers.start == 0 else hidden_units(compute)
     output = compute.forward(0, 0, hidden)
     assert output is not None
@@ -227,7 +227,7 @@ def test_an_output_may_go_once_it_was_sent(numbers: range) -> None:
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_activations_go_with_the_last_action(defer: bool) -> None:
-    compute = compute_of(with_main_grads(part(range(1, 3))))
+    compute = compute_of(with_main_grads(stage_layers(range(1, 3))))
     with saved_for_backward() as saved:
         hidden = hidden_units(compute)
         output = compute.forward(0, 0, hidden)

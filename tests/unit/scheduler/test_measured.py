@@ -30,7 +30,7 @@ def recorded(timeline: Timeline, start: float = 0.0) -> list[list[Record]]:
 
 def costs_of(table: Table, transfer: float) -> Costs:
     """Another for each virtual stage; all can be told exactly in binary."""
-    n = table.cut.virtual_stages
+    n = table.stage_layout.virtual_stages
     forward = tuple(1 + v / 8 for v in range(n))
     backward = tuple(1 + v / 4 for v in range(n))
     weight = tuple(0.5 if any(a.kind == "W" for row in table.actions for a in row) else 0.0 for _ in range(n))

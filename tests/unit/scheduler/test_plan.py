@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.scheduler.actions import Action, Cut, Table
+from internlm.core.scheduler.actions import Action, StageLayout, Table
 from internlm.core.scheduler.plan import Message, Step, plan_of
 from internlm.core.scheduler.table import KINDS, make_table
 from internlm.core.scheduler.validate import ScheduleError
@@ -31,7 +31,7 @@ def tables(draw: st.DrawFn) -> Table:
 @st.composite
 def own_tables(draw: st.DrawFn) -> Table:
     """What users may write: any order in which everything can run, every B with or without its W."""
-    cut = Cut(draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.booleans()))
+    cut = StageLayout(draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.booleans()))
     micro_batches, dice = draw(st.integers(1, 4)), random.Random(draw(st.integers()))
     rows: list[list[Action]] = [[] for _ in range(cut.stages)]
     last = cut.virtual_stages - 1
@@ -47,7 +47,7 @@ def own_tables(draw: st.DrawFn) -> Table:
 
 
 def plans_of(table: Table) -> list[Plan]:
-    return [plan_of(table, rank) for rank in range(table.cut.stages)]
+    return [plan_of(table, rank) for rank in range(table.stage_layout.stages)]
 
 
 # -- what a plan says
@@ -59,7 +59,7 @@ def test_every_message_is_begun_once_before_it_is_taken(table: Table) -> None:
         begun: list[Message] = []
         for step in plan:
             begun += [receive.message for receive in step.begins]
-            assert all(table.cut.chunk_of(receive.message.virtual) == receive.chunk for receive in step.begins)
+            assert all(table.stage_layout.chunk_of(receive.message.virtual) == receive.chunk for receive in step.begins)
             assert step.takes is None or step.source == rank or step.takes in begun
         assert Counter(begun) == Counter(step.takes for step in plan if step.takes and step.source != rank)
 
@@ -72,7 +72,7 @@ def test_what_is_given_is_taken_where_it_goes(table: Table) -> None:
         given += [(rank, step.target, step.gives) for step in plan if step.gives]
         taken += [(step.source, rank, step.takes) for step in plan if step.takes]
     assert Counter(given) == Counter(taken)
-    assert len(set(given)) == len(given) == (table.cut.virtual_stages - 1) * len(messages_of_one(table))
+    assert len(set(given)) == len(given) == (table.stage_layout.virtual_stages - 1) * len(messages_of_one(table))
 
 
 def messages_of_one(table: Table) -> list[tuple[str, int]]:
@@ -108,7 +108,7 @@ def test_a_small_plan_in_full() -> None:
 
 def test_a_table_that_cannot_run_has_no_plan() -> None:
     rows = make_table("1f1b", 2, 1, 2).actions[0], make_table("gpipe", 2, 1, 2).actions[1]
-    fine = Table("own", Cut(2), 2, rows)
+    fine = Table("own", StageLayout(2), 2, rows)
     assert len(plan_of(fine, 0)) == 4
     with pytest.raises(ScheduleError, match=r"^rank 1: lacks B0, F1, B1\."):
         plan_of(replace(fine, actions=(rows[0], rows[1][:1])), 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.sharding import Part, Sharding, building
+from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
 from internlm.core.scheduler.executor import Record
@@ -40,7 +40,7 @@ def batches(micro_num: int = MICRO_BATCHES) -> Iterator[tuple[dict[str, Any], Te
 def in_chunks(chunks: int) -> nn.Module:
     """A model of four layers that is whole on this rank, in so many chunks of as many layers."""
     size = 4 // chunks
-    part = Part(4, tuple(range(start, start + size) for start in range(0, 4, size)))
+    part = StageLayers(4, tuple(range(start, start + size) for start in range(0, 4, size)))
     with building(Sharding(), part):
         return decoder(num_layers=4)
 
@@ -101,7 +101,7 @@ def test_records_tell_every_action_in_order() -> None:
 def test_a_table_of_ones_own_is_run(tmp_path: Path) -> None:
     """Backward in another order than forward."""
     row = [*(Action(FORWARD, n) for n in range(3)), *(Action(BACKWARD, n) for n in (1, 2, 0))]
-    write_table(Table("mine", make_table("1f1b", 1, 1, 3).cut, 3, (tuple(row),)), tmp_path / "mine.csv")
+    write_table(Table("mine", make_table("1f1b", 1, 1, 3).stage_layout, 3, (tuple(row),)), tmp_path / "mine.csv")
     model = decoder()
     pipeline = Pipeline(own_table=lambda micro_batches: read_table(tmp_path / "mine.csv", 1, 1, micro_batches))
     scheduler = SCHEDULERS["1f1b"](TokenCrossEntropy(model), 1, DATA, CPU, pipeline)

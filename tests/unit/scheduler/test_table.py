@@ -50,15 +50,15 @@ def pauses(timeline: Timeline) -> list[Fraction]:
 def test_every_table_can_run_and_does_everything_once(table: Table) -> None:
     assert problems(table) == []
     kinds = "FBW" if table.kind.startswith("zb") else "FB"
-    due = [Action(k, m, c) for k in kinds for m in range(table.micro_batches) for c in range(table.cut.chunks)]
+    due = [Action(k, m, c) for k in kinds for m in range(table.micro_batches) for c in range(table.stage_layout.chunks)]
     assert all(Counter(row) == Counter(due) for row in table.actions)
     assert problems(table.forward_only()) == []
 
 
 @given(tables(), st.data())
 def test_a_planted_mistake_is_found(table: Table, data: st.DataObject) -> None:
-    assume(table.cut.virtual_stages * table.micro_batches > 1)  # F0 B0 without B0 is a table of F alone
-    rank = data.draw(st.integers(0, table.cut.stages - 1))
+    assume(table.stage_layout.virtual_stages * table.micro_batches > 1)  # F0 B0 without B0 is a table of F alone
+    rank = data.draw(st.integers(0, table.stage_layout.stages - 1))
     row = list(table.actions[rank])
     action = data.draw(st.sampled_from([action for action in row if action.kind != "W"]))
     place, other = row.index(action), row.index(action._replace(kind="FB"[action.kind == "F"]))
@@ -68,7 +68,7 @@ def test_a_planted_mistake_is_found(table: Table, data: st.DataObject) -> None:
     mistakes = {"lacks": dropped, "more than once": doubled, "before": swapped}
     for word, wrong in mistakes.items():
         rows = (*table.actions[:rank], tuple(wrong), *table.actions[rank + 1 :])
-        found = problems(Table(table.kind, table.cut, table.micro_batches, rows))
+        found = problems(Table(table.kind, table.stage_layout, table.micro_batches, rows))
         assert {problem.where for problem in found} == {f"rank {rank}"}
         assert any(word in problem.what for problem in found)
 

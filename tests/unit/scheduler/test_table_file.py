@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.core.scheduler.actions import Cut
+from internlm.core.scheduler.actions import StageLayout
 from internlm.core.scheduler.table import make_table, read_table, write_table
 from internlm.core.scheduler.validate import ScheduleError
 
@@ -46,7 +46,7 @@ F0,F0.1,B0.1,b0
 def test_blanks_case_quotes_and_notes_do_no_harm(path: Path) -> None:
     path.write_text(TOLERATED, encoding="utf-8", newline="\r\n")
     table = read_table(path, 2, 2, 1)
-    assert table.cut == Cut(2, 2, v_shaped=True)
+    assert table.stage_layout == StageLayout(2, 2, v_shaped=True)
     assert [" ".join(map(str, row)) for row in table.actions] == ["F0 F0.1 B0.1 B0"] * 2
 
 

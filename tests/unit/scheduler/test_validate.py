@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.scheduler.actions import Action, Cut, Table
+from internlm.core.scheduler.actions import Action, StageLayout, Table
 from internlm.core.scheduler.table import make_table
 from internlm.core.scheduler.validate import Costs, ScheduleError, Span, Timeline, problems, simulate
 
@@ -24,7 +24,7 @@ def act(text: str) -> Action:
 
 def table_of(*rows: str, chunks: int = 1, v_shaped: bool = False, micro_batches: int = 2) -> Table:
     actions = tuple(tuple(map(act, row.split())) for row in rows)
-    return Table("own", Cut(len(rows), chunks, v_shaped), micro_batches, actions)
+    return Table("own", StageLayout(len(rows), chunks, v_shaped), micro_batches, actions)
 
 
 def said(table: Table) -> list[str]:
@@ -34,7 +34,7 @@ def said(table: Table) -> list[str]:
 def needs(table: Table, rank: int, action: Action) -> Iterator[Key]:
     """What ``action`` takes the results of, read off the definition."""
     kind, micro_batch, chunk = action
-    cut = table.cut
+    cut = table.stage_layout
     virtual = cut.virtual(rank, chunk)
     neighbour = {"F": virtual - 1, "B": virtual + 1}.get(kind, -1)
     if 0 <= neighbour < cut.virtual_stages:
@@ -88,9 +88,9 @@ def test_a_rank_can_wait_for_itself() -> None:
 
 def test_a_row_too_few_and_long_lists() -> None:
     table = make_table("1f1b", 2, 1, 8)
-    one_row = Table(table.kind, table.cut, 8, table.actions[:1])
+    one_row = Table(table.kind, table.stage_layout, 8, table.actions[:1])
     assert said(one_row) == ["ranks 0 to 1: 1 rows for 2 stages. Give each rank a row."]
-    empty = Table(table.kind, table.cut, 8, ((), table.actions[1]))
+    empty = Table(table.kind, table.stage_layout, 8, ((), table.actions[1]))
     assert said(empty) == [
         "rank 0: lacks F0, B0, F1, B1 and 12 more. Every chunk needs an F and a B for every micro-batch."
     ]
@@ -112,7 +112,7 @@ def test_what_a_user_may_write(rows: tuple[str, str], fine: bool) -> None:
 @st.composite
 def any_order(draw: st.DrawFn) -> Table:
     """Every action once, in any order at all."""
-    cut = Cut(draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.booleans()))
+    cut = StageLayout(draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.booleans()))
     micro_batches = draw(st.integers(1, 2))
     kinds = draw(st.sampled_from(["F", "FB", "FBW"]))
     due = [Action(k, m, c) for m in range(micro_batches) for k in kinds for c in range(cut.chunks)]

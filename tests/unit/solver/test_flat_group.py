@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from internlm.core.parallel import ParamPlacement, place
 from internlm.core.parallel.placement import normal
-from internlm.solver.optimizer.flat_buffers import FlatGroup
-from internlm.solver.optimizer.param_groups import Kind, Placed
+from internlm.solver.optimizer.flat_buffers import FlatParamGroup
+from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroupKey
 
 SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=8)
 SHARDS = st.integers(1, 9)
 
 
-def placed(sizes: list[int] | list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Placed]:
+def placed(sizes: list[int] | list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[NamedParameter]:
     """Parameters of these sizes; no two elements are equal."""
     found, count = [], 0
     for number, size in enumerate(sizes):
@@ -28,12 +28,12 @@ def placed(sizes: list[int] | list[tuple[int, ...]], dtype: torch.dtype = torch.
         with torch.no_grad():
             parameter.copy_(torch.arange(count, count + parameter.numel()).view_as(parameter))
         count += parameter.numel()
-        found.append(Placed(f"w{number}", parameter, placement, number))
+        found.append(NamedParameter(f"w{number}", parameter, placement, number))
     return found
 
 
-def group_of(parameters: list[Placed], shard: int = 0, shards: int = 1, **options: Any) -> FlatGroup:
-    return FlatGroup(Kind(parameters[0].parameter.dtype, "AdamW"), parameters, shard, shards, **options)
+def group_of(parameters: list[NamedParameter], shard: int = 0, shards: int = 1, **options: Any) -> FlatParamGroup:
+    return FlatParamGroup(ParamGroupKey(parameters[0].parameter.dtype, "AdamW"), parameters, shard, shards, **options)
 
 
 def side_by_side(parts: list[Tensor]) -> Tensor:
@@ -102,7 +102,7 @@ def test_parameters_keep_their_values_and_become_views(dtype: torch.dtype) -> No
 
 def test_a_transposed_parameter_is_laid_out_by_its_own_axes() -> None:
     weight = nn.Parameter(torch.arange(6.0).view(2, 3).t())
-    group = group_of([Placed("w", weight, ParamPlacement((3, 2), normal(1.0)))])
+    group = group_of([NamedParameter("w", weight, ParamPlacement((3, 2), normal(1.0)))])
     assert weight.tolist() == [[0, 3], [1, 4], [2, 5]]
     assert group.values[:6].tolist() == [0, 3, 1, 4, 2, 5]
 
@@ -137,7 +137,7 @@ def test_small_updates_of_half_parameters_are_not_lost() -> None:
         group.main_parts[0][0] = 256.0
         for expected in (256.0, 258.0):
             group.main_parts[0][0] += 1
-            group.main_to_values()
+            group.copy_main_to_params()
             assert parameters[0][1].item() == expected
 
 
@@ -146,5 +146,5 @@ def test_loaded_values_reach_the_main_parameters() -> None:
     group = group_of(parameters)
     with torch.no_grad():
         parameters[0][1].fill_(7)
-    group.values_to_main()
+    group.copy_params_to_main()
     assert group.main_parts[0][:3].tolist() == [7.0] * 3

@@ -253,7 +253,7 @@ def test_parameters_that_were_set_are_adopted(dtype: torch.dtype) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
-    optimizer.adopt_parameters()
+    optimizer.copy_model_to_main_params()
     optimizer.zero_grad()
     optimizer.step(1e-2, 0.95)
     assert all((parameter == 0.5).all() for parameter in model.parameters())

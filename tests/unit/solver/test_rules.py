@@ -13,7 +13,7 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.parallel import place_replicated
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.muon import orthogonal
-from internlm.solver.optimizer.param_groups import by_kind
+from internlm.solver.optimizer.param_groups import build_param_groups
 from internlm.utils.errors import ConfigError
 from tests.unit.model.samples import decoder
 
@@ -120,7 +120,7 @@ def test_clipping_of_two_types(first: torch.dtype) -> None:
 def rules(**options: Any) -> dict[str, tuple[str, float, float]]:
     """Rule, weight decay and factor on the learning rate, by name of the parameter."""
     model = decoder("INTERNLM", num_layers=1)
-    kinds = by_kind(model, AdamConfig(lr=1.0, weight_decay=0.1), OptimizerConfig(**options))
+    kinds = build_param_groups(model, AdamConfig(lr=1.0, weight_decay=0.1), OptimizerConfig(**options))
     return {each.name: (k.rule, k.weight_decay, k.lr_scale) for k, members in kinds.items() for each in members}
 
 

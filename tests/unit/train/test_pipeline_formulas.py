@@ -51,7 +51,9 @@ def test_every_border_between_ranks_is_crossed_twice(schedule: str, borders: int
 def test_stages_hold_the_model_once(schedule: str) -> None:
     parts = [Symbols.of(SCHEDULES[schedule], WORLD, stage) for stage in range(STAGES)]
     assert sum(part.layers for part in parts) == 9
-    assert sum(part.part.has_embedding for part in parts) == sum(part.part.has_head for part in parts) == 1
+    assert (
+        sum(part.stage_layers.has_embedding for part in parts) == sum(part.stage_layers.has_head for part in parts) == 1
+    )
 
 
 def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_to_come() -> None:

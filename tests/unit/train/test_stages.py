@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from internlm.config import Config, load_config
-from internlm.core.parallel.sharding import Part
+from internlm.core.parallel.sharding import StageLayers
 from internlm.core.scheduler.table import make_table, write_table
 from internlm.core.scheduler.validate import ScheduleError
-from internlm.costs.stages import own_table, part_of, partition_of
+from internlm.costs.stages import own_table, partition_of, stage_layers_of
 from tests.unit.config.samples import config_of
 
 
@@ -22,8 +22,8 @@ def config(layers: int, stages: int, chunks: int = 1, mode: str = "1F1B", **keys
     return load_config(config_of({**more, "data.micro_num": 2 * stages, **model}))
 
 
-def parts(config: Config) -> list[Part]:
-    return [part_of(config, stage) for stage in range(config.parallel.pipeline.size)]
+def parts(config: Config) -> list[StageLayers]:
+    return [stage_layers_of(config, stage) for stage in range(config.parallel.pipeline.size)]
 
 
 LOOP, V = (2, "1F1B"), (2, "ZBV")
@@ -53,11 +53,13 @@ def test_every_layer_is_somewhere_once(stages: int, chunks: int, mode: str, part
 def test_numbers_are_given_in_the_order_of_the_model(chunks: int, mode: str, expected: list[list[range]]) -> None:
     """Chunk 1 begins anew at the first stage, or where the V turns."""
     partition = (2, 4, 6) if chunks == 1 else (1, 2, 3, 1, 2, 3)
-    assert parts(config(12, 3, chunks, mode, partition=partition)) == [Part(12, tuple(each)) for each in expected]
+    assert parts(config(12, 3, chunks, mode, partition=partition)) == [
+        StageLayers(12, tuple(each)) for each in expected
+    ]
 
 
 def test_a_run_without_a_pipeline_is_whole() -> None:
-    assert parts(config(5, 1)) == [Part.whole(5)]
+    assert parts(config(5, 1)) == [StageLayers.whole(5)]
 
 
 def test_uniform_spares_the_last() -> None:

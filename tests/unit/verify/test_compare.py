@@ -11,7 +11,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.parallel.ledger import Entry
 from internlm.verify.compare import Report, compare, compare_traffic
 from internlm.verify.configs import make_plan
-from internlm.verify.record import Held, Pass, Place, RankRecord
+from internlm.verify.record import Pass, Place, RankRecord, TensorShards
 from internlm.verify.report import as_json, as_text, heading
 from tests.unit.verify.test_plan import SMALL
 
@@ -20,7 +20,7 @@ W = torch.arange(1.0, 5.0, dtype=torch.float64)
 
 
 def _record(data: int = 0, *, loss: float = 2.0, norm: float = 1.0, w: torch.Tensor = W, rows: int = 1) -> RankRecord:
-    held = {"w": Held((4,), {(0,): w})}
+    held = {"w": TensorShards((4,), {(0,): w})}
     passes = [Pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
     return RankRecord(Place(data, 0, 0), [loss], [norm], held, held, passes, [{}], [[8]], 1)
 

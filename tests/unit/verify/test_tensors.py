@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from internlm.verify.record import Held
+from internlm.verify.record import TensorShards
 from internlm.verify.tensors import assemble, put_together, relative, relative_l2
 
 WHOLE = torch.arange(12.0).view(3, 4)
 
 
-def _part(rows: slice, values: torch.Tensor = WHOLE) -> dict[str, Held]:
-    return {"w": Held((3, 4), {(rows.start, 0): values[rows].clone()})}
+def _part(rows: slice, values: torch.Tensor = WHOLE) -> dict[str, TensorShards]:
+    return {"w": TensorShards((3, 4), {(rows.start, 0): values[rows].clone()})}
 
 
 def test_parts_make_the_whole() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm.core.parallel.sharding import Part
+from internlm.core.parallel.sharding import StageLayers
 from internlm.verify.run import tensors_in, watching
 
 
@@ -53,7 +53,7 @@ def test_hooks_are_gone_afterwards() -> None:
 class InChunks(nn.Module):
     """The first layer is a chunk, recomputed in backward, the second is another."""
 
-    part = Part(2, (range(1), range(1, 2)))
+    stage_layers = StageLayers(2, (range(1), range(1, 2)))
 
     def __init__(self) -> None:
         super().__init__()

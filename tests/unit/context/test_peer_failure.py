@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from internlm.core.context import lost
+from internlm.core.context import peer_failure
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.utils.errors import LostPeerError
@@ -21,7 +21,7 @@ ERROR = RuntimeError("first line\n[gloo] Timed out waiting 60000ms for recv oper
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
     """The job's store, which takes down what other ranks say; of the second pipeline of two, ranks 3, 5 and 7."""
-    monkeypatch.setattr(lost, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(peer_failure, "GRACE_SECONDS", 0.05)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda handle: [1, 3, 5, 7])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.distributed_c10d._get_default_store()
@@ -33,8 +33,11 @@ def name(other: int, seconds: float = 60.0) -> str:
     stage = Group(ParallelMode.PIPELINE, dist.group.WORLD, rank=2, size=4)
     clock = iter([0.0, seconds])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lost.time, "monotonic", lambda: next(clock, time.monotonic_ns() / 1e9))
-        with pytest.raises(LostPeerError) as caught, lost.naming_lost(stage, other, "send x", TIMEOUT):
+        patch.setattr(peer_failure.time, "monotonic", lambda: next(clock, time.monotonic_ns() / 1e9))
+        with (
+            pytest.raises(LostPeerError) as caught,
+            peer_failure.attributing_peer_failure(stage, other, "send x", TIMEOUT),
+        ):
             raise ERROR
     cause = "[gloo] Timed out waiting 60000ms for recv operation to complete"
     assert str(caught.value).endswith(f" ({cause})")
@@ -71,25 +74,27 @@ def test_a_circle_has_no_culprit(chain: dict[int, int], said: dist.Store) -> Non
     assert name(1) == "pipeline: all stages wait for one another; stage 2 (rank 5) waited 60 s for stage 1 to send x"
 
 
-@pytest.mark.parametrize("whom", [1, lost.ALL])
+@pytest.mark.parametrize("whom", [1, peer_failure.ALL])
 def test_of_a_rank_that_waited_for_all_others_know_whom(whom: int, said: dist.Store) -> None:
     """Rank 3, which is stage 1, waited for all; rank 1 for rank 7, which says nothing."""
-    said.set("internlm/waited/3", f"{lost.ALL} silent")
+    said.set("internlm/waited/3", f"{peer_failure.ALL} silent")
     said.set("internlm/waited/1", "7 gone")
     assert name(whom).startswith("pipeline stage 3 (rank 7) is gone: stage 2 (rank 5) waited 60 s for ")
 
 
 def test_where_all_waited_for_all_it_is_the_one_that_says_nothing(said: dist.Store) -> None:
     for rank in (3, 7):
-        said.set(f"internlm/waited/{rank}", f"{lost.ALL} silent")
-    assert (
-        name(lost.ALL) == "pipeline stage 0 (rank 1) is silent: stage 2 (rank 5) waited 60 s for all stages to send x"
-    )
+        said.set(f"internlm/waited/{rank}", f"{peer_failure.ALL} silent")
+    message = name(peer_failure.ALL)
+    assert message == "pipeline stage 0 (rank 1) is silent: stage 2 (rank 5) waited 60 s for all stages to send x"
 
 
 def test_other_errors_of_those_who_wait_for_all_are_left_alone() -> None:
     stage = Group(ParallelMode.PIPELINE, dist.group.WORLD, rank=2, size=4)
-    with pytest.raises(RuntimeError, match="shape"), lost.naming_lost(stage, lost.ALL, "end", TIMEOUT):
+    with (
+        pytest.raises(RuntimeError, match="shape"),
+        peer_failure.attributing_peer_failure(stage, peer_failure.ALL, "end", TIMEOUT),
+    ):
         raise RuntimeError("shape mismatch")
 
 
