@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from internlm.config import Config
-from internlm.core.parallel.attach import block_of
 from internlm.core.parallel.ledger import Traffic
 from internlm.core.parallel.sharding import GroupPosition
 from internlm.costs.parameters import Buffer, Parameter, buffers, group_of_partial, kinds, parameters, reduced_size
@@ -64,7 +63,7 @@ def unit_sizes(s: Symbols) -> dict[str, int]:
     """U of each block by its name, and of the root, whose name is empty."""
     sizes: dict[str, int] = {}
     for each in parameters(s):
-        block = block_of(each.name) if each.name.startswith("layers.") else ""
+        block = ".".join(each.name.split(".")[:2]) if each.name.startswith("layers.") else ""
         sizes[block] = sizes.get(block, 0) + s.z.size * share(each.rows, s.z) * each.width
     return sizes
 

@@ -226,6 +226,10 @@ class Decoder(nn.Module):
             return logits.view(*(input_ids.shape if own else logits.shape[:1]), logits.shape[-1])
         return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks held here, in forward order."""
+        return list(self.layers)
+
     def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and type of what a chunk gives that is not the last, for these inputs of :meth:`forward`."""
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())

@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
-from internlm.core.parallel.attach import blocks_of
+from internlm.core.parallel.blocks import declared_blocks
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.utils.torch_private import before_compiling
 
@@ -30,10 +30,12 @@ def compile_blocks(model: nn.Module) -> None:
     Hooks of a block itself run outside of what is compiled.
     """
     torch._dynamo.config.nested_graph_breaks = True  # a break in a layer leaves the rest of its block in one piece
-    blocks = list(blocks_of(model))
+    blocks = list(declared_blocks(model).values())
     if not blocks:
-        what = "the model has no blocks: no module in it has a number for a name, as those of a list have"
-        raise ConfigError(Problem(KEY, what, "Set it to False"))
+        what = f"{type(model).__name__} declares no blocks"
+        raise ConfigError(
+            Problem(KEY, what, "Give it a method blocks() that returns its layers, or set the key to False")
+        )
     before_compiling()
     for block in blocks:
         block.forward = partial(_call, torch.compile(block.forward))

@@ -34,6 +34,10 @@ class Chain(nn.Module):
         if self.stage_layers.has_head:
             self.head = head
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers held here."""
+        return list(self.layers.values())
+
     def forward(
         self,
         input_ids: Tensor,

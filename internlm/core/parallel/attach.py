@@ -12,7 +12,7 @@ In modes for which nothing is registered, the layer gets what that other role ge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -20,6 +20,7 @@ from typing import Any, cast
 from torch import nn
 
 from internlm.core.context.group import Group
+from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.communicator import IDENTITY, Communicator
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import ParamPlacement, placement_of
@@ -140,6 +141,8 @@ def attach_communicators(
 
 def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
     names = {module: name for name, module in model.named_modules()}
+    declared = declared_blocks(model)
+    enclosing = {name: containing_block(name, declared) for name in names.values()}
     numbers: dict[nn.Module, int] = {}
     members: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
     linears: list[Linear] = []
@@ -147,26 +150,14 @@ def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) 
         role = getattr(module, "role", "")
         if LIKE.get(role, role) in SPLITS_WEIGHT_ROLES:
             parameter = cast(nn.Parameter, module.weight)
-            place = members.get(block_of(name), 0)
-            members[block_of(name)] = place + 1
+            block = enclosing[name]
+            place = members.get(block, 0)
+            members[block] = place + 1
             numbers[module] = len(linears)
             rows = math.prod(placement_of(parameter, name).global_shape[:-1])
-            chunk = getattr(model.get_submodule(block_of(name)), "chunk", 0)
-            linears.append(Linear(parameter, rows, list(members).index(block_of(name)), place, chunk))
+            chunk = getattr(model.get_submodule(block), "chunk", 0)
+            linears.append(Linear(parameter, rows, list(members).index(block), place, chunk))
     blocks = {
-        module: list(members).index(block_of(name)) for module, name in names.items() if block_of(name) in members
+        module: list(members).index(enclosing[name]) for module, name in names.items() if enclosing[name] in members
     }
     return CommContext(tensor, weight, WeightGatherer(weight, linears, overlap), numbers, blocks)
-
-
-def block_of(name: str) -> str:
-    """The block in which the module of that name lies: its name up to the first number; else the whole name."""
-    parts = name.split(".")
-    ends = [i + 1 for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: ends[0]]) if ends else name
-
-
-def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of ``model`` that are numbered, but not those within them."""
-    names = dict.fromkeys(block_of(name) for name, _ in model.named_modules())
-    return (model.get_submodule(name) for name in names if name.rpartition(".")[2].isdigit())

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.attach import block_of, blocks_of
+from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.placement import placed_parameters
@@ -56,7 +56,7 @@ def shard_fully(
     assert group.handle is not None, "a rank that is alone has nobody to share with"
     mesh = DeviceMesh.from_group(group.handle, next(model.parameters()).device.type)
     policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
-    for unit in (*blocks_of(model), model):
+    for unit in (*declared_blocks(model).values(), model):
         for parameter in _whole(unit):
             parameter.data = parameter.data.to(wide(dtype))
         _set_up(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
@@ -105,11 +105,12 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
 
 def _unfit(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why a parameter of ``model`` can't be shared, if one can't."""
+    blocks = declared_blocks(model)
     first: dict[nn.Parameter, tuple[str, str]] = {}  # the unit and the name under which it comes first
     for path, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module.named_parameters(recurse=False):
-            block = block_of(path)
-            name, unit = f"{path}.{own}".lstrip("."), block if block.rpartition(".")[2].isdigit() else ""
+            block = containing_block(path, blocks)
+            name, unit = f"{path}.{own}".lstrip("."), block if block in blocks else ""
             if parameter.dtype != dtype:
                 return f"{name!r} is of {parameter.dtype}, and all else of {dtype}"
             if parameter.dim() == 0:

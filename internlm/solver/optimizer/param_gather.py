@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.attach import block_of
+from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
 from internlm.utils.errors import Problem, UserError
@@ -235,7 +235,8 @@ def layers(model: nn.Module) -> Mapping[nn.Module, Sequence[nn.Module]]:
     """The modules that a forward pass calls one after the other: each block as one, and every other module that has
     parameters of its own; with those in them that have some."""
     found: dict[nn.Module, list[nn.Module]] = {}
+    blocks = declared_blocks(model)
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            found.setdefault(model.get_submodule(block_of(name)), []).append(module)
+            found.setdefault(model.get_submodule(containing_block(name, blocks)), []).append(module)
     return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import Communicator, ParallelLinear
-from internlm.core.parallel.attach import TABLE, CommContext, attach_communicators, block_of, register_communicator
+from internlm.core.parallel.attach import TABLE, CommContext, attach_communicators, register_communicator
 from internlm.core.parallel.communicator import (
     IDENTITY,
     IDENTITY_ATTENTION,
@@ -151,24 +151,6 @@ def test_who_gathers_knows_the_order_of_the_linears() -> None:
     ]
     assert [linear.rows for linear in gatherer.linears] == [96, 32, 192, 32, 96, 32, 192, 32, 61]
     assert all(layer.communicator.gatherer is gatherer for layer in order)
-
-
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [
-        ("layers.0", "layers.0"),
-        ("layers.0.attention.wqkv", "layers.0"),
-        ("layers.11.feed_forward.w2", "layers.11"),
-        ("stages.1.layers.3.attention", "stages.1"),
-        ("output", "output"),
-        ("head.linear", "head.linear"),
-        ("model.h2.w", "model.h2.w"),
-        ("0.weight", "0"),
-        ("", ""),
-    ],
-)
-def test_the_block_of_a_module(name: str, block: str) -> None:
-    assert block_of(name) == block
 
 
 # -- communicators of one's own

@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 from internlm.config import load_config
 from internlm.core.parallel import ParallelLinear, place_replicated
-from internlm.core.parallel.attach import blocks_of
+from internlm.core.parallel.blocks import declared_blocks
 from internlm.core.parallel.compiled_linear import Layer
 from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import normal
@@ -115,7 +115,7 @@ def test_names_stay_and_hooks_of_a_block_run() -> None:
     model, called = build("model.num_layers=1"), []
     names = list(model.state_dict())
     compile_blocks(model)
-    for block in blocks_of(model):
+    for block in declared_blocks(model).values():
         block.register_forward_pre_hook(lambda *_: called.append(1) or None)
     step(model, [8, 8])
     assert list(model.state_dict()) == names
@@ -147,13 +147,8 @@ def test_what_is_put_off_has_factors_of_its_own() -> None:
     assert torch.allclose(linear.weight.main_grad, expected)
 
 
-def test_blocks_are_the_outermost_numbered_modules() -> None:
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Sequential(nn.Linear(2, 2))] * 1), "head": nn.Linear(2, 2)})
-    assert list(blocks_of(model)) == [model["layers"][0]]
-
-
 def test_a_model_without_blocks() -> None:
-    with pytest.raises(ConfigError, match=r"model\.compile: the model has no blocks"):
+    with pytest.raises(ConfigError, match=r"model\.compile: Linear declares no blocks"):
         compile_blocks(place_replicated(nn.Linear(2, 2)))
 
 

@@ -1,0 +1,60 @@
+"""Blocks: the repeated layers of a model, declared by the model itself.
+
+FSDP units, lazy parameter gathers, isp's prefetch order, activation checkpointing, offloading and ``torch.compile`` all
+work block by block. A model declares its blocks by a method ``blocks()``; a model without one is treated as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from internlm.utils.errors import Problem, UserError
+
+
+@runtime_checkable
+class DeclaresBlocks(Protocol):
+    """A model that names its repeated layers."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return the blocks in the order in which a forward pass calls them."""
+
+
+def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the declared blocks of ``model`` by module name, in forward order; empty if it declares none.
+
+    Raises:
+        UserError: A declared block is no submodule of ``model``, is declared twice, or lies within another block.
+    """
+    if not isinstance(model, DeclaresBlocks):
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    blocks: dict[str, nn.Module] = {}
+    for block in model.blocks():
+        name = names.get(block, "")
+        if not name:
+            raise _error(model, f"{type(block).__name__} is no submodule of it", "Return modules that the model holds")
+        if name in blocks or containing_block(name, blocks) != name:
+            raise _error(model, f"{name!r} is declared twice or lies within another block", "Declare each layer once")
+        blocks[name] = block
+    for name in blocks:
+        outer = containing_block(name.rpartition(".")[0], blocks)
+        if outer in blocks:
+            raise _error(model, f"{name!r} lies within block {outer!r}", "Declare blocks that do not overlap")
+    return blocks
+
+
+def containing_block(name: str, blocks: Mapping[str, nn.Module]) -> str:
+    """Return the name of the block that contains the module ``name``; ``name`` itself if none does."""
+    prefix = name
+    while prefix:
+        if prefix in blocks:
+            return prefix
+        prefix = prefix.rpartition(".")[0]
+    return name
+
+
+def _error(model: nn.Module, message: str, todo: str) -> UserError:
+    return UserError(Problem(f"{type(model).__name__}.blocks()", message, todo))
