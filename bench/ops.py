@@ -133,15 +133,15 @@ def gemm_cases(tokens: int, inputs: int, outputs: int) -> Iterator[Case]:
 
 
 def attention_case(lengths: list[int], groups: int) -> Case:
-    """Attention over packed segments; torch's takes a call for every run of equal lengths."""
-    segments = ops.Segments.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0))
+    """Attention over packed sequences; torch's takes a call for every run of equal lengths."""
+    sequences = ops.PackedSequences.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0))
     tokens, pairs = sum(lengths), sum(length * (length + 1) / 2 for length in lengths)
     equal = len(set(lengths)) == 1
     return Case(
         "attention",
         f"{len(lengths)}×{lengths[0] if equal else 'documents'}, {HEADS} heads, {groups} kv",
-        lambda q, k, v: ops.attention(q, k, v, segments),
-        lambda q, k, v: ops.attention(q, k, v, segments, backend="sdpa"),
+        lambda q, k, v: ops.attention(q, k, v, sequences),
+        lambda q, k, v: ops.attention(q, k, v, sequences, backend="sdpa"),
         tuple(leaf(n, tokens, DIM).detach().transpose(0, 1).requires_grad_() for n in (HEADS, groups, groups)),
         4 * pairs * HEADS * DIM,
         2.5,

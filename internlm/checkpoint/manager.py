@@ -67,7 +67,7 @@ class Sampler(Protocol):
 class CheckpointManager:
     """Saves every ``checkpoint_every`` steps and at ``total_steps``; resumes from the newest complete checkpoint.
 
-    ``facts`` (JSON) is kept with each checkpoint: the resolved ``config``, the ``data`` fingerprint and the ``seed``.
+    ``run_info`` (JSON) is saved with each checkpoint: resolved ``config``, ``data`` fingerprint and ``seed``.
     They are compared on loading.
     """
 
@@ -78,10 +78,10 @@ class CheckpointManager:
         optimizer: HybridZeroOptimizer,
         streams: RandomStreams,
         total_steps: int,
-        facts: dict[str, Any],
+        run_info: dict[str, Any],
         sampler: Sampler,
     ) -> None:
-        self.config, self.total_steps, self.facts = config, total_steps, facts
+        self.config, self.total_steps, self.run_info = config, total_steps, run_info
         self.model, self.optimizer, self.streams = model, optimizer, streams
         self.sampler = sampler
         self.root = storage.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
@@ -130,7 +130,7 @@ class CheckpointManager:
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
-            **self.facts,
+            **self.run_info,
         }
         storage.write_durably(target / storage.STATE_FILE, storage.to_text(content))
         storage.write_durably(target / storage.COMMIT_FILE, "")
@@ -228,7 +228,7 @@ class CheckpointManager:
     ) -> Iterator[Problem]:
         """What stands in the way. Of a model of another kind no tensors are listed beside. ``known``: names that any
         rank wants."""
-        name, then, now = str(source), saved["config"], self.facts["config"]
+        name, then, now = str(source), saved["config"], self.run_info["config"]
         other_kind = list(compatibility.other_architecture(name, then, now))
         other_kind += compatibility.other_dtype(name, then, now) if "optimizer" in wants else []
         yield from other_kind
@@ -236,7 +236,7 @@ class CheckpointManager:
             yield from compatibility.missing_tensors(name, metadata, tensors)
             yield from compatibility.unexpected_tensors(name, metadata, known) if "model" in wants else ()
             yield from compatibility.other_states(name, metadata, known) if "optimizer" in wants else ()
-        yield from compatibility.other_samples(name, saved, self.facts) if "sampler" in wants else ()
+        yield from compatibility.other_samples(name, saved, self.run_info) if "sampler" in wants else ()
         yield from compatibility.damaged_files(source, metadata)
 
     def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:

@@ -51,9 +51,9 @@ class BatchShape:
 
     micro_num: int
     tokens: int  # pads included
-    pieces: int
-    largest_length: int  # tokens of the longest piece
-    largest_batch: int  # pieces of the fullest micro-batch
+    sequences: int
+    largest_length: int  # tokens of the longest sequence
+    largest_batch: int  # sequences of the fullest micro-batch
     smallest_batch: int
 
     @classmethod

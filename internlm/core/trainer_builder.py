@@ -55,7 +55,7 @@ class TrainerBuilder:
             optimizer,
             gpc.random_streams,
             self.config.data.total_steps,
-            facts={
+            run_info={
                 "config": self.config.model_dump(mode="json"),
                 "data": train_dl.fingerprint(),
                 "seed": gpc.seed,

@@ -5,7 +5,7 @@ The decoder: embedding, blocks of attention and feed-forward, norm, head.
 A rank of a pipeline holds the blocks of its :class:`~internlm.core.parallel.sharding.StageLayers`: the
 blocks of its chunks under their numbers in the whole model, and embedding or head where they are its.
 
-Shapes: B sequences, S tokens each (or one row of packed pieces), T = B · S tokens, H hidden, V vocabulary, G kv heads,
+Shapes: B sequences, S tokens each (or one packed row), T = B · S tokens, H hidden, V vocabulary, G kv heads,
 Q query heads per kv head, D head width, F intermediate width.
 """
 
@@ -34,7 +34,7 @@ from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.offload import Offloading
 from internlm.core.parallel.placement import normal, placement_of
 from internlm.core.parallel.sharding import current_stage_layers
-from internlm.ops import Segments, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
+from internlm.ops import PackedSequences, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,17 @@ class Attention(nn.Module):
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
         self.recomputes = spec.recomputes_attention
 
-    def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, sequences: PackedSequences) -> Tensor:
         """x: [T, H] → [T, H], normalised first."""
         qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, G, Q + 2, D]
-        attend = partial(self._attend, rotary=rotary, segments=segments)
+        attend = partial(self._attend, rotary=rotary, sequences=sequences)
         out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))
         return out
 
-    def _attend(self, qkv: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+    def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
         """All between the linears: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
-        heads = attention(q, k, v, segments, backend=self.backend)  # [T, G·Q, D]
+        heads = attention(q, k, v, sequences, backend=self.backend)  # [T, G·Q, D]
         return self.communicator.to_tokens(heads.flatten(1))
 
 
@@ -134,9 +134,9 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(), Attention(spec)
         self.ffn_norm, self.feed_forward = norm(), FeedForward(spec)
 
-    def forward(self, x: Tensor, rotary: Rotary, segments: Segments, drop: Drop = no_drop) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, sequences: PackedSequences, drop: Drop = no_drop) -> Tensor:
         """x: [T, H] → [T, H]."""
-        x = x + drop("attention", self.attention(x, self.attention_norm, rotary, segments))
+        x = x + drop("attention", self.attention(x, self.attention_norm, rotary, sequences))
         out: Tensor = x + drop("feed_forward", self.feed_forward(x, self.ffn_norm))
         return out
 
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         """Logits [*input_ids.shape, V], or a :class:`TokenLoss` where ``labels`` (of the shape of ``input_ids``) are
         given.
 
-        input_ids: [T] packed, with ``cu_seqlens`` [pieces + 1] bounding its pieces and ``indexes`` [T] the position
+        input_ids: [T] packed, with ``cu_seqlens`` [sequences + 1], its boundaries, and ``indexes`` [T] the position
         within each; or [B, S] without them. ``loss_sum`` of the result is ``grad_scale`` times the sum of the token
         losses. Of a model in parts, ``chunk`` takes the output of the chunk before it as ``hidden``, [T, H], and gives
         its own, but the last.
@@ -239,26 +239,26 @@ class Decoder(nn.Module):
         self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
     ) -> Tensor:
         """The output of the last block of ``chunk``: [T, H]."""
-        segments = _segments(input_ids, cu_seqlens)
+        sequences = _packed_sequences(input_ids, cu_seqlens)
         own = None if indexes is None else indexes.flatten()
-        positions = _positions(segments) if own is None else self.communicator.whole_positions(own)
-        rotary = self._rotary(positions, segments)
+        positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)
+        rotary = self._rotary(positions, sequences)
         drop_in = self._dropout(positions.numel())
         x = drop_in(None)("embedding", self.embedding(input_ids.flatten())) if hidden is None else hidden  # [T, H]
-        offloading = self._offloading(chunk, (*rotary, segments.cu_seqlens, *([] if hidden is None else [hidden])))
+        offloading = self._offloading(chunk, (*rotary, sequences.cu_seqlens, *([] if hidden is None else [hidden])))
         for place, number in enumerate(self.stage_layers.chunks[chunk]):
-            run = partial(self._block, number, rotary=rotary, segments=segments, drop=drop_in(number))
+            run = partial(self._block, number, rotary=rotary, sequences=sequences, drop=drop_in(number))
             x = offloading.run(place, run, x)
         offloading.finish()
         return x
 
-    def _block(self, number: int, x: Tensor, rotary: Rotary, segments: Segments, drop: Drop) -> Tensor:
+    def _block(self, number: int, x: Tensor, rotary: Rotary, sequences: PackedSequences, drop: Drop) -> Tensor:
         """x: [T, H] → [T, H]."""
         run: Callable[..., Tensor] = self.layers[number]
         if self.spec.recomputes(number) and torch.is_grad_enabled():
             # Nothing in a block draws from the common generators, so their state need not be kept.
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        return run(x, rotary, segments, drop)
+        return run(x, rotary, sequences, drop)
 
     def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
         """What drops in each layer, by its number, and at the embedding; ``tokens``: of the row."""
@@ -277,7 +277,7 @@ class Decoder(nn.Module):
         )
         return Offloading(len(numbers), [*parameters, *shared])
 
-    def _rotary(self, positions: Tensor, segments: Segments) -> Rotary:
+    def _rotary(self, positions: Tensor, sequences: PackedSequences) -> Rotary:
         c = self.spec.config
         return rotary_table(
             positions,
@@ -286,21 +286,21 @@ class Decoder(nn.Module):
             scaling_factor=c.rope_scaling_factor,
             dynamic_ntk=c.use_dynamic_ntk_rope,
             max_position=c.max_position_embeddings,
-            seq_len=segments.max_seqlen,
+            seq_len=sequences.max_seqlen,
             dtype=self.dtype,
         )
 
 
-def _segments(input_ids: Tensor, cu_seqlens: Tensor | None) -> Segments:
-    """The pieces that attention is confined to."""
+def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:
+    """Boundaries of the sequences, across which no token attends."""
     if cu_seqlens is not None:
-        return Segments.from_cu_seqlens(cu_seqlens)
+        return PackedSequences.from_cu_seqlens(cu_seqlens)
     batch, seq_len = input_ids.shape
-    return Segments.uniform(batch, seq_len, input_ids.device)
+    return PackedSequences.uniform(batch, seq_len, input_ids.device)
 
 
-def _positions(segments: Segments) -> Tensor:
-    """The position of each token in its piece: [T]."""
-    bounds, tokens = segments.cu_seqlens, segments.tokens
+def _positions(sequences: PackedSequences) -> Tensor:
+    """Position of each token within its sequence: [T]."""
+    bounds, tokens = sequences.cu_seqlens, sequences.tokens
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=tokens)
     return torch.arange(tokens, device=bounds.device) - starts

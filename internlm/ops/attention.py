@@ -1,7 +1,7 @@
-"""Causal attention over packed segments.
+"""Causal attention over packed sequences.
 
-Shapes: T tokens of all segments together, N query heads, G key/value heads, Q = N / G query heads per group, D head
-dimension, L tokens of one segment, B segments of one run.
+Shapes: T tokens of all sequences together, N query heads, G key/value heads, Q = N / G query heads per group, D head
+dimension, L tokens of one sequence, B sequences of one run.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from internlm.utils.torch_private import uncompiled
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """Where the segments of a flattened batch begin and end; attention never crosses a bound."""
+class PackedSequences:
+    """Where the sequences of a flattened batch begin and end; attention never crosses a bound."""
 
-    cu_seqlens: Tensor  # int32 [segments + 1], on the device of the queries: 0, end of the first, ..., T
+    cu_seqlens: Tensor  # int32 [sequences + 1], on the device of the queries: 0, end of the first, ..., T
     max_seqlen: int
-    runs: tuple[tuple[int, int, int], ...]  # (first token, segments, tokens of each), for neighbours of equal length
+    runs: tuple[tuple[int, int, int], ...]  # (first token, sequences, tokens of each), for neighbours of equal length
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
-        """From the cumulative lengths [segments + 1], which begin with 0. Empty segments are dropped."""
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
+        """From the cumulative lengths [sequences + 1], which begin with 0. Empty sequences are dropped."""
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
         runs, start = [], 0
@@ -46,37 +46,37 @@ class Segments:
         return cls(cu_seqlens.to(torch.int32), max(lengths, default=0), tuple(runs))
 
     @classmethod
-    def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> Segments:
-        """``batch`` segments of ``seq_len`` tokens."""
+    def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:
+        """``batch`` sequences of ``seq_len`` tokens."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
         return cls(cu_seqlens, seq_len, ((0, batch, seq_len),))
 
     @property
     def tokens(self) -> int:
-        """Tokens of all segments together."""
+        """Tokens of all sequences together."""
         return sum(count * length for _, count, length in self.runs)
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """(first token, end) of every segment."""
+        """(first token, end) of every sequence."""
         return [(s + i * length, s + (i + 1) * length) for s, count, length in self.runs for i in range(count)]
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float, "int | None"], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedSequences, float, "int | None"], Tensor]
 
 
-@uncompiled("attention follows the pieces of the row")
+@uncompiled("attention depends on the sequence boundaries")
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments,
+    sequences: PackedSequences,
     *,
     scale: float | None = None,
     window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention inside each segment: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
+    """Causal attention inside each sequence: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
 
     ``scale`` multiplies the scores (default D ** -0.5). With ``window`` a token sees that many tokens, itself the last.
     Raises :class:`ConfigError` where ``backend`` is unknown or can't serve this device and dtype.
@@ -86,9 +86,9 @@ def attention(
         backend = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("attention backend", reason, "Use 'auto'."))
-    assert segments.tokens == q.shape[0], f"segments of {segments.tokens} tokens for {q.shape[0]}"
+    assert sequences.tokens == q.shape[0], f"sequences of {sequences.tokens} tokens for {q.shape[0]}"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend].kernel(q, k, v, segments, scale, window)
+    return BACKENDS[backend].kernel(q, k, v, sequences, scale, window)
 
 
 def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -105,19 +105,19 @@ def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
     return ""
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest, reach = segments.cu_seqlens, segments.max_seqlen, _reach(window)
+    cu, longest, reach = sequences.cu_seqlens, sequences.max_seqlen, _reach(window)
     return flash_attn_varlen_func(
         q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(reach, 0)
     )
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest, reach = segments.cu_seqlens, segments.max_seqlen, _reach(window)
+    cu, longest, reach = sequences.cu_seqlens, sequences.max_seqlen, _reach(window)
     out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=True)
     return cast(Tensor, out)
 
@@ -127,13 +127,13 @@ def _reach(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    return blocked_attention(q, k, v, segments.runs, scale, window)
+def _blocked(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
+    return blocked_attention(q, k, v, sequences.runs, scale, window)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
     outs = []
-    for start, count, length in segments.runs:
+    for start, count, length in sequences.runs:
         rows = slice(start, start + count * length)
         run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [B, heads, L, D]
         kernel = _sdpa_run if window is None or window >= length else functools.partial(_sdpa_window, window=window)
@@ -159,8 +159,8 @@ def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) 
     return torch.cat(outs, 2)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    return reference.attention(q, k, v, segments.bounds, scale, window)
+def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
+    return reference.attention(q, k, v, sequences.bounds, scale, window)
 
 
 class Backend(NamedTuple):

@@ -1,10 +1,10 @@
 """Causal attention on CPU as row blocks of GEMMs.
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
-segment, B segments of one run, n pairs of a segment and a group, R rows of one block, S columns that the block sees.
+sequence, B sequences of one run, n pairs of a sequence and a group, R rows of one block, S columns that the block sees.
 
 A block has all the scores of its rows, so it takes an ordinary softmax, and the backward pass makes the probabilities
-anew from q and k: nothing else is saved. Short segments go through batched GEMMs over as many pairs as the cache holds.
+anew from q and k: nothing else is saved. Short sequences go through batched GEMMs over all pairs that fit the cache.
 Long ones go pair by pair, for then a single GEMM is large enough for the faster library (see ``gemm``).
 """
 
@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
 
-Run = tuple[int, int, int]  # (first token, segments, tokens of each)
-Pairs = tuple[int, int] | tuple[slice, slice]  # indices of segments and of groups
+Run = tuple[int, int, int]  # (first token, sequences, tokens of each)
+Pairs = tuple[int, int] | tuple[slice, slice]  # indices of sequences and of groups
 
 _ROWS, _ROWS_SINGLE = 64, 256  # of a block of batched pairs, of a single pair
 _SCORES = 2**19  # elements that the scores of a block may have, all pairs together
@@ -33,17 +33,17 @@ _SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs go one by one
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention inside each segment of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Causal attention inside each sequence of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
     return _BlockedAttention.apply(q, k, v, runs, scale, window)
 
 
 class _Plan(NamedTuple):
-    """How the segments of a run are cut up."""
+    """How the sequences of a run are cut up."""
 
     groups: int
     together: int  # pairs worked on at once
     rows: int  # of a block
-    padded: int  # tokens of a segment, with those that only fill up its last block
+    padded: int  # tokens of a sequence, with those that only fill up its last block
     scale: float
     window: int | None
 
@@ -131,12 +131,12 @@ def _plan(q: Tensor, groups: int, run: Run, scale: float, window: int | None) ->
 
 
 def _pairs(run: Run, plan: _Plan) -> Iterator[Pairs]:
-    """Pairs of a segment and a group to work on together, as indices of a view."""
-    segments, groups = range(run[1]), range(plan.groups)
+    """Pairs of a sequence and a group to work on together, as indices of a view."""
+    sequences, groups = range(run[1]), range(plan.groups)
     if plan.together == 1:
-        return itertools.product(segments, groups)
+        return itertools.product(sequences, groups)
     per_segment = min(plan.together, plan.groups)
-    return itertools.product(_slices(segments, plan.together // per_segment), _slices(groups, per_segment))
+    return itertools.product(_slices(sequences, plan.together // per_segment), _slices(groups, per_segment))
 
 
 def _slices(indices: range, step: int) -> Iterator[slice]:
@@ -144,7 +144,7 @@ def _slices(indices: range, step: int) -> Iterator[slice]:
 
 
 def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
-    """Row blocks of a segment, each with the columns that it sees."""
+    """Row blocks of a sequence, each with the columns that it sees."""
     for start in range(0, plan.padded, plan.rows):
         end = min(start + plan.rows, plan.padded)
         first = 0 if plan.window is None else max(0, start - plan.window + 1)
@@ -152,7 +152,7 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
 
 
 def _view(x: Tensor, run: Run, plan: _Plan) -> Tensor:
-    """The tokens of a run by segment and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
+    """The tokens of a run by sequence and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
     start, count, length = run
     x = x[start : start + count * length].unflatten(1, (plan.groups, -1)).unflatten(0, (count, length))
     return x.permute(0, 2, 3, 1, 4)
@@ -172,7 +172,7 @@ def _block(x: Tensor, rows: slice) -> Tensor:
 
 
 def _put(block: Tensor, target: Tensor, rows: slice) -> None:
-    """Write [..., heads * R, D] to rows of [segments, groups, heads, L, D] or [heads, L, D], padding left out."""
+    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], padding left out."""
     target = target[..., rows, :]
     *heads, length, dim = target.shape
     target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])

@@ -18,7 +18,7 @@ from tests.dist.equivalence import TINY, share_of_batch
 from tests.dist.oracle import STEPS, alone
 from tests.harness.pool import run_ranks
 
-ATTENTION, EXCHANGE = "attention follows the pieces of the row", "ranks exchange tokens and heads"
+ATTENTION, EXCHANGE = "attention depends on the sequence boundaries", "ranks exchange tokens and heads"
 MASKS = "masks are drawn by generators of their own"
 
 #: Ranks, overrides, and of one block the graphs and the breaks.

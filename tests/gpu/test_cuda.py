@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internlm import accelerator
-from internlm.ops import Segments, attention, why_unavailable
+from internlm.ops import PackedSequences, attention, why_unavailable
 from tests.harness.launch import torchrun
 
 pytestmark = pytest.mark.gpu
@@ -24,12 +24,12 @@ def test_attention_equals_reference(backend: str, kv_heads: int) -> None:
     torch.manual_seed(0)
     total = sum(LENGTHS)
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    segments = Segments.from_cu_seqlens(cu)
+    sequences = PackedSequences.from_cu_seqlens(cu)
     shapes = [(total, 8, 64), (total, kv_heads, 64), (total, kv_heads, 64)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    ours = attention(*inputs, segments, backend=backend)
-    exact = attention(*doubles, segments, backend="reference")
+    ours = attention(*inputs, sequences, backend=backend)
+    exact = attention(*doubles, sequences, backend="reference")
     grad = torch.randn_like(ours)
     ours.backward(grad)
     exact.backward(grad.double())

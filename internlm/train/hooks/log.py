@@ -109,7 +109,7 @@ class LogMetrics(Hook):
                 "micro_num": report.shape.micro_num,
                 "num_consumed_tokens": trainer.state.num_consumed_tokens,
                 "inf_nan_skip_batches": trainer.state.inf_nan_skip_batches,
-                "num_samples_in_batch": report.shape.pieces,
+                "num_samples_in_batch": report.shape.sequences,
                 "largest_length": report.shape.largest_length,
                 "largest_batch": report.shape.largest_batch,
                 "smallest_batch": report.shape.smallest_batch,

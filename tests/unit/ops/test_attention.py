@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from internlm.ops import Segments, attention, reference, why_unavailable
+from internlm.ops import PackedSequences, attention, reference, why_unavailable
 from internlm.utils.errors import ConfigError
 from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error, saved_for_backward
 
@@ -23,8 +23,8 @@ LENGTHS = [
 ]
 
 
-def segments_of(lengths: list[int]) -> Segments:
-    return Segments.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]))
+def sequences_of(lengths: list[int]) -> PackedSequences:
+    return PackedSequences.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]))
 
 
 def inputs_of(
@@ -34,17 +34,17 @@ def inputs_of(
 
 
 def assert_equals_reference(backend: str, lengths: list[int], *inputs: Tensor, **options: float | None) -> None:
-    segments = segments_of(lengths)
+    sequences = sequences_of(lengths)
     assert_parity(
-        partial(attention, segments=segments, backend=backend, **options),
-        partial(reference.attention, bounds=segments.bounds, **options),
+        partial(attention, sequences=sequences, backend=backend, **options),
+        partial(reference.attention, bounds=sequences.bounds, **options),
         *inputs,
     )
 
 
 @pytest.fixture
 def pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send short segments the way of long ones."""
+    """Send short sequences the way of long ones."""
     monkeypatch.setattr("internlm.ops.blocked_attention._SINGLE_WORK", 0)
 
 
@@ -87,7 +87,7 @@ def test_any_number_of_pairs_may_go_together(scores: int, monkeypatch: pytest.Mo
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([1, 2, 4]), st.none() | st.integers(1, 20))
-def test_any_segments(lengths: list[int], groups: int, window: int | None) -> None:
+def test_any_sequences(lengths: list[int], groups: int, window: int | None) -> None:
     assert_equals_reference("blocked", lengths, *inputs_of(lengths, 4, groups, dim=4), window=window)
 
 
@@ -98,25 +98,25 @@ def test_scale() -> None:
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradient(backend: str) -> None:
-    segments = segments_of([3, 2])
-    assert gradcheck(partial(attention, segments=segments, backend=backend), inputs_of([3, 2], 2, 1, dim=3))
+    sequences = sequences_of([3, 2])
+    assert gradcheck(partial(attention, sequences=sequences, backend=backend), inputs_of([3, 2], 2, 1, dim=3))
 
 
 @pytest.mark.parametrize("backend", ["auto", *CPU_BACKENDS])
 def test_no_token_sees_another_segment_or_the_future(backend: str) -> None:
-    lengths, segments = [4, 6, 5], segments_of([4, 6, 5])
+    lengths, sequences = [4, 6, 5], sequences_of([4, 6, 5])
     q, k, v = (x.detach() for x in inputs_of(lengths, 2, 1))
-    before = attention(q, k, v, segments, backend=backend)
+    before = attention(q, k, v, sequences, backend=backend)
     for x in (k, v):
-        x[7] += 1.0  # the fourth token of the second segment
-    changed = (attention(q, k, v, segments, backend=backend) != before).flatten(1).any(1)
+        x[7] += 1.0  # the fourth token of the second sequence
+    changed = (attention(q, k, v, sequences, backend=backend) != before).flatten(1).any(1)
     assert changed.nonzero().flatten().tolist() == [7, 8, 9]
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_window_counts_the_token_itself(backend: str) -> None:
     q, k, v = (x.detach() for x in inputs_of([5], 1, 1))
-    out = attention(q, k, v, segments_of([5]), window=1, backend=backend)
+    out = attention(q, k, v, sequences_of([5]), window=1, backend=backend)
     torch.testing.assert_close(out, v)
 
 
@@ -126,21 +126,21 @@ def test_memory_is_not_quadratic_in_the_total(backend: str, window: int | None) 
     lengths = [64] * 16
     inputs = inputs_of(lengths, 1, 1, dim=2)
     with LargestTensor() as largest:
-        attention(*inputs, segments_of(lengths), backend=backend, window=window).sum().backward()
+        attention(*inputs, sequences_of(lengths), backend=backend, window=window).sum().backward()
     assert largest.elements <= 64 * sum(lengths)
 
 
 def test_blocked_saves_its_inputs_alone() -> None:
     inputs = inputs_of([20], 4, 2)
     with saved_for_backward() as saved:
-        attention(*inputs, segments_of([20]), backend="blocked")
+        attention(*inputs, sequences_of([20]), backend="blocked")
     assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in inputs]
 
 
 def test_auto_on_cpu_is_blocked_in_fp32_and_fused_in_half() -> None:
     for dtype, backend in ((torch.float32, "blocked"), (torch.float64, "blocked"), (torch.bfloat16, "sdpa")):
-        inputs, segments = inputs_of([70], 2, 1, dtype=dtype), segments_of([70])
-        assert torch.equal(attention(*inputs, segments), attention(*inputs, segments, backend=backend))
+        inputs, sequences = inputs_of([70], 2, 1, dtype=dtype), sequences_of([70])
+        assert torch.equal(attention(*inputs, sequences), attention(*inputs, sequences, backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_auto_on_cpu_is_blocked_in_fp32_and_fused_in_half() -> None:
 def test_unavailable_backends_say_why(backend: str, reason: str) -> None:
     assert why_unavailable(backend, "cpu", torch.float32) == reason
     with pytest.raises(ConfigError) as error:
-        attention(*inputs_of([2], 1, 1), segments_of([2]), backend=backend)
+        attention(*inputs_of([2], 1, 1), sequences_of([2]), backend=backend)
     assert reason in str(error.value)
 
 
@@ -165,23 +165,23 @@ def test_backends_of_half_precision_say_so() -> None:
 
 
 def test_neighbours_of_equal_length_make_a_run() -> None:
-    segments = segments_of([4, 4, 7, 4])
-    assert segments.runs == ((0, 2, 4), (8, 1, 7), (15, 1, 4))
-    assert segments.max_seqlen == 7
-    assert segments.tokens == 19
-    assert segments.bounds == [(0, 4), (4, 8), (8, 15), (15, 19)]
-    assert segments.cu_seqlens.dtype == torch.int32
+    sequences = sequences_of([4, 4, 7, 4])
+    assert sequences.runs == ((0, 2, 4), (8, 1, 7), (15, 1, 4))
+    assert sequences.max_seqlen == 7
+    assert sequences.tokens == 19
+    assert sequences.bounds == [(0, 4), (4, 8), (8, 15), (15, 19)]
+    assert sequences.cu_seqlens.dtype == torch.int32
 
 
 def test_empty_segments_are_dropped() -> None:
-    segments = Segments.from_cu_seqlens(torch.tensor([0, 0, 4, 4, 8, 8]))
-    assert segments.runs == ((0, 2, 4),)
-    assert segments.cu_seqlens.tolist() == [0, 4, 8]
-    assert segments.cu_seqlens.dtype == torch.int32
+    sequences = PackedSequences.from_cu_seqlens(torch.tensor([0, 0, 4, 4, 8, 8]))
+    assert sequences.runs == ((0, 2, 4),)
+    assert sequences.cu_seqlens.tolist() == [0, 4, 8]
+    assert sequences.cu_seqlens.dtype == torch.int32
 
 
-def test_uniform_segments() -> None:
-    uniform, general = Segments.uniform(3, 5), segments_of([5, 5, 5])
+def test_uniform_sequences() -> None:
+    uniform, general = PackedSequences.uniform(3, 5), sequences_of([5, 5, 5])
     assert uniform.runs == general.runs
     assert uniform.max_seqlen == general.max_seqlen
     assert torch.equal(uniform.cu_seqlens, general.cu_seqlens)
@@ -189,8 +189,8 @@ def test_uniform_segments() -> None:
 
 
 def test_the_same_attention_twice_is_the_same_to_the_last_bit() -> None:
-    inputs, segments = inputs_of([300, 20], 4, 2, dim=64, dtype=torch.float32), segments_of([300, 20])
-    first, second = (attention(*inputs, segments) for _ in range(2))
+    inputs, sequences = inputs_of([300, 20], 4, 2, dim=64, dtype=torch.float32), sequences_of([300, 20])
+    first, second = (attention(*inputs, sequences) for _ in range(2))
     assert torch.equal(first, second)
     grads = [torch.autograd.grad(out.sum(), inputs) for out in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -198,6 +198,6 @@ def test_the_same_attention_twice_is_the_same_to_the_last_bit() -> None:
 
 def test_scores_far_apart() -> None:
     q, k, v = (x.detach() for x in inputs_of([70], 1, 1, dtype=torch.float32))
-    segments = segments_of([70])
-    exact = reference.attention(q.double() * 1e3, k.double(), v.double(), segments.bounds)
-    assert relative_error(attention(q * 1e3, k, v, segments, backend="blocked"), exact) < 1e-4
+    sequences = sequences_of([70])
+    exact = reference.attention(q.double() * 1e3, k.double(), v.double(), sequences.bounds)
+    assert relative_error(attention(q * 1e3, k, v, sequences, backend="blocked"), exact) < 1e-4

@@ -37,7 +37,7 @@ TINY = {
         "dtype": "torch.float64",
     },
 }
-ONE_BREAK = Compiled(2, {"attention follows the pieces of the row": 1})
+ONE_BREAK = Compiled(2, {"attention depends on the sequence boundaries": 1})
 
 
 @pytest.fixture(autouse=True)
