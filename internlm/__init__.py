@@ -1,3 +1,23 @@
-"""InternEvo: a framework for pretraining large language models."""
+"""InternEvo: a framework for pretraining large language models.
+
+After ``import internlm`` the packages below and the names that scripts start with are imported on first use.
+"""
+
+from internlm.utils.lazy import lazy_exports
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "core": "",
+        "data": "",
+        "initialize": "",
+        "model": "",
+        "train": "",
+        "get_default_parser": "internlm.initialize",
+        "initialize_trainer": "internlm.initialize",
+        "launch_from_slurm": "internlm.initialize",
+        "launch_from_torch": "internlm.initialize",
+    },
+)

@@ -1,1 +1,1 @@
-"""Ground layer: helpers that know nothing of the framework above them."""
+"""Ground layer: helpers that import nothing of the framework above them."""

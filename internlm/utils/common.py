@@ -1,7 +1,4 @@
-"""A command line parser whose errors say what is wrong, with the nearest known flag or command.
-
-Home of ``parse_args``, re-exported from the launcher.
-"""
+"""A command-line parser whose errors name the nearest known flag or command; ``parse_args`` of the launcher."""
 
 from __future__ import annotations
 
@@ -14,20 +11,20 @@ from internlm.utils.lazy import lazy_exports
 
 
 class FriendlyParser(argparse.ArgumentParser):
-    """``ArgumentParser`` that takes no abbreviations, and exits with code 2 and one line where arguments are wrong."""
+    """``ArgumentParser`` without abbreviations; wrong arguments end it with one line each and exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As ``ArgumentParser.parse_args``; unknown arguments are told with the nearest known flag."""
+        """Parse ``args`` (default: the command line); an unknown argument is an error that names the nearest flag."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` as a problem of this command, and exit with code 2."""
+        """Print ``message`` as a problem of this command and exit with code 2."""
         self._refuse([Problem(self.prog, message, f"See: {self.prog} --help")])
 
     def _refuse(self, problems: list[Problem]) -> NoReturn:
@@ -49,7 +46,7 @@ class FriendlyParser(argparse.ArgumentParser):
         return Problem(flag, "unknown argument", todo)
 
     def _known_flags(self, parsed: argparse.Namespace) -> Iterator[str]:
-        """Flags of this parser, and of the sub-command that was chosen."""
+        """Yield the long flags of this parser and of the chosen sub-command."""
         for action in self._actions:
             yield from (flag for flag in action.option_strings if flag.startswith("--"))
             if isinstance(action, argparse._SubParsersAction):
@@ -58,7 +55,7 @@ class FriendlyParser(argparse.ArgumentParser):
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:
-    """The flags among the words left over: what follows a flag is only its value."""
+    """Return the flags among the unknown words: the word after an unknown flag is only its value."""
     return [word for word in unknown if word.startswith("-")] or unknown
 
 

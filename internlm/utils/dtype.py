@@ -1,7 +1,4 @@
-"""Names of types in configs, and what they are in torch.
-
-Which dtype to compute in.
-"""
+"""Names of dtypes in configs, and the dtypes in which sums and gradients are kept."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ _BY_NAME = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of a config's type name; ``torch.tf32`` is stored as float32."""
+    """Return the dtype of a config's dtype name; ``torch.tf32`` is stored as float32."""
     return _BY_NAME[name]
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make ``dtype`` the type of newly created tensors within the block."""
+    """Make ``dtype`` the dtype of newly created tensors within the block."""
     outer = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -37,10 +34,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums over many elements of ``dtype``: fp32 for half precision, else the same."""
+    """Return the dtype for sums over many elements of ``dtype``: fp32 for half precision, else ``dtype``."""
+    # bf16 has 8 bits of mantissa: adding 1 to a running sum of 256 leaves it unchanged.
     return torch.promote_types(dtype, torch.float32)
 
 
 def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
-    """The dtype that autograd has the gradient of ``parameter`` in."""
+    """Return the dtype in which autograd accumulates the gradient of ``parameter``."""
+    # ``grad_dtype`` (torch >= 2.10) is None where any dtype is accepted, and raises for tensors that are no leaves.
     return (parameter.grad_dtype if parameter.is_leaf else None) or parameter.dtype

@@ -1,9 +1,9 @@
-"""Errors for people: what is wrong, where, with which values, and what to do about it.
+"""Errors that users can fix: what is wrong, where, with which values, and what to do about it.
 
-A :class:`UserError` is never a bug of the framework: it reports something that the user can mend. Entry points print it
-without a traceback and exit with code 2 (:func:`exit_on_user_error`).
+A :class:`UserError` is never a bug of the framework. Entry points print it without a traceback and exit with code 2
+(:func:`exit_on_user_error`); a rank that lost another rank exits with code 3.
 
-The nearest known name for a mistyped one.
+This file must not import torch: the command line's ``--help`` and its argument errors would take seconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
-#: What gloo says of a rank that is gone or silent, in errors without a type of their own.
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+#: Texts of gloo's errors about a rank that is gone or silent; their type is a plain ``RuntimeError``.
+_PEER_FAILURE_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,9 +41,9 @@ class Problem:
 
 
 class UserError(Exception):
-    """One or more problems that the user can mend."""
+    """One or more problems that the user can fix."""
 
-    #: True where every rank finds the same problems, so that one of them is enough to print them.
+    #: True where every rank finds the same problems, so that one rank prints them for all.
     same_on_all_ranks = False
 
     def __init__(self, *problems: Problem) -> None:
@@ -72,55 +71,66 @@ class CheckpointError(UserError):
 
 
 class LostPeerError(RuntimeError):
-    """Another rank is gone, or does not do its part in time; the text says which."""
+    """Another rank is gone, or did not send or receive in time; the message names it."""
 
 
-#: How long a silent rank lets another speak before it exits: a launcher ends every process once one has failed.
+#: Seconds for which a rank with nothing to print lets another rank print before it exits: torchrun ends every process
+#: of a job as soon as one of them has failed.
 _GRACE_SECONDS = 2.0
-
-
-#: Said by a rank that stops, so that others know why it has left them.
+#: Topic counted in the store by every rank that stops with a user's error, so that its peers can tell why it is gone.
 _STOPPED = "a rank stopped by a user's error"
 
 
 def report(error: UserError) -> None:
-    """Print the problems of ``error`` to stderr, a line each; where several ranks would say the same, one of them
-    does."""
-    _times_said(_STOPPED, 1)
-    if not _speaks(error):
+    """Print the problems of ``error`` to stderr, one per line, on one of the ranks that found the same."""
+    _count_in_store(_STOPPED, 1)
+    if not _is_reporting_rank(error):
         time.sleep(_GRACE_SECONDS)
         return
     for problem in error.problems:
         print(problem, file=sys.stderr, flush=True)
 
 
-def _speaks(error: UserError) -> bool:
-    """The first to say it, where the ranks can talk; rank 0 before that, for what all ranks find alike."""
-    if dist.is_initialized():
+def _is_reporting_rank(error: UserError) -> bool:
+    """Whether this rank prints ``error``: the first to find it, or rank 0 where no process group exists yet."""
+    dist = _loaded_distributed()
+    if dist is not None and dist.is_initialized():
         return first_of_all_ranks(str(error))
     return not error.same_on_all_ranks or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def first_of_all_ranks(topic: str) -> bool:
-    """Whether no other rank has asked the same before: for what is to be said once a job. Needs no collective."""
-    return _times_said(topic, 1) == 1
+    """Whether no rank of this job has called this with ``topic`` before. Needs no collective."""
+    return _count_in_store(topic, 1) == 1
 
 
-def _times_said(topic: str, more: int = 0) -> int:
-    """How often this job's ranks have said ``topic``, counting ``more`` times now."""
+def _count_in_store(topic: str, increment: int = 0) -> int:
+    """Add ``increment`` to the job-wide count of ``topic`` and return the sum."""
+    dist = _loaded_distributed()
+    if dist is None:
+        return increment
     key = hashlib.sha256(topic.encode()).hexdigest()
     try:
-        return int(dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", more))
-    except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no job of several ranks
-        return more
+        return int(dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", increment))
+    except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no process group
+        return increment
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST_PEER)
+def _loaded_distributed() -> ModuleType | None:
+    """Return ``torch.distributed`` where something has imported it already; before that, no group can exist."""
+    return sys.modules.get("torch.distributed")
+
+
+def is_peer_failure(error: RuntimeError) -> bool:
+    """Whether a collective, a send or a receive failed because another rank is gone or silent."""
+    dist = _loaded_distributed()
+    if dist is not None and isinstance(error, dist.DistError):
+        return True
+    return any(text in str(error) for text in _PEER_FAILURE_TEXTS)
 
 
 def _last_line(error: RuntimeError) -> str:
+    """Return the last line of an error's text: gloo puts the reason there, after its own file and line."""
     return str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".")
 
 
@@ -135,23 +145,24 @@ def exit_on_user_error(main: F) -> F:
             report(error)
             sys.exit(EXIT_USER_ERROR)
         except LostPeerError as error:
-            print(f"{error}. See what that rank said", file=sys.stderr, flush=True)
+            print(f"{error}. See the log of that rank", file=sys.stderr, flush=True)
             sys.exit(EXIT_LOST_PEER)
         except RuntimeError as error:
-            if not lost_peer(error):
+            if not is_peer_failure(error):
                 raise
-            if not _times_said(_STOPPED):
-                rank = os.environ.get("RANK", "?")
-                print(f"rank {rank}: lost another rank ({_last_line(error)}). See what it said", file=sys.stderr)
-                sys.exit(EXIT_LOST_PEER)
-            sys.exit(EXIT_USER_ERROR)
+            # A peer that stopped with a user's error has printed it. A second message would only hide that one.
+            if _count_in_store(_STOPPED):
+                sys.exit(EXIT_USER_ERROR)
+            rank = os.environ.get("RANK", "?")
+            print(f"rank {rank}: lost another rank ({_last_line(error)}). See the log of that rank", file=sys.stderr)
+            sys.exit(EXIT_LOST_PEER)
 
     return wrapper  # type: ignore[return-value]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"Did you mean 'x'?"`` where a known name is near ``name``, else a list of what is known."""
+    """Suggest the known name nearest to ``name`` ("Did you mean 'x'?"), or list all known names."""
     known = sorted(known)
-    by_folded = {k.casefold(): k for k in known}
-    near = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
-    return f"Did you mean '{by_folded[near[0]]}'?" if near else f"Known: {', '.join(known)}."
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    nearest = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
+    return f"Did you mean '{by_folded[nearest[0]]}'?" if nearest else f"Known: {', '.join(known)}."

@@ -1,11 +1,8 @@
-"""Lazy re-exports: a package offers a name that lives elsewhere and imports its home on first use.
+"""Imports that are put off: re-exports of names from other modules, and optional packages.
 
-This keeps ``import internlm`` light, and lets a lower package offer a name whose home is a higher layer without
-importing that layer when it is itself imported (PEP 562).
-
-Optional packages, asked for in one place.
-
-A feature that needs one calls :func:`require` when it is used, never when its file is imported.
+A lazy re-export keeps ``import internlm`` light, and lets a lower package offer a name whose home is a higher layer
+without importing that layer (PEP 562). An optional package is imported by :func:`require` when a feature needs it,
+never at the top of a file.
 """
 
 from __future__ import annotations
@@ -20,11 +17,18 @@ from internlm.utils.errors import Problem, UserError
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for ``package``, given ``{name: module that defines it}``."""
+    """Make the ``__getattr__`` and ``__dir__`` of a package that re-exports names on first use.
+
+    Args:
+        package: the package's ``__name__``.
+        homes: name to the module that defines it; a name that is itself a module has ``""``.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if not homes[name]:
+            return importlib.import_module(f"{package}.{name}")
         return getattr(importlib.import_module(homes[name]), name)
 
     return __getattr__, lambda: sorted(homes)
@@ -32,21 +36,25 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
 
 @functools.cache
 def why_missing(module: str) -> str:
-    """Why ``module`` cannot be imported; empty where it can."""
+    """Return why ``module`` cannot be imported, or an empty string where it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken native library may raise anything at all
+    except Exception as error:  # a broken native library may raise anything, not only ImportError
         return f"{type(error).__name__}: {error}"
     return ""
 
 
-def available(module: str) -> bool:
-    """Whether ``module`` can be imported."""
-    return not why_missing(module)
-
-
 def require(module: str, wanted_by: str, install: str) -> ModuleType:
-    """Import and return ``module``; a :class:`UserError` says what wanted it and how to install it."""
+    """Import an optional package.
+
+    Args:
+        module: the module to import.
+        wanted_by: config key or feature that needs it, for the error.
+        install: command that installs it, for the error.
+
+    Raises:
+        UserError: where it cannot be imported.
+    """
     if reason := why_missing(module):
         raise UserError(
             Problem(wanted_by, f"needs the package '{module}', which can't be imported ({reason})", f"Run: {install}")

@@ -1,4 +1,4 @@
-"""One logger for the framework: every line carries the time, the level and, in a job of several processes, the rank."""
+"""The framework's logger: each line has the time, the level and, in a job of several processes, the rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ class _RankFormatter(logging.Formatter):
 
 
 def get_logger(name: str = NAME) -> logging.Logger:
-    """The framework's logger, or a child of it. Lines go to stderr unless the application set up handlers of its
-    own."""
+    """Return the framework's logger or a child of it; it writes to stderr unless the application has handlers."""
     root = logging.getLogger(NAME)
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""Registries: names to callables, so that a config file can say which one is meant."""
+"""Registries of callables by name, so that a config can choose a model by ``model_type``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
 
 class Registry:
-    """Maps names to callables (classes or functions).
+    """Map from names to callables (classes or functions).
 
     Works as a call, ``registry.register_module("NAME", cls)``, and as a decorator,
-    ``@registry.register_module(module_name="NAME")``. Registering another callable under a taken name is an error,
-    for it would change what existing configs mean.
+    ``@registry.register_module(module_name="NAME")``. Registering another callable under a taken name is an error:
+    it would change the meaning of existing configs.
     """
 
     def __init__(self, name: str) -> None:
@@ -21,7 +21,11 @@ class Registry:
         self._modules: dict[str, Callable[..., Any]] = {}
 
     def register_module(self, module_name: str, func: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Register ``func`` under ``module_name``; without ``func``, return a decorator that does."""
+        """Register ``func`` under ``module_name``; without ``func``, return a decorator that registers its function.
+
+        Raises:
+            KeyError: where another callable is registered under that name.
+        """
         if func is None:
             return lambda decorated: self.register_module(module_name, decorated)
         known = self._modules.setdefault(module_name, func)
@@ -30,7 +34,11 @@ class Registry:
         return func
 
     def get_module(self, module_name: str) -> Callable[..., Any]:
-        """The callable of that name; a :class:`ConfigError` names the nearest known one."""
+        """Return the callable registered under ``module_name``.
+
+        Raises:
+            ConfigError: where there is none; it names the nearest known one.
+        """
         if module_name not in self._modules:
             raise ConfigError(
                 Problem(

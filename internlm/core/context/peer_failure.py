@@ -1,7 +1,8 @@
-"""Who is to blame when a stage of a pipeline waits in vain.
+"""Failure attribution in a pipeline: which peer is gone or silent when a send or a receive fails.
 
-A rank that waits for one that waits itself would name the wrong one. So each says in the job's store whom it waited
-for, and then reads what the others have said: the culprit is one that said nothing.
+A rank usually blocks on a neighbour that is blocked itself, so naming the neighbour would be wrong. Each rank whose
+wait fails therefore writes to the job's store which peer it waited for, then reads the entries of the others and follows
+them: the lost peer is at the end of the chain, and has no entry.
 """
 
 from __future__ import annotations
@@ -15,78 +16,94 @@ import torch
 import torch.distributed as dist
 
 from internlm.core.context.group import Group
-from internlm.utils.errors import LostPeerError, lost_peer
+from internlm.utils.errors import LostPeerError, is_peer_failure
 
-#: Seconds in which others may still say for whom they waited.
+#: Seconds for which a rank waits for the entries of the others.
 GRACE_SECONDS = 2.0
-#: Said by a rank that waited for all of them.
+#: Stands for a peer in the entry of a rank that waited for all of them, as a collective does.
 ALL = -1
 
 
 @contextmanager
-def attributing_peer_failure(stage: Group, other: int, what: str, timeout: timedelta) -> Iterator[None]:
-    """Where the block fails because another rank is gone or silent, raise a :class:`LostPeerError` that names it.
+def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: timedelta) -> Iterator[None]:
+    """Turn a failed wait within the block into an error that names the lost peer.
 
-    In the block this rank, one of the ``stage`` group, waits for ``other`` of them, or :data:`ALL`, to do ``what``.
+    Args:
+        stage: the group of this rank's pipeline.
+        peer: stage for which the block waits, or :data:`ALL`.
+        operation: what ``peer`` had to do, for the message: ``"send …"``.
+        timeout: that of the process group. A wait that lasted as long means silent, a shorter one gone.
+
+    Raises:
+        LostPeerError: where the wait failed because a rank is gone or silent.
     """
     start = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        own = isinstance(error, (LostPeerError, torch.AcceleratorError))
-        if own or (other == ALL and not lost_peer(error)):
-            raise  # of a block that waits for one rank all others are that rank's
-        raise LostPeerError(_told(stage, other, what, time.monotonic() - start, timeout, error)) from None
+        if isinstance(error, (LostPeerError, torch.AcceleratorError)):
+            raise
+        # A block that waits for one peer does nothing that could fail for another reason; a collective may.
+        if peer == ALL and not is_peer_failure(error):
+            raise
+        raise LostPeerError(_message(stage, peer, operation, time.monotonic() - start, timeout, error)) from None
 
 
-def _told(stage: Group, other: int, what: str, waited: float, timeout: timedelta, error: RuntimeError) -> str:
+def _message(stage: Group, peer: int, operation: str, seconds: float, timeout: timedelta, error: RuntimeError) -> str:
     assert stage.handle is not None
     ranks = dist.get_process_group_ranks(stage.handle)
-    fate = "silent" if waited >= timeout.total_seconds() else "gone"
-    culprit, fate = _culprit(ranks, ranks[stage.rank], other if other == ALL else ranks[other], fate)
-    whom = "all stages" if other == ALL else f"stage {other}"
-    waiting = f"stage {stage.rank} (rank {ranks[stage.rank]}) waited {waited:.0f} s for {whom} to {what}"
-    if culprit is None:
-        return f"pipeline: all stages wait for one another; {waiting} ({_last_line(error)})"
-    return f"pipeline stage {ranks.index(culprit)} (rank {culprit}) is {fate}: {waiting} ({_last_line(error)})"
+    fate = "silent" if seconds >= timeout.total_seconds() else "gone"
+    lost, fate = _find_lost_peer(ranks, ranks[stage.rank], peer if peer == ALL else ranks[peer], fate)
+    waited_for = "all stages" if peer == ALL else f"stage {peer}"
+    waiting = f"stage {stage.rank} (rank {ranks[stage.rank]}) waited {seconds:.0f} s for {waited_for} to {operation}"
+    cause = str(error).strip().splitlines()[-1]
+    if lost is None:
+        return f"pipeline: all stages wait for one another; {waiting} ({cause})"
+    return f"pipeline stage {ranks.index(lost)} (rank {lost}) is {fate}: {waiting} ({cause})"
 
 
-def _culprit(ranks: Sequence[int], rank: int, other: int, fate: str) -> tuple[int | None, str]:
-    """One of ``ranks`` that doesn't say for whom it waits, and what became of it: the one at the end of the chain from
-    this rank; where that ends at a rank that waited for all, one of which others say that they waited for it. None
-    where the chain is a circle."""
+def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tuple[int | None, str]:
+    """Follow the chain of waits from ``rank`` to the peer that left no entry.
+
+    Args:
+        ranks: global ranks of the pipeline.
+        rank: this global rank.
+        peer: global rank for which this one waited, or :data:`ALL`.
+        fate: ``"silent"`` or ``"gone"``, as this rank saw ``peer``.
+
+    Returns:
+        The lost global rank, or None where the chain is a circle, and its fate as seen by the rank next to it.
+    """
     try:
-        said = _what_is_said(ranks, rank, other, fate)
+        waits = _exchange_waits(ranks, rank, peer, fate)
     except (dist.DistError, RuntimeError):  # the rank that kept the store is gone
-        return (None, fate) if other == ALL else (other, fate)
-    seen = {rank}
-    while other in said and other not in seen:
-        seen.add(other)
-        other, fate = said[other]
-    if other != ALL:
-        return (None if other in seen else other), fate
-    named = [each for each in said.values() if each[0] != ALL and each[0] not in said]
-    silent = [(each, fate) for each in ranks if each not in said]
-    return next(iter([*named, *silent]), (None, fate))
+        return (None, fate) if peer == ALL else (peer, fate)
+    visited = {rank}
+    while peer in waits and peer not in visited:
+        visited.add(peer)
+        peer, fate = waits[peer]
+    if peer != ALL:
+        return (None if peer in visited else peer), fate
+    # The chain ends at a rank in a collective. Some rank that waits for one peer saw the lost one directly; if there is
+    # no such rank, the lost one is whoever left no entry.
+    seen_by_others = [wait for wait in waits.values() if wait[0] != ALL and wait[0] not in waits]
+    without_entry = [(other, fate) for other in ranks if other not in waits]
+    return next(iter([*seen_by_others, *without_entry]), (None, fate))
 
 
-def _what_is_said(ranks: Sequence[int], rank: int, other: int, fate: str) -> dict[int, tuple[int, str]]:
-    """Leave this rank's word, and give the others time to leave theirs: by rank, whom it waited for, and what it saw
-    of it."""
+def _exchange_waits(ranks: Sequence[int], rank: int, peer: int, fate: str) -> dict[int, tuple[int, str]]:
+    """Store this rank's wait and collect those of the others: rank to the peer it waited for, and that peer's fate."""
     store = dist.distributed_c10d._get_default_store()
-    store.set(_key(rank), f"{other} {fate}")
+    store.set(_key(rank), f"{peer} {fate}")
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
+        # Read the clock before the store, so that the last look at the store comes after the deadline.
         late = time.monotonic() >= deadline
-        words = {each: store.get(_key(each)).decode().split() for each in ranks if store.check([_key(each)])}
-        if late or len(words) >= len(ranks) - 1:  # one says nothing any more
-            return {each: (int(whom), seen) for each, (whom, seen) in words.items()}
+        entries = {other: store.get(_key(other)).decode().split() for other in ranks if store.check([_key(other)])}
+        if late or len(entries) >= len(ranks) - 1:  # the lost peer writes no entry
+            return {other: (int(waited_for), seen) for other, (waited_for, seen) in entries.items()}
         time.sleep(0.05)
 
 
 def _key(rank: int) -> str:
     return f"internlm/waited/{rank}"
-
-
-def _last_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 PROMISED = {
+    "internlm": ["get_default_parser", "initialize_trainer", "launch_from_torch", "launch_from_slurm"],
     "internlm.initialize": [
         "get_default_parser",
         "initialize_distributed_env",
@@ -66,6 +67,12 @@ def test_the_name_is_there(module: str, name: str) -> None:
     for _ in range(2):
         found = getattr(importlib.import_module(module), name)
         assert not isinstance(found, ModuleType)
+
+
+def test_packages_are_attributes_after_a_plain_import() -> None:
+    names = ("initialize", "train", "data", "core", "model")
+    code = f"import internlm\nfor name in {names}: assert getattr(internlm, name).__name__ == f'internlm.{{name}}'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_builder_can_be_fitted() -> None:

@@ -9,17 +9,15 @@ from types import ModuleType
 import pytest
 
 from internlm.utils.errors import UserError
-from internlm.utils.lazy import available, lazy_exports, require, why_missing
+from internlm.utils.lazy import lazy_exports, require, why_missing
 
 
 def test_what_is_there() -> None:
-    assert available("json")
     assert why_missing("json") == ""
     assert require("json", "a feature", "pip install json").dumps([1]) == "[1]"
 
 
 def test_what_is_missing_says_who_wanted_it_and_how_to_get_it() -> None:
-    assert not available("no_such_package")
     with pytest.raises(UserError) as caught:
         require("no_such_package", "enable_tb", "pip install no-such-package")
     assert str(caught.value) == (
@@ -49,6 +47,11 @@ def test_a_lazy_name_is_looked_up_in_its_home(home: str) -> None:
     get, listed = lazy_exports("package", {"answer": home, "absent": "no_such_module"})
     assert get("answer") == 42
     assert listed() == ["absent", "answer"]
+
+
+def test_a_lazy_module_is_imported_as_such() -> None:
+    get, _ = lazy_exports("internlm", {"utils": ""})
+    assert get("utils") is sys.modules["internlm.utils"]
 
 
 def test_an_unknown_lazy_name(home: str) -> None:
