@@ -1,8 +1,8 @@
 """Failure attribution in a pipeline: which peer is gone or silent when a send or a receive fails.
 
 A rank usually blocks on a neighbour that is blocked itself, so naming the neighbour would be wrong. Each rank whose
-wait fails therefore writes to the job's store which peer it waited for, then reads the entries of the others and follows
-them: the lost peer is at the end of the chain, and has no entry.
+wait fails therefore writes to the job's store which peer it waited for, then reads the entries of the others and
+follows them: the lost peer is at the end of the chain, and has no entry.
 """
 
 from __future__ import annotations
