@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from internlm.initialize import environment as variables
 from internlm.initialize import get_default_parser, initialize_distributed_env, launch
-from internlm.initialize.launch import ProcessInfo, detect_launcher, parse_args
+from internlm.initialize.environment import ProcessInfo, detect_launcher
+from internlm.initialize.launch import parse_args
 from internlm.utils.common import parse_args as common_parse_args
 from internlm.utils.errors import ConfigError, LaunchError
 from tests.unit.config.samples import SMALLEST
@@ -112,18 +114,22 @@ def test_no_launcher_at_all() -> None:
 
 
 def test_torch_environment() -> None:
-    assert launch.read_torch_environment(TORCH) == ProcessInfo(5, 8, 1, "host-a", 29500)
+    assert variables.read_torch_environment(TORCH) == ProcessInfo(
+        rank=5, world_size=8, local_rank=1, host="host-a", port=29500
+    )
 
 
 @pytest.mark.parametrize(
     ("host", "expected"), [(None, "gpu003"), ("10.0.0.1", "10.0.0.1")], ids=["first of the job", "as given"]
 )
 def test_slurm_environment(host: str | None, expected: str) -> None:
-    assert launch.read_slurm_environment(SLURM, host, 8888) == ProcessInfo(5, 8, 1, expected, 8888)
+    assert variables.read_slurm_environment(SLURM, host, 8888) == ProcessInfo(
+        rank=5, world_size=8, local_rank=1, host=expected, port=8888
+    )
 
 
 def test_torchs_port_may_come_from_the_command_line() -> None:
-    assert launch.read_torch_environment(without(TORCH, "MASTER_PORT"), 7777).port == 7777
+    assert variables.read_torch_environment(without(TORCH, "MASTER_PORT"), 7777).port == 7777
 
 
 @pytest.mark.parametrize(
@@ -134,13 +140,13 @@ def test_torchs_port_may_come_from_the_command_line() -> None:
             without(TORCH, "WORLD_SIZE", "MASTER_PORT"),
             "WORLD_SIZE: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
         ),
-        (TORCH | {"RANK": "first"}, "RANK: 'first' is not a number. Start with: torchrun "),
-        (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT: '' is not a number. Start with: torchrun "),
+        (TORCH | {"RANK": "first"}, "RANK: expected an integer, got 'first'. Start with: torchrun "),
+        (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT: expected an integer, got ''. Start with: torchrun "),
     ],
 )
 def test_wrong_torch_environments(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError) as caught:
-        launch.read_torch_environment(environment)
+        variables.read_torch_environment(environment)
     assert str(caught.value).startswith(message)
 
 
@@ -151,17 +157,27 @@ def test_wrong_torch_environments(environment: dict[str, str], message: str) -> 
             without(SLURM, "SLURM_JOB_NODELIST"),
             "SLURM_JOB_NODELIST: not set (only SLURM_PROCID, SLURM_NPROCS, SLURM_LOCALID). Start with: ",
         ),
-        (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: '8x' is not a number. Start with: "),
+        (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: expected an integer, got '8x'. Start with: "),
         (
             SLURM | {"SLURM_JOB_NODELIST": "gpu[003-"},
-            "SLURM_JOB_NODELIST: 'gpu[003-' has an unclosed bracket. Name rank 0's machine with --host",
+            "SLURM_JOB_NODELIST: 'gpu[003-' has an unclosed bracket. Give rank 0's host with --host",
         ),
     ],
 )
 def test_wrong_slurm_environments(environment: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError) as caught:
-        launch.read_slurm_environment(environment, None, 8888)
+        variables.read_slurm_environment(environment, None, 8888)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"), [({}, None), (TORCH, "torch"), (SLURM, "slurm"), (TORCH | SLURM, "slurm")]
+)
+def test_arguments_take_precedence_over_variables(environment: dict[str, str], launcher: variables.Launcher) -> None:
+    explicit = variables.ExplicitProcess(rank=3, world_size=4, local_rank=2, host="host-b", port=7777)
+    expected = ProcessInfo(rank=3, world_size=4, local_rank=2, host="host-b", port=7777)
+    given = without(environment, "MASTER_PORT")
+    assert variables.find_process(given, launcher, explicit) == expected
 
 
 # -- what is refused before any process group exists
@@ -182,10 +198,10 @@ def problems_of_launch(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"MASTER_PORT": "99999"}, "port: 99999 is no port. "),
-        ({"MASTER_PORT": "0"}, "port: 0 is no port. "),
-        ({"RANK": "3"}, "rank: 3, but the world size is 1. "),
-        ({"WORLD_SIZE": "0"}, "rank: 0, but the world size is 0. "),
+        ({"MASTER_PORT": "99999"}, "port: expected a port from 1 to 65535, got 99999. "),
+        ({"MASTER_PORT": "0"}, "port: expected a port from 1 to 65535, got 0. "),
+        ({"RANK": "3"}, "rank: expected less than the world size 1, got 3. "),
+        ({"WORLD_SIZE": "0"}, "rank: expected less than the world size 0, got 0. "),
     ],
 )
 def test_environments_that_make_no_sense(
@@ -201,7 +217,7 @@ def test_environments_that_make_no_sense(
         ({"config": "missing.py"}, "missing.py: "),
         ({"backend": "glo"}, "--backend: 'glo' is not available here. Use "),
         ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available here. Use "),
-        ({"seed": -1}, "--seed: -1 is negative. "),
+        ({"seed": -1}, "--seed: must be at least 0, got -1. "),
         ({"overrides": ["adam.lr=0"]}, "adam.lr: "),
     ],
 )
@@ -212,7 +228,7 @@ def test_arguments_that_make_no_sense(options: dict[str, Any], message: str, mon
 @pytest.mark.parametrize("version", ["1.13.1+cpu", "2.9.1"])
 def test_too_old_a_torch(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    assert problems_of_launch(monkeypatch, {}) == f"torch: {version} is too old. Install torch >= 2.13"
+    assert problems_of_launch(monkeypatch, {}) == f"torch: expected at least 2.13, got {version}. Upgrade torch"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +273,7 @@ def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.Mo
 def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps the store through all of them."""
     whole = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    process = ProcessInfo(0, 2, 0, "127.0.0.1", whole.port)
+    process = ProcessInfo(rank=0, world_size=2, local_rank=0, host="127.0.0.1", port=whole.port)
     assert launch._store_of_attempt(process, 5.0) == {}
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     seen = []

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.utils.hostlist import expand_host_list
+from internlm.initialize.environment import expand_host_list
 
 LISTS = {
     "login": ["login"],
@@ -33,18 +33,18 @@ def test_lists(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a list of hosts such as 'gpu[003-005,9]'"),
-        ("gpu1,", "'gpu1,' is not a list of hosts"),
-        ("gpu 1", "'gpu 1' is not a list of hosts"),
-        ("gpu]1[", "'gpu]1[' is not a list of hosts"),
+        ("", "'' is not a host list such as 'gpu[003-005,9]'"),
+        ("gpu1,", "'gpu1,' is not a host list"),
+        ("gpu 1", "'gpu 1' is not a host list"),
+        ("gpu]1[", "'gpu]1[' is not a host list"),
         ("gpu[1-2", "'gpu[1-2' has an unclosed bracket"),
         ("gpu1-2]", "'gpu1-2]' has an unclosed bracket"),
-        ("gpu[]", "'' is not a number or a range such as '003-005'"),
-        ("gpu[1,]", "'' is not a number or a range"),
-        ("gpu[a-b]", "'a-b' is not a number or a range"),
-        ("gpu[1-2-3]", "'1-2-3' is not a number or a range"),
-        ("gpu[1-[2]]", "'1-[2' is not a number or a range"),
-        ("gpu[5-3]", "the range '5-3' runs backwards"),
+        ("gpu[]", "'' is not an integer or a range such as '003-005'"),
+        ("gpu[1,]", "'' is not an integer or a range"),
+        ("gpu[a-b]", "'a-b' is not an integer or a range"),
+        ("gpu[1-2-3]", "'1-2-3' is not an integer or a range"),
+        ("gpu[1-[2]]", "'1-[2' is not an integer or a range"),
+        ("gpu[5-3]", "the range '5-3' is empty: its end is less than its start"),
     ],
 )
 def test_what_is_no_list(text: str, message: str) -> None:
