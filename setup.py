@@ -6,6 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# Releases that the tests of internlm/utils/torch_private.py hold for. requirements/torch.txt pins one of them for
+# development: a range there would let pip take the newest, whose default build for Linux brings CUDA along.
+TORCH = "torch>=2.13,<2.15"
 
 
 def requirements(*names: str) -> list[str]:
@@ -30,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["internlm", "internlm.*"]),
-    install_requires=requirements("torch", "runtime"),
+    install_requires=[TORCH, *requirements("runtime")],
     extras_require={
         "cuda": ["flash-attn"],
         "test": requirements("test"),

@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.torch_private import CHECKPOINT_METADATA_NAMES
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -103,17 +104,10 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     return state
 
 
-_METADATA = (
-    "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-    "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta",
-)  # fmt: skip
 _ALLOWED = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
+    *CHECKPOINT_METADATA_NAMES,
     ("torch", "Size"),
     ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     ("collections", "OrderedDict"),
     *(("torch", str(value).removeprefix("torch.")) for value in vars(torch).values() if isinstance(value, torch.dtype)),
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import gemm
+from internlm.utils.torch_private import softmax_backward
 
 Run = tuple[int, int, int]  # (first token, sequences, tokens of each)
 Pairs = tuple[int, int] | tuple[slice, slice]  # indices of sequences and of groups
@@ -93,7 +94,7 @@ def _backward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Te
         seen = k[..., cols, :]
         probs = _probs(block_q, seen, rows, cols, plan)
         dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
-        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        dscores = softmax_backward(dprobs, probs)
         sum_dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
         sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))
         _put(gemm.matmul(dscores, seen).mul_(plan.scale), dq, rows)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internlm.utils.torch_private import onednn_linear
+
 # oneDNN compiles a kernel for every shape it meets (about 1 ms) and keeps it (about 0.5 MB), so the number of tokens,
 # which may vary from call to call, is padded to a multiple of this.
 TOKEN_MULTIPLE = 64
@@ -80,7 +82,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``: [M, K], [N, K] -> [M, N]. A transposed view is free as ``b``; as ``a`` it is copied."""
     if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
         b = b.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return onednn_linear(a, b)
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:

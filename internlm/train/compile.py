@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._dynamo.utils import counters
 
 from internlm.core.parallel.blocks import declared_blocks
 from internlm.utils.errors import ConfigError, Problem, UserError
-from internlm.utils.torch_private import before_compiling
+from internlm.utils.torch_private import compile_counters, compiler_failure, prepare_compiler
 
 KEY = "model.compile"
 
@@ -29,14 +27,13 @@ def compile_blocks(model: nn.Module) -> None:
 
     Hooks of a block itself run outside of what is compiled.
     """
-    torch._dynamo.config.nested_graph_breaks = True  # a break in a layer leaves the rest of its block in one piece
     blocks = list(declared_blocks(model).values())
     if not blocks:
         what = f"{type(model).__name__} declares no blocks"
         raise ConfigError(
             Problem(KEY, what, "Give it a method blocks() that returns its layers, or set the key to False")
         )
-    before_compiling()
+    prepare_compiler()
     for block in blocks:
         block.forward = partial(_call, torch.compile(block.forward))
 
@@ -50,8 +47,11 @@ def is_compiled(module: nn.Module) -> bool:
 def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return compiled(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        what = f"a block can't be compiled ({error.inner_exception})".splitlines()[0]
+    except Exception as error:
+        reason = compiler_failure(error)
+        if reason is None:
+            raise
+        what = f"a block can't be compiled ({reason})".splitlines()[0]
         raise UserError(Problem(KEY, what, "See that there is a C++ compiler, or set it to False")) from error
 
 
@@ -66,6 +66,7 @@ class Compiled:
 
 def compiled_so_far() -> Compiled:
     """The counters of torch.compile. Neither grows in steps that need nothing compiled anew."""
+    counters = compile_counters()
     breaks: dict[str, int] = {}
     for text, count in counters["graph_break"].items():
         reason = _reason(text)

@@ -109,9 +109,11 @@ def _count_in_store(topic: str, increment: int = 0) -> int:
     dist = _loaded_distributed()
     if dist is None:
         return increment
+    from internlm.utils.torch_private import default_store  # imports torch, which is loaded here
+
     key = hashlib.sha256(topic.encode()).hexdigest()
     try:
-        return int(dist.distributed_c10d._get_default_store().add(f"internlm/said/{key}", increment))
+        return int(default_store().add(f"internlm/said/{key}", increment))
     except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no process group
         return increment
 

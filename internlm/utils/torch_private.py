@@ -1,28 +1,134 @@
-"""Functions that torch.compile is not to look into.
+"""Every private symbol of PyTorch that the project uses, each with why it is used and what would replace it.
 
-``torch.compiler.disable`` says so too, but imports the compiler, which takes seconds, where the function is defined.
+No other file of the package touches an underscore name of torch: a new release then breaks this file and its test
+(``tests/unit/utils/test_torch_private.py``), which says which symbol changed. Symbols whose modules load the compiler,
+which takes seconds, are imported when they are first used.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Base class and registration of objects that a custom operator takes as an argument without the compiler looking into
+# them. Replaced by: the public names under torch.library, once opaque objects leave their beta.
+from torch._library.opaque_object import register_opaque_type as register_opaque_type
+from torch._opaque_base import OpaqueBase as OpaqueBase
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_reasons: dict[str, tuple[Callable[..., Any], str]] = {}
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Return whether the calling thread runs within a backward pass of autograd.
+
+    A forward product within a backward pass belongs to a block that is recomputed. Module hooks don't give that: they
+    run alike in the forward pass and in the recomputation, and no hook runs after a pass that an exception ended.
+    Replaced by: a public query of the current graph task.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have ``callback`` called when the running backward pass ends; a pass that raises drops it.
+
+    FSDP2 ends its backward pass the same way. ``register_full_backward_hook`` of the first block does not, since it
+    never runs where that block is frozen. Replaced by: a public callback of the engine.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+# -- kernels without a public Python name -----------------------------------------------------------------------------
+
+
+def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``x @ weight.T`` by oneDNN: [M, K], [N, K] → [M, N].
+
+    ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replaced by:
+    a public switch that routes float32 products on the CPU to oneDNN.
+    """
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
+    """Compute the gradient of a softmax over the last dimension from its output, in one kernel.
+
+    Replaced by: ``probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True))``, at three passes over memory.
+    """
+    dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+    return dscores
+
+
+# Kernels over lists of tensors: one launch on CUDA for all parameters of a group, where a loop has one each. Used since
+# only the unary ones (abs, exp, …) are documented. Replaced by: a loop over the list, with the same values.
+foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
+foreach_div_ = torch._foreach_div_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul_ = torch._foreach_mul_
+foreach_sign_ = torch._foreach_sign_
+
+# -- torch.distributed ------------------------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """Return the key-value store through which the ranks of the default process group found one another.
+
+    It serves where a collective can't: when a peer has failed, and ranks exchange what each of them observed. Raises
+    ``ValueError`` without a process group. Replaced by: a ``TCPStore`` of our own, on a port of its own.
+    """
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+#: Classes and functions that the pickled metadata of ``torch.distributed.checkpoint`` refers to, by module and name.
+#: Reading them by an allow-list keeps a checkpoint from running code. Replaced by: metadata in a format that is data.
+CHECKPOINT_METADATA_NAMES = frozenset(
+    {
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+
+# -- the compiler -----------------------------------------------------------------------------------------------------
+
+#: The module of the compiler, which takes seconds to import. A server that forks workers imports it once, before it
+#: forks, since making a ``torch.optim.Optimizer`` imports it in each of them.
+COMPILER_MODULE = "torch._dynamo"
+
+# By qualified name, so that decorating a function twice (a reloaded module) leaves one entry.
+_uncompiled: dict[str, tuple[Callable[..., Any], str]] = {}
 _disabled: dict[str, Callable[..., Any]] = {}
 
 
 def uncompiled(reason: str) -> Callable[[F], F]:
-    """Decorate a function that is called as it is from what is compiled; a graph ends there, for this ``reason``."""
+    """Decorate a function that ``torch.compile`` must not trace; the graph breaks there with ``reason``.
+
+    ``torch.compiler.disable`` does the same, but imports the compiler where the function is defined. Replaced by it,
+    once it is as lazy.
+    """
 
     def decorate(function: F) -> F:
         name = f"{function.__module__}.{function.__qualname__}"
-        _reasons[name] = function, reason
+        _uncompiled[name] = function, reason
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -34,7 +140,33 @@ def uncompiled(reason: str) -> Callable[[F], F]:
     return decorate
 
 
-def before_compiling() -> None:
-    """Tell the compiler of all of them."""
-    for name, (function, reason) in _reasons.items():
+def prepare_compiler() -> None:
+    """Import the compiler and configure it. Must be called before the first ``torch.compile``.
+
+    It disables the :func:`uncompiled` functions, and lets a graph that breaks within a nested call resume there, so
+    that a break in a layer leaves the rest of its block in one piece. Replaced by: ``nested_graph_breaks`` as the
+    default or as an option of ``torch.compile``.
+    """
+    torch._dynamo.config.nested_graph_breaks = True
+    for name, (function, reason) in _uncompiled.items():
         _disabled[name] = torch.compiler.disable(function, reason=reason)
+
+
+def compile_counters() -> MutableMapping[str, Counter[str]]:
+    """Return the compiler's counters: ``["stats"]["unique_graphs"]``, and ``["graph_break"]`` by reason.
+
+    Replaced by: public statistics of ``torch.compiler``.
+    """
+    from torch._dynamo.utils import counters  # loads the compiler
+
+    return counters
+
+
+def compiler_failure(error: Exception) -> Exception | None:
+    """Return why the compiler's backend failed, such as a missing C++ compiler; None for any other ``error``.
+
+    Replaced by: a public exception class of ``torch.compiler``.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
+
+    return error.inner_exception if isinstance(error, BackendCompilerFailed) else None

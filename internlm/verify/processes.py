@@ -22,11 +22,12 @@ import torch.distributed as dist
 
 from internlm.accelerator.device import DEVICE_VARIABLE
 from internlm.utils.errors import UserError
+from internlm.utils.torch_private import COMPILER_MODULE
 
 T = TypeVar("T")
 
 HOST = "127.0.0.1"
-PRELOAD = ["torch._dynamo", "internlm.verify.run"]  # the first is what an optimizer imports when it is made
+PRELOAD = [COMPILER_MODULE, "internlm.verify.run"]
 #: Seconds in which the cause of a failure may still arrive after its consequences on other ranks.
 SETTLE = 0.5
 #: Seconds in which hung ranks may write down their stacks.

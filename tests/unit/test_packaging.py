@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -48,6 +49,14 @@ def test_the_command_exists() -> None:
 def test_requirements_are_exact(name: str) -> None:
     for requirement in _required(name):
         assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
+
+
+def test_the_pinned_torch_is_one_that_the_package_accepts() -> None:
+    (constant,) = re.findall(r'^TORCH = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    accepted, (pinned,) = Requirement(constant), _required("torch")
+    (version,) = (specifier.version for specifier in pinned.specifier)
+    assert accepted.name == pinned.name
+    assert accepted.specifier.contains(version)
 
 
 def test_every_import_is_required() -> None:

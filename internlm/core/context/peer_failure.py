@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from internlm.core.context.group import Group
 from internlm.utils.errors import LostPeerError, is_peer_failure
+from internlm.utils.torch_private import default_store
 
 #: Seconds for which a rank waits for the entries of the others.
 GRACE_SECONDS = 2.0
@@ -93,7 +94,7 @@ def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tu
 
 def _exchange_waits(ranks: Sequence[int], rank: int, peer: int, fate: str) -> dict[int, tuple[int, str]]:
     """Store this rank's wait and collect those of the others: rank to the peer it waited for, and that peer's fate."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(_key(rank), f"{peer} {fate}")
     deadline = time.monotonic() + GRACE_SECONDS
     while True:

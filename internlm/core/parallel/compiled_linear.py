@@ -16,12 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._library.opaque_object import register_opaque_type
-from torch._opaque_base import OpaqueBase
 
 from internlm.core.parallel import products
 from internlm.core.parallel.communicator import Communicator
 from internlm.core.parallel.products import deferred_tasks
+from internlm.utils.torch_private import OpaqueBase, register_opaque_type
 
 
 class Linear(Protocol):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_reduce_scatter
 from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
+from internlm.utils.torch_private import at_end_of_backward, in_backward
 
 #: Where in a block the gathers of the next one may be launched: before a linear, by its place; -1 is the kernel of
 #: attention.
@@ -62,7 +63,7 @@ class WeightGatherer:
     # -- weights ------------------------------------------------------------------------------------------------------
     def take(self, number: int, backward: bool) -> Tensor:
         """The whole weight, [O, I]; it must be released before it is taken again."""
-        if not backward and not _in_backward() and not self._same_chunk(number, number - 1):
+        if not backward and not in_backward() and not self._same_chunk(number, number - 1):
             self._begin_forward()
         self._fetch([number])
         whole = self._coming.pop(number).wait()
@@ -78,7 +79,7 @@ class WeightGatherer:
 
     def before_attention(self, block: int) -> None:
         """The kernel of a block's attention is about to run."""
-        if self.overlap.enabled and self.overlap.per_layer and not _in_backward():
+        if self.overlap.enabled and self.overlap.per_layer and not in_backward():
             self._fetch(self._next_block(block, LAUNCH_PLACES["attn"]))
 
     def _fetch(self, numbers: Sequence[int]) -> None:
@@ -99,7 +100,7 @@ class WeightGatherer:
         here = self.linears[number]
         if backward:
             return self._previous(number)
-        if _in_backward():  # the block is recomputed
+        if in_backward():  # the block is recomputed
             self._recomputed.add(here.block)
             return [n for n in [number + 1] if n in self._block(here.block)]
         if self.overlap.per_layer:
@@ -107,7 +108,7 @@ class WeightGatherer:
         return [number + 1] if self._same_chunk(number, number + 1) else []
 
     def _previous(self, number: int) -> Sequence[int]:
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        at_end_of_backward(self._end_backward)
         if not self._same_chunk(number, number - 1):
             return []
         block = self.linears[number - 1].block
@@ -131,11 +132,11 @@ class WeightGatherer:
         with overlap, when the next gradient is there."""
         linear = self.linears[number]
         pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
-        if not self.overlap.enabled or not _in_backward() or main_grad_of(linear.weight) is None:
+        if not self.overlap.enabled or not in_backward() or main_grad_of(linear.weight) is None:
             return deliver(pending.wait())  # put off, it comes after the backward pass
         self._deliver()
         self._delivery = lambda: deliver(pending.wait())
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        at_end_of_backward(self._end_backward)
         return None
 
     def _begin_forward(self) -> None:
@@ -158,7 +159,3 @@ class WeightGatherer:
             self._coming.pop(number).wait()
         for number in list(self._held):
             self.release(number)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

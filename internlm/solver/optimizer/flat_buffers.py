@@ -35,6 +35,7 @@ from internlm.core.parallel.param_state import attach_main_grad
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
+from internlm.utils.torch_private import foreach_copy_
 
 ALIGNMENT = 64  # elements; a run starts on a cache line whatever its type
 
@@ -229,13 +230,13 @@ class FlatParamGroup(ParamGroup):
         """Round the wider main parameters into this rank's shard of the values; nothing where they are the same
         memory."""
         if self.has_main:
-            torch._foreach_copy_(self.parts_of(self.values), self.main_parts)
+            foreach_copy_(self.parts_of(self.values), self.main_parts)
 
     @torch.no_grad()
     def copy_params_to_main(self) -> None:
         """Widen this rank's shard of the values into the main parameters, after values were set."""
         if self.has_main:
-            torch._foreach_copy_(self.main_parts, self.parts_of(self.values))
+            foreach_copy_(self.main_parts, self.parts_of(self.values))
 
     # -- parameters ---------------------------------------------------------------------------------------------------
     def members_of(self, number: int) -> list[BucketEntry]:

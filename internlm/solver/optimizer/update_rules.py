@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups
+from internlm.utils.torch_private import (
+    foreach_add_,
+    foreach_div_,
+    foreach_lerp,
+    foreach_lerp_,
+    foreach_mul_,
+    foreach_sign_,
+)
 
 
 class UpdateRule:
@@ -48,7 +56,7 @@ class UpdateRule:
         """Update every parameter, of gradients that are to be divided by ``divisor``."""
         for group in self.groups:
             if divisor != 1.0:
-                torch._foreach_div_(group.grad_parts, divisor)
+                foreach_div_(group.grad_parts, divisor)
             self._update(group, lr * group.kind.lr_scale, beta2)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
@@ -95,7 +103,7 @@ class AdamW(UpdateRule):
         for group, options in zip(self.groups, self.torchs.param_groups, strict=True):
             options["lr"], options["betas"] = lr * group.kind.lr_scale, (self.adam.adam_beta1, beta2)
             if double and divisor != 1.0:
-                torch._foreach_div_(group.grad_parts, divisor)
+                foreach_div_(group.grad_parts, divisor)
         scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.groups[0].grads.device)
         self.torchs.grad_scale = scale  # type: ignore[attr-defined]
         self.torchs.step()
@@ -108,8 +116,8 @@ class Lion(UpdateRule):
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         momentum = group.split(self._states[group]["exp_avg"])
-        direction = torch._foreach_lerp(momentum, group.grad_parts, 1 - self.adam.adam_beta1)
-        torch._foreach_sign_(direction)
-        torch._foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
-        torch._foreach_add_(group.main_parts, direction, alpha=-lr)
-        torch._foreach_lerp_(momentum, group.grad_parts, 1 - beta2)
+        direction = foreach_lerp(momentum, group.grad_parts, 1 - self.adam.adam_beta1)
+        foreach_sign_(direction)
+        foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
+        foreach_add_(group.main_parts, direction, alpha=-lr)
+        foreach_lerp_(momentum, group.grad_parts, 1 - beta2)
