@@ -1,41 +1,59 @@
-"""Ranks on this machine: gloo processes over the loopback, ended whatever happens."""
+"""Gloo ranks on this machine: processes that are started once, answer calls, and are ended whatever happens.
+
+``internlm verify`` starts a set for each run (:func:`run_world`); the tests keep theirs and call them many times.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from internlm.accelerator.device import DEVICE_VARIABLE
+from internlm.core.context import global_context as gpc
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import COMPILER_MODULE
 
 T = TypeVar("T")
 
 HOST = "127.0.0.1"
-PRELOAD = [COMPILER_MODULE, "internlm.verify.run"]
+SEED = 0
+#: Modules that the fork server imports once for all ranks..
+PRELOAD = [COMPILER_MODULE, "torch.distributed.checkpoint", "internlm.core.trainer_builder", "internlm.verify.run"]
 #: Seconds in which the cause of a failure may still arrive after its consequences on other ranks.
 SETTLE = 0.5
 #: Seconds in which hung ranks may write down their stacks.
-LAST_WORDS = 0.5
+STACK_TIMEOUT = 2.0
 
 
 class RankError(Exception):
-    """A rank raised, died or hung."""
+    """A rank raised or died; the text holds the traceback of the rank that failed first."""
+
+    def __init__(self, message: str, user_error: UserError | None = None) -> None:
+        super().__init__(message)
+        self.user_error = user_error
+        """The error itself, where it is one that the user can fix."""
+
+
+class RankTimeoutError(RankError):
+    """Some ranks did not finish in time; the text holds the stacks of all."""
 
 
 @dataclass(frozen=True)
@@ -47,101 +65,173 @@ class _Reply:
 
 
 def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
-    """Call ``function(rank, world_size, *args)`` in ``world_size`` new CPU processes, which a gloo group joins; the
-    results by rank. ``function`` travels by name, its arguments and result by pickle; ``timeout`` is in seconds.
+    """Call a function on every rank of a new gloo group of CPU processes.
 
-    Raises the :class:`UserError` of a rank that met one, and :class:`RankError` with the traceback of the rank that
-    failed first, or the names of those that hang. No process is left behind.
+    Args:
+        world_size: number of ranks.
+        function: called with rank, world size and ``args``; it travels by name, its arguments and result by pickle.
+        args: further arguments.
+        timeout: in seconds.
+
+    Returns:
+        The results by rank. No process is left behind.
+
+    Raises:
+        UserError: a rank raised it.
+        RankError: a rank raised something else, died, or did not finish in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    processes: list[Any] = []
-    connections: list[Connection] = []
+    ranks = RankProcesses(world_size)
     try:
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            call = (rank, world_size, store.port, theirs, function, tuple(args))
-            processes.append(context.Process(target=_serve, args=call, name=f"rank-{rank}", daemon=True))
-            connections.append(ours)
-            processes[-1].start()
-            theirs.close()
-        return _collect(processes, connections, timeout)
+        return ranks.run(function, args, timeout)
+    except RankError as error:
+        if error.user_error is not None:
+            raise error.user_error from None
+        raise
     finally:
-        _end(processes, connections)
+        ranks.close()
 
 
-# -- this process
-def _collect(processes: Sequence[Any], connections: Sequence[Connection], timeout: float) -> list[Any]:
-    replies: dict[int, _Reply] = {}
-    waiting = {connection: rank for rank, connection in enumerate(connections)}
-    deadline = time.monotonic() + timeout
-    while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
-        for connection in ready:
-            assert isinstance(connection, Connection)
-            rank = waiting.pop(connection)
-            replies[rank] = _receive(processes[rank], connection)
-            if replies[rank].error:
-                deadline = min(deadline, time.monotonic() + SETTLE)
-    failed = {rank: reply for rank, reply in replies.items() if reply.error}
-    if failed:
-        raise _first_error(failed, len(processes))
-    if waiting:
-        _ask_for_stacks([processes[rank] for rank in waiting.values()])
-        names = ", ".join(map(str, sorted(waiting.values())))
-        raise RankError(f"not finished after {timeout:g} s: rank {names} of {len(processes)}; where they hang is above")
-    return [replies[rank].result for rank in sorted(replies)]
+class RankProcesses:
+    """The processes of one gloo group, and what connects them with this one.
 
+    Each call starts clean: with the given environment, freshly seeded, without a global context, and with a default
+    process group made anew, which also ends every group of the call before. After a failed call they must be closed.
+    """
 
-def _receive(process: Any, connection: Connection) -> _Reply:
-    try:
-        reply: _Reply = pickle.loads(connection.recv_bytes())
-    except EOFError:
-        process.join()
-        return _Reply(error=f"died with exit code {process.exitcode}\n")
-    return reply
+    def __init__(self, world_size: int, environment: Mapping[str, str] | None = None) -> None:
+        # Forked from a server that has torch loaded, for importing it takes seconds in every process. This process
+        # itself can't be forked: it has threads, whose locks a child would inherit.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.processes: list[BaseProcess] = []
+        self._connections: list[Connection] = []
+        self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._stack_files = [Path(self._folder.name, f"rank-{rank}") for rank in range(world_size)]
+        common = {**(os.environ if environment is None else environment)}
+        try:
+            for rank, stack_file in enumerate(self._stack_files):
+                ours, theirs = context.Pipe()
+                args = (rank, world_size, common | self._rank_environment(rank, world_size), theirs, stack_file)
+                process = context.Process(target=_serve, args=args, name=f"rank-{rank}", daemon=True)
+                process.start()
+                theirs.close()  # so that the end of the process is the end of the connection
+                self._connections.append(ours)
+                self.processes.append(process)
+        except BaseException:
+            self.close()
+            raise
 
+    def _rank_environment(self, rank: int, world_size: int) -> dict[str, str]:
+        """Return what torchrun would have set."""
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        numbers = {key: str(value) for key, value in {**ranks, "MASTER_PORT": self._store.port}.items()}
+        return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"}
 
-def _first_error(failed: dict[int, _Reply], world_size: int) -> Exception:
-    first = min(failed, key=lambda rank: failed[rank].when)
-    return failed[first].user_error or RankError(f"rank {first} of {world_size}:\n{failed[first].error.rstrip()}")
+    def run(self, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
+        """Call ``function(rank, world_size, *args)`` on every rank and return the results by rank."""
+        self.send(function, args)
+        return self._collect(timeout)
 
+    def send(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Begin a call on every rank, without receiving the results."""
+        call = pickle.dumps((function, tuple(args)))
+        for connection in self._connections:
+            connection.send_bytes(call)
 
-def _ask_for_stacks(processes: Sequence[Any]) -> None:
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(LAST_WORDS)
+    def _collect(self, timeout: float) -> list[Any]:
+        replies: dict[int, _Reply] = {}
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        deadline = time.monotonic() + timeout
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                replies[rank] = self._receive(rank, connection)
+                if replies[rank].error:
+                    deadline = min(deadline, time.monotonic() + SETTLE)
+        failed = {rank: reply for rank, reply in replies.items() if reply.error}
+        if failed:
+            first = min(failed, key=lambda rank: failed[rank].when)
+            text = f"rank {first} of {len(self.processes)}:\n{failed[first].error.rstrip()}"
+            raise RankError(text, failed[first].user_error)
+        if waiting:
+            hung = ", ".join(map(str, sorted(waiting.values())))
+            text = f"not finished after {timeout:g} s: rank {hung} of {len(self.processes)}"
+            raise RankTimeoutError(f"{text}\n{self._stacks()}")
+        return [replies[rank].result for rank in sorted(replies)]
 
+    def _receive(self, rank: int, connection: Connection) -> _Reply:
+        try:
+            reply: _Reply = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            process = self.processes[rank]
+            process.join()
+            return _Reply(error=f"died with exit code {process.exitcode}\n{self._stack_files[rank].read_text()}")
+        return reply
 
-def _end(processes: Sequence[Any], connections: Sequence[Connection]) -> None:
-    started = [process for process in processes if process.pid is not None]
-    for process in started:
-        process.kill()
-    for process in started:
-        process.join()
-    for connection in connections:
-        connection.close()
+    def _stacks(self) -> str:
+        """Return the Python stack of every thread of every rank, but for ranks that can't write theirs down."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGUSR1)
+        deadline = time.monotonic() + STACK_TIMEOUT
+        while time.monotonic() < deadline and not all(file.stat().st_size for file in self._stack_files):
+            time.sleep(0.02)
+        time.sleep(0.1)  # for the rest of the last one
+        return "\n".join(f"--- rank {rank}\n{file.read_text()}" for rank, file in enumerate(self._stack_files))
+
+    def close(self) -> None:
+        """Kill the processes, whatever they do, and wait until they are gone."""
+        for process in self.processes:
+            process.kill()
+        for process, connection in zip(self.processes, self._connections, strict=True):
+            process.join()
+            connection.close()
+        self._folder.cleanup()
 
 
 # -- a rank
-def _serve(
-    rank: int, world_size: int, port: int, connection: Connection, function: Callable[..., Any], args: Sequence[Any]
-) -> None:
-    """A rank's life. Having answered it waits for its end: its group must not go while a slower rank reads from it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=False)
+def _serve(rank: int, world_size: int, environment: dict[str, str], connection: Connection, stack_file: Path) -> None:
+    """Answer calls until the parent closes the connection or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its ranks
+    stacks = stack_file.open("w")
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR1, stacks)
+    # A rank within a call does not read its connection, so the end of the parent must reach it by another way.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    store = dist.TCPStore(HOST, int(environment["MASTER_PORT"]), is_master=False)
+    for call_index in itertools.count():
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_answer(call, rank, world_size, environment, dist.PrefixStore(str(call_index), store)))
+
+
+def _answer(call: bytes, rank: int, world_size: int, environment: dict[str, str], store: dist.Store) -> bytes:
     try:
-        _join(rank, world_size, port)
-        reply = _Reply(function(rank, world_size, *args))
-    except UserError as error:
-        reply = _Reply(error=str(error), user_error=error, when=time.monotonic())
-    except BaseException:
-        reply = _Reply(error=traceback.format_exc(), when=time.monotonic())
-    connection.send_bytes(pickle.dumps(reply))
-    signal.pause()
+        _start_clean(rank, world_size, store, environment)
+        function, args = pickle.loads(call)
+        return pickle.dumps(_Reply(function(rank, world_size, *args)))
+    except BaseException as error:
+        user_error = error if isinstance(error, UserError) else None
+        return pickle.dumps(_Reply(error=traceback.format_exc(), user_error=user_error, when=time.monotonic()))
+
+
+def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dict[str, str]) -> None:
+    """End what the last call left, and make a new default group.
+
+    Done before a call and not after one: a group must not be closed while a slower rank still reads from it.
+    """
+    gpc.destroy()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.manual_seed(SEED)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
 def _die_with_parent() -> None:
@@ -149,12 +239,3 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _join(rank: int, world_size: int, port: int) -> None:
-    """Make the default group; what torchrun would have put into the environment is there too."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({key: str(value) for key, value in {**ranks, "MASTER_PORT": port}.items()})
-    os.environ.update({"MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"})
-    store = dist.TCPStore(HOST, port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import EXIT_LOST_PEER, LostPeerError
+from internlm.verify.processes import RankProcesses
 from tests.dist.equivalence import TINY
-from tests.harness.pool import Pool
 from tests.integration.jobs import script
 
 #: Seconds: what a rank waits, and how much longer it may take until it has said whom it waited for.
@@ -43,18 +42,6 @@ class StopAfter(list[Record]):
         super().append(record)
         if len(self) == self.actions:
             self.stop()
-
-
-class Job(Pool):
-    """Ranks that end one by one, as those of a real job do."""
-
-    def run_to_the_end(self, function: Callable[..., object], *args: object, but: int, timeout: float) -> None:
-        """Call ``function`` on all ranks, and wait until all of them but one have ended."""
-        for connection in self._connections:
-            connection.send_bytes(pickle.dumps((function, args)))
-        for rank, process in enumerate(self._processes):
-            if rank != but:
-                process.join(timeout)
 
 
 def _train(
@@ -84,11 +71,14 @@ def said_by(
     world_size: int, folder: Path, overrides: tuple[str, ...], stage: int, actions: int, fate: str
 ) -> dict[int, tuple[float, str]]:
     """By rank, seconds that passed until it said something, and what."""
-    job = Job(world_size)
+    ranks = RankProcesses(world_size)
     try:
-        job.run_to_the_end(_train, folder, overrides, stage, actions, fate, but=stage, timeout=40)
+        ranks.send(_train, (folder, overrides, stage, actions, fate))
+        for rank, process in enumerate(ranks.processes):  # they end one by one, as those of a real job do
+            if rank != stage:
+                process.join(40)
     finally:
-        job.close()
+        ranks.close()
     texts = {int(file.name): file.read_text().partition(" ") for file in folder.iterdir()}
     return {rank: (float(seconds), text) for rank, (seconds, _, text) in texts.items()}
 

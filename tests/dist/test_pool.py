@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness.launch import torchrun
-from tests.harness.pool import RankError, RankTimeoutError, close_pools, pids, run_ranks
+from internlm.utils.errors import DataError, Problem
+from internlm.verify.processes import RankError, RankTimeoutError, run_world
+from tests.harness.launch import run_job, torchrun
+from tests.harness.pool import close_pools, pids, run_ranks
 
 
 def _sum_of_ranks(rank: int, world_size: int, scale: float) -> float:
@@ -117,7 +122,7 @@ def test_a_hang_is_reported_with_every_stack() -> None:
     with pytest.raises(RankTimeoutError) as caught:
         run_ranks(2, _wait_for_nothing, timeout=0.5)
     text = str(caught.value)
-    assert text.startswith("ranks [1] not finished after 0.5 s")
+    assert text.startswith("not finished after 0.5 s: rank 1 of 2\n")
     rank_0, rank_1 = text.split("--- rank ")[1:]
     assert "in _serve" in rank_0
     assert "_wait_for_nothing" not in rank_0
@@ -141,40 +146,65 @@ def test_closing_leaves_no_process() -> None:
     assert pids(2) == []
 
 
-SCRIPT = """
-import os, sys, time
-mode, folder = sys.argv[1:]
-open(os.path.join(folder, str(os.getpid())), "w").close()
-line = " ".join(["rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], os.environ["EXTRA"]])
+# -- a world of its own
+
+
+def _raise_user_error_on_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise DataError(Problem("here", "is wrong", "Correct it"))
+    dist.barrier()
+
+
+def test_a_world_answers_by_rank_and_ends() -> None:
+    before = _children()
+    assert run_world(3, _sum_of_ranks, (1.0,), 60) == [3.0, 3.0, 3.0]
+    assert _children() == before
+
+
+def test_a_world_raises_the_error_that_a_user_can_fix() -> None:
+    with pytest.raises(DataError, match=r"^here: is wrong. Correct it$"):
+        run_world(2, _raise_user_error_on_one, (), 60)
+
+
+def test_a_world_that_hangs_is_reported_with_its_stacks() -> None:
+    with pytest.raises(RankError, match=r"(?s)not finished after 1 s: rank 1 of 2\n.*in _wait_for_nothing"):
+        run_world(2, _wait_for_nothing, (), 1)
+
+
+def _children() -> set[int]:
+    """Process ids of the ranks of this session."""
+    return {process.pid or 0 for process in multiprocessing.active_children()}
+
+
+# -- a job of torchrun
+
+#: Rank 1 fails after having printed.
+FAILING = """
+import os, sys
+line = " ".join(["rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:], os.environ["EXTRA"]])
 os.write(1, (line + chr(10)).encode())  # at once, for torchrun's workers share one output and have no buffer
-if mode == "hang":
-    time.sleep(600)
-sys.exit(3 if mode == "fail" else 0)
+sys.exit(3 * int(os.environ["RANK"]))
+"""
+#: Starts a process in a session of its own, as torchrun does, and waits for it.
+HANGING = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("started", worker.pid, flush=True)
+worker.wait()
 """
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    (tmp_path / "pids").mkdir()
-    return path
-
-
-def test_torchrun_returns_what_the_ranks_print(script: Path) -> None:
-    job = torchrun(2, script, "work", "pids", env={"EXTRA": "more"}, cwd=script.parent)
-    assert (job.returncode, job.left_behind) == (0, 0)
-    assert sorted(job.stdout.splitlines()) == ["rank 0 of 2 more", "rank 1 of 2 more"]
-
-
-def test_torchrun_reports_a_failing_rank(script: Path) -> None:
-    job = torchrun(1, script, "fail", "pids", env={"EXTRA": ""}, cwd=script.parent)
+def test_torchrun_returns_output_and_exit_codes(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    job = torchrun(2, script, "work", env={"EXTRA": "more"}, cwd=tmp_path)
     assert (job.returncode, job.left_behind) == (1, 0)
+    assert "rank 1 of 2 work more" in job.stdout.splitlines()
     assert "exitcode  : 3" in job.stderr
 
 
-def test_torchrun_that_hangs_is_killed_with_its_workers(script: Path) -> None:
-    with pytest.raises(TimeoutError, match=r"script\.py not finished after 6 s\nrank 0 of 1"):
-        torchrun(1, script, "hang", "pids", env={"EXTRA": ""}, cwd=script.parent, timeout=6)
-    (worker,) = (script.parent / "pids").iterdir()
-    assert _gone(int(worker.name))
+def test_a_job_that_hangs_is_killed_with_its_workers() -> None:
+    with pytest.raises(TimeoutError, match=r"not finished after 2 s\nstarted \d+") as caught:
+        run_job([sys.executable, "-c", HANGING], timeout=2)
+    (worker,) = re.findall(r"started (\d+)", str(caught.value))
+    assert _gone(int(worker))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import internlm.verify.run
@@ -28,10 +26,8 @@ from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
-from internlm.utils.errors import DataError, Problem
 from internlm.verify.compare import Report, compare
 from internlm.verify.configs import make_plan
-from internlm.verify.processes import RankError, run_world
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist.equivalence import TINY
@@ -333,39 +329,3 @@ def test_ends_forget_one_another() -> None:
     report = verify(2, *pipeline(2), "model.tie_word_embeddings=True", fault="ends_forget_one_another")
     assert "gradient of embedding.weight" in {each.name for each in report.disagreements}
     assert "gradient of embedding.weight" in {row.name for row in report.gradients if not row.passed}
-
-
-# -- processes
-def _shared_sum(rank: int, world_size: int) -> float:
-    total = torch.tensor(float(rank))
-    torch.distributed.all_reduce(total)
-    return float(total)
-
-
-def _trouble(rank: int, world_size: int, kind: str) -> None:
-    if rank == 1 and kind == "raises":
-        raise ZeroDivisionError("of rank 1")
-    if rank == 1 and kind == "user":
-        raise DataError(Problem("here", "is wrong", "Mend it"))
-    if rank == 1 and kind == "hangs":
-        time.sleep(1000)
-    if kind != "hangs":
-        torch.distributed.barrier()
-
-
-def test_a_world_answers_by_rank() -> None:
-    assert run_world(3, _shared_sum, (), 60) == [3.0, 3.0, 3.0]
-
-
-ENDS: dict[str, tuple[type[Exception], str]] = {
-    "raises": (RankError, "rank 1 of 2:\nTraceback .*(.|\n)*ZeroDivisionError: of rank 1"),
-    "user": (DataError, "^here: is wrong. Mend it$"),
-    "hangs": (RankError, "not finished after 3 s: rank 1 of 2"),
-}
-
-
-@pytest.mark.parametrize("kind", ENDS)
-def test_a_rank_in_trouble(kind: str) -> None:
-    error, message = ENDS[kind]
-    with pytest.raises(error, match=message):
-        run_world(2, _trouble, (kind,), 3 if kind == "hangs" else 60)

@@ -41,23 +41,36 @@ def torchrun(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Job:
-    """Run ``script args`` on ``nproc`` gloo ranks of this machine, on a free port.
+    """Run ``script args`` on ``nproc`` gloo ranks of this machine, on a free port, as :func:`run_job` does.
 
-    ``options`` go to torchrun itself, ``env`` is added to the environment, ``timeout`` is in seconds.
-    Raises ``TimeoutError`` with what was printed, after every process of the job has been killed.
+    ``options`` go to torchrun itself.
+    """
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", *rendezvous, *options]
+    return run_job([*launcher, str(script), *args], timeout=timeout, env=env, cwd=cwd)
+
+
+def run_job(
+    command: Sequence[str],
+    *,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+) -> Job:
+    """Run a command that starts processes of its own.
+
+    ``env`` is added to the environment, ``timeout`` is in seconds. Raises ``TimeoutError`` with what was printed, after
+    every process of the job has been killed.
     """
     job = uuid.uuid4().hex
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", _MARK: job, **(env or {})}
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}", *rendezvous, *options]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            [*run, str(script), *args], stdout=out, stderr=err, env=environment, cwd=cwd, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=cwd, start_new_session=True)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{script} not finished after {timeout:g} s\n{_text(out)}\n{_text(err)}") from None
+            name = " ".join(command)
+            raise TimeoutError(f"{name}: not finished after {timeout:g} s\n{_text(out)}\n{_text(err)}") from None
         finally:
             left_behind = _end(process, job)
         return Job(process.returncode, _text(out), _text(err), left_behind)
