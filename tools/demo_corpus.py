@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from internlm.data.sources import TokenizedSource
-from internlm.data.tokenize import Recipe, Summary, make_recipe, tokenize_texts
+from internlm.data.tokenized_source import TokenizedSource
+from internlm.data.tokenized_writer import Recipe, Summary, make_recipe, tokenize_texts
 from internlm.utils.errors import exit_on_user_error
 
 VERSION = 1

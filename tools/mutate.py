@@ -97,7 +97,7 @@ MISTAKES = (
             "whole = self._coming.pop(number).wait()", "whole = self._coming.pop(number)._result",
             ("tests/dist/test_parallel.py", "-k", "overlap or every_layout")),
     Mistake("isp: every rank reads the first part of the row", "data/loader.py",
-            ".chunk(part.size, 1)[part.rank]", ".chunk(part.size, 1)[0]"),
+            ".chunk(sequence_shard.size, 1)[sequence_shard.rank]", ".chunk(sequence_shard.size, 1)[0]"),
     Mistake("msp, fsp: the gradient of a row's bias is that of all tokens", LINEAR,
             '''        db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
         dy = comm.gather_grad_output(dy)  # [T, O]

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Tokenize. Raises :class:`UserError` for what the user can mend."""
     from internlm.data.texts import find_texts, read_texts
-    from internlm.data.tokenize import make_recipe, tokenize_texts
+    from internlm.data.tokenized_writer import make_recipe, tokenize_texts
 
     files = find_texts(args.text_input_path)
     recipe = make_recipe(args.tokenizer_path, args.bos, args.eos)

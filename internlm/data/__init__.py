@@ -2,6 +2,7 @@
 
 from internlm.utils.lazy import lazy_exports
 
+# Both read the global context, so their code is in the assembly layer; an eager import would point upwards.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

@@ -1,9 +1,8 @@
-"""Which rows each step uses. Pure: no iterator has a state to save.
+"""Batch plan: which rows each training step uses, as a pure function of the step, so no iterator has state to save.
 
-The rows of an endless sequence are dealt out in *batches*, numbered from 0: batch b takes ``micro_batches ·
-data_size`` rows, whether it is used or not. Step s uses the batch that is the s-th of those not skipped. Each
-data-parallel rank takes a contiguous share of a batch, so the rows of a step don't depend on how many ranks share
-them.
+The rows of an endless sequence are divided into *batches*, counted from 0. Batch b takes ``micro_batches · data_size``
+rows, whether it is used or skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
+contiguous range of a batch, so the rows of a step do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from internlm.config.schema.fields import Rampup
 
 
 class Position(NamedTuple):
-    """Where a run stands before ``step``: the next batch that may be used, and the global row at which it begins."""
+    """Position of a run just before ``step``: the next batch that may be used, and the global row where it begins."""
 
     step: int = 0
     batch: int = 0
@@ -25,47 +24,50 @@ class Position(NamedTuple):
 START = Position()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Steps to batches to rows.
+    """Map steps to batches, and batches to rows.
 
-    ``origin`` is where the plan was taken up. A run that resumes from the position it had saved goes on with the very
-    next row, even where the size of a batch or the skipped batches have changed in between.
+    ``origin`` is the position at which this plan begins. A run that resumes from a saved position continues with the
+    very next row, even where the batch size or the skipped batches have changed since.
     """
 
-    micro_num: int  # micro-batches per step on each data-parallel rank, once ramped up
+    micro_num: int  # micro-batches per step on each data-parallel rank, after the ramp-up
     data_size: int  # data-parallel ranks
     rampup: Rampup | None = None
-    skip: tuple[tuple[int, int], ...] = ()  # inclusive ranges of batches, in order, apart
+    skip: tuple[tuple[int, int], ...] = ()  # inclusive ranges of batches, ascending and disjoint
     origin: Position = START
 
     def micro_batches(self, step: int) -> int:
-        """Micro-batches of ``step`` on each data-parallel rank."""
+        """Return the micro-batches of ``step`` on each data-parallel rank."""
         return self._size(self._batch(step))
 
     def rows(self, step: int, data_rank: int) -> range:
-        """Global rows that ``step`` uses on ``data_rank``."""
+        """Return the global rows that ``step`` uses on ``data_rank``."""
         batch = self._batch(step)
         size = self._size(batch)
         first = self._first_row(batch) + data_rank * size
         return range(first, first + size)
 
     def position(self, step: int) -> Position:
-        """Where a run stands that has done all steps before ``step``; its rows are those of all batches up to there."""
+        """Return the position after all steps before ``step``; skipped batches count as consumed."""
         if step == self.origin.step:
             return self.origin
+        # From the last batch that was used, not from the next one: batches skipped in between may be skipped no longer
+        # when the run resumes.
         batch = self._batch(step - 1) + 1
         return Position(step, batch, self._first_row(batch))
 
     def resumed_at(self, position: Position) -> BatchPlan:
-        """The same plan, taken up at a position saved earlier."""
+        """Return this plan with ``position``, saved earlier, as its origin."""
         return replace(self, origin=position)
 
     def _batch(self, step: int) -> int:
-        assert step >= self.origin.step, f"step {step} lies before {self.origin}"
+        """Index of the batch that ``step`` uses."""
+        assert step >= self.origin.step, f"step {step} is before the plan's origin {self.origin}"
         batch = self.origin.batch + step - self.origin.step
         for first, last in self.skip:
-            first = max(first, self.origin.batch)
+            first = max(first, self.origin.batch)  # the part of the range before the origin was already passed
             if first <= batch:
                 batch += max(last - first + 1, 0)
         return batch
@@ -74,6 +76,7 @@ class BatchPlan:
         return self.origin.row + self.data_size * (self._size_before(batch) - self._size_before(self.origin.batch))
 
     def _size(self, batch: int) -> int:
+        """Micro-batches of ``batch`` on each data-parallel rank."""
         if self.rampup is None:
             return self.micro_num
         start, increment, every = self.rampup
@@ -81,6 +84,7 @@ class BatchPlan:
 
     def _size_before(self, batch: int) -> int:
         """Sum of the sizes of all batches before ``batch``, in closed form."""
+        # A loop over the batches would make every lookup of a long run slower than the last one.
         if self.rampup is None:
             return self.micro_num * batch
         start, increment, every = self.rampup

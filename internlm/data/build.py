@@ -1,4 +1,4 @@
-"""From the ``data`` section to loaders."""
+"""Build the loaders that the ``data`` section describes."""
 
 from __future__ import annotations
 
@@ -7,76 +7,86 @@ from internlm.config.schema.fields import parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
-from internlm.data.packing import Layout, RowShape
-from internlm.data.rows import TrainRows, ValidRows
-from internlm.data.sources import OneType, RandomSource, SampleSource, TokenizedSource
+from internlm.data.packing import PackingLayout, RowShape, TrainRows, ValidRows
+from internlm.data.sources import OneType, RandomSource, SampleSource
+from internlm.data.tokenized_source import TokenizedSource
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200
 
 
 def build_train_loader(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: GroupPosition = ALONE
+    data: DataConfig, vocab_size: int, seed: int, replica: GroupPosition, sequence_shard: GroupPosition = ALONE
 ) -> tuple[TrainLoader, list[str]]:
-    """The training loader of one data-parallel rank, and the names of the data-set types; ``part`` is its part of each
-    row, where rows are split along the sequence.
+    """Build the training loader of one data-parallel rank.
 
-    ``train_folder`` None means a random data set. Raises :class:`DataError` where the folder can't serve.
+    Args:
+        data: the ``data`` section; without a ``train_folder`` the samples are random.
+        vocab_size: exclusive upper bound of the token ids.
+        seed: seed of the shuffling, and of random samples.
+        replica: position among the data-parallel ranks.
+        sequence_shard: position among the ranks that split every row along the sequence.
+
+    Returns:
+        The loader, and the names of the data-set types.
+
+    Raises:
+        DataError: the folder is missing, or a file in it is damaged.
     """
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
         source = _tokenized(data, data.train_folder, vocab_size)
     plan = BatchPlan(
-        data.micro_num,
-        data_size,
+        micro_num=data.micro_num,
+        data_size=replica.size,
         rampup=parse_rampup(data.rampup_batch_size),
         skip=parse_skip_batches(data.skip_batches),
     )
     rows = TrainRows(source, row_shape(data), seed)
-    return TrainLoader(rows, plan, data_rank, data.total_steps, data.num_worker, part), source.types
+    return TrainLoader(rows, plan, replica.rank, data.total_steps, data.num_worker, sequence_shard), source.types
 
 
 def build_valid_loaders(
-    data: DataConfig, vocab_size: int, seed: int, data_rank: int, data_size: int, part: GroupPosition = ALONE
+    data: DataConfig, vocab_size: int, seed: int, replica: GroupPosition, sequence_shard: GroupPosition = ALONE
 ) -> dict[str, ValidLoader]:
-    """The validation loaders of one data-parallel rank, by data-set type.
+    """Build the validation loaders of one data-parallel rank, one for each data-set type.
 
-    Without folders for training and validation, one of random data; with a training folder alone, none.
-    Raises :class:`DataError` where the folder can't serve.
+    Args: see :func:`build_train_loader`.
+
+    Returns:
+        Loaders by type: those of ``valid_folder``; without any folder one of random samples; with a ``train_folder``
+        alone none.
+
+    Raises:
+        DataError: the folder is missing, or a file in it is damaged.
     """
     if data.valid_folder is not None:
         source: SampleSource = _tokenized(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
+        # Another seed than that of training: validation on the training samples would measure memorisation.
         fixed = data.fixed_random_dataset_seqlen
         source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, RANDOM_VALID_TYPE, RANDOM_VALID_SAMPLES)
     else:
         return {}
-    micro_num = data.valid_micro_num or data.micro_num
-    return {
-        name: ValidLoader(
-            ValidRows(OneType(source, name), row_shape(data)),
-            micro_num,
-            data_rank,
-            data_size,
-            data.valid_max_batches,
-            data.num_worker,
-            part,
-        )
-        for name in source.types
-    }
+    plan = BatchPlan(micro_num=data.valid_micro_num or data.micro_num, data_size=replica.size)
+
+    def loader(type_name: str) -> ValidLoader:
+        rows = ValidRows(OneType(source, type_name), row_shape(data))
+        return ValidLoader(rows, plan, replica.rank, data.valid_max_batches, data.num_worker, sequence_shard)
+
+    return {type_name: loader(type_name) for type_name in source.types}
 
 
 def row_shape(data: DataConfig) -> RowShape:
-    """How rows are laid out; ``pack_sample_into_one`` matters to packed data alone."""
+    """Return the sizes and the packing layout of a row; ``pack_sample_into_one`` matters to packed data only."""
     if not data.use_packed_dataset:
-        layout = Layout.PADDED
+        layout = PackingLayout.PADDED
     else:
-        layout = Layout.WINDOWS if data.pack_sample_into_one else Layout.PACKED
+        layout = PackingLayout.WINDOWS if data.pack_sample_into_one else PackingLayout.PACKED
     return RowShape(data.seq_len, data.micro_bsz, layout)
 
 
 def _tokenized(data: DataConfig, folder: str, vocab_size: int) -> TokenizedSource:
-    return TokenizedSource(
-        folder.removeprefix("local:"), data.min_length, vocab_size, data.shm_path if data.use_shm else None
-    )
+    cache_folder = data.shm_path if data.use_shm else None
+    return TokenizedSource(folder.removeprefix("local:"), data.min_length, vocab_size, cache_folder)

@@ -1,8 +1,8 @@
-"""The index of a folder of tokenized files: where each sample lies.
+"""Index of a folder of tokenized files: the file, byte offset and token count of each sample.
 
-A folder holds, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
-2] of byte offset and token count). The index joins all of them into one table, which is kept in a file so that the
-next start need not open them all, and which processes of one machine share, because it is memory-mapped.
+A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
+2] of byte offset and token count). The index joins all of them into one table, cached in a file, so that the next start
+need not open them all. The table is memory-mapped, so the processes of one machine share its memory.
 
 N: samples of all files.
 """
@@ -27,12 +27,13 @@ from internlm.utils.logger import get_logger
 VERSION = 1
 CACHE_NAME = ".internlm_index.npy"
 REMAKE = "Make both files again with `internlm tokenize`."
-# A token takes at least a digit and a comma, and at most a sign, 19 digits and a comma with blanks.
+# Bounds of a plausible .meta, checked without reading the .bin: a token takes at least a digit and a comma, and at most
+# a sign, 19 digits and a comma with blanks; a line has some bytes around its tokens.
 LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
 
 
 class DataFile(NamedTuple):
-    """One ``.bin`` file, as it was when the index was opened."""
+    """One ``.bin`` file, with the size and time that it had when the index was opened."""
 
     path: Path
     name: str  # relative to the folder
@@ -41,17 +42,17 @@ class DataFile(NamedTuple):
 
     @property
     def meta(self) -> Path:
-        """Its ``.meta`` file."""
+        """Path of the ``.meta`` file of this ``.bin`` file."""
         return self.path.with_name(self.path.name + ".meta")
 
     @property
     def type_name(self) -> str:
-        """First-level sub-folder, which names the data-set type."""
+        """Data-set type: the first-level sub-folder, or ``default`` for a file directly in the folder."""
         return self.name.split("/")[0] if "/" in self.name else "default"
 
 
 class Index(NamedTuple):
-    """Where each sample lies. Samples of one file are neighbours, in the order of the file."""
+    """Position of each sample; samples of one file are consecutive, in the order of the file."""
 
     files: list[DataFile]
     offsets: np.ndarray  # [N] int64, byte in the file
@@ -60,31 +61,41 @@ class Index(NamedTuple):
 
 
 def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Index:
-    """The index of ``folder``, from its cache where that fits, else made anew and kept.
+    """Open the index of ``folder``, from its cache where that is up to date.
 
-    The cache lies in ``cache_folder``, or in ``folder`` itself where None. Files of fewer than ``min_length`` samples
-    are left out. Raises :class:`DataError` where the folder or a file in it can't serve.
+    Args:
+        folder: root of the ``.bin`` files.
+        min_length: leave out files of fewer samples.
+        cache_folder: folder of the cached table; by default ``folder`` itself.
+
+    Raises:
+        DataError: the folder is missing, or a file in it is damaged, or no tokens are left.
     """
     files = find_files(folder)
     cache = folder / CACHE_NAME
     if cache_folder is not None:
         cache = cache_folder / f"{_digest(str(folder.resolve())):x}.npy"
+    # Names, sizes and times identify the content, as in make; hashing terabytes at every start is not affordable.
     key = _digest(VERSION, min_length, [(f.name, f.size, f.mtime_ns, *_stamp(f.meta)) for f in files])
     table = _load(cache, key)
     if table is None:
         table = _store(cache, key, _build(files, min_length))
-    if not (table[1, 1:] > 1).any():  # a single token has none to predict
+    if not (table[1, 1:] > 1).any():  # a sample of one token has no label
         raise DataError(_nothing_left(folder, files, min_length))
     return Index(files, *np.asarray(table)[:, 1:])
 
 
 def find_files(folder: Path) -> list[DataFile]:
-    """All ``.bin`` files under ``folder``, sorted by relative name. Raises :class:`DataError` where there are none."""
+    """Return all ``.bin`` files under ``folder``, sorted by relative name.
+
+    Raises:
+        DataError: there are none, or one lacks its ``.meta``.
+    """
     if not folder.is_dir():
         raise DataError(Problem(str(folder), "there is no such folder", "Correct the path."))
     paths = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
     if not paths:
-        raise DataError(Problem(str(folder), "holds no .bin file", "Make some with `internlm tokenize`."))
+        raise DataError(Problem(str(folder), "contains no .bin file", "Make some with `internlm tokenize`."))
     files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
     if lonely := [file for file in files if not file.meta.is_file()]:
         raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
@@ -92,7 +103,7 @@ def find_files(folder: Path) -> list[DataFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """``.bin`` files, through symbolic links too, but not through one that leads back to a folder above it."""
+    """Walk to all ``.bin`` files, following symbolic links unless they lead back to a folder above themselves."""
     for here, folders, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
@@ -105,17 +116,21 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """The table, [3, 1 + N] int64; column 0 is left for the seal."""
-    parts = [np.zeros((3, 1), np.int64)]
+    """Build the table, int64 [3, 1 + N], with rows offsets, lengths and file ids; column 0 is left for the seal."""
+    columns = [np.zeros((3, 1), np.int64)]
     for file_id, file in enumerate(files):
         meta = read_meta(file)
         if len(meta) >= min_length:
-            parts.append(np.vstack([meta.T, np.full(len(meta), file_id)]))
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+            columns.append(np.vstack([meta.T, np.full(len(meta), file_id)]))
+    return np.ascontiguousarray(np.concatenate(columns, axis=1))
 
 
 def read_meta(file: DataFile) -> np.ndarray:
-    """The ``.meta`` of a file, [samples, 2] int64. Raises :class:`DataError` where it and the ``.bin`` disagree."""
+    """Read the ``.meta`` of a file, int64 [samples, 2].
+
+    Raises:
+        DataError: it is not such an array, or does not fit the ``.bin``.
+    """
     meta = _open_meta(file.meta)
     offsets, lengths = meta[:, 0], meta[:, 1]
     sizes = np.diff(offsets, append=file.size)
@@ -144,7 +159,8 @@ def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
 
 
 def _open_meta(path: Path) -> np.ndarray:
-    # Mapping reads no pickle, and allocates nothing on the word of a header.
+    # np.load would unpickle object arrays on request and allocate whatever size a forged header names. Mapping does
+    # neither.
     try:
         meta = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError) as error:
@@ -164,7 +180,7 @@ def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Probl
     return Problem(str(folder), "its files hold no tokens", REMAKE)
 
 
-# -- the kept table: column 0 seals it, with the digest of what it was made from and the checksum of the rest
+# -- the cached table. Column 0 is its seal: the digest of the inputs, and the checksum of the other columns.
 
 
 def _digest(*parts: object) -> int:
@@ -179,7 +195,7 @@ def _checksum(table: np.ndarray) -> int:
 
 
 def _load(path: Path, key: int) -> np.ndarray | None:
-    """The kept table; None where there is none, or where it is damaged or of other data."""
+    """Map the cached table; None where it is missing, damaged or made from other files."""
     try:
         table = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError):
@@ -189,8 +205,9 @@ def _load(path: Path, key: int) -> np.ndarray | None:
 
 
 def _store(path: Path, key: int, table: np.ndarray) -> np.ndarray:
-    """Keep ``table`` and return it mapped, or as it is where the place isn't writable; others may do so meanwhile."""
+    """Cache ``table`` and return it memory-mapped, or unchanged where the folder is not writable."""
     table[:2, 0] = key, _checksum(table)
+    # Every rank may get here at once: each writes a file of its own, and the last rename wins.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +215,7 @@ def _store(path: Path, key: int, table: np.ndarray) -> np.ndarray:
             np.save(stream, table)
         os.replace(partial, path)
     except OSError as error:
-        get_logger().debug("the index of the data isn't kept: %s", error)
+        get_logger().debug("the data index is not cached: %s", error)
         with suppress(OSError):
             partial.unlink()
         return table

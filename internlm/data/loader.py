@@ -1,8 +1,6 @@
-"""Work done ahead, handed out in order.
+"""Loaders: the batches of a run as tensors, read ahead by threads.
 
-Loaders: the batches of a run, as tensors.
-
-M: micro-batches, P: packed_length, B: micro_bsz, S: seq_len, C: cuts of a row.
+M: micro-batches, P: packed_length, B: micro_bsz, S: seq_len, C: sequence boundaries of a row.
 """
 
 from __future__ import annotations
@@ -18,16 +16,24 @@ import torch
 
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
-from internlm.data.packing import Layout, Row, RowShape
-from internlm.data.rows import TrainRows, ValidRows
+from internlm.data.packing import PackingLayout, Row, RowShape, TrainRows, ValidRows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
+
+
+# -- reading ahead
+
 
 def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """``map(work, items)`` by a pool, up to ``ahead`` items early. An error surfaces at its item."""
+    """Yield ``map(work, items)`` from a pool, with up to ``ahead`` items submitted early.
+
+    An exception of ``work`` is raised at its item, after the results before it.
+    """
     remaining = iter(items)
+    # `Executor.map` would submit all items at once; `items` may be endless, and results may be large.
     pending: deque[Future[Result]] = deque(pool.submit(work, item) for item in islice(remaining, ahead))
     try:
         while pending:
@@ -40,27 +46,29 @@ def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Ite
 
 
 def read_ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """``map(work, items)`` by that many threads, in order; by the caller where ``workers`` is 0.
+    """Yield ``map(work, items)`` in order, computed ahead by ``workers`` threads, or by the caller where it is 0.
 
     The threads end with the iterator: when it is exhausted, closed or garbage-collected, or when an item fails.
     """
     if not workers:
         yield from map(work, items)
         return
+    # Threads rather than processes: parsing a row takes about a millisecond, and threads need no second copy of torch.
     with ThreadPoolExecutor(workers, thread_name_prefix="internlm-data") as pool:
         yield from in_order(pool, work, items, ahead=workers)
 
 
-Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
+# -- rows to tensors
 
 
 def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
-    """Rows as ``(batch, labels)``.
+    """Stack rows into ``(batch, labels)``.
 
-    ``batch`` holds input_ids, indexes and type_ids, and labels is like them: [M, P] int64, beside cu_seqlens, M
-    tensors [C] int32. In the padded layout they are [M, B, S], without cu_seqlens.
+    Returns:
+        ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, M tensors
+        int32 [C]; and ``labels``, int64 [M, P]. In the padded layout all are [M, B, S] and there is no ``cu_seqlens``.
     """
-    padded = shape.layout is Layout.PADDED
+    padded = shape.layout is PackingLayout.PADDED
     size = (len(rows), shape.micro_bsz, shape.seq_len) if padded else (len(rows), shape.packed_length)
 
     def stacked(name: str) -> torch.Tensor:
@@ -72,35 +80,38 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
     return batch, stacked("labels")
 
 
-def split_rows(batch: Batch, part: GroupPosition) -> Batch:
-    """This rank's tokens of each row, where a row is split along the sequence; ``cu_seqlens`` stays that of whole rows.
+def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
+    """Return this rank's tokens of each row, where ranks split rows along the sequence.
 
-    Padded sequences are taken for pieces of one row, [M, B · S].
+    Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences become one packed
+    row, [M, B · S].
     """
-    if part.size == 1:
+    if sequence_shard.size == 1:
         return batch
     fields, labels = batch
     rows = len(labels)
-    cuts = fields.get("cu_seqlens")
-    if cuts is None:
+    cu_seqlens = fields.get("cu_seqlens")
+    if cu_seqlens is None:
         _, sequences, length = labels.shape
-        cuts = [torch.arange(sequences + 1, dtype=torch.int32) * length] * rows
+        cu_seqlens = [torch.arange(sequences + 1, dtype=torch.int32) * length] * rows
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view(rows, -1).chunk(part.size, 1)[part.rank]
+    def local(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(rows, -1).chunk(sequence_shard.size, 1)[sequence_shard.rank]
 
-    split = {name: own(fields[name]) for name in ("input_ids", "indexes", "type_ids")}
-    return {**split, "cu_seqlens": cuts}, own(labels)
+    split = {name: local(fields[name]) for name in ("input_ids", "indexes", "type_ids")}
+    return {**split, "cu_seqlens": cu_seqlens}, local(labels)
+
+
+# -- loaders
 
 
 class TrainLoader:
-    """The training batches of one data-parallel rank, from a start step to ``total_steps``; of each row the part of the
-    sequence that is this rank's.
+    """The training batches of one data-parallel rank, from a start step to ``total_steps``.
 
-    Iterating gives the batches of the steps from the start step on (see :func:`collate`), read ahead by
-    ``num_worker`` threads that end with the iterator. What a step reads depends on nothing but its number, so
-    :meth:`seek` is all that resuming takes; :meth:`resume` goes on from a saved :class:`Position` where the batch
-    size or the skipped batches may have changed.
+    Iterating gives the batches of the steps from the start step on (see :func:`collate` and :func:`split_rows`), read
+    ahead by ``num_worker`` threads that end with the iterator. A batch depends on its step alone, so :meth:`seek` is
+    all that resuming needs; :meth:`resume` continues from a saved :class:`Position` where the batch size or the skipped
+    batches may have changed.
     """
 
     def __init__(
@@ -110,34 +121,35 @@ class TrainLoader:
         data_rank: int,
         total_steps: int,
         num_worker: int,
-        part: GroupPosition = ALONE,
+        sequence_shard: GroupPosition = ALONE,
     ) -> None:
         self.plan = plan
         self.types = rows.source.types
-        self._rows, self._data_rank, self._total_steps, self._num_worker = rows, data_rank, total_steps, num_worker
-        self._start, self._part = 0, part
+        self._rows, self._data_rank, self._sequence_shard = rows, data_rank, sequence_shard
+        self._total_steps, self._num_worker = total_steps, num_worker
+        self._start = 0
 
     def seek(self, step: int) -> None:
-        """Iterate from ``step`` on."""
+        """Let iteration begin at ``step``."""
         self._start = step
 
     def resume(self, position: Position) -> None:
-        """Iterate from a position on that :meth:`position` gave."""
+        """Let iteration begin at a position that :meth:`position` returned, possibly in an earlier run."""
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
 
     def position(self, step: int) -> Position:
-        """What to save before ``step``, so that another run may go on from there."""
+        """Return the position before ``step``, for a checkpoint."""
         return self.plan.position(step)
 
     def fingerprint(self) -> str:
-        """Changes where the data set has changed, so that the samples of a step are no longer those they were."""
+        """Return a digest that changes when the data set does, so that a position no longer means the same samples."""
         return self._rows.source.fingerprint()
 
     def read(self, step: int) -> Batch:
-        """The batch of one step."""
+        """Read the batch of one step."""
         rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
-        return split_rows(collate(rows, self._rows.shape), self._part)
+        return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, range(self._start, self._total_steps), self._num_worker)
@@ -150,30 +162,28 @@ class TrainLoader:
 class ValidLoader:
     """The validation batches of one data-parallel rank: one pass over the samples of one type, in order.
 
-    Every rank gets the same number of batches of ``micro_num`` rows, at most ``max_batches``; the last ones are
-    filled up with rows in which every label is ignored.
+    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. The last ones
+    are filled up with rows in which every label is ignored.
     """
 
     def __init__(
         self,
         rows: ValidRows,
-        micro_num: int,
+        plan: BatchPlan,
         data_rank: int,
-        data_size: int,
         max_batches: int | None,
         num_worker: int,
-        part: GroupPosition = ALONE,
+        sequence_shard: GroupPosition = ALONE,
     ) -> None:
-        self._rows, self._num_worker, self._part = rows, num_worker, part
-        self._plan = BatchPlan(micro_num, data_size)
-        self._data_rank = data_rank
-        whole = -(-len(rows) // (micro_num * data_size))
-        self._batches = whole if max_batches is None else min(whole, max_batches)
+        self._rows, self._plan, self._data_rank = rows, plan, data_rank
+        self._num_worker, self._sequence_shard = num_worker, sequence_shard
+        batches = -(-len(rows) // (plan.micro_num * plan.data_size))
+        self._batches = batches if max_batches is None else min(batches, max_batches)
 
-    def read(self, number: int) -> Batch:
-        """One batch."""
-        rows = [self._rows[row] for row in self._plan.rows(number, self._data_rank)]
-        return split_rows(collate(rows, self._rows.shape), self._part)
+    def read(self, index: int) -> Batch:
+        """Read one batch."""
+        rows = [self._rows[row] for row in self._plan.rows(index, self._data_rank)]
+        return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, range(self._batches), self._num_worker)

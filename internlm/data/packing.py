@@ -1,13 +1,16 @@
-"""Packing: how samples become rows. Pure functions of the lengths, the order and a row's number.
+"""Packing: how samples become rows, as pure functions of the lengths, the order and the row's index.
 
-A row is made in three steps: (1) which pieces of which samples it holds, (2) their tokens, types and labels, (3)
-where its attention is cut, which gives ``cu_seqlens`` and the positions. The layouts differ in (1) and (3) only.
+A row is made in three steps: (1) which spans of which samples it holds, (2) their tokens, types and labels, (3) the
+sequence boundaries that attention does not cross, which give ``cu_seqlens`` and the positions. The layouts differ in
+(1) and (3) only.
 
-N: samples of an epoch, P: packed_length = seq_len · micro_bsz, C: cuts of a row.
+N: samples of an epoch, P: packed_length = seq_len · micro_bsz, C: sequence boundaries of a row.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -18,16 +21,16 @@ import numpy as np
 
 from internlm.data.sources import Purpose, SampleSource, raw_numbers
 
-IGNORED = -100  # label that takes no part in the loss
-PAD = 0  # input where a row holds no sample
+IGNORED = -100  # label without a loss; the ignore_index of torch.nn.functional.cross_entropy
+PAD = 0  # input id where a row holds no sample
 
 
-class Layout(Enum):
-    """How samples share a row."""
+class PackingLayout(str, Enum):
+    """Layout of samples in a row."""
 
-    PACKED = "packed"  # one token stream; attention within each sample, in pieces of at most seq_len
-    WINDOWS = "windows"  # one token stream; attention over each whole seq_len window, across samples
-    PADDED = "padded"  # micro_bsz samples, each cut off at seq_len or padded to it
+    PACKED = "packed"  # one token stream; a sequence is a sample, split every seq_len tokens
+    WINDOWS = "windows"  # one token stream; a sequence is a seq_len window, across samples
+    PADDED = "padded"  # micro_bsz samples, each truncated or padded to seq_len
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class RowShape:
 
     seq_len: int
     micro_bsz: int
-    layout: Layout
+    layout: PackingLayout
 
     @property
     def packed_length(self) -> int:
@@ -45,14 +48,14 @@ class RowShape:
 
 
 class Epoch(NamedTuple):
-    """One pass over the samples: which follow one another, and how much of each is used."""
+    """One pass over the samples: their order, and how many tokens of each are used."""
 
-    order: np.ndarray  # [N] sample numbers
+    order: np.ndarray  # [N] sample indices
     lengths: np.ndarray  # [N] tokens used of each, in that order
     ends: np.ndarray  # [N] tokens up to and including each
 
 
-class Piece(NamedTuple):
+class SampleSpan(NamedTuple):
     """Tokens ``begin`` to ``stop`` of a sample of ``length`` tokens, placed at ``at`` in the row."""
 
     sample: int
@@ -67,104 +70,141 @@ class Row(NamedTuple):
 
     input_ids: np.ndarray  # [P] int64
     labels: np.ndarray  # [P] int64, the next token or IGNORED
-    indexes: np.ndarray  # [P] int64, position within the attention window
+    indexes: np.ndarray  # [P] int64, position within the sequence
     type_ids: np.ndarray  # [P] int64, data-set type
-    cu_seqlens: np.ndarray  # [C] int32, bounds of the attention windows: 0, ..., P
+    cu_seqlens: np.ndarray  # [C] int32, sequence boundaries: 0, ..., P
 
 
-def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, number: int) -> Epoch:
-    """Epoch ``number`` over samples of these lengths: shuffled by (seed, number), in order where ``seed`` is None."""
+def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: int) -> Epoch:
+    """Order the samples of epoch ``index``: shuffled by (seed, index), or as they come where ``seed`` is None."""
     order = np.flatnonzero(lengths)
     if seed is not None:
-        order = order[np.argsort(raw_numbers(len(order), seed, Purpose.ORDER, number), kind="stable")]
+        # Sorting by raw random numbers, because np.random.shuffle may differ between versions of NumPy.
+        order = order[np.argsort(raw_numbers(len(order), seed, Purpose.ORDER, index), kind="stable")]
     used = lengths[order]
-    if shape.layout is Layout.PADDED:
+    if shape.layout is PackingLayout.PADDED:
         used = np.minimum(used, shape.seq_len)
     return Epoch(order, used, np.cumsum(used))
 
 
 def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
-    """Rows of an epoch; the last one is padded."""
-    if shape.layout is Layout.PADDED:
+    """Return the rows of an epoch; the last one is filled up with pads."""
+    if shape.layout is PackingLayout.PADDED:
         return -(-int(np.count_nonzero(lengths)) // shape.micro_bsz)
     return -(-int(lengths.sum()) // shape.packed_length)
 
 
-def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, number: int) -> Row:
-    """Row ``number`` of an epoch; beyond its last row, one of pads alone."""
-    find_pieces, find_cuts = _LAYOUTS[shape.layout]
-    pieces = find_pieces(epoch, shape, number)
-    input_ids, labels, type_ids = _fill(source, pieces, shape)
-    cuts = np.asarray(find_cuts(pieces, shape), np.int32)
-    indexes = np.arange(shape.packed_length) - np.repeat(cuts[:-1], np.diff(cuts))
-    return Row(input_ids, labels, indexes, type_ids, cuts)
+def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) -> Row:
+    """Make row ``index`` of an epoch; rows beyond the last one consist of pads."""
+    find_spans, find_boundaries = _LAYOUTS[shape.layout]
+    spans = find_spans(epoch, shape, index)
+    input_ids, labels, type_ids = _fill(source, spans, shape)
+    cu_seqlens = np.asarray(find_boundaries(spans, shape), np.int32)
+    indexes = np.arange(shape.packed_length) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    return Row(input_ids, labels, indexes, type_ids, cu_seqlens)
 
 
-# -- (1) pieces
+class TrainRows:
+    """Rows of endless epochs, each shuffled anew; row n is a pure function of (seed, data set, shape, n)."""
+
+    def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
+        self.source, self.shape = source, shape
+        self.per_epoch = count_rows(source.lengths, shape)
+        assert self.per_epoch, "a source for training holds tokens"
+        # Two epochs are in use where rows are read ahead across the end of an epoch.
+        self._epoch = functools.lru_cache(2)(functools.partial(make_epoch, source.lengths, shape, seed))
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> Row:
+        """Row ``index``, counted from 0 over all epochs."""
+        epoch_index, row = divmod(index, self.per_epoch)
+        with self._lock:  # lru_cache alone would let every waiting thread shuffle the same epoch
+            epoch = self._epoch(epoch_index)
+        return make_row(self.source, epoch, self.shape, row)
 
 
-def _stream_pieces(epoch: Epoch, shape: RowShape, number: int) -> list[Piece]:
-    """All tokens of the epoch are one stream, of which the row is the stretch ``start`` to ``stop``."""
-    start = number * shape.packed_length
+class ValidRows:
+    """Rows of one pass in the order of the source; rows beyond its end consist of pads."""
+
+    def __init__(self, source: SampleSource, shape: RowShape) -> None:
+        self.source, self.shape = source, shape
+        self._epoch = make_epoch(source.lengths, shape, seed=None, index=0)
+        self._count = count_rows(source.lengths, shape)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Row:
+        return make_row(self.source, self._epoch, self.shape, index)
+
+
+# -- (1) spans
+
+
+def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
+    """Take all tokens of the epoch as one stream; the row is its stretch from ``start`` to ``stop``."""
+    start = index * shape.packed_length
     stop = min(start + shape.packed_length, int(epoch.ends[-1]))
     if start >= stop:
         return []
     first, last = np.searchsorted(epoch.ends, (start + 1, stop))
-    pieces = []
+    spans = []
     for k in range(first, last + 1):
         length, end = int(epoch.lengths[k]), int(epoch.ends[k])
         sample_start = end - length
         begin, until = max(start, sample_start), min(end, stop)
-        pieces.append(Piece(int(epoch.order[k]), length, begin - sample_start, until - sample_start, begin - start))
-    return pieces
+        spans.append(SampleSpan(int(epoch.order[k]), length, begin - sample_start, until - sample_start, begin - start))
+    return spans
 
 
-def _padded_pieces(epoch: Epoch, shape: RowShape, number: int) -> list[Piece]:
-    """One sample in each sequence."""
-    row = slice(number * shape.micro_bsz, (number + 1) * shape.micro_bsz)
+def _padded_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
+    """Place one sample in each sequence."""
+    row = slice(index * shape.micro_bsz, (index + 1) * shape.micro_bsz)
     samples = zip(epoch.order[row].tolist(), epoch.lengths[row].tolist(), strict=True)
-    return [Piece(sample, length, 0, length, i * shape.seq_len) for i, (sample, length) in enumerate(samples)]
+    return [SampleSpan(sample, length, 0, length, i * shape.seq_len) for i, (sample, length) in enumerate(samples)]
 
 
 # -- (2) tokens
 
 
-def _fill(source: SampleSource, pieces: list[Piece], shape: RowShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Input ids, labels and type ids of a row, each [P]."""
+def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fill the input ids, labels and type ids of a row, each [P]."""
     input_ids = np.full(shape.packed_length, PAD, np.int64)
     labels = np.full(shape.packed_length, IGNORED, np.int64)
     type_ids = np.zeros(shape.packed_length, np.int64)
-    for sample, length, begin, stop, at in pieces:
+    for sample, length, begin, stop, at in spans:
         tokens = source.read(sample)[:length]
         until = at + stop - begin
         input_ids[at:until] = np.abs(tokens[begin:stop])
         type_ids[at:until] = source.type_ids[sample]
-        following = tokens[begin + 1 : stop + 1]  # one fewer at the end of the sample, whose last token has no label
+        # Labels are shifted here rather than in the model, so a sample split over two rows loses no label; only the
+        # last token of the whole sample has none, and its slice is one shorter.
+        following = tokens[begin + 1 : stop + 1]
         labels[at : at + len(following)] = np.where(following < 0, IGNORED, following)
     return input_ids, labels, type_ids
 
 
-# -- (3) cuts
+# -- (3) sequence boundaries
 
 
-def _sample_cuts(pieces: list[Piece], shape: RowShape) -> list[int]:
-    """Cut at every piece, and pieces and pads at seq_len too."""
-    filled = sum(piece.stop - piece.begin for piece in pieces)
-    bounds = [*(piece.at for piece in pieces), filled, shape.packed_length]
+def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
+    """Begin a sequence at every span, and at every seq_len tokens within spans and pads."""
+    filled = sum(span.stop - span.begin for span in spans)
+    bounds = [*(span.at for span in spans), filled, shape.packed_length]
     starts = [start for begin, stop in pairwise(bounds) for start in range(begin, stop, shape.seq_len)]
     return [*starts, shape.packed_length]
 
 
-def _window_cuts(pieces: list[Piece], shape: RowShape) -> list[int]:
-    """Cut at every seq_len, wherever the samples lie."""
+def _window_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
+    """Begin a sequence at every seq_len tokens, wherever the samples lie."""
     return list(range(0, shape.packed_length + 1, shape.seq_len))
 
 
-_FindPieces: TypeAlias = Callable[[Epoch, RowShape, int], list[Piece]]
-_FindCuts: TypeAlias = Callable[[list[Piece], RowShape], list[int]]
+_FindSpans: TypeAlias = Callable[[Epoch, RowShape, int], list[SampleSpan]]
+_FindBoundaries: TypeAlias = Callable[[list[SampleSpan], RowShape], list[int]]
 
-_LAYOUTS: dict[Layout, tuple[_FindPieces, _FindCuts]] = {
-    Layout.PACKED: (_stream_pieces, _sample_cuts),
-    Layout.WINDOWS: (_stream_pieces, _window_cuts),
-    Layout.PADDED: (_padded_pieces, _window_cuts),
+_LAYOUTS: dict[PackingLayout, tuple[_FindSpans, _FindBoundaries]] = {
+    PackingLayout.PACKED: (_stream_spans, _sample_boundaries),
+    PackingLayout.WINDOWS: (_stream_spans, _window_boundaries),
+    PackingLayout.PADDED: (_padded_spans, _window_boundaries),
 }

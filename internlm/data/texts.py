@@ -1,4 +1,4 @@
-"""Text files as a stream of samples: txt, json, jsonl, parquet."""
+"""Text files as a stream of samples: .txt, .json, .jsonl and .parquet."""
 
 from __future__ import annotations
 
@@ -12,28 +12,43 @@ from internlm.utils.lazy import require
 
 
 def find_texts(paths: Iterable[str]) -> list[Path]:
-    """The files named, and the text files in the folders named, sorted. Raises :class:`DataError` for others."""
+    """Return the named files, and the text files in the named folders, sorted.
+
+    Raises:
+        DataError: a path does not exist, a folder contains no text file, or a file type is not supported.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
             if not inside:
-                raise DataError(Problem(str(path), f"holds no text file ({KNOWN})"))
+                raise DataError(Problem(str(path), f"contains no text file (supported: {KNOWN})"))
             found += inside
         elif not path.is_file():
             raise DataError(Problem(str(path), "there is no such file or folder"))
         elif path.suffix not in _READERS:
-            raise DataError(Problem(str(path), f"is of no known kind ({KNOWN})", "Rename or convert it."))
+            raise DataError(
+                Problem(
+                    str(path),
+                    f"file type {path.suffix!r} is not supported (supported: {KNOWN})",
+                    "Rename or convert it.",
+                )
+            )
         else:
             found.append(path)
     return found
 
 
 def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterator[str]:
-    """The samples of the files, in order, without blank ones.
+    """Yield the samples of the files in order, without blank ones.
 
-    A line of a .txt file is a sample, or the whole file where ``whole_file``; elsewhere it is a record's ``text_key``.
-    Raises :class:`DataError` naming file and line of what can't be read.
+    Args:
+        files: files of the supported types.
+        text_key: key of the text in a record of .json, .jsonl and .parquet files.
+        whole_file: take a .txt file as one sample rather than each of its lines.
+
+    Raises:
+        DataError: a file, or the named line of it, can't be read.
     """
     for file in files:
         reader = _whole_text if whole_file and file.suffix == ".txt" else _READERS[file.suffix]
@@ -44,17 +59,20 @@ def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterat
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """``(file:line, line)`` without its end."""
+    """Yield ``(file:line, line)`` of each line, without its line end."""
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            yield f"{file}:{number}", _decode(line, f"{file}:{number}").rstrip("\r\n")
+        # Binary lines end at \n only. Text mode would also split at a lone \r, and str.splitlines at U+2028, which JSON
+        # strings may contain.
+        for index, line in enumerate(stream, 1):
+            where = f"{file}:{index}"
+            yield where, _decode(line, where).rstrip("\r\n")
 
 
 def _decode(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")  # drops the byte-order mark that some editors write
     except UnicodeDecodeError as error:
-        raise DataError(Problem(where, f"isn't UTF-8 text ({error.reason})", "Convert it.")) from error
+        raise DataError(Problem(where, f"isn't UTF-8 text ({error.reason})", "Convert it to UTF-8.")) from error
 
 
 def _text_lines(file: Path, text_key: str) -> Iterator[str]:
@@ -70,10 +88,10 @@ def _json_lines(file: Path, text_key: str) -> Iterator[str | None]:
 
 
 def _json_records(file: Path, text_key: str) -> Iterator[str | None]:
-    """A list of records, or a single one."""
+    """Yield the texts of a list of records, or of a single record."""
     content = _parse(_decode(file.read_bytes(), str(file)), str(file))
-    for number, record in enumerate(content if isinstance(content, list) else [content]):
-        yield _text_of(record, text_key, f"{file}, record {number}")
+    for index, record in enumerate(content if isinstance(content, list) else [content]):
+        yield _text_of(record, text_key, f"{file}, record {index}")
 
 
 def _parse(text: str, where: str) -> Any:
@@ -105,9 +123,10 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
         schema = table.schema_arrow
         if text_key not in schema.names:
             raise _no_such_key(str(file), text_key, schema.names)
-        kind = schema.field(text_key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(Problem(str(file), f"'{text_key}' isn't text but {kind}"))
+        column_type = schema.field(text_key).type
+        if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
+            raise DataError(Problem(str(file), f"'{text_key}' isn't text but {column_type}"))
+        # In batches: a parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()
 

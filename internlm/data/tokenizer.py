@@ -1,4 +1,4 @@
-"""Tokenizers: sentencepiece models and Hugging Face tokenizer folders behind one interface."""
+"""Tokenizers: sentencepiece models and Hugging Face tokenizer folders with one interface."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from typing import Any, Protocol
 from internlm.utils.errors import DataError, Problem, UserError
 from internlm.utils.lazy import require
 
-KINDS = "Name a sentencepiece .model file, or a folder that holds tokenizer.json or tokenizer.model."
+KINDS = "Name a sentencepiece .model file, or a folder that contains tokenizer.json or tokenizer.model."
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back, with no special tokens added."""
+    """Encoder of texts into token ids, and decoder; neither adds or drops special tokens."""
 
     vocab_size: int  # every id is below it
     bos_id: int | None  # begins a text; None where the tokenizer has no such token
     eos_id: int | None  # ends a text; None where the tokenizer has no such token
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Encode a text."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
+        """Decode token ids."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at ``path``: a sentencepiece ``.model``, or a folder with tokenizer.json or tokenizer.model.
+    """Load a tokenizer.
 
-    Raises :class:`DataError` where there is none, :class:`UserError` where the package for it isn't installed.
+    Args:
+        path: a sentencepiece ``.model``, a ``tokenizer.json``, or a folder that contains tokenizer.json or
+            tokenizer.model.
+
+    Raises:
+        DataError: there is no tokenizer, or it can't be read.
+        UserError: the package that reads it is not installed.
     """
     given = Path(path)
     files = [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        what = "holds no tokenizer" if given.exists() else "there is no such file or folder"
+        what = "contains no tokenizer" if given.exists() else "there is no such file or folder"
         raise DataError(Problem(path, what, KINDS))
     try:
         return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
@@ -46,7 +52,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece ``.model``."""
+    """Tokenizer of a sentencepiece ``.model``."""
 
     def __init__(self, file: Path) -> None:
         sentencepiece = require("sentencepiece", f"tokenizer {file}", "pip install sentencepiece")
@@ -57,32 +63,33 @@ class SentencePieceTokenizer:
         self.eos_id = _id_or_none(self._model.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Encode a text."""
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
+        """Decode token ids."""
         return self._model.decode(ids)
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face ``tokenizer.json``; ``tokenizer_config.json`` beside it names the bos and eos tokens."""
+    """Tokenizer of a Hugging Face ``tokenizer.json``; bos and eos are named in ``tokenizer_config.json`` next to it."""
 
     def __init__(self, file: Path) -> None:
         tokenizers = require("tokenizers", f"tokenizer {file}", "pip install tokenizers")
         self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         config = file.with_name("tokenizer_config.json")
         names: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        # Not the number of entries: ids may have gaps, and vocab_size has to bound them all.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.bos_id = self._special(names.get("bos_token"))
         self.eos_id = self._special(names.get("eos_token"))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Encode a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
+        """Decode token ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _special(self, token: str | dict[str, Any] | None) -> int | None:

@@ -10,22 +10,26 @@ from internlm.data.loader import TrainLoader, ValidLoader
 
 
 def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
-    """The training loader of this rank, and the names of the data-set types, as the global config describes them."""
-    return build_train_loader(gpc.config.data, *_arguments())
+    """Build the training loader of this rank from the global config; return it with the names of the data-set types."""
+    return build_train_loader(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
 def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:
-    """The validation loaders of this rank by data-set type, as the global config describes them."""
-    return build_valid_loaders(gpc.config.data, *_arguments())
+    """Build the validation loaders of this rank from the global config, one for each data-set type."""
+    return build_valid_loaders(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
 get_train_data_loader = build_train_loader_with_data_type
 get_validation_data_loader = build_valid_loader_with_data_type
 
 
-def _arguments() -> tuple[int, int, int, int, GroupPosition]:
-    """Vocabulary, seed, this rank's place among those that read different samples, and its part of each row."""
-    data, tensor = ParallelMode.DATA, ParallelMode.TENSOR
-    isp = gpc.config.parallel.tensor.mode == "isp"
-    part = GroupPosition(gpc.get_local_rank(tensor), gpc.get_world_size(tensor)) if isp else ALONE
-    return gpc.config.model.vocab_size, gpc.seed, gpc.get_local_rank(data), gpc.get_world_size(data), part
+def _replica() -> GroupPosition:
+    """Position of this rank among those that read different samples."""
+    return GroupPosition(gpc.get_local_rank(ParallelMode.DATA), gpc.get_world_size(ParallelMode.DATA))
+
+
+def _sequence_shard() -> GroupPosition:
+    """Position of this rank among those that split every row along the sequence."""
+    if gpc.config.parallel.tensor.mode != "isp":
+        return ALONE  # msp and fsp split the sequence inside the model, after the embedding
+    return GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -22,7 +23,7 @@ skips = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5))).map(
 def plans(draw: st.DrawFn) -> BatchPlan:
     rampup = draw(rampups)
     micro_num = draw(st.integers(rampup.start if rampup else 1, 12))
-    return BatchPlan(micro_num, draw(counts), rampup, draw(skips))
+    return BatchPlan(micro_num=micro_num, data_size=draw(counts), rampup=rampup, skip=draw(skips))
 
 
 def rows_of(plan: BatchPlan, step: int) -> list[int]:
@@ -53,7 +54,8 @@ def test_the_rows_of_a_step_depend_on_the_global_batch_alone(
     for data_size in (12, 4, 3, 1):
         scale = 12 // data_size
         rampup = Rampup(start * scale, increment * scale, every)
-        used.append(rows_of(BatchPlan((start + grow) * scale, data_size, rampup, skip), step))
+        plan = BatchPlan(micro_num=(start + grow) * scale, data_size=data_size, rampup=rampup, skip=skip)
+        used.append(rows_of(plan, step))
     assert all(rows == used[0] for rows in used)
 
 
@@ -68,19 +70,19 @@ def test_resuming_changes_nothing(plan: BatchPlan, at: int, later: int) -> None:
 def test_resuming_with_another_plan_goes_on_with_the_very_next_row(
     before: BatchPlan, after: BatchPlan, at: int
 ) -> None:
-    after = BatchPlan(after.micro_num, after.data_size, after.rampup).resumed_at(before.position(at))
+    after = replace(after, skip=(), origin=before.position(at))
     assert rows_of(after, at)[0] == (rows_of(before, at - 1)[-1] + 1 if at else 0)
 
 
 def test_batches_may_be_skipped_on_resuming() -> None:
     """As after a loss spike at batches 12 to 14: the run goes back to step 10 and leaves them out."""
-    straight = BatchPlan(2, 2)
-    resumed = BatchPlan(2, 2, skip=((3, 5), (12, 14))).resumed_at(straight.position(10))
+    straight = BatchPlan(micro_num=2, data_size=2)
+    resumed = BatchPlan(micro_num=2, data_size=2, skip=((3, 5), (12, 14))).resumed_at(straight.position(10))
     assert [rows_of(resumed, step)[0] // 4 for step in range(10, 14)] == [10, 11, 15, 16]
 
 
 def test_positions() -> None:
-    plan = BatchPlan(3, 2, skip=((0, 1), (4, 4)))
+    plan = BatchPlan(micro_num=3, data_size=2, skip=((0, 1), (4, 4)))
     assert [plan.position(step) for step in (0, 1, 2, 3)] == [
         Position(0, 0, 0),
         Position(1, 3, 18),

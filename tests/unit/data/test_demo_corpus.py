@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.data.sources import TokenizedSource
+from internlm.data.tokenized_source import TokenizedSource
 from internlm.data.tokenizer import load_tokenizer
 from tools import demo_corpus
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from internlm.config.schema import DataConfig
+from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, TrainLoader, ValidLoader
 from internlm.utils.errors import DataError
@@ -23,11 +24,11 @@ def data(**settings: Any) -> DataConfig:
 
 
 def train(rank: int = 0, size: int = 1, seed: int = 7, **settings: Any) -> TrainLoader:
-    return build_train_loader(data(**settings), vocab_size=50, seed=seed, data_rank=rank, data_size=size)[0]
+    return build_train_loader(data(**settings), vocab_size=50, seed=seed, replica=GroupPosition(rank, size))[0]
 
 
 def valid(rank: int = 0, size: int = 1, **settings: Any) -> dict[str, ValidLoader]:
-    return build_valid_loaders(data(**settings), vocab_size=50, seed=7, data_rank=rank, data_size=size)
+    return build_valid_loaders(data(**settings), vocab_size=50, seed=7, replica=GroupPosition(rank, size))
 
 
 def flat(batches: list[Batch]) -> list[torch.Tensor]:
@@ -46,9 +47,13 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 
 
 def of_all_ranks(batches: list[Batch]) -> list[torch.Tensor]:
-    """Input ids, labels and cuts of a global batch, whichever ranks its rows are on."""
+    """Input ids, labels and sequence boundaries of a global batch, whichever ranks its rows are on."""
     ids = torch.cat([batch["input_ids"] for batch, _ in batches])
-    return [ids, torch.cat([labels for _, labels in batches]), *(cut for b, _ in batches for cut in b["cu_seqlens"])]
+    return [
+        ids,
+        torch.cat([labels for _, labels in batches]),
+        *(bounds for b, _ in batches for bounds in b["cu_seqlens"]),
+    ]
 
 
 @pytest.fixture
@@ -68,14 +73,14 @@ def test_a_packed_batch() -> None:
     for tensor in (batch["input_ids"], batch["indexes"], batch["type_ids"], labels):
         assert (tensor.shape, tensor.dtype) == ((3, 32), torch.int64)
     assert len(batch["cu_seqlens"]) == 3
-    for cuts in batch["cu_seqlens"]:
-        assert cuts.dtype == torch.int32
-        assert (cuts[0], cuts[-1]) == (0, 32)
+    for bounds in batch["cu_seqlens"]:
+        assert bounds.dtype == torch.int32
+        assert (bounds[0], bounds[-1]) == (0, 32)
 
 
 def test_a_batch_packed_into_one() -> None:
     batch, _ = next(iter(train(pack_sample_into_one=True)))
-    assert [cuts.tolist() for cuts in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
+    assert [bounds.tolist() for bounds in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
 
 
 def test_an_unpacked_batch() -> None:
@@ -87,12 +92,12 @@ def test_an_unpacked_batch() -> None:
 
 def test_fixed_random_samples_fill_their_sequences() -> None:
     batch, labels = next(iter(train(fixed_random_dataset_seqlen=True)))
-    assert [cuts.tolist() for cuts in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
+    assert [bounds.tolist() for bounds in batch["cu_seqlens"]] == [[0, 16, 32]] * 3
     assert ((labels == -100).nonzero()[:, 1].view(3, 2) == torch.tensor([15, 31])).all()
 
 
 def test_types_are_those_of_the_folders(folder: str) -> None:
-    loader, types = build_train_loader(data(train_folder=folder), vocab_size=50, seed=7, data_rank=0, data_size=1)
+    loader, types = build_train_loader(data(train_folder=folder), vocab_size=50, seed=7, replica=ALONE)
     assert types == loader.types == ["code", "en"]
     for batch, labels in loader:
         ids, type_ids = batch["input_ids"][labels != -100], batch["type_ids"][labels != -100]

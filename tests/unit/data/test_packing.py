@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.data.packing import IGNORED, Layout, Row, RowShape, count_rows, make_epoch, make_row
-from internlm.data.rows import TrainRows, ValidRows
+from internlm.data.packing import (
+    IGNORED,
+    PackingLayout,
+    Row,
+    RowShape,
+    TrainRows,
+    ValidRows,
+    count_rows,
+    make_epoch,
+    make_row,
+)
 
 
 class ListSource:
@@ -32,12 +41,14 @@ SAMPLES = ListSource(A, B, C, D)
 NONE = IGNORED
 
 
-def row_of(layout: Layout, number: int, source: ListSource = SAMPLES, seq_len: int = 8, micro_bsz: int = 2) -> Row:
+def row_of(
+    layout: PackingLayout, number: int, source: ListSource = SAMPLES, seq_len: int = 8, micro_bsz: int = 2
+) -> Row:
     return ValidRows(source, RowShape(seq_len, micro_bsz, layout))[number]
 
 
 def test_packed_row_0() -> None:
-    row = row_of(Layout.PACKED, 0)
+    row = row_of(PackingLayout.PACKED, 0)
     assert row.input_ids.tolist() == [*A, *B, *C[:5]]
     assert row.labels.tolist() == [11, 12, 13, NONE, *B[1:], NONE, 31, 32, 33, 34, 35]
     assert row.cu_seqlens.tolist() == [0, 4, 11, 16]
@@ -46,7 +57,7 @@ def test_packed_row_0() -> None:
 
 
 def test_packed_row_1() -> None:
-    row = row_of(Layout.PACKED, 1)
+    row = row_of(PackingLayout.PACKED, 1)
     assert row.input_ids.tolist() == [*C[5:], *D, *[0] * 8]
     assert row.labels.tolist() == [36, 37, NONE, 41, 42, 43, 44, NONE, *[NONE] * 8]
     assert row.cu_seqlens.tolist() == [0, 3, 8, 16]
@@ -55,7 +66,7 @@ def test_packed_row_1() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_windows_are_the_packed_stream_cut_at_seq_len(number: int) -> None:
-    row, packed = row_of(Layout.WINDOWS, number), row_of(Layout.PACKED, number)
+    row, packed = row_of(PackingLayout.WINDOWS, number), row_of(PackingLayout.PACKED, number)
     assert row.cu_seqlens.tolist() == [0, 8, 16]
     assert row.indexes.tolist() == [*range(8), *range(8)]
     assert row.input_ids.tolist() == packed.input_ids.tolist()
@@ -63,34 +74,34 @@ def test_windows_are_the_packed_stream_cut_at_seq_len(number: int) -> None:
 
 
 def test_padded_row_0() -> None:
-    row = row_of(Layout.PADDED, 0)
+    row = row_of(PackingLayout.PADDED, 0)
     assert row.input_ids.reshape(2, 8).tolist() == [[*A, 0, 0, 0, 0], [*B, 0]]
     assert row.labels.reshape(2, 8).tolist() == [[11, 12, 13, *[NONE] * 5], [*B[1:], NONE, NONE]]
     assert row.indexes.reshape(2, 8).tolist() == [list(range(8))] * 2
 
 
 def test_padded_samples_are_cut_off_at_seq_len() -> None:
-    row = row_of(Layout.PADDED, 0, ListSource(list(range(1, 12)), [7, 8]), seq_len=4)
+    row = row_of(PackingLayout.PADDED, 0, ListSource(list(range(1, 12)), [7, 8]), seq_len=4)
     assert row.input_ids.tolist() == [1, 2, 3, 4, 7, 8, 0, 0]
     assert row.labels.tolist() == [2, 3, 4, NONE, 8, NONE, NONE, NONE]
 
 
 def test_a_sample_over_seq_len_is_cut_into_pieces() -> None:
-    row = row_of(Layout.PACKED, 0, ListSource([9, 9], list(range(1, 20))), seq_len=4, micro_bsz=3)
+    row = row_of(PackingLayout.PACKED, 0, ListSource([9, 9], list(range(1, 20))), seq_len=4, micro_bsz=3)
     assert row.cu_seqlens.tolist() == [0, 2, 6, 10, 12]
     assert row.indexes.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert row.labels.tolist() == [9, NONE, *range(2, 12)]
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_a_negative_id_is_an_input_but_no_label(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", PackingLayout)
+def test_a_negative_id_is_an_input_but_no_label(layout: PackingLayout) -> None:
     row = row_of(layout, 0, ListSource([5, -6, -7, 0, 8]), micro_bsz=1)
     assert row.input_ids.tolist() == [5, 6, 7, 0, 8, 0, 0, 0]
     assert row.labels.tolist() == [NONE, NONE, 0, 8, NONE, NONE, NONE, NONE]
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_beyond_the_last_row_there_are_pads(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", PackingLayout)
+def test_beyond_the_last_row_there_are_pads(layout: PackingLayout) -> None:
     row = row_of(layout, 2)
     assert set(row.labels.tolist()) == {NONE}
     assert row.cu_seqlens.tolist() == [0, 8, 16]
@@ -99,8 +110,8 @@ def test_beyond_the_last_row_there_are_pads(layout: Layout) -> None:
 # -- for any data
 
 lengths_of_samples = st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(any)
-shapes = st.builds(RowShape, st.integers(1, 9), st.integers(1, 4), st.sampled_from(Layout))
-streams = st.sampled_from([Layout.PACKED, Layout.WINDOWS])
+shapes = st.builds(RowShape, st.integers(1, 9), st.integers(1, 4), st.sampled_from(PackingLayout))
+streams = st.sampled_from([PackingLayout.PACKED, PackingLayout.WINDOWS])
 
 
 def numbered(lengths: list[int]) -> ListSource:
@@ -115,7 +126,7 @@ def test_an_epoch_holds_each_token_once_with_the_next_as_label(lengths: list[int
     of_epoch = [rows[epoch * rows.per_epoch + i] for i in range(rows.per_epoch)]
     input_ids = np.concatenate([row.input_ids for row in of_epoch])
     labels = np.concatenate([row.labels for row in of_epoch])
-    used = [min(n, shape.seq_len) if shape.layout is Layout.PADDED else n for n in lengths]
+    used = [min(n, shape.seq_len) if shape.layout is PackingLayout.PADDED else n for n in lengths]
     expected = [100 * s + 1 + i for s, length in enumerate(used) for i in range(length)]
     assert sorted(input_ids[input_ids > 0].tolist()) == expected
     last = {100 * s + length for s, length in enumerate(used)}
@@ -126,7 +137,7 @@ def test_an_epoch_holds_each_token_once_with_the_next_as_label(lengths: list[int
 @given(lengths_of_samples, shapes)
 def test_windows_are_at_most_seq_len_and_positions_count_within_them(lengths: list[int], shape: RowShape) -> None:
     source = numbered(lengths)
-    epoch = make_epoch(source.lengths, shape, seed=1, number=0)
+    epoch = make_epoch(source.lengths, shape, seed=1, index=0)
     for number in range(count_rows(source.lengths, shape) + 1):
         row = make_row(source, epoch, shape, number)
         sizes = np.diff(row.cu_seqlens)
@@ -139,7 +150,7 @@ def test_windows_are_at_most_seq_len_and_positions_count_within_them(lengths: li
 
 @given(lengths_of_samples, shapes)
 def test_packed_attention_never_crosses_a_sample(lengths: list[int], shape: RowShape) -> None:
-    shape = RowShape(shape.seq_len, shape.micro_bsz, Layout.PACKED)
+    shape = RowShape(shape.seq_len, shape.micro_bsz, PackingLayout.PACKED)
     rows = TrainRows(numbered(lengths), shape, seed=1)
     for number in range(rows.per_epoch):
         row = rows[number]
@@ -149,7 +160,7 @@ def test_packed_attention_never_crosses_a_sample(lengths: list[int], shape: RowS
 
 
 def test_epochs_are_shuffled_each_in_its_own_way() -> None:
-    shape = RowShape(8, 1, Layout.PACKED)
+    shape = RowShape(8, 1, PackingLayout.PACKED)
     orders = [make_epoch(np.ones(100), shape, seed, epoch).order.tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len({tuple(order) for order in [*orders, list(range(100))]}) == 5
@@ -158,5 +169,5 @@ def test_epochs_are_shuffled_each_in_its_own_way() -> None:
 
 
 def test_the_order_is_the_same_forever() -> None:
-    order = make_epoch(np.ones(8), RowShape(8, 1, Layout.PACKED), seed=1024, number=3).order
+    order = make_epoch(np.ones(8), RowShape(8, 1, PackingLayout.PACKED), seed=1024, index=3).order
     assert order.tolist() == [6, 0, 7, 3, 2, 1, 4, 5]

@@ -11,14 +11,13 @@ from internlm.config.schema import DataConfig
 from internlm.core.parallel.sharding import GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, collate, split_rows
-from internlm.data.packing import Layout, RowShape
-from internlm.data.rows import ValidRows
+from internlm.data.packing import PackingLayout, RowShape, ValidRows
 from tests.unit.data.test_packing import NONE, SAMPLES, A, B, C
 
 FIELDS = ("input_ids", "indexes", "type_ids")
 
 
-def batch_of(layout: Layout) -> Batch:
+def batch_of(layout: PackingLayout) -> Batch:
     """Two rows of two sequences of eight tokens."""
     shape = RowShape(8, 2, layout)
     rows = ValidRows(SAMPLES, shape)
@@ -31,7 +30,7 @@ def parts_of(batch: Batch, size: int) -> list[Batch]:
 
 def test_the_worked_example() -> None:
     """Samples of 4, 7, 8 and 5 tokens, on two ranks: each has eight tokens of the sixteen of row 0."""
-    first, second = parts_of(batch_of(Layout.PACKED), 2)
+    first, second = parts_of(batch_of(PackingLayout.PACKED), 2)
     assert first[0]["input_ids"][0].tolist() == [*A, *B[:4]]
     assert first[0]["indexes"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert first[0]["type_ids"][0].tolist() == [0] * 4 + [1] * 4
@@ -41,12 +40,12 @@ def test_the_worked_example() -> None:
     assert second[0]["type_ids"][0].tolist() == [1] * 3 + [0] * 5
     assert second[1][0].tolist() == [25, 26, NONE, 31, 32, 33, 34, 35]
     for batch, _ in (first, second):
-        assert [cuts.tolist() for cuts in batch["cu_seqlens"]] == [[0, 4, 11, 16], [0, 3, 8, 16]]
+        assert [bounds.tolist() for bounds in batch["cu_seqlens"]] == [[0, 4, 11, 16], [0, 3, 8, 16]]
 
 
-@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("layout", PackingLayout)
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_parts_side_by_side_are_the_whole(layout: Layout, size: int) -> None:
+def test_parts_side_by_side_are_the_whole(layout: PackingLayout, size: int) -> None:
     batch, labels = batch_of(layout)
     parts = parts_of((batch, labels), size)
     for name in FIELDS:
@@ -57,22 +56,22 @@ def test_parts_side_by_side_are_the_whole(layout: Layout, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "cuts"),
+    ("layout", "bounds"),
     [
-        (Layout.PACKED, [[0, 4, 11, 16], [0, 3, 8, 16]]),
-        (Layout.WINDOWS, [[0, 8, 16], [0, 8, 16]]),
-        (Layout.PADDED, [[0, 8, 16], [0, 8, 16]]),  # padded sequences are pieces of one row
+        (PackingLayout.PACKED, [[0, 4, 11, 16], [0, 3, 8, 16]]),
+        (PackingLayout.WINDOWS, [[0, 8, 16], [0, 8, 16]]),
+        (PackingLayout.PADDED, [[0, 8, 16], [0, 8, 16]]),  # padded sequences become one packed row
     ],
 )
-def test_cuts_are_those_of_whole_rows(layout: Layout, cuts: list[list[int]]) -> None:
+def test_sequence_boundaries_are_those_of_whole_rows(layout: PackingLayout, bounds: list[list[int]]) -> None:
     for part, _ in parts_of(batch_of(layout), 4):
-        assert [cut.tolist() for cut in part["cu_seqlens"]] == cuts
-        assert {cut.dtype for cut in part["cu_seqlens"]} == {torch.int32}
+        assert [cu_seqlens.tolist() for cu_seqlens in part["cu_seqlens"]] == bounds
+        assert {cu_seqlens.dtype for cu_seqlens in part["cu_seqlens"]} == {torch.int32}
         assert set(part) == {*FIELDS, "cu_seqlens"}
 
 
-@pytest.mark.parametrize("layout", Layout)
-def test_a_rank_that_shares_with_nobody_has_the_batch_as_it_is(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", PackingLayout)
+def test_a_rank_that_shares_with_nobody_has_the_batch_as_it_is(layout: PackingLayout) -> None:
     batch = batch_of(layout)
     assert split_rows(batch, GroupPosition()) is batch
 
@@ -85,9 +84,9 @@ def test_loaders_give_each_rank_its_part(settings: dict[str, Any]) -> None:
     """Training and validation alike; of the samples of the data-parallel rank that it is."""
     data = DataConfig(**SIZES, **settings)
     for part in (GroupPosition(0, 2), GroupPosition(1, 2)):
-        given = (50, 7, 1, 2)  # vocabulary, seed, data rank, data size
-        pairs = [(build_train_loader(data, *given, part)[0], build_train_loader(data, *given)[0])]
-        split, whole = build_valid_loaders(data, *given, part), build_valid_loaders(data, *given)
+        given = {"vocab_size": 50, "seed": 7, "replica": GroupPosition(1, 2)}
+        pairs = [(build_train_loader(data, **given, sequence_shard=part)[0], build_train_loader(data, **given)[0])]
+        split, whole = build_valid_loaders(data, **given, sequence_shard=part), build_valid_loaders(data, **given)
         pairs += [(split[name], whole[name]) for name in whole]
         assert len(pairs) == 2
         for loader, reference in pairs:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from internlm.cli.main import get_parser
-from internlm.data.sources import TokenizedSource
+from internlm.data.tokenized_source import TokenizedSource
 from internlm.data.tokenizer import load_tokenizer
 from internlm.utils.errors import DataError
 
@@ -126,7 +126,7 @@ def test_a_whole_file_may_be_a_sample(tmp_path: Path, sentencepiece_model: Path)
 def test_the_number_of_processes_changes_nothing(
     tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internlm.data.tokenize.CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr("internlm.data.tokenized_writer.CHUNK_CHARACTERS", 500)
     (tmp_path / "a.txt").write_text("".join(f"{'box ' * (i % 7)}{i}\n" for i in range(1000)))
     for workers in (1, 2):
         out = tmp_path / f"{workers}/x.bin"
@@ -169,7 +169,7 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
         ("a.txt", b"ok\n\xff\xff\n", ":2: isn't UTF-8 text (invalid start byte)"),
         ("a.txt", b"\n  \n", "the input holds no text, so nothing was tokenized"),
         ("a.parquet", b"ok", "isn't a parquet file"),
-        ("a.pdf", b"ok", "a.pdf: is of no known kind (.txt, .jsonl, .json, .parquet)"),
+        ("a.pdf", b"ok", "a.pdf: file type '.pdf' is not supported (supported: .txt, .jsonl, .json, .parquet)"),
     ],
 )
 def test_a_bad_file(name: str, content: bytes, said: str, tmp_path: Path, sentencepiece_model: Path) -> None:
@@ -185,13 +185,13 @@ def test_a_column_that_isnt_text(tmp_path: Path, sentencepiece_model: Path) -> N
 def test_nothing_to_read(tmp_path: Path, sentencepiece_model: Path) -> None:
     assert "there is no such file or folder" in error_of(tmp_path / "none", sentencepiece_model)
     (tmp_path / "empty").mkdir()
-    assert "holds no text file" in error_of(tmp_path / "empty", sentencepiece_model)
+    assert "contains no text file" in error_of(tmp_path / "empty", sentencepiece_model)
 
 
 def test_a_bad_output(tmp_path: Path, sentencepiece_model: Path) -> None:
     with pytest.raises(DataError, match=r"x: isn't the name of a \.bin file\. Call it x\.bin\."):
         tokenize(write_txt(tmp_path), out=tmp_path / "x", tokenizer=sentencepiece_model)
-    with pytest.raises(DataError, match=r"a\.txt/x\.bin: can't be written \(.*\)\. Choose a place"):
+    with pytest.raises(DataError, match=r"a\.txt/x\.bin: can't be written \(.*\)\. Choose a folder"):
         tokenize(write_txt(tmp_path), out=tmp_path / "a.txt/x.bin", tokenizer=sentencepiece_model)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from internlm.data.index import CACHE_NAME
-from internlm.data.sources import TokenizedSource
+from internlm.data.tokenized_source import TokenizedSource
 from internlm.utils.errors import DataError
 from tests.unit.data.files import write_bin, write_meta
 
@@ -141,7 +141,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_no_bin_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    assert "holds no .bin file" in error_of(tmp_path)
+    assert "contains no .bin file" in error_of(tmp_path)
 
 
 def test_all_missing_metas_are_named(folder: Path) -> None:

@@ -39,7 +39,7 @@ def test_hugging_face_without_a_config(hugging_face_folder: Path, tmp_path: Path
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none: there is no such file or folder\. Name a sentencepiece \.model"):
         load_tokenizer(str(tmp_path / "none"))
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))
 
 

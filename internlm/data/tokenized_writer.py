@@ -1,6 +1,6 @@
-"""Texts to tokenized files.
+"""Convert texts into tokenized files.
 
-``X.bin`` holds one JSON line per sample, ``X.bin.meta`` a NumPy array [samples, 2] of byte offset and token count.
+``X.bin`` contains one JSON line per sample, ``X.bin.meta`` a NumPy array [samples, 2] of byte offset and token count.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from internlm.data.loader import in_order
 from internlm.data.tokenizer import Tokenizer, load_tokenizer
 from internlm.utils.errors import DataError, Problem
 
-CHUNK_CHARACTERS = 1 << 18  # texts that go to a worker at once
+# Characters sent to a worker at once: enough to outweigh the cost of pickling, and little beside a worker's memory.
+CHUNK_CHARACTERS = 1 << 18
 CHUNKS_AHEAD = 4  # per worker
 
 
 class Recipe(NamedTuple):
-    """How a text becomes token ids."""
+    """Tokenizer and special tokens that turn a text into token ids."""
 
     tokenizer_path: str
     before: tuple[int, ...]  # ids put before each sample
@@ -35,7 +36,7 @@ class Recipe(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some samples, tokenized."""
+    """Tokenized samples, ready to be written."""
 
     lines: bytes  # of the .bin file
     sizes: list[int]  # bytes of each line
@@ -43,16 +44,22 @@ class Chunk(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What was written."""
+    """Number of samples and tokens written."""
 
     samples: int
     tokens: int
 
 
 def make_recipe(tokenizer_path: str, bos: bool | None = False, eos: bool | None = None) -> Recipe:
-    """How to tokenize: with bos before and eos after each sample where True; where None, if the tokenizer has it.
+    """Make the recipe of a tokenizer.
 
-    Raises :class:`DataError` where the tokenizer can't be read or lacks a token that was asked for.
+    Args:
+        tokenizer_path: see :func:`~internlm.data.tokenizer.load_tokenizer`.
+        bos: put the bos token before each sample; None means if the tokenizer has one.
+        eos: put the eos token after each sample; None means if the tokenizer has one.
+
+    Raises:
+        DataError: the tokenizer can't be read, or lacks a requested token.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     before = _special(tokenizer_path, "bos", bos, tokenizer.bos_id)
@@ -66,11 +73,19 @@ def _special(path: str, name: str, wanted: bool | None, token_id: int | None) ->
 
 
 def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: int, progress: bool = False) -> Summary:
-    """Write the samples to ``output`` (a ``.bin`` file) and its ``.meta``, in order, by that many processes.
+    """Tokenize texts into ``output`` and its ``.meta``, in order.
 
-    Both files appear at the end, and whole; the number of processes doesn't change them. ``progress`` shows a bar
-    where stderr is a terminal. Raises :class:`DataError` where there is nothing to write, or the place can't be
-    written to.
+    Both files appear complete at the end, or not at all, and do not depend on the number of processes.
+
+    Args:
+        texts: samples.
+        output: the ``.bin`` file.
+        recipe: how to tokenize.
+        workers: processes; with 1 the caller tokenizes.
+        progress: show a progress bar where stderr is a terminal.
+
+    Raises:
+        DataError: there are no samples, or ``output`` can't be written.
     """
     if output.suffix != ".bin":
         raise DataError(Problem(str(output), "isn't the name of a .bin file", f"Call it {output.name}.bin."))
@@ -95,12 +110,13 @@ def _encode_all(texts: Iterable[str], recipe: Recipe, workers: int) -> Iterator[
     if workers <= 1:
         yield from map(work, _chunks(texts))
         return
+    # Processes, because JSON and most tokenizers hold the GIL; spawned, because a fork copies locks that threads hold.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from in_order(pool, work, _chunks(texts), ahead=CHUNKS_AHEAD * workers)
 
 
 def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
-    """Tokenize some texts."""
+    """Tokenize a list of texts, in a worker process."""
     encode = _tokenizer(recipe.tokenizer_path).encode
     samples = [[*recipe.before, *encode(text), *recipe.after] for text in texts]
     lines = [json.dumps({"tokens": tokens}, separators=(",", ":")).encode() + b"\n" for tokens in samples]
@@ -109,7 +125,7 @@ def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
 
 @functools.cache
 def _tokenizer(path: str) -> Tokenizer:
-    """Loaded once in each process."""
+    """Load the tokenizer once in each process: it is larger than what a chunk could carry."""
     return load_tokenizer(path)
 
 
@@ -130,9 +146,9 @@ def _show(chunks: Iterator[Chunk], progress: bool) -> Iterator[Chunk]:
     if not progress:
         yield from chunks
         return
-    from tqdm import tqdm
+    from tqdm import tqdm  # here, because only a terminal needs it
 
-    with tqdm(unit=" samples", disable=None) as bar:  # None: shown on a terminal alone
+    with tqdm(unit=" samples", disable=None) as bar:  # None means: only on a terminal
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk.counts))
@@ -140,17 +156,19 @@ def _show(chunks: Iterator[Chunk], progress: bool) -> Iterator[Chunk]:
 
 @contextmanager
 def _both_or_none(output: Path) -> Iterator[tuple[Path, Path]]:
-    """Temporary names for ``output`` and its ``.meta``, which take their places when the block succeeds."""
+    """Yield temporary names for ``output`` and its ``.meta``; rename both when the block succeeds."""
     finals = output.with_name(output.name + ".meta"), output
-    meta_part, bin_part = partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finals]
+    meta_partial, bin_partial = partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finals]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        yield bin_part, meta_part
-        output.unlink(missing_ok=True)  # an old .bin is never seen beside a new .meta
+        yield bin_partial, meta_partial
+        # The order matters: a reader that comes in between finds a .meta without its .bin, never an old .bin with a new
+        # .meta, which might pass for a pair.
+        output.unlink(missing_ok=True)
         for partial, final in zip(partials, finals, strict=True):
             os.replace(partial, final)
     except OSError as error:
-        todo = "Choose a place that is writable and has room."
+        todo = "Choose a folder that is writable and has free space."
         raise DataError(Problem(str(output), f"can't be written ({error.strerror})", todo)) from error
     finally:
         for partial in partials:

@@ -1,0 +1,118 @@
+"""Samples from a folder of tokenized files, each checked as it is read.
+
+N: samples of the source.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from internlm.data.index import REMAKE, DataFile, open_index
+from internlm.utils.errors import DataError, Problem
+
+OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets of the process groups share
+
+
+class TokenizedSource:
+    """A folder tree of ``.bin`` and ``.bin.meta`` files; the first-level sub-folder names the data-set type.
+
+    A file that changes while it is in use is an error that names the file and the sample, never another sample.
+
+    Args:
+        folder: root of the tree.
+        min_length: leave out files of fewer samples.
+        vocab_size: exclusive upper bound of the token ids.
+        cache_folder: folder of the cached index; by default ``folder`` itself.
+
+    Raises:
+        DataError: the folder is missing, or a file in it is damaged.
+    """
+
+    def __init__(self, folder: str, min_length: int, vocab_size: int, cache_folder: str | None = None) -> None:
+        self._vocab_size = vocab_size
+        self._index = open_index(Path(folder), min_length, Path(cache_folder) if cache_folder else None)
+        # Plain reads rather than a memory map: truncating a file kills a process that has mapped it (SIGBUS), while a
+        # read returns too few bytes. Dropping a file from this cache closes it once no thread is reading it any more.
+        self._open = functools.lru_cache(OPEN_FILES)(_open)
+        self.lengths = self._index.lengths  # [N]
+        used = np.unique(self._index.file_ids)
+        self.types = sorted({self._index.files[i].type_name for i in used})
+        type_of_file = np.zeros(len(self._index.files), np.int16)
+        for i in used:
+            type_of_file[i] = self.types.index(self._index.files[i].type_name)
+        self.type_ids = type_of_file[self._index.file_ids]  # [N]
+        # Read one sample of each type now, so that a wrong tokenizer is found before the model is built.
+        for first in np.unique(self.type_ids, return_index=True)[1]:
+            self.read(int(first))
+
+    def read(self, sample: int) -> np.ndarray:
+        """Return the token ids of a sample, int64 [length].
+
+        Raises:
+            DataError: the file is not as it was when it was indexed, or holds a token beyond the vocabulary.
+        """
+        tokens = self._parse(sample, self._line(sample))
+        if len(tokens) != self.lengths[sample]:
+            what = f"holds {len(tokens)} tokens, {self._file(sample).meta.name} says {self.lengths[sample]}"
+            raise self._error(sample, what, REMAKE)
+        if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
+            what = f"holds token {largest}, but model.vocab_size is {self._vocab_size}"
+            raise self._error(sample, what, "Wrong tokenizer? Tokenize with that of the model.")
+        return tokens
+
+    def fingerprint(self) -> str:
+        """Return a digest of file names, sizes and sample tables; moving or copying the folder does not change it."""
+        digest = hashlib.blake2b(digest_size=16)
+        # Name and size, without path and modification time: a copy of the data is the same data.
+        digest.update(json.dumps([file[1:3] for file in self._index.files]).encode())
+        for column in self._index[1:]:
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+    def _file(self, sample: int) -> DataFile:
+        return self._index.files[self._index.file_ids[sample]]
+
+    def _line(self, sample: int) -> bytes:
+        """Read the bytes of a sample, after checking that the file is still the one that was indexed."""
+        _, offsets, _, file_ids = self._index
+        file, offset = self._file(sample), int(offsets[sample])
+        last = sample + 1 == len(offsets) or file_ids[sample + 1] != file_ids[sample]
+        size = (file.size if last else int(offsets[sample + 1])) - offset
+        try:
+            stream = self._open(file.path)
+            stat = os.fstat(stream.fileno())  # of the open file, so a file replaced under the same name is noticed
+            line = os.pread(stream.fileno(), size, offset)  # threads share the descriptor: no seek
+        except OSError as error:
+            raise self._error(sample, f"can't be read ({error.strerror})", "Bring the file back and resume.") from error
+        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns) or len(line) != size:
+            what = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} now)"
+            raise self._error(sample, what, "Bring the data back as it was, or start over.")
+        return line
+
+    def _parse(self, sample: int, line: bytes) -> np.ndarray:
+        try:
+            tokens = np.asarray(json.loads(line)["tokens"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f'isn\'t a JSON line {{"tokens": [...]}} ({type(error).__name__}: {error})'
+            raise self._error(sample, what, REMAKE) from error
+        # NumPy would silently turn [1, 2.5] into floats and [1, "2"] into strings.
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind != "i"):
+            raise self._error(sample, "its tokens aren't a list of integers", REMAKE)
+        return tokens.astype(np.int64, copy=False)
+
+    def _error(self, sample: int, what: str, todo: str) -> DataError:
+        file_ids = self._index.file_ids
+        row = sample - int(np.searchsorted(file_ids, file_ids[sample]))
+        where = f"{self._file(sample).path}:{row + 1} (sample {row}, byte {self._index.offsets[sample]})"
+        return DataError(Problem(where, what, todo))
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb", buffering=0)
