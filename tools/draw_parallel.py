@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from internlm.config.schema import ModelConfig
+from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.sharding import SEQUENCE_MODES, GroupPosition, Sharding, building
 from internlm.costs import A2A, AG, AR, RS, TABLE
 from internlm.model.decoder import Block, DecoderSpec
@@ -134,11 +135,11 @@ def block(mode: str, rank: int) -> Block:
 def weight_of(blocks: list[Block], name: str) -> Weight:
     """The parameter of a module of the block, as both ranks hold it."""
     modules = [block.get_submodule(name) for block in blocks]
-    placements = [module.weight.placement for module in modules]
+    placements = [placement_of(module.weight) for module in modules]
     owners = torch.full(placements[0].global_shape, BOTH)
     for rank, placement in enumerate(placements):
         if placement.shard is not None:
-            placement.local_part(owners).fill_(rank)
+            placement.shard_of(owners).fill_(rank)
     role, is_partial = getattr(modules[0], "role", ""), placements[0].partial_over is not None
     return Weight(name.rpartition(".")[2].replace("_", " "), grid(owners), role, is_partial)
 

@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
-from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
-from internlm.core.parallel.placement import ParamPlacement, placed_parameters, state_buffers
+from internlm.core.parallel.fully_sharded import local_shard
+from internlm.core.parallel.param_state import compute_dtype, placed_parameters, state_buffers
+from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.param_groups import ParamGroup
 from internlm.utils.errors import CheckpointError, Problem

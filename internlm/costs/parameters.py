@@ -12,7 +12,7 @@ import torch
 
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
-from internlm.core.parallel.placement import ParamPlacement, Shard, constant
+from internlm.core.parallel.placement import ParamPlacement, ShardSpec, constant
 from internlm.costs.symbols import Symbols
 from internlm.costs.traffic_model import Linear, block_linears, by_hidden_units, share
 from internlm.solver.optimizer.flat_buffers import Layout, bucket_size, lay_out
@@ -57,9 +57,14 @@ def kinds(s: Symbols) -> Mapping[ParamGroupKey, list[Parameter]]:
     """The parameters of each kind."""
     config, found = s.config, dict[ParamGroupKey, list[Parameter]]()
     for each in parameters(s):
-        shard = Shard(each.split_over, 0, s.split.size) if each.split_over else None
+        shard = ShardSpec(each.split_over, 0, s.split.size) if each.split_over else None
         placement = ParamPlacement(
-            (each.elements,), constant(0.0), shard, each.partial_over, each.is_matrix, each.is_hidden
+            (each.elements,),
+            constant(0.0),
+            shard=shard,
+            partial_over=each.partial_over,
+            is_matrix=each.is_matrix,
+            is_hidden=each.is_hidden,
         )
         kind = param_group_key(each.name, placement, _dtype(s, each), config.adam, config.optimizer)
         found.setdefault(kind, []).append(each)

@@ -32,7 +32,8 @@ from internlm.core.parallel.communicator import (
 from internlm.core.parallel.dropout import Drop, Dropout, current_dropout_key, no_drop
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.offload import Offloading
-from internlm.core.parallel.placement import normal, placement_of
+from internlm.core.parallel.param_state import placement_of, set_placement
+from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import current_stage_layers
 from internlm.ops import PackedSequences, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
@@ -191,9 +192,7 @@ class Decoder(nn.Module):
         )
         if c.tie_word_embeddings and stage_layers.has_embedding != stage_layers.has_head:  # the other end has a copy
             weight = embedding.weight
-            weight.placement = replace(  # type: ignore[attr-defined]
-                placement_of(weight, "embedding.weight"), partial_over=ParallelMode.PIPELINE
-            )
+            set_placement(weight, replace(placement_of(weight), partial_over=ParallelMode.PIPELINE))
         return embedding
 
     def forward(

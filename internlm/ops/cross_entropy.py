@@ -52,11 +52,12 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     grad_scale: float = 1.0,
     vocab: VocabShard | None = None,
+    main_grad: Tensor | None = None,
 ) -> TokenLoss:
     """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``: [T, H], [V, H], int64 [T].
 
     The logits exist for ``chunk_tokens`` tokens at a time. Gradients, where wanted, are made in the forward pass, so
-    that no logits are computed twice. If ``weight`` has an attribute ``main_grad``, its gradient is added to that.
+    that no logits are computed twice. If ``main_grad`` is given, the gradient of ``weight`` is added to it.
 
     With ``vocab`` the vocabulary is split over ranks: ``weight`` holds this rank's rows, as many on every rank. All
     other arguments are the same on every rank, and so is the result; the gradient for ``x`` is to be summed over them.
@@ -65,7 +66,7 @@ def linear_cross_entropy(
         x, weight = x.detach(), weight.detach()
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(x.device.type, weight.shape[0])
-    options = (label_smoothing, chunk_tokens, grad_scale, vocab)
+    options = (label_smoothing, chunk_tokens, grad_scale, vocab, main_grad)
     if x.device.type != "cpu":  # to count the ignored tokens would make the device wait
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
     (kept,) = torch.where(labels != IGNORED)
@@ -93,6 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         grad_scale: float,
         vocab: VocabShard | None,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses_and_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
             _losses_and_grad if vocab is None else partial(_sharded_losses_and_grad, vocab=vocab)
@@ -100,7 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_x else None
         # Transposed, for then the sum over chunks needs no transposed copy of the logits.
-        dweight = weight.new_zeros(weight.shape[::-1], dtype=_grad_dtype(weight)) if wants_weight else None
+        sum_dtype = wide((weight if main_grad is None else main_grad).dtype)
+        dweight = weight.new_zeros(weight.shape[::-1], dtype=sum_dtype) if wants_weight else None
         token_loss = x.new_empty(len(x), dtype=wide(x.dtype))
         correct = torch.empty_like(labels, dtype=torch.bool)
         for start in range(0, len(x), chunk):
@@ -114,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
-        ctx.main_grad, ctx.dtype, ctx.grad_scale = getattr(weight, "main_grad", None), grad_dtype(weight), grad_scale
+        ctx.main_grad, ctx.dtype, ctx.grad_scale = main_grad, grad_dtype(weight), grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
         return token_loss.sum() * grad_scale, token_loss, correct
 
@@ -127,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
         if dweight is not None:
             dweight = _deliver(dweight.t(), factor, ctx.main_grad, ctx.dtype)
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, None, None, None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -199,11 +202,6 @@ def default_chunk_tokens(device_type: str, rows: int) -> int:
     if device_type != "cpu":
         return 2048
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
-
-
-def _grad_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which to sum up the gradient of ``weight``: that of where it goes, at least fp32."""
-    return wide(getattr(weight, "main_grad", weight).dtype)
 
 
 def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -17,7 +17,9 @@ from internlm.core.parallel import ParallelNorm
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.collectives import broadcast
 from internlm.core.parallel.fully_sharded import shard_fully
-from internlm.core.parallel.placement import ParamPlacement, initialize_parameters, placed_parameters, state_buffers
+from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.param_state import placed_parameters, state_buffers
+from internlm.core.parallel.placement import ParamPlacement
 from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
 from internlm.costs.stages import stage_layers_of

@@ -11,7 +11,7 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.collectives import all_reduce
-from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.param_state import placed_parameters
 from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
 from internlm.solver.optimizer import HybridZeroOptimizer, LossScale, ProcessGroups

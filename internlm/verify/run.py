@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
+from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic, summed
-from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.param_state import compute_dtype, placed_parameters
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.trainer import StepReport, Trainer
 from internlm.data.loader import Batch, TrainLoader

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from internlm.core.parallel.param_state import main_grad_of
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.verify.compare import compare
 from internlm.verify.configs import make_plan
@@ -87,7 +88,7 @@ class Poison(Hook):
 
             def poisoned(micro_batches: int | None = None) -> None:
                 step(micro_batches)
-                dict(trainer.model.named_parameters())[self.name].main_grad.view(-1)[3] = self.value
+                main_grad_of(trainer.model.get_parameter(self.name)).view(-1)[3] = self.value
 
             trainer.optimizer.begin_step = poisoned  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
+from internlm.core.parallel.param_state import main_grad_of
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.harness.pool import run_ranks
@@ -36,7 +37,7 @@ def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tens
         model, ADAM, HybridZeroConfig(clip_grad_norm=clip), ProcessGroups(pipeline=stages, ends=stages)
     )
     for parameter in model.parameters():
-        parameter.main_grad.fill_(1.0)
+        main_grad_of(parameter).fill_(1.0)
     norm = optimizer.step(1e-2, 0.95).grad_norm
     return norm, model.embedding.weight.detach().clone()
 

@@ -68,9 +68,18 @@ class Case:
         labels[self.ignored] = IGNORED
         return x, weight, labels
 
-    def loss(self, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None) -> TokenLoss:
+    def loss(
+        self, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, main_grad: Tensor | None
+    ) -> TokenLoss:
         return linear_cross_entropy(
-            x, weight, labels, label_smoothing=self.smoothing, chunk_tokens=CHUNK, grad_scale=0.25, vocab=shard
+            x,
+            weight,
+            labels,
+            label_smoothing=self.smoothing,
+            chunk_tokens=CHUNK,
+            grad_scale=0.25,
+            vocab=shard,
+            main_grad=main_grad,
         )
 
 
@@ -86,13 +95,14 @@ def _train(case: Case, shard: Shard | None) -> Result:
     x, weight, labels = case.inputs()
     if shard is not None:
         weight = shard.of(weight)
-    if case.main_grad:
-        weight.main_grad = torch.ones_like(weight, dtype=torch.promote_types(case.dtype, torch.float32))
-    loss = case.loss(x, weight, labels, shard)
+    main_grad = (
+        torch.ones_like(weight, dtype=torch.promote_types(case.dtype, torch.float32)) if case.main_grad else None
+    )
+    loss = case.loss(x, weight, labels, shard, main_grad)
     (3.0 * loss.loss_sum).backward()
     assert x.grad is not None
     assert (weight.grad is None) == case.main_grad
-    dweight = weight.main_grad - 1 if case.main_grad else weight.grad
+    dweight = main_grad - 1 if main_grad is not None else weight.grad
     assert dweight is not None
     return Result(TokenLoss(*(y.detach() for y in loss)), x.grad, dweight, [] if shard is None else shard.calls)
 

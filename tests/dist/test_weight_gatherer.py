@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.ledger import LEDGER, Traffic
-from internlm.core.parallel.param_state import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.weight_gatherer import Overlap, WeightGatherer
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups
 from tests.dist.isp_ranks import (
@@ -255,11 +255,11 @@ def _after_a_broken_pass(rank: int, world_size: int, overlap: Overlap, where: st
     _break_off(ranks, where)
     with torch.no_grad():
         for parameter in ranks.model.parameters():
-            parameter.main_grad.zero_()
+            main_grad_of(parameter).zero_()
             parameter.mul_(1.5)
     loss_of(ranks, 1).backward()
     assert_nothing_is_left(ranks.gatherer)
-    return {name: parameter.main_grad.clone() for name, parameter in ranks.model.named_parameters()}
+    return {name: main_grad_of(parameter).clone() for name, parameter in ranks.model.named_parameters()}
 
 
 @pytest.mark.parametrize("where", ["backward", "loss", "hidden units alone"])

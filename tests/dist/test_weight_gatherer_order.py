@@ -11,7 +11,7 @@ from internlm.config.schema import AdamConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
-from internlm.core.parallel.param_state import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.products import deferring
 from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.core.parallel.weight_gatherer import Overlap, WeightGatherer
@@ -148,7 +148,7 @@ def _of_two_chunks(rank: int, world_size: int, overlap: Overlap) -> tuple[list[s
     for task in tasks:
         task()
     assert_nothing_is_left(gatherer)
-    return found, {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+    return found, {name: main_grad_of(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 #: What is used in F of chunk 0, F of chunk 1, its B and that of chunk 0.

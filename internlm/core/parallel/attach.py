@@ -23,7 +23,7 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.communicator import IDENTITY, Communicator
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
-from internlm.core.parallel.placement import ParamPlacement, placement_of
+from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.sharding import LIKE
 from internlm.core.parallel.tensor_parallel import (
     FspColumn,
@@ -76,7 +76,7 @@ def register_communicator(mode: str, role: str, like: str | None = None) -> Call
 
 def _embedding(combine_units: Any, combine_sum: Any) -> Build:
     def build(ties: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
-        placement: ParamPlacement = layer.weight.placement
+        placement = placement_of(layer.weight)
         if placement.shard is not None and placement.shard.axis is not None:
             return HiddenEmbedding(ties.tensor, combine_units)
         return VocabEmbedding(ties.tensor, placement, combine_sum)
@@ -101,22 +101,22 @@ def _isp_attention(ties: CommContext, layer: Any) -> IspAttention:
 TABLE |= {
     ("mtp", "column"): lambda ties, layer: MtpColumn(ties.tensor),
     ("mtp", "row"): lambda ties, layer: MtpRow(ties.tensor),
-    ("mtp", "head"): lambda ties, layer: SplitHead(ties.tensor, layer.weight.placement),
+    ("mtp", "head"): lambda ties, layer: SplitHead(ties.tensor, placement_of(layer.weight)),
     ("mtp", "embedding"): _embedding(units_to_all, sum_to_all),
     ("msp", "column"): lambda ties, layer: MspColumn(ties.tensor),
     ("msp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
-    ("msp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
+    ("msp", "head"): lambda ties, layer: SequenceHead(ties.tensor, placement_of(layer.weight)),
     ("msp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
     ("msp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
     ("fsp", "column"): lambda ties, layer: FspColumn(ties.tensor),
     ("fsp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
-    ("fsp", "head"): lambda ties, layer: SequenceHead(ties.tensor, layer.weight.placement),
+    ("fsp", "head"): lambda ties, layer: SequenceHead(ties.tensor, placement_of(layer.weight)),
     ("fsp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
     ("fsp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
     ("isp", "column"): _isp_linear,
     ("isp", "row"): _isp_linear,
     ("isp", "head"): _isp_head,
-    ("isp", "embedding"): lambda ties, layer: IspEmbedding(ties.weight, layer.weight.placement.global_shape[0]),
+    ("isp", "embedding"): lambda ties, layer: IspEmbedding(ties.weight, placement_of(layer.weight).global_shape[0]),
     ("isp", "attention"): _isp_attention,
     ("isp", "model"): lambda ties, layer: IspModel(ties.tensor),
 }

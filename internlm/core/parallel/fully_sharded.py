@@ -29,7 +29,7 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.param_state import placed_parameters, set_compute_dtype, set_placement
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem
 
@@ -62,7 +62,8 @@ def shard_fully(
         _set_up(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
     model.register_forward_hook(_give_up_root)
     for name, parameter in model.named_parameters():
-        parameter.placement, parameter.compute_dtype = placements[name], dtype  # type: ignore[attr-defined]
+        set_placement(parameter, placements[name])  # fully_shard has made new parameters
+        set_compute_dtype(parameter, dtype)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -86,11 +87,6 @@ def local_shard(parameter: Tensor) -> LocalShard:
     rows, mesh = parameter.shape[0], parameter.device_mesh
     first = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
     return LocalShard(parameter.to_local().view(-1), first * math.prod(parameter.shape[1:]))
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The type in which ``parameter`` is computed with."""
-    return getattr(parameter, "compute_dtype", parameter.dtype)
 
 
 def set_grad(parameter: Tensor, flat: Tensor) -> None:

@@ -13,8 +13,8 @@ from internlm.core.parallel.communicator import (
     HeadCommunicator,
 )
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.param_state import wait_for_all_gather
-from internlm.core.parallel.placement import Init, constant, normal, place
+from internlm.core.parallel.param_state import main_grad_of, place, wait_for_all_gather
+from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import TokenLoss, layer_norm, linear_cross_entropy, rms_norm
 
@@ -83,4 +83,5 @@ class ParallelHead(ParallelLinear):
                 label_smoothing=label_smoothing,
                 grad_scale=grad_scale,
                 vocab=self.communicator.vocab,
+                main_grad=main_grad_of(weight),
             )

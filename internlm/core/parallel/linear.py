@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from internlm.core.parallel import compiled_linear, products
 from internlm.core.parallel.communicator import IDENTITY, Communicator
-from internlm.core.parallel.param_state import add_grad
-from internlm.core.parallel.placement import Init, constant, place
+from internlm.core.parallel.param_state import add_grad, place
+from internlm.core.parallel.placement import Init, constant
 from internlm.core.parallel.sharding import current_sharding
 
 #: What a layer does to its input first.

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.placement import Init, ParamPlacement, Shard
+from internlm.core.parallel.param_state import has_placement, set_placement
+from internlm.core.parallel.placement import Init, ParamPlacement, ShardSpec
 from internlm.utils.errors import Problem, UserError
 
 
@@ -91,19 +92,21 @@ class Sharding:
         ``column``."""
         hidden = LIKE.get(role, role) in ("column", "row")
         if self.mode == "isp":
-            return ParamPlacement(shape, init, self._shard(ParallelMode.WEIGHT, self.weight, None), is_hidden=hidden)
+            shard = self._shard(ParallelMode.WEIGHT, self.weight, None)
+            return ParamPlacement(shape, init, shard=shard, is_hidden=hidden)
         axes = {"column": axis, "row": len(shape) - 1, "head": None, "embedding": None, "embedding by hidden units": 1}
         role = LIKE.get(role, role)
         if role not in axes:
             known = ", ".join(["column", "row", "head", *LIKE])
             raise UserError(Problem("role", f"{role!r} is unknown (known: {known})", "Register it with like='column'"))
-        return ParamPlacement(shape, init, self._shard(ParallelMode.TENSOR, self.tensor, axes[role]), is_hidden=hidden)
+        shard = self._shard(ParallelMode.TENSOR, self.tensor, axes[role])
+        return ParamPlacement(shape, init, shard=shard, is_hidden=hidden)
 
     def bias_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
         """Placement of a bias: split like the output that it is added to, or whole."""
         if LIKE.get(role, role) == "column" and self.mode != "isp":
             shard = self._shard(ParallelMode.TENSOR, self.tensor, axis)
-            return ParamPlacement(shape, init, shard, is_matrix=False)
+            return ParamPlacement(shape, init, shard=shard, is_matrix=False)
         return self.replicated(shape, init)
 
     def replicated(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
@@ -112,8 +115,8 @@ class Sharding:
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
 
     @staticmethod
-    def _shard(mode: ParallelMode, share: GroupPosition, axis: int | None) -> Shard | None:
-        return Shard(mode, share.rank, share.size, axis) if share.size > 1 else None
+    def _shard(mode: ParallelMode, share: GroupPosition, axis: int | None) -> ShardSpec | None:
+        return ShardSpec(mode, share.rank, share.size, axis) if share.size > 1 else None
 
     def foreign(self, shape: tuple[int, ...], init: Init, is_matrix: bool) -> ParamPlacement:
         """Placement of a parameter of a module that knows nothing of all this: every rank holds it whole, and applies
@@ -164,9 +167,9 @@ def place_replicated(module: nn.Module) -> nn.Module:
     parallel layers, which have split them: use :class:`ParallelNorm` and the like there.
     """
     for parameter in module.parameters():
-        if not hasattr(parameter, "placement"):
+        if not has_placement(parameter):
             shape, init = tuple(parameter.shape), _values_of(parameter)
-            parameter.placement = current_sharding().foreign(shape, init, parameter.dim() > 1)  # type: ignore[attr-defined]
+            set_placement(parameter, current_sharding().foreign(shape, init, parameter.dim() > 1))
     return module
 
 

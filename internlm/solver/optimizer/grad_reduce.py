@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_reduce, begin_reduce_scatter
+from internlm.core.parallel.param_state import set_on_grad_ready
 from internlm.solver.optimizer.flat_buffers import BucketEntry, FlatParamGroup
 from internlm.solver.optimizer.param_gather import in_forward_order
 from internlm.solver.optimizer.param_groups import ProcessGroups
@@ -42,7 +43,7 @@ class GradReadyTracker:
         for number, members in enumerate(buckets):
             for member in members:
                 self._holding.setdefault(member.parameter, []).append(number)
-                member.parameter.on_grad = partial(self._arrived, member)  # type: ignore[attr-defined]
+                set_on_grad_ready(member.parameter, partial(self._arrived, member))
         self._learned: dict[int, dict[nn.Parameter, int]] = {}
         self._expected: dict[nn.Parameter, int] = {}
         self._micro_batches: int | None = None

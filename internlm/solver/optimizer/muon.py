@@ -55,7 +55,7 @@ class Muon(UpdateRule):
         for piece in group.pieces():
             placement, number, where = piece.placement, piece.number, slice(piece.lo, piece.hi)
             whole = orthogonal(self._whole(direction[number][where], placement), o.ns_steps)
-            own = placement.local_part(whole.contiguous().view(placement.global_shape)).reshape(-1)
+            own = placement.shard_of(whole.contiguous().view(placement.global_shape)).reshape(-1)
             main = group.main_parts[number][where][: own.numel()]  # without padding
             main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
 
@@ -66,6 +66,6 @@ class Muon(UpdateRule):
         whole = part.new_empty(placement.global_shape)
         parts = all_gather(part, self.process_groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
         for index, each in enumerate(parts):
-            there = replace(placement, shard=replace(placement.shard, index=index)).local_part(whole)
+            there = replace(placement, shard=replace(placement.shard, index=index)).shard_of(whole)
             there.copy_(each[: there.numel()].view_as(there))  # without padding
         return whole.view(placement.matrix_shape)

@@ -28,6 +28,7 @@ from torch import nn
 from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
+from internlm.core.parallel.param_state import set_wait_for_all_gather
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
 from internlm.utils.errors import Problem, UserError
 
@@ -143,7 +144,7 @@ class Gatherer:
             self._needed.append(max((needed.get(each, 0) for each in parameters), default=0))
             module.register_forward_pre_hook(partial(self._on_call, layer))
             for parameter in parameters:
-                parameter.before_use = partial(self._on_use, layer, parameter)  # type: ignore[attr-defined]
+                set_wait_for_all_gather(parameter, partial(self._on_use, layer, parameter))
         model.register_forward_hook(lambda *_: self.finish())  # before gradients are sent over the same group
         model.register_state_dict_pre_hook(lambda *_: self.demand_all("model.state_dict()"))
 

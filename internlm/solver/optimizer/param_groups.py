@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, OptimizerConfig, ParamGroupConfig
 from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel.fully_sharded import compute_dtype, local_shard
-from internlm.core.parallel.placement import ParamPlacement, placed_parameters
+from internlm.core.parallel.fully_sharded import local_shard
+from internlm.core.parallel.param_state import compute_dtype, placed_parameters
+from internlm.core.parallel.placement import ParamPlacement
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem, UserError
 

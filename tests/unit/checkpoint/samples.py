@@ -13,7 +13,7 @@ from torch import Tensor
 from internlm.checkpoint import storage
 from internlm.checkpoint.logical import LogicalSavePlanner, LogicalTensor
 from internlm.checkpoint.storage import PlainWriter
-from internlm.core.parallel.placement import slices_of_run
+from internlm.core.parallel.placement import slices_of_range
 
 
 class Evil:
@@ -31,7 +31,7 @@ def in_runs(tensor: Tensor, cuts: list[int]) -> LogicalTensor:
     logical = LogicalTensor(tuple(tensor.shape), tensor.dtype)
     bounds = [0, *sorted(cuts), tensor.numel()]
     for start, stop in pairwise(bounds):
-        for box in slices_of_run(tensor.shape, start, stop):
+        for box in slices_of_range(tensor.shape, start, stop):
             logical.add(box.offsets, tensor.flatten()[box.start : box.stop].view(box.sizes).clone())
     return logical
 

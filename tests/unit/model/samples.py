@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from internlm.config.schema import ModelConfig
-from internlm.core.parallel.placement import initialize_parameters
+from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.param_state import placement_of
 from internlm.model.decoder import Decoder
 from internlm.model.families import FAMILIES, build_family
 from internlm.utils.dtype import default_dtype
@@ -40,7 +41,7 @@ def decoder(family: str = "INTERNLM2", dtype: torch.dtype = torch.float64, **key
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.placement.is_matrix:
+            if not placement_of(parameter).is_matrix:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
 

@@ -19,8 +19,9 @@ from internlm.core.parallel.communicator import (
     IDENTITY_HEAD,
     IDENTITY_MODEL,
 )
+from internlm.core.parallel.initial_values import initialize_parameters
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
-from internlm.core.parallel.placement import initialize_parameters, normal
+from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.core.parallel.tensor_parallel import (
     FspColumn,

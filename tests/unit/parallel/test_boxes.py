@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.parallel.placement import slices_of_run
+from internlm.core.parallel.placement import slices_of_range
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -32,7 +32,7 @@ def test_boxes_tile_the_run(run: tuple[tuple[int, ...], int, int]) -> None:
     """One after another, from its first element to its last."""
     shape, start, stop = run
     at = start
-    for box in slices_of_run(shape, start, stop):
+    for box in slices_of_range(shape, start, stop):
         assert box.start == at
         assert box.stop - box.start == torch.Size(box.sizes).numel() > 0
         at = box.stop
@@ -43,7 +43,7 @@ def test_boxes_tile_the_run(run: tuple[tuple[int, ...], int, int]) -> None:
 def test_a_box_is_a_slice_of_the_tensor(run: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = run
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    for box in slices_of_run(shape, start, stop):
+    for box in slices_of_range(shape, start, stop):
         assert torch.equal(
             slice_of(tensor, box.offsets, box.sizes), tensor.flatten()[box.start : box.stop].view(box.sizes)
         )
@@ -52,7 +52,7 @@ def test_a_box_is_a_slice_of_the_tensor(run: tuple[tuple[int, ...], int, int]) -
 @given(runs())
 def test_boxes_are_few(run: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = run
-    assert len(list(slices_of_run(shape, start, stop))) <= max(2 * len(shape) - 1, 1)
+    assert len(list(slices_of_range(shape, start, stop))) <= max(2 * len(shape) - 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_boxes_are_few(run: tuple[tuple[int, ...], int, int]) -> None:
     ids=str,
 )
 def test_by_hand(shape: tuple[int, ...], run: tuple[int, int], expected: list[tuple[tuple[int, ...], ...]]) -> None:
-    assert [(box.offsets, box.sizes) for box in slices_of_run(shape, *run)] == expected
+    assert [(box.offsets, box.sizes) for box in slices_of_range(shape, *run)] == expected

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from internlm.core.parallel import ParallelEmbedding, ParallelNorm
-from internlm.core.parallel.param_state import attach_main_grad
-from internlm.core.parallel.placement import initialize_parameters, placed_parameters
+from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.param_state import attach_main_grad, main_grad_of, placed_parameters
 from internlm.utils.dtype import default_dtype
 
 IDS = torch.tensor([3, 0, 3, 1])
@@ -42,10 +42,10 @@ def test_autograds_gradients_are_added_to_main_grad_too(dtype: torch.dtype) -> N
     layer = embedding(dtype=dtype)
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     attach_main_grad(layer.weight, torch.full_like(layer.weight, 256.0, dtype=wide))
-    buffer = layer.weight.main_grad
+    buffer = main_grad_of(layer.weight)
     for _ in range(2):
         layer(IDS).sum().backward()
-    assert layer.weight.main_grad is buffer
+    assert main_grad_of(layer.weight) is buffer
     assert buffer[:, 0].tolist() == [258, 258, 256, 260, 256]
 
 

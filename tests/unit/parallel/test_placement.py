@@ -14,7 +14,9 @@ from torch import nn
 
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParamPlacement, place, place_replicated, placement_of
-from internlm.core.parallel.placement import Shard, constant, initialize_parameters, normal, placed_parameters
+from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.param_state import placed_parameters, set_placement
+from internlm.core.parallel.placement import ShardSpec, constant, normal
 from internlm.utils.errors import UserError
 
 NORMAL = normal(1.0)
@@ -31,7 +33,7 @@ class Holder(nn.Module):
 
 def part(whole: ParamPlacement, axis: int | None, index: int, count: int) -> ParamPlacement:
     """``whole``, split."""
-    return replace(whole, shard=Shard(ParallelMode.TENSOR, index, count, axis))
+    return replace(whole, shard=ShardSpec(ParallelMode.TENSOR, index, count, axis))
 
 
 def drawn(seed: int = 1, **placements: ParamPlacement) -> dict[str, torch.Tensor]:
@@ -58,7 +60,7 @@ def test_a_whole_parameter() -> None:
     assert slices(whole) == [((0, 0), (4, 6))]
     assert slices(whole, 3, 13) == [((0, 3), (1, 3)), ((1, 0), (1, 6)), ((2, 0), (1, 1))]
     values = torch.arange(24).view(4, 6)
-    assert whole.local_part(values) is values
+    assert whole.shard_of(values) is values
 
 
 def test_a_part_of_one() -> None:
@@ -67,7 +69,7 @@ def test_a_part_of_one() -> None:
     assert slices(third) == [((0, 4), (4, 2))]
     assert slices(third, 3, 6) == [((1, 5), (1, 1)), ((2, 4), (1, 2))]
     values = torch.arange(24).view(4, 6)
-    assert torch.equal(third.local_part(values), values[:, 4:])
+    assert torch.equal(third.shard_of(values), values[:, 4:])
 
 
 def test_a_run_of_rows() -> None:
@@ -89,7 +91,7 @@ def test_the_last_parts_may_hold_nothing() -> None:
     assert [held.local_shape for held in parts] == [(2, 3)] * 4
     assert [slices(held) for held in parts] == [[((0, 0), (2, 3))], [((2, 0), (2, 3))], [((4, 0), (1, 3))], []]
     values = torch.arange(15).view(5, 3)
-    assert [held.local_part(values).tolist() for held in parts] == [
+    assert [held.shard_of(values).tolist() for held in parts] == [
         [[0, 1, 2], [3, 4, 5]],
         [[6, 7, 8], [9, 10, 11]],
         [[12, 13, 14]],
@@ -115,14 +117,14 @@ def numbered(placement: ParamPlacement) -> torch.Tensor:
 
 def padded_part(placement: ParamPlacement, whole: torch.Tensor) -> torch.Tensor:
     """What a rank holds of ``whole``, flat, zeros behind it where it is padded."""
-    held = placement.local_part(whole).reshape(-1)
+    held = placement.shard_of(whole).reshape(-1)
     return torch.cat([held, held.new_zeros(math.prod(placement.local_shape) - len(held))])
 
 
 @given(splits())
 def test_parts_side_by_side_are_the_whole(parts: list[ParamPlacement]) -> None:
     whole, axis = numbered(parts[0]), parts[0].shard.axis
-    pieces = [placement.local_part(whole) for placement in parts]
+    pieces = [placement.shard_of(whole) for placement in parts]
     if axis is None:
         assert torch.equal(torch.cat(pieces).flatten(), whole.flatten())
         assert all(piece.shape[0] <= parts[0].local_shape[0] for piece in pieces)
@@ -166,7 +168,7 @@ def test_parts_hold_little_padding(parts: list[ParamPlacement]) -> None:
 @pytest.mark.parametrize("axis", [0, None])
 def test_the_local_part_is_a_view(axis: int | None) -> None:
     values = torch.zeros(4, 1)
-    part(ParamPlacement((4, 1), NORMAL), axis, 1, 2).local_part(values).fill_(1)
+    part(ParamPlacement((4, 1), NORMAL), axis, 1, 2).shard_of(values).fill_(1)
     assert values.flatten().tolist() == [0, 0, 1, 1]
 
 
@@ -185,7 +187,7 @@ def test_a_parameter_has_its_local_shape_and_its_placement() -> None:
 def test_a_part_is_drawn_as_the_slice_of_the_whole(axis: int | None, index: int) -> None:
     whole = ParamPlacement((6, 9), NORMAL)
     third = part(whole, axis, index, 3)
-    assert torch.equal(drawn(w=third)["w"], third.local_part(drawn(w=whole)["w"]))
+    assert torch.equal(drawn(w=third)["w"], third.shard_of(drawn(w=whole)["w"]))
 
 
 @settings(max_examples=30)
@@ -217,7 +219,7 @@ def test_values_do_not_depend_on_what_was_drawn_before() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_values_of_other_types_are_those_of_float32(dtype: torch.dtype) -> None:
     module = Holder(w=ParamPlacement((5, 5), NORMAL)).to(dtype)
-    module.w.placement = ParamPlacement((5, 5), NORMAL)
+    set_placement(module.w, ParamPlacement((5, 5), NORMAL))
     initialize_parameters(module, 1)
     assert torch.equal(module.w, drawn(w=ParamPlacement((5, 5), NORMAL))["w"].to(dtype))
 
@@ -262,8 +264,8 @@ def test_place_replicated_tells_matrices_from_biases() -> None:
 def test_place_replicated_leaves_our_own_parameters_alone() -> None:
     module = Holder(w=ParamPlacement((5, 5), NORMAL))
     module.fc = place_replicated(nn.Linear(2, 2))
-    before = module.w.placement
-    assert place_replicated(module).w.placement is before
+    before = placement_of(module.w)
+    assert placement_of(place_replicated(module).w) is before
 
 
 def test_a_shared_parameter_is_listed_once() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm, ParamPlacement
-from internlm.core.parallel.placement import Shard, constant, normal
+from internlm.core.parallel.param_state import placement_of
+from internlm.core.parallel.placement import ShardSpec, constant, normal
 from internlm.core.parallel.sharding import LIKE, GroupPosition, Sharding, building, current_sharding
 from internlm.utils.errors import UserError
 
@@ -24,8 +25,8 @@ def sharding(mode: str) -> Sharding:
     return Sharding(mode, TENSOR, WEIGHT)
 
 
-def over_tensor(axis: int | None) -> Shard:
-    return Shard(ParallelMode.TENSOR, 1, 2, axis)
+def over_tensor(axis: int | None) -> ShardSpec:
+    return ShardSpec(ParallelMode.TENSOR, 1, 2, axis)
 
 
 #: Role, shape, split axis → the axis along which two ranks split it, and the shape of a half.
@@ -46,7 +47,7 @@ def test_weights_over_the_tensor_group(
     mode: str, role: str, shape: tuple[int, ...], axis: int, split: int | None, local: tuple[int, ...]
 ) -> None:
     placement = sharding(mode).weight_of(role, shape, INIT, axis)
-    assert placement == ParamPlacement(shape, INIT, over_tensor(split), is_hidden=role in HIDDEN)
+    assert placement == ParamPlacement(shape, INIT, shard=over_tensor(split), is_hidden=role in HIDDEN)
     assert placement.local_shape == local
 
 
@@ -56,7 +57,8 @@ def test_weights_over_the_tensor_group(
 )
 def test_weights_under_isp_are_runs_of_rows(role: str, shape: tuple[int, ...], local: tuple[int, ...]) -> None:
     placement = sharding("isp").weight_of(role, shape, INIT, axis=1)
-    assert placement == ParamPlacement(shape, INIT, Shard(ParallelMode.WEIGHT, 3, 4, None), is_hidden=role in HIDDEN)
+    shard = ShardSpec(ParallelMode.WEIGHT, 3, 4, None)
+    assert placement == ParamPlacement(shape, INIT, shard=shard, is_hidden=role in HIDDEN)
     assert placement.local_shape == local
 
 
@@ -66,7 +68,7 @@ def test_biases_of_column_linears_are_split_like_the_output(
     mode: str, shape: tuple[int, ...], axis: int, local: tuple[int, ...]
 ) -> None:
     placement = sharding(mode).bias_of("column", shape, INIT, axis)
-    assert placement == ParamPlacement(shape, INIT, over_tensor(axis), is_matrix=False)
+    assert placement == ParamPlacement(shape, INIT, shard=over_tensor(axis), is_matrix=False)
     assert placement.local_shape == local
 
 
@@ -75,7 +77,7 @@ PARTIAL = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_vectors_are_whole_and_partial_where_tokens_are_split(mode: str) -> None:
-    wanted = ParamPlacement((6,), INIT, None, PARTIAL[mode], is_matrix=False)
+    wanted = ParamPlacement((6,), INIT, partial_over=PARTIAL[mode], is_matrix=False)
     assert sharding(mode).replicated((6,), INIT) == wanted
     assert sharding(mode).bias_of("row", (6,), INIT) == wanted
     assert wanted.local_shape == (6,)
@@ -149,7 +151,7 @@ def shards(mode: str) -> dict[str, Any]:
             "norm": ParallelNorm(4, "layernorm", 1e-5),
         }
     return {
-        f"{name} {of}": (parameter.placement.shard, parameter.placement.partial_over)
+        f"{name} {of}": (placement_of(parameter).shard, placement_of(parameter).partial_over)
         for name, layer in layers.items()
         for of, parameter in layer.named_parameters()
     }
@@ -172,7 +174,7 @@ def test_layers_place_what_they_hold_over_the_tensor_group(mode: str) -> None:
 
 
 def test_layers_place_what_they_hold_over_the_weight_group() -> None:
-    split, whole = (Shard(ParallelMode.WEIGHT, 3, 4), None), (None, ParallelMode.WEIGHT)
+    split, whole = (ShardSpec(ParallelMode.WEIGHT, 3, 4), None), (None, ParallelMode.WEIGHT)
     for name, found in shards("isp").items():
         assert found == (whole if "bias" in name or "norm" in name else split), name
 

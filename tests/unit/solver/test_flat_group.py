@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from internlm.core.parallel import ParamPlacement, place
+from internlm.core.parallel.param_state import main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
 from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroupKey
@@ -94,8 +95,8 @@ def test_parameters_keep_their_values_and_become_views(dtype: torch.dtype) -> No
     for (_, parameter, *_), values in zip(parameters, before, strict=True):
         assert torch.equal(parameter, values)
         assert parameter.untyped_storage().data_ptr() == group.values.untyped_storage().data_ptr()
-        assert parameter.main_grad.untyped_storage().data_ptr() == group.grads.untyped_storage().data_ptr()
-        assert parameter.main_grad.shape == parameter.shape
+        assert main_grad_of(parameter).untyped_storage().data_ptr() == group.grads.untyped_storage().data_ptr()
+        assert main_grad_of(parameter).shape == parameter.shape
     group.values.add_(1)
     assert torch.equal(parameters[0][1], before[0] + 1)
 
@@ -124,7 +125,7 @@ def test_half_parameters_have_float32_main_parameters_and_gradients(dtype: torch
     group = group_of(parameters, 1, 2, bucket_size=128, wide_grads=wide_grads)
     assert (group.values.dtype, group.main_parts[0].dtype) == (dtype, torch.float32)
     assert torch.equal(side_by_side(group.main_parts), side_by_side(group.parts_of(group.values)).float())
-    assert group.grads.dtype == parameters[0].parameter.main_grad.dtype == (torch.float32 if wide_grads else dtype)
+    assert group.grads.dtype == main_grad_of(parameters[0].parameter).dtype == (torch.float32 if wide_grads else dtype)
     assert {part.dtype for part in group.grad_parts} == {torch.float32}
     assert (group.grad_parts[0].data_ptr() == group.grads[64:].data_ptr()) == wide_grads
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
+from internlm.core.parallel.param_state import placement_of
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -42,8 +43,8 @@ def clipping(norm: float, **options: Any) -> HybridZeroConfig:
 
 def plain_run(model: nn.Module, adam: AdamConfig, clip: float) -> list[float]:
     """Train ``model`` with torch's own optimizer; the norms before clipping."""
-    matrices = [p for p in model.parameters() if p.placement.is_matrix]
-    others = [p for p in model.parameters() if not p.placement.is_matrix]
+    matrices = [p for p in model.parameters() if placement_of(p).is_matrix]
+    others = [p for p in model.parameters() if not placement_of(p).is_matrix]
     decay = adam.weight_decay if adam.decay_norm_and_bias else 0.0
     groups = [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": others, "weight_decay": decay}]
     optimizer = torch.optim.AdamW(groups, lr=adam.lr, eps=adam.adam_eps, foreach=False)

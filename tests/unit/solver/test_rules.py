@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
 from internlm.core.parallel import place_replicated
+from internlm.core.parallel.param_state import main_grad_of
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.muon import orthogonal
 from internlm.solver.optimizer.param_groups import build_param_groups
@@ -44,7 +45,7 @@ def trained(**options: Any) -> Matrices:
     for step in range(STEPS):
         optimizer.zero_grad()
         for weight, gradient in zip(model.weights, gradients(model, step), strict=True):
-            weight.main_grad.copy_(gradient)
+            main_grad_of(weight).copy_(gradient)
         optimizer.step(1e-2, 0.9)
     return model
 
@@ -107,7 +108,7 @@ def test_clipping_of_two_types(first: torch.dtype) -> None:
         weight.data = weight.data.to(other if number else first)
     optimizer = HybridZeroOptimizer(model, ADAM, HybridZeroConfig(clip_grad_norm=0.5))
     for weight in model.weights:
-        weight.main_grad.fill_(2.0)
+        main_grad_of(weight).fill_(2.0)
     norm = optimizer.step(1e-2, 0.9).grad_norm
     for flat in optimizer.groups:
         moment = optimizer.state_of(flat)["exp_avg"][0].item()
