@@ -6,23 +6,28 @@ What a part of the model sends: a table of collectives, and the tensors that the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
-from internlm.core.parallel.ledger import Ledger, Traffic
+from internlm.core.parallel.ledger import Collective, Ledger, Traffic
 from internlm.costs.symbols import Symbols
 from internlm.ops.cross_entropy import default_chunk_tokens
 
-AG, RS, AR, A2A = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
-SEND, REDUCE, BROADCAST = "send", "reduce", "broadcast"
+AG: Final = "all-gather"
+RS: Final = "reduce-scatter"
+AR: Final = "all-reduce"
+A2A: Final = "all-to-all"
+SEND: Final = "send"
+REDUCE: Final = "reduce"
+BROADCAST: Final = "broadcast"
 
 
 class Call(NamedTuple):
     """One collective, and the bytes that a rank sends by it."""
 
     mode: ParallelMode
-    collective: str
+    collective: Collective
     sent: int
 
 
@@ -33,7 +38,7 @@ class Passes(NamedTuple):
     backward: list[Call]
 
 
-def calls_of(group: Group, collective: str, whole: int) -> list[Call]:
+def calls_of(group: Group, collective: Collective, whole: int) -> list[Call]:
     """One collective on a tensor of ``whole`` bytes, as a list; of a group of one rank, none."""
     n, passes = group.size, 2 if collective == AR else 1
     return [Call(group.mode, collective, passes * (n - 1) * whole // n)] if n > 1 else []
@@ -54,7 +59,7 @@ def count_calls(calls: Iterable[Call]) -> Traffic:
 
 #: Collectives forward and backward by mode and role (a role says what a layer is to the modes, see
 #: :mod:`internlm.core.parallel.sharding`); which tensor they are on is told by the function of the part.
-TABLE: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+TABLE: dict[tuple[str, str], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
     ("mtp", "column"): ((), (AR,)),
     ("mtp", "row"): ((AR,), ()),
     ("mtp", "embedding"): ((AR,), ()),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from internlm.config import Config
-from internlm.core.parallel.ledger import Entry, summed
+from internlm.core.parallel.ledger import Entry, sum_traffic
 from internlm.costs import expected_traffic
 from internlm.verify.record import RankRecord
 from internlm.verify.tensors import Assembled, Disagreement, Trace, assemble, relative, relative_l2, trace
@@ -86,7 +86,7 @@ def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> 
     ]
     pairs = list(zip(record.traffic, steps, strict=True))
     if config.hybrid_zero_optimizer.overlap_sync_param:
-        pairs = [(summed(record.traffic), summed(steps))]
+        pairs = [(sum_traffic(record.traffic), sum_traffic(steps))]
     for step, (counted, expected) in enumerate(pairs, 1):
         for mode, collective in sorted({*counted, *expected}, key=str):
             pair = (each.get((mode, collective), Entry()) for each in (counted, expected))

@@ -16,7 +16,7 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.fully_sharded import local_shard
-from internlm.core.parallel.ledger import LEDGER, Traffic, summed
+from internlm.core.parallel.ledger import LEDGER, Traffic, sum_traffic
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.trainer import StepReport, Trainer
@@ -161,7 +161,7 @@ class _Meter:
         """What the last step has put off."""
         before = LEDGER.snapshot()
         self.trainer.optimizer.gather_parameters()
-        self.traffic[-1] = summed([self.traffic[-1], LEDGER.since(before)])
+        self.traffic[-1] = sum_traffic([self.traffic[-1], LEDGER.since(before)])
 
     def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch, labels in batches:

@@ -1,14 +1,11 @@
-"""Two collectives of gloo's, made of its faster ones.
+"""Collectives over a process group, counted by the ledger.
 
-gloo reduce-scatters by reducing everything everywhere, and gathers through a buffer: it takes two to three times as
-long as an exchange of the parts, which every rank sums for itself, and as a broadcast by each rank. See
-doc/performance.md. What is sent is the same.
+Each has two forms: ``begin_NAME`` starts it and returns a :class:`Pending` to wait for, ``NAME`` also waits.
+:func:`exchange` makes a differentiable function out of two of them. A group of one rank communicates nothing: its
+collectives return their argument.
 
-Collectives over a group, counted by the ledger; a group of one rank costs nothing.
-
-Each comes in two forms: ``begin_…`` returns at once what can be waited for, the plain one waits.
-
-One differentiable step between ranks, from what it does forward and what it does with the gradient.
+Names throughout: ``whole`` is the tensor of the whole group, [n · rows, …] of n ranks, and ``shard`` this rank's part
+of its first dimension, [rows, …].
 """
 
 from __future__ import annotations
@@ -25,76 +22,40 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import LEDGER
 
 
-class WorkList:
-    """Several that are waited for together."""
-
-    def __init__(self, works: Sequence[dist.Work]) -> None:
-        self.works = works
-
-    def is_completed(self) -> bool:
-        """Whether there is nothing to wait for."""
-        return all(work.is_completed() for work in self.works)
-
-    def wait(self) -> None:
-        """All of them are done."""
-        for work in self.works:
-            work.wait()
-
-
-class GlooReduceScatter:
-    """The parts of a sum that are on their way; ``shard`` becomes it when they are waited for."""
-
-    def __init__(self, shard: Tensor, whole: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
-        self.shard, self.parts = shard, torch.empty_like(whole).view(ranks, *shard.shape)
-        self.work = dist.all_to_all_single(self.parts.view_as(whole), whole, group=group, async_op=True)
-
-    def is_completed(self) -> bool:
-        """Whether the parts are there."""
-        return bool(self.work.is_completed())
-
-    def wait(self) -> None:
-        """In the order of the ranks, so that the sum is the same each time."""
-        self.work.wait()
-        torch.sum(self.parts, 0, out=self.shard)
-
-
-def gloo_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None, rank: int, ranks: int) -> WorkList:
-    """Begin to put the shards side by side in ``whole``, each broadcast by the rank that has it."""
-    parts = whole.view(ranks, *shard.shape)
-    if parts[rank].data_ptr() != shard.data_ptr():
-        parts[rank].copy_(shard)
-    return WorkList([dist.broadcast(part, group=group, group_src=i, async_op=True) for i, part in enumerate(parts)])
-
-
 class Work(Protocol):
-    """What can be waited for."""
+    """A running collective, as ``torch.distributed`` returns it."""
 
-    def is_completed(self) -> bool: ...
+    def is_completed(self) -> bool:
+        """Whether the collective has completed, without blocking."""
 
-    def wait(self) -> object: ...
+    def wait(self) -> object:
+        """Block until the collective has completed."""
 
 
 class Pending:
-    """A tensor that may still be on its way."""
+    """The result of a collective that may still be running."""
 
     def __init__(self, result: Tensor, work: Work | None = None) -> None:
         self._result, self._work = result, work
 
     def release_if_completed(self) -> None:
-        """Give up what it needs to come, if it is there."""
+        """Finish a completed collective without blocking, so that the buffers that its work keeps are freed."""
         if self._work is not None and self._work.is_completed():
             self.wait()
 
     def wait(self) -> Tensor:
-        """The tensor, once it is there."""
+        """Block until the result is complete and return it. On CUDA, only the current stream waits."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         return self._result
 
 
+# -- collectives that run while something else is computed ------------------------------------------------------------
+
+
 def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Begin to sum ``tensor`` over the group, in place."""
+    """Start to reduce ``tensor`` over the group, in place."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "all-reduce", 2 * (group.size - 1) * tensor.nbytes // group.size)
@@ -102,8 +63,13 @@ def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType =
 
 
 def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Pending:
-    """Begin to sum ``whole`` over the group; this rank's part of the first dimension is the result, in ``shard`` where
-    that is given (which may be a view of ``whole``)."""
+    """Start to sum ``whole`` over the group and keep this rank's part.
+
+    Args:
+        whole: [n · rows, …].
+        group: n ranks.
+        shard: where to put the result, [rows, …]; may be a view of ``whole``. Default: a new tensor.
+    """
     if group.size == 1:
         return Pending(whole if shard is None or shard.data_ptr() == whole.data_ptr() else shard.copy_(whole))
     if shard is None:
@@ -116,8 +82,13 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
 
 
 def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Pending:
-    """Begin to put the shards of the group side by side, along the first dimension; in ``whole`` where that is given
-    (of which ``shard`` may be a view)."""
+    """Start to concatenate the shards of the group along the first dimension.
+
+    Args:
+        shard: [rows, …], of the same shape on every rank.
+        group: n ranks.
+        whole: where to put the result, [n · rows, …]; ``shard`` may be a view of it. Default: a new tensor.
+    """
     if group.size == 1:
         return Pending(shard if whole is None or shard.data_ptr() == whole.data_ptr() else whole.copy_(shard))
     if whole is None:
@@ -130,7 +101,7 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
 
 
 def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Begin to sum ``tensor`` over the group, in place on its rank ``root``; elsewhere it is of no use then."""
+    """Start to sum ``tensor`` over the group, in place on its rank ``root``; other ranks must not read it after."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes)
@@ -138,53 +109,63 @@ def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Begin to make ``tensor`` what it is on rank ``root`` of the group, in place."""
+    """Start to copy ``tensor`` of the group's rank ``root`` into that of every other rank."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0)
     return Pending(tensor, dist.broadcast(tensor, group=group.handle, group_src=root, async_op=True))
 
 
-def begin_all_to_all(parts: Tensor, group: Group) -> Pending:
-    """Begin to send ``parts[i]`` to rank i; the result holds what each rank sent here. ``parts``: [size, ...]."""
+def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
+    """Start to send ``slices[i]`` to rank i, [n, …]; row i of the result is what rank i sent here."""
     if group.size == 1:
-        return Pending(parts)
-    LEDGER.record(group.mode, "all-to-all", (group.size - 1) * parts.nbytes // group.size)
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    work = dist.all_to_all_single(received, parts.contiguous(), group=group.handle, async_op=True)
+        return Pending(slices)
+    LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size)
+    received = torch.empty_like(slices, memory_format=torch.contiguous_format)
+    work = dist.all_to_all_single(received, slices.contiguous(), group=group.handle, async_op=True)
     return Pending(received, work)
 
 
+# -- collectives that block -------------------------------------------------------------------------------------------
+
+
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Sum ``tensor`` over the group, in place."""
+    """Reduce ``tensor`` over the group, in place."""
     return begin_all_reduce(tensor, group, op).wait()
 
 
 def reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Tensor:
-    """Sum ``whole`` over the group; this rank's part of it."""
+    """Sum ``whole`` over the group and return this rank's part: [n · rows, …] → [rows, …]."""
     return begin_reduce_scatter(whole, group, shard).wait()
 
 
 def all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Tensor:
-    """The shards of the group side by side."""
+    """Concatenate the shards of the group: [rows, …] → [n · rows, …]."""
     return begin_all_gather(shard, group, whole).wait()
 
 
-def all_to_all(parts: Tensor, group: Group) -> Tensor:
-    """What each rank of the group sent here."""
-    return begin_all_to_all(parts, group).wait()
+def all_to_all(slices: Tensor, group: Group) -> Tensor:
+    """Send ``slices[i]`` to rank i and return what each rank sent here: [n, …] → [n, …]."""
+    return begin_all_to_all(slices, group).wait()
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
-    """Make ``tensor`` what it is on the first rank of the group, in place."""
+    """Copy ``tensor`` of the group's first rank into that of every other rank."""
     return begin_broadcast(tensor, group, 0).wait()
 
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
 
 Step = Callable[[Tensor], Tensor]
 
 
 def exchange(x: Tensor, forward: Step, backward: Step) -> Tensor:
-    """``forward(x)``, whose gradient is ``backward`` of the gradient of the result."""
+    """Apply ``forward`` to ``x``, and ``backward`` to the gradient of the result.
+
+    The pairs that tensor parallelism needs (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Korthikanti et al. 2022,
+    arXiv 2205.05198, section 4.2) are each other's transposes: an identity and an all-reduce, an all-gather and a
+    reduce-scatter.
+    """
     y: Tensor = _Exchange.apply(x, forward, backward)
     return y
 
@@ -194,9 +175,59 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, forward: Step, backward: Step) -> Tensor:
         ctx.backward_step = backward
         y = forward(x)
+        # Autograd treats an input that is returned as modified in place; a view of it is an output of its own.
         return y.view_as(y) if y is x else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return ctx.backward_step(dy), None, None
+
+
+# -- gloo -------------------------------------------------------------------------------------------------------------
+
+# gloo implements reduce-scatter as an all-reduce of everything, and all-gather through a second buffer. An all-to-all
+# whose slices each rank sums itself, and a broadcast from each rank, send the same bytes in a third to half of the time
+# (doc/performance.md).
+
+
+class GlooReduceScatter:
+    """A running reduce-scatter that is made of an all-to-all; ``wait`` sums the slices into ``shard``."""
+
+    def __init__(self, shard: Tensor, whole: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
+        self.shard, self.slices = shard, torch.empty_like(whole).view(ranks, *shard.shape)
+        self.work = dist.all_to_all_single(self.slices.view_as(whole), whole, group=group, async_op=True)
+
+    def is_completed(self) -> bool:
+        """Whether all slices have arrived."""
+        return bool(self.work.is_completed())
+
+    def wait(self) -> None:
+        """Block until all slices have arrived and sum them in rank order, so that every run rounds alike."""
+        self.work.wait()
+        # Not earlier: ``shard`` may be a view of ``whole``, which is sent until then.
+        torch.sum(self.slices, 0, out=self.shard)
+
+
+class WorkList:
+    """Several running collectives that are waited for together."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self.works = works
+
+    def is_completed(self) -> bool:
+        """Whether all of them have completed."""
+        return all(work.is_completed() for work in self.works)
+
+    def wait(self) -> None:
+        """Block until all of them have completed."""
+        for work in self.works:
+            work.wait()
+
+
+def gloo_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None, rank: int, ranks: int) -> WorkList:
+    """Start an all-gather that is made of one broadcast by each rank."""
+    slices = whole.view(ranks, *shard.shape)
+    if slices[rank].data_ptr() != shard.data_ptr():
+        slices[rank].copy_(shard)
+    return WorkList([dist.broadcast(slices[i], group=group, group_src=i, async_op=True) for i in range(ranks)])

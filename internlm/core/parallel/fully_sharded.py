@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
-from internlm.core.parallel.ledger import LEDGER
+from internlm.core.parallel.ledger import LEDGER, Collective
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import placed_parameters, set_compute_dtype, set_placement
 from internlm.utils.dtype import wide
@@ -164,7 +164,7 @@ class _Counted:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _count(self, name: str, shard: Tensor) -> None:
+    def _count(self, name: Collective, shard: Tensor) -> None:
         LEDGER.record(self.group.mode, name, (self.group.size - 1) * shard.nbytes)
 
 

@@ -1,78 +1,84 @@
-"""The communication ledger: how often this rank spoke in each :class:`ParallelMode`, and how many bytes it sent.
+"""The communication ledger: calls of each collective in each :class:`ParallelMode`, and the bytes this rank sent.
 
-Counted is what a rank must send at the least, whatever algorithm the backend takes; for a tensor of N bytes over n
-ranks (Chan et al. 2007, table II):
+It counts the bytes that a rank must send at the least, whatever algorithm the backend uses; for a tensor of N bytes
+over n ranks (Chan et al. 2007, "Collective communication: theory, practice, and experience", table II):
 
 =================  ===========================================
 all-gather         (n − 1) · N / n, N being the gathered tensor
 reduce-scatter     (n − 1) · N / n, N being the tensor that is reduced
 all-reduce         2 · (n − 1) · N / n
 all-to-all         (n − 1) · N / n
-broadcast          N on the rank that has it, else 0
-reduce             0 on the rank that wants it, else N
+broadcast          N on the root, else 0
+reduce             0 on the root, else N
+send               N
 =================  ===========================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from internlm.core.context.layout import ParallelMode
 
+Collective: TypeAlias = Literal[
+    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "reduce", "send"
+]
+
 
 class Entry(NamedTuple):
-    """Calls of one collective in one mode, and the bytes that this rank sent by them."""
+    """Calls of one collective in one mode, and the bytes that this rank sent in them."""
 
     calls: int = 0
     sent: int = 0
 
 
 #: Entries by mode and collective, such as ``(ParallelMode.TENSOR, "all-reduce")``.
-Traffic = Mapping[tuple[ParallelMode, str], Entry]
+Traffic = Mapping[tuple[ParallelMode, Collective], Entry]
 
 
 class Ledger:
-    """Counts the collectives of this process."""
+    """Counts of the collectives of this process."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[ParallelMode, str], Entry] = {}
+        self._entries: dict[tuple[ParallelMode, Collective], Entry] = {}
 
-    def record(self, mode: ParallelMode, collective: str, sent: int) -> None:
-        """Count one call."""
+    def record(self, mode: ParallelMode, collective: Collective, sent: int) -> None:
+        """Count one call that sends ``sent`` bytes."""
         calls, before = self._entries.get((mode, collective), (0, 0))
         self._entries[mode, collective] = Entry(calls + 1, before + sent)
 
     def snapshot(self) -> Traffic:
-        """Everything so far."""
+        """Return a copy of the counts so far."""
         return dict(self._entries)
 
     def since(self, earlier: Traffic) -> Traffic:
-        """What came after ``earlier``."""
+        """Return the counts since the snapshot ``earlier``, without rows that did not grow."""
         later = {}
         for key, entry in self._entries.items():
             old = earlier.get(key, Entry())
+            # Compared by calls as well as bytes: a broadcast sends nothing on all ranks but the root.
             if entry != old:
                 later[key] = Entry(entry.calls - old.calls, entry.sent - old.sent)
         return later
 
 
-def summed(parts: Iterable[Traffic]) -> Traffic:
-    """All of them together."""
-    total: dict[tuple[ParallelMode, str], Entry] = {}
-    for part in parts:
-        for key, entry in part.items():
+def sum_traffic(traffics: Iterable[Traffic]) -> Traffic:
+    """Add up calls and bytes by mode and collective."""
+    total: dict[tuple[ParallelMode, Collective], Entry] = {}
+    for traffic in traffics:
+        for key, entry in traffic.items():
             before = total.get(key, Entry())
             total[key] = Entry(before.calls + entry.calls, before.sent + entry.sent)
     return total
 
 
-#: The ledger of this process.
+#: The ledger of this process. One for all models in it: who sends is a process, whatever model it computes.
 LEDGER = Ledger()
 
 
 def format_traffic(traffic: Traffic, steps: int = 1) -> str:
-    """``traffic`` as lines of text, a row for each mode and collective: per step, and in all."""
+    """Format ``traffic`` as a table, a row for each mode and collective: per step, and over all ``steps``."""
     lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MB/step':>11} {'calls':>9} {'MB':>11}"]
     for (mode, collective), entry in sorted(traffic.items(), key=lambda item: (item[0][0].value, item[0][1])):
         mb = entry.sent / 2**20

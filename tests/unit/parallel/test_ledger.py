@@ -1,4 +1,4 @@
-"""The communication ledger: what is counted, and how it is told."""
+"""The communication ledger: what it counts, and its table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_came_since() -> None:
     assert ledger.since({}) == ledger.snapshot()
 
 
-def test_the_table_tells_a_step_and_all() -> None:
+def test_the_table_has_numbers_per_step_and_in_all() -> None:
     mb = 2**20
     traffic = {(WEIGHT, "all-gather"): Entry(6, 12 * mb), (TENSOR, "reduce-scatter"): Entry(3, mb // 2)}
     head, *rows = format_traffic(traffic, steps=4).splitlines()
@@ -68,7 +68,7 @@ def test_the_table_of_a_single_step_and_of_nothing() -> None:
     "collective",
     ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"],
 )
-def test_a_group_of_one_says_nothing(collective: str) -> None:
+def test_a_group_of_one_communicates_nothing(collective: str) -> None:
     before, x = LEDGER.snapshot(), torch.arange(6.0).view(1, 6)
     assert getattr(collectives, collective)(x, Group(TENSOR)) is x
     assert LEDGER.since(before) == {}
@@ -96,7 +96,7 @@ class _Increment:
 
 
 def test_pending_is_finished_once() -> None:
-    """By whoever waits first, or by being settled, if it is there."""
+    """Either by the first wait, or by a release once the work has completed."""
     for done in (False, True):
         tensor = torch.zeros(1)
         pending = collectives.Pending(tensor, _Increment(tensor, done))
