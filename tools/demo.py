@@ -20,8 +20,8 @@ import torch
 
 from internlm import accelerator
 from internlm.accelerator.device import DEVICE_VARIABLE
-from internlm.checkpoint.storage import is_complete, steps_in
-from internlm.checkpoint.weights import load_weights
+from internlm.checkpoint import load_weights
+from internlm.checkpoint.save_folder import is_complete, steps_in
 from internlm.config import load_config
 from internlm.data.tokenizer import load_tokenizer
 from internlm.eval import generate

@@ -1,3 +1,4 @@
-"""Checkpoints: logical tensors, written by every rank, complete only once their commit mark is there."""
+"""Checkpoints: logical tensors, written by all ranks, complete once their commit mark exists."""
 
 from internlm.checkpoint.manager import CheckpointManager as CheckpointManager
+from internlm.checkpoint.manager import load_weights as load_weights

@@ -1,4 +1,7 @@
-"""What a checkpoint holds against what is asked of it, before anything is changed."""
+"""Compare a checkpoint with the run that is to load it, before anything is changed.
+
+Every function yields a :class:`Problem` for each difference, so that all of them are reported together.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,29 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from internlm.checkpoint.logical import Logical
+from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
 
-#: Fields of the ``model`` section that shape the parameters or what they mean.
+#: Fields of the ``model`` section that shape the parameters or their meaning.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
     "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "qk_interleaved",
     "tie_word_embeddings",
 )  # fmt: skip
 
-#: Fields of the ``data`` section that say which samples a row holds.
+#: Fields of the ``data`` section that decide which samples a row holds.
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 
 FROM_WEIGHTS = "To start from the weights alone, set ckpt.auto_resume=False and load content=('model',)"
 WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
 
 
+# -- configs
+
+
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """A problem for each field of the architecture in which two resolved configs differ."""
+    """Compare the architectures of two resolved configs, field by field."""
     fields = [("model_type", saved.get("model_type"), now.get("model_type"))]
     fields += [(f"model.{key}", saved.get("model", {}).get(key), now.get("model", {}).get(key)) for key in ARCHITECTURE]
     for key, then, wanted in fields:
@@ -36,7 +42,7 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
 
 
 def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """A problem where the parameters' type differs, on which it depends what optimizer state there is."""
+    """Compare ``model.dtype``: half precision has main parameters in the optimizer's state, fp32 has none."""
     then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
     if torch_dtype(then) != torch_dtype(wanted):
         what = f"{wanted!r}, but {folder} was saved with {then!r}"
@@ -44,7 +50,7 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """A problem for each fact in which the next samples would not be those that follow the saved position."""
+    """Compare what decides the samples of a row: the data, the seed, and the keys in :data:`ROWS`."""
     if saved.get("data") != now.get("data"):
         what = (
             f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
@@ -58,11 +64,14 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
             yield Problem(name, what, f"Set it back. {WITHOUT_SAMPLER}")
 
 
+# -- tensors and files
+
+
 def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
-    """A problem for each file that is shorter than what lies in it, or gone."""
+    """Find files that are missing, or shorter than the tensors they are to contain."""
     ends: dict[str, int] = {}
-    for place in (metadata.storage_data or {}).values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for entry in (metadata.storage_data or {}).values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, end in ends.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else 0
@@ -70,42 +79,41 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
             yield Problem(str(path), f"{size} bytes, its index says {end}", "Choose an older checkpoint")
 
 
-def missing_tensors(folder: str, metadata: Metadata, wanted: Logical) -> Iterator[Problem]:
-    """A problem for each wanted tensor that the checkpoint lacks or has in another shape."""
-    there = metadata.state_dict_metadata
+def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
+    """Find wanted tensors that the checkpoint lacks, or has in another shape."""
     for name, tensor in wanted.items():
-        found = there.get(name)
+        found = metadata.state_dict_metadata.get(name)
+        todo = FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"
         if not isinstance(found, TensorStorageMetadata):
-            yield Problem(f"{folder}: {name}", "is missing", _todo(name))
+            yield Problem(f"{folder}: {name}", "is missing", todo)
         elif found.size != tensor.global_shape:
-            shapes = f"has shape {list(found.size)}, the model wants {list(tensor.global_shape)}"
+            shapes = f"expected shape {list(tensor.global_shape)}, got {list(found.size)}"
             yield Problem(f"{folder}: {name}", shapes, "Use the config of the checkpoint")
 
 
 def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """A problem for each parameter of the checkpoint that the model lacks, on all ranks."""
+    """Find parameters of the checkpoint that the model lacks on every rank."""
     for name in metadata.state_dict_metadata:
         if name.startswith("model/") and name not in wanted:
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """A problem for each kind of state that the optimizer had, and has no longer, for parameters that it still trains:
-    what is left of it would mean something else now."""
+    """Find optimizer state that the checkpoint has, and the run does not, of a parameter that both train.
+
+    Dropping it would load the remaining moments into an optimizer in which they mean something else: Lion's momentum
+    and AdamW's first moment have the same name.
+    """
     states: dict[str, set[str]] = {}
     for name in metadata.state_dict_metadata:
-        what, _, rest = name.partition("/")
-        if what == "optimizer":
+        section, _, rest = name.partition("/")
+        if section == "optimizer":
             state, _, parameter = rest.partition("/")
             states.setdefault(state, set()).add(parameter)
-    trained = {each for state, held in states.items() for each in held if f"optimizer/{state}/{each}" in wanted}
-    for state, held in states.items():
-        if left := sorted(each for each in held & trained if f"optimizer/{state}/{each}" not in wanted):
+    trained = {name for state, names in states.items() for name in names if f"optimizer/{state}/{name}" in wanted}
+    for state, names in states.items():
+        if left := sorted(name for name in names & trained if f"optimizer/{state}/{name}" not in wanted):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             what = f"is there for {left[0]!r}{more}, for which there is no such state now"
             todo = f"Set optimizer and use_fp32_norm as they were. {FROM_WEIGHTS}"
             yield Problem(f"{folder}: optimizer/{state}", what, todo)
-
-
-def _todo(name: str) -> str:
-    return FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"

@@ -1,7 +1,11 @@
 """Saving and resuming.
 
-A save, in phases: every rank writes the boxes it holds; rank 0 writes ``state.json``; then, last of all, the commit
-mark. A folder without the mark is an unfinished save and is never loaded.
+Phases of a save: (1) every rank writes the slices that it owns, (2) rank 0 writes ``state.json``, (3) rank 0 writes the
+commit mark. A folder without the mark is an unfinished save and is never loaded.
+
+Phases of a load: (1) every rank compares the checkpoint with what it is to load, (2) all ranks exchange the problems
+found and raise all of them, (3) tensors are read into the memory of the model and the optimizer, (4) the rest of the
+state is restored. Nothing is changed before (3), so a refused checkpoint leaves a usable run.
 """
 
 from __future__ import annotations
@@ -13,24 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
-from internlm.checkpoint import compatibility, storage
-from internlm.checkpoint.logical import (
-    Logical,
-    LogicalLoadPlanner,
-    LogicalSavePlanner,
+from internlm.checkpoint import compatibility, save_folder
+from internlm.checkpoint.logical_tensors import (
     LogicalTensor,
+    LogicalTensors,
     model_tensors,
     optimizer_tensors,
     without_rounded,
 )
-from internlm.checkpoint.storage import PlainWriter, SafeReader
+from internlm.checkpoint.tensor_files import SafeReader, read_tensors, write_tensors
 from internlm.config.schema import CkptConfig
 from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
@@ -40,35 +39,46 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: What ``content=("all",)`` means.
-ALL = {"model", "optimizer", "scheduler", "sampler"}
-#: What resuming reads of the state file.
+#: Meaning of ``content=("all",)``. Random streams have no word of their own: they are loaded with everything else.
+ALL = frozenset({"model", "optimizer", "scheduler", "sampler"})
+#: Keys of the state file that loading reads.
 STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
-    """What the trainer knows about its progress."""
+    """The progress of a run, as counted by the trainer."""
 
     step: int
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters, as JSON."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters."""
 
 
 class Sampler(Protocol):
-    """What knows which samples come next, and can go on from there."""
+    """The order of samples: gives the position in it, and continues from one."""
 
-    def position(self, step: int) -> Position: ...
+    def position(self, step: int) -> Position:
+        """Return the position before ``step``."""
 
-    def resume(self, position: Position) -> None: ...
+    def resume(self, position: Position) -> None:
+        """Continue from a saved position."""
 
 
 class CheckpointManager:
-    """Saves every ``checkpoint_every`` steps and at ``total_steps``; resumes from the newest complete checkpoint.
+    """Save every ``checkpoint_every`` steps and at ``total_steps``; resume from the newest complete checkpoint.
 
-    ``run_info`` (JSON) is saved with each checkpoint: resolved ``config``, ``data`` fingerprint and ``seed``.
-    They are compared on loading.
+    Args:
+        config: the ``ckpt`` section.
+        model: the model of this rank, with a placement for each parameter.
+        optimizer: its optimizer.
+        streams: the random streams of this rank.
+        total_steps: the last step of the run, at which it is saved in any case.
+        run_info: JSON saved with each checkpoint and compared on loading: the resolved ``config``, the fingerprint of
+            the ``data`` and the ``seed``.
+        sampler: the training loader.
     """
 
     def __init__(
@@ -84,12 +94,15 @@ class CheckpointManager:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
         self.model, self.optimizer, self.streams = model, optimizer, streams
         self.sampler = sampler
-        self.root = storage.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
+        self.root = save_folder.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.last_saved = -1
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
-        """Save if it is time to, or if ``force``; whether it was done. All ranks must call it in the same step."""
+        """Save if the step is due, or if ``force``; return whether it was saved.
+
+        Collective: all ranks must call it in the same step.
+        """
         every = self.config.checkpoint_every
         due = force or state.step == self.total_steps or (every is not None and state.step % every == 0)
         if not (due and self.config.enable_save_ckpt) or state.step == self.last_saved:
@@ -98,13 +111,18 @@ class CheckpointManager:
         return True
 
     def save(self, state: Resumable) -> Path:
-        """Write ``step-N`` and return its folder."""
+        """Write ``step-N`` and return its folder; collective.
+
+        Raises:
+            CheckpointError: a rank can't write. The unfinished folder is removed, and older ones are untouched.
+        """
         assert self.root is not None, "the config's rules demand a folder where saving is on"
-        target = storage.step_folder(self.root, state.step)
+        target = save_folder.step_folder(self.root, state.step)
+        # With overlap_sync_param the all-gather of the last update may still be running.
         self.optimizer.gather_parameters()
         self._on_first_rank(lambda: _make_empty(target))
         try:
-            _write(target, self._tensors())
+            write_tensors(target, self._tensors())
             self._on_first_rank(lambda: self._commit(target, state))
         except CheckpointError:
             self._on_first_rank(lambda: shutil.rmtree(target, ignore_errors=True))
@@ -113,30 +131,31 @@ class CheckpointManager:
         log_first(f"saved {target}")
         return target
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> LogicalTensors:
         return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
 
-    def _random_tensors(self) -> Logical:
-        """``rng/<rank>/<stream>``: each rank's random streams."""
-        tensors: Logical = {}
-        for name, value in self.streams.state_dict().items():
-            tensors[f"rng/{dist.get_rank()}/{name}"] = _whole(value)
-        return tensors
+    def _random_tensors(self) -> LogicalTensors:
+        """Return ``rng/<rank>/<stream>``: the random streams, the only content that belongs to a rank."""
+        return {
+            f"rng/{dist.get_rank()}/{name}": LogicalTensor.whole(value)
+            for name, value in self.streams.state_dict().items()
+        }
 
     def _commit(self, target: Path, state: Resumable) -> None:
+        """Write the state, then the mark: its presence proves that everything before it reached the disk."""
         content = {
-            "format": storage.FORMAT,
+            "format": save_folder.FORMAT,
             "train_state": state.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
             **self.run_info,
         }
-        storage.write_durably(target / storage.STATE_FILE, storage.to_text(content))
-        storage.write_durably(target / storage.COMMIT_FILE, "")
+        save_folder.write_durably(target / save_folder.STATE_FILE, save_folder.to_text(content))
+        save_folder.write_durably(target / save_folder.COMMIT_FILE, "")
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Let rank 0 act while the others wait; its failure is everybody's."""
+        """Run ``action`` on rank 0 while the others wait; if it fails, raise on all ranks."""
         failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -149,7 +168,13 @@ class CheckpointManager:
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable) -> str:
-        """Load what the config says to start from, into the model, the optimizer and ``state``; say what was taken."""
+        """Load the checkpoint that the config says to start from, if any; return a message that names it.
+
+        The newest complete checkpoint of ``save_ckpt_folder`` comes first, then ``load_ckpt_info``. Collective.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the run, is damaged, or the folder is not writable.
+        """
         if self.config.enable_save_ckpt:
             self._on_first_rank(self._prepare_root)
         newest = self._newest() if self.config.auto_resume else None
@@ -158,7 +183,7 @@ class CheckpointManager:
             message = f"resumed from {newest} at step {state.step}"
         elif self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
-            self.load(storage.local_path(info.path), state, info.content)
+            self.load(save_folder.local_path(info.path), state, info.content)
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
         else:
             message = "nothing to resume; starting from step 0"
@@ -168,12 +193,13 @@ class CheckpointManager:
         return message
 
     def _newest(self) -> Path | None:
-        """The newest complete checkpoint; every rank takes rank 0's word for it."""
+        """Find the newest complete checkpoint."""
+        # Rank 0 decides for all: on a network file system, ranks may see a new folder at different times.
         choice: list[str | None] = [None]
 
         def choose() -> None:
-            for _, path in storage.steps_in(self.root) if self.root else ():
-                if storage.is_complete(path):
+            for _, path in save_folder.steps_in(self.root) if self.root else ():
+                if save_folder.is_complete(path):
                     choice[0] = str(path)
                     break
                 log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
@@ -183,82 +209,119 @@ class CheckpointManager:
         return Path(choice[0]) if choice[0] else None
 
     def _prepare_root(self) -> None:
-        """Find out now, not at the first save, whether the folder can be written, and whether it is another run's."""
+        """Check now, rather than at the first save, that the folder is writable and belongs to no other run."""
         assert self.root is not None, "the config's rules demand a folder where saving is on"
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.root):
             pass
-        there = [path.name for _, path in storage.steps_in(self.root)]
-        if there and not self.config.auto_resume:
+        existing = [path.name for _, path in save_folder.steps_in(self.root)]
+        if existing and not self.config.auto_resume:
             log.warning(
-                f"{self.root} holds {', '.join(there[:3])} of an earlier run, which this one does not resume "
+                f"{self.root} holds {', '.join(existing[:3])} of an earlier run, which this one does not resume "
                 "(ckpt.auto_resume is False) and will mix with: choose another ckpt.save_ckpt_folder"
             )
 
     def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
-        """Load ``content`` from ``source``; everything is compared, on all ranks, before anything is changed on any."""
-        wants = set(ALL) if "all" in content else set(content)
-        self.optimizer.gather_parameters()  # what is still on its way shall not come after what is loaded
+        """Load ``content`` from the checkpoint folder ``source``; collective.
+
+        Raises:
+            CheckpointError: ``source`` does not fit on some rank. It is raised on all ranks, and nothing is changed.
+        """
+        wanted = set(ALL) if "all" in content else set(content)
+        # An all-gather that is still running would overwrite loaded parameters with old ones.
+        self.optimizer.gather_parameters()
         reader = SafeReader(source)
-        tensors = self._wanted_tensors(wants)
-        known = _known_to_any_rank(tensors)
+        tensors = self._wanted_tensors(wanted)
+        known = _names_on_all_ranks(tensors)
         with _failing_together():
-            saved, metadata = storage.read_state(source, STATE_KEYS), reader.read_metadata()
-            problems = list(self._problems(source, saved, metadata, tensors, known, wants))
+            saved, metadata = save_folder.read_state(source, STATE_KEYS), reader.read_metadata()
+            problems = [
+                *self._tensor_problems(str(source), saved, metadata, tensors, known, wanted),
+                *(compatibility.other_samples(str(source), saved, self.run_info) if "sampler" in wanted else ()),
+                *compatibility.damaged_files(source, metadata),
+            ]
             if problems:
                 raise CheckpointError(*problems)
-        if wants == ALL:
+        if wanted == ALL:
+            # On another number of ranks some streams are missing; those keep the states that the seed gave them.
             streams = self._random_tensors()
             tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
-        _read(source, reader, without_rounded(tensors))
-        self._adopt(saved, tensors, state, wants)
+        read_tensors(source, reader, without_rounded(tensors))
+        self._restore(saved, tensors, state, wanted)
 
-    def _wanted_tensors(self, wants: set[str]) -> Logical:
-        tensors = model_tensors(self.model) if "model" in wants else {}
-        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wants else {})}
+    def _wanted_tensors(self, wanted: set[str]) -> LogicalTensors:
+        tensors = model_tensors(self.model) if "model" in wanted else {}
+        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wanted else {})}
 
-    def _problems(
+    def _tensor_problems(
         self,
-        source: Path,
+        source: str,
         saved: dict[str, Any],
         metadata: Metadata,
-        tensors: Logical,
+        tensors: LogicalTensors,
         known: set[str],
-        wants: set[str],
+        wanted: set[str],
     ) -> Iterator[Problem]:
-        """What stands in the way. Of a model of another kind no tensors are listed beside. ``known``: names that any
-        rank wants."""
-        name, then, now = str(source), saved["config"], self.run_info["config"]
-        other_kind = list(compatibility.other_architecture(name, then, now))
-        other_kind += compatibility.other_dtype(name, then, now) if "optimizer" in wants else []
-        yield from other_kind
-        if not other_kind:
-            yield from compatibility.missing_tensors(name, metadata, tensors)
-            yield from compatibility.unexpected_tensors(name, metadata, known) if "model" in wants else ()
-            yield from compatibility.other_states(name, metadata, known) if "optimizer" in wants else ()
-        yield from compatibility.other_samples(name, saved, self.run_info) if "sampler" in wants else ()
-        yield from compatibility.damaged_files(source, metadata)
+        """Compare architectures, and tensors only where those agree: else every tensor would be one more problem.
 
-    def _adopt(self, saved: dict[str, Any], tensors: Logical, state: Resumable, wants: set[str]) -> None:
-        """Put what does not lie in the model's and optimizer's own memory where it belongs."""
-        if "optimizer" in wants:
+        Args:
+            source: checkpoint, for messages.
+            saved: its state file.
+            metadata: its tensors.
+            tensors: tensors that this rank wants.
+            known: names of tensors that any rank wants.
+            wanted: content to load.
+        """
+        then, now = saved["config"], self.run_info["config"]
+        problems = list(compatibility.other_architecture(source, then, now))
+        problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
+        yield from problems
+        if not problems:
+            yield from compatibility.missing_tensors(source, metadata, tensors)
+            yield from compatibility.unexpected_tensors(source, metadata, known) if "model" in wanted else ()
+            yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
+
+    def _restore(self, saved: dict[str, Any], tensors: LogicalTensors, state: Resumable, wanted: set[str]) -> None:
+        """Restore what was not read straight into the memory of the model and the optimizer."""
+        if "optimizer" in wanted:
             self.optimizer.load_state_dict(saved["optimizer"])
-            if "model" not in wants:
+            if "model" not in wanted:
                 self.optimizer.copy_main_to_model_params()
         else:
+            # Main parameters still hold the initial values; the first update would write them back to the model.
             self.optimizer.copy_model_to_main_params()
-        if wants & {"scheduler", "sampler"}:
+        if wanted & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
-        if "sampler" in wants:
+        if "sampler" in wanted:
             self.sampler.resume(Position(*saved["sampler"]))
-        self.last_saved = state.step if wants == ALL else -1
+        self.last_saved = state.step if wanted == ALL else -1  # what was just loaded need not be saved again
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
 
 
-def _known_to_any_rank(tensors: Logical) -> set[str]:
-    """Names of what this rank wants, or, of a pipeline, another stage."""
+def load_weights(model: nn.Module, source: Path) -> None:
+    """Load the parameters of ``model`` from a checkpoint folder ``step-N``, without a process group.
+
+    Raises:
+        CheckpointError: the folder is not a complete checkpoint, or does not fit the model.
+    """
+    save_folder.read_state(source)
+    reader = SafeReader(source)
+    tensors = model_tensors(model)
+    metadata = reader.read_metadata()
+    problems = [
+        *compatibility.missing_tensors(str(source), metadata, tensors),
+        *compatibility.unexpected_tensors(str(source), metadata, tensors),
+        *compatibility.damaged_files(source, metadata),
+    ]
+    if problems:
+        raise CheckpointError(*problems)
+    read_tensors(source, reader, tensors, collective=False)
+
+
+def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
+    """Gather the names that any rank wants: a pipeline stage wants only its own layers."""
     names: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(names, list(tensors))
     return {name for rank in names for name in rank}
@@ -266,7 +329,10 @@ def _known_to_any_rank(tensors: Logical) -> set[str]:
 
 @contextmanager
 def _failing_together() -> Iterator[None]:
-    """What any rank finds within the block is raised on all, so that nobody waits for one that has given up."""
+    """Raise the problems that any rank finds within the block on all ranks.
+
+    Otherwise the ranks that found none would block in the next collective until its timeout.
+    """
     found: tuple[Problem, ...] = ()
     try:
         yield
@@ -279,40 +345,14 @@ def _failing_together() -> Iterator[None]:
 
 
 def _make_empty(target: Path) -> None:
-    """A new folder; what an unfinished save left there is removed, the mark of a complete one first."""
-    (target / storage.COMMIT_FILE).unlink(missing_ok=True)
+    """Make a new folder; remove what an unfinished save left there."""
+    # The mark goes first: if the removal is interrupted, the rest must not pass for a complete checkpoint.
+    (target / save_folder.COMMIT_FILE).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
 
 
-def _whole(value: Tensor) -> LogicalTensor:
-    tensor = LogicalTensor(tuple(value.shape), value.dtype)
-    tensor.add((0,) * value.dim(), value)
-    return tensor
-
-
-def _write(target: Path, tensors: dict[str, Any]) -> None:
-    try:
-        dcp.save(tensors, storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
-    except CheckpointException as error:
-        problem = Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")
-        raise CheckpointError(problem) from None
-
-
-def _read(source: Path, reader: SafeReader, tensors: Logical) -> None:
-    try:
-        with torch.no_grad():
-            dcp.load(dict(tensors), storage_reader=reader, planner=LogicalLoadPlanner())
-    except CheckpointException as error:
-        problem = Problem(str(source), f"can't be read ({_causes(error)})", "Choose an older one")
-        raise CheckpointError(problem) from None
-
-
-def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-
-
 def log_first(message: str) -> None:
-    """Log on rank 0 alone."""
+    """Log on rank 0 only."""
     if dist.get_rank() == 0:
         log.info(message)

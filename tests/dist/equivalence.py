@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.checkpoint.logical import Logical, model_tensors, optimizer_tensors
+from internlm.checkpoint.logical_tensors import LogicalTensors, model_tensors, optimizer_tensors
 from internlm.config.schema import ModelConfig
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import place_replicated
@@ -145,7 +145,7 @@ def _first_gradients(optimizer: HybridZeroOptimizer) -> Boxes:
     }
 
 
-def boxes_of(tensors: Logical) -> Boxes:
+def boxes_of(tensors: LogicalTensors) -> Boxes:
     """What a rank holds of each logical tensor, copied, so that it can travel to the test."""
     return {
         name: (tuple(tensor.global_shape), {at: box.to(tensor.dtype, copy=True) for at, box in tensor.slices.items()})

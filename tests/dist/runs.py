@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.logical import model_tensors, optimizer_tensors
+from internlm.checkpoint.logical_tensors import model_tensors, optimizer_tensors
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint.storage import SafeReader
+from internlm.checkpoint.tensor_files import SafeReader
 from internlm.core.trainer import Hook, Trainer
 from tests.dist.runs import assert_goes_on, assert_same_tensors, fit, resume, saving
 

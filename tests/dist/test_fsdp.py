@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from internlm.checkpoint.logical import model_tensors
+from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import place_replicated
 from internlm.core.parallel.fully_sharded import is_fully_sharded, local_shard

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.checkpoint.logical import model_tensors
+from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.core.parallel import place_replicated
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.initialize import initialize_distributed_env

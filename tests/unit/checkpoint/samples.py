@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from internlm.checkpoint import storage
-from internlm.checkpoint.logical import LogicalSavePlanner, LogicalTensor
-from internlm.checkpoint.storage import PlainWriter
+from internlm.checkpoint import save_folder
+from internlm.checkpoint.logical_tensors import LogicalTensor
+from internlm.checkpoint.tensor_files import LogicalSavePlanner, PlainWriter
 from internlm.core.parallel.placement import slices_of_range
 
 
@@ -45,6 +45,6 @@ def write(target: Path, tensors: dict[str, LogicalTensor]) -> Path:
 def complete(target: Path, state: str = '{"format": 1}') -> Path:
     """Make ``target`` a complete checkpoint."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / storage.STATE_FILE).write_text(state)
-    (target / storage.COMMIT_FILE).write_text("")
+    (target / save_folder.STATE_FILE).write_text(state)
+    (target / save_folder.COMMIT_FILE).write_text("")
     return target

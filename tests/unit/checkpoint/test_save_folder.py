@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from internlm.checkpoint import storage
-from internlm.checkpoint.storage import COMMIT_FILE, STATE_FILE, read_state
+from internlm.checkpoint import save_folder
+from internlm.checkpoint.save_folder import COMMIT_FILE, STATE_FILE, read_state
 from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.samples import complete
 
@@ -24,36 +24,36 @@ def problem_of(path: Path) -> str:
     [("local:ckpts/7b", "ckpts/7b"), ("/data/ckpts", "/data/ckpts"), ("local:/data", "/data"), ("~/a", "HOME/a")],
 )
 def test_locations(location: str, expected: str) -> None:
-    assert str(storage.local_path(location)) == expected.replace("HOME", str(Path.home()))
+    assert str(save_folder.local_path(location)) == expected.replace("HOME", str(Path.home()))
 
 
 def test_steps_come_newest_first_by_number(tmp_path: Path) -> None:
     for name in ("step-9", "step-100", "step-20", "step-x", "step-", "logs", "my-step-3", "step-5.old"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-7").write_text("a file")
-    steps = list(storage.steps_in(tmp_path))
-    assert steps == [(number, storage.step_folder(tmp_path, number)) for number in (100, 20, 9)]
+    steps = list(save_folder.steps_in(tmp_path))
+    assert steps == [(number, save_folder.step_folder(tmp_path, number)) for number in (100, 20, 9)]
 
 
 def test_a_save_folder_that_is_not_there_has_no_steps(tmp_path: Path) -> None:
-    assert list(storage.steps_in(tmp_path / "none")) == []
+    assert list(save_folder.steps_in(tmp_path / "none")) == []
 
 
 def test_a_checkpoint_is_complete_once_its_mark_is_there(tmp_path: Path) -> None:
-    assert not storage.is_complete(tmp_path)
-    assert storage.is_complete(complete(tmp_path))
+    assert not save_folder.is_complete(tmp_path)
+    assert save_folder.is_complete(complete(tmp_path))
 
 
 def test_a_durable_file_is_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / STATE_FILE
     path.write_text("old")
-    storage.write_durably(path, "new")
+    save_folder.write_durably(path, "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(STATE_FILE, "new")]
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    state = {"format": storage.FORMAT, "train_state": {"step": 3}, "data": None, "name": "modèle"}
-    assert read_state(complete(tmp_path, storage.to_text(state))) == state
+    state = {"format": save_folder.FORMAT, "train_state": {"step": 3}, "data": None, "name": "modèle"}
+    assert read_state(complete(tmp_path, save_folder.to_text(state))) == state
 
 
 def test_not_there_says_what_is(tmp_path: Path) -> None:

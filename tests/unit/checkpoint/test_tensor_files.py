@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from internlm.checkpoint.logical import LogicalLoadPlanner, LogicalTensor
-from internlm.checkpoint.storage import SafeReader
+from internlm.checkpoint.logical_tensors import LogicalTensor
+from internlm.checkpoint.tensor_files import LogicalLoadPlanner, SafeReader
 from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.samples import Evil, in_runs, write
 

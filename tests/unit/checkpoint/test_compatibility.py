@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from internlm.checkpoint import compatibility
-from internlm.checkpoint.logical import Logical
-from internlm.checkpoint.storage import SafeReader
-from internlm.checkpoint.weights import load_weights
+from internlm.checkpoint import compatibility, load_weights
+from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.checkpoint.tensor_files import SafeReader
 from internlm.config.nested_dict import put
 from internlm.utils.errors import CheckpointError, Problem
 from tests.unit.checkpoint.samples import complete, in_runs, write
@@ -25,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "model": {**dict.fromkeys(compatibility.ARCHITECTURE, 1), "dtype": "torch.float32", "checkpoint": False},
     "data": {"seq_len": 8, "micro_bsz": 2, "use_packed_dataset": True, "pack_sample_into_one": False, "micro_num": 4},
 }
-FACTS: dict[str, Any] = {"config": CONFIG, "data": "abc", "seed": 1}
+RUN_INFO: dict[str, Any] = {"config": CONFIG, "data": "abc", "seed": 1}
 
 
 def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def test_state_of_another_optimizer() -> None:
 
 
 def test_the_same_samples() -> None:
-    assert texts(compatibility.other_samples("step-1", FACTS, changed(FACTS, config__data__micro_num=8))) == []
+    assert texts(compatibility.other_samples("step-1", RUN_INFO, changed(RUN_INFO, config__data__micro_num=8))) == []
 
 
 @pytest.mark.parametrize(
@@ -102,14 +101,14 @@ def test_the_same_samples() -> None:
     ],
 )
 def test_other_samples(key: str, value: Any, start: str) -> None:
-    (text,) = texts(compatibility.other_samples("step-1", FACTS, changed(FACTS, **{key: value})))
+    (text,) = texts(compatibility.other_samples("step-1", RUN_INFO, changed(RUN_INFO, **{key: value})))
     assert text.startswith(start)
 
 
 # -- tensors and files
 
 
-def logical(**shapes: tuple[int, ...]) -> Logical:
+def logical(**shapes: tuple[int, ...]) -> LogicalTensors:
     return {name.replace("__", "/"): in_runs(torch.ones(shape), []) for name, shape in shapes.items()}
 
 
@@ -127,7 +126,7 @@ def test_missing_tensors_and_other_shapes(saved: Path) -> None:
     wanted = logical(model__w=(3, 2), model__b=(2,), model__c=(1,), optimizer__exp_avg__c=(1,))
     found = texts(compatibility.missing_tensors("step-1", SafeReader(saved).read_metadata(), wanted))
     assert found[:2] == [
-        "step-1: model/w: has shape [2, 3], the model wants [3, 2]. Use the config of the checkpoint",
+        "step-1: model/w: expected shape [3, 2], got [2, 3]. Use the config of the checkpoint",
         "step-1: model/c: is missing. Use the config of the checkpoint",
     ]
     assert found[2].startswith("step-1: optimizer/exp_avg/c: is missing. To start from the weights alone, ")

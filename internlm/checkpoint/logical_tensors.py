@@ -1,0 +1,133 @@
+"""Logical tensors: the content of a checkpoint, independent of the layout that wrote it.
+
+A :class:`LogicalTensor` has a global shape and the slices of it that this rank holds. It implements the protocol by
+which ``torch.distributed.checkpoint`` asks an object which slices to write and where to read them into, so any layout
+can read what another one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from internlm.core.parallel.fully_sharded import local_shard
+from internlm.core.parallel.param_state import compute_dtype, placed_parameters, state_buffers
+from internlm.core.parallel.placement import ParamPlacement
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer.param_groups import ParamGroup
+
+Offsets: TypeAlias = tuple[int, ...]
+
+
+class LogicalTensor:
+    """The slices of one logical tensor that this rank holds, by their offsets.
+
+    Slices may have a wider dtype than ``dtype``, in which they are written: of a fully sharded half-precision model
+    only the fp32 main parameters exist between steps.
+    """
+
+    def __init__(self, global_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.global_shape, self.dtype = torch.Size(global_shape), dtype
+        self.slices: dict[Offsets, Tensor] = {}
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> LogicalTensor:
+        """Make a logical tensor of which this rank holds everything."""
+        logical = cls(tuple(tensor.shape), tensor.dtype)
+        logical.add((0,) * tensor.dim(), tensor)
+        return logical
+
+    def add(self, offsets: Offsets, tensor: Tensor) -> None:
+        """Hold ``tensor`` as the slice that begins at ``offsets``, sharing its memory."""
+        self.slices[offsets] = tensor.detach()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether writing rounds the slices to a narrower dtype."""
+        return any(tensor.dtype != self.dtype for tensor in self.slices.values())
+
+    # The names below are those of DCP's protocol.
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), tensor.size()),
+                    properties=TensorProperties(dtype=self.dtype),
+                    size=self.global_shape,
+                ),
+            )
+            for offsets, tensor in self.slices.items()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), tensor.size()) for offsets, tensor in self.slices.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None, index
+        return self.slices[tuple(index.offset)]
+
+
+LogicalTensors: TypeAlias = dict[str, LogicalTensor]
+
+
+def model_tensors(model: nn.Module) -> LogicalTensors:
+    """Return ``model/<name>`` of each parameter's local shard, and of each buffer in the model's state."""
+    tensors: LogicalTensors = {}
+    for name, parameter, placement in placed_parameters(model):
+        tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
+        flat, start = local_shard(parameter)
+        _add_slices(tensor, placement, flat, start)
+    for name, buffer in state_buffers(model):
+        tensors[f"model/{name}"] = LogicalTensor.whole(buffer)
+    return tensors
+
+
+def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
+    """Return ``optimizer/<state>/<name>`` of each moment, and of main parameters wider than the model's, as owned here.
+
+    Moments are stored under the parameter's global shape, not as ZeRO's flat shard, so another number of ranks, or
+    another assignment of parameters to param groups, can read them.
+    """
+    tensors: LogicalTensors = {}
+    for group in optimizer.groups:
+        for state, parts in _states(optimizer, group):
+            for piece in group.pieces():
+                key, shard = f"optimizer/{state}/{piece.name}", parts[piece.number][piece.lo : piece.hi]
+                tensor = tensors.setdefault(key, LogicalTensor(piece.placement.global_shape, shard.dtype))
+                _add_slices(tensor, piece.placement, shard, piece.start)
+    return tensors
+
+
+def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield each state of this rank's shard of a group, by name."""
+    for name, state in optimizer.state_of(group).items():
+        yield name, group.split(state)
+    if group.has_main:
+        yield "main", group.main_parts
+
+
+def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
+    """Add ``flat``, the elements from ``start`` on of the flattened local tensor, as slices that are views of it."""
+    for box in placement.slices(start, start + len(flat)):
+        tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
+
+
+def without_rounded(tensors: LogicalTensors) -> LogicalTensors:
+    """Leave out the tensors that would be read, rounded, into memory that another one fills with full precision.
+
+    In a fully sharded model ``model/w`` and ``optimizer/main/w`` share their memory, and the order of reading is
+    undefined.
+    """
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (tensor.rounds and name.replace("model/", "optimizer/main/", 1) in tensors)
+    }
