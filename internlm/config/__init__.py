@@ -1,8 +1,8 @@
-"""The config: written freely as Python, read as one typed, frozen, validated object."""
+"""The config: written freely as Python, resolved into one typed, frozen, validated object."""
 
-from internlm.config.dump import config_hash as config_hash
-from internlm.config.dump import to_json as to_json
-from internlm.config.dump import with_sources as with_sources
+from internlm.config.keys import config_hash as config_hash
+from internlm.config.keys import to_json as to_json
+from internlm.config.keys import with_sources as with_sources
 from internlm.config.load import load_file as load_file
 from internlm.config.resolve import Resolved as Resolved
 from internlm.config.resolve import load_config as load_config

@@ -1,9 +1,11 @@
-"""What the schema says about each key: its field, its section, and in words what it takes."""
+"""Dotted keys of the config: their fields in the schema, what they accept in words, their values in a resolved config."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,12 +24,12 @@ _WORDS: dict[Any, str] = {
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, directly or as ``Section | None``; None for a plain value."""
-    return None if get_origin(annotation) is tuple else _section_in(annotation)
+    """Return the section class of a field's type (``Section`` or ``Section | None``); None for a plain value."""
+    return None if get_origin(annotation) is tuple else item_section_of(annotation)
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The same, and of a field that holds a list of sections that of its items."""
+def item_section_of(annotation: Any) -> type[Section] | None:
+    """Return the section class in a field's type, that of its items where the field is a list of sections."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -35,17 +37,19 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of everything in ``section``, each section before its own fields. Those of the items of a
-    list have no number."""
+    """Yield dotted key and field of everything in ``section``, each section before its own fields.
+
+    Keys within the items of a list have no index: ``optimizer.param_groups.pattern``.
+    """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
-        if inner := _section_in(field.annotation):
+        if inner := item_section_of(field.annotation):
             yield from walk(inner, f"{prefix}{name}.")
 
 
 @functools.cache
 def fields() -> dict[str, FieldInfo]:
-    """Every key of the config, sections included."""
+    """Return every key of the config with its field, sections included."""
     return dict(walk(Config))
 
 
@@ -55,36 +59,36 @@ def is_section(key: str) -> bool:
 
 
 def is_free_dict(key: str) -> bool:
-    """Whether ``key`` holds a dict in which any name is allowed."""
+    """Whether ``key`` is a dict in which any name is allowed."""
     return key in fields() and get_origin(fields()[key].annotation) is dict
 
 
 def children(section: str) -> list[str]:
-    """Names of the fields directly in ``section``; ``""`` is the whole config."""
+    """Return the names of the fields directly in ``section``; ``""`` is the whole config."""
     prefix = f"{section}." if section else ""
     inside = (key.removeprefix(prefix) for key in fields() if key.startswith(prefix))
     return [name for name in inside if "." not in name]
 
 
 def is_of_list(key: str) -> bool:
-    """Whether ``key`` is one of a dict in a list, which can't be given by itself."""
-    holder = fields().get(key.rpartition(".")[0])
-    return holder is not None and get_origin(holder.annotation) is tuple
+    """Whether ``key`` is in a dict within a list, and so cannot be set by itself."""
+    section = fields().get(key.rpartition(".")[0])
+    return section is not None and get_origin(section.annotation) is tuple
 
 
 def takes_none(key: str) -> bool:
-    """Whether None is a value of ``key``."""
+    """Whether ``key`` accepts None."""
     return NoneType in get_args(fields()[key].annotation)
 
 
 def expected(key: str) -> str:
-    """In words, what ``key`` takes: ``"a whole number of at least 1"``."""
+    """Describe the values that ``key`` accepts: ``"a whole number of at least 1"``."""
     field = fields()[key]
     return _in_words(field.annotation, field.metadata)
 
 
 def meaning(key: str) -> str:
-    """The first sentence of what the schema says about ``key``, without markup."""
+    """Return the first sentence of the documentation of ``key``, without markup."""
     text = (fields()[key].description or "").replace("``", "").replace("\n", " ")
     return text.partition(". ")[0].rstrip(".")
 
@@ -92,7 +96,7 @@ def meaning(key: str) -> str:
 def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _in_words(arguments[0], [m for field in arguments[1:] for m in field.metadata])
+        return _in_words(arguments[0], [bound for field in arguments[1:] for bound in field.metadata])
     if origin in (Union, UnionType):
         return ", or ".join(_in_words(argument) for argument in arguments)
     if origin is Literal:
@@ -109,7 +113,47 @@ def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
 
 
 def _bounds(metadata: list[Any] | tuple[Any, ...]) -> str:
-    limits = {name: getattr(m, name) for m in metadata for name in ("ge", "gt", "le", "lt") if hasattr(m, name)}
     phrases = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    said = [f"{phrases[name]} {limit}" for name, limit in limits.items()]
-    return f" of {' and '.join(said)}" if said else ""
+    bounds = [
+        f"{phrase} {getattr(bound, name)}"
+        for bound in metadata
+        for name, phrase in phrases.items()
+        if hasattr(bound, name)
+    ]
+    return f" of {' and '.join(bounds)}" if bounds else ""
+
+
+# -- values of a resolved config --------------------------------------------------------------------------------------
+def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of everything in ``section`` that is not itself a section."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def to_json(config: Config, indent: int | None = None) -> str:
+    """Return canonical JSON of every key, sorted; ``Config.model_validate_json`` restores an equal config from it."""
+    separators = None if indent else (",", ":")
+    return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
+
+
+def config_hash(config: Config) -> str:
+    """Return the SHA-256 of the canonical JSON in hex, equal for equal configs whatever files they came from."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def with_sources(config: Config, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return ``config`` as nested dicts in which each value is ``{"value": ..., "source": ...}``."""
+    return _with_sources(config.model_dump(mode="json"), sources)
+
+
+def _with_sources(nested: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    return {
+        name: {"value": value, "source": sources[key]}
+        if (key := f"{prefix}{name}") in sources
+        else _with_sources(value, sources, f"{key}.")
+        for name, value in nested.items()
+    }

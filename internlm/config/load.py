@@ -1,6 +1,6 @@
-"""A Python config file becomes a dict of its config keys. The file runs with the rights of whoever loads it.
+"""Load a Python config file as a dict of its config keys, and apply overrides from the command line to it.
 
-``--set a.b=c``: single keys set from the command line.
+The file is executed with the rights of whoever loads it.
 """
 
 from __future__ import annotations
@@ -16,29 +16,37 @@ from typing import Any
 from internlm.config import keys
 from internlm.config.legacy import OLD_KEYS, RENAMED
 from internlm.config.messages import belongs_elsewhere
-from internlm.config.nested_dict import Tree, plain, put
+from internlm.config.nested_dict import NestedDict, plain, put
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
-#: What a file gets as a name of its own by ``from __future__ import annotations``.
+#: Type of the name that ``from __future__ import annotations`` leaves in a file.
 FUTURE = type(annotations)
 
-#: Upper-case names that are config keys all the same.
+#: Config keys in upper case; every other upper-case name is the file's own.
 UPPER_CASE_KEYS = ("JOB_NAME",)
 
+#: Command-line option of overrides, for messages.
+OPTION = "--set"
 
-def load_file(path: str | Path) -> Tree:
-    """Execute the config file ``path`` and return its config keys with their values.
+
+# -- file -------------------------------------------------------------------------------------------------------------
+
+
+def load_file(path: str | Path) -> NestedDict:
+    """Execute a config file and return its config keys with their values.
 
     Config keys are the lower-case names at the top level, and ``JOB_NAME``. UPPER_CASE names, names with a leading
-    underscore, modules, functions and classes are the file's own. Raises :class:`ConfigError` for a file that is
-    missing or fails.
+    underscore, modules, functions and classes are the file's own.
+
+    Raises:
+        ConfigError: the file is missing, not Python, or fails when executed.
     """
     path = Path(path)
     code = _compile(path, _read(path))
-    namespace: Tree = {"__name__": path.stem, "__file__": str(path)}
+    namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(code, namespace)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is an error of that file
         raise ConfigError(_failure(path, error)) from None
     return {name: plain(value) for name, value in namespace.items() if _is_config_key(name, value)}
 
@@ -58,15 +66,15 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
     except OSError as error:
-        raise ConfigError(Problem(str(path), f"can't be read ({error.strerror})", "Give a readable file")) from None
+        raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "Give a readable file")) from None
 
 
 def _missing(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
-        return Problem(str(path), f"no such file, nor is there a folder {folder.resolve()}", "Check the path")
-    beside = [file.name for file in folder.glob("*.py")]
-    todo = did_you_mean(path.name, beside) if beside else f"There is no .py file in {folder.resolve()}"
+        return Problem(str(path), f"no such file, and no folder {folder.resolve()}", "Check the path")
+    siblings = [file.name for file in folder.glob("*.py")]
+    todo = did_you_mean(path.name, siblings) if siblings else f"There is no .py file in {folder.resolve()}"
     return Problem(str(path), "no such file", todo)
 
 
@@ -75,34 +83,33 @@ def _compile(path: Path, source: bytes) -> CodeType:
         return compile(source, str(path), "exec")
     except SyntaxError as error:
         line = f"{error.text.strip()!r}: " if error.text else ""
-        raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", "Mend the syntax")) from None
+        raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", "Fix the syntax")) from None
     except ValueError as error:  # null bytes, before Python 3.12
         raise ConfigError(Problem(str(path), str(error), "Give a Python file")) from None
 
 
 def _failure(path: Path, error: BaseException) -> Problem:
-    """The last line of the config file that ran, and the cause."""
+    """Report ``error`` at the innermost line of the config file itself, not of what it calls."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", "Mend this line")
+    return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", "Fix this line")
 
 
-FLAG = "--set"
-
-
+# -- overrides --------------------------------------------------------------------------------------------------------
 def parse_override(text: str) -> tuple[str, Any]:
-    """``"a.b=c"`` -> ``("a.b", value)``: the value as a Python literal where it is one, else as text.
+    """Split ``"a.b=c"`` into key and value: a Python literal where it is one, else text.
 
-    Raises ValueError for a text without ``=`` or with an empty name in its key.
+    Raises:
+        ValueError: there is no ``=``, or the key has an empty name.
     """
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        raise ValueError(f"{text!r} is not KEY=VALUE")
+        raise ValueError(f"expected KEY=VALUE, got {text!r}")
     return key, _literal_or_text(value.strip())
 
 
 def _literal_or_text(text: str) -> Any:
-    if text.lstrip("+-") in ("nan", "inf"):
+    if text.lstrip("+-") in ("nan", "inf"):  # no Python literals, but numbers to whoever types them
         return float(text)
     try:
         return ast.literal_eval(text)
@@ -110,21 +117,21 @@ def _literal_or_text(text: str) -> Any:
         return text
 
 
-def apply_overrides(tree: Tree, overrides: Iterable[str], problems: list[Problem]) -> set[str]:
-    """Set each override in ``tree``, a later one over an earlier one; the keys that were set."""
+def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list[Problem]) -> set[str]:
+    """Set each override in ``config``, in order, and return the keys that were set; problems are appended."""
     done = set()
     for text in overrides:
         try:
             key, value = parse_override(text)
         except ValueError as error:
-            problems.append(Problem(FLAG, str(error), "Write it as in: --set model.num_layers=4"))
+            problems.append(Problem(OPTION, str(error), "Example: --set model.num_layers=4"))
             continue
         key = RENAMED.get(key, key)
         if _is_known(key):
-            put(tree, key, value)
+            put(config, key, value)
             done.add(key)
         else:
-            problems.append(Problem(f"{FLAG} {key}", "unknown key", _suggestion(key)))
+            problems.append(Problem(f"{OPTION} {key}", "unknown key", _suggestion(key)))
     return done
 
 
@@ -134,7 +141,7 @@ def _is_known(key: str) -> bool:
 
 
 def _suggestion(key: str) -> str:
-    """Where in other sections, or what within its own, the key may be; where that doesn't exist, the nearest of all."""
+    """Suggest a key of the same name in another section, or the nearest one in its own section."""
     section, _, _ = key.rpartition(".")
     if section and not keys.is_section(section):
         return did_you_mean(key, keys.fields())

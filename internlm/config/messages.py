@@ -1,4 +1,4 @@
-"""What the schema refuses, in words: one problem a key, from pydantic's errors."""
+"""Translation of pydantic's validation errors into problems: one per key, in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MISSING = "missing"
 BAD_NAME = "invalid_key"
 UNKNOWN_CHOICE = "literal_error"
 
-#: pydantic's error types for a value of the right type but out of range: what it is then.
+#: pydantic's error types for a value of the right type but out of range, in words.
 OUT_OF_RANGE = {
     "finite_number": "not a finite number",
     **dict.fromkeys(
@@ -25,7 +25,7 @@ OUT_OF_RANGE = {
     ),
 }
 
-_KINDS = {
+_TYPE_NAMES = {
     bool: "a truth value",
     int: "a whole number",
     float: "a number",
@@ -36,7 +36,7 @@ _KINDS = {
 
 
 def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
-    """The problems in ``error``, and the keys that they concern."""
+    """Return the problems in ``error``, and the keys that have one."""
     by_key: dict[str, list[Any]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key(detail), []).append(detail)
@@ -45,9 +45,9 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
 
 
 def _key(detail: Any) -> str:
-    """The key an error is about: the longest one the schema knows, or the unknown one itself; in an item of a list
-    without its number."""
-    location = [part for part in detail["loc"] if isinstance(part, str)]
+    """Return the key of an error: the longest known prefix of its location, or the unknown key itself."""
+    # pydantic's location also holds indices of lists and tags of unions, which are not part of a key.
+    location = [name for name in detail["loc"] if isinstance(name, str)]
     if detail["type"] in (UNKNOWN, BAD_NAME):
         return ".".join(map(str, location))
     while len(location) > 1 and ".".join(map(str, location)) not in keys.fields():
@@ -56,11 +56,11 @@ def _key(detail: Any) -> str:
 
 
 def _implied_by_typos(by_key: dict[str, list[Any]]) -> set[str]:
-    """Missing keys that are there under a misspelt name: the unknown key's problem says it all."""
+    """Return missing keys that are present under a misspelt name, whose problem is reported as an unknown key."""
     missing = [key for key, details in by_key.items() if details[0]["type"] == MISSING]
     unknown = [key for key, details in by_key.items() if details[0]["type"] == UNKNOWN]
-    beside = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
-    return {key for typo in unknown for key in difflib.get_close_matches(typo, beside[typo], n=1, cutoff=0.8)}
+    candidates = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
+    return {key for typo in unknown for key in difflib.get_close_matches(typo, candidates[typo], n=1, cutoff=0.8)}
 
 
 def _section(key: str) -> str:
@@ -68,34 +68,35 @@ def _section(key: str) -> str:
 
 
 def _is_other_text(detail: Any) -> bool:
-    """Text was given where some texts, but not this one, are known."""
+    """Whether text was given that is not one of the texts that the key accepts."""
     return detail["type"] == UNKNOWN_CHOICE and isinstance(detail["input"], str)
 
 
 def _problem(key: str, details: Iterable[Any]) -> Problem:
-    # A key that takes several types has an error for each: the one that got furthest is nearest to what was meant.
+    # A key that accepts several types has an error for each. The type that fits best was meant: text that is not a
+    # known choice, then a number out of range, then a value of another type.
     detail = min(details, key=lambda d: (not _is_other_text(d), d["type"] not in OUT_OF_RANGE))
     value = detail["input"]
     if detail["type"] in (UNKNOWN, BAD_NAME):
         return Problem(key, "unknown key", _where_it_belongs(key))
     if detail["type"] == MISSING:
         return Problem(key, f"missing ({keys.meaning(key)})", f"Give {_wanted(key)}")
-    shown = reprlib.repr(value)
+    short = reprlib.repr(value)
     if _is_other_text(detail):
-        return Problem(key, f"{shown} is unknown", f"Give {keys.expected(key)}")
+        return Problem(key, f"{short} is unknown", f"Give {keys.expected(key)}")
     if detail["type"] in OUT_OF_RANGE:
-        return Problem(key, f"{shown} is {OUT_OF_RANGE[detail['type']]}", f"Give {keys.expected(key)}")
-    return Problem(key, f"{shown} is {_kind(value)}", f"Give {_wanted(key)}")
+        return Problem(key, f"{short} is {OUT_OF_RANGE[detail['type']]}", f"Give {keys.expected(key)}")
+    return Problem(key, f"{short} is {_type_name(value)}", f"Give {_wanted(key)}")
 
 
 def _wanted(key: str) -> str:
-    """What to give, with the names of the keys that a section can't do without."""
-    needed = [name for name in keys.children(key) if keys.fields()[f"{key}.{name}"].is_required()]
-    return keys.expected(key) + (f" with {', '.join(needed)}" if needed else "")
+    """Describe the accepted values, for a section with the names of its required keys."""
+    required = [name for name in keys.children(key) if keys.fields()[f"{key}.{name}"].is_required()]
+    return keys.expected(key) + (f" with {', '.join(required)}" if required else "")
 
 
 def _where_it_belongs(key: str) -> str:
-    """The keys of just this name in other sections; or the nearest name in its own."""
+    """Suggest keys of the same name in other sections, or the nearest name in its own section."""
     section, _, name = key.rpartition(".")
     todo = belongs_elsewhere(key)
     if section:
@@ -105,8 +106,10 @@ def _where_it_belongs(key: str) -> str:
 
 
 def belongs_elsewhere(key: str) -> str:
-    """Where there are keys of just the name of the unknown ``key``, in words; ``""`` where there are none, or several
-    while a name in its own section is near."""
+    """Name the keys of other sections that have the name of the unknown ``key``.
+
+    Empty where there are none, or where there are several and a name in its own section is near.
+    """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
@@ -114,5 +117,5 @@ def belongs_elsewhere(key: str) -> str:
     return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""
 
 
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), f"of type {type(value).__name__}")
+def _type_name(value: Any) -> str:
+    return _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")

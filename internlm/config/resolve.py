@@ -1,14 +1,13 @@
-"""Values that follow from other values, where they are not given.
-
-From a config file, or a dict, and overrides to one validated, frozen :class:`Config`.
+"""From a config file (or a dict) and overrides to one validated, frozen :class:`Config`.
 
 1. *Load* the file.
 2. *Normalise* old spellings, apply the overrides, normalise again.
 3. *Validate* each key against the schema.
-4. *Derive* what is not given.
+4. *Derive* the values that follow from others where they are not given.
 5. *Check* the rules across keys.
 
-Whatever is wrong in 2 to 5 is told together, and a key that failed silences the rules that read it.
+All problems found in phases 2 to 5 are reported together. A key that failed silences the rules that read it, so that
+one mistake gives one message.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from internlm.config import nested_dict
-from internlm.config.dump import values
-from internlm.config.keys import section_of
+from internlm.config.keys import section_of, values
 from internlm.config.legacy import Findings, normalise
 from internlm.config.load import apply_overrides, load_file
 from internlm.config.messages import schema_problems
-from internlm.config.nested_dict import Tree
-from internlm.config.rules import ALL_RULES
+from internlm.config.nested_dict import NestedDict
+from internlm.config.rules import ALL_RULES, RunInfo
+from internlm.config.rules.rule import DEVICE_TYPE
 from internlm.config.schema import Config
 from internlm.config.schema.fields import Section
-from internlm.config.support import DEVICE_TYPE, Facts, doubts, without_effect
+from internlm.config.support import warnings_about
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
 
@@ -40,34 +39,36 @@ OVERLAPS = (f"{ZERO}.overlap_sync_grad", f"{ZERO}.overlap_sync_param")
 
 @dataclass(frozen=True)
 class Derivation:
-    """``target`` is ``value(config, facts)`` where it is not given; None leaves it as it is."""
+    """A default that follows from other keys: ``target`` becomes ``value(config, run)`` unless that is None.
+
+    ``reads`` names the keys and facts that ``value`` reads.
+    """
 
     target: str
     reads: tuple[str, ...]
-    value: Callable[[Config, Facts], Any]
+    value: Callable[[Config, RunInfo], Any]
 
 
-def _head_dim(config: Config, facts: Facts) -> int | None:
+def _head_dim(config: Config, run: RunInfo) -> int | None:
     width, rest = divmod(config.model.hidden_size, config.model.num_attention_heads)
     return None if rest else width
 
 
-def _dtype(config: Config, facts: Facts) -> str:
-    return "torch.bfloat16" if facts.device_type == "cuda" else "torch.float32"
+def _dtype(config: Config, run: RunInfo) -> str:
+    # bfloat16 on CPUs ranges from ten times faster than float32 to hundreds of times slower.
+    return "torch.bfloat16" if run.device_type == "cuda" else "torch.float32"
 
 
-def _bucket_size(config: Config, facts: Facts) -> int:
-    """An overlap needs several buckets; without one, the fewer the better."""
+def _bucket_size(config: Config, run: RunInfo) -> int:
+    """Overlap needs several buckets; without it, the fewer collectives the better."""
     zero = config.hybrid_zero_optimizer
     return zero.reduce_bucket_size or (16 if zero.overlap_sync_grad or zero.overlap_sync_param else 512) * 2**20
 
 
 DERIVATIONS = (
-    Derivation("data.valid_micro_num", ("data.micro_num",), lambda config, _: config.data.micro_num),
+    Derivation("data.valid_micro_num", ("data.micro_num",), lambda c, _: c.data.micro_num),
     Derivation(
-        "model.num_kv_attention_heads",
-        ("model.num_attention_heads",),
-        lambda config, _: config.model.num_attention_heads,
+        "model.num_kv_attention_heads", ("model.num_attention_heads",), lambda c, _: c.model.num_attention_heads
     ),
     Derivation("model.head_dim", ("model.hidden_size", "model.num_attention_heads"), _head_dim),
     Derivation(
@@ -76,15 +77,15 @@ DERIVATIONS = (
     Derivation("model.dtype", (DEVICE_TYPE,), _dtype),
     Derivation(f"{ZERO}.reduce_bucket_size", OVERLAPS, _bucket_size),
     Derivation(f"{ZERO}.all_gather_size", (*OVERLAPS, f"{ZERO}.reduce_bucket_size"), _bucket_size),
-    Derivation("lr_scheduler.total_steps", ("data.total_steps",), lambda config, _: config.data.total_steps),
-    Derivation("beta2_scheduler.init_beta2", ("adam.adam_beta2",), lambda config, _: config.adam.adam_beta2),
-    Derivation("beta2_scheduler.c", ("adam.adam_beta2_c",), lambda config, _: float(config.adam.adam_beta2_c)),
+    Derivation("lr_scheduler.total_steps", ("data.total_steps",), lambda c, _: c.data.total_steps),
+    Derivation("beta2_scheduler.init_beta2", ("adam.adam_beta2",), lambda c, _: c.adam.adam_beta2),
+    Derivation("beta2_scheduler.c", ("adam.adam_beta2_c",), lambda c, _: float(c.adam.adam_beta2_c)),
 )
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config, where each of its values came from, and what is worth a warning."""
+    """A config, the source of each of its values, and warnings about it."""
 
     config: Config
     sources: dict[str, str]  # dotted key -> "file", "override", "derived" or "default"
@@ -97,7 +98,7 @@ def load_config(
     world_size: int | None = None,
     device_type: str | None = None,
 ) -> Config:
-    """As :func:`resolve`, for the config alone; warnings are logged."""
+    """Resolve a config, log its warnings, and return the config alone; arguments as of :func:`resolve`."""
     resolved = resolve(source, overrides, world_size, device_type)
     for warning in resolved.warnings:
         get_logger().warning(warning)
@@ -110,29 +111,38 @@ def resolve(
     world_size: int | None = None,
     device_type: str | None = None,
 ) -> Resolved:
-    """Resolve the config file or dict ``source`` with ``overrides``: ``"key=value"`` each, a later over an earlier one.
+    """Resolve a config file or dict.
 
-    Without ``world_size`` (processes) or ``device_type`` (``"cpu"`` or ``"cuda"``), what depends on it is neither
-    checked nor derived. Raises :class:`ConfigError` with everything that is wrong.
+    Args:
+        source: path of a Python config file, which is executed, or a dict of config keys.
+        overrides: ``"key=value"`` each; a later one replaces an earlier one.
+        world_size: number of processes. None: what depends on it is not checked.
+        device_type: ``"cpu"`` or ``"cuda"``. None: what depends on it is neither derived nor checked.
+
+    Raises:
+        ConfigError: with everything that is wrong.
     """
     raw = load_file(source) if isinstance(source, (str, Path)) else nested_dict.plain(source)
-    found = Findings()
-    normalise(raw, found)
-    overridden = apply_overrides(raw, overrides, found.problems)
-    normalise(raw, found)
+    findings = Findings()
+    # Old spellings of the file are normalised first, so that an override of a key meets its present form; overrides
+    # may use old spellings too.
+    normalise(raw, findings)
+    overridden = apply_overrides(raw, overrides, findings.problems)
+    normalise(raw, findings)
     problems, failed = _validate(raw)
-    facts = Facts(world_size, device_type)
-    unusable = failed | facts.unknown()
-    derived = _derive(raw, facts, unusable)
-    problems += _check(raw, facts, unusable)
-    if found.problems or problems:
-        raise ConfigError(*found.problems, *problems)
+    run = RunInfo(world_size, device_type)
+    unusable = failed | run.unknown()
+    derived = _derive(raw, run, unusable)
+    problems += _check(raw, run, unusable)
+    if findings.problems or problems:
+        raise ConfigError(*findings.problems, *problems)
     config = Config.model_validate(raw)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
-    return Resolved(config, sources, found.warnings + without_effect(config) + doubts(config))
+    return Resolved(config, sources, findings.warnings + warnings_about(config))
 
 
-def _validate(raw: Tree) -> tuple[list[Problem], set[str]]:
+def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
+    """Return the problems of single keys, and the keys that have one."""
     try:
         Config.model_validate(raw)
     except ValidationError as error:
@@ -140,28 +150,28 @@ def _validate(raw: Tree) -> tuple[list[Problem], set[str]]:
     return [], set()
 
 
-def _derive(raw: Tree, facts: Facts, unusable: set[str]) -> set[str]:
-    """Fill ``raw`` with what follows from it; the keys filled. A target that can't be told becomes unusable."""
-    config, filled = _partial(Config, raw), set()
+def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
+    """Fill in derived values and return their keys; targets that cannot be derived are added to ``unusable``."""
+    config, derived = _partial(Config, raw), set()
     for derivation in DERIVATIONS:
         if nested_dict.get(raw, derivation.target) is not None:
             continue
         if any(nested_dict.within(key, unusable) for key in derivation.reads):
             unusable.add(derivation.target)
-        elif (value := derivation.value(config, facts)) is not None:
+        elif (value := derivation.value(config, run)) is not None:
             nested_dict.put(raw, derivation.target, value)
-            filled.add(derivation.target)
-    return filled
+            derived.add(derivation.target)
+    return derived
 
 
-def _check(raw: Tree, facts: Facts, unusable: set[str]) -> list[Problem]:
+def _check(raw: NestedDict, run: RunInfo, unusable: set[str]) -> list[Problem]:
     config = _partial(Config, raw)
     ready = (rule for rule in ALL_RULES if not any(nested_dict.within(key, unusable) for key in rule.reads))
-    return [problem for rule in ready for problem in rule.check(config, facts)]
+    return [problem for rule in ready for problem in rule.check(config, run)]
 
 
 def _partial(section: type[Section], given: Any) -> Any:
-    """A section of what is there, unvalidated: only keys that did not fail may be read from it."""
+    """Build a section from what is given, without validation; only keys that did not fail may be read from it."""
     given = given if isinstance(given, Mapping) else {}
     known = {name: given[name] for name in section.model_fields if name in given}
     for name, field in section.model_fields.items():

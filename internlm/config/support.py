@@ -1,8 +1,8 @@
-"""What is known about a run beside its config.
+"""What this version supports: values that are refused, keys without effect, and settings that deserve a warning.
 
-What this version can't do yet: a table of keys, to be shortened as features arrive.
-
-Settings that are allowed together, but hardly meant: each is worth a warning.
+A run refuses what would change results silently (:func:`check_runnable`) and warns about what does nothing
+(:func:`warnings_about`). The tables shrink as features arrive; a test holds that every key of the schema is either read
+somewhere or listed here.
 """
 
 from __future__ import annotations
@@ -10,32 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from internlm.config import keys
-from internlm.config.dump import values
 from internlm.config.schema import Config, OptimizerConfig
 from internlm.utils.errors import ConfigError, Problem
 
-#: How rules and derivations say that they read a fact.
-WORLD_SIZE = "world_size"
-DEVICE_TYPE = "device_type"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts of the run; None where not known, and then whatever reads it is skipped."""
-
-    world_size: int | None = None  # processes
-    device_type: str | None = None  # "cpu" or "cuda"
-
-    def unknown(self) -> set[str]:
-        """Names of the facts that are not known."""
-        return {name for name in (WORLD_SIZE, DEVICE_TYPE) if getattr(self, name) is None}
-
-
-#: Keys whose other values would change results or can't be honoured, with the values that can.
-ONLY: dict[str, tuple[Any, ...]] = {
+#: Keys of which only these values run, since others need a feature that is not available yet.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "parallel.sequence_2D.enable": (False,),
     "model.num_experts": (1,),
     "model.num_shared_experts": (0,),
@@ -50,106 +32,130 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 #: Keys that name a folder, which must be a local one.
-FOLDERS = ("data.train_folder", "data.valid_folder", "ckpt.save_ckpt_folder", "ckpt.load_ckpt_info.path")
+LOCAL_FOLDERS = ("data.train_folder", "data.valid_folder", "ckpt.save_ckpt_folder", "ckpt.load_ckpt_info.path")
+# One letter before the colon is a drive, not a protocol.
 REMOTE = re.compile(r"(?!local:)\w{2,}:")
 
 
 @dataclass(frozen=True)
 class NoEffect:
-    """A key that is accepted and does nothing yet, where ``asked`` says that it asks for something."""
+    """A key that is accepted without effect; ``requested`` says whether its value asks for what is missing."""
 
     key: str
     instead: str
-    asked: Callable[[Any], bool] = bool
+    requested: Callable[[Any], bool] = bool
 
 
 NO_EFFECT = (
-    NoEffect("model.mlp_layer_fusion", "gate and up projection are one product", lambda fused: not fused),
-    NoEffect("model.enable_qkv_fusion", "query, key and value projection are one product", lambda fused: not fused),
-    NoEffect("ckpt.async_upload", "saving is synchronous"),
+    NoEffect("model.mlp_layer_fusion", "gate and up projection are always one GEMM", lambda fused: not fused),
+    NoEffect("model.enable_qkv_fusion", "query, key and value projection are always one GEMM", lambda fused: not fused),
+    NoEffect("ckpt.async_upload", "checkpoints are saved synchronously"),
     NoEffect("ckpt.oss_snapshot_freq", "no snapshots are saved between checkpoints"),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),
 )
 
+#: Keys that nothing reads, by the setting without which they have no meaning. There is no warning for these, since that
+#: setting is refused or warned about.
+UNREAD: dict[str, tuple[str, ...]] = {
+    "model.num_experts": (
+        "model.top_k",
+        "model.moe_type",
+        "model.moe_layer_kwargs",
+        "loss.moe_loss_coeff",
+        "parallel.expert.no_tp",
+        "parallel.expert_weight.size",
+        "parallel.expert_weight.overlap",
+        "parallel.expert_weight.memory_pool",
+        "parallel.expert_weight.launch_allgather_before",
+        "parallel.expert_weight.forward_overlap_per",
+    ),
+    "model.use_sliding_window": ("model.sliding_window",),
+    "parallel.sequence_2D.enable": (
+        "parallel.sequence_2D.head_size",
+        "parallel.sequence_2D.context_size",
+        "parallel.sequence_2D.window_size",
+        "parallel.sequence_2D.device_placement_strategy.head_first",
+        "parallel.sequence_2D.device_placement_strategy.interleaved",
+    ),
+    "data.type": ("data.tokenizer_path", "data.content_name"),
+    "ckpt.async_upload": ("ckpt.async_upload_tmp_folder",),
+    # Older configs choose a kernel by it. There is one kernel, whose result is the one that each value asks for.
+    "loss": ("loss.op_type",),
+}
+
 
 def check_runnable(config: Config) -> None:
-    """Raise :class:`ConfigError` naming every setting that this version can't run."""
-    given = dict(values(config))
+    """Raise :class:`ConfigError` naming every setting that this version cannot run."""
+    given = dict(keys.values(config))
     problems = [
-        Problem(key, f"{given[key]!r} is not available in this version", _use(allowed))
-        for key, allowed in ONLY.items()
-        if key in given and given[key] not in allowed
+        Problem(key, f"{given[key]!r} is not available in this version", _use(supported))
+        for key, supported in SUPPORTED_VALUES.items()
+        if key in given and given[key] not in supported
     ]
     problems += [
-        Problem(
-            key,
-            f"{given[key]!r} is not a local folder, and others are not available in this version",
-            "Use a local folder",
-        )
-        for key in FOLDERS
+        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not available", "Use a local folder")
+        for key in LOCAL_FOLDERS
         if REMOTE.match(given.get(key) or "")
     ]
     if problems:
         raise ConfigError(*problems)
 
 
-def without_effect(config: Config) -> list[str]:
-    """At most one warning, that names every setting that is accepted but does nothing yet."""
-    given = dict(values(config))
-    idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.asked(given[row.key])]
-    return [f"Without effect in this version: {', '.join(idle)}"] if idle else []
-
-
-def _use(allowed: tuple[Any, ...]) -> str:
-    named = [value for value in allowed if value is not None]
+def _use(supported: tuple[Any, ...]) -> str:
+    named = [value for value in supported if value is not None]
     if not named:
         return "Remove it"
     return f"Use {'one of ' if len(named) > 1 else ''}{', '.join(map(str, named))}"
 
 
-class Doubt(NamedTuple):
-    """``why`` is said of those of ``keys`` that have another value than by default, where ``arises``. It is a format
-    string, for the config ``c``."""
+@dataclass(frozen=True)
+class DubiousSetting:
+    """A warning about those of ``keys`` that differ from their defaults, where ``applies`` is true of the config.
+
+    ``message`` is a format string for the config ``c``.
+    """
 
     keys: tuple[str, ...]
-    arises: Callable[[Config], bool]
-    why: str
+    applies: Callable[[Config], bool]
+    message: str
 
 
-def _has_muon(optimizer: OptimizerConfig) -> bool:
+def _uses_muon(optimizer: OptimizerConfig) -> bool:
     return "Muon" in (optimizer.type, *(group.type for group in optimizer.param_groups))
 
 
-OF_MUON = ("optimizer.momentum", "optimizer.nesterov", "optimizer.ns_steps", "optimizer.adjust_lr")
+MUON_KEYS = ("optimizer.momentum", "optimizer.nesterov", "optimizer.ns_steps", "optimizer.adjust_lr")
 
-DOUBTS = (
-    Doubt(
+DUBIOUS_SETTINGS = (
+    DubiousSetting(
         ("data.pack_sample_into_one",),
         lambda c: not c.data.use_packed_dataset,
-        "without effect, since data.use_packed_dataset is False",
+        "no effect, since data.use_packed_dataset is False",
     ),
-    Doubt(
+    DubiousSetting(
         ("parallel.pipeline.mode",),
         lambda c: c.parallel.pipeline.size == 1,
-        "a pipeline of one stage has nothing to fill, since parallel.pipeline.size is 1",
+        "no effect on the bubble, since parallel.pipeline.size is 1",
     ),
-    Doubt(
+    DubiousSetting(
         ("parallel.pipeline.table",),
         lambda c: c.parallel.pipeline.size * c.model.num_chunks == 1,
-        "without effect, since the model is in one piece",
+        "no effect, since there is only one virtual stage",
     ),
-    Doubt(
+    DubiousSetting(
         ("data.valid_every",),
         lambda c: c.data.valid_folder is None and c.data.train_folder is not None,
-        "nothing is validated, since data.valid_folder is not given",
+        "no effect, since data.valid_folder is not given",
     ),
-    Doubt(OF_MUON, lambda c: not _has_muon(c.optimizer), "without effect, since nothing is trained by Muon"),
-    Doubt(
+    DubiousSetting(
+        MUON_KEYS, lambda c: not _uses_muon(c.optimizer), "no effect, since no parameter is updated by Muon"
+    ),
+    DubiousSetting(
         ("model.dropout_selective_checkpoint",),
         lambda c: not c.model.drop_rate,
-        "without effect, since model.drop_rate is 0",
+        "no effect, since model.drop_rate is 0",
     ),
-    Doubt(
+    DubiousSetting(
         ("lr_scheduler.eta_min",),
         lambda c: c.lr_scheduler.type != "constant" and c.lr_scheduler.eta_min > c.adam.lr,
         "the learning rate rises to {c.lr_scheduler.eta_min} after its peak, since adam.lr is {c.adam.lr}",
@@ -157,11 +163,13 @@ DOUBTS = (
 )
 
 
-def doubts(config: Config) -> list[str]:
-    """A warning for everything about ``config`` that was hardly meant."""
-    given, told = dict(values(config)), []
-    for doubt in DOUBTS:
-        chosen = [key for key in doubt.keys if given[key] != keys.fields()[key].default]
-        if chosen and doubt.arises(config):
-            told.append(f"{', '.join(chosen)}: {doubt.why.format(c=config)}")
-    return told
+def warnings_about(config: Config) -> list[str]:
+    """Return a warning for the settings without effect in this version, and one per dubious setting."""
+    given = dict(keys.values(config))
+    idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.requested(given[row.key])]
+    warnings = [f"No effect in this version: {', '.join(idle)}"] if idle else []
+    for setting in DUBIOUS_SETTINGS:
+        changed = [key for key in setting.keys if given[key] != keys.fields()[key].default]
+        if changed and setting.applies(config):
+            warnings.append(f"{', '.join(changed)}: {setting.message.format(c=config)}")
+    return warnings

@@ -1,42 +1,89 @@
-"""Rules about the course of a run: data, learning rate, saving, alerts."""
+"""Rules about the model and the run: shapes, data, learning rate, loss scale, checkpoints, alerts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from internlm.config.rules.rule import Rule, at
+from internlm.config.rules.rule import Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
 from internlm.config.schema.fields import parse_rampup, parse_skip_batches
-from internlm.config.support import Facts
 from internlm.utils.errors import Problem
 
 
-def skip_batches_parses(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Batch numbers and ranges of them."""
+# -- model ------------------------------------------------------------------------------------------------------------
+def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """``head_dim`` is hidden size ÷ heads unless it is given."""
+    model = config.model
+    if model.head_dim is None:
+        what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
+        yield Problem("model.hidden_size", what, "Change one of them, or set model.head_dim")
+
+
+def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Rotary embedding rotates pairs of elements."""
+    if (config.model.head_dim or 0) % 2:
+        yield Problem(
+            "model.head_dim",
+            f"{config.model.head_dim} is odd, but rotary embedding rotates pairs",
+            "Use an even number",
+        )
+
+
+def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Each key/value head serves the same number of query heads."""
+    heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
+    if heads % kv_heads:
+        what = f"num_attention_heads = {heads} is not divisible by {kv_heads}"
+        yield Problem("model.num_kv_attention_heads", what, f"Use one of {listed(divisors(heads))}")
+
+
+def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """A token cannot be routed to more experts than there are."""
+    experts, top_k = config.model.num_experts, config.model.top_k
+    if experts > 1 and top_k > experts:
+        yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
+
+
+def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """At most all blocks can be offloaded; a pipeline chunk that has fewer offloads all of its own."""
+    offloaded, layers = config.model.cpu_offloading, config.model.num_layers
+    if offloaded > layers:
+        what = f"{offloaded} is more than num_layers = {layers}"
+        yield Problem("model.cpu_offloading", what, f"Use at most {layers}")
+
+
+def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """The compiler decides which activations of a compiled block are saved, so ``selective`` cannot."""
+    if (config.model.compile, config.model.checkpoint) == (True, "selective"):
+        what = "'selective' has no effect with model.compile = True, where the compiler chooses the saved activations"
+        yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
+
+
+# -- data, optimizer, checkpoints, alerts -------------------------------------------------------------------------------
+def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """``skip_batches`` lists batch numbers and ranges."""
     try:
         parse_skip_batches(config.data.skip_batches)
     except ValueError as error:
-        yield Problem("data.skip_batches", str(error), "Write it as in: '0-9,20', both ends included")
+        yield Problem("data.skip_batches", str(error), "Example: '0-9,20', both ends included")
 
 
-def rampup_leads_to_micro_num(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Three counts, of which the first is where the growth to ``micro_num`` starts."""
+def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Batch-size warm-up starts at ``micro_num`` or below."""
     data = config.data
     try:
         rampup = parse_rampup(data.rampup_batch_size)
     except ValueError as error:
-        yield Problem(
-            "data.rampup_batch_size", str(error), "Write it as in: '2 2 100', for 2 more every 100 steps from 2 on"
-        )
+        yield Problem("data.rampup_batch_size", str(error), "Example: '2 2 100' starts at 2 and adds 2 every 100 steps")
         return
     if rampup and rampup.start > data.micro_num:
-        what = f"starts at {rampup.start}, above data.micro_num = {data.micro_num}, to which it grows"
+        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, at which it should end"
         yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
 
 
-def schedule_fits_run(config: Config, facts: Facts) -> Iterator[Problem]:
-    """The learning rate must reach its peak, and that of wsd begin its decay there."""
+def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """The learning rate must reach its peak within the schedule, and ``wsd`` must not decay before it."""
     schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
     ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
     if schedule.type != "wsd":
@@ -44,12 +91,12 @@ def schedule_fits_run(config: Config, facts: Facts) -> Iterator[Problem]:
     steps = [schedule.init_steps, *(int(total * ratio) for ratio in ratios.values())]
     if sum(steps) > total:
         terms = " + ".join(["init_steps", *(f"{name} · total_steps" for name in ratios)])
-        what = f"{terms} = {' + '.join(map(str, steps))} steps is longer than total_steps = {total}"
+        what = f"{terms} = {' + '.join(map(str, steps))} steps is more than total_steps = {total}"
         yield Problem("lr_scheduler", what, f"Lower {' or '.join(['init_steps', *ratios])}")
 
 
-def loss_scale_keeps_its_bounds(config: Config, facts: Facts) -> Iterator[Problem]:
-    """It is used with float16 alone."""
+def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """The initial loss scale lies within its bounds; only float16 uses it."""
     scaler, dtype = config.grad_scaler, config.model.dtype
     smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
     if dtype == "torch.float16" and not smallest <= first <= largest:
@@ -57,25 +104,27 @@ def loss_scale_keeps_its_bounds(config: Config, facts: Facts) -> Iterator[Proble
         yield Problem("grad_scaler", what, "Change them until it is")
 
 
-def patterns_compile(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Of parameter groups."""
+def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Patterns of parameter groups are regular expressions."""
     given = [dict(group).get("pattern") for group in config.optimizer.param_groups]
-    for pattern in [each for each in given if isinstance(each, str)]:  # of all else the schema speaks
+    # Groups that failed validation are still plain dicts here, in which a pattern may be missing or not text.
+    for pattern in [pattern for pattern in given if isinstance(pattern, str)]:
         try:
             re.compile(pattern)
         except re.error as error:
-            yield Problem("optimizer.param_groups", f"{error.pattern!r} is no regular expression ({error})", "Mend it")
+            what = f"{error.pattern!r} is not a valid regular expression ({error})"
+            yield Problem("optimizer.param_groups", what, "Fix the pattern")
 
 
-def gradients_fit(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Small gradients vanish in float16, unless a loss scale keeps them up."""
+def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Small gradients underflow in float16 without a loss scale."""
     dtype = config.model.dtype
     if config.reduce_comm_dtype == "torch.float16" and dtype != "torch.float16":
-        what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would vanish"
+        what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would underflow"
         yield Problem("reduce_comm_dtype", what, "Use torch.bfloat16, or remove it")
 
 
-def saving_knows_where_and_when(config: Config, facts: Facts) -> Iterator[Problem]:
+def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Saving needs a folder and an interval."""
     ckpt = config.ckpt
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
@@ -84,24 +133,30 @@ def saving_knows_where_and_when(config: Config, facts: Facts) -> Iterator[Proble
         yield Problem("ckpt.checkpoint_every", "missing, but ckpt.enable_save_ckpt is True", "Give a number of steps")
 
 
-def alerts_have_an_address(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Alerts need someone to go to."""
+def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Alerts need the address of a webhook."""
     alert = config.monitor.alert
     if alert.enable_feishu_alert and not alert.feishu_alert_address:
         what = "missing, but monitor.alert.enable_feishu_alert is True"
         yield Problem("monitor.alert.feishu_alert_address", what, "Give the address of a webhook")
 
 
-def job_name_is_a_folder_name(config: Config, facts: Facts) -> Iterator[Problem]:
-    """Records lie in a folder of that name."""
+def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """The job name is also the name of the folder of its records."""
     name = config.JOB_NAME
     if not name.strip(".") or set(name) & set("/\\\0"):
-        yield Problem("JOB_NAME", f"{name!r} can't be the name of a folder", "Use letters, digits, '-' and '_'")
+        yield Problem("JOB_NAME", f"{name!r} cannot be the name of a folder", "Use letters, digits, '-' and '_'")
 
 
 LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")
 
 RULES = (
+    Rule(at("model", "hidden_size", "num_attention_heads", "head_dim"), heads_divide_hidden_size),
+    Rule(at("model", "head_dim"), head_dim_is_even),
+    Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
+    Rule(at("model", "num_experts", "top_k"), experts_suffice),
+    Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
+    Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),

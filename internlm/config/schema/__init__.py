@@ -1,6 +1,6 @@
-"""The schema: one pydantic model per section, every field with its meaning directly beneath it."""
+"""Schema of the config: one pydantic model per section, each field documented by the string beneath it."""
 
-from internlm.config.schema.data import DataConfig as DataConfig
+from internlm.config.schema.root import DataConfig as DataConfig
 from internlm.config.schema.model import ModelConfig as ModelConfig
 from internlm.config.schema.optim import AdamConfig as AdamConfig
 from internlm.config.schema.optim import Beta2SchedulerConfig as Beta2SchedulerConfig

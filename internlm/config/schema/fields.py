@@ -1,7 +1,4 @@
-"""What every section of the config shares.
-
-Settings that are written as short strings.
-"""
+"""Base class of config sections, types of numbers with bounds, and parsers of settings that are written as text."""
 
 from __future__ import annotations
 
@@ -11,17 +8,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A section: frozen once resolved, no unknown keys, no guessing at types (text is never taken for a number).
+    """Base of all sections: frozen, no unknown keys, no conversion between types (text is never taken for a number).
 
-    Each field is documented by the string beneath it.
+    The string beneath a field is its documentation.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),  # pydantic reserves names that begin with model_, such as our model_type
     )
 
 
-Count = Annotated[int, Field(ge=1)]  # at least one of something
+Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 LastStep = Annotated[int, Field(ge=-1)]  # counted from 0; -1: none yet
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -30,11 +31,11 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MoreThanOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Shrinking = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # a factor
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # an exponential average's coefficient
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # coefficient of an exponential average
 
 
 class Rampup(NamedTuple):
-    """Growth of the micro-batches per step: ``start``, then ``increment`` more every so many batches."""
+    """Batch-size warm-up: ``start`` micro-batches per step, then ``increment`` more after every ``every`` steps."""
 
     start: int
     increment: int
@@ -42,19 +43,27 @@ class Rampup(NamedTuple):
 
 
 def parse_rampup(text: str) -> Rampup | None:
-    """``"start increment every"`` as three counts; None for an empty string. Raises ValueError saying what is wrong."""
+    """Parse ``"start increment every"``; None for an empty string.
+
+    Raises:
+        ValueError: the text is not three counts of at least 1.
+    """
     words = text.split()
     if not words:
         return None
     if len(words) != 3 or not all(_is_count(word) and int(word) for word in words):
-        raise ValueError(f"{text!r} isn't three counts of at least 1, 'start increment every'")
+        raise ValueError(f"expected three counts of at least 1, 'start increment every', got {text!r}")
     return Rampup(*map(int, words))
 
 
 def parse_skip_batches(text: str) -> tuple[tuple[int, int], ...]:
-    """``"a-b,c"`` as inclusive ranges, in order and merged. Raises ValueError saying what is wrong."""
+    """Parse ``"a-b,c"`` into inclusive ranges, sorted and merged.
+
+    Raises:
+        ValueError: a word is neither a batch number nor a range of them.
+    """
     merged: list[tuple[int, int]] = []
-    for first, last in sorted(_parse_range(part.strip()) for part in text.split(",") if text.strip()):
+    for first, last in sorted(_parse_range(word.strip()) for word in text.split(",") if word.strip()):
         if merged and first <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
         else:
@@ -62,14 +71,15 @@ def parse_skip_batches(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-def _parse_range(part: str) -> tuple[int, int]:
-    first, dash, last = (word.strip() for word in part.partition("-"))
+def _parse_range(text: str) -> tuple[int, int]:
+    first, dash, last = (word.strip() for word in text.partition("-"))
     if not _is_count(first) or (dash and not _is_count(last)):
-        raise ValueError(f"{part!r} is neither a batch number nor a range 'first-last'")
+        raise ValueError(f"expected a batch number or a range 'first-last', got {text!r}")
     if dash and int(last) < int(first):
-        raise ValueError(f"the range {part!r} ends before it begins")
+        raise ValueError(f"the range {text!r} ends before it begins")
     return int(first), int(last or first)
 
 
 def _is_count(word: str) -> bool:
+    # str.isdigit alone accepts digits of other scripts and superscripts, of which int() refuses some.
     return word.isascii() and word.isdigit()

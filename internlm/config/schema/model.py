@@ -1,4 +1,4 @@
-"""``model``: the shape of the network."""
+"""The ``model`` section: the shape of the network, and how it computes."""
 
 from __future__ import annotations
 
@@ -9,133 +9,139 @@ from pydantic import Field
 from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
+AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "blocked", "reference"]
 
 
 class ModelConfig(Section):
-    """``model``: sizes, norms, biases, rotary embedding, initialisation."""
+    """Sizes, norms, biases, rotary embedding, recompute and initial values."""
 
     num_layers: Count
-    """Decoder blocks."""
+    """Number of decoder blocks in the whole model."""
     hidden_size: Count
-    """Width of the residual stream."""
+    """Hidden size: the width of the residual stream."""
     num_attention_heads: Count
-    """Query heads."""
+    """Number of query heads."""
     vocab_size: Count
-    """Tokens known to embedding and head."""
+    """Number of vocabulary entries; every token id of the data must be smaller."""
     num_kv_attention_heads: Count | None = None
-    """Key/value heads; absent: as many as query heads."""
+    """Number of key/value heads, for grouped-query attention (arXiv 2305.13245). Default: ``num_attention_heads``."""
     head_dim: Count | None = None
-    """Width of one head; absent: hidden_size ÷ num_attention_heads."""
+    """Width of one attention head. Default: ``hidden_size`` ÷ ``num_attention_heads``."""
     mlp_ratio: Positive = 8 / 3
-    """Intermediate width ÷ hidden_size, before rounding up to ``multiple_of``."""
+    """Width of the feed-forward layer ÷ ``hidden_size``, before it is rounded up to ``multiple_of``."""
     multiple_of: Count = 256
-    """The intermediate width is rounded up to a multiple of this."""
+    """The feed-forward width is rounded up to a multiple of this."""
     max_position_embeddings: Count = 2048
-    """Positions the model was made for; dynamic NTK starts beyond it."""
+    """Context length that the model is made for, in tokens. Dynamic NTK scaling starts beyond it."""
     num_chunks: Count = 1
-    """Model chunks per pipeline stage; over 1 makes 1F1B interleaved. ZBV has 2."""
+    """Model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
+    # bool comes first: in strict mode pydantic would take True for neither a fraction nor a word.
     checkpoint: bool | Fraction | Literal["selective"] = False
-    """Activation recompute: True (all layers), False (none) or the fraction of layers, spread over the model: of 0.5
-    every second; ``selective``: of every layer what is no product with a weight."""
+    """Activation checkpointing (recompute): True for all blocks, False for none, a fraction for that share of the blocks,
+    spread evenly (0.5: every second block), ``selective`` to keep the outputs of the weight GEMMs of every block and
+    recompute the rest. Saves memory; full recompute costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
-    """Of how many layers of each chunk, from its first on, activations wait for backward in host memory."""
+    """Number of blocks of each model chunk, from its first on, whose saved activations are offloaded to host memory until
+    the backward pass. Saves device memory and costs two copies per activation."""
     drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
-    """Dropout of what embedding, attention and feed-forward give to the residual stream."""
+    """Dropout probability on the outputs of embedding, attention and feed-forward layers."""
     dropout_selective_checkpoint: bool = True
-    """Draw the masks of dropout again in backward; False: keep them, a byte for each element."""
+    """True: generate dropout masks again in the backward pass. False: keep them, one byte per element."""
     compile: bool = False
-    """Have torch.compile compile each block."""
+    """Compile each block with ``torch.compile``. The first steps take longer."""
     dtype: Dtype | None = None
-    """Type of parameters and activations; absent: bfloat16 on CUDA, float32 on CPU. tf32 is float32 with TF32 matrix
-    products allowed."""
+    """Type of parameters and activations. Default: ``torch.bfloat16`` on CUDA, ``torch.float32`` on the CPU.
+    ``torch.tf32`` is float32 with TF32 matrix products allowed; ``torch.float16`` uses the loss scale of
+    ``grad_scaler``."""
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Kind of normalisation."""
+    """Normalisation: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
     layer_norm_epsilon: Positive = 1e-5
-    """Added to the variance."""
+    """Added to the variance (RMSNorm: the mean square) before the root."""
     apply_post_layer_norm: bool = False
-    """Normalise after the residual sum instead of before the sub-layer."""
+    """Normalise after each residual sum (post-norm) instead of before each sub-layer (pre-norm)."""
     no_bias: bool | None = None
-    """True: no bias anywhere; absent: as the model type has it."""
+    """True: no projection has a bias. Default: as the model type has it."""
     qkv_bias: bool | None = None
-    """Bias of the query/key/value projection; absent: as the model type has it."""
+    """Whether the query/key/value projection has a bias. Default: as the model type has it."""
     o_bias: bool | None = None
-    """Bias of the attention output projection; absent: as the model type has it."""
+    """Whether the output projection of attention has a bias. Default: as the model type has it."""
     mlp_bias: bool | None = None
-    """Biases of the feed-forward projections; absent: as the model type has it."""
+    """Whether the feed-forward projections have biases. Default: as the model type has it."""
     residual_in_fp32: bool = False
     """Keep the residual stream in float32."""
     use_flash_attn: bool = True
-    """Allow the flash-attn kernels where they are installed; other kernels serve elsewhere."""
-    attention_backend: Literal["auto", "flash", "varlen", "sdpa", "blocked", "reference"] = "auto"
-    """Attention kernel; ``auto`` takes the best one there is, any other must be available."""
+    """Allow the flash-attn kernels where they are installed. Other kernels are used where they are not."""
+    attention_backend: AttentionBackend = "auto"
+    """Attention kernel. ``auto`` chooses the fastest one available; any other must be available, or the run fails."""
     parallel_output: bool = True
-    """Keep logits split over the tensor group."""
+    """Keep the logits split over the tensor group instead of gathering them for the loss."""
     embed_split_hidden: bool = True
-    """Split the embedding over hidden units rather than over the vocabulary."""
+    """Split the embedding over the hidden size; False: over the vocabulary."""
     embed_grad_scale: Positive = 1.0
-    """Factor on the gradient that flows into the embedding (GLM-130B, arXiv 2210.02414)."""
+    """Factor on the gradient of the embedding. Less than 1 damps early instability (GLM-130B, arXiv 2210.02414)."""
     tie_word_embeddings: bool = False
-    """Use the embedding as the head's weight."""
+    """Use the embedding's weight as the head's weight."""
     qk_interleaved: bool | None = None
-    """Rotary layout: True pairs neighbours, False pairs halves; absent: as the model type has it."""
+    """Layout of the rotary embedding. True: rotate neighbouring elements as pairs; False: pair the two halves of a head.
+    Default: as the model type has it. A checkpoint trained with one is wrong with the other."""
     rope_base: Positive = 10000.0
-    """Base of the rotary frequencies."""
+    """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False
-    """Raise the base with the sequence length beyond ``max_position_embeddings``."""
+    """Raise the rotary base with the sequence length beyond ``max_position_embeddings`` (dynamic NTK scaling)."""
     rope_scaling_factor: Positive = 1.0
-    """Linear scaling of positions, or the factor of dynamic NTK."""
+    """Divisor of the positions (linear scaling, arXiv 2306.15595); under dynamic NTK the factor of its formula."""
     use_sliding_window: bool = False
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None
-    """Width of the window in tokens."""
+    """Width of the attention window in tokens."""
     mlp_layer_fusion: bool = True
-    """Gate and up projection as one product."""
+    """Compute gate and up projection as one GEMM."""
     enable_qkv_fusion: bool = True
-    """Query, key and value projection as one product."""
+    """Compute query, key and value projection as one GEMM."""
     norm_head: bool = False
-    """Normalise the head's rows."""
+    """Normalise each row of the head's weight (Baichuan 2, arXiv 2309.10305)."""
     use_scaled_init: bool = True
-    """Divide the deviation of output projections by √(2 · num_layers) (GPT-2)."""
+    """Divide the initial standard deviation of output projections by √(2 · ``num_layers``), as GPT-2 does."""
     embedding_init_std: NonNegative = 0.02
-    """Standard deviation of the embedding at the start."""
+    """Initial standard deviation of the embedding."""
     attn_wqkv_init_std: NonNegative = 0.02
-    """Standard deviation of query, key and value projections at the start."""
+    """Initial standard deviation of query, key and value projections."""
     attn_other_init_std: NonNegative = 0.02
-    """Standard deviation of attention output projections at the start."""
+    """Initial standard deviation of the output projection of attention."""
     ffn_uplayer_init_std: NonNegative = 0.02
-    """Standard deviation of gate and up projections at the start."""
+    """Initial standard deviation of gate and up projections."""
     ffn_other_init_std: NonNegative = 0.02
-    """Standard deviation of down projections at the start."""
+    """Initial standard deviation of the down projection."""
     out_head_init_std: NonNegative = 0.02
-    """Standard deviation of the head at the start."""
+    """Initial standard deviation of the head."""
     num_experts: Count = 1
-    """Experts per layer; 1: a dense model."""
+    """Experts per mixture-of-experts layer. 1: a dense model."""
     top_k: Count = 2
-    """Experts a token is sent to."""
+    """Experts that each token is routed to."""
     num_shared_experts: CountOrZero = 0
-    """Experts that see every token."""
+    """Experts that process every token, beside the routed ones."""
     moe_type: Literal["GShard", "Dropless"] = "GShard"
-    """Kind of mixture layer."""
+    """Mixture-of-experts layer: ``GShard`` drops tokens beyond an expert's capacity, ``Dropless`` drops none."""
     moe_layer_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
-    """Settings of the mixture layer."""
+    """Further settings of the mixture-of-experts layer."""
 
     @property
     def recomputed_layers(self) -> int:
-        """Layers of which nothing but the input is kept for backward."""
+        """Number of blocks of which only the input is saved for the backward pass."""
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads."""
+        """Number of key/value heads."""
         return self.num_kv_attention_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
-        """Width of one head."""
+        """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the feed-forward layer: hidden · ratio, rounded up to ``multiple_of``."""
+        """Width of the feed-forward layer: hidden size · ratio, rounded up to ``multiple_of``."""
         width = int(self.hidden_size * self.mlp_ratio)
         return -(-width // self.multiple_of) * self.multiple_of

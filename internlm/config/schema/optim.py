@@ -1,5 +1,4 @@
-"""``adam``, ``optimizer``, ``lr_scheduler``, ``beta2_scheduler``, ``hybrid_zero_optimizer``, ``grad_scaler``,
-``loss``."""
+"""Sections about the update of parameters: optimizer, schedules, ZeRO buckets, loss scale and loss."""
 
 from __future__ import annotations
 
@@ -19,144 +18,147 @@ from internlm.config.schema.fields import (
     Shrinking,
 )
 
+OptimizerName = Literal["AdamW", "Muon", "Lion"]
+LRShape = Literal["cosine", "linear", "constant", "wsd"]
+
 
 class AdamConfig(Section):
-    """``adam``: AdamW (arXiv 1711.05101)."""
+    """Learning rate, betas and weight decay, of every optimizer; names as in AdamW (arXiv 1711.05101)."""
 
     lr: Positive
     """Peak learning rate."""
     adam_beta1: Decay = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Decay = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_beta2_c: NonNegative = 0
-    """Exponent of the beta2 schedule; 0: constant."""
+    """Exponent c of the beta2 schedule 1 − step^(−c). 0: beta2 is constant."""
     adam_eps: Positive = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NonNegative = 0.01
-    """Decoupled weight decay."""
+    """Decoupled weight decay: each step multiplies parameters by 1 − lr · ``weight_decay``."""
     decay_norm_and_bias: bool = True
-    """Decay norms and biases too."""
-
-
-OptimizerName = Literal["AdamW", "Muon", "Lion"]
+    """Apply weight decay to the weights of norms and to biases too."""
 
 
 class ParamGroupConfig(Section):
-    """One of ``optimizer.param_groups``: parameters that are trained in another way."""
+    """One entry of ``optimizer.param_groups``: parameters with settings of their own."""
 
     pattern: str
-    """Which: a regular expression that is found in their names, as in ``"norm"`` or ``"^embedding"``."""
+    """Regular expression searched for in parameter names, such as ``"norm"`` or ``"^embedding"``."""
     lr_scale: NonNegative = 1.0
-    """Factor on the learning rate, whatever its schedule."""
+    """Factor on the learning rate of these parameters. 0 freezes them."""
     weight_decay: NonNegative | None = None
-    """Weight decay; absent: as without the group."""
+    """Weight decay of these parameters. Default: that of ``adam``."""
     type: OptimizerName | None = None
-    """Optimizer; absent: as without the group."""
+    """Optimizer of these parameters. Default: ``optimizer.type``."""
 
 
 class OptimizerConfig(Section):
-    """``optimizer``: how parameters are updated. Learning rate, betas and weight decay are those of ``adam``."""
+    """Update rule; learning rate, betas and weight decay are in ``adam``."""
 
     type: OptimizerName = "AdamW"
-    """AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675), or Muon for the matrices of hidden layers and AdamW for
-    the rest."""
+    """``AdamW`` (arXiv 1711.05101), ``Lion`` (arXiv 2302.06675), or ``Muon`` for the matrices of hidden layers with AdamW
+    for all other parameters."""
     momentum: Decay = 0.95
-    """Of Muon."""
+    """Momentum of Muon."""
     nesterov: bool = True
-    """Of Muon: look one step ahead."""
+    """Use Nesterov momentum in Muon."""
     ns_steps: Count = 5
-    """Of Muon: Newton-Schulz iterations that make a matrix orthogonal."""
+    """Newton-Schulz iterations by which Muon orthogonalises an update."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Of Muon: scale updates of a matrix [O, I] by 0.2·√max(O, I), so that the learning rate of AdamW fits, or by
-    √max(1, O/I)."""
+    """Scale of Muon's update of a matrix [O, I]: 0.2·√max(O, I), with which AdamW's learning rate fits
+    (arXiv 2502.16982), or √max(1, O/I)."""
     param_groups: tuple[ParamGroupConfig, ...] = ()
-    """Exceptions by name; of several patterns that match, the first counts."""
+    """Settings for parameters selected by name. Where several patterns match, the first one applies."""
 
 
 class LRSchedulerConfig(Section):
-    """``lr_scheduler``: zero for init_steps, linear warm-up, then down to eta_min."""
+    """Learning rate over the steps: zero for ``init_steps``, linear warm-up, then decay to ``eta_min``."""
 
     total_steps: Count | None = None
-    """Length of the schedule; absent: data.total_steps."""
+    """Steps of the schedule. Default: ``data.total_steps``."""
     init_steps: CountOrZero = 0
-    """Steps at learning rate zero."""
+    """First steps, with learning rate 0."""
     warmup_ratio: Fraction = 0.0
-    """Fraction of total_steps spent warming up."""
-    type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Way down from the peak: half a cosine, a line, none, or (warm-up, stable, decay) none and then a line."""
+    """Fraction of ``total_steps`` over which the learning rate rises linearly to its peak."""
+    type: LRShape = "cosine"
+    """Decay after warm-up: half a ``cosine``, ``linear``, ``constant`` (none), or ``wsd`` (warm-up, stable, decay): constant,
+    then linear."""
     decay_ratio: Fraction = 0.1
-    """Fraction of total_steps that the decay of wsd takes."""
+    """Fraction of ``total_steps`` over which ``wsd`` decays."""
     eta_min: NonNegative = 0.0
-    """Learning rate at the end."""
+    """Learning rate at the end of the decay."""
     last_epoch: LastStep = -1
-    """Step before the first one."""
+    """Step before the first one. −1: start at the beginning of the schedule."""
 
 
 class Beta2SchedulerConfig(Section):
-    """``beta2_scheduler``: max(init_beta2, 1 − step^(−c)), constant for c ≤ 0."""
+    """AdamW's beta2 over the steps: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
 
     init_beta2: Decay | None = None
-    """Smallest beta2; absent: adam.adam_beta2."""
+    """Smallest beta2. Default: ``adam.adam_beta2``."""
     c: Finite | None = None
-    """Exponent; absent: adam.adam_beta2_c."""
+    """Exponent c. Default: ``adam.adam_beta2_c``."""
     cur_iter: LastStep = -1
-    """Step before the first one."""
+    """Step before the first one. −1: start at the beginning of the schedule."""
 
 
 class HybridZeroConfig(Section):
-    """``hybrid_zero_optimizer``: buckets, overlap, clipping."""
+    """ZeRO optimizer: buckets, overlap of communication and compute, gradient clipping."""
 
     overlap_sync_grad: bool = False
-    """Reduce each bucket of gradients while the backward pass still computes others."""
+    """Reduce each bucket of gradients as soon as it is complete, while the backward pass continues."""
     overlap_sync_param: bool = False
-    """Gather each bucket of parameters when the next forward pass needs it, and the one after it meanwhile."""
+    """All-gather each bucket of updated parameters when the next forward pass needs it, one bucket ahead."""
     reduce_bucket_size: Count | None = None
-    """Elements reduced at once, at most; absent: 512 Mi, with either overlap 16 Mi."""
+    """Largest number of elements reduced in one collective. Default: 512 Mi elements, 16 Mi with either overlap."""
     all_gather_size: Count | None = None
-    """Elements gathered at once, at most; absent: as reduce_bucket_size. A bucket is as large as both allow."""
+    """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. One bucket serves both, so
+    the smaller size applies."""
     clip_grad_norm: NonNegative = 0.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
-    """Share buckets evenly by element; False: by whole parameters, as Muon's are in any case."""
+    """Shard buckets evenly by element. False: by whole parameters, as those of Muon always are."""
     fp32_grad_accum: bool = True
-    """Accumulate gradients of parameters in half precision in float32; False: in their own type."""
+    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with half
+    the memory and less precision."""
     max_skipped_steps: Count = 64
-    """Steps in a row that may be skipped for a gradient that is inf or nan, before the run is given up."""
+    """Consecutive steps that may be skipped for a non-finite gradient norm before the run is ended."""
 
 
 class FP16Config(Section):
-    """``grad_scaler.fp16``: dynamic loss scale."""
+    """Dynamic loss scale of float16."""
 
     initial_scale: Positive = 2**16
     """Loss scale at the start."""
     min_scale: Positive = 1
     """Smallest loss scale."""
     growth_interval: Count = 1000
-    """Steps without overflow before the scale grows."""
+    """Steps without overflow after which the scale grows."""
 
 
 class GradScalerConfig(Section):
-    """``grad_scaler``: used with float16 only; the scale is 1 otherwise."""
+    """Loss scale; in use with ``model.dtype = "torch.float16"`` only, 1 otherwise."""
 
     fp16: FP16Config = FP16Config()
-    """The dynamic scale."""
+    """Dynamic loss scale of float16."""
     growth_factor: MoreThanOne = 2
-    """Factor of growth."""
+    """Factor by which the loss scale grows."""
     backoff_factor: Shrinking = 0.5
-    """Factor after overflows."""
+    """Factor by which the loss scale falls after overflows."""
     max_scale: Positive = 2**24
     """Largest loss scale."""
     hysteresis: Count = 2
-    """Overflows before the scale falls."""
+    """Overflows before the loss scale falls."""
 
 
 class LossConfig(Section):
-    """``loss``: token cross-entropy, averaged over the valid tokens of the global batch."""
+    """Token cross-entropy, averaged over the valid tokens of the global batch."""
 
     label_smoothing: Decay = 0.0
     """Probability mass spread evenly over the vocabulary (arXiv 1512.00567)."""
     moe_loss_coeff: NonNegative = 0.1
-    """Weight of the router's balance loss."""
+    """Weight of the load-balancing loss of mixture-of-experts routers."""
     op_type: Literal["auto", "py_vocab_parallel", "flash_vocab_parallel", "torch_naive", "py_naive"] = "auto"
-    """Accepted for older configs; the one chunked kernel serves all."""
+    """Accepted for older configs. The same chunked kernel is used whatever the value."""

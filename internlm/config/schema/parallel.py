@@ -1,4 +1,4 @@
-"""``parallel``: how many processes share what."""
+"""The ``parallel`` section: how the ranks share data, layers and weights."""
 
 from __future__ import annotations
 
@@ -6,109 +6,116 @@ from typing import Literal
 
 from internlm.config.schema.fields import Count, Positive, Section
 
+TensorMode = Literal["mtp", "msp", "fsp", "isp"]
+PipelineMode = Literal["1F1B", "ZBH1", "ZBV", "GPIPE"]
+PartitionRule = Literal["uniform", "parameters", "flops"]
+LaunchPlace = Literal["wqkv", "attn", "wo", "w1"]
+
 
 class Zero1Config(Section):
-    """``parallel.zero1``: sharding of the optimizer state (ZeRO-1.5)."""
+    """Sharding of the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
 
     size: int = -1
-    """Ranks that share one copy of the optimizer state. At most 0: the whole data group (weight-data group under isp);
-    1: off; k: a subgroup of k consecutive ranks, which must divide that group."""
+    """Ranks over which the optimizer state is sharded. At most 0: the whole data group (the weight-data group under isp);
+    1: no sharding; k: sub-groups of k consecutive ranks, where k must divide that group."""
     fsdp: bool = False
-    """Share parameters and gradients too, with PyTorch's ``fully_shard``. Buckets, and what overlaps with them, are
-    then its own: all keys of ``hybrid_zero_optimizer`` about them are without effect."""
+    """Shard parameters and gradients too, with PyTorch's ``fully_shard``. It has buckets and overlap of its own, so the
+    bucket and overlap keys of ``hybrid_zero_optimizer`` have no effect."""
 
 
 class TensorConfig(Section):
-    """``parallel.tensor``: splitting of each layer."""
+    """Splitting of each layer over a tensor group."""
 
     size: Count = 1
-    """Ranks that share one layer."""
-    mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
-    """mtp: tensor parallel; msp, fsp: with sequence parallel; isp: sequence plus weight parallel."""
+    """Ranks of a tensor group."""
+    mode: TensorMode = "mtp"
+    """``mtp``: tensor parallel (arXiv 1909.08053). ``msp``: with sequence parallel (arXiv 2205.05198). ``fsp``: as msp, but the
+    gathered input is not kept: the backward pass gathers it again. ``isp``: sequence parallel activations with sharded
+    weights (arXiv 2401.09149)."""
 
 
 class PipelineConfig(Section):
-    """``parallel.pipeline``: splitting of the model by layers."""
+    """Splitting of the model's layers into pipeline stages."""
 
     size: Count = 1
-    """Stages."""
+    """Pipeline stages."""
     interleaved_overlap: bool = False
-    """Let transfers run under compute in the interleaved schedule, as they do in the others."""
-    mode: Literal["1F1B", "ZBH1", "ZBV", "GPIPE"] = "1F1B"
-    """Schedule. Interleaved 1F1B is meant when ``model.num_chunks > 1``."""
-    partition: Literal["uniform", "parameters", "flops"] | tuple[int, ...] = "uniform"
-    """Which layers a part of the model gets: equally many; such that the largest part has as few parameters, or as few
-    operations, as can be, embedding and head included; or how many, part by part in the order of the model. There are
-    size · ``model.num_chunks`` parts."""
+    """Overlap point-to-point transfers with compute in the interleaved schedule. The other schedules always do."""
+    mode: PipelineMode = "1F1B"
+    """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or ``ZBV``
+    (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
+    partition: PartitionRule | tuple[int, ...] = "uniform"
+    """Assignment of layers to the size · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or ``flops`` (minimise
+    the largest stage, with embedding and head counted), or explicit layer counts in the order of the model."""
     table: str | None = None
-    """A CSV file with a schedule of your own, that ``internlm schedule`` can check; the mode says how the model is cut
-    for it (ZBV: in a V)."""
+    """CSV file with a schedule of your own; ``internlm schedule --csv`` checks and draws it. ``mode`` still decides how layers
+    are laid out on ranks (ZBV: in a V)."""
 
 
 class WeightConfig(Section):
-    """``parallel.weight`` and ``parallel.expert_weight``: weight parallelism of isp."""
+    """Sharding of weights under isp, and its overlap with compute."""
 
     size: Count = 1
-    """Ranks that share one weight."""
+    """Ranks over which each weight is sharded. More than 1 needs ``parallel.tensor.mode = "isp"``."""
     overlap: bool = False
-    """Prefetch the next weight while this one is used."""
+    """Prefetch the next weights (all-gather) while the current ones are in use."""
     memory_pool: bool = False
-    """Gather into a fixed set of buffers instead of allocating."""
-    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = "wo"
-    """The module before which the gather of the next layer starts."""
+    """All-gather into a fixed set of buffers instead of allocating memory for each."""
+    launch_allgather_before: LaunchPlace = "wo"
+    """Module of a block before which the all-gather of the next block is launched."""
     forward_overlap_per: Literal["layer", "module"] = "layer"
-    """Prefetch a whole layer or one module ahead."""
+    """Prefetch a whole block, or one linear, ahead."""
 
 
 class ExpertConfig(Section):
-    """``parallel.expert``: distribution of experts."""
+    """Distribution of experts over ranks."""
 
     size: int = -1
-    """Ranks that share one set of experts. −1: as many as data, tensor and ``model.num_experts`` allow."""
+    """Ranks over which the experts are distributed. −1: min(data · tensor, ``model.num_experts``)."""
     no_tp: bool = False
-    """Leave experts whole where other layers are tensor parallel."""
+    """Do not split experts over the tensor group."""
 
 
 class PlacementStrategy(Section):
-    """``parallel.sequence_2D.device_placement_strategy``."""
+    """Order of the ranks of a two-dimensional sequence group."""
 
     head_first: bool = True
-    """Neighbouring ranks share heads rather than context."""
+    """Neighbouring ranks share heads. False: they share context."""
     interleaved: bool = False
-    """Interleave context ranks."""
+    """Interleave the ranks of the context groups."""
 
 
 class Sequence2DConfig(Section):
-    """``parallel.sequence_2D``: attention split over heads and context at once."""
+    """Attention split over heads and context at once."""
 
     enable: bool = False
-    """Switch."""
+    """Switch this on."""
     head_size: Count = 1
-    """Ranks over heads; head_size · context_size == tensor.size."""
+    """Ranks that split the heads. head_size · context_size must equal ``parallel.tensor.size``."""
     context_size: Count = 1
-    """Ranks over context."""
+    """Ranks that split the context."""
     window_size: Count = 1
-    """Ranks in one inner ring."""
+    """Ranks of an inner ring."""
     device_placement_strategy: PlacementStrategy = PlacementStrategy()
-    """Which ranks lie next to one another."""
+    """Order of the ranks."""
 
 
 class ParallelConfig(Section):
-    """``parallel``: world = data · pipeline · tensor; under isp also weight-data · pipeline · weight."""
+    """Sizes of process groups: world = data · pipeline · tensor; under isp also weight-data · pipeline · weight."""
 
     zero1: Zero1Config = Zero1Config()
     """Sharding of the optimizer state."""
     tensor: TensorConfig = TensorConfig()
-    """Splitting of each layer."""
+    """Splitting of each layer over a tensor group."""
     pipeline: PipelineConfig = PipelineConfig()
-    """Splitting by layers."""
+    """Splitting of the layers into pipeline stages."""
     weight: WeightConfig = WeightConfig()
-    """Weight parallelism; a size over 1 only under isp."""
+    """Sharding of weights; needs isp."""
     expert: ExpertConfig = ExpertConfig()
     """Distribution of experts."""
     expert_weight: WeightConfig = WeightConfig()
-    """Weight parallelism of experts; only under isp."""
+    """Sharding of the weights of experts; needs isp."""
     timeout: Positive = 1800.0
-    """Seconds that a rank waits for another before it takes it for lost."""
+    """Timeout of process groups in seconds. A rank that does not join a collective within it ends the run."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)
-    """Two-dimensional sequence parallelism; only under isp."""
+    """Two-dimensional sequence parallelism; needs isp."""

@@ -1,17 +1,11 @@
-"""``ckpt``, ``monitor``: what surrounds training.
-
-The whole config.
-"""
+"""The whole config, with the sections about what a run reads and writes: ``data``, ``ckpt`` and ``monitor``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.data import DataConfig
 from internlm.config.schema.fields import Count, CountOrZero, Section
 from internlm.config.schema.model import ModelConfig
 from internlm.config.schema.optim import (
@@ -25,123 +19,173 @@ from internlm.config.schema.optim import (
 )
 from internlm.config.schema.parallel import ParallelConfig
 
+CheckpointContent = Literal["model", "sampler", "optimizer", "scheduler", "all"]
+
+
+class DataConfig(Section):
+    """Data sets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
+
+    seq_len: Annotated[int, Field(ge=2)]
+    """Sequence length in tokens. Longer samples are split. At least 2, since the first token is never a label."""
+    micro_bsz: Count
+    """Sequences per micro-batch."""
+    total_steps: Count
+    """Optimizer steps of the run."""
+    type: Literal["tokenized", "streaming"] = "tokenized"
+    """``tokenized``: token files made beforehand. ``streaming``: text, tokenized while training."""
+    micro_num: Count = 1
+    """Micro-batches per step on each data-parallel rank (gradient accumulation)."""
+    valid_micro_num: Count | None = None
+    """Micro-batches per validation batch. Default: ``micro_num``."""
+    valid_every: CountOrZero = 0
+    """Steps between validations; the last step is validated too. 0: never validate."""
+    valid_max_batches: Count | None = None
+    """Largest number of validation batches per data-set type. Default: all."""
+    pack_sample_into_one: bool = False
+    """Attend across samples, within each window of ``seq_len`` tokens. False: attention never crosses a sample."""
+    use_packed_dataset: bool = True
+    """Pack samples into rows without padding. False: one sample per sequence, cut off or padded to ``seq_len``."""
+    skip_batches: str = ""
+    """Batches to leave out, counted from 0: ``"a-b,c"``, both ends included."""
+    rampup_batch_size: str = ""
+    """Batch-size warm-up, ``"start increment every"``: ``micro_num`` begins at start and grows by increment every so many
+    steps until it reaches the value above."""
+    min_length: CountOrZero = 0
+    """Files with fewer samples are left out."""
+    train_folder: str | None = None
+    """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a data-set type. None: random data."""
+    valid_folder: str | None = None
+    """Folder of files to validate on. None: no validation, or random data if ``train_folder`` is None too."""
+    fixed_random_dataset_seqlen: bool = False
+    """Random data: make every sample exactly ``seq_len`` tokens long."""
+    empty_cache_and_diag_interval: CountOrZero = 0
+    """Steps between releases of cached device memory and checks for slow ranks. 0: never."""
+    diag_outlier_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
+    """A rank whose forward and backward passes take longer than this times the mean is reported as slow."""
+    use_shm: bool = False
+    """Keep the index of the data in shared memory, once per machine."""
+    shm_path: str = "/dev/shm/metacache"
+    """Folder of that index."""
+    num_worker: CountOrZero = 4
+    """Threads that read batches ahead. 0: read in the training loop."""
+    tokenizer_path: str | None = None
+    """Tokenizer of streamed data: a sentencepiece ``.model`` or a Hugging Face tokenizer folder."""
+    content_name: str = "text"
+    """Column of streamed data that holds the text."""
+
+    @property
+    def packed_length(self) -> int:
+        """Number of tokens in one row: ``seq_len`` · ``micro_bsz``."""
+        return self.seq_len * self.micro_bsz
+
 
 class LoadInfo(Section):
-    """``ckpt.load_ckpt_info``: where to start from."""
+    """Checkpoint that a run starts from."""
 
     path: str
-    """Checkpoint: ``local:FOLDER`` or a plain path."""
-    content: Annotated[
-        tuple[Literal["model", "sampler", "optimizer", "scheduler", "all"], ...], Field(strict=False, min_length=1)
-    ] = ("all",)
-    """What to load."""
+    """Checkpoint folder: ``local:FOLDER`` or a plain path."""
+    content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
+    """What to load from it. ``("model",)`` starts a new run from these parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
     """Format of the checkpoint."""
 
 
 class CkptConfig(Section):
-    """``ckpt``: saving and resuming."""
+    """Checkpoints: saving and resuming."""
 
     enable_save_ckpt: bool = False
-    """Save at all."""
+    """Save checkpoints."""
     save_ckpt_folder: str | None = None
-    """Where to: ``local:FOLDER`` or a plain path."""
+    """Folder that checkpoints are saved in: ``local:FOLDER`` or a plain path."""
     checkpoint_every: Count | None = None
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     load_ckpt_info: LoadInfo | None = None
-    """What to start from where nothing is resumed."""
+    """Checkpoint to start from where there is nothing to resume."""
     auto_resume: bool = True
-    """Continue from the newest complete checkpoint in save_ckpt_folder."""
+    """Continue from the newest complete checkpoint in ``save_ckpt_folder``."""
     async_upload: bool = False
-    """Write in the background."""
+    """Write checkpoints in the background."""
     async_upload_tmp_folder: str | None = None
-    """Local folder for that."""
+    """Local folder for checkpoints that wait to be written."""
     oss_snapshot_freq: CountOrZero = 0
-    """Steps between snapshots; 0: none."""
+    """Steps between snapshots, which overwrite one another. 0: none."""
     stop_file_path: str | None = None
-    """File whose number asks the run to save, and to stop."""
+    """Path of a file polled for a step number at which to save and stop."""
     enable_internevo2hf_ckpt: bool = False
-    """Save in the Hugging Face format too."""
+    """Save checkpoints in the Hugging Face format too."""
 
 
 class AlertConfig(Section):
-    """``monitor.alert``: who is told."""
+    """Alerts at the start, end or failure of a run."""
 
     enable_feishu_alert: bool = False
     """Send alerts to the webhook."""
     feishu_alert_address: str | None = None
-    """Webhook that takes alerts."""
+    """URL of the webhook."""
     light_monitor_address: str | None = None
-    """Webhook that takes heartbeats."""
+    """URL of a webhook for heartbeats."""
     alert_file_path: str | None = None
-    """File that alerts are appended to."""
+    """File that alerts are appended to. None: no file."""
 
 
 class TensorboardConfig(Section):
-    """``monitor.tensorboard``."""
+    """TensorBoard writer."""
 
     queue_max_length: Count = 10
-    """Scalars held back before they are written."""
+    """Scalars buffered before they are written to disk."""
 
 
 class MonitorConfig(Section):
-    """``monitor``: alerts and TensorBoard."""
+    """Alerts and TensorBoard."""
 
     alert: AlertConfig = AlertConfig()
     """Alerts."""
     tensorboard: TensorboardConfig = TensorboardConfig()
-    """TensorBoard's writer."""
+    """TensorBoard writer."""
 
 
 class Config(Section):
-    """A resolved, validated, frozen config. Made by :func:`internlm.config.load_config`."""
+    """A resolved, validated, frozen config, made by :func:`internlm.config.load_config`."""
 
     model: ModelConfig
     """Shape of the network."""
     data: DataConfig
-    """What is read."""
+    """Data sets and batches."""
     adam: AdamConfig
     """Learning rate, betas, weight decay."""
     JOB_NAME: str = "internlm"
-    """Name of the run; its records lie under ``RUN/{JOB_NAME}/``."""
+    """Name of the run. Its log, metrics and traces are written below ``RUN/{JOB_NAME}/``."""
     model_type: str = "INTERNLM"
-    """Registered model type."""
+    """Registered model type, such as ``INTERNLM2`` or ``LLAMA2``."""
     parallel: ParallelConfig = ParallelConfig()
-    """How many processes share what."""
+    """Process groups."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How parameters are updated."""
+    """Update rule."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
-    """Learning rate over the steps."""
+    """Learning-rate schedule."""
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
-    """beta2 over the steps."""
+    """Schedule of AdamW's beta2."""
     hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()
-    """Buckets, overlap, clipping."""
+    """ZeRO buckets, overlap, gradient clipping."""
     grad_scaler: GradScalerConfig = GradScalerConfig()
     """Loss scale of float16."""
     loss: LossConfig = LossConfig()
-    """The loss."""
+    """Loss function."""
     ckpt: CkptConfig = CkptConfig()
-    """Saving and resuming."""
+    """Checkpoints: saving and resuming."""
     monitor: MonitorConfig = MonitorConfig()
     """Alerts and TensorBoard."""
     use_fp32_norm: bool = False
-    """Keep the weights of norms in float32, and compute with them so."""
+    """Keep the weights of norms in float32 and compute norms in float32, whatever ``model.dtype`` is."""
     reduce_comm_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] | None = None
-    """Type in which gradients are reduced; absent: the type of the gradient buffer."""
+    """Type in which gradients are sent and summed. Default: the type of the gradient buffer."""
     cudnn_deterministic: bool = False
-    """Deterministic cuDNN kernels."""
+    """Use deterministic cuDNN kernels only."""
     cudnn_benchmark: bool = False
-    """Let cuDNN time its kernels first."""
+    """Let cuDNN time its kernels and choose the fastest."""
     enable_tb: bool = True
     """Write TensorBoard records."""
     tensorboard_folder: str | None = None
-    """Where to; absent: beside the run's other records."""
+    """Folder of TensorBoard records. Default: beside the other records of the run."""
     log_folder: str = "RUN"
-    """Folder of all runs' records."""
-
-    @classmethod
-    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Config:
-        """The config in the file ``path``, resolved as by :func:`internlm.config.load_config`."""
-        from internlm.config import load_config  # which needs this class
-
-        return load_config(path, overrides)
+    """Folder below which every run writes its records, in ``{JOB_NAME}/{time of launch}/``."""
