@@ -1,4 +1,7 @@
-"""The generated part of doc/config.md: every key of the config, from the schema. ``--write`` puts it in its place."""
+"""Generate the reference part of doc/config.md from the schema: every key with its values, default and meaning.
+
+``--write`` puts it into the page.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ END = "<!-- end: generated -->"
 
 
 def reference() -> str:
-    """Markdown tables of all keys, of old spellings, and of what is not available yet."""
-    return "\n".join([*_key_tables(), *_old_spellings(), *_not_yet()])
+    """Return Markdown tables of all keys, of old spellings, and of what is not available yet."""
+    return "\n".join([*_key_tables(), *_old_spellings(), *_not_available()])
 
 
 def refreshed(page: str) -> str:
-    """``page`` with its generated part made anew."""
+    """Return ``page`` with its generated part replaced."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{reference()}\n{END}{after}"
 
 
 def _key_tables() -> Iterator[str]:
-    sections = ["", *filter(keys.children, keys.fields())]  # and lists of them
+    sections = ["", *filter(keys.children, keys.fields())]  # lists of sections included
     for section in sections:
         leaves = [key for key in _inside(section) if not keys.is_section(key)]
         if leaves:
@@ -41,10 +44,15 @@ def _inside(section: str) -> list[str]:
 
 
 def _heading(section: str) -> Iterator[str]:
-    if section:
-        yield f"### `{section}`\n\n{keys.fields()[section].description}\n"
-    else:
+    if not section:
         yield "### At the top level\n"
+        return
+    # The class documents a section in more detail than the field that holds it, which may have a use of its own
+    # (``weight`` and ``expert_weight`` have one class).
+    field = keys.fields()[section]
+    section_class = keys.item_section_of(field.annotation)
+    about = [field.description or "", (section_class.__doc__ or "").strip() if section_class else ""]
+    yield f"### `{section}`\n\n{' '.join(dict.fromkeys(about))}\n"
 
 
 def _key_row(key: str) -> tuple[str, ...]:
@@ -70,18 +78,24 @@ def _old_spellings() -> Iterator[str]:
     renamed = [(f"`{old}`", f"`{new}`") for old, new in legacy.RENAMED.items()]
     removed = [(f"`{key}`", f"an error. {todo}") for key, todo in legacy.REMOVED.items()]
     ignored = [(f"`{key}`", f"ignored: {reason}") for key, reason in legacy.IGNORED.items()]
-    flag = [(f"`{legacy.SEQUENCE_PARALLEL}`", "dropped: the mode says it all; `True` without a mode means msp")]
+    flag = [(f"`{legacy.SEQUENCE_PARALLEL}`", "dropped: it follows from the mode; `True` without a mode means msp")]
     yield from _table(("written", "read as"), short + renamed + flag + ignored + removed)
 
 
-def _not_yet() -> Iterator[str]:
+def _not_available() -> Iterator[str]:
     yield "### Not available yet\n"
     yield "A run refuses any other value of these keys:\n"
-    only = [(f"`{key}`", ", ".join(f"`{value!r}`" for value in values)) for key, values in support.ONLY.items()]
-    yield from _table(("key", "values that run"), only)
-    yield "These keys are accepted and have no effect yet:\n"
+    supported = [
+        (f"`{key}`", ", ".join(f"`{value!r}`" for value in values)) for key, values in support.SUPPORTED_VALUES.items()
+    ]
+    yield from _table(("key", "values that run"), supported)
+    yield "These keys are accepted, with a warning, and have no effect yet:\n"
     yield from _table(("key", "what happens"), [(f"`{row.key}`", row.instead) for row in support.NO_EFFECT])
-    yield f"Folders ({', '.join(f'`{key}`' for key in support.FOLDERS)}) must be local: `local:FOLDER` or a plain path."
+    yield "These keys have no effect, since the feature of the other key is not available yet:\n"
+    rows = [(", ".join(f"`{key}`" for key in unread), f"`{setting}`") for setting, unread in support.UNREAD.items()]
+    yield from _table(("keys", "belong to"), rows)
+    folders = ", ".join(f"`{key}`" for key in support.LOCAL_FOLDERS)
+    yield f"Folders ({folders}) must be local: `local:FOLDER` or a plain path."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
@@ -97,7 +111,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def main() -> None:
     """Print the reference, or write it into the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write it into doc/config.md")
     if parser.parse_args().write:
         PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

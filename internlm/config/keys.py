@@ -1,4 +1,4 @@
-"""Dotted keys of the config: their fields in the schema, what they accept in words, their values in a resolved config."""
+"""Dotted keys of the config: their fields in the schema, accepted values in words, values in a resolved config."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _drop_ignored(config: NestedDict, findings: Findings) -> None:
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
-    """Drop the flag, which follows from the mode: every mode but mtp splits sequences. Without a mode, True means msp."""
+    """Drop the flag, which follows from the mode (all but mtp split sequences); without a mode, True means msp."""
     flag = pop(config, SEQUENCE_PARALLEL)
     mode = get(config, "parallel.tensor.mode")
     if flag is ABSENT or flag is None:

@@ -52,6 +52,8 @@ NO_EFFECT = (
     NoEffect("ckpt.async_upload", "checkpoints are saved synchronously"),
     NoEffect("ckpt.oss_snapshot_freq", "no snapshots are saved between checkpoints"),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),
+    # Any kernel gives the result that older configs ask for, so there is nothing to warn about.
+    NoEffect("loss.op_type", "the chunked kernel computes the loss", lambda kernel: False),
 )
 
 #: Keys that nothing reads, by the setting without which they have no meaning. There is no warning for these, since that
@@ -79,8 +81,6 @@ UNREAD: dict[str, tuple[str, ...]] = {
     ),
     "data.type": ("data.tokenizer_path", "data.content_name"),
     "ckpt.async_upload": ("ckpt.async_upload_tmp_folder",),
-    # Older configs choose a kernel by it. There is one kernel, whose result is the one that each value asks for.
-    "loss": ("loss.op_type",),
 }
 
 
@@ -147,9 +147,7 @@ DUBIOUS_SETTINGS = (
         lambda c: c.data.valid_folder is None and c.data.train_folder is not None,
         "no effect, since data.valid_folder is not given",
     ),
-    DubiousSetting(
-        MUON_KEYS, lambda c: not _uses_muon(c.optimizer), "no effect, since no parameter is updated by Muon"
-    ),
+    DubiousSetting(MUON_KEYS, lambda c: not _uses_muon(c.optimizer), "no effect, since Muon updates no parameter"),
     DubiousSetting(
         ("model.dropout_selective_checkpoint",),
         lambda c: not c.model.drop_rate,

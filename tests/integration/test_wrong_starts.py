@@ -34,7 +34,7 @@ def test_a_config_file_that_fails(tmp_path: Path) -> None:
     file = tmp_path / "config.py"
     file.write_text("data = dict(\n    total_steps=1 / 0,\n)\n")
     job = train(2, file, tmp_path)
-    _assert_said_once(job, f"{file}:2: ZeroDivisionError: division by zero. Mend this line")
+    _assert_said_once(job, f"{file}:2: ZeroDivisionError: division by zero. Fix this line")
 
 
 def test_a_bad_sample_in_the_middle_of_a_run(tmp_path: Path) -> None:

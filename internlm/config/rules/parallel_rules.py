@@ -24,7 +24,7 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
 
 
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Tensor parallelism splits the feed-forward width evenly, and the hidden size where the embedding is split by it."""
+    """Tensor parallelism splits the feed-forward width, and often the embedding's hidden size, evenly."""
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
     if mode == "isp":
         return

@@ -60,7 +60,7 @@ def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> I
         yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
 
 
-# -- data, optimizer, checkpoints, alerts -------------------------------------------------------------------------------
+# -- data, optimizer, checkpoints, alerts ------------------------------------------------------------------------------
 def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
     """``skip_batches`` lists batch numbers and ranges."""
     try:

@@ -1,6 +1,5 @@
 """Schema of the config: one pydantic model per section, each field documented by the string beneath it."""
 
-from internlm.config.schema.root import DataConfig as DataConfig
 from internlm.config.schema.model import ModelConfig as ModelConfig
 from internlm.config.schema.optim import AdamConfig as AdamConfig
 from internlm.config.schema.optim import Beta2SchedulerConfig as Beta2SchedulerConfig
@@ -14,4 +13,5 @@ from internlm.config.schema.parallel import ParallelConfig as ParallelConfig
 from internlm.config.schema.root import AlertConfig as AlertConfig
 from internlm.config.schema.root import CkptConfig as CkptConfig
 from internlm.config.schema.root import Config as Config
+from internlm.config.schema.root import DataConfig as DataConfig
 from internlm.config.schema.root import MonitorConfig as MonitorConfig

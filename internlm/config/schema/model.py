@@ -37,12 +37,12 @@ class ModelConfig(Section):
     """Model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
     # bool comes first: in strict mode pydantic would take True for neither a fraction nor a word.
     checkpoint: bool | Fraction | Literal["selective"] = False
-    """Activation checkpointing (recompute): True for all blocks, False for none, a fraction for that share of the blocks,
-    spread evenly (0.5: every second block), ``selective`` to keep the outputs of the weight GEMMs of every block and
-    recompute the rest. Saves memory; full recompute costs about a third more compute."""
+    """Activation checkpointing (recompute): True for all blocks, False for none, a fraction for that share of the
+    blocks, spread evenly (0.5: every second block), ``selective`` to keep the outputs of the weight GEMMs of every
+    block and recompute the rest. Saves memory; full recompute costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
-    """Number of blocks of each model chunk, from its first on, whose saved activations are offloaded to host memory until
-    the backward pass. Saves device memory and costs two copies per activation."""
+    """Number of blocks of each model chunk, from its first on, whose saved activations are offloaded to host memory
+    until the backward pass. Saves device memory and costs two copies per activation."""
     drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Dropout probability on the outputs of embedding, attention and feed-forward layers."""
     dropout_selective_checkpoint: bool = True
@@ -82,8 +82,8 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = False
     """Use the embedding's weight as the head's weight."""
     qk_interleaved: bool | None = None
-    """Layout of the rotary embedding. True: rotate neighbouring elements as pairs; False: pair the two halves of a head.
-    Default: as the model type has it. A checkpoint trained with one is wrong with the other."""
+    """Layout of the rotary embedding. True: rotate neighbouring elements as pairs; False: pair the two halves of a
+    head. Default: as the model type has it. A checkpoint trained with one is wrong with the other."""
     rope_base: Positive = 10000.0
     """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False

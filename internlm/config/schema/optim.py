@@ -58,8 +58,8 @@ class OptimizerConfig(Section):
     """Update rule; learning rate, betas and weight decay are in ``adam``."""
 
     type: OptimizerName = "AdamW"
-    """``AdamW`` (arXiv 1711.05101), ``Lion`` (arXiv 2302.06675), or ``Muon`` for the matrices of hidden layers with AdamW
-    for all other parameters."""
+    """``AdamW`` (arXiv 1711.05101), ``Lion`` (arXiv 2302.06675), or ``Muon`` for the matrices of hidden layers with
+    AdamW for all other parameters."""
     momentum: Decay = 0.95
     """Momentum of Muon."""
     nesterov: bool = True
@@ -67,8 +67,8 @@ class OptimizerConfig(Section):
     ns_steps: Count = 5
     """Newton-Schulz iterations by which Muon orthogonalises an update."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Scale of Muon's update of a matrix [O, I]: 0.2·√max(O, I), with which AdamW's learning rate fits
-    (arXiv 2502.16982), or √max(1, O/I)."""
+    """Scale of Muon's update of a matrix [O, I]: 0.2·√max(O, I), with which AdamW's learning rate fits (arXiv
+    2502.16982), or √max(1, O/I)."""
     param_groups: tuple[ParamGroupConfig, ...] = ()
     """Settings for parameters selected by name. Where several patterns match, the first one applies."""
 
@@ -83,8 +83,8 @@ class LRSchedulerConfig(Section):
     warmup_ratio: Fraction = 0.0
     """Fraction of ``total_steps`` over which the learning rate rises linearly to its peak."""
     type: LRShape = "cosine"
-    """Decay after warm-up: half a ``cosine``, ``linear``, ``constant`` (none), or ``wsd`` (warm-up, stable, decay): constant,
-    then linear."""
+    """Decay after warm-up: half a ``cosine``, ``linear``, ``constant`` (none), or ``wsd`` (warm-up, stable, decay):
+    constant, then linear."""
     decay_ratio: Fraction = 0.1
     """Fraction of ``total_steps`` over which ``wsd`` decays."""
     eta_min: NonNegative = 0.0
@@ -114,15 +114,15 @@ class HybridZeroConfig(Section):
     reduce_bucket_size: Count | None = None
     """Largest number of elements reduced in one collective. Default: 512 Mi elements, 16 Mi with either overlap."""
     all_gather_size: Count | None = None
-    """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. One bucket serves both, so
-    the smaller size applies."""
+    """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. One bucket serves
+    both, so the smaller size applies."""
     clip_grad_norm: NonNegative = 0.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
     """Shard buckets evenly by element. False: by whole parameters, as those of Muon always are."""
     fp32_grad_accum: bool = True
-    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with half
-    the memory and less precision."""
+    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with
+    half the memory and less precision."""
     max_skipped_steps: Count = 64
     """Consecutive steps that may be skipped for a non-finite gradient norm before the run is ended."""
 

@@ -16,11 +16,11 @@ class Zero1Config(Section):
     """Sharding of the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
 
     size: int = -1
-    """Ranks over which the optimizer state is sharded. At most 0: the whole data group (the weight-data group under isp);
-    1: no sharding; k: sub-groups of k consecutive ranks, where k must divide that group."""
+    """Ranks over which the optimizer state is sharded. At most 0: the whole data group (the weight-data group under
+    isp); 1: no sharding; k: sub-groups of k consecutive ranks, where k must divide that group."""
     fsdp: bool = False
-    """Shard parameters and gradients too, with PyTorch's ``fully_shard``. It has buckets and overlap of its own, so the
-    bucket and overlap keys of ``hybrid_zero_optimizer`` have no effect."""
+    """Shard parameters and gradients too, with PyTorch's ``fully_shard``. It has buckets and overlap of its own, so
+    the bucket and overlap keys of ``hybrid_zero_optimizer`` have no effect."""
 
 
 class TensorConfig(Section):
@@ -29,9 +29,9 @@ class TensorConfig(Section):
     size: Count = 1
     """Ranks of a tensor group."""
     mode: TensorMode = "mtp"
-    """``mtp``: tensor parallel (arXiv 1909.08053). ``msp``: with sequence parallel (arXiv 2205.05198). ``fsp``: as msp, but the
-    gathered input is not kept: the backward pass gathers it again. ``isp``: sequence parallel activations with sharded
-    weights (arXiv 2401.09149)."""
+    """``mtp``: tensor parallel (arXiv 1909.08053). ``msp``: with sequence parallel (arXiv 2205.05198). ``fsp``: as
+    msp, but the gathered input is not kept: the backward pass gathers it again. ``isp``: sequence parallel
+    activations with sharded weights (arXiv 2401.09149)."""
 
 
 class PipelineConfig(Section):
@@ -42,14 +42,15 @@ class PipelineConfig(Section):
     interleaved_overlap: bool = False
     """Overlap point-to-point transfers with compute in the interleaved schedule. The other schedules always do."""
     mode: PipelineMode = "1F1B"
-    """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or ``ZBV``
-    (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
+    """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
+    ``ZBV`` (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
     partition: PartitionRule | tuple[int, ...] = "uniform"
-    """Assignment of layers to the size · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or ``flops`` (minimise
-    the largest stage, with embedding and head counted), or explicit layer counts in the order of the model."""
+    """Assignment of layers to the size · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or
+    ``flops`` (minimise the largest stage, with embedding and head counted), or explicit layer counts in the order of
+    the model."""
     table: str | None = None
-    """CSV file with a schedule of your own; ``internlm schedule --csv`` checks and draws it. ``mode`` still decides how layers
-    are laid out on ranks (ZBV: in a V)."""
+    """CSV file with a schedule of your own; ``internlm schedule --csv`` checks and draws it. ``mode`` still decides
+    how layers are laid out on ranks (ZBV: in a V)."""
 
 
 class WeightConfig(Section):

@@ -48,8 +48,8 @@ class DataConfig(Section):
     skip_batches: str = ""
     """Batches to leave out, counted from 0: ``"a-b,c"``, both ends included."""
     rampup_batch_size: str = ""
-    """Batch-size warm-up, ``"start increment every"``: ``micro_num`` begins at start and grows by increment every so many
-    steps until it reaches the value above."""
+    """Batch-size warm-up, ``"start increment every"``: ``micro_num`` begins at start and grows by increment every so
+    many steps until it reaches the value above."""
     min_length: CountOrZero = 0
     """Files with fewer samples are left out."""
     train_folder: str | None = None

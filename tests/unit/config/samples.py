@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from internlm.config import resolve
-from internlm.config.nested_dict import Tree, plain, put
+from internlm.config.nested_dict import NestedDict, plain, put
 from internlm.utils.errors import ConfigError, Problem
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.py"))
 
-SMALLEST: Tree = {
+SMALLEST: NestedDict = {
     "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": 100},
     "data": {"seq_len": 16, "micro_bsz": 2, "micro_num": 4, "total_steps": 100},
     "adam": {"lr": 1e-3},
@@ -39,7 +39,7 @@ BUSIEST: Mapping[str, Any] = {
 }
 
 
-def config_of(changes: Mapping[str, Any]) -> Tree:
+def config_of(changes: Mapping[str, Any]) -> NestedDict:
     """The smallest config with ``changes``, by dotted key."""
     tree = plain(SMALLEST)
     for key, value in changes.items():

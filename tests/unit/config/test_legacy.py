@@ -42,8 +42,8 @@ def test_sequence_parallel_agrees_with_the_mode(parallel: dict[str, Any], mode: 
 def test_sequence_parallel_against_the_mode(mode: str, flag: bool) -> None:
     changes = {"parallel": {"tensor": {"size": 2, "mode": mode}, "sequence_parallel": flag}}
     assert problems_of(changes) == [
-        f"parallel.sequence_parallel: old and new form disagree: {flag}, but parallel.tensor.mode = '{mode}'. "
-        "Remove it: the mode says it all"
+        f"parallel.sequence_parallel: {flag} contradicts parallel.tensor.mode = '{mode}'. "
+        "Remove it: it follows from the mode"
     ]
 
 
@@ -53,7 +53,7 @@ def test_renamed_key() -> None:
 
 def test_renamed_key_beside_its_new_name() -> None:
     assert problems_of({"model.moe_gate_k": 1, "model.top_k": 2}) == [
-        "model.moe_gate_k: old and new form together: model.moe_gate_k = 1 and model.top_k = 2. Keep model.top_k"
+        "model.moe_gate_k: given together with its new name: model.moe_gate_k = 1, model.top_k = 2. Keep model.top_k"
     ]
 
 

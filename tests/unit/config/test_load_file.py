@@ -75,12 +75,12 @@ def test_missing_file_in_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert f"nor is there a folder {tmp_path}/nowhere" in failure(tmp_path / "nowhere" / "run.py")
+    assert f"and no folder {tmp_path}/nowhere" in failure(tmp_path / "nowhere" / "run.py")
 
 
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "run.py").mkdir()
-    assert "run.py: can't be read (Is a directory)" in failure(tmp_path / "run.py")
+    assert "run.py: cannot be read (Is a directory)" in failure(tmp_path / "run.py")
 
 
 def test_only_python_files_are_executed(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_only_python_files_are_executed(tmp_path: Path) -> None:
 def test_syntax_error_names_the_line(tmp_path: Path) -> None:
     text = failure(write(tmp_path, "data = dict(\n    seq_len=8,\n)\nmodel = dict(a b)\n"))
     assert text.startswith(f"{tmp_path}/run.py:4: 'model = dict(a b)': invalid syntax")
-    assert text.endswith("Mend the syntax")
+    assert text.endswith("Fix the syntax")
 
 
 def test_null_bytes(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_any_text_parses_or_is_malformed(text: str) -> None:
     if equals and all(key.strip().split(".")):
         assert parse_override(text)[0] == key.strip()
     else:
-        with pytest.raises(ValueError, match="is not KEY=VALUE"):
+        with pytest.raises(ValueError, match="expected KEY=VALUE, got"):
             parse_override(text)
 
 
@@ -87,7 +87,7 @@ def test_override_with_none_unsets() -> None:
 
 @pytest.mark.parametrize("text", ["data.micro_num", "=2", "data..micro_num=2", ".=1", ""])
 def test_malformed(text: str) -> None:
-    assert failures(text) == [f"--set: {text!r} is not KEY=VALUE. Write it as in: --set model.num_layers=4"]
+    assert failures(text) == [f"--set: expected KEY=VALUE, got {text!r}. Example: --set model.num_layers=4"]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from internlm.config import Config, config_hash, load_config, resolve, to_json
-from internlm.config.dump import values
+from internlm.config.keys import values
 from tests.unit.config.samples import BUSIEST, SMALLEST, config_of
 
 
@@ -92,9 +91,3 @@ def test_hash_tells_configs_apart_by_what_they_say() -> None:
     assert plain == config_hash(load_config(SMALLEST, ["parallel.tensor=1", "data.micro_num=4"]))
     assert plain != config_hash(load_config(SMALLEST, ["data.micro_num=5"]))
     assert len(plain) == 64
-
-
-def test_from_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.py"
-    path.write_text("\n".join(f"{name} = {section!r}" for name, section in SMALLEST.items()))
-    assert Config.from_file(path, ["adam.lr=2"]) == load_config(SMALLEST, ["adam.lr=2"])

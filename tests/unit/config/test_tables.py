@@ -1,4 +1,4 @@
-"""The tables name keys that exist, and rules read what they say."""
+"""The tables name keys that exist, and rules read what they declare."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import pytest
 from internlm.config import keys, load_config
 from internlm.config.legacy import OLD_KEYS, RENAMED, RESPELLED, SHORT_FORMS
 from internlm.config.resolve import DERIVATIONS
-from internlm.config.rules import ALL_RULES, Rule
+from internlm.config.rules import ALL_RULES, Rule, RunInfo
+from internlm.config.rules.rule import DEVICE_TYPE, WORLD_SIZE
 from internlm.config.schema.fields import Section
-from internlm.config.support import DEVICE_TYPE, DOUBTS, FOLDERS, NO_EFFECT, ONLY, WORLD_SIZE, Facts
+from internlm.config.support import DUBIOUS_SETTINGS, LOCAL_FOLDERS, NO_EFFECT, SUPPORTED_VALUES, UNREAD
 from tests.unit.config.samples import BUSIEST, config_of
 
-FACTS = Facts(world_size=8, device_type="cpu")
+RUN = RunInfo(world_size=8, device_type="cpu")
 TABLES = {
     "rules": [key for rule in ALL_RULES for key in rule.reads],
     "derivations": [key for row in DERIVATIONS for key in (row.target, *row.reads)],
     "short forms": [f"{section}.{key}" for section, key in SHORT_FORMS.items()],
     "renamed": list(RENAMED.values()),
     "respelled": list(RESPELLED),
-    "doubts": [key for doubt in DOUBTS for key in doubt.keys],
-    "not yet": [*ONLY, *FOLDERS, *(row.key for row in NO_EFFECT)],
+    "dubious settings": [key for setting in DUBIOUS_SETTINGS for key in setting.keys],
+    "supported values": [*SUPPORTED_VALUES, *LOCAL_FOLDERS],
+    "no effect": [row.key for row in NO_EFFECT],
+    "unread": [key for setting, inner in UNREAD.items() for key in (setting, *inner)],
 }
 
 
 class Recorder:
-    """Stands for a section or the facts, and notes the keys that are read through it."""
+    """Wraps a section or the run info, and records the keys that are read through it."""
 
     def __init__(self, wrapped: Any, seen: set[str], prefix: str = "") -> None:
         self._wrapped, self._seen, self._prefix = wrapped, seen, prefix
@@ -46,14 +49,14 @@ class Recorder:
 
 
 def read_by(rule: Rule) -> set[str]:
-    """Keys and facts that ``rule`` reads over configs that make it look at everything."""
+    """Return keys and facts that ``rule`` reads, over configs in which it reads all of them."""
     seen: set[str] = set()
     plain_isp = {"parallel.tensor.mode": "isp", "parallel.weight.size": 2}
     for changes in ({}, BUSIEST, plain_isp, {"parallel.pipeline.mode": "ZBV"}):
         config = load_config(config_of(changes), device_type="cpu")
         uneven = config.model_copy(update={"model": config.model.model_copy(update={"head_dim": None})})
-        for each in (config, uneven):
-            list(rule.check(Recorder(each, seen), Recorder(FACTS, seen)))  # type: ignore[arg-type]
+        for example in (config, uneven):
+            list(rule.check(Recorder(example, seen), Recorder(RUN, seen)))  # type: ignore[arg-type]
     return seen
 
 
@@ -67,7 +70,7 @@ def test_old_keys_are_not_keys_any_more() -> None:
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.check.__name__)
-def test_rules_read_what_they_say(rule: Rule) -> None:
+def test_rules_read_what_they_declare(rule: Rule) -> None:
     assert read_by(rule) == set(rule.reads)
 
 

@@ -18,7 +18,7 @@ SINGLE_KEYS = [
     ({"model.num_layers": 4.0}, "model.num_layers: 4.0 is a number. Give a whole number"),
     ({"model.num_layers": True}, "model.num_layers: True is a truth value. Give a whole number"),
     ({"model.hidden_size": [64]}, "model.hidden_size: [64] is of type list. Give a whole number"),
-    ({"model.vocab_size": None}, "model.vocab_size: missing (Tokens known to embedding and head). Give a whole number"),
+    ({"model.vocab_size": None}, "model.vocab_size: missing (Number of vocabulary entries; every token"),
     ({"model.checkpoint": 1.5}, "model.checkpoint: 1.5 is out of range. Give True or False, or a number of at least 0"),
     ({"model.checkpoint": "all"}, "model.checkpoint: 'all' is unknown. Give True or False, or a number"),
     ({"model.drop_rate": 1.0}, "model.drop_rate: 1.0 is out of range. Give a number of at least 0"),
@@ -38,7 +38,7 @@ SINGLE_KEYS = [
     ({"parallel.overlap": 1}, "It belongs elsewhere: parallel.weight.overlap or parallel.expert_weight.overlap"),
     ({"model.type": "x"}, "model.type: unknown key. Did you mean 'dtype'?"),
     ({"micro_num": 4}, "micro_num: unknown key. It belongs elsewhere: data.micro_num"),
-    ({"data": None}, "data: missing (What is read). Give a dict with seq_len, micro_bsz, total_steps"),
+    ({"data": None}, "data: missing (Data sets and batches). Give a dict with seq_len, micro_bsz, total_steps"),
     ({"data.micro_num": 0}, "data.micro_num: 0 is out of range"),
     ({"data.diag_outlier_ratio": 0.5}, "data.diag_outlier_ratio: 0.5 is out of range. Give a number of at least 1"),
     ({"data.type": "megatron"}, "data.type: 'megatron' is unknown. Give one of 'tokenized', 'streaming'"),
@@ -65,15 +65,18 @@ SINGLE_KEYS = [
     ({"parallel.pipeline": {"size": 2, "partition": "even"}}, "parallel.pipeline.partition: 'even' is unknown. Give"),
     (
         {"parallel.pipeline": {"size": 2, "partition": (4, 0)}},
-        "parallel.pipeline.partition: [4, 0] has a part without layers. Give every part one at least",
+        "parallel.pipeline.partition: [4, 0] has a virtual stage without layers. Give every virtual stage at least 1",
     ),
     ({"parallel.pipeline": {"size": 2, "partition": 4}}, "parallel.pipeline.partition: 4 is a whole number. Give"),
     ({"parallel.timeout": 0}, "parallel.timeout: 0 is out of range. Give a number of more than 0"),
     ({"parallel.timeout": -1.5}, "parallel.timeout: -1.5 is out of range. Give a number of more than 0"),
     ({"parallel.timeout": NAN}, "parallel.timeout: nan is not a finite number. Give a number of more than 0"),
     ({"parallel.pipeline": {"sze": 2}}, "parallel.pipeline.sze: unknown key. Did you mean 'size'?"),
-    ({"parallel.sequence_parallel": "yes"}, "parallel.sequence_parallel: 'yes' is not True or False. Remove it"),
-    ({"ckpt.load_ckpt_info": {"content": "model"}}, "ckpt.load_ckpt_info.path: missing (Checkpoint: local:FOLDER or a"),
+    ({"parallel.sequence_parallel": "yes"}, "parallel.sequence_parallel: expected True or False, got 'yes'. Remove it"),
+    (
+        {"ckpt.load_ckpt_info": {"content": "model"}},
+        "ckpt.load_ckpt_info.path: missing (Checkpoint folder: local:F",
+    ),
     (
         {"ckpt.load_ckpt_info": {"path": "x", "content": ("moddle", "sampler")}},
         "ckpt.load_ckpt_info.content: 'moddle' is unknown. Give one or more of 'model', 'sampler', ",
@@ -99,7 +102,7 @@ ACROSS_KEYS = [
     ),
     (
         {"optimizer": {"param_groups": [{"pattern": "norm("}]}},
-        "optimizer.param_groups: 'norm(' is no regular expression (missing ), unterminated subpattern at position 4)",
+        "optimizer.param_groups: 'norm(' is not a valid regular expression (missing ), unterminated subpattern",
     ),
     ({"optimizer": {"param_groups": ({"lr_scale": 2},)}}, "optimizer.param_groups.pattern: missing"),
     (
@@ -109,35 +112,35 @@ ACROSS_KEYS = [
     ({"model.head_dim": 7}, "model.head_dim: 7 is odd"),
     (
         {"model.num_kv_attention_heads": 3},
-        "model.num_kv_attention_heads: 3 does not divide num_attention_heads = 8. Use ",
+        "model.num_kv_attention_heads: num_attention_heads = 8 is not divisible by 3. Use ",
     ),
-    ({"model.num_kv_attention_heads": 16}, "16 does not divide num_attention_heads = 8. Use one of 1, 2, 4, 8"),
+    ({"model.num_kv_attention_heads": 16}, "num_attention_heads = 8 is not divisible by 16. Use one of 1, 2, 4, 8"),
     ({"model.cpu_offloading": 999}, "model.cpu_offloading: 999 is more than num_layers = 4. Use at most 4"),
     ({"model.num_experts": 4, "model.top_k": 8}, "model.top_k: 8 is more than num_experts = 4. Use at most 4"),
     (
         {"parallel.tensor": 16},
-        "parallel.tensor.size: 16 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 8. "
+        "parallel.tensor.size: num_attention_heads = 8 and num_kv_attention_heads = 8 are not both divisible by 16. "
         "Use one of 1, 2, 4, 8",
     ),
     (
         {"parallel.tensor": 4, "model.num_kv_attention_heads": 2},
-        "4 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 2. Use one of 1, 2",
+        "num_attention_heads = 8 and num_kv_attention_heads = 2 are not both divisible by 4. Use one of 1, 2",
     ),
     (
         {"parallel.tensor": {"size": 3, "mode": "isp"}, "model.num_kv_attention_heads": 2, "data.seq_len": 15},
-        "3 does not divide both num_attention_heads = 8 and num_kv_attention_heads = 2. Use one of 1, 2, 4, 8",
+        "num_attention_heads = 8 and num_kv_attention_heads = 2 are not both divisible by 3. Use one of 1, 2, 4, 8",
     ),
     (
         {"parallel.tensor": {"size": 2, "mode": "isp"}, **TWELVE_HEADS},
-        "2 does not divide both num_attention_heads = 12 and num_kv_attention_heads = 3. Use one of 1, 3, 6, 12",
+        "num_attention_heads = 12 and num_kv_attention_heads = 3 are not both divisible by 2. Use one of 1, 3, 6, 12",
     ),
     (
         {"parallel.tensor": 8, "model.multiple_of": 4},
-        "parallel.tensor.size: 8 does not divide the intermediate width 172. Make model.multiple_of a multiple of 8",
+        "parallel.tensor.size: the feed-forward width 172 is not divisible by 8. Make model.multiple_of a ",
     ),
     (
         {"parallel.tensor": 8, "model.hidden_size": 60, "model.head_dim": 8},
-        "parallel.tensor.size: 8 does not divide model.hidden_size = 60, by which the embedding is split. "
+        "parallel.tensor.size: model.hidden_size = 60, over which the embedding is split, is not divisible by 8. "
         "Set model.embed_split_hidden to False",
     ),
     (
@@ -155,7 +158,7 @@ ACROSS_KEYS = [
     ),
     (
         {"parallel.pipeline": 2, "model.num_chunks": 2, "data.micro_num": 3},
-        "data.micro_num: 3 is not divisible by parallel.pipeline.size = 2, as the interleaved schedule needs",
+        "data.micro_num: 3 is not divisible by parallel.pipeline.size = 2, which the interleaved schedule",
     ),
     (
         {"parallel.pipeline": {"size": 2, "mode": "zbv"}, "model.num_chunks": 4, "model.num_layers": 8},
@@ -171,15 +174,15 @@ ACROSS_KEYS = [
     ),
     (
         {"parallel.pipeline": {"size": 2, "partition": (1, 1, 2)}},
-        "parallel.pipeline.partition: [1, 1, 2] has 3 parts, but pipeline.size · num_chunks = 2 · 1. Give 2 numbers",
+        "parallel.pipeline.partition: expected pipeline.size · num_chunks = 2 · 1 layer counts, got 3: [1, 1, 2]. ",
     ),
     (
         {"parallel.pipeline": {"size": 2, "partition": [2, 2]}, "model.num_chunks": 2},
-        "parallel.pipeline.partition: [2, 2] has 2 parts, but pipeline.size · num_chunks = 2 · 2. Give 4 numbers",
+        "parallel.pipeline.partition: expected pipeline.size · num_chunks = 2 · 2 layer counts, got 2: [2, 2]. Giv",
     ),
     (
         {"parallel.pipeline": {"size": 2, "partition": (3, 2)}},
-        "parallel.pipeline.partition: [3, 2] has 5 layers, but model.num_layers = 4. Make them agree",
+        "parallel.pipeline.partition: [3, 2] adds up to 5, but model.num_layers = 4. Change one of them",
     ),
     (
         {"parallel.tensor": {"size": 2, "mode": "msp"}, "data.seq_len": 15},
@@ -191,51 +194,57 @@ ACROSS_KEYS = [
     ),
     (
         {"parallel.tensor": {"size": 4, "mode": "isp"}, "parallel.sequence_2D": {"enable": True, "head_size": 2}},
-        "parallel.sequence_2D: head_size · context_size = 2 · 1 = 2 is not tensor.size = 4",
+        "parallel.sequence_2D: head_size · context_size = 2 · 1 = 2 is not equal to tensor.size = 4",
     ),
     (
         {"parallel.pipeline": 2, "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with parallel.pipeline.size = 2. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with parallel.pipeline.size = 2. Use one of the two",
     ),
     (
         {"model.num_chunks": 2, "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with model.num_chunks = 2. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with model.num_chunks = 2. Use one of the two",
     ),
     (
         {"parallel.tensor": {"size": 1, "mode": "isp"}, "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with parallel.tensor.mode = 'isp'. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with parallel.tensor.mode = 'isp'. Use one of the two",
     ),
     (
         {"optimizer": {"type": "Muon"}, "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with optimizer.type = 'Muon'. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with optimizer.type = 'Muon'. Use one of the two",
     ),
     (
         {"optimizer.param_groups": [{"pattern": "wo", "type": "Muon"}], "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with Muon in optimizer.param_groups. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with Muon in optimizer.param_groups. Use one of the two",
     ),
     (
         {"use_fp32_norm": True, "parallel.zero1": {"fsdp": True}},
-        "parallel.zero1.fsdp: True together with use_fp32_norm = True. Use one of the two",
+        "parallel.zero1.fsdp: True cannot be combined with use_fp32_norm = True. Use one of the two",
     ),
-    ({"model.num_experts": 4, "parallel.expert": 3}, "parallel.expert.size: 3 does not divide model.num_experts = 4"),
-    ({"data.skip_batches": "9-5"}, "data.skip_batches: the range '9-5' ends before it begins. Write it as in: "),
-    ({"data.skip_batches": "a"}, "data.skip_batches: 'a' is neither"),
-    ({"data.rampup_batch_size": "1 2"}, "data.rampup_batch_size: '1 2' isn't three counts"),
-    ({"data.rampup_batch_size": "8 2 10"}, "data.rampup_batch_size: starts at 8, above data.micro_num = 4"),
+    (
+        {"model.num_experts": 4, "parallel.expert": 3},
+        "model.num_experts = 4 is not divisible by 3. Use one of",
+    ),
+    ({"data.skip_batches": "9-5"}, "data.skip_batches: the range '9-5' ends before it begins. Example: "),
+    ({"data.skip_batches": "a"}, "data.skip_batches: expected a batch number or a range 'first-last', got 'a'"),
+    (
+        {"data.rampup_batch_size": "1 2"},
+        "expected three counts of at least 1, 'start increment every', got '1 2'",
+    ),
+    ({"data.rampup_batch_size": "8 2 10"}, "data.rampup_batch_size: start = 8 is more than data.micro_num = 4"),
     (
         {"data.rampup_batch_size": "2 2 10", "parallel.pipeline.table": "mine.csv"},
-        "data.rampup_batch_size: '2 2 10' changes the number of micro-batches, but parallel.pipeline.table is for 4 "
-        "alone. Remove one of them",
+        "data.rampup_batch_size: '2 2 10' changes the number of micro-batches, but parallel.pipeline.table is made "
+        "for 4. Remove one of them",
     ),
     (
         {"lr_scheduler": {"init_steps": 95, "warmup_ratio": 0.1}},
-        "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is longer than total_steps = 100. "
+        "lr_scheduler: init_steps + warmup_ratio · total_steps = 95 + 10 steps is more than total_steps = 100. "
         "Lower init_steps or warmup_ratio",
     ),
     (
         {"lr_scheduler": {"type": "wsd", "init_steps": 1, "warmup_ratio": 0.4, "decay_ratio": 0.6}},
         "lr_scheduler: init_steps + warmup_ratio · total_steps + decay_ratio · total_steps = 1 + 40 + 60 steps is "
-        "longer than total_steps = 100. Lower init_steps or warmup_ratio or decay_ratio",
+        "more than total_steps = 100. Lower init_steps or warmup_ratio or decay_ratio",
     ),
     (
         {"model.dtype": "torch.float16", "grad_scaler": {"max_scale": 2**15}},
@@ -273,12 +282,12 @@ WITH_FACTS = [
     (
         {"parallel": {"zero1": 3, "tensor": 2}},
         {"world_size": 8},
-        "parallel.zero1.size: 3 does not divide the data group of 4 ranks. Use one of 1, 2, 4, or -1",
+        "parallel.zero1.size: the data group of 4 ranks is not divisible by 3. Use one of 1, 2, 4, or -1",
     ),
     (
         {"parallel": {"zero1": 4, "tensor": {"size": 2, "mode": "isp"}, "weight": 4}},
         {"world_size": 8},
-        "parallel.zero1.size: 4 does not divide the weight-data group of 2 ranks",
+        "parallel.zero1.size: the weight-data group of 2 ranks is not divisible by 4",
     ),
 ]
 
@@ -330,7 +339,7 @@ def test_what_is_not_used_or_just_fits_is_right(changes: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(("changes", "facts", "expected"), WITH_FACTS)
-def test_mistakes_that_facts_reveal(changes: dict[str, Any], facts: dict[str, Any], expected: str) -> None:
+def test_mistakes_that_depend_on_the_run(changes: dict[str, Any], facts: dict[str, Any], expected: str) -> None:
     assert problems_of(changes) == []
     problems = problems_of(changes, **facts)
     assert len(problems) == 1, problems

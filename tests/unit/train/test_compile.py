@@ -167,8 +167,8 @@ def test_no_compiler_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("other", "error"),
     [
-        ("model.checkpoint=selective", r"model\.checkpoint: 'selective' says what is kept"),
-        ("parallel.zero1.fsdp=True", r"parallel\.zero1\.fsdp: True together with model\.compile = True"),
+        ("model.checkpoint=selective", r"model\.checkpoint: 'selective' has no effect"),
+        ("parallel.zero1.fsdp=True", r"parallel\.zero1\.fsdp: True cannot be combined with model\.compile = True"),
     ],
 )
 def test_what_it_does_not_go_with(other: str, error: str) -> None:

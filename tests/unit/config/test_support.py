@@ -1,4 +1,4 @@
-"""Settings of features to come: refused when a run starts, or accepted with a warning."""
+"""Settings of features that are not available yet: refused when a run starts, or accepted with a warning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from internlm.config import check_runnable, load_config, resolve
-from internlm.config.support import NO_EFFECT, ONLY
+from internlm.config.support import NO_EFFECT, SUPPORTED_VALUES
 from internlm.utils.errors import ConfigError
 from tests.unit.config.samples import BUSIEST, config_of
 
@@ -34,8 +34,8 @@ def test_defaults_run(device: str | None) -> None:
         ),
         (
             {"ckpt.save_ckpt_folder": "boto3:s3://bucket/x"},
-            "ckpt.save_ckpt_folder: 'boto3:s3://bucket/x' is not a local folder, and others are not available in this "
-            "version. Use a local folder",
+            "ckpt.save_ckpt_folder: 'boto3:s3://bucket/x' is not a local folder; remote storage is not "
+            "available. Use a local folder",
         ),
     ],
 )
@@ -43,7 +43,7 @@ def test_refused(changes: dict[str, Any], expected: str) -> None:
     assert refusals(changes) == [expected]
 
 
-def test_all_refusals_are_told_together() -> None:
+def test_all_refusals_are_reported_together() -> None:
     where = [problem.partition(":")[0] for problem in refusals(dict(BUSIEST))]
     assert where == [
         "parallel.sequence_2D.enable",
@@ -64,7 +64,7 @@ def test_settings_without_effect_give_one_warning() -> None:
     resolved = resolve(config_of(changes))
     check_runnable(resolved.config)
     (warning,) = resolved.warnings
-    assert warning.startswith("Without effect in this version: ")
+    assert warning.startswith("No effect in this version: ")
     assert all(key in warning for key in changes)
 
 
@@ -73,4 +73,4 @@ def test_defaults_give_no_warning() -> None:
 
 
 def test_no_key_is_both_refused_and_accepted() -> None:
-    assert not set(ONLY) & {row.key for row in NO_EFFECT}
+    assert not set(SUPPORTED_VALUES) & {row.key for row in NO_EFFECT}

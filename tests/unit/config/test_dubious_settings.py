@@ -1,4 +1,4 @@
-"""Warnings about settings that were hardly meant."""
+"""Warnings about settings that have no effect or were hardly meant."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import pytest
 from internlm.config import resolve
 from tests.unit.config.samples import config_of
 
-PACKED_ONLY = "data.pack_sample_into_one: without effect, since data.use_packed_dataset is False"
-NOTHING_TO_VALIDATE = "data.valid_every: nothing is validated, since data.valid_folder is not given"
-NOTHING_TO_FILL = (
-    "parallel.pipeline.mode: a pipeline of one stage has nothing to fill, since parallel.pipeline.size is 1"
-)
+PACKED_ONLY = "data.pack_sample_into_one: no effect, since data.use_packed_dataset is False"
+NOTHING_TO_VALIDATE = "data.valid_every: no effect, since data.valid_folder is not given"
+NOTHING_TO_FILL = "parallel.pipeline.mode: no effect on the bubble, since parallel.pipeline.size is 1"
 RISES = "lr_scheduler.eta_min: the learning rate rises to 0.1 after its peak, since adam.lr is 0.001"
-NO_DROPOUT = "model.dropout_selective_checkpoint: without effect, since model.drop_rate is 0"
-NO_MUON = "without effect, since nothing is trained by Muon"
+NO_DROPOUT = "model.dropout_selective_checkpoint: no effect, since model.drop_rate is 0"
+NO_MUON = "no effect, since Muon updates no parameter"
 MUON_OF_SOME = {"pattern": "wo", "type": "Muon"}
 ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
     ({}, []),
