@@ -19,10 +19,9 @@ from typing import Any
 
 from bench.race import Setup, Side, Transformers, race
 from internlm.core.scheduler.actions import Table
-from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.measured import measured_costs, measured_timeline, overheads
 from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.validate import Costs, simulate
+from internlm.core.scheduler.timeline import Costs, Record, measured_costs, measured_timeline, overheads
+from internlm.core.scheduler.validate import simulate
 
 STAGES = 2
 #: Overrides and chunks.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from internlm.core.scheduler.table import KINDS, make_table
-from internlm.core.scheduler.validate import Costs, simulate
+from internlm.core.scheduler.table import SCHEDULES, make_table
+from internlm.core.scheduler.timeline import Costs
+from internlm.core.scheduler.validate import simulate
 from internlm.pictures import svg
 
 STAGES, MICRO_BATCHES = 4, 8
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in KINDS:
+    for kind in SCHEDULES:
         (folder / f"{kind}.svg").write_text(picture(kind), encoding="utf-8")
 
 

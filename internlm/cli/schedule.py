@@ -26,12 +26,12 @@ MOST_PAIRS = 100_000
 
 def add_parser(subparsers: Any) -> None:
     """Add ``schedule`` to the sub-commands of ``internlm``."""
-    from internlm.core.scheduler.table import KINDS
+    from internlm.core.scheduler.table import SCHEDULES
 
     parser = subparsers.add_parser("schedule", help="show or check a pipeline schedule", description=DESCRIPTION)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--kind", choices=KINDS, help="a schedule that there is: %(choices)s", metavar="KIND")
+    source.add_argument("--kind", choices=SCHEDULES, help="a schedule that there is: %(choices)s", metavar="KIND")
     source.add_argument("--csv", type=Path, metavar="FILE", help="a schedule of your own: a line for each rank")
     add("--stages", type=count, required=True, metavar="P", help="ranks of the pipeline")
     add("--micro-batches", type=count, required=True, metavar="M", help="micro-batches of a step")
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Simulate, print and draw; raises :class:`UserError` for a schedule that cannot run."""
     from internlm import pictures
     from internlm.core.scheduler.table import write_table
-    from internlm.core.scheduler.validate import Costs, simulate
+    from internlm.core.scheduler.timeline import Costs
+    from internlm.core.scheduler.validate import simulate
 
     a = arguments
     table = _table(a)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm import accelerator
-from internlm.core.scheduler import Scheduler, StepResult
+from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
 from internlm.utils.errors import Problem, UserError
 
@@ -133,10 +133,20 @@ class Trainer:
         """Forget the gradients."""
         self.optimizer.zero_grad()
 
-    def execute_schedule(self, data_iter: Iterator[Batch], **options: Any) -> StepResult:
-        """Run the next batch of ``data_iter``; ``options`` as in the scheduler's ``forward_backward_step``."""
-        given = {"step": self.state.step, "loss_scale": self.optimizer.loss_scale.scale, **options}
-        return self.scheduler.forward_backward_step(self, data_iter, **given)
+    def execute_schedule(
+        self, data_iter: Iterator[Batch], after_backward: Callable[[], None] | None = None, **options: bool
+    ) -> StepResult:
+        """Run the next batch of ``data_iter``.
+
+        Args:
+            data_iter: yields (inputs, labels) of all micro-batches of a step.
+            after_backward: called when this rank's gradients are complete.
+            options: flags of the scheduler's ``forward_backward_step``.
+        """
+        training = TrainingStep(
+            step=self.state.step, loss_scale=self.optimizer.loss_scale.scale, after_backward=after_backward
+        )
+        return self.scheduler.forward_backward_step(self, data_iter, training=training, **options)
 
     def step(self) -> OptimizerStep:
         """Update the parameters with this step's learning rate and beta2, and count the step. Raises

@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 from internlm.config import Config
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
-from internlm.core.scheduler.table import kind_of, make_table
+from internlm.core.scheduler.table import make_table, schedule_of
 from internlm.costs.stages import own_table
 from internlm.costs.symbols import Symbols
 
@@ -286,9 +286,9 @@ def kept_after_each_action(config: Config, world_size: int, tokens: int | None =
     sums = []
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch
-        if action.kind == FORWARD:
+        if action.type == FORWARD:
             kept[pair] = saved[action.chunk]
-        elif action.kind == BACKWARD and table.defers_weight(stage, action):
+        elif action.type == BACKWARD and table.defers_weight(stage, action):
             kept[pair] = put_off[action.chunk]
         else:
             del kept[pair]
@@ -301,4 +301,4 @@ def table_of(config: Config) -> Table:
     own, pipeline, chunks = own_table(config), config.parallel.pipeline, config.model.num_chunks
     if own is not None:
         return own(config.data.micro_num)
-    return make_table(kind_of(pipeline.mode, chunks), pipeline.size, chunks, config.data.micro_num)
+    return make_table(schedule_of(pipeline.mode, chunks), pipeline.size, chunks, config.data.micro_num)

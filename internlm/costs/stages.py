@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from internlm.config import Config
 from internlm.core.parallel.sharding import StageLayers
-from internlm.core.scheduler.actions import BACKWARD, StageLayout, Table
-from internlm.core.scheduler.partition import balanced, uniform
-from internlm.core.scheduler.table import kind_of, read_table, stage_layout_of
+from internlm.core.scheduler.actions import BACKWARD, Table
+from internlm.core.scheduler.stage_layout import StageLayout, balanced_partition, uniform_partition
+from internlm.core.scheduler.table import read_table, schedule_of, stage_layout_of
 from internlm.core.scheduler.validate import ScheduleError
 from internlm.costs.flops import head_forward_flops, layer_forward_flops, layer_parameters, table_parameters
 from internlm.utils.errors import Problem
@@ -46,15 +46,15 @@ def partition_of(config: Config) -> list[int]:
     if not isinstance(pipeline.partition, str):
         return list(pipeline.partition)
     if pipeline.partition == "uniform":
-        return uniform(layers, parts)
+        return uniform_partition(layers, parts)
     costs = COSTS[pipeline.partition](config)
-    return balanced([costs.layer] * layers, parts, costs.embedding, costs.head)
+    return balanced_partition([costs.layer] * layers, parts, costs.embedding, costs.head)
 
 
 def stage_layout_of_config(config: Config) -> StageLayout:
     """How the config cuts the model."""
     pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
-    return stage_layout_of(kind_of(pipeline.mode, chunks), pipeline.size, chunks)
+    return stage_layout_of(schedule_of(pipeline.mode, chunks), pipeline.size, chunks)
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
@@ -70,7 +70,7 @@ def _read_table(path: Path, cut: StageLayout, micro_batches: int) -> Table:
     except ScheduleError as error:
         sizes = f"{cut.stages} stages with {cut.chunks} chunks, and data.micro_num = {micro_batches}"
         raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
-    if not any(action.kind == BACKWARD for row in table.actions for action in row):
+    if not any(action.type == BACKWARD for row in table.actions for action in row):
         raise ScheduleError(Problem(str(path), "has no B, so nothing would be learnt", "Add a B for every F"))
     if table.stage_layout != cut:
         what = f"is for a model cut {_told(table.stage_layout)}, but this one is cut {_told(cut)}"

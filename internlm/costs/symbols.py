@@ -23,8 +23,8 @@ from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel.sharding import StageLayers
-from internlm.core.scheduler.actions import StageLayout
-from internlm.core.scheduler.table import kind_of, stage_layout_of
+from internlm.core.scheduler.stage_layout import StageLayout
+from internlm.core.scheduler.table import schedule_of, stage_layout_of
 from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import DecoderSpec
 from internlm.model.families import FAMILIES, spec_of
@@ -69,7 +69,9 @@ class Symbols:
             config,
             spec_of(FAMILIES[config.model_type], model),
             stage,
-            stage_layout_of(kind_of(config.parallel.pipeline.mode, model.num_chunks), sizes.pipeline, model.num_chunks),
+            stage_layout_of(
+                schedule_of(config.parallel.pipeline.mode, model.num_chunks), sizes.pipeline, model.num_chunks
+            ),
             stage_layers_of(config, stage),
             t=Group(ParallelMode.TENSOR, size=sizes.tensor),
             w=Group(ParallelMode.WEIGHT, size=sizes.weight),

@@ -16,7 +16,7 @@ from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossE
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
-from internlm.core.scheduler.table import kind_of
+from internlm.core.scheduler.table import schedule_of
 from internlm.core.trainer import Trainer
 from internlm.costs.stages import own_table
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -44,17 +44,17 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     options = criterion, types, gpc.group(tokens), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
-    draws = DropoutKey(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
+    dropout_key = DropoutKey(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
     if config.size * chunks == 1:
-        return NonPipelineScheduler(*options, draws=draws)
-    kind = kind_of(config.mode, chunks)
+        return NonPipelineScheduler(*options, dropout_key=dropout_key)
+    kind = schedule_of(config.mode, chunks)
     pipeline = Pipeline(
         gpc.group(ParallelMode.PIPELINE),
         chunks,
         _channels(kind) if config.size > 1 else None,
         own_table(gpc.config),
     )
-    scheduler = SCHEDULERS[kind](*options, pipeline, draws)
+    scheduler = SCHEDULERS[kind](*options, pipeline, dropout_key)
     _check_agreement(scheduler.table(gpc.config.data.micro_num))  # what is wrong with it is said before the run
     return scheduler
 
@@ -66,7 +66,7 @@ def _check_agreement(table: Table) -> None:
     if len(set(tables)) > 1:
         shown = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(tables))
         raise ConfigError(
-            Problem(table.kind, f"is not the same file on all ranks ({shown})", "Copy it to all machines")
+            Problem(table.schedule, f"is not the same file on all ranks ({shown})", "Copy it to all machines")
         )
 
 

@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action
-from internlm.core.scheduler.validate import Timeline
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, ActionType
+from internlm.core.scheduler.timeline import Timeline
 
 #: A timeline and what it is, such as "simulated"; an empty title says nothing.
 Titled = tuple[str, Timeline]
 
-KINDS = {FORWARD: "forward", BACKWARD: "backward", WEIGHT: "gradient of the weights"}
+KINDS: dict[ActionType, str] = {FORWARD: "forward", BACKWARD: "backward", WEIGHT: "gradient of the weights"}
 #: Of cells: blue, orange and green that are told apart with every common colour blindness (Okabe and Ito).
 COLOURS = {FORWARD: (86, 180, 233), BACKWARD: (230, 159, 0), WEIGHT: (0, 158, 115)}
 _UNITS = {1.0: "s", 1e-3: "ms", 1e-6: "µs"}
@@ -60,7 +60,7 @@ def of_ranks(timeline: Timeline) -> list[OfRank]:
 def heading(title: str, timeline: Timeline) -> str:
     """Title, kind and sizes."""
     table, stage_layout = timeline.table, timeline.table.stage_layout
-    sizes = [table.kind, _count(stage_layout.stages, "stage")]
+    sizes = [table.schedule, _count(stage_layout.stages, "stage")]
     sizes += [_count(stage_layout.chunks, "chunk") + " each"] if stage_layout.chunks > 1 else []
     words = ", ".join([*sizes, _count(table.micro_batches, "micro-batch")])
     return f"{title}: {words}" if title else words
@@ -79,7 +79,7 @@ def label(action: Action, chunks: int) -> str:
     """``F3``; in small letters for the second of two chunks, ``F3.1`` where there are more."""
     if chunks != 2:
         return str(action)
-    kind = action.kind.lower() if action.chunk else action.kind
+    kind = action.type.lower() if action.chunk else action.type
     return f"{kind}{action.micro_batch}"
 
 
@@ -97,12 +97,12 @@ def sentence(timeline: Timeline, rank: int, action: Action) -> str:
     where = f"rank {rank}"
     if stage_layout.chunks > 1:
         where += f", chunk {action.chunk} (virtual stage {stage_layout.virtual(rank, action.chunk)})"
-    return f"{KINDS[action.kind]} of micro-batch {action.micro_batch}, {where}"
+    return f"{KINDS[action.type]} of micro-batch {action.micro_batch}, {where}"
 
 
-def kinds_of_all(timelines: Sequence[Titled]) -> list[str]:
+def kinds_of_all(timelines: Sequence[Titled]) -> list[ActionType]:
     """The kinds of action that there are, as KINDS has them."""
-    found = {action.kind for _, timeline in timelines for row in timeline.table.actions for action in row}
+    found = {action.type for _, timeline in timelines for row in timeline.table.actions for action in row}
     return [kind for kind in KINDS if kind in found]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
-from internlm.core.scheduler.validate import Timeline
+from internlm.core.scheduler.timeline import Timeline
 from internlm.pictures.facts import Clock, Titled, clock, figures, heading, of_ranks
 from internlm.pictures.vector import svg
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action
-from internlm.core.scheduler.validate import Timeline
+from internlm.core.scheduler.timeline import Timeline
 from internlm.pictures.facts import (
     KINDS,
     Clock,
@@ -84,7 +84,7 @@ def _row(timeline: Timeline, rank: int, scale: float, columns: int) -> list[Colu
 
 
 def _shade(action: Action) -> int:
-    return _SHADES[action.kind][action.chunk % 2]
+    return _SHADES[action.type][action.chunk % 2]
 
 
 def _cell(name: str, wide: int) -> str:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from internlm.core.scheduler.actions import Table
-from internlm.core.scheduler.plan import given_by
-from internlm.core.scheduler.validate import Span, Timeline
+from internlm.core.scheduler.actions import Table, output_message
+from internlm.core.scheduler.timeline import Span, Timeline
 from internlm.pictures.facts import KINDS, Titled, heading
 
 Event = dict[str, Any]
@@ -38,13 +37,13 @@ def _complete(process: int, rank: int, table: Table, span: Span) -> Event:
     return {
         "ph": "X",
         "name": str(action),
-        "cat": KINDS[action.kind],
+        "cat": KINDS[action.type],
         "pid": process,
         "tid": rank,
         "ts": span.start * _MICROSECONDS,
         "dur": (span.end - span.start) * _MICROSECONDS,
         "args": {
-            "kind": KINDS[action.kind],
+            "kind": KINDS[action.type],
             "micro-batch": action.micro_batch,
             "chunk": action.chunk,
             "virtual stage": table.stage_layout.virtual(rank, action.chunk),
@@ -56,7 +55,9 @@ def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
     """From the end of an action to the start of the one that takes its result."""
     cut = timeline.table.stage_layout
     starts = {(rank, span.action): span.start for rank, row in enumerate(timeline.spans) for span in row}
-    sent = ((rank, span, given_by(cut, rank, span.action)) for rank, row in enumerate(timeline.spans) for span in row)
+    sent = (
+        (rank, span, output_message(cut, rank, span.action)) for rank, row in enumerate(timeline.spans) for span in row
+    )
     for number, (rank, span, message) in enumerate(sent):
         if message is None or (to := cut.rank_of(message.virtual)) == rank:
             continue

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from internlm.core.scheduler.actions import Action
-from internlm.core.scheduler.validate import Span, Timeline
+from internlm.core.scheduler.timeline import Span, Timeline
 from internlm.pictures.facts import (
     COLOURS,
     KINDS,
@@ -133,7 +133,7 @@ def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str
 def _colour(action: Action, chunks: int) -> str:
     """That of its kind, the lighter the later the chunk."""
     white = 0.6 * action.chunk / max(1, chunks - 1)
-    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in COLOURS[action.kind])
+    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in COLOURS[action.type])
 
 
 def _rect(x: float, y: float, wide: float, fill: str, more: str = "") -> str:

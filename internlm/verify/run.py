@@ -141,7 +141,7 @@ def run_rank(
 def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:
     """Which micro-batch the model has in each of its forward calls, of a step of ``micro_num``."""
     actions = trainer.scheduler.table(micro_num).actions[gpc.get_local_rank(ParallelMode.PIPELINE)]
-    return [action.micro_batch for action in actions if action.kind == FORWARD]
+    return [action.micro_batch for action in actions if action.type == FORWARD]
 
 
 class _Meter:

@@ -11,8 +11,9 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, StageLayout, Table
-from internlm.core.scheduler.table import kind_of, make_table, stage_layout_of
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Table
+from internlm.core.scheduler.stage_layout import StageLayout
+from internlm.core.scheduler.table import make_table, schedule_of, stage_layout_of
 
 #: By schedule: its mode, and with how many chunks it is tried. ``own`` is a table in a file, drawn at random.
 KINDS: dict[str, list[tuple[str, int]]] = {
@@ -120,7 +121,7 @@ class Row(NamedTuple):
     def micro_batches(self) -> int:
         """Of each rank; interleaved takes whole rounds of p."""
         stages = self.place.stages
-        rounds = kind_of(self.mode, self.chunks) == "interleaved"
+        rounds = schedule_of(self.mode, self.chunks) == "interleaved"
         more = {"p": 0, "2p": stages, "p + 1": stages if rounds else 1}
         return stages + more[self.cases["micro-batches"]]
 
@@ -146,7 +147,7 @@ class Row(NamedTuple):
 
     def table(self, seed: int) -> Table:
         """What it runs."""
-        kind, stages = kind_of(self.mode, self.chunks), self.place.stages
+        kind, stages = schedule_of(self.mode, self.chunks), self.place.stages
         if self.kind == "own":
             return random_table(random.Random(seed), stage_layout_of(kind, stages, self.chunks), self.micro_batches)
         return make_table(kind, stages, self.chunks, self.micro_batches)

@@ -13,8 +13,8 @@ from torch import Tensor
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.ledger import LEDGER, Entry
+from internlm.core.scheduler.actions import Message
 from internlm.core.scheduler.channels import Channels
-from internlm.core.scheduler.plan import Message
 from tests.harness.pool import run_ranks
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def _both_ways(rank: int, world_size: int, overlap: bool, announced: bool) -> li
     others = [other for other in range(world_size) if other != rank]
     for number in range(COUNT):
         for other in others:
-            ours.begin_receive(other, message(number), form(value(number)) if announced else None)
+            ours.post_receive(other, message(number), form(value(number)) if announced else None)
     for number in range(COUNT):
         for other in others:
             ours.send(other, message(number), value(number, rank), announced)
@@ -93,7 +93,7 @@ def _mixed(rank: int, world_size: int, overlap: bool, taken: Sequence[int]) -> l
         ours.flush()
         return []
     for number, known in enumerate(MIXED):
-        ours.begin_receive(0, message(number), form(value(number)) if known else None)
+        ours.post_receive(0, message(number), form(value(number)) if known else None)
     return [ours.receive(0, message(number)) for number in taken]
 
 
@@ -110,7 +110,7 @@ def _shapes(rank: int, world_size: int, tensors: Sequence[Tensor]) -> list[Tenso
         if rank == 0:
             ours.send(1, message(number), tensor, False)
         else:
-            ours.begin_receive(0, message(number), None)
+            ours.post_receive(0, message(number), None)
     ours.flush()
     return [ours.receive(0, message(number)) for number in range(len(tensors))] if rank else []
 
@@ -132,10 +132,10 @@ def _early(rank: int, world_size: int, overlap: bool) -> list[str]:
     ours, told = channels(rank, world_size, overlap), []
     go = torch.zeros(())
     if rank == 1:
-        ours.begin_receive(0, message(0), form(value(0)))
+        ours.post_receive(0, message(0), form(value(0)))
         ours.receive(0, message(0))
         for number in range(1, 3):  # offered, long before they are taken
-            ours.begin_receive(0, message(number), form(value(number)))
+            ours.post_receive(0, message(number), form(value(number)))
         dist.recv(go, 0)  # rank 0 has sent all: nobody keeps it waiting
         return [str(ours.receive(0, message(number))[0, 0].item()) for number in range(1, 3)]
     for number in range(3):
@@ -159,7 +159,7 @@ def _late_headers(rank: int, world_size: int, overlap: bool) -> float:
     ours, go = channels(rank, world_size, overlap), torch.zeros(())
     if rank == 1:
         for number in range(3):
-            ours.begin_receive(0, message(number), form(value(2)) if number == 2 else None)
+            ours.post_receive(0, message(number), form(value(2)) if number == 2 else None)
         dist.recv(go, 0)
         return ours.receive(0, message(2)).sum().item()
     for number in range(3):
@@ -180,7 +180,7 @@ def _known_behind_unknown(rank: int, world_size: int) -> None:
     ours, go = channels(rank, world_size, False), torch.zeros(())
     if rank == 1:
         for number in range(2):
-            ours.begin_receive(0, message(number), form(value(1)) if number else None)
+            ours.post_receive(0, message(number), form(value(1)) if number else None)
         ours.receive(0, message(0))
         dist.recv(go, 0)
         ours.receive(0, message(1))

@@ -16,7 +16,7 @@ from internlm.config import load_config
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.scheduler.compute import InFlight
-from internlm.core.scheduler.executor import Record
+from internlm.core.scheduler.timeline import Record
 from internlm.costs.activations import kept_after_each_action, peak_saved, saved_for_backward
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer

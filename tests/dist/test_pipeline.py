@@ -17,9 +17,10 @@ from torch import Tensor
 import internlm.verify.run
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import StepResult
-from internlm.core.scheduler.actions import StageLayout
+from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import write_table
-from internlm.core.scheduler.validate import Costs, simulate
+from internlm.core.scheduler.timeline import Costs
+from internlm.core.scheduler.validate import simulate
 from internlm.core.trainer import StepReport, Trainer
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer

@@ -19,10 +19,9 @@ from internlm.core.parallel.placement import ParamPlacement
 from internlm.core.parallel.sharding import Sharding
 from internlm.core.parallel.tensor_parallel import MtpColumn, MtpRow
 from internlm.core.scheduler import executor
-from internlm.core.scheduler.actions import BACKWARD
+from internlm.core.scheduler.actions import BACKWARD, Message
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import MicroBatches
-from internlm.core.scheduler.plan import Message
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
@@ -286,7 +285,7 @@ def gradients_are_halved_on_their_way(patch: pytest.MonkeyPatch, rank: int) -> N
     send = Channels.send
 
     def halved(self: Channels, target: int, message: Message, tensor: Tensor, announced: bool) -> None:
-        to_the_middle = message.kind == BACKWARD and message.virtual == 1
+        to_the_middle = message.type == BACKWARD and message.virtual == 1
         send(self, target, message, tensor / 2 if to_the_middle else tensor, announced)
 
     patch.setattr(Channels, "send", halved)

@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 import pytest
 
 from internlm.config import load_config
-from internlm.core.scheduler.table import KINDS
+from internlm.core.scheduler.table import SCHEDULES
 from internlm.costs import Symbols, block
 from internlm.costs.parameters import buffers
 from tools import draw_schedules
 from tools.draw_parallel import MODES, picture
 
 FOLDER = Path(__file__).parents[2] / "doc" / "pictures"
-SCHEDULES = FOLDER / "schedules"
+SCHEDULE_PICTURES = FOLDER / "schedules"
 
 
 def symbols(mode: str) -> Symbols:
@@ -41,12 +41,12 @@ def test_there_is_a_picture_of_each_mode() -> None:
 
 
 def test_there_is_a_picture_of_each_schedule() -> None:
-    assert {path.name for path in SCHEDULES.iterdir()} == {f"{kind}.svg" for kind in KINDS}
+    assert {path.name for path in SCHEDULE_PICTURES.iterdir()} == {f"{kind}.svg" for kind in SCHEDULES}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_the_picture_of_the_schedule_is_current(kind: str) -> None:
-    file = (SCHEDULES / f"{kind}.svg").read_text(encoding="utf-8")
+    file = (SCHEDULE_PICTURES / f"{kind}.svg").read_text(encoding="utf-8")
     assert file == draw_schedules.picture(kind), "run: python tools/draw_schedules.py --out doc/pictures/schedules"
 
 

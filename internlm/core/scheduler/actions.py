@@ -1,72 +1,77 @@
-"""What a pipeline schedule is made of. Pure.
+"""Actions of a pipeline schedule, the messages between them, and the table that orders them. Pure.
 
-A model is cut into virtual stages 0 … S − 1, in the order of its layers; the ranks of a pipeline, its *stages*, hold
-``chunks`` of them each. A schedule is a :class:`Table`: for each rank, in which order it runs which actions.
-
-=====  ==================================================================================================
+=====  =======================================================================================================
 ``F``  forward of a chunk for a micro-batch
 ``B``  backward: the gradient of the chunk's input; of its weights too, where the table has no W for it
-``W``  the gradient of the chunk's weights, put off to fill time in which the rank would have to wait
-=====  ==================================================================================================
+``W``  the gradient of the chunk's weights, deferred to fill idle time (Zero Bubble, arXiv 2401.10241, sec. 2)
+=====  =======================================================================================================
+
+F of virtual stage v needs the hidden states that F of v − 1 computed; B of v needs their gradient from B of v + 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
-FORWARD, BACKWARD, WEIGHT = "F", "B", "W"
+from internlm.core.scheduler.stage_layout import StageLayout
+
+ActionType: TypeAlias = Literal["F", "B", "W"]
+FORWARD: Final = "F"
+BACKWARD: Final = "B"
+WEIGHT: Final = "W"
 
 
 class Action(NamedTuple):
     """One action of a rank; as text ``F3``, or ``F3.1`` for chunk 1."""
 
-    kind: str
+    type: ActionType
     micro_batch: int
     chunk: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
+        return f"{self.type}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
 
 
-@dataclass(frozen=True)
-class StageLayout:
-    """How virtual stages lie on the ranks of a pipeline.
+class Message(NamedTuple):
+    """Input of one action that another virtual stage computes: hidden states for F, their gradient for B."""
 
-    Usually chunk c of rank r is virtual stage c · stages + r. In a V, odd chunks run back from the last rank to the
-    first.
-    """
-
-    stages: int
-    chunks: int = 1
-    v_shaped: bool = False
+    type: ActionType
+    virtual: int  # the virtual stage that needs it
+    micro_batch: int
 
     @property
-    def virtual_stages(self) -> int:
-        """S."""
-        return self.stages * self.chunks
+    def sender(self) -> int:
+        """The virtual stage that computes it."""
+        return self.virtual + (-1 if self.type == FORWARD else 1)
 
-    def virtual(self, rank: int, chunk: int) -> int:
-        """The virtual stage that is chunk ``chunk`` of ``rank``."""
-        back = self.v_shaped and chunk % 2
-        return chunk * self.stages + (self.stages - 1 - rank if back else rank)
 
-    def rank_of(self, virtual: int) -> int:
-        """The rank that holds a virtual stage."""
-        chunk, place = divmod(virtual, self.stages)
-        return self.stages - 1 - place if self.v_shaped and chunk % 2 else place
+def input_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
+    """Return the message that ``action`` of ``rank`` needs; None for W and at the ends of the model."""
+    virtual = layout.virtual(rank, action.chunk)
+    first = virtual == 0 and action.type == FORWARD
+    last = virtual == layout.virtual_stages - 1 and action.type == BACKWARD
+    if action.type == WEIGHT or first or last:
+        return None
+    return Message(action.type, virtual, action.micro_batch)
 
-    def chunk_of(self, virtual: int) -> int:
-        """Which of its rank's chunks a virtual stage is."""
-        return virtual // self.stages
+
+def output_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
+    """Return the message that ``action`` of ``rank`` computes; None for W and at the ends of the model."""
+    if action.type == WEIGHT:
+        return None
+    receiver = layout.virtual(rank, action.chunk) + (1 if action.type == FORWARD else -1)
+    if not 0 <= receiver < layout.virtual_stages:
+        return None
+    return Message(action.type, receiver, action.micro_batch)
 
 
 @dataclass(frozen=True)
 class Table:
     """A schedule: ``actions[rank]`` in the order in which that rank runs them."""
 
-    kind: str
+    schedule: str  # its name: one of SCHEDULES, or that of a CSV file
     stage_layout: StageLayout
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]
@@ -78,7 +83,7 @@ class Table:
             (rank, action.chunk, action.micro_batch)
             for rank, row in enumerate(self.actions)
             for action in row
-            if action.kind == WEIGHT
+            if action.type == WEIGHT
         )
 
     def defers_weight(self, rank: int, action: Action) -> bool:
@@ -86,6 +91,6 @@ class Table:
         return (rank, action.chunk, action.micro_batch) in self._deferred
 
     def forward_only(self) -> Table:
-        """The same without backward, for validation."""
-        rows = tuple(tuple(action for action in row if action.kind == FORWARD) for row in self.actions)
-        return Table(self.kind, self.stage_layout, self.micro_batches, rows)
+        """Return the table without B and W, for validation."""
+        rows = tuple(tuple(action for action in row if action.type == FORWARD) for row in self.actions)
+        return Table(self.schedule, self.stage_layout, self.micro_batches, rows)

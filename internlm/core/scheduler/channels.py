@@ -1,7 +1,7 @@
-"""Between the stages of a pipeline.
+"""Channels: point-to-point transfers between the stages of a pipeline.
 
-Each direction between two ranks is a channel of its own, first in, first out: what is sent comes in that order, and
-nothing waits for anything but what is before it in its channel.
+Each direction between two ranks is a channel with a process group of its own, first in, first out: messages arrive in
+the order in which they were sent, and a late message delays nothing but those behind it in its channel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,19 +20,18 @@ from torch import Tensor
 from internlm.core.context.group import Group
 from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
-from internlm.core.scheduler.actions import FORWARD
-from internlm.core.scheduler.compute import Form
-from internlm.core.scheduler.plan import Message
+from internlm.core.scheduler.actions import FORWARD, Message
+from internlm.core.scheduler.compute import TensorSpec
 
-#: What a header says of a tensor that nobody can foretell: type, dimensions, and so many sizes.
+#: A header has the index of the dtype here, the number of dimensions, and the sizes, padded to ``_MAX_DIMENSIONS``.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MOST_DIMENSIONS = 8
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(eq=False)
 class _Incoming:
     message: Message
-    form: Form | None  # None: a header tells
+    spec: TensorSpec | None  # None: in a header before the message
     buffer: Tensor | None = None
     work: dist.Work | None = None
 
@@ -41,14 +41,21 @@ class _Outgoing:
     message: Message
     tensor: Tensor  # must live until it was sent
     work: dist.Work
-    awaited: bool  # False: it is taken when it is needed, which may be late, so nobody may wait for it before the end
+    #: False where the receiver posts its receive only when it needs the message, which may be late: blocking on such a
+    #: send before the end of the step could deadlock.
+    may_block: bool
 
 
 class Channels:
-    """This rank's channels to and from other stages, by their numbers.
+    """This rank's channels to and from other stages.
 
-    With ``overlap`` what is sent is on its way while this rank goes on; otherwise it first waits until it was taken.
-    A wait of more than ``timeout`` seconds, or the end of the other rank, raises :class:`LostPeerError`.
+    Args:
+        stage: the group of this rank's pipeline.
+        incoming: stage that sends, to the group of its channel.
+        outgoing: stage that receives, to the group of its channel.
+        device: of the messages.
+        timeout: of the groups, in seconds; a longer wait, or the end of the other rank, raises :class:`LostPeerError`.
+        overlap: whether a send runs while this rank goes on; otherwise this rank first waits until it was received.
     """
 
     def __init__(
@@ -62,100 +69,104 @@ class Channels:
     ) -> None:
         self.stage, self.incoming, self.outgoing = stage, incoming, outgoing
         self.device, self.timeout, self.overlap = device, timedelta(seconds=timeout), overlap
-        self._coming: dict[int, deque[_Incoming]] = {source: deque() for source in incoming}
-        self._going: dict[int, deque[_Outgoing]] = {target: deque() for target in outgoing}
+        self._receiving: dict[int, deque[_Incoming]] = {source: deque() for source in incoming}
+        self._sending: dict[int, deque[_Outgoing]] = {target: deque() for target in outgoing}
 
     # -- receiving ----------------------------------------------------------------------------------------------------
-    def begin_receive(self, source: int, message: Message, form: Form | None) -> None:
-        """Offer a buffer for the next message of a channel; where its form is unknown, when it is needed."""
-        self._coming[source].append(_Incoming(message, form))
-        self._begin_known(source)
+    def post_receive(self, source: int, message: Message, spec: TensorSpec | None) -> None:
+        """Post a receive for the next message of a channel; with ``spec`` None only when the message is needed."""
+        self._receiving[source].append(_Incoming(message, spec))
+        self._post_known(source)
 
     def receive(self, source: int, message: Message) -> Tensor:
-        """A message that was begun, once it is here."""
-        for incoming in self._coming[source]:
+        """Wait for a message whose receive was posted, and return it."""
+        # All before it in the channel must be posted first, since the channel matches them in order.
+        for incoming in self._receiving[source]:
             if incoming.work is None:
-                self._begin(source, incoming)
+                self._post(source, incoming)
             if incoming.message == message:
                 break
-        self._coming[source].remove(incoming)
-        self._begin_known(source)
+        self._receiving[source].remove(incoming)
+        self._post_known(source)
         work, buffer = incoming.work, incoming.buffer
         assert work is not None
         assert buffer is not None
         self._wait(work, source, message, "send")
         return buffer
 
-    def _begin_known(self, source: int) -> None:
-        """What is in turn, up to the first whose form is unknown."""
-        for incoming in self._coming[source]:
-            if incoming.work is None and incoming.form is None:
+    def _post_known(self, source: int) -> None:
+        """Post the receives of a channel, up to the first one of unknown shape."""
+        for incoming in self._receiving[source]:
+            if incoming.work is None and incoming.spec is None:
                 return
             if incoming.work is None:
-                self._begin(source, incoming)
+                self._post(source, incoming)
 
-    def _begin(self, source: int, incoming: _Incoming) -> None:
-        shape, dtype = incoming.form or self._read_header(source, incoming.message)
+    def _post(self, source: int, incoming: _Incoming) -> None:
+        shape, dtype = incoming.spec or self._receive_header(source, incoming.message)
         incoming.buffer = torch.empty(shape, dtype=dtype, device=self.device)
         incoming.work = self._irecv(incoming.buffer, source, incoming.message)
 
-    def _read_header(self, source: int, message: Message) -> Form:
-        header = torch.empty(2 + _MOST_DIMENSIONS, dtype=torch.int64, device=self.device)
+    def _receive_header(self, source: int, message: Message) -> TensorSpec:
+        header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self.device)
         self._wait(self._irecv(header, source, message), source, message, "send")
-        dtype, dimensions, *sizes = header.tolist()
+        dtype, dimensions, *sizes = header.tolist()  # a host sync; models that declare ``hidden_like`` avoid it
         return tuple(sizes[:dimensions]), _DTYPES[dtype]
 
     def _irecv(self, buffer: Tensor, source: int, message: Message) -> dist.Work:
         group = self.incoming[source]
-        with self._may_lose(source, message, "send"):
+        with self._attributing(source, message, "send"):
             work = dist.irecv(buffer, group=group.handle, group_src=1 - group.rank)
         assert work is not None
         return work
 
     # -- sending ------------------------------------------------------------------------------------------------------
-    def send(self, target: int, message: Message, tensor: Tensor, announced: bool) -> None:
-        """Send ``tensor``; unless its form is ``announced``, that the other rank knows it, after a header."""
+    def send(self, target: int, message: Message, tensor: Tensor, declared: bool) -> None:
+        """Send ``tensor``, after a header with shape and dtype unless the receiver computes both (``declared``)."""
         tensor = tensor.contiguous()
-        if not announced:
-            self._isend(target, message, _header(tensor), awaited=False)
-        self._isend(target, message, tensor, awaited=announced)
-        going = self._going[target]
-        while len(going) > self.overlap and (going[0].awaited or going[0].work.is_completed()):
+        if not declared:
+            self._isend(target, message, _header(tensor), may_block=False)
+        self._isend(target, message, tensor, may_block=declared)
+        # With overlap one send stays in flight per channel: its tensor is freed before the next one is sent.
+        sending = self._sending[target]
+        while len(sending) > self.overlap and (sending[0].may_block or sending[0].work.is_completed()):
             self._wait_sent(target)
 
     def flush(self) -> None:
-        """Wait until everything was taken."""
-        for target, going in self._going.items():
-            while going:
+        """Wait until every send has completed."""
+        for target, sending in self._sending.items():
+            while sending:
                 self._wait_sent(target)
 
-    def _isend(self, target: int, message: Message, tensor: Tensor, awaited: bool) -> None:
+    def _isend(self, target: int, message: Message, tensor: Tensor, may_block: bool) -> None:
         group = self.outgoing[target]
         LEDGER.record(group.mode, "send", tensor.nbytes)
-        with self._may_lose(target, message, "take"):
+        with self._attributing(target, message, "receive"):
             work = dist.isend(tensor, group=group.handle, group_dst=1 - group.rank)
         assert work is not None
-        self._going[target].append(_Outgoing(message, tensor, work, awaited))
+        self._sending[target].append(_Outgoing(message, tensor, work, may_block))
 
     def _wait_sent(self, target: int) -> None:
-        outgoing = self._going[target].popleft()
-        self._wait(outgoing.work, target, outgoing.message, "take")
+        outgoing = self._sending[target].popleft()
+        self._wait(outgoing.work, target, outgoing.message, "receive")
 
-    def _wait(self, work: dist.Work, other: int, message: Message, verb: str) -> None:
-        with self._may_lose(other, message, verb):
-            work.wait()  # for as long as the group waits, which is so made
+    def _wait(self, work: dist.Work, peer: int, message: Message, verb: Literal["send", "receive"]) -> None:
+        with self._attributing(peer, message, verb):
+            work.wait()  # without an argument it lasts as long as the group's timeout
 
-    def _may_lose(self, other: int, message: Message, verb: str) -> AbstractContextManager[None]:
-        """Any of what is done within fails where ``other`` is gone."""
-        return attributing_peer_failure(self.stage, other, f"{verb} {_told(message)}", self.timeout)
+    def _attributing(
+        self, peer: int, message: Message, verb: Literal["send", "receive"]
+    ) -> AbstractContextManager[None]:
+        """Make failures within the block errors that name the lost peer."""
+        return attributing_peer_failure(self.stage, peer, f"{verb} {_format_message(message)}", self.timeout)
 
 
 def _header(tensor: Tensor) -> Tensor:
-    assert tensor.dim() <= _MOST_DIMENSIONS, f"{tensor.dim()} dimensions between stages"
-    sizes = [*tensor.shape, *[0] * (_MOST_DIMENSIONS - tensor.dim())]
+    assert tensor.dim() <= _MAX_DIMENSIONS, f"{tensor.dim()} dimensions between stages"
+    sizes = [*tensor.shape, *[0] * (_MAX_DIMENSIONS - tensor.dim())]
     return torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *sizes], device=tensor.device)
 
 
-def _told(message: Message) -> str:
-    what = "the hidden units" if message.kind == FORWARD else "their gradient"
-    return f"{what} of micro-batch {message.micro_batch} for virtual stage {message.virtual}"
+def _format_message(message: Message) -> str:
+    content = "the hidden states" if message.type == FORWARD else "their gradient"
+    return f"{content} of micro-batch {message.micro_batch} for virtual stage {message.virtual}"

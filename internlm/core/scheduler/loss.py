@@ -1,7 +1,4 @@
-"""What running the schedule over one step's micro-batches gives; the same form whatever was asked for.
-
-The loss of a micro-batch, whatever kind of model makes it.
-"""
+"""Loss of a micro-batch, for any model, and the sums that a step reports."""
 
 from __future__ import annotations
 
@@ -24,53 +21,47 @@ LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 class StepResult:
     """Loss and sums of one step."""
 
-    #: Mean over the valid tokens of the global batch: the same number on every rank.
+    #: Mean over the valid tokens of the global batch; equal on every rank.
     loss: float
     #: [3, types], float64: summed token loss, correct predictions and valid tokens of each data-set type, over all
     #: ranks.
     sums: Tensor
-    #: Outputs and labels of each micro-batch, where they were asked for; of a pipeline, on the rank of the head.
+    #: Outputs and labels of each micro-batch, where requested; in a pipeline, on the rank of the head.
     outputs: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
     @property
     def valid_tokens(self) -> int:
-        """Labels that counted, over all ranks."""
+        """Number of labels that count, over all ranks."""
         return int(self.sums[TOKENS].sum())
 
 
-def no_sums(types: int, device: torch.device) -> Tensor:
-    """The sums of nothing."""
+def zero_sums(types: int, device: torch.device) -> Tensor:
+    """Return sums [3, types] of no tokens."""
+    # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts looks at.
     return torch.zeros(3, types, dtype=torch.float64, device=device)
 
 
 def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int) -> Tensor:
-    """[3, types] of one micro-batch. ``labels`` and ``type_ids``: [T].
+    """Return the sums [3, types] of one micro-batch.
 
-    A product with the one-hot types rather than a scattered sum, for that is deterministic on every device.
+    Args:
+        result: its token losses and correct predictions, [T].
+        labels: [T], or of any shape with T elements; −100 does not count.
+        type_ids: data-set type of each token, shaped like ``labels``.
+        types: number of data-set types.
     """
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]
+    # A product with the one-hot types instead of scatter_add, which is not deterministic on CUDA.
     return columns @ F.one_hot(type_ids.flatten(), types).double()
-
-
-def _check_logits(model: nn.Module) -> None:
-    """A model that returns logits must return those of all words for its rank's labels."""
-    for name, module in model.named_modules():
-        comm = getattr(module, "communicator", None)
-        if isinstance(comm, HeadCommunicator) and comm is not IDENTITY_HEAD:
-            wrong = comm.vocab is not None  # labels are those of all tokens; else those of this rank's
-            if module.parallel_output == wrong:
-                what = f"gives logits that the loss can't use in this parallel mode (parallel_output={wrong})"
-                todo = f"Let forward take labels and return {name}.loss(x, labels), or set parallel_output={not wrong}"
-                raise UserError(Problem(f"model '{name}'", what, todo))
 
 
 class TokenCrossEntropy:
     """Cross-entropy of each token against its label.
 
-    A model whose ``forward`` takes ``labels`` computes the loss itself (ours do, chunk by chunk); any other returns
-    logits.
+    A model whose ``forward`` takes ``labels`` computes the loss itself (the framework's do, chunk by chunk, so that the
+    logits of all tokens never exist at once); any other model returns logits.
     """
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
@@ -80,10 +71,24 @@ class TokenCrossEntropy:
             _check_logits(model)
 
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor, grad_scale: float) -> TokenLoss:
-        """``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses."""
+        """Run the model; ``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses."""
         options = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
         if self.takes_labels:
             result: TokenLoss = self.model(**inputs, labels=labels, **options)
             return result
         logits = self.model(**inputs)
         return cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+
+
+def _check_logits(model: nn.Module) -> None:
+    """Raise :class:`UserError` unless the logits of ``model`` cover the whole vocabulary for this rank's labels."""
+    for name, module in model.named_modules():
+        comm = getattr(module, "communicator", None)
+        if isinstance(comm, HeadCommunicator) and comm is not IDENTITY_HEAD:
+            # With a split vocabulary a rank has the labels of all tokens, so logits must be gathered over entries;
+            # with split tokens it has the labels of its own, so they must stay split.
+            wrong = comm.vocab is not None
+            if module.parallel_output == wrong:
+                message = f"returns logits that the loss can't use in this parallel mode (parallel_output={wrong})"
+                todo = f"Let forward take labels and return {name}.loss(x, labels), or set parallel_output={not wrong}"
+                raise UserError(Problem(f"model '{name}'", message, todo))

@@ -1,12 +1,12 @@
-"""From a table to what one rank does: its actions, and what it receives and sends around each. Pure.
+"""Plan of one rank, from the table: its actions, with what it sends and receives around each. Pure.
 
-Nothing is written down about transfers: they follow from the table. F of virtual stage v needs what F of v − 1 gave, B
-of v what B of v + 1 gave. What comes from another rank is received into a buffer that must be offered before; the rule
-is: **before the action during which it arrives in the simulation**, with all actions of one length. This is early
-enough for a sender that waits until each of its messages is taken, and then no schedule that has a simulation can
-deadlock, whatever the real times: take the action, among those not done, that ends first in the simulation. What came
-before it on its rank is done; what it needs was sent by an action that ended earlier, so it is here; and whoever shall
-take what it sends has done all that ended earlier, so the buffer is there.
+A table says nothing of transfers: they follow from it. A message from another rank is received into a buffer that must
+be posted before it is sent; the rule is: **before the action during which it arrives in the simulation**, with all
+actions of one length. This is early enough for a sender that blocks until each of its messages is received (as NCCL and
+gloo may, for large ones), and then no schedule that has a simulation can deadlock, whatever the real durations. Proof:
+take the action, among those not done, that ends first in the simulation. The actions before it on its rank are done;
+its input was sent by an action that ended earlier, so it is here; and the receiver of its output has done all actions
+that ended earlier, so the buffer is posted. Hence the action can run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, StageLayout, Table
-from internlm.core.scheduler.validate import Costs, Timeline, simulate
-
-
-class Message(NamedTuple):
-    """What a virtual stage is given for a micro-batch: by F hidden units, by B their gradient."""
-
-    kind: str
-    virtual: int
-    micro_batch: int
+from internlm.core.scheduler.actions import BACKWARD, Action, Message, Table, input_message, output_message
+from internlm.core.scheduler.timeline import Costs, Timeline
+from internlm.core.scheduler.validate import simulate
 
 
 class Receive(NamedTuple):
@@ -35,75 +28,63 @@ class Receive(NamedTuple):
     chunk: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """An action, and what is around it."""
+    """An action of a plan, with the transfers around it."""
 
     action: Action
-    #: Whether a B leaves the weights to a W.
+    #: Whether a B leaves the gradient of the weights to a W.
     defers_weight: bool
-    #: Receives to be begun before it.
-    begins: tuple[Receive, ...]
-    #: What it needs, and the rank that gives it.
-    takes: Message | None
+    #: Receives to post before it.
+    receives: tuple[Receive, ...]
+    #: What it needs, and the rank that sends it.
+    input: Message | None
     source: int
-    #: What it gives, and the rank that needs it.
-    gives: Message | None
+    #: What it computes, and the rank that needs it.
+    output: Message | None
     target: int
 
 
-def plan_of(table: Table, rank: int) -> tuple[Step, ...]:
-    """The steps of ``rank``; raises :class:`ScheduleError` where the table is wrong."""
+def make_plan(table: Table, rank: int) -> tuple[Step, ...]:
+    """Return the steps of ``rank``.
+
+    Raises:
+        ScheduleError: where the table cannot run.
+    """
     timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
-    begins = _begins(timeline, rank)
-    return tuple(_step(table, rank, action, begins[place]) for place, action in enumerate(table.actions[rank]))
+    receives = _receives(timeline, rank)
+    return tuple(_step(table, rank, action, receives[index]) for index, action in enumerate(table.actions[rank]))
 
 
-def _step(table: Table, rank: int, action: Action, begins: list[Receive]) -> Step:
-    cut = table.stage_layout
-    takes, gives = needed_by(cut, rank, action), given_by(cut, rank, action)
+def _step(table: Table, rank: int, action: Action, receives: list[Receive]) -> Step:
+    layout = table.stage_layout
+    needed, computed = input_message(layout, rank, action), output_message(layout, rank, action)
     return Step(
-        action,
-        action.kind == BACKWARD and table.defers_weight(rank, action),
-        tuple(begins),
-        takes,
-        giver_of(cut, takes) if takes else rank,
-        gives,
-        cut.rank_of(gives.virtual) if gives else rank,
+        action=action,
+        defers_weight=action.type == BACKWARD and table.defers_weight(rank, action),
+        receives=tuple(receives),
+        input=needed,
+        source=layout.rank_of(needed.sender) if needed else rank,
+        output=computed,
+        target=layout.rank_of(computed.virtual) if computed else rank,
     )
 
 
-def giver_of(cut: StageLayout, message: Message) -> int:
-    """The rank that gives ``message``."""
-    return cut.rank_of(message.virtual + (-1 if message.kind == FORWARD else 1))
+def _receives(timeline: Timeline, rank: int) -> list[list[Receive]]:
+    """Return for each action of ``rank`` the receives to post before it, in the order of arrival.
 
-
-def needed_by(cut: StageLayout, rank: int, action: Action) -> Message | None:
-    """What ``action`` of ``rank`` takes from another virtual stage, if anything."""
-    virtual = cut.virtual(rank, action.chunk)
-    needs = {FORWARD: virtual > 0, BACKWARD: virtual < cut.virtual_stages - 1}.get(action.kind, False)
-    return Message(action.kind, virtual, action.micro_batch) if needs else None
-
-
-def given_by(cut: StageLayout, rank: int, action: Action) -> Message | None:
-    """What it gives to another."""
-    virtual = cut.virtual(rank, action.chunk)
-    to = {FORWARD: virtual + 1, BACKWARD: virtual - 1}.get(action.kind, -1)
-    return Message(action.kind, to, action.micro_batch) if 0 <= to < cut.virtual_stages else None
-
-
-def _begins(timeline: Timeline, rank: int) -> list[list[Receive]]:
-    """What to offer a buffer for before each action of ``rank``, in the order of arrival: the first message of a
-    channel may make both sides wait until they are connected, which must not hold up one that comes earlier."""
-    cut = timeline.table.stage_layout
+    The order matters: the first message of a channel may block both sides until they are connected, which must not
+    delay one that comes earlier.
+    """
+    layout = timeline.table.stage_layout
     ends = [span.end for span in timeline.spans[rank]]
     arrivals: list[tuple[float, Receive]] = []
     for source, spans in enumerate(timeline.spans):
         for span in spans:
-            message = given_by(cut, source, span.action)
-            if message and source != rank and cut.rank_of(message.virtual) == rank:
-                arrivals.append((span.end, Receive(source, message, cut.chunk_of(message.virtual))))
-    begins: list[list[Receive]] = [[] for _ in ends]
-    for when, receive in sorted(arrivals):
-        begins[bisect_left(ends, when)].append(receive)
-    return begins
+            message = output_message(layout, source, span.action)
+            if message and source != rank and layout.rank_of(message.virtual) == rank:
+                arrivals.append((span.end, Receive(source, message, layout.chunk_of(message.virtual))))
+    receives: list[list[Receive]] = [[] for _ in ends]
+    for time, receive in sorted(arrivals):
+        receives[bisect_left(ends, time)].append(receive)
+    return receives

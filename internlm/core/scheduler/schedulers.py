@@ -1,4 +1,4 @@
-"""The schedulers: names over one executor, each with its kind of table."""
+"""Schedulers: the published names, each the same executor with another table."""
 
 from __future__ import annotations
 
@@ -17,40 +17,56 @@ from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
-from internlm.core.scheduler.compute import Compute, MicroBatches
-from internlm.core.scheduler.executor import Executor, Record
+from internlm.core.scheduler.compute import Compute, ComputeOptions, MicroBatches
+from internlm.core.scheduler.executor import Executor
 from internlm.core.scheduler.loss import LOSS, TOKENS, StepResult, TokenCrossEntropy
-from internlm.core.scheduler.plan import Step, plan_of
-from internlm.core.scheduler.table import make_table
+from internlm.core.scheduler.plan import Step, make_plan
+from internlm.core.scheduler.table import ScheduleName, make_table
+from internlm.core.scheduler.timeline import Record
 
 Batch = tuple[dict[str, Any], Tensor]
 
 
 class Engine(Protocol):
-    """Whatever has the model: a trainer, say."""
+    """An object with the model, such as a trainer."""
 
     model: nn.Module
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """This rank's place among the stages. ``channels`` lead to the other ranks, if there are any."""
+    """This rank's place in its pipeline."""
 
     group: Group = NO_PIPELINE
     chunks: int = 1
-    channels: Channels | None = None
-    #: The table for a number of micro-batches, where it is not that of the scheduler's kind.
+    channels: Channels | None = None  # None: a pipeline of one rank
+    #: The user's own table for a number of micro-batches, instead of the schedule's.
     own_table: Callable[[int], Table] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """Settings of one step that only training has."""
+
+    step: int = 0  # part of the key of dropout masks
+    loss_scale: float = 1.0  # factor on the gradients
+    #: Called when this rank's gradients are complete, while other stages may still compute theirs.
+    after_backward: Callable[[], None] | None = None
 
 
 class Scheduler:
     """Runs the micro-batches of a step in the order of a table.
 
-    ``types`` is the number of data-set types; ``data_group`` joins the ranks of a stage whose tokens make up the global
-    batch. ``draws`` says who this rank is to masks of dropout.
+    Args:
+        criterion: loss of a micro-batch.
+        types: number of data-set types.
+        data_group: ranks of this stage whose tokens make up the global batch.
+        device: to which micro-batches are copied.
+        pipeline: this rank's place in its pipeline; None: no pipeline.
+        dropout_key: key of dropout masks on this rank, without step and micro-batch.
     """
 
-    kind: ClassVar[str]
+    schedule: ClassVar[ScheduleName]
 
     def __init__(
         self,
@@ -59,20 +75,24 @@ class Scheduler:
         data_group: Group,
         device: torch.device,
         pipeline: Pipeline | None = None,
-        draws: DropoutKey | None = None,
+        dropout_key: DropoutKey | None = None,
     ) -> None:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
-        self.draws = draws or DropoutKey()
+        self.dropout_key = dropout_key or DropoutKey()
         self.pipeline = pipeline or Pipeline()
-        #: Told of each action of steps with backward, where somebody sets a list.
+        #: Set to a list to record each action of steps with backward.
         self.records: list[Record] | None = None
-        #: Pairs of chunk and micro-batch that were between F and their last action, at their most in the last step.
+        #: The most pairs of chunk and micro-batch in flight during the last step.
         self.peak_in_flight = 0
         self._plans: dict[tuple[int, bool], tuple[Step, ...]] = {}
 
     def table(self, micro_batches: int, backward: bool = True) -> Table:
-        """The schedule of a step; raises :class:`ScheduleError` where there is none."""
-        standard = partial(make_table, self.kind, self.pipeline.group.size, self.pipeline.chunks)
+        """Return the table of a step.
+
+        Raises:
+            ScheduleError: where the schedule has none for these sizes.
+        """
+        standard = partial(make_table, self.schedule, self.pipeline.group.size, self.pipeline.chunks)
         if not backward:
             return standard(micro_batches).forward_only()
         return (self.pipeline.own_table or standard)(micro_batches)
@@ -84,100 +104,113 @@ class Scheduler:
         forward_only: bool = False,
         return_loss: bool = True,
         return_output_label: bool = False,
-        after_backward: Callable[[], None] | None = None,
-        step: int = 0,
-        loss_scale: float = 1.0,
+        training: TrainingStep | None = None,
     ) -> StepResult:
-        """Take the next batch and run it forward, and backward unless ``forward_only``.
+        """Run the next batch forward, and backward unless ``forward_only``.
 
         Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
-        micro-batches and ranks. ``return_loss=False`` (with labels the model cannot use, say) goes forward only,
-        for the outputs. ``after_backward`` is called when this rank's gradients are complete, which may be while other
-        stages still compute theirs. Masks of dropout depend on ``step``;
-        ``loss_scale`` is a factor on the gradients.
+        micro-batches and ranks.
+
+        Args:
+            engine: has the model.
+            data_iter: yields (inputs, labels) of all micro-batches of a step.
+            forward_only: skip backward.
+            return_loss: False runs forward only, for the outputs; labels may be such that the model can't use them.
+            return_output_label: keep outputs and labels in the result.
+            training: settings of a step with backward.
         """
+        training = training or TrainingStep()
         micro_batches = MicroBatches(*next(data_iter), self.device)
         backward = not forward_only and return_loss
-        scale = loss_scale * self._grad_scale(micro_batches) if return_loss else None
-        options = self.types, self.device, scale, return_output_label, replace(self.draws, step=step)
-        compute = Compute(engine.model, self.criterion, micro_batches, *options)
+        options = ComputeOptions(
+            types=self.types,
+            device=self.device,
+            grad_scale=training.loss_scale * self._grad_scale(micro_batches) if return_loss else None,
+            keep_outputs=return_output_label,
+            dropout_key=replace(self.dropout_key, step=training.step),
+        )
+        compute = Compute(engine.model, self.criterion, micro_batches, options)
         executor = Executor(self._plan(len(micro_batches), backward), compute, self.pipeline.channels, backward)
         executor.run(self.records if backward else None)
         if backward:
             self.peak_in_flight = executor.peak_in_flight
-            if after_backward is not None:
-                after_backward()
-        return self._result(compute, return_loss, return_output_label)
+            if training.after_backward is not None:
+                training.after_backward()
+        return self._result(compute, return_loss)
 
     def _plan(self, micro_batches: int, backward: bool) -> tuple[Step, ...]:
         key = micro_batches, backward
         if key not in self._plans:
-            self._plans[key] = plan_of(self.table(*key), self.pipeline.group.rank)
+            self._plans[key] = make_plan(self.table(*key), self.pipeline.group.rank)
         return self._plans[key]
 
     def _grad_scale(self, micro_batches: MicroBatches) -> float:
-        """One over the valid tokens of the global batch."""
+        """Return one over the number of valid tokens of the global batch.
+
+        It is counted before the first backward, so gradients need no division after accumulation, and neither
+        accumulation nor layout changes them.
+        """
         return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
 
-    def _result(self, compute: Compute, return_loss: bool, return_output_label: bool) -> StepResult:
-        """Of the sums, which the last stage has, every rank gets those over all ranks."""
-        numbers = sorted(compute.outputs) if return_output_label else []
-        outputs = [compute.outputs[number] for number in numbers]
-        labels = [compute.micro_batches.labels(number) for number in numbers]
+    def _result(self, compute: Compute, return_loss: bool) -> StepResult:
+        """Sum the sums, which only the last stage has, over all ranks, so that every rank gets them."""
+        indices = sorted(compute.outputs)
+        outputs = [compute.outputs[index] for index in indices]
+        labels = [compute.micro_batches.labels(index) for index in indices]
         if not return_loss:
             return StepResult(float("nan"), compute.sums, outputs, labels)
-        with self._naming_lost():
+        with self._attributing_peer_failure():
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
         tokens = sums[TOKENS].sum()
         return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)
 
-    def _naming_lost(self) -> AbstractContextManager[None]:
-        """Here a stage waits that is done, while another may be stuck in the middle of the step."""
+    def _attributing_peer_failure(self) -> AbstractContextManager[None]:
+        """Name the lost peer: a stage that has finished waits here while another may hang in the middle of the step."""
         if self.pipeline.channels is None:
             return nullcontext()
         return attributing_peer_failure(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
 
 
 class NonPipelineScheduler(Scheduler):
-    """No pipeline: micro-batches one after another, gradients accumulated. That is 1F1B on one stage."""
+    """No pipeline: micro-batches one after another, with gradient accumulation, which is 1F1B on one stage."""
 
-    kind = "1f1b"
+    schedule = "1f1b"
 
 
 class GPipeScheduler(Scheduler):
-    """All forward, then all backward (arXiv 1811.06965)."""
+    """All forwards, then all backwards (arXiv 1811.06965)."""
 
-    kind = "gpipe"
+    schedule = "gpipe"
 
 
 class PipelineScheduler(Scheduler):
     """1F1B (arXiv 2006.09503, 2104.04473)."""
 
-    kind = "1f1b"
+    schedule = "1f1b"
 
 
 class InterleavedPipelineScheduler(Scheduler):
-    """1F1B with several chunks a stage (arXiv 2104.04473)."""
+    """1F1B with several chunks per rank (arXiv 2104.04473)."""
 
-    kind = "interleaved"
+    schedule = "interleaved"
 
 
 class ZeroBubblePipelineScheduler(Scheduler):
     """ZB-H1 (arXiv 2401.10241)."""
 
-    kind = "zbh1"
+    schedule = "zbh1"
 
 
 class ZeroBubblePipelineVShapeScheduler(Scheduler):
-    """ZB-V (arXiv 2405.15362): two chunks a stage, there and back."""
+    """ZB-V: two chunks per rank, in a V (arXiv 2405.15362)."""
 
-    kind = "zbv"
+    schedule = "zbv"
 
 
-#: The scheduler of each kind of table.
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    each.kind: each
-    for each in (
+#: Scheduler of each schedule.
+SCHEDULERS: dict[ScheduleName, type[Scheduler]] = {
+    scheduler.schedule: scheduler
+    for scheduler in (
         GPipeScheduler,
         PipelineScheduler,
         InterleavedPipelineScheduler,

@@ -1,26 +1,24 @@
-"""The schedules: which action each rank of a pipeline runs when. Pure.
+"""Tables of the known schedules, and those that users write as CSV files. Pure.
 
-A row is written in phases, (pattern, times): each letter of a pattern takes the next action of its sort, and is passed
-over when there is none left. So one list of phases fits any number of micro-batches.
+A row is written in phases, (pattern, repeats): each letter of a pattern takes the next action of its type, and is
+skipped when there is none left. So one list of phases (warm-up, steady, cool-down) fits any number of micro-batches.
 
 =======  =========================================
 F, B, W  forward, backward, weight gradient
-f, b, w  the same for chunk 1, where both are named
+f, b, w  the same for chunk 1, where both are used
 =======  =========================================
 
 p: stages, i: rank, v: chunks, m: micro-batches.
 
-A schedule as a CSV file: a line for each rank, a cell for each action in the order in which the rank runs them.
-
-::
+A CSV file has a line for each rank and a cell for each action, in the order in which the rank runs them::
 
     # 1F1B: two stages, three micro-batches
     F0,F1,B0,F2,B1,B2
     F0,B0,F1,B1,F2,B2
 
 ``F3`` is the forward for micro-batch 3, ``F3.1`` that of chunk 1; see :mod:`internlm.core.scheduler.actions`. A line
-``V`` before the ranks says that the chunks lie in a V. Lower case, blanks, empty cells, empty lines and lines that
-start with ``#`` do no harm.
+``V`` before the ranks puts the chunks in a V. Lower case, blanks, empty cells, empty lines and lines that start with
+``#`` are allowed.
 """
 
 from __future__ import annotations
@@ -29,132 +27,160 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeAlias, cast, get_args
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, StageLayout, Table
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, ActionType, Table
+from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.validate import ScheduleError, problems
 from internlm.utils.errors import Problem, did_you_mean
 
-Row = Iterator[Action]
-Phase = tuple[str, int]
+ScheduleName: TypeAlias = Literal["gpipe", "1f1b", "interleaved", "zbh1", "zbv"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
-_MODES = {"GPIPE": "gpipe", "1F1B": "1f1b", "ZBH1": "zbh1", "ZBV": "zbv"}
+Row: TypeAlias = Iterator[Action]
+Phase: TypeAlias = tuple[str, int]
+
+_MODES: dict[str, ScheduleName] = {"GPIPE": "gpipe", "1F1B": "1f1b", "ZBH1": "zbh1", "ZBV": "zbv"}
 
 
-def kind_of(mode: str, chunks: int) -> str:
-    """The kind of table for ``parallel.pipeline.mode``: 1F1B with several chunks is interleaved."""
+def schedule_of(mode: str, chunks: int) -> ScheduleName:
+    """Return the schedule for ``parallel.pipeline.mode``: 1F1B with several chunks is interleaved."""
     return "interleaved" if mode == "1F1B" and chunks > 1 else _MODES[mode]
 
 
-def make_table(kind: str, stages: int, chunks: int, micro_batches: int) -> Table:
-    """The schedule ``kind``, one of :data:`KINDS`; raises :class:`ScheduleError` for a size that it does not have."""
-    if kind not in KINDS:
-        raise ScheduleError(Problem("schedule", f"there is no kind {kind!r}", did_you_mean(kind, KINDS)))
-    row, has_chunks = _KINDS[kind]
+def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> Table:
+    """Return the table of one of :data:`SCHEDULES`.
+
+    Raises:
+        ScheduleError: for an unknown name, or sizes that the schedule does not allow.
+    """
+    if schedule not in SCHEDULES:
+        raise ScheduleError(Problem("schedule", f"{schedule!r} is unknown", did_you_mean(schedule, SCHEDULES)))
+    row, required_chunks = _ROWS[schedule]
     sizes = {"stages": stages, "chunks": chunks, "micro-batches": micro_batches}
-    found = [Problem("schedule", f"{name} = {n}", "Use at least 1.") for name, n in sizes.items() if n < 1]
-    if not found and has_chunks not in (None, chunks):
-        found = [Problem("schedule", f"{kind} with chunks = {chunks}", f"Use chunks = {has_chunks}.")]
+    found = [
+        Problem("schedule", f"{name} must be at least 1, got {size}", "Give a larger one.")
+        for name, size in sizes.items()
+        if size < 1
+    ]
+    if not found and required_chunks not in (None, chunks):
+        message = f"{schedule} expected chunks = {required_chunks}, got {chunks}"
+        found = [Problem("schedule", message, f"Use chunks = {required_chunks}.")]
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
-    return Table(kind, stage_layout_of(kind, stages, chunks), micro_batches, rows)
+    return Table(schedule, stage_layout_of(schedule, stages, chunks), micro_batches, rows)
 
 
-def stage_layout_of(kind: str, stages: int, chunks: int) -> StageLayout:
-    """How a model is cut for ``kind``."""
-    return StageLayout(stages, chunks, v_shaped=kind == "zbv")
+def stage_layout_of(schedule: str, stages: int, chunks: int) -> StageLayout:
+    """Return the stage layout of a schedule."""
+    return StageLayout(stages, chunks, v_shaped=schedule == "zbv")
 
 
+# -- rows of one rank -------------------------------------------------------------------------------------------------
 def _gpipe(i: int, p: int, v: int, m: int) -> Row:
     """All forwards, then all backwards. GPipe, arXiv 1811.06965."""
-    return _written((("F", m), ("B", m)), _work(m))
+    return _row((("F", m), ("B", m)), _actions(m))
 
 
 def _1f1b(i: int, p: int, v: int, m: int) -> Row:
-    """As soon as a backward can run it does, and frees the memory for the next forward.
+    """Each backward as soon as it can run, which frees the memory for the next forward.
 
-    PipeDream-Flush, arXiv 2006.09503. With one stage: F0 B0 F1 B1 …, accumulation of gradients.
+    PipeDream-Flush, arXiv 2006.09503. With one stage: F0 B0 F1 B1 …, gradient accumulation.
     """
-    return _written((("F", p - i), ("BF", m)), _work(m))
+    # Warm-up: the first backward arrives after p − i forwards. The cool-down is what is left of the pattern.
+    return _row((("F", p - i), ("BF", m)), _actions(m))
 
 
 def _interleaved(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B of v chunks a rank, which fills the pipeline in 1/v of the time. Megatron, arXiv 2104.04473.
+    """1F1B of v chunks a rank, which fills the pipeline in 1/v of the time. Megatron, arXiv 2104.04473, sec. 2.2.
 
-    In rounds of p micro-batches: a round goes through chunk 0, then chunk 1, …; backward starts from the last chunk.
-    The last round is laid out as a whole one and what it has too much left out: actions of different micro-batches
-    never need one another, so a table that can run still can without some of them.
+    Micro-batches go in rounds of p: a round passes chunk 0, then chunk 1, …; backward starts from the last chunk.
     """
+    # An incomplete last round is laid out as a complete one, and its surplus is removed: actions of different
+    # micro-batches never need one another, so a table that can run still can without some of them.
     rounds = range(0, m, p)
     forward = [Action(FORWARD, start + j, chunk) for start in rounds for chunk in range(v) for j in range(p)]
-    backward = [action._replace(kind=BACKWARD, chunk=v - 1 - action.chunk) for action in forward]
+    backward = [action._replace(type=BACKWARD, chunk=v - 1 - action.chunk) for action in forward]
+    # Twice the distance to the last rank, as in Megatron: one more forward than strictly needed for each rank on the
+    # way, so that a transfer never delays the next action.
     warm_up = (p - i - 1) * 2 + (v - 1) * p
     phases = ("F", warm_up), ("FB", len(forward))
-    return _first(m, _written(phases, {"F": iter(forward), "B": iter(backward)}))
+    return _first(m, _row(phases, {"F": iter(forward), "B": iter(backward)}))
 
 
 def _zbh1(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B whose W run i micro-batches late, so that every rank holds p micro-batches, and the W left over at the end
-    fill the time in which 1F1B waits. ZB-H1, arXiv 2401.10241."""
-    return _written((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _work(m))
+    """1F1B whose W run i micro-batches late. ZB-H1, arXiv 2401.10241, sec. 2.1.
+
+    Every rank then has p micro-batches in flight, and the deferred W fill the time in which 1F1B waits at the end.
+    """
+    return _row((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _actions(m))
 
 
 def _zbv(i: int, p: int, v: int, m: int) -> Row:
-    """Two chunks in a V: the last virtual stage is on rank 0, so that the first backward starts where the first forward
-    did, and no rank ever waits where F, B and W take equally long. ZB-V, arXiv 2401.10241; V-ZB, arXiv 2405.15362.
+    """Two chunks in a V: no rank waits between its first and last action where F = B = W. arXiv 2405.15362, V-ZB.
 
-    The phases need 2p − 1 micro-batches to fill; of fewer, the rest is left out again.
+    The last virtual stage is on rank 0, so the first backward starts where the first forward did. Also ZB-V of arXiv
+    2401.10241, sec. 6.
     """
+    # The phases need 2p − 1 micro-batches to fill; where there are fewer, the surplus is removed.
     n = max(m, 2 * p - 1)
-    fill = ("F", 2 * (p - i) - 1), ("fF", i), ("fbw", p - i)
+    warm_up = ("F", 2 * (p - i) - 1), ("fF", i), ("fbw", p - i)
     steady = (("FBWfbw", n - p),)
-    drain = ("Bb", i), ("BW", p - i), ("w", i), ("W", i)
-    return _first(m, _written(fill + steady + drain, _work(n)))
+    cool_down = ("Bb", i), ("BW", p - i), ("w", i), ("W", i)
+    return _first(m, _row(warm_up + steady + cool_down, _actions(n)))
 
 
-def _work(m: int) -> dict[str, Row]:
-    """By letter, its actions for all micro-batches."""
-    return {letter: iter([Action(letter.upper(), j, int(letter.islower())) for j in range(m)]) for letter in "FBWfbw"}
-
-
-def _written(phases: tuple[Phase, ...], work: dict[str, Row]) -> Row:
-    """The actions that the patterns of ``phases`` take from ``work``."""
-    for pattern, times in phases:
-        for letter in pattern * times:
-            if action := next(work[letter], None):
-                yield action
-
-
-def _first(m: int, row: Row) -> Row:
-    """``row`` without micro-batches from m on."""
-    return (action for action in row if action.micro_batch < m)
-
-
-#: By kind: what writes a row, and how many chunks a rank has (None: any number).
-_KINDS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
+#: By schedule: the generator of a row, and the number of chunks that it requires (None: any).
+_ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
     "gpipe": (_gpipe, 1),
     "1f1b": (_1f1b, 1),
     "interleaved": (_interleaved, None),
     "zbh1": (_zbh1, 1),
     "zbv": (_zbv, 2),
 }
-KINDS = tuple(_KINDS)
 
 
-_ACTION = re.compile(r"([FBW])(\d{1,9})(?:\.(\d{1,9}))?", re.IGNORECASE | re.ASCII)
+def _actions(m: int) -> dict[str, Row]:
+    """Return by letter of a pattern its actions for all micro-batches."""
+    return {
+        letter: iter([Action(_action_type(letter), j, int(letter.islower())) for j in range(m)]) for letter in "FBWfbw"
+    }
+
+
+def _action_type(letter: str) -> ActionType:
+    return cast(ActionType, letter.upper())
+
+
+def _row(phases: tuple[Phase, ...], actions: dict[str, Row]) -> Row:
+    """Yield the actions that the patterns of ``phases`` take from ``actions``."""
+    for pattern, repeats in phases:
+        for letter in pattern * repeats:
+            if action := next(actions[letter], None):
+                yield action
+
+
+def _first(m: int, row: Row) -> Row:
+    """Remove micro-batches from m on."""
+    return (action for action in row if action.micro_batch < m)
+
+
+# -- CSV files --------------------------------------------------------------------------------------------------------
+_CELL = re.compile(r"([FBW])(\d{1,9})(?:\.(\d{1,9}))?", re.IGNORECASE | re.ASCII)
 _V = "V"
 _TODO = "Write F, B or W and the micro-batch, as in F3, or F3.1 for chunk 1; commas between."
 
 
 def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Table:
-    """The schedule in the file ``path``, of the kind that is the file's name.
+    """Read a schedule from a CSV file; its name is the file's.
 
-    Raises :class:`ScheduleError` with all cells that are no actions, or else with all that keeps it from running.
+    Raises:
+        ScheduleError: with all cells that are no actions, or else with all that keeps the table from running.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
     faults: list[Problem] = []
-    rows = tuple(tuple(_actions(f"{path}:{number}", cells, faults)) for number, cells in lines[v_shaped:])
+    rows = tuple(tuple(_parse_row(f"{path}:{line}", cells, faults)) for line, cells in lines[v_shaped:])
     table = Table(path.name, StageLayout(stages, chunks, v_shaped), micro_batches, rows)
     faults = faults or [replace(problem, where=f"{path}, {problem.where}") for problem in problems(table)]
     if faults:
@@ -163,33 +189,43 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
 
 
 def write_table(table: Table, path: Path) -> None:
-    """Write ``table`` so that :func:`read_table` gives it back; raises :class:`ScheduleError` where that can't be."""
-    cut = table.stage_layout
-    title = f"# {table.kind}: stages {cut.stages}, chunks {cut.chunks}, micro-batches {table.micro_batches}"
+    """Write ``table`` as a CSV file that :func:`read_table` reads.
+
+    Raises:
+        ScheduleError: where ``path`` can't be written.
+    """
+    layout = table.stage_layout
+    sizes = f"stages {layout.stages}, chunks {layout.chunks}, micro-batches {table.micro_batches}"
     rows = [",".join(map(str, row)) for row in table.actions]
     try:
-        path.write_text("\n".join([title, *[_V] * cut.v_shaped, *rows, ""]), encoding="utf-8")
+        text = "\n".join([f"# {table.schedule}: {sizes}", *[_V] * layout.v_shaped, *rows, ""])
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ScheduleError(Problem(str(path), f"can't be written ({error.strerror})", "Give another path.")) from None
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of every line that says something; an empty cell is ''."""
+    """Return (line number, cells) of every line that is neither empty nor a comment; an empty cell is ''."""
     try:
+        # Spreadsheets put a byte order mark before UTF-8.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ScheduleError(Problem(str(path), f"can't be read ({error.strerror})", "Give a readable file.")) from None
     except UnicodeDecodeError:
         raise ScheduleError(Problem(str(path), "isn't UTF-8 text", "Save it as CSV in UTF-8.")) from None
     cells = [[cell.strip(' \t"') for cell in line.split(",")] for line in text.splitlines()]
-    return [(number, row) for number, row in enumerate(cells, 1) if any(row) and not row[0].startswith("#")]
+    return [(line, row) for line, row in enumerate(cells, 1) if any(row) and not row[0].startswith("#")]
 
 
-def _actions(where: str, cells: list[str], faults: list[Problem]) -> list[Action]:
-    """The actions of a line; adds to ``faults`` what is none."""
-    matches = {place: _ACTION.fullmatch(cell) for place, cell in enumerate(cells, 1) if cell}
-    for place, match in matches.items():
-        if not match:
-            faults.append(Problem(f"{where}, cell {place}", f"{cells[place - 1]!r} is no action", _TODO))
-    found = [match.groups() for match in matches.values() if match]
-    return [Action(kind.upper(), int(micro_batch), int(chunk or 0)) for kind, micro_batch, chunk in found]
+def _parse_row(where: str, cells: list[str], faults: list[Problem]) -> list[Action]:
+    """Return the actions of a line; append a problem to ``faults`` for each cell that is none."""
+    actions = []
+    for column, cell in enumerate(cells, 1):
+        if not cell:
+            continue
+        if match := _CELL.fullmatch(cell):
+            letter, micro_batch, chunk = match.groups()
+            actions.append(Action(_action_type(letter), int(micro_batch), int(chunk or 0)))
+        else:
+            faults.append(Problem(f"{where}, cell {column}", f"{cell!r} is no action", _TODO))
+    return actions

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from internlm.core.context.group import Group
-from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.measured import counted_from, measured_timeline
-from internlm.core.scheduler.validate import Timeline, simulate
+from internlm.core.scheduler.timeline import Record, Timeline, measured_timeline
+from internlm.core.scheduler.validate import simulate
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.pictures import chrome_trace, html
 from internlm.profiler import StepTrace, memory_report
@@ -47,7 +46,7 @@ class RecordPipeline(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if trainer.scheduler.records is None:
             return
-        mine = counted_from(trainer.scheduler.records, self.start)
+        mine = [record.relative_to(self.start) for record in trainer.scheduler.records]
         trainer.scheduler.records = None
         records: list[list[Record]] = [[]] * self.stages.size
         dist.all_gather_object(records, mine, self.stages.handle)

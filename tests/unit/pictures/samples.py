@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.validate import Costs, Span, Timeline, simulate
+from internlm.core.scheduler.timeline import Costs, Span, Timeline
+from internlm.core.scheduler.validate import simulate
 
 
 def simulated(kind: str, stages: int = 4, chunks: int = 1, micro_batches: int = 8, **costs: float) -> Timeline:

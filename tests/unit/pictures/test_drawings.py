@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from internlm.core.scheduler.actions import BACKWARD, FORWARD
-from internlm.core.scheduler.validate import Timeline
+from internlm.core.scheduler.timeline import Timeline
 from internlm.pictures import chrome_trace, html, svg
 from tests.unit.pictures.samples import simulated, slower
 

@@ -39,7 +39,7 @@ def test_every_action_is_shown_once_whatever_the_width(kind: str, chunks: int, w
     lines = text([("", timeline)], width=width).splitlines()
     for rank, actions in enumerate(timeline.table.actions):
         shown = [name for line in lines if line.startswith(f"rank {rank}  ") for name in drawn(line)]
-        named = [(a.kind.lower() if a.chunk else a.kind) + str(a.micro_batch) for a in actions]
+        named = [(a.type.lower() if a.chunk else a.type) + str(a.micro_batch) for a in actions]
         assert shown == named
 
 

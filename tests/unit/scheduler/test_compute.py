@@ -15,10 +15,11 @@ from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler.compute import (
     Compute,
+    ComputeOptions,
     InFlight,
     MicroBatches,
     backward,
-    in_flight,
+    keep_in_flight,
     weight_gradients,
 )
 from internlm.core.scheduler.loss import TokenCrossEntropy
@@ -46,11 +47,12 @@ def stage_layers(*chunks: range) -> Decoder:
 
 
 def compute_of(model: nn.Module, grad_scale: float | None = 1.0, wants_outputs: bool = False) -> Compute:
-    return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU), 2, CPU, grad_scale, wants_outputs)
+    options = ComputeOptions(types=2, device=CPU, grad_scale=grad_scale, keep_outputs=wants_outputs)
+    return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU), options)
 
 
 def hidden_units(compute: Compute, number: int = 0) -> Tensor:
-    shape, dtype = compute.hidden_form(number)
+    shape, dtype = compute.hidden_spec(number)
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(number)).requires_grad_()
 
 
@@ -61,7 +63,7 @@ def test_micro_batches() -> None:
     inputs, labels = batch()
     ours = MicroBatches(inputs, labels, CPU)
     assert len(ours) == 3
-    assert ours.inputs(1).keys() == ours.inputs_as_read(1).keys() == {"input_ids", "cu_seqlens"}
+    assert ours.inputs(1).keys() == ours.host_inputs(1).keys() == {"input_ids", "cu_seqlens"}
     for number in range(3):
         assert torch.equal(ours.inputs(number)["input_ids"], inputs["input_ids"][number])
         assert ours.inputs(number)["cu_seqlens"].tolist() == inputs["cu_seqlens"][number].tolist()
@@ -81,8 +83,8 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
             return torch.eye(61, dtype=torch.float64)[input_ids]
 
     compute = compute_of(Plain(), wants_outputs=True)
-    assert not compute.check_form(0, torch.zeros(3))
-    assert compute.hidden_form(0) is None
+    assert not compute.check_hidden(0, torch.zeros(3))
+    assert compute.hidden_spec(0) is None
     loss = compute.forward(0, 1, None)
     assert loss is not None
     assert loss.shape == ()
@@ -92,10 +94,10 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
 def test_hidden_units_of_another_form_than_foretold_are_not_sent() -> None:
     compute = compute_of(stage_layers(range(2)))
     good = hidden_units(compute)
-    assert compute.check_form(0, good)
+    assert compute.check_hidden(0, good)
     for bad in (good[:-1], good.float()):
-        with pytest.raises(UserError, match=r"^hidden_like of the model: foretold .*, but a chunk gave"):
-            compute.check_form(0, bad)
+        with pytest.raises(UserError, match=r"^hidden_like of the model: expected .*, but a chunk returned"):
+            compute.check_hidden(0, bad)
 
 
 def test_sums_are_those_of_the_last_chunk_by_type() -> None:
@@ -134,8 +136,8 @@ def run_backward(compute: Compute, defer: bool) -> tuple[InFlight, Tensor | None
     hidden = None if compute.stage_layers.is_first(0) else hidden_units(compute)
     output = compute.forward(0, 0, hidden)
     assert output is not None
-    kept = in_flight(hidden, output)
-    assert kept.form == (tuple(output.shape), output.dtype)
+    kept = keep_in_flight(hidden, output)
+    assert kept.output_spec == (tuple(output.shape), output.dtype)
     return kept, backward(kept, torch.ones_like(output), defer)
 
 
@@ -218,7 +220,7 @@ def test_an_output_may_go_once_it_was_sent(numbers: range) -> None:
     output = compute.forward(0, 0, hidden)
     assert output is not None
     grad_output, sent = torch.ones_like(output), storage_of(output)
-    kept = in_flight(hidden, output)
+    kept = keep_in_flight(hidden, output)
     assert sent() is not None
     del output
     assert sent() is None
@@ -232,7 +234,7 @@ def test_activations_go_with_the_last_action(defer: bool) -> None:
         hidden = hidden_units(compute)
         output = compute.forward(0, 0, hidden)
         assert output is not None
-        kept = in_flight(hidden, output)
+        kept = keep_in_flight(hidden, output)
     grad_output = torch.ones_like(output)
     del output, hidden
     assert addresses(saved)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.scheduler.actions import Action, StageLayout, Table
-from internlm.core.scheduler.plan import Message, Step, plan_of
-from internlm.core.scheduler.table import KINDS, make_table
+from internlm.core.scheduler.actions import Action, Message, Table
+from internlm.core.scheduler.plan import Step, make_plan
+from internlm.core.scheduler.stage_layout import StageLayout
+from internlm.core.scheduler.table import SCHEDULES, make_table
 from internlm.core.scheduler.validate import ScheduleError
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "zbh1": 1, "zbv": 2}
@@ -22,10 +23,10 @@ Plan = Sequence[Step]
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
-    """Those of the kinds."""
-    kind = draw(st.sampled_from(KINDS))
-    chunks = CHUNKS.get(kind) or draw(st.integers(1, 4))
-    return make_table(kind, draw(st.integers(1, 8)), chunks, draw(st.integers(1, 12)))
+    """Tables of the known schedules."""
+    schedule = draw(st.sampled_from(SCHEDULES))
+    chunks = CHUNKS.get(schedule) or draw(st.integers(1, 4))
+    return make_table(schedule, draw(st.integers(1, 8)), chunks, draw(st.integers(1, 12)))
 
 
 @st.composite
@@ -35,19 +36,19 @@ def own_tables(draw: st.DrawFn) -> Table:
     micro_batches, dice = draw(st.integers(1, 4)), random.Random(draw(st.integers()))
     rows: list[list[Action]] = [[] for _ in range(cut.stages)]
     last = cut.virtual_stages - 1
-    ready = [("F", 0, m) for m in range(micro_batches)]  # kind, virtual stage, micro-batch
+    ready = [("F", 0, m) for m in range(micro_batches)]  # action_type, virtual stage, micro-batch
     while ready:
-        kind, virtual, m = ready.pop(dice.randrange(len(ready)))
-        rows[cut.rank_of(virtual)].append(Action(kind, m, cut.chunk_of(virtual)))
-        if kind == "F":
+        action_type, virtual, m = ready.pop(dice.randrange(len(ready)))
+        rows[cut.rank_of(virtual)].append(Action(action_type, m, cut.chunk_of(virtual)))
+        if action_type == "F":
             ready.append(("F", virtual + 1, m) if virtual < last else ("B", last, m))
-        elif kind == "B":
+        elif action_type == "B":
             ready += [("B", virtual - 1, m)] * (virtual > 0) + [("W", virtual, m)] * dice.randrange(2)
     return Table("own", cut, micro_batches, tuple(map(tuple, rows)))
 
 
 def plans_of(table: Table) -> list[Plan]:
-    return [plan_of(table, rank) for rank in range(table.stage_layout.stages)]
+    return [make_plan(table, rank) for rank in range(table.stage_layout.stages)]
 
 
 # -- what a plan says
@@ -58,10 +59,12 @@ def test_every_message_is_begun_once_before_it_is_taken(table: Table) -> None:
     for rank, plan in enumerate(plans_of(table)):
         begun: list[Message] = []
         for step in plan:
-            begun += [receive.message for receive in step.begins]
-            assert all(table.stage_layout.chunk_of(receive.message.virtual) == receive.chunk for receive in step.begins)
-            assert step.takes is None or step.source == rank or step.takes in begun
-        assert Counter(begun) == Counter(step.takes for step in plan if step.takes and step.source != rank)
+            begun += [receive.message for receive in step.receives]
+            assert all(
+                table.stage_layout.chunk_of(receive.message.virtual) == receive.chunk for receive in step.receives
+            )
+            assert step.input is None or step.source == rank or step.input in begun
+        assert Counter(begun) == Counter(step.input for step in plan if step.input and step.source != rank)
 
 
 @given(tables() | own_tables())
@@ -69,15 +72,15 @@ def test_what_is_given_is_taken_where_it_goes(table: Table) -> None:
     """And nothing else, nor twice: by source and target, the same messages."""
     given, taken = [], []
     for rank, plan in enumerate(plans_of(table)):
-        given += [(rank, step.target, step.gives) for step in plan if step.gives]
-        taken += [(step.source, rank, step.takes) for step in plan if step.takes]
+        given += [(rank, step.target, step.output) for step in plan if step.output]
+        taken += [(step.source, rank, step.input) for step in plan if step.input]
     assert Counter(given) == Counter(taken)
     assert len(set(given)) == len(given) == (table.stage_layout.virtual_stages - 1) * len(messages_of_one(table))
 
 
 def messages_of_one(table: Table) -> list[tuple[str, int]]:
     """Those that the first virtual stage gives or takes."""
-    return [action[:2] for action in table.actions[0] if action.chunk == 0 and action.kind != "W"]
+    return [action[:2] for action in table.actions[0] if action.chunk == 0 and action.type != "W"]
 
 
 @given(own_tables())
@@ -85,16 +88,16 @@ def test_a_weight_is_left_where_there_is_a_w_for_it(table: Table) -> None:
     for plan, row in zip(plans_of(table), table.actions, strict=True):
         assert [step.action for step in plan] == list(row)
         for step in plan:
-            assert step.defers_weight == (step.action.kind == "B" and step.action._replace(kind="W") in row)
+            assert step.defers_weight == (step.action.type == "B" and step.action._replace(type="W") in row)
 
 
 def test_a_small_plan_in_full() -> None:
     """ZB-V on two ranks, the second: both chunks lie side by side, so what the lower gives stays here."""
     said = []
-    for step in plan_of(make_table("zbv", 2, 2, 1), 1):
-        begins = [f"{m.kind}{m.virtual} from {source}" for source, m, _ in step.begins]
-        takes = step.takes and f"{step.takes.kind}{step.takes.virtual} from {step.source}"
-        gives = step.gives and f"{step.gives.kind}{step.gives.virtual} to {step.target}"
+    for step in make_plan(make_table("zbv", 2, 2, 1), 1):
+        begins = [f"{m.type}{m.virtual} from {source}" for source, m, _ in step.receives]
+        takes = step.input and f"{step.input.type}{step.input.virtual} from {step.source}"
+        gives = step.output and f"{step.output.type}{step.output.virtual} to {step.target}"
         said.append((str(step.action), begins, takes, gives))
     assert said == [
         ("F0", ["F1 from 0"], "F1 from 0", "F2 to 1"),
@@ -109,9 +112,9 @@ def test_a_small_plan_in_full() -> None:
 def test_a_table_that_cannot_run_has_no_plan() -> None:
     rows = make_table("1f1b", 2, 1, 2).actions[0], make_table("gpipe", 2, 1, 2).actions[1]
     fine = Table("own", StageLayout(2), 2, rows)
-    assert len(plan_of(fine, 0)) == 4
+    assert len(make_plan(fine, 0)) == 4
     with pytest.raises(ScheduleError, match=r"^rank 1: lacks B0, F1, B1\."):
-        plan_of(replace(fine, actions=(rows[0], rows[1][:1])), 0)
+        make_plan(replace(fine, actions=(rows[0], rows[1][:1])), 0)
 
 
 # -- following it
@@ -156,24 +159,24 @@ class _Ranks:
         """Yields what has to hold before it can go on."""
         at_hand: set[Message] = set()
         for step in plan:
-            for source, message, _ in step.begins:
+            for source, message, _ in step.receives:
                 self._channels[source, rank].begun.append(message)
-            if step.takes and step.source == rank:
-                at_hand.remove(step.takes)
-            elif step.takes:
+            if step.input and step.source == rank:
+                at_hand.remove(step.input)
+            elif step.input:
                 channel = self._channels[step.source, rank]
-                place = channel.begun.index(step.takes)
+                place = channel.begun.index(step.input)
                 yield _longer(channel.sent, place)
-                assert channel.sent[place] == step.takes, "the buffer of another message"
+                assert channel.sent[place] == step.input, "the buffer of another message"
             yield lambda: True  # it computes, and others may go on meanwhile
-            if step.gives and step.target == rank:
-                at_hand.add(step.gives)
-            elif step.gives:
+            if step.output and step.target == rank:
+                at_hand.add(step.output)
+            elif step.output:
                 channel = self._channels[rank, step.target]
-                channel.sent.append(step.gives)
+                channel.sent.append(step.output)
                 place = len(channel.sent) - 1
                 yield _longer(channel.begun, place)
-                assert channel.begun[place] == step.gives, "the buffer of another message"
+                assert channel.begun[place] == step.output, "the buffer of another message"
         assert not at_hand
 
 
@@ -188,13 +191,13 @@ def test_so_they_do_in_validation(table: Table, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunks", "stuck"),
+    ("schedule", "chunks", "stuck"),
     [("1f1b", 1, [0, 1, 2]), ("zbh1", 1, [0, 1, 2]), ("gpipe", 1, []), ("zbv", 2, [0, 1, 2])],
 )
-def test_buffers_that_are_offered_when_needed_are_too_late(kind: str, chunks: int, stuck: list[int]) -> None:
+def test_buffers_that_are_offered_when_needed_are_too_late(schedule: str, chunks: int, stuck: list[int]) -> None:
     """Two neighbours that send to one another before they take wait forever, but in GPipe, where none does."""
     plans = []
-    for plan in plans_of(make_table(kind, 3, chunks, 6)):
-        begins = {receive.message: receive for step in plan for receive in step.begins}
-        plans.append([replace(step, begins=tuple(b for m, b in begins.items() if m == step.takes)) for step in plan])
+    for plan in plans_of(make_table(schedule, 3, chunks, 6)):
+        begins = {receive.message: receive for step in plan for receive in step.receives}
+        plans.append([replace(step, receives=tuple(b for m, b in begins.items() if m == step.input)) for step in plan])
     assert _Ranks(plans).run(random.Random(0)) == stuck

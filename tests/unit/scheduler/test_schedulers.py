@@ -15,9 +15,9 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
-from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
+from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline, TrainingStep
 from internlm.core.scheduler.table import make_table, read_table, write_table
+from internlm.core.scheduler.timeline import Record
 from tests.unit.model.samples import decoder, tokens
 
 CPU = torch.device("cpu")
@@ -45,45 +45,47 @@ def in_chunks(chunks: int) -> nn.Module:
         return decoder(num_layers=4)
 
 
-def scheduler_of(kind: str, model: nn.Module) -> Scheduler:
-    pipeline = Pipeline(NO_PIPELINE, CHUNKS.get(kind, 1))
-    return SCHEDULERS[kind](TokenCrossEntropy(model), 1, DATA, CPU, pipeline)
+def scheduler_of(schedule: str, model: nn.Module) -> Scheduler:
+    pipeline = Pipeline(NO_PIPELINE, CHUNKS.get(schedule, 1))
+    return SCHEDULERS[schedule](TokenCrossEntropy(model), 1, DATA, CPU, pipeline)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_every_kind_runs_on_one_stage_too(kind: str) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_every_schedule_runs_on_one_stage_too(schedule: str) -> None:
     """Chunks hand on to one another without a channel."""
-    reference, model = decoder(num_layers=4), in_chunks(CHUNKS.get(kind, 1))
+    reference, model = decoder(num_layers=4), in_chunks(CHUNKS.get(schedule, 1))
     simple = NonPipelineScheduler(TokenCrossEntropy(reference), 1, DATA, CPU)
     expected = simple.forward_backward_step(Engine(reference), batches())
-    found = scheduler_of(kind, model).forward_backward_step(Engine(model), batches())
+    found = scheduler_of(schedule, model).forward_backward_step(Engine(model), batches())
     torch.testing.assert_close(found.sums, expected.sums, rtol=1e-12, atol=0)
     for name, gradient in gradients(reference).items():
         torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_after_backward_is_told_once_gradients_are_complete() -> None:
+def test_after_backward_is_calls_once_gradients_are_complete() -> None:
     model = decoder()
-    told: list[dict[str, Tensor]] = []
+    calls: list[dict[str, Tensor]] = []
     scheduler = NonPipelineScheduler(TokenCrossEntropy(model), 1, DATA, CPU)
-    scheduler.forward_backward_step(Engine(model), batches(), after_backward=lambda: told.append(gradients(model)))
-    assert len(told) == 1
-    assert all(torch.equal(told[0][name], gradient) for name, gradient in gradients(model).items())
+    scheduler.forward_backward_step(
+        Engine(model), batches(), training=TrainingStep(after_backward=lambda: calls.append(gradients(model)))
+    )
+    assert len(calls) == 1
+    assert all(torch.equal(calls[0][name], gradient) for name, gradient in gradients(model).items())
 
 
 @pytest.mark.parametrize("options", [{"forward_only": True}, {"return_loss": False}])
-def test_without_backward_nothing_is_told(options: dict[str, bool]) -> None:
+def test_without_backward_nothing_is_calls(options: dict[str, bool]) -> None:
     model = decoder()
     scheduler = NonPipelineScheduler(TokenCrossEntropy(model), 1, DATA, CPU)
 
     def fail() -> None:
         raise AssertionError("there are no gradients")
 
-    scheduler.forward_backward_step(Engine(model), batches(), after_backward=fail, **options)
+    scheduler.forward_backward_step(Engine(model), batches(), training=TrainingStep(after_backward=fail), **options)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -13,8 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from internlm.core.scheduler.actions import Action, Table
-from internlm.core.scheduler.table import KINDS, kind_of, make_table
-from internlm.core.scheduler.validate import Costs, ScheduleError, Timeline, problems, simulate
+from internlm.core.scheduler.table import SCHEDULES, make_table, schedule_of
+from internlm.core.scheduler.timeline import Costs, Timeline
+from internlm.core.scheduler.validate import ScheduleError, problems, simulate
 
 stages = st.integers(1, 8)
 micro_batches = st.integers(1, 32)
@@ -25,15 +26,15 @@ CHUNKS = {"gpipe": 1, "1f1b": 1, "zbh1": 1, "zbv": 2}
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
-    kind = draw(st.sampled_from(KINDS))
-    chunks = CHUNKS.get(kind) or draw(several_chunks)
-    return make_table(kind, draw(stages), chunks, draw(micro_batches))
+    schedule = draw(st.sampled_from(SCHEDULES))
+    chunks = CHUNKS.get(schedule) or draw(several_chunks)
+    return make_table(schedule, draw(stages), chunks, draw(micro_batches))
 
 
-def run(kind: str, p: int, m: int, v: int = 1, f: int = 1, b: int = 1, w: int = 1) -> Timeline:
+def run(schedule: str, p: int, m: int, v: int = 1, f: int = 1, b: int = 1, w: int = 1) -> Timeline:
     """With the exact cost of a rank divided among its chunks."""
     each = Fraction(f, v), Fraction(b, v), Fraction(w, v)
-    return simulate(make_table(kind, p, v, m), Costs.uniform(p * v, *each, transfer=Fraction(0)))
+    return simulate(make_table(schedule, p, v, m), Costs.uniform(p * v, *each, transfer=Fraction(0)))
 
 
 def idle(timeline: Timeline) -> set[Fraction]:
@@ -49,8 +50,8 @@ def pauses(timeline: Timeline) -> list[Fraction]:
 @given(tables())
 def test_every_table_can_run_and_does_everything_once(table: Table) -> None:
     assert problems(table) == []
-    kinds = "FBW" if table.kind.startswith("zb") else "FB"
-    due = [Action(k, m, c) for k in kinds for m in range(table.micro_batches) for c in range(table.stage_layout.chunks)]
+    types = "FBW" if table.schedule.startswith("zb") else "FB"
+    due = [Action(k, m, c) for k in types for m in range(table.micro_batches) for c in range(table.stage_layout.chunks)]
     assert all(Counter(row) == Counter(due) for row in table.actions)
     assert problems(table.forward_only()) == []
 
@@ -60,21 +61,21 @@ def test_a_planted_mistake_is_found(table: Table, data: st.DataObject) -> None:
     assume(table.stage_layout.virtual_stages * table.micro_batches > 1)  # F0 B0 without B0 is a table of F alone
     rank = data.draw(st.integers(0, table.stage_layout.stages - 1))
     row = list(table.actions[rank])
-    action = data.draw(st.sampled_from([action for action in row if action.kind != "W"]))
-    place, other = row.index(action), row.index(action._replace(kind="FB"[action.kind == "F"]))
+    action = data.draw(st.sampled_from([action for action in row if action.type != "W"]))
+    place, other = row.index(action), row.index(action._replace(type="FB"[action.type == "F"]))
     swapped = list(row)
     swapped[place], swapped[other] = swapped[other], swapped[place]
     dropped, doubled = [a for a in row if a != action], [*row, action]
     mistakes = {"lacks": dropped, "more than once": doubled, "before": swapped}
     for word, wrong in mistakes.items():
         rows = (*table.actions[:rank], tuple(wrong), *table.actions[rank + 1 :])
-        found = problems(Table(table.kind, table.stage_layout, table.micro_batches, rows))
+        found = problems(Table(table.schedule, table.stage_layout, table.micro_batches, rows))
         assert {problem.where for problem in found} == {f"rank {rank}"}
         assert any(word in problem.what for problem in found)
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "rows"),
+    ("schedule", "size", "rows"),
     [
         ("gpipe", (2, 1, 3), ["F0 F1 F2 B0 B1 B2", "F0 F1 F2 B0 B1 B2"]),
         ("1f1b", (1, 1, 3), ["F0 B0 F1 B1 F2 B2"]),
@@ -96,15 +97,15 @@ def test_a_planted_mistake_is_found(table: Table, data: st.DataObject) -> None:
         ),
     ],
 )
-def test_small_tables_in_full(kind: str, size: tuple[int, int, int], rows: list[str]) -> None:
-    assert [" ".join(map(str, row)) for row in make_table(kind, *size).actions] == rows
+def test_small_tables_in_full(schedule: str, size: tuple[int, int, int], rows: list[str]) -> None:
+    assert [" ".join(map(str, row)) for row in make_table(schedule, *size).actions] == rows
 
 
 @given(st.sampled_from(["1f1b", "gpipe"]), stages, micro_batches, cost, cost, cost)
 def test_gpipe_and_1f1b_wait_for_one_micro_batch_to_fill_the_pipeline(
-    kind: str, p: int, m: int, f: int, b: int, w: int
+    schedule: str, p: int, m: int, f: int, b: int, w: int
 ) -> None:
-    timeline = run(kind, p, m, f=f, b=b, w=w)
+    timeline = run(schedule, p, m, f=f, b=b, w=w)
     assert idle(timeline) == {(p - 1) * (f + b + w)}
     assert timeline.bubble == Fraction(p - 1, m + p - 1)
 
@@ -163,9 +164,9 @@ HELD = {
 
 
 @given(st.sampled_from(sorted(HELD)), stages, micro_batches)
-def test_activations_held_at_most(kind: str, p: int, m: int) -> None:
-    v = CHUNKS[kind]
-    assert run(kind, p, m, v).peak_in_flight == tuple(HELD[kind](i, p, v, m) for i in range(p))
+def test_activations_held_at_most(schedule: str, p: int, m: int) -> None:
+    v = CHUNKS[schedule]
+    assert run(schedule, p, m, v).peak_in_flight == tuple(HELD[schedule](i, p, v, m) for i in range(p))
 
 
 @given(stages, several_chunks, micro_batches)
@@ -178,14 +179,18 @@ def test_interleaving_holds_what_its_warm_up_brings(p: int, v: int, m: int) -> N
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("1F1B ", 2, 1, 2), "schedule: there is no kind '1F1B '. Did you mean '1f1b'?"),
+        (("1F1B ", 2, 1, 2), "schedule: '1F1B ' is unknown. Did you mean '1f1b'?"),
         (("spiral", 2, 1, 2), "Known: 1f1b, gpipe, interleaved, zbh1, zbv."),
-        (("zbv", 2, 1, 2), "schedule: zbv with chunks = 1. Use chunks = 2."),
-        (("zbh1", 2, 2, 2), "schedule: zbh1 with chunks = 2. Use chunks = 1."),
-        (("gpipe", 2, 3, 2), "schedule: gpipe with chunks = 3. Use chunks = 1."),
-        (("1f1b", 2, 2, 2), "schedule: 1f1b with chunks = 2. Use chunks = 1."),
-        (("1f1b", 0, 1, 0), "schedule: stages = 0. Use at least 1.\nschedule: micro-batches = 0. Use at least 1."),
-        (("interleaved", 2, 0, 2), "schedule: chunks = 0. Use at least 1."),
+        (("zbv", 2, 1, 2), "schedule: zbv expected chunks = 2, got 1. Use chunks = 2."),
+        (("zbh1", 2, 2, 2), "schedule: zbh1 expected chunks = 1, got 2. Use chunks = 1."),
+        (("gpipe", 2, 3, 2), "schedule: gpipe expected chunks = 1, got 3. Use chunks = 1."),
+        (("1f1b", 2, 2, 2), "schedule: 1f1b expected chunks = 1, got 2. Use chunks = 1."),
+        (
+            ("1f1b", 0, 1, 0),
+            "schedule: stages must be at least 1, got 0. Give a larger one.\n"
+            "schedule: micro-batches must be at least 1, got 0. Give a larger one.",
+        ),
+        (("interleaved", 2, 0, 2), "schedule: chunks must be at least 1, got 0. Give a larger one."),
     ],
 )
 def test_wrong_sizes(arguments: tuple[str, int, int, int], text: str) -> None:
@@ -195,7 +200,7 @@ def test_wrong_sizes(arguments: tuple[str, int, int, int], text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "chunks", "kind"),
+    ("mode", "chunks", "schedule"),
     [
         ("1F1B", 1, "1f1b"),
         ("1F1B", 3, "interleaved"),
@@ -204,5 +209,5 @@ def test_wrong_sizes(arguments: tuple[str, int, int, int], text: str) -> None:
         ("GPIPE", 1, "gpipe"),
     ],
 )
-def test_a_mode_is_a_kind(mode: str, chunks: int, kind: str) -> None:
-    assert kind_of(mode, chunks) == kind
+def test_a_mode_has_a_schedule(mode: str, chunks: int, schedule: str) -> None:
+    assert schedule_of(mode, chunks) == schedule

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.core.scheduler.actions import StageLayout
+from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import make_table, read_table, write_table
 from internlm.core.scheduler.validate import ScheduleError
 
@@ -18,14 +18,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
+    ("schedule", "size"),
     [("gpipe", (2, 1, 3)), ("1f1b", (3, 1, 5)), ("interleaved", (2, 3, 5)), ("zbh1", (4, 1, 2)), ("zbv", (3, 2, 4))],
 )
-def test_a_written_table_is_read_back(kind: str, size: tuple[int, int, int], path: Path) -> None:
-    table = make_table(kind, *size)
+def test_a_written_table_is_read_back(schedule: str, size: tuple[int, int, int], path: Path) -> None:
+    table = make_table(schedule, *size)
     write_table(table, path)
     read = read_table(path, *size)
-    assert read == replace(table, kind="own.csv")
+    assert read == replace(table, schedule="own.csv")
 
 
 def test_the_file_is_what_people_write(path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.scheduler.actions import Action, StageLayout, Table
+from internlm.core.scheduler.actions import Action, Table
+from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.validate import Costs, ScheduleError, Span, Timeline, problems, simulate
+from internlm.core.scheduler.timeline import Costs, Span, Timeline
+from internlm.core.scheduler.validate import ScheduleError, problems, simulate
 
 Key = tuple[int, Action]  # rank, action
 
@@ -33,14 +35,14 @@ def said(table: Table) -> list[str]:
 
 def needs(table: Table, rank: int, action: Action) -> Iterator[Key]:
     """What ``action`` takes the results of, read off the definition."""
-    kind, micro_batch, chunk = action
+    action_type, micro_batch, chunk = action
     cut = table.stage_layout
     virtual = cut.virtual(rank, chunk)
-    neighbour = {"F": virtual - 1, "B": virtual + 1}.get(kind, -1)
+    neighbour = {"F": virtual - 1, "B": virtual + 1}.get(action_type, -1)
     if 0 <= neighbour < cut.virtual_stages:
-        yield cut.rank_of(neighbour), Action(kind, micro_batch, cut.chunk_of(neighbour))
-    if kind != "F":
-        yield rank, Action("F" if kind == "B" else "B", micro_batch, chunk)
+        yield cut.rank_of(neighbour), Action(action_type, micro_batch, cut.chunk_of(neighbour))
+    if action_type != "F":
+        yield rank, Action("F" if action_type == "B" else "B", micro_batch, chunk)
 
 
 MISTAKES = {
@@ -49,12 +51,12 @@ MISTAKES = {
     "doubled": (("F0 F1 B0 B1", "F0 B0 F1 B1 B1"), "rank 1: has B1 more than once."),
     "B before F": (("F0 B1 B0 F1", "F0 B0 F1 B1"), "rank 0: has B1 before F1. Put F1 first."),
     "W before B": (("F0 F1 W0 B0 B1", "F0 B0 F1 B1"), "rank 0: has W0 before B0. Put B0 first."),
-    "foreign micro-batch": (
+    "unknown micro-batch": (
         ("F0 F1 B0 B1 F2", "F0 B0 F1 B1"),
         "rank 0: has F2, but there are chunks 0 to 0 and micro-",
     ),
-    "foreign chunk": (("F0 F1 B0 B1", "F0 B0 F1 B1 W0.1"), "rank 1: has W0.1, but there are chunks 0 to 0 and micro-"),
-    "foreign kind": (("F0 F1 B0 B1", "F0 B0 F1 B1 X0"), "rank 1: has X0, but"),
+    "unknown chunk": (("F0 F1 B0 B1", "F0 B0 F1 B1 W0.1"), "rank 1: has W0.1, but there are chunks 0 to 0 and micro-"),
+    "unknown type": (("F0 F1 B0 B1", "F0 B0 F1 B1 X0"), "rank 1: has X0, but"),
     "deadlock": (
         ("F0 B0 F1 B1", "F0 F1 B0 B1"),
         "ranks 0, 1: deadlock: waits for one another: rank 0 at B0 for B0 of rank 1; rank 1 at F1 for F1 of rank 0.",
@@ -88,9 +90,9 @@ def test_a_rank_can_wait_for_itself() -> None:
 
 def test_a_row_too_few_and_long_lists() -> None:
     table = make_table("1f1b", 2, 1, 8)
-    one_row = Table(table.kind, table.stage_layout, 8, table.actions[:1])
+    one_row = Table(table.schedule, table.stage_layout, 8, table.actions[:1])
     assert said(one_row) == ["ranks 0 to 1: 1 rows for 2 stages. Give each rank a row."]
-    empty = Table(table.kind, table.stage_layout, 8, ((), table.actions[1]))
+    empty = Table(table.schedule, table.stage_layout, 8, ((), table.actions[1]))
     assert said(empty) == [
         "rank 0: lacks F0, B0, F1, B1 and 12 more. Every chunk needs an F and a B for every micro-batch."
     ]
@@ -114,12 +116,12 @@ def any_order(draw: st.DrawFn) -> Table:
     """Every action once, in any order at all."""
     cut = StageLayout(draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.booleans()))
     micro_batches = draw(st.integers(1, 2))
-    kinds = draw(st.sampled_from(["F", "FB", "FBW"]))
-    due = [Action(k, m, c) for m in range(micro_batches) for k in kinds for c in range(cut.chunks)]
+    types = draw(st.sampled_from(["F", "FB", "FBW"]))
+    due = [Action(k, m, c) for m in range(micro_batches) for k in types for c in range(cut.chunks)]
     swaps = st.lists(st.tuples(st.integers(0, len(due) - 1), st.integers(0, len(due) - 1)), max_size=4)
     rows = []
     for _ in range(cut.stages):
-        row = sorted(due, key=lambda a: (a.kind, a.micro_batch, -a.chunk if a.kind == "B" else a.chunk))
+        row = sorted(due, key=lambda a: (a.type, a.micro_batch, -a.chunk if a.type == "B" else a.chunk))
         for i, j in draw(swaps):
             row[i], row[j] = row[j], row[i]
         rows.append(tuple(row))
@@ -187,9 +189,9 @@ def check_starts(timeline: Timeline) -> None:
     st.data(),
 )
 def test_all_start_as_early_as_they_can(
-    kind: tuple[str, int], stages: int, micro_batches: int, data: st.DataObject
+    schedule: tuple[str, int], stages: int, micro_batches: int, data: st.DataObject
 ) -> None:
-    name, chunks = kind
+    name, chunks = schedule
     each = st.tuples(*[costs_of] * (stages * chunks))
     costs = Costs(data.draw(each), data.draw(each), data.draw(each), data.draw(costs_of))
     timeline = simulate(make_table(name, stages, chunks, micro_batches), costs)

@@ -1,4 +1,4 @@
-"""Layers for every virtual stage."""
+"""How many layers each virtual stage has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.core.scheduler.partition import balanced, uniform
+from internlm.core.scheduler.stage_layout import balanced_partition, uniform_partition
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from internlm.core.scheduler.partition import balanced, uniform
     [(8, 4, [2, 2, 2, 2]), (9, 4, [2, 2, 3, 2]), (10, 4, [2, 3, 3, 2]), (11, 4, [3, 3, 3, 2]), (5, 1, [5])],
 )
 def test_uniform_leaves_the_last_part_the_fewest(layers: int, parts: int, sizes: list[int]) -> None:
-    assert uniform(layers, parts) == sizes
+    assert uniform_partition(layers, parts) == sizes
 
 
 @given(st.integers(1, 16), st.integers(0, 100))
 def test_uniform_is_complete_and_even(parts: int, more: int) -> None:
-    sizes = uniform(parts + more, parts)
+    sizes = uniform_partition(parts + more, parts)
     assert (len(sizes), sum(sizes)) == (parts, parts + more)
     assert max(sizes) - min(sizes) <= 1
     assert sizes[-1] == min(sizes)
@@ -41,7 +41,7 @@ def test_balanced_is_the_best_of_all_cuts(costs: list[int], first: int, last: in
     parts = data.draw(st.integers(1, len(costs)))
     cuts = [(0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), parts - 1)]
     every = [loads(costs, [b - a for a, b in pairwise(cut)], first, last) for cut in cuts]
-    sizes = balanced(costs, parts, first, last)
+    sizes = balanced_partition(costs, parts, first, last)
     assert (len(sizes), sum(sizes)) == (parts, len(costs))
     assert min(sizes) >= 1
     mine = loads(costs, sizes, first, last)
@@ -49,13 +49,13 @@ def test_balanced_is_the_best_of_all_cuts(costs: list[int], first: int, last: in
 
 
 def test_balanced_knows_the_embedding_and_the_head() -> None:
-    assert balanced([1.0] * 12, 4) == [3, 3, 3, 3]
-    assert balanced([1.0] * 12, 4, last=3.0) == [3, 4, 4, 1]
-    assert balanced([1.0] * 12, 4, first=2.0, last=2.0) == [2, 4, 4, 2]
+    assert balanced_partition([1.0] * 12, 4) == [3, 3, 3, 3]
+    assert balanced_partition([1.0] * 12, 4, last=3.0) == [3, 4, 4, 1]
+    assert balanced_partition([1.0] * 12, 4, first=2.0, last=2.0) == [2, 4, 4, 2]
 
 
 def test_parts_of_equal_layers_are_equal_in_whatever_order() -> None:
     """Both cuts make parts of 0.7 and 0.8, though 0.1 + 0.3 + 0.1 + 0.3 added up from the left is another number than
     0.1 + 0.3 + 0.3 + 0.1. So it is a tie, which goes to fewer layers in front."""
-    assert balanced([0.1, 0.3, 0.3, 0.1, 0.3, 0.1, 0.3], 2) == [3, 4]
-    assert balanced([0.1] * 30, 10) == [3] * 10
+    assert balanced_partition([0.1, 0.3, 0.3, 0.1, 0.3, 0.1, 0.3], 2) == [3, 4]
+    assert balanced_partition([0.1] * 30, 10) == [3] * 10

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 
 from internlm.core.scheduler.actions import Table
-from internlm.core.scheduler.executor import Record
-from internlm.core.scheduler.measured import counted_from, measured_costs, measured_timeline, overheads
 from internlm.core.scheduler.table import make_table
-from internlm.core.scheduler.validate import Costs, Timeline, simulate
+from internlm.core.scheduler.timeline import (
+    Costs,
+    Record,
+    Timeline,
+    measured_costs,
+    measured_timeline,
+    overheads,
+)
+from internlm.core.scheduler.validate import simulate
 
-KINDS = [("1f1b", 1), ("zbh1", 1), ("interleaved", 2), ("zbv", 2)]
+SCHEDULES = [("1f1b", 1), ("zbh1", 1), ("interleaved", 2), ("zbv", 2)]
 SPENT = 1 / 64  # seconds of overhead after each action
 
 
@@ -33,14 +39,14 @@ def costs_of(table: Table, transfer: float) -> Costs:
     n = table.stage_layout.virtual_stages
     forward = tuple(1 + v / 8 for v in range(n))
     backward = tuple(1 + v / 4 for v in range(n))
-    weight = tuple(0.5 if any(a.kind == "W" for row in table.actions for a in row) else 0.0 for _ in range(n))
+    weight = tuple(0.5 if any(a.type == "W" for row in table.actions for a in row) else 0.0 for _ in range(n))
     return Costs(forward, backward, weight, transfer)
 
 
-@pytest.mark.parametrize(("kind", "chunks"), KINDS)
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
 @pytest.mark.parametrize("stages", [1, 2, 4])
-def test_a_simulated_run_is_measured_as_it_was(kind: str, chunks: int, stages: int) -> None:
-    table = make_table(kind, stages, chunks, 8)
+def test_a_simulated_run_is_measured_as_it_was(schedule: str, chunks: int, stages: int) -> None:
+    table = make_table(schedule, stages, chunks, 8)
     timeline = simulate(table, costs_of(table, 0.25 if stages > 1 else 0.0))
     assert measured_costs(table, recorded(timeline)) == timeline.costs
     assert measured_timeline(table, recorded(timeline, start=8.0)) == timeline
@@ -83,4 +89,4 @@ def test_handing_on_to_another_rank_is_no_overhead_but_to_oneself_it_is() -> Non
 
 def test_clocks_count_from_a_moment() -> None:
     record = Record(make_table("1f1b", 1, 1, 1).actions[0][0], 5.0, 6.0, 7.0, 8.0)
-    assert counted_from([record], 4.0) == [Record(record.action, 1.0, 2.0, 3.0, 4.0)]
+    assert record.relative_to(4.0) == Record(record.action, 1.0, 2.0, 3.0, 4.0)

@@ -1,0 +1,184 @@
+"""Timelines of a schedule: costs of its actions, when each ran, and what a real step measured. Pure.
+
+A simulation (:mod:`internlm.core.scheduler.validate`) and the records of a real step give the same :class:`Timeline`,
+so that both are drawn and compared on one axis of time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple, TypeAlias
+
+from internlm.core.scheduler.actions import (
+    BACKWARD,
+    FORWARD,
+    WEIGHT,
+    Action,
+    ActionType,
+    Message,
+    Table,
+    input_message,
+    output_message,
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Durations of actions, in any one unit; a tuple has an item for each virtual stage."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]  # without the gradient of the weights
+    weight: tuple[float, ...]
+    transfer: float = 0.0  # between two ranks; between chunks of one rank nothing is sent
+
+    @classmethod
+    def uniform(
+        cls,
+        virtual_stages: int,
+        forward: float = 1.0,
+        backward: float = 1.0,
+        weight: float = 1.0,
+        transfer: float = 0.0,
+    ) -> Costs:
+        """Return equal costs for every virtual stage."""
+        n = virtual_stages
+        return cls((forward,) * n, (backward,) * n, (weight,) * n, transfer)
+
+    def of(self, table: Table, rank: int, action: Action) -> float:
+        """Return the duration of ``action`` on ``rank``: a B without a W of its own does the work of both."""
+        virtual = table.stage_layout.virtual(rank, action.chunk)
+        if action.type == FORWARD:
+            return self.forward[virtual]
+        if action.type == WEIGHT:
+            return self.weight[virtual]
+        deferred = table.defers_weight(rank, action)
+        return self.backward[virtual] + (0 if deferred else self.weight[virtual])
+
+
+class Span(NamedTuple):
+    """Start and end of an action."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated or measured run of a table."""
+
+    table: Table
+    costs: Costs
+    spans: tuple[tuple[Span, ...], ...]  # by rank
+    #: By rank, the most activations in flight; the unit is those of one chunk for one micro-batch, alive from the start
+    #: of F to the end of the last backward action, which is W, or B where there is no W.
+    peak_in_flight: tuple[int, ...]
+
+    @property
+    def end(self) -> float:
+        """Makespan: the end of the last rank, where the first starts at 0."""
+        return max(row[-1].end for row in self.spans)
+
+    @property
+    def bubble(self) -> float:
+        """Idle share, 0 to 1, of the time of all ranks."""
+        busy = sum(span.end - span.start for row in self.spans for span in row)
+        return 1 - busy / (len(self.spans) * self.end)
+
+
+def peak_in_flight(table: Table, rank: int) -> int:
+    """Return the most activations in flight on ``rank``, see :class:`Timeline`.
+
+    A rank runs one action at a time, so the order of its actions decides, whatever their durations.
+    """
+    in_flight = peak = 0
+    for action in table.actions[rank]:
+        if action.type == FORWARD:
+            in_flight += 1
+            peak = max(peak, in_flight)
+        elif action.type == WEIGHT or not table.defers_weight(rank, action):
+            in_flight -= 1
+    return peak
+
+
+# -- measured ---------------------------------------------------------------------------------------------------------
+class Record(NamedTuple):
+    """Times of one action that was run, in seconds of this machine's monotonic clock.
+
+    The rank waited for the action's input from ``begin`` to ``ready``, computed until ``end`` and sent the output until
+    ``sent``.
+    """
+
+    action: Action
+    begin: float
+    ready: float
+    end: float
+    sent: float
+
+    def relative_to(self, start: float) -> Record:
+        """Return the record with times counted from ``start``."""
+        return Record(self.action, self.begin - start, self.ready - start, self.end - start, self.sent - start)
+
+
+Records: TypeAlias = Sequence[Sequence[Record]]  # by rank; the clocks of all ranks count from one moment
+
+
+def measured_timeline(table: Table, records: Records) -> Timeline:
+    """Return the timeline of a real step; an action starts when its input is ready, and the first rank begins at 0."""
+    zero = min(row[0].begin for row in records)
+    spans = tuple(
+        tuple(Span(record.action, record.ready - zero, record.end - zero) for record in row) for row in records
+    )
+    peaks = tuple(peak_in_flight(table, rank) for rank in range(table.stage_layout.stages))
+    return Timeline(table, measured_costs(table, records), spans, peaks)
+
+
+def measured_costs(table: Table, records: Records) -> Costs:
+    """Return the median durations by virtual stage; a B without a W counts for both."""
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for rank, row in enumerate(records):
+        for record in row:
+            virtual = table.stage_layout.virtual(rank, record.action.chunk)
+            seconds[record.action.type, virtual].append(record.end - record.ready)
+
+    def medians(action_type: ActionType) -> tuple[float, ...]:
+        stages = range(table.stage_layout.virtual_stages)
+        return tuple(median(seconds.get((action_type, virtual), [0.0])) for virtual in stages)
+
+    transfer = median([*_transfers(table, records)] or [0.0])
+    return Costs(medians(FORWARD), medians(BACKWARD), medians(WEIGHT), transfer)
+
+
+def _transfers(table: Table, records: Records) -> Iterator[float]:
+    """Yield the durations of transfers for which the receiver waited.
+
+    Where it did not wait, the time between end and use says nothing of the transfer.
+    """
+    senders: dict[Message, tuple[int, Record]] = {}
+    for rank, row in enumerate(records):
+        for record in row:
+            if message := output_message(table.stage_layout, rank, record.action):
+                senders[message] = rank, record
+    for rank, row in enumerate(records):
+        for record in row:
+            message = input_message(table.stage_layout, rank, record.action)
+            if message is None or message not in senders:
+                continue
+            source, sent = senders[message]
+            if source != rank and record.begin < sent.end:
+                yield record.ready - sent.end
+
+
+def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
+    """Return for each action of ``rank`` the seconds until the next one that were neither action nor transfer."""
+    layout, next_begins = table.stage_layout, [*(record.begin for record in records[1:]), records[-1].sent]
+    spent = []
+    for record, next_begin in zip(records, next_begins, strict=True):
+        needed, computed = input_message(layout, rank, record.action), output_message(layout, rank, record.action)
+        received = record.ready - record.begin if needed and layout.rank_of(needed.sender) != rank else 0.0
+        sent = record.sent - record.end if computed and layout.rank_of(computed.virtual) != rank else 0.0
+        spent.append(next_begin - record.begin - received - (record.end - record.ready) - sent)
+    return spent
