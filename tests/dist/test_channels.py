@@ -65,8 +65,8 @@ def _both_ways(rank: int, world_size: int, overlap: bool, announced: bool) -> li
             ours.send(other, message(number), value(number, rank), announced)
     came = [ours.receive(other, message(number)) for number in range(COUNT) for other in others]
     ours.flush()
-    assert not any(ours._going.values())
-    assert not any(ours._coming.values())
+    assert not any(ours._sending.values())
+    assert not any(ours._receiving.values())
     return came
 
 
@@ -140,7 +140,7 @@ def _early(rank: int, world_size: int, overlap: bool) -> list[str]:
         return [str(ours.receive(0, message(number))[0, 0].item()) for number in range(1, 3)]
     for number in range(3):
         ours.send(1, message(number), value(number), True)
-        told.append(str(len(ours._going[1])))
+        told.append(str(len(ours._sending[1])))
     ours.flush()
     dist.send(go, 1)
     return told
