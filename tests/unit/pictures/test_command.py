@@ -67,7 +67,7 @@ def test_a_written_schedule_can_be_read(tmp_path: Path, capsys: pytest.CaptureFi
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
         (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: 'no/where.svg' lies in no"),
         (["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."], ".: can't be written (Is a directory). Give another path"),
-        (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use chunks = 2"),
+        (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use"),
         (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: can't be read (No such file or directory)"),
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
         (
