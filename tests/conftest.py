@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Configuration of every test: threads, hypothesis profiles, marks and the end of worker processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--wide``, which includes the rows that are marked so."""
+    parser.addoption("--wide", action="store_true", help="run the widest sweeps too (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the widest sweeps, unless they are asked for, and skip what needs CUDA where there is none."""
+    if not config.getoption("--wide"):
+        wide = [item for item in items if item.get_closest_marker("wide")]
+        config.hook.pytest_deselected(items=wide)
+        items[:] = [item for item in items if not item.get_closest_marker("wide")]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
+    import torch  # only here: collecting a few pure tests should not take the seconds that it does
 
     if not torch.cuda.is_available():
         for item in marked:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from internlm.verify.run import run_rank
 
     a = arguments
-    plan = make_plan(a.config, a.set, a.world, a.steps, a.dtype, a.seed, a.debug_size)
+    plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, seed=a.seed, shrink=a.debug_size)
     print(heading(plan), flush=True)
     try:
         (alone,) = run_world(1, run_rank, (plan.reference, plan.seed, plan.steps, plan.data_size), a.timeout)

@@ -1,8 +1,7 @@
-"""How far a run on several ranks may be from that on one process, by type.
+"""Two sets of records → a report. Pure: starts no process, reads and prints nothing.
 
-What ranks sent, against the formula. Pure.
-
-Two sets of records → a report. Pure: no process is started, nothing is read or printed.
+Tensors and metrics of several ranks are held against those of one process (:data:`LIMITS`), and the ledgers of the
+ranks against the traffic formula.
 """
 
 from __future__ import annotations
@@ -17,45 +16,67 @@ from internlm.config import Config
 from internlm.core.parallel.ledger import Entry, sum_traffic
 from internlm.costs import expected_traffic
 from internlm.verify.record import RankRecord
-from internlm.verify.tensors import Assembled, Disagreement, Trace, assemble, relative, relative_l2, trace
+from internlm.verify.tensors import Disagreement, ModuleTrace, assemble, relative, relative_l2, trace_modules
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Largest relative differences; of tensors in the L2 norm. What several ranks hold must be equal bit by bit."""
+    """Largest relative differences, of tensors in the L2 norm.
+
+    Values that several ranks store must be bitwise equal on them, whatever the limits.
+    """
 
     first_loss: float
     first_norm: float
-    """Global gradient norm."""
+    """Of the global gradient norm."""
     losses: float
-    """Of the steps after the first."""
+    """After the first step."""
     norms: float
+    """After the first step."""
     gradients: float
-    """Each, of the first step."""
+    """Of each gradient in the first step."""
     parameters: float
-    """Each, after the last step."""
+    """Of each parameter after the last step."""
     modules: float
-    """From which on a module's output is said to differ; no part of the verdict, for whatever matters of it shows in
+    """From which on a module is said to differ. It is no part of the verdict, since what matters of an output shows in
     loss and gradients."""
 
 
-#: In half precision the limits are those of layouts that round alike (data parallelism, ZeRO).
+def _limits(
+    exact: float, *, losses: float, norms: float, gradients: float, parameters: float, modules: float
+) -> Limits:
+    return Limits(
+        first_loss=exact,
+        first_norm=exact,
+        losses=losses,
+        norms=norms,
+        gradients=gradients,
+        parameters=parameters,
+        modules=modules,
+    )
+
+
+_SINGLE = _limits(1e-6, losses=1e-5, norms=1e-4, gradients=1e-5, parameters=1e-4, modules=1e-5)
+_HALF = _limits(1e-6, losses=1e-3, norms=1e-2, gradients=1e-5, parameters=5e-2, modules=1e-2)
+
+#: By ``model.dtype``. Half precision has the limits of layouts that round alike (data parallelism, ZeRO): where layers
+#: are split, partial sums are rounded before they are added.
 LIMITS = {
-    "torch.float64": Limits(1e-12, 1e-12, 1e-10, 1e-10, 1e-11, 1e-10, 1e-11),
-    "torch.float32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),
-    "torch.tf32": Limits(1e-6, 1e-6, 1e-5, 1e-4, 1e-5, 1e-4, 1e-5),  # on CPU the same as float32
-    "torch.bfloat16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
-    "torch.float16": Limits(1e-6, 1e-6, 1e-3, 1e-2, 1e-5, 5e-2, 1e-2),
+    "torch.float64": _limits(1e-12, losses=1e-10, norms=1e-10, gradients=1e-11, parameters=1e-10, modules=1e-11),
+    "torch.float32": _SINGLE,
+    "torch.tf32": _SINGLE,  # the CPU computes it in float32
+    "torch.bfloat16": _HALF,
+    "torch.float16": _HALF,
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrafficError:
-    """A collective of a mode that a rank's ledger and the formula tell differently."""
+    """A collective whose calls or bytes in a rank's ledger are not those of the formula."""
 
     rank: int
     step: int
-    """From 1."""
+    """Counted from 1."""
     mode: str
     collective: str
     counted: Entry
@@ -69,29 +90,31 @@ class TrafficError:
 
 
 def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[TrafficError] | None:
-    """Every difference between the ledgers and what ``config`` makes its ranks send; None where there is no formula for
-    the model."""
+    """Compare the ledgers of all ranks with the formula for ``config``; None where the model has no formula."""
     try:
-        return [error for rank, record in enumerate(records) for error in _of_rank(config, rank, record, len(records))]
+        return [error for rank in range(len(records)) for error in _traffic_errors(config, rank, records)]
     except KeyError:
         return None
 
 
-def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> list[TrafficError]:
-    """Step by step; all steps together where parameters are gathered as the next step needs them."""
-    place, errors = record.place, []
+def _traffic_errors(config: Config, rank: int, records: Sequence[RankRecord]) -> list[TrafficError]:
+    record = records[rank]
+    at, errors = record.coordinates, list[TrafficError]()
     steps = [
-        expected_traffic(config, world_size, tokens, types=record.types, stage=place.stage, zero_rank=place.zero)
+        expected_traffic(config, len(records), tokens, types=record.types, stage=at.stage, zero_rank=at.zero)
         for tokens in record.tokens
     ]
     pairs = list(zip(record.traffic, steps, strict=True))
     if config.hybrid_zero_optimizer.overlap_sync_param:
+        # Parameters are gathered as the next step needs them: only the sums over all steps are defined.
         pairs = [(sum_traffic(record.traffic), sum_traffic(steps))]
     for step, (counted, expected) in enumerate(pairs, 1):
         for mode, collective in sorted({*counted, *expected}, key=str):
-            pair = (each.get((mode, collective), Entry()) for each in (counted, expected))
-            error = TrafficError(rank, step, mode.value, collective, *pair)
-            if error.counted != error.expected:
+            ours, theirs = (traffic.get((mode, collective), Entry()) for traffic in (counted, expected))
+            if ours != theirs:
+                error = TrafficError(
+                    rank=rank, step=step, mode=mode.value, collective=collective, counted=ours, expected=theirs
+                )
                 errors.append(error)
     return errors
 
@@ -99,9 +122,9 @@ def _of_rank(config: Config, rank: int, record: RankRecord, world_size: int) -> 
 GRADIENT, PARAMETER = "gradient of", "parameter"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure of both runs, or one tensor; nan is never within a limit."""
+    """Difference of one metric or tensor between both runs; nan is never within a limit."""
 
     name: str
     difference: float
@@ -119,87 +142,133 @@ class Row:
         return f"{self.name}: {self.difference:.2g} > {self.limit:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that a comparison found. Rows of tensors have the worst first."""
+    """Outcome of a comparison. Rows of tensors are sorted by difference, the largest first."""
 
     losses: list[Row]
     norms: list[Row]
+    sums: list[Row]
+    """The largest difference over the data-set types of summed loss, correct predictions and valid tokens in the first
+    step. After it, rounding of parameters may change which vocabulary entry a token predicts."""
     gradients: list[Row]
     parameters: list[Row]
-    forward: Trace
+    forward: ModuleTrace
     """Outputs of modules in the first micro-batch of each data-parallel rank."""
-    backward: Trace
+    backward: ModuleTrace
     """Gradients of those outputs."""
     shared: int
-    """Tensors, or figures, that several ranks hold."""
+    """Tensors that several ranks store."""
     disagreements: list[Disagreement]
     holes: list[str]
-    """Tensors of which some elements are held by no rank."""
+    """Tensors of which some elements are on no rank."""
     traffic: list[TrafficError] | None
+    """None for a model without a formula."""
 
     @property
     def rows(self) -> list[Row]:
-        """All that has a limit."""
-        return [*self.losses, *self.norms, *self.gradients, *self.parameters]
+        """All rows, in the order of the report."""
+        return [*self.losses, *self.norms, *self.sums, *self.gradients, *self.parameters]
 
     @property
     def failures(self) -> list[str]:
-        """What is beyond its limit; none: passed."""
+        """A line for each check that failed."""
         return [
             *(str(row) for row in self.rows if not row.passed),
-            *(f"not bitwise equal: {each}" for each in self.disagreements),
-            *(f"{name}: some elements are held by no rank" for name in self.holes),
-            *(f"traffic: {each}" for each in self.traffic or ()),
+            *(f"not bitwise equal: {disagreement}" for disagreement in self.disagreements),
+            *(f"{name}: some elements are on no rank" for name in self.holes),
+            *(f"traffic: {error}" for error in self.traffic or ()),
         ]
 
     @property
     def passed(self) -> bool:
-        """The verdict."""
+        """Whether no check failed."""
         return not self.failures
 
 
 def compare(config: Config, reference: RankRecord, ranks: Sequence[RankRecord]) -> Report:
-    """``ranks``: what each rank recorded of ``config``; ``reference``: what one process did, of as many parts as there
-    are data-parallel ranks (see :func:`internlm.verify.run.run_rank`)."""
+    """Compare a run on several ranks with one process.
+
+    Args:
+        config: that of the ranks.
+        reference: record of one process, with a pass for each data-parallel rank (``parts`` of
+            :func:`internlm.verify.run.run_rank`).
+        ranks: records by rank.
+    """
     limits = LIMITS[str(config.model.dtype)]
     gradients, parameters = assemble([r.gradients for r in ranks]), assemble([r.parameters for r in ranks])
     wanted_gradients, wanted_parameters = assemble([reference.gradients]), assemble([reference.parameters])
     return Report(
-        _figures("loss", ranks[0].losses, reference.losses, limits.first_loss, limits.losses),
-        _figures("gradient norm", ranks[0].norms, reference.norms, limits.first_norm, limits.norms),
-        _tensors(GRADIENT, gradients.wholes, wanted_gradients.wholes, limits.gradients),
-        _tensors(PARAMETER, parameters.wholes, wanted_parameters.wholes, limits.parameters),
-        trace(reference, ranks, lambda each: each.outputs, limits.modules),
-        trace(reference, ranks, lambda each: each.gradients, limits.modules),
-        gradients.shared + parameters.shared,
-        [*_unequal_figures(ranks), *_named(PARAMETER, parameters), *_named(GRADIENT, gradients)],
-        [*(f"{PARAMETER} {name}" for name in parameters.holes), *(f"{GRADIENT} {name}" for name in gradients.holes)],
-        compare_traffic(config, ranks),
+        losses=_metric_rows("loss", ranks[0].losses, reference.losses, limits.first_loss, limits.losses),
+        norms=_metric_rows("gradient norm", ranks[0].norms, reference.norms, limits.first_norm, limits.norms),
+        sums=_sum_rows(ranks[0].sums, reference.sums, limits.first_loss),
+        gradients=_tensor_rows(GRADIENT, gradients.tensors, wanted_gradients.tensors, limits.gradients),
+        parameters=_tensor_rows(PARAMETER, parameters.tensors, wanted_parameters.tensors, limits.parameters),
+        forward=trace_modules(reference, ranks, lambda watched: watched.outputs, limits.modules),
+        backward=trace_modules(reference, ranks, lambda watched: watched.gradients, limits.modules),
+        shared=gradients.shared + parameters.shared,
+        disagreements=[
+            *_metric_disagreements(ranks),
+            *_with_prefix(PARAMETER, parameters.disagreements),
+            *_with_prefix(GRADIENT, gradients.disagreements),
+        ],
+        holes=[
+            *(f"{PARAMETER} {name}" for name in parameters.holes),
+            *(f"{GRADIENT} {name}" for name in gradients.holes),
+        ],
+        traffic=compare_traffic(config, ranks),
     )
 
 
-def _figures(name: str, values: Sequence[float], references: Sequence[float], first: float, others: float) -> list[Row]:
+def _metric_rows(
+    name: str, values: Sequence[float], references: Sequence[float], first: float, others: float
+) -> list[Row]:
     return [
-        Row(f"{name} of step {step}", relative(value, reference), first if step == 1 else others, value, reference)
+        Row(
+            name=f"{name} of step {step}",
+            difference=relative(value, reference),
+            limit=first if step == 1 else others,
+            value=value,
+            reference=reference,
+        )
         for step, (value, reference) in enumerate(zip(values, references, strict=True), 1)
     ]
 
 
-def _tensors(kind: str, tensors: Mapping[str, Tensor], references: Mapping[str, Tensor], limit: float) -> list[Row]:
-    """The worst first; a tensor that only one of the runs has is infinitely far off."""
+#: Rows of ``StepResult.sums``.
+SUMMED = "summed loss", "correct predictions", "valid tokens"
+
+
+def _sum_rows(sums: Sequence[Sequence[float]], references: Sequence[Sequence[float]], limit: float) -> list[Row]:
+    rows = []
+    for name, values, wanted in zip(SUMMED, sums, references, strict=True):
+        differences = [relative(value, reference) for value, reference in zip(values, wanted, strict=True)]
+        worst = next(filter(math.isnan, differences), max(differences))
+        rows.append(Row(name=f"{name} by data-set type, step 1", difference=worst, limit=limit))
+    return rows
+
+
+def _tensor_rows(
+    prefix: str, tensors: Mapping[str, Tensor], references: Mapping[str, Tensor], limit: float
+) -> list[Row]:
+    """Return the rows of tensors, the worst first; one that only one of the runs has is infinitely far off."""
     rows = []
     for name in {**references, **tensors}:
         both = name in tensors and name in references
         difference = relative_l2(tensors[name], references[name]) if both else math.inf
-        rows.append(Row(f"{kind} {name}", difference, limit))
+        rows.append(Row(name=f"{prefix} {name}", difference=difference, limit=limit))
     return sorted(rows, key=lambda row: math.inf if math.isnan(row.difference) else row.difference, reverse=True)
 
 
-def _unequal_figures(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]:
-    """Loss and gradient norm are the same number on every rank."""
-    for name, figures in (("loss", [r.losses for r in ranks]), ("gradient norm", [r.norms for r in ranks])):
-        for step, values in enumerate(zip(*figures, strict=True), 1):
+def _metric_disagreements(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]:
+    """Yield metrics that are not the same number on every rank, though each is reduced over all of them."""
+    metrics = (
+        ("loss", [r.losses for r in ranks]),
+        ("gradient norm", [r.norms for r in ranks]),
+        ("sums over data-set types", [[sum(map(sum, r.sums))] for r in ranks]),
+    )
+    for name, by_rank in metrics:
+        for step, values in enumerate(zip(*by_rank, strict=True), 1):
             other = next((rank for rank, value in enumerate(values) if not _same(value, values[0])), None)
             if other is not None:
                 yield Disagreement(f"{name} of step {step}", other, 1, abs(values[other] - values[0]))
@@ -209,5 +278,5 @@ def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def _named(kind: str, assembled: Assembled) -> Iterator[Disagreement]:
-    return (replace(each, name=f"{kind} {each.name}") for each in assembled.disagreements)
+def _with_prefix(prefix: str, disagreements: Sequence[Disagreement]) -> Iterator[Disagreement]:
+    return (replace(disagreement, name=f"{prefix} {disagreement.name}") for disagreement in disagreements)

@@ -1,6 +1,6 @@
-"""A config made tiny, its architecture kept: what is a ratio or a kind stays, what is a size shrinks.
+"""The two configs of a comparison: that of the ranks, and that of one process with the same model and global batch.
 
-The two configs of a comparison: that of the ranks, and that of one process with the same model and global batch.
+:func:`debug_size` makes a config tiny: ratios and choices stay, sizes shrink.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_QUERIES = 4
 
 
 def debug_size(config: Config) -> dict[str, Any]:
-    """Values by key that make ``config`` tiny, for the parallel sizes that it has: random data, a short run."""
+    """Return values by key that make ``config`` tiny, with random data and a short run, for its parallel sizes."""
     return {**_model(config), **_pipeline(config), **_data(config), **_course()}
 
 
@@ -51,11 +51,15 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _heads(config: Config) -> tuple[int, int]:
-    """Key/value heads, and query heads for each: as few as the tensor size allows, more than one of what was more."""
+    """Return key/value heads, and query heads for each.
+
+    Both are as few as the tensor size allows, but more than one where the config has more than one: groups of heads
+    must stay groups.
+    """
     kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size
     queries = config.model.num_attention_heads // kv_heads
     few = min(kv_heads, max(2, tensor))
-    unit = tensor // math.gcd(few, tensor)  # of isp, where a key/value head is sent to several ranks
+    unit = tensor // math.gcd(few, tensor)  # only isp lets several ranks share a key/value head
     return few, max(unit, min(queries, MOST_QUERIES) // unit * unit)
 
 
@@ -64,7 +68,7 @@ def _seq_len(config: Config) -> int:
 
 
 def _pipeline(config: Config) -> dict[str, Any]:
-    """What was written for another number of layers, or of micro-batches, goes."""
+    # Explicit layer counts and a table of actions are for the layers and micro-batches that the config had.
     partition = config.parallel.pipeline.partition
     return {
         "parallel.pipeline.partition": partition if isinstance(partition, str) else "uniform",
@@ -93,7 +97,7 @@ Values = Mapping[str, Any]
 #: Ranks that the default world size won't exceed to have two data-parallel ranks.
 MANY_RANKS = 8
 
-#: Whatever surrounds training.
+#: What surrounds training, switched off.
 OFF: Values = {
     "ckpt.enable_save_ckpt": False,
     "ckpt.save_ckpt_folder": None,
@@ -106,7 +110,7 @@ OFF: Values = {
     "enable_tb": False,
 }
 
-#: A process that is alone, and computes as it is written.
+#: One process that computes in plain order.
 ALONE: Values = {
     "parallel.tensor.size": 1,
     "parallel.tensor.mode": "mtp",
@@ -125,14 +129,14 @@ ALONE: Values = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to run."""
+    """Both runs of a comparison."""
 
     config: Config
     world_size: int
     data_size: int
-    """Ranks that read different samples."""
+    """Number of ranks that read different samples."""
     reference: Config
     steps: int
     seed: int
@@ -142,15 +146,25 @@ def make_plan(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     world_size: int | None = None,
+    *,
     steps: int = 3,
     dtype: str = "float64",
     seed: int = 1024,
     shrink: bool = False,
 ) -> Plan:
-    """Resolve ``source`` (a file or keys) for ``world_size`` CPU ranks (default: :func:`default_world_size`), and for
-    one process; with ``shrink`` in debug size. ``overrides`` outdo ``dtype`` and the debug size.
+    """Resolve a config for several CPU ranks and for one process.
 
-    Raises :class:`ConfigError` for whatever the user can mend.
+    Args:
+        source: a config file, or keys.
+        overrides: ``KEY=VALUE``; they take precedence over ``dtype`` and the debug size.
+        world_size: number of ranks (default: :func:`default_world_size`).
+        steps: to train.
+        dtype: name of the type of parameters and activations.
+        seed: of parameters and data.
+        shrink: whether to make the config tiny (:func:`debug_size`).
+
+    Raises:
+        ConfigError: the config is wrong, or does not suit the world size or the steps.
     """
     common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
     config = resolve(source, common, device_type="cpu").config
@@ -161,15 +175,15 @@ def make_plan(
     config = resolve(source, common, world_size, "cpu").config
     check_runnable(config)
     if steps > config.data.total_steps:
-        what = f"{steps} is more than data.total_steps = {config.data.total_steps}"
-        raise ConfigError(Problem("--steps", what, "Compare fewer steps, or make the run longer"))
+        message = f"{steps} is more than data.total_steps = {config.data.total_steps}"
+        raise ConfigError(Problem("--steps", message, "Compare fewer steps, or make the run longer"))
     data_size = sizes_of(config, world_size).data
-    return Plan(config, world_size, data_size, reference_of(config, data_size), steps, seed)
+    reference = reference_of(config, data_size)
+    return Plan(config=config, world_size=world_size, data_size=data_size, reference=reference, steps=steps, seed=seed)
 
 
 def default_world_size(config: Config) -> int:
-    """The smallest that the sizes in ``config`` allow; twice that, for more data-parallel ranks, where it is not
-    many."""
+    """Return the smallest world size that ``config`` allows, doubled for data parallelism where that is not many."""
     parallel = config.parallel
     isp = parallel.tensor.mode == "isp"
     sharing_state = (parallel.weight.size if isp else parallel.tensor.size) * max(parallel.zero1.size, 1)
@@ -178,17 +192,17 @@ def default_world_size(config: Config) -> int:
 
 
 def reference_of(config: Config, data_size: int) -> Config:
-    """The same model and global batch on one process, where ``config`` has ``data_size`` data-parallel ranks."""
+    """Resolve ``config``, which has ``data_size`` data-parallel ranks, for one process with the same global batch."""
     rampup = parse_rampup(config.data.rampup_batch_size)
     batch = {"data.micro_num": config.data.micro_num * data_size}
-    ramp = {"data.rampup_batch_size": _larger(rampup, data_size)} if rampup else {}
+    ramp = {"data.rampup_batch_size": _scaled(rampup, data_size)} if rampup else {}
     return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, "cpu").config
 
 
-def _larger(rampup: Rampup, factor: int) -> str:
+def _scaled(rampup: Rampup, factor: int) -> str:
     return f"{rampup.start * factor} {rampup.increment * factor} {rampup.every}"
 
 
 def as_overrides(values: Values) -> list[str]:
-    """``KEY=VALUE`` each."""
+    """Format values by key as overrides."""
     return [f"{key}={value!r}" for key, value in values.items()]

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 HOST = "127.0.0.1"
 SEED = 0
-#: Modules that the fork server imports once for all ranks..
+#: Modules that the fork server imports once for all ranks, since torch's compiler alone takes a second.
 PRELOAD = [COMPILER_MODULE, "torch.distributed.checkpoint", "internlm.core.trainer_builder", "internlm.verify.run"]
 #: Seconds in which the cause of a failure may still arrive after its consequences on other ranks.
 SETTLE = 0.5

@@ -1,4 +1,4 @@
-"""What one rank records of a run: plain data that can travel between processes."""
+"""Record of one rank's run: plain data that can travel between processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Offsets: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorShards:
-    """The boxes of one logical tensor that a rank holds, by their offsets."""
+    """Slices of one logical tensor that a rank stores, by their offsets."""
 
     shape: tuple[int, ...]
     slices: dict[Offsets, Tensor]
@@ -28,16 +28,15 @@ ShardsByName: TypeAlias = dict[str, TensorShards]
 
 @dataclass
 class Pass:
-    """Modules in one micro-batch, in the order in which they ended: their outputs, and the gradients of those."""
+    """Outputs of modules in one micro-batch, in the order in which the modules ended, and the outputs' gradients."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is: among those that read different samples, among those that share a layer, in the pipeline, and
-    among those that share the optimizer's state."""
+class RankCoordinates:
+    """Local ranks in the data, tensor, pipeline and ZeRO groups."""
 
     data: int
     tensor: int
@@ -45,41 +44,60 @@ class Place:
     zero: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankRecord:
-    """All that a rank knows about its run."""
+    """Losses, tensors, traffic and module outputs of one rank's run."""
 
-    place: Place
+    coordinates: RankCoordinates
     losses: list[float]
+    sums: list[list[float]]
+    """Of the first step's global batch, [3, types]: summed loss, correct predictions and valid tokens."""
     norms: list[float]
     """Global gradient norms, before clipping."""
     gradients: ShardsByName
-    """Of the first step: reduced over the ranks, not clipped."""
+    """After the backward pass of the first step: reduced over the ranks, not clipped."""
     parameters: ShardsByName
     """After the last step."""
     passes: list[Pass]
-    """Of the micro-batches of the first step that were asked for."""
+    """One for each watched micro-batch of the first step."""
     traffic: list[Traffic]
-    """Step by step."""
+    """By step."""
     tokens: list[list[int]]
-    """Labels that count, of each micro-batch of each step."""
+    """By step and micro-batch: labels that take part in the loss."""
     types: int
-    """Of data sets."""
+    """Number of data-set types."""
+    peak_in_flight: int
+    """Largest number of micro-batches whose activations were stored at once."""
 
 
-def hold(
-    held: ShardsByName, name: str, shape: tuple[int, ...], boxes: Iterable[TensorSlice], flat: Tensor, begin: int = 0
+def add_shards(
+    shards: ShardsByName,
+    name: str,
+    shape: tuple[int, ...],
+    slices: Iterable[TensorSlice],
+    flat: Tensor,
+    begin: int = 0,
 ) -> None:
-    """Add copies of ``boxes`` of the logical tensor ``name`` to ``held``; they are runs of ``flat``, counted from
-    ``begin``."""
-    mine = held.setdefault(name, TensorShards(shape, {}))
-    for box in boxes:
-        mine.slices[box.offsets] = flat[begin + box.start : begin + box.stop].view(box.sizes).detach().clone()
+    """Add copies of ``slices`` of the logical tensor ``name`` to ``shards``.
+
+    Args:
+        shards: is changed.
+        name: logical name.
+        shape: global shape.
+        slices: their ``start`` and ``stop`` are positions in ``flat``, less ``begin``.
+        flat: flattened values, [N].
+        begin: position in ``flat`` of the element that the slices count as 0; negative if it is not in ``flat``.
+    """
+    of_tensor = shards.setdefault(name, TensorShards(shape, {}))
+    for part in slices:
+        values = flat[begin + part.start : begin + part.stop]
+        of_tensor.slices[part.offsets] = values.view(part.sizes).detach().clone()
 
 
 def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:
-    """Records by data-parallel place and pipeline stage; those of one stage in the order of the tensor group."""
-    places: dict[int, dict[int, list[RankRecord]]] = {}
-    for record in sorted(records, key=lambda record: astuple(record.place)):
-        places.setdefault(record.place.data, {}).setdefault(record.place.stage, []).append(record)
-    return places
+    """Group records by data-parallel rank and pipeline stage, each stage in the order of its tensor group."""
+    grouped: dict[int, dict[int, list[RankRecord]]] = {}
+    for record in sorted(records, key=lambda record: astuple(record.coordinates)):
+        at = record.coordinates
+        grouped.setdefault(at.data, {}).setdefault(at.stage, []).append(record)
+    return grouped

@@ -12,20 +12,20 @@ from internlm.config import Config
 from internlm.core.context.parallel_context import sizes_of
 from internlm.verify.compare import Report, Row
 from internlm.verify.configs import Plan
-from internlm.verify.tensors import Trace
+from internlm.verify.tensors import ModuleTrace
 
 #: Rows shown of each table.
 WORST = 5
 
 
 def heading(plan: Plan) -> str:
-    """What is compared with what."""
+    """Return the line that names both runs."""
     config, sizes = plan.config, sizes_of(plan.config, plan.world_size)
-    named = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
+    sizes_by_name = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
     layout = ", ".join(
         [
             config.parallel.tensor.mode,
-            *(f"{name} {size}" for name, size in named.items() if size > 1),
+            *(f"{name} {size}" for name, size in sizes_by_name.items() if size > 1),
             *_pipeline(config),
         ]
     )
@@ -35,7 +35,7 @@ def heading(plan: Plan) -> str:
 
 
 def _pipeline(config: Config) -> Iterator[str]:
-    """Stages, chunks of each, and what they run."""
+    """Yield stages, chunks of each and schedule, where there is a pipeline."""
     pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
     if pipeline.size * chunks > 1:
         table = f" by {pipeline.table}" if pipeline.table else ""
@@ -43,62 +43,62 @@ def _pipeline(config: Config) -> Iterator[str]:
 
 
 def as_text(report: Report) -> str:
-    """A page at most: the worst rows of each table, and the verdict."""
+    """Format the worst rows of each table, and the verdict: a page at most."""
     return "\n".join(_lines(report))
 
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"{'':<24} {'ranks':<22} {'one process':<22} {'difference':<10}"
-    yield from (_figure(row) for pair in zip(report.losses, report.norms, strict=True) for row in pair)
-    yield from _tensors("gradients of step 1, relative L2", report.gradients)
-    yield from _tensors(f"parameters after step {len(report.losses)}, relative L2", report.parameters)
-    yield _modules("forward, outputs", report.forward)
-    yield _modules("backward, gradients of outputs", report.backward)
-    yield from _listed(f"held by several ranks: {report.shared} tensors", "bitwise equal", report.disagreements)
-    yield from _listed("complete", "every element is held", report.holes)
+    yield from (_format_metric(row) for pair in zip(report.losses, report.norms, strict=True) for row in pair)
+    yield from _format_tensors("gradients of step 1, relative L2", report.gradients)
+    yield from _format_tensors(f"parameters after step {len(report.losses)}, relative L2", report.parameters)
+    yield _format_modules("forward, outputs", report.forward)
+    yield _format_modules("backward, gradients of outputs", report.backward)
+    yield from _format_list(f"stored by several ranks: {report.shared} tensors", "bitwise equal", report.disagreements)
+    yield from _format_list("complete", "every element is on a rank", report.holes)
     if report.traffic is None:
         yield "traffic: no formula for this model"
     else:
-        yield from _listed("traffic", "as by the formula", report.traffic)
-    yield from _verdict(report)
+        yield from _format_list("traffic", "equal to the formula", report.traffic)
+    yield from _format_verdict(report)
 
 
-def _figure(row: Row) -> str:
+def _format_metric(row: Row) -> str:
     mark = "" if row.passed else f"  > {row.limit:g}"
     return f"{row.name:<24} {row.value!r:<22} {row.reference!r:<22} {row.difference:<10.2g}{mark}"
 
 
-def _tensors(title: str, rows: Sequence[Row]) -> Iterator[str]:
+def _format_tensors(title: str, rows: Sequence[Row]) -> Iterator[str]:
     over = [row for row in rows if not row.passed]
     yield f"{title}: {len(over)} of {len(rows)} over {rows[0].limit:g}; worst:"
     for row in rows[:WORST]:
         yield f"  {row.difference:<10.2g} {row.name}"
 
 
-def _modules(title: str, trace: Trace) -> str:
-    apart = len(trace.differences) - len(trace.compared)
-    count = f"{len(trace.compared)} compared" + (f", {apart} not comparable" if apart else "")
+def _format_modules(title: str, trace: ModuleTrace) -> str:
+    not_joined = len(trace.differences) - len(trace.compared)
+    count = f"{len(trace.compared)} compared" + (f", {not_joined} not comparable" if not_joined else "")
     if trace.first is None:
         return f"modules {title}: none differs by more than {trace.limit:g} ({count}; worst {trace.worst:.2g})"
     after = f", right after {trace.last_equal}, which agrees" if trace.last_equal is not None else ""
     return f"modules {title}: first to differ is {trace.first} ({trace.differences[trace.first]:.2g}{after}; {count})"
 
 
-def _listed(title: str, good: str, bad: Sequence[object]) -> Iterator[str]:
+def _format_list(title: str, good: str, bad: Sequence[object]) -> Iterator[str]:
     yield f"{title}, {len(bad)} wrong:" if bad else f"{title}: {good}"
-    yield from (f"  {each}" for each in bad[:WORST])
+    yield from (f"  {entry}" for entry in bad[:WORST])
 
 
-def _verdict(report: Report) -> Iterator[str]:
+def _format_verdict(report: Report) -> Iterator[str]:
     yield "PASS" if report.passed else f"FAIL, beyond {len(report.failures)} limits:"
-    yield from (f"  {each}" for each in report.failures[:WORST])
+    yield from (f"  {failure}" for failure in report.failures[:WORST])
     if len(report.failures) > WORST:
         yield f"  ... and {len(report.failures) - WORST} more"
 
 
 def as_json(plan: Plan, report: Report) -> str:
-    """Everything; numbers that are not finite are text (``"nan"``, ``"inf"``)."""
-    facts = {
+    """Format everything as JSON, numbers that are not finite as text (``"nan"``, ``"inf"``)."""
+    run_info = {
         "passed": report.passed,
         "failures": report.failures,
         "world_size": plan.world_size,
@@ -107,13 +107,9 @@ def as_json(plan: Plan, report: Report) -> str:
         "seed": plan.seed,
         "config": plan.config.model_dump(mode="json"),
     }
-    traces = {
-        name: {"first": each.first} for name, each in (("forward", report.forward), ("backward", report.backward))
-    }
     found = asdict(report)
-    for name, more in traces.items():
-        found[name] |= more
-    return json.dumps(_finite({**facts, **found}), indent=2)
+    found["forward"]["first"], found["backward"]["first"] = report.forward.first, report.backward.first
+    return json.dumps(_finite({**run_info, **found}), indent=2)
 
 
 def _finite(value: Any) -> Any:

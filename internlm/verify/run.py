@@ -1,6 +1,6 @@
-"""Hooks that keep what modules give: outputs forward, and the gradients of those outputs backward.
+"""One rank's part of a comparison: train some steps as a user's script would, and record them.
 
-What one rank does: train some steps as a user's script would, and record it.
+Hooks keep the outputs of modules in the forward pass, and the gradients of those outputs in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model, initialize_model_and_parallel_communicator
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.compile import is_compiled
-from internlm.verify.record import Pass, Place, RankRecord, ShardsByName, hold
+from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards
 
 
 @contextmanager
 def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int]) -> Iterator[list[Pass]]:
-    """What the modules of ``model`` give within the block, forward and backward, in the micro-batches that are asked
-    for: a pass for each. ``calls`` says which micro-batch each forward call of the model has; a model in chunks is
-    called for each ``chunk``."""
+    """Record what the modules of ``model`` return within the block, and the gradients of that.
+
+    Args:
+        model: one in chunks is called with a keyword ``chunk``.
+        micro_batches: those to record.
+        calls: the micro-batch of each forward call of the model.
+
+    Yields:
+        A pass for each of ``micro_batches``, filled as the model runs.
+    """
     watch = _Watch(micro_batches, calls)
     handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
     for name, module in watchable_modules(model):
@@ -48,30 +55,35 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those whose output there is: a compiled block has no modules left in it, and a hook there would change what is
-    compiled."""
+    """Yield name and module of all modules that are not within a compiled block.
+
+    No module within it is called, and a hook there would change what is compiled.
+    """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))
 
 
 class _Watch:
-    """The first call of a module in a pass counts: a layer recomputed in backward is called again, and so is a norm
-    that a linear does first. The gradient of the output comes from whichever of the calls is differentiated. Between
-    forward and backward of a micro-batch there may be others; that a gradient comes tells whose backward it is."""
+    """State of the hooks: of several calls of a module in one pass, the first counts.
+
+    A checkpointed layer is called again in the backward pass, and so is a norm that a linear recomputes. The gradient
+    of the output comes from whichever of the calls is differentiated.
+    """
 
     def __init__(self, micro_batches: Iterable[int], calls: Iterable[int]) -> None:
-        self.passes, self._calls = {number: Pass() for number in micro_batches}, iter(calls)
-        self._current, self._forward, self._ends = Pass(), False, True
+        self.passes, self._calls = {micro_batch: Pass() for micro_batch in micro_batches}, iter(calls)
+        self._current, self._forward, self._returns_loss = Pass(), False, True
 
     def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
-        part = getattr(model, "stage_layers", None)
-        self._ends = part is None or part.is_last(inputs.get("chunk", 0))  # else it gives hidden units
+        stage_layers = getattr(model, "stage_layers", None)
+        # Any other chunk returns hidden states, which one process has no equivalent of.
+        self._returns_loss = stage_layers is None or stage_layers.is_last(inputs.get("chunk", 0))
 
     def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if name or self._ends:
+        if name or self._returns_loss:
             self._note(name or "the model", output)
-        if not name:  # the model itself: from here on whatever is called is called again
+        if not name:  # the model itself has returned: whatever is called from here on is recomputation
             self._forward = False
 
     def _note(self, name: str, output: Any) -> None:
@@ -82,13 +94,17 @@ class _Watch:
                 tensor.register_hook(partial(self._differentiated, self._current, key))
 
     def _differentiated(self, its_pass: Pass, key: str, gradient: Tensor) -> None:
+        # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
+        # belong to the micro-batch whose gradient has just come.
         self._current = its_pass
         its_pass.gradients.setdefault(key, gradient.detach().clone())
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a module's output that can be compared element by element: no single numbers,
-    which may be partial sums, and no truth values."""
+    """Yield name and tensor of everything in a module's output that can be compared element by element.
+
+    Scalars are left out, since they may be partial sums, and so are boolean and integer tensors.
+    """
     if isinstance(output, Tensor):
         if output.dim() and output.is_floating_point():
             yield name, output
@@ -100,17 +116,23 @@ def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(value, f"{name}[{index}]")
 
 
-#: By which a rank is told from others.
-PLACE = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
+#: The groups of :class:`RankCoordinates`.
+COORDINATES = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
 
 
 def run_rank(
     rank: int, world_size: int, config: Config | Mapping[str, Any], seed: int, steps: int, parts: int = 1
 ) -> RankRecord:
-    """Train ``steps`` steps of ``config`` on this rank. Modules are watched in the first micro-batch of each of
-    ``parts`` equal parts of the first step: those that as many data-parallel ranks would begin with.
+    """Train ``steps`` steps of ``config`` on this rank, without saving, logging or validating anything.
 
-    The environment must say who this rank is, as torchrun does. Nothing is saved, logged or validated.
+    Args:
+        rank: unused: the environment has it, as torchrun sets it.
+        world_size: likewise.
+        config: resolved, or keys.
+        seed: of parameters and data.
+        steps: to train.
+        parts: modules are watched in the first micro-batch of each of so many equal parts of the first step: those that
+            as many data-parallel ranks would begin with.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model())
@@ -126,30 +148,32 @@ def run_rank(
     reports += [meter.step() for _ in range(steps - 1)]
     meter.finish()
     return RankRecord(
-        Place(*map(gpc.get_local_rank, PLACE)),
-        [report.result.loss for report in reports],
-        [report.update.grad_norm for report in reports],
-        gradients,
-        _parameters(model),
-        passes,
-        meter.traffic,
-        meter.tokens,
-        len(types),
+        coordinates=RankCoordinates(*map(gpc.get_local_rank, COORDINATES)),
+        losses=[report.result.loss for report in reports],
+        sums=reports[0].result.sums.tolist(),
+        norms=[report.update.grad_norm for report in reports],
+        gradients=gradients,
+        parameters=_parameters(model),
+        passes=passes,
+        traffic=meter.traffic,
+        tokens=meter.tokens,
+        types=len(types),
+        peak_in_flight=trainer.scheduler.peak_in_flight,
     )
 
 
 def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:
-    """Which micro-batch the model has in each of its forward calls, of a step of ``micro_num``."""
+    """Return the micro-batch of each forward call of the model in a step of ``micro_num``."""
     actions = trainer.scheduler.table(micro_num).actions[gpc.get_local_rank(ParallelMode.PIPELINE)]
     return [action.micro_batch for action in actions if action.type == FORWARD]
 
 
 class _Meter:
-    """Trains step by step, and notes what each step reads and sends."""
+    """Train step by step, and record what each step reads and sends."""
 
     def __init__(self, trainer: Trainer, loader: TrainLoader) -> None:
         self.trainer, self.traffic, self.tokens = trainer, list[Traffic](), list[list[int]]()
-        self._batches = self._noted(iter(loader))
+        self._batches = self._recorded(iter(loader))
 
     def step(self) -> StepReport:
         before = LEDGER.snapshot()
@@ -158,39 +182,39 @@ class _Meter:
         return report
 
     def finish(self) -> None:
-        """What the last step has put off."""
+        """Finish communication that the last step deferred (``overlap_sync_param``), and count it as the step's."""
         before = LEDGER.snapshot()
         self.trainer.optimizer.gather_parameters()
         self.traffic[-1] = sum_traffic([self.traffic[-1], LEDGER.since(before)])
 
-    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch, labels in batches:
             self.tokens.append([int((row != -100).sum()) for row in labels])
             yield batch, labels
 
 
 def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
-    """What the gradients in the optimizer's buffers were divided by in a step, see ``HybridZeroOptimizer``."""
+    """Return the divisor that clipping applied to the gradients in the buffers of ``HybridZeroOptimizer``."""
     clips = report.update.updated and clip_grad_norm > 0
     return max(1.0, (report.update.grad_norm + 1e-6) / clip_grad_norm) if clips else 1.0
 
 
 def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> ShardsByName:
-    """This rank's shard of the reduced gradients."""
+    """Return this rank's shards of the reduced gradients."""
     gradients: ShardsByName = {}
     for group in optimizer.groups:
         for piece in group.pieces():
             flat = group.grad_parts[piece.number] * clipped_by
-            boxes = piece.placement.slices(piece.start, piece.stop)
-            hold(gradients, piece.name, piece.placement.global_shape, boxes, flat, piece.lo - piece.start)
+            slices = piece.placement.slices(piece.start, piece.stop)
+            add_shards(gradients, piece.name, piece.placement.global_shape, slices, flat, piece.lo - piece.start)
     return gradients
 
 
 def _parameters(model: nn.Module) -> ShardsByName:
-    """This rank's part of each parameter, as it is computed with."""
+    """Return this rank's shards of the parameters, in the dtype that they are computed in."""
     parameters: ShardsByName = {}
     for name, parameter, placement in placed_parameters(model):
         flat, start = local_shard(parameter)
-        boxes = placement.slices(start, start + len(flat))
-        hold(parameters, name, placement.global_shape, boxes, flat.to(compute_dtype(parameter)), -start)
+        slices = placement.slices(start, start + len(flat))
+        add_shards(parameters, name, placement.global_shape, slices, flat.to(compute_dtype(parameter)), -start)
     return parameters

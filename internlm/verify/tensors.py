@@ -1,6 +1,7 @@
-"""Tensors of several ranks: put together, and compared. Pure.
+"""Tensors of several ranks, assembled and compared. Pure.
 
-Which module is the first whose output differs. Pure.
+:func:`assemble` builds logical tensors from the shards of all ranks, :func:`trace_modules` finds the first module whose
+output differs.
 """
 
 from __future__ import annotations
@@ -17,61 +18,61 @@ from internlm.verify.record import Pass, RankRecord, ShardsByName, by_sample
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A tensor, or a part of one, that several ranks hold and that is not the same bit by bit."""
+    """A value that several ranks store and that is not bitwise equal on all of them."""
 
     name: str
     rank: int
-    """The first that holds other values than a rank before it."""
+    """The first whose values differ from those of a lower rank."""
     elements: int
     largest: float
     """Largest difference of an element."""
 
     def __str__(self) -> str:
-        where = f"rank {self.rank} differs from a rank before it"
+        where = f"rank {self.rank} differs from a lower rank"
         return f"{self.name}: {where}, in {self.elements} elements by up to {self.largest:.2g}"
 
 
 @dataclass
 class Assembled:
-    """Whole logical tensors, and what was wrong with their parts."""
+    """Logical tensors built from shards, and what was wrong with the shards."""
 
-    wholes: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     shared: int = 0
-    """Tensors of which several ranks hold the same elements."""
+    """Tensors of which several ranks store the same elements."""
     disagreements: list[Disagreement] = field(default_factory=list)
     holes: list[str] = field(default_factory=list)
-    """Tensors of which some elements are held by no rank."""
+    """Tensors of which some elements are on no rank."""
 
 
 def assemble(ranks: Sequence[ShardsByName]) -> Assembled:
-    """Whole tensors from what each rank holds of them; where ranks disagree, the first one counts."""
+    """Build logical tensors from the shards of each rank; where ranks disagree, the lowest one counts."""
     result = Assembled()
-    for name in dict.fromkeys(name for held in ranks for name in held):
+    for name in dict.fromkeys(name for shards in ranks for name in shards):
         _assemble(name, ranks, result)
     return result
 
 
 def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> None:
     whole, known = torch.empty(0), torch.empty(0)
-    shared, first_other = False, None
-    for rank, held in enumerate(ranks):
-        if name not in held:
+    shared, disagreement = False, None
+    for rank, shards in enumerate(ranks):
+        if name not in shards:
             continue
-        for at, box in held[name].slices.items():
+        for offsets, values in shards[name].slices.items():
             if not whole.numel():
-                whole, known = torch.zeros(held[name].shape, dtype=box.dtype), torch.zeros(held[name].shape)
-            where = tuple(slice(start, start + size) for start, size in zip(at, box.shape, strict=True))
-            again = known[where].bool()
-            other = again & ~_same(whole[where], box)
+                whole, known = torch.zeros(shards[name].shape, dtype=values.dtype), torch.zeros(shards[name].shape)
+            index = tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
+            again = known[index].bool()
+            other = again & ~_same(whole[index], values)
             shared = shared or bool(again.any())
-            if first_other is None and other.any():
-                largest = (whole[where] - box)[other].abs().max().item()
-                first_other = Disagreement(name, rank, int(other.sum()), largest)
-            whole[where] = torch.where(again, whole[where], box)
-            known[where] = 1
-    result.wholes[name] = whole
+            if disagreement is None and other.any():
+                largest = (whole[index] - values)[other].abs().max().item()
+                disagreement = Disagreement(name, rank, int(other.sum()), largest)
+            whole[index] = torch.where(again, whole[index], values)
+            known[index] = 1
+    result.tensors[name] = whole
     result.shared += shared
-    result.disagreements += [first_other] if first_other else []
+    result.disagreements += [disagreement] if disagreement else []
     result.holes += [] if known.all() else [name]
 
 
@@ -79,26 +80,29 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 
-def put_together(parts: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
-    """Tensors of ``shape`` from what the ranks of a tensor group have of one: each part where all are whole; all parts
-    side by side where they are parts along one axis; else nothing."""
-    if all(part.shape == shape for part in parts):
-        return list(parts)
-    if any(part.dim() != len(shape) for part in parts):
+def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+    """Build tensors of ``shape`` from what the ranks of a tensor group have of one module's output.
+
+    Returns:
+        Each shard where all have the full shape, one tensor where they are split along one axis, else nothing.
+    """
+    if all(shard.shape == shape for shard in shards):
+        return list(shards)
+    if any(shard.dim() != len(shape) for shard in shards):
         return []
-    axes = {axis for part in parts for axis in range(len(shape)) if part.shape[axis] != shape[axis]}
-    if len(axes) > 1 or sum(part.shape[axis] for axis in axes for part in parts) != sum(shape[axis] for axis in axes):
+    axes = {axis for shard in shards for axis in range(len(shape)) if shard.shape[axis] != shape[axis]}
+    if len(axes) > 1 or sum(s.shape[axis] for axis in axes for s in shards) != sum(shape[axis] for axis in axes):
         return []
-    return [torch.cat(list(parts), axis) for axis in axes]
+    return [torch.cat(list(shards), axis) for axis in axes]
 
 
 def relative(value: float, reference: float) -> float:
-    """|value − reference| / |reference|; 0 where both are the same, infinite where only the reference is zero."""
+    """Return |value − reference| / |reference|: 0 where both are equal, infinite where only the reference is zero."""
     return 0.0 if value == reference else abs(value - reference) / abs(reference) if reference else math.inf
 
 
 def relative_l2(tensor: Tensor, reference: Tensor) -> float:
-    """The same in the L2 norm; infinite where shapes differ."""
+    """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm, infinite where shapes differ."""
     if tensor.shape != reference.shape:
         return math.inf
     difference, norm = (tensor.double() - reference.double()).norm().item(), reference.double().norm().item()
@@ -109,26 +113,25 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass
-class Trace:
-    """Modules in the order in which the reference went through them, and the relative difference of each; None where
-    what the ranks have can't be put together."""
+class ModuleTrace:
+    """Relative differences of modules, in the order of the reference run; None where shards can't be joined."""
 
     limit: float
     differences: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def compared(self) -> list[str]:
-        """Those that could be compared."""
+        """Modules that could be compared."""
         return [name for name, difference in self.differences.items() if difference is not None]
 
     @property
     def first(self) -> str | None:
-        """The first that differs by more than the limit, or is nan."""
+        """The first module that differs by more than the limit, or is nan."""
         return next((name for name in self.compared if not self._of(name) <= self.limit), None)
 
     @property
     def last_equal(self) -> str | None:
-        """The one just before it."""
+        """The module compared just before the first that differs."""
         names = self.compared
         index = names.index(self.first) if self.first is not None else 0
         return names[index - 1] if index else None
@@ -144,28 +147,37 @@ class Trace:
         return difference
 
 
-def trace(reference: RankRecord, ranks: Sequence[RankRecord], what: Callable[[Pass], Tensors], limit: float) -> Trace:
-    """Compare ``what`` of the passes. Each data-parallel place of ``ranks`` has one, the first, of which each stage of
-    the pipeline has its modules; ``reference`` has them all, in the order of the places."""
-    wanted = [what(each) for each in reference.passes]
-    places = [
-        [[what(record.passes[0]) for record in group] for group in stages.values()]
+def trace_modules(
+    reference: RankRecord, ranks: Sequence[RankRecord], tensors_of: Callable[[Pass], Tensors], limit: float
+) -> ModuleTrace:
+    """Compare the modules of watched micro-batches.
+
+    Args:
+        reference: has a pass for each data-parallel rank of ``ranks``, in their order.
+        ranks: each has one pass, which holds the modules of its pipeline stage.
+        tensors_of: outputs or gradients of a pass.
+        limit: from which relative difference on a module is said to differ.
+    """
+    wanted = [tensors_of(watched) for watched in reference.passes]
+    by_data_rank = [
+        [[tensors_of(record.passes[0]) for record in group] for group in stages.values()]
         for stages in by_sample(ranks).values()
     ]
-    assert len(wanted) == len(places), f"{len(wanted)} passes for {len(places)} places"
+    assert len(wanted) == len(by_data_rank), f"{len(wanted)} passes for {len(by_data_rank)} data-parallel ranks"
     names = dict.fromkeys(name for tensors in wanted for name in tensors)
-    return Trace(limit, {name: _difference(name, wanted, places) for name in names})
+    return ModuleTrace(limit, {name: _difference(name, wanted, by_data_rank) for name in names})
 
 
-def _difference(name: str, wanted: Sequence[Tensors], places: Sequence[Sequence[Sequence[Tensors]]]) -> float | None:
-    """``places``: by data-parallel place and stage, what each rank of the tensor group has."""
-    found: list[float] = []
-    for tensors, stages in zip(wanted, places, strict=True):
-        group = next((group for group in stages if all(name in part for part in group)), None)
+def _difference(name: str, wanted: Sequence[Tensors], found: Sequence[Sequence[Sequence[Tensors]]]) -> float | None:
+    """Return the largest difference of a module; ``found``: by data-parallel rank, stage and rank of the group."""
+    differences: list[float] = []
+    for tensors, stages in zip(wanted, found, strict=True):
+        group = next((group for group in stages if all(name in shards for shards in group)), None)
         if group is None or name not in tensors:
             return None
-        wholes = put_together([part[name] for part in group], tensors[name].shape)
-        found += [relative_l2(whole, tensors[name]) for whole in wholes]
+        wholes = join_shards([shards[name] for shards in group], tensors[name].shape)
+        differences += [relative_l2(whole, tensors[name]) for whole in wholes]
         if not wholes:
             return None
-    return next((each for each in found if each != each), max(found))  # nan is the worst
+    # max() would lose a nan, which is the worst difference.
+    return next((difference for difference in differences if math.isnan(difference)), max(differences))

@@ -9,10 +9,8 @@ from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import STEPS, alone, run
+from tests.dist.oracle import verify
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 DROPOUT = ("model.drop_rate=0.3",)
@@ -53,8 +51,7 @@ PIPELINES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def assert_equal(ranks: int, overrides: tuple[str, ...]) -> None:
-    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, STEPS)
-    report = compare(plan.config, alone(plan), run_ranks(ranks, run, plan.config, plan.seed, STEPS))
+    report, _ = verify(ranks, overrides)
     assert report.failures == []
     for trace in (report.forward, report.backward):
         assert (trace.first, len(trace.compared)) == (None, len(trace.differences))

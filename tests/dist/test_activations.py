@@ -48,7 +48,7 @@ from internlm.costs.activations import (
 from internlm.costs.stages import stage_layers_of
 from internlm.initialize import initialize_distributed_env
 from internlm.train.build_model import build_model
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 DOC = Path(__file__).parents[2] / "doc" / "activations.md"

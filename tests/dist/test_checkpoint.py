@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
+from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
 
 # -- another layout
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import Outcome, assert_same_tensors, fit, resume, saving
+from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resume, saving
 
 #: (ranks, overrides); the vocabulary is one that no size divides.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {

@@ -15,7 +15,7 @@ import torch
 
 from internlm.checkpoint.tensor_files import SafeReader
 from internlm.core.trainer import Hook, Trainer
-from tests.dist.runs import assert_goes_on, assert_same_tensors, fit, resume, saving
+from tests.dist.whole_runs import assert_goes_on, assert_same_tensors, fit, resume, saving
 
 
 def _unfinished(newest: Path) -> None:

@@ -11,11 +11,9 @@ from torch._dynamo.utils import counters
 
 from internlm.train.compile import Compiled, compiled_so_far
 from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import STEPS, alone
+from tests.dist.oracle import plan_of, reference
 from tests.harness.pool import run_ranks
 
 ATTENTION, EXCHANGE = "attention depends on the sequence boundaries", "ranks exchange tokens and heads"
@@ -65,10 +63,10 @@ def _run(rank: int, world_size: int, *args: Any) -> tuple[RankRecord, Compiled]:
 
 def assert_equal(ranks: int, overrides: tuple[str, ...], expected: Compiled, dtype: str = "float64") -> None:
     overrides = ("model.compile=True", *overrides)
-    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, STEPS, dtype)
+    plan = plan_of(ranks, overrides, dtype=dtype)
     assert not plan.reference.model.compile
-    records, compiled = zip(*run_ranks(ranks, _run, plan.config, plan.seed, STEPS, timeout=180), strict=True)
-    report = compare(plan.config, alone(plan), records)
+    records, compiled = zip(*run_ranks(ranks, _run, plan.config, plan.seed, plan.steps, timeout=180), strict=True)
+    report = compare(plan.config, reference(plan), records)
     assert report.failures == []
     assert "layers.0" in report.forward.compared
     assert set(map(str, compiled)) == {str(expected)}

@@ -14,7 +14,7 @@ from internlm.core.context import global_context as gpc
 from internlm.core.context.parallel_context import ParallelContext
 from internlm.initialize import initialize_distributed_env
 from internlm.utils.errors import ConfigError
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 Mode = ParallelMode

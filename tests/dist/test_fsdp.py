@@ -28,11 +28,11 @@ from internlm.model.builder import create_model
 from internlm.profiler.reports import held_between_steps
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import ConfigError, UserError
-from internlm.verify.compare import Report, compare
-from internlm.verify.configs import make_plan
-from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
-from tests.dist.oracle import alone, run
-from tests.dist.runs import Outcome, assert_same_tensors, fit, resume, saving
+from internlm.verify.compare import Report
+from internlm.verify.record import ShardsByName
+from tests.dist.oracle import verify
+from tests.dist.tiny import TINY
+from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resume, saving, shards_of, whole_tensors
 from tests.harness.pool import run_ranks
 
 STEPS = 3
@@ -57,8 +57,8 @@ ROWS: dict[str, tuple[int, tuple[str, ...], str]] = {
 
 
 def report_of(ranks: int, case: tuple[str, ...], dtype: str) -> Report:
-    plan = make_plan(TINY, (share_of_batch(ranks, case), FSDP, *case), ranks, STEPS, dtype)
-    return compare(plan.config, alone(plan), run_ranks(ranks, run, plan.config, plan.seed, STEPS))
+    report, _ = verify(ranks, (FSDP, *case), steps=STEPS, dtype=dtype)
+    return report
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -82,22 +82,22 @@ def test_gradients_in_half_precision(case: tuple[str, ...]) -> None:
     assert max(row.difference for row in report.losses) < 1e-3
 
 
-def _with_frozen(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[Boxes, list[float]]:
+def _with_frozen(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[ShardsByName, list[float]]:
     initialize_distributed_env(TINY, overrides=overrides)
     model = create_model()
     model.norm.requires_grad_(False)
     model.layers[0].attention.requires_grad_(False)
     trainer, batches = _trainer(*initialize_model_and_parallel_communicator(model))
     losses = [trainer.train_step(batches).result.loss for _ in range(STEPS)]
-    return boxes_of(model_tensors(model)), losses
+    return shards_of(model_tensors(model)), losses
 
 
 def test_dropout_and_frozen_parameters() -> None:
     """Of which one process knows nothing; it is as with flat buffers."""
     overrides = ("model.drop_rate=0.2", "model.checkpoint=0.5", "model.qkv_bias=True")
     shared, flat = (run_ranks(2, _with_frozen, (*overrides, *more)) for more in ((FSDP,), ()))
-    tensors = assemble(boxes for boxes, _ in shared)
-    for name, tensor in assemble(boxes for boxes, _ in flat).items():
+    tensors = whole_tensors(shards for shards, _ in shared)
+    for name, tensor in whole_tensors(shards for shards, _ in flat).items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-9, atol=1e-12)
     assert shared[0][1] == pytest.approx(flat[0][1], rel=1e-12)
 

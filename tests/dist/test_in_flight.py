@@ -23,7 +23,7 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.model.decoder import Decoder
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 Case: TypeAlias = tuple[str, ...]

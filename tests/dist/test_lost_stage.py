@@ -19,7 +19,7 @@ from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import EXIT_LOST_PEER, LostPeerError
 from internlm.verify.processes import RankProcesses
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.integration.jobs import script
 
 #: Seconds: what a rank waits, and how much longer it may take until it has said whom it waited for.

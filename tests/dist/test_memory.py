@@ -29,8 +29,8 @@ from internlm.train import initialize_model_and_parallel_communicator, initializ
 from internlm.train.hooks import LogMemoryPlan
 from internlm.train.hooks.log import own_plan
 from internlm.utils.logger import get_logger
-from tests.dist.equivalence import TINY
 from tests.dist.test_in_flight import Watch, address
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 Row: TypeAlias = tuple[int, tuple[str, ...]]

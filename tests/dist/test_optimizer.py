@@ -9,10 +9,8 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import ConfigError
-from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import alone, run
+from tests.dist.oracle import verify
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 STEPS = 5
@@ -61,9 +59,7 @@ ROWS: list[tuple[str, tuple[str, ...]]] = [
 
 def assert_equal(layout: str, case: tuple[str, ...], steps: int = STEPS) -> None:
     ranks, sizes = LAYOUTS[layout]
-    overrides = (*sizes, *case)
-    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, steps, "float64")
-    report = compare(plan.config, alone(plan), run_ranks(ranks, run, plan.config, plan.seed, steps))
+    report, _ = verify(ranks, (*sizes, *case), steps=steps)
     assert report.failures == []
 
 

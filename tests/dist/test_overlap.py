@@ -17,12 +17,10 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import place_replicated
-from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, gathering, reduction
+from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, grad_reduce, param_gather
 from internlm.utils.errors import UserError
-from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import run
+from tests.dist.oracle import plan_of, run
 from tests.harness.pool import run_ranks
 from tests.unit.model.samples import decoder, tokens
 
@@ -35,9 +33,8 @@ PATIENCE = 20.0  # seconds
 
 
 def _trained(ranks: int, overrides: tuple[str, ...]) -> list[RankRecord]:
-    plan = make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, 5, "float32")
-    records: list[RankRecord] = run_ranks(ranks, run, plan.config, plan.seed, 5)
-    return records
+    plan = plan_of(ranks, overrides, steps=5, dtype="float32")
+    return run_ranks(ranks, run, plan.config, plan.seed, plan.steps)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -133,7 +130,7 @@ def _grads(rank: int, world_size: int) -> list[tuple[int, bool]]:
         output.register_hook(progress.advance)
 
     model.embedding.register_forward_hook(advance_in_backward)
-    with _held_back(reduction, "begin_reduce_scatter", progress, last=1) as held:
+    with _held_back(grad_reduce, "begin_reduce_scatter", progress, last=1) as held:
         _step(model, optimizer)
     return [(begun, future.result()) for begun, future in held]
 
@@ -154,7 +151,7 @@ def _gathers(rank: int, world_size: int) -> list[tuple[int, bool]]:
     progress = _Progress()
     for module in (model.embedding, *model.layers, model.norm):
         module.register_forward_hook(progress.advance)
-    with _held_back(gathering, "begin_all_gather", progress, last=len(model.layers._modules) + 2) as held:
+    with _held_back(param_gather, "begin_all_gather", progress, last=len(model.layers._modules) + 2) as held:
         model(tokens(1, 8), labels=tokens(1, 8, seed=1))
     return [(begun, future.result()) for begun, future in held]
 

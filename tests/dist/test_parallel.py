@@ -9,11 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import STEPS, alone, run
-from tests.harness.pool import run_ranks
+from tests.dist.oracle import verify
 
 MULTI_HEAD = "model.num_kv_attention_heads=4"
 OVERLAP = ("parallel.weight.overlap=True",)
@@ -69,8 +65,7 @@ def assert_equal(layout: Layout, case: tuple[str, ...] = (), dtype: str = "float
     if layout[0] != "isp" and layout[1] == 4:
         case = (*case, MULTI_HEAD)  # the tensor size must divide the kv heads
     overrides = (*overrides_of(layout), *case)
-    plan = make_plan(TINY, (share_of_batch(layout[3], overrides), *overrides), layout[3], STEPS, dtype)
-    report = compare(plan.config, alone(plan), run_ranks(layout[3], run, plan.config, plan.seed, STEPS))
+    report, _ = verify(layout[3], overrides, dtype=dtype)
     assert report.failures == []
     assert dtype != "float64" or (report.forward.first, report.backward.first) == (None, None)
 

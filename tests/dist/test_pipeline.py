@@ -6,77 +6,38 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-import internlm.verify.run
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import StepResult
 from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import write_table
 from internlm.core.scheduler.timeline import Costs
 from internlm.core.scheduler.validate import simulate
-from internlm.core.trainer import StepReport, Trainer
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
-from internlm.verify.run import run_rank
-from tests.dist.oracle import STEPS, TINY, alone
+from tests.dist.oracle import Run, run, verify
 from tests.dist.pipeline_rows import CASES, KINDS, ROWS, TENSOR, Place, Row, draw, random_table
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
 
 
-class Outcome(NamedTuple):
-    """What a rank knows after a run."""
-
-    record: RankRecord
-    sums: list[list[list[float]]]
-    """By step and data-set type: summed loss, correct predictions, valid tokens."""
-    peak_in_flight: int
-
-
-def run(rank: int, world_size: int, *args: Any) -> Outcome:
-    """A run, and what is known besides."""
-    trainers: list[Trainer] = []
-    reports: list[StepReport] = []
-
-    class Noted(Trainer):
-        def train_step(self, batches: Any) -> StepReport:
-            reports.append(super().train_step(batches))
-            return reports[-1]
-
-    def noted(*args: Any, **options: Any) -> Trainer:
-        trainers.append(initialize_trainer(*args, **options))
-        trainers[0].__class__ = Noted
-        return trainers[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(internlm.verify.run, "initialize_trainer", noted)
-        record = run_rank(rank, world_size, *args)
-    return Outcome(record, [report.result.sums.tolist() for report in reports], trainers[0].scheduler.peak_in_flight)
-
-
-def assert_equal(overrides: list[str], ranks: int, run: Callable[..., Outcome] = run) -> list[Outcome]:
-    plan = make_plan(TINY, overrides, ranks, STEPS)
-    reference, outcomes = alone(plan, run), run_ranks(ranks, run, plan.config, plan.seed, STEPS)
-    report = compare(plan.config, reference.record, [outcome.record for outcome in outcomes])
+def assert_equal(overrides: list[str], ranks: int, function: Run = run) -> list[RankRecord]:
+    report, records = verify(ranks, overrides, function=function)
     assert report.failures == []
     for trace in (report.forward, report.backward):
         assert (trace.first, len(trace.compared)) == (None, len(trace.differences))
-    assert all(outcome.sums == outcomes[0].sums for outcome in outcomes)
-    for sums, wanted in zip(outcomes[0].sums, reference.sums, strict=True):
-        assert [each == pytest.approx(of_type, rel=1e-10, abs=0) for each, of_type in zip(sums, wanted, strict=True)]
-    return outcomes
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +56,9 @@ def assert_row(row: Row, seed: int, lopsided: str, folder: Path) -> None:
     if row.kind == "own":
         write_table(table, folder / "own.csv")
         overrides.append(f"parallel.pipeline.table={folder / 'own.csv'}")
-    outcomes = assert_equal(overrides, row.place.ranks)
+    records = assert_equal(overrides, row.place.ranks)
     peaks = simulate(table, Costs.uniform(table.stage_layout.virtual_stages)).peak_in_flight
-    assert [each.peak_in_flight for each in outcomes] == [peaks[each.record.place.stage] for each in outcomes]
+    assert [r.peak_in_flight for r in records] == [peaks[r.coordinates.stage] for r in records]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +98,9 @@ def test_the_least_and_the_most_that_is_interleaved(place: Place, chunks: int) -
     assert_equal(row.overrides, place.ranks)
 
 
-def _tensors(outcome: Outcome) -> Iterator[Tensor]:
-    for held in (outcome.record.gradients, outcome.record.parameters):
-        yield from (box for each in held.values() for box in each.slices.values())
+def _tensors(record: RankRecord) -> Iterator[Tensor]:
+    for shards in (record.gradients, record.parameters):
+        yield from (values for of_tensor in shards.values() for values in of_tensor.slices.values())
 
 
 def test_overlap_changes_no_bit() -> None:
@@ -148,7 +109,7 @@ def test_overlap_changes_no_bit() -> None:
         assert_equal([*overrides, f"parallel.pipeline.interleaved_overlap={overlap}"], 2) for overlap in (False, True)
     )
     for one, other in zip(waiting, going_on, strict=True):
-        assert (one.record.losses, one.record.norms) == (other.record.losses, other.record.norms)
+        assert (one.losses, one.norms) == (other.losses, other.norms)
         assert all(map(torch.equal, _tensors(one), _tensors(other)))
 
 

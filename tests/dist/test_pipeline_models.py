@@ -14,8 +14,10 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.utils.errors import ConfigError
 from internlm.utils.registry import MODEL_INITIALIZER
-from tests.dist.oracle import TINY
-from tests.dist.test_pipeline import Outcome, assert_equal, run
+from internlm.verify.record import RankRecord
+from tests.dist.oracle import run
+from tests.dist.test_pipeline import assert_equal
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 
@@ -75,7 +77,7 @@ def build_foretold(config: ModelConfig) -> nn.Module:
     return place_replicated(Foretold(config))
 
 
-def _run(rank: int, world_size: int, *args: Any) -> Outcome:
+def _run(rank: int, world_size: int, *args: Any) -> RankRecord:
     """That a worker finds this function makes it know the models above."""
     return run(rank, world_size, *args)
 

@@ -11,12 +11,8 @@ import torch
 
 from internlm.core.parallel.param_state import main_grad_of
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
-from tests.dist.equivalence import TINY, share_of_batch
-from tests.dist.oracle import alone, run
-from tests.dist.runs import assert_goes_on, assert_same_tensors, fit, resume, saving
-from tests.harness.pool import run_ranks
+from tests.dist.oracle import verify
+from tests.dist.whole_runs import assert_goes_on, assert_same_tensors, fit, resume, saving
 
 FP16, BF16, FP32 = (f"model.dtype=torch.{name}" for name in ("float16", "bfloat16", "float32"))
 SCALE = "grad_scaler.fp16.initial_scale"
@@ -39,8 +35,7 @@ PIPELINE = ("parallel.pipeline.size=2", "data.micro_num=4")
     ids=str,
 )
 def test_data_parallel(dtype: str, overrides: tuple[str, ...]) -> None:
-    plan = make_plan(TINY, (share_of_batch(2, overrides), *overrides), 2, 2, dtype)
-    report = compare(plan.config, alone(plan), run_ranks(2, run, plan.config, plan.seed, 2))
+    report, _ = verify(2, overrides, dtype=dtype)
     assert report.failures == []
 
 
@@ -55,8 +50,7 @@ def test_data_parallel(dtype: str, overrides: tuple[str, ...]) -> None:
 )
 def test_gradients_in_half_precision(overrides: tuple[str, ...]) -> None:
     """What is sent is as by the formula, and gradients are those of one process but for their rounding."""
-    plan = make_plan(TINY, (share_of_batch(2, overrides), *overrides), 2, 2, "bfloat16")
-    report = compare(plan.config, alone(plan), run_ranks(2, run, plan.config, plan.seed, 2))
+    report, _ = verify(2, overrides, dtype="bfloat16")
     assert (report.traffic, report.disagreements, report.holes) == ([], [], [])
     assert 1e-5 < max(row.difference for row in report.gradients) < 2e-2
     assert max(row.difference for row in report.losses) < 1e-3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.runs import Outcome, assert_same_tensors, fit, saving
+from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, saving
 from tests.unit.data.files import write_bin
 
 TOTAL = 14

@@ -14,7 +14,7 @@ from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import UserError
 from internlm.utils.registry import MODEL_INITIALIZER
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 

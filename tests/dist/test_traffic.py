@@ -20,7 +20,7 @@ from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.ops.cross_entropy import IGNORED
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
 

@@ -17,8 +17,9 @@ from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
-from tests.dist.equivalence import TINY, Boxes, Plain, assemble, boxes_of
-from tests.dist.runs import assert_same_tensors, fit, noted_warnings, saving
+from internlm.verify.record import ShardsByName
+from tests.dist.tiny import TINY, Plain
+from tests.dist.whole_runs import assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
 from tests.harness.pool import run_ranks
 
 
@@ -58,27 +59,27 @@ def test_bf16_parameters_are_the_main_ones_rounded(ranks: int, zero1: int, tmp_p
 # -- a model that draws its own values
 
 
-def _drawn(rank: int, world_size: int) -> Boxes:
+def _drawn(rank: int, world_size: int) -> ShardsByName:
     initialize_distributed_env(TINY)
     torch.rand(rank)
     one, other = create_model("PLAIN"), create_model("PLAIN")
     assert all(map(torch.equal, one.parameters(), other.parameters()))
-    return boxes_of(model_tensors(one))
+    return shards_of(model_tensors(one))
 
 
 def test_a_model_type_is_drawn_from_the_seed() -> None:
-    assert_same_tensors(*(assemble(run_ranks(ranks, _drawn)) for ranks in (1, 2)))
+    assert_same_tensors(*(whole_tensors(run_ranks(ranks, _drawn)) for ranks in (1, 2)))
 
 
-def _brought(rank: int, world_size: int) -> Boxes:
+def _brought(rank: int, world_size: int) -> ShardsByName:
     initialize_distributed_env(TINY)
     torch.manual_seed(rank)
     model, _ = initialize_model_and_parallel_communicator(place_replicated(Plain(vocab_size=8, hidden_size=4)))
-    return boxes_of(model_tensors(model))
+    return shards_of(model_tensors(model))
 
 
 def test_a_model_made_elsewhere_becomes_the_same_on_all_ranks() -> None:
-    assert len(assemble(run_ranks(2, _brought))) == 7
+    assert len(whole_tensors(run_ranks(2, _brought))) == 7
 
 
 # -- a bad gradient
@@ -235,7 +236,7 @@ def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
 
 
 def _told(rank: int, world_size: int, *overrides: str) -> list[str]:
-    with noted_warnings() as warnings:
+    with recorded_warnings() as warnings:
         initialize_distributed_env(TINY, overrides=overrides)
         create_model()
     return warnings

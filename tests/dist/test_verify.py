@@ -29,7 +29,7 @@ from internlm.verify.compare import Report, compare
 from internlm.verify.configs import make_plan
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
-from tests.dist.equivalence import TINY
+from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 MODULES_OF_LAYER = 9  # 2 norms, 4 linears, attention, feed-forward, block

@@ -11,7 +11,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.parallel.ledger import Entry
 from internlm.verify.compare import Report, compare, compare_traffic
 from internlm.verify.configs import make_plan
-from internlm.verify.record import Pass, Place, RankRecord, TensorShards
+from internlm.verify.record import Pass, RankCoordinates, RankRecord, TensorShards
 from internlm.verify.report import as_json, as_text, heading
 from tests.unit.verify.test_plan import SMALL
 
@@ -20,9 +20,21 @@ W = torch.arange(1.0, 5.0, dtype=torch.float64)
 
 
 def _record(data: int = 0, *, loss: float = 2.0, norm: float = 1.0, w: torch.Tensor = W, rows: int = 1) -> RankRecord:
-    held = {"w": TensorShards((4,), {(0,): w})}
+    shards = {"w": TensorShards((4,), {(0,): w})}
     passes = [Pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
-    return RankRecord(Place(data, 0, 0), [loss], [norm], held, held, passes, [{}], [[8]], 1)
+    return RankRecord(
+        coordinates=RankCoordinates(data, 0, 0),
+        losses=[loss],
+        sums=[[16 * loss], [3.0], [16.0]],
+        norms=[norm],
+        gradients=shards,
+        parameters=shards,
+        passes=passes,
+        traffic=[{}],
+        tokens=[[8]],
+        types=1,
+        peak_in_flight=1,
+    )
 
 
 def _compare(*ranks: RankRecord) -> Report:
@@ -40,10 +52,22 @@ def test_equal_records_pass() -> None:
 @pytest.mark.parametrize("loss", [2.0 + 1e-10, math.nan, math.inf])
 def test_another_loss_fails(loss: float) -> None:
     report = _compare(_record(0, loss=loss), _record(1, loss=loss))
-    assert [failure.split(":")[0] for failure in report.failures] == ["loss of step 1"]
+    assert [failure.split(":")[0] for failure in report.failures] == [
+        "loss of step 1",
+        "summed loss by data-set type, step 1",
+    ]
     found = json.loads(as_json(PLAN, report), parse_constant=lambda text: pytest.fail(text))
     assert found["passed"] is False
     assert found["losses"][0]["reference"] == 2.0
+
+
+def test_wrong_predictions_or_tokens_of_a_data_set_type_fail() -> None:
+    ranks = [replace(_record(rank), sums=[[32.0], [4.0], [16.0]]) for rank in range(2)]
+    assert [row.name for row in _compare(*ranks).rows if not row.passed] == [
+        "correct predictions by data-set type, step 1"
+    ]
+    ranks[1] = replace(ranks[1], sums=[[32.0], [5.0], [16.0]])
+    assert [found.name for found in _compare(*ranks).disagreements] == ["sums over data-set types of step 1"]
 
 
 def test_ranks_that_disagree_fail() -> None:
@@ -80,17 +104,19 @@ def test_a_module_that_cannot_be_compared() -> None:
 
 def test_stages_have_a_module_each() -> None:
     """A module is compared where the ranks of one stage have it: here its halves lie on the second."""
-    first = replace(_record(), place=Place(0, 0, 0), passes=[Pass({"a": W}, {"a": W})])
+    first = replace(_record(), coordinates=RankCoordinates(0, 0, 0), passes=[Pass({"a": W}, {"a": W})])
+    second = replace(first, coordinates=RankCoordinates(0, 1, 0))
     halves = [
-        replace(_record(), place=Place(0, tensor, 1), passes=[Pass({"b": half}, {"b": half})])
+        replace(_record(), coordinates=RankCoordinates(0, tensor, 1), passes=[Pass({"b": half}, {"b": half})])
         for tensor, half in enumerate(W.split(2))
     ]
-    forward = compare(PLAN.config, _record(), [first, replace(first, place=Place(0, 1, 0)), *halves]).forward
+    forward = compare(PLAN.config, _record(), [first, second, *halves]).forward
     assert (forward.compared, forward.first) == (["a", "b"], None)
-    astray = compare(PLAN.config, _record(), [first, replace(halves[0], place=Place(0, 1, 0)), *halves]).forward
-    assert astray.compared == ["b"]
+    astray = replace(halves[0], coordinates=RankCoordinates(0, 1, 0))
+    forward = compare(PLAN.config, _record(), [first, astray, *halves]).forward
+    assert forward.compared == ["b"]
     halves[1].passes[0].outputs["b"] = W[:2]
-    forward = compare(PLAN.config, _record(), [first, replace(first, place=Place(0, 1, 0)), *halves]).forward
+    forward = compare(PLAN.config, _record(), [first, second, *halves]).forward
     assert (forward.first, forward.last_equal) == ("b", "a")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from internlm.verify.record import TensorShards
-from internlm.verify.tensors import assemble, put_together, relative, relative_l2
+from internlm.verify.tensors import assemble, join_shards, relative, relative_l2
 
 WHOLE = torch.arange(12.0).view(3, 4)
 
@@ -17,7 +17,7 @@ def _part(rows: slice, values: torch.Tensor = WHOLE) -> dict[str, TensorShards]:
 
 def test_parts_make_the_whole() -> None:
     result = assemble([_part(slice(0, 2)), _part(slice(2, 3))])
-    assert torch.equal(result.wholes["w"], WHOLE)
+    assert torch.equal(result.tensors["w"], WHOLE)
     assert (result.shared, result.disagreements, result.holes) == (0, [], [])
 
 
@@ -28,7 +28,7 @@ def test_what_several_hold_must_agree() -> None:
     result = assemble([_part(slice(0, 3)), _part(slice(0, 3)), _part(slice(1, 3), other)])
     (found,) = result.disagreements
     assert (found.name, found.rank, found.elements, found.largest) == ("w", 2, 2, 4)
-    assert torch.equal(result.wholes["w"], WHOLE)
+    assert torch.equal(result.tensors["w"], WHOLE)
     assert result.shared == 1
     assert "rank 2" in str(found)
 
@@ -47,17 +47,17 @@ def test_holes_are_told() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_parts_along_an_axis(axis: int) -> None:
     tensor = torch.arange(20.0).view(5, 4)
-    (whole,) = put_together(list(tensor.tensor_split(2, axis)), tensor.shape)  # of 5: 3 and 2
+    (whole,) = join_shards(list(tensor.tensor_split(2, axis)), tensor.shape)  # of 5: 3 and 2
     assert torch.equal(whole, tensor)
 
 
 def test_whole_parts_are_compared_one_by_one() -> None:
-    assert len(put_together([WHOLE, WHOLE], WHOLE.shape)) == 2
+    assert len(join_shards([WHOLE, WHOLE], WHOLE.shape)) == 2
 
 
 @pytest.mark.parametrize("shapes", [[(3, 4), (3, 5)], [(1, 2), (2, 2)], [(3,), (3,)], [(1, 4), (1, 4)]])
 def test_what_does_not_fit(shapes: list[tuple[int, ...]]) -> None:
-    assert put_together([torch.zeros(shape) for shape in shapes], WHOLE.shape) == []
+    assert join_shards([torch.zeros(shape) for shape in shapes], WHOLE.shape) == []
 
 
 def test_relative_differences() -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on workers of the pool, as a user's script starts them, and what there is to know about them afterwards.
+"""Whole runs on workers of the pool, as a user's script starts them, with their state at the end.
 
 A *log* here is what must be bitwise equal where two runs are the same run: losses, gradient norms, and random numbers
 drawn before each step.
@@ -7,7 +7,7 @@ drawn before each step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.logical_tensors import model_tensors, optimizer_tensors
+from internlm.checkpoint.logical_tensors import LogicalTensors, model_tensors, optimizer_tensors
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -28,36 +28,38 @@ from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.update_rules import AdamW
 from internlm.utils.errors import UserError
 from internlm.utils.logger import get_logger
-from tests.dist.equivalence import TINY, Boxes, assemble, boxes_of, share_of_batch
+from internlm.verify.record import ShardsByName, TensorShards
+from internlm.verify.tensors import assemble
+from tests.dist.tiny import TINY, share_of_batch
 from tests.harness.pool import run_ranks
 
-#: Steps whose samples are looked at, from where a run stands.
+#: Steps whose samples are compared, from the current one on.
 SAMPLES_OF = 2
 
 Entry = tuple[int, float, float, float, float]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rank:
-    """What one rank knows at the end."""
+    """State of one rank at the end."""
 
     log: list[Entry] = field(default_factory=list)
     """Step, loss, gradient norm, and a random number from torch's own and from the tensor stream."""
     state: dict[str, Any] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     """Updates that Adam counts, by group."""
-    tensors: Boxes = field(default_factory=dict)
+    tensors: ShardsByName = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
     samples: list[Tensor] = field(default_factory=list)
     """Rows of the next steps."""
     message: str = ""
-    """What resuming said, or the error that ended the run."""
+    """Message of resuming, or the error that ended the run."""
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All ranks together: tensors and samples are those of the whole job."""
+    """State of all ranks, with the tensors and samples of the whole job."""
 
     ranks: list[Rank]
     tensors: dict[str, Tensor]
@@ -65,18 +67,18 @@ class Outcome:
 
     @property
     def log(self) -> list[Entry]:
-        """That of rank 0."""
+        """The log of rank 0."""
         return self.ranks[0].log
 
     @property
     def state(self) -> dict[str, Any]:
-        """That of every rank."""
+        """The trainer state, which is the same on every rank."""
         assert all(rank.state == self.ranks[0].state for rank in self.ranks)
         return self.ranks[0].state
 
     @property
     def message(self) -> str:
-        """That of every rank."""
+        """The message, which is the same on every rank."""
         assert len({rank.message for rank in self.ranks}) == 1, [rank.message for rank in self.ranks]
         return self.ranks[0].message
 
@@ -84,7 +86,7 @@ class Outcome:
 def fit(
     world_size: int, overrides: Sequence[str], stop_after: int | None = None, hooks: Sequence[Hook] = ()
 ) -> Outcome:
-    """Train :data:`TINY` with ``overrides`` to its end; or to ``stop_after``, and then no further, as if killed."""
+    """Train :data:`TINY` with ``overrides`` to its end, or to step ``stop_after``, where it ends as if killed."""
     return _gathered(run_ranks(world_size, _fit, tuple(overrides), stop_after, tuple(hooks)))
 
 
@@ -101,24 +103,41 @@ def saving(folder: Path, *more: str, every: int = 2, total: int = 6) -> list[str
 
 
 def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
-    """Load what such a run would go on from, and do no step. An error on loading is the outcome's message."""
+    """Load the checkpoint that such a run would resume, without a step. An error on loading is the message."""
     return _gathered(run_ranks(world_size, _resume, tuple(overrides)))
 
 
 def _gathered(ranks: list[Rank]) -> Outcome:
     samples = [torch.cat(rows) for rows in zip(*(rank.samples for rank in ranks), strict=True)]
-    return Outcome(ranks, assemble(rank.tensors for rank in ranks), samples)
+    return Outcome(ranks, whole_tensors(rank.tensors for rank in ranks), samples)
+
+
+def shards_of(tensors: LogicalTensors) -> ShardsByName:
+    """Copy a rank's slices of logical tensors, so that they can travel to the test."""
+    return {
+        name: TensorShards(
+            tuple(tensor.global_shape), {at: box.to(tensor.dtype, copy=True) for at, box in tensor.slices.items()}
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def whole_tensors(ranks: Iterable[ShardsByName]) -> dict[str, Tensor]:
+    """Assemble logical tensors from the shards of all ranks; what several ranks store must be bitwise equal."""
+    found = assemble(list(ranks))
+    assert (found.disagreements, found.holes) == ([], [])
+    return found.tensors
 
 
 def assert_goes_on(loaded: Outcome, saved: Outcome) -> None:
-    """``loaded`` stands where ``saved`` stood, in whatever layout, and has the same samples before it."""
+    """Assert that a loaded run has the state and the next samples of the saved one, in whatever layout."""
     assert_same_tensors(loaded.tensors, saved.tensors)
     assert (loaded.state, loaded.ranks[0].steps) == (saved.state, saved.ranks[0].steps)
     assert all(map(torch.equal, loaded.samples, saved.samples))
 
 
 def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Equal names, and equal bit by bit."""
+    """Assert equal names, and values that are bitwise equal."""
     assert one.keys() == other.keys()
     assert not [name for name, tensor in other.items() if not torch.equal(one[name], tensor)]
 
@@ -136,8 +155,8 @@ class _Texts(logging.Handler):
 
 
 @contextmanager
-def noted_warnings() -> Iterator[list[str]]:
-    """The framework's warnings within the block, of which nothing gets to the screen."""
+def recorded_warnings() -> Iterator[list[str]]:
+    """Collect the framework's warnings within the block, and print none of them."""
     texts: list[str] = []
     logger = get_logger()
     outer, logger.handlers = logger.handlers, [_Texts(texts)]
@@ -189,13 +208,13 @@ def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -
 
 
 def _updates(optimizer: HybridZeroOptimizer) -> list[int]:
-    """As torch's AdamW counts them, for each tensor that it has."""
+    """Return the updates that torch's AdamW counts, by tensor."""
     rules = [rule for rule in optimizer.rules if isinstance(rule, AdamW)]
     return [int(state["step"]) for rule in rules for state in rule.torchs.state.values()]
 
 
 def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
-    with noted_warnings() as warnings:
+    with recorded_warnings() as warnings:
         try:
             message = action()
         except UserError as error:
@@ -211,9 +230,9 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
         log=log,
         state=trainer.state.state_dict(),
         steps=_updates(optimizer),
-        tensors=boxes_of({**model_tensors(trainer.model), **optimizer_tensors(optimizer)}),
+        tensors=shards_of({**model_tensors(trainer.model), **optimizer_tensors(optimizer)}),
         streams=gpc.random_streams.state_dict(),
-        samples=[loader.read(number)[0]["input_ids"] for number in range(step, step + SAMPLES_OF)],
+        samples=[loader.read(index)[0]["input_ids"] for index in range(step, step + SAMPLES_OF)],
         message=str(message),
         warnings=warnings,
     )
