@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internlm.config.schema import ModelConfig
+from internlm.config.schema.model import AttentionBackend
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
 from internlm.core.parallel.communicator import (
@@ -35,7 +36,7 @@ from internlm.core.parallel.offload import Offloading
 from internlm.core.parallel.param_state import placement_of, set_placement
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import current_stage_layers
-from internlm.ops import PackedSequences, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
+from internlm.ops import PackedSequences, RotaryScaling, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DecoderSpec:
         return 1 / math.sqrt(2 * self.config.num_layers) if self.config.use_scaled_init else 1.0
 
     @property
-    def attention_backend(self) -> str:
+    def attention_backend(self) -> AttentionBackend:
         """The attention kernel asked for; ``use_flash_attn=False`` rules only the flash kernels out."""
         asked = self.config.attention_backend
         return "sdpa" if asked == "auto" and not self.config.use_flash_attn else asked
@@ -281,10 +282,12 @@ class Decoder(nn.Module):
         return rotary_table(
             positions,
             c.head_size,
-            base=c.rope_base,
-            scaling_factor=c.rope_scaling_factor,
-            dynamic_ntk=c.use_dynamic_ntk_rope,
-            max_position=c.max_position_embeddings,
+            RotaryScaling(
+                base=c.rope_base,
+                factor=c.rope_scaling_factor,
+                dynamic_ntk=c.use_dynamic_ntk_rope,
+                max_position=c.max_position_embeddings,
+            ),
             seq_len=sequences.max_seqlen,
             dtype=self.dtype,
         )

@@ -1,13 +1,15 @@
-"""Kernels of training in plain torch: right on CUDA, fast on CPU."""
+"""Kernels of training in plain torch: correct on CUDA, fast on the CPU."""
 
 from internlm.ops.attention import PackedSequences, attention, why_unavailable
-from internlm.ops.cross_entropy import TokenLoss, VocabShard, cross_entropy, linear_cross_entropy
+from internlm.ops.cross_entropy import LossOptions, TokenLoss, VocabShard, cross_entropy, linear_cross_entropy
 from internlm.ops.norm import layer_norm, rms_norm
-from internlm.ops.rotary import apply_rotary, rotary_table, split_qkv_rotary
+from internlm.ops.rotary import RotaryScaling, apply_rotary, rotary_table, split_qkv_rotary
 from internlm.ops.swiglu import swiglu
 
 __all__ = [
+    "LossOptions",
     "PackedSequences",
+    "RotaryScaling",
     "TokenLoss",
     "VocabShard",
     "apply_rotary",

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences.
+"""Causal attention within packed sequences: one function, and a table of the kernels behind it.
 
 Shapes: T tokens of all sequences together, N query heads, G key/value heads, Q = N / G query heads per group, D head
 dimension, L tokens of one sequence, B sequences of one run.
@@ -10,14 +10,15 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
-from internlm.ops.blocked_attention import blocked_attention
+from internlm.ops.blocked_attention import EqualLengthRun, blocked_attention
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 from internlm.utils.lazy import why_missing
 from internlm.utils.torch_private import uncompiled
@@ -25,21 +26,22 @@ from internlm.utils.torch_private import uncompiled
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
-    """Where the sequences of a flattened batch begin and end; attention never crosses a bound."""
+    """Boundaries of the sequences in a flattened batch; no token attends across one."""
 
     cu_seqlens: Tensor  # int32 [sequences + 1], on the device of the queries: 0, end of the first, ..., T
     max_seqlen: int
-    runs: tuple[tuple[int, int, int], ...]  # (first token, sequences, tokens of each), for neighbours of equal length
+    runs: tuple[EqualLengthRun, ...]
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
-        """From the cumulative lengths [sequences + 1], which begin with 0. Empty sequences are dropped."""
+        """Make them from cumulative lengths [sequences + 1], which begin with 0; empty sequences are dropped."""
+        # Host sync on CUDA: the lengths of a step are needed in Python to group equal ones.
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
         runs, start = [], 0
         for length, equal in groupby(lengths):
             count = len(list(equal))
-            runs.append((start, count, length))
+            runs.append(EqualLengthRun(start, count, length))
             start += count * length
         if len(lengths) + 1 != len(bounds):
             cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=cu_seqlens.device)
@@ -47,24 +49,25 @@ class PackedSequences:
 
     @classmethod
     def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:
-        """``batch`` sequences of ``seq_len`` tokens."""
+        """Make ``batch`` sequences of ``seq_len`` tokens each."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
-        return cls(cu_seqlens, seq_len, ((0, batch, seq_len),))
+        return cls(cu_seqlens, seq_len, (EqualLengthRun(0, batch, seq_len),))
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences together."""
-        return sum(count * length for _, count, length in self.runs)
+        """Number of tokens of all sequences together."""
+        return sum(run.tokens for run in self.runs)
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """(first token, end) of every sequence."""
+        """First token and end of every sequence."""
         return [(s + i * length, s + (i + 1) * length) for s, count, length in self.runs for i in range(count)]
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, PackedSequences, float, "int | None"], Tensor]
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackedSequences, float, "int | None"], Tensor]
 
 
+# Not traced: the number of sequences and their lengths change with every batch, and each would be a graph of its own.
 @uncompiled("attention depends on the sequence boundaries")
 def attention(
     q: Tensor,
@@ -74,25 +77,40 @@ def attention(
     *,
     scale: float | None = None,
     window: int | None = None,
-    backend: str = "auto",
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
-    """Causal attention inside each sequence: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
+    """Compute causal attention within each sequence (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-    ``scale`` multiplies the scores (default D ** -0.5). With ``window`` a token sees that many tokens, itself the last.
-    Raises :class:`ConfigError` where ``backend`` is unknown or can't serve this device and dtype.
+    Grouped queries (Ainslie et al. 2023, arXiv 2305.13245): Q consecutive query heads share a key and a value head.
+
+    Args:
+        q: queries, [T, N, D].
+        k: keys, [T, G, D].
+        v: values, [T, G, D].
+        sequences: boundaries, of T tokens together.
+        scale: factor of the scores; by default D ** -0.5.
+        window: number of most recent tokens, itself included, that a token attends to; None means all.
+        backend: kernel; ``auto`` takes the first of :data:`BACKENDS` that supports the device and the dtype.
+
+    Returns:
+        [T, N, D].
+
+    Raises:
+        ConfigError: ``backend`` is unknown, or does not support this device and dtype.
     """
     device, dtype = q.device.type, q.dtype
+    name: str = backend
     if backend == "auto":
-        backend = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
+        name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("attention backend", reason, "Use 'auto'."))
-    assert sequences.tokens == q.shape[0], f"sequences of {sequences.tokens} tokens for {q.shape[0]}"
+    assert sequences.tokens == q.shape[0], f"sequences of {sequences.tokens} tokens for {q.shape[0]} queries"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend].kernel(q, k, v, sequences, scale, window)
+    return BACKENDS[name].kernel(q, k, v, sequences, scale, window)
 
 
 def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Why ``backend`` can't serve tensors of this kind; empty where it can."""
+    """Return why ``backend`` does not support a device and a dtype; empty where it does."""
     if backend not in BACKENDS:
         return f"{backend!r} is unknown. {did_you_mean(backend, BACKENDS)}"
     known = BACKENDS[backend]
@@ -105,25 +123,31 @@ def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
     return ""
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+# -- kernels. Those with a signature for packed sequences take cu_seqlens; sdpa has none, so it is called run by run.
 
-    cu, longest, reach = sequences.cu_seqlens, sequences.max_seqlen, _reach(window)
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
+    """FlashAttention-2 (Dao 2023, arXiv 2307.08691)."""
+    from flash_attn import flash_attn_varlen_func  # here, because it is optional
+
+    cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
     return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(reach, 0)
+        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0)
     )
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    """FlashAttention as torch builds it in."""
+    from torch.nn.attention.varlen import varlen_attn  # here, because it loads the compiler
 
-    cu, longest, reach = sequences.cu_seqlens, sequences.max_seqlen, _reach(window)
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(reach, 0), enable_gqa=True)
+    cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
+    # A right window of 0 is what makes it causal.
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
     return cast(Tensor, out)
 
 
-def _reach(window: int | None) -> int:
-    """Tokens that a token sees before itself; -1 for all."""
+def _left_window(window: int | None) -> int:
+    """Convert to the convention of FlashAttention: tokens before the token itself, -1 for all."""
     return -1 if window is None else window - 1
 
 
@@ -132,29 +156,35 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
+    # One call for each run, because a block-diagonal mask of the whole row would cost T² memory and time.
     outs = []
-    for start, count, length in sequences.runs:
-        rows = slice(start, start + count * length)
-        run = [x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]  # [B, heads, L, D]
-        kernel = _sdpa_run if window is None or window >= length else functools.partial(_sdpa_window, window=window)
-        outs.append(kernel(*run, scale=scale).transpose(1, 2).flatten(0, 1))
+    for run in sequences.runs:
+        tokens = slice(run.start, run.start + run.tokens)
+        heads = [
+            x[tokens].unflatten(0, (run.sequences, run.length)).transpose(1, 2) for x in (q, k, v)
+        ]  # [B, heads, L, D]
+        kernel = _sdpa_causal
+        if window is not None and window < run.length:
+            kernel = functools.partial(_sdpa_window, window=window)
+        outs.append(kernel(*heads, scale=scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
-def _sdpa_run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def _sdpa_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
-    """In blocks of ``window`` rows, which see less than ``2 * window`` columns: the mask stays that small."""
+    """Compute a sliding window in blocks of ``window`` rows, each of which sees fewer than ``2 * window`` columns."""
+    # So the mask has at most 2 · window² elements, where that of the whole sequence would have L².
     outs, length = [], q.shape[2]
     for start in range(0, length, window):
         first, end = max(0, start - window + 1), min(start + window, length)
         distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-        seen = (distance >= 0) & (distance < window)
+        visible = (distance >= 0) & (distance < window)
         block = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
         outs.append(
-            F.scaled_dot_product_attention(*block, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            F.scaled_dot_product_attention(*block, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         )
     return torch.cat(outs, 2)
 
@@ -164,7 +194,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scal
 
 
 class Backend(NamedTuple):
-    """A way to compute attention, and what it serves; empty fields mean everything."""
+    """An attention kernel and what it supports; empty fields mean everything."""
 
     kernel: Kernel
     device: str = ""
@@ -174,7 +204,7 @@ class Backend(NamedTuple):
 
 HALF = (torch.float16, torch.bfloat16)
 
-#: In the order in which "auto" tries them.
+#: In the order in which ``auto`` tries them: the fastest first.
 BACKENDS: dict[str, Backend] = {
     "flash": Backend(_flash, "cuda", HALF, "flash_attn"),
     "varlen": Backend(_varlen, "cuda", HALF, "torch.nn.attention.varlen"),

@@ -1,11 +1,16 @@
-"""Causal attention on CPU as row blocks of GEMMs.
+"""Causal attention on the CPU: row blocks of GEMMs, with an ordinary softmax per block.
+
+FlashAttention (arXiv 2205.14135) tiles rows and columns, because a GPU's shared memory holds only a small tile, and
+therefore needs the online softmax (arXiv 1805.02867), which rescales partial sums as columns arrive. A CPU's L2 cache
+holds the scores of a block of rows against *all* its columns, so this kernel tiles rows only: torch's one-pass softmax
+serves, nothing is rescaled, and the backward pass needs neither the log-sum-exp nor the output. As in FlashAttention
+the backward pass recomputes the probabilities from q and k, and nothing else is saved.
+
+Short sequences go through batched GEMMs over as many (sequence, group) pairs as the cache holds. Long ones go pair by
+pair, because only a single GEMM, not a batched one, is faster in oneDNN (see ``gemm``).
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
 sequence, B sequences of one run, n pairs of a sequence and a group, R rows of one block, S columns that the block sees.
-
-A block has all the scores of its rows, so it takes an ordinary softmax, and the backward pass makes the probabilities
-anew from q and k: nothing else is saved. Short sequences go through batched GEMMs over all pairs that fit the cache.
-Long ones go pair by pair, for then a single GEMM is large enough for the faster library (see ``gemm``).
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +28,37 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 from internlm.utils.torch_private import softmax_backward
 
-Run = tuple[int, int, int]  # (first token, sequences, tokens of each)
-Pairs = tuple[int, int] | tuple[slice, slice]  # indices of sequences and of groups
+# Indices of sequences and of groups.
+Pairs: TypeAlias = tuple[int, int] | tuple[slice, slice]
+QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-_ROWS, _ROWS_SINGLE = 64, 256  # of a block of batched pairs, of a single pair
-_SCORES = 2**19  # elements that the scores of a block may have, all pairs together
+_ROWS, _ROWS_SINGLE = 64, 256  # rows of a block: of batched pairs, of a single pair
+_SCORES = 2**19  # elements in the scores of a block, all pairs together: 2 MiB in fp32
 _SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs go one by one
 
 
+class EqualLengthRun(NamedTuple):
+    """Consecutive sequences of equal length, which can be computed as one batch."""
+
+    start: int  # first token
+    sequences: int
+    length: int  # tokens of each
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all its sequences."""
+        return self.sequences * self.length
+
+
 def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[EqualLengthRun, ...], scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention inside each sequence of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Compute causal attention within each sequence of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
     return _BlockedAttention.apply(q, k, v, runs, scale, window)
 
 
 class _Plan(NamedTuple):
-    """How the sequences of a run are cut up."""
+    """Tiling of a run."""
 
     groups: int
     together: int  # pairs worked on at once
@@ -52,7 +71,13 @@ class _Plan(NamedTuple):
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scale: float, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: tuple[EqualLengthRun, ...],
+        scale: float,
+        window: int | None,
     ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype)
         for run in runs:
@@ -68,46 +93,51 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for run in ctx.runs:
             plan = _plan(q, k.shape[1], run, ctx.scale, ctx.window)
             for pairs in _pairs(run, plan):
-                taken = (_take(x, run, pairs, plan) for x in (q, k, v, dout))
-                _backward(plan, *taken, *(_view(grad, run, plan)[pairs] for grad in grads))
-        return *grads, None, None, None
+                pair_q, pair_k, pair_v, pair_dout = (_take(x, run, pairs, plan) for x in (q, k, v, dout))
+                pair_dq, pair_dk, pair_dv = (_view(grad, run, plan)[pairs] for grad in (dq, dk, dv))
+                _backward(plan, (pair_q, pair_k, pair_v), pair_dout, (pair_dq, pair_dk, pair_dv))
+        return dq, dk, dv, None, None, None
 
 
 def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Attention of some pairs into ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
+    """Write the attention of some pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
+        # Scaling q costs R · D products, scaling the scores R · S.
         probs = _probs(_block(q, rows) * plan.scale, k[..., cols, :], rows, cols, plan)
         _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
 
 
-def _backward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Gradients of some pairs into ``dq``, ``dk`` and ``dv``; shapes as in :func:`_forward`."""
+def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
+    """Write the gradients of some pairs to ``grads``; shapes as in :func:`_forward` (arXiv 2205.14135, app. B.2)."""
+    (q, k, v), (dq, dk, dv) = qkv, grads
     k, v = k.squeeze(-3), v.squeeze(-3)
     sum_dk, sum_dv = _zeros(k, plan), _zeros(v, plan)
     for rows, cols in _blocks(plan):
         block_q, block_dout = _block(q, rows) * plan.scale, _block(dout, rows).contiguous()
-        seen = k[..., cols, :]
-        probs = _probs(block_q, seen, rows, cols, plan)
+        block_k = k[..., cols, :]
+        probs = _probs(block_q, block_k, rows, cols, plan)
         dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
         dscores = softmax_backward(dprobs, probs)
+        # Not `sum_dv[...] += x`: that would copy the slice onto itself once more.
         sum_dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
-        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))
-        _put(gemm.matmul(dscores, seen).mul_(plan.scale), dq, rows)
+        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))  # block_q carries the scale
+        _put(gemm.matmul(dscores, block_k).mul_(plan.scale), dq, rows)
     everything = slice(0, plan.padded)
     _put(sum_dk, dk, everything)
     _put(sum_dv, dv, everything)
 
 
 def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tensor:
-    """Attention probabilities of a block, q scaled: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
+    """Compute the attention probabilities of a block, q scaled: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
     scores = gemm.matmul(q, k.mT)
     size = rows.stop - rows.start
     by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
+    # The columns end where the rows do, so only the last R columns, the diagonal block, need the causal mask.
     by_head[..., rows.start - cols.start :].add_(_causal_bias(scores.dtype)[:size, :size])
     if plan.window is not None:
         distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(cols.start, cols.stop)
@@ -117,27 +147,28 @@ def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tenso
 
 @functools.cache
 def _causal_bias(dtype: torch.dtype) -> Tensor:
-    """-inf above the diagonal of a block, else 0: [rows, rows]."""
+    """Make -inf above the diagonal of a block, else 0: [rows, rows]."""
     return torch.full((_ROWS_SINGLE, _ROWS_SINGLE), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _plan(q: Tensor, groups: int, run: Run, scale: float, window: int | None) -> _Plan:
-    length, per_group = run[2], q.shape[1] // groups
+def _plan(q: Tensor, groups: int, run: EqualLengthRun, scale: float, window: int | None) -> _Plan:
+    length, per_group = run.length, q.shape[1] // groups
     window = window if window is not None and window < length else None
     if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and gemm.onednn_serves(q):
         rows = _ROWS_SINGLE if per_group == 1 else _ROWS_SINGLE // 2  # the heads of a group share a GEMM
+        # Padding rounds the shapes, because oneDNN compiles a kernel for each.
         return _Plan(groups, 1, rows, length + -length % gemm.TOKEN_MULTIPLE, scale, window)
     together = max(2, _SCORES // (per_group * _ROWS * length))
     return _Plan(groups, together, _ROWS, length, scale, window)
 
 
-def _pairs(run: Run, plan: _Plan) -> Iterator[Pairs]:
-    """Pairs of a sequence and a group to work on together, as indices of a view."""
-    sequences, groups = range(run[1]), range(plan.groups)
+def _pairs(run: EqualLengthRun, plan: _Plan) -> Iterator[Pairs]:
+    """Yield the (sequence, group) pairs to work on together, as indices into a view."""
+    sequences, groups = range(run.sequences), range(plan.groups)
     if plan.together == 1:
         return itertools.product(sequences, groups)
-    per_segment = min(plan.together, plan.groups)
-    return itertools.product(_slices(sequences, plan.together // per_segment), _slices(groups, per_segment))
+    per_sequence = min(plan.together, plan.groups)
+    return itertools.product(_slices(sequences, plan.together // per_sequence), _slices(groups, per_sequence))
 
 
 def _slices(indices: range, step: int) -> Iterator[slice]:
@@ -145,40 +176,45 @@ def _slices(indices: range, step: int) -> Iterator[slice]:
 
 
 def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
-    """Row blocks of a sequence, each with the columns that it sees."""
+    """Yield the row blocks of a sequence, each with the columns that it sees."""
     for start in range(0, plan.padded, plan.rows):
         end = min(start + plan.rows, plan.padded)
         first = 0 if plan.window is None else max(0, start - plan.window + 1)
         yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
 
 
-def _view(x: Tensor, run: Run, plan: _Plan) -> Tensor:
-    """The tokens of a run by sequence and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
-    start, count, length = run
-    x = x[start : start + count * length].unflatten(1, (plan.groups, -1)).unflatten(0, (count, length))
+# -- moving between the layout of the model, [T, heads, D], and that of a block
+
+
+def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
+    """View the tokens of a run by sequence and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
+    x = x[run.start : run.start + run.tokens].unflatten(1, (plan.groups, -1)).unflatten(0, (run.sequences, run.length))
     return x.permute(0, 2, 3, 1, 4)
 
 
-def _take(x: Tensor, run: Run, pairs: Pairs, plan: _Plan) -> Tensor:
-    """What some pairs read, padded with zeros: [T, heads, D] -> [n, heads / G, L, D], without n for a single pair."""
+def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
+    """Take the tokens of some pairs: [T, heads, D] -> [n, heads / G, L, D], or without n for a single pair.
+
+    A single pair is padded with zeros. Padded keys come after all real tokens, so the causal mask hides them.
+    """
     x = _view(x, run, plan)[pairs]
     if plan.together > 1:
         x = x.flatten(0, 1)
-    return F.pad(x, (0, 0, 0, plan.padded - run[2])) if plan.padded > run[2] else x
+    return F.pad(x, (0, 0, 0, plan.padded - run.length)) if plan.padded > run.length else x
 
 
 def _block(x: Tensor, rows: slice) -> Tensor:
-    """Rows of all heads of a pair: [..., heads, L, D] -> [..., heads * R, D]."""
+    """Stack the rows of all heads of a pair into one GEMM operand: [..., heads, L, D] -> [..., heads * R, D]."""
     return x[..., rows, :].flatten(-3, -2)
 
 
 def _put(block: Tensor, target: Tensor, rows: slice) -> None:
-    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], padding left out."""
+    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], without the padding."""
     target = target[..., rows, :]
     *heads, length, dim = target.shape
     target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])
 
 
 def _zeros(x: Tensor, plan: _Plan) -> Tensor:
-    """Zeros like [..., L, D], with features and tokens in the order in which ``gemm.matmul`` returns a gradient."""
+    """Make zeros like [..., L, D], in the memory order in which ``gemm.matmul`` returns the gradients added to them."""
     return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

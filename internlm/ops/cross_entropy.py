@@ -1,11 +1,16 @@
-"""Cross entropy of next-token prediction, with the output projection and without.
+"""Cross entropy of next-token prediction, fused with the output projection or on given logits.
 
-Shapes: T tokens, H hidden, V vocabulary (of a shard: the rows of its weight), C tokens of one chunk.
+The logits of a micro-batch are its largest tensor by far: T · V elements, where activations have T · H. The fused
+version computes them chunk by chunk, and their gradient with them, so that they never exist as a whole and are never
+recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+
+Shapes: T tokens, H hidden size, V vocabulary entries (of a shard: rows of its weight), C tokens of one chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,13 +21,14 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 from internlm.utils.dtype import grad_dtype, wide
 
-IGNORED = -100  # the label of a token that takes no part in the loss
-# Of one chunk's logits on CPU: just below the 32 MiB from which glibc maps fresh pages for every allocation.
+IGNORED = -100  # label without a loss; the ignore_index of torch.nn.functional.cross_entropy
+# Elements of one chunk's logits on the CPU: just below the 32 MiB from which glibc maps fresh pages for every
+# allocation, which costs as much as the softmax.
 _CHUNK_ELEMENTS = 8_300_000
 
 
 class TokenLoss(NamedTuple):
-    """The loss of some tokens, as a sum to differentiate and token by token."""
+    """The loss of a batch of tokens, as a sum to differentiate and token by token."""
 
     loss_sum: Tensor  # scalar, differentiable: grad_scale * sum of the token losses
     token_loss: Tensor  # [T] detached, without grad_scale, 0 where the label is ignored
@@ -30,78 +36,80 @@ class TokenLoss(NamedTuple):
 
 
 class VocabShard(Protocol):
-    """The part of the vocabulary that this rank holds."""
+    """This rank's shard of the vocabulary, and the two all-reduces that a sharded softmax needs."""
 
-    first: int  # number of its first token
-    columns: int  # tokens of it; the weight may have more rows, which are padding
-    total: int  # the whole vocabulary, without padding
+    first: int  # index of its first vocabulary entry
+    columns: int  # its vocabulary entries; the weight may have more rows, which are padding
+    total: int  # vocabulary entries of all shards, without padding
 
     def max_(self, x: Tensor) -> Tensor:
-        """The largest value over the ranks, element by element, in place."""
+        """All-reduce the maximum, element by element, in place."""
 
     def sum_(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """All-reduce the sum, in place."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossOptions:
+    """Options of :func:`linear_cross_entropy`."""
+
+    label_smoothing: float = 0.0
+    grad_scale: float = 1.0  # factor of loss_sum, and so of all gradients
+    chunk_tokens: int | None = None  # tokens whose logits exist at a time; None takes default_chunk_tokens
+    vocab: VocabShard | None = None  # given where the vocabulary is split over ranks
+    main_grad: Tensor | None = None  # [V, H]; the gradient of the weight is added to it rather than returned
+
+
+DEFAULT_OPTIONS = LossOptions()
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    chunk_tokens: int | None = None,
-    grad_scale: float = 1.0,
-    vocab: VocabShard | None = None,
-    main_grad: Tensor | None = None,
+    x: Tensor, weight: Tensor, labels: Tensor, options: LossOptions = DEFAULT_OPTIONS
 ) -> TokenLoss:
-    """Cross entropy of ``softmax(x @ weight.T)`` against ``labels``: [T, H], [V, H], int64 [T].
+    """Compute the cross entropy of ``softmax(x @ weight.T)`` against ``labels``.
 
-    The logits exist for ``chunk_tokens`` tokens at a time. Gradients, where wanted, are made in the forward pass, so
-    that no logits are computed twice. If ``main_grad`` is given, the gradient of ``weight`` is added to it.
+    With ``options.vocab``, ``weight`` holds this rank's rows, the same number on every rank. All other arguments and
+    the result are the same on every rank, while the gradient of ``x`` is partial: the caller sums it over the ranks.
 
-    With ``vocab`` the vocabulary is split over ranks: ``weight`` holds this rank's rows, as many on every rank. All
-    other arguments are the same on every rank, and so is the result; the gradient for ``x`` is to be summed over them.
+    Args:
+        x: last hidden states, [T, H].
+        weight: output embedding, [V, H].
+        labels: int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
+        options: scalars, sharding and the place of the weight gradient.
     """
     if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()
-    if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(x.device.type, weight.shape[0])
-    options = (label_smoothing, chunk_tokens, grad_scale, vocab, main_grad)
-    if x.device.type != "cpu":  # to count the ignored tokens would make the device wait
-        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
+        x, weight = x.detach(), weight.detach()  # needs_input_grad would still be True, and gradients be computed
+    if x.device.type != "cpu":  # counting the ignored tokens would be a host sync
+        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, options))
+    # On the CPU the GEMMs dominate, so tokens without a loss (pads, prompts) are left out of them.
     (kept,) = torch.where(labels != IGNORED)
     if len(kept) == len(labels):
-        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, *options))
-    loss_sum, *by_token = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, labels[kept], *options)
+        return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, options))
+    loss_sum, *by_token = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, labels[kept], options)
     return TokenLoss(loss_sum, *(y.new_zeros(len(labels)).index_copy_(0, kept, y) for y in by_token))
 
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, grad_scale: float = 1.0
 ) -> TokenLoss:
-    """Cross entropy of ``softmax(logits)`` against ``labels``: [T, V], int64 [T]."""
+    """Compute the cross entropy of ``softmax(logits)`` against ``labels``: [T, V], int64 [T]."""
     return TokenLoss(*_CrossEntropy.apply(logits, labels, label_smoothing, grad_scale))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        smoothing: float,
-        chunk: int,
-        grad_scale: float,
-        vocab: VocabShard | None,
-        main_grad: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, options: LossOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses_and_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-            _losses_and_grad if vocab is None else partial(_sharded_losses_and_grad, vocab=vocab)
+            _losses_and_grad if options.vocab is None else partial(_sharded_losses_and_grad, vocab=options.vocab)
         )
+        chunk = options.chunk_tokens or default_chunk_tokens(x.device.type, weight.shape[0])
+        main_grad, smoothing = options.main_grad, options.label_smoothing
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if wants_x else None
-        # Transposed, for then the sum over chunks needs no transposed copy of the logits.
+        dx = torch.empty_like(x) if wants_x else None  # [T, H]
+        # Summed over chunks in at least fp32, or small contributions would be lost; and transposed, [H, V], because
+        # then each contribution needs no transposed copy of the logits.
         sum_dtype = wide((weight if main_grad is None else main_grad).dtype)
         dweight = weight.new_zeros(weight.shape[::-1], dtype=sum_dtype) if wants_weight else None
         token_loss = x.new_empty(len(x), dtype=wide(x.dtype))
@@ -109,28 +117,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             valid = labels[rows] != IGNORED
-            logits = gemm.linear(x[rows], weight).to(token_loss.dtype)
+            logits = gemm.linear(x[rows], weight).to(token_loss.dtype)  # [C, V]
             token_loss[rows], correct[rows], dlogits = losses_and_grad(logits, labels[rows], valid, smoothing)
             dlogits = dlogits.to(x.dtype)
+            # Ignored rows are zeroed in [C, H] products rather than in dlogits, which is V / H times as large.
             if dx is not None:
                 torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
-        ctx.main_grad, ctx.dtype, ctx.grad_scale = main_grad, grad_dtype(weight), grad_scale
+        ctx.main_grad, ctx.dtype, ctx.grad_scale = main_grad, grad_dtype(weight), options.grad_scale
         ctx.mark_non_differentiable(token_loss, correct)
-        return token_loss.sum() * grad_scale, token_loss, correct
+        return token_loss.sum() * options.grad_scale, token_loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
+        # The scales come last: multiplied into dlogits in the forward pass they would overflow or vanish in fp16.
         factor = dloss * ctx.grad_scale
         if dx is not None:
             dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
         if dweight is not None:
             dweight = _deliver(dweight.t(), factor, ctx.main_grad, ctx.dtype)
-        return dx, dweight, None, None, None, None, None, None
+        return dx, dweight, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -139,7 +149,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, grad_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid = labels != IGNORED
-        own = logits.to(wide(logits.dtype), copy=True)
+        own = logits.to(wide(logits.dtype), copy=True)  # overwritten below; the caller keeps its logits
         token_loss, correct, dlogits = _losses_and_grad(own, labels, valid, smoothing)
         ctx.save_for_backward(dlogits.to(logits.dtype), valid)
         ctx.grad_scale = grad_scale
@@ -155,16 +165,26 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, correctness and the gradient of the sum of losses for the logits, which are overwritten.
+    """Compute losses, correctness and the gradient of the summed losses for the logits, which are overwritten.
 
-    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. In rows that are not valid the gradient means nothing. With
-    smoothing s the target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, section 7).
+    With smoothing s the target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, arXiv 1512.00567,
+    section 7), so the loss is logsumexp - (1 - s) · label logit - s · mean logit, and its gradient softmax - target.
+
+    Args:
+        logits: [C, V].
+        labels: [C].
+        valid: [C]; rows that are not valid have loss 0 and a meaningless gradient.
+        smoothing: s.
+
+    Returns:
+        Losses [C], correctness [C], gradient [C, V].
     """
     targets = labels.where(valid, 0)[:, None]
     label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
     wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
     probs = torch.softmax(logits, 1, out=logits)
-    logsumexp = top - probs.amax(1).log()  # the largest logit less the logarithm of its probability
+    # The largest probability is exp(top - logsumexp), and at least 1 / V: this is stable, and saves a pass over [C, V].
+    logsumexp = top - probs.amax(1).log()
     if smoothing:
         probs.sub_(smoothing / probs.shape[1])
     probs.scatter_add_(1, targets, probs.new_full(targets.shape, smoothing - 1))
@@ -174,16 +194,18 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
 def _sharded_losses_and_grad(
     logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float, vocab: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_losses_and_grad` of the logits of one shard (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+    """Compute :func:`_losses_and_grad` on the logits of one vocabulary shard (Megatron-LM, arXiv 1909.08053, sec. 3).
 
-    Shapes: [C, V], [C], [C] -> [C], [C], [C, V]. Two collectives whatever the labels, so that the ranks keep in step.
+    It makes two all-reduces of [C] and of at most [3, C] elements. They do not depend on the labels, because all ranks
+    have to make the same ones.
     """
     local = labels - vocab.first
-    held = (local >= 0) & (local < vocab.columns)  # of no ignored label, which is negative
+    # True on the rank that holds the label's entry, and nowhere for an ignored label, which is negative.
+    held = (local >= 0) & (local < vocab.columns)
     targets = local.where(held, 0)[:, None]
     real = logits[:, : vocab.columns]
-    logits[:, vocab.columns :] = -torch.inf
-    top = vocab.max_(logits.amax(1))
+    logits[:, vocab.columns :] = -torch.inf  # padding has no probability
+    top = vocab.max_(logits.amax(1))  # of all shards, so that no exponential overflows and all shards share one scale
     sums = [logits.gather(1, targets).squeeze(1).where(held, 0.0)]
     if smoothing:
         sums.append(real.sum(1))
@@ -198,14 +220,15 @@ def _sharded_losses_and_grad(
 
 
 def default_chunk_tokens(device_type: str, rows: int) -> int:
-    """Tokens of one chunk, for a weight of ``rows`` rows."""
+    """Return the tokens of one chunk for a weight of ``rows`` rows."""
     if device_type != "cpu":
         return 2048
+    # Multiples of 64, for which oneDNN has kernels already; below 128 its GEMMs become slow.
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
 
 
 def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Add ``factor`` times the gradient to ``main_grad``, or return it if there is none."""
+    """Add ``factor`` times the gradient to ``main_grad`` and return None, or return it where there is none."""
     factor = factor.to(dweight.dtype)
     if main_grad is None:
         return torch.mul(dweight, factor, out=torch.empty(dweight.shape, dtype=dtype, device=dweight.device))

@@ -1,9 +1,10 @@
 """The GEMMs of training, without autograd: the three of a linear layer, and a plain one.
 
-Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for the plain one.
+On the CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as
+fast on processors whose AVX-512 units that BLAS leaves unused. All other products go through ``torch.mm``. Measurements
+are in ``doc/performance.md``.
 
-On CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as fast
-on processors whose AVX-512 units that BLAS leaves unused. All else goes through ``torch.mm``.
+Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for the plain one.
 """
 
 from __future__ import annotations
@@ -19,43 +20,49 @@ from internlm.utils.torch_private import onednn_linear
 TOKEN_MULTIPLE = 64
 # Multiply-adds below which a call to oneDNN (15 us before any work, against 4) costs more than it saves.
 _LEAST_WORK = 2**20
-# Of a product that is made only to be added to something, so that it takes little memory.
+# Elements of a product that exists only to be added to something; bounds the memory of a weight gradient's temporary.
 _BLOCK_ELEMENTS = 2**22
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``: [T, I], [O, I] -> [T, O]."""
+    """Compute ``x @ weight.T``: [T, I], [O, I] -> [T, O]."""
     if not _onednn_pays(x, weight.shape[0]):
         return torch.mm(x, weight.t())
     return _onednn(_pad_tokens(x), weight)[: x.shape[0]]
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of :func:`linear` for its input, ``dy @ weight``: [T, O], [O, I] -> [T, I]."""
+    """Compute the gradient of :func:`linear` for its input, ``dy @ weight``: [T, O], [O, I] -> [T, I]."""
     return linear(dy, weight.t())
 
 
 def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
-    """Gradient of :func:`linear` for its weight, in place: ``out += dy.T @ x``, or ``=`` where not ``accumulate``.
+    """Compute the gradient of :func:`linear` for its weight in place: ``out += dy.T @ x``.
 
-    Shapes: out [O, I], dy [T, O], x [T, I]. ``out`` may be of a wider dtype than the factors.
+    Args:
+        out: [O, I]; its dtype may be wider than that of the factors, as that of an fp32 gradient buffer is.
+        dy: [T, O].
+        x: [T, I].
+        accumulate: add to ``out`` rather than overwrite it.
     """
     if out.dtype == dy.dtype and not _onednn_pays(dy.t(), x.shape[1]):
         out.addmm_(dy.t(), x, beta=int(accumulate))
         return
+    # Neither oneDNN nor a product in mixed dtypes can add to its output, so it needs a temporary: block by block.
     rows = max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // out.shape[1])
-    for part, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
+    for block, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
         product = _wide_product(columns, x, out.dtype) if out.dtype != dy.dtype else _transposed_product(columns, x)
         if accumulate:
-            part.add_(product)
+            block.add_(product)
         else:
-            part.copy_(product)
+            block.copy_(product)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``: [M, K], [K, N] -> [M, N], or a batch of them; ``a`` may be a transposed view.
+    """Compute ``a @ b``: [M, K], [K, N] -> [M, N], or a batch of them; ``a`` may be a transposed view.
 
-    A batch takes one call of the BLAS. The caller sees to it that few distinct shapes of single products occur.
+    A batch takes one call of the BLAS. Single products should have few distinct shapes, because oneDNN keeps a kernel
+    for each.
     """
     if a.dim() > 2:
         return torch.bmm(a, b)
@@ -65,7 +72,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def onednn_serves(x: Tensor) -> bool:
-    """Whether products of tensors like ``x`` may go through oneDNN."""
+    """Return whether products of tensors like ``x`` may go through oneDNN."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -79,16 +86,16 @@ def _onednn_pays(left: Tensor, columns: int) -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T``: [M, K], [N, K] -> [M, N]. A transposed view is free as ``b``; as ``a`` it is copied."""
+    """Compute ``a @ b.T``: [M, K], [N, K] -> [M, N]; a transposed view is free as ``b`` and copied as ``a``."""
     if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
         b = b.contiguous()
     return onednn_linear(a, b)
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b``: [K, M], [K, N] -> [M, N]; one factor must be copied in transposed order, so the smaller is.
+    """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying the smaller factor in transposed order.
 
-    With ``b`` copied the result is a transposed view, which costs its reader a strided pass.
+    With ``b`` copied the result is a transposed view, which costs its reader a strided pass; the comparison counts it.
     """
     a, b = _pad_tokens(a), _pad_tokens(b)
     if a.numel() <= b.numel() + a.shape[1] * b.shape[1]:
@@ -102,7 +109,7 @@ def _pad_tokens(x: Tensor) -> Tensor:
 
 
 def _wide_product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dy.T @ x`` summed and returned in ``dtype``, wider than that of the factors."""
+    """Compute ``dy.T @ x`` with sums and result in ``dtype``, wider than the dtype of the factors."""
     if dy.device.type == "cuda":
-        return torch.mm(dy.t(), x, out_dtype=dtype)
+        return torch.mm(dy.t(), x, out_dtype=dtype)  # tensor cores sum in fp32 anyway; this keeps that precision
     return torch.mm(dy.t().to(dtype), x.to(dtype))

@@ -1,6 +1,10 @@
-"""What every op computes, written for the eye: plain torch, differentiated by autograd, slow and hungry for memory.
+"""Reference implementations of the ops: plain torch, differentiated by autograd, slow and hungry for memory.
 
-Shapes as in the files of the ops. Tests compare against these.
+Parity tests compare the kernels with these, and compiled blocks use some of them, because the compiler fuses plain
+formulas itself. Formulas and sources are in the docstrings of the kernels.
+
+Shapes: T tokens, H hidden size, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension,
+F intermediate features, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -11,34 +15,34 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[T, H], [H] -> [T, H]."""
+    """Compute the root-mean-square norm: [T, H], [H] -> [T, H]."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """[T, H], [H], [H] -> [T, H]."""
+    """Compute layer norm: [T, H], [H], [H] -> [T, H]."""
     centred = x - x.mean(-1, keepdim=True)
     out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
     return out if bias is None else out + bias
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """[T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
+    """Rotate every head by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     a, b = pairs.unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
-    return (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+    return (rotated if interleaved else rotated.transpose(-1, -2)).flatten(-2)
 
 
 def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D]."""
+    """Split a fused projection and rotate q and k: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D]."""
     q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
     return apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved), v
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[T, 2, F] -> [T, F]."""
+    """Compute ``silu(gate) * up``: [T, 2, F] -> [T, F]."""
     gate, up = gate_up.unbind(1)
     return gate * torch.sigmoid(gate) * up
 
@@ -51,7 +55,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention inside each (start, end): [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Compute causal attention within each (start, end): [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
     per_group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(per_group, 1), v.repeat_interleave(per_group, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -60,14 +64,14 @@ def attention(
         scores = torch.einsum("inc,jnc->nij", q[start:end], k[start:end]) * scale
         index = torch.arange(end - start, device=q.device)
         distance = index[:, None] - index
-        hidden = distance < 0
+        masked = distance < 0
         if window is not None:
-            hidden = hidden | (distance >= window)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            masked = masked | (distance >= window)
+        weights = scores.masked_fill(masked, float("-inf")).softmax(-1)
         outs.append(torch.einsum("nij,jnc->inc", weights, v[start:end]))
     return torch.cat(outs) if outs else torch.empty_like(q)
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """[T, V], [T] -> [T], 0 where the label is -100."""
+    """Compute the loss of each token: [T, V], [T] -> [T], 0 where the label is -100."""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=-100)

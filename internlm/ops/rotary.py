@@ -1,12 +1,15 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer, eq. 34).
+"""Rotary position embedding (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 34).
+
+A head is D / 2 pairs of features, each rotated by an angle that grows with the position, so that the score of a query
+and a key depends on their distance only. The pairs are (0, D/2), (1, D/2 + 1), ... as in Llama and GPT-NeoX, or,
+interleaved, (0, 1), (2, 3), ... as in RoFormer.
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension.
-A head is D / 2 pairs of features, each turned by an angle that grows with the position. The pairs are
-(0, D/2), (1, D/2 + 1), ... or, interleaved, (0, 1), (2, 3), ...
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,44 +20,69 @@ from internlm.ops import reference
 from internlm.utils.dtype import wide
 
 
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """Base frequency, and how it or the positions are scaled for contexts longer than those of training.
+
+    Linear scaling divides positions by the factor s (position interpolation, Chen et al. 2023, arXiv 2306.15595). With
+    ``dynamic_ntk`` positions stay, and once a sequence of L tokens exceeds ``max_position``, the base becomes
+    base * (s * L / max_position - (s - 1)) ** (D / (D - 2)) (dynamic NTK scaling, Peng et al. 2023, arXiv 2309.00071,
+    section 3): high frequencies, which resolve neighbours, hardly change, and the lowest is stretched to L.
+    """
+
+    base: float = 10000.0
+    factor: float = 1.0
+    dynamic_ntk: bool = False
+    max_position: int = 2048
+
+
+UNSCALED = RotaryScaling()
+
+
 def rotary_table(
     positions: Tensor,
     dim: int,
-    base: float = 10000.0,
-    scaling_factor: float = 1.0,
-    dynamic_ntk: bool = False,
-    max_position: int = 2048,
+    scaling: RotaryScaling = UNSCALED,
     seq_len: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at ``positions``: [T] -> two of [T, dim / 2].
+    """Compute the cosines and sines of the angles at ``positions``.
 
-    Positions are divided by the scaling factor s (linear interpolation, Chen et al. 2023). With ``dynamic_ntk`` they
-    stay as they are, and once L tokens (``seq_len``, else the largest position + 1) exceed ``max_position`` the base is
-    base * (s * L / max_position - (s - 1)) ** (dim / (dim - 2)).
+    Args:
+        positions: [T].
+        dim: head dimension D.
+        scaling: base and scaling.
+        seq_len: length L for dynamic NTK scaling; by default the largest position + 1, at the cost of a host sync.
+        dtype: dtype of the result.
+
+    Returns:
+        Two tensors [T, D / 2].
     """
-    if dynamic_ntk:
+    base, factor = scaling.base, scaling.factor
+    if scaling.dynamic_ntk:
         length = seq_len if seq_len is not None else int(positions.max()) + 1
-        stretch = scaling_factor * length / max_position - (scaling_factor - 1)
+        stretch = factor * length / scaling.max_position - (factor - 1)
         base *= max(stretch, 1.0) ** (dim / (dim - 2))
-        scaling_factor = 1.0
+        factor = 1.0
+    # In fp64: an fp32 angle at position 10⁶ is off by 0.03 rad.
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = torch.outer(positions.double() / scaling_factor, base**-exponents)  # [T, dim / 2]
+    angles = torch.outer(positions.double() / factor, base**-exponents)  # [T, dim / 2]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn every head of ``x`` by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
+    """Rotate every head of ``x`` by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
     return _ApplyRotary.apply(x, cos, sin, interleaved)
 
 
 def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection, turn queries and keys: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
+    """Split a fused projection and rotate q and k: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
 
-    Each group holds its Q query heads, then its key head, then its value head. The results are stored head by head
-    ([N, T, D] seen as [T, N, D]), the order in which attention reads them.
+    A group has its Q query heads, then its key head, then its value head. The results are stored head by head ([N, T,
+    D] seen as [T, N, D]), the order in which attention reads them.
     """
     if torch.compiler.is_compiling():
+        # The compiler fuses the plain formula better than it could a custom autograd function.
         return reference.split_qkv_rotary(qkv, cos, sin, interleaved)
     return _SplitQKVRotary.apply(qkv, cos, sin, interleaved)
 
@@ -73,6 +101,7 @@ class _ApplyRotary(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dout)
+        # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x need not be saved.
         _rotate(dout, cos, -sin, ctx.interleaved, dx)
         return dx, None, None, None
 
@@ -103,8 +132,9 @@ class _SplitQKVRotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Write ``x`` turned by the angles into ``out``, both [T, ..., D]; the angles negated, ``sin`` is."""
-    if x.device.type == "cpu" and x.dim() > 2:  # one head fits the cache, and is read and written several times
+    """Write ``x`` rotated by the angles into ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
+    # Head by head on the CPU: one fits the cache, and is read and written several times.
+    if x.device.type == "cpu" and x.dim() > 2:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head)
         return
@@ -119,11 +149,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor)
 
 
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Neighbours are the real and imaginary parts of a complex number: one product turns them."""
-    dtype = wide(x.dtype)  # there are no complex numbers of half precision
-    turns = torch.complex(cos.to(dtype), sin.to(dtype))
+    """Rotate neighbouring features as the real and imaginary parts of complex numbers, in one product."""
+    dtype = wide(x.dtype)  # complex numbers of half precision have few kernels
+    rotations = torch.complex(cos.to(dtype), sin.to(dtype))
     numbers = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
     if x.dtype == dtype:
-        torch.mul(numbers, turns, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
+        torch.mul(numbers, rotations, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
     else:
-        out.copy_(torch.view_as_real(numbers * turns).flatten(-2))
+        out.copy_(torch.view_as_real(numbers * rotations).flatten(-2))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.ops import TokenLoss, linear_cross_entropy
+from internlm.ops import LossOptions, TokenLoss, linear_cross_entropy
 from internlm.ops.cross_entropy import IGNORED
 from tests.harness.pool import run_ranks
 from tests.unit.ops.parity import TOLERANCE, randn, relative_error
@@ -75,11 +75,9 @@ class Case:
             x,
             weight,
             labels,
-            label_smoothing=self.smoothing,
-            chunk_tokens=CHUNK,
-            grad_scale=0.25,
-            vocab=shard,
-            main_grad=main_grad,
+            LossOptions(
+                label_smoothing=self.smoothing, chunk_tokens=CHUNK, grad_scale=0.25, vocab=shard, main_grad=main_grad
+            ),
         )
 
 
@@ -163,7 +161,7 @@ def _correct(rank: int, world_size: int, logits: list[float]) -> list[bool]:
     shard = Shard(rank, world_size, len(logits))
     labels = torch.arange(len(logits))
     x, weight = torch.ones(len(logits), 1), shard.of(torch.tensor(logits)[:, None])
-    return linear_cross_entropy(x, weight, labels, vocab=shard).correct.tolist()
+    return linear_cross_entropy(x, weight, labels, LossOptions(vocab=shard)).correct.tolist()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -16,7 +16,7 @@ from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import main_grad_of, place, wait_for_all_gather
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
-from internlm.ops import TokenLoss, layer_norm, linear_cross_entropy, rms_norm
+from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
 
 
 class ParallelEmbedding(nn.Module):
@@ -80,8 +80,10 @@ class ParallelHead(ParallelLinear):
                 self.communicator.enter(x),
                 weight,
                 labels,
-                label_smoothing=label_smoothing,
-                grad_scale=grad_scale,
-                vocab=self.communicator.vocab,
-                main_grad=main_grad_of(weight),
+                LossOptions(
+                    label_smoothing=label_smoothing,
+                    grad_scale=grad_scale,
+                    vocab=self.communicator.vocab,
+                    main_grad=main_grad_of(weight),
+                ),
             )

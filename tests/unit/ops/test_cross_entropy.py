@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from internlm.ops import cross_entropy, linear_cross_entropy, reference
+from internlm.ops import LossOptions, cross_entropy, linear_cross_entropy, reference
 from internlm.ops.cross_entropy import _losses_and_grad, _sharded_losses_and_grad
 from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error
 
@@ -52,7 +52,7 @@ def test_equals_reference(dtype: torch.dtype, chunk: int | None, ignored: list[i
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(
-            x, weight, labels, label_smoothing=smoothing, chunk_tokens=chunk, grad_scale=0.25
+            x, weight, labels, LossOptions(label_smoothing=smoothing, chunk_tokens=chunk, grad_scale=0.25)
         ).loss_sum
 
     exact = partial(exact_sum, labels=labels, smoothing=smoothing, scale=0.25)
@@ -81,7 +81,7 @@ def test_losses_token_by_token(ignored: list[int]) -> None:
     x, weight, labels = randn(TOKENS, HIDDEN), randn(VOCAB, HIDDEN, seed=1), labels_with(ignored)
     logits = x @ weight.t()
     for loss in (
-        linear_cross_entropy(x, weight, labels, chunk_tokens=5, grad_scale=2.0),
+        linear_cross_entropy(x, weight, labels, LossOptions(chunk_tokens=5, grad_scale=2.0)),
         cross_entropy(logits, labels),
     ):
         torch.testing.assert_close(loss.token_loss, reference.token_loss(logits, labels).detach())
@@ -122,7 +122,7 @@ def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
     x, weight = randn(TOKENS, HIDDEN, dtype=dtype), randn(VOCAB, HIDDEN, dtype=dtype, seed=1)
     main_grad = torch.ones(VOCAB, HIDDEN, dtype=torch.promote_types(dtype, torch.float32))
     for _ in range(2):
-        linear_cross_entropy(x, weight, labels, grad_scale=0.5, main_grad=main_grad).loss_sum.backward()
+        linear_cross_entropy(x, weight, labels, LossOptions(grad_scale=0.5, main_grad=main_grad)).loss_sum.backward()
     exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     exact_sum(exact_x, exact_weight, labels, 0.0, 1.0).backward()
     assert weight.grad is None
@@ -132,7 +132,7 @@ def test_weight_gradient_is_added_to_main_grad(dtype: torch.dtype) -> None:
 def test_a_loss_scale_beyond_half_precision_keeps_gradients_finite() -> None:
     x = randn(TOKENS, HIDDEN, dtype=torch.float16)
     weight = randn(VOCAB, HIDDEN, dtype=torch.float16, seed=1)
-    loss = linear_cross_entropy(x, weight, labels_with([]), grad_scale=2.0**17)
+    loss = linear_cross_entropy(x, weight, labels_with([]), LossOptions(grad_scale=2.0**17))
     (dx,) = torch.autograd.grad(loss.loss_sum * 2.0**-14, x)
     exact_x = x.detach().double().requires_grad_()
     exact_sum(exact_x, weight.detach().double(), labels_with([]), 0.0, 8.0).backward()
@@ -156,7 +156,7 @@ def test_logits_exist_one_chunk_at_a_time(grad: bool) -> None:
     x, weight = randn(512, 4), randn(300, 4, seed=1)
     labels = torch.zeros(512, dtype=torch.int64)
     with torch.set_grad_enabled(grad), LargestTensor() as largest:
-        linear_cross_entropy(x, weight, labels, chunk_tokens=32)
+        linear_cross_entropy(x, weight, labels, LossOptions(chunk_tokens=32))
     assert largest.elements == 32 * 300
     with torch.set_grad_enabled(grad), LargestTensor() as largest:
         linear_cross_entropy(x, weight, labels)
@@ -178,7 +178,7 @@ def test_shard_of_the_whole_vocabulary_equals_reference(dtype: torch.dtype, smoo
     assert_parity(
         lambda x, w: (
             linear_cross_entropy(
-                x, w, labels, label_smoothing=smoothing, chunk_tokens=7, grad_scale=0.25, vocab=Alone()
+                x, w, labels, LossOptions(label_smoothing=smoothing, chunk_tokens=7, grad_scale=0.25, vocab=Alone())
             ).loss_sum
         ),
         lambda x, w: exact_sum(x, w[:VOCAB], labels, smoothing, 0.25),
@@ -189,7 +189,7 @@ def test_shard_of_the_whole_vocabulary_equals_reference(dtype: torch.dtype, smoo
 
 def test_shard_with_labels_far_from_the_largest_logit() -> None:
     weight, x = torch.tensor([[300.0], [-300.0], [0.0]]), torch.ones(2, 1)
-    loss = linear_cross_entropy(x, weight, torch.tensor([0, 1]), vocab=Alone(total=3))
+    loss = linear_cross_entropy(x, weight, torch.tensor([0, 1]), LossOptions(vocab=Alone(total=3)))
     assert loss.token_loss.tolist() == [0.0, 600.0]
 
 
@@ -197,7 +197,10 @@ def test_logits_of_a_shard_exist_one_chunk_at_a_time() -> None:
     x, weight = randn(512, 4), randn(300, 4, seed=1)
     with LargestTensor() as largest:
         linear_cross_entropy(
-            x, weight, torch.zeros(512, dtype=torch.int64), label_smoothing=0.1, chunk_tokens=32, vocab=Alone(299)
+            x,
+            weight,
+            torch.zeros(512, dtype=torch.int64),
+            LossOptions(label_smoothing=0.1, chunk_tokens=32, vocab=Alone(299)),
         )
     assert largest.elements == 32 * 300
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from internlm.ops import apply_rotary, reference, rotary_table, split_qkv_rotary
+from internlm.ops import RotaryScaling, apply_rotary, reference, rotary_table, split_qkv_rotary
 from tests.unit.ops.parity import assert_parity, randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -74,7 +74,7 @@ def test_scores_depend_on_the_distance_alone(interleaved: bool) -> None:
 
 
 def test_table_holds_the_angles() -> None:
-    cos, sin = rotary_table(torch.tensor([0, 3]), 4, base=100.0, dtype=torch.float64)
+    cos, sin = rotary_table(torch.tensor([0, 3]), 4, RotaryScaling(base=100.0), dtype=torch.float64)
     angles = torch.tensor([[0.0, 0.0], [3.0, 0.3]], dtype=torch.float64)
     torch.testing.assert_close(cos, angles.cos())
     torch.testing.assert_close(sin, angles.sin())
@@ -87,18 +87,20 @@ def test_table_stays_exact_at_far_positions() -> None:
 
 def test_linear_scaling_divides_the_positions() -> None:
     torch.testing.assert_close(
-        rotary_table(torch.tensor([8]), 8, scaling_factor=4.0), rotary_table(torch.tensor([2]), 8)
+        rotary_table(torch.tensor([8]), 8, RotaryScaling(factor=4.0)), rotary_table(torch.tensor([2]), 8)
     )
 
 
 def test_dynamic_ntk_changes_nothing_up_to_the_longest_position() -> None:
     positions = torch.arange(16)
-    scaled = rotary_table(positions, 8, scaling_factor=2.0, dynamic_ntk=True, max_position=16)
+    scaled = rotary_table(positions, 8, RotaryScaling(factor=2.0, dynamic_ntk=True, max_position=16))
     torch.testing.assert_close(scaled, rotary_table(positions, 8))
 
 
 @pytest.mark.parametrize("seq_len", [64, None])
 def test_dynamic_ntk_grows_the_base_beyond(seq_len: int | None) -> None:
     positions = torch.arange(64)
-    scaled = rotary_table(positions, 8, scaling_factor=2.0, dynamic_ntk=True, max_position=16, seq_len=seq_len)
-    torch.testing.assert_close(scaled, rotary_table(positions, 8, base=10000.0 * (2 * 64 / 16 - 1) ** (8 / 6)))
+    scaled = rotary_table(positions, 8, RotaryScaling(factor=2.0, dynamic_ntk=True, max_position=16), seq_len=seq_len)
+    torch.testing.assert_close(
+        scaled, rotary_table(positions, 8, RotaryScaling(base=10000.0 * (2 * 64 / 16 - 1) ** (8 / 6)))
+    )
