@@ -1,13 +1,13 @@
-"""Turn text files into tokenized data; the same as ``internlm tokenize``."""
+"""Turn text files into tokenized data, as ``internlm tokenize`` does."""
 
 from __future__ import annotations
 
-import argparse
-
-from internlm.cli.tokenize import DESCRIPTION, add_arguments, main
+from internlm.cli import parsers
+from internlm.cli.commands import tokenize
+from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
-    add_arguments(parser)
-    exit_on_user_error(main)(parser.parse_args())
+    parser = FriendlyParser()
+    parsers.tokenize(parser)
+    exit_on_user_error(tokenize)(parser.parse_args())

@@ -1,4 +1,4 @@
-"""The device of this process: all that differs between CUDA and CPU, in a few small functions."""
+"""What differs between CUDA and CPU, in a handful of small functions."""
 
 from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend

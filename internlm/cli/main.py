@@ -1,30 +1,88 @@
-"""``internlm``: the console command, a table of sub-commands."""
+"""The console command ``internlm``: a table of subcommands, each run by a function that is imported on use.
+
+This file and the parsers import neither torch nor pydantic, so that ``--help`` and mistyped options answer at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import importlib
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import internlm
-from internlm.cli import config, memory, schedule, tokenize, verify
+from internlm.cli import parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
-#: Modules with ``add_parser(subparsers)``, which sets ``run``: a function of the parsed arguments.
-COMMANDS = (config, memory, schedule, tokenize, verify)
+#: Exit code of a program that SIGPIPE ended, by the shells' convention.
+EXIT_CLOSED_PIPE = 128 + 13
+
+
+class Command(NamedTuple):
+    """One subcommand."""
+
+    name: str
+    help: str
+    """Line in ``internlm --help``."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    function: str
+    """``module:name`` of a function of the parsed arguments that returns the exit code or None."""
+
+
+COMMANDS = (
+    Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
+    Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
+    Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
+    Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),
+    Command("verify", "compare several ranks with one", parsers.verify, "internlm.cli.commands:verify"),
+)
 
 
 def get_parser() -> FriendlyParser:
-    """The parser of the command and all its sub-commands."""
+    """Build the parser of ``internlm`` with all its subcommands."""
     parser = FriendlyParser(prog="internlm", description="Pretrain large language models.")
     parser.add_argument("--version", action="version", version=f"internlm {internlm.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        subparser = subparsers.add_parser(command.name, help=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(function=command.function)
     return parser
 
 
-@exit_on_user_error
+def run(arguments: argparse.Namespace) -> int | None:
+    """Import and call the function of the chosen subcommand."""
+    module, _, name = arguments.function.partition(":")
+    function: Callable[[Any], int | None] = getattr(importlib.import_module(module), name)
+    return function(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run the command line (or ``arguments``); the exit code, where None is success."""
-    parsed = get_parser().parse_args(arguments)
-    return parsed.run(parsed)
+    """Run the command line (default: that of the process) and return the exit code; None is success."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be handled, rather than when the interpreter exits
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise  # another pipe, such as one to a worker process
+        # The reader, such as ``head``, has all it wants. Python flushes stdout once more at exit: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+
+
+@exit_on_user_error
+def _main(arguments: Sequence[str] | None) -> int | None:
+    return run(get_parser().parse_args(arguments))
+
+
+def _stdout_is_closed() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported whatever one asks for
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -1,1 +1,1 @@
-"""Parallel context, parallel layers, pipeline schedules and the trainer."""
+"""The core: context, parallel layers, schedules, trainer."""

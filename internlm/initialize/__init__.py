@@ -1,4 +1,4 @@
-"""Start of a run: command line, process groups and the trainer."""
+"""Starting a run: the command line, the processes, the trainer."""
 
 from internlm.utils.lazy import lazy_exports
 

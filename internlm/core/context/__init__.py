@@ -1,4 +1,4 @@
-"""Parallel modes, rank layout, process groups and seeds of this process."""
+"""Who am I among the processes: parallel modes, rank layout, process groups, seeds."""
 
 from internlm.config.schema import Config as Config
 from internlm.core.context.layout import Layout as Layout

@@ -1,4 +1,4 @@
-"""Process groups as the framework's layers receive them: with parallel mode, rank and size."""
+"""A process group that knows what it is for."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ from internlm.core.context.layout import ParallelMode
 
 @dataclass(frozen=True)
 class Group:
-    """A process group of one parallel mode, and this rank's rank in it.
-
-    Mode, rank and size are plain values, so that code that only computes shapes runs without any process group.
-    """
+    """The ranks that share something, and this rank's place among them."""
 
     mode: ParallelMode
-    handle: dist.ProcessGroup | None = None  # None: a group of this rank alone
+    handle: dist.ProcessGroup | None = None  # None: this rank is alone
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of(cls, mode: ParallelMode, handle: dist.ProcessGroup) -> Group:
-        """Wrap a process group of torch."""
+        """Around a process group of torch's."""
         return cls(mode, handle, dist.get_rank(handle), dist.get_world_size(handle))
 
 
-#: The pipeline group where there is no pipeline.
+#: The stages of a pipeline that has one.
 NO_PIPELINE = Group(ParallelMode.PIPELINE)

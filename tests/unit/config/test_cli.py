@@ -1,13 +1,19 @@
-"""``internlm config``, and the parser that all commands share."""
+"""``internlm config``, and what all subcommands of ``internlm`` have in common."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
 
 import pytest
 
 import internlm
-from internlm.cli.main import main
+from internlm.cli.main import COMMANDS, EXIT_CLOSED_PIPE, main
+from internlm.cli.parsers import SCHEDULES
+from internlm.core.scheduler import table
 from internlm.utils.common import FriendlyParser
 from tests.unit.config.samples import ROOT
 
@@ -21,7 +27,7 @@ def exit_code(*arguments: str) -> int | str | None:
 
 
 def test_prints_values_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", SFT, "--set", "data.micro_num=8", "--world-size", "8", "--device", "cuda"])
+    main(["config", SFT, "--set", "data.micro_num=8", "--world", "8", "--device", "cuda"])
     out, err = capsys.readouterr()
     shown = json.loads(out)
     assert shown["data"]["micro_num"] == {"value": 8, "source": "override"}
@@ -53,10 +59,12 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
     ("arguments", "expected"),
     [
         (["confikg", SFT], "COMMAND: 'confikg' is unknown. Did you mean 'config'?"),
-        (["config", SFT, "--wrld-size", "8"], "--wrld-size: unknown argument. Did you mean '--world-size'?"),
-        (["config", SFT, "--world=8"], "--world: unknown argument. Did you mean '--world-size'?"),
+        (["config", SFT, "--wrld", "8"], "--wrld: unknown argument. Did you mean '--world'?"),
+        (["config", SFT, "--world-size=8"], "--world-size: unknown argument. Did you mean '--world'?"),
+        (["memory", SFT, "--sett", "a=1", "--world", "8"], "--sett: unknown argument. Did you mean '--set'?"),
+        (["verify", SFT, "--device", "cuda"], "--device: 'cuda' is unknown. Give one of cpu"),
         (["config", SFT, "--device", "gpu"], "--device: 'gpu' is unknown. Give one of cpu, cuda"),
-        (["config", SFT, "--world-size", "0"], "internlm config: argument --world-size: '0' is not a whole number"),
+        (["config", SFT, "--world", "0"], "internlm config: argument --world: '0' is not a whole number"),
         (["config", SFT, "another.py"], "another.py: unknown argument. See: internlm --help"),
         (["config"], "internlm config: the following arguments are required: CONFIG. See: internlm config --help"),
         ([], "internlm: the following arguments are required: COMMAND. See: internlm --help"),
@@ -95,3 +103,52 @@ def test_known_arguments_can_still_be_parsed_alone() -> None:
     parser = FriendlyParser()
     parser.add_argument("--seed", type=int)
     assert parser.parse_known_args(["--seed", "3", "--mine"])[1] == ["--mine"]
+
+
+#: Answers without any work; each must come without importing torch.
+QUICK = (["--help"], ["--version"], *([command.name, "--help"] for command in COMMANDS), ["config", SFT])
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_quick_answers_do_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from internlm.cli.main import main\n"
+        "try:\n"
+        f"    main({arguments})\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, 'pydantic' in sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout
+    needs_pydantic = arguments == ["config", SFT]
+    assert done.stderr == f"False {needs_pydantic}\n"
+
+
+def test_help_takes_at_most_half_a_second_of_cpu_time() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "internlm", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 0.5
+
+
+# argparse itself ignores that its help could not be written.
+@pytest.mark.parametrize(("arguments", "code"), [(["config", SFT], EXIT_CLOSED_PIPE), (["--help"], 0)])
+def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str], code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does once it has its lines, only sooner
+    command = [sys.executable, "-m", "internlm", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_all_commands_that_take_a_config_take_it_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("config", "memory", "schedule", "verify"):
+        assert exit_code(command, "--help") == 0
+        usage = capsys.readouterr().out
+        assert all(word in usage for word in ("CONFIG", "--world N", "--set KEY=VALUE", "--device {cpu")), command
+
+
+def test_schedules_on_the_command_line_are_those_of_the_scheduler() -> None:
+    assert SCHEDULES == table.SCHEDULES

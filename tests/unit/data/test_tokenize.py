@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from internlm.cli.main import get_parser
+from internlm.cli.main import get_parser, run
 from internlm.data.tokenized_source import TokenizedSource
 from internlm.data.tokenizer import load_tokenizer
 from internlm.utils.errors import DataError
@@ -27,7 +27,7 @@ def tokenize(*inputs: Path, out: Path, tokenizer: Path, more: tuple[str, ...] = 
     """Run ``internlm tokenize`` within this process."""
     command = ["tokenize", "--bin_output_path", str(out), "--tokenizer_path", str(tokenizer)]
     args = get_parser().parse_args([*command, "--text_input_path", *map(str, inputs), "--num_workers", "1", *more])
-    args.run(args)
+    run(args)
 
 
 def samples(out: Path) -> list[list[int]]:

@@ -11,6 +11,7 @@ from internlm.cli.main import main
 from internlm.pictures import chrome_trace, html, svg, text
 from tests.unit.pictures.samples import simulated
 
+CONFIG = str(Path(__file__).parents[3] / "configs/demo.py")
 FOUR_BY_EIGHT = ["--stages", "4", "--micro-batches", "8"]
 
 
@@ -19,12 +20,10 @@ def _width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
 
 
-@pytest.mark.parametrize(
-    ("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]
-)
-def test_prints_the_timeline(schedule: str, chunks: int, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["schedule", "--kind", schedule, *FOUR_BY_EIGHT])
-    assert capsys.readouterr().out == text([("", simulated(schedule, chunks=chunks))], width=100)
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)])
+def test_prints_the_timeline(kind: str, chunks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["schedule", "--kind", kind, *FOUR_BY_EIGHT])
+    assert capsys.readouterr().out == text([("", simulated(kind, chunks=chunks))], width=100)
 
 
 def test_costs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,12 +51,20 @@ def test_a_written_schedule_can_be_read(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == first.replace("zbv", "mine.csv", 1)
 
 
+def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = ["--set", "parallel.pipeline.size=4", "--set", "data.micro_num=8", "--set", "model.num_layers=8"]
+    main(["schedule", CONFIG, *stages, "--set", "parallel.pipeline.mode=zbh1"])
+    assert capsys.readouterr().out == text([("", simulated("zbh1"))], width=100)
+    main(["schedule", CONFIG, *stages, "--kind", "zbv"])
+    assert capsys.readouterr().out == text([("", simulated("zbv", chunks=2))], width=100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Give one of gpipe, 1f1b, "),
-        (["--kind", "zbv"], "internlm schedule: the following arguments are required: --stages, --micro-batches"),
-        (FOUR_BY_EIGHT, "internlm schedule: one of the arguments --kind --csv is required"),
+        (["--kind", "zbv"], "internlm schedule: no schedule is given. Name a config file, or give --kind (or --csv), "),
+        (FOUR_BY_EIGHT, "internlm schedule: no schedule is given. Name a config file"),
         (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
         (["--kind", "zbv", "--stages", "0"], "internlm schedule: argument --stages: '0' is not a whole number of at"),
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: 'two' is not a whole number"),
@@ -67,8 +74,8 @@ def test_a_written_schedule_can_be_read(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is not a time"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
-        (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: 'no/where.svg' lies in no"),
-        (["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."], ".: can't be written (Is a directory). Give another path"),
+        (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the folder of 'no/"),
+        (["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."], ".: cannot be written (Is a directory). Give another path"),
         (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use"),
         (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: can't be read (No such file or directory)"),
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),

@@ -156,13 +156,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.py"
     file.write_text(CONFIG)
     stages = "--set", "parallel.pipeline.size=2", "--set", "data.micro_num=2"
-    main(["memory", "--config", str(file), "--world", "4", *stages])
+    main(["memory", str(file), "--world", "4", *stages])
     heading, columns, *rows = capsys.readouterr().out.splitlines()
     assert heading == "Memory plan of the rank of each stage that holds the most, of 4, in MB"
     assert columns.split() == ["stage", "0", "stage", "1"]
     assert (rows[0].split()[0], rows[-1].split()[0]) == ("parameters", "all")
     with pytest.raises(SystemExit) as caught:
-        main(["memory", "--config", str(file), "--world", "3", *stages])
+        main(["memory", str(file), "--world", "3", *stages])
     assert caught.value.code == 2
 
 
@@ -183,5 +183,5 @@ def test_command_refuses_what_a_run_refuses(
     file = tmp_path / "config.py"
     file.write_text(CONFIG)
     with pytest.raises(SystemExit) as caught:
-        main(["memory", "--config", str(file), "--world", "1", "--set", override])
+        main(["memory", str(file), "--world", "1", "--set", override])
     assert (caught.value.code, capsys.readouterr().err) == (2, expected)

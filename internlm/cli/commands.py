@@ -1,0 +1,142 @@
+"""The subcommands ``memory``, ``schedule``, ``tokenize`` and ``verify``, as functions of their parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from internlm import pictures
+from internlm.config import check_runnable, load_config
+from internlm.core.scheduler.actions import Table
+from internlm.core.scheduler.table import make_table, read_table, schedule_of, write_table
+from internlm.core.scheduler.timeline import Costs
+from internlm.core.scheduler.validate import simulate
+from internlm.costs import format_plans, plans_of_stages
+from internlm.data.texts import find_texts, read_texts
+from internlm.data.tokenized_writer import make_recipe, tokenize_texts
+from internlm.model.families import FAMILIES
+from internlm.utils.errors import ConfigError, Problem, UserError, did_you_mean
+from internlm.verify.compare import compare
+from internlm.verify.configs import make_plan
+from internlm.verify.processes import RankError, run_world
+from internlm.verify.report import as_json, as_text, heading
+from internlm.verify.run import run_rank
+
+#: Columns of a timeline that is not printed on a terminal.
+WIDTH_OF_FILES = 120
+MOST_PAIRS = 100_000
+EXIT_DIFFERENT = 1
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+def estimate_memory(arguments: argparse.Namespace) -> None:
+    """Print the memory plan of each pipeline stage.
+
+    Raises:
+        UserError: the config cannot run, or there is no formula for its model.
+    """
+    config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
+    check_runnable(config)
+    try:
+        plans = plans_of_stages(config, arguments.world)
+    except KeyError:
+        what = f"there is no formula for the memory of {config.model_type!r}"
+        near = did_you_mean(config.model_type, FAMILIES)
+        todo = f"{near} Of a model of your own, measure it: train.py --profiling"
+        raise UserError(Problem("model_type", what, todo)) from None
+    print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world}, in MB")
+    print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))]))
+
+
+# -- schedule ---------------------------------------------------------------------------------------------------------
+def draw_schedule(arguments: argparse.Namespace) -> None:
+    """Simulate a pipeline schedule, print it, and write the files that are asked for.
+
+    Raises:
+        UserError: the schedule cannot run, or its sizes are not given.
+    """
+    a = arguments
+    table = _table(a)
+    if not (a.forward or a.backward or a.weight):
+        raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Give one of them a time"))
+    costs = Costs.uniform(table.stage_layout.virtual_stages, a.forward, a.backward, a.weight, a.transfer)
+    timelines = [("", simulate(table, costs))]
+    if a.write_csv:
+        write_table(table, a.write_csv)
+    for path, draw in ((a.svg, pictures.svg), (a.html, pictures.html), (a.trace, pictures.chrome_trace)):
+        if path:
+            _write(path, draw(timelines))
+    width = shutil.get_terminal_size((WIDTH_OF_FILES, 0)).columns
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(pictures.text(timelines, width, coloured), end="")
+
+
+def _table(a: argparse.Namespace) -> Table:
+    """Make the schedule of the config and the options, of which options take precedence."""
+    schedule, csv, stages, chunks, micro_batches = a.kind, a.csv, a.stages, a.chunks, a.micro_batches
+    if a.config:
+        config = load_config(a.config, a.set, a.world, a.device)
+        pipeline = config.parallel.pipeline
+        chunks = chunks or (None if schedule else config.model.num_chunks)
+        stages, micro_batches = stages or pipeline.size, micro_batches or config.data.micro_num
+        if not schedule and not csv:
+            schedule = schedule_of(pipeline.mode, config.model.num_chunks)
+            csv = Path(pipeline.table) if pipeline.table else None
+    if not (schedule or csv) or not stages or not micro_batches:
+        todo = "Name a config file, or give --kind (or --csv), --stages and --micro-batches"
+        raise ConfigError(Problem("internlm schedule", "no schedule is given", todo))
+    pairs = stages * (chunks or 1) * micro_batches
+    if pairs > MOST_PAIRS:
+        what = f"{pairs} pairs of virtual stage and micro-batch are too many to draw"
+        raise UserError(Problem("--stages, --chunks, --micro-batches", what, f"Keep to at most {MOST_PAIRS}"))
+    if csv:
+        return read_table(csv, stages, chunks or 1, micro_batches)
+    return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Give another path")) from None
+
+
+# -- tokenize ---------------------------------------------------------------------------------------------------------
+def tokenize(arguments: argparse.Namespace) -> None:
+    """Tokenize text files into a ``.bin`` file and its ``.bin.meta``.
+
+    Raises:
+        UserError: a file or the tokenizer cannot be read, or there is no text.
+    """
+    files = find_texts(arguments.text_input_path)
+    recipe = make_recipe(arguments.tokenizer_path, arguments.bos, arguments.eos)
+    texts = read_texts(files, arguments.text_key, arguments.whole_file)
+    output = arguments.bin_output_path
+    summary = tokenize_texts(texts, output, recipe, arguments.num_workers, progress=True)
+    print(f"{output}: {summary.samples} samples, {summary.tokens} tokens")
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare several processes with one, print the report, and return the exit code.
+
+    Raises:
+        UserError: config or options are wrong.
+    """
+    a = arguments
+    plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, seed=a.seed, shrink=a.debug_size)
+    print(heading(plan), flush=True)
+    try:
+        (alone,) = run_world(1, run_rank, (plan.reference, plan.seed, plan.steps, plan.data_size), a.timeout)
+        ranks = run_world(plan.world_size, run_rank, (plan.config, plan.seed, plan.steps), a.timeout)
+    except RankError as error:
+        print(error, file=sys.stderr)
+        return EXIT_DIFFERENT
+    report = compare(plan.config, alone, ranks)
+    print(as_text(report))
+    if a.json:
+        a.json.write_text(as_json(plan, report))
+    return 0 if report.passed else EXIT_DIFFERENT

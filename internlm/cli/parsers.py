@@ -1,0 +1,196 @@
+"""Arguments of each subcommand of ``internlm``; the same options mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+#: Schedules by name. Their home, ``core/scheduler/table.py``, imports torch; a test holds the two equal.
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv")
+LONGEST = 1e9
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Parse a number from 0 to :data:`LONGEST`."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= number <= LONGEST:  # false for nan too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 0 to {LONGEST:g}")
+    return number
+
+
+def file_to_write(text: str) -> Path:
+    """Parse the path of a file in a folder that exists."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
+    return Path(text)
+
+
+# -- options that several commands share ------------------------------------------------------------------------------
+def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add the config file as a positional argument, and ``--set``."""
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?" if optional else None, help="Python config file; it is executed"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key; repeatable"
+    )
+
+
+def add_run(
+    parser: argparse.ArgumentParser,
+    world: str,
+    device: str,
+    *,
+    world_required: bool = False,
+    default_device: str | None = None,
+    devices: Sequence[str] = ("cpu", "cuda"),
+) -> None:
+    """Add ``--world`` and ``--device``, with ``world`` and ``device`` as their help."""
+    parser.add_argument("--world", type=count, metavar="N", required=world_required, help=world)
+    parser.add_argument("--device", choices=devices, default=default_device, help=device)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+def config(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm config``."""
+    parser.description = (
+        "Resolve and check a config file, and print each value with its source as JSON: file, override, derived (from "
+        "other values) or default. Warnings go to stderr."
+    )
+    add_config(parser)
+    add_run(parser, "check the parallel sizes for N processes", "check and derive what depends on the device")
+
+
+def memory(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm memory``."""
+    parser.description = (
+        "Print how much memory each part of a run takes, by formula, on the fullest rank of each pipeline stage. "
+        "Nothing is started. Exit code: 0, or 2 for a mistake in config or arguments."
+    )
+    add_config(parser)
+    add_run(
+        parser,
+        "number of processes",
+        "device of the run (default: %(default)s)",
+        world_required=True,
+        default_device="cuda",
+    )
+
+
+def schedule(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm schedule``."""
+    parser.description = (
+        "Simulate a pipeline schedule and print what each rank does when. The schedule is that of a config, one by "
+        "name, or a CSV file; options replace what the config says. Times are in one unit of your choice; those of F, "
+        "B and W are per chunk. Exit code: 0 it can run, 2 it cannot, or a mistake in the arguments."
+    )
+    add = parser.add_argument
+    add_config(parser, optional=True)
+    add_run(parser, "check the config's parallel sizes for N processes", "check what depends on the device")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--kind", choices=SCHEDULES, help="schedule: %(choices)s", metavar="KIND")
+    source.add_argument("--csv", type=Path, metavar="FILE", help="schedule of your own: one line per rank")
+    add("--stages", type=count, metavar="P", help="ranks of the pipeline")
+    add("--micro-batches", type=count, metavar="M", help="micro-batches per step")
+    add("--chunks", type=count, metavar="V", help="model chunks per rank (2 for interleaved and zbv, else 1)")
+    add("--forward", type=duration, default=1.0, metavar="T", help="time of F (default: %(default)g)")
+    add("--backward", type=duration, default=1.0, metavar="T", help="time of B, without W (default: %(default)g)")
+    add("--weight", type=duration, default=1.0, metavar="T", help="time of W (default: %(default)g)")
+    add("--transfer", type=duration, default=0.0, metavar="T", help="time from rank to rank (default: %(default)g)")
+    add("--write-csv", type=file_to_write, metavar="FILE", help="write the schedule, to change it and pass it as --csv")
+    add("--svg", type=file_to_write, metavar="FILE", help="draw it")
+    add("--html", type=file_to_write, metavar="FILE", help="draw it as a page with a description of each action")
+    add("--trace", type=file_to_write, metavar="FILE", help="write it for ui.perfetto.dev or chrome://tracing")
+
+
+def tokenize(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm tokenize``, spelt with underscores as in the published tool."""
+    parser.description = (
+        "Turn text files into a tokenized .bin file and its .bin.meta, to be put below data.train_folder."
+    )
+    add = parser.add_argument
+    add(
+        "--text_input_path",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files (.txt, .json, .jsonl, .parquet) or folders",
+    )
+    add(
+        "--bin_output_path",
+        required=True,
+        metavar="X.bin",
+        type=Path,
+        help="file to write; X.bin.meta is written beside it",
+    )
+    add(
+        "--tokenizer_path",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model or Hugging Face tokenizer folder",
+    )
+    add("--text_key", default="text", help="key or column that holds the text (default: %(default)s)")
+    add("--whole_file", action="store_true", help="take a .txt file as one sample instead of each of its lines")
+    add("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin each sample with the bos token")
+    add(
+        "--eos",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="end each sample with the eos token (default: if the tokenizer has one)",
+    )
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+
+
+def verify(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm verify``."""
+    parser.description = (
+        "Train some steps on several processes of this machine (CPU), and the same model on one, from one seed and one "
+        "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
+        "Exit code: 0 they agree, 1 they do not or a process failed, 2 a mistake in config or arguments."
+    )
+    add = parser.add_argument
+    add_config(parser)
+    add_run(
+        parser,
+        "number of processes (default: twice the smallest that the parallel sizes allow)",
+        "device of both runs; only the CPU is available",
+        default_device="cpu",
+        devices=("cpu",),
+    )
+    add("--steps", type=count, default=3, metavar="K", help="steps to train (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=["float64", "float32", "bfloat16", "float16"],
+        default="float64",
+        help="type of parameters and activations (default: %(default)s)",
+    )
+    add("--seed", type=seed, default=1024, help="seed of parameters and data (default: %(default)s)")
+    add("--debug-size", action="store_true", help="shrink model and data, keep the architecture; data are random")
+    add(
+        "--timeout",
+        type=count,
+        default=600,
+        metavar="S",
+        help="seconds for each of the two runs (default: %(default)s)",
+    )
+    add("--json", type=file_to_write, metavar="FILE", help="write all numbers to FILE")
