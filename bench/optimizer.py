@@ -38,7 +38,7 @@ def ours(keys: dict[str, Any]) -> tuple[int, Callable[[float], object]]:
     """Elements of a model, and a step of our optimizer over it that clips to some norm."""
     from bench.yardsticks import LLAMA_30M
     from internlm.config.schema import AdamConfig, HybridZeroConfig, ModelConfig
-    from internlm.core.parallel.initial_values import initialize_parameters
+    from internlm.core.parallel.initialization import initialize_parameters
     from internlm.model.decoder import Decoder
     from internlm.model.families import FAMILIES, spec_of
     from internlm.solver.optimizer import HybridZeroOptimizer

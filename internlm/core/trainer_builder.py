@@ -20,8 +20,8 @@ from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.initialize.build_trainer import initialize_trainer
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
 from internlm.train import hooks
-from internlm.train.build_model import initialize_model_and_parallel_communicator
 from internlm.train.build_optimizer import initialize_optimizer
+from internlm.train.parallelize import initialize_model_and_parallel_communicator
 
 
 class TrainerBuilder:

@@ -123,13 +123,13 @@ def _by_place(s: Symbols, chunk: int) -> tuple[range, range]:
 def _sent_input(s: Symbols, chunk: int) -> dict[str, int]:
     """S·H·e that stay here though the first layer is offloaded: what a chunk was sent waits for its gradient."""
     away, _ = _by_place(s, chunk)
-    part = RECOMPUTED if away and s.spec.recomputes(away[0]) else RESIDUAL
+    part = RECOMPUTED if away and s.config.model.recomputes(away[0]) else RESIDUAL
     return {part: s.S * s.H * s.e} if away and not s.stage_layers.is_first(chunk) else {}
 
 
 def _layers(s: Symbols, numbers: range) -> dict[str, int]:
     """Layers of these numbers: a block each, or its input alone, S·H·e."""
-    recomputed = sum(map(s.spec.recomputes, numbers))
+    recomputed = sum(map(s.config.model.recomputes, numbers))
     return {**_times(len(numbers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
 

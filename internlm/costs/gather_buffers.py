@@ -77,7 +77,7 @@ def _of_chunk(s: Symbols, chunk: int) -> Iterator[Moment]:
     else:
         yield from _layer_by_layer([*blocks, *head], LAUNCH_PLACES[weight.launch_allgather_before])
     yield from pairwise(chain(*blocks))
-    if any(map(s.spec.recomputes, layers[:-1])):  # and another block goes backward before it
+    if any(map(s.config.model.recomputes, layers[:-1])):  # and another block goes backward before it
         yield from _recomputed(block)
 
 

@@ -118,4 +118,4 @@ class Symbols:
 
     def recomputed(self, chunk: int) -> int:
         """Layers of a chunk that are run again in backward."""
-        return sum(map(self.spec.recomputes, self.stage_layers.chunks[chunk]))
+        return sum(map(self.config.model.recomputes, self.stage_layers.chunks[chunk]))

@@ -2,14 +2,14 @@
 
 from internlm.utils.lazy import lazy_exports
 
-_MODEL, _DATA = "internlm.train.build_model", "internlm.train.build_data"
+_MODEL, _RECIPE, _DATA = "internlm.train.build_model", "internlm.train.parallelize", "internlm.train.build_data"
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "create_model": _MODEL,
-        "initialize_model": _MODEL,
-        "initialize_parallel_communicator": _MODEL,
-        "initialize_model_and_parallel_communicator": _MODEL,
+        "initialize_model": _RECIPE,
+        "initialize_parallel_communicator": _RECIPE,
+        "initialize_model_and_parallel_communicator": _RECIPE,
         "initialize_optimizer": "internlm.train.build_optimizer",
         "get_train_data_loader": _DATA,
         "get_validation_data_loader": _DATA,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from internlm.core.parallel.block_forward import BlockForward
 from internlm.core.parallel.blocks import declared_blocks
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.utils.torch_private import compile_counters, compiler_failure, prepare_compiler
@@ -35,12 +36,18 @@ def compile_blocks(model: nn.Module) -> None:
         )
     prepare_compiler()
     for block in blocks:
-        block.forward = partial(_call, torch.compile(block.forward))
+        forward = block.forward
+        if isinstance(forward, BlockForward):  # compile inside of recompute and offloading, which are not for a graph
+            forward.compute = partial(_call, torch.compile(forward.compute))
+        else:
+            block.forward = partial(_call, torch.compile(forward))
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module`` is a block that :func:`compile_blocks` had."""
     forward = module.forward
+    if isinstance(forward, BlockForward):
+        forward = forward.compute
     return isinstance(forward, partial) and forward.func is _call
 
 

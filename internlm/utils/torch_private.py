@@ -170,3 +170,15 @@ def compiler_failure(error: Exception) -> Exception | None:
     from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
 
     return error.inner_exception if isinstance(error, BackendCompilerFailed) else None
+
+
+def adopt_sharded_parameters(module: torch.nn.Module) -> None:
+    """Have the ``fully_shard`` unit ``module``, if it is one, take over parameters that got other memory.
+
+    Private: ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch
+    calls in the first forward pass only. A public call to do it earlier would replace them.
+    """
+    get_state: Any = getattr(module, "_get_fsdp_state", None)
+    for group in get_state()._fsdp_param_groups if get_state else ():
+        for parameter in group.fsdp_params:
+            parameter.reset_sharded_param()

@@ -25,9 +25,10 @@ from internlm.initialize.build_trainer import initialize_trainer
 from internlm.initialize.launch import initialize_distributed_env
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train.build_data import build_train_loader_with_data_type
-from internlm.train.build_model import create_model, initialize_model_and_parallel_communicator
+from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.compile import is_compiled
+from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards
 
 

@@ -24,8 +24,9 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel import placement_of
 from internlm.core.parallel.attach import attach_communicators
+from internlm.core.parallel.block_forward import checkpoint_and_offload_blocks
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
-from internlm.core.parallel.offload import _Parked, _Store
+from internlm.core.parallel.offload import _SavedTensor, _Storage
 from internlm.core.parallel.sharding import GroupPosition, Sharding
 from internlm.costs.activations import (
     GATE_UP,
@@ -185,6 +186,7 @@ def _measure_case(config: Config, stage: int = 0, chunk: int = 0) -> Measured:
     part = stage_layers_of(config, stage)
     model = build_model(config, 0, sharding=Sharding(mode, *shares), stage_layers=part)
     attach_communicators(model, mode, tensor, weight)
+    checkpoint_and_offload_blocks(model, config.model.recomputes, config.model.cpu_offloading)
     inputs = _inputs(config, shares[0] if mode == "isp" else GroupPosition())
     tokens = int((inputs["labels"] >= 0).sum())
     if not part.is_first(chunk):
@@ -241,7 +243,7 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], in
         dist.barrier()
         time.sleep(0.01)
         held = {at: size for at, size in _storages().items() if at in held}
-    stores = [each for each in gc.get_objects() if type(each) is _Store]
+    stores = [each for each in gc.get_objects() if type(each) is _Storage]
     host = {_at(each.host): each.host.nbytes for each in stores if each.host is not None}
     others = {*saved, *host, _at(output)}
     del output, stores
@@ -257,7 +259,7 @@ def _wait_for_the_graph_to_go() -> None:
     """The backend, which may be late, has had outputs of linears, and with them what came before."""
     for _ in range(1000):
         gc.collect()
-        if not any(type(each) in (Held, _Parked) for each in gc.get_objects()):
+        if not any(type(each) in (Held, _SavedTensor) for each in gc.get_objects()):
             return
         time.sleep(0.01)
 

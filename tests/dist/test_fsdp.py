@@ -86,7 +86,7 @@ def _with_frozen(rank: int, world_size: int, overrides: tuple[str, ...]) -> tupl
     initialize_distributed_env(TINY, overrides=overrides)
     model = create_model()
     model.norm.requires_grad_(False)
-    model.layers[0].attention.requires_grad_(False)
+    model.layers["0"].attention.requires_grad_(False)
     trainer, batches = _trainer(*initialize_model_and_parallel_communicator(model))
     losses = [trainer.train_step(batches).result.loss for _ in range(STEPS)]
     return shards_of(model_tensors(model)), losses
@@ -266,15 +266,15 @@ def _of_two_types(model: Any) -> None:
 
 
 def _with_a_scalar(model: Any) -> None:
-    model.layers[1].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    model.layers["1"].scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
 
 def _shared_by_blocks(model: Any) -> None:
-    model.layers[1].attention.wo.weight = model.layers[0].attention.wo.weight
+    model.layers["1"].attention.wo.weight = model.layers["0"].attention.wo.weight
 
 
 def _shared_norm(model: Any) -> None:
-    model.norm = model.layers[1].ffn_norm
+    model.norm = model.layers["1"].ffn_norm
 
 
 #: By what is done to a model before it is to be shared.

@@ -149,7 +149,7 @@ def _gathers(rank: int, world_size: int) -> list[tuple[int, bool]]:
     model, optimizer = _model_and_optimizer(overlap_sync_param=True)
     _step(model, optimizer)
     progress = _Progress()
-    for module in (model.embedding, *model.layers, model.norm):
+    for module in (model.embedding, *model.layers.values(), model.norm):
         module.register_forward_hook(progress.advance)
     with _held_back(param_gather, "begin_all_gather", progress, last=len(model.layers._modules) + 2) as held:
         model(tokens(1, 8), labels=tokens(1, 8, seed=1))

@@ -204,7 +204,7 @@ def test_a_model_without_our_optimizer_gets_its_gradients(overlap: str) -> None:
 def _partly_frozen(rank: int, world_size: int, overlap: Overlap) -> dict[str, Tensor]:
     """The lower block takes no part in backward, nor does one linear of the upper one."""
     ranks = split(rank, world_size, Case(overlap))
-    frozen: list[nn.Module] = [ranks.model.embedding, ranks.model.layers[0], ranks.model.layers[1].attention.wo]
+    frozen: list[nn.Module] = [ranks.model.embedding, ranks.model.layers["0"], ranks.model.layers["1"].attention.wo]
     for module in frozen:
         module.requires_grad_(False)
     for seed in range(2):
@@ -229,7 +229,7 @@ class _BrokenError(Exception):
 
 def _break_off(ranks: Ranks, where: str) -> None:
     """A pass that does not come to its end, in one way or another."""
-    layer = ranks.model.layers[0]
+    layer = ranks.model.layers["0"]
 
     def fail(*_: object) -> None:
         raise _BrokenError

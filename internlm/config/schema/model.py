@@ -130,6 +130,13 @@ class ModelConfig(Section):
         """Number of blocks of which only the input is saved for the backward pass."""
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
+    def recomputes(self, layer: int) -> bool:
+        """Whether the layer with this index in the whole model is recomputed in backward.
+
+        Recomputed layers are spread evenly, so that each stage of a pipeline has its share.
+        """
+        return layer * self.recomputed_layers % self.num_layers < self.recomputed_layers
+
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from internlm.accelerator import device_type
 from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.ledger import LEDGER, Collective
@@ -32,6 +33,7 @@ from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import placed_parameters, set_compute_dtype, set_placement
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem
+from internlm.utils.torch_private import adopt_sharded_parameters
 
 
 def shard_fully(
@@ -54,7 +56,7 @@ def shard_fully(
         raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but {problem}", "Set it to False"))
     _make_matrices(model)
     assert group.handle is not None, "a rank that is alone has nobody to share with"
-    mesh = DeviceMesh.from_group(group.handle, next(model.parameters()).device.type)
+    mesh = DeviceMesh.from_group(group.handle, device_type())  # not a parameter's, which may be on the meta device
     policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
     for unit in (*declared_blocks(model).values(), model):
         for parameter in _whole(unit):
@@ -64,6 +66,15 @@ def shard_fully(
     for name, parameter in model.named_parameters():
         set_placement(parameter, placements[name])  # fully_shard has made new parameters
         set_compute_dtype(parameter, dtype)
+
+
+def adopt_new_shards(model: nn.Module) -> None:
+    """Have ``fully_shard`` take over local shards that were replaced since, and pad those that are short.
+
+    It would do so in its first forward pass, too late for an optimizer that refers to the memory of the shards.
+    """
+    for module in model.modules():
+        adopt_sharded_parameters(module)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:

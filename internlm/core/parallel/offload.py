@@ -1,12 +1,14 @@
-"""Saved activations that wait for the backward pass in host memory.
+"""Offloading: activations saved for backward wait in host memory.
 
-1. While a block runs forward, what autograd saves in it is noted.
-2. When it ends, a side stream begins to copy that to the host. When the next block ends, the copies are done, and the
-   originals are let go.
-3. When a block runs backward, what it saved is on its way back already, and that of the block before it sets out.
+For the first blocks of a chunk (``model.cpu_offloading``), in each forward pass:
 
-So there is never more on the device than what two blocks saved. Whole storages are copied, each once, however many
-views of it are saved. On the CPU streams do nothing, and copies are done when they are begun.
+1. While a block runs forward, the tensors that autograd saves are recorded.
+2. When it ends, a side stream starts to copy them to the host. When the next block ends, the copies are complete and
+   the originals are freed.
+3. When a block runs backward, its tensors are on their way back already, and those of the block before it follow.
+
+So the device never holds more than what two blocks saved. Whole storages are copied, each once, however many views of
+it are saved. On the CPU streams do nothing, and each copy is complete when it is started.
 """
 
 from __future__ import annotations
@@ -15,140 +17,168 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+T = TypeVar("T")
 
-class Offloading:
-    """The first ``count`` blocks of a chunk, in one forward pass. What others keep anyway, ``shared``, stays."""
 
-    def __init__(self, count: int, shared: Iterable[Tensor]) -> None:
-        self.count = count
-        self._shared = {_at(tensor) for tensor in shared} if count else set()
-        self._last: _Saved | None = None
+class ChunkOffload:
+    """Offload the first ``count`` of the ``blocks`` blocks of a chunk, in one forward pass after another."""
 
-    def run(self, place: int, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The output of the block at ``place`` of the chunk."""
-        if place >= self.count:
-            y = block(x)
-            if place == self.count:
-                self._fetch_with_gradient(y)
-                self.finish()
-            return y
-        saved = _Saved(x.device, self._shared, self._last)
+    def __init__(self, blocks: int, count: int) -> None:
+        self.blocks, self.count = blocks, count
+        self._last: _Saved | None = None  # saved by the previous block of the current pass
+
+    def run(self, position: int, compute: Callable[[], T], device: torch.device, kept: Iterable[Tensor] = ()) -> T:
+        """Return ``compute()``, the output of the block at ``position`` of the chunk.
+
+        Args:
+            position: index of the block in the chunk, at most ``count``.
+            compute: runs the block.
+            device: where the block runs.
+            kept: tensors that stay on the device in any case, so that offloading them would free nothing.
+        """
+        if position == 0:
+            self._last = None  # a pass before may have been broken off by an exception
+        if position == self.count:
+            return self._run_next(compute)
+        saved = _Saved(device, {_storage_ptr(tensor) for tensor in kept}, self._last)
         with saved_tensors_hooks(saved.pack, saved.unpack):
-            y = block(x)
-        self.finish()
-        saved.begin_copies()
-        self._last = saved
-        return y
-
-    def finish(self) -> None:
-        """The last block's copies shall be done, and its originals are let go."""
+            output = compute()
         if self._last is not None:
-            self._last.let_go()
+            self._last.free_originals()
+        saved.start_copies()
+        self._last = saved
+        if position == self.blocks - 1:
+            self._end()
+        return output
 
-    def _fetch_with_gradient(self, y: Tensor) -> None:
-        """What the last block saved comes back under the block after it, whose output is ``y``."""
+    def _run_next(self, compute: Callable[[], T]) -> T:
+        """Run the block after the offloaded ones, whose backward pass prefetches for the last of these."""
+        output = compute()
+        gradient = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         last = self._last
-        if last is not None and y.requires_grad:
-            y.register_hook(lambda _: last.fetch())
+        if last is not None and gradient is not None:
+            gradient.register_hook(lambda _: last.fetch())
+        self._end()
+        return output
+
+    def _end(self) -> None:
+        """Free the last originals; the graph alone refers to the rest from here on."""
+        if self._last is not None:
+            self._last.free_originals()
+            self._last = None
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in ``value``: itself, or within tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_of(item)
+    elif isinstance(value, dict) or hasattr(value, "__dataclass_fields__"):
+        for item in (value if isinstance(value, dict) else vars(value)).values():
+            yield from tensors_of(item)
 
 
 @dataclass(eq=False)
-class _Store:
-    """A storage: here, on the host, or both."""
+class _Storage:
+    """A storage: on the device, on the host, or both."""
 
     original: Tensor | None  # as bytes
     host: Tensor | None = None
 
 
 @dataclass(eq=False)
-class _Parked:
+class _SavedTensor:
     """A tensor that autograd saved: a view of a storage."""
 
-    store: _Store
+    storage: _Storage
     dtype: torch.dtype
     view: tuple[int, torch.Size, tuple[int, ...]]  # offset, shape, strides
-    tensor: Tensor | None = None  # once it is back, until it is taken
+    tensor: Tensor | None = None  # from its return to the device until it is unpacked
 
-    def see(self, data: Tensor) -> None:
-        """Take ``data`` for the storage."""
+    def rebuild(self, data: Tensor) -> None:
+        """Make the tensor a view of ``data``, the bytes of its storage."""
         self.tensor = torch.empty(0, dtype=self.dtype, device=data.device).set_(data.untyped_storage(), *self.view)
 
 
 class _Saved:
-    """What one block saved."""
+    """The tensors that one block saved for its backward pass."""
 
-    def __init__(self, device: torch.device, shared: set[int], before: _Saved | None) -> None:
-        self.device, self.shared, self.before = device, shared, before
-        self.parked: list[_Parked] = []
-        self.stores: dict[int, _Store] = {}  # by address, which is theirs as long as the originals are here
-        self.is_coming = False
+    def __init__(self, device: torch.device, kept: set[int], previous: _Saved | None) -> None:
+        self.device, self.kept, self.previous = device, kept, previous
+        self.tensors: list[_SavedTensor] = []
+        self.storages: dict[int, _Storage] = {}  # by address, which is unique while the originals are alive
+        self.is_fetched = False
         self.event: Any = None
 
     # -- autograd's hooks ---------------------------------------------------------------------------------------------
-    def pack(self, tensor: Tensor) -> _Parked | Tensor:
-        """What autograd is to save instead of ``tensor``."""
-        at = _at(tensor)
-        if at in self.shared:
+    def pack(self, tensor: Tensor) -> _SavedTensor | Tensor:
+        """Return what autograd saves instead of ``tensor``."""
+        pointer = _storage_ptr(tensor)
+        if pointer in self.kept:
             return tensor
-        store = self.stores.setdefault(at, _Store(_bytes_of(tensor)))
+        storage = self.storages.setdefault(pointer, _Storage(_bytes_of(tensor)))
         view = int(tensor.storage_offset()), tensor.shape, tensor.stride()
-        self.parked.append(_Parked(store, tensor.dtype, view))
-        return self.parked[-1]
+        self.tensors.append(_SavedTensor(storage, tensor.dtype, view))
+        return self.tensors[-1]
 
-    def unpack(self, saved: _Parked | Tensor) -> Tensor:
-        """The tensor itself."""
+    def unpack(self, saved: _SavedTensor | Tensor) -> Tensor:
+        """Return the tensor that was packed, on the device."""
         if isinstance(saved, Tensor):
             return saved
         self.fetch()
-        if saved.tensor is None:  # it was taken before
-            self._bring_back([saved])
+        if saved.tensor is None:  # unpacked before: the graph runs backward a second time
+            self._copy_back([saved])
         self._wait()
-        if self.before is not None:
-            self.before.fetch()
+        if self.previous is not None:
+            self.previous.fetch()  # beside this block's backward pass
         tensor, saved.tensor = saved.tensor, None
         assert tensor is not None
         return tensor
 
-    # -- there and back -----------------------------------------------------------------------------------------------
-    def begin_copies(self) -> None:
-        """Begin to copy everything to the host."""
+    # -- to the host and back -----------------------------------------------------------------------------------------
+    def start_copies(self) -> None:
+        """Start to copy every storage to the host."""
         with self._on_side_stream():
-            for store in self.stores.values():
-                assert store.original is not None
-                store.host = torch.empty_like(store.original, device="cpu", pin_memory=self.device.type != "cpu")
-                store.host.copy_(store.original, non_blocking=True)
+            for storage in self.storages.values():
+                assert storage.original is not None
+                # Only pinned memory is copied without blocking the host.
+                storage.host = torch.empty_like(storage.original, device="cpu", pin_memory=self.device.type != "cpu")
+                storage.host.copy_(storage.original, non_blocking=True)
 
-    def let_go(self) -> None:
-        """Whatever runs from now on may overwrite the originals."""
+    def free_originals(self) -> None:
+        """Free the originals: kernels launched from now on may overwrite them, after the copies."""
         self._wait()
-        for store in self.stores.values():
-            store.original = None
-        self.stores.clear()
+        for storage in self.storages.values():
+            storage.original = None
+        self.storages.clear()
 
     def fetch(self) -> None:
-        """Begin to bring everything back, if that was not begun."""
-        if not self.is_coming:
-            self.is_coming = True
-            self._bring_back(self.parked)
+        """Start to copy everything back to the device, once."""
+        if not self.is_fetched:
+            self.is_fetched = True
+            self._copy_back(self.tensors)
 
-    def _bring_back(self, parked: Iterable[_Parked]) -> None:
-        # The memory is the computing stream's own, so it can be used there again at once when it is given up.
-        data = {each.store: torch.empty_like(_host(each.store), device=self.device) for each in parked}
+    def _copy_back(self, tensors: Iterable[_SavedTensor]) -> None:
+        # Allocated outside of the side stream: the caching allocator then gives the memory back to the computing
+        # stream as soon as it is freed, without waiting for events.
+        data = {saved.storage: torch.empty_like(_host(saved.storage), device=self.device) for saved in tensors}
         with self._on_side_stream():
-            for store, buffer in data.items():
-                buffer.copy_(_host(store), non_blocking=True)
-        for each in parked:
-            each.see(data[each.store])
+            for storage, buffer in data.items():
+                buffer.copy_(_host(storage), non_blocking=True)
+        for saved in tensors:
+            saved.rebuild(data[saved.storage])
 
     @contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        """Copies in the block are made after all that was asked for so far, beside what is asked for next."""
+        """Copy after everything launched so far, beside what is launched next."""
         module, side = torch.get_device_module(self.device), _side_stream(self.device)
         side.wait_stream(module.current_stream())
         with module.stream(side):
@@ -156,7 +186,7 @@ class _Saved:
         self.event = side.record_event()
 
     def _wait(self) -> None:
-        """What is asked for next waits for the copies."""
+        """Make the computing stream wait for the copies."""
         torch.get_device_module(self.device).current_stream().wait_event(self.event)
 
 
@@ -165,15 +195,15 @@ def _side_stream(device: torch.device) -> Any:
     return torch.get_device_module(device).Stream()
 
 
-def _at(tensor: Tensor) -> int:
+def _storage_ptr(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """The whole storage of ``tensor``."""
+    """Return the whole storage of ``tensor`` as bytes."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _host(store: _Store) -> Tensor:
-    assert store.host is not None
-    return store.host
+def _host(storage: _Storage) -> Tensor:
+    assert storage.host is not None
+    return storage.host

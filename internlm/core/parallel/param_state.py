@@ -11,6 +11,7 @@ Without a main gradient (a model that is used without our optimizer) they return
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,12 +58,30 @@ def _own_state(parameter: Tensor) -> ParamState:
 
 
 # -- placement --------------------------------------------------------------------------------------------------------
-def place(placement: ParamPlacement) -> nn.Parameter:
-    """Create a parameter of the placement's local shape, on the default device and of the default dtype.
+_on_meta = False
 
-    Its values are not drawn yet.
+
+@contextmanager
+def deferred_memory() -> Iterator[None]:
+    """Create parameters of parallel layers on the meta device within the scope; everything else as usual.
+
+    Their initial values depend on (seed, logical name) alone, so memory is needed only once it is final which elements
+    this rank holds. A module of a user's own draws its values as it is built, and so keeps its device.
     """
-    parameter = nn.Parameter(torch.empty(placement.local_shape))
+    global _on_meta
+    outer, _on_meta = _on_meta, True
+    try:
+        yield
+    finally:
+        _on_meta = outer
+
+
+def place(placement: ParamPlacement) -> nn.Parameter:
+    """Create a parameter of the placement's local shape and of the default dtype, its values not yet drawn.
+
+    It is on the default device, or on the meta device within :func:`deferred_memory`.
+    """
+    parameter = nn.Parameter(torch.empty(placement.local_shape, device="meta" if _on_meta else None))
     set_placement(parameter, placement)
     return parameter
 

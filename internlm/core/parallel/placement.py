@@ -12,10 +12,9 @@ is at most 2 · dims − 1 slices: the end of the first row, whole rows, the beg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
-import torch
 from torch import Tensor
 
 from internlm.core.context.layout import ParallelMode
@@ -56,18 +55,22 @@ def _slices_within_row(shape: Sequence[int], row: int, start: int, stop: int, ro
         yield TensorSlice((row, *inner.offsets), (1, *inner.sizes), inner.start + base, inner.stop + base)
 
 
-#: Fills a tensor of the parameter's global shape, drawing from the generator.
-Init = Callable[[Tensor, torch.Generator], Tensor]
+@dataclass(frozen=True)
+class Init:
+    """Distribution of a parameter's initial values: normal, or constant where ``std`` is 0."""
+
+    mean: float = 0.0
+    std: float = 0.0
 
 
 def normal(std: float) -> Init:
-    """Return an initialiser that draws from a normal distribution of mean 0 and deviation ``std``."""
-    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+    """Return the normal distribution of mean 0 and standard deviation ``std``."""
+    return Init(0.0, std)
 
 
 def constant(value: float) -> Init:
-    """Return an initialiser that fills with ``value``."""
-    return lambda tensor, generator: tensor.fill_(value)
+    """Return the distribution that is ``value`` everywhere."""
+    return Init(value)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class ParamPlacement:
     """Global shape of a parameter, the shard that this rank holds, and what is still partial in its gradient."""
 
     global_shape: tuple[int, ...]
-    init: Init
+    init: Init | None
+    """Distribution of the initial values; None: the parameter keeps those that it was created with."""
     _: KW_ONLY
     shard: ShardSpec | None = None
     """How the parameter is split; None: every rank holds all of it."""

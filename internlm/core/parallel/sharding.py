@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.param_state import has_placement, set_placement
@@ -118,11 +118,11 @@ class Sharding:
     def _shard(mode: ParallelMode, share: GroupPosition, axis: int | None) -> ShardSpec | None:
         return ShardSpec(mode, share.rank, share.size, axis) if share.size > 1 else None
 
-    def foreign(self, shape: tuple[int, ...], init: Init, is_matrix: bool) -> ParamPlacement:
+    def foreign(self, shape: tuple[int, ...], is_matrix: bool) -> ParamPlacement:
         """Placement of a parameter of a module that knows nothing of all this: every rank holds it whole, and applies
         it to all tokens that the loader gives it."""
         partial = ParallelMode.WEIGHT if self.mode == "isp" else None
-        return ParamPlacement(shape, init, partial_over=partial, is_matrix=is_matrix)
+        return ParamPlacement(shape, None, partial_over=partial, is_matrix=is_matrix)
 
 
 #: Of a rank that shares nothing.
@@ -168,10 +168,6 @@ def place_replicated(module: nn.Module) -> nn.Module:
     """
     for parameter in module.parameters():
         if not has_placement(parameter):
-            shape, init = tuple(parameter.shape), _values_of(parameter)
-            set_placement(parameter, current_sharding().foreign(shape, init, parameter.dim() > 1))
+            shape = tuple(parameter.shape)
+            set_placement(parameter, current_sharding().foreign(shape, parameter.dim() > 1))
     return module
-
-
-def _values_of(parameter: Tensor) -> Init:
-    return lambda tensor, generator: tensor.copy_(parameter.detach())

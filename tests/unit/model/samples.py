@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from internlm.config.schema import ModelConfig
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.block_forward import checkpoint_and_offload_blocks
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import placement_of
 from internlm.model.decoder import Decoder
 from internlm.model.families import FAMILIES, build_family
@@ -33,7 +34,10 @@ SMALL: dict[str, Any] = {
 
 
 def decoder(family: str = "INTERNLM2", dtype: torch.dtype = torch.float64, **keys: Any) -> Decoder:
-    """A small decoder of ``family`` with ``keys`` of its config changed; its biases and norms are random too."""
+    """Build a small decoder of ``family`` with ``keys`` of its config changed, recomputed and offloaded as these say.
+
+    Its biases and norms are random too.
+    """
     config = ModelConfig(**{**SMALL, **keys})
     with default_dtype(dtype):
         model = build_family(FAMILIES[family])(config)
@@ -43,6 +47,7 @@ def decoder(family: str = "INTERNLM2", dtype: torch.dtype = torch.float64, **key
         for parameter in model.parameters():
             if not placement_of(parameter).is_matrix:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    checkpoint_and_offload_blocks(model, config.recomputes, config.cpu_offloading)
     return model
 
 

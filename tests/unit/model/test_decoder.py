@@ -108,10 +108,10 @@ def test_recompute_leaves_gradients_bitwise_equal(checkpoint: bool | float, twic
     expected = trained(decoder(num_layers=4), labels, ids, cu_seqlens=BOUNDS)
     model = decoder(num_layers=4, checkpoint=checkpoint)
     runs: Counter[nn.Module] = Counter()
-    for block in model.layers:
-        block.register_forward_pre_hook(lambda module, _: runs.update([module]))
+    for block in model.layers.values():
+        block.attention.register_forward_pre_hook(lambda module, _: runs.update([module]))
     found = trained(model, labels, ids, cu_seqlens=BOUNDS)
-    assert [runs[block] for block in model.layers] == [1 + (number in twice) for number in range(4)]
+    assert [runs[block.attention] for block in model.layers.values()] == [1 + (number in twice) for number in range(4)]
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
@@ -168,7 +168,7 @@ def test_a_row_without_any_label_has_no_loss_and_no_gradient() -> None:
 
 
 def biases_of(family: str, **keys: Any) -> set[str]:
-    block: Block = decoder(family, **keys).layers[0]
+    block: Block = decoder(family, **keys).layers["0"]
     layers = {"wqkv": block.attention.wqkv, "wo": block.attention.wo}
     layers |= {"w13": block.feed_forward.w13, "w2": block.feed_forward.w2}
     return {name for name, layer in layers.items() if layer.bias is not None}
@@ -204,7 +204,7 @@ def test_layer_norm_has_biases() -> None:
 def test_projections_into_the_residual_stream_may_start_smaller(scaled: bool, expected: float) -> None:
     """By 1 / sqrt(2 · layers)."""
     model = decoder(num_layers=4, hidden_size=128, use_scaled_init=scaled)
-    for block in model.layers:
+    for block in model.layers.values():
         for layer in (block.attention.wo, block.feed_forward.w2):
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.03)
         for layer in (block.attention.wqkv, block.feed_forward.w13):
@@ -286,12 +286,12 @@ def test_parts_have_the_parameters_of_the_model_between_them(partition: list[lis
 def test_layers_keep_their_numbers() -> None:
     (part,) = parts_of([[range(1, 3), range(5, 6)]])
     assert [name for name, _ in part.layers.named_children()] == ["1", "2", "5"]
-    assert list(part.layers) == [part.layers[1], part.layers[2], part.layers[5]]
-    assert [block.chunk for block in part.layers] == [0, 0, 1]
+    assert list(part.layers.values()) == [part.layers["1"], part.layers["2"], part.layers["5"]]
+    assert [block.chunk for block in part.layers.values()] == [0, 0, 1]
     assert part.output.chunk == 1
     assert not hasattr(part, "embedding")
-    with pytest.raises(AttributeError):
-        part.layers[0]
+    with pytest.raises(KeyError):
+        part.layers["0"]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_chunk_recomputes_its_own_share(checkpoint: float, recomputed: list[in
     (part,) = parts_of([[range(2), range(4, 6)]], checkpoint=checkpoint)
     runs: Counter[str] = Counter()
     for name, block in part.layers.named_children():
-        block.register_forward_pre_hook(lambda module, _, name=name: runs.update([name]))
+        block.attention.register_forward_pre_hook(lambda module, _, name=name: runs.update([name]))
     hidden = torch.randn(18, 32, dtype=torch.float64).requires_grad_()
     part(tokens(18), BOUNDS, labels=tokens(18), chunk=1, hidden=hidden).loss_sum.backward()
     assert runs == Counter([*map(str, recomputed), "4", "5"])

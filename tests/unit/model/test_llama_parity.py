@@ -72,7 +72,7 @@ def test_interleaved_rotary_is_the_half_layout_with_rows_permuted() -> None:
     interleaved.load_state_dict(halved.state_dict())
     half = halved.spec.config.head_size // 2
     with torch.no_grad():
-        for block in interleaved.layers:
+        for block in interleaved.layers.values():
             qk = block.attention.wqkv.weight[:, :-1]  # [G, Q + 1, D, H]: a view
             qk.copy_(torch.stack((qk[:, :, :half], qk[:, :, half:]), 3).flatten(2, 3))
     ids = tokens(BATCH, SEQ_LEN)

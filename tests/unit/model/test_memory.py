@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import internlm.core.parallel.block_forward
 import internlm.model.decoder
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.utils.errors import UserError
@@ -102,7 +103,7 @@ def test_attention_runs_again_in_backward_and_the_linears_do_not(monkeypatch: py
         return call
 
     monkeypatch.setattr(internlm.model.decoder, "attention", counted("attention", internlm.model.decoder.attention))
-    monkeypatch.setattr(internlm.model.decoder, "checkpoint", counted("checkpoint", checkpoint))
+    monkeypatch.setattr(internlm.core.parallel.block_forward, "checkpoint", counted("checkpoint", checkpoint))
     loss = decoder(num_layers=3, checkpoint="selective")(IDS, labels=LABELS).loss_sum
     assert calls == {"attention": 3, "checkpoint": 0}
     loss.backward()

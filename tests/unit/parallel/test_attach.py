@@ -19,7 +19,7 @@ from internlm.core.parallel.communicator import (
     IDENTITY_HEAD,
     IDENTITY_MODEL,
 )
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
@@ -134,7 +134,7 @@ def test_two_models_may_live_in_one_process() -> None:
     split, whole = split_decoder("mtp"), decoder()
     attach_communicators(split, "mtp", *groups())
     assert set(communicators(whole).values()) == SILENTS
-    assert not SILENTS & {split.output.communicator, split.layers[0].attention.wo.communicator}
+    assert not SILENTS & {split.output.communicator, split.layers["0"].attention.wo.communicator}
 
 
 def test_who_gathers_knows_the_order_of_the_linears() -> None:
@@ -142,7 +142,9 @@ def test_who_gathers_knows_the_order_of_the_linears() -> None:
     gatherer = attach_communicators(model, "isp", *groups(), overlap)
     assert gatherer is not None
     assert gatherer.overlap is overlap
-    layers = [(layer.attention.wqkv, layer.attention.wo, *layer.feed_forward.children()) for layer in model.layers]
+    layers = [
+        (layer.attention.wqkv, layer.attention.wo, *layer.feed_forward.children()) for layer in model.layers.values()
+    ]
     order = [*layers[0], *layers[1], model.output]
     assert [linear.weight for linear in gatherer.linears] == [layer.weight for layer in order]
     assert [layer.communicator.number for layer in order] == list(range(9))
@@ -212,8 +214,8 @@ def test_a_known_role_may_be_taken_over() -> None:
     register_communicator("mtp", "row")(Doubling)
     model = split_decoder("mtp")
     attach_communicators(model, "mtp", *groups())
-    assert isinstance(model.layers[0].attention.wo.communicator, Doubling)
-    assert isinstance(model.layers[0].attention.wqkv.communicator, MtpColumn)
+    assert isinstance(model.layers["0"].attention.wo.communicator, Doubling)
+    assert isinstance(model.layers["0"].attention.wqkv.communicator, MtpColumn)
 
 
 @pytest.mark.usefixtures("_forget")

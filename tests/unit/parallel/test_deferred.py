@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.parallel import ParallelLinear, ParallelNorm
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.products import deferring

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from internlm.core.parallel import ParallelEmbedding, ParallelNorm
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of, placed_parameters
 from internlm.utils.dtype import default_dtype
 

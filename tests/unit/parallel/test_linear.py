@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from internlm.core.parallel import Communicator, ParallelLinear, ParallelNorm
 from internlm.core.parallel.collectives import Pending
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building

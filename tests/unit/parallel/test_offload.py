@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from internlm.core.parallel.offload import Offloading, _Parked, _Saved
+from internlm.core.parallel.offload import ChunkOffload, _Saved, _SavedTensor
 
 Block = Callable[[Tensor], Tensor]
 SIZE = 6
@@ -35,21 +36,21 @@ class Noted(torch.autograd.Function):
 
     @staticmethod
     def note(own: Tensor) -> None:
-        originals = [each.store.original for each in parked()]
+        originals = [each.storage.original for each in parked()]
         here = [own, *originals, *(each.tensor for each in parked())]
         Noted.most = max(Noted.most, len({each.untyped_storage().data_ptr() for each in here if each is not None}))
 
 
 def run(blocks: list[Block], x: Tensor, count: int, shared: list[Tensor] | None = None) -> Tensor:
-    offloading = Offloading(count, shared or [])
-    for place, block in enumerate(blocks):
-        x = offloading.run(place, block, x)
-    offloading.finish()
+    offload = ChunkOffload(len(blocks), count)
+    for position, block in enumerate(blocks):
+        compute = partial(block, x)
+        x = offload.run(position, compute, x.device, shared or []) if position <= count else compute()
     return x
 
 
-def parked() -> list[_Parked]:
-    return [each for each in gc.get_objects() if type(each) is _Parked]
+def parked() -> list[_SavedTensor]:
+    return [each for each in gc.get_objects() if type(each) is _SavedTensor]
 
 
 def start() -> Tensor:
@@ -79,7 +80,7 @@ def test_gradients_are_the_same_bits(count: int) -> None:
 
 def test_views_of_one_storage_are_copied_once() -> None:
     y = run([views], start(), 1)
-    stores = {id(each.store): each.store for each in parked()}
+    stores = {id(each.storage): each.storage for each in parked()}
     sizes = [store.host.nbytes for store in stores.values() if store.host is not None]
     assert len(parked()) > len(stores)
     assert sorted(sizes)[-2:] == [8 * SIZE * SIZE] * 2  # y, and its exponential at the most: x was sent
@@ -101,7 +102,7 @@ def test_two_blocks_at_the_most_are_here() -> None:
     Noted.most = 0
     y = run(blocks, start(), 7)
     assert Noted.most == 2
-    assert all(each.store.original is None for each in parked())
+    assert all(each.storage.original is None for each in parked())
     Noted.most = 0
     y.sum().backward()
     assert Noted.most == 2
@@ -109,10 +110,10 @@ def test_two_blocks_at_the_most_are_here() -> None:
 
 def test_what_a_block_saved_comes_while_the_one_after_it_runs_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    bring_back = _Saved._bring_back
+    bring_back = _Saved._copy_back
     numbers: dict[int, int] = {}
 
-    def noted(saved: _Saved, parked: list[_Parked]) -> None:
+    def noted(saved: _Saved, parked: list[_SavedTensor]) -> None:
         events.append(f"fetch {numbers.setdefault(id(saved), 2 - len(numbers))}")
         bring_back(saved, parked)
 
@@ -130,7 +131,7 @@ def test_what_a_block_saved_comes_while_the_one_after_it_runs_backward(monkeypat
     def block(number: int) -> Block:
         return lambda x: Mark.apply(torch.sin(x), number).cos()
 
-    monkeypatch.setattr(_Saved, "_bring_back", noted)
+    monkeypatch.setattr(_Saved, "_copy_back", noted)
     run([block(number) for number in range(4)], start(), 3).sum().backward()
     assert events == ["fetch 2", "block 3", "fetch 1", "block 2", "fetch 0", "block 1", "block 0"]
 

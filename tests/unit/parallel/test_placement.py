@@ -14,7 +14,7 @@ from torch import nn
 
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParamPlacement, place, place_replicated, placement_of
-from internlm.core.parallel.initial_values import initialize_parameters
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import placed_parameters, set_placement
 from internlm.core.parallel.placement import ShardSpec, constant, normal
 from internlm.utils.errors import UserError

@@ -97,11 +97,11 @@ def test_tied_and_frozen_parameters() -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(tie_word_embeddings=True) for _ in range(2))
     for model in (ours, theirs):
-        model.layers[0].requires_grad_(False)
-    frozen = copy.deepcopy(ours.layers[0].state_dict())
+        model.layers["0"].requires_grad_(False)
+    frozen = copy.deepcopy(ours.layers["0"].state_dict())
     assert our_run(ours, adam, 0.5) == pytest.approx(plain_run(theirs, adam, 0.5), rel=1e-12)
     assert ours.output.weight is ours.embedding.weight
-    assert all(torch.equal(ours.layers[0].state_dict()[name], value) for name, value in frozen.items())
+    assert all(torch.equal(ours.layers["0"].state_dict()[name], value) for name, value in frozen.items())
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 

@@ -104,10 +104,10 @@ def test_without_main_grad_and_with_frozen_parameters() -> None:
     compile_blocks(models[1])
     for model in models:
         model.requires_grad_(False)
-        first = model.layers[0].attention.wqkv.weight.requires_grad_()
+        first = model.layers["0"].attention.wqkv.weight.requires_grad_()
         for _ in range(2):
             model(**batch([16, 16])).loss_sum.backward()
-    expected = models[0].layers[0].attention.wqkv.weight.grad
+    expected = models[0].layers["0"].attention.wqkv.weight.grad
     assert torch.allclose(first.grad, expected, rtol=1e-12, atol=1e-12)
 
 

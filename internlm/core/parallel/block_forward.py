@@ -1,0 +1,87 @@
+"""Activation checkpointing and offloading of blocks, applied from outside.
+
+The ``forward`` of a declared block is replaced; the module, its name, hooks and parameters stay what they are. Hooks of
+the block itself, such as those of ``fully_shard``, run outside of what is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from internlm.core.parallel.blocks import declared_blocks
+from internlm.core.parallel.fully_sharded import local_shard
+from internlm.core.parallel.offload import ChunkOffload, tensors_of
+from internlm.core.parallel.sharding import StageLayers
+
+
+@dataclass(eq=False, kw_only=True)
+class BlockForward:
+    """The forward of a block: ``compute``, its own, recomputed in backward or with its saved tensors offloaded."""
+
+    block: nn.Module
+    compute: Callable[..., Any]
+    recompute: bool
+    offload: ChunkOffload | None
+    position: int
+    """Index of the block in its chunk."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.compute(*args, **kwargs)
+        run = partial(self._checkpointed if self.recompute else self.compute, *args, **kwargs)
+        if self.offload is None:
+            return run()
+        # Around the checkpoint, whose saved inputs are then offloaded too.
+        device = next(tensors_of((args, kwargs))).device
+        return self.offload.run(self.position, run, device, self._kept(args, kwargs))
+
+    def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        # A block that draws from no generator (our dropout masks are functions of their position) need not restore
+        # one, and its checkpoint holds nothing but its inputs.
+        restores = not getattr(self.block, "draws_nothing", False)
+        return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
+
+    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        """Yield the block's inputs and parameters that stay on the device whether they are offloaded or not."""
+        first, *others = tensors_of((args, kwargs))
+        yield from others  # all blocks share them: rotary tables, sequence bounds
+        if first.requires_grad and first.is_leaf:
+            yield first  # received from another pipeline stage, and kept by the scheduler for its gradient
+        for parameter in self.block.parameters():
+            yield local_shard(parameter).flat
+
+
+def checkpoint_and_offload_blocks(model: nn.Module, recomputes: Callable[[int], bool], offloaded: int) -> None:
+    """Apply activation checkpointing and offloading to the blocks that ``model`` declares.
+
+    Args:
+        model: its blocks belong to the chunks of its ``stage_layers``, or, without these, to one chunk.
+        recomputes: whether the block with this index in the whole model keeps its input alone, and is recomputed in
+            backward (arXiv 1604.06174).
+        offloaded: number of blocks, from the first of each chunk on, whose saved tensors wait in host memory.
+    """
+    for indexes, blocks in _chunks(model):
+        offload = ChunkOffload(len(blocks), offloaded) if offloaded else None
+        for position, (index, block) in enumerate(zip(indexes, blocks, strict=True)):
+            own = offload if position <= offloaded else None  # the block after the last prefetches for it
+            if own is not None or recomputes(index):
+                block.forward = BlockForward(
+                    block=block, compute=block.forward, recompute=recomputes(index), offload=own, position=position
+                )
+
+
+def _chunks(model: nn.Module) -> Iterator[tuple[range, Sequence[nn.Module]]]:
+    """Yield the blocks of each chunk with their indexes in the whole model."""
+    blocks = list(declared_blocks(model).values())
+    stage_layers = getattr(model, "stage_layers", None)
+    if stage_layers is None or sum(map(len, stage_layers.chunks)) != len(blocks):
+        stage_layers = StageLayers.whole(len(blocks))
+    for indexes in stage_layers.chunks:
+        yield indexes, [blocks.pop(0) for _ in indexes]
