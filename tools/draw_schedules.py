@@ -14,20 +14,20 @@ STAGES, MICRO_BATCHES = 4, 8
 CHUNKS = {"interleaved": 2, "zbv": 2}
 
 
-def picture(kind: str) -> str:
-    """The SVG of ``kind``."""
-    table = make_table(kind, STAGES, CHUNKS.get(kind, 1), MICRO_BATCHES)
+def picture(schedule: str) -> str:
+    """Draw ``schedule`` as SVG."""
+    table = make_table(schedule, STAGES, CHUNKS.get(schedule, 1), MICRO_BATCHES)
     return svg([("", simulate(table, Costs.uniform(table.stage_layout.virtual_stages)))])
 
 
 def main() -> None:
-    """Write a picture for each kind."""
+    """Write a picture of each schedule."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in SCHEDULES:
-        (folder / f"{kind}.svg").write_text(picture(kind), encoding="utf-8")
+    for schedule in SCHEDULES:
+        (folder / f"{schedule}.svg").write_text(picture(schedule), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What differs between CUDA and CPU, in a handful of small functions."""
+"""The device of this process: all that differs between CUDA and CPU, in a few small functions."""
 
 from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend

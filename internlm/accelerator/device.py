@@ -1,4 +1,4 @@
-"""The device of this process, over ``torch.accelerator``. On CPU, synchronising and emptying a cache are no-ops."""
+"""The device of this process. On CPU, synchronising and emptying the cache are no-ops."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 
 import torch
 
-#: Set to ``cpu`` to leave accelerators unused.
+#: Environment variable; ``cpu`` leaves accelerators unused.
 DEVICE_VARIABLE = "INTERNLM_DEVICE"
 
 
 def device_type() -> str:
-    """``"cuda"`` where CUDA devices are there and wanted, else ``"cpu"``."""
+    """Return ``"cuda"`` where a CUDA device is available and not disabled, else ``"cpu"``."""
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def default_backend() -> str:
-    """The ``torch.distributed`` backend of this device."""
+    """Return the ``torch.distributed`` backend of this device."""
     return "nccl" if device_type() == "cuda" else "gloo"
 
 
 def device_count() -> int | None:
-    """Devices on this machine; None on CPU, where any number of processes may share the cores."""
+    """Return the number of devices of this machine; None on CPU, where any number of processes share the cores."""
     return torch.cuda.device_count() if device_type() == "cuda" else None
 
 
@@ -33,19 +33,19 @@ def set_device(local_rank: int) -> None:
 
 
 def current_device() -> torch.device:
-    """The device that this process computes on."""
+    """Return the device on which this process computes."""
     if device_type() == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def synchronize() -> None:
-    """Wait until the device has done all work queued so far."""
+    """Block until the device has finished all work queued so far."""
     if device_type() == "cuda":
         torch.cuda.synchronize()
 
 
 def empty_cache() -> None:
-    """Give cached, unused device memory back."""
+    """Return cached, unused memory to the device."""
     if device_type() == "cuda":
         torch.cuda.empty_cache()

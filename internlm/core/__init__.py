@@ -1,1 +1,1 @@
-"""The core: context, parallel layers, schedules, trainer."""
+"""Parallel context, parallel layers, pipeline schedules and the trainer."""

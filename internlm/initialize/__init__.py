@@ -1,4 +1,4 @@
-"""Starting a run: the command line, the processes, the trainer."""
+"""Start of a run: command line, process groups and the trainer."""
 
 from internlm.utils.lazy import lazy_exports
 

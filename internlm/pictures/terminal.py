@@ -1,4 +1,4 @@
-"""A timeline as text, for a terminal: a row for each rank, time to the right."""
+"""Timelines as text for a terminal: a row for each rank, time to the right."""
 
 from __future__ import annotations
 
@@ -7,53 +7,57 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, ActionType
 from internlm.core.scheduler.timeline import Timeline
-from internlm.pictures.facts import (
-    KINDS,
+from internlm.pictures.timeline_labels import (
+    ACTION_NAMES,
     Clock,
     Titled,
-    clock,
-    end_of_all,
-    figures,
+    action_types,
+    choose_clock,
+    format_metrics,
     heading,
-    how_to_read,
-    kinds_of_all,
     label,
+    label_legend,
+    latest_end,
     longest_label,
-    of_ranks,
+    rank_metrics,
     shortest_labelled,
     ticks,
 )
 
-#: Background of cells, of even and odd chunks, in the palette of 256 colours.
-_SHADES = {FORWARD: (74, 153), BACKWARD: (214, 223), WEIGHT: (72, 151)}
+#: Background of cells for even and odd chunks, in the terminal's palette of 256 colours.
+_SHADES: dict[ActionType, tuple[int, int]] = {FORWARD: (74, 153), BACKWARD: (214, 223), WEIGHT: (72, 151)}
 _BLACK = 16
 
 
 class Column(NamedTuple):
-    """A character, and on which background."""
+    """A character and its background."""
 
     character: str = " "
     shade: int | None = None
 
 
 def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, seconds: bool = False) -> str:
-    """``timelines`` beneath one another, no line longer than ``width`` characters: what is longer goes on beneath.
+    """Draw timelines beneath one another.
 
-    ``coloured`` adds ANSI colours, which no information depends on; ``seconds`` says that times are seconds.
+    Args:
+        timelines: with their titles.
+        width: characters in a line; longer timelines continue in further lines.
+        coloured: add ANSI colours, which no information depends on.
+        seconds: whether times are seconds.
     """
-    times = clock(timelines, seconds)
+    times = choose_clock(timelines, seconds)
     margin = len(f"rank {max(timeline.table.stage_layout.stages for _, timeline in timelines) - 1}") + 2
     scale, columns = _fitted(timelines, width - margin)
     parts = []
     for title, timeline in timelines:
-        rows = [_ruler(end_of_all(timelines), scale, times)]
+        rows = [_ruler(latest_end(timelines), scale, times)]
         rows += [_row(timeline, rank, scale, len(rows[0])) for rank in range(len(timeline.spans))]
         names = ["time", *(f"rank {rank}" for rank in range(len(timeline.spans)))]
-        parts.append(f"{heading(title, timeline)}; {figures(timeline, times)}")
+        parts.append(f"{heading(title, timeline)}; {format_metrics(timeline, times)}")
         for start in range(0, round(timeline.end * scale), columns):
-            blocks = (_printed(row[start : start + columns], coloured) for row in rows)
+            blocks = (_format_row(row[start : start + columns], coloured) for row in rows)
             parts.append(
                 "\n".join(f"{name:{margin}}{block}".rstrip() for name, block in zip(names, blocks, strict=True))
             )
@@ -62,11 +66,10 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
 
 
 def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
-    """Columns for a unit of time, so that labels fit, and columns in a line: all of them if ``room`` allows it, else as
-    many in each line."""
+    """Return columns per unit of time, so that labels fit, and columns per line, equal in all lines but the last."""
     narrow, shortest = longest_label(timelines), shortest_labelled(timelines)
     for wide in (narrow + 1, narrow):
-        scale, columns = wide / shortest, round(end_of_all(timelines) * wide / shortest)
+        scale, columns = wide / shortest, round(latest_end(timelines) * wide / shortest)
         if columns <= room:
             return scale, columns
     cells = math.ceil(columns / narrow)
@@ -88,22 +91,22 @@ def _shade(action: Action) -> int:
 
 
 def _cell(name: str, wide: int) -> str:
-    """``B3--``: drawn out, with a gap at the end where there is room; a name that is too long is its letter alone."""
-    shown = name if len(name) <= wide else name[0]
-    return shown.ljust(wide - 1, "-").ljust(wide)[:wide]
+    """Fill a cell: ``B3--`` with a gap at the end where there is room; a label that is too long is its letter alone."""
+    fitted = name if len(name) <= wide else name[0]
+    return fitted.ljust(wide - 1, "-").ljust(wide)[:wide]
 
 
 def _ruler(end: float, scale: float, times: Clock) -> list[Column]:
     row = [Column()] * round(end * scale)
     for time in ticks(end, max(1, len(row) // 12)):
-        place = round(time * scale)
-        words = times(time)
-        if place + len(words) <= len(row):
-            row[place : place + len(words)] = map(Column, words)
+        column = round(time * scale)
+        mark = times(time)
+        if column + len(mark) <= len(row):
+            row[column : column + len(mark)] = map(Column, mark)
     return row
 
 
-def _printed(row: Sequence[Column], coloured: bool) -> str:
+def _format_row(row: Sequence[Column], coloured: bool) -> str:
     runs = groupby(row, key=lambda column: column.shade if coloured else None)
     return "".join(_on(shade, "".join(column.character for column in run)) for shade, run in runs)
 
@@ -114,14 +117,16 @@ def _on(shade: int | None, words: str) -> str:
 
 def _summary(timeline: Timeline, times: Clock) -> str:
     lines = [("rank", "busy", "idle", "in flight at most")]
-    lines += [(str(row.rank), times(row.busy), times(row.idle), str(row.peak_in_flight)) for row in of_ranks(timeline)]
+    lines += [
+        (str(row.rank), times(row.busy), times(row.idle), str(row.peak_in_flight)) for row in rank_metrics(timeline)
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def _legend(timelines: Sequence[Titled], coloured: bool) -> str:
-    def swatch(kind: str) -> str:
-        return _on(_SHADES[kind][0] if coloured else None, kind)
+    def swatch(action_type: ActionType) -> str:
+        return _on(_SHADES[action_type][0] if coloured else None, action_type)
 
-    kinds: Iterator[str] = (f"{swatch(kind)} {KINDS[kind]}" for kind in kinds_of_all(timelines))
-    return f"{', '.join(kinds)}. {how_to_read(timelines)}."
+    entries: Iterator[str] = (f"{swatch(found)} {ACTION_NAMES[found]}" for found in action_types(timelines))
+    return f"{', '.join(entries)}. {label_legend(timelines)}."

@@ -1,4 +1,4 @@
-"""A timeline as SVG."""
+"""Timelines as SVG pictures, and as HTML pages around them that need nothing but a browser."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from xml.sax.saxutils import escape
 
 from internlm.core.scheduler.actions import Action
 from internlm.core.scheduler.timeline import Span, Timeline
-from internlm.pictures.facts import (
+from internlm.pictures.timeline_labels import (
+    ACTION_NAMES,
     COLOURS,
-    KINDS,
     Clock,
     Titled,
-    chunks_of_all,
-    clock,
-    end_of_all,
-    figures,
+    action_types,
+    choose_clock,
+    describe_action,
+    format_metrics,
     heading,
-    how_to_read,
-    kinds_of_all,
     label,
+    label_legend,
+    latest_end,
     longest_label,
-    sentence,
+    max_chunks,
+    rank_metrics,
     shortest_labelled,
     ticks,
 )
@@ -41,7 +42,7 @@ height="{height:g}" role="img" font-family="Helvetica, Arial, sans-serif" font-s
 
 
 class Paper(NamedTuple):
-    """How time lies on the picture."""
+    """Scale of the axis of time."""
 
     times: Clock
     end: float
@@ -49,17 +50,19 @@ class Paper(NamedTuple):
     chunks: int
 
     def x(self, time: float) -> float:
-        """Where ``time`` is on the axis."""
+        """Return the position of ``time`` in px."""
         return EDGE + LEFT + (self.width - 2 * EDGE - LEFT - RIGHT) * time / self.end
 
 
 def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
-    """``timelines`` beneath one another, as wide as their labels need; what is pointed at says what it is.
+    """Draw timelines beneath one another, as wide as their labels need, with a tooltip for each action.
 
-    ``seconds`` says that times are seconds.
+    Args:
+        timelines: with their titles.
+        seconds: whether their times are seconds.
     """
     width = min(max(NARROWEST, _legible(timelines)), WIDEST)
-    paper = Paper(clock(timelines, seconds), end_of_all(timelines), width, chunks_of_all(timelines))
+    paper = Paper(choose_clock(timelines, seconds), latest_end(timelines), width, max_chunks(timelines))
     parts: list[str] = []
     y = EDGE
     for title, timeline in timelines:
@@ -73,16 +76,16 @@ def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
 
 
 def _legible(timelines: Sequence[Titled]) -> float:
-    """How wide a picture must be in px for labels to fit."""
-    cells = end_of_all(timelines) / shortest_labelled(timelines)
+    """Return the width in px that a picture needs for its labels."""
+    cells = latest_end(timelines) / shortest_labelled(timelines)
     return math.ceil(2 * EDGE + LEFT + RIGHT + cells * (LETTER * longest_label(timelines) + 4))
 
 
 def _panel(paper: Paper, y: float, title: str, timeline: Timeline) -> Iterator[str]:
-    """A timeline: its heading, and a row for each rank."""
+    """Draw a timeline: its heading, and a row for each rank."""
     right = paper.width - EDGE
     yield _text(EDGE, y + 12, heading(title, timeline), "bold", size=15)
-    yield _text(right, y + 12, figures(timeline, paper.times), anchor="end")
+    yield _text(right, y + 12, format_metrics(timeline, paper.times), anchor="end")
     yield _text(right, y + HEAD - 8, "in flight, at most", colour=GREY, anchor="end", size=11)
     for rank, (spans, peak) in enumerate(zip(timeline.spans, timeline.peak_in_flight, strict=True)):
         top = y + HEAD + PITCH * rank
@@ -97,7 +100,7 @@ def _panel(paper: Paper, y: float, title: str, timeline: Timeline) -> Iterator[s
 def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> str:
     action, (start, end) = span.action, (paper.x(span.start), paper.x(span.end))
     when = f"{paper.times(span.start)} to {paper.times(span.end)} (takes {paper.times(span.end - span.start)})"
-    title = f"<title>{action}: {escape(sentence(timeline, rank, action))}; {when}</title>"
+    title = f"<title>{action}: {escape(describe_action(timeline, rank, action))}; {when}</title>"
     names = (label(action, paper.chunks), str(action.micro_batch))
     name = next((name for name in names if LETTER * len(name) + 2 <= end - start), "")
     words = f'<text x="{_px((start + end) / 2)}" y="{_px(y + 17)}" fill="{DARK}">{name}</text>' if name else ""
@@ -106,7 +109,7 @@ def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> 
 
 
 def _axis(paper: Paper, y: float) -> Iterator[str]:
-    """The axis of time, for all timelines."""
+    """Draw the axis of time that all timelines share."""
     start, end = paper.x(0), paper.x(paper.end)
     marks = list(ticks(paper.end, max(1, int((end - start) / TICK))))
     path = f"M{_px(start)},{y} H{_px(end)}" + "".join(f" M{_px(paper.x(time))},{y} v5" for time in marks)
@@ -118,22 +121,24 @@ def _axis(paper: Paper, y: float) -> Iterator[str]:
 
 
 def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str]:
-    """Colours, and how labels are read."""
+    """Draw the legend of colours and labels."""
     x = float(EDGE)
-    for kind in kinds_of_all(timelines):
+    for action_type in action_types(timelines):
         for chunk in range(paper.chunks):
-            yield _rect(x, y - 4, TALL, _colour(Action(kind, 0, chunk), paper.chunks))
-            yield _text(x + TALL / 2, y + 13, label(Action(kind, 0, chunk), paper.chunks)[0], anchor="middle", size=11)
+            yield _rect(x, y - 4, TALL, _colour(Action(action_type, 0, chunk), paper.chunks))
+            yield _text(
+                x + TALL / 2, y + 13, label(Action(action_type, 0, chunk), paper.chunks)[0], anchor="middle", size=11
+            )
             x += TALL + 3
-        yield _text(x + 5, y + 13, KINDS[kind])
-        x += 7.2 * len(KINDS[kind]) + 24
-    yield _text(paper.width - EDGE, y + 13, how_to_read(timelines), colour=GREY, anchor="end")
+        yield _text(x + 5, y + 13, ACTION_NAMES[action_type])
+        x += 7.2 * len(ACTION_NAMES[action_type]) + 24
+    yield _text(paper.width - EDGE, y + 13, label_legend(timelines), colour=GREY, anchor="end")
 
 
 def _colour(action: Action, chunks: int) -> str:
-    """That of its kind, the lighter the later the chunk."""
+    """Return the colour of an action's type, lighter for later chunks."""
     white = 0.6 * action.chunk / max(1, chunks - 1)
-    return "#" + "".join(f"{round(part + (255 - part) * white):02x}" for part in COLOURS[action.type])
+    return "#" + "".join(f"{round(level + (255 - level) * white):02x}" for level in COLOURS[action.type])
 
 
 def _rect(x: float, y: float, wide: float, fill: str, more: str = "") -> str:
@@ -149,3 +154,53 @@ def _text(
 
 def _px(length: float) -> str:
     return f"{length:.2f}".rstrip("0").rstrip(".")
+
+
+# -- HTML -------------------------------------------------------------------------------------------------------------
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+body {{ font-family: Helvetica, Arial, sans-serif; color: #111827; margin: 24px; }}
+.wide {{ overflow-x: auto; }}
+.action:hover rect {{ stroke: #111827; stroke-width: 2; }}
+table {{ border-collapse: collapse; margin: 20px 0; font-size: 14px; }}
+caption {{ text-align: left; font-weight: bold; padding-bottom: 6px; }}
+th, td {{ text-align: right; padding: 4px 16px 4px 0; border-bottom: 1px solid #d1d5db; }}
+</style>
+</head>
+<body>
+<div class="wide">
+{picture}</div>
+{tables}
+</body>
+</html>
+"""
+_COLUMNS = ("rank", "busy", "idle", "in flight, at most")
+
+
+def html(timelines: Sequence[Titled], seconds: bool = False) -> str:
+    """Make a page with the picture of :func:`svg` and a table of each rank's metrics.
+
+    Args:
+        timelines: with their titles.
+        seconds: whether their times are seconds.
+    """
+    times = choose_clock(timelines, seconds)
+    title = escape("; ".join(heading(*titled) for titled in timelines))
+    tables = "\n".join(line for titled in timelines for line in _table(*titled, times))
+    return _PAGE.format(title=title, picture=svg(timelines, seconds), tables=tables)
+
+
+def _table(title: str, timeline: Timeline, times: Clock) -> Iterator[str]:
+    yield f"<table>\n<caption>{escape(heading(title, timeline))}; {format_metrics(timeline, times)}</caption>"
+    yield _line("th", _COLUMNS)
+    for row in rank_metrics(timeline):
+        yield _line("td", (str(row.rank), times(row.busy), times(row.idle), str(row.peak_in_flight)))
+    yield "</table>"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

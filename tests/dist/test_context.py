@@ -79,6 +79,34 @@ def test_groups_of_one_rank() -> None:
     assert found == {mode: [0] for mode in ParallelMode}
 
 
+def _look_ups(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[bool, bool]:
+    """Whether this rank computes the loss, and whether it writes the log."""
+    initialize_distributed_env(TINY, overrides=("model.num_layers=4", "data.micro_num=4", *overrides))
+    found = gpc.is_no_pp_or_last_stage(), gpc.is_rank_for_log()
+    gpc.destroy()
+    return found
+
+
+TWO_STAGES = ("parallel.pipeline.size=2", "parallel.tensor.size=2")  # ranks 0 and 1, and ranks 2 and 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "with_head", "logging"),
+    [
+        ((), [0, 1, 2, 3], 0),
+        (TWO_STAGES, [2, 3], 2),
+        ((*TWO_STAGES, "parallel.pipeline.mode=ZBV", "model.num_chunks=2"), [0, 1], 2),
+    ],
+    ids=["no pipeline", "1F1B", "ZBV"],
+)
+def test_the_stage_of_the_head_computes_the_loss_and_one_rank_logs(
+    overrides: tuple[str, ...], with_head: list[int], logging: int
+) -> None:
+    found = run_ranks(4, _look_ups, overrides)
+    assert [rank for rank, (computes_loss, _) in enumerate(found) if computes_loss] == with_head
+    assert [rank for rank, (_, logs) in enumerate(found) if logs] == [logging]
+
+
 def _again(rank: int, world_size: int) -> list[tuple[int, int]]:
     """Sizes of the zero and data groups of one context after another, and a sum over each."""
     sizes = []

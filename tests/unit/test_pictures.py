@@ -1,4 +1,4 @@
-"""The pictures in the documentation are current, and those of the parallel modes say what the traffic of a block is."""
+"""The pictures in the documentation are current, and those of the parallel modes show all traffic of a block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEDULE_PICTURES = FOLDER / "schedules"
 
 
 def symbols(mode: str) -> Symbols:
-    """Of a model on two ranks, over which everything is split that ``mode`` splits."""
+    """Symbols of a model on two ranks, over which everything is split that ``mode`` splits."""
     model = dict(num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=128)
     sizes = dict(tensor=dict(mode=mode, size=2), weight=dict(size=2 if mode == "isp" else 1))
     data = dict(seq_len=64, micro_bsz=1, total_steps=1)
@@ -28,12 +28,12 @@ def symbols(mode: str) -> Symbols:
     return Symbols.of(load_config(dict(model_type="LLAMA2", **sections), world_size=2, device_type="cpu"), 2)
 
 
-def told(mode: str) -> Counter[str]:
-    """The labels of arrows in the picture."""
+def arrow_labels(mode: str) -> Counter[str]:
+    """Labels of the arrows in a picture."""
     root = ElementTree.fromstring((FOLDER / f"{mode}.svg").read_bytes())
     words = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
     collectives = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
-    return Counter(each for each in words if each.endswith(collectives))
+    return Counter(word for word in words if word.endswith(collectives))
 
 
 def test_there_is_a_picture_of_each_mode() -> None:
@@ -41,13 +41,13 @@ def test_there_is_a_picture_of_each_mode() -> None:
 
 
 def test_there_is_a_picture_of_each_schedule() -> None:
-    assert {path.name for path in SCHEDULE_PICTURES.iterdir()} == {f"{kind}.svg" for kind in SCHEDULES}
+    assert {path.name for path in SCHEDULE_PICTURES.iterdir()} == {f"{schedule}.svg" for schedule in SCHEDULES}
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_picture_of_the_schedule_is_current(kind: str) -> None:
-    file = (SCHEDULE_PICTURES / f"{kind}.svg").read_text(encoding="utf-8")
-    assert file == draw_schedules.picture(kind), "run: python tools/draw_schedules.py --out doc/pictures/schedules"
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_picture_of_the_schedule_is_current(schedule: str) -> None:
+    file = (SCHEDULE_PICTURES / f"{schedule}.svg").read_text(encoding="utf-8")
+    assert file == draw_schedules.picture(schedule), "run: python tools/draw_schedules.py --out doc/pictures/schedules"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,9 +59,9 @@ def test_the_picture_is_current(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_picture_has_every_collective_of_a_block_and_no_other(mode: str) -> None:
     s = symbols(mode)
-    part = block(s)
-    expected = Counter(f"forward: {call.collective}" for call in part.forward)
-    expected += Counter(f"backward: {call.collective}" for call in part.backward)
-    norms_are_summed = any(kind.partial_over for kind in buffers(s))
+    traffic = block(s)
+    expected = Counter(f"forward: {call.collective}" for call in traffic.forward)
+    expected += Counter(f"backward: {call.collective}" for call in traffic.backward)
+    norms_are_summed = any(group.partial_over for group in buffers(s))
     expected += Counter({"step: all-reduce": 2 * norms_are_summed})
-    assert told(mode) == expected
+    assert arrow_labels(mode) == expected

@@ -1,4 +1,4 @@
-"""Who am I among the processes: parallel modes, rank layout, process groups, seeds."""
+"""Parallel modes, rank layout, process groups and seeds of this process."""
 
 from internlm.config.schema import Config as Config
 from internlm.core.context.layout import Layout as Layout

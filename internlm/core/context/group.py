@@ -1,4 +1,4 @@
-"""A process group that knows what it is for."""
+"""Process groups as the framework's layers receive them: with parallel mode, rank and size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from internlm.core.context.layout import ParallelMode
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that share something, and this rank's place among them."""
+    """A process group of one parallel mode, and this rank's rank in it.
+
+    Mode, rank and size are plain values, so that code that only computes shapes runs without any process group.
+    """
 
     mode: ParallelMode
-    handle: dist.ProcessGroup | None = None  # None: this rank is alone
+    handle: dist.ProcessGroup | None = None  # None: a group of this rank alone
     rank: int = 0
     size: int = 1
 
     @classmethod
     def of(cls, mode: ParallelMode, handle: dist.ProcessGroup) -> Group:
-        """Around a process group of torch's."""
+        """Wrap a process group of torch."""
         return cls(mode, handle, dist.get_rank(handle), dist.get_world_size(handle))
 
 
-#: The stages of a pipeline that has one.
+#: The pipeline group where there is no pipeline.
 NO_PIPELINE = Group(ParallelMode.PIPELINE)

@@ -1,16 +1,15 @@
-"""The ways in which ranks form groups.
+"""Rank layout: from parallel sizes to the rank lists of every :class:`ParallelMode`. Pure.
 
-Rank layout: sizes to rank lists, for every :class:`ParallelMode`. Pure arithmetic, no process is started.
-
-All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, a stage of the pipeline is seen in
-three ways::
+All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, the ranks of a pipeline stage have three
+views::
 
     ordinary   tensor, data
-    weight     weight, weight-data              (isp: the same ranks, seen by shards of the weights)
+    weight     weight, weight-data              (isp: the same ranks, by shards of the weights)
     expert     expert-tensor, expert, expert-data
 
-and the pipeline varies slowest in each. ZERO1 is a run of consecutive members of the data group (of the weight-data
-group under isp); ZERO1_REPLICA joins the ranks that hold the same shard.
+and the pipeline varies slowest in each. Tensor varies fastest because its collectives are on the critical path of every
+layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). ZERO1 is a run of consecutive members
+of the data group (of the weight-data group under isp); ZERO1_REPLICA joins the ranks that hold the same shard.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 
 
 class ParallelMode(Enum):
-    """A family of process groups; each rank is in exactly one group of each mode."""
+    """A partition of all ranks into process groups; each rank is in one group of each mode."""
 
     GLOBAL = "global"  # every rank
     DATA = "data"  # different samples
@@ -40,9 +39,9 @@ class ParallelMode(Enum):
     EXPERT_TENSOR = "expert_tensor"  # different slices of an expert
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
-    """How many ranks share what. ``zero1`` ≤ 0 means the whole data (weight-data) group; ``expert`` ≤ 0 means 1."""
+    """Sizes of the process groups. ``zero1`` ≤ 0 means the whole data (weight-data) group; ``expert`` ≤ 0 means 1."""
 
     world: int
     tensor: int = 1
@@ -61,7 +60,9 @@ class ParallelSizes:
                     f"{self.pipeline * group}"
                 )
         if self.zero_parent % self.zero:
-            raise ValueError(f"zero1 size {self.zero} does not divide the {self.zero_parent} ranks of its data group")
+            raise ValueError(
+                f"the {self.zero_parent} ranks of the data group are not divisible by zero1 size {self.zero}"
+            )
 
     @property
     def _expert_group(self) -> int:
@@ -69,39 +70,39 @@ class ParallelSizes:
 
     @property
     def data(self) -> int:
-        """Ranks that read different samples."""
+        """Number of ranks that read different samples."""
         return self.world // (self.pipeline * self.tensor)
 
     @property
     def weight_data(self) -> int:
-        """Ranks that hold the same shard of the weights."""
+        """Number of ranks that hold the same shard of the weights."""
         return self.world // (self.pipeline * self.weight)
 
     @property
     def expert_data(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks that hold the same experts."""
         return self.world // (self.pipeline * self._expert_group)
 
     @property
     def zero_parent(self) -> int:
-        """Size of the group that ZERO1 divides."""
+        """Size of the group that ZERO1 partitions."""
         return self.weight_data if self.isp else self.data
 
     @property
     def zero(self) -> int:
-        """Ranks that share one optimizer state."""
+        """Number of ranks that shard one optimizer state."""
         return self.zero1 if self.zero1 > 0 else self.zero_parent
 
 
 class Layout:
-    """The groups of every mode, as arrays of shape [groups, members]."""
+    """Rank lists of the groups of every mode."""
 
     def __init__(self, sizes: ParallelSizes) -> None:
         self.sizes = sizes
 
     @cached_property
     def grids(self) -> dict[ParallelMode, np.ndarray]:
-        """Mode to an array [groups, members] of global ranks."""
+        """Arrays [groups, members] of global ranks, by mode."""
         s = self.sizes
         ranks = np.arange(s.world)
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)
@@ -125,16 +126,16 @@ class Layout:
         }
 
     def groups(self, mode: ParallelMode) -> list[list[int]]:
-        """Every group of ``mode``."""
+        """Return the rank lists of all groups of ``mode``."""
         return self.grids[mode].tolist()
 
     def group_of(self, rank: int, mode: ParallelMode) -> list[int]:
-        """The group of ``mode`` that ``rank`` is in, in the order of local ranks."""
+        """Return the ranks of the group of ``mode`` with ``rank``, in the order of local ranks."""
         grid = self.grids[mode]
         row = int(np.nonzero(grid == rank)[0][0])
         return grid[row].tolist()
 
 
 def _along(grid: np.ndarray, axis: int) -> np.ndarray:
-    """All lines of ``grid`` along ``axis``, as [lines, members]."""
+    """Slice ``grid`` along ``axis`` into [lines, members]."""
     return np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])

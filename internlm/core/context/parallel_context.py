@@ -1,6 +1,7 @@
-"""Process groups from the rank layout, and the look-ups that users' scripts ask of ``global_context``.
+"""Parallel context: the process groups of this rank, its config and seeds, with the look-ups that scripts use.
 
-Read by users and by the assembly layers only; everything below takes the groups it needs as arguments.
+Only users' scripts and the assembly layers read ``global_context``; all code below takes the groups it needs as
+arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from internlm.core.context.random import RandomStreams, mode_seeds
 
 
 def sizes_of(config: Config, world_size: int) -> ParallelSizes:
-    """The sizes that ``config.parallel`` asks for on ``world_size`` ranks."""
+    """Return the parallel sizes of ``config`` on ``world_size`` ranks."""
     parallel = config.parallel
     return ParallelSizes(
         world=world_size,
@@ -31,7 +32,7 @@ def sizes_of(config: Config, world_size: int) -> ParallelSizes:
 
 
 class ParallelContext:
-    """This rank's groups, config and random streams. Empty until :meth:`initialize`."""
+    """Groups, config and random streams of this rank; empty until :meth:`initialize`."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
@@ -46,10 +47,12 @@ class ParallelContext:
         self._groups: dict[ParallelMode, dist.ProcessGroup] = {}
         self._rank, self._seed = 0, 0
 
-    # -- life ---------------------------------------------------------------------------------------------------------
+    # -- lifetime -----------------------------------------------------------------------------------------------------
     def initialize(self, config: Config, seed: int) -> None:
-        """Make the groups of every mode. ``torch.distributed`` must be up; every rank must call this with the same
-        config."""
+        """Make the groups of every mode and seed the random streams.
+
+        The default process group must exist, and every rank must call this with the same config.
+        """
         self._config, self._seed = config, seed
         self._rank = dist.get_rank()
         self._layout = Layout(sizes_of(config, dist.get_world_size()))
@@ -62,9 +65,11 @@ class ParallelContext:
         )
 
     def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
-        """One process group per set of ranks and ``use``, made by its members alone: each rank is in one group of a
-        mode, and all walk the modes in the same order, so nobody waits in a circle, and thousands of ranks not for one
-        another."""
+        """Return the process group of ``ranks`` for ``use``, made on first use.
+
+        Only its members make it: each rank is in one group of a mode, and all ranks go through the modes in the same
+        order, so they cannot deadlock, and thousands of ranks need no global barrier per group.
+        """
         if self._made_in is not dist.group.WORLD:
             self._made, self._made_in = {}, dist.group.WORLD
         if (use, ranks) not in self._made:
@@ -78,9 +83,11 @@ class ParallelContext:
         return self._made[use, ranks]
 
     def destroy(self) -> None:
-        """Forget everything, so that :meth:`initialize` may be called again. The process groups stay, for the next
-        context in this process to use, and end with the default group: torch would give a new group of the same ranks
-        the name, and with it the leftovers, of the old one."""
+        """Reset the context, so that :meth:`initialize` may be called again.
+
+        The process groups stay for the next context in this process, and end with the default group: torch would give
+        a new group of the same ranks the name of the old one, and with it the old one's entries in the store.
+        """
         self._clear()
         if not dist.is_initialized():
             self._made, self._made_in = {}, None
@@ -90,33 +97,33 @@ class ParallelContext:
         """Whether :meth:`initialize` was called."""
         return self._config is not None
 
-    # -- what was set up ----------------------------------------------------------------------------------------------
+    # -- config and seeds ---------------------------------------------------------------------------------------------
     @property
     def config(self) -> Config:
-        """The resolved config of this run."""
+        """Resolved config of this run."""
         assert self._config is not None, "call internlm.initialize.initialize_distributed_env first"
         return self._config
 
     @property
     def layout(self) -> Layout:
-        """The rank layout."""
+        """Rank layout of this run."""
         assert self._layout is not None, "call internlm.initialize.initialize_distributed_env first"
         return self._layout
 
     @property
     def random_streams(self) -> RandomStreams:
-        """The random streams of this rank."""
+        """Random streams of this rank."""
         assert self._streams is not None, "call internlm.initialize.initialize_distributed_env first"
         return self._streams
 
     @property
     def seed(self) -> int:
-        """The seed of the run."""
+        """Seed of the run."""
         return self._seed
 
     # -- look-ups -----------------------------------------------------------------------------------------------------
     def get_global_rank(self) -> int:
-        """This rank among all."""
+        """Return this rank's global rank."""
         return self._rank
 
     def is_initialized(self, mode: ParallelMode) -> bool:
@@ -128,56 +135,60 @@ class ParallelContext:
         return self.get_world_size(mode) > 1
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup:
-        """This rank's process group of ``mode``."""
+        """Return this rank's process group of ``mode``."""
         return self._groups[mode]
 
     def group(self, mode: ParallelMode) -> Group:
-        """The same, for the framework's own layers."""
+        """Return this rank's group of ``mode`` in the form that the framework's layers take."""
         return Group.of(mode, self._groups[mode])
 
     def pair_of_stages(self, use: str, pairs: Sequence[tuple[int, int]]) -> Group:
-        """A group for each of ``pairs`` of stages of this rank's pipeline, of which no stage is in two; a stage in none
-        is alone. All ranks must ask, for the same pairs, and groups for another ``use`` are others.
+        """Return the group of this rank's pair of stages, or a group of this rank alone where it is in no pair.
 
-        A rank that is alone makes a group nevertheless: torch names a group by the number of those that are there, so
-        its members must have made equally many.
+        All ranks must call this with the same arguments.
+
+        Args:
+            use: purpose of the groups; the same pair has another group for each.
+            pairs: of stages of this rank's pipeline; no stage is in two of them.
         """
         ranks = self._ranks[ParallelMode.PIPELINE]
-        mine = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)
-        members = tuple(ranks[stage] for stage in mine) if mine else (self._rank,)
+        own = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)
+        # A rank in no pair makes a group nevertheless: torch names a group by the number of groups made so far, so the
+        # members of a later group must have made equally many.
+        members = tuple(ranks[stage] for stage in own) if own else (self._rank,)
         return Group.of(ParallelMode.PIPELINE, self._group(members, use))
 
     def pipeline_ends(self) -> Group:
-        """The first and the last stage of this rank's pipeline."""
+        """Return the group of the first and the last stage of this rank's pipeline."""
         stages = self.get_world_size(ParallelMode.PIPELINE)
         return self.pair_of_stages("ends", [(0, stages - 1)] if stages > 1 else [])
 
     def get_ranks_in_group(self, mode: ParallelMode) -> list[int]:
-        """Global ranks of that group, in the order of local ranks."""
+        """Return the global ranks of this rank's group of ``mode``, in the order of local ranks."""
         return list(self._ranks[mode])
 
     def get_world_size(self, mode: ParallelMode) -> int:
-        """Ranks in that group."""
+        """Return the size of this rank's group of ``mode``."""
         return len(self._ranks[mode])
 
     def get_local_rank(self, mode: ParallelMode) -> int:
-        """This rank's place in that group."""
+        """Return this rank's rank in its group of ``mode``."""
         return self._ranks[mode].index(self._rank)
 
     def is_first_rank(self, mode: ParallelMode) -> bool:
-        """Whether this rank comes first in that group."""
+        """Whether this rank is the first of its group of ``mode``."""
         return self.get_local_rank(mode) == 0
 
     def is_last_rank(self, mode: ParallelMode) -> bool:
-        """Whether this rank comes last in that group."""
+        """Whether this rank is the last of its group of ``mode``."""
         return self.get_local_rank(mode) == self.get_world_size(mode) - 1
 
     def get_next_global_rank(self, mode: ParallelMode) -> int:
-        """The global rank after this one in that group, the first after the last."""
+        """Return the global rank after this one in its group of ``mode``, cyclically."""
         return self._ranks[mode][(self.get_local_rank(mode) + 1) % self.get_world_size(mode)]
 
     def get_prev_global_rank(self, mode: ParallelMode) -> int:
-        """The global rank before this one in that group, the last before the first."""
+        """Return the global rank before this one in its group of ``mode``, cyclically."""
         return self._ranks[mode][(self.get_local_rank(mode) - 1) % self.get_world_size(mode)]
 
     def is_pipeline_first_stage(self) -> bool:
@@ -189,9 +200,9 @@ class ParallelContext:
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Whether this rank computes the loss, which in a V the first stage does."""
-        in_a_v = self.config.parallel.pipeline.mode == "ZBV"
-        return self.is_pipeline_first_stage() if in_a_v else self.is_pipeline_last_stage()
+        """Whether this rank computes the loss: on the last stage, or in a V on the first."""
+        v_shaped = self.config.parallel.pipeline.mode == "ZBV"
+        return self.is_pipeline_first_stage() if v_shaped else self.is_pipeline_last_stage()
 
     def is_rank_for_log(self) -> bool:
         """Whether this rank writes the log: the first of its data and tensor groups, on the last stage."""
@@ -202,5 +213,5 @@ class ParallelContext:
         )
 
 
-#: The context of this process.
+#: Context of this process.
 global_context = ParallelContext()

@@ -1,7 +1,7 @@
-"""Seeds: which ranks draw the same random numbers.
+"""Random streams of a rank, seeded so that ranks draw the same numbers exactly where they must.
 
-Each :class:`ParallelMode` that may draw has a stream of its own. ``DATA``: ranks that hold the same activations (one
-tensor group) draw alike, ranks with other samples or other layers differ. ``TENSOR``: every rank draws differently.
+Each :class:`ParallelMode` that draws has a stream of its own. ``DATA``: ranks with the same activations (one tensor
+group) draw the same numbers, ranks with other samples or layers draw others. ``TENSOR``: all ranks differ.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from internlm.core.context.layout import ParallelMode
 
 
 def derived_seed(seed: int, *labels: object) -> int:
-    """A 63-bit seed that depends on ``seed`` and every label; the same on every machine and Python version."""
+    """Derive a 63-bit seed from ``seed`` and labels, the same on every machine and Python version."""
+    # Python's own hash() of strings differs between processes.
     text = "/".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) -> dict[ParallelMode, int]:
-    """The seed of each stream on a rank with these coordinates."""
+    """Return the seed of each stream on a rank with these coordinates."""
     return {
         ParallelMode.DATA: derived_seed(seed, "data", data_rank, pipeline_rank),
         ParallelMode.TENSOR: derived_seed(seed, "tensor", data_rank, pipeline_rank, tensor_rank),
@@ -30,9 +31,9 @@ def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) 
 
 
 class RandomStreams:
-    """One stream of random numbers for each mode, all drawn through torch's own generators.
+    """A stream of random numbers per mode, all drawn through torch's default generators.
 
-    Outside :meth:`use` that is the ``DATA`` stream. CUDA's generator has that one alone.
+    Outside :meth:`use` the ``DATA`` stream is active. CUDA's generator has only that one.
     """
 
     def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
@@ -56,7 +57,7 @@ class RandomStreams:
         self._current = mode
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state of each stream, and of CUDA's generator."""
+        """Return the state of each stream, and of CUDA's generator."""
         self._states[self._current] = torch.get_rng_state()
         states = {mode.value: state.clone() for mode, state in self._states.items()}
         if torch.cuda.is_available():
@@ -64,7 +65,7 @@ class RandomStreams:
         return states
 
     def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Continue every stream where :meth:`state_dict` left it."""
+        """Restore every stream to the state of :meth:`state_dict`."""
         for mode in self._states:
             self._states[mode] = states[mode.value].clone()
         torch.set_rng_state(self._states[self._current])

@@ -9,9 +9,9 @@ from internlm.core.scheduler.timeline import Costs, Span, Timeline
 from internlm.core.scheduler.validate import simulate
 
 
-def simulated(kind: str, stages: int = 4, chunks: int = 1, micro_batches: int = 8, **costs: float) -> Timeline:
-    """A schedule of that kind, actions taking a unit of time each unless ``costs`` says otherwise."""
-    table = make_table(kind, stages, chunks, micro_batches)
+def simulated(schedule: str, stages: int = 4, chunks: int = 1, micro_batches: int = 8, **costs: float) -> Timeline:
+    """A simulated schedule; each action takes one unit of time unless ``costs`` gives another."""
+    table = make_table(schedule, stages, chunks, micro_batches)
     return simulate(table, Costs.uniform(table.stage_layout.virtual_stages, **costs))
 
 

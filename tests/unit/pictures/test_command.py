@@ -20,10 +20,12 @@ def _width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
 
 
-@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)])
-def test_prints_the_timeline(kind: str, chunks: int, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["schedule", "--kind", kind, *FOUR_BY_EIGHT])
-    assert capsys.readouterr().out == text([("", simulated(kind, chunks=chunks))], width=100)
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]
+)
+def test_prints_the_timeline(schedule: str, chunks: int, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["schedule", "--kind", schedule, *FOUR_BY_EIGHT])
+    assert capsys.readouterr().out == text([("", simulated(schedule, chunks=chunks))], width=100)
 
 
 def test_costs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,11 +18,11 @@ from internlm.pictures import chrome_trace, html, svg
 from tests.unit.pictures.samples import simulated, slower
 
 SVG = "{http://www.w3.org/2000/svg}"
-KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]
 
 
-def pair(kind: str, chunks: int) -> list[tuple[str, Timeline]]:
-    timeline = simulated(kind, chunks=chunks)
+def pair(schedule: str, chunks: int) -> list[tuple[str, Timeline]]:
+    timeline = simulated(schedule, chunks=chunks)
     return [("simulated", timeline), ("<measured>", slower(timeline, 1.5))]
 
 
@@ -63,15 +63,15 @@ class Page(HTMLParser):
             self.titles.append(data)
 
 
-@pytest.mark.parametrize(("kind", "chunks"), KINDS)
-def test_svg(kind: str, chunks: int) -> None:
-    timelines = pair(kind, chunks)
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+def test_svg(schedule: str, chunks: int) -> None:
+    timelines = pair(schedule, chunks)
     root = ElementTree.fromstring(svg(timelines))
     groups = [group for group in root.iter(f"{SVG}g") if group.get("class") == "action"]
     assert named([group.findtext(f"{SVG}title", "") for group in groups]) == expected(timelines)
     words = [element.text or "" for element in root.iter(f"{SVG}text")]
-    assert any(word.startswith(f"simulated: {kind}, 4 stages") for word in words)
-    assert any(word.startswith(f"<measured>: {kind}, 4 stages") for word in words)
+    assert any(word.startswith(f"simulated: {schedule}, 4 stages") for word in words)
+    assert any(word.startswith(f"<measured>: {schedule}, 4 stages") for word in words)
     assert sum(word.startswith("bubble ") for word in words) == 2
 
 
@@ -97,9 +97,9 @@ def test_no_label_is_wider_than_its_cell() -> None:
     assert all(7 * len(label) <= float(box.get("width", "")) for label, box in shown if box is not None)
 
 
-@pytest.mark.parametrize(("kind", "chunks"), KINDS)
-def test_html(kind: str, chunks: int) -> None:
-    timelines = pair(kind, chunks)
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+def test_html(schedule: str, chunks: int) -> None:
+    timelines = pair(schedule, chunks)
     page = Page(html(timelines))
     assert page.open == []
     assert page.addresses == []
@@ -110,9 +110,9 @@ def events(timelines: list[tuple[str, Timeline]], phase: str) -> list[dict[str, 
     return [event for event in json.loads(chrome_trace(timelines))["traceEvents"] if event["ph"] == phase]
 
 
-@pytest.mark.parametrize(("kind", "chunks"), KINDS)
-def test_chrome_trace_has_a_complete_event_for_each_action(kind: str, chunks: int) -> None:
-    timelines = pair(kind, chunks)
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+def test_chrome_trace_has_a_complete_event_for_each_action(schedule: str, chunks: int) -> None:
+    timelines = pair(schedule, chunks)
     complete = events(timelines, "X")
     assert Counter((event["name"], str(event["tid"])) for event in complete) == expected(timelines)
     for number, (_, timeline) in enumerate(timelines):
@@ -122,15 +122,15 @@ def test_chrome_trace_has_a_complete_event_for_each_action(kind: str, chunks: in
             assert all(one["ts"] + one["dur"] <= other["ts"] + 1e-3 for one, other in pairwise(own))
     names = [event["args"]["name"] for event in events(timelines, "M")]
     assert names.count("rank 3") == 2
-    assert names[0].startswith(f"simulated: {kind}")
+    assert names[0].startswith(f"simulated: {schedule}")
 
 
-@pytest.mark.parametrize(("kind", "chunks"), KINDS)
-def test_chrome_trace_has_an_arrow_for_each_transfer(kind: str, chunks: int) -> None:
-    timelines = pair(kind, chunks)
+@pytest.mark.parametrize(("schedule", "chunks"), SCHEDULES)
+def test_chrome_trace_has_an_arrow_for_each_transfer(schedule: str, chunks: int) -> None:
+    timelines = pair(schedule, chunks)
     begun = {event["id"]: event for event in events(timelines, "s")}
     ended = {event["id"]: event for event in events(timelines, "f")}
-    turns = (chunks - 1) if kind == "zbv" else 0  # where a V turns, nothing is sent
+    turns = (chunks - 1) if schedule == "zbv" else 0  # where a V turns, nothing is sent
     assert len(begun) == 2 * 2 * 8 * (4 * chunks - 1 - turns)  # timelines, F and B, micro-batches, cuts
     assert begun.keys() == ended.keys()
     for number, event in begun.items():

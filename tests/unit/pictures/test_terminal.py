@@ -33,9 +33,11 @@ def test_a_small_timeline() -> None:
 
 
 @pytest.mark.parametrize("width", [200, 120, 80, 40, 10])
-@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)])
-def test_every_action_is_shown_once_whatever_the_width(kind: str, chunks: int, width: int) -> None:
-    timeline = simulated(kind, chunks=chunks, micro_batches=12)
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]
+)
+def test_every_action_is_shown_once_whatever_the_width(schedule: str, chunks: int, width: int) -> None:
+    timeline = simulated(schedule, chunks=chunks, micro_batches=12)
     lines = text([("", timeline)], width=width).splitlines()
     for rank, actions in enumerate(timeline.table.actions):
         shown = [name for line in lines if line.startswith(f"rank {rank}  ") for name in drawn(line)]

@@ -1,0 +1,140 @@
+"""Labels of timelines, for every kind of picture: headings, metrics, action names, units and ticks. Pure.
+
+All timelines of a picture share one axis of time, so they have one unit: that of the costs, or seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, ActionType
+from internlm.core.scheduler.timeline import Timeline
+
+#: A title, such as "simulated" or an empty one, and its timeline.
+Titled = tuple[str, Timeline]
+
+ACTION_NAMES: dict[ActionType, str] = {FORWARD: "forward", BACKWARD: "backward", WEIGHT: "gradient of the weights"}
+#: Colours of cells, RGB: blue, orange and green that stay distinct for colour-blind readers (Okabe and Ito 2008).
+COLOURS = {FORWARD: (86, 180, 233), BACKWARD: (230, 159, 0), WEIGHT: (0, 158, 115)}
+_UNITS = {1.0: "s", 1e-3: "ms", 1e-6: "µs"}
+
+
+class Clock(NamedTuple):
+    """Format of times: ``time / unit``, followed by the unit's name."""
+
+    unit: float = 1.0
+    name: str = ""
+
+    def __call__(self, time: float, digits: int = 4) -> str:
+        return f"{time / self.unit:.{digits}g}" + (f" {self.name}" if self.name else "")
+
+
+def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
+    """Choose the unit of a picture: for ``seconds`` the largest one that the longest timeline reaches, else none."""
+    if not seconds:
+        return Clock()
+    end = latest_end(timelines)
+    return next((Clock(unit, name) for unit, name in _UNITS.items() if end >= unit), Clock(unit=1e-6, name="µs"))
+
+
+class RankMetrics(NamedTuple):
+    """Busy and idle time of a rank, and its peak of activations in flight."""
+
+    rank: int
+    busy: float
+    idle: float
+    peak_in_flight: int
+
+
+def rank_metrics(timeline: Timeline) -> list[RankMetrics]:
+    """Return the metrics of each rank, counting time until the last one ended."""
+    rows = []
+    for rank, (spans, peak) in enumerate(zip(timeline.spans, timeline.peak_in_flight, strict=True)):
+        busy = sum(span.end - span.start for span in spans)
+        rows.append(RankMetrics(rank, busy, timeline.end - busy, peak))
+    return rows
+
+
+def heading(title: str, timeline: Timeline) -> str:
+    """Format title, schedule and sizes."""
+    table, stage_layout = timeline.table, timeline.table.stage_layout
+    sizes = [table.schedule, _count(stage_layout.stages, "stage")]
+    sizes += [_count(stage_layout.chunks, "chunk") + " each"] if stage_layout.chunks > 1 else []
+    words = ", ".join([*sizes, _count(table.micro_batches, "micro-batch")])
+    return f"{title}: {words}" if title else words
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
+
+
+def format_metrics(timeline: Timeline, times: Clock) -> str:
+    """Format bubble and makespan."""
+    # A measured bubble of zero may be −0.0.
+    return f"bubble {100 * abs(timeline.bubble):.1f} %, end {times(timeline.end)}"
+
+
+def label(action: Action, chunks: int) -> str:
+    """Format an action: ``F3``, in lower case for the second of two chunks; ``F3.1`` where there are more."""
+    if chunks != 2:
+        return str(action)
+    letter = action.type.lower() if action.chunk else action.type
+    return f"{letter}{action.micro_batch}"
+
+
+def label_legend(timelines: Sequence[Titled]) -> str:
+    """Explain how labels are read."""
+    chunks = max_chunks(timelines)
+    if chunks == 1:
+        return "F3: micro-batch 3"
+    return "F3: micro-batch 3, chunk 0; " + ("f3: chunk 1" if chunks == 2 else "F3.1: chunk 1")
+
+
+def describe_action(timeline: Timeline, rank: int, action: Action) -> str:
+    """Format an action in words."""
+    stage_layout = timeline.table.stage_layout
+    where = f"rank {rank}"
+    if stage_layout.chunks > 1:
+        where += f", chunk {action.chunk} (virtual stage {stage_layout.virtual(rank, action.chunk)})"
+    return f"{ACTION_NAMES[action.type]} of micro-batch {action.micro_batch}, {where}"
+
+
+def action_types(timelines: Sequence[Titled]) -> list[ActionType]:
+    """Return the types of action that occur, in the order of ACTION_NAMES."""
+    found = {action.type for _, timeline in timelines for row in timeline.table.actions for action in row}
+    return [action_type for action_type in ACTION_NAMES if action_type in found]
+
+
+def max_chunks(timelines: Sequence[Titled]) -> int:
+    """Return the largest number of chunks per rank."""
+    return max(timeline.table.stage_layout.chunks for _, timeline in timelines)
+
+
+def latest_end(timelines: Sequence[Titled]) -> float:
+    """Return the end of the axis of time."""
+    return max(timeline.end for _, timeline in timelines)
+
+
+def longest_label(timelines: Sequence[Titled]) -> int:
+    """Return the length of the longest label, in letters."""
+    chunks = max_chunks(timelines)
+    rows = (row for _, timeline in timelines for row in timeline.table.actions)
+    return max(len(label(action, chunks)) for row in rows for action in row)
+
+
+def shortest_labelled(timelines: Sequence[Titled]) -> float:
+    """Return the duration from which on a label must fit: the shortest, but at least an eighth of the longest."""
+    # One very short action, such as a measured outlier, would make the whole picture too wide.
+    rows = (row for _, timeline in timelines for row in timeline.spans)
+    lengths = [span.end - span.start for row in rows for span in row if span.end > span.start]
+    return max(min(lengths), max(lengths) / 8)
+
+
+def ticks(end: float, most: int) -> Iterator[float]:
+    """Yield at most ``most`` + 1 round times, from 0 to ``end``."""
+    least = end / most
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
+    yield from (step * index for index in range(math.floor(end / step + 1e-9) + 1))
