@@ -1,4 +1,4 @@
-"""``train.py`` under torchrun and Slurm: a table of runs, and what each must leave behind."""
+"""``train.py`` under torchrun, under Slurm and on the pool: a table of runs, and what each must leave behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.integration.jobs import ROOT, debug_losses, free_port, lines, metrics, records, train
+from tests.integration.jobs import ROOT, debug_losses, free_port, lines, metrics, records, train, train_on_pool
 from tests.unit.data.files import write_bin
 
 #: What a step logs, in this order; ``{type}`` stands for each type of data.
@@ -50,7 +50,7 @@ def test_debug_configs(name: str) -> None:
 # -- a table of runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A run of a debug config of 4 steps, and files that it must write."""
 
@@ -62,24 +62,29 @@ class Row:
     files: Sequence[str] = ()
     valid: dict[int, Sequence[str]] = field(default_factory=dict)
     """Steps after which it validates, and on which types."""
+    launched: bool = False
+    """Whether it is started by torchrun, and not on the pool."""
 
 
 ROWS = {
     "packed, tokenized, validation": Row(
-        "internlm2",
-        2,
-        ("data.train_folder={data}", "data.valid_folder={data}", "data.valid_every=3", "parallel.zero1.size=1"),
+        config="internlm2",
+        ranks=2,
+        overrides=(
+            "data.train_folder={data}", "data.valid_folder={data}", "data.valid_every=3", "parallel.zero1.size=1",
+        ),
         types=("cn", "en"),
         valid={2: ("cn", "en"), 3: ("cn", "en")},
     ),
     "unpacked, everything recorded": Row(
-        "internlm",
-        2,
-        (
+        config="internlm",
+        ranks=2,
+        overrides=(
             "data.use_packed_dataset=False", "enable_tb=True", "model.checkpoint=0.5", "data.valid_every=4",
             "data.valid_max_batches=2",
         ),
-        ("--profiling", "--seed", "7"),
+        launched=True,
+        options=("--profiling", "--seed", "7"),
         files=(
             "trace-rank0.json", "trace-rank1.json", "memory-rank0.txt", "memory-rank1.txt",
             "tensorboards/events.out.tfevents.*",
@@ -87,9 +92,9 @@ ROWS = {
         valid={3: ("val",)},
     ),
     "windows, ramp-up, bf16": Row(
-        "llama2",
-        1,
-        (
+        config="llama2",
+        ranks=1,
+        overrides=(
             "data.train_folder=local:{data}", "data.pack_sample_into_one=True", "data.num_worker=2", "data.micro_bsz=1",
             "data.rampup_batch_size=1 1 2", "data.skip_batches='1-1'", "model.dtype=torch.bfloat16",
             "model.num_layers=1",
@@ -97,14 +102,14 @@ ROWS = {
         types=("cn", "en"),
     ),
     "a pipeline, drawn": Row(
-        "llama2",
-        2,
-        (
+        config="llama2",
+        ranks=2,
+        overrides=(
             "data.train_folder={data}", "data.valid_folder={data}", "data.valid_every=1", "data.valid_micro_num=1",
             "parallel.pipeline.size=2", "parallel.pipeline.mode=zbv", "model.num_layers=4",
             "model.tie_word_embeddings=True", "hybrid_zero_optimizer.overlap_sync_grad=True",
         ),
-        ("--pipeline-trace", "--ledger"),
+        options=("--pipeline-trace", "--ledger"),
         types=("cn", "en"),
         files=("pipeline.html", "pipeline-trace.json"),
         valid=dict.fromkeys(range(4), ("cn", "en")),  # of which nothing is drawn
@@ -125,7 +130,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows(name: str, data: Path, tmp_path: Path) -> None:
     row = ROWS[name]
     overrides = [override.format(data=data) for override in row.overrides]
-    job = train(
+    job = (train if row.launched else train_on_pool)(
         row.ranks, f"configs/debug/{row.config}.py", tmp_path, "data.total_steps=4", *overrides, options=row.options
     )
     assert (job.returncode, job.left_behind) == (0, 0), job.stderr

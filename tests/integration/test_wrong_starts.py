@@ -1,4 +1,4 @@
-"""A user's mistake is told once, in words, with exit code 2."""
+"""A user's mistake is logged once, in words, with exit code 2."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launch import Job
-from tests.integration.jobs import train
+from tests.integration.jobs import train, train_on_pool
 from tests.unit.data.files import write_bin
 
 DEBUG = "configs/debug/internlm2.py"
 
-#: Overrides, options, what is said.
+#: Overrides, options, message.
 ROWS: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
     "a key": (["model.hiden_size=64"], (), "--set model.hiden_size: unknown key. Did you mean 'model.hidden_size'?"),
     "a flag": ((), ["--profile"], "--profile: unknown argument. Did you mean '--profiling'?"),
@@ -24,17 +24,19 @@ ROWS: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
 @pytest.mark.parametrize("mistake", ROWS)
 def test_a_mistake(mistake: str, tmp_path: Path) -> None:
     overrides, options, message = ROWS[mistake]
-    job = train(2, DEBUG, tmp_path, *overrides, options=options)
-    assert job.returncode == 1  # torchrun's own, where a worker failed
-    assert "exitcode  : 2 " in job.stderr
-    _assert_said_once(job, message)
+    job = train_on_pool(2, DEBUG, tmp_path, *overrides, options=options)
+    assert job.returncode == 2
+    _assert_logged_once(job, message)
 
 
 def test_a_config_file_that_fails(tmp_path: Path) -> None:
+    """torchrun names the exit code of its workers, and has one of its own."""
     file = tmp_path / "config.py"
     file.write_text("data = dict(\n    total_steps=1 / 0,\n)\n")
     job = train(2, file, tmp_path)
-    _assert_said_once(job, f"{file}:2: ZeroDivisionError: division by zero. Fix this line")
+    _assert_logged_once(job, f"{file}:2: ZeroDivisionError: division by zero. ")
+    assert "exitcode  : 2 " in job.stderr
+    assert job.returncode == 1
 
 
 def test_a_bad_sample_in_the_middle_of_a_run(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_a_bad_sample_in_the_middle_of_a_run(tmp_path: Path) -> None:
     assert (job.returncode, job.left_behind) == (1, 0)
 
 
-def _assert_said_once(job: Job, message: str) -> None:
+def _assert_logged_once(job: Job, message: str) -> None:
     assert job.stderr.count(message) == 1, job.stderr
     assert "/internlm/" not in job.stderr  # no traceback of ours
     assert job.left_behind == 0
