@@ -31,6 +31,7 @@ from internlm.checkpoint.logical_tensors import (
 )
 from internlm.checkpoint.tensor_files import SafeReader, read_tensors, write_tensors
 from internlm.config.schema import CkptConfig
+from internlm.config.schema.root import CheckpointContent
 from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -40,7 +41,7 @@ from internlm.utils.logger import get_logger
 log = get_logger()
 
 #: Meaning of ``content=("all",)``. Random streams have no word of their own: they are loaded with everything else.
-ALL = frozenset({"model", "optimizer", "scheduler", "sampler"})
+ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
 #: Keys of the state file that loading reads.
 STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
@@ -221,13 +222,14 @@ class CheckpointManager:
                 "(ckpt.auto_resume is False) and will mix with: choose another ckpt.save_ckpt_folder"
             )
 
-    def load(self, source: Path, state: Resumable, content: Iterable[str]) -> None:
+    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> None:
         """Load ``content`` from the checkpoint folder ``source``; collective.
 
         Raises:
             CheckpointError: ``source`` does not fit on some rank. It is raised on all ranks, and nothing is changed.
         """
-        wanted = set(ALL) if "all" in content else set(content)
+        content = set(content)
+        wanted = set(ALL) if "all" in content else content
         # An all-gather that is still running would overwrite loaded parameters with old ones.
         self.optimizer.gather_parameters()
         reader = SafeReader(source)
@@ -249,7 +251,7 @@ class CheckpointManager:
         read_tensors(source, reader, without_rounded(tensors))
         self._restore(saved, tensors, state, wanted)
 
-    def _wanted_tensors(self, wanted: set[str]) -> LogicalTensors:
+    def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
         tensors = model_tensors(self.model) if "model" in wanted else {}
         return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wanted else {})}
 
@@ -260,7 +262,7 @@ class CheckpointManager:
         metadata: Metadata,
         tensors: LogicalTensors,
         known: set[str],
-        wanted: set[str],
+        wanted: set[CheckpointContent],
     ) -> Iterator[Problem]:
         """Compare architectures, and tensors only where those agree: else every tensor would be one more problem.
 
@@ -281,7 +283,9 @@ class CheckpointManager:
             yield from compatibility.unexpected_tensors(source, metadata, known) if "model" in wanted else ()
             yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
 
-    def _restore(self, saved: dict[str, Any], tensors: LogicalTensors, state: Resumable, wanted: set[str]) -> None:
+    def _restore(
+        self, saved: dict[str, Any], tensors: LogicalTensors, state: Resumable, wanted: set[CheckpointContent]
+    ) -> None:
         """Restore what was not read straight into the memory of the model and the optimizer."""
         if "optimizer" in wanted:
             self.optimizer.load_state_dict(saved["optimizer"])

@@ -1,4 +1,4 @@
-"""Evaluation and sampling."""
+"""Evaluation on held-out data, and sampling of continuations."""
 
 from internlm.eval.evaluate import evaluate as evaluate
 from internlm.eval.generate import generate as generate

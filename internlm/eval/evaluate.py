@@ -1,4 +1,4 @@
-"""Loss on held-out data, per type and in total."""
+"""Evaluate a model on held-out data, by data-set type and in total."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from internlm.core.trainer import Batch, Trainer
 
 
 def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
-    """``valid/loss``, ``valid/acc`` and ``valid/perplexity``, each also with ``/{type}``: means over valid tokens.
+    """Compute loss, accuracy and perplexity over the valid tokens of all loaders.
 
-    All ranks must call it; each loader gives every rank the same number of batches.
+    Collective: all ranks must call it, and each loader gives every rank the same number of batches.
+
+    Args:
+        trainer: its model is set to evaluation mode, and back to training mode afterwards.
+        loaders: validation loaders by data-set type.
+
+    Returns:
+        ``valid/loss``, ``valid/acc`` and ``valid/perplexity``, each also with ``/{type}`` appended.
     """
     trainer.eval()
     totals = {name: _totals(trainer, loader) for name, loader in loaders.items()}
     trainer.train()
-    figures = _figures("", torch.stack(list(totals.values())).sum(0)) if totals else {}
+    metrics = _metrics("", torch.stack(list(totals.values())).sum(0)) if totals else {}
     for name, sums in totals.items():
-        figures |= _figures(f"/{name}", sums)
-    return figures
+        metrics |= _metrics(f"/{name}", sums)
+    return metrics
 
 
 def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
-    """[3]: summed loss, correct predictions, valid tokens."""
+    """Sum loss, correct predictions and valid tokens over a loader: [3]."""
+    # Sums rather than means of batches, because batches differ in their number of valid tokens; in fp64, because their
+    # number has no limit.
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in loader:
         result = trainer.execute_schedule(iter([batch]), forward_only=True)
@@ -34,13 +43,13 @@ def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
     return sums
 
 
-def _figures(suffix: str, sums: torch.Tensor) -> dict[str, float]:
+def _metrics(suffix: str, sums: torch.Tensor) -> dict[str, float]:
     tokens = float(sums[TOKENS])
-    if not tokens:  # nothing to predict is no perfect score
+    if not tokens:  # a loss of 0 would look like a perfect model
         return {f"valid/{name}{suffix}": math.nan for name in ("loss", "acc", "perplexity")}
     loss = float(sums[LOSS]) / tokens
     return {
         f"valid/loss{suffix}": loss,
         f"valid/acc{suffix}": float(sums[CORRECT]) / tokens,
-        f"valid/perplexity{suffix}": math.exp(min(loss, 700.0)),
+        f"valid/perplexity{suffix}": math.exp(min(loss, 700.0)),  # a larger exponent overflows
     }

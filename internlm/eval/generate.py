@@ -1,4 +1,4 @@
-"""Sampling continuations: enough to see what a model has learnt."""
+"""Sample continuations, to see what a model has learnt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.communicator import IDENTITY_MODEL
+from internlm.core.parallel.param_state import has_placement, placement_of
 from internlm.utils.errors import Problem, UserError
 
 
@@ -22,14 +23,28 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
 ) -> list[int]:
-    """Up to ``new_tokens`` tokens after ``prompt``, drawn from the smallest set of tokens of total probability
-    ``top_p`` (nucleus sampling, arXiv 1904.09751); ``temperature`` 0 takes the likeliest. Ends early with token
-    ``stop``.
+    """Sample a continuation of ``prompt`` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-    The whole sequence is run again for every token: this is for looking at a model, not for serving it. Ranks that
-    share its parameters (``parallel.zero1.fsdp``) must all ask for the same.
+    The whole sequence is computed again for every token, without a cache of keys and values: this is for looking at a
+    model, not for serving it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks must pass the
+    same arguments.
+
+    Args:
+        model: a model that is not split over ranks or into chunks.
+        prompt: token ids.
+        new_tokens: maximum number of tokens to sample.
+        temperature: divisor of the logits; 0 takes the most probable token.
+        top_p: sample from the smallest set of tokens of this total probability.
+        seed: seed of the sampling.
+        stop: token after which to end.
+
+    Returns:
+        The sampled token ids, without the prompt.
+
+    Raises:
+        UserError: the model is split over ranks or into chunks.
     """
-    _demand_whole(model)
+    _check_whole(model)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = list(prompt)
@@ -41,22 +56,22 @@ def generate(
     return tokens[len(prompt) :]
 
 
-def _demand_whole(model: nn.Module) -> None:
-    """Raise :class:`UserError` where ``model`` is split over ranks, each of which would draw other tokens, or into
-    chunks, the first of which has none to draw."""
-    part = getattr(model, "stage_layers", None)
-    in_parts = part is not None and not (part.is_whole and len(part.chunks) == 1)
-    placements = [getattr(parameter, "placement", None) for parameter in model.parameters()]
-    communicator = getattr(model, "communicator", IDENTITY_MODEL)
-    if in_parts or communicator is not IDENTITY_MODEL or any(placement and placement.shard for placement in placements):
+def _check_whole(model: nn.Module) -> None:
+    """Refuse a split model: its ranks would sample different tokens, and the first of several chunks has no logits."""
+    layers = getattr(model, "stage_layers", None)
+    has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
+    is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL
+    is_sharded = any(has_placement(parameter) and placement_of(parameter).shard for parameter in model.parameters())
+    if has_chunks or is_parallel or is_sharded:
         todo = "Load its checkpoint into the same model on one process"
         raise UserError(Problem("generate", "the model is split over ranks or into chunks", todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Draw one token from logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
     outside = probabilities.cumsum(0) - probabilities >= top_p
-    probabilities[1:][outside[1:]] = 0.0  # the likeliest stays, whatever top_p
+    probabilities[1:][outside[1:]] = 0.0  # the most probable token stays, whatever top_p
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
