@@ -26,6 +26,11 @@ def device_count() -> int | None:
     return torch.cuda.device_count() if device_type() == "cuda" else None
 
 
+def device_memory() -> int | None:
+    """Return the bytes of memory of the current device; None on CPU, where processes share the memory."""
+    return torch.cuda.get_device_properties(current_device()).total_memory if device_type() == "cuda" else None
+
+
 def set_device(local_rank: int) -> None:
     """Make the ``local_rank``-th device of this machine the current one."""
     if device_type() == "cuda":

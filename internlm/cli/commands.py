@@ -8,16 +8,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from internlm import pictures
+from internlm import accelerator, pictures
 from internlm.config import check_runnable, load_config
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.table import make_table, read_table, schedule_of, write_table
 from internlm.core.scheduler.timeline import Costs
 from internlm.core.scheduler.validate import simulate
-from internlm.costs import format_plans, plans_of_stages
+from internlm.costs import format_plans
 from internlm.data.texts import find_texts, read_texts
 from internlm.data.tokenized_writer import make_recipe, tokenize_texts
-from internlm.model.families import FAMILIES
+from internlm.train.inventory import plans_of_stages
 from internlm.utils.errors import ConfigError, Problem, UserError, did_you_mean
 from internlm.verify.compare import compare
 from internlm.verify.configs import make_plan
@@ -36,19 +36,15 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     """Print the memory plan of each pipeline stage.
 
     Raises:
-        UserError: the config cannot run, or there is no formula for its model.
+        UserError: the config cannot run, or its model cannot be built to count its parameters.
     """
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
-    try:
-        plans = plans_of_stages(config, arguments.world)
-    except KeyError:
-        what = f"there is no formula for the memory of {config.model_type!r}"
-        near = did_you_mean(config.model_type, FAMILIES)
-        todo = f"{near} Of a model of your own, measure it: train.py --profiling"
-        raise UserError(Problem("model_type", what, todo)) from None
-    print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world}, in MB")
-    print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))]))
+    plans = plans_of_stages(config, arguments.world)
+    # The job may run on another machine; if this one has devices of that type, their memory is what is known.
+    device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
+    print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world} ranks")
+    print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))], device_memory))
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,17 @@
-"""What a layout costs, by formula: bytes held, bytes sent and floating-point operations."""
+"""Costs of a layout, by formula: bytes held, bytes sent and floating-point operations.
 
+``symbols`` is the legend of all formulas, ``inventory`` the list of parameters that they take; ``memory_plan`` and
+``traffic`` are the entry points.
+"""
+
+from internlm.costs.inventory import ParamInventory as ParamInventory
+from internlm.costs.inventory import ParamShard as ParamShard
 from internlm.costs.memory_plan import Plan as Plan
+from internlm.costs.memory_plan import format_bytes as format_bytes
 from internlm.costs.memory_plan import format_plans as format_plans
 from internlm.costs.memory_plan import format_worst_plan as format_worst_plan
 from internlm.costs.memory_plan import memory_plan as memory_plan
-from internlm.costs.memory_plan import plans_of_stages as plans_of_stages
+from internlm.costs.symbols import NoCostFormulaError as NoCostFormulaError
 from internlm.costs.symbols import Symbols as Symbols
 from internlm.costs.traffic import expected_traffic as expected_traffic
 from internlm.costs.traffic import micro_batch as micro_batch
@@ -15,7 +22,7 @@ from internlm.costs.traffic_model import AR as AR
 from internlm.costs.traffic_model import RS as RS
 from internlm.costs.traffic_model import TABLE as TABLE
 from internlm.costs.traffic_model import Call as Call
-from internlm.costs.traffic_model import Passes as Passes
+from internlm.costs.traffic_model import PassCalls as PassCalls
 from internlm.costs.traffic_model import attention as attention
 from internlm.costs.traffic_model import block as block
 from internlm.costs.traffic_model import count_calls as count_calls

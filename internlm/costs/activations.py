@@ -1,30 +1,23 @@
-"""What a micro-batch keeps for its backward pass, by formula: bytes on each rank, from the config alone.
+"""Activation memory of the decoder by formula: what autograd saves for a micro-batch, and what is in flight at once.
 
-The symbols are those of :mod:`internlm.costs.symbols`; besides
+Every storage that autograd saves is counted once; parameters are not, nor the weights that isp gathers, which are
+released after each product. A linear saves its input alone: norms and SwiGLU before it are recomputed in backward (as
+in Korthikanti et al. 2022, arXiv 2205.05198, section 5, for their cheap operations). So a block saves four tensors of
+its own, the queries, keys and values, and what :func:`kernel` lists.
 
-==========  =========================================================================================================
-K           tokens that take part in the loss, of those whose labels this rank has: T, under isp T/t
-L, R        layers of a chunk, and those of them that are recomputed (``model.checkpoint``)
-==========  =========================================================================================================
+With ``model.checkpoint="selective"`` the attention between a block's linears is recomputed too, and queries, keys and
+values are saved as their linear returned them. Dropout masks, one byte per element, are saved unless they are drawn
+again. For the first ``model.cpu_offloading`` layers of a chunk everything is moved to host memory, except for what the
+previous stage sent.
 
-Counted is what autograd saves, each storage once; parameters are not, nor the weights that isp gathers, which are
-given up after each product. A linear saves its input alone: what a norm or SwiGLU made of it is made again in
-backward. So a block keeps four tensors of its own, the queries, keys and values, and what :func:`kernel` tells.
+In a pipeline every chunk saves its own activations. The hidden states that it receives are the input of its first block
+and counted there; its output is released once it is sent. Messages between stages are not counted.
 
-With ``model.checkpoint="selective"`` the attention between its linears is computed again too, and the queries, keys and
-values are kept as their product gave them. Masks of dropout, a byte for each element, are kept if they are not to be
-drawn again. Of the first ``model.cpu_offloading`` layers of a chunk all this is kept on the host, but for what the
-chunk was sent.
+A pair of chunk and micro-batch is in flight from its F to its last action: W, or B where the schedule does not defer
+weight gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). It takes :func:`saved_for_backward` from F to B, and
+:func:`kept_for_weights` from B to W. A rank runs one action at a time, so the order of its actions decides the peak.
 
-In a pipeline each chunk keeps its own. The hidden units that it was sent are the input of its first block, and counted
-there; its output is kept by nobody once it was sent. What is on its way between stages is not counted.
-
-What a stage of a pipeline keeps of all micro-batches and chunks that are in flight, from the config alone.
-
-A pair of micro-batch and chunk is in flight from its F to its last action: W, or B where the schedule puts no weights
-off. From F to B it keeps what :func:`~internlm.costs.activations.saved_for_backward` tells, from B to W what
-:func:`~internlm.costs.activations.kept_for_weights` tells. A rank does one thing at a time, so the order of its actions
-alone says what it keeps.
+Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -32,10 +25,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from internlm.config import Config
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
-from internlm.core.scheduler.table import make_table, schedule_of
-from internlm.costs.stages import own_table
-from internlm.costs.symbols import Symbols
+from internlm.core.scheduler.actions import BACKWARD, FORWARD
+from internlm.costs.stages import table_of
+from internlm.costs.symbols import Symbols, rows_per_rank
 
 TOKEN_IDS = "embedding: token ids"
 MASK = "embedding: mask of dropout"
@@ -62,97 +54,106 @@ GRAD_RESIDUAL = "block: gradients of residual outputs"
 def saved_for_backward(
     config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, chunk: int | None = None
 ) -> dict[str, int]:
-    """Bytes of each part that a rank of pipeline stage ``stage`` holds on its device between the forward and the
-    backward pass of one micro-batch: of all its chunks together, or of ``chunk``.
+    """Return the device bytes, by tensor, that a rank saves from forward to backward of a micro-batch.
 
-    ``tokens``: K; without it, no label is ignored. ``config`` is resolved. Raises KeyError for a model that is not
-    ours.
+    Args:
+        config: Resolved config.
+        world_size: Ranks of the run.
+        tokens: K; by default no label is ignored.
+        stage: Pipeline stage of the rank.
+        chunk: Chunk of the stage; by default the sum over all its chunks.
+
+    Raises:
+        NoCostFormulaError: The model is not of a built-in family.
     """
     s = Symbols.of(config, world_size, stage)
-    return _of_chunks(s, chunk, lambda each: _saved(s, each, tokens))
+    return _sum_over_chunks(s, chunk, lambda index: _saved_by_chunk(s, index, tokens))
 
 
 def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """The same in host memory (``model.cpu_offloading``)."""
+    """Return the bytes in host memory (``model.cpu_offloading``), otherwise as :func:`saved_for_backward`."""
     s = Symbols.of(config, world_size, stage)
-    return _of_chunks(s, chunk, lambda each: _on_host(s, each))
+    return _sum_over_chunks(s, chunk, lambda index: _offloaded_by_chunk(s, index))
 
 
 def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """The same between the backward pass and the gradients of the weights, where a schedule puts these off: what the
-    linears of blocks need for theirs. All else is computed in the backward pass."""
+    """Return the bytes that deferred weight gradients keep from the backward pass to W, of a micro-batch.
+
+    Only the linears of blocks defer theirs; all other gradients are computed in the backward pass.
+    """
     s = Symbols.of(config, world_size, stage)
-    return _of_chunks(s, chunk, lambda each: _times(len(s.stage_layers.chunks[each]), block_for_weights(s)))
+    return _sum_over_chunks(s, chunk, lambda index: _times(len(s.stage_layers.chunks[index]), block_for_weights(s)))
 
 
-def _of_chunks(s: Symbols, chunk: int | None, parts: Callable[[int], dict[str, int]]) -> dict[str, int]:
-    """The sum of ``parts`` of all chunks, or those of one."""
-    each = [parts(number) for number in (s.chunks if chunk is None else [chunk])]
-    return {part: sum(sizes[part] for sizes in each) for part in each[0]}
+def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dict[str, int]]) -> dict[str, int]:
+    """Return ``tensors`` of one chunk, or their sums over all chunks."""
+    by_chunk = [tensors(index) for index in (s.chunks if chunk is None else [chunk])]
+    return {name: sum(sizes[name] for sizes in by_chunk) for name in by_chunk[0]}
 
 
-def _saved(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
-    """By ``chunk``: rotary table and blocks; by the first also the token ids, by the last norm and loss."""
+def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
+    """Return what a chunk saves: rotary table and blocks; the first also token ids, the last also norm and loss."""
     first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
-    _, here = _by_place(s, chunk)
-    parts = {
+    _, on_device = _offloaded_and_not(s, chunk)
+    saved = {
         TOKEN_IDS: first * token_ids(s),
         MASK: first * mask(s),
         ROTARY: rotary(s),
-        **_layers(s, here),
+        **_layers(s, on_device),
         NORM: last * norm(s),
         **_times(last, loss(s, tokens)),
     }
-    for part, size in _sent_input(s, chunk).items():
-        parts[part] += size
-    return parts
+    for name, size in _received_input(s, chunk).items():
+        saved[name] += size
+    return saved
 
 
-def _on_host(s: Symbols, chunk: int) -> dict[str, int]:
-    away, _ = _by_place(s, chunk)
-    stays = _sent_input(s, chunk)
-    return {part: size - stays.get(part, 0) for part, size in _layers(s, away).items()}
+def _offloaded_by_chunk(s: Symbols, chunk: int) -> dict[str, int]:
+    offloaded, _ = _offloaded_and_not(s, chunk)
+    on_device = _received_input(s, chunk)
+    return {name: size - on_device.get(name, 0) for name, size in _layers(s, offloaded).items()}
 
 
-def _by_place(s: Symbols, chunk: int) -> tuple[range, range]:
-    """Layers of ``chunk`` that are offloaded, and those that are not."""
-    numbers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
-    return numbers[:offloaded], numbers[offloaded:]
+def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
+    """Return the indices of a chunk's layers that are offloaded, and of those that are not."""
+    layers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
+    return layers[:offloaded], layers[offloaded:]
 
 
-def _sent_input(s: Symbols, chunk: int) -> dict[str, int]:
-    """S·H·e that stay here though the first layer is offloaded: what a chunk was sent waits for its gradient."""
-    away, _ = _by_place(s, chunk)
-    part = RECOMPUTED if away and s.config.model.recomputes(away[0]) else RESIDUAL
-    return {part: s.S * s.H * s.e} if away and not s.stage_layers.is_first(chunk) else {}
+def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
+    """Return S·H·e that stays on the device though the first layer is offloaded: what the previous stage sent."""
+    offloaded, _ = _offloaded_and_not(s, chunk)
+    # The scheduler keeps the received tensor, for its gradient is sent back: moving a copy away would free nothing.
+    name = RECOMPUTED if offloaded and s.config.model.recomputes(offloaded[0]) else RESIDUAL
+    return {name: s.S * s.H * s.e} if offloaded and not s.stage_layers.is_first(chunk) else {}
 
 
-def _layers(s: Symbols, numbers: range) -> dict[str, int]:
-    """Layers of these numbers: a block each, or its input alone, S·H·e."""
-    recomputed = sum(map(s.config.model.recomputes, numbers))
-    return {**_times(len(numbers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
+def _layers(s: Symbols, layers: range) -> dict[str, int]:
+    """Return what layers save: a whole block each, or S·H·e, its input alone, where it is recomputed."""
+    recomputed = sum(map(s.config.model.recomputes, layers))
+    return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
 
-def _times(count: int, parts: dict[str, int]) -> dict[str, int]:
-    return {part: count * size for part, size in parts.items()}
+def _times(count: int, sizes: dict[str, int]) -> dict[str, int]:
+    return {name: count * size for name, size in sizes.items()}
 
 
 def block(s: Symbols) -> dict[str, int]:
-    """One block that is not recomputed.
+    """Return what one block saves that is not recomputed.
 
     =======================  ===========  ===========  ===========  =========================
-    part                     mtp          msp          fsp          isp
+    tensors                  mtp          msp          fsp          isp
     =======================  ===========  ===========  ===========  =========================
     inputs of wqkv and w13   2·T·H·e      2·T·H·e/t    2·T·H·e/t    2·T·H·e/t
     the same, gathered       –            2·T·H·e      –            –
     queries, keys, values    T·G·(Q + 2)·D·e/t         as mtp       T·(G·Q + 2·max(G, t))·D·e/t
     attention output         T·G·Q·D·e/t in every mode; not if attention is recomputed
-    its kernel               see :func:`kernel`; nothing if attention is recomputed
+    attention kernel         see :func:`kernel`; nothing if attention is recomputed
     gate and up              2·T·F·e/t in every mode
     masks, if kept           2·T·H        2·T·H/t      2·T·H/t      2·T·H/t
     =======================  ===========  ===========  ===========  =========================
 
-    msp gathers nothing where t is 1. Under isp, of kv heads fewer than t each is held by several ranks.
+    msp gathers nothing where t is 1. Under isp, where there are fewer kv heads than t, several ranks hold each.
     """
     heads = s.G * s.Q
     return {
@@ -167,11 +168,10 @@ def block(s: Symbols) -> dict[str, int]:
 
 
 def block_for_weights(s: Symbols) -> dict[str, int]:
-    """One block, recomputed or not, whose gradients of weights are put off: inputs of its four linears, and the
-    gradients of their outputs, as the products take them.
+    """Return what the deferred weight gradients of one block keep: inputs and output gradients of its four linears.
 
     =======================  ===========  ===========  ===========  ===========
-    part                     mtp          msp          fsp          isp
+    tensors                  mtp          msp          fsp          isp
     =======================  ===========  ===========  ===========  ===========
     inputs of wqkv and w13   2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
     the same, gathered       –            2·T·H·e      –            –
@@ -182,9 +182,9 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     gradients of wo and w2   2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
     =======================  ===========  ===========  ===========  ===========
 
-    msp gathers nothing where t is 1.
+    msp gathers nothing where t is 1. Recomputed blocks keep the same.
     """
-    tokens = s.S if s.mode == "isp" else s.T  # of the gradients that msp and fsp gather
+    tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep the output gradients as they gathered them
     return {
         NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
@@ -197,13 +197,15 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
 
 
 def attention_output(s: Symbols) -> int:
-    """T·G·Q·D·e/t."""
+    """Return T·G·Q·D·e/t, the output of the heads."""
     return s.T * s.G * s.Q * s.D * s.e // s.t.size
 
 
 def kernel(s: Symbols) -> int:
-    """What the kernel of attention keeps besides: for the sums of its softmax g·T·G·Q/t, and its output, T·G·Q·D·e/t,
-    if that is not what the next linear gets.
+    """Return what the attention kernel saves besides queries, keys and values.
+
+    g·T·G·Q/t for the softmax sums (Dao et al. 2022, arXiv 2205.14135, algorithm 1), and T·G·Q·D·e/t for its output,
+    where the next linear does not get the same storage:
 
     =============  ====  =========================
     kernel         sums  output
@@ -213,7 +215,7 @@ def kernel(s: Symbols) -> int:
     sdpa           yes   yes
     =============  ====  =========================
 
-    The kernel that ``auto`` takes is that of a CUDA device in half precision, and that of the CPU else.
+    ``auto`` is taken to mean flash in half precision, as on a CUDA device, and otherwise blocked, as on the CPU.
     """
     backend = s.spec.attention_backend
     if backend == "auto":
@@ -225,80 +227,74 @@ def kernel(s: Symbols) -> int:
 
 
 def gathered(s: Symbols) -> int:
-    """msp: 2·T·H·e, where it gathers."""
+    """Return 2·T·H·e, the inputs that msp gathers and keeps; other modes keep none."""
     return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
 
 
 def token_ids(s: Symbols) -> int:
-    """8·T, the ids that were looked up; where the table is split by words, also T for which of them lie elsewhere. isp:
-    8·T/t."""
+    """Return 8·T for the ids that were looked up (isp: 8·T/t), and T for a mask where entries lie on other ranks."""
     if s.mode == "isp":
         return 8 * s.S
-    by_words = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
-    return (9 if by_words and s.t.size > 1 else 8) * s.T
+    by_entries = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
+    return (9 if by_entries and s.t.size > 1 else 8) * s.T
 
 
 def mask(s: Symbols) -> int:
-    """S·H, where masks are kept."""
+    """Return S·H, a dropout mask, where masks are kept."""
     model = s.config.model
     return s.S * s.H if model.drop_rate and not model.dropout_selective_checkpoint else 0
 
 
 def rotary(s: Symbols) -> int:
-    """T·D·e: two of [T, D/2], which all blocks share; every rank's attention sees the whole row."""
+    """Return T·D·e: cosines and sines of [T, D/2], shared by all blocks; attention sees the whole row on every rank."""
     return s.T * s.D * s.e
 
 
 def norm(s: Symbols) -> int:
-    """S·H·e for its input, and of each token a statistic, g (of a layernorm two)."""
+    """Return S·H·e for the final norm's input, and g per token for each statistic (layernorm has two)."""
     statistics = 2 if s.config.model.norm_type == "layernorm" else 1
     return s.S * (s.H * s.e + statistics * s.g)
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
-    """Head and loss keep no input and no logits, but gradients, which are made with the loss.
+    """Return what head and loss save: no input and no logits, but gradients, which are computed with the loss.
 
-    For their input K·H·e, and 8·K for the places of the tokens where some labels are ignored. For the weight
-    ⌈V/t⌉·H·g, under isp V·H·g.
+    For the input K·H·e, and 8·K for the positions of tokens where some labels are ignored; for the weight ⌈V/t⌉·H·g,
+    under isp V·H·g.
     """
-    split, labels = (1, s.S) if s.mode == "isp" else (s.t.size, s.T)
+    rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
-    places = 8 * kept if kept < labels else 0
-    return {LOSS_INPUT: kept * s.H * s.e + places, LOSS_WEIGHT: -(-s.V // split) * s.H * s.g}
+    positions = 8 * kept if kept < labels else 0
+    return {LOSS_INPUT: kept * s.H * s.e + positions, LOSS_WEIGHT: rows * s.H * s.g}
+
+
+# -- what is in flight
 
 
 def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> int:
-    """Bytes that a rank of ``stage`` keeps at the most between two actions of its schedule.
+    """Return the most bytes that a rank of ``stage`` keeps between two actions of its schedule.
 
-    Within an action it may have more: gradients of activations, and what a block that is recomputed would have kept.
-    Arguments as those of :func:`~internlm.costs.activations.saved_for_backward`.
+    Within an action there may be more: gradients of activations, and what a recomputed block saves again. Arguments as
+    in :func:`saved_for_backward`.
     """
     return max(kept_after_each_action(config, world_size, tokens, stage=stage))
 
 
 def kept_after_each_action(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> list[int]:
-    """The same after each of its actions."""
+    """Return the bytes that a rank of ``stage`` keeps after each action of its schedule, in order."""
     table = table_of(config)
     chunks = range(table.stage_layout.chunks)
-    saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=each).values()) for each in chunks]
-    put_off = [sum(kept_for_weights(config, world_size, stage=stage, chunk=each).values()) for each in chunks]
-    kept: dict[tuple[int, int], int] = {}
-    sums = []
+    saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=c).values()) for c in chunks]
+    deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
+    in_flight: dict[tuple[int, int], int] = {}
+    totals = []
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch
         if action.type == FORWARD:
-            kept[pair] = saved[action.chunk]
+            in_flight[pair] = saved[action.chunk]
         elif action.type == BACKWARD and table.defers_weight(stage, action):
-            kept[pair] = put_off[action.chunk]
+            in_flight[pair] = deferred[action.chunk]
         else:
-            del kept[pair]
-        sums.append(sum(kept.values()))
-    return sums
-
-
-def table_of(config: Config) -> Table:
-    """The schedule of a step; raises :class:`~internlm.core.scheduler.validate.ScheduleError` where there is none."""
-    own, pipeline, chunks = own_table(config), config.parallel.pipeline, config.model.num_chunks
-    if own is not None:
-        return own(config.data.micro_num)
-    return make_table(schedule_of(pipeline.mode, chunks), pipeline.size, chunks, config.data.micro_num)
+            del in_flight[pair]
+        totals.append(sum(in_flight.values()))
+    return totals

@@ -1,58 +1,80 @@
-"""Parameters of a model, by formula; biases and norms, which are few, are left out.
+"""The decoder's matrices, and floating-point operations per token by formula.
 
-Floating-point operations of a model, by formula. A product of [m, k] and [k, n] counts 2·m·k·n.
+A product of [m, k] and [k, n] counts 2·m·k·n operations (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
+:func:`block_linears` is the only list of the decoder's weights in this package: traffic, gather buffers, FLOPs and the
+balance of pipeline stages derive from it. Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from internlm.config.schema import ModelConfig
 
 
-def layer_parameters(model: ModelConfig) -> int:
-    """Of one block: query, key, value and output projections, gate, up and down projections."""
-    queries, keys = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-    return model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
+class LinearShape(NamedTuple):
+    """Weight [outputs, inputs] of a linear in a role of :mod:`internlm.core.parallel.sharding`."""
+
+    role: str
+    inputs: int
+    outputs: int
 
 
-def table_parameters(model: ModelConfig) -> int:
-    """Of the embedding, and of the head."""
+def block_linears(model: ModelConfig) -> list[LinearShape]:
+    """Return wqkv (H → G·(Q + 2)·D), wo (G·Q·D → H), w13 (H → 2·F) and w2 (F → H), in forward order."""
+    heads = model.num_attention_heads * model.head_size  # G·Q·D
+    return [
+        LinearShape("column", model.hidden_size, heads + 2 * model.kv_heads * model.head_size),
+        LinearShape("row", heads, model.hidden_size),
+        LinearShape("column", model.hidden_size, 2 * model.intermediate_size),
+        LinearShape("row", model.intermediate_size, model.hidden_size),
+    ]
+
+
+def block_weights(model: ModelConfig) -> int:
+    """Return the elements of a block's four weights; biases and norms, which are few, are left out."""
+    return sum(linear.inputs * linear.outputs for linear in block_linears(model))
+
+
+def vocab_weights(model: ModelConfig) -> int:
+    """Return V·H, the elements of the embedding, and of the head."""
     return model.vocab_size * model.hidden_size
 
 
-def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Forward operations of the matrix products of one block for one token of a sequence of ``seq_len``, causal masking
-    not deducted."""
-    heads = model.num_attention_heads * model.head_size
-    kv = model.kv_heads * model.head_size
-    attention = 2 * model.hidden_size * (heads + 2 * kv) + 2 * heads * model.hidden_size  # qkv and output projections
-    feed_forward = 3 * 2 * model.hidden_size * model.intermediate_size
-    return attention + scores_forward_flops(model, seq_len) + feed_forward
+def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """Return forward operations of one block for one token of a sequence of ``seq_len``.
+
+    All keys of the sequence are counted: half of them are masked, but published numbers do not deduct these either.
+    """
+    return 2 * block_weights(model) + attention_forward_flops(model, seq_len)
 
 
-def scores_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Those of them without a weight: q·kᵀ and p·v."""
+def attention_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """Return forward operations per token of the two products without a weight: q·kᵀ and p·v."""
     return 2 * 2 * seq_len * model.num_attention_heads * model.head_size
 
 
 def head_forward_flops(model: ModelConfig) -> float:
-    """The same of the head."""
-    return 2 * model.hidden_size * model.vocab_size
+    """Return forward operations per token of the head."""
+    return 2 * vocab_weights(model)
 
 
 def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """The same of the whole model."""
-    return model.num_layers * layer_forward_flops(model, seq_len) + head_forward_flops(model)
+    """Return forward operations per token of the whole model."""
+    return model.num_layers * block_forward_flops(model, seq_len) + head_forward_flops(model)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward operations for one token; backward takes two products for each of forward's. No
-    recompute."""
+    """Return forward and backward operations per token, without recomputed ones.
+
+    A product in the forward pass has two in the backward pass, for the gradients of its two factors.
+    """
     return 3 * forward_flops_per_token(model, seq_len)
 
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """As :func:`model_flops_per_token`, with the forward products that recompute repeats."""
-    again = model.recomputed_layers * layer_forward_flops(model, seq_len)
+    """Return :func:`model_flops_per_token` and the forward operations that activation checkpointing repeats."""
+    recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
     if model.checkpoint == "selective":
-        again = model.num_layers * scores_forward_flops(model, seq_len)
-    return model_flops_per_token(model, seq_len) + again
+        recomputed = model.num_layers * attention_forward_flops(model, seq_len)
+    return model_flops_per_token(model, seq_len) + recomputed

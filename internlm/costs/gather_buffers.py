@@ -1,21 +1,21 @@
-"""Parameters that are gathered to be computed with, and given up after it: how many bytes of them there are at once.
+"""Gather buffers: bytes of parameters that are gathered for use and released after it, at their peak.
 
-The symbols are those of :mod:`internlm.costs.symbols`. Under isp a weight [O, I] is gathered whole:
-w·⌈O/w⌉·I·e. Which of them :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time is
-said by the settings of ``parallel.weight``; let the four of a block be called qkv, o, 13 and 2:
+Under isp a weight [O, I] is gathered whole, w·⌈O/w⌉·I·e. The settings of ``parallel.weight`` decide which weights
+:class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. With a block's four weights
+called qkv, o, 13 and 2:
 
 ==============================  ======================================================================================
 overlap=False                   one
 overlap, forward, per "module"  two neighbours
 overlap, forward, per "layer"   the whole next block (or the head) and, of the block before it, the weights from
-                                ``launch_allgather_before`` on; of the first block, which nothing fetched ahead, one
+                                ``launch_allgather_before`` on; of the first block, which is not prefetched, one
 overlap, backward               two neighbours
-the same, a recomputed block    2, qkv and o, then 2, o and 13, as long as it is not known that the block is recomputed;
-                                then qkv, and that of the block after it
+the same, a recomputed block    2, qkv and o, then 2, o and 13, until the gatherer has learned that the block is
+                                recomputed; then qkv, and that of the block after it
 ==============================  ======================================================================================
 
-The pool of ``memory_pool`` keeps of each shape as many as were ever held at once. The embedding, w·⌈V/w⌉·H·e, has a
-buffer of its own, when nothing else is held.
+The pool of ``memory_pool`` keeps as many buffers of each shape as were ever held at once. The embedding, w·⌈V/w⌉·H·e,
+has a buffer of its own, at a time when no other weight is held. Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -28,67 +28,78 @@ from operator import or_
 from typing import TypeAlias
 
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES
-from internlm.costs.symbols import Symbols
+from internlm.costs.flops import block_linears
+from internlm.costs.inventory import ParamInventory
+from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.costs.traffic import unit_sizes
-from internlm.costs.traffic_model import block_linears, share
 
-#: Rows and columns of a whole weight, padding included.
-Shape: TypeAlias = tuple[int, int]
-#: Weights that are held at once.
-Moment: TypeAlias = Sequence[Shape]
+#: Rows and columns of a gathered weight, padding included.
+WeightShape: TypeAlias = tuple[int, int]
+#: Weights that are gathered at the same time.
+HeldWeights: TypeAlias = Sequence[WeightShape]
 
 
-def gather_buffers(s: Symbols) -> int:
-    """Bytes of parameters that are gathered, at the most. Where the zero group shares them all: U·e of the root and of
-    a block, and once more that of the larger of the two, for what is gathered comes as one piece and is then copied out
-    (U as in :mod:`internlm.costs.traffic`)."""
+def gather_buffers(inventory: ParamInventory) -> int:
+    """Return the bytes of gathered parameters at their peak.
+
+    Where the zero group shards parameters: U·e of the root and of a block, and once more that of the larger one,
+    because ``fully_shard`` receives a unit as one buffer and then copies the parameters out of it.
+
+    Raises:
+        NoCostFormulaError: The model is not the built-in decoder.
+    """
+    s = inventory.symbols
     if s.shares_parameters:
-        sizes = unit_sizes(s)
+        sizes = unit_sizes(inventory)
         root, block = sizes.pop(""), max(sizes.values())
         return s.e * (root + block + max(root, block))
     if s.mode != "isp" or s.w.size == 1:
         return 0
-    moments = [Counter(moment) for chunk in s.chunks for moment in _of_chunk(s, chunk)]
-    table = _bytes(s, Counter([_whole(s, s.V, s.H)])) if s.stage_layers.has_embedding else 0
+    held = [Counter(weights) for chunk in s.chunks for weights in _held_in_chunk(s, chunk)]
+    embedding = _nbytes(s, Counter([_gathered(s, s.V, s.H)])) if s.stage_layers.has_embedding else 0
     if s.config.parallel.weight.memory_pool:
-        return _bytes(s, reduce(or_, moments)) + table
-    return max(table, *(_bytes(s, moment) for moment in moments))
+        return _nbytes(s, reduce(or_, held)) + embedding  # the union of counters: per shape the most ever held
+    return max(embedding, *(_nbytes(s, weights) for weights in held))
 
 
-def _bytes(s: Symbols, weights: Counter[Shape]) -> int:
+def _nbytes(s: Symbols, weights: Counter[WeightShape]) -> int:
     return s.e * sum(count * rows * columns for (rows, columns), count in weights.items())
 
 
-def _whole(s: Symbols, rows: int, columns: int) -> Shape:
-    return s.w.size * share(rows, s.w), columns
+def _gathered(s: Symbols, rows: int, columns: int) -> WeightShape:
+    return s.w.size * rows_per_rank(rows, s.w), columns
 
 
-def _of_chunk(s: Symbols, chunk: int) -> Iterator[Moment]:
-    """What is held at once in the passes through a chunk."""
+def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
+    """Yield the weights held at the same time, for every moment of the passes through a chunk."""
     layers = s.stage_layers.chunks[chunk]
-    block = [_whole(s, each.outputs, each.inputs) for each in block_linears(s)]
-    head = [[_whole(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
+    block = [_gathered(s, linear.outputs, linear.inputs) for linear in block_linears(s.config.model)]
+    head = [[_gathered(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
     blocks, weight = [block] * len(layers), s.config.parallel.weight
-    yield from ([each] for each in chain(*blocks, *head))
+    yield from ([shape] for shape in chain(*blocks, *head))
     if not weight.overlap:
         return
     if weight.forward_overlap_per == "module":
         yield from pairwise(chain(*blocks, *head))
     else:
-        yield from _layer_by_layer([*blocks, *head], LAUNCH_PLACES[weight.launch_allgather_before])
+        yield from _held_per_layer([*blocks, *head], LAUNCH_PLACES[weight.launch_allgather_before])
     yield from pairwise(chain(*blocks))
-    if any(map(s.config.model.recomputes, layers[:-1])):  # and another block goes backward before it
-        yield from _recomputed(block)
+    # The last block goes backward first, so none after it is recomputed with a prefetch of another block in flight.
+    if any(map(s.config.model.recomputes, layers[:-1])):
+        yield from _held_recomputing(block)
 
 
-def _layer_by_layer(blocks: Sequence[Moment], launch_place: int) -> Iterator[Moment]:
-    first = launch_place if launch_place >= 0 else 1  # the kernel of attention comes after one weight
-    for number, (here, following) in enumerate(pairwise(blocks)):
-        rest = here[first:]
-        yield from ([*held, *following] for held in ([rest] if number else [[each] for each in rest]))
+def _held_per_layer(blocks: Sequence[HeldWeights], launch_place: int) -> Iterator[HeldWeights]:
+    """Yield the weights held while the next block is prefetched, from the weight at ``launch_place`` on."""
+    first = launch_place if launch_place >= 0 else 1  # the attention kernel runs after one weight, wqkv
+    for index, (block, following) in enumerate(pairwise(blocks)):
+        rest = block[first:]
+        # Nothing prefetched the first block, so it gathers and releases its weights one by one.
+        yield from ([*held, *following] for held in ([rest] if index else [[weight] for weight in rest]))
 
 
-def _recomputed(block: Moment) -> Iterator[Moment]:
+def _held_recomputing(block: HeldWeights) -> Iterator[HeldWeights]:
+    """Yield the weights held while a recomputed block goes backward."""
     *others, last = block
     yield from ([last, *pair] for pair in pairwise(others))
     yield block[0], block[0]

@@ -1,149 +1,172 @@
-"""What a rank holds at its fullest: bytes by part, from the config alone.
+"""Memory plan: bytes that a rank holds at its fullest, row by row, before a run starts.
 
-The symbols are those of :mod:`internlm.costs.symbols`. Besides, of the parameters of each kind, which lie in
-one flat buffer:
-
-==========  =========================================================================================================
-N, n        elements of the buffer, padding included, and those of them that this rank owns (of z ranks)
-a           bytes of an element as gradients are accumulated: g, or e without ``fp32_grad_accum``
-c           bytes of an element as gradients are reduced, ``reduce_comm_dtype``
-==========  =========================================================================================================
-
-Here e and g are those of the kind: with ``use_fp32_norm`` norms are of another type than the rest.
-
-The plan as a table.
+Rows are named here for the plan and for what ``internlm.profiler`` measures, so that the two can be set side by side.
+Mixed precision keeps fp32 main parameters and states (Micikevicius et al. 2018, arXiv 1710.03740), which ZeRO shards
+over the zero group (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). Symbols: :mod:`internlm.costs.symbols`; here
+e and g are those of each param group, since ``use_fp32_norm`` gives norms a type of their own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from internlm.config import Config
-from internlm.core.parallel.sharding import GroupPosition
 from internlm.costs.activations import peak_saved
 from internlm.costs.gather_buffers import gather_buffers
-from internlm.costs.parameters import buffers, kinds
-from internlm.costs.symbols import Symbols
-from internlm.costs.traffic import held_elements
-from internlm.costs.traffic_model import share
-from internlm.profiler.reports import ACTIVATIONS, GATHER, GRADIENTS, MAIN, PARAMETERS, REDUCTION, in_mb, state
+from internlm.costs.inventory import ParamInventory
 from internlm.solver.optimizer.param_groups import ParamGroupKey
 from internlm.solver.optimizer.zero_optimizer import UPDATE_RULES
 from internlm.utils.dtype import torch_dtype, wide
 
-#: Bytes by part.
+PARAMETERS = "parameters"
+GRADIENTS = "gradients"
+MAIN = "main parameters"
+REDUCTION = "reduction buffers"
+GATHER = "gather buffers"
+ACTIVATIONS = "activations"
+TOTAL = "total"
+
+
+def optimizer_row(state: str) -> str:
+    """Return the name of the row of an optimizer state, such as ``exp_avg``."""
+    return f"optimizer: {state}"
+
+
+#: Bytes by row.
 Plan: TypeAlias = dict[str, int]
 
 
-class GroupElements(NamedTuple):
-    """The parameters of one kind: N, and n of each rank of the zero group."""
-
-    kind: ParamGroupKey
-    held: int
-    owned: Sequence[int]
-
-
-def memory_plan(
-    config: Config, world_size: int, *, stage: int = 0, zero_rank: int | None = None, tokens: int | None = None
-) -> Plan:
-    """Bytes of each part on a rank of pipeline stage ``stage``, the one of the zero group that is ``zero_rank``;
-    without it, the one that holds the most.
+def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, tokens: int | None = None) -> Plan:
+    """Return the bytes of each row on a rank of the inventory's pipeline stage.
 
     ====================  =====================================================================================
     parameters            N·e
     gradients             N·a, and n·g for their sums where a is another type
     main parameters       n·g, where e is another type
-    optimizer: (a state)  n·g, of the kinds whose rule keeps it
-    reduction buffers     N·c, where gradients are accumulated in another type: all buckets may be on their way
+    optimizer: (a state)  n·g, of the param groups whose update rule keeps it
+    reduction buffers     N·c, where gradients are accumulated in another type: all buckets may be in flight
     gather buffers        :func:`~internlm.costs.gather_buffers.gather_buffers`
     activations           :func:`~internlm.costs.activations.peak_saved`
     ====================  =====================================================================================
 
-    Where the zero group shares parameters (``zero1.fsdp``) nothing lies in buffers that all of it has: n elements of
-    each kind are here, for which N·g parameters are kept, N with rows that make all parts equal; gradients are n·g, and
-    n·c is what the replicas sum, if there are any.
+    Where the zero group shards parameters (``zero1.fsdp``) no rank has a flat buffer of all: parameters are g times the
+    rank's rows, padded to equal shards; gradients are n·g; replicas, if there are any, reduce n·c.
 
-    ``tokens``: of a micro-batch, how many take part in the loss; without it, all. ``config`` is resolved. Raises
-    KeyError for a model that is not ours.
+    Args:
+        inventory: Parameters of the stage. For another model than the built-in decoder the rows without a formula,
+        gather
+            buffers and activations, are left out.
+        zero_rank: Position in the zero group; by default the rank that holds the most.
+        tokens: Tokens of a micro-batch that take part in the loss; by default all.
     """
-    s = Symbols.of(config, world_size, stage)
-    lots = _lots(s)
-    ranks = range(s.z.size) if zero_rank is None else [zero_rank]
-    by_rank = [_optimizer(s, lots, rank) for rank in ranks]
+    groups = _group_numels(inventory)
+    ranks = range(inventory.groups.z.size) if zero_rank is None else [zero_rank]
+    by_rank = [_model_and_optimizer(inventory, groups, rank) for rank in ranks]
+    plan = max(by_rank, key=lambda rows: sum(rows.values()))
+    if inventory.spec is not None:
+        plan[GATHER] = gather_buffers(inventory)
+        plan[ACTIVATIONS] = peak_saved(inventory.config, inventory.world_size, tokens, stage=inventory.stage)
+    return plan
+
+
+class GroupNumel(NamedTuple):
+    """Elements of a param group: those allocated on every rank, and those that each rank of the zero group owns."""
+
+    key: ParamGroupKey
+    allocated: int
+    owned: Sequence[int]
+
+
+def _group_numels(inventory: ParamInventory) -> list[GroupNumel]:
+    zero = inventory.groups.z
+    ranks = range(zero.size)
+    if not inventory.groups.shares_parameters:
+        layouts = [(key, buffer.layout) for key, buffer in inventory.flat_buffers.items()]
+        return [GroupNumel(key, layout.numel, [layout.owned(rank) for rank in ranks]) for key, layout in layouts]
+    return [
+        GroupNumel(
+            key,
+            sum(shard.numel_per_rank(zero) for shard in shards),
+            [sum(shard.owned_numel(zero, rank) for shard in shards) for rank in ranks],
+        )
+        for key, shards in inventory.param_groups.items()
+    ]
+
+
+def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel], zero_rank: int) -> Plan:
+    """Return the rows of parameters, gradients and optimizer states on one rank."""
+    rows = Counter(dict.fromkeys((PARAMETERS, GRADIENTS, MAIN), 0))
+    for key, allocated, owned in groups:
+        rows.update(_group_rows(inventory, key, allocated, owned[zero_rank]))
+    zero, sharded = inventory.groups.z, inventory.groups.shares_parameters
+    for shard in inventory.shards:
+        if not shard.trainable:  # frozen: in no flat buffer, and neither with gradients nor with states
+            kept = wide(shard.dtype) if sharded else shard.dtype
+            rows[PARAMETERS] += kept.itemsize * (shard.numel_per_rank(zero) if sharded else shard.numel)
+    rows[REDUCTION] = rows.pop(REDUCTION, 0)  # the last row, after the states of every update rule
+    return dict(rows)
+
+
+def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, owned: int) -> Plan:
+    """Return the rows of one param group."""
+    sharded, main = inventory.groups.shares_parameters, wide(key.dtype)
+    # fully_shard rounds to half precision as it gathers, so the sharded parameters are the main parameters themselves.
+    parameter = main if sharded else key.dtype
+    gradient = main if sharded or inventory.config.hybrid_zero_optimizer.fp32_grad_accum else key.dtype
+    reduce_dtype = inventory.config.reduce_comm_dtype
+    reduced = torch_dtype(reduce_dtype) if reduce_dtype else gradient
+    copied = reduced != gradient and (not sharded or inventory.groups.r.size > 1)
+    buffer = owned if sharded else allocated
     return {
-        **max(by_rank, key=lambda parts: sum(parts.values())),
-        GATHER: gather_buffers(s),
-        ACTIVATIONS: peak_saved(config, world_size, tokens, stage=stage),
+        PARAMETERS: allocated * parameter.itemsize,
+        GRADIENTS: buffer * gradient.itemsize + (gradient != main) * owned * main.itemsize,
+        MAIN: (parameter != main) * owned * main.itemsize,
+        **{optimizer_row(state): owned * main.itemsize for state in UPDATE_RULES[key.rule].states},
+        REDUCTION: copied * buffer * reduced.itemsize,
     }
 
 
-def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
-    """Of each stage, the plan of the rank that holds the most."""
-    return [memory_plan(config, world_size, stage=stage) for stage in range(config.parallel.pipeline.size)]
+# -- as text
 
 
-def _lots(s: Symbols) -> list[GroupElements]:
-    ranks = range(s.z.size)
-    if not s.shares_parameters:
-        layouts = [(kind, buffer.layout) for kind, buffer in buffers(s).items()]
-        return [GroupElements(kind, layout.numel, [layout.owned(rank) for rank in ranks]) for kind, layout in layouts]
-    found = []
-    for kind, members in kinds(s).items():
-        owned = [sum(held_elements(each, GroupPosition(rank, s.z.size)) for each in members) for rank in ranks]
-        found.append(GroupElements(kind, sum(share(each.rows, s.z) * each.width for each in members), owned))
-    return found
+def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_memory: int | None = None) -> str:
+    """Format plans as a table: a line per row, their total, and a column for each plan.
 
-
-def _optimizer(s: Symbols, lots: Sequence[GroupElements], zero_rank: int) -> Plan:
-    """The parts that the optimizer owns."""
-    parts = Counter(dict.fromkeys((PARAMETERS, GRADIENTS, MAIN), 0))
-    for kind, held_here, by_rank in lots:
-        parts.update(_of_kind(s, kind, held_here, by_rank[zero_rank]))
-    reduction = parts.pop(REDUCTION)
-    return {**parts, REDUCTION: reduction}
-
-
-def _of_kind(s: Symbols, kind: ParamGroupKey, held_here: int, owned: int) -> Plan:
-    shared, main, config = s.shares_parameters, wide(kind.dtype), s.config
-    kept = main if shared else kind.dtype
-    accumulated = main if shared or config.hybrid_zero_optimizer.fp32_grad_accum else kind.dtype
-    reduced = torch_dtype(config.reduce_comm_dtype) if config.reduce_comm_dtype else accumulated
-    copied = reduced != accumulated and (not shared or s.r.size > 1)
-    in_buffer = owned if shared else held_here
-    return {
-        PARAMETERS: held_here * kept.itemsize,
-        GRADIENTS: in_buffer * accumulated.itemsize + (accumulated != main) * owned * main.itemsize,
-        MAIN: (kept != main) * owned * main.itemsize,
-        **{state(name): owned * main.itemsize for name in UPDATE_RULES[kind.rule].states},
-        REDUCTION: copied * in_buffer * reduced.itemsize,
-    }
-
-
-TOTAL = "all"
-
-
-def format_worst_plan(config: Config, world_size: int) -> str:
-    """The plan of the rank that holds the most, as a table under a heading; one line where there is no formula for the
-    model."""
-    try:
-        plans = plans_of_stages(config, world_size)
-    except KeyError:
-        return f"Memory plan: there is no formula for the model {config.model_type!r}"
+    Args:
+        plans: Plans of several ranks.
+        headings: Headings of the columns, if any.
+        device_memory: Bytes of memory of the device; a line then says which share of it the total takes.
+    """
+    names = list(dict.fromkeys(row for plan in plans for row in plan))
     totals = [sum(plan.values()) for plan in plans]
-    stage = totals.index(max(totals))
-    where = f", in stage {stage}" if len(plans) > 1 else ""
-    return f"Memory plan of the rank that holds the most{where}, in MB\n{format_plans(plans[stage : stage + 1])}"
-
-
-def format_plans(plans: Sequence[Plan], headings: Sequence[str] = ()) -> str:
-    """A row for each part and their sum, a column of MB for each plan."""
-    parts = list(dict.fromkeys(part for plan in plans for part in plan))
-    rows = [(part, [plan.get(part, 0) for plan in plans]) for part in parts]
-    rows.append((TOTAL, [sum(plan.values()) for plan in plans]))
     cells = [("", list(headings))] if headings else []
-    cells += [(name, [in_mb(size) for size in sizes]) for name, sizes in rows]
+    cells += [(name, [format_bytes(plan.get(name, 0)) for plan in plans]) for name in names]
+    cells.append((TOTAL, [format_bytes(total) for total in totals]))
+    if device_memory:
+        cells.append((f"of {format_bytes(device_memory)}", [f"{total / device_memory:.1%}" for total in totals]))
     width = max(len(name) for name, _ in cells)
-    columns = max(len(cell) for _, row in cells for cell in row)
-    return "\n".join(f"{name:<{width}}  " + "  ".join(f"{cell:>{columns}}" for cell in row) for name, row in cells)
+    column = max(len(cell) for _, row in cells for cell in row)
+    lines = [f"{name:<{width}}  " + "  ".join(f"{cell:>{column}}" for cell in row) for name, row in cells]
+    if any(ACTIVATIONS not in plan for plan in plans):
+        lines.append("Activations and gather buffers come on top: there is no formula for those of this model")
+    return "\n".join(lines)
+
+
+def format_worst_plan(plans: Mapping[int, Plan], device_memory: int | None = None) -> str:
+    """Format the plan of the stage that holds the most, under a heading.
+
+    Args:
+        plans: Plans by pipeline stage.
+        device_memory: As for :func:`format_plans`.
+    """
+    stage = max(plans, key=lambda index: sum(plans[index].values()))
+    where = f", in stage {stage}" if len(plans) > 1 else ""
+    return f"Memory plan of the rank that holds the most{where}\n{format_plans([plans[stage]], (), device_memory)}"
+
+
+def format_bytes(size: int | None) -> str:
+    """Format bytes as GiB, or as MiB below one GiB; a dash for None."""
+    if size is None:
+        return "-"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

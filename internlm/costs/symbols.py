@@ -1,16 +1,23 @@
-"""The symbols in the formulas of traffic and memory, from the config alone.
+"""Symbols of the cost formulas: one legend for traffic, memory and activations.
 
 ==========  =========================================================================================================
-t, w        ranks of the tensor group and of the weight group (w is 1 but under isp)
-p           stages of the pipeline; what follows is that of one stage
-z, r        ranks that share one optimizer state, and copies of that state (replicas)
-d           ranks whose labels make up the global batch: those of the data group, under isp all of the stage
+t, w        ranks of the tensor group and of the weight group (w is 1 except under isp)
+p           stages of the pipeline; everything below is that of one stage
+z, r        ranks that shard one optimizer state (the zero group), and replicas of that state
+d           ranks whose labels make up the global batch: the data group, under isp all ranks of the stage
 T           tokens of a row on a data rank, ``data.packed_length``; where the sequence is split, t ranks share them
-S           those of them that this rank has between the layers: T under mtp, T/t under msp, fsp and isp
-H, F, V     hidden width, intermediate width, vocabulary
-G, Q, D     kv heads, query heads per kv head, head width
-e, g        bytes of a parameter or an activation; of a gradient, a logit or a statistic where they are summed up (4 at
-            least)
+S           tokens of the row that a rank holds between the layers: T under mtp, T/t under msp, fsp and isp
+K           tokens that take part in the loss, out of those whose labels the rank has (T, under isp T/t)
+L, R        layers of a chunk, and how many of them are recomputed (``model.checkpoint``)
+H, F, V     hidden size, intermediate size, vocabulary size
+G, Q, D     kv heads, query heads per kv head, head dimension
+e           bytes of an element of parameters and activations
+g           bytes of an element of gradients, logits and statistics where they are summed (at least 4)
+B           elements of a bucket of the optimizer, padding included
+N, n        elements of a param group's flat buffer, padding included, and how many of them the rank owns
+U           elements of an FSDP unit (a block, or the root: all that lies outside of blocks), padding included
+a, c        bytes of a gradient element as it is accumulated (g, or e without ``fp32_grad_accum``), and as it is
+            reduced (``reduce_comm_dtype``; without it, a)
 ==========  =========================================================================================================
 """
 
@@ -29,23 +36,72 @@ from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import DecoderSpec
 from internlm.model.families import FAMILIES, spec_of
 from internlm.utils.dtype import torch_dtype, wide
+from internlm.utils.errors import Problem, UserError
 
 
-@dataclass(frozen=True)
-class Symbols:
-    """The symbols at the top of this file; t, w, p, z, r and d as groups without handles."""
+class NoCostFormulaError(UserError):
+    """No formula covers the model: only its parameters can be counted, or not even those."""
+
+    same_on_all_ranks = True
+
+    def __init__(self, model_type: str, reason: str, todo: str = "") -> None:
+        measure = "Measure a model of your own instead: train.py --profiling"
+        super().__init__(
+            Problem("model_type", f"no cost formula for {model_type!r}, {reason}", f"{todo} {measure}".lstrip())
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSymbols:
+    """Symbols that hold for any model: the sizes of the parallel groups, as groups without process-group handles."""
 
     config: Config
-    spec: DecoderSpec
-    stage: int
-    stage_layout: StageLayout
-    stage_layers: StageLayers  # of the stage
     t: Group
     w: Group
     p: Group
     z: Group
     r: Group
     d: Group
+
+    @property
+    def mode(self) -> str:
+        """Tensor-parallel mode."""
+        return self.config.parallel.tensor.mode
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether the zero group shards parameters and gradients too (ZeRO stage 3, ``parallel.zero1.fsdp``)."""
+        return self.config.parallel.zero1.fsdp and self.z.size > 1
+
+    @property
+    def split(self) -> Group:
+        """Group over which weights are split."""
+        return self.w if self.mode == "isp" else self.t
+
+
+def group_symbols(config: Config, world_size: int) -> GroupSymbols:
+    """Return the group sizes of a resolved ``config`` on ``world_size`` ranks."""
+    sizes = sizes_of(config, world_size)
+    ranks_of_stage = world_size // sizes.pipeline
+    return GroupSymbols(
+        config=config,
+        t=Group(ParallelMode.TENSOR, size=sizes.tensor),
+        w=Group(ParallelMode.WEIGHT, size=sizes.weight),
+        p=Group(ParallelMode.PIPELINE, size=sizes.pipeline),
+        z=Group(ParallelMode.ZERO1, size=sizes.zero),
+        r=Group(ParallelMode.ZERO1_REPLICA, size=sizes.zero_parent // sizes.zero),
+        d=Group(ParallelMode.ISP_DATA, size=ranks_of_stage) if sizes.isp else Group(ParallelMode.DATA, size=sizes.data),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symbols(GroupSymbols):
+    """All symbols at the top of this file, for one pipeline stage of a decoder."""
+
+    spec: DecoderSpec
+    stage: int
+    stage_layout: StageLayout
+    stage_layers: StageLayers  # layers of this stage, chunk by chunk
     T: int
     S: int
     H: int
@@ -58,29 +114,33 @@ class Symbols:
     g: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int, stage: int = 0) -> Symbols:
-        """Those of a resolved ``config`` on ``world_size`` ranks, for those of ``stage``; raises KeyError where the
-        model is none of ours."""
-        model, sizes = config.model, sizes_of(config, world_size)
+    def of(cls, config: Config, world_size: int, stage: int = 0, spec: DecoderSpec | None = None) -> Symbols:
+        """Return the symbols of ``stage`` for a resolved ``config`` on ``world_size`` ranks.
+
+        Args:
+            config: Resolved config.
+            world_size: Ranks of the run.
+            stage: Pipeline stage.
+            spec: Spec of the decoder; by default that of the family ``config.model_type``.
+
+        Raises:
+            NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family.
+        """
+        model = config.model
+        if spec is None and config.model_type not in FAMILIES:
+            raise NoCostFormulaError(config.model_type, f"which is not a built-in family ({', '.join(FAMILIES)})")
         assert model.dtype is not None, "the resolver fills model.dtype"
-        dtype = torch_dtype(model.dtype)
-        isp, ranks, tokens = sizes.isp, world_size // sizes.pipeline, config.data.packed_length
+        dtype, groups, tokens = torch_dtype(model.dtype), group_symbols(config, world_size), config.data.packed_length
         return cls(
-            config,
-            spec_of(FAMILIES[config.model_type], model),
-            stage,
-            stage_layout_of(
-                schedule_of(config.parallel.pipeline.mode, model.num_chunks), sizes.pipeline, model.num_chunks
+            **vars(groups),
+            spec=spec or spec_of(FAMILIES[config.model_type], model),
+            stage=stage,
+            stage_layout=stage_layout_of(
+                schedule_of(config.parallel.pipeline.mode, model.num_chunks), groups.p.size, model.num_chunks
             ),
-            stage_layers_of(config, stage),
-            t=Group(ParallelMode.TENSOR, size=sizes.tensor),
-            w=Group(ParallelMode.WEIGHT, size=sizes.weight),
-            p=Group(ParallelMode.PIPELINE, size=sizes.pipeline),
-            z=Group(ParallelMode.ZERO1, size=sizes.zero),
-            r=Group(ParallelMode.ZERO1_REPLICA, size=sizes.zero_parent // sizes.zero),
-            d=Group(ParallelMode.ISP_DATA, size=ranks) if isp else Group(ParallelMode.DATA, size=sizes.data),
+            stage_layers=stage_layers_of(config, stage),
             T=tokens,
-            S=tokens if config.parallel.tensor.mode == "mtp" else tokens // sizes.tensor,
+            S=tokens if groups.mode == "mtp" else tokens // groups.t.size,
             H=model.hidden_size,
             F=model.intermediate_size,
             V=model.vocab_size,
@@ -92,30 +152,20 @@ class Symbols:
         )
 
     @property
-    def mode(self) -> str:
-        """The parallel mode."""
-        return self.config.parallel.tensor.mode
-
-    @property
-    def shares_parameters(self) -> bool:
-        """Whether the z ranks share parameters and gradients too."""
-        return self.config.parallel.zero1.fsdp and self.z.size > 1
-
-    @property
-    def split(self) -> Group:
-        """The group over which weights are split."""
-        return self.w if self.mode == "isp" else self.t
-
-    @property
     def chunks(self) -> range:
-        """Numbers of the stage's chunks."""
+        """Indices of the stage's chunks."""
         return range(len(self.stage_layers.chunks))
 
     @property
     def layers(self) -> int:
-        """Layers of the stage."""
+        """Number of layers of the stage."""
         return sum(map(len, self.stage_layers.chunks))
 
     def recomputed(self, chunk: int) -> int:
-        """Layers of a chunk that are run again in backward."""
+        """Return R, the number of layers of ``chunk`` that run forward again in the backward pass."""
         return sum(map(self.config.model.recomputes, self.stage_layers.chunks[chunk]))
+
+
+def rows_per_rank(rows: int, group: Group) -> int:
+    """Return ⌈rows/n⌉: rows are padded so that all n ranks of ``group`` hold equally many."""
+    return -(-rows // group.size)

@@ -1,49 +1,188 @@
-"""What is sent where the zero group shares parameters and gradients (``parallel.zero1.fsdp``).
+"""Traffic of a step by formula: scalars, micro-batches, and the gradient and parameter collectives of the optimizer.
 
-The symbols are those of :mod:`internlm.costs.symbols`; besides, a unit is a block, or, the root, all that lies
-outside of blocks. Of U elements of a unit every parameter is padded: from R rows to z⌈R/z⌉.
-
-What the optimizer sends: of flat buffers, and the norm.
-
-What a step sends: scalars, micro-batches, optimizer.
+The collectives are those of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 and 2 reduce-scatter gradients
+and all-gather parameters (section 5.2, per bucket of a flat buffer), stage 3 gathers each unit before use (section 5.3,
+``parallel.zero1.fsdp``). Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from internlm.config import Config
 from internlm.core.parallel.ledger import Traffic
-from internlm.core.parallel.sharding import GroupPosition
-from internlm.costs.parameters import Buffer, Parameter, buffers, group_of_partial, kinds, parameters, reduced_size
-from internlm.costs.symbols import Symbols
+from internlm.costs.inventory import FlatBuffer, ParamInventory, ParamShard, partial_sum_group, reduced_itemsize
+from internlm.costs.symbols import GroupSymbols, Symbols
 from internlm.costs.traffic_model import (
     AG,
     AR,
-    BROADCAST,
-    REDUCE,
     RS,
-    SEND,
     Call,
-    Passes,
+    PassCalls,
     block,
-    calls_of,
+    calls_on,
     count_calls,
     embedding,
     head,
+    heads_to_tokens,
     loss,
+    merge,
     positions,
-    share,
-    to_tokens,
-    together,
 )
 from internlm.solver.optimizer.flat_buffers import Bucket
 from internlm.solver.optimizer.param_groups import ParamGroupKey
 from internlm.utils.dtype import torch_dtype, wide
 
 
-def fsdp_units(s: Symbols) -> Passes:
-    """All units in one micro-batch; c: bytes of an element as it is reduced.
+def expected_traffic(
+    inventory: ParamInventory,
+    tokens: Sequence[int] | None = None,
+    *,
+    types: int = 1,
+    device_type: str = "cpu",
+    forward_only: bool = False,
+    zero_rank: int = 0,
+) -> Traffic:
+    """Return what the ledger of a rank must hold after one step of the decoder.
+
+    The step is not one that is skipped for its gradient norm: such a step sends no parameters.
+
+    Args:
+        inventory: Parameters of the rank's pipeline stage.
+        tokens: K of each micro-batch: on the CPU the tokens whose label is not ignored, elsewhere all. By default every
+            token of ``micro_num`` micro-batches.
+        types: Number of data-set types.
+        device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
+        forward_only: Count a validation step instead of a training step.
+        zero_rank: Position in the zero group. It matters where whole parameters have owners.
+
+    Raises:
+        NoCostFormulaError: The model is not the built-in decoder.
+    """
+    s = inventory.symbols
+    calls = scalars(s, types)
+    for count in tokens if tokens is not None else [s.T] * s.config.data.micro_num:
+        passes = micro_batch(inventory, count, device_type)
+        calls += passes.forward if forward_only else passes.forward + passes.backward
+    return count_calls(calls if forward_only else calls + optimizer(inventory, zero_rank))
+
+
+def scalars(s: GroupSymbols, types: int) -> list[Call]:
+    """Return the all-reduces of a step's scalars.
+
+    Over d, 8 bytes for the number of valid tokens; over d and then over p, 3·types·8 bytes for loss, correct
+    predictions and tokens by data-set type.
+    """
+    sums = 3 * types * 8
+    return calls_on(s.d, AR, 8) + calls_on(s.d, AR, sums) + calls_on(s.p, AR, sums)
+
+
+def micro_batch(inventory: ParamInventory, tokens: int, device_type: str) -> PassCalls:
+    """Return the collectives of one micro-batch with K = ``tokens``: all chunks of the stage, and its FSDP units."""
+    s = inventory.symbols
+    units = [fsdp_units(inventory)] if s.shares_parameters else []
+    return merge(*units, *(_chunk(s, chunk, tokens, device_type) for chunk in s.chunks))
+
+
+def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
+    """Return the collectives of a chunk: positions and blocks; the embedding if it is first, head and loss if last."""
+    layers, one = len(s.stage_layers.chunks[chunk]), block(s)
+    # Recomputing a block repeats its last product too, and so all that the forward pass sends. Weight gradients that
+    # the schedule defers (zero bubble) are sent later, but neither more nor less.
+    recomputed = one.forward * s.recomputed(chunk)
+    if s.spec.recomputes_attention:
+        recomputed = heads_to_tokens(s).forward * layers
+    blocks = PassCalls(one.forward * layers, one.backward * layers + recomputed)
+    parts = [positions(s), blocks, _stage_messages(s, chunk)]
+    if s.stage_layers.is_first(chunk):
+        parts.append(embedding(s))
+    if s.stage_layers.is_last(chunk):
+        parts += head(s), PassCalls(loss(s, tokens, device_type), [])
+    return merge(*parts)
+
+
+def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
+    """Return the sends of S·H·e: hidden states to the next chunk, their gradient to the one before."""
+
+    def send_to(virtual: int) -> list[Call]:
+        exists = 0 <= virtual < s.stage_layout.virtual_stages
+        if not exists or s.stage_layout.rank_of(virtual) == s.stage:  # neighbours on one rank pass tensors in memory
+            return []
+        return [Call(s.p.mode, "send", s.S * s.H * s.e)]
+
+    virtual = s.stage_layout.virtual(s.stage, chunk)
+    return PassCalls(send_to(virtual + 1), send_to(virtual - 1))
+
+
+# -- the optimizer
+
+
+def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
+    """Return the collectives of an optimizer step: gradients, norm, parameters.
+
+    For every bucket of the flat buffer of each param group:
+
+    1. Gradients: reduce-scatter over z of B·c; all-reduce over r of (B/z)·c; where each rank has a partial sum
+       (vectors, under msp and fsp over t, under isp over w), all-reduce of (B/z)·g; the same over the first and the
+       last stage of the pipeline for a tied embedding that both hold.
+    2. Norm: all-reduce over z of 16, over the group that splits weights of 8, over p of 8.
+    3. Muon: all-gather over the group that splits weights of each matrix that this rank of z owns, O·I·g.
+    4. Parameters: all-gather over z of B·e.
+
+    Where whole parameters have owners, a bucket is reduced owner by owner and broadcast likewise: of the N elements of
+    each owner, N·c is sent by all ranks but the owner, N·e by the owner. B/z in 1 is then what this rank owns.
+
+    FSDP units have no buckets: their collectives are those of :func:`fsdp_units` in each micro-batch, and 1 is
+    left for r and partial sums.
+    """
+    s = inventory.groups
+    calls = calls_on(s.z, AR, 16) + calls_on(s.split, AR, 8) + calls_on(s.p, AR, 8)
+    if s.shares_parameters:
+        for key, shards in inventory.param_groups.items():
+            calls += _fsdp_replica_sums(s, key, shards, zero_rank)
+        return calls
+    for key, buffer in inventory.flat_buffers.items():
+        for bucket in buffer.layout.buckets:
+            calls += _bucket(s, key, bucket, zero_rank)
+        calls += _muon_gathers(s, key, buffer, zero_rank)
+    return calls
+
+
+def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
+    """Return the collectives of one bucket, but those of the norm and of Muon."""
+    reduced, main = reduced_itemsize(s.config, key.dtype), wide(key.dtype).itemsize
+    run = bucket.run(zero_rank)
+    owned = run.stop - run.start
+    calls = calls_on(s.r, AR, owned * reduced) if owned else []
+    if key.partial_over is not None and owned:
+        calls += calls_on(partial_sum_group(s, key.partial_over), AR, owned * main)
+    if bucket.is_even:
+        numel = bucket.last - bucket.first
+        return [*calls, *calls_on(s.z, RS, numel * reduced), *calls_on(s.z, AG, numel * key.dtype.itemsize)]
+    # Collectives need equal shards; uneven runs are reduced to, and broadcast from, one owner after another.
+    for owner in range(s.z.size):
+        run = bucket.run(owner)
+        numel = run.stop - run.start
+        if numel:
+            is_owner = owner == zero_rank
+            calls.append(Call(s.z.mode, "reduce", 0 if is_owner else numel * reduced))
+            calls.append(Call(s.z.mode, "broadcast", numel * key.dtype.itemsize if is_owner else 0))
+    return calls
+
+
+def _muon_gathers(s: GroupSymbols, key: ParamGroupKey, buffer: FlatBuffer, zero_rank: int) -> list[Call]:
+    """Return the all-gathers of split matrices: orthogonalisation needs a whole one (Jordan et al. 2024, Muon)."""
+    if not key.needs_matrices or key.split_over is None:
+        return []
+    itemsize = wide(key.dtype).itemsize
+    matrices = [s.split.size * shard.numel * itemsize for shard in buffer.owned_by(zero_rank)]
+    return [call for nbytes in matrices for call in calls_on(s.split, AG, nbytes)]
+
+
+# -- parameters that the zero group shards
+
+
+def fsdp_units(inventory: ParamInventory) -> PassCalls:
+    """Return the collectives of all FSDP units of the decoder in one micro-batch.
 
     ========  =========================  =========================================================
     unit      forward                    backward
@@ -52,174 +191,31 @@ def fsdp_units(s: Symbols) -> Passes:
     the root  all-gather over z of U·e   reduce-scatter over z of U·c
     ========  =========================  =========================================================
     """
-    sizes, reduced = unit_sizes(s), reduced_size(s, torch_dtype(str(s.config.model.dtype)))
-    forward = [call for size in sizes.values() for call in calls_of(s.z, AG, size * s.e)]
-    again = [call for block, size in sizes.items() if block for call in calls_of(s.z, AG, size * s.e)]
-    reduce = [call for size in sizes.values() for call in calls_of(s.z, RS, size * reduced)]
-    return Passes(forward, again + reduce)
+    s, sizes = inventory.symbols, unit_sizes(inventory)
+    reduced = reduced_itemsize(s.config, torch_dtype(str(s.config.model.dtype)))
+    forward = [call for size in sizes.values() for call in calls_on(s.z, AG, size * s.e)]
+    # The root stays gathered from forward to backward: its backward pass comes right after its forward pass.
+    regathered = [call for unit, size in sizes.items() if unit for call in calls_on(s.z, AG, size * s.e)]
+    return PassCalls(
+        forward, regathered + [call for size in sizes.values() for call in calls_on(s.z, RS, size * reduced)]
+    )
 
 
-def unit_sizes(s: Symbols) -> dict[str, int]:
-    """U of each block by its name, and of the root, whose name is empty."""
+def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
+    """Return U of each block by its name, and of the root, whose name is empty: rows R are padded to z·⌈R/z⌉."""
     sizes: dict[str, int] = {}
-    for each in parameters(s):
-        block = ".".join(each.name.split(".")[:2]) if each.name.startswith("layers.") else ""
-        sizes[block] = sizes.get(block, 0) + s.z.size * share(each.rows, s.z) * each.width
+    for shard in inventory.shards:
+        sizes[shard.block] = sizes.get(shard.block, 0) + shard.padded_numel(inventory.groups.z)
     return sizes
 
 
-def fsdp_sums(s: Symbols, zero_rank: int) -> list[Call]:
-    """What is left of the sums: for each kind, of which this rank has N elements, all-reduce over r of N·c, c being
-    bytes of an element of a gradient, or of ``reduce_comm_dtype``; where every rank has a part of the sum, all-reduce
-    of N·g over t."""
-    return [call for kind, members in kinds(s).items() for call in _fsdp_sums(s, kind, members, zero_rank)]
-
-
-def _fsdp_sums(s: Symbols, kind: ParamGroupKey, members: Iterable[Parameter], zero_rank: int) -> list[Call]:
-    count = sum(held_elements(each, GroupPosition(zero_rank, s.z.size)) for each in members)
-    reduced = s.config.reduce_comm_dtype
-    if not count:
+def _fsdp_replica_sums(s: GroupSymbols, key: ParamGroupKey, shards: Iterable[ParamShard], zero_rank: int) -> list[Call]:
+    """Return the all-reduces that units leave to the optimizer: over r of n·c, of partial sums of n·g."""
+    owned = sum(shard.owned_numel(s.z, zero_rank) for shard in shards)
+    if not owned:
         return []
-    size = wide(kind.dtype).itemsize
-    calls = calls_of(s.r, AR, count * (torch_dtype(reduced).itemsize if reduced else size))
-    if kind.partial_over is not None:
-        calls += calls_of(group_of_partial(s, kind.partial_over), AR, count * size)
+    main, reduced = wide(key.dtype).itemsize, s.config.reduce_comm_dtype
+    calls = calls_on(s.r, AR, owned * (torch_dtype(reduced).itemsize if reduced else main))
+    if key.partial_over is not None:
+        calls += calls_on(partial_sum_group(s, key.partial_over), AR, owned * main)
     return calls
-
-
-def held_elements(parameter: Parameter, place: GroupPosition) -> int:
-    """Elements of a parameter that a rank holds."""
-    rows = -(-parameter.rows // place.size)
-    return max(min(rows, parameter.rows - place.rank * rows), 0) * parameter.width
-
-
-def optimizer(s: Symbols, zero_rank: int = 0) -> list[Call]:
-    """Every bucket of B elements, padding included, of the flat buffer of each kind: its gradients, then the norm, then
-    its parameters. c: bytes of an element as it is reduced.
-
-    1. reduce-scatter over z of B·c; all-reduce over r of (B/z)·c; where every rank has a part of the sum (vectors under
-       msp and fsp: over t, under isp: over w) all-reduce of (B/z)·g; the same over the first and the last stage of the
-       pipeline, where both hold a tied embedding
-    2. all-reduce over z of 16; over the group by which weights are split, of 8; over p of 8
-    3. Muon: all-gather over that group of each matrix that this rank of z owns, O·I·g
-    4. all-gather over z of B·e
-
-    Buckets that are shared by parameter are reduced owner by owner, and broadcast so: of the N elements of each, N·c
-    from those that don't own them, N·e from the one that does. In 1 B/z is what this rank owns.
-
-    There are no buckets where parameters are shared (:mod:`~internlm.costs.traffic`).
-    """
-    calls = calls_of(s.z, AR, 16) + calls_of(s.split, AR, 8) + calls_of(s.p, AR, 8)
-    if s.shares_parameters:
-        return calls + fsdp_sums(s, zero_rank)
-    for kind, buffer in buffers(s).items():
-        for bucket in buffer.layout.buckets:
-            calls += _bucket(s, kind, bucket, zero_rank)
-        calls += _matrices(s, kind, buffer, zero_rank)
-    return calls
-
-
-def _bucket(s: Symbols, kind: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
-    sent, wide_size = reduced_size(s, kind.dtype), wide(kind.dtype).itemsize
-    run = bucket.run(zero_rank)
-    own = run.stop - run.start
-    calls = calls_of(s.r, AR, own * sent) if own else []
-    if kind.partial_over is not None and own:
-        calls += calls_of(group_of_partial(s, kind.partial_over), AR, own * wide_size)
-    if bucket.is_even:
-        elements = bucket.last - bucket.first
-        return [*calls, *calls_of(s.z, RS, elements * sent), *calls_of(s.z, AG, elements * kind.dtype.itemsize)]
-    return calls + [call for owner in range(s.z.size) for call in _owned(s, kind, bucket, owner, zero_rank)]
-
-
-def _owned(s: Symbols, kind: ParamGroupKey, bucket: Bucket, owner: int, zero_rank: int) -> list[Call]:
-    """Of what one rank owns of a bucket."""
-    run = bucket.run(owner)
-    elements = run.stop - run.start
-    if not elements:
-        return []
-    grads, values = elements * reduced_size(s, kind.dtype), elements * kind.dtype.itemsize
-    return [
-        Call(s.z.mode, REDUCE, 0 if owner == zero_rank else grads),
-        Call(s.z.mode, BROADCAST, values if owner == zero_rank else 0),
-    ]
-
-
-def _matrices(s: Symbols, kind: ParamGroupKey, buffer: Buffer, zero_rank: int) -> list[Call]:
-    if not kind.needs_matrices or kind.split_over is None:
-        return []
-    size = wide(kind.dtype).itemsize
-    owned = [s.split.size * each.elements * size for each in buffer.owned(zero_rank)]
-    return [call for whole in owned for call in calls_of(s.split, AG, whole)]
-
-
-def expected_traffic(
-    config: Config,
-    world_size: int,
-    tokens: Sequence[int] | None = None,
-    *,
-    types: int = 1,
-    device_type: str = "cpu",
-    forward_only: bool = False,
-    stage: int = 0,
-    zero_rank: int = 0,
-) -> Traffic:
-    """What the ledger of each rank of pipeline stage ``stage`` must hold after one training step of a decoder of ours:
-    scalars, micro-batches, optimizer. With ``forward_only``, after one validation step. ``zero_rank``: its place among
-    those that share the optimizer's state, which matters where they do so by whole parameters.
-
-    ``tokens``: of each micro-batch of this rank, how many take part in the loss: on the CPU those whose label is not
-    ignored, elsewhere all. Without it, all of ``micro_num`` micro-batches. ``types``: number of data-set types.
-
-    ``config`` is resolved; the step is none that is skipped for its gradient norm. Raises KeyError for a model that is
-    not ours.
-    """
-    s = Symbols.of(config, world_size, stage)
-    calls = scalars(s, types)
-    for count in tokens if tokens is not None else [s.T] * config.data.micro_num:
-        passes = micro_batch(s, count, device_type)
-        calls += passes.forward if forward_only else passes.forward + passes.backward
-    return count_calls(calls if forward_only else calls + optimizer(s, zero_rank))
-
-
-def scalars(s: Symbols, types: int) -> list[Call]:
-    """All-reduces of a step: over d the number of valid tokens, 8; over d, then over p, loss, hits and tokens by type,
-    3·types·8."""
-    sums = 3 * types * 8
-    return calls_of(s.d, AR, 8) + calls_of(s.d, AR, sums) + calls_of(s.p, AR, sums)
-
-
-def micro_batch(s: Symbols, tokens: int, device_type: str) -> Passes:
-    """One micro-batch, of which so many tokens take part in the loss: all chunks of the stage, and the parameters that
-    are shared."""
-    shared = [fsdp_units(s)] if s.shares_parameters else []
-    return together(*shared, *(chunk(s, number, tokens, device_type) for number in s.chunks))
-
-
-def chunk(s: Symbols, number: int, tokens: int, device_type: str) -> Passes:
-    """A chunk: positions, blocks, what it sends to others; the first also the embedding, the last head and loss.
-    Backward runs blocks that are recomputed forward once more, the last product and all that is sent by it included;
-    where attention alone is recomputed, it sends heads to tokens once more. Where gradients of weights are put off, the
-    same is sent later."""
-    layers, each = len(s.stage_layers.chunks[number]), block(s)
-    again = each.forward * s.recomputed(number)
-    if s.spec.recomputes_attention:
-        again = to_tokens(s).forward * layers
-    blocks = Passes(each.forward * layers, each.backward * layers + again)
-    parts = [positions(s), blocks, sends(s, number)]
-    if s.stage_layers.is_first(number):
-        parts.append(embedding(s))
-    if s.stage_layers.is_last(number):
-        parts += head(s), Passes(loss(s, tokens, device_type), [])
-    return together(*parts)
-
-
-def sends(s: Symbols, number: int) -> Passes:
-    """S·H·e: hidden units to the chunk after, their gradient to the one before, unless that is on the same rank."""
-
-    def to(virtual: int) -> list[Call]:
-        goes = 0 <= virtual < s.stage_layout.virtual_stages and s.stage_layout.rank_of(virtual) != s.stage
-        return [Call(s.p.mode, SEND, s.S * s.H * s.e)] if goes else []
-
-    here = s.stage_layout.virtual(s.stage, number)
-    return Passes(to(here + 1), to(here - 1))

@@ -1,6 +1,9 @@
-"""Calls, as the ledger counts them.
+"""Collectives of the decoder's layers, by formula: which ones each mode needs, and on which tensors.
 
-What a part of the model sends: a table of collectives, and the tensors that they are on.
+The formulas restate the papers, not the code that communicates, so that they can serve as its oracle: mtp is tensor
+parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3), msp and fsp add sequence parallelism (Korthikanti et al.
+2022, arXiv 2205.05198, section 4.2), isp gathers weights and exchanges heads (Chen et al. 2024, arXiv 2401.09149; the
+all-to-alls are those of Jacobs et al. 2023, arXiv 2309.14509). Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -11,16 +14,14 @@ from typing import Final, NamedTuple
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import Collective, Ledger, Traffic
-from internlm.costs.symbols import Symbols
+from internlm.costs.flops import LinearShape, block_linears
+from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
 
 AG: Final = "all-gather"
 RS: Final = "reduce-scatter"
 AR: Final = "all-reduce"
 A2A: Final = "all-to-all"
-SEND: Final = "send"
-REDUCE: Final = "reduce"
-BROADCAST: Final = "broadcast"
 
 
 class Call(NamedTuple):
@@ -31,34 +32,37 @@ class Call(NamedTuple):
     sent: int
 
 
-class Passes(NamedTuple):
-    """What a part of the model sends as it runs forward, and backward."""
+class PassCalls(NamedTuple):
+    """Collectives of a part of the model in its forward pass, and in its backward pass."""
 
     forward: list[Call]
     backward: list[Call]
 
 
-def calls_of(group: Group, collective: Collective, whole: int) -> list[Call]:
-    """One collective on a tensor of ``whole`` bytes, as a list; of a group of one rank, none."""
+def calls_on(group: Group, collective: Collective, nbytes: int) -> list[Call]:
+    """Return one collective on a tensor of ``nbytes`` bytes over ``group``; nothing for a group of one rank.
+
+    Bytes are the least that any algorithm sends (Chan et al. 2007, table II), as the ledger counts them.
+    """
     n, passes = group.size, 2 if collective == AR else 1
-    return [Call(group.mode, collective, passes * (n - 1) * whole // n)] if n > 1 else []
+    return [Call(group.mode, collective, passes * (n - 1) * nbytes // n)] if n > 1 else []
 
 
-def together(*parts: Passes) -> Passes:
-    """Forward all that is sent forward, and backward likewise."""
-    return Passes(*([call for part in parts for call in part[i]] for i in range(2)))
+def merge(*parts: PassCalls) -> PassCalls:
+    """Return the forward calls of all ``parts`` together, and their backward calls together."""
+    return PassCalls([c for part in parts for c in part.forward], [c for part in parts for c in part.backward])
 
 
 def count_calls(calls: Iterable[Call]) -> Traffic:
-    """Calls as the ledger counts them."""
+    """Count calls and bytes by mode and collective, as the ledger does."""
     ledger = Ledger()
     for call in calls:
         ledger.record(*call)
     return ledger.snapshot()
 
 
-#: Collectives forward and backward by mode and role (a role says what a layer is to the modes, see
-#: :mod:`internlm.core.parallel.sharding`); which tensor they are on is told by the function of the part.
+#: Collectives forward and backward by mode and role (see :mod:`internlm.core.parallel.sharding`). The functions below
+#: say which tensor they are on.
 TABLE: dict[tuple[str, str], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
     ("mtp", "column"): ((), (AR,)),
     ("mtp", "row"): ((AR,), ()),
@@ -84,32 +88,13 @@ TABLE: dict[tuple[str, str], tuple[tuple[Collective, ...], tuple[Collective, ...
 }
 
 
-class Linear(NamedTuple):
-    """A weight [outputs, inputs] in a role, and whether it has a bias [outputs]."""
-
-    role: str
-    inputs: int
-    outputs: int
-    bias: bool = False
+def block(s: Symbols) -> PassCalls:
+    """Return the collectives of one block: four linears, and attention."""
+    return merge(*(linear(s, weight) for weight in block_linears(s.config.model)), attention(s))
 
 
-def block(s: Symbols) -> Passes:
-    """One block: four linears, and attention."""
-    return together(*(linear(s, each) for each in block_linears(s)), attention(s))
-
-
-def block_linears(s: Symbols) -> list[Linear]:
-    """wqkv: H → G·(Q + 2)·D; wo: G·Q·D → H; w13: H → 2·F; w2: F → H."""
-    return [
-        Linear("column", s.H, s.G * (s.Q + 2) * s.D, s.spec.qkv_bias),
-        Linear("row", s.G * s.Q * s.D, s.H, s.spec.o_bias),
-        Linear("column", s.H, 2 * s.F, s.spec.mlp_bias),
-        Linear("row", s.F, s.H, s.spec.mlp_bias),
-    ]
-
-
-def linear(s: Symbols, weight: Linear) -> Passes:
-    """A linear: isp sends its weight, the other modes the side of it that is H wide.
+def linear(s: Symbols, weight: LinearShape) -> PassCalls:
+    """Return the collectives of a linear: isp sends its weight, the other modes the activation that is H wide.
 
     ===========  ============================================  ========================================
     mode, role   forward                                       backward
@@ -123,48 +108,55 @@ def linear(s: Symbols, weight: Linear) -> Passes:
     ===========  ============================================  ========================================
     """
     if s.mode == "isp":
-        return _part(s, weight.role, s.w, s.w.size * share(weight.outputs, s.w) * weight.inputs * s.e)
-    return _part(s, weight.role, s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e)
+        padded = s.w.size * rows_per_rank(weight.outputs, s.w)
+        return _role_calls(s, weight.role, s.w, padded * weight.inputs * s.e)
+    # Between a column and its row linear the activation is split by features, and nothing is sent.
+    return _role_calls(s, weight.role, s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e)
 
 
-def attention(s: Symbols) -> Passes:
-    """isp: over t, all-to-all of the queries, keys and values of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e, and of the
-    heads' outputs, (T/t)·G·Q·D·e; backward the same. Of kv heads fewer than t each is sent to several ranks."""
-    qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
-    return together(_part(s, "attention", s.t, qkv), to_tokens(s))
+def attention(s: Symbols) -> PassCalls:
+    """Return the all-to-alls of isp over t, the same forward and backward; other modes send nothing.
 
-
-def to_tokens(s: Symbols) -> Passes:
-    """The second of the two."""
-    return _part(s, "attention", s.t, s.T // s.t.size * s.G * s.Q * s.D * s.e)
-
-
-def positions(s: Symbols) -> Passes:
-    """isp: all-gather over t of T positions, of 8 bytes each."""
-    return _part(s, "model", s.t, s.T * 8)
-
-
-def embedding(s: Symbols) -> Passes:
-    """The embedding, split by words or by hidden units.
-
-    ===============  ======================================  ==========================
-    mode, split by   forward                                 backward
-    ===============  ======================================  ==========================
-    mtp, words       all-reduce over t of T·H·e              –
-    mtp, units       all-gather over t of T·H·e              –
-    msp, fsp, words  reduce-scatter over t of T·H·e          all-gather of the same
-    msp, fsp, units  all-to-all over t of T·(H/t)·e          all-to-all of the same
-    isp              all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same
-    ===============  ======================================  ==========================
+    Queries, keys and values of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e, then the output of the heads
+    (:func:`heads_to_tokens`). Where there are fewer kv heads than ranks, each head is sent to several ranks.
     """
-    if s.mode == "isp" or not by_hidden_units(s):
-        return linear(s, Linear("embedding", s.H, s.V))
-    units = s.H if s.mode == "mtp" else s.H // s.t.size
-    return _part(s, "embedding by hidden units", s.t, s.T * units * s.e)
+    qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
+    return merge(_role_calls(s, "attention", s.t, qkv), heads_to_tokens(s))
 
 
-def head(s: Symbols) -> Passes:
-    """The head, without the loss that is computed with it.
+def heads_to_tokens(s: Symbols) -> PassCalls:
+    """Return the second all-to-all of isp's attention: (T/t)·G·Q·D·e over t."""
+    return _role_calls(s, "attention", s.t, s.T // s.t.size * s.G * s.Q * s.D * s.e)
+
+
+def positions(s: Symbols) -> PassCalls:
+    """Return isp's all-gather over t of T positions, 8 bytes each."""
+    return _role_calls(s, "model", s.t, s.T * 8)
+
+
+def embedding(s: Symbols) -> PassCalls:
+    """Return the collectives of the embedding, which is split by vocabulary entries or by hidden units.
+
+    ===================  ======================================  ==========================
+    mode, split by       forward                                 backward
+    ===================  ======================================  ==========================
+    mtp, entries         all-reduce over t of T·H·e              –
+    mtp, hidden units    all-gather over t of T·H·e              –
+    msp, fsp, entries    reduce-scatter over t of T·H·e          all-gather of the same
+    msp, fsp, hidden     all-to-all over t of T·(H/t)·e          all-to-all of the same
+    isp                  all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same
+    ===================  ======================================  ==========================
+    """
+    model = s.config.model
+    # A tied table is the head's weight too, which is split by vocabulary entries.
+    if s.mode == "isp" or not model.embed_split_hidden or model.tie_word_embeddings:
+        return linear(s, LinearShape("embedding", s.H, s.V))
+    hidden = s.H if s.mode == "mtp" else s.H // s.t.size
+    return _role_calls(s, "embedding by hidden units", s.t, s.T * hidden * s.e)
+
+
+def head(s: Symbols) -> PassCalls:
+    """Return the collectives of the head, without the loss that is computed with it.
 
     ========  ======================================  ===========================
     mode      forward                                 backward
@@ -174,32 +166,27 @@ def head(s: Symbols) -> Passes:
     isp       all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same
     ========  ======================================  ===========================
     """
-    return linear(s, Linear("head", s.H, s.V))
+    return linear(s, LinearShape("head", s.H, s.V))
 
 
 def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
-    """mtp, msp, fsp: for each chunk of C tokens two all-reduces over t: the largest logits, C·g; and the sum of
-    exponentials and the label's logit, 2·C·g, with label smoothing also the sum of logits, 3·C·g. isp: nothing."""
+    """Return the all-reduces of the vocabulary-parallel loss of K = ``tokens`` tokens; isp needs none.
+
+    For each chunk of C tokens two all-reduces over t: C·g for the largest logits; 2·C·g for the sum of exponentials and
+    the label's logit, with label smoothing 3·C·g, for the sum of logits too.
+    """
     if s.mode == "isp":
         return []
-    chunk = default_chunk_tokens(device_type, share(s.V, s.t))
+    chunk = default_chunk_tokens(device_type, rows_per_rank(s.V, s.t))
     sums = 3 if s.config.loss.label_smoothing else 2
     lengths = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
-    return [call for C in lengths for rows in (1, sums) for call in calls_of(s.t, AR, rows * C * s.g)]
+    return [call for length in lengths for rows in (1, sums) for call in calls_on(s.t, AR, rows * length * s.g)]
 
 
-def _part(s: Symbols, role: str, group: Group, whole: int) -> Passes:
-    """The collectives of a role, each on a tensor of ``whole`` bytes."""
-    directions = TABLE.get((s.mode, role), ((), ()))
-    forward, backward = ([call for each in names for call in calls_of(group, each, whole)] for names in directions)
-    return Passes(forward, backward)
-
-
-def share(rows: int, group: Group) -> int:
-    """⌈rows/n⌉."""
-    return -(-rows // group.size)
-
-
-def by_hidden_units(s: Symbols) -> bool:
-    """Whether the embedding is split by hidden units, rather than by words as a tied one must be."""
-    return s.config.model.embed_split_hidden and not s.config.model.tie_word_embeddings
+def _role_calls(s: Symbols, role: str, group: Group, nbytes: int) -> PassCalls:
+    """Return the collectives of a role in the mode of ``s``, each on a tensor of ``nbytes`` bytes."""
+    forward, backward = TABLE.get((s.mode, role), ((), ()))
+    return PassCalls(
+        [call for collective in forward for call in calls_on(group, collective, nbytes)],
+        [call for collective in backward for call in calls_on(group, collective, nbytes)],
+    )

@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy_exports(
         "initialize_parallel_communicator": _RECIPE,
         "initialize_model_and_parallel_communicator": _RECIPE,
         "initialize_optimizer": "internlm.train.build_optimizer",
+        "build_inventory": "internlm.train.inventory",
         "get_train_data_loader": _DATA,
         "get_validation_data_loader": _DATA,
         "build_train_loader_with_data_type": _DATA,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from internlm.config import Config
 from internlm.core.parallel.ledger import Entry, sum_traffic
-from internlm.costs import expected_traffic
+from internlm.costs import NoCostFormulaError, expected_traffic
+from internlm.train.inventory import build_inventory
 from internlm.verify.record import RankRecord
 from internlm.verify.tensors import Disagreement, ModuleTrace, assemble, relative, relative_l2, trace_modules
 
@@ -93,17 +94,15 @@ def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[Traff
     """Compare the ledgers of all ranks with the formula for ``config``; None where the model has no formula."""
     try:
         return [error for rank in range(len(records)) for error in _traffic_errors(config, rank, records)]
-    except KeyError:
+    except NoCostFormulaError:
         return None
 
 
 def _traffic_errors(config: Config, rank: int, records: Sequence[RankRecord]) -> list[TrafficError]:
     record = records[rank]
     at, errors = record.coordinates, list[TrafficError]()
-    steps = [
-        expected_traffic(config, len(records), tokens, types=record.types, stage=at.stage, zero_rank=at.zero)
-        for tokens in record.tokens
-    ]
+    inventory = build_inventory(config, len(records), at.stage)
+    steps = [expected_traffic(inventory, tokens, types=record.types, zero_rank=at.zero) for tokens in record.tokens]
     pairs = list(zip(record.traffic, steps, strict=True))
     if config.hybrid_zero_optimizer.overlap_sync_param:
         # Parameters are gathered as the next step needs them: only the sums over all steps are defined.

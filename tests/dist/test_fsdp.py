@@ -26,7 +26,7 @@ from internlm.eval import generate
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.profiler.reports import held_between_steps
-from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train import build_inventory, initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import ConfigError, UserError
 from internlm.verify.compare import Report
 from internlm.verify.record import ShardsByName
@@ -231,7 +231,7 @@ def _beside(rank: int, world_size: int, overrides: tuple[str, ...]) -> _Seen:
         before = LEDGER.snapshot()
         action()
         counted = [int((labels != -100).sum()) for labels in batches.loader.read(step)[1]]
-        expected = expected_traffic(gpc.config, world_size, counted, types=batches.types, **options)
+        expected = expected_traffic(build_inventory(gpc.config, world_size), counted, types=batches.types, **options)
         traffic[what] = LEDGER.since(before), expected
 
     def validate() -> None:

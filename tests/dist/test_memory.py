@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from internlm.config import load_config
+from internlm.config.schema import ModelConfig
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.fully_sharded import is_fully_sharded
@@ -18,19 +20,22 @@ from internlm.core.parallel.isp import IspEmbedding
 from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.core.trainer import Trainer
 from internlm.costs import Plan, format_worst_plan, memory_plan
+from internlm.costs.memory_plan import ACTIVATIONS, GATHER, REDUCTION
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.model.decoder import Decoder
-from internlm.profiler.reports import ACTIVATIONS, GATHER, REDUCTION, held_between_steps
+from internlm.profiler.reports import held_between_steps
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.grad_reduce import BucketSum
-from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train import build_inventory, initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.train.hooks import LogMemoryPlan
 from internlm.train.hooks.log import own_plan
+from internlm.train.inventory import plans_of_stages
 from internlm.utils.logger import get_logger
+from internlm.utils.registry import MODEL_INITIALIZER
 from tests.dist.test_in_flight import Watch, address
-from tests.dist.tiny import TINY
+from tests.dist.tiny import TINY, build_plain
 from tests.harness.pool import run_ranks
 
 Row: TypeAlias = tuple[int, tuple[str, ...]]
@@ -176,13 +181,13 @@ def test_every_part_to_the_byte(row: str) -> None:
     world, overrides = ROWS[row]
     config = load_config(SMALL, overrides, world, "cpu")
     for stage, zero_rank, measured in run_ranks(world, _measure, overrides):
-        plan = memory_plan(config, world, stage=stage, zero_rank=zero_rank)
+        plan = memory_plan(build_inventory(config, world, stage), zero_rank=zero_rank)
         assert plan.keys() - measured.keys() == ({REDUCTION, GATHER} if config.parallel.zero1.fsdp else set())
         assert measured == {part: plan[part] for part in measured}
 
 
-def _told(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[str, Plan]:
-    """What the run says of its plan, and what it takes for the plan of this rank."""
+def _logged(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[str, Plan, Plan]:
+    """Return the plan that the run logs, the plan of this rank, and what the rank holds between steps."""
     trainer, _ = _trainer(overrides)
     lines: list[str] = []
     handler = logging.Handler()
@@ -192,17 +197,43 @@ def _told(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[str, 
     log.setLevel(logging.INFO)
     LogMemoryPlan().before_run(trainer)
     log.removeHandler(handler)
-    return "\n".join(lines), own_plan(trainer.model)
+    return "\n".join(lines), own_plan(trainer.model), held_between_steps(trainer.model, trainer.optimizer)
 
 
-def test_a_run_tells_its_plan() -> None:
+def test_a_run_logs_its_plan() -> None:
     overrides = ROWS["muon"][1]
-    ranks = run_ranks(4, _told, overrides)
+    ranks = run_ranks(4, _logged, overrides)
     config = load_config(SMALL, overrides, 4, "cpu")
-    assert {text for text, _ in ranks} == {format_worst_plan(config, 4)}
-    assert [plan for _, plan in ranks] == [memory_plan(config, 4, zero_rank=rank) for rank in (0, 0, 1, 1)]
+    plans = dict(enumerate(plans_of_stages(config, 4)))
+    assert {text for text, *_ in ranks} == {format_worst_plan(plans)}
+    inventory = build_inventory(config, 4)
+    assert [plan for _, plan, _ in ranks] == [memory_plan(inventory, zero_rank=rank) for rank in (0, 0, 1, 1)]
 
 
-def test_of_a_model_that_users_bring_there_is_none() -> None:
-    (found,) = run_ranks(1, _told, ("model_type=PLAIN",))
-    assert found == ("Memory plan: there is no formula for this model", {})
+def test_a_pipeline_logs_the_plan_of_its_fullest_stage() -> None:
+    overrides = (*stages(), "model.num_layers=5")
+    texts = {text for text, *_ in run_ranks(2, _logged, overrides)}
+    plans = plans_of_stages(load_config(SMALL, overrides, 2, "cpu"), 2)
+    assert texts == {format_worst_plan(dict(enumerate(plans)))}
+
+
+FROZEN = "a user's model, frozen in part"
+
+
+@MODEL_INITIALIZER.register_module(module_name=FROZEN)
+def _build_frozen(model: ModelConfig) -> nn.Module:
+    plain = build_plain(model)
+    plain.head.requires_grad_(False)
+    return plain
+
+
+@pytest.mark.parametrize("model_type", ["PLAIN", FROZEN])
+@pytest.mark.parametrize("overrides", [(), (f"{PARALLEL}.zero1.fsdp=True", *BF16), (*BF16, WHOLE)], ids=str)
+def test_a_users_own_model_has_a_plan_but_for_its_activations(model_type: str, overrides: tuple[str, ...]) -> None:
+    overrides = (f"model_type={model_type}", *overrides)
+    inventory = build_inventory(load_config(SMALL, overrides, 2, "cpu"), 2)
+    for rank, (text, plan, held) in enumerate(run_ranks(2, _logged, overrides)):
+        assert text.endswith("there is no formula for those of this model")
+        assert plan == memory_plan(inventory, zero_rank=rank)
+        assert held == {row: plan[row] for row in held}
+        assert plan.keys() - held.keys() == {REDUCTION}

@@ -14,12 +14,12 @@ import pytest
 from internlm.config import Config, load_config
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER, Traffic
-from internlm.costs import Call, Passes, Symbols, attention, block, embedding, expected_traffic, head
+from internlm.costs import Call, PassCalls, Symbols, attention, block, embedding, expected_traffic, head
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.ops.cross_entropy import IGNORED
-from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train import build_inventory, initialize_model_and_parallel_communicator, initialize_optimizer
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
@@ -216,7 +216,8 @@ def _assert_formula_holds(
     config = load_config(TINY, (*layout.overrides, *overrides), layout.world, "cpu")
     for number, rank in enumerate(ranks):
         stage = number * config.parallel.pipeline.size // layout.world
-        expected = functools.partial(expected_traffic, config, layout.world, types=rank.types, stage=stage)
+        inventory = build_inventory(config, layout.world, stage)
+        expected = functools.partial(expected_traffic, inventory, types=rank.types)
         assert rank.training == expected(rank.training_tokens)
         assert rank.validation == expected(rank.validation_tokens, forward_only=True)
     return ranks
@@ -313,6 +314,10 @@ def _seven_b(mode: str, recompute: bool = False) -> Config:
     )
 
 
+def _step_of_seven_b(mode: str, recompute: bool) -> Traffic:
+    return expected_traffic(build_inventory(_seven_b(mode, recompute), 8), device_type="cuda")
+
+
 def _sent(calls: list[Call]) -> int:
     return sum(call.sent for call in calls)
 
@@ -338,14 +343,13 @@ def test_bytes_of_a_layer_by_hand(mode: str, forward: int, backward: int) -> Non
 def test_recomputed_blocks_run_forward_once_more() -> None:
     for mode in ("mtp", "msp", "fsp", "isp"):
         plain, again = (
-            sum(entry.sent for entry in expected_traffic(_seven_b(mode, recompute), 8, device_type="cuda").values())
-            for recompute in (False, True)
+            sum(entry.sent for entry in _step_of_seven_b(mode, recompute).values()) for recompute in (False, True)
         )
         assert again - plain == 32 * _sent(block(Symbols.of(_seven_b(mode), 8)).forward)
 
 
 def test_parts_that_other_modes_lack() -> None:
-    assert attention(Symbols.of(_seven_b("mtp"), 8)) == Passes([], [])
+    assert attention(Symbols.of(_seven_b("mtp"), 8)) == PassCalls([], [])
     for part, words in ((embedding, 32000), (head, 32000)):
         there, back = part(Symbols.of(_seven_b("isp"), 8))
         assert _sent(there) == _sent(back) == words * 4096 * 2 * 7 // 8

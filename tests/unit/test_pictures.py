@@ -10,8 +10,8 @@ import pytest
 
 from internlm.config import load_config
 from internlm.core.scheduler.table import SCHEDULES
-from internlm.costs import Symbols, block
-from internlm.costs.parameters import buffers
+from internlm.costs import ParamInventory, block
+from internlm.train import build_inventory
 from tools import draw_schedules
 from tools.draw_parallel import MODES, picture
 
@@ -19,13 +19,13 @@ FOLDER = Path(__file__).parents[2] / "doc" / "pictures"
 SCHEDULE_PICTURES = FOLDER / "schedules"
 
 
-def symbols(mode: str) -> Symbols:
-    """Symbols of a model on two ranks, over which everything is split that ``mode`` splits."""
+def inventory(mode: str) -> ParamInventory:
+    """Parameters of a model on two ranks, over which everything is split that ``mode`` splits."""
     model = dict(num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=128)
     sizes = dict(tensor=dict(mode=mode, size=2), weight=dict(size=2 if mode == "isp" else 1))
     data = dict(seq_len=64, micro_bsz=1, total_steps=1)
     sections = dict(model=model, data=data, adam=dict(lr=1e-4), parallel=sizes)
-    return Symbols.of(load_config(dict(model_type="LLAMA2", **sections), world_size=2, device_type="cpu"), 2)
+    return build_inventory(load_config(dict(model_type="LLAMA2", **sections), world_size=2, device_type="cpu"), 2)
 
 
 def arrow_labels(mode: str) -> Counter[str]:
@@ -58,10 +58,10 @@ def test_the_picture_is_current(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_picture_has_every_collective_of_a_block_and_no_other(mode: str) -> None:
-    s = symbols(mode)
-    traffic = block(s)
+    parameters = inventory(mode)
+    traffic = block(parameters.symbols)
     expected = Counter(f"forward: {call.collective}" for call in traffic.forward)
     expected += Counter(f"backward: {call.collective}" for call in traffic.backward)
-    norms_are_summed = any(group.partial_over for group in buffers(s))
+    norms_are_summed = any(group.partial_over for group in parameters.param_groups)
     expected += Counter({"step: all-reduce": 2 * norms_are_summed})
     assert arrow_labels(mode) == expected

@@ -14,16 +14,17 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from internlm import accelerator
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER, format_traffic
 from internlm.core.scheduler.loss import CORRECT, LOSS, TOKENS
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.costs import Plan, format_worst_plan, memory_plan
+from internlm.costs import ParamInventory, Plan, format_worst_plan, memory_plan
 from internlm.costs.flops import hardware_flops_per_token, model_flops_per_token
-from internlm.model.decoder import Decoder
 from internlm.monitor import MetricsWriter, Throughput
+from internlm.train.inventory import build_inventory, inventory_of
 from internlm.utils.logger import get_logger
 
 T = TypeVar("T")
@@ -31,27 +32,36 @@ log = get_logger()
 
 
 class LogMemoryPlan(Hook):
-    """The memory plan before the first step; on the rank that logs only."""
+    """Log the memory plan of the fullest stage before the first step, on the rank that logs."""
 
     def before_run(self, trainer: Trainer) -> None:
-        if not isinstance(trainer.model, Decoder):  # whatever the config says
-            log.info("Memory plan: there is no formula for this model")
-        elif text := _attempt(lambda: format_worst_plan(gpc.config, dist.get_world_size()), ""):
+        text = _attempt(lambda: format_worst_plan(_plans(trainer.model), accelerator.device_memory()), "")
+        if text:
             log.info(text)
 
 
+def _plans(model: nn.Module) -> dict[int, Plan]:
+    """Return plans by stage; only of this one for a user's own model, which may differ from the registered one."""
+    own = _own_inventory(model)
+    if own.spec is None:
+        return {own.stage: memory_plan(own)}
+    others = [stage for stage in range(own.groups.p.size) if stage != own.stage]
+    inventories = [own, *(build_inventory(own.config, own.world_size, stage) for stage in others)]
+    return {inventory.stage: memory_plan(inventory) for inventory in sorted(inventories, key=lambda each: each.stage)}
+
+
 def own_plan(model: nn.Module) -> Plan:
-    """The plan of this rank; empty where there is no formula for ``model``."""
-    stage, zero_rank = map(gpc.get_local_rank, (ParallelMode.PIPELINE, ParallelMode.ZERO1))
+    """Return the memory plan of this rank; empty where it could not be made."""
+    zero_rank = gpc.get_local_rank(ParallelMode.ZERO1)
+    return _attempt(lambda: memory_plan(_own_inventory(model), zero_rank=zero_rank), {})
 
-    def make() -> Plan:
-        return memory_plan(gpc.config, dist.get_world_size(), stage=stage, zero_rank=zero_rank)
 
-    return _attempt(make, {}) if isinstance(model, Decoder) else {}
+def _own_inventory(model: nn.Module) -> ParamInventory:
+    return inventory_of(model, gpc.config, dist.get_world_size(), gpc.get_local_rank(ParallelMode.PIPELINE))
 
 
 def _attempt(make: Callable[[], T], otherwise: T) -> T:
-    """A formula that is wrong is no reason to end a run."""
+    """Return what ``make`` returns, or ``otherwise`` with a warning: a faulty formula must not end a run."""
     try:
         return make()
     except Exception as error:

@@ -9,8 +9,9 @@ import pytest
 
 from internlm.cli.main import main
 from internlm.config import Config, load_config
-from internlm.costs import format_plans, format_worst_plan, memory_plan, plans_of_stages
+from internlm.costs import format_plans, format_worst_plan, memory_plan
 from internlm.costs.activations import peak_saved
+from internlm.train.inventory import build_inventory, plans_of_stages
 
 HIDDEN, WORDS = 64, 128
 #: wqkv, wo, w13, w2 of a block of one head, and its norms.
@@ -24,7 +25,7 @@ KEYS: dict[str, Any] = dict(
     adam=dict(lr=1e-4),
 )
 ALL = 3 * BLOCK + 2 * TABLE + HIDDEN  # and the last norm; a multiple of the padding
-MB = 2**20
+MB, GB = 2**20, 2**30
 
 
 def resolved(*overrides: str, world: int = 1) -> Config:
@@ -32,7 +33,7 @@ def resolved(*overrides: str, world: int = 1) -> Config:
 
 
 def plan(*overrides: str, world: int = 1, **where: Any) -> dict[str, int]:
-    return memory_plan(resolved(*overrides, world=world), world, **where)
+    return memory_plan(build_inventory(resolved(*overrides, world=world), world), **where)
 
 
 def test_one_rank_in_bfloat16() -> None:
@@ -119,29 +120,33 @@ def test_stages_have_plans_of_their_own() -> None:
     assert first["activations"] > middle["activations"]
 
 
-# -- told
+# -- as text
 
 
 def test_a_table_of_stages() -> None:
-    text = format_plans([{"a": MB, "long": 0}, {"a": 3 * MB // 2}], ["stage 0", "stage 1"])
+    text = format_plans([{"a": MB, "activations": 0}, {"a": 3 * GB // 2, "activations": MB}], ["stage 0", "stage 1"])
     assert text.splitlines() == [
-        "      stage 0  stage 1",
-        "a         1.0      1.5",
-        "long      0.0      0.0",
-        "all       1.0      1.5",
+        "              stage 0   stage 1",
+        "a             1.0 MiB  1.50 GiB",
+        "activations   0.0 MiB   1.0 MiB",
+        "total         1.0 MiB  1.50 GiB",
     ]
 
 
-def test_the_fullest_stage_is_told() -> None:
-    assert format_worst_plan(resolved(), 1).startswith("Memory plan of the rank that holds the most, in MB\nparameters")
-    pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
-    totals = [sum(each.values()) for each in plans_of_stages(pipeline, 3)]
-    assert f", in stage {totals.index(max(totals))}, in MB" in format_worst_plan(pipeline, 3)
+def test_the_total_is_set_against_the_memory_of_the_device() -> None:
+    assert format_plans([{"activations": 3 * GB}], device_memory=80 * GB).splitlines()[1:] == [
+        "total         3.00 GiB",
+        "of 80.00 GiB      3.8%",
+    ]
 
 
-def test_of_another_model_there_is_no_formula() -> None:
-    other = resolved().model_copy(update={"model_type": "MINE"})
-    assert format_worst_plan(other, 1) == "Memory plan: there is no formula for the model 'MINE'"
+def test_the_fullest_stage_is_shown() -> None:
+    (one,) = plans_of_stages(resolved(), 1)
+    assert format_worst_plan({0: one}).startswith("Memory plan of the rank that holds the most\nparameters")
+    plans = plans_of_stages(resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3), 3)
+    totals = [sum(plan.values()) for plan in plans]
+    heading, *_ = format_worst_plan(dict(enumerate(plans))).splitlines()
+    assert heading.endswith(f", in stage {totals.index(max(totals))}")
 
 
 CONFIG = """
@@ -158,9 +163,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = "--set", "parallel.pipeline.size=2", "--set", "data.micro_num=2"
     main(["memory", str(file), "--world", "4", *stages])
     heading, columns, *rows = capsys.readouterr().out.splitlines()
-    assert heading == "Memory plan of the rank of each stage that holds the most, of 4, in MB"
+    assert heading == "Memory plan of the rank of each stage that holds the most, of 4 ranks"
     assert columns.split() == ["stage", "0", "stage", "1"]
-    assert (rows[0].split()[0], rows[-1].split()[0]) == ("parameters", "all")
+    assert (rows[0].split()[0], rows[-1].split()[0]) == ("parameters", "total")
     with pytest.raises(SystemExit) as caught:
         main(["memory", str(file), "--world", "3", *stages])
     assert caught.value.code == 2
@@ -172,8 +177,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("model.num_experts=4", "model.num_experts: 4 is not available in this version. Use 1\n"),
         (
             "model_type=LAMA2",
-            "model_type: there is no formula for the memory of 'LAMA2'. Did you mean 'LLAMA2'? Of a model of your own, "
-            "measure it: train.py --profiling\n",
+            "model_type: no cost formula for 'LAMA2', which is not registered. Did you mean 'LLAMA2'? "
+            "Measure a model of your own instead: train.py --profiling\n",
         ),
     ],
 )

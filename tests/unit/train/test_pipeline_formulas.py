@@ -10,6 +10,7 @@ from internlm.config import Config, load_config
 from internlm.core.context import ParallelMode
 from internlm.costs import Symbols, expected_traffic
 from internlm.costs.activations import kept_after_each_action, kept_for_weights, peak_saved, saved_for_backward
+from internlm.train import build_inventory
 
 STAGES, MICRO_BATCHES, TENSOR = 4, 6, 2
 WORLD = STAGES * TENSOR
@@ -40,7 +41,10 @@ SCHEDULES = {
 def test_every_border_between_ranks_is_crossed_twice(schedule: str, borders: int) -> None:
     config = SCHEDULES[schedule]
     for forward_only, crossings in ((True, 1), (False, 2)):
-        steps = [expected_traffic(config, WORLD, stage=stage, forward_only=forward_only) for stage in range(STAGES)]
+        steps = [
+            expected_traffic(build_inventory(config, WORLD, stage), forward_only=forward_only)
+            for stage in range(STAGES)
+        ]
         entries = [step[ParallelMode.PIPELINE, "send"] for step in steps if (ParallelMode.PIPELINE, "send") in step]
         messages = crossings * borders * config.data.micro_num
         assert sum(entry.calls for entry in entries) == messages
@@ -88,7 +92,7 @@ def test_a_tied_embedding_is_summed_over_both_ends() -> None:
     tied = dict(tie_word_embeddings=True)
     for config, ends in ((pipeline(tied), {0, STAGES - 1}), (pipeline(tied, mode="ZBV"), set())):
         calls = [
-            expected_traffic(config, WORLD, stage=stage)[ParallelMode.PIPELINE, "all-reduce"].calls
+            expected_traffic(build_inventory(config, WORLD, stage))[ParallelMode.PIPELINE, "all-reduce"].calls
             for stage in range(STAGES)
         ]
         assert calls == [2 + (stage in ends) for stage in range(STAGES)]

@@ -1,0 +1,131 @@
+"""Inventory of the parameters on a rank, and how they lie in the optimizer's flat buffers.
+
+``internlm.train.inventory`` makes the list from a model built on the meta device with the layout's shardings. No
+formula here repeats which parameters a model has, so the inventory covers users' own models too. Symbols:
+:mod:`internlm.costs.symbols`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from internlm.config import Config
+from internlm.core.context import ParallelMode
+from internlm.core.context.group import Group
+from internlm.core.parallel.placement import ParamPlacement
+from internlm.costs.symbols import GroupSymbols, NoCostFormulaError, Symbols, group_symbols, rows_per_rank
+from internlm.model.decoder import DecoderSpec
+from internlm.solver.optimizer.flat_buffers import Layout, bucket_size, lay_out
+from internlm.solver.optimizer.param_groups import ParamGroupKey, param_group_key
+from internlm.utils.dtype import torch_dtype, wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamShard:
+    """Shard of one parameter, as the parallel mode splits it; ZeRO splits it further."""
+
+    name: str
+    placement: ParamPlacement
+    dtype: torch.dtype
+    """Type in which it takes part in computation."""
+    rows: int
+    """Rows, padding of the placement included. ``fully_shard`` divides these."""
+    width: int
+    """Elements of a row."""
+    block: str = ""
+    """Name of the declared block that holds it; empty for the root."""
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of the shard."""
+        return self.rows * self.width
+
+    def padded_numel(self, zero: Group) -> int:
+        """Return the elements that ``fully_shard`` gathers: rows are padded to equal shards of the zero group."""
+        return zero.size * self.numel_per_rank(zero)
+
+    def numel_per_rank(self, zero: Group) -> int:
+        """Return the elements that ``fully_shard`` allocates on each rank of the zero group, padding included."""
+        return rows_per_rank(self.rows, zero) * self.width
+
+    def owned_numel(self, zero: Group, zero_rank: int) -> int:
+        """Return the elements without padding that ``zero_rank`` holds: the last ranks may hold fewer rows, or none."""
+        rows = rows_per_rank(self.rows, zero)
+        return max(min(rows, self.rows - zero_rank * rows), 0) * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamInventory:
+    """Parameters on each rank of one pipeline stage, in the order of the model, and the layout they belong to."""
+
+    config: Config
+    """Resolved config."""
+    world_size: int
+    stage: int
+    shards: tuple[ParamShard, ...]
+    spec: DecoderSpec | None
+    """Spec of the built-in decoder; None for any other model, whose activations and collectives have no formula."""
+
+    @cached_property
+    def groups(self) -> GroupSymbols:
+        """Sizes of the parallel groups."""
+        return group_symbols(self.config, self.world_size)
+
+    @cached_property
+    def symbols(self) -> Symbols:
+        """Symbols of the decoder; raises :class:`NoCostFormulaError` for any other model."""
+        if self.spec is None:
+            raise NoCostFormulaError(self.config.model_type, "which does not build the decoder of internlm.model")
+        return Symbols.of(self.config, self.world_size, self.stage, self.spec)
+
+    @cached_property
+    def param_groups(self) -> dict[ParamGroupKey, list[ParamShard]]:
+        """Trainable parameters by param-group key."""
+        found: dict[ParamGroupKey, list[ParamShard]] = {}
+        for shard in self.shards:
+            if shard.trainable:
+                key = param_group_key(shard.name, shard.placement, shard.dtype, self.config.adam, self.config.optimizer)
+                found.setdefault(key, []).append(shard)
+        return found
+
+    @cached_property
+    def flat_buffers(self) -> dict[ParamGroupKey, FlatBuffer]:
+        """Flat buffer of each param group, where the zero group does not shard parameters."""
+        zero, found = self.config.hybrid_zero_optimizer, dict[ParamGroupKey, FlatBuffer]()
+        for key, shards in self.param_groups.items():
+            by_parameter = key.needs_matrices or not zero.use_split_tensor_optim
+            sizes = [shard.numel for shard in shards]
+            found[key] = FlatBuffer(shards, lay_out(sizes, self.groups.z.size, bucket_size(zero), by_parameter))
+        return found
+
+
+class FlatBuffer(NamedTuple):
+    """Parameters of one param group, in the order of the model, and their layout in one flat buffer."""
+
+    shards: Sequence[ParamShard]
+    layout: Layout
+
+    def owned_by(self, zero_rank: int) -> list[ParamShard]:
+        """Return the parameters whose first element ``zero_rank`` owns."""
+        runs = [bucket.run(zero_rank) for bucket in self.layout.buckets]
+        starts = zip(self.shards, self.layout.starts, strict=True)
+        return [shard for shard, start in starts if any(run.start <= start < run.stop for run in runs)]
+
+
+def partial_sum_group(s: GroupSymbols, mode: ParallelMode) -> Group:
+    """Return the ranks that each have a partial sum of the gradient, for a parameter ``partial_over`` a mode."""
+    # A tied embedding is copied to the first and the last stage only, so its gradient is summed over these two.
+    return Group(ParallelMode.PIPELINE, size=2) if mode is ParallelMode.PIPELINE else s.split
+
+
+def reduced_itemsize(config: Config, dtype: torch.dtype) -> int:
+    """Return c, the bytes of a gradient element as it is reduced, for parameters of ``dtype``."""
+    if config.reduce_comm_dtype is not None:
+        return torch_dtype(config.reduce_comm_dtype).itemsize
+    return (wide(dtype) if config.hybrid_zero_optimizer.fp32_grad_accum else dtype).itemsize

@@ -1,0 +1,106 @@
+"""Parameter inventory of a stage: the model itself lists its parameters for the formulas of ``internlm.costs``.
+
+A model that runs is listed as it is. Otherwise the registered model is built on the meta device with the layout's
+shardings, which allocates nothing and needs no process group: the cost is that of one stage's modules, however many
+ranks the layout has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from internlm.config import Config, config_hash
+from internlm.core.context.parallel_context import sizes_of
+from internlm.core.parallel import ParallelLinear
+from internlm.core.parallel.blocks import containing_block, declared_blocks
+from internlm.core.parallel.fully_sharded import compute_dtype
+from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.sharding import GroupPosition, Sharding, building
+from internlm.costs import NoCostFormulaError, ParamInventory, ParamShard, Plan, memory_plan
+from internlm.costs.stages import stage_layers_of
+from internlm.model.decoder import Decoder
+from internlm.model.registry import model_initializer, register_model_initializer
+from internlm.train.build_model import widen_norms
+from internlm.utils.dtype import default_dtype, torch_dtype
+from internlm.utils.errors import did_you_mean
+
+#: Inventories by config, world size, stage and registered function. A few configs are asked for again and again: every
+#: step of every rank in ``verify``, every stage in the log.
+_CACHE: dict[tuple[str, int, int, Callable[..., nn.Module]], ParamInventory] = {}
+_CACHE_SIZE = 256
+
+
+def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInventory:
+    """Return the parameters on each rank of ``stage`` by building the registered model on the meta device.
+
+    Raises:
+        NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
+    """
+    register_model_initializer()
+    name = config.model_type
+    if name not in model_initializer:
+        raise NoCostFormulaError(name, "which is not registered", did_you_mean(name, model_initializer))
+    key = config_hash(config), world_size, stage, model_initializer.get_module(name)
+    if key not in _CACHE:
+        if len(_CACHE) >= _CACHE_SIZE:
+            _CACHE.clear()
+        _CACHE[key] = inventory_of(_build_on_meta(config, world_size, stage), config, world_size, stage)
+    return _CACHE[key]
+
+
+def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
+    sizes, dtype = sizes_of(config, world_size), torch_dtype(str(config.model.dtype))
+    # All ranks of a group hold shards of the same shape (padding makes them so); the first stands for all.
+    sharding = Sharding(config.parallel.tensor.mode, GroupPosition(0, sizes.tensor), GroupPosition(0, sizes.weight))
+    build = model_initializer.get_module(config.model_type)
+    # A model may draw values of its own: those of a run must not depend on whether its plan was made before.
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype), torch.device("meta"):
+        try:
+            with building(sharding, stage_layers_of(config, stage)):
+                model: nn.Module = build(config.model)
+        except Exception as error:  # a user's function may do anything, such as read values that meta tensors lack
+            reason = f"which cannot be built on the meta device: {error!r}"
+            raise NoCostFormulaError(config.model_type, reason) from error
+    if config.use_fp32_norm:
+        widen_norms(model)
+    return model
+
+
+def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) -> ParamInventory:
+    """Return the parameters of ``model``, which ``stage`` of a run builds, whether they hold values or not."""
+    blocks = declared_blocks(model)
+    # fully_shard gets the weights of linears as matrices: of fused weights the first natural axis may be short.
+    of_linears = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, ParallelLinear)
+        for parameter in module.parameters(recurse=False)
+    }
+    shards = []
+    for name, parameter, placement in placed_parameters(model):
+        shape, block = placement.local_shape, containing_block(name.rpartition(".")[0], blocks)
+        width = math.prod(shape[1:])
+        if parameter in of_linears:
+            width = shape[-1] if placement.is_matrix else 1
+        shard = ParamShard(
+            name=name,
+            placement=placement,
+            dtype=compute_dtype(parameter),
+            rows=math.prod(shape) // width,
+            width=width,
+            block=block if block in blocks else "",
+            trainable=parameter.requires_grad,
+        )
+        shards.append(shard)
+    spec = model.spec if isinstance(model, Decoder) and model.spec.config == config.model else None
+    return ParamInventory(config=config, world_size=world_size, stage=stage, shards=tuple(shards), spec=spec)
+
+
+def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
+    """Return the memory plan of each stage, on the rank that holds the most; raises as :func:`build_inventory`."""
+    stages = range(config.parallel.pipeline.size)
+    return [memory_plan(build_inventory(config, world_size, stage)) for stage in stages]
