@@ -17,8 +17,7 @@ from internlm.config import Config, config_hash
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel import ParallelLinear
 from internlm.core.parallel.blocks import containing_block, declared_blocks
-from internlm.core.parallel.fully_sharded import compute_dtype
-from internlm.core.parallel.placement import placed_parameters
+from internlm.core.parallel.param_state import compute_dtype, placed_parameters
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.costs import NoCostFormulaError, ParamInventory, ParamShard, Plan, memory_plan
 from internlm.costs.stages import stage_layers_of
