@@ -18,7 +18,7 @@ from internlm.costs import format_plans
 from internlm.data.texts import find_texts, read_texts
 from internlm.data.tokenized_writer import make_recipe, tokenize_texts
 from internlm.train.inventory import plans_of_stages
-from internlm.utils.errors import ConfigError, Problem, UserError, did_you_mean
+from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.verify.compare import compare
 from internlm.verify.configs import make_plan
 from internlm.verify.processes import RankError, run_world
