@@ -129,7 +129,7 @@ def block(mode: str, rank: int) -> Block:
     sizes: Any = {"hidden_size": 4, "num_attention_heads": 2, "mlp_ratio": 1.0, "multiple_of": 2}
     config, share = ModelConfig(num_layers=1, vocab_size=2, **sizes), GroupPosition(rank, 2)
     with building(Sharding(mode, share, share)):
-        return Block(DecoderSpec(config, qkv_bias=False, o_bias=False, mlp_bias=False, qk_interleaved=False))
+        return Block(DecoderSpec(config=config, qkv_bias=False, o_bias=False, mlp_bias=False, qk_interleaved=False))
 
 
 def weight_of(blocks: list[Block], name: str) -> Weight:
