@@ -20,34 +20,35 @@ Schedule = Callable[[int], float]
 
 
 class Loader(Protocol):
-    """Batches of a run, from any step on."""
+    """Iterable of a run's batches that can start at any step."""
 
-    def seek(self, step: int) -> None: ...
+    def seek(self, step: int) -> None:
+        """Make the next iterator start with the batch of ``step``."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass
 class TrainState:
-    """How far the run is; part of every checkpoint."""
+    """Progress of a run; part of every checkpoint."""
 
     step: int = 0  # steps done
     num_consumed_tokens: int = 0  # over all ranks, pads included
-    inf_nan_skip_batches: int = 0  # steps whose update was left out
+    inf_nan_skip_batches: int = 0  # steps without an update, since a gradient was not finite
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain numbers."""
+        """Return the counters by name."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore the counters of :meth:`state_dict`."""
         for field in fields(self):
             setattr(self, field.name, state[field.name])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """Sizes of this rank's part of a batch."""
+    """Sizes of this rank's share of a batch."""
 
     micro_num: int
     tokens: int  # pads included
@@ -58,20 +59,28 @@ class BatchShape:
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> BatchShape:
-        """Measured from ``batch``."""
+        """Measure ``batch``: its ``input_ids``, and its ``cu_seqlens`` where it is packed."""
         ids = batch["input_ids"]
-        bounds = batch.get("cu_seqlens")
-        if bounds is None:  # [micro_num, micro_bsz, seq_len]
-            micro_num, per_micro, length = ids.shape
-            return cls(micro_num, ids.numel(), micro_num * per_micro, length, per_micro, per_micro)
-        counts = [len(cu) - 1 for cu in bounds]
-        longest = max(int(cu.diff().max()) for cu in bounds)
-        return cls(len(ids), ids.numel(), sum(counts), longest, max(counts), min(counts))
+        boundaries = batch.get("cu_seqlens")
+        if boundaries is None:  # [micro_num, micro_bsz, seq_len]
+            micro_num, micro_bsz, seq_len = ids.shape
+            counts, largest_length = [micro_bsz] * micro_num, seq_len
+        else:  # on the host, so no host sync
+            counts = [len(cu_seqlens) - 1 for cu_seqlens in boundaries]
+            largest_length = max(int(cu_seqlens.diff().max()) for cu_seqlens in boundaries)
+        return cls(
+            micro_num=len(ids),
+            tokens=ids.numel(),
+            sequences=sum(counts),
+            largest_length=largest_length,
+            largest_batch=max(counts),
+            smallest_batch=min(counts),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """All there is to say about one training step."""
+    """Results and times of one training step, for hooks."""
 
     step: int  # counted from 0
     result: StepResult
@@ -81,27 +90,27 @@ class StepReport:
     beta2: float
     fwd_bwd_time: float  # seconds
     data_time: float  # seconds spent waiting for the batch
-    step_time: float  # seconds from the request for the batch to the end of the update
+    step_time: float  # seconds from fetching the batch to the end of the update
 
 
 class Hook:
-    """Something done beside training. Override the positions you need."""
+    """Base class of what is done beside training, named by its position in the loop. Override what you need."""
 
     def before_run(self, trainer: Trainer) -> None:
-        """Once, after resuming and before the first step."""
+        """Called once, after resuming and before the first step."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Before the batch of a step is fetched."""
+        """Called before the batch of a step is fetched."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """After the update; ``trainer.state`` already counts the step."""
+        """Called after the update; ``trainer.state`` counts the step already."""
 
     def after_run(self, trainer: Trainer) -> None:
-        """Once, after the last step, also where the run ends early or by an error."""
+        """Called once, after the last step, also where the run stops early or fails."""
 
 
 class Trainer:
-    """Model, optimizer, schedule of micro-batches and schedules of lr and beta2, driven step by step.
+    """Model, optimizer, pipeline scheduler and schedules of lr and beta2, driven step by step.
 
     Use it by hand (``zero_grad``, ``execute_schedule``, ``step``), or let :meth:`fit` run the loop.
     """
@@ -130,7 +139,7 @@ class Trainer:
         self.model.eval()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         self.optimizer.zero_grad()
 
     def execute_schedule(
@@ -149,23 +158,28 @@ class Trainer:
         return self.scheduler.forward_backward_step(self, data_iter, training=training, **options)
 
     def step(self) -> OptimizerStep:
-        """Update the parameters with this step's learning rate and beta2, and count the step. Raises
-        :class:`~internlm.utils.errors.UserError` where too many in a row had to be skipped."""
+        """Update the parameters with this step's learning rate and beta2, and count the step.
+
+        Raises:
+            UserError: where too many steps in a row were skipped, since a gradient was not finite.
+        """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.step += 1
         self.state.inf_nan_skip_batches += not update.updated
         if update.skipped_in_a_row >= self.optimizer.config.max_skipped_steps:
-            raise UserError(given_up(self.state.step - 1, update))
+            raise UserError(_too_many_skipped_steps(self.state.step - 1, update))
         return update
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
-        """Fetch a batch, run it forward and backward, update."""
+        """Run one step: fetch a batch, forward and backward, update."""
         step, start = self.state.step, time.perf_counter()
         batch = next(batches)
         fetched = time.perf_counter()
         self.optimizer.begin_step(micro_batches=len(batch[1]))
         result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
+        # The device works asynchronously: without a synchronisation before reading the clock, the times would be those
+        # of launching the kernels.
         accelerator.synchronize()
         computed = time.perf_counter()
         update = self.step()
@@ -185,7 +199,13 @@ class Trainer:
         )
 
     def fit(self, loader: Loader, total_steps: int, hooks: Sequence[Hook] = ()) -> TrainState:
-        """Train from ``state.step`` to ``total_steps``, or until a hook sets ``stop_requested``."""
+        """Train from ``state.step`` to ``total_steps``, or until a hook sets ``stop_requested``.
+
+        Args:
+            loader: batches of the run.
+            total_steps: of the run, those done before a resume included.
+            hooks: called in this order before and after each step, and in the reverse order at the end.
+        """
         loader.seek(self.state.step)
         batches = iter(loader)
         self.train()
@@ -201,18 +221,25 @@ class Trainer:
         finally:
             for hook in reversed(hooks):
                 hook.after_run(self)
+        # Overlapped all-gathers of the last update have no forward that would wait for them.
         self.optimizer.gather_parameters()
         return self.state
 
 
-def given_up(step: int, update: OptimizerStep) -> Problem:
-    """What to say of the last of too many steps that were skipped. All ranks must ask."""
-    found: list[str | None] = [update.nonfinite_gradient]
+def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
+    """Describe the last of too many skipped steps, with the first parameter that has a non-finite gradient.
+
+    A collective: all ranks skip the same steps, so all of them call it.
+    """
+    names: list[str | None] = [update.nonfinite_gradient]
     if dist.is_initialized():
-        found *= dist.get_world_size()
-        dist.all_gather_object(found, update.nonfinite_gradient)
-    bad = [(rank, name) for rank, name in enumerate(found) if name]
-    where = f"first in {bad[0][1]} on rank {bad[0][0]}" if bad else "in no rank's own: their sum is too large"
-    what = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"
-    todo = "Go on from an older checkpoint with a lower learning rate, or look at the data of these steps"
-    return Problem(f"step {step}", what, todo)
+        names *= dist.get_world_size()
+        dist.all_gather_object(names, update.nonfinite_gradient)
+    nonfinite = [(rank, name) for rank, name in enumerate(names) if name]
+    if nonfinite:
+        where = f"first in {nonfinite[0][1]} on rank {nonfinite[0][0]}"
+    else:
+        where = "no local gradient is non-finite; the reduced sum overflowed"
+    message = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"
+    todo = "Resume from an older checkpoint with a lower learning rate, or check the data of these steps"
+    return Problem(f"step {step}", message, todo)

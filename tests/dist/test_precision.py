@@ -122,7 +122,7 @@ def test_a_streak_ends_the_run(rank: int, layout: tuple[str, ...], tmp_path: Pat
     name = "layers.1.feed_forward.w2.weight"
     assert run.message.startswith(
         "step 5: 3 steps in a row were skipped, since gradients were inf or nan "
-        f"(first in {name} on rank {rank}). Go on from an older checkpoint"
+        f"(first in {name} on rank {rank}). Resume from an older checkpoint"
     )
     assert (run.state["step"], run.state["inf_nan_skip_batches"]) == (6, 4)
 
