@@ -1,4 +1,4 @@
-"""What the stages of a pipeline keep after each of their actions is what the formula says, to the byte."""
+"""Stages of a pipeline keep after each action what the formula says, to the byte."""
 
 from __future__ import annotations
 
@@ -43,45 +43,45 @@ SCHEDULES: list[Case] = [
 LAYOUTS = [("mtp", 1, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 2)]
 
 
-class Held:
-    """A tensor, as long as autograd saves it."""
+class Saved:
+    """Holder of a tensor that lives as long as autograd saves it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def address(tensor: Tensor) -> int:
-    """Where it lies."""
+    """Return the address of the storage of ``tensor``."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _tensors_of(kept: InFlight) -> Iterator[Tensor]:
-    """What is kept for a micro-batch beside what autograd saves."""
+    """Yield the tensors kept for a micro-batch besides those that autograd saves."""
     if kept.hidden is not None:
         yield kept.hidden
     for task in kept.tasks:
         assert isinstance(task, functools.partial)
-        yield from (each for each in task.args if isinstance(each, Tensor))
+        yield from (argument for argument in task.args if isinstance(argument, Tensor))
 
 
 class Watch(list[Record]):
-    """After each action, how many bytes of activations are kept for those to come."""
+    """Records of a scheduler that measure the bytes of activations kept after each action."""
 
     def __init__(self, model: Decoder, shared: set[int]) -> None:
         super().__init__()
         self.model, self.shared = model, shared
-        self.saved: WeakSet[Held] = WeakSet()
+        self.saved: WeakSet[Saved] = WeakSet()
         self.tables: list[ref[Tensor]] = []
         model._rotary = self._remembered(model._rotary)
         self.bytes: list[int] = []
 
-    def pack(self, tensor: Tensor) -> Held:
-        local_shard = Held(tensor)
-        self.saved.add(local_shard)
-        return local_shard
+    def pack(self, tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        self.saved.add(saved)
+        return saved
 
     def _remembered(self, rotary: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Rotary tables may be kept by whoever will run a block again, rather than by autograd."""
+        """Wrap ``rotary`` to remember its tables: activation checkpointing, not autograd, may keep them."""
 
         def made(*arguments: object) -> tuple[Tensor, Tensor]:
             tables = rotary(*arguments)
@@ -91,10 +91,12 @@ class Watch(list[Record]):
         return made
 
     def append(self, record: Record) -> None:
-        in_flight = [each for each in gc.get_objects() if type(each) is InFlight]
-        tensors = [tensor for each in in_flight for tensor in _tensors_of(each)] + [each.tensor for each in self.saved]
-        tensors += [table for table in (each() for each in self.tables) if table is not None]
-        parameters = {address(local_shard(each).flat) for each in self.model.parameters()}
+        in_flight = [thing for thing in gc.get_objects() if type(thing) is InFlight]
+        tensors = [tensor for kept in in_flight for tensor in _tensors_of(kept)] + [
+            saved.tensor for saved in self.saved
+        ]
+        tensors += [table for table in (table() for table in self.tables) if table is not None]
+        parameters = {address(local_shard(parameter).flat) for parameter in self.model.parameters()}
         kept = {}
         for tensor in tensors:
             if address(tensor) in self.shared:  # by all micro-batches: this one's part
@@ -121,14 +123,14 @@ def _watch_case(overrides: Case) -> list[int]:
     watch = trainer.scheduler.records = Watch(model, {address(ids)})
     gc.collect()
     gc.freeze()
-    with saved_tensors_hooks(watch.pack, lambda local_shard: local_shard.tensor):
+    with saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
         trainer.execute_schedule(iter([(batch, ids.clone())]))  # every label counts
     gc.unfreeze()
     return watch.bytes
 
 
 @pytest.mark.parametrize(("mode", "tensor", "weight"), LAYOUTS)
-def test_what_a_stage_keeps_after_each_action(mode: str, tensor: int, weight: int) -> None:
+def test_a_stage_keeps_what_the_formula_says_after_each_action(mode: str, tensor: int, weight: int) -> None:
     sizes = f"parallel.tensor.size={tensor}", f"parallel.weight.size={weight}", f"parallel.tensor.mode={mode}"
     cases, world = [(*STAGES, *sizes, *schedule) for schedule in SCHEDULES], 2 * tensor
     for rank, of_rank in enumerate(run_ranks(world, _watch, cases)):

@@ -1,4 +1,4 @@
-"""What a rank holds is what the memory plan says: part by part, to the byte."""
+"""Ranks hold what the memory plan says, row by row and to the byte."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TIED = "model.tie_word_embeddings=True"
 OVERLAP, POOL = f"{WEIGHT}.overlap=True", f"{WEIGHT}.memory_pool=True"
 
 
-def split(mode: str, tensor: int = 2, weight: int = 1) -> tuple[str, ...]:
+def split_over(mode: str, tensor: int = 2, weight: int = 1) -> tuple[str, ...]:
     sizes = f"{PARALLEL}.tensor.size={tensor}", f"{WEIGHT}.size={weight}"
     return (f"{PARALLEL}.tensor.mode={mode}", *sizes)
 
@@ -65,8 +65,8 @@ def stages(mode: str = "1F1B") -> tuple[str, ...]:
     return f"{PARALLEL}.pipeline.size=2", f"{PARALLEL}.pipeline.mode={mode}", "data.micro_num=4"
 
 
-def per_layer(place: str) -> tuple[str, ...]:
-    return OVERLAP, f"{WEIGHT}.launch_allgather_before={place}"
+def per_layer(module: str) -> tuple[str, ...]:
+    return OVERLAP, f"{WEIGHT}.launch_allgather_before={module}"
 
 
 PER_MODULE = OVERLAP, f"{WEIGHT}.forward_overlap_per=module"
@@ -80,20 +80,23 @@ ROWS: dict[str, Row] = {
         (*BF16, NARROW, "reduce_comm_dtype=torch.float32", f"{PARALLEL}.zero1.size=1", "model.checkpoint=True"),
     ),
     "by parameter": (2, (*BF16, WHOLE, BUCKETS, REDUCED, "model.checkpoint=0.5")),
-    "muon": (4, (*split("mtp"), *BF16, FP32_NORM, "optimizer.type=Muon", "model.checkpoint=selective")),
-    "lion, embedding split by words": (2, (*split("msp"), "optimizer.type=Lion", "model.embed_split_hidden=False")),
-    "fsp, offloaded": (4, (*split("fsp"), REDUCED, "model.cpu_offloading=2", *LAYERNORM)),
-    "isp": (4, (*split("isp", 2, 2), *BF16, BUCKETS)),
-    "isp, pool": (4, (*split("isp", 2, 4), POOL, "model.checkpoint=True")),
-    "isp, by module, all recomputed": (2, (*split("isp", 2, 2), *PER_MODULE, "model.checkpoint=True")),
-    "isp, by layer": (2, (*split("isp", 1, 2), *per_layer("wo"), TIED)),
+    "muon": (4, (*split_over("mtp"), *BF16, FP32_NORM, "optimizer.type=Muon", "model.checkpoint=selective")),
+    "lion, embedding by entries": (
+        2,
+        (*split_over("msp"), "optimizer.type=Lion", "model.embed_split_hidden=False"),
+    ),
+    "fsp, offloaded": (4, (*split_over("fsp"), REDUCED, "model.cpu_offloading=2", *LAYERNORM)),
+    "isp": (4, (*split_over("isp", 2, 2), *BF16, BUCKETS)),
+    "isp, pool": (4, (*split_over("isp", 2, 4), POOL, "model.checkpoint=True")),
+    "isp, by module, all recomputed": (2, (*split_over("isp", 2, 2), *PER_MODULE, "model.checkpoint=True")),
+    "isp, by layer": (2, (*split_over("isp", 1, 2), *per_layer("wo"), TIED)),
     "isp, by layer from wqkv, pool, half recomputed": (
         2,
-        (*split("isp", 2, 2), *per_layer("wqkv"), POOL, "model.checkpoint=0.5"),
+        (*split_over("isp", 2, 2), *per_layer("wqkv"), POOL, "model.checkpoint=0.5"),
     ),
     "isp, by layer from attention, pipeline": (
         4,
-        (*split("isp", 2, 2), *stages(), *per_layer("attn"), "model.num_layers=5"),
+        (*split_over("isp", 2, 2), *stages(), *per_layer("attn"), "model.num_layers=5"),
     ),
     "pipeline of tied ends": (4, (*stages("ZBV"), *BF16, TIED, "model.num_layers=5", "optimizer.type=Muon")),
     "fully sharded": (4, (f"{PARALLEL}.zero1.fsdp=True", f"{PARALLEL}.zero1.size=2", *BF16, REDUCED)),
@@ -101,13 +104,13 @@ ROWS: dict[str, Row] = {
 
 
 class Peak:
-    """The most that was ever held of something."""
+    """Largest number of bytes that were held at once."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def after(self, function: Callable[..., Any], held: Callable[[], int]) -> Callable[..., Any]:
-        """``function``, after each call of which it is looked how much that is."""
+        """Wrap ``function`` so that ``held`` is read after each call."""
 
         def watched(*arguments: Any) -> Any:
             result = function(*arguments)
@@ -135,7 +138,7 @@ def _watch_gathering(model: Decoder, gatherer: WeightGatherer | None) -> Peak:
 
 
 def _watch_reduction(optimizer: HybridZeroOptimizer) -> Peak:
-    """What is on its way and not in the buffers themselves."""
+    """Watch the tensors that are being reduced and are not views of the gradient buffers."""
     peak, reducer = Peak(), optimizer._reducer
 
     def held() -> int:
@@ -155,7 +158,7 @@ def _trainer(overrides: tuple[str, ...]) -> tuple[Trainer, WeightGatherer | None
 
 
 def _measure(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[int, int, Plan]:
-    """Stage, rank in the zero group, and what is held there in a step; without buffers that are PyTorch's."""
+    """Return stage, rank in the zero group, and bytes held in a step by row; without buffers that PyTorch allocates."""
     trainer, gatherer = _trainer(overrides)
     model, optimizer = trainer.model, trainer.optimizer
     assert isinstance(model, Decoder)
@@ -165,7 +168,7 @@ def _measure(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[in
     watch = trainer.scheduler.records = Watch(model, {address(ids)})
     gc.collect()
     gc.freeze()
-    with saved_tensors_hooks(watch.pack, lambda held: held.tensor):
+    with saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):
         trainer.execute_schedule(iter([(batch, ids.clone())]))  # every label counts
     gc.unfreeze()
     trainer.step()
@@ -177,7 +180,7 @@ def _measure(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[in
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_part_to_the_byte(row: str) -> None:
+def test_every_row_is_held_to_the_byte(row: str) -> None:
     world, overrides = ROWS[row]
     config = load_config(SMALL, overrides, world, "cpu")
     for stage, zero_rank, measured in run_ranks(world, _measure, overrides):

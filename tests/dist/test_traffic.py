@@ -31,7 +31,7 @@ DOC = Path(__file__).parents[2] / "doc" / "traffic.md"
 
 
 class Layout(NamedTuple):
-    """Sizes of a run."""
+    """Sizes of the parallel groups of a run."""
 
     mode: str
     tensor: int
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """Stages, each of which is laid out alike."""
+    """Stages of equal layout."""
 
     stages: int
     layout: Layout
@@ -171,8 +171,7 @@ OVERLAP_CASES: Table = {
 
 
 class Measured(NamedTuple):
-    """What a rank's ledger held after a training and after a validation step, and how many labels counted in each
-    micro-batch of the two."""
+    """Ledger of a rank after a training and after a validation step, and the valid labels of each micro-batch."""
 
     training: Traffic
     validation: Traffic
@@ -183,7 +182,7 @@ class Measured(NamedTuple):
 
 @functools.cache
 def _measured(layout: Layout | Pipeline, cases: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], list[Measured]]:
-    """By case, rank by rank; all cases in one call, for the process groups take longer to make than a step."""
+    """Measure all cases in one call, since process groups take longer to create than a step takes: by case and rank."""
     ranks = run_ranks(layout.world, _measure, [(*layout.overrides, *case) for case in cases])
     return {case: list(measured) for case, *measured in zip(cases, *ranks, strict=True)}
 
@@ -211,11 +210,11 @@ def _measure_case(overrides: tuple[str, ...]) -> Measured:
 def _assert_formula_holds(
     layout: Layout | Pipeline, overrides: tuple[str, ...] = (), table: Table | None = None
 ) -> list[Measured]:
-    """For ``overrides``, which are run together with the rest of their ``table``."""
+    """Compare every rank with the formula for ``overrides``, which run together with the rest of ``table``."""
     ranks = _measured(layout, tuple(table.values()) if table else (overrides,))[overrides]
     config = load_config(TINY, (*layout.overrides, *overrides), layout.world, "cpu")
-    for number, rank in enumerate(ranks):
-        stage = number * config.parallel.pipeline.size // layout.world
+    for index, rank in enumerate(ranks):
+        stage = index * config.parallel.pipeline.size // layout.world
         inventory = build_inventory(config, layout.world, stage)
         expected = functools.partial(expected_traffic, inventory, types=rank.types)
         assert rank.training == expected(rank.training_tokens)
@@ -242,13 +241,13 @@ def test_every_case_of_isp(case: str, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [Layout("mtp", 1, data=4), Layout("isp", 2, 1, 2)], ids=str)
 def test_state_shared_by_part_of_the_ranks(layout: Layout) -> None:
-    """Two shards, two replicas of each."""
+    """The zero group has two ranks: two shards, and two replicas of each."""
     _assert_formula_holds(layout, ("parallel.zero1.size=2",))
 
 
 def test_padding_of_weights_in_flat_buffers() -> None:
-    """Rows that four ranks can't share evenly, 174 of gate and up projection and 65 of the vocabulary, and so wide that
-    the padding of the flat buffers can't take up theirs."""
+    """Four ranks divide neither the 174 rows of w13 nor the 65 of the vocabulary, and rows are wider than the
+    padding of flat buffers, so padded rows show in the traffic."""
     sizes = "model.hidden_size=256", "model.multiple_of=1", "model.mlp_ratio=0.34", "model.vocab_size=65"
     _assert_formula_holds(Layout("isp", 1, 4, 2), sizes)
 
@@ -272,13 +271,13 @@ def test_every_case_of_a_pipeline(layout: Layout) -> None:
 
 
 def test_weights_fetched_ahead_in_every_schedule() -> None:
-    """None is fetched in vain."""
+    """Every prefetched weight is used."""
     for case in OVERLAP_CASES.values():
         _assert_formula_holds(Pipeline(2, Layout("isp", 1, 2)), case, OVERLAP_CASES)
 
 
 def test_several_chunks_without_a_pipeline() -> None:
-    """What a rank gives to itself is not sent."""
+    """Chunks on one rank pass hidden states in memory and send nothing."""
     for chunks in ("parallel.pipeline.mode=ZBV", "model.num_chunks=3"):
         ranks = _assert_formula_holds(Pipeline(1, Layout("fsp", 2)), (chunks,))
         assert all(collective != "send" for rank in ranks for _, collective in rank.training)
@@ -286,7 +285,7 @@ def test_several_chunks_without_a_pipeline() -> None:
 
 @pytest.mark.parametrize("layout", [*FEW, Pipeline(2, Layout("mtp", 1)), Pipeline(2, Layout("msp", 2))], ids=str)
 def test_ignored_labels(tmp_path: Path, layout: Layout | Pipeline) -> None:
-    """Two types of samples; in two of three no label counts at all, so that some micro-batches have no loss."""
+    """Two data-set types; two of three samples have no valid label, so that some micro-batches have no loss."""
     for name, offset in (("cn", 0), ("en", 7)):
         samples = [[(offset + i * j) % 63 + 1 for j in range(4 + i % 12)] for i in range(24)]
         write_bin(tmp_path / name / "a.bin", [[-t for t in s] if i % 3 else s for i, s in enumerate(samples)])
@@ -298,7 +297,7 @@ def test_ignored_labels(tmp_path: Path, layout: Layout | Pipeline) -> None:
 
 # -- the closed forms of doc/traffic.md, by hand
 def _seven_b(mode: str, recompute: bool = False) -> Config:
-    """32 layers, hidden 4096, 32 heads, 4096 tokens, bfloat16, on 8 ranks."""
+    """Return a config of 32 layers, hidden size 4096, 32 heads and 4096 tokens in bfloat16 on 8 ranks."""
     model = dict(num_layers=32, hidden_size=4096, num_attention_heads=32, vocab_size=32000, checkpoint=recompute)
     tensor, weight = dict(size=8, mode=mode), dict(size=8 if mode == "isp" else 1)
     return load_config(
@@ -336,8 +335,8 @@ LAYER = (3 * 4096 * 4096 + 4096 * 4096 + 3 * 4096 * 11008) * 2 * 7 // 8  # all w
     ],
 )
 def test_bytes_of_a_layer_by_hand(mode: str, forward: int, backward: int) -> None:
-    part = block(Symbols.of(_seven_b(mode), 8))
-    assert (_sent(part.forward), _sent(part.backward)) == (forward, backward)
+    layer = block(Symbols.of(_seven_b(mode), 8))
+    assert (_sent(layer.forward), _sent(layer.backward)) == (forward, backward)
 
 
 def test_recomputed_blocks_run_forward_once_more() -> None:
@@ -348,11 +347,11 @@ def test_recomputed_blocks_run_forward_once_more() -> None:
         assert again - plain == 32 * _sent(block(Symbols.of(_seven_b(mode), 8)).forward)
 
 
-def test_parts_that_other_modes_lack() -> None:
+def test_only_isp_exchanges_heads_and_gathers_embedding_and_head() -> None:
     assert attention(Symbols.of(_seven_b("mtp"), 8)) == PassCalls([], [])
-    for part, words in ((embedding, 32000), (head, 32000)):
-        there, back = part(Symbols.of(_seven_b("isp"), 8))
-        assert _sent(there) == _sent(back) == words * 4096 * 2 * 7 // 8
+    for layer in (embedding, head):
+        forward, backward = layer(Symbols.of(_seven_b("isp"), 8))
+        assert _sent(forward) == _sent(backward) == 32000 * 4096 * 2 * 7 // 8
 
 
 def test_the_numbers_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:

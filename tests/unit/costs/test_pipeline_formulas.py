@@ -1,4 +1,4 @@
-"""What stages send one another and keep, by hand; the formulas are held against running pipelines in tests/dist."""
+"""Messages and activations of pipeline stages, computed by hand. tests/dist compares them with running pipelines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from internlm.train import build_inventory
 
 STAGES, MICRO_BATCHES, TENSOR = 4, 6, 2
 WORLD = STAGES * TENSOR
-HIDDEN_UNITS = 64 // TENSOR * 32 * 2  # S · H · e
+MESSAGE = 64 // TENSOR * 32 * 2  # S · H · e
 
 
 def pipeline(model: dict[str, Any] | None = None, micro_batches: int = MICRO_BATCHES, **keys: Any) -> Config:
-    """A model of nine layers under fsp."""
+    """Return the config of a model of nine layers under fsp."""
     sizes = dict(num_layers=9, hidden_size=32, num_attention_heads=4, vocab_size=64, dtype="torch.bfloat16")
     data = dict(seq_len=64, micro_bsz=1, micro_num=micro_batches, total_steps=1)
     parallel = dict(tensor=dict(mode="fsp", size=TENSOR), pipeline=dict(size=STAGES, **keys))
@@ -48,16 +48,14 @@ def test_every_border_between_ranks_is_crossed_twice(schedule: str, borders: int
         entries = [step[ParallelMode.PIPELINE, "send"] for step in steps if (ParallelMode.PIPELINE, "send") in step]
         messages = crossings * borders * config.data.micro_num
         assert sum(entry.calls for entry in entries) == messages
-        assert sum(entry.sent for entry in entries) == messages * HIDDEN_UNITS
+        assert sum(entry.sent for entry in entries) == messages * MESSAGE
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_hold_the_model_once(schedule: str) -> None:
-    parts = [Symbols.of(SCHEDULES[schedule], WORLD, stage) for stage in range(STAGES)]
-    assert sum(part.layers for part in parts) == 9
-    assert (
-        sum(part.stage_layers.has_embedding for part in parts) == sum(part.stage_layers.has_head for part in parts) == 1
-    )
+    stages = [Symbols.of(SCHEDULES[schedule], WORLD, stage) for stage in range(STAGES)]
+    assert sum(s.layers for s in stages) == 9
+    assert [sum(getattr(s.stage_layers, end) for s in stages) for end in ("has_embedding", "has_head")] == [1, 1]
 
 
 def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_to_come() -> None:
@@ -71,7 +69,7 @@ def test_gpipe_keeps_all_micro_batches() -> None:
     assert peak_saved(config, WORLD) == MICRO_BATCHES * sum(saved_for_backward(config, WORLD).values())
 
 
-def test_what_was_put_off_is_kept_until_w() -> None:
+def test_deferred_weight_gradients_keep_their_inputs_until_w() -> None:
     """The last stage of ZB-H1 runs F0 B0 F1 B1 … and all its W at the end, but for those that fit in between."""
     config, stage = SCHEDULES["ZB-H1"], STAGES - 1
     f = sum(saved_for_backward(config, WORLD, stage=stage).values())
@@ -84,11 +82,11 @@ def test_what_was_put_off_is_kept_until_w() -> None:
 def test_chunks_add_up_to_their_stage() -> None:
     for formula in (saved_for_backward, kept_for_weights):
         whole, *chunks = (formula(SCHEDULES["ZB-V"], WORLD, stage=1, chunk=chunk) for chunk in (None, 0, 1))
-        assert whole == {part: sum(chunk[part] for chunk in chunks) for part in whole}
+        assert whole == {name: sum(chunk[name] for chunk in chunks) for name in whole}
 
 
 def test_a_tied_embedding_is_summed_over_both_ends() -> None:
-    """Unless one stage has both."""
+    """One stage of ZB-V has both ends, so there nothing is summed."""
     tied = dict(tie_word_embeddings=True)
     for config, ends in ((pipeline(tied), {0, STAGES - 1}), (pipeline(tied, mode="ZBV"), set())):
         calls = [

@@ -1,4 +1,4 @@
-"""Counts of operations: the formula against what torch counts, and by hand."""
+"""FLOP formulas equal the counts of torch, and those computed by hand."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def counted(case: str, backward: bool) -> tuple[float, ModelConfig]:
-    """What torch counts per token. In float64, because float32 takes kernels that it doesn't know; nor does it know
-    ``addmm_``."""
+    """Return the FLOPs that torch counts per token, and the model's config.
+
+    In float64, because float32 takes kernels that the counter does not know; nor does it know ``addmm_``.
+    """
     family, keys = CASES[case]
     model = decoder(family, attention_backend="reference", **keys)
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}

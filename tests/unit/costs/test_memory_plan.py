@@ -1,4 +1,4 @@
-"""The memory plan by hand, and where it is told; it is held against running ranks in tests/dist."""
+"""Memory plans computed by hand, and their text. tests/dist compares plans with running ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from internlm.costs import format_plans, format_worst_plan, memory_plan
 from internlm.costs.activations import peak_saved
 from internlm.train.inventory import build_inventory, plans_of_stages
 
-HIDDEN, WORDS = 64, 128
+HIDDEN, VOCAB = 64, 128
 #: wqkv, wo, w13, w2 of a block of one head, and its norms.
 WEIGHTS = {"wqkv": 3 * HIDDEN * HIDDEN, "wo": HIDDEN * HIDDEN, "w13": 2 * 256 * HIDDEN, "w2": 256 * HIDDEN}
-BLOCK, TABLE = sum(WEIGHTS.values()) + 2 * HIDDEN, WORDS * HIDDEN
-SIZES = dict(num_layers=3, hidden_size=HIDDEN, num_attention_heads=1, vocab_size=WORDS, dtype="torch.bfloat16")
+BLOCK, EMBEDDING = sum(WEIGHTS.values()) + 2 * HIDDEN, VOCAB * HIDDEN
+SIZES = dict(num_layers=3, hidden_size=HIDDEN, num_attention_heads=1, vocab_size=VOCAB, dtype="torch.bfloat16")
 KEYS: dict[str, Any] = dict(
     model_type="LLAMA2",
     model=SIZES | dict(mlp_ratio=4.0, multiple_of=64),
     data=dict(seq_len=16, micro_bsz=1, total_steps=1),
     adam=dict(lr=1e-4),
 )
-ALL = 3 * BLOCK + 2 * TABLE + HIDDEN  # and the last norm; a multiple of the padding
+ALL = 3 * BLOCK + 2 * EMBEDDING + HIDDEN  # and the last norm; a multiple of the padding
 MB, GB = 2**20, 2**30
 
 
@@ -49,11 +49,11 @@ def test_one_rank_in_bfloat16() -> None:
     }
 
 
-def test_zero_shares_what_is_updated() -> None:
+def test_zero_shards_main_parameters_and_states() -> None:
     one, four = plan(), plan(world=4)
-    for part, size in one.items():
-        shared = part.startswith(("main", "optimizer"))
-        assert four[part] * (4 if shared else 1) == pytest.approx(size, rel=1e-2), part  # padding
+    for row, size in one.items():
+        sharded = row.startswith(("main", "optimizer"))
+        assert four[row] * (4 if sharded else 1) == pytest.approx(size, rel=1e-2), row  # padding
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_zero_shares_what_is_updated() -> None:
         (("reduce_comm_dtype=torch.float32", "hybrid_zero_optimizer.fp32_grad_accum=False"), 2 + 4, 4),
     ],
 )
-def test_types_of_gradients(overrides: tuple[str, ...], gradients: int, reduction: int) -> None:
+def test_gradients_and_reduction_buffers_follow_their_dtypes(
+    overrides: tuple[str, ...], gradients: int, reduction: int
+) -> None:
     found = plan(*overrides)
     assert (found["gradients"], found["reduction buffers"]) == (gradients * ALL, reduction * ALL)
 
@@ -75,14 +77,14 @@ def test_float32_needs_no_main_parameters() -> None:
     assert (found["parameters"], found["main parameters"]) == (4 * ALL, 0)
 
 
-def test_states_are_those_of_each_rule() -> None:
+def test_each_update_rule_has_the_states_that_it_keeps() -> None:
     assert "optimizer: exp_avg_sq" not in plan("optimizer.type=Lion")
     muon = plan("optimizer.type=Muon")
     assert muon["optimizer: momentum"] == 4 * 3 * sum(WEIGHTS.values())
     assert muon["optimizer: exp_avg"] == muon["optimizer: exp_avg_sq"] == 4 * ALL - muon["optimizer: momentum"]
 
 
-def test_without_a_rank_the_fullest_of_those_that_share_by_parameter() -> None:
+def test_without_a_rank_the_plan_is_that_of_the_fullest_owner() -> None:
     whole = ("hybrid_zero_optimizer.use_split_tensor_optim=False",)
     ranks = [sum(plan(*whole, world=2, zero_rank=rank).values()) for rank in range(2)]
     assert ranks[0] != ranks[1]
@@ -97,16 +99,16 @@ QKV, WO, W13, W2 = WEIGHTS.values()
     ("overrides", "elements"),
     [
         ((), W13),
-        (("parallel.weight.memory_pool=True",), QKV + WO + W13 + W2 + TABLE + TABLE),
+        (("parallel.weight.memory_pool=True",), QKV + WO + W13 + W2 + EMBEDDING + EMBEDDING),
         ((OVERLAP, "parallel.weight.forward_overlap_per=module"), W13 + W2),
         ((OVERLAP,), WO + W13 + W2 + QKV + WO + W13 + W2),
         ((OVERLAP, "parallel.weight.launch_allgather_before=w1"), W13 + W2 + QKV + WO + W13 + W2),
         ((OVERLAP, "parallel.weight.launch_allgather_before=w1", "model.num_layers=1"), W13 + W2),
         ((OVERLAP, "parallel.weight.forward_overlap_per=module", "model.checkpoint=True"), W2 + WO + W13),
-        ((OVERLAP, "parallel.weight.memory_pool=True"), QKV + 2 * (WO + W13 + W2) + TABLE + TABLE),
+        ((OVERLAP, "parallel.weight.memory_pool=True"), QKV + 2 * (WO + W13 + W2) + EMBEDDING + EMBEDDING),
     ],
 )
-def test_gathered_weights(overrides: tuple[str, ...], elements: int) -> None:
+def test_gather_buffers_hold_the_weights_that_overlap(overrides: tuple[str, ...], elements: int) -> None:
     isp = "parallel.tensor.mode=isp", "parallel.weight.size=2"
     assert plan(*isp, *overrides, world=2)["gather buffers"] == 2 * elements
 
@@ -114,8 +116,8 @@ def test_gathered_weights(overrides: tuple[str, ...], elements: int) -> None:
 def test_stages_have_plans_of_their_own() -> None:
     pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
     first, middle, last = plans_of_stages(pipeline, 3)
-    assert [each["parameters"] for each in (first, middle, last)] == [
-        2 * (BLOCK + TABLE), 2 * BLOCK, 2 * (BLOCK + TABLE + HIDDEN)
+    assert [stage["parameters"] for stage in (first, middle, last)] == [
+        2 * (BLOCK + EMBEDDING), 2 * BLOCK, 2 * (BLOCK + EMBEDDING + HIDDEN)
     ]  # fmt: skip
     assert first["activations"] > middle["activations"]
 
@@ -123,7 +125,7 @@ def test_stages_have_plans_of_their_own() -> None:
 # -- as text
 
 
-def test_a_table_of_stages() -> None:
+def test_a_table_has_a_column_for_each_stage() -> None:
     text = format_plans([{"a": MB, "activations": 0}, {"a": 3 * GB // 2, "activations": MB}], ["stage 0", "stage 1"])
     assert text.splitlines() == [
         "              stage 0   stage 1",

@@ -1,4 +1,4 @@
-"""Which layers a stage gets."""
+"""Stage assignment: every layer is on one stage, balanced as the config says, under the schedule it names."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_by_flops_the_head_counts_and_the_embedding_does_not() -> None:
     assert last < 3
 
 
-# -- a schedule of the user's own
+# -- schedules in files of the user's
 
 
 def test_a_schedule_in_a_file_is_read(tmp_path: Path) -> None:
