@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
@@ -54,3 +55,10 @@ def empty_cache() -> None:
     """Return cached, unused memory to the device."""
     if device_type() == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_memory() -> int:
+    """Return the peak of allocated device memory in bytes; on CPU, of this process's resident memory."""
+    if device_type() == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB

@@ -109,7 +109,9 @@ class TrainerBuilder:
         config = self.config
         tensorboard = Path(config.tensorboard_folder or self.folder / "tensorboards") if config.enable_tb else None
         queue = config.monitor.tensorboard.queue_max_length
-        return open_writers(self.folder, tensorboard, queue, config.data.total_steps, first_step)
+        return open_writers(
+            self.folder, tensorboard, queue, config.data.total_steps, first_step, devices=dist.get_world_size()
+        )
 
 
 def _new_folder(parent: Path) -> Path:

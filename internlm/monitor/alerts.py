@@ -1,4 +1,4 @@
-"""Alerts: somebody is told when a run starts, ends or breaks. A webhook that is down never harms training."""
+"""Alerts at the start, end or failure of a run, by webhook and file. A webhook that is down never harms training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 TIMEOUT_SECONDS = 5
 log = get_logger()
 
-#: Who is told, while :func:`initialize_monitor_manager` is in force.
+#: Job name and addresses of alerts, within :func:`initialize_monitor_manager`.
 _current: tuple[str, AlertConfig] | None = None
 
 
 def send_alert_message(address: str | None = None, title: str | None = None, message: str = "") -> bool:
-    """Post ``message`` to the webhook at ``address`` (default: the run's own); whether it arrived. Failures are
-    logged, never raised."""
+    """Post an alert to a webhook, and append it to the run's alert file.
+
+    Args:
+        address: URL of the webhook; None: that of the run.
+        title: prefix of the message; None: the job name.
+        message: text of the alert.
+
+    Returns:
+        Whether the webhook accepted it. Failures are logged, never raised.
+    """
     job, alert = _current or ("internlm", AlertConfig())
     address = address or (alert.feishu_alert_address if alert.enable_feishu_alert else None)
     text = f"[{title or job}] {message}"
@@ -56,31 +64,33 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Tell of start, end and an unhandled exception of the block, each once a job, and let
-    :func:`send_alert_message` know whom to tell."""
+    """Send alerts at the start and end of the block and for an unhandled exception, each once per job.
+
+    Within the block :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert``.
+    """
     global _current
-    outer, _current = _current, (job_name, alert or AlertConfig())
+    previous, _current = _current, (job_name, alert or AlertConfig())
     try:
-        _tell("started")
+        _send_once("started")
         yield
-        _tell("ended")
+        _send_once("ended")
     except UserError as error:
-        _tell("stopped", f": {error}")
+        _send_once("stopped", f": {error}")
         raise
     except Exception:
-        _tell("failed", f":\n{traceback.format_exc()}")
+        _send_once("failed", f":\n{traceback.format_exc()}")
         raise
     finally:
-        _current = outer
+        _current = previous
 
 
-def _tell(what: str, details: str = "") -> None:
-    if first_of_all_ranks(f"alert: {what}"):
-        send_alert_message(message=what + details)
+def _send_once(event: str, details: str = "") -> None:
+    if first_of_all_ranks(f"alert: {event}"):  # a failure is raised on many ranks
+        send_alert_message(message=event + details)
 
 
 def internevo_monitor(job_name: str = "internlm", alert: AlertConfig | None = None) -> Callable[[F], F]:
-    """Decorate a main function: it runs within :func:`initialize_monitor_manager`."""
+    """Decorate a main function so that it runs within :func:`initialize_monitor_manager`."""
 
     def decorate(main: F) -> F:
         @functools.wraps(main)

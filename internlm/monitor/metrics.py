@@ -1,28 +1,29 @@
-"""Tokens per GPU and second (tgs), by several windows.
+"""Metrics of a run: tokens per device and second, and the files that a step's metrics are written to.
 
-Where a step's figures go: the log, a JSON-lines file, TensorBoard, a progress bar.
-
-A writer that fails (disk full, say) is dropped with one warning; training goes on.
+A writer that fails (a full disk, say) is dropped with one warning; training goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from internlm.monitor.console import LogLine, Terminal, format_line, is_terminal
 from internlm.utils.lazy import require
 from internlm.utils.logger import get_logger
 
 SMA_WINDOW = 100
+log = get_logger()
+Metrics = Mapping[str, float | int]
 
 
 class Throughput:
-    """Follows the speed of a run; ``devices`` share the tokens of a step."""
+    """Tokens per device and second (tgs) over several windows; ``devices`` share the tokens of a step."""
 
     def __init__(self, devices: int) -> None:
         self.devices = devices
@@ -40,9 +41,8 @@ class Throughput:
         self._sum_of_rates += self._rate(tokens, seconds)
         self._recent.append((tokens, seconds))
 
-    def figures(self) -> dict[str, float]:
-        """tgs of the last step, the last 10 and 50, the whole run; the mean over steps, and that over the last 100
-        steps."""
+    def metrics(self) -> dict[str, float]:
+        """Return tgs of the last step, of the last 10 and 50 steps and of the run, and means of the steps' rates."""
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],
@@ -61,41 +61,60 @@ class Throughput:
         return tokens / self.devices / seconds
 
 
-log = get_logger()
-Figures = Mapping[str, float | int]
-
-
+# -- writers ----------------------------------------------------------------------------------------------------------
 class Writer(Protocol):
-    """One destination."""
+    """A destination of metrics."""
 
-    def write(self, step: int, figures: Figures) -> None: ...
+    def write(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
 
 
-class LogLine:
-    """One line of ``key=value`` in the log."""
-
-    def write(self, step: int, figures: Figures) -> None:
-        log.info(" ".join(f"{key}={_short(value)}" for key, value in figures.items()))
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 class JsonLines:
-    """One JSON object a step, appended to a file; an inf or nan is written as a string."""
+    """A file with one JSON object per step, appended to; inf and nan, which JSON lacks, are written as strings."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1)  # by line, so that a killed run loses none
 
-    def write(self, step: int, figures: Figures) -> None:
-        safe = {k: v if math.isfinite(v) else str(v) for k, v in figures.items()}
+    def write(self, step: int, metrics: Metrics) -> None:
+        safe = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         self._file.write(json.dumps(safe) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+class LogFile:
+    """A file with all lines that the framework logs on this rank.
+
+    Args:
+        path: file to append to.
+        write_metrics: write the full line of metrics too, since the console does not log it.
+    """
+
+    def __init__(self, path: Path, write_metrics: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handler = _LogFileHandler(path)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._write_metrics = write_metrics
+        log.addHandler(self._handler)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        if self._write_metrics:
+            line = format_line(metrics)
+            self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
+
+    def close(self) -> None:
+        log.removeHandler(self._handler)
+        self._handler.close()
+
+
+class _LogFileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        # logging would print a traceback for every further line.
+        log.removeHandler(self)
+        log.warning(f"the log file {self.baseFilename} cannot be written and is switched off")
 
 
 class TensorBoard:
@@ -103,79 +122,74 @@ class TensorBoard:
 
     def __init__(self, folder: Path, queue: int) -> None:
         require("tensorboard", "enable_tb", "pip install tensorboard")
+        # TensorBoard is optional, and takes a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), max_queue=queue)
 
-    def write(self, step: int, figures: Figures) -> None:
-        for key, value in figures.items():
-            self._writer.add_scalar(key, value, step)
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()
 
 
-class ProgressBar:
-    """A bar with the time left, for a person at a terminal."""
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
-
-    def write(self, step: int, figures: Figures) -> None:
-        if "loss" in figures:
-            self._bar.set_postfix(loss=_short(figures["loss"]), refresh=False)
-            self._bar.update(step + 1 - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 class MetricsWriter:
-    """All destinations at once."""
+    """All writers of a run as one."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = list(writers)
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Write the figures of ``step`` everywhere."""
-        self._each(lambda writer: writer.write(step, figures))
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Write the metrics of ``step`` to every destination."""
+        self._call_all(lambda writer: writer.write(step, metrics))
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._each(lambda writer: writer.close())
+        """Flush and close every destination."""
+        self._call_all(lambda writer: writer.close())
 
-    def _each(self, action: Any) -> None:
+    def _call_all(self, action: Callable[[Writer], None]) -> None:
         for writer in list(self._writers):
             try:
                 action(writer)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError) as error:  # ValueError: the file was closed
                 self._writers.remove(writer)
                 log.warning(f"{type(writer).__name__} failed and is switched off: {error}")
 
 
 def open_writers(
-    folder: Path, tensorboard: Path | None, tb_queue: int, total_steps: int, first_step: int
+    folder: Path, tensorboard: Path | None, tb_queue: int, total_steps: int, first_step: int, devices: int = 1
 ) -> MetricsWriter:
-    """The log line, ``metrics.jsonl`` in ``folder``, TensorBoard where a folder is given, a bar where a person looks
-    on."""
-    makers: list[Any] = [LogLine, lambda: JsonLines(folder / "metrics.jsonl")]
+    """Open the writers of a run.
+
+    Args:
+        folder: folder of the run's records: ``train.log`` and ``metrics.jsonl``.
+        tensorboard: folder of TensorBoard records; None: no TensorBoard.
+        tb_queue: scalars that TensorBoard buffers.
+        total_steps: steps of the run.
+        first_step: step at which a resumed run begins.
+        devices: devices that share the tokens of a step.
+
+    Returns:
+        Writers to the console, to the files, and to TensorBoard. On a terminal the console has a progress bar and one
+        short line per step; otherwise the full line.
+    """
+    terminal = is_terminal()
+    # The terminal comes first: closed first, it gives the logger its handlers back before the log file leaves them.
+    makers: list[Callable[[], Writer]] = [
+        (lambda: Terminal(total_steps, first_step, devices)) if terminal else LogLine,
+        lambda: LogFile(folder / "train.log", write_metrics=terminal),
+        lambda: JsonLines(folder / "metrics.jsonl"),
+    ]
     if tensorboard is not None:
         makers.append(lambda: TensorBoard(tensorboard, tb_queue))
-    if sys.stderr.isatty():
-        makers.append(lambda: ProgressBar(total_steps, first_step))
     return MetricsWriter([writer for writer in map(_opened, makers) if writer is not None])
 
 
-def _opened(maker: Any) -> Writer | None:
+def _opened(maker: Callable[[], Writer]) -> Writer | None:
     try:
-        writer: Writer = maker()
-        return writer
+        return maker()
     except OSError as error:
-        log.warning(f"a record of the run can't be opened and is left out: {error}")
+        log.warning(f"a record of the run cannot be opened and is left out: {error}")
         return None
-
-
-def _short(value: float | int) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"

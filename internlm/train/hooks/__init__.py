@@ -1,4 +1,4 @@
-"""What is done beside training, each as a hook."""
+"""Hooks of the training loop: whatever is done beside training."""
 
 from internlm.train.hooks.log import LogMemoryPlan as LogMemoryPlan
 from internlm.train.hooks.log import LogMetrics as LogMetrics

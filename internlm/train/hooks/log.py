@@ -1,9 +1,4 @@
-"""What the run will hold, before it does.
-
-``--ledger``: what was said between ranks.
-
-The figures of a step, in a fixed order.
-"""
+"""Hooks that log: metrics of each step, the memory plan before the first one, traffic after the last one."""
 
 from __future__ import annotations
 
@@ -65,19 +60,19 @@ def _attempt(make: Callable[[], T], otherwise: T) -> T:
     try:
         return make()
     except Exception as error:
-        log.warning(f"the memory plan could not be made: {error!r}")
+        log.warning(f"the memory plan could not be computed: {error!r}")
         return otherwise
 
 
 class ReportTraffic(Hook):
-    """At the end of the run, a table of the collectives of its steps and the bytes that this rank sent by them."""
+    """Log a table of the collectives of all steps, with the bytes that this rank sent, at the end (``--ledger``)."""
 
     def __init__(self) -> None:
         self.before = LEDGER.snapshot()
         self.steps = 0
 
     def before_run(self, trainer: Trainer) -> None:
-        self.before = LEDGER.snapshot()
+        self.before = LEDGER.snapshot()  # without what building and resuming sent
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self.steps += 1
@@ -88,7 +83,15 @@ class ReportTraffic(Hook):
 
 
 class LogMetrics(Hook):
-    """Write the figures of each step; on the rank that logs only."""
+    """Write the metrics of each step, in the published order; for the logging rank only.
+
+    Args:
+        config: the run's config.
+        types: names of the data-set types.
+        world_size: number of ranks, each with a device of its own.
+        data_size: size of the data group, whose ranks read different tokens.
+        writer: destinations of the metrics.
+    """
 
     def __init__(
         self, config: Config, types: Sequence[str], world_size: int, data_size: int, writer: MetricsWriter
@@ -112,7 +115,7 @@ class LogMetrics(Hook):
                 "loss": report.result.loss,
                 "real_tgs": report.result.valid_tokens / self.world_size / report.step_time,
                 "tgs (tokens/gpu/second)": per_device,
-                **self.throughput.figures(),
+                **self.throughput.metrics(),
                 "lr": report.lr,
                 "loss_scale": report.update.loss_scale,
                 "grad_norm": report.update.grad_norm,
@@ -136,15 +139,15 @@ class LogMetrics(Hook):
 
 
 def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
-    """Accuracy, perplexity and loss, in total and per type; ``sums`` as in :class:`StepResult`."""
+    """Return accuracy, perplexity and loss, in total and per type; ``sums`` is that of :class:`StepResult`."""
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)
-    figures: dict[str, float | int] = {
+    metrics: dict[str, float | int] = {
         "acc": sum(correct) / max(sum(tokens), 1),
         "perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,
     }
-    figures |= {f"acc/{name}": c / max(n, 1) for name, c, n in zip(types, correct, tokens, strict=True)}
-    figures |= {f"tokens/{name}": int(n) for name, n in zip(types, tokens, strict=True)}
-    figures["loss_from_metric"] = mean
-    figures |= {f"loss/{name}": s / max(n, 1) for name, s, n in zip(types, loss, tokens, strict=True)}
-    return figures
+    metrics |= {f"acc/{name}": c / max(n, 1) for name, c, n in zip(types, correct, tokens, strict=True)}
+    metrics |= {f"tokens/{name}": int(n) for name, n in zip(types, tokens, strict=True)}
+    metrics["loss_from_metric"] = mean
+    metrics |= {f"loss/{name}": s / max(n, 1) for name, s, n in zip(types, loss, tokens, strict=True)}
+    return metrics

@@ -1,9 +1,4 @@
-"""Saving, when it is time to.
-
-Validation during training.
-
-Now and then: empty the device's cache, look for slow ranks.
-"""
+"""Hooks that act every so many steps: save checkpoints, validate, release memory and report slow ranks."""
 
 from __future__ import annotations
 
@@ -20,9 +15,11 @@ from internlm.eval import evaluate
 from internlm.monitor import MetricsWriter
 from internlm.utils.logger import get_logger
 
+log = get_logger()
+
 
 class SaveCheckpoints(Hook):
-    """Save every so many steps, at the last step, and when the run is asked to stop."""
+    """Save a checkpoint every ``ckpt.checkpoint_every`` steps, at the last step, and when the run is stopped."""
 
     def __init__(self, manager: CheckpointManager) -> None:
         self.manager = manager
@@ -42,17 +39,16 @@ class Validate(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
-            figures = evaluate(trainer, self.loaders)
-            if self.writer and figures:
-                self.writer.write(report.step, {"step": report.step, **figures})
-
-
-log = get_logger()
+            metrics = evaluate(trainer, self.loaders)
+            if self.writer and metrics:
+                self.writer.write(report.step, {"step": report.step, **metrics})
 
 
 class Upkeep(Hook):
-    """Every ``every`` steps (0: never), give unused device memory back and report ranks slower than the mean by
-    ``outlier_ratio``."""
+    """Release cached device memory and report slow ranks, every ``every`` steps (0: never).
+
+    A rank is slow if its forward and backward passes take more than ``outlier_ratio`` times the mean.
+    """
 
     def __init__(self, every: int, outlier_ratio: float, device: torch.device) -> None:
         self.every, self.outlier_ratio, self.device = every, outlier_ratio, device
@@ -66,11 +62,12 @@ class Upkeep(Hook):
             self.seconds = 0.0
 
     def _report_slow_ranks(self) -> None:
+        # One all-reduce of a vector with an entry per rank: an all-gather that every backend has.
         all_seconds = torch.zeros(dist.get_world_size(), device=self.device)
         all_seconds[dist.get_rank()] = self.seconds
         dist.all_reduce(all_seconds)
         mean = all_seconds.mean()
         slow = (all_seconds > self.outlier_ratio * mean).nonzero().flatten().tolist()
         if slow and dist.get_rank() == 0:
-            shown = ", ".join(f"rank {rank}: {float(all_seconds[rank] / self.every):.3f} s" for rank in slow)
-            log.warning(f"slow forward and backward passes (mean {float(mean / self.every):.3f} s a step): {shown}")
+            ranks = ", ".join(f"rank {rank}: {float(all_seconds[rank] / self.every):.3f} s" for rank in slow)
+            log.warning(f"slow forward and backward passes (mean {float(mean / self.every):.3f} s per step): {ranks}")

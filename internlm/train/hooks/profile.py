@@ -1,7 +1,4 @@
-"""``--pipeline-trace``: one step of the real schedule, beside the simulated one.
-
-``--profiling``: traces and a memory report.
-"""
+"""Hooks of ``--pipeline-trace`` (a step of the pipeline, measured and simulated) and ``--profiling`` (torch traces)."""
 
 from __future__ import annotations
 
@@ -21,15 +18,18 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Which step of the run is recorded, from 1: the first ones find caches empty.
+#: Step of the run that is recorded, counted from 1: the first two still allocate and fill caches.
 RECORDED = 3
 
 
 class RecordPipeline(Hook):
-    """Draw when each stage of a pipeline did what, as measured and as simulated with the costs that were measured:
-    ``pipeline.html``, and ``pipeline-trace.json`` for Perfetto or chrome://tracing.
+    """Record one step of a pipeline and draw it, as measured and as simulated with the measured costs.
 
-    ``folder``: where to; None on all stages but one of one pipeline. ``stages`` joins those of this rank's.
+    Writes ``pipeline.html``, and ``pipeline-trace.json`` for Perfetto or chrome://tracing.
+
+    Args:
+        stages: group of the stages of this rank's pipeline.
+        folder: folder to write to on one rank of one pipeline; None on all other ranks.
     """
 
     def __init__(self, stages: Group, folder: Path | None) -> None:
@@ -40,16 +40,16 @@ class RecordPipeline(Hook):
         self.steps += 1
         if self.steps == RECORDED:
             trainer.scheduler.records = []
-            dist.barrier(self.stages.handle)  # from here on all count
+            dist.barrier(self.stages.handle)  # a common zero of time for all stages
             self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if trainer.scheduler.records is None:
             return
-        mine = [record.relative_to(self.start) for record in trainer.scheduler.records]
+        own = [record.relative_to(self.start) for record in trainer.scheduler.records]
         trainer.scheduler.records = None
         records: list[list[Record]] = [[]] * self.stages.size
-        dist.all_gather_object(records, mine, self.stages.handle)
+        dist.all_gather_object(records, own, self.stages.handle)
         if self.folder is not None:
             table = trainer.scheduler.table(report.shape.micro_num)
             measured = measured_timeline(table, records)
@@ -59,8 +59,8 @@ class RecordPipeline(Hook):
         both = [("simulated", simulated), ("measured", measured)]
         (folder / "pipeline.html").write_text(html(both, seconds=True), encoding="utf-8")
         (folder / "pipeline-trace.json").write_text(chrome_trace(both), encoding="utf-8")
-        figures = ", ".join(f"{name} {t.end * 1e3:.1f} ms, {t.bubble:.1%} idle" for name, t in both)
-        log.info(f"pipeline of step {step} in {folder / 'pipeline.html'}: {figures}")
+        summary = ", ".join(f"{name} {t.end * 1e3:.1f} ms, {t.bubble:.1%} idle" for name, t in both)
+        log.info(f"pipeline of step {step} in {folder / 'pipeline.html'}: {summary}")
 
     def after_run(self, trainer: Trainer) -> None:
         if self.steps < RECORDED and self.folder is not None:
@@ -68,7 +68,7 @@ class RecordPipeline(Hook):
 
 
 class ProfileRun(Hook):
-    """Trace a few steps and write down where the memory lies, and where it was planned to."""
+    """Write a torch trace of a few steps, and a memory report that compares bytes held with the memory plan."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank

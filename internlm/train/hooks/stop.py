@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: save, then exit."""
+"""Hook that stops a run on SIGTERM or SIGINT: all ranks finish the step, save, and exit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ log = get_logger()
 
 
 class StopOnSignal(Hook):
-    """A signal to any rank makes all ranks stop after the step in which they learn of it; a second one quits at once.
-    Signals are caught within :meth:`listening`.
+    """Stop all ranks after the current step when any rank gets a signal; a second signal exits at once.
 
-    Comes before the hook that saves, which then sees ``stop_requested``. The exit code is 128 + the signal, on every
-    rank.
+    Signals are caught within :meth:`listening`. This hook must come before the one that saves, which reads
+    ``stop_requested``. The exit code is 128 + the signal on every rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,23 +32,23 @@ class StopOnSignal(Hook):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals meanwhile."""
-        outer = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        """Catch signals within the block."""
+        previous = {signum: signal.signal(signum, self._catch) for signum in SIGNALS}
         try:
             yield
         finally:
-            # A launcher that sees one rank exit sends the others a signal, which must not change their exit code.
-            # Python takes its own handlers back before it ends, so the signal is left to nobody.
-            for number, handler in outer.items():
-                signal.signal(number, signal.SIG_IGN if self.agreed else handler)
+            # A launcher that sees one rank exit sends SIGTERM to the others, which must not change their exit code.
+            # Python removes its own handlers before the process ends, so the signal has to be ignored from here on.
+            for signum, handler in previous.items():
+                signal.signal(signum, signal.SIG_IGN if self.agreed else handler)
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
+    def _catch(self, signum: int, frame: FrameType | None) -> None:
         if self.caught:
-            sys.exit(128 + number)
-        self.caught = number
+            sys.exit(128 + signum)
+        self.caught = signum
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        # The signal and the rank it reached, as one number, so that a single maximum tells every rank both.
+        # Signal and rank are packed into one number, so that one all-reduce (max) gives every rank both.
         flag = torch.tensor(
             [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device
         )

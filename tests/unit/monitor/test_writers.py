@@ -1,29 +1,37 @@
-"""Where the figures of a step go."""
+"""Where the metrics of a step are written."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from internlm.monitor.metrics import Figures, JsonLines, LogLine, MetricsWriter, TensorBoard, open_writers
+from internlm.monitor.console import LogLine
+from internlm.monitor.metrics import JsonLines, Metrics, MetricsWriter, TensorBoard, open_writers
 
-FIGURES = {"step": 3, "loss": 2.5, "acc/en": 0.1}
+METRICS = {"step": 3, "loss": 2.5, "acc/en": 0.1}
 
 
 class Recorder:
-    """Keeps what it is told."""
+    """Keeps what is written to it."""
 
     def __init__(self) -> None:
-        self.written: list[tuple[int, Figures]] = []
+        self.written: list[tuple[int, Metrics]] = []
         self.closed = 0
 
-    def write(self, step: int, figures: Figures) -> None:
-        self.written.append((step, figures))
+    def write(self, step: int, metrics: Metrics) -> None:
+        self.written.append((step, metrics))
 
     def close(self) -> None:
         self.closed += 1
@@ -32,8 +40,8 @@ class Recorder:
 class FullDisk(Recorder):
     """Fails from the second step on."""
 
-    def write(self, step: int, figures: Figures) -> None:
-        super().write(step, figures)
+    def write(self, step: int, metrics: Metrics) -> None:
+        super().write(step, metrics)
         if len(self.written) > 1:
             raise OSError(28, "No space left on device")
 
@@ -58,8 +66,8 @@ def jsons(path: Path) -> list[dict[str, object]]:
 def test_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     writer = JsonLines(path)
-    writer.write(3, FIGURES)
-    assert jsons(path) == [FIGURES], "a line is in the file as soon as it is written"
+    writer.write(3, METRICS)
+    assert jsons(path) == [METRICS], "a line is in the file as soon as it is written"
     writer.write(4, {"loss": math.nan, "grad_norm": math.inf, "x": -math.inf})
     writer.close()
     assert jsons(path)[1] == {"loss": "nan", "grad_norm": "inf", "x": "-inf"}
@@ -75,11 +83,11 @@ def test_json_lines_of_a_resumed_run_follow_the_old_ones(tmp_path: Path) -> None
 
 def test_tensorboard(tmp_path: Path) -> None:
     writer = TensorBoard(tmp_path, queue=10)
-    writer.write(3, FIGURES)
-    writer.write(4, {**FIGURES, "loss": math.inf})
+    writer.write(3, METRICS)
+    writer.write(4, {**METRICS, "loss": math.inf})
     writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == set(FIGURES)
+    assert set(events.Tags()["scalars"]) == set(METRICS)
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5), (4, math.inf)]
 
 
@@ -91,10 +99,10 @@ def test_the_log_line(log: pytest.LogCaptureFixture) -> None:
 def test_every_writer_gets_every_step_and_is_closed() -> None:
     first, second = Recorder(), Recorder()
     writer = MetricsWriter([first, second])
-    writer.write(3, FIGURES)
-    writer.write(4, FIGURES)
+    writer.write(3, METRICS)
+    writer.write(4, METRICS)
     writer.close()
-    assert first.written == second.written == [(3, FIGURES), (4, FIGURES)]
+    assert first.written == second.written == [(3, METRICS), (4, METRICS)]
     assert (first.closed, second.closed) == (1, 1)
 
 
@@ -102,7 +110,7 @@ def test_a_writer_that_fails_is_dropped_with_one_warning(log: pytest.LogCaptureF
     bad, good = FullDisk(), Recorder()
     writer = MetricsWriter([bad, good])
     for step in range(5):
-        writer.write(step, FIGURES)
+        writer.write(step, METRICS)
     assert len(bad.written) == 2
     assert len(good.written) == 5
     assert log.messages == ["FullDisk failed and is switched off: [Errno 28] No space left on device"]
@@ -112,7 +120,7 @@ def test_a_file_that_is_closed_under_a_writer_does_no_harm(tmp_path: Path, log: 
     dead, good = JsonLines(tmp_path / "metrics.jsonl"), Recorder()
     dead.close()
     writer = MetricsWriter([dead, good])
-    writer.write(3, FIGURES)
+    writer.write(3, METRICS)
     writer.close()
     assert len(good.written) == 1
     assert log.messages == ["JsonLines failed and is switched off: I/O operation on closed file."]
@@ -122,22 +130,96 @@ def test_a_full_disk_under_json_lines(log: pytest.LogCaptureFixture) -> None:
     full, good = JsonLines(Path("/dev/full")), Recorder()
     writer = MetricsWriter([full, good])
     for step in range(3):
-        writer.write(step, FIGURES)
+        writer.write(step, METRICS)
     assert len(good.written) == 3
     assert log.messages == ["JsonLines failed and is switched off: [Errno 28] No space left on device"]
 
 
 def test_a_run_writes_its_records(tmp_path: Path) -> None:
     writer = open_writers(tmp_path / "run", tmp_path / "tb", tb_queue=10, total_steps=5, first_step=0)
-    writer.write(3, FIGURES)
+    writer.write(3, METRICS)
     writer.close()
-    assert jsons(tmp_path / "run" / "metrics.jsonl") == [FIGURES]
+    assert jsons(tmp_path / "run" / "metrics.jsonl") == [METRICS]
     assert list((tmp_path / "tb").iterdir())
 
 
 def test_a_record_that_can_not_be_opened_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     writer = open_writers(tmp_path / "run", None, tb_queue=10, total_steps=5, first_step=0)
-    writer.write(3, FIGURES)
-    assert [record.levelname for record in log.records] == ["WARNING", "INFO"]
-    assert log.messages[0].startswith("a record of the run can't be opened and is left out: ")
+    writer.write(3, METRICS)
+    assert [record.levelname for record in log.records] == ["WARNING", "WARNING", "INFO"]  # train.log, metrics.jsonl
+    for message in log.messages[:2]:
+        assert message.startswith("a record of the run cannot be opened and is left out: ")
+
+
+# -- console ----------------------------------------------------------------------------------------------------------
+#: Three steps of a run on two devices and a validation, with a line of the framework's log between them.
+RUN = """
+import sys
+from pathlib import Path
+from internlm.monitor import open_writers
+from internlm.utils.logger import get_logger
+
+writer = open_writers(Path(sys.argv[1]), None, tb_queue=10, total_steps=3, first_step=0, devices=2)
+for step in range(3):
+    rate = {"tgs (tokens/gpu/second)": 1000.0, "num_consumed_tokens": 64}
+    writer.write(step, {"step": step, "loss": 2.5 - step, "lr": 1e-3, "grad_norm": 0.5, **rate})
+    get_logger().warning("a rank is slow")
+writer.write(2, {"step": 2, "valid/loss": 3.25, "valid/loss/en": 3.5})
+writer.close()
+get_logger().warning("after the run")
+"""
+
+
+def full_lines(text: str) -> int:
+    return text.count("num_consumed_tokens=64")
+
+
+def test_a_terminal_shows_a_bar_and_short_lines_while_the_log_file_has_the_full_ones(tmp_path: Path) -> None:
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    while chunk := _read(reader):
+        shown += chunk
+    os.close(reader)
+    assert process.wait() == 0
+    lines = shown.decode().replace("\r\n", "\n").replace("\r", "\n").splitlines()
+    (last,) = [line for line in lines if line.startswith("step 3/3  ")]
+    assert last.startswith("step 3/3  loss 0.5000  grad norm 0.500  lr 1.00e-03  2,000 tokens/s  ")
+    assert last.endswith("eta 00:00")
+    assert " GiB  " in last
+    assert "step 3  valid/loss 3.25" in lines
+    assert any(line.startswith("100%|") and "3/3" in line for line in lines)
+    assert sum(line.endswith("WARNING a rank is slow") for line in lines) == 3
+    assert sum(line.endswith("WARNING after the run") for line in lines) == 1
+    assert full_lines(shown.decode()) == 0
+    log = (tmp_path / "train.log").read_text()
+    assert full_lines(log) == 3
+    assert log.count("WARNING a rank is slow") == 3
+    assert len(jsons(tmp_path / "metrics.jsonl")) == 4
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux: the other end is closed
+        return b""
+
+
+def test_no_terminal_gets_the_full_line_of_every_step(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert full_lines(done.stderr) == 3
+    assert done.stdout == ""
+    assert "it/s" not in done.stderr
+    assert "step 3/3" not in done.stderr
+    assert full_lines((tmp_path / "train.log").read_text()) == 3
+
+
+def test_a_full_disk_under_the_log_file_gives_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stderr.count("cannot be written and is switched off") == 1
+    assert "Traceback" not in done.stderr
+    assert full_lines(done.stderr) == 3
