@@ -40,7 +40,7 @@ class Terminal:
     """
 
     def __init__(self, total_steps: int, first_step: int, devices: int) -> None:
-        self.first_step, self.devices = first_step, devices
+        self.total_steps, self.first_step, self.devices = total_steps, first_step, devices
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
         self._redirected = ExitStack()
         if log.handlers:  # else the application logs by handlers of its own
@@ -57,11 +57,12 @@ class Terminal:
 
     def _line(self, step: int, metrics: Mapping[str, float | int]) -> str:
         # The first step compiles and allocates, but over a whole run it hardly matters for the time left.
-        seconds_per_step = self._bar.format_dict["elapsed"] / max(self._bar.n - self.first_step, 1)
-        eta = tqdm.format_interval(seconds_per_step * (self._bar.total - self._bar.n))
+        done = step + 1
+        seconds_per_step = self._bar.format_dict["elapsed"] / max(done - self.first_step, 1)
+        eta = tqdm.format_interval(seconds_per_step * (self.total_steps - done))
         tokens_per_second = metrics["tgs (tokens/gpu/second)"] * self.devices
         return (
-            f"step {step + 1}/{self._bar.total}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
+            f"step {done}/{self.total_steps}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
             f"lr {metrics['lr']:.2e}  {tokens_per_second:,.0f} tokens/s  {accelerator.peak_memory() / 2**30:.2f} GiB  "
             f"eta {eta}"
         )
