@@ -98,11 +98,11 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
     """
     tensors: LogicalTensors = {}
     for group in optimizer.groups:
-        for state, parts in _states(optimizer, group):
-            for piece in group.pieces():
-                key, shard = f"optimizer/{state}/{piece.name}", parts[piece.number][piece.lo : piece.hi]
-                tensor = tensors.setdefault(key, LogicalTensor(piece.placement.global_shape, shard.dtype))
-                _add_slices(tensor, piece.placement, shard, piece.start)
+        for state, shards in _states(optimizer, group):
+            for part in group.shard_slices():
+                key, shard = f"optimizer/{state}/{part.name}", shards[part.index][part.lo : part.hi]
+                tensor = tensors.setdefault(key, LogicalTensor(part.placement.global_shape, shard.dtype))
+                _add_slices(tensor, part.placement, shard, part.start)
     return tensors
 
 
@@ -111,7 +111,7 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
     for name, state in optimizer.state_of(group).items():
         yield name, group.split(state)
     if group.has_main:
-        yield "main", group.main_parts
+        yield "main", group.main_shards
 
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:

@@ -113,7 +113,7 @@ class FlatBuffer(NamedTuple):
 
     def owned_by(self, zero_rank: int) -> list[ParamShard]:
         """Return the parameters whose first element ``zero_rank`` owns."""
-        runs = [bucket.run(zero_rank) for bucket in self.layout.buckets]
+        runs = [bucket.shard(zero_rank) for bucket in self.layout.buckets]
         starts = zip(self.shards, self.layout.starts, strict=True)
         return [shard for shard, start in starts if any(run.start <= start < run.stop for run in runs)]
 

@@ -150,17 +150,17 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
 def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
     """Return the collectives of one bucket, but those of the norm and of Muon."""
     reduced, main = reduced_itemsize(s.config, key.dtype), wide(key.dtype).itemsize
-    run = bucket.run(zero_rank)
+    run = bucket.shard(zero_rank)
     owned = run.stop - run.start
     calls = calls_on(s.r, AR, owned * reduced) if owned else []
     if key.partial_over is not None and owned:
         calls += calls_on(partial_sum_group(s, key.partial_over), AR, owned * main)
     if bucket.is_even:
-        numel = bucket.last - bucket.first
+        numel = bucket.stop - bucket.start
         return [*calls, *calls_on(s.z, RS, numel * reduced), *calls_on(s.z, AG, numel * key.dtype.itemsize)]
     # Collectives need equal shards; uneven runs are reduced to, and broadcast from, one owner after another.
     for owner in range(s.z.size):
-        run = bucket.run(owner)
+        run = bucket.shard(owner)
         numel = run.stop - run.start
         if numel:
             is_owner = owner == zero_rank

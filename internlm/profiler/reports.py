@@ -29,8 +29,8 @@ def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict
     parameters = _storages(local_shard(parameter).flat for parameter in model.parameters())
     rows = {
         PARAMETERS: parameters,
-        GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_parts)),
-        MAIN: _storages(part for group in groups for part in group.main_parts),
+        GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_shards)),
+        MAIN: _storages(part for group in groups for part in group.main_shards),
     }
     for group in groups:
         for name, tensor in optimizer.state_of(group).items():

@@ -204,10 +204,10 @@ def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> ShardsByNam
     """Return this rank's shards of the reduced gradients."""
     gradients: ShardsByName = {}
     for group in optimizer.groups:
-        for piece in group.pieces():
-            flat = group.grad_parts[piece.number] * clipped_by
-            slices = piece.placement.slices(piece.start, piece.stop)
-            add_shards(gradients, piece.name, piece.placement.global_shape, slices, flat, piece.lo - piece.start)
+        for part in group.shard_slices():
+            flat = group.grad_shards[part.index] * clipped_by
+            slices = part.placement.slices(part.start, part.stop)
+            add_shards(gradients, part.name, part.placement.global_shape, slices, flat, part.lo - part.start)
     return gradients
 
 

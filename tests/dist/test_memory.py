@@ -27,7 +27,7 @@ from internlm.model.builder import create_model
 from internlm.model.decoder import Decoder
 from internlm.profiler.reports import held_between_steps
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.solver.optimizer.grad_reduce import BucketSum
+from internlm.solver.optimizer.grad_reduce import BucketReduction
 from internlm.train import build_inventory, initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.train.hooks import LogMemoryPlan
 from internlm.train.hooks.log import own_plan
@@ -142,7 +142,8 @@ def _watch_reduction(optimizer: HybridZeroOptimizer) -> Peak:
     peak, reducer = Peak(), optimizer._reducer
 
     def held() -> int:
-        sent = [each._own.untyped_storage() for each in getattr(reducer, "begun", ()) if isinstance(each, BucketSum)]
+        begun = [each for each in getattr(reducer, "begun", ()) if isinstance(each, BucketReduction)]
+        sent = [each._sent_shard.untyped_storage() for each in begun]
         buffers = {address(group.grads) for group in optimizer.groups}
         return sum({each.data_ptr(): each.nbytes() for each in sent if each.data_ptr() not in buffers}.values())
 

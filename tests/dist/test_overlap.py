@@ -17,6 +17,7 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import place_replicated
+from internlm.core.parallel.param_state import wait_for_all_gather
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, grad_reduce, param_gather
 from internlm.utils.errors import UserError
 from internlm.verify.record import RankRecord
@@ -109,7 +110,7 @@ def _held_back(
 def _model_and_optimizer(**options: Any) -> tuple[Any, HybridZeroOptimizer]:
     assert dist.group.WORLD is not None
     model = decoder(num_layers=3)
-    groups = ProcessGroups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    groups = ProcessGroups(zero=Group.of(ParallelMode.ZERO1, dist.group.WORLD))
     return model, HybridZeroOptimizer(
         model, AdamConfig(lr=1e-2), HybridZeroConfig(reduce_bucket_size=4000, **options), groups
     )
@@ -157,18 +158,18 @@ def _gathers(rank: int, world_size: int) -> list[tuple[int, bool]]:
 
 
 def test_parameters_are_gathered_while_the_layer_before_them_runs() -> None:
-    """Those of a layer were still on their way when the one before it had ended."""
+    """The gather of a block was still under way when the block before it had ended."""
     for found in run_ranks(2, _gathers):
         begun, timely = zip(*found, strict=True)
         assert all(timely)
-        assert set(begun) >= {0, 1, 2}  # as the embedding and each of the first layers began
+        assert set(begun) == {1, 2}  # as the first block and the second began; those of the first in the update
 
 
-Look = Callable[["_Peeking", torch.Tensor], torch.Tensor]
+Look = Callable[["_Model", torch.Tensor], torch.Tensor]
 
 
-class _Peeking(torch.nn.Module):
-    """Besides calling its layers it looks at some of their parameters, before any is called."""
+class _Model(torch.nn.Module):
+    """Declares its blocks and calls them; before that it looks at some parameters."""
 
     def __init__(self, look: Look) -> None:
         super().__init__()
@@ -178,59 +179,96 @@ class _Peeking(torch.nn.Module):
         self.layers = torch.nn.ModuleList(blocks)
         self.head = torch.nn.Linear(32, 64)
 
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(self.layers)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         seen = self.look(self, ids)
         x = self.embedding(ids)
         for block in self.layers:
-            x = x + block(x)
+            x = x + self.call(block, x)
         logits: torch.Tensor = self.head(x) + seen
         return logits
 
-
-class _Named(_Peeking):
-    """Blocks are not called: what is in them is."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(ids)
-        for up, act, down in self.layers:
-            x = x + down(act(up(x)))
-        logits: torch.Tensor = self.head(x)
-        return logits
+    def call(self, block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = block(x)
+        return output
 
 
-def _on_one_rank(model: _Peeking, ids: torch.Tensor) -> torch.Tensor:
-    return model.head.weight.mean() if dist.get_rank() == 0 else torch.zeros(())
+class _CallsModulesOfBlocks(_Model):
+    """Never calls a block, but the modules in it."""
+
+    def call(self, block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        up, act, down = block.children()
+        output: torch.Tensor = down(act(up(x)))
+        return output
 
 
-def _within(model: _Peeking, ids: torch.Tensor) -> torch.Tensor:
-    """As of a teacher that the model itself is."""
-    model.look = lambda model, ids: torch.zeros(())
+class _LeavesBlocksOut(_Model):
+    """Each rank calls one block only, and not the same."""
+
+    def call(self, block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return super().call(block, x) if block is self.layers[dist.get_rank()] else x
+
+
+class _UsesABlockOutside(_Model):
+    """A weight of a block is the head's too."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        self.head.weight = self.layers[1][0].weight
+
+
+class _DeclaresNothing(_Model):
+    """A model without blocks, which may read what it likes."""
+
+    blocks = None  # type: ignore[assignment]
+
+
+def _nothing(model: _Model, ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(())
+
+
+def _inside(model: _Model, ids: torch.Tensor) -> torch.Tensor:
+    """A forward pass of the model within its own, as of a teacher that the model itself is."""
+    model.look = _nothing
     with torch.no_grad():
         seen: torch.Tensor = model(ids)
-    model.look = _within
+    model.look = _inside
     return seen
 
 
-#: By what is read beside the calls: the model, and whether all must be there when the update ends.
-LOOKS: dict[str, tuple[type[_Peeking], Look, bool]] = {
-    "nothing": (_Peeking, lambda model, ids: torch.zeros(()), False),
-    "in the loss": (_Peeking, lambda model, ids: sum(each.square().mean() for each in model.parameters()), True),
-    "as a function": (_Peeking, lambda model, ids: model.embedding.weight[ids] @ model.head.weight.t(), True),
-    "of a block": (_Peeking, lambda model, ids: model.layers[1][0].weight.mean(), False),
-    "in uncalled blocks": (_Named, lambda model, ids: ids, False),
-    "on one rank": (_Peeking, _on_one_rank, True),
-    "in a pass within": (_Peeking, _within, False),
+def _waited_for(model: _Model, ids: torch.Tensor) -> torch.Tensor:
+    weight: torch.Tensor = model.layers[1][0].weight
+    return wait_for_all_gather(weight).mean()
+
+
+#: Models, what they read without calling a module, and whether some parameters are gathered lazily.
+USES: dict[str, tuple[type[_Model], Look, bool]] = {
+    "blocks": (_Model, _nothing, True),
+    "modules of blocks": (_CallsModulesOfBlocks, _nothing, True),
+    "other blocks on each rank": (_LeavesBlocksOut, _nothing, True),
+    "weights outside of blocks": (
+        _Model,
+        lambda model, ids: model.embedding.weight[ids] @ model.head.weight.t(),
+        True,
+    ),
+    "a weight of a block, waited for": (_Model, _waited_for, True),
+    "the same on one rank": (_Model, lambda m, ids: (_nothing if dist.get_rank() else _waited_for)(m, ids), True),
+    "a pass within a pass": (_Model, _inside, True),
+    "a block's weight outside": (_UsesABlockOutside, lambda model, ids: model.head.weight.mean(), True),
+    "no blocks": (_DeclaresNothing, lambda model, ids: sum(p.square().mean() for p in model.parameters()), False),
 }
 
 
-def _read(rank: int, world_size: int, look: str, lazily: bool) -> tuple[list[torch.Tensor], int, int]:
-    """Parameters after three steps; of how many buckets how many were there when the last update had ended."""
+def _used(rank: int, world_size: int, use: str, lazily: bool) -> tuple[list[torch.Tensor], int, int]:
+    """Parameters after three steps; of how many buckets how many were ready when the last update had ended."""
     assert dist.group.WORLD is not None
     torch.manual_seed(0)
-    kind, seen, _ = LOOKS[look]
-    model = place_replicated(kind(seen))
+    model_class, look, _ = USES[use]
+    model = place_replicated(model_class(look))
     config = HybridZeroConfig(reduce_bucket_size=1000, overlap_sync_param=lazily)
-    groups = ProcessGroups(Group.of(ParallelMode.ZERO1, dist.group.WORLD))
+    groups = ProcessGroups(zero=Group.of(ParallelMode.ZERO1, dist.group.WORLD))
     optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), config, groups)
     for step in range(3):
         optimizer.zero_grad()
@@ -241,13 +279,12 @@ def _read(rank: int, world_size: int, look: str, lazily: bool) -> tuple[list[tor
     return [parameter.detach().clone() for parameter in model.parameters()], ready, buckets
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_what_is_read_without_a_call_is_gathered_in_time(look: str) -> None:
-    eager, lazy = (run_ranks(2, _read, look, lazily) for lazily in (False, True))
+@pytest.mark.parametrize("use", USES)
+def test_no_parameter_is_used_before_it_is_gathered(use: str) -> None:
+    eager, lazy = (run_ranks(2, _used, use, lazily) for lazily in (False, True))
     for (one, _, _), (other, ready, buckets) in zip(eager, lazy, strict=True):
         assert all(map(torch.equal, one, other))
-        assert (ready == buckets) == LOOKS[look][2]
-        assert (ready == 0) == (look in ("nothing", "in a pass within"))
+        assert 0 < ready < buckets if USES[use][2] else ready == buckets
 
 
 def _adopted(rank: int, world_size: int) -> str:
@@ -262,7 +299,9 @@ def _adopted(rank: int, world_size: int) -> str:
 
 def test_parameters_that_gathers_may_overwrite_are_not_adopted() -> None:
     for message in run_ranks(2, _adopted):
-        assert message.startswith("optimizer.adopt_parameters(): not all is gathered yet (overlap_sync_param). Call")
+        assert message.startswith(
+            "optimizer.copy_model_to_main_params(): some parameters are not gathered yet (overlap_"
+        )
 
 
 def _state(rank: int, world_size: int) -> str:
@@ -279,7 +318,9 @@ def _state(rank: int, world_size: int) -> str:
 
 def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
     for message in run_ranks(2, _state):
-        assert message.startswith("model.state_dict(): not all is gathered yet (overlap_sync_param). Call optimizer.")
+        assert message.startswith(
+            "model.state_dict(): some parameters are not gathered yet (overlap_sync_param). Call "
+        )
 
 
 # -- what can't be foreseen
@@ -289,7 +330,7 @@ def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
 def test_more_gradients_than_in_the_first_step_are_refused(begins: bool) -> None:
     """Whether the sums were begun as those of the first step were complete, or because somebody said that all were."""
     (message,) = run_ranks(1, _surprised, begins)
-    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' came when its")
+    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' came after")
 
 
 def _surprised(rank: int, world_size: int, begins: bool) -> str:

@@ -56,7 +56,7 @@ def test_a_table_at_both_ends_counts_once(clip: float) -> None:
 def _steps_of_shards(rank: int, world_size: int, begun: bool) -> tuple[list[float], list[Tensor]]:
     model = decoder()
     zero = HybridZeroConfig(clip_grad_norm=0.5, overlap_sync_grad=begun)
-    optimizer = HybridZeroOptimizer(model, ADAM, zero, ProcessGroups(world(ParallelMode.ZERO1)))
+    optimizer = HybridZeroOptimizer(model, ADAM, zero, ProcessGroups(zero=world(ParallelMode.ZERO1)))
     norms = []
     for step in range(3):
         optimizer.zero_grad()

@@ -215,7 +215,7 @@ def norm_counts_twice(patch: pytest.MonkeyPatch, rank: int) -> None:
 
     def split(self: FlatParamGroup, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        self.kind = replace(self.kind, split_over=ParallelMode.TENSOR)
+        self.key = replace(self.key, split_over=ParallelMode.TENSOR)
 
     patch.setattr(FlatParamGroup, "__init__", split)
 

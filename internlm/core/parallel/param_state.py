@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,34 @@ def placed_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Pa
     """Iterate over logical name, parameter and placement of each parameter of ``module``, a tied one once."""
     for name, parameter in module.named_parameters():
         yield name, parameter, placement_of(parameter, name)
+
+
+class NamedParameter(NamedTuple):
+    """A parameter with its logical name, its state, and its position in the model."""
+
+    name: str
+    parameter: nn.Parameter
+    state: ParamState
+    position: int = 0
+
+    @property
+    def placement(self) -> ParamPlacement:
+        """The placement of the parameter."""
+        assert self.state.placement is not None, f"{self.name} has no placement"
+        return self.state.placement
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which the parameter is computed with."""
+        return self.state.compute_dtype or self.parameter.dtype
+
+
+def named_parameters(module: nn.Module) -> list[NamedParameter]:
+    """List the parameters of ``module`` in its order, a tied one once; each must have a placement."""
+    return [
+        NamedParameter(name, parameter, _own_state(parameter), position)
+        for position, (name, parameter, _) in enumerate(placed_parameters(module))
+    ]
 
 
 def state_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

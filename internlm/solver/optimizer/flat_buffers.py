@@ -1,23 +1,16 @@
-"""How the parameters of a flat buffer lie in it, and who owns which part: pure arithmetic.
+"""Flat buffers: the parameters of a group side by side, their gradients likewise, and the shard that this rank owns.
 
-A buffer is cut into buckets, each reduced and gathered at once. A bucket is cut into runs, of which rank r of the zero
-group owns run r. For two ranks (``|`` parts the runs, ``‖`` the buckets, ``·`` is padding)::
+A buffer is cut into buckets, each reduced and gathered by one operation. Of every bucket each rank of the zero group
+owns a shard. With two ranks (``|`` separates shards, ``‖`` buckets, ``·`` is padding)::
 
-    by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     runs of a bucket are equally long
-    by parameter    w0 w0 w0 | w1 w1 w1 w1 ‖ w3 w3 w3 w3 w3 | w2 w2          every parameter is one rank's
+    by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     shards of a bucket are equally long
+    by parameter    w0 w0 w0 | w1 w1 w1 w1 ‖ w3 w3 w3 w3 w3 | w2 w2          every parameter is in one rank's shard
 
-By element nothing is wasted, and one collective serves a bucket. By parameter an owner has whole matrices, as some
-optimizers need; runs are as long as the parameters happen to be.
+By element nothing is wasted and one collective serves a bucket. By parameter an owner has whole matrices, as Muon
+needs; shards are as long as the parameters happen to be.
 
-Flat buffers: the parameters of one kind side by side, their gradients likewise, and what this rank owns of both.
-
-Layout of a group of one bucket, for zero size 2 (``|`` parts the runs, ``·`` is padding)::
-
-    values   [ w0 w0 w0 w0 w1 w1 | w1 w1 w2 ·  ·  ·  ]     the parameters are views of it
-    grads    [ the same              |               ]     each ``main_grad`` is a view of it
-
-Main parameters are the values themselves where their type is wide enough, else a float32 copy; reduced gradients
-likewise. A shard has a part in each bucket.
+The model's parameters become views of ``values``, their main gradients views of ``grads``. Main parameters are the
+values themselves where their dtype is wide enough, else a float32 copy of the shard; reduced gradients likewise.
 """
 
 from __future__ import annotations
@@ -31,240 +24,316 @@ import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import HybridZeroConfig
-from internlm.core.parallel.param_state import attach_main_grad
-from internlm.core.parallel.placement import ParamPlacement
-from internlm.solver.optimizer.param_groups import NamedParameter, ParamGroup, ParamGroupKey, ShardSlice
+from internlm.core.context.group import Group
+from internlm.core.parallel.fully_sharded import local_shard, set_grad
+from internlm.core.parallel.param_state import NamedParameter, attach_main_grad
+from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
-from internlm.utils.torch_private import foreach_copy_
 
-ALIGNMENT = 64  # elements; a run starts on a cache line whatever its type
+ALIGNMENT = 64  # elements; a shard starts on a cache line whatever its dtype
+
+# Elements. Without overlap small buckets gain nothing, and each costs the latency of a collective.
+_DEFAULT_BUCKET_SIZE = 2**29
 
 
+# -- layout: pure arithmetic ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bucket:
-    """Where its runs begin, and, last of all, where it ends: elements of the flat buffer."""
+    """One bucket of a flat buffer: where the shard of each rank begins, and, as the last bound, where it ends."""
 
-    cuts: tuple[int, ...]
-
-    @property
-    def first(self) -> int:
-        """Its first element."""
-        return self.cuts[0]
+    bounds: tuple[int, ...]
 
     @property
-    def last(self) -> int:
-        """One past its last element."""
-        return self.cuts[-1]
+    def start(self) -> int:
+        """Position of the first element in the buffer."""
+        return self.bounds[0]
+
+    @property
+    def stop(self) -> int:
+        """Position one past the last element."""
+        return self.bounds[-1]
 
     @property
     def is_even(self) -> bool:
-        """Whether all runs are equally long."""
-        return len({stop - start for start, stop in pairwise(self.cuts)}) == 1
+        """Whether the shards of all ranks are equally long."""
+        return len({stop - start for start, stop in pairwise(self.bounds)}) == 1
 
-    def run(self, rank: int) -> slice:
-        """What ``rank`` owns of it."""
-        return slice(self.cuts[rank], self.cuts[rank + 1])
+    def shard(self, rank: int) -> slice:
+        """Return the range of the buffer that ``rank`` owns in this bucket."""
+        return slice(self.bounds[rank], self.bounds[rank + 1])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter begins, in the order in which they were given; the buckets, in the order of the buffer."""
+    """Where each parameter begins, in the order in which they were given, and the buckets in buffer order."""
 
     starts: tuple[int, ...]
     buckets: tuple[Bucket, ...]
 
     @property
     def numel(self) -> int:
-        """Elements of the buffer, padding included."""
-        return self.buckets[-1].last
+        """Number of elements of the buffer, padding included."""
+        return self.buckets[-1].stop
 
     def owned(self, rank: int) -> int:
-        """Elements that ``rank`` owns, padding included."""
-        return sum(bucket.cuts[rank + 1] - bucket.cuts[rank] for bucket in self.buckets)
+        """Return the number of elements that ``rank`` owns, padding included."""
+        return sum(bucket.bounds[rank + 1] - bucket.bounds[rank] for bucket in self.buckets)
 
 
-def lay_out(sizes: Sequence[int], shards: int, limit: int, whole: bool = False) -> Layout:
-    """The layout of parameters of ``sizes`` elements for ``shards`` ranks, in buckets of at most ``limit`` elements, by
-    parameter where ``whole``. A bucket holds at least one cache line of each rank, or one parameter, whatever the
-    limit."""
-    return _by_parameter(sizes, shards, limit) if whole else _by_element(sizes, shards, limit)
+def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = False) -> Layout:
+    """Lay out parameters in buckets that ``ranks`` ranks share.
+
+    Args:
+        sizes: Elements of each parameter.
+        ranks: Size of the zero group.
+        limit: Elements of a bucket, at most; but a bucket holds at least one cache line of each rank, or one parameter.
+        by_parameter: Keep every parameter whole in one rank's shard, instead of sharing buckets evenly by element.
+    """
+    return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
 
 
 def bucket_size(zero: HybridZeroConfig) -> int:
-    """Elements of a bucket, at most: what is reduced and what is gathered at once are the same."""
+    """Return the largest number of elements of a bucket.
+
+    Buckets are both what is reduced and what is gathered at once, so the smaller of the two settings counts.
+    """
     sizes = (zero.reduce_bucket_size, zero.all_gather_size)
-    return min((size for size in sizes if size is not None), default=2**29)
+    return min((size for size in sizes if size is not None), default=_DEFAULT_BUCKET_SIZE)
 
 
-def padded(numel: int, shards: int) -> int:
-    """``numel`` rounded up so that all ``shards`` are equal and aligned."""
-    unit = shards * ALIGNMENT
+def padded(numel: int, ranks: int) -> int:
+    """Round ``numel`` up so that the shards of all ranks are equal and aligned."""
+    unit = ranks * ALIGNMENT
     return -(-numel // unit) * unit
 
 
-def _by_element(sizes: Sequence[int], shards: int, limit: int) -> Layout:
-    """One after another without gaps; buckets are as equal as can be."""
+def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
+    """Put one parameter after another without gaps, in buckets that differ by at most one aligned unit."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
-    unit = shards * ALIGNMENT
-    units = max(padded(starts.pop(), shards) // unit, 1)
+    unit = ranks * ALIGNMENT
+    units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
-    ends = [units * number // count * unit for number in range(count + 1)]
-    buckets = (Bucket(tuple(range(first, last + 1, (last - first) // shards))) for first, last in pairwise(ends))
+    ends = [units * index // count * unit for index in range(count + 1)]
+    buckets = (Bucket(tuple(range(start, stop + 1, (stop - start) // ranks))) for start, stop in pairwise(ends))
     return Layout(tuple(starts), tuple(buckets))
 
 
-def _by_parameter(sizes: Sequence[int], shards: int, limit: int) -> Layout:
-    """Each to the rank that has least so far, the largest of a bucket first."""
-    starts, buckets, loads, end = [0] * len(sizes), [], [0] * shards, 0
-    for numbers in _filled(sizes, limit):
-        owners: list[list[int]] = [[] for _ in range(shards)]
-        for number in sorted(numbers, key=lambda each: -sizes[each]):
+def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
+    """Give each parameter to the rank that owns least so far, the largest of a bucket first.
+
+    This is longest-processing-time scheduling: no rank owns more than a fair share and one parameter (Graham 1969).
+    """
+    starts, buckets, loads, end = [0] * len(sizes), [], [0] * ranks, 0
+    for bucket in _fill_buckets(sizes, limit):
+        owned: list[list[int]] = [[] for _ in range(ranks)]
+        for index in sorted(bucket, key=lambda index: -sizes[index]):
             rank = loads.index(min(loads))
-            owners[rank].append(number)
-            loads[rank] += sizes[number]
-        cuts = [end]
-        for owned in owners:
-            for number in sorted(owned):
-                starts[number], end = end, end + sizes[number]
+            owned[rank].append(index)
+            loads[rank] += sizes[index]
+        bounds = [end]
+        for indices in owned:
+            for index in sorted(indices):
+                starts[index], end = end, end + sizes[index]
             end = padded(end, 1)
-            cuts.append(end)
-        buckets.append(Bucket(tuple(cuts)))
+            bounds.append(end)
+        buckets.append(Bucket(tuple(bounds)))
     return Layout(tuple(starts), tuple(buckets))
 
 
-def _filled(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Neighbours together, as many as the limit allows."""
-    filled: list[list[int]] = []
+def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Put neighbouring parameters into one bucket, as many as the limit allows; returns their indices."""
+    buckets: list[list[int]] = []
     room = 0
-    for number, size in enumerate(sizes):
-        if not filled or size > room:
-            filled.append([])
+    for index, size in enumerate(sizes):
+        if not buckets or size > room:
+            buckets.append([])
             room = limit
-        filled[-1].append(number)
+        buckets[-1].append(index)
         room -= size
-    return filled
+    return buckets
 
 
+# -- groups in flat buffers -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BucketEntry:
-    """One parameter of a group, and where it lies in the flat buffers."""
+    """A parameter, and where it begins in the flat buffers of its group."""
 
-    name: str
-    parameter: nn.Parameter
-    placement: ParamPlacement
-    place: int  # in the model
+    named: NamedParameter
     start: int
 
     @property
     def stop(self) -> int:
-        """One past its last element."""
-        return self.start + self.parameter.numel()
+        """Position one past its last element."""
+        return self.start + self.named.parameter.numel()
 
 
 class FlatParamGroup(ParamGroup):
-    """Parameters of one kind in flat buffers that ``shards`` ranks share, in buckets of at most ``bucket_size``
-    elements. ``split_evenly`` shares buckets by element, where the kind allows it, rather than by parameter;
-    ``wide_grads`` accumulates gradients in float32 at least, rather than in the parameters' type."""
+    """Parameters of one key in flat buffers that the ranks of the zero group share."""
 
     def __init__(
         self,
-        kind: ParamGroupKey,
+        key: ParamGroupKey,
         parameters: Sequence[NamedParameter],
-        shard: int = 0,
-        shards: int = 1,
-        *,
-        bucket_size: int = 2**29,
-        split_evenly: bool = True,
-        wide_grads: bool = True,
+        zero: Group = ALONE,
+        config: HybridZeroConfig | None = None,
     ) -> None:
-        self.kind, self.rank = kind, shard
-        whole = kind.needs_matrices or not split_evenly
-        sizes = [each.parameter.numel() for each in parameters]
-        self.layout = lay_out(sizes, shards, bucket_size, whole)
-        self.members = [
-            BucketEntry(*placed, start) for placed, start in zip(parameters, self.layout.starts, strict=True)
-        ]
-        self._in_order = sorted(self.members, key=lambda member: (member.start, member.stop))
+        config = config or HybridZeroConfig()
+        self.key, self.rank = key, zero.rank
+        by_parameter = key.needs_matrices or not config.use_split_tensor_optim
+        sizes = [named.parameter.numel() for named in parameters]
+        self.layout = lay_out(sizes, zero.size, bucket_size(config), by_parameter)
+        self.entries = [BucketEntry(named, start) for named, start in zip(parameters, self.layout.starts, strict=True)]
+        self._in_buffer_order = sorted(self.entries, key=lambda entry: (entry.start, entry.stop))
         device = parameters[0].parameter.device
-        self.values = torch.zeros(self.layout.numel, dtype=kind.dtype, device=device)
-        grad_dtype = wide(kind.dtype) if wide_grads else kind.dtype
+        grad_dtype = wide(key.dtype) if config.fp32_grad_accum else key.dtype
+        self.values = torch.zeros(self.layout.numel, dtype=key.dtype, device=device)
         self.grads = torch.zeros(self.layout.numel, dtype=grad_dtype, device=device)
-        self._adopt()
-        self.main_parts = self.parts_of(self.values)
+        self._move_into_buffers()
+        self.main_shards = self.shards_of(self.values)
         if self.has_main:
-            self.main_parts = self.split(self.new_state())
-        self.grad_parts = self.parts_of(self.grads)
+            self.main_shards = self.split(self.new_state())
+        self.grad_shards = self.shards_of(self.grads)
         if grad_dtype != self.main_dtype:
-            self.grad_parts = self.split(self.new_state())
-        self.copy_params_to_main()
+            self.grad_shards = self.split(self.new_state())
+        self.copy_model_to_main_params()
 
     @torch.no_grad()
-    def _adopt(self) -> None:
-        """Move every member into the flat buffers; from here on it is a view of them."""
-        for member in self.members:
-            parameter, where = member.parameter, slice(member.start, member.stop)
+    def _move_into_buffers(self) -> None:
+        """Copy every parameter into the flat buffers and make it a view of them."""
+        for entry in self.entries:
+            parameter, where = entry.named.parameter, slice(entry.start, entry.stop)
             view = self.values[where].view_as(parameter)
             view.copy_(parameter)
+            # Assigning .data keeps the Parameter object, which modules, tied weights and users' own lists refer to.
             parameter.data = view
             attach_main_grad(parameter, self.grads[where].view_as(parameter))
 
-    # -- buckets and this rank's parts of them ------------------------------------------------------------------------
     @property
     def buckets(self) -> Sequence[Bucket]:
-        """In the order of the buffer."""
+        """The buckets in buffer order."""
         return self.layout.buckets
 
-    def parts_of(self, flat: Tensor) -> list[Tensor]:
-        """This rank's part of each bucket, as views of a whole buffer."""
-        return [flat[bucket.run(self.rank)] for bucket in self.buckets]
+    def shards_of(self, flat: Tensor) -> list[Tensor]:
+        """Return this rank's shard of each bucket, as views of ``flat``, one of the whole buffers."""
+        return [flat[bucket.shard(self.rank)] for bucket in self.buckets]
 
-    def _first(self) -> tuple[str, Tensor, Tensor]:
-        first = self.members[0]
-        return first.name, first.parameter, self.values[first.start :]
-
-    # -- between types ------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def copy_main_to_params(self) -> None:
-        """Round the wider main parameters into this rank's shard of the values; nothing where they are the same
-        memory."""
-        if self.has_main:
-            foreach_copy_(self.parts_of(self.values), self.main_parts)
+    def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
+        first = self.entries[0]
+        return first.named.name, first.named.parameter, self.values[first.start :]
 
     @torch.no_grad()
-    def copy_params_to_main(self) -> None:
-        """Widen this rank's shard of the values into the main parameters, after values were set."""
+    def copy_main_to_model_params(self) -> None:
+        """Round main parameters into this rank's shard of the model parameters; nothing if they share memory."""
         if self.has_main:
-            foreach_copy_(self.main_parts, self.parts_of(self.values))
+            torch._foreach_copy_(self.shards_of(self.values), self.main_shards)
 
-    # -- parameters ---------------------------------------------------------------------------------------------------
-    def members_of(self, number: int) -> list[BucketEntry]:
-        """The parameters of which a part lies in that bucket."""
-        return self._between(self.buckets[number].first, self.buckets[number].last)
+    @torch.no_grad()
+    def copy_model_to_main_params(self) -> None:
+        """Widen this rank's shard of the model parameters into the main parameters."""
+        if self.has_main:
+            torch._foreach_copy_(self.main_shards, self.shards_of(self.values))
 
-    def pieces(self) -> Iterator[ShardSlice]:
-        """Which parts of which parameters the shard holds, in its order."""
-        for number in range(len(self.buckets)):
-            for member, lo, hi in self._held(number):
-                start = member.start - self.buckets[number].run(self.rank).start
-                yield ShardSlice(member.name, member.placement, lo - start, hi - start, number, lo, hi)
+    def entries_of(self, index: int) -> list[BucketEntry]:
+        """Return the parameters that lie in bucket ``index``, wholly or partly."""
+        return self._entries_between(self.buckets[index].start, self.buckets[index].stop)
+
+    def shard_slices(self) -> Iterator[ShardSlice]:
+        """Iterate over the slices of parameters that the shard holds, in its order."""
+        for index, bucket in enumerate(self.buckets):
+            shard = bucket.shard(self.rank)
+            for entry in self._entries_between(shard.start, shard.stop):
+                lo, hi = max(entry.start, shard.start), min(entry.stop, shard.stop)
+                if lo < hi:
+                    yield ShardSlice(
+                        name=entry.named.name,
+                        placement=entry.named.placement,
+                        start=lo - entry.start,
+                        stop=hi - entry.start,
+                        index=index,
+                        lo=lo - shard.start,
+                        hi=hi - shard.start,
+                    )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """As views of the buffer."""
-        for member in self.members:
-            yield member.place, member.name, self.grads[member.start : member.stop]
+        """Iterate over position, name and local gradient of each parameter, as views of the buffer."""
+        for entry in self.entries:
+            yield entry.named.position, entry.named.name, self.grads[entry.start : entry.stop]
 
-    def _held(self, number: int) -> Iterator[tuple[BucketEntry, int, int]]:
-        """The parameters in this rank's part of a bucket, and which elements of the part each is."""
-        run = self.buckets[number].run(self.rank)
-        for member in self._between(run.start, run.stop):
-            lo, hi = max(member.start, run.start), min(member.stop, run.stop)
-            if lo < hi:
-                yield member, lo - run.start, hi - run.start
+    def _entries_between(self, start: int, stop: int) -> list[BucketEntry]:
+        """Return the parameters of which some elements lie in [start, stop)."""
+        begin = bisect_right(self._in_buffer_order, start, key=lambda entry: entry.stop)
+        end = bisect_left(self._in_buffer_order, stop, key=lambda entry: entry.start)
+        return self._in_buffer_order[begin:end]
 
-    def _between(self, first: int, last: int) -> list[BucketEntry]:
-        """The parameters of which a part lies in [first, last)."""
-        begin = bisect_right(self._in_order, first, key=lambda member: member.stop)
-        end = bisect_left(self._in_order, last, key=lambda member: member.start)
-        return self._in_order[begin:end]
+
+class FullyShardedParamGroup(ParamGroup):
+    """Parameters of one key that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
+
+    A rank owns what it holds, and that is the main parameters: they are rounded as they are gathered. Gradients come
+    reduced inside the zero group, into one flat buffer. The shard has one tensor per parameter.
+    """
+
+    def __init__(self, key: ParamGroupKey, parameters: Sequence[NamedParameter]) -> None:
+        self.key, self.parameters = key, parameters
+        self._local = [local_shard(named.parameter) for named in parameters]
+        self.main_shards = [shard.flat for shard in self._local]
+        self.grads = self.new_state()
+        self.grad_shards = self.split(self.grads)
+        for named, grad in zip(parameters, self.grad_shards, strict=True):
+            set_grad(named.parameter, grad)
+
+    def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
+        return self.parameters[0].name, self.parameters[0].parameter, self.main_shards[0]
+
+    def shard_slices(self) -> Iterator[ShardSlice]:
+        """Iterate over the slices of parameters that the shard holds: one per parameter, perhaps empty."""
+        for index, (named, (flat, start)) in enumerate(zip(self.parameters, self._local, strict=True)):
+            yield ShardSlice(
+                name=named.name,
+                placement=named.placement,
+                start=start,
+                stop=start + len(flat),
+                index=index,
+                lo=0,
+                hi=len(flat),
+            )
+
+    def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Iterate over position, name and gradient of this rank's shard of each parameter."""
+        for named, grad in zip(self.parameters, self.grad_shards, strict=True):
+            yield named.position, named.name, grad
+
+
+# -- buckets of all groups --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class GroupBucket:
+    """Bucket ``index`` of a group."""
+
+    group: FlatParamGroup
+    index: int
+
+    @property
+    def bucket(self) -> Bucket:
+        """Where the bucket lies in the group's buffers."""
+        return self.group.buckets[self.index]
+
+    @property
+    def entries(self) -> list[BucketEntry]:
+        """The parameters that lie in it, wholly or partly."""
+        return self.group.entries_of(self.index)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters themselves."""
+        return [entry.named.parameter for entry in self.entries]
+
+
+def buckets_in_forward_order(groups: Sequence[FlatParamGroup]) -> list[GroupBucket]:
+    """List the buckets of all groups by the position in the model of the first parameter in each.
+
+    All ranks of the zero group have the same list, so collectives that are begun in its order match.
+    """
+    buckets = [GroupBucket(group, index) for group in groups for index in range(len(group.buckets))]
+    return sorted(buckets, key=lambda bucket: min((entry.named.position for entry in bucket.entries), default=0))

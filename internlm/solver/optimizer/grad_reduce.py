@@ -1,15 +1,14 @@
-"""When the gradients of a bucket are complete, found by counting.
+"""Reduction of gradients: each rank gets the sums of the elements that it owns.
 
-How often a parameter is told of in a step, since its gradient has grown or autograd is done with it, depends on the
-model and on the number of micro-batches alone. So the first step of a number of micro-batches teaches how often that
-is, and in later ones a bucket is complete when it was as often.
+A bucket passes three stages, each over other ranks:
 
-The sums of gradients: within the zero group, across the replicas of each shard, and over ranks that have parts of
-the sum besides.
+1. *zero group*: reduce-scatter, so that each rank has the sum of its own shard.
+2. *replicas* of the shard: all-reduce.
+3. ranks that have *partial sums* besides (norms under msp, fsp and isp, tied embeddings of a pipeline): all-reduce.
 
-The order of buckets is that in which a backward pass is likely to end them, and the same on every rank: from the last
-layer to the first. With overlap a bucket is begun in the backward pass of the last micro-batch, once all its gradients,
-and the buckets before it, are there.
+Buckets are reduced from the last layer to the first, as a backward pass completes them, in an order that is the same on
+every rank. With overlap, stage 1 of a bucket begins in the backward pass of the last micro-batch, once the gradients of
+the bucket and of those before it are ready.
 """
 
 from __future__ import annotations
@@ -22,154 +21,205 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.collectives import Pending, begin_all_reduce, begin_reduce, begin_reduce_scatter
-from internlm.core.parallel.param_state import set_on_grad_ready
-from internlm.solver.optimizer.flat_buffers import BucketEntry, FlatParamGroup
-from internlm.solver.optimizer.param_gather import in_forward_order
+from internlm.solver.optimizer.flat_buffers import (
+    BucketEntry,
+    FlatParamGroup,
+    FullyShardedParamGroup,
+    GroupBucket,
+    buckets_in_forward_order,
+)
 from internlm.solver.optimizer.param_groups import ProcessGroups
 from internlm.utils.errors import Problem, UserError
 
 
 class GradReadyTracker:
-    """Calls ``complete(number)`` for each of ``buckets``, one after the other, once it and those before it are
-    complete.
+    """Calls ``on_bucket_ready(index)`` for each bucket in order, once its gradients and those before it are complete.
 
-    A bucket with a parameter that gets no gradient, and those after it, are left to the end of the step.
+    How often the gradient of a parameter grows in a step depends on the model and on the number of micro-batches alone
+    (tied weights, recompute and deferred gradients included). So the first step with a number of micro-batches counts,
+    and in later ones a parameter is ready when its count is reached. A bucket with a parameter that gets no gradient,
+    and the buckets after it, are left to the end of the step.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[BucketEntry]], complete: Callable[[int], None]) -> None:
-        self.buckets, self.complete = buckets, complete
+    def __init__(self, buckets: Sequence[Sequence[BucketEntry]], on_bucket_ready: Callable[[int], None]) -> None:
+        self.buckets, self.on_bucket_ready = buckets, on_bucket_ready
         self._counts: dict[nn.Parameter, int] = {}
-        self._holding: dict[nn.Parameter, list[int]] = {}
-        for number, members in enumerate(buckets):
-            for member in members:
-                self._holding.setdefault(member.parameter, []).append(number)
-                set_on_grad_ready(member.parameter, partial(self._arrived, member))
-        self._learned: dict[int, dict[nn.Parameter, int]] = {}
+        self._buckets_of: dict[nn.Parameter, list[int]] = {}
+        for index, entries in enumerate(buckets):
+            for entry in entries:
+                self._buckets_of.setdefault(entry.named.parameter, []).append(index)
+                entry.named.state.on_grad_ready = partial(self._count, entry)
+        self._learned: dict[int, dict[nn.Parameter, int]] = {}  # counts by number of micro-batches
         self._expected: dict[nn.Parameter, int] = {}
         self._micro_batches: int | None = None
-        self._missing: list[int] = []
-        self._next = 0
+        self._missing: list[int] = []  # parameters that are not ready, by bucket
+        self._next = 0  # bucket that has not been started yet
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Count anew; ``micro_batches`` will follow, or nobody knows how many."""
-        self._counts = dict.fromkeys(self._holding, 0)
+        """Reset the counts for a step of ``micro_batches``; None: their number is not known, so nothing is learned."""
+        self._counts = dict.fromkeys(self._buckets_of, 0)
         self._micro_batches = micro_batches
         self._expected = self._learned.get(micro_batches, {}) if micro_batches else {}
-        self._missing = [len(members) for members in self.buckets]
+        self._missing = [len(entries) for entries in self.buckets]
         self._next = 0
 
     def end_step(self) -> None:
-        """All gradients are there: learn. What comes now comes too late."""
+        """Learn the counts, and refuse gradients that come from now on: all buckets are being reduced."""
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
         self.begin_step(None)
         self._next = len(self.buckets)
 
-    def _arrived(self, member: BucketEntry) -> None:
-        parameter = member.parameter
+    def _count(self, entry: BucketEntry) -> None:
+        parameter = entry.named.parameter
         self._counts[parameter] = count = self._counts.get(parameter, 0) + 1
         expected = self._expected.get(parameter, 0)
         if count == expected:
-            for number in self._holding[parameter]:
-                self._missing[number] -= 1
+            for index in self._buckets_of[parameter]:
+                self._missing[index] -= 1
+            # Strictly in order, though a later bucket may be complete first: collectives of one group must be begun in
+            # the same order by all its ranks, whose backward passes may differ.
             while self._next < len(self.buckets) and not self._missing[self._next]:
                 self._next += 1
-                self.complete(self._next - 1)
-        elif count > expected and min(self._holding[parameter]) < self._next:
-            what = f"a gradient of {member.name!r} came when its sum was begun, other than in the first step"
+                self.on_bucket_ready(self._next - 1)
+        elif count > expected and min(self._buckets_of[parameter]) < self._next:
+            message = (
+                f"a gradient of {entry.named.name!r} came after the reduction of its bucket had begun, "
+                "unlike in the first step"
+            )
             todo = "Call optimizer.begin_reduction() after the last backward pass only, or set it to False"
-            raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", what, todo))
+            raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", message, todo))
 
 
-class BucketSum:
-    """The sum of one bucket, on its way to this rank's part of it."""
+class BucketReduction:
+    """The reduction of one bucket, stage by stage, into this rank's shard of it."""
 
-    def __init__(
-        self, flat: FlatParamGroup, number: int, process_groups: ProcessGroups, dtype: torch.dtype | None
-    ) -> None:
-        """Begin, inside the zero group; in ``dtype``, or that of the gradients."""
-        self.flat, self.process_groups, bucket = flat, process_groups, flat.buckets[number]
-        self._part = flat.grad_parts[number]
+    def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
+        """Begin stage 1; the bucket is sent in ``dtype``, or in that of the gradients."""
+        group, bounds = bucket.group, bucket.bucket.bounds
+        self.group, self.process_groups = group, process_groups
+        self._shard = group.grad_shards[bucket.index]
         self._pending: list[Pending] = []
-        sent = flat.grads[bucket.first : bucket.last].to(dtype or flat.grads.dtype)  # itself, if that is its type
-        runs = [slice(start - bucket.first, stop - bucket.first) for start, stop in pairwise(bucket.cuts)]
-        self._own = sent[runs[flat.rank]]
-        if bucket.is_even:
-            self._pending = [begin_reduce_scatter(sent, process_groups.zero, self._own)]
+        whole = group.grads[bounds[0] : bounds[-1]]
+        sent = whole.to(dtype or whole.dtype)  # no copy if that is its dtype
+        shards = [sent[start - bounds[0] : stop - bounds[0]] for start, stop in pairwise(bounds)]
+        self._sent_shard = shards[group.rank]
+        if bucket.bucket.is_even:
+            self._pending = [begin_reduce_scatter(sent, process_groups.zero, self._sent_shard)]
         else:
-            owned = [(rank, sent[run]) for rank, run in enumerate(runs) if run.start < run.stop]
-            self._pending = [begin_reduce(part, process_groups.zero, rank) for rank, part in owned]
+            owned = [(rank, shard) for rank, shard in enumerate(shards) if shard.numel()]
+            self._pending = [begin_reduce(shard, process_groups.zero, rank) for rank, shard in owned]
 
     def release_if_completed(self) -> None:
-        """Give up buffers of what is there."""
+        """Free the temporary buffers of collectives that have completed."""
         for pending in self._pending:
             pending.release_if_completed()
 
-    def across_replicas(self) -> None:
-        """Go on with the ranks that hold the same shard."""
-        self._wait()
-        self._pending = [begin_all_reduce(self._own, self.process_groups.replica)] if self._own.numel() else []
+    def begin_replicas(self) -> None:
+        """Begin stage 2, the all-reduce over the replicas of the shard."""
+        self.finish()
+        if self._sent_shard.numel():
+            self._pending = [begin_all_reduce(self._sent_shard, self.process_groups.replica)]
 
-    def over_parts(self) -> None:
-        """Put the sum where it belongs, and go on with ranks that have parts of it."""
-        self._wait()
-        if self._own.data_ptr() != self._part.data_ptr():
-            self._part.copy_(self._own)
-        partial = self.flat.kind.partial_over
-        if partial is not None and self._part.numel():
-            self._pending = [begin_all_reduce(self._part, self.process_groups.of_partial(partial))]
+    def begin_partial(self) -> None:
+        """Put the sum into the group's gradients and begin stage 3, if the sum is still partial."""
+        self.finish()
+        if self._sent_shard.data_ptr() != self._shard.data_ptr():
+            self._shard.copy_(self._sent_shard)
+        mode = self.group.key.partial_over
+        if mode is not None and self._shard.numel():
+            self._pending = [begin_all_reduce(self._shard, self.process_groups.of_partial(mode))]
 
-    def end(self) -> None:
-        """It is all there."""
-        self._wait()
-
-    def _wait(self) -> None:
+    def finish(self) -> None:
+        """Block until the collectives that were begun have completed."""
         for pending in self._pending:
             pending.wait()
         self._pending = []
 
 
-class Reducer:
-    """Sums the gradients of a step; ``dtype`` as for :class:`BucketSum`."""
+class GradReducer:
+    """Reduces the gradients of flat groups, bucket by bucket.
+
+    Args:
+        groups: The groups of this rank.
+        process_groups: Where to reduce.
+        dtype: The dtype in which gradients are sent; None: that in which they are accumulated.
+        overlap: Whether buckets are reduced during the backward pass.
+    """
 
     def __init__(
-        self, flats: Sequence[FlatParamGroup], process_groups: ProcessGroups, dtype: torch.dtype | None, overlap: bool
+        self,
+        groups: Sequence[FlatParamGroup],
+        process_groups: ProcessGroups,
+        dtype: torch.dtype | None,
+        overlap: bool,
     ) -> None:
         self.process_groups, self.dtype = process_groups, dtype
-        self.buckets = in_forward_order(flats)[::-1]
-        self.begun: list[BucketSum] = []
-        members = [flat.members_of(number) for flat, number in self.buckets]
-        self._arrivals = GradReadyTracker(members, self._begin) if overlap else None
+        self.buckets = buckets_in_forward_order(groups)[::-1]
+        self.begun: list[BucketReduction] = []
+        self._tracker = GradReadyTracker([bucket.entries for bucket in self.buckets], self._begin) if overlap else None
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Gradients of so many micro-batches will follow; None: nobody knows, so nothing is begun before the end."""
-        self.forget()
-        if self._arrivals:
-            self._arrivals.begin_step(micro_batches)
-
-    def forget(self) -> None:
-        """What a step that was broken off has begun."""
-        for each in self.begun:
-            each.end()
+        """Prepare for the gradients of ``micro_batches``; None: their number is not known, so reduce at the end."""
+        # A step that was broken off has left reductions, which still read and write the buffers.
+        for reduction in self.begun:
+            reduction.finish()
         self.begun = []
+        if self._tracker:
+            self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """All gradients are complete: begin whatever is not on its way."""
-        if self._arrivals:
-            self._arrivals.end_step()
-        for number in range(len(self.begun), len(self.buckets)):
-            self._begin(number)
+        """Begin to reduce the buckets that are not being reduced yet: all gradients are complete."""
+        if self._tracker:
+            self._tracker.end_step()
+        for index in range(len(self.begun), len(self.buckets)):
+            self._begin(index)
 
     def reduce(self) -> None:
-        """Have the sums of all gradients, which are complete, in each ``grad_parts``."""
+        """Reduce all gradients, which are complete, into the ``grad_shards`` of their groups."""
         self.begin()
-        for stage in (BucketSum.across_replicas, BucketSum.over_parts, BucketSum.end):
-            for each in self.begun:
-                stage(each)
+        # Stage by stage over all buckets, so that the collectives of a stage overlap one another.
+        for stage in (BucketReduction.begin_replicas, BucketReduction.begin_partial, BucketReduction.finish):
+            for reduction in self.begun:
+                stage(reduction)
         self.begin_step(None)
 
-    def _begin(self, number: int) -> None:
-        for each in self.begun:
-            each.release_if_completed()
-        flat, bucket = self.buckets[number]
-        self.begun.append(BucketSum(flat, bucket, self.process_groups, self.dtype))
+    def _begin(self, index: int) -> None:
+        for reduction in self.begun:
+            reduction.release_if_completed()
+        self.begun.append(BucketReduction(self.buckets[index], self.process_groups, self.dtype))
+
+
+class FullyShardedReducer:
+    """Does stages 2 and 3 for groups whose gradients ``fully_shard`` has reduced inside the zero group.
+
+    Its ``dtype`` is that in which replicas send; None: that in which gradients are accumulated.
+    """
+
+    def __init__(
+        self, groups: Sequence[FullyShardedParamGroup], process_groups: ProcessGroups, dtype: torch.dtype | None
+    ) -> None:
+        # The last ranks may hold no rows of any parameter of a group; that is so on all of their replicas.
+        self.groups = [group for group in groups if group.owned]
+        self.process_groups, self.dtype = process_groups, dtype
+
+    def begin_step(self, micro_batches: int | None) -> None:
+        """Do nothing: no reduction begins before all gradients are complete."""
+
+    def begin(self) -> None:
+        """Do nothing: the sums over replicas are small beside the step, so they are not overlapped."""
+
+    def reduce(self) -> None:
+        """Reduce all gradients in place."""
+        if self.process_groups.replica.size > 1:
+            sent = [group.grads.to(self.dtype or group.grads.dtype) for group in self.groups]
+            pending = [begin_all_reduce(grads, self.process_groups.replica) for grads in sent]
+            for group, summed in zip(self.groups, pending, strict=True):
+                group.grads.copy_(summed.wait())
+        partial_sums = [
+            begin_all_reduce(group.grads, self.process_groups.of_partial(group.key.partial_over))
+            for group in self.groups
+            if group.key.partial_over is not None
+        ]
+        for summed in partial_sums:
+            summed.wait()

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982): momentum whose matrices are made orthogonal.
+"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
-``torch.optim.Muon`` would do for matrices that are whole. Here a matrix may be split over ranks: its momentum stays so,
-since it is kept element by element, and is gathered for the product alone. And products are computed in the type of
-main parameters, rather than in bfloat16, where that is what differs between a split matrix and a whole one.
+``torch.optim.Muon`` would do for whole matrices. Here a matrix may be split over ranks: its momentum stays split, since
+it is kept element by element, and is gathered for the products alone. Products are computed in the dtype of main
+parameters rather than in bfloat16, in which a split matrix would differ from a whole one.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from internlm.core.parallel.collectives import all_gather
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer.param_groups import ParamGroup
 from internlm.solver.optimizer.update_rules import UpdateRule
-from internlm.utils.torch_private import foreach_lerp, foreach_lerp_, foreach_mul_
 
-#: Of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
+#: Coefficients of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
 
-#: Factor on the learning rate for a matrix [O, I].
+#: Factor on the learning rate for a matrix [O, I], by ``optimizer.adjust_lr``.
 ADJUST: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),  # arXiv 2502.16982, eq. 4
 }
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns: [O, I] -> [O, I], singular values 0.7 to 1.2."""
+    """Approximate the nearest matrix with orthonormal rows or columns by Newton-Schulz iterations: [O, I] → [O, I].
+
+    Singular values of the result are about 0.7 to 1.2.
+    """
     a, b, c = COEFFICIENTS
+    # Of a tall matrix iterate on the transpose, whose Gram matrix is the smaller one.
     x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    # The iteration converges for singular values up to 1, and none exceeds the Frobenius norm.
     x = x / x.norm().clamp(min=EPSILON)
     for _ in range(steps):
         gram = x @ x.t()
@@ -43,29 +47,29 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
 
 
 class Muon(UpdateRule):
-    """Muon over matrices that lie whole in one rank's shard, or are split over the groups of a parallel mode."""
+    """Muon over matrices that lie whole in one rank's shard, or are split over the group of a parallel mode."""
 
     states = ("momentum",)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         o, momentum = self.optimizer, group.split(self._states[group]["momentum"])
-        foreach_lerp_(momentum, group.grad_parts, 1 - o.momentum)
-        direction = foreach_lerp(group.grad_parts, momentum, o.momentum) if o.nesterov else momentum
-        foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
-        for piece in group.pieces():
-            placement, number, where = piece.placement, piece.number, slice(piece.lo, piece.hi)
-            whole = orthogonal(self._whole(direction[number][where], placement), o.ns_steps)
+        torch._foreach_lerp_(momentum, group.grad_shards, 1 - o.momentum)
+        direction = torch._foreach_lerp(group.grad_shards, momentum, o.momentum) if o.nesterov else momentum
+        torch._foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
+        for matrix in group.shard_slices():
+            placement, where = matrix.placement, slice(matrix.lo, matrix.hi)
+            whole = orthogonal(self._gather_matrix(direction[matrix.index][where], placement), o.ns_steps)
             own = placement.shard_of(whole.contiguous().view(placement.global_shape)).reshape(-1)
-            main = group.main_parts[number][where][: own.numel()]  # without padding
+            main = group.main_shards[matrix.index][where][: own.numel()]  # without padding
             main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
 
-    def _whole(self, part: Tensor, placement: ParamPlacement) -> Tensor:
-        """The matrix of which this rank has ``part``, flat."""
+    def _gather_matrix(self, shard: Tensor, placement: ParamPlacement) -> Tensor:
+        """Return the whole matrix [O, I] of which this rank has the flat ``shard``."""
         if placement.shard is None:
-            return part.view(placement.matrix_shape)
-        whole = part.new_empty(placement.global_shape)
-        parts = all_gather(part, self.process_groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
-        for index, each in enumerate(parts):
-            there = replace(placement, shard=replace(placement.shard, index=index)).shard_of(whole)
-            there.copy_(each[: there.numel()].view_as(there))  # without padding
+            return shard.view(placement.matrix_shape)
+        whole = shard.new_empty(placement.global_shape)
+        shards = all_gather(shard, self.process_groups.by_split[placement.shard.mode]).view(placement.shard.count, -1)
+        for index, other in enumerate(shards):
+            target = replace(placement, shard=replace(placement.shard, index=index)).shard_of(whole)
+            target.copy_(other[: target.numel()].view_as(target))  # without padding
         return whole.view(placement.matrix_shape)

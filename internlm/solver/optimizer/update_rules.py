@@ -1,34 +1,29 @@
-"""Update rules: what becomes of parameters, given their gradients.
+"""Update rules: AdamW and Lion on the shards of param groups (Muon is in ``muon.py``).
 
-A rule works on the shards of the groups that it is made for: main parameters and gradients in parts, one for each
-bucket. What it remembers of each element, its *state*, is one tensor over the shard, by name.
+A rule updates the main parameters of the groups that it is made for, given their reduced gradients. What it remembers
+of each element, its *state*, is one tensor over the shard of a group, by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups
-from internlm.utils.torch_private import (
-    foreach_add_,
-    foreach_div_,
-    foreach_lerp,
-    foreach_lerp_,
-    foreach_mul_,
-    foreach_sign_,
-)
+
+#: Names of optimizer state, which checkpoints use too.
+StateName = Literal["exp_avg", "exp_avg_sq", "momentum"]
 
 
 class UpdateRule:
-    """What rules have in common: state, and gradients to be divided by something first."""
+    """Base of update rules: allocates state and divides gradients before each update."""
 
-    #: Names of the state.
-    states: ClassVar[tuple[str, ...]]
+    #: Names of the state that the rule keeps.
+    states: ClassVar[tuple[StateName, ...]]
 
     def __init__(
         self,
@@ -42,82 +37,87 @@ class UpdateRule:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What else is needed before the first update."""
+        """Set up what else is needed before the first update."""
 
-    def state_of(self, group: ParamGroup) -> Mapping[str, Tensor]:
-        """The state of a group's shard."""
+    def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
+        """Return the state of a group's shard by name."""
         return self._states[group]
 
     def set_updates(self, count: int) -> None:
-        """So many updates were done before."""
+        """Continue after ``count`` updates, of a run that is resumed."""
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Update every parameter, of gradients that are to be divided by ``divisor``."""
+        """Update every parameter, from gradients that are divided by ``divisor`` first."""
         for group in self.groups:
             if divisor != 1.0:
-                foreach_div_(group.grad_parts, divisor)
-            self._update(group, lr * group.kind.lr_scale, beta2)
+                torch._foreach_div_(group.grad_shards, divisor)
+            self._update(group, lr * group.key.lr_scale, beta2)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
-        """The parameters of one group."""
+        """Update the parameters of one group."""
         raise NotImplementedError
 
 
 class AdamW(UpdateRule):
-    """AdamW (arXiv 1711.05101), by torch's fused kernel."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), by torch's fused kernel."""
 
     states = ("exp_avg", "exp_avg_sq")
 
     def _prepare(self) -> None:
-        parameters = [[nn.Parameter(part) for part in group.main_parts] for group in self.groups]
-        self.torchs = torch.optim.AdamW(
+        parameters = [[nn.Parameter(shard) for shard in group.main_shards] for group in self.groups]
+        self.fused = torch.optim.AdamW(
             [
-                {"params": each, "weight_decay": group.kind.weight_decay}
-                for group, each in zip(self.groups, parameters, strict=True)
+                {"params": shards, "weight_decay": group.key.weight_decay}
+                for group, shards in zip(self.groups, parameters, strict=True)
             ],
             eps=self.adam.adam_eps,
             fused=True,
         )
-        for group, each in zip(self.groups, parameters, strict=True):
-            self._adopt(group, each)
+        for group, shards in zip(self.groups, parameters, strict=True):
+            self._attach_state(group, shards)
 
-    def _adopt(self, group: ParamGroup, parameters: Sequence[nn.Parameter]) -> None:
-        """The state from the start, so that a checkpoint can be loaded before the first step."""
+    def _attach_state(self, group: ParamGroup, parameters: Sequence[nn.Parameter]) -> None:
+        """Give torch's optimizer views of our state, which it would create in its first step otherwise.
+
+        A checkpoint can then be loaded before the first step, and both averages stay one tensor over the shard.
+        """
         averages = zip(*(group.split(state) for state in self._states[group].values()), strict=True)
-        for parameter, grad, pair in zip(parameters, group.grad_parts, averages, strict=True):
+        for parameter, grad, (exp_avg, exp_avg_sq) in zip(parameters, group.grad_shards, averages, strict=True):
             parameter.grad = grad
             step = torch.zeros((), dtype=torch.float32, device=grad.device)
-            self.torchs.state[parameter] = {"step": step, **dict(zip(self.states, pair, strict=True))}
+            self.fused.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def set_updates(self, count: int) -> None:
-        """For the correction of the averages' bias."""
-        for state in self.torchs.state.values():
+        """Continue after ``count`` updates, on which the bias correction of the averages depends."""
+        for state in self.fused.state.values():
             state["step"].fill_(count)
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """The kernel divides gradients as it reads them, but knows the divisor in float32 only, which is too coarse for
-        float64."""
+        """Update every parameter, from gradients that are divided by ``divisor`` first."""
+        # The kernel divides gradients as it reads them, which saves a pass over them; but it has the divisor in float32
+        # only, which is too coarse for float64.
         double = any(group.main_dtype == torch.float64 for group in self.groups)
-        for group, options in zip(self.groups, self.torchs.param_groups, strict=True):
-            options["lr"], options["betas"] = lr * group.kind.lr_scale, (self.adam.adam_beta1, beta2)
+        for group, options in zip(self.groups, self.fused.param_groups, strict=True):
+            options["lr"], options["betas"] = lr * group.key.lr_scale, (self.adam.adam_beta1, beta2)
             if double and divisor != 1.0:
-                foreach_div_(group.grad_parts, divisor)
+                torch._foreach_div_(group.grad_shards, divisor)
         scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.groups[0].grads.device)
-        self.torchs.grad_scale = scale  # type: ignore[attr-defined]
-        self.torchs.step()
+        self.fused.grad_scale = scale  # type: ignore[attr-defined]
+        self.fused.step()
 
 
 class Lion(UpdateRule):
-    """Lion (arXiv 2302.06675, algorithm 2): the sign of an interpolation between gradient and momentum."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of gradient and momentum, interpolated."""
 
     states = ("exp_avg",)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         momentum = group.split(self._states[group]["exp_avg"])
-        direction = foreach_lerp(momentum, group.grad_parts, 1 - self.adam.adam_beta1)
-        foreach_sign_(direction)
-        foreach_mul_(group.main_parts, 1 - lr * group.kind.weight_decay)
-        foreach_add_(group.main_parts, direction, alpha=-lr)
-        foreach_lerp_(momentum, group.grad_parts, 1 - beta2)
+        direction = torch._foreach_lerp(momentum, group.grad_shards, 1 - self.adam.adam_beta1)
+        torch._foreach_sign_(direction)
+        torch._foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
+        torch._foreach_add_(group.main_shards, direction, alpha=-lr)
+        # After the update, unlike Adam: the direction looks further ahead than the momentum that is kept.
+        torch._foreach_lerp_(momentum, group.grad_shards, 1 - beta2)

@@ -23,17 +23,17 @@ def test_padding_makes_equal_aligned_shards(numel: int, shards: int) -> None:
 
 
 def assert_a_partition(layout: Layout, sizes: list[int], shards: int) -> None:
-    """No two parameters overlap, all lie in the buffer, buckets and runs follow one another without gaps, aligned."""
+    """No two parameters overlap, all lie in the buffer, buckets and shards follow one another without gaps, aligned."""
     spans = sorted((start, start + size) for start, size in zip(layout.starts, sizes, strict=True))
     assert spans[0][0] >= 0
     assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
     assert spans[-1][1] <= layout.numel
-    assert layout.buckets[0].first == 0
-    assert all(one.last == other.first for one, other in pairwise(layout.buckets))
-    cuts = [cut for bucket in layout.buckets for cut in bucket.cuts]
-    assert cuts == sorted(cuts)
-    assert all(cut % ALIGNMENT == 0 for cut in cuts)
-    assert {len(bucket.cuts) for bucket in layout.buckets} == {shards + 1}
+    assert layout.buckets[0].start == 0
+    assert all(one.stop == other.start for one, other in pairwise(layout.buckets))
+    bounds = [bound for bucket in layout.buckets for bound in bucket.bounds]
+    assert bounds == sorted(bounds)
+    assert all(bound % ALIGNMENT == 0 for bound in bounds)
+    assert {len(bucket.bounds) for bucket in layout.buckets} == {shards + 1}
     assert sum(layout.owned(rank) for rank in range(shards)) == layout.numel
 
 
@@ -43,7 +43,7 @@ def test_by_element(sizes: list[int], shards: int, limit: int) -> None:
     assert_a_partition(layout, sizes, shards)
     assert layout.numel == padded(sum(sizes), shards)
     assert list(layout.starts) == [sum(sizes[:number]) for number in range(len(sizes))]
-    lengths = [bucket.last - bucket.first for bucket in layout.buckets]
+    lengths = [bucket.stop - bucket.start for bucket in layout.buckets]
     assert all(bucket.is_even for bucket in layout.buckets)
     assert max(lengths) <= max(limit, shards * ALIGNMENT)
     assert max(lengths) - min(lengths) <= shards * ALIGNMENT
@@ -51,37 +51,37 @@ def test_by_element(sizes: list[int], shards: int, limit: int) -> None:
 
 @given(SIZES, SHARDS, LIMITS)
 def test_by_parameter(sizes: list[int], shards: int, limit: int) -> None:
-    layout = lay_out(sizes, shards, limit, whole=True)
+    layout = lay_out(sizes, shards, limit, by_parameter=True)
     assert_a_partition(layout, sizes, shards)
     owners = [_owner(layout, start, start + size) for start, size in zip(layout.starts, sizes, strict=True)]
-    assert None not in owners  # every parameter lies whole in one run
+    assert None not in owners  # every parameter lies whole in one shard
     for bucket in layout.buckets:
-        inside = [size for start, size in zip(layout.starts, sizes, strict=True) if bucket.first <= start < bucket.last]
+        inside = [size for start, size in zip(layout.starts, sizes, strict=True) if bucket.start <= start < bucket.stop]
         assert len(inside) == 1 or sum(inside) <= limit
     assert layout.numel < sum(sizes) + ALIGNMENT * shards * len(layout.buckets) or layout.numel == padded(sum(sizes), 1)
 
 
 def _owner(layout: Layout, start: int, stop: int) -> int | None:
-    runs = [(rank, run) for bucket in layout.buckets for rank, run in enumerate(pairwise(bucket.cuts))]
-    return next((rank for rank, (first, last) in runs if first <= start and stop <= last), None)
+    shards = [(rank, shard) for bucket in layout.buckets for rank, shard in enumerate(pairwise(bucket.bounds))]
+    return next((rank for rank, (first, last) in shards if first <= start and stop <= last), None)
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), SHARDS)
 def test_owners_are_balanced(sizes: list[int], shards: int) -> None:
     """Nobody has more than a fair share and the largest parameter (Graham 1969); aligned."""
-    layout = lay_out(sizes, shards, 10**9, whole=True)
+    layout = lay_out(sizes, shards, 10**9, by_parameter=True)
     assert max(map(layout.owned, range(shards))) <= sum(sizes) / shards + max(sizes) + ALIGNMENT
 
 
 @pytest.mark.parametrize(
-    ("whole", "starts", "cuts"),
+    ("by_parameter", "starts", "bounds"),
     [
         (False, (0, 100, 300), [(0, 192, 384)]),
         (True, (192, 0, 292), [(0, 192, 384)]),
     ],
 )
-def test_examples(whole: bool, starts: tuple[int, ...], cuts: list[tuple[int, ...]]) -> None:
+def test_examples(by_parameter: bool, starts: tuple[int, ...], bounds: list[tuple[int, ...]]) -> None:
     """By parameter the second, the largest, is the first rank's, and the others the second's."""
-    sizes = [100, 200, 40] if not whole else [100, 180, 40]
-    layout = lay_out(sizes, 2, 10**6, whole)
-    assert (layout.starts, [bucket.cuts for bucket in layout.buckets]) == (starts, cuts)
+    sizes = [100, 200, 40] if not by_parameter else [100, 180, 40]
+    layout = lay_out(sizes, 2, 10**6, by_parameter)
+    assert (layout.starts, [bucket.bounds for bucket in layout.buckets]) == (starts, bounds)

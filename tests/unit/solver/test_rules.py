@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
 from internlm.core.parallel import place_replicated
-from internlm.core.parallel.param_state import main_grad_of
+from internlm.core.parallel.param_state import main_grad_of, named_parameters
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.muon import orthogonal
 from internlm.solver.optimizer.param_groups import build_param_groups
@@ -121,8 +121,11 @@ def test_clipping_of_two_types(first: torch.dtype) -> None:
 def rules(**options: Any) -> dict[str, tuple[str, float, float]]:
     """Rule, weight decay and factor on the learning rate, by name of the parameter."""
     model = decoder("INTERNLM", num_layers=1)
-    kinds = build_param_groups(model, AdamConfig(lr=1.0, weight_decay=0.1), OptimizerConfig(**options))
-    return {each.name: (k.rule, k.weight_decay, k.lr_scale) for k, members in kinds.items() for each in members}
+    adam, optimizer = AdamConfig(lr=1.0, weight_decay=0.1), OptimizerConfig(**options)
+    groups = build_param_groups(named_parameters(model), adam, optimizer)
+    return {
+        named.name: (k.rule, k.weight_decay, k.lr_scale) for k, parameters in groups.items() for named in parameters
+    }
 
 
 def test_without_a_word_all_is_adamw() -> None:
