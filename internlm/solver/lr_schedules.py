@@ -1,6 +1,6 @@
-"""beta2 as a pure function of the step: max(init, 1 − t^(−c)) with t = 1, 2, … (arXiv 1804.04235, section 7.2).
+"""Schedules of the learning rate and of beta2, as pure functions of the step.
 
-Learning rate as a pure function of the step: zero, linear warm-up, and a way down.
+Because they are pure, nothing of them is in a checkpoint, and a run that is resumed needs the step alone.
 """
 
 from __future__ import annotations
@@ -8,34 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
 
+#: The way down from the peak, as ``lr_scheduler.type`` names it.
+LRShape = Literal["cosine", "linear", "constant", "wsd"]
 
-@dataclass(frozen=True)
-class Beta2Schedule:
-    """Never below ``init``; constant where ``c`` ≤ 0."""
-
-    init: float
-    c: float = 0.0
-    first_step: int = 0
-
-    def __call__(self, step: int) -> float:
-        """beta2 of update ``step``, counted from 0."""
-        if self.c <= 0:
-            return self.init
-        return max(self.init, 1 - (step + self.first_step + 1) ** -self.c)
-
-    @classmethod
-    def from_config(cls, beta2: Beta2SchedulerConfig, adam: AdamConfig) -> Beta2Schedule:
-        """The schedule that the config describes."""
-        init = adam.adam_beta2 if beta2.init_beta2 is None else beta2.init_beta2
-        return cls(init, adam.adam_beta2_c if beta2.c is None else beta2.c, first_step=beta2.cur_iter + 1)
-
-
-#: How much of the way from the peak down to ``eta_min`` is left, after a part of the time between: from 1 to 0. The
-#: second argument is the part of that time that the decay of ``wsd`` takes.
-SHAPES: dict[str, Callable[[float, float], float]] = {
+#: What is left of the way from the peak down to ``eta_min``, from 1 to 0. The arguments are the elapsed fraction of the
+#: time after warm-up, and the fraction that the decay of ``wsd`` takes.
+SHAPES: dict[LRShape, Callable[[float, float], float]] = {
     "cosine": lambda progress, _: (1 + math.cos(math.pi * progress)) / 2,  # arXiv 1608.03983, eq. 5
     "linear": lambda progress, _: 1 - progress,
     "constant": lambda progress, _: 1.0,
@@ -43,26 +25,29 @@ SHAPES: dict[str, Callable[[float, float], float]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LRSchedule:
-    """Zero for ``init_steps``, linear to ``peak`` over ``warmup_steps``, down to ``eta_min`` at ``total_steps`` in one
-    of the ``SHAPES``; that of wsd goes down over ``decay_steps``."""
+    """Learning rate: zero, then linear warm-up to ``peak``, then down to ``eta_min``, reached at ``total_steps``."""
 
     peak: float
     total_steps: int
     init_steps: int = 0
+    """Steps at a rate of zero, before warm-up."""
     warmup_steps: int = 0
     eta_min: float = 0.0
     first_step: int = 0
-    shape: str = "cosine"
+    """Position in the schedule of step 0."""
+    shape: LRShape = "cosine"
     decay_steps: int = 0
+    """Steps of the decay of ``wsd``."""
 
     def __call__(self, step: int) -> float:
-        """Learning rate of update ``step``, counted from 0."""
+        """Return the learning rate of update ``step``, counted from 0."""
         since = step + self.first_step - self.init_steps
         if since < 0:
             return 0.0
         if since < self.warmup_steps:
+            # Counted from 1, so that the first update after init_steps is not lost on a rate of zero.
             return self.peak * (since + 1) / self.warmup_steps
         length = max(self.total_steps - self.init_steps - self.warmup_steps, 1)
         progress = min((since - self.warmup_steps) / length, 1.0)
@@ -71,8 +56,39 @@ class LRSchedule:
 
     @classmethod
     def from_config(cls, lr: LRSchedulerConfig, adam: AdamConfig) -> LRSchedule:
-        """The schedule that the config describes."""
+        """Create the schedule that the config describes."""
         assert lr.total_steps is not None, "the resolver fills lr_scheduler.total_steps"
-        warmup, decay = (int(lr.total_steps * ratio) for ratio in (lr.warmup_ratio, lr.decay_ratio))
-        first = lr.last_epoch + 1
-        return cls(adam.lr, lr.total_steps, lr.init_steps, warmup, lr.eta_min, first, lr.type, decay)
+        return cls(
+            peak=adam.lr,
+            total_steps=lr.total_steps,
+            init_steps=lr.init_steps,
+            warmup_steps=int(lr.total_steps * lr.warmup_ratio),
+            eta_min=lr.eta_min,
+            first_step=lr.last_epoch + 1,  # last_epoch is -1 in a run from the start, as in torch's schedulers
+            shape=lr.type,
+            decay_steps=int(lr.total_steps * lr.decay_ratio),
+        )
+
+
+@dataclass(frozen=True)
+class Beta2Schedule:
+    """beta2 of Adam: max(init, 1 − t^(−c)) with t = 1, 2, … (arXiv 1804.04235, section 7.2); ``init`` where c ≤ 0."""
+
+    init: float
+    c: float = 0.0
+    first_step: int = 0
+
+    def __call__(self, step: int) -> float:
+        """Return beta2 of update ``step``, counted from 0."""
+        if self.c <= 0:
+            return self.init
+        return max(self.init, 1 - (step + self.first_step + 1) ** -self.c)
+
+    @classmethod
+    def from_config(cls, beta2: Beta2SchedulerConfig, adam: AdamConfig) -> Beta2Schedule:
+        """Create the schedule that the config describes."""
+        return cls(
+            init=adam.adam_beta2 if beta2.init_beta2 is None else beta2.init_beta2,
+            c=adam.adam_beta2_c if beta2.c is None else beta2.c,
+            first_step=beta2.cur_iter + 1,
+        )

@@ -42,11 +42,17 @@ def test_learning_rate_by_hand(step: int, expected: float) -> None:
         (LRSchedule(peak=1.0, total_steps=4, warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 0.0]),
         (LRSchedule(peak=1.0, total_steps=1), [1.0, 0.0]),
         (LRSchedule(peak=1.0, total_steps=8, warmup_steps=4, first_step=2), [0.75, 1.0, 1.0]),
-        (LRSchedule(1.0, 6, warmup_steps=2, eta_min=0.2, shape="linear"), [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
-        (LRSchedule(1.0, 4, warmup_steps=2, eta_min=0.2, shape="constant"), [0.5, 1.0, 1.0, 1.0, 1.0]),
-        (LRSchedule(1.0, 6, 1, 1, 0.2, shape="wsd", decay_steps=2), [0.0, 1.0, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2]),
-        (LRSchedule(1.0, 3, shape="wsd", decay_steps=9), [1.0, 2 / 3, 1 / 3, 0.0]),
-        (LRSchedule(1.0, 3, shape="wsd", decay_steps=0), [1.0, 1.0, 1.0, 1.0]),
+        (
+            LRSchedule(peak=1.0, total_steps=6, warmup_steps=2, eta_min=0.2, shape="linear"),
+            [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2],
+        ),
+        (LRSchedule(peak=1.0, total_steps=4, warmup_steps=2, eta_min=0.2, shape="constant"), [0.5, 1.0, 1.0, 1.0, 1.0]),
+        (
+            LRSchedule(peak=1.0, total_steps=6, init_steps=1, warmup_steps=1, eta_min=0.2, shape="wsd", decay_steps=2),
+            [0.0, 1.0, 1.0, 1.0, 1.0, 0.6, 0.2, 0.2],
+        ),
+        (LRSchedule(peak=1.0, total_steps=3, shape="wsd", decay_steps=9), [1.0, 2 / 3, 1 / 3, 0.0]),
+        (LRSchedule(peak=1.0, total_steps=3, shape="wsd", decay_steps=0), [1.0, 1.0, 1.0, 1.0]),
     ],
     ids=[
         *["cosine alone", "warm-up alone", "one step", "not from the first step"],
@@ -101,7 +107,16 @@ def test_the_learning_rate_moves_in_small_steps(schedule: LRSchedule) -> None:
 
 def test_learning_rate_from_a_config() -> None:
     config = LRSchedulerConfig(total_steps=100, init_steps=3, warmup_ratio=0.1, eta_min=0.5, last_epoch=4)
-    assert LRSchedule.from_config(config, AdamConfig(lr=2.0)) == LRSchedule(2.0, 100, 3, 10, 0.5, 5, "cosine", 10)
+    assert LRSchedule.from_config(config, AdamConfig(lr=2.0)) == LRSchedule(
+        peak=2.0,
+        total_steps=100,
+        init_steps=3,
+        warmup_steps=10,
+        eta_min=0.5,
+        first_step=5,
+        shape="cosine",
+        decay_steps=10,
+    )
 
 
 @pytest.mark.parametrize(
