@@ -1,16 +1,16 @@
 """Costs of a layout, by formula: bytes held, bytes sent and floating-point operations.
 
-``symbols`` is the legend of all formulas, ``inventory`` the list of parameters that they take; ``memory_plan`` and
+``symbols`` is the legend of all formulas, ``param_shards`` the inventory of parameters that they take; ``memory_plan`` and
 ``traffic`` are the entry points.
 """
 
-from internlm.costs.inventory import ParamInventory as ParamInventory
-from internlm.costs.inventory import ParamShard as ParamShard
 from internlm.costs.memory_plan import Plan as Plan
 from internlm.costs.memory_plan import format_bytes as format_bytes
 from internlm.costs.memory_plan import format_plans as format_plans
 from internlm.costs.memory_plan import format_worst_plan as format_worst_plan
 from internlm.costs.memory_plan import memory_plan as memory_plan
+from internlm.costs.param_shards import ParamInventory as ParamInventory
+from internlm.costs.param_shards import ParamShard as ParamShard
 from internlm.costs.symbols import NoCostFormulaError as NoCostFormulaError
 from internlm.costs.symbols import Symbols as Symbols
 from internlm.costs.traffic import expected_traffic as expected_traffic

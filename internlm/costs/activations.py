@@ -157,11 +157,14 @@ def block(s: Symbols) -> dict[str, int]:
     """
     heads = s.G * s.Q
     return {
+        # The inputs of the two norms, which the linears after them apply; adding to the residual stream saves nothing.
         RESIDUAL: 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
         QKV: s.T * (heads + 2 * max(s.G, s.t.size)) * s.D * s.e // s.t.size,
+        # Selective checkpointing recomputes attention right before the gradients of wo, which need its output.
         HEADS: 0 if s.spec.recomputes_attention else attention_output(s),
         KERNEL: 0 if s.spec.recomputes_attention else kernel(s),
+        # Not the output of SwiGLU, which w2 recomputes from these.
         GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
         MASKS: 2 * mask(s),
     }
@@ -186,6 +189,7 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     """
     tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep the output gradients as they gathered them
     return {
+        # W computes products only: it recomputes no norm, no SwiGLU and no gather.
         NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
         HEADS: attention_output(s),
@@ -264,6 +268,7 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
+    # Rows without a valid label are dropped before the head, and their positions restore them.
     positions = 8 * kept if kept < labels else 0
     return {LOSS_INPUT: kept * s.H * s.e + positions, LOSS_WEIGHT: rows * s.H * s.g}
 
@@ -288,6 +293,8 @@ def kept_after_each_action(config: Config, world_size: int, tokens: int | None =
     deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
     in_flight: dict[tuple[int, int], int] = {}
     totals = []
+    # F adds a pair, a B that defers weight gradients exchanges its tensors for those of W, and the last action frees
+    # it.
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch
         if action.type == FORWARD:

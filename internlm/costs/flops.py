@@ -74,6 +74,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return :func:`model_flops_per_token` and the forward operations that activation checkpointing repeats."""
+    # The head is never recomputed: its loss and gradients are computed together.
     recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
     if model.checkpoint == "selective":
         recomputed = model.num_layers * attention_forward_flops(model, seq_len)

@@ -29,7 +29,7 @@ from typing import TypeAlias
 
 from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES
 from internlm.costs.flops import block_linears
-from internlm.costs.inventory import ParamInventory
+from internlm.costs.param_shards import ParamInventory
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.costs.traffic import unit_sizes
 

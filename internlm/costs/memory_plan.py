@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from internlm.costs.activations import peak_saved
 from internlm.costs.gather_buffers import gather_buffers
-from internlm.costs.inventory import ParamInventory
+from internlm.costs.param_shards import ParamInventory
 from internlm.solver.optimizer.param_groups import ParamGroupKey
 from internlm.solver.optimizer.zero_optimizer import UPDATE_RULES
 from internlm.utils.dtype import torch_dtype, wide
@@ -116,6 +116,8 @@ def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, o
     gradient = main if sharded or inventory.config.hybrid_zero_optimizer.fp32_grad_accum else key.dtype
     reduce_dtype = inventory.config.reduce_comm_dtype
     reduced = torch_dtype(reduce_dtype) if reduce_dtype else gradient
+    # A reduction in another type needs a copy of the buffer; in the same type it works in place. fully_shard reduces
+    # unit by unit in buffers of its own, and only the sums over replicas are left.
     copied = reduced != gradient and (not sharded or inventory.groups.r.size > 1)
     buffer = owned if sharded else allocated
     return {

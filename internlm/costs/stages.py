@@ -93,6 +93,7 @@ def _read_table(path: Path, layout: StageLayout, micro_batches: int) -> Table:
     except ScheduleError as error:
         sizes = f"{layout.stages} stages with {layout.chunks} chunks, and data.micro_num = {micro_batches}"
         raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
+    # A table of forward passes alone is valid, and evaluation uses such tables, but it cannot train.
     if not any(action.type == BACKWARD for row in table.actions for action in row):
         raise ScheduleError(Problem(str(path), "has no B, so nothing would be learnt", "Add a B for every F"))
     if table.stage_layout != layout:

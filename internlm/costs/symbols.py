@@ -56,6 +56,7 @@ class GroupSymbols:
     """Symbols that hold for any model: the sizes of the parallel groups, as groups without process-group handles."""
 
     config: Config
+    # Formulas need the sizes of groups only, so a layout of thousands of ranks needs no process.
     t: Group
     w: Group
     p: Group
@@ -90,6 +91,7 @@ def group_symbols(config: Config, world_size: int) -> GroupSymbols:
         p=Group(ParallelMode.PIPELINE, size=sizes.pipeline),
         z=Group(ParallelMode.ZERO1, size=sizes.zero),
         r=Group(ParallelMode.ZERO1_REPLICA, size=sizes.zero_parent // sizes.zero),
+        # Under isp every rank of the weight group has tokens of its own, so all ranks of a stage contribute labels.
         d=Group(ParallelMode.ISP_DATA, size=ranks_of_stage) if sizes.isp else Group(ParallelMode.DATA, size=sizes.data),
     )
 
@@ -140,6 +142,7 @@ class Symbols(GroupSymbols):
             ),
             stage_layers=stage_layers_of(config, stage),
             T=tokens,
+            # Sequence parallelism (msp, fsp, isp) splits the tokens between the layers, mtp keeps them whole.
             S=tokens if groups.mode == "mtp" else tokens // groups.t.size,
             H=model.hidden_size,
             F=model.intermediate_size,

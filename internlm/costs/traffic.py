@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from internlm.core.parallel.ledger import Traffic
-from internlm.costs.inventory import FlatBuffer, ParamInventory, ParamShard, partial_sum_group, reduced_itemsize
+from internlm.costs.param_shards import FlatBuffer, ParamInventory, ParamShard, partial_sum_group, reduced_itemsize
 from internlm.costs.symbols import GroupSymbols, Symbols
 from internlm.costs.traffic_model import (
     AG,
@@ -149,6 +149,8 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
 
 def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
     """Return the collectives of one bucket, but those of the norm and of Muon."""
+    # Replicas sum what the reduce-scatter left, in its type; partial sums of vectors, which are few, are added in g
+    # bytes.
     reduced, main = reduced_itemsize(s.config, key.dtype), wide(key.dtype).itemsize
     run = bucket.shard(zero_rank)
     owned = run.stop - run.start

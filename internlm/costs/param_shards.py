@@ -56,6 +56,7 @@ class ParamShard:
 
     def owned_numel(self, zero: Group, zero_rank: int) -> int:
         """Return the elements without padding that ``zero_rank`` holds: the last ranks may hold fewer rows, or none."""
+        # As torch.chunk does: 5 rows over 4 ranks are 2, 2, 1 and 0.
         rows = rows_per_rank(self.rows, zero)
         return max(min(rows, self.rows - zero_rank * rows), 0) * self.width
 
@@ -87,6 +88,8 @@ class ParamInventory:
     @cached_property
     def param_groups(self) -> dict[ParamGroupKey, list[ParamShard]]:
         """Trainable parameters by param-group key."""
+        # The optimizer's own key: which parameters go together is a decision with one definition, not a cost. Formulas
+        # are independent of the code in what they derive from it: collectives and bytes.
         found: dict[ParamGroupKey, list[ParamShard]] = {}
         for shard in self.shards:
             if shard.trainable:
@@ -99,6 +102,7 @@ class ParamInventory:
         """Flat buffer of each param group, where the zero group does not shard parameters."""
         zero, found = self.config.hybrid_zero_optimizer, dict[ParamGroupKey, FlatBuffer]()
         for key, shards in self.param_groups.items():
+            # Muon updates whole matrices, so no bucket may cut one.
             by_parameter = key.needs_matrices or not zero.use_split_tensor_optim
             sizes = [shard.numel for shard in shards]
             found[key] = FlatBuffer(shards, lay_out(sizes, self.groups.z.size, bucket_size(zero), by_parameter))
