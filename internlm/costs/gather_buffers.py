@@ -27,7 +27,7 @@ from itertools import chain, pairwise
 from operator import or_
 from typing import TypeAlias
 
-from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES
+from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS
 from internlm.costs.flops import block_linears
 from internlm.costs.param_shards import ParamInventory
 from internlm.costs.symbols import Symbols, rows_per_rank
@@ -82,16 +82,16 @@ def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
     if weight.forward_overlap_per == "module":
         yield from pairwise(chain(*blocks, *head))
     else:
-        yield from _held_per_layer([*blocks, *head], LAUNCH_PLACES[weight.launch_allgather_before])
+        yield from _held_per_layer([*blocks, *head], LAUNCH_POSITIONS[weight.launch_allgather_before])
     yield from pairwise(chain(*blocks))
     # The last block goes backward first, so none after it is recomputed with a prefetch of another block in flight.
     if any(map(s.config.model.recomputes, layers[:-1])):
         yield from _held_recomputing(block)
 
 
-def _held_per_layer(blocks: Sequence[HeldWeights], launch_place: int) -> Iterator[HeldWeights]:
-    """Yield the weights held while the next block is prefetched, from the weight at ``launch_place`` on."""
-    first = launch_place if launch_place >= 0 else 1  # the attention kernel runs after one weight, wqkv
+def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iterator[HeldWeights]:
+    """Yield the weights held while the next block is prefetched, from the weight at ``launch_position`` on."""
+    first = launch_position if launch_position >= 0 else 1  # the attention kernel runs after one weight, wqkv
     for index, (block, following) in enumerate(pairwise(blocks)):
         rest = block[first:]
         # Nothing prefetched the first block, so it gathers and releases its weights one by one.

@@ -44,7 +44,11 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     options = criterion, types, gpc.group(tokens), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
-    dropout_key = DropoutKey(gpc.seed, *map(gpc.get_local_rank, (ParallelMode.DATA, ParallelMode.TENSOR)))
+    dropout_key = DropoutKey(
+        seed=gpc.seed,
+        data_rank=gpc.get_local_rank(ParallelMode.DATA),
+        tensor_rank=gpc.get_local_rank(ParallelMode.TENSOR),
+    )
     if config.size * chunks == 1:
         return NonPipelineScheduler(*options, dropout_key=dropout_key)
     kind = schedule_of(config.mode, chunks)

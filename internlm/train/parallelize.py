@@ -17,7 +17,7 @@ from internlm.core.parallel.collectives import broadcast
 from internlm.core.parallel.fully_sharded import local_shard, shard_fully
 from internlm.core.parallel.initialization import materialize
 from internlm.core.parallel.param_state import placed_parameters, placement_of, state_buffers
-from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
+from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS, Overlap, WeightGatherer
 from internlm.train.build_model import check_stage, create_model
 from internlm.utils.dtype import torch_dtype, wide
 
@@ -88,7 +88,7 @@ def attach(model: nn.Module) -> WeightGatherer | None:
     overlap = Overlap(
         enabled=weight.overlap,
         per_layer=weight.forward_overlap_per == "layer",
-        launch_place=LAUNCH_PLACES[weight.launch_allgather_before],
+        launch_position=LAUNCH_POSITIONS[weight.launch_allgather_before],
         memory_pool=weight.memory_pool,
     )
     groups = gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)

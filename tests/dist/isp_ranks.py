@@ -13,7 +13,7 @@ from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.attach import attach_communicators
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
-from internlm.core.parallel.weight_gatherer import LAUNCH_PLACES, Overlap, WeightGatherer
+from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder, tokens
 
@@ -23,7 +23,7 @@ CUTS = torch.tensor([0, 5, 8, 13, LENGTH], dtype=torch.int32)
 
 NONE = Overlap()
 MODULE = Overlap(enabled=True, per_layer=False)
-LAYER = {place: Overlap(enabled=True, launch_place=number) for place, number in LAUNCH_PLACES.items()}
+LAYER = {place: Overlap(enabled=True, launch_position=number) for place, number in LAUNCH_POSITIONS.items()}
 OVERLAPS = {"module": MODULE, **{f"layer, {place}": overlap for place, overlap in LAYER.items()}}
 
 
@@ -74,4 +74,4 @@ def loss_of(ranks: Ranks, seed: int) -> Tensor:
 
 
 def assert_nothing_is_left(gatherer: WeightGatherer) -> None:
-    assert (gatherer._coming, gatherer._held, gatherer._delivery) == ({}, {}, None)
+    assert (gatherer._gathers, gatherer._in_use, gatherer._delivery) == ({}, {}, None)

@@ -127,7 +127,7 @@ def _watch_gathering(model: Decoder, gatherer: WeightGatherer | None) -> Peak:
 
     def held() -> int:
         free = [buffer for buffers in gatherer.pool.values() for buffer in buffers]
-        return sum(buffer.nbytes for buffer in (*gatherer._held.values(), *free))
+        return sum(buffer.nbytes for buffer in (*gatherer._in_use.values(), *free))
 
     gatherer._fetch = peak.after(gatherer._fetch, held)
     embedding = getattr(model, "embedding", None)

@@ -71,14 +71,14 @@ def _train(rank: int, world_size: int, case: Case) -> Result:
 def buffers_made(gatherer: WeightGatherer) -> dict[tuple[int, ...], dict[int, Tensor]]:
     """By shape, every buffer that it uses from now on; they are kept, so that no two have the same address."""
     made: dict[tuple[int, ...], dict[int, Tensor]] = {}
-    make = gatherer._buffer
+    make = gatherer._new_buffer
 
     def watched(shard: Tensor) -> Tensor:
         buffer = make(shard)
         made.setdefault(tuple(buffer.shape), {})[buffer.data_ptr()] = buffer
         return buffer
 
-    gatherer._buffer = watched
+    gatherer._new_buffer = watched
     return made
 
 
@@ -108,7 +108,7 @@ def assert_same(case: Case, world_size: int = 2) -> None:
 
 
 def pooled(overlap: Overlap, memory_pool: bool) -> Overlap:
-    return Overlap(overlap.enabled, overlap.per_layer, overlap.launch_place, memory_pool)
+    return Overlap(overlap.enabled, overlap.per_layer, overlap.launch_position, memory_pool)
 
 
 @pytest.mark.parametrize("memory_pool", [False, True], ids=["new buffers", "pool"])

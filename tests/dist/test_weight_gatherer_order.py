@@ -34,18 +34,18 @@ def watch(gatherer: WeightGatherer) -> list[str]:
     """What it does from now on: ``f3``, weight 3 is fetched; ``u3``, it is used; ``U3``, in a backward product."""
     events: list[str] = []
     numbers = {linear.weight.data_ptr(): number for number, linear in enumerate(gatherer.linears)}
-    make, take = gatherer._buffer, gatherer.take
+    make, acquire = gatherer._new_buffer, gatherer.acquire
 
     def fetched(shard: Tensor) -> Tensor:
         events.append(f"f{numbers[shard.data_ptr()]}")
         return make(shard)
 
-    def taken(number: int, backward: bool) -> Tensor:
-        whole = take(number, backward)
+    def acquired(number: int, backward: bool) -> Tensor:
+        whole = acquire(number, backward)
         events.append(f"{'U' if backward else 'u'}{number}")
         return whole
 
-    gatherer._buffer, gatherer.take = fetched, taken
+    gatherer._new_buffer, gatherer.acquire = fetched, acquired
     return events
 
 

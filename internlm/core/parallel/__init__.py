@@ -1,4 +1,4 @@
-"""Parallel layers, the communicators they talk through, and where each parameter lives."""
+"""Parallel layers, their communicators, and the placement of each parameter."""
 
 from internlm.core.parallel.communicator import Communicator as Communicator
 from internlm.core.parallel.layers import ParallelEmbedding as ParallelEmbedding

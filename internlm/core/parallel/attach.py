@@ -1,12 +1,13 @@
-"""Attaching communicators: a table from mode and role to what a layer shall talk through.
+"""Attach communicators to the layers of a model: a table from tensor mode and role to a communicator.
 
-A layer says its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``, ``"attention"``, ``"model"``) and has
-an attribute ``communicator``. For a role of your own, whose weights are split like those of another::
+A layer takes part by two attributes: its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``,
+``"attention"``, ``"model"``) and its ``communicator``. To register a role of your own, whose weights are split like
+those of a built-in one::
 
     @register_communicator("msp", "my role", like="column")
-    def build(ties: Ties, layer: nn.Module) -> Communicator: ...
+    def build(context: CommContext, layer: nn.Module) -> Communicator: ...
 
-In modes for which nothing is registered, the layer gets what that other role gets.
+In modes for which nothing is registered, the layer gets the communicator of the role that it is like.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.communicator import IDENTITY, Communicator
 from internlm.core.parallel.isp import IspAttention, IspEmbedding, IspHead, IspLinear, IspModel, TokensHead
 from internlm.core.parallel.param_state import placement_of
-from internlm.core.parallel.sharding import LIKE
+from internlm.core.parallel.sharding import CUSTOM_ROLES, Role, TensorMode
 from internlm.core.parallel.tensor_parallel import (
     FspColumn,
     HiddenEmbedding,
@@ -36,128 +37,176 @@ from internlm.core.parallel.tensor_parallel import (
     SequenceRow,
     SplitHead,
     VocabEmbedding,
-    sum_to_all,
-    sum_to_tokens,
-    units_to_all,
-    units_to_tokens,
+    all_gather_hidden,
+    all_reduce_embedding,
+    all_to_all_tokens,
+    reduce_scatter_tokens,
 )
-from internlm.core.parallel.weight_gatherer import Linear, Overlap, WeightGatherer
+from internlm.core.parallel.weight_gatherer import GatheredLinear, Overlap, WeightGatherer
 
-SPLITS_WEIGHT_ROLES = ("column", "row", "head")
+#: Roles whose weights isp gathers for each product. It gathers that of an embedding once, for the look-up.
+GATHERED_ROLES = ("column", "row", "head")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommContext:
-    """The groups over which a model is split; under isp also who gathers its weights."""
+    """Process groups over which a model is split; under isp also the gatherer of its weights."""
 
     tensor: Group
     weight: Group
     gatherer: WeightGatherer | None = None
-    numbers: Mapping[nn.Module, int] = field(default_factory=dict)  # of the linears, in the order in which they run
-    blocks: Mapping[nn.Module, int] = field(default_factory=dict)  # in which each module lies
+    linear_index: Mapping[nn.Module, int] = field(default_factory=dict)
+    """Index of each linear in the order in which they run."""
+    block_index: Mapping[nn.Module, int] = field(default_factory=dict)
+    """Index of the block in which each module lies."""
 
 
+#: Builds the communicator of a layer.
 Build = Callable[[CommContext, Any], Any]
-TABLE: dict[tuple[str, str], Build] = {}
+TABLE: dict[tuple[TensorMode, str], Build] = {}
 
 
-def register_communicator(mode: str, role: str, like: str | None = None) -> Callable[[Build], Build]:
-    """Decorate a function that builds the communicator of a layer in ``role`` under ``mode``. A role of your own must
-    be registered before the model is built, and says of which other it is ``like``."""
+def register_communicator(mode: TensorMode, role: str, like: Role | None = None) -> Callable[[Build], Build]:
+    """Decorate a function that builds the communicator of a layer.
+
+    Args:
+        mode: tensor mode in which the function is used.
+        role: role of the layer. One of your own must be registered before the model is built.
+        like: for a role of your own, the role whose weights it is split like.
+    """
 
     def register(build: Build) -> Build:
         TABLE[mode, role] = build
         if like is not None:
-            LIKE[role] = like
+            CUSTOM_ROLES[role] = like
         return build
 
     return register
 
 
-def _embedding(combine_units: Any, combine_sum: Any) -> Build:
-    def build(ties: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
+Combine = Callable[[Tensor, Group], Tensor]
+
+
+def _embedding(combine_hidden: Combine, combine_vocab: Combine) -> Build:
+    def build(context: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
         placement = placement_of(layer.weight)
         if placement.shard is not None and placement.shard.axis is not None:
-            return HiddenEmbedding(ties.tensor, combine_units)
-        return VocabEmbedding(ties.tensor, placement, combine_sum)
+            return HiddenEmbedding(context.tensor, combine_hidden)
+        return VocabEmbedding(context.tensor, placement, combine_vocab)
 
     return build
 
 
-def _isp_linear(ties: CommContext, layer: Any) -> Communicator:
-    return IspLinear(ties.gatherer, ties.numbers[layer]) if ties.gatherer else IDENTITY
+# Under isp with a weight group of one rank there is no gatherer: weights are whole, only tokens are split.
 
 
-def _isp_head(ties: CommContext, layer: Any) -> TokensHead:
-    return IspHead(ties.gatherer, ties.numbers[layer], ties.tensor) if ties.gatherer else TokensHead(ties.tensor)
+def _isp_linear(context: CommContext, layer: Any) -> Communicator:
+    return IspLinear(context.gatherer, context.linear_index[layer]) if context.gatherer else IDENTITY
 
 
-def _isp_attention(ties: CommContext, layer: Any) -> IspAttention:
-    gatherer = ties.gatherer
-    before = partial(gatherer.before_attention, ties.blocks[layer]) if gatherer else lambda: None
-    return IspAttention(ties.tensor, before)
+def _isp_head(context: CommContext, layer: Any) -> TokensHead:
+    if context.gatherer is None:
+        return TokensHead(context.tensor)
+    return IspHead(context.gatherer, context.linear_index[layer], context.tensor)
+
+
+def _isp_attention(context: CommContext, layer: Any) -> IspAttention:
+    gatherer = context.gatherer
+    before = partial(gatherer.before_attention, context.block_index[layer]) if gatherer else lambda: None
+    return IspAttention(context.tensor, before)
+
+
+def _isp_embedding(context: CommContext, layer: Any) -> IspEmbedding:
+    return IspEmbedding(context.weight, placement_of(layer.weight).global_shape[0])
 
 
 TABLE |= {
-    ("mtp", "column"): lambda ties, layer: MtpColumn(ties.tensor),
-    ("mtp", "row"): lambda ties, layer: MtpRow(ties.tensor),
-    ("mtp", "head"): lambda ties, layer: SplitHead(ties.tensor, placement_of(layer.weight)),
-    ("mtp", "embedding"): _embedding(units_to_all, sum_to_all),
-    ("msp", "column"): lambda ties, layer: MspColumn(ties.tensor),
-    ("msp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
-    ("msp", "head"): lambda ties, layer: SequenceHead(ties.tensor, placement_of(layer.weight)),
-    ("msp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
-    ("msp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
-    ("fsp", "column"): lambda ties, layer: FspColumn(ties.tensor),
-    ("fsp", "row"): lambda ties, layer: SequenceRow(ties.tensor),
-    ("fsp", "head"): lambda ties, layer: SequenceHead(ties.tensor, placement_of(layer.weight)),
-    ("fsp", "embedding"): _embedding(units_to_tokens, sum_to_tokens),
-    ("fsp", "model"): lambda ties, layer: SequenceModel(ties.tensor),
+    ("mtp", "column"): lambda context, layer: MtpColumn(context.tensor),
+    ("mtp", "row"): lambda context, layer: MtpRow(context.tensor),
+    ("mtp", "head"): lambda context, layer: SplitHead(context.tensor, placement_of(layer.weight)),
+    ("mtp", "embedding"): _embedding(all_gather_hidden, all_reduce_embedding),
+    ("msp", "column"): lambda context, layer: MspColumn(context.tensor),
+    ("msp", "row"): lambda context, layer: SequenceRow(context.tensor),
+    ("msp", "head"): lambda context, layer: SequenceHead(context.tensor, placement_of(layer.weight)),
+    ("msp", "embedding"): _embedding(all_to_all_tokens, reduce_scatter_tokens),
+    ("msp", "model"): lambda context, layer: SequenceModel(context.tensor),
+    ("fsp", "column"): lambda context, layer: FspColumn(context.tensor),
+    ("fsp", "row"): lambda context, layer: SequenceRow(context.tensor),
+    ("fsp", "head"): lambda context, layer: SequenceHead(context.tensor, placement_of(layer.weight)),
+    ("fsp", "embedding"): _embedding(all_to_all_tokens, reduce_scatter_tokens),
+    ("fsp", "model"): lambda context, layer: SequenceModel(context.tensor),
     ("isp", "column"): _isp_linear,
     ("isp", "row"): _isp_linear,
     ("isp", "head"): _isp_head,
-    ("isp", "embedding"): lambda ties, layer: IspEmbedding(ties.weight, placement_of(layer.weight).global_shape[0]),
+    ("isp", "embedding"): _isp_embedding,
     ("isp", "attention"): _isp_attention,
-    ("isp", "model"): lambda ties, layer: IspModel(ties.tensor),
+    ("isp", "model"): lambda context, layer: IspModel(context.tensor),
 }
 
 
 def attach_communicators(
-    model: nn.Module, mode: str, tensor: Group, weight: Group, overlap: Overlap | None = None
+    model: nn.Module, mode: TensorMode, tensor: Group, weight: Group, overlap: Overlap | None = None
 ) -> WeightGatherer | None:
-    """Give every layer of ``model`` that has a role its communicator; under isp, return who gathers the weights."""
+    """Give every layer of ``model`` that has a role its communicator.
+
+    Args:
+        model: built with the shards of this rank.
+        mode: tensor mode.
+        tensor: group over which activations, and but for isp weights, are split.
+        weight: group over which isp splits weights.
+        overlap: how isp prefetches weights. Default: not at all.
+
+    Returns:
+        The gatherer of the weights, under isp where the weight group has several ranks.
+    """
     split = weight.size * tensor.size > 1 if mode == "isp" else tensor.size > 1
     if not split:
-        return None
-    gathers = mode == "isp" and weight.size > 1
-    ties = _isp_ties(model, tensor, weight, overlap or Overlap()) if gathers else CommContext(tensor, weight)
+        return None  # the layers keep their identity communicators, which cost nothing
+    if mode == "isp" and weight.size > 1:
+        context = _gathering_context(model, tensor, weight, overlap or Overlap())
+    else:
+        context = CommContext(tensor=tensor, weight=weight)
     for module in model.modules():
         role = getattr(module, "role", "")
-        build = TABLE.get((mode, role)) or TABLE.get((mode, LIKE.get(role, "")))
+        build = TABLE.get((mode, role)) or TABLE.get((mode, CUSTOM_ROLES.get(role, "")))
         if build is not None:
-            module.communicator = build(ties, module)
-    return ties.gatherer
+            module.communicator = build(context, module)
+    return context.gatherer
 
 
-def _isp_ties(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
+def _gathering_context(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
+    """Index the linears of ``model`` and build the gatherer of their weights.
+
+    Linears are indexed in the order of ``named_modules``, in which a model must hold them as its forward calls them.
+    """
     names = {module: name for name, module in model.named_modules()}
     declared = declared_blocks(model)
     enclosing = {name: containing_block(name, declared) for name in names.values()}
-    numbers: dict[nn.Module, int] = {}
-    members: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
-    linears: list[Linear] = []
+    linear_index: dict[nn.Module, int] = {}
+    linears_in: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
+    linears: list[GatheredLinear] = []
     for module, name in names.items():
         role = getattr(module, "role", "")
-        if LIKE.get(role, role) in SPLITS_WEIGHT_ROLES:
-            parameter = cast(nn.Parameter, module.weight)
-            block = enclosing[name]
-            place = members.get(block, 0)
-            members[block] = place + 1
-            numbers[module] = len(linears)
-            rows = math.prod(placement_of(parameter, name).global_shape[:-1])
-            chunk = getattr(model.get_submodule(block), "chunk", 0)
-            linears.append(Linear(parameter, rows, list(members).index(block), place, chunk))
-    blocks = {
-        module: list(members).index(enclosing[name]) for module, name in names.items() if enclosing[name] in members
-    }
-    return CommContext(tensor, weight, WeightGatherer(weight, linears, overlap), numbers, blocks)
+        if CUSTOM_ROLES.get(role, role) not in GATHERED_ROLES:
+            continue
+        parameter, block = cast(nn.Parameter, module.weight), enclosing[name]
+        position = linears_in.get(block, 0)
+        linears_in[block] = position + 1
+        linear_index[module] = len(linears)
+        linears.append(
+            GatheredLinear(
+                weight=parameter,
+                rows=math.prod(placement_of(parameter, name).global_shape[:-1]),
+                block=list(linears_in).index(block),
+                position=position,
+                chunk=getattr(model.get_submodule(block), "chunk", 0),
+            )
+        )
+    blocks = list(linears_in)
+    return CommContext(
+        tensor=tensor,
+        weight=weight,
+        gatherer=WeightGatherer(weight, linears, overlap),
+        linear_index=linear_index,
+        block_index={m: blocks.index(enclosing[name]) for m, name in names.items() if enclosing[name] in linears_in},
+    )

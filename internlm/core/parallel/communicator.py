@@ -1,7 +1,11 @@
-"""What layers say to the other ranks, and when. The classes here say nothing: the layer is whole on each rank.
+"""Communicators: what a layer exchanges with other ranks, and when, as hooks around its computation.
 
-A parallel mode is a few small subclasses, one for each role, that override the hooks they need. They are attached
-per instance of a layer (:mod:`internlm.core.parallel.attach`), so that two models can live in one process.
+The classes here are the identity (no-op) communicators, for layers that are whole on each rank. A parallel mode is a
+few small subclasses, one for each role, that override the hooks they need. They are attached to each layer of a model
+(:mod:`internlm.core.parallel.attach`), so that two models with different layouts can live in one process.
+
+Shapes: T tokens of this rank, I input and O output features, H hidden, V vocabulary, G kv heads, Q query heads per kv
+head, D head width, N = G · Q heads.
 """
 
 from __future__ import annotations
@@ -17,104 +21,113 @@ from internlm.ops import VocabShard
 
 
 class Communicator:
-    """Of a linear: hooks around its three matrix products. Those that return a :class:`Pending` may be waited for
-    later, so that another product runs meanwhile."""
+    """Hooks around the three matrix products of a linear.
 
-    #: Whether ``gather_weight`` gathers and ``reduce_grad_weight`` reduces to this rank's shard.
+    Those that return a :class:`Pending` are waited for as late as possible, so that another product runs meanwhile.
+    """
+
+    #: Whether ``gather_weight`` all-gathers and ``reduce_grad_weight`` reduce-scatters to this rank's shard.
     splits_weight = False
-    #: Whether the gathered input is kept for backward, rather than gathered again.
+    #: Whether the gathered input is saved for backward, rather than gathered again.
     keeps_gathered_input = False
 
     def output_tokens(self, tokens: int) -> int:
-        """How many tokens the output has, for an input of ``tokens``."""
+        """Return the number of tokens of the output, for an input of ``tokens``."""
         return tokens
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Before the forward product: the input that the product needs."""
+        """Before the forward product: the input of the product, [tokens of the product, I]."""
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Before the forward product, and before that for the input's gradient: the weight as a matrix, [O, I]."""
+        """Before the forward product, and before the product for dx (``backward``): the weight as a matrix, [O, I]."""
         return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
 
     def release_weight(self, whole: Tensor) -> None:
-        """After either of them: ``whole``, which :meth:`gather_weight` gave, is no longer needed."""
+        """After either product: ``whole``, the result of :meth:`gather_weight`, is not read any more."""
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """After the forward product."""
+        """After the forward product: the output of the layer, [T, O]."""
         return y
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Before the backward products."""
+        """Before the backward products: the gradient of the product, [tokens of the product, O]."""
         return dy
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """After the product for the input's gradient."""
+        """After the product for dx: the gradient of the layer's input, [T, I]."""
         return Pending(dx)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """After the product for the weight's gradient, [O, I]: have ``deliver`` take this rank's part, now (and return
-        what it returns) or before the backward pass ends."""
+        """After the product for the weight's gradient: reduce it and call ``deliver`` with this rank's shard.
+
+        Args:
+            dw: gradient of the whole weight, [O, I].
+            deliver: adds the shard to the main gradient, or returns it where there is none.
+
+        Returns:
+            The result of ``deliver``; None if it is called later, at the latest when the backward pass ends.
+        """
         return deliver(dw)
 
 
 class HeadCommunicator(Communicator):
-    """Of the head: a linear that may compute the loss with its product."""
+    """Hooks of the head, a linear that may compute the loss together with its product."""
 
-    #: The part of the vocabulary that is held here; None: all of it.
+    #: The part of the vocabulary that this rank holds; None: all of it.
     vocab: VocabShard | None = None
 
     def enter(self, x: Tensor) -> Tensor:
-        """The input of the loss, differentiably: [tokens of this rank, H] to [tokens of the labels, H]."""
+        """Return the input of the loss, differentiably: [T, H] → [tokens of the labels, H]."""
         return x
 
     @contextmanager
     def weight_for_loss(self, weight: Tensor) -> Iterator[Tensor]:
-        """The weight that the loss needs, differentiably; no longer needed after the block."""
+        """Yield the weight that the loss reads, differentiably; it is released at the end of the block."""
         yield weight
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        """The logits of every token for every word, from what this rank has of them."""
+        """Return the logits of every token for the whole vocabulary, from those of this rank."""
         return logits
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """``logits`` without those of padding."""
+        """Return ``logits`` without the columns of a padded vocabulary."""
         return logits
 
 
 class EmbeddingCommunicator:
-    """Of the embedding."""
+    """Hooks of the embedding."""
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The rows of the whole table for the ids, as the first layer wants them: [T] to [tokens of this rank, H]."""
+        """Look up ``ids`` in the whole table, as the first layer takes them: [T] → [tokens between layers, H]."""
         return lookup(ids, weight)
 
 
 class AttentionCommunicator:
-    """Of attention, between its linears and its kernel."""
+    """Hooks around the kernel of attention, between its linears."""
 
     def to_heads(self, qkv: Tensor) -> Tensor:
-        """From all heads of this rank's tokens to all tokens of this rank's heads: [T, G, Q + 2, D]."""
+        """Exchange all heads of this rank's tokens for all tokens of its heads: [T, G, Q + 2, D]."""
         return qkv
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """And back: [T, N · D]."""
+        """Exchange all tokens of this rank's heads for all heads of its tokens: [T, N · D]."""
         return heads
 
 
 class ModelCommunicator:
-    """Of a model as a whole."""
+    """Hooks of the model as a whole."""
 
     def whole_positions(self, positions: Tensor) -> Tensor:
-        """The positions of all tokens that attention sees, from those of this rank's tokens: [T]."""
+        """Return the positions of all tokens that attention sees, from those of this rank's tokens: [T]."""
         return positions
 
     def tokens_between_layers(self, tokens: int) -> int:
-        """How many this rank has between the layers, of those that the loader gives it."""
+        """Return how many tokens this rank has between the layers, for ``tokens`` of the loader."""
         return tokens
 
 
-#: Layers start with these.
+#: The communicators that layers are built with.
 IDENTITY = Communicator()
 IDENTITY_HEAD = HeadCommunicator()
 IDENTITY_EMBEDDING = EmbeddingCommunicator()

@@ -1,10 +1,11 @@
 """Dropout whose masks are the same in every layout.
 
-A mask is a function of the run's seed, the step, the number of the micro-batch in the global batch, the layer and the
-place in it. It is drawn for the whole row by a generator of its own, and each rank takes the tokens that it has. So
-ranks, stages, blocks that are recomputed and runs that are resumed agree, and no state of a generator is kept.
+A mask is a function of the run's seed, the step, the index of the micro-batch in the global batch, the layer and the
+position in the layer. It is drawn for the whole row by a generator of its own, and each rank takes the rows of its own
+tokens. So ranks, stages, recomputed blocks and resumed runs agree, and no generator state is kept for backward, where
+Megatron keeps one stream for each tensor rank.
 
-Shapes: T tokens of the row, S of them here (T, or T over the ranks that share the row), H hidden.
+Shapes: T tokens of the row, S of them on this rank (T, or T over the ranks that split the row), H hidden.
 """
 
 from __future__ import annotations
@@ -24,31 +25,34 @@ from internlm.utils.errors import Problem, UserError
 from internlm.utils.torch_private import uncompiled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DropoutKey:
-    """What masks are drawn from, besides layer and place: who this rank is, and what it computes."""
+    """The dropout RNG key: what identifies a mask, besides its layer and its position in it."""
 
     seed: int = 0
     data_rank: int = 0
-    tensor_rank: int = 0  # among those that may share a row
+    tensor_rank: int = 0
+    """Rank among those that may split a row."""
     step: int = 0
-    micro_num: int = 1  # micro-batches of a rank in this step
-    number: int = 0  # of this one among them
+    micro_num: int = 1
+    """Micro-batches of each rank in this step."""
+    micro_index: int = 0
+    """Index among the micro-batches of this rank."""
 
     @property
     def micro_batch(self) -> int:
-        """The number of the micro-batch in the global batch."""
-        return self.data_rank * self.micro_num + self.number
+        """Index of the micro-batch in the global batch."""
+        return self.data_rank * self.micro_num + self.micro_index
 
 
 _current: DropoutKey | None = None
 
 
 @contextmanager
-def dropout_key_scope(draws: DropoutKey) -> Iterator[None]:
-    """Models that run within the block take their masks from ``draws``."""
+def dropout_key_scope(key: DropoutKey) -> Iterator[None]:
+    """Run the models called within the block with dropout masks of ``key``."""
     global _current
-    outer, _current = _current, draws
+    outer, _current = _current, key
     try:
         yield
     finally:
@@ -56,51 +60,60 @@ def dropout_key_scope(draws: DropoutKey) -> Iterator[None]:
 
 
 def current_dropout_key() -> DropoutKey:
-    """Those of the model that runs; raises :class:`UserError` where nobody said which micro-batch it has."""
+    """Return the key of the enclosing :func:`dropout_key_scope`.
+
+    Raises:
+        UserError: there is none, so that step and micro-batch are unknown.
+    """
     if _current is None:
-        what = "a mask depends on step and micro-batch, and nobody says which the model has"
-        raise UserError(Problem("model.drop_rate", what, "Call the model within drawing(Draws(...)), or after eval()"))
+        message = "a mask depends on step and micro-batch, and the model was called without them"
+        todo = "Call the model within dropout_key_scope(DropoutKey(...)), or after eval()"
+        raise UserError(Problem("model.drop_rate", message, todo))
     return _current
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout (arXiv 1207.0580) of one micro-batch, whose row has ``tokens``; what is left is divided by 1 − rate.
+    """Dropout (Srivastava et al. 2014; Hinton et al. 2012, arXiv 1207.0580) for one micro-batch.
 
-    ``keeps_masks``: the mask waits for backward, a byte for each element; else it is drawn again.
+    Elements that stay are divided by 1 − rate, so that the expectation does not change.
     """
 
     rate: float
     keeps_masks: bool
-    draws: DropoutKey
+    """Save masks for backward, a byte per element, rather than draw them again."""
+    key: DropoutKey
     tokens: int
+    """T, the tokens of the whole row."""
 
-    def __call__(self, layer: object, place: str, x: Tensor) -> Tensor:
-        """x: [S, H] → [S, H], by the mask of ``place`` in ``layer``."""
-        return _drop(self, layer, place, x)
+    def __call__(self, layer: object, position: str, x: Tensor) -> Tensor:
+        """Drop elements of ``x``, [S, H], by the mask of ``position`` in ``layer``."""
+        return _drop(self, layer, position, x)
 
-    def mask(self, layer: object, place: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """What stays, of the tokens that are here: [S, H]."""
-        draws, (own, width) = self.draws, shape
-        seed = derived_seed(draws.seed, "dropout", draws.step, draws.micro_batch, layer, place)
+    def mask(self, layer: object, position: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """Draw which elements of this rank's tokens stay: [S, H], bool."""
+        key, (own, width) = self.key, shape
+        seed = derived_seed(key.seed, "dropout", key.step, key.micro_batch, layer, position)
+        # The whole row, of which other ranks' tokens are dropped again: that costs a draw per element, not memory for
+        # backward, and makes the mask independent of how many ranks split the row.
         whole = torch.empty(self.tokens, width, dtype=torch.bool, device=device)
         whole.bernoulli_(1 - self.rate, generator=torch.Generator(device).manual_seed(seed))
-        parts = self.tokens // own
-        return whole if parts == 1 else whole.chunk(parts)[draws.tensor_rank].clone()
+        ranks = self.tokens // own
+        return whole if ranks == 1 else whole.chunk(ranks)[key.tensor_rank].clone()
 
 
-#: ``x`` at a place of a layer → what becomes of it.
+#: A dropout bound to a layer: position in the layer and ``x`` → ``x`` after dropout.
 Drop: TypeAlias = Callable[[str, Tensor], Tensor]
 
 
-def no_drop(place: str, x: Tensor) -> Tensor:
-    """``x``."""
+def no_drop(position: str, x: Tensor) -> Tensor:
+    """Return ``x`` unchanged: dropout at rate 0."""
     return x
 
 
 @uncompiled("masks are drawn by generators of their own")
-def _drop(dropout: Dropout, layer: object, place: str, x: Tensor) -> Tensor:
-    draw = partial(dropout.mask, layer, place, x.shape, x.device)
+def _drop(dropout: Dropout, layer: object, position: str, x: Tensor) -> Tensor:
+    draw = partial(dropout.mask, layer, position, x.shape, x.device)
     y: Tensor = _Dropout.apply(x, draw, 1 / (1 - dropout.rate), dropout.keeps_masks)
     return y
 
@@ -121,5 +134,6 @@ class _Dropout(torch.autograd.Function):
 
 
 def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """x · mask · scale, one kernel on CUDA."""
+    """Compute x · mask · scale."""
+    # Dropout's backward is that product, as one kernel on CUDA; the plain expression takes two and a temporary.
     return torch.ops.aten.native_dropout_backward(x, mask, scale)

@@ -1,9 +1,10 @@
-"""isp: the sequence is split over the tensor group throughout, every weight over the weight group.
+"""Communicators of isp: the sequence is split over the tensor group throughout, every weight over the weight group.
 
-A weight is gathered when a product needs it, and its gradient reduce-scattered; around attention an all-to-all turns
-tokens into heads and back (Jacobs et al. 2023, arXiv 2309.14509; Chen et al. 2024, arXiv 2401.09149).
+A weight is all-gathered for each product, and its gradient reduce-scattered (Chen et al. 2024, arXiv 2401.09149).
+Around attention an all-to-all exchanges tokens for heads and back (Jacobs et al. 2023, arXiv 2309.14509).
 
-Shapes: n ranks in the tensor group, T tokens of the whole row, G kv heads, Q query heads per kv head, D head width.
+Shapes: n ranks in the tensor group, T tokens of the whole row, G kv heads, Q query heads per kv head, D head width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -30,54 +31,66 @@ from internlm.core.parallel.param_state import add_grad
 from internlm.core.parallel.weight_gatherer import WeightGatherer
 from internlm.utils.torch_private import uncompiled
 
+# -- weights ----------------------------------------------------------------------------------------------------------
+
 
 class IspLinear(Communicator):
-    """All-gather of the weight forward and backward, reduce-scatter of its gradient. ``number`` is the place of the
-    linear in the order in which they run."""
+    """All-gather of the weight forward and again backward, reduce-scatter of its gradient.
+
+    ``index`` is that of the linear in the gatherer's order.
+    """
 
     splits_weight = True
 
-    def __init__(self, gatherer: WeightGatherer, number: int) -> None:
-        self.gatherer, self.number = gatherer, number
+    def __init__(self, gatherer: WeightGatherer, index: int) -> None:
+        self.gatherer, self.index = gatherer, index
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        return self.gatherer.take(self.number, backward)
+        """Return the whole weight as a matrix, [O, I]."""
+        return self.gatherer.acquire(self.index, backward)
 
     def release_weight(self, whole: Tensor) -> None:
-        self.gatherer.release(self.number)
+        """Give the buffer of the whole weight back."""
+        self.gatherer.release(self.index)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        return self.gatherer.reduce(self.number, dw, deliver)
+        """Sum ``dw`` over the weight group and deliver this rank's rows, perhaps when the next gradient is there."""
+        return self.gatherer.reduce(self.index, dw, deliver)
 
 
 class TokensHead(HeadCommunicator):
-    """A head that is whole on each rank, which has the logits of its own tokens."""
+    """A head that is whole on each rank and computes the logits of the rank's own tokens."""
 
     def __init__(self, tensor: Group) -> None:
         self.tensor = tensor
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        def own(whole: Tensor) -> Tensor:
+        """Gather the logits of every rank's tokens: [T / n, V] → [T, V]."""
+
+        # Every rank has the same gradient of all logits, so that of its own is a slice and needs no collective.
+        def slice_own(whole: Tensor) -> Tensor:
             return whole.chunk(self.tensor.size)[self.tensor.rank].contiguous()
 
-        return exchange(logits, lambda x: all_gather(x, self.tensor), own)
+        return exchange(logits, lambda x: all_gather(x, self.tensor), slice_own)
 
 
 class IspHead(IspLinear, TokensHead):
-    """The same, the weight gathered."""
+    """A head whose weight is gathered and which computes the logits of the rank's own tokens."""
 
-    def __init__(self, gatherer: WeightGatherer, number: int, tensor: Group) -> None:
-        IspLinear.__init__(self, gatherer, number)
+    def __init__(self, gatherer: WeightGatherer, index: int, tensor: Group) -> None:
+        IspLinear.__init__(self, gatherer, index)
         TokensHead.__init__(self, tensor)
 
     @contextmanager
     def weight_for_loss(self, weight: Tensor) -> Iterator[Tensor]:
+        """Yield the whole weight, whose gradient is reduced to this rank's shard."""
         yield _WholeWeight.apply(weight, self)
-        self.gatherer.release(self.number)
+        # The loss computes its gradients forward (ops/cross_entropy.py), so backward does not gather the weight again.
+        self.gatherer.release(self.index)
 
 
 class _WholeWeight(torch.autograd.Function):
-    """The weight as the loss needs it: whole, with a gradient that is reduced to this rank's part."""
+    """The all-gather of the head's weight, whose backward reduce-scatters the gradient and delivers it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, comm: IspHead) -> Tensor:
@@ -92,63 +105,71 @@ class _WholeWeight(torch.autograd.Function):
 
 
 class IspEmbedding(EmbeddingCommunicator):
-    """The table is gathered for a look-up, and its gradient reduce-scattered."""
+    """All-gather of the table for a look-up, reduce-scatter of its gradient."""
 
-    def __init__(self, group: Group, words: int) -> None:
-        self.group, self.words = group, words
+    def __init__(self, group: Group, vocab_size: int) -> None:
+        self.group, self.vocab_size = group, vocab_size
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        whole = exchange(weight, self._gather, self._reduce)
-        return lookup(ids, whole)
+        """Look up the entries of this rank's tokens in the whole table."""
+        return lookup(ids, exchange(weight, self._gather, self._reduce))
 
     def _gather(self, weight: Tensor) -> Tensor:
-        return all_gather(weight, self.group)[: self.words]
+        return all_gather(weight, self.group)[: self.vocab_size]  # the last rows may be padding
 
     def _reduce(self, dw: Tensor) -> Tensor:
-        return reduce_scatter(F.pad(dw, (0, 0, 0, -self.words % self.group.size)), self.group)
+        return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)
+
+
+# -- attention and positions ------------------------------------------------------------------------------------------
 
 
 class IspAttention(AttentionCommunicator):
-    """All-to-all between tokens and heads. Where there are fewer kv heads than ranks, each is sent to all ranks that
-    hold some of its query heads."""
+    """All-to-all between tokens and heads (arXiv 2309.14509).
+
+    Where there are fewer kv heads than ranks, each is sent to all ranks that hold some of its query heads. ``before``
+    is called before the first all-to-all: isp may launch the gathers of the next block there.
+    """
 
     def __init__(self, group: Group, before: Callable[[], None]) -> None:
         self.group, self.before = group, before
 
     @uncompiled("ranks exchange tokens and heads")
     def to_heads(self, qkv: Tensor) -> Tensor:
+        """Exchange heads for tokens: [T / n, G, Q + 2, D] → [T, heads of this rank, …, D]."""
         self.before()
         tokens, kv_heads, dim = qkv.shape[0], qkv.shape[1], qkv.shape[3]
         repeats = max(self.group.size // kv_heads, 1)
-        groups = max(kv_heads // self.group.size, 1)  # on each rank
+        groups = max(kv_heads // self.group.size, 1)  # kv heads of each rank
 
-        def there(qkv: Tensor) -> Tensor:
-            parts = _for_each_rank(qkv, repeats).view(qkv.shape[0], self.group.size, -1)
-            received = all_to_all(parts.transpose(0, 1).contiguous(), self.group)  # [n, T / n, heads · D]
+        def to_heads(qkv: Tensor) -> Tensor:
+            slices = _repeat_kv_heads(qkv, repeats).view(qkv.shape[0], self.group.size, -1)
+            received = all_to_all(slices.transpose(0, 1).contiguous(), self.group)  # [n, T / n, heads · D]
             return received.view(qkv.shape[0] * self.group.size, groups, -1, dim)
 
-        def back(dqkv: Tensor) -> Tensor:
-            parts = all_to_all(dqkv.reshape(self.group.size, tokens, -1), self.group)
-            return _from_each_rank(parts.transpose(0, 1).reshape(tokens, kv_heads, repeats, -1, dim))
+        def to_tokens(dqkv: Tensor) -> Tensor:
+            received = all_to_all(dqkv.reshape(self.group.size, tokens, -1), self.group)
+            return _sum_kv_heads(received.transpose(0, 1).reshape(tokens, kv_heads, repeats, -1, dim))
 
-        return exchange(qkv, there, back)
+        return exchange(qkv, to_heads, to_tokens)
 
     @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
+        """Exchange tokens for heads: [T, heads of this rank · D] → [T / n, G · Q · D]."""
         tokens = heads.shape[0] // self.group.size
 
-        def there(heads: Tensor) -> Tensor:
+        def to_tokens(heads: Tensor) -> Tensor:
             return all_to_all(heads.view(self.group.size, tokens, -1), self.group).transpose(0, 1).flatten(1)
 
-        def back(dheads: Tensor) -> Tensor:
-            parts = dheads.view(tokens, self.group.size, -1).transpose(0, 1).contiguous()
-            return all_to_all(parts, self.group).flatten(0, 1)
+        def to_heads(dheads: Tensor) -> Tensor:
+            slices = dheads.view(tokens, self.group.size, -1).transpose(0, 1).contiguous()
+            return all_to_all(slices, self.group).flatten(0, 1)
 
-        return exchange(heads, there, back)
+        return exchange(heads, to_tokens, to_heads)
 
 
-def _for_each_rank(qkv: Tensor, repeats: int) -> Tensor:
-    """[T, G, Q + 2, D] to [T, G · repeats, Q / repeats + 2, D]: each kv head beside a part of its query heads."""
+def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
+    """Put each kv head beside ``repeats`` parts of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
     if repeats == 1:
         return qkv
     queries = qkv[:, :, :-2].unflatten(2, (repeats, -1))
@@ -156,18 +177,19 @@ def _for_each_rank(qkv: Tensor, repeats: int) -> Tensor:
     return torch.cat([queries, keys_values], 3).flatten(1, 2)
 
 
-def _from_each_rank(dqkv: Tensor) -> Tensor:
-    """The inverse, [T, G, repeats, Q / repeats + 2, D] to [T, G, Q + 2, D]: gradients of a kv head are summed."""
+def _sum_kv_heads(dqkv: Tensor) -> Tensor:
+    """Join the query heads of each kv head and sum its gradients: [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D]."""
     if dqkv.shape[2] == 1:
         return dqkv.squeeze(2)
     return torch.cat([dqkv[:, :, :, :-2].flatten(2, 3), dqkv[:, :, :, -2:].sum(2)], 2)
 
 
 class IspModel(ModelCommunicator):
-    """Attention sees the whole row, so it needs the positions of all its tokens."""
+    """A model whose attention needs the positions of all tokens of the row, of which each rank has its part."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def whole_positions(self, positions: Tensor) -> Tensor:
+        """Gather the positions of every rank's tokens: [T / n] → [T]."""
         return all_gather(positions, self.group)

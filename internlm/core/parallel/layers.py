@@ -1,6 +1,11 @@
-"""Embedding, norms and head, with placements. Shapes: T tokens, H hidden, V vocabulary."""
+"""Parallel embedding, norms and head.
+
+Shapes: T tokens, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +23,19 @@ from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
 
+NormType: TypeAlias = Literal["rmsnorm", "layernorm"]
+
 
 class ParallelEmbedding(nn.Module):
-    """Token ids to vectors; ``grad_scale`` scales the gradient of the table (GLM-130B, arXiv 2210.02414, section
-    3.1). Tensor parallel modes split the table over its words, or, with ``split_hidden``, over hidden units."""
+    """A table from token ids to vectors.
+
+    Args:
+        vocab_size: V.
+        hidden_size: H.
+        std: standard deviation of the initial values.
+        grad_scale: factor on the gradient of the table, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
+        split_hidden: whether mtp, msp and fsp split the table over H rather than V.
+    """
 
     role = "embedding"
     communicator: EmbeddingCommunicator = IDENTITY_EMBEDDING
@@ -35,31 +49,42 @@ class ParallelEmbedding(nn.Module):
         self.grad_scale = grad_scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: [T] → [tokens of this rank, H]."""
-        x = self.communicator.embed(ids, self.weight, F.embedding)  # indexing is not deterministic in backward
+        """Look up ``ids``: [T] → [tokens of this rank, H]."""
+        # F.embedding and not weight[ids], whose backward pass is not deterministic on CUDA.
+        x = self.communicator.embed(ids, self.weight, F.embedding)
+        # The value is x whatever the scale; the gradient flows through the second argument alone.
         return x if self.grad_scale == 1.0 else torch.lerp(x.detach(), x, self.grad_scale)
 
 
 class ParallelNorm(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension."""
 
-    def __init__(self, hidden_size: int, kind: str, eps: float) -> None:
+    def __init__(self, hidden_size: int, norm_type: NormType, eps: float) -> None:
         super().__init__()
-        self.kind, self.eps = kind, eps
+        self.norm_type, self.eps = norm_type, eps
         sharding = current_sharding()
         self.weight = place(sharding.replicated((hidden_size,), constant(1.0)))
-        has_bias = kind == "layernorm"
+        has_bias = norm_type == "layernorm"
         self.bias = place(sharding.replicated((hidden_size,), constant(0.0))) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [T, H] → [T, H]."""
-        if self.kind == "rmsnorm":
+        """Normalise each token: [T, H] → [T, H]."""
+        if self.norm_type == "rmsnorm":
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ParallelHead(ParallelLinear):
-    """Hidden units to logits, or, given labels, to the loss of each token without ever holding all logits."""
+    """A linear from hidden states to logits, or, given labels, to the loss of each token.
+
+    The loss is computed a few tokens at a time, so that all logits never exist at once.
+
+    Args:
+        hidden_size: H.
+        vocab_size: V.
+        init: draws the initial values.
+        parallel_output: whether :meth:`logits` returns this rank's logits rather than all of them.
+    """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
 
@@ -68,13 +93,20 @@ class ParallelHead(ParallelLinear):
         self.parallel_output = parallel_output
 
     def logits(self, x: Tensor) -> Tensor:
-        """x: [tokens of this rank, H] → what this rank computes of the logits; with ``parallel_output`` False, those of
-        every token for every word."""
+        """Compute logits: [tokens of this rank, H] → [tokens, entries of this rank], or [T, V] of all of them."""
         comm = self.communicator
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
 
     def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
-        """x: [tokens of this rank, H] → losses of the labels, [T]."""
+        """Compute the loss of each label.
+
+        Args:
+            x: [tokens of this rank, H].
+            labels: [tokens whose loss this rank computes]; −100 is ignored.
+            label_smoothing: share of the target that is spread over the vocabulary.
+            grad_scale: factor on the sum of the losses, and so on the gradient.
+        """
+        # The head is called here without its forward, so no hook waits for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),

@@ -1,4 +1,4 @@
-"""The parallel linear: one layer, one autograd function, and a communicator for whatever mode.
+"""The parallel linear: one layer and one autograd function, whose communicator makes it any parallel mode's.
 
 Shapes: T tokens, I input features, O output features (the product of ``out_shape``).
 """
@@ -19,7 +19,7 @@ from internlm.core.parallel.param_state import add_grad, place
 from internlm.core.parallel.placement import Init, constant
 from internlm.core.parallel.sharding import current_sharding
 
-#: What a layer does to its input first.
+#: A cheap function of a layer's input, such as a norm, that the layer applies first and recomputes in backward.
 Before = Callable[[Tensor], Tensor]
 
 
@@ -27,12 +27,19 @@ class ParallelLinear(nn.Module):
     """y = x · Wᵀ + b, with W of shape [*out_shape, I].
 
     A fused projection keeps its natural axes in ``out_shape`` ((kv heads, q + 2, head dim), (2, intermediate), …),
-    so that splitting it over ranks is splitting one axis, ``split_axis``, whatever else is fused with it. ``role`` says
-    how a parallel mode treats it: see :mod:`internlm.core.parallel.sharding`.
+    so that splitting it over ranks is splitting one axis, whatever else is fused with it.
+
+    Args:
+        in_features: I.
+        out_shape: axes of the output; their product is O.
+        init: draws the initial values of the weight. A bias starts at zero.
+        bias: whether there is a bias.
+        role: how a parallel mode splits the weight, see :mod:`internlm.core.parallel.sharding`.
+        split_axis: axis of ``out_shape`` along which mtp, msp and fsp split the output of a ``column``.
     """
 
     communicator: Communicator = IDENTITY
-    chunk = 0  # of the pipeline stage; that of a block where it lies in one
+    chunk = 0  # of the pipeline stage; isp asks a linear outside of blocks, such as the head
 
     def __init__(
         self,
@@ -48,15 +55,17 @@ class ParallelLinear(nn.Module):
         self.role = role
         sharding = current_sharding()
         self.weight = place(sharding.weight_of(role, (*self.out_shape, in_features), init, split_axis))
-        self.own_out_shape = tuple(self.weight.shape[:-1])  # though it may become a matrix (fully_sharded.py)
+        self.own_out_shape = tuple(self.weight.shape[:-1])  # kept, since fully_sharded.py makes the weight a matrix
         self.bias = place(sharding.bias_of(role, self.out_shape, constant(0.0), split_axis)) if bias else None
-        self._opaque = compiled_linear.Layer(self)
+        self._handle = compiled_linear.LinearHandle(self)
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
-        """x: [T, I] → [T, *out_shape]; with ``before``, the layer of ``before(x)``, whatever the shape of x then.
+        """Apply the layer: [T, I] → [T, *out_shape].
 
-        ``before`` must be cheap, not random, and depend on nothing but x and parameters (a norm, an activation): its
-        output is not kept, but computed again in backward.
+        Args:
+            x: [T, I], or of any shape that ``before`` takes.
+            before: applied to ``x`` first. Its output is not saved but recomputed in backward, so it must be cheap,
+                deterministic, and depend on nothing but x and parameters (a norm, an activation).
         """
         whole = self.out_shape if self.communicator.splits_weight else self.own_out_shape
         if torch.compiler.is_compiling():
@@ -65,29 +74,31 @@ class ParallelLinear(nn.Module):
         return y.view(y.shape[0], *whole)
 
     def _compiled(self, x: Tensor, features: int) -> Tensor:
-        """x: [T, I] → [T, O]; what the backward pass keeps, the compiler decides."""
-        y = compiled_linear.linear(x, self._opaque, self.weight, features, self.communicator)
+        """Apply the layer as a custom op: [T, I] → [T, O]. The compiler decides what is saved for backward."""
+        y = compiled_linear.linear(x, self._handle, self.weight, features, self.communicator)
         return y if self.bias is None else y + self.bias.view(-1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._opaque = compiled_linear.Layer(self)  # of a copy
+        # Copying and unpickling must not leave the handle of the original, which would run the original's weight.
+        self._handle = compiled_linear.LinearHandle(self)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"
 
 
 class _Linear(torch.autograd.Function):
-    """The products of a linear layer, and what is done to their input first."""
+    """A linear with its communication, and the function that is applied to its input first."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator, before: Before | None
     ) -> Tensor:
-        y, inputs = products.output(before(x) if before else x, weight, comm)
-        if bias is not None:  # not earlier: a sum over ranks would count it on each of them
+        y, gathered = products.output(before(x) if before else x, weight, comm)
+        if bias is not None:  # after the communication: an all-reduce of the output would add it once for each rank
             y += bias.view(-1)
-        ctx.save_for_backward(x, inputs if comm.keeps_gathered_input else None)
+        ctx.save_for_backward(x, gathered if comm.keeps_gathered_input else None)
+        # Parameters are not saved as tensors: offloading and other hooks on saved tensors would pack them.
         ctx.parameters, ctx.comm, ctx.before = (weight, bias), comm, before
         return y
 
@@ -96,19 +107,20 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, gathered), (weight, bias), comm = ctx.saved_tensors, ctx.parameters, ctx.comm
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
+        # Before dy is gathered: a row's bias is added to this rank's tokens only.
+        db = add_grad(bias, dy.sum(0)) if needs_bias else None
         dy = comm.gather_grad_output(dy)  # [T, O]
-        x, inputs = _again(ctx.before, x)
+        x, inputs = _recompute(ctx.before, x)
         needs_dx = needs_x or inputs is not x
         dx, dw = products.gradients(dy, inputs.detach(), gathered, weight, comm, needs_dx, needs_weight)
         if inputs is not x:
-            inputs.backward(dx)  # gradients of the parameters of ``before`` are added where they belong
+            inputs.backward(dx)  # a nested backward pass, which also accumulates the gradients of before's parameters
             dx = x.grad
         return dx, dw, db, None, None
 
 
-def _again(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` and ``before(x)``, ready to go backward."""
+def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x`` as a leaf, and ``before(x)`` with its graph; ``x`` twice if there is nothing to recompute."""
     if before is None:
         return x, x
     with torch.enable_grad():

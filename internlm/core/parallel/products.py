@@ -1,7 +1,8 @@
-"""Gradients of weights, put off: what waits for the gradient of a layer's input need not wait for that of its weight,
-which can fill time when there is nothing else to do (Qi et al. 2023, arXiv 2401.10241).
+"""The three matrix products of a linear, with the hooks of its communicator between them; some are put off.
 
-The three products of a linear layer, and the places where ranks may talk.
+The weight's gradient can be computed after the backward pass: the stage before waits for dx alone, so that dw can fill
+the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). What is put off is a closure over the two factors of the
+product, so that autograd runs once and needs no second pass.
 
 Shapes: T tokens, I input features, O output features.
 """
@@ -19,7 +20,7 @@ from internlm.core.parallel.communicator import Communicator
 from internlm.core.parallel.param_state import add_grad, add_weight_grad, main_grad_of, weight_grad
 from internlm.ops import gemm
 
-#: Adds one gradient to its ``main_grad``.
+#: Computes one weight gradient and adds it to the main gradient.
 Task = Callable[[], object]
 
 _tasks: list[Task] | None = None
@@ -27,7 +28,7 @@ _tasks: list[Task] | None = None
 
 @contextmanager
 def deferring() -> Iterator[list[Task]]:
-    """Backward passes within the block leave the gradients of linears to the tasks in the list, to be run later."""
+    """Collect the weight gradients of backward passes within the block as tasks, to be run later."""
     global _tasks
     outer, _tasks = _tasks, []
     try:
@@ -37,17 +38,20 @@ def deferring() -> Iterator[list[Task]]:
 
 
 def deferred_tasks(weight: Tensor) -> list[Task] | None:
-    """Where to leave the gradient of ``weight``; None: it is wanted now. Without a ``main_grad`` it always is."""
+    """Return the list that takes the task for the gradient of ``weight``, or None if it must be computed at once.
+
+    Without a main gradient it must: the backward function has to return it to autograd.
+    """
     return None if main_grad_of(weight) is None else _tasks
 
 
 def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """x · Wᵀ, [T, O], and the input that the product had, [T, I]."""
-    inputs = comm.gather_input(x).wait()
+    """Compute x · Wᵀ, [T, O], and return it with the input of the product as gathered, [T, I]."""
+    gathered = comm.gather_input(x).wait()
     matrix = comm.gather_weight(weight)
-    y = comm.reduce_output(gemm.linear(inputs, matrix))
+    y = comm.reduce_output(gemm.linear(gathered, matrix))
     comm.release_weight(matrix)
-    return y, inputs
+    return y, gathered
 
 
 def gradients(
@@ -59,26 +63,38 @@ def gradients(
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those of x and of the weight, from that of the product, [T, O], after ``comm.gather_grad_output``; that of a
-    weight with a ``main_grad`` is added there instead, now or later (:mod:`internlm.core.parallel.products`).
+    """Compute the gradients of a linear's input and weight.
 
-    ``gathered``: what the product had for ``x``, where it was kept.
+    Args:
+        dy: gradient of the product, [T, O], after ``comm.gather_grad_output``.
+        x: input of the layer, [tokens of this rank, I].
+        gathered: input of the product, [T, I], where it was saved for backward.
+        weight: this rank's shard.
+        comm: communicator of the layer.
+        needs_x: whether dx is needed.
+        needs_weight: whether dw is needed.
+
+    Returns:
+        dx, [tokens of this rank, I], and dw, in the shape of ``weight``. dw is None where the weight has a main
+        gradient: it is added there, now or by a task of :func:`deferring`.
     """
-    fetch, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
-    later = deferred_tasks(weight) if needs_weight else None
-    # Each begins what runs under the product that comes after it.
-    inputs_on_their_way = fetch(kept) if needs_weight and later is None else None
-    dx_on_its_way = _grad_input(dy, weight, comm) if needs_x else None
-    dw = _weight_grad(weight, dy, inputs_on_their_way.wait(), comm) if inputs_on_their_way else None
-    if later is not None:
-        later.append(partial(_weight_grad_later, weight, dy, kept, fetch, comm))
-    return dx_on_its_way.wait() if dx_on_its_way else None, dw
+    gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
+    tasks = deferred_tasks(weight) if needs_weight else None
+    # Each collective starts before the product under which it runs: the gather of the input under the product for dx,
+    # the reduction of dx under the product for dw.
+    pending_input = gather(kept) if needs_weight and tasks is None else None
+    pending_dx = _grad_input(dy, weight, comm) if needs_x else None
+    dw = _grad_weight(weight, dy, pending_input.wait(), comm) if pending_input else None
+    if tasks is not None:
+        # A put-off gradient gathers its input when its task runs, and holds the shard of it until then.
+        tasks.append(partial(_grad_weight_later, weight, dy, kept, gather, comm))
+    return pending_dx.wait() if pending_dx else None, dw
 
 
-def _weight_grad_later(
-    weight: Tensor, dy: Tensor, kept: Tensor, fetch: Callable[[Tensor], Pending], comm: Communicator
+def _grad_weight_later(
+    weight: Tensor, dy: Tensor, kept: Tensor, gather: Callable[[Tensor], Pending], comm: Communicator
 ) -> None:
-    _weight_grad(weight, dy, fetch(kept).wait(), comm)
+    _grad_weight(weight, dy, gather(kept).wait(), comm)
 
 
 def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:
@@ -88,9 +104,9 @@ def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:
     return comm.reduce_grad_input(dx)
 
 
-def _weight_grad(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
-    """In place where the weight is whole; by way of a temporary where its gradient is reduced to this rank's shard
-    first."""
+def _grad_weight(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
+    """Compute dyᵀ · x: [O, I], or this rank's shard of it."""
     if comm.splits_weight:
+        # A temporary, since the gradient of the whole weight is reduced to this rank's shard first.
         return comm.reduce_grad_weight(weight_grad(dy, x), lambda shard: add_grad(weight, shard))
-    return add_weight_grad(weight, dy, x)
+    return add_weight_grad(weight, dy, x)  # in place, without a temporary

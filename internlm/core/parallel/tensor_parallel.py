@@ -1,8 +1,13 @@
-"""mtp: tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Activations between the linears are
-whole on every rank.
+"""Communicators of the modes that split weights over the tensor group.
 
-msp and fsp: tensor parallelism whose activations between the linears are split along the sequence (Korthikanti et
-al. 2022, arXiv 2205.05198, section 4.2).
+mtp: tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Activations between the linears are whole
+on every rank.
+
+msp and fsp: tensor parallelism with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
+Activations between the linears are split along the sequence. msp keeps the gathered input of a column for backward,
+fsp gathers it again.
+
+Shapes: n ranks in the tensor group, T tokens of a row, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,132 +33,56 @@ from internlm.core.parallel.collectives import (
 from internlm.core.parallel.communicator import Communicator, EmbeddingCommunicator, HeadCommunicator, ModelCommunicator
 from internlm.core.parallel.placement import ParamPlacement
 
+# -- columns and rows -------------------------------------------------------------------------------------------------
+
 
 class MtpColumn(Communicator):
-    """Identity forward, all-reduce of the input's gradient backward."""
+    """Identity forward, all-reduce of the input's gradient backward (f in arXiv 1909.08053, figure 3)."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Start to sum dx: every rank has the gradient through its own outputs only."""
+        # Begun here, it runs under the product for the weight's gradient.
         return begin_all_reduce(dx, self.group)
 
 
 class MtpRow(Communicator):
-    """All-reduce of the output forward, identity backward."""
+    """All-reduce of the output forward, identity backward (g in arXiv 1909.08053, figure 3)."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
+        """Sum the terms that each rank computed from its own input features."""
         return all_reduce(y, self.group)
 
 
-class SplitVocab:
-    """The rows of a [V, H] weight that this rank holds, as the loss asks for them."""
-
-    def __init__(self, group: Group, placement: ParamPlacement) -> None:
-        self.group = group
-        rows, self.total = placement.local_shape[0], placement.global_shape[0]
-        self.first = min(group.rank * rows, self.total)
-        self.columns = min(self.first + rows, self.total) - self.first
-
-    def max_(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.group, dist.ReduceOp.MAX)
-
-    def sum_(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.group)
-
-
-class SplitHead(HeadCommunicator):
-    """A head split over the vocabulary, whose input is whole."""
-
-    def __init__(self, group: Group, placement: ParamPlacement) -> None:
-        self.group = group
-        self.vocab = self._part = SplitVocab(group, placement)
-
-    def reduce_grad_input(self, dx: Tensor) -> Pending:
-        return begin_all_reduce(dx, self.group)
-
-    def enter(self, x: Tensor) -> Tensor:
-        return exchange(x, lambda x: x, lambda dx: all_reduce(dx, self.group))
-
-    def whole_logits(self, logits: Tensor) -> Tensor:
-        shape = logits.shape
-
-        def gather(part: Tensor) -> Tensor:
-            return _side_by_side(part, self.group)[:, : self._part.total]
-
-        def own(whole: Tensor) -> Tensor:
-            part = whole.new_zeros(shape)
-            part[:, : self._part.columns] = whole[:, self._part.first : self._part.first + self._part.columns]
-            return part
-
-        return exchange(logits, gather, own)
-
-    def real_logits(self, logits: Tensor) -> Tensor:
-        return logits[:, : self._part.columns]
-
-
-class VocabEmbedding(EmbeddingCommunicator):
-    """An embedding split over the vocabulary: each rank looks up its own words, ``combine`` sums over the ranks."""
-
-    def __init__(self, group: Group, placement: ParamPlacement, combine: Callable[[Tensor, Group], Tensor]) -> None:
-        self.group, self.combine = group, combine
-        self.first = group.rank * placement.local_shape[0]
-
-    def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        own = ids - self.first
-        elsewhere = (own < 0) | (own >= weight.shape[0])
-        x = lookup(own.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0.0)
-        return self.combine(x, self.group)
-
-
-class HiddenEmbedding(EmbeddingCommunicator):
-    """An embedding split over the hidden units: ``combine`` puts the parts of each token together."""
-
-    def __init__(self, group: Group, combine: Callable[[Tensor, Group], Tensor]) -> None:
-        self.group, self.combine = group, combine
-
-    def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return self.combine(lookup(ids, weight), self.group)
-
-
-def sum_to_all(x: Tensor, group: Group) -> Tensor:
-    """Parts of a sum, [T, H], to the sum on every rank; the gradient is the same on every rank."""
-    return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
-
-
-def units_to_all(x: Tensor, group: Group) -> Tensor:
-    """Hidden units of this rank, [T, H / n], to all of them, [T, H]; the gradient is the same on every rank."""
-    return exchange(x, lambda x: _side_by_side(x, group), lambda dx: dx.chunk(group.size, 1)[group.rank].contiguous())
-
-
-def _side_by_side(x: Tensor, group: Group) -> Tensor:
-    """[T, C] of each rank to [T, n · C]."""
-    parts = all_gather(x, group).view(group.size, *x.shape)  # [n, T, C]
-    return torch.cat(parts.unbind(0), 1)
-
-
 class FspColumn(Communicator):
-    """All-gather of the sequence forward, and again backward, under the product for the input's gradient, which is
-    reduce-scattered."""
+    """All-gather of the sequence forward and again backward, reduce-scatter of the input's gradient.
+
+    The second all-gather runs under the product for the input's gradient, which does not need its result.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
+        """Return the tokens of the gathered sequence."""
         return tokens * self.group.size
 
     def gather_input(self, x: Tensor) -> Pending:
+        """Start to gather the sequence: [T / n, H] → [T, H]."""
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Start to sum dx and keep the own tokens: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
 
 class MspColumn(FspColumn):
-    """The same, but what forward gathered is kept."""
+    """All-gather of the sequence forward, kept for backward, reduce-scatter of the input's gradient."""
 
     keeps_gathered_input = True
 
@@ -165,52 +94,175 @@ class SequenceRow(Communicator):
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
+        """Return the tokens that this rank keeps."""
         return tokens // self.group.size
 
     def reduce_output(self, y: Tensor) -> Tensor:
+        """Sum the terms of each rank and keep the own tokens: [T, H] → [T / n, H]."""
         return reduce_scatter(y, self.group)
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
+        """Gather the gradient of every token: [T / n, H] → [T, H]."""
         return all_gather(dy, self.group)
+
+
+# -- head and loss ----------------------------------------------------------------------------------------------------
+
+
+class SplitVocab:
+    """The rows of a [V, H] weight that this rank holds, as :class:`~internlm.ops.VocabShard` for the loss.
+
+    Where the group does not divide V, the last rows are padding: ``columns`` counts the logits that are none.
+    """
+
+    def __init__(self, group: Group, placement: ParamPlacement) -> None:
+        self.group = group
+        rows, self.total = placement.local_shape[0], placement.global_shape[0]
+        self.first = min(group.rank * rows, self.total)
+        self.columns = min(self.first + rows, self.total) - self.first
+
+    def max_(self, x: Tensor) -> Tensor:
+        """Take the maximum of ``x`` over the ranks, in place."""
+        return all_reduce(x, self.group, dist.ReduceOp.MAX)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum ``x`` over the ranks, in place."""
+        return all_reduce(x, self.group)
+
+
+class SplitHead(HeadCommunicator):
+    """A head split over the vocabulary, whose input is whole on every rank."""
+
+    def __init__(self, group: Group, placement: ParamPlacement) -> None:
+        self.group = group
+        self.vocab = self._shard = SplitVocab(group, placement)
+
+    def reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Start to sum dx: every rank has the gradient through its own logits only."""
+        return begin_all_reduce(dx, self.group)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return x; backward, sum its gradient over the ranks."""
+        return exchange(x, lambda x: x, lambda dx: all_reduce(dx, self.group))
+
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """Gather the logits of every rank and drop the padding: [T, V / n] → [T, V]."""
+        shape, shard = logits.shape, self._shard
+
+        def gather(own: Tensor) -> Tensor:
+            return _all_gather_columns(own, self.group)[:, : shard.total]
+
+        # Every rank has the same gradient of all logits, so that of its own is a slice and needs no collective.
+        def slice_own(whole: Tensor) -> Tensor:
+            own = whole.new_zeros(shape)
+            own[:, : shard.columns] = whole[:, shard.first : shard.first + shard.columns]
+            return own
+
+        return exchange(logits, gather, slice_own)
+
+    def real_logits(self, logits: Tensor) -> Tensor:
+        """Drop the columns of padding."""
+        return logits[:, : self._shard.columns]
 
 
 class SequenceHead(SplitHead):
     """A head split over the vocabulary, whose input is split along the sequence."""
 
     def gather_input(self, x: Tensor) -> Pending:
+        """Start to gather the sequence: [T / n, H] → [T, H]."""
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Start to sum dx and keep the own tokens: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
     def enter(self, x: Tensor) -> Tensor:
+        """Gather the sequence; backward, sum its gradient and keep the own tokens: [T / n, H] → [T, H]."""
         return exchange(x, lambda x: all_gather(x, self.group), lambda dx: reduce_scatter(dx, self.group))
 
 
+# -- embedding --------------------------------------------------------------------------------------------------------
+
+
+class VocabEmbedding(EmbeddingCommunicator):
+    """An embedding split over the vocabulary: each rank looks up its own entries, ``combine`` sums over the ranks."""
+
+    def __init__(self, group: Group, placement: ParamPlacement, combine: Callable[[Tensor, Group], Tensor]) -> None:
+        self.group, self.combine = group, combine
+        self.first = group.rank * placement.local_shape[0]
+
+    def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Look up the entries of this rank and combine them with those of the others."""
+        own = ids - self.first
+        elsewhere = (own < 0) | (own >= weight.shape[0])
+        # Zeros for entries of other ranks: exactly one rank adds a vector for each token.
+        x = lookup(own.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0.0)
+        return self.combine(x, self.group)
+
+
+class HiddenEmbedding(EmbeddingCommunicator):
+    """An embedding split over the hidden size: ``combine`` concatenates the slices of each token."""
+
+    def __init__(self, group: Group, combine: Callable[[Tensor, Group], Tensor]) -> None:
+        self.group, self.combine = group, combine
+
+    def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Look up this rank's slice of every entry and combine it with those of the others."""
+        return self.combine(lookup(ids, weight), self.group)
+
+
+# The ways to combine, all differentiable. Under mtp the gradient of the result is the same on every rank; under msp and
+# fsp each rank has that of its own tokens.
+
+
+def all_reduce_embedding(x: Tensor, group: Group) -> Tensor:
+    """Sum the terms of each rank on every rank: [T, H] → [T, H]."""
+    return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
+
+
+def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
+    """Gather the hidden slices of every rank: [T, H / n] → [T, H]."""
+
+    def slice_own(dx: Tensor) -> Tensor:
+        return dx.chunk(group.size, 1)[group.rank].contiguous()
+
+    return exchange(x, lambda x: _all_gather_columns(x, group), slice_own)
+
+
+def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
+    """Sum the terms of each rank and keep this rank's tokens: [T, H] → [T / n, H]."""
+    return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
+
+
+def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
+    """Exchange this rank's hidden slice of all tokens for all slices of its own tokens: [T, H / n] → [T / n, H]."""
+
+    def to_tokens(x: Tensor) -> Tensor:
+        received = all_to_all(x.view(group.size, -1, x.shape[1]), group)  # [n, T / n, H / n]
+        return received.transpose(0, 1).flatten(1)
+
+    def to_hidden(dx: Tensor) -> Tensor:
+        slices = dx.view(dx.shape[0], group.size, -1).transpose(0, 1).contiguous()
+        return all_to_all(slices, group).flatten(0, 1)
+
+    return exchange(x, to_tokens, to_hidden)
+
+
+def _all_gather_columns(x: Tensor, group: Group) -> Tensor:
+    """Concatenate the columns of every rank: [T, C] → [T, n · C]."""
+    gathered = all_gather(x, group).view(group.size, *x.shape)  # [n, T, C]
+    return torch.cat(gathered.unbind(0), 1)
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+
 class SequenceModel(ModelCommunicator):
-    """The loader gives every rank all tokens of a row; between the layers each has its part of them."""
+    """A model whose loader gives every rank all tokens of a row, of which each keeps its part between the layers."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def tokens_between_layers(self, tokens: int) -> int:
+        """Return the tokens of one rank."""
         return tokens // self.group.size
-
-
-def sum_to_tokens(x: Tensor, group: Group) -> Tensor:
-    """Parts of a sum, [T, H], to the sum for this rank's tokens, [T / n, H]."""
-    return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
-
-
-def units_to_tokens(x: Tensor, group: Group) -> Tensor:
-    """This rank's hidden units of all tokens, [T, H / n], to all units of this rank's tokens, [T / n, H]."""
-
-    def there(x: Tensor) -> Tensor:
-        parts = all_to_all(x.view(group.size, -1, x.shape[1]), group)  # [n, T / n, H / n]
-        return parts.transpose(0, 1).flatten(1)
-
-    def back(dx: Tensor) -> Tensor:
-        parts = dx.view(dx.shape[0], group.size, -1).transpose(0, 1).contiguous()
-        return all_to_all(parts, group).flatten(0, 1)
-
-    return exchange(x, there, back)

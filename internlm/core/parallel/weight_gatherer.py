@@ -1,9 +1,18 @@
-"""isp's weights: gathered for a product and given up after it, the next ones fetched meanwhile.
+"""The weights of isp: all-gathered for a product, released after it, with those of the next products prefetched.
 
-The linears have numbers, in the order in which they run; those of one block are neighbours. A forward pass takes those
-of a chunk upwards (a model that is not split into pipeline stages is one chunk), a backward pass downwards; where a
-block is recomputed, upwards within the block and then downwards. Whatever is fetched ahead is used in the same pass, or
-given up when the next one begins, so no weight changes in between.
+The linears have indices, in the order in which they run; those of one block are consecutive. A forward pass acquires
+those of a chunk in ascending order (a model without a pipeline is one chunk), a backward pass in descending order;
+where a block is recomputed, ascending within the block and then descending. What is prefetched is used in the same pass
+or released when the pass ends, so that no weight changes in between.
+
+The gatherer learns from autograd itself whether a product is recomputed, and when a backward pass ends. Module hooks
+can't give it the same guarantees:
+
+- A hook runs alike in a forward pass and in a recomputation. Only a state kept between hooks could tell them apart, and
+  a pass that an exception ends, between two hooks, would leave that state wrong for the next pass.
+- No backward hook of a module is the last one for sure: those of frozen blocks never run, and a full backward hook of
+  a block whose input needs no gradient runs before the block's own backward.
+- Hooks of the linears would be traced into a compiled block.
 """
 
 from __future__ import annotations
@@ -20,129 +29,145 @@ from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_
 from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
 from internlm.utils.torch_private import at_end_of_backward, in_backward
 
-#: Where in a block the gathers of the next one may be launched: before a linear, by its place; -1 is the kernel of
-#: attention.
-LAUNCH_PLACES = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
+#: Where in a block the gathers of the next one may be launched, by the value of ``launch_allgather_before``: the
+#: position of a linear within the block; -1 is the kernel of attention.
+LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How weights are fetched ahead, see ``parallel.weight`` in the config."""
+    """How weights are prefetched; see ``parallel.weight`` in the config."""
 
     enabled: bool = False
     per_layer: bool = True
-    launch_place: int = LAUNCH_PLACES["wo"]
+    """Forward, prefetch the whole next block at once rather than the next linear. Backward, it is always the latter."""
+    launch_position: int = LAUNCH_POSITIONS["wo"]
     memory_pool: bool = False
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One linear in the order."""
+@dataclass(frozen=True, kw_only=True)
+class GatheredLinear:
+    """A linear whose weight is gathered."""
 
-    weight: nn.Parameter  # this rank's rows
-    rows: int  # of the whole matrix, without padding
+    weight: nn.Parameter
+    """This rank's rows, [⌈rows / ranks⌉, I]."""
+    rows: int
+    """Rows of the whole matrix, without padding."""
     block: int
-    place: int  # within the block
+    position: int
+    """Index within the block."""
     chunk: int = 0
 
 
 class WeightGatherer:
-    """The isp communicator of a model: gathers weights and reduces their gradients over the weight group."""
+    """Gathers the weights of one model and reduces their gradients over the weight group."""
 
-    def __init__(self, group: Group, linears: Sequence[Linear], overlap: Overlap) -> None:
+    def __init__(self, group: Group, linears: Sequence[GatheredLinear], overlap: Overlap) -> None:
         self.group, self.linears, self.overlap = group, linears, overlap
-        self._members: dict[int, list[int]] = {}  # numbers of each block
-        for number, linear in enumerate(linears):
-            self._members.setdefault(linear.block, []).append(number)
+        self._indices: dict[int, list[int]] = {}  # of the linears of each block
+        for index, linear in enumerate(linears):
+            self._indices.setdefault(linear.block, []).append(index)
         self.pool: dict[torch.Size, list[Tensor]] = {}  # free buffers
-        self._held: dict[int, Tensor] = {}  # buffers in use, by number
-        self._coming: dict[int, Pending] = {}
+        self._in_use: dict[int, Tensor] = {}  # buffers of gathered weights, by index of the linear
+        self._gathers: dict[int, Pending] = {}  # all-gathers that nobody has waited for yet, by index of the linear
         self._delivery: Callable[[], object] | None = None
-        self._recomputed: set[int] = set()  # blocks that were seen to be
+        self._recomputed: set[int] = set()  # blocks that some backward pass has recomputed
 
     # -- weights ------------------------------------------------------------------------------------------------------
-    def take(self, number: int, backward: bool) -> Tensor:
-        """The whole weight, [O, I]; it must be released before it is taken again."""
-        if not backward and not in_backward() and not self._same_chunk(number, number - 1):
-            self._begin_forward()
-        self._fetch([number])
-        whole = self._coming.pop(number).wait()
-        if self.overlap.enabled:
-            self._fetch(self._next(number, backward))
-        return whole[: self.linears[number].rows]
+    def acquire(self, index: int, backward: bool) -> Tensor:
+        """Return a whole weight, [O, I], and prefetch the next; it must be released before it is acquired again.
 
-    def release(self, number: int) -> None:
-        """The product is done."""
-        buffer = self._held.pop(number)
+        Args:
+            index: of the linear.
+            backward: for the product of the input's gradient, rather than for the forward product.
+        """
+        if not backward and not in_backward() and not self._same_chunk(index, index - 1):
+            self._begin_forward()
+        self._prefetch([index])
+        whole = self._gathers.pop(index).wait()
+        if self.overlap.enabled:
+            self._prefetch(self._next(index, backward))
+        return whole[: self.linears[index].rows]
+
+    def release(self, index: int) -> None:
+        """Give the buffer of a whole weight back, to the pool or to the allocator."""
+        buffer = self._in_use.pop(index)
         if self.overlap.memory_pool:
             self.pool.setdefault(buffer.shape, []).append(buffer)
 
     def before_attention(self, block: int) -> None:
-        """The kernel of a block's attention is about to run."""
+        """Prefetch the next block, if the kernel of attention is where its gathers are launched."""
         if self.overlap.enabled and self.overlap.per_layer and not in_backward():
-            self._fetch(self._next_block(block, LAUNCH_PLACES["attn"]))
+            self._prefetch(self._next_block(block, LAUNCH_POSITIONS["attn"]))
 
-    def _fetch(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            if number not in self._coming:
-                assert number not in self._held, f"weight {number} is in use already"
-                shard = wait_for_all_gather(self.linears[number].weight).detach()
-                self._held[number] = self._buffer(shard)
-                self._coming[number] = begin_all_gather(shard, self.group, self._held[number])
+    def _prefetch(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            if index not in self._gathers:
+                assert index not in self._in_use, f"weight {index} is acquired twice"
+                shard = wait_for_all_gather(self.linears[index].weight).detach()
+                self._in_use[index] = self._new_buffer(shard)
+                self._gathers[index] = begin_all_gather(shard, self.group, self._in_use[index])
 
-    def _buffer(self, shard: Tensor) -> Tensor:
+    def _new_buffer(self, shard: Tensor) -> Tensor:
         shape = torch.Size((shard.shape[0] * self.group.size, shard.shape[1]))
         free = self.pool.get(shape)
         return free.pop() if free else shard.new_empty(shape)
 
-    def _next(self, number: int, backward: bool) -> Sequence[int]:
-        """What to fetch while ``number`` is used."""
-        here = self.linears[number]
+    def _next(self, index: int, backward: bool) -> Sequence[int]:
+        """Return which weights to gather while that of ``index`` is used."""
+        linear = self.linears[index]
         if backward:
-            return self._previous(number)
-        if in_backward():  # the block is recomputed
-            self._recomputed.add(here.block)
-            return [n for n in [number + 1] if n in self._block(here.block)]
+            return self._previous(index)
+        if in_backward():  # the block is recomputed, up to its last linear
+            self._recomputed.add(linear.block)
+            return [n for n in [index + 1] if n in self._block(linear.block)]
         if self.overlap.per_layer:
-            return self._next_block(here.block, here.place)
-        return [number + 1] if self._same_chunk(number, number + 1) else []
+            return self._next_block(linear.block, linear.position)
+        return [index + 1] if self._same_chunk(index, index + 1) else []
 
-    def _previous(self, number: int) -> Sequence[int]:
+    def _previous(self, index: int) -> Sequence[int]:
+        # The linear before may be frozen, or nothing before it may need a gradient: then nobody acquires its weight.
         at_end_of_backward(self._end_backward)
-        if not self._same_chunk(number, number - 1):
+        if not self._same_chunk(index, index - 1):
             return []
-        block = self.linears[number - 1].block
-        recomputed = block in self._recomputed and block != self.linears[number].block
-        return [min(self._block(block)) if recomputed else number - 1]
+        block = self.linears[index - 1].block
+        # A block that is recomputed begins with its first linear. The first time it is not yet known to be.
+        recomputed = block in self._recomputed and block != self.linears[index].block
+        return [min(self._block(block)) if recomputed else index - 1]
 
-    def _next_block(self, block: int, place: int) -> Sequence[int]:
+    def _next_block(self, block: int, position: int) -> Sequence[int]:
         here, following = self._block(block), self._block(block + 1)
-        goes_on = bool(following) and self._same_chunk(here[-1], following[0])
-        return following if goes_on and place == self.overlap.launch_place else []
+        continues = bool(following) and self._same_chunk(here[-1], following[0])
+        return following if continues and position == self.overlap.launch_position else []
 
-    def _same_chunk(self, number: int, other: int) -> bool:
-        return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk
+    def _same_chunk(self, index: int, other: int) -> bool:
+        # Chunks of a pipeline stage run at different times: a prefetch across them would hold a buffer in between.
+        return 0 <= other < len(self.linears) and self.linears[index].chunk == self.linears[other].chunk
 
     def _block(self, block: int) -> Sequence[int]:
-        return self._members.get(block, ())
+        return self._indices.get(block, ())
 
     # -- gradients ----------------------------------------------------------------------------------------------------
-    def reduce(self, number: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Sum the gradient of a whole weight, [O, I], over the group and have this rank's rows delivered: at once, or,
-        with overlap, when the next gradient is there."""
-        linear = self.linears[number]
+    def reduce(self, index: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """Start to sum the gradient of a whole weight over the group and deliver this rank's rows.
+
+        With overlap it is delivered when the next gradient arrives, so that the reduce-scatter runs under the products
+        in between. The exceptions are delivered at once: a gradient put off by a zero-bubble schedule, which is
+        computed after the backward pass, and one without a main gradient, which autograd must be given.
+        """
+        linear = self.linears[index]
         pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
         if not self.overlap.enabled or not in_backward() or main_grad_of(linear.weight) is None:
-            return deliver(pending.wait())  # put off, it comes after the backward pass
+            return deliver(pending.wait())
         self._deliver()
         self._delivery = lambda: deliver(pending.wait())
         at_end_of_backward(self._end_backward)
         return None
 
     def _begin_forward(self) -> None:
-        """Forget what a pass that was broken off has left: weights, which may have changed since, and a gradient."""
+        """Drop what a pass that raised has left: weights, which may have changed since, and a gradient."""
         self._delivery = None
-        self._give_up()
+        self._release_all()
 
     def _deliver(self) -> None:
         if self._delivery is not None:
@@ -150,12 +175,13 @@ class WeightGatherer:
             self._delivery = None
 
     def _end_backward(self) -> None:
-        """Deliver the last gradient, and give up what was fetched for a product that was not needed."""
+        """Deliver the last gradient, and release weights that were prefetched for a product that was not needed."""
+        # Called once for every product that asked for it; all calls but the first find nothing to do.
         self._deliver()
-        self._give_up()
+        self._release_all()
 
-    def _give_up(self) -> None:
-        for number in list(self._coming):
-            self._coming.pop(number).wait()
-        for number in list(self._held):
-            self.release(number)
+    def _release_all(self) -> None:
+        for index in list(self._gathers):
+            self._gathers.pop(index).wait()  # the collective still writes into the buffer
+        for index in list(self._in_use):
+            self.release(index)

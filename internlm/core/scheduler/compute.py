@@ -126,7 +126,7 @@ class Compute:
         inputs: dict[str, Any] = self.micro_batches.inputs(index)
         if not self.stage_layers.is_whole or len(self.stage_layers.chunks) > 1:
             inputs |= {"chunk": chunk, "hidden": hidden}
-        with dropout_key_scope(replace(self.dropout_key, number=index)):
+        with dropout_key_scope(replace(self.dropout_key, micro_index=index)):
             if not self.stage_layers.is_last(chunk):
                 output: Tensor = self.model(**inputs)
                 return output

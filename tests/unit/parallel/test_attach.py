@@ -40,7 +40,7 @@ from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder
 
 MODES = ("mtp", "msp", "fsp", "isp")
-SILENTS = {IDENTITY, IDENTITY_HEAD, IDENTITY_EMBEDDING, IDENTITY_ATTENTION, IDENTITY_MODEL}
+IDENTITIES = {IDENTITY, IDENTITY_HEAD, IDENTITY_EMBEDDING, IDENTITY_ATTENTION, IDENTITY_MODEL}
 
 
 def groups(tensor: int = 2, weight: int = 2) -> tuple[Group, Group]:
@@ -121,23 +121,23 @@ def test_isp_may_split_the_weights_alone() -> None:
 def test_alone_every_layer_stays_silent(mode: str) -> None:
     model = decoder()
     assert attach_communicators(model, mode, *groups(1, 1)) is None
-    assert set(communicators(model).values()) == SILENTS
+    assert set(communicators(model).values()) == IDENTITIES
 
 
 def test_tensor_modes_do_not_look_at_the_weight_group() -> None:
     model = decoder()
     attach_communicators(model, "mtp", *groups(1, 2))
-    assert set(communicators(model).values()) == SILENTS
+    assert set(communicators(model).values()) == IDENTITIES
 
 
 def test_two_models_may_live_in_one_process() -> None:
     split, whole = split_decoder("mtp"), decoder()
     attach_communicators(split, "mtp", *groups())
-    assert set(communicators(whole).values()) == SILENTS
-    assert not SILENTS & {split.output.communicator, split.layers["0"].attention.wo.communicator}
+    assert set(communicators(whole).values()) == IDENTITIES
+    assert not IDENTITIES & {split.output.communicator, split.layers["0"].attention.wo.communicator}
 
 
-def test_who_gathers_knows_the_order_of_the_linears() -> None:
+def test_the_gatherer_has_the_linears_in_forward_order() -> None:
     model, overlap = split_decoder("isp"), Overlap(enabled=True, memory_pool=True)
     gatherer = attach_communicators(model, "isp", *groups(), overlap)
     assert gatherer is not None
@@ -147,9 +147,9 @@ def test_who_gathers_knows_the_order_of_the_linears() -> None:
     ]
     order = [*layers[0], *layers[1], model.output]
     assert [linear.weight for linear in gatherer.linears] == [layer.weight for layer in order]
-    assert [layer.communicator.number for layer in order] == list(range(9))
-    assert [(linear.block, linear.place) for linear in gatherer.linears] == [
-        *((block, place) for block in range(2) for place in range(4)),
+    assert [layer.communicator.index for layer in order] == list(range(9))
+    assert [(linear.block, linear.position) for linear in gatherer.linears] == [
+        *((block, position) for block in range(2) for position in range(4)),
         (2, 0),
     ]
     assert [linear.rows for linear in gatherer.linears] == [96, 32, 192, 32, 96, 32, 192, 32, 61]
@@ -162,8 +162,8 @@ def test_who_gathers_knows_the_order_of_the_linears() -> None:
 class Doubling(Communicator):
     """Doubles the output."""
 
-    def __init__(self, ties: CommContext, layer: nn.Module) -> None:
-        self.ties, self.layer = ties, layer
+    def __init__(self, context: CommContext, layer: nn.Module) -> None:
+        self.context, self.layer = context, layer
 
     def reduce_output(self, y: Tensor) -> Tensor:
         return 2 * y
@@ -197,7 +197,7 @@ def test_a_role_of_ones_own(mode: str) -> None:
     comm = model[0].communicator
     assert isinstance(comm, Doubling)
     assert comm.layer is model[0]
-    assert (comm.ties.tensor, comm.ties.weight) == groups()
+    assert (comm.context.tensor, comm.context.weight) == groups()
     assert torch.equal(model[0](x), 2 * before)
 
 
@@ -220,7 +220,7 @@ def test_a_known_role_may_be_taken_over() -> None:
 
 @pytest.mark.usefixtures("_forget")
 def test_the_decorator_gives_the_function_back() -> None:
-    def build(ties: CommContext, layer: nn.Module) -> Communicator:
+    def build(context: CommContext, layer: nn.Module) -> Communicator:
         return IDENTITY
 
     assert register_communicator("isp", "my role")(build) is build

@@ -10,7 +10,7 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm, ParamPlacement
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.placement import ShardSpec, constant, normal
-from internlm.core.parallel.sharding import LIKE, GroupPosition, Sharding, building, current_sharding
+from internlm.core.parallel.sharding import CUSTOM_ROLES, GroupPosition, Sharding, building, current_sharding
 from internlm.utils.errors import UserError
 
 INIT = normal(1.0)
@@ -113,7 +113,7 @@ def test_an_unknown_role_is_an_error_under_tensor_modes(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_role_of_ones_own_is_split_like_another(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LIKE, "mine", "row")
+    monkeypatch.setitem(CUSTOM_ROLES, "mine", "row")
     for place in (Sharding.weight_of, Sharding.bias_of):
         mine, row = (place(sharding(mode), role, (8, 4), INIT) for role in ("mine", "row"))
         assert mine == row

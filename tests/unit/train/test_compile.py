@@ -15,7 +15,7 @@ from torch._inductor.utils import fresh_cache
 from internlm.config import load_config
 from internlm.core.parallel import ParallelLinear, place_replicated
 from internlm.core.parallel.blocks import declared_blocks
-from internlm.core.parallel.compiled_linear import Layer
+from internlm.core.parallel.compiled_linear import LinearHandle
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.products import deferring
@@ -139,7 +139,7 @@ def test_what_is_put_off_has_factors_of_its_own() -> None:
     dy, x = torch.randn(5, 3), torch.randn(5, 4)
     expected = dy.t() @ x
     with deferring() as tasks:
-        torch.ops.internlm.linear_backward(dy, x, Layer(linear), 5, False)
+        torch.ops.internlm.linear_backward(dy, x, LinearHandle(linear), 5, False)
     for given in (dy, x):
         given.fill_(torch.nan)
     for task in tasks:
