@@ -1,27 +1,62 @@
-"""Initial values: a parameter's values depend on (seed, logical name, logical index) alone, so on no layout."""
+"""Initial values: an element depends on (seed, logical name, logical index) alone, so a rank draws only what it holds.
+
+The generator is counter-based, so any element can be drawn without those before it (as in Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"):
+
+1. SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): the i-th output of a
+   generator with state ``key`` is a mix of the bits of key + (i + 1)·γ. The key is a hash of seed and name, i the index
+   of the element in the flattened logical tensor.
+2. Box and Muller (1958): the upper 31 bits make a radius √(−2·ln u), the lower 32 an angle θ. r·sin θ is normal.
+
+Every operation on floats is one that IEEE 754 rounds exactly (+, −, ×, ÷, √), and each is a pass of its own, so that
+nothing is fused. Hence a value depends neither on the length of vectors nor on the position within a chunk, as the
+logarithms and sines of vector libraries do.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from internlm.core.context.random import derived_seed
 from internlm.core.parallel.fully_sharded import adopt_new_shards, local_shard
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters, placement_of
-from internlm.core.parallel.placement import Init
+from internlm.core.parallel.placement import TensorSlice
+from internlm.utils.errors import Problem, UserError
+
+UInt64 = NDArray[np.uint64]
+Float32 = NDArray[np.float32]
+
+#: Elements drawn at once: the arrays of a chunk stay in a core's L2 cache.
+CHUNK = 8192
+_GAMMA = 0x9E3779B97F4A7C15  # 2⁶⁴ divided by the golden ratio
+_MASK = 2**64 - 1
 
 
+# -- parameters -------------------------------------------------------------------------------------------------------
 def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Parameter]:
     """Give parameters that are on the meta device memory on ``device`` and their initial values; return those.
 
     Parameters keep their identity, so ties, placements and communicators that refer to them stay valid.
+
+    Raises:
+        UserError: A parameter is on the meta device, and nothing says which values it starts with.
     """
     deferred = [(name, parameter) for name, parameter, _ in placed_parameters(model) if parameter.is_meta]
-    for _, parameter in deferred:
+    for name, parameter in deferred:
+        if placement_of(parameter).init is None:
+            message, todo = "is on the meta device and has no initial values", "Build its module on a real device"
+            raise UserError(Problem(f"model parameter '{name}'", message, todo))
         new = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
         new.__dict__.update(parameter.__dict__)
         torch.utils.swap_tensors(parameter, new)
-    adopt_new_shards(model)  # before they are written to: fully_shard may move them
+    if deferred:
+        adopt_new_shards(model)  # before values are written: fully_shard may move a shard to pad it
     for name, parameter in deferred:
         draw(parameter, name, seed)
     return [parameter for _, parameter in deferred]
@@ -35,18 +70,147 @@ def initialize_parameters(module: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
-    """Draw what this rank holds of ``parameter``, in float32, and round it to the parameter's type; padding is 0."""
+    """Draw the elements of ``parameter`` that this rank holds; padding is 0.
+
+    Values are float32, rounded to the dtype in which the parameter is computed with. Memory beside the parameter's is
+    that of a chunk.
+
+    Args:
+        parameter: one with a placement; its values stay where this has no distribution.
+        name: logical name, the same in every layout.
+        seed: the seed of the run.
+    """
     placement = placement_of(parameter, name)
     if placement.init is None:
         return
-    generator = torch.Generator().manual_seed(derived_seed(seed, "parameter", name))
-    whole = _fill(torch.empty(placement.global_shape, dtype=torch.float32, device="cpu"), placement.init, generator)
-    part = placement.shard_of(whole).reshape(-1)
     flat, start = local_shard(parameter)
-    here = part[start : start + flat.numel()].to(compute_dtype(parameter))
-    flat[: here.numel()].copy_(here)
-    flat[here.numel() :].zero_()
+    key = derived_seed(seed, "parameter", name)
+    end = 0  # of what is not padding
+    for held in placement.slices(start, start + flat.numel()):
+        end = held.stop - start
+        if placement.init.std == 0.0:
+            flat[held.start - start : end].fill_(placement.init.mean)
+            continue
+        offset = held.start - start
+        for values in normal_chunks(key, placement.global_shape, held, placement.init.mean, placement.init.std):
+            rounded = torch.from_numpy(values).to(compute_dtype(parameter))
+            flat[offset : offset + len(values)].copy_(rounded)
+            offset += len(values)
+    flat[end:].zero_()
 
 
-def _fill(tensor: Tensor, init: Init, generator: torch.Generator) -> Tensor:
-    return tensor.normal_(init.mean, init.std, generator=generator) if init.std else tensor.fill_(init.mean)
+# -- draws ------------------------------------------------------------------------------------------------------------
+def normal_chunks(
+    key: int, shape: tuple[int, ...], held: TensorSlice, mean: float = 0.0, std: float = 1.0
+) -> Iterator[Float32]:
+    """Draw the elements of a slice in row-major order, chunk by chunk; a chunk is valid until the next is drawn.
+
+    Args:
+        key: 64-bit key of the tensor.
+        shape: of the logical tensor.
+        held: the slice of it to draw.
+        mean: of the distribution.
+        std: standard deviation of the distribution.
+    """
+    counters, values, scratch = np.empty(CHUNK, np.uint64), np.empty(CHUNK, np.float32), _Scratch()
+    for size in _counters(key, shape, held, counters):
+        drawn = values[:size]
+        _standard_normal(counters[:size], drawn, scratch)
+        drawn *= np.float32(std)
+        if mean:
+            drawn += np.float32(mean)
+        yield drawn
+
+
+def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) -> Iterator[int]:
+    """Write key + (i + 1)·γ for each element of the slice to ``out``, chunk by chunk, and yield the size of each.
+
+    Trailing axes that the slice covers, and the axis before them, make runs of consecutive logical indexes; a chunk is
+    a part of one long run, or some short ones.
+    """
+    axis, length = len(shape), 1
+    while axis > 0:
+        axis -= 1
+        length *= held.sizes[axis]
+        if held.sizes[axis] != shape[axis]:
+            break
+    strides = [math.prod(shape[later + 1 :]) for later in range(len(shape))]
+    first = sum(offset * stride for offset, stride in zip(held.offsets, strides, strict=True))
+    ramp = np.arange(min(length, CHUNK), dtype=np.uint64) * np.uint64(_GAMMA)
+    runs = math.prod(held.sizes[:axis])
+    runs_at_once = max(1, CHUNK // length)
+    for run in range(0, runs, runs_at_once):
+        begins = np.zeros(min(runs_at_once, runs - run), np.uint64)
+        positions = np.unravel_index(np.arange(run, run + len(begins)), held.sizes[:axis]) if axis else ()
+        for position, stride in zip(positions, strides, strict=False):
+            begins += position.astype(np.uint64) * np.uint64(stride * _GAMMA & _MASK)
+        for column in range(0, length, CHUNK):
+            size = min(CHUNK, length - column)
+            begin = np.uint64((key + (first + column + 1) * _GAMMA) & _MASK)
+            np.add((begins + begin)[:, None], ramp[:size], out=out[: len(begins) * size].reshape(len(begins), size))
+            yield len(begins) * size
+
+
+class _Scratch:
+    """Arrays that each chunk uses anew."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(CHUNK, np.uint64)
+        self.exponent, self.integer = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
+        self.radius, self.angle, self.square = (np.empty(CHUNK, np.float32) for _ in range(3))
+
+
+#: Coefficients of atanh(s) · 2 / s in s², which make the logarithm; s² ≤ 0.0295, so the next term is below 2⁻²⁵.
+_LOG = tuple(np.float32(2 / n) for n in (9, 7, 5, 3, 1))
+#: Coefficients of sin(θ) / θ in θ²; |θ| ≤ π/2, so the next term is below 2⁻²⁴.
+_SIN = tuple(np.float32((-1) ** n / math.factorial(2 * n + 1)) for n in (5, 4, 3, 2, 1, 0))
+
+
+def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
+    """Turn the counters ``z``, which are overwritten, into standard normal values ``out``."""
+    size = len(z)
+    words, exponent, integer = scratch.words[:size], scratch.exponent[:size], scratch.integer[:size]
+    radius, angle, square = scratch.radius[:size], scratch.angle[:size], scratch.square[:size]
+
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None)):
+        np.right_shift(z, np.uint64(shift), out=words)
+        np.bitwise_xor(z, words, out=z)
+        if factor is not None:
+            np.multiply(z, np.uint64(factor), out=z)
+
+    # u in [2⁻³¹, 1] as m · 2^e with m in [√½, √2): then ln u = 2·atanh((m − 1)/(m + 1)) + e·ln 2, which is accurate
+    # relative to itself near u = 1 too, where e = 0.
+    np.right_shift(z, np.uint64(33), out=words)
+    np.copyto(integer, words, casting="unsafe")
+    np.bitwise_or(integer, 1, out=integer)
+    np.multiply(integer, np.float32(2**-31), out=radius, dtype=np.float32, casting="unsafe")
+    bits = radius.view(np.int32)
+    np.subtract(bits, np.int32(0x3F3504F3), out=exponent)  # the bits of √½
+    np.right_shift(exponent, 23, out=exponent)
+    np.left_shift(exponent, 23, out=integer)
+    np.subtract(bits, integer, out=bits)
+    np.add(radius, np.float32(1), out=angle)
+    np.subtract(radius, np.float32(1), out=radius)
+    np.divide(radius, angle, out=radius)
+    np.multiply(radius, radius, out=square)
+    _horner(_LOG, square, out)
+    np.multiply(radius, out, out=radius)
+    np.multiply(exponent, np.float32(math.log(2)), out=out, dtype=np.float32, casting="unsafe")
+    np.add(radius, out, out=radius)
+    np.multiply(radius, np.float32(-2), out=radius)
+    np.sqrt(radius, out=radius)
+
+    np.copyto(integer, z, casting="unsafe")  # the lower word, as a signed one
+    np.multiply(integer, np.float32(math.pi * 2**-32), out=angle, dtype=np.float32, casting="unsafe")
+    np.multiply(angle, angle, out=square)
+    _horner(_SIN, square, out)
+    np.multiply(out, angle, out=out)
+    np.multiply(out, radius, out=out)
+
+
+def _horner(coefficients: tuple[np.float32, ...], x: Float32, out: Float32) -> None:
+    """Evaluate the polynomial in ``x`` with these coefficients, the highest first."""
+    out.fill(coefficients[0])
+    for coefficient in coefficients[1:]:
+        np.multiply(out, x, out=out)
+        np.add(out, coefficient, out=out)
