@@ -1,0 +1,1 @@
+"""Benchmarks: each module is a command, and doc/performance.md has the results."""

@@ -1,4 +1,4 @@
-"""The same step by torch: our model under ``DistributedDataParallel``, clip_grad_norm_, fused AdamW."""
+"""A training step by torch: our model under ``DistributedDataParallel``, clip_grad_norm_, fused AdamW."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from internlm.train import initialize_model
 
 
 class Ddp(Ours):
-    """Model, data and loss are ours; what keeps and reduces gradients and updates parameters is torch's."""
+    """Our model, data and loss, with torch's gradient reduction and optimizer."""
 
     def __init__(self, yardstick: Yardstick, rank: int, world: int, port: int) -> None:
         super().__init__(yardstick, rank=rank, world=world, port=port, data_size=world)
 
     def build(self) -> None:
-        """Only model and optimizer."""
+        """Build model and optimizer; there is no trainer."""
         self.data_group = gpc.group(ParallelMode.DATA)
         self.model = DistributedDataParallel(initialize_model(), gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step(self) -> float:
-        """Forward, backward, clip, update; the loss of this rank."""
+        """Train on this rank's part of the next batch; return the mean loss over the ranks."""
         batch, labels = self._batch()
         tokens = int(all_reduce((labels != -100).sum(), self.data_group))
         scale = self.data_group.size / tokens  # DDP takes the mean over ranks

@@ -1,4 +1,4 @@
-"""The floor of a step: each of its matrix products timed alone, one after another, in this very process."""
+"""Measure the floor of a training step: the time of its matrix products, each alone, in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Gemm = Callable[[], object]
 
 
 def products(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """(in features, out features, how often in the model) of every linear layer."""
+    """Return input features, output features and number of layers of every kind of linear layer."""
     hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     inner, layers = model.intermediate_size, model.num_layers
     return [
@@ -29,10 +29,12 @@ def products(model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def floor_seconds(model: ModelConfig, tokens: int, plain: bool) -> float:
-    """Seconds of the forward product and the two backward ones of every linear layer, by median.
+    """Measure the three products of every linear layer; return the sum of their median seconds.
 
-    ``plain``: by ``torch.mm``, as a model written in plain torch computes them; else by our own
-    :mod:`internlm.ops.gemm`.
+    Args:
+        model: the ``model`` section.
+        tokens: tokens of a step.
+        plain: use ``torch.mm``, as a model in plain torch does, rather than :mod:`internlm.ops.gemm`.
     """
     return sum(
         count * sum(map(_seconds, _three(tokens, inputs, outputs, plain))) for inputs, outputs, count in products(model)
@@ -40,7 +42,7 @@ def floor_seconds(model: ModelConfig, tokens: int, plain: bool) -> float:
 
 
 def _three(tokens: int, inputs: int, outputs: int, plain: bool) -> list[Gemm]:
-    """Output, gradient of the input, gradient of the weight."""
+    """Return the products for the output, the gradient of the input and the gradient of the weight."""
     x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     grad = torch.zeros(outputs, inputs)
     if plain:
@@ -63,7 +65,7 @@ def _seconds(product: Gemm) -> float:
 
 
 def gemm_flops_per_second(plain: bool) -> float:
-    """The machine's own float32 rate: a product of [2048, 2048] matrices."""
+    """Measure the machine's fp32 rate by a product of [2048, 2048] matrices."""
     n = 2048
     a, b = torch.randn(n, n), torch.randn(n, n)
     return 2 * n**3 / _seconds(lambda: torch.mm(a, b.t()) if plain else gemm.linear(a, b))

@@ -1,5 +1,6 @@
-"""Time every op against its counterpart in torch: ``python -m bench.ops [--threads 2] [--runs 15] [--only attention]``.
+"""Time every op against its counterpart in torch.
 
+``python -m bench.ops [--threads 2] [--runs 15] [--only attention]`` prints a table in Markdown.
 Each line is one op at one shape in fp32: the median of runs that alternate between the two, forward, and forward and
 backward together; GFLOP/s where GEMMs are the work, counted as the causal half for attention.
 """
@@ -25,7 +26,7 @@ DOCUMENTS = [428, 174, 205, 357, 192, 132, 249, 311]
 
 
 class Case(NamedTuple):
-    """An op at a shape: both functions take ``inputs``; those of a GEMM have no backward pass."""
+    """An op at a shape, and its counterpart in torch; both take ``inputs``, and GEMMs have no backward pass."""
 
     name: str
     shape: str
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def report(case: Case, runs: int) -> None:
-    """Print the lines of one case."""
+    """Time one case and print its lines."""
     grad = any(x.requires_grad for x in case.inputs)
     passes = {"forward": (forward, case.flops)}
     if grad:
@@ -65,7 +66,7 @@ def report(case: Case, runs: int) -> None:
 
 
 def alternate(run: Callable[[Any], None], functions: tuple[Any, ...], runs: int) -> list[float]:
-    """Median seconds of each function, in runs that take turns; the first two of each don't count."""
+    """Run functions in turns; return the median seconds of each, without its first two runs."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(runs + 2):
         for function, times in zip(functions, seconds, strict=True):
@@ -76,19 +77,19 @@ def alternate(run: Callable[[Any], None], functions: tuple[Any, ...], runs: int)
 
 
 def forward(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-    """The forward pass as in training, gradients wanted."""
+    """Run the forward pass as in training, with gradients enabled."""
     function(*inputs)
 
 
 def forward_backward(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-    """Forward and backward pass, with ones as the incoming gradient."""
+    """Run forward and backward passes, with ones as the incoming gradient."""
     out = function(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
     torch.autograd.grad(outs, inputs, [torch.ones(()).expand_as(x).contiguous() for x in outs])
 
 
 def cases() -> Iterator[Case]:
-    """Every line of the table."""
+    """Yield the cases of the table."""
     for tokens, inputs, outputs in ((2048, 512, 1536), (2048, 512, 2816), (2048, 1408, 512), (512, 512, 8192)):
         yield from gemm_cases(tokens, inputs, outputs)
     x, weight = leaf(TOKENS, HIDDEN), leaf(HIDDEN)
@@ -116,7 +117,7 @@ def cases() -> Iterator[Case]:
 
 
 def gemm_cases(tokens: int, inputs: int, outputs: int) -> Iterator[Case]:
-    """The three products of a linear layer."""
+    """Yield the three products of a linear layer."""
     x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     out, flops = torch.zeros(outputs, inputs), 2.0 * tokens * inputs * outputs
     shape = f"{tokens}×{inputs}→{outputs}"
@@ -133,7 +134,7 @@ def gemm_cases(tokens: int, inputs: int, outputs: int) -> Iterator[Case]:
 
 
 def attention_case(lengths: list[int], groups: int) -> Case:
-    """Attention over packed sequences; torch's takes a call for every run of equal lengths."""
+    """Make a case of attention over packed sequences; sdpa takes a call for every run of equal lengths."""
     sequences = ops.PackedSequences.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0))
     tokens, pairs = sum(lengths), sum(length * (length + 1) / 2 for length in lengths)
     equal = len(set(lengths)) == 1
@@ -149,7 +150,7 @@ def attention_case(lengths: list[int], groups: int) -> Case:
 
 
 def cross_entropy_cases(vocab: int) -> Iterator[Case]:
-    """The output projection with its loss, against plain torch and against torch's own chunked op."""
+    """Yield the output projection with its loss, against plain torch and against torch's chunked op."""
     labels = torch.randint(0, vocab, (TOKENS,))
     inputs = leaf(TOKENS, HIDDEN), (torch.randn(vocab, HIDDEN) / HIDDEN**0.5).requires_grad_()
     counterparts: dict[str, Callable[..., Any]] = {
@@ -172,13 +173,13 @@ def cross_entropy_cases(vocab: int) -> Iterator[Case]:
 
 
 def plain_swiglu(gate_up: Tensor) -> Tensor:
-    """What one would write."""
+    """Compute SwiGLU by the formula."""
     gate, up = gate_up.unbind(1)
     return F.silu(gate) * up
 
 
 def leaf(*shape: int) -> Tensor:
-    """Normal numbers that want a gradient."""
+    """Draw normal numbers that require a gradient."""
     return torch.randn(*shape).requires_grad_()
 
 

@@ -1,5 +1,4 @@
-"""The optimizer alone against one fused AdamW over a flat tensor, and a data-parallel step against torch's
-``DistributedDataParallel`` with fused AdamW.
+"""Race the optimizer against fused AdamW over a flat tensor, and a data-parallel step against torch's DDP.
 
 ``python -m bench.optimizer alone [--rounds 10] [--threads 2]`` and ``python -m bench.optimizer ddp [--rounds 8]`` print
 JSON. Sides take turns.
@@ -28,14 +27,14 @@ WARMUP = 3
 
 
 def flat_adamw(elements: int) -> Callable[[], object]:
-    """A step of torch's fused AdamW over one tensor."""
+    """Return a step of torch's fused AdamW over one flat tensor."""
     flat = torch.nn.Parameter(torch.randn(elements))
     flat.grad = torch.randn(elements)
     return torch.optim.AdamW([flat], lr=1e-4, fused=True).step
 
 
 def ours(keys: dict[str, Any]) -> tuple[int, Callable[[float], object]]:
-    """Elements of a model, and a step of our optimizer over it that clips to some norm."""
+    """Return the elements of a model, and a step of our optimizer over it that clips to a given norm."""
     from bench.yardsticks import LLAMA_30M
     from internlm.config.schema import AdamConfig, HybridZeroConfig, ModelConfig
     from internlm.core.parallel.initialization import initialize_parameters
@@ -58,13 +57,12 @@ def ours(keys: dict[str, Any]) -> tuple[int, Callable[[float], object]]:
 
 
 def read(elements: int) -> Callable[[], object]:
-    """One read of as many elements."""
+    """Return a sum over a tensor: one read of as many elements."""
     return torch.randn(elements).sum
 
 
 def alone(size: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Medians in ms: of ours where the norm is within its limit and where it is not, of the flat tensor, and of a mere
-    read of the gradients."""
+    """Measure our step without and with clipping, the flat step, and a read of the gradients; medians in ms."""
     torch.set_num_threads(threads)
     elements, step = ours(SIZES[size])
     sides = {
@@ -86,19 +84,19 @@ def alone(size: str, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def ddp(rounds: int) -> dict[str, Any]:
-    """Tokens a second on two processes of one thread, and peak memory."""
+    """Race two processes of one thread each against DDP; return tokens per second and peak memory."""
     sides = race(
         {
             "DDP": DDP(data_size=2),
-            "ours": Setup(OVERLAPS, data_size=2),
+            "ours": Setup(overrides=OVERLAPS, data_size=2),
             "ours, no overlap": Setup(data_size=2),
         },
         rounds,
     )
-    figures = {name: side.figures() for name, side in sides.items()}
+    metrics = {name: side.metrics() for name, side in sides.items()}
     for name in ("ours", "ours, no overlap"):
-        figures[name]["speed_ratio"] = round(sides[name].tokens_per_second / sides["DDP"].tokens_per_second, 3)
-    return figures
+        metrics[name]["speed_ratio"] = round(sides[name].tokens_per_second / sides["DDP"].tokens_per_second, 3)
+    return metrics
 
 
 def main() -> None:

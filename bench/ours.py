@@ -1,4 +1,4 @@
-"""One training step of this framework, by its public path."""
+"""A training step of this framework, through its public interface."""
 
 from __future__ import annotations
 
@@ -21,15 +21,24 @@ from internlm.train import initialize_model_and_parallel_communicator, initializ
 
 
 def free_port() -> int:
-    """A port of this machine that is free now."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Ours:
-    """A trainer over a yardstick's model, on rank ``rank`` of ``world``; ``step`` trains on its part of the yardstick's
-    next batch. ``data_size`` ranks read different sequences, each in ``micro_num`` micro-batches."""
+    """A trainer of a yardstick's model on one rank.
+
+    Args:
+        yardstick: model and batches.
+        overrides: ``KEY=VALUE`` of its config.
+        rank: rank of this process.
+        world: processes.
+        port: port of rank 0; by default a free one, for a single process.
+        data_size: ranks that read different sequences.
+        micro_num: micro-batches of a step.
+    """
 
     def __init__(
         self,
@@ -54,17 +63,17 @@ class Ours:
         self.config = gpc.config
         self.build()
         tensor = GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))
-        self._part = tensor if self.config.parallel.tensor.mode == "isp" else ALONE
+        self._sequence_shard = tensor if self.config.parallel.tensor.mode == "isp" else ALONE
         self._data = GroupPosition(gpc.get_local_rank(ParallelMode.DATA), data_size)
 
     def build(self) -> None:
-        """Model, optimizer, trainer."""
+        """Build model, optimizer and trainer."""
         model, communicator = initialize_model_and_parallel_communicator(create_model())
         optimizer, beta2, lr = initialize_optimizer(model, communicator)
         self.trainer = initialize_trainer(model, optimizer, lr, beta2)
 
     def step(self) -> float:
-        """Forward, backward, clip, update; the loss."""
+        """Train on this rank's part of the next batch; return the loss."""
         return self.trainer.train_step(iter([self._batch()])).result.loss
 
     @property
@@ -86,4 +95,4 @@ class Ours:
         batch["type_ids"] = torch.zeros_like(batch["input_ids"])
         if self.yardstick.documents:
             batch["cu_seqlens"] = [torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()])]
-        return split_rows((batch, labels.view(shape)), self._part)
+        return split_rows((batch, labels.view(shape)), self._sequence_shard)

@@ -15,20 +15,22 @@ ISP = ("parallel.weight.size=2", "parallel.weight.overlap=True", "parallel.weigh
 MODES = {
     "data": Setup(data_size=2),
     **{
-        mode: Setup(("parallel.tensor.size=2", f"parallel.tensor.mode={mode}", *(ISP if mode == "isp" else ())))
+        mode: Setup(
+            overrides=("parallel.tensor.size=2", f"parallel.tensor.mode={mode}", *(ISP if mode == "isp" else ()))
+        )
         for mode in ("mtp", "msp", "fsp", "isp")
     },
 }
 YARD = "transformers"
 
 
-def figures_of(modes: list[str], rounds: int) -> dict[str, Any]:
-    """Figures of each side, and how fast it is beside the yardstick, by the medians of its turns."""
+def measure(modes: list[str], rounds: int) -> dict[str, Any]:
+    """Race the modes; return the metrics of each side and its speed relative to ``transformers``."""
     sides = race({YARD: Transformers(), **{mode: MODES[mode] for mode in modes}}, rounds)
-    figures = {name: side.figures() for name, side in sides.items()}
+    metrics = {name: side.metrics() for name, side in sides.items()}
     for mode in modes:
-        figures[mode]["speed_ratio"] = round(sides[mode].tokens_per_second / sides[YARD].tokens_per_second, 3)
-    return figures
+        metrics[mode]["speed_ratio"] = round(sides[mode].tokens_per_second / sides[YARD].tokens_per_second, 3)
+    return metrics
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
-    print(json.dumps(figures_of(args.modes, args.rounds), indent=1))
+    print(json.dumps(measure(args.modes, args.rounds), indent=1))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def _runner(name: str, yardstick: str) -> Any:
 
 
 def race(yardstick: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Median seconds and peak memory of each side, and their ratios."""
+    """Race both sides; return speed and peak memory of each, and their ratios."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for name in SIDES:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -33,43 +34,47 @@ SCHEDULES: dict[str, tuple[tuple[str, ...], int]] = {
 }
 
 
-def setup_of(kind: str, micro_num: int) -> Setup:
-    """A micro-batch is one sequence of 512 tokens."""
-    return Setup((f"parallel.pipeline.size={STAGES}", *SCHEDULES[kind][0]), micro_num=micro_num, sequences=micro_num)
+def setup_of(schedule: str, micro_num: int) -> Setup:
+    """Set a schedule up with micro-batches of one sequence of 512 tokens."""
+    return Setup(
+        overrides=(f"parallel.pipeline.size={STAGES}", *SCHEDULES[schedule][0]),
+        micro_num=micro_num,
+        sequences=micro_num,
+    )
 
 
 def peers(rounds: int) -> dict[str, Any]:
-    """Tokens per second, and beside ``transformers``."""
+    """Race the schedules against data parallelism and ``transformers``."""
     setups = {"transformers": Transformers(), "data": Setup(data_size=2)}
-    sides = race({**setups, **{kind: setup_of(kind, 4) for kind in SCHEDULES}}, rounds)
+    sides = race({**setups, **{schedule: setup_of(schedule, 4) for schedule in SCHEDULES}}, rounds)
     yard = sides["transformers"].tokens_per_second
     return {
-        name: {**side.figures(), "speed_ratio": round(side.tokens_per_second / yard, 3)} for name, side in sides.items()
+        name: {**side.metrics(), "speed_ratio": round(side.tokens_per_second / yard, 3)} for name, side in sides.items()
     }
 
 
 def simulated(rounds: int) -> dict[str, Any]:
-    """Measured and simulated times of the schedules, their peaks in flight, and data parallelism beside them."""
+    """Compare measured and simulated times and peaks in flight of the schedules, and race data parallelism."""
     data = Setup(data_size=2, micro_num=4, sequences=8)
-    sides = race({"data": data, **{kind: setup_of(kind, 8) for kind in SCHEDULES}}, rounds)
+    sides = race({"data": data, **{schedule: setup_of(schedule, 8) for schedule in SCHEDULES}}, rounds)
     yard = sides["data"].tokens_per_second
-    figures: dict[str, Any] = {"data": sides["data"].figures()}
-    for kind in SCHEDULES:
-        figures[kind] = {
-            **sides[kind].figures(),
-            "beside_data": round(sides[kind].tokens_per_second / yard, 3),
-            **beside_simulation(kind, sides[kind]),
+    metrics: dict[str, Any] = {"data": sides["data"].metrics()}
+    for schedule in SCHEDULES:
+        metrics[schedule] = {
+            **sides[schedule].metrics(),
+            "beside_data": round(sides[schedule].tokens_per_second / yard, 3),
+            **beside_simulation(schedule, sides[schedule]),
         }
-    first, second = figures["1f1b"], figures["zbh1"]
-    figures["zbh1 over 1f1b"] = {
-        each: round(first[f"{each}_ms"] / second[f"{each}_ms"], 3) for each in ("measured", "simulated")
+    first, second = metrics["1f1b"], metrics["zbh1"]
+    metrics["zbh1 over 1f1b"] = {
+        key: round(first[f"{key}_ms"] / second[f"{key}_ms"], 3) for key in ("measured", "simulated")
     }
-    return figures
+    return metrics
 
 
-def beside_simulation(kind: str, side: Side) -> dict[str, Any]:
-    """Of the steps that a side recorded: medians, and the simulation with the medians of all actions."""
-    table = make_table(kind, STAGES, SCHEDULES[kind][1], side.setup.micro_num)
+def beside_simulation(schedule: str, side: Side) -> dict[str, Any]:
+    """Compare the recorded steps of a side with a simulation from the median costs of its actions."""
+    table = make_table(schedule, STAGES, SCHEDULES[schedule][1], side.setup.micro_num)
     steps: list[tuple[list[Record], ...]] = list(zip(*(rank.records for rank in side.ended), strict=True))
     costs = _medians([measured_costs(table, step) for step in steps])
     timeline = simulate(table, costs)
@@ -80,9 +85,9 @@ def beside_simulation(kind: str, side: Side) -> dict[str, Any]:
         "simulated_over_measured": round(timeline.end / measured, 3),
         "simulated_idle": round(timeline.bubble, 3),
         "transfer_ms": round(costs.transfer * 1e3, 2),
-        "forward_ms": [round(each * 1e3, 1) for each in costs.forward],
-        "backward_ms": [round(each * 1e3, 1) for each in costs.backward],
-        "weight_ms": [round(each * 1e3, 1) for each in costs.weight],
+        "forward_ms": [round(seconds * 1e3, 1) for seconds in costs.forward],
+        "backward_ms": [round(seconds * 1e3, 1) for seconds in costs.backward],
+        "weight_ms": [round(seconds * 1e3, 1) for seconds in costs.weight],
         "overhead_us": round(_overhead(table, steps) * 1e6, 1),
         "peak_in_flight": [rank.peak_in_flight for rank in side.ended],
         "simulated_peak": list(timeline.peak_in_flight),
@@ -96,21 +101,21 @@ def _medians(all_costs: list[Costs]) -> Costs:
     return Costs(of("forward"), of("backward"), of("weight"), median(costs.transfer for costs in all_costs))
 
 
-def _overhead(table: Table, steps: list[tuple[list[Record], ...]]) -> float:
-    """Of the median action: now and then a process is interrupted for milliseconds."""
-    ranks = range(table.cut.stages)
-    return median(each for step in steps for rank in ranks for each in overheads(table, rank, step[rank]))
+def _overhead(table: Table, steps: Sequence[tuple[list[Record], ...]]) -> float:
+    """Return the median overhead of an action in seconds; the mean would be that of rare interruptions."""
+    ranks = range(table.stage_layout.stages)
+    return median(seconds for step in steps for rank in ranks for seconds in overheads(table, rank, step[rank]))
 
 
 def python_alone(rounds: int) -> dict[str, Any]:
-    """The executor on one process: all is handed on at once, so that whatever is not an action is overhead."""
+    """Measure the executor on one process, where nothing is sent, so that all time outside of actions is overhead."""
     tiny = (
         "model.hidden_size=64",
         "model.num_attention_heads=1",
         "model.num_kv_attention_heads=1",
         "model.num_chunks=4",
     )
-    setup = Setup(tiny, world=1, micro_num=8, sequences=8)
+    setup = Setup(overrides=tiny, world=1, micro_num=8, sequences=8)
     side = race({"alone": setup}, rounds)["alone"]
     table = make_table("interleaved", 1, 4, 8)
     steps = [(step,) for step in side.ended[0].records]
@@ -118,7 +123,7 @@ def python_alone(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["peers", "simulated", "overhead"])
     parser.add_argument("--rounds", type=int, default=8)

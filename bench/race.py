@@ -1,5 +1,8 @@
-"""Sides that take turns, step by step: some processes of this framework each, or one of ``transformers``. All rest
-while another runs, and each has its own peak of resident memory."""
+"""Race several setups against each other, step by step in turns.
+
+Each side has processes of its own, and so a peak of resident memory of its own. All sides rest while another runs, so
+that drifts of the machine hit all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +19,38 @@ from bench.yardsticks import YARDSTICKS, Yardstick
 WARMUP = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What one side runs: a yardstick of ``sequences`` a step, on ``world`` processes of one thread each, of which
-    ``data_size`` read different ones; in so many micro-batches."""
+    """One side of a race, run by this framework."""
 
     overrides: tuple[str, ...] = ()
-    world: int = 2
-    data_size: int = 1
+    world: int = 2  # processes of one thread each
+    data_size: int = 1  # ranks that read different sequences
     micro_num: int = 1
-    sequences: int = 4
+    sequences: int = 4  # of a step
     yardstick: str = "bench-30M"
 
     @property
     def tokens(self) -> Yardstick:
-        """The yardstick with its sequences."""
+        """The yardstick with the sequences of this side."""
         return replace(YARDSTICKS[self.yardstick], micro_bsz=self.sequences)
 
 
 @dataclass(frozen=True)
 class Transformers(Setup):
-    """One process of two threads."""
+    """One side, run by ``transformers`` in one process of two threads."""
 
     world: int = 1
 
 
 @dataclass(frozen=True)
 class DDP(Setup):
-    """``DistributedDataParallel``."""
+    """One side: our model under torch's ``DistributedDataParallel``."""
 
 
 @dataclass
-class Ended:
-    """What a rank knows at the end."""
+class RankResult:
+    """Measurements that a rank sends after its last step."""
 
     peak_rss: int
     sent: int = 0  # bytes a step
@@ -57,7 +59,8 @@ class Ended:
 
 
 def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
-    """One process of one side: a step for each message, its seconds as the reply; at the end what it knows."""
+    """Run one process of one side: a step for each message, its seconds as the reply; at the end the measurements."""
+    # Imports are here, because each process needs those of its side only, and they count in its resident memory.
     import torch
 
     from internlm.profiler.reports import peak_rss_bytes
@@ -68,14 +71,14 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
         torch.set_num_threads(2)
         peer = Peer(setup.tokens)
         _turns(pipe, peer.step)
-        pipe.send(Ended(peak_rss_bytes()))
+        pipe.send(RankResult(peak_rss_bytes()))
         return
     torch.set_num_threads(1)
     if isinstance(setup, DDP):
         from bench.ddp_peer import Ddp
 
         _turns(pipe, Ddp(setup.tokens, rank, setup.world, port).step)
-        pipe.send(Ended(peak_rss_bytes()))
+        pipe.send(RankResult(peak_rss_bytes()))
         return
     from bench.ours import Ours
 
@@ -89,8 +92,8 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
         sent.append(ours.sent)
 
     _turns(pipe, step)
-    per_step = (sent[-1] - sent[0]) // max(len(sent) - 1, 1)  # the first step may say more than the others
-    pipe.send(Ended(peak_rss_bytes(), per_step, steps[WARMUP:], scheduler.peak_in_flight))
+    per_step = (sent[-1] - sent[0]) // max(len(sent) - 1, 1)  # the first step may send more than the others
+    pipe.send(RankResult(peak_rss_bytes(), per_step, steps[WARMUP:], scheduler.peak_in_flight))
 
 
 def _turns(pipe: Connection, step: Any) -> None:
@@ -116,16 +119,16 @@ class Side:
             self.processes.append(context.Process(target=_rank, args=(setup, rank, port, far_end)))
             self.processes[-1].start()
         self.seconds: list[float] = []
-        self.ended: list[Ended] = []
+        self.ended: list[RankResult] = []
 
     def step(self) -> None:
-        """One step; its time is that of the slowest rank."""
+        """Run one step; its time is that of the slowest rank."""
         for pipe in self.pipes:
             pipe.send(True)
         self.seconds.append(max(pipe.recv() for pipe in self.pipes))
 
     def end(self) -> None:
-        """Ask what the ranks know, and let them go."""
+        """Collect the measurements of the ranks and end their processes."""
         for pipe in self.pipes:
             pipe.send(False)
         self.ended = [pipe.recv() for pipe in self.pipes]
@@ -134,19 +137,19 @@ class Side:
 
     @property
     def step_seconds(self) -> float:
-        """The median of its turns, those to warm up left out."""
+        """Median time of a step, without the warm-up."""
         return median(self.seconds[WARMUP:])
 
     @property
     def tokens_per_second(self) -> float:
-        """By that median."""
+        """Tokens per second, by the median time of a step."""
         return self.setup.tokens.tokens / self.step_seconds
 
-    def figures(self) -> dict[str, Any]:
-        """Speed, memory, traffic."""
+    def metrics(self) -> dict[str, Any]:
+        """Return speed, memory and traffic."""
         return {
             "tokens_per_second": round(self.tokens_per_second, 1),
-            "peak_rss_mb_per_rank": round(max(each.peak_rss for each in self.ended) / 2**20),
+            "peak_rss_mb_per_rank": round(max(result.peak_rss for result in self.ended) / 2**20),
             "sent_mb_per_step": round(self.ended[0].sent / 2**20, 2),
         }
 

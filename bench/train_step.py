@@ -1,5 +1,7 @@
-"""Time the training step: ``python -m bench.train_step [--yardstick bench-30M] [--steps 20] [--threads 2]`` prints
-JSON."""
+"""Time the training step and print JSON.
+
+``python -m bench.train_step [--yardstick bench-30M] [--steps 20] [--threads 2]``
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,10 @@ def main() -> None:
     rss = peak_rss_bytes()  # before the floor allocates for itself
     step = median(seconds)
     flops = model_flops_per_token(ours.config.model, yardstick.seq_len) * yardstick.tokens / step
-    floors = {kind: floor_seconds(ours.config.model, yardstick.tokens, kind == "plain") for kind in ("plain", "ours")}
-    rates = {kind: gemm_flops_per_second(kind == "plain") for kind in floors}
+    floors = {
+        gemms: floor_seconds(ours.config.model, yardstick.tokens, gemms == "plain") for gemms in ("plain", "ours")
+    }
+    rates = {gemms: gemm_flops_per_second(gemms == "plain") for gemms in floors}
     print(
         json.dumps(
             {
@@ -43,10 +47,10 @@ def main() -> None:
                 "ms_per_step": round(step * 1e3, 1),
                 "peak_rss_mb": round(rss / 2**20),
                 "model_gflops_per_second": round(flops / 1e9, 1),
-                **{f"of_gemm_rate_{kind}": round(flops / rate, 3) for kind, rate in rates.items()},
-                **{f"gemm_rate_gflops_{kind}": round(rate / 1e9) for kind, rate in rates.items()},
-                **{f"gemm_floor_ms_{kind}": round(floor * 1e3, 1) for kind, floor in floors.items()},
-                **{f"step_over_floor_{kind}": round(step / floor, 3) for kind, floor in floors.items()},
+                **{f"of_gemm_rate_{gemms}": round(flops / rate, 3) for gemms, rate in rates.items()},
+                **{f"gemm_rate_gflops_{gemms}": round(rate / 1e9) for gemms, rate in rates.items()},
+                **{f"gemm_floor_ms_{gemms}": round(floor * 1e3, 1) for gemms, floor in floors.items()},
+                **{f"step_over_floor_{gemms}": round(step / floor, 3) for gemms, floor in floors.items()},
                 "threads": args.threads,
                 "torch": torch.__version__,
             },

@@ -1,6 +1,6 @@
-"""The same step with ``transformers``: LlamaForCausalLM (sdpa), clip_grad_norm_, fused AdamW.
+"""A training step by ``transformers``: LlamaForCausalLM (sdpa), clip_grad_norm_, fused AdamW.
 
-Packed documents go its own way: one row whose position ids begin anew with each document, from which it makes a
+Packed documents are one row whose position ids begin anew with each document, from which ``transformers`` makes a
 block-diagonal mask. (Its path without a mask needs flash-attn, which needs CUDA.)
 """
 
@@ -13,7 +13,7 @@ from bench.yardsticks import LLAMA_30M, Yardstick
 
 
 class Transformers:
-    """Model and optimizer; ``step`` trains on the yardstick's next batch."""
+    """Model and optimizer of ``transformers`` for a yardstick."""
 
     def __init__(self, yardstick: Yardstick) -> None:
         self.yardstick, self._batches = yardstick, yardstick.batches()
@@ -35,7 +35,7 @@ class Transformers:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step(self) -> float:
-        """Forward, backward, clip, update; the loss."""
+        """Train on the next batch; return the loss."""
         ids, lengths = next(self._batches)
         if self.yardstick.documents:
             positions = torch.cat([torch.arange(length) for length in lengths])[None]

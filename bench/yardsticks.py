@@ -1,4 +1,4 @@
-"""The two models that are timed, and the tokens they are fed. See doc/performance.md for what they stand for."""
+"""The two models that are timed, and their batches; doc/performance.md describes what they stand for."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ LLAMA_30M: dict[str, Any] = dict(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Yardstick:
-    """A model and a micro-batch; ``documents`` are the lengths that attention is confined to, shortest and longest."""
+    """A model and its micro-batches."""
 
     name: str
     vocab_size: int
     seq_len: int
     micro_bsz: int
-    documents: tuple[int, int] | None = None
+    documents: tuple[int, int] | None = None  # shortest and longest document of a packed row
 
     @property
     def tokens(self) -> int:
-        """Tokens of one step."""
+        """Number of tokens of one step."""
         return self.seq_len * self.micro_bsz
 
     def config(self) -> dict[str, Any]:
-        """The config, as a dict of the framework's keys."""
+        """Return the config as a dict of the framework's keys."""
         return dict(
             JOB_NAME=self.name,
             model_type="LLAMA2",
@@ -54,14 +54,14 @@ class Yardstick:
         )
 
     def batches(self, seed: int = 0) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """Tokens [tokens] and the lengths of their pieces, without end."""
+        """Yield token ids [tokens] and the lengths of their sequences, without end."""
         rng = np.random.default_rng(seed)
         while True:
             ids = torch.from_numpy(rng.integers(0, self.vocab_size, self.tokens))
             yield ids, self._lengths(rng)
 
     def _lengths(self, rng: np.random.Generator) -> list[int]:
-        """Equal sequences, or documents from a gamma distribution of mean 200, the last one cut to fill the row."""
+        """Draw equal sequences, or documents of mean length 200 (gamma), the last one truncated to fill the row."""
         if self.documents is None:
             return [self.seq_len] * self.micro_bsz
         lengths: list[int] = []
@@ -72,6 +72,6 @@ class Yardstick:
 
 
 YARDSTICKS = {
-    "bench-30M": Yardstick("bench-30M", vocab_size=8192, seq_len=512, micro_bsz=4),
-    "bench-pack": Yardstick("bench-pack", vocab_size=VOCAB_PACK, seq_len=2048, micro_bsz=1, documents=(32, 512)),
+    "bench-30M": Yardstick(name="bench-30M", vocab_size=8192, seq_len=512, micro_bsz=4),
+    "bench-pack": Yardstick(name="bench-pack", vocab_size=VOCAB_PACK, seq_len=2048, micro_bsz=1, documents=(32, 512)),
 }

@@ -1,8 +1,8 @@
-"""Make data for a first run out of what every machine has: the sources of Python's standard library.
+"""Make data for a first run from the sources of Python's standard library, which every machine has.
 
-Two types: ``code`` (the .py files, one sample each) and ``en`` (their docstrings, one sample each). One file in
-twenty is held out for validation, with its docstrings. A tokenizer is trained on the rest. The same Python gives the
-same data.
+Two data-set types: ``code`` (.py files, one sample each) and ``en`` (their docstrings, one sample each). One file in
+twenty is held out for validation, with its docstrings. A tokenizer is trained on the others. The same version of Python
+gives the same data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from internlm.data.tokenized_writer import Recipe, Summary, make_recipe, tokeniz
 from internlm.utils.errors import exit_on_user_error
 
 VERSION = 1
-#: Folders that hold tests, tables or other people's packages.
+#: Folders of tests, tables and installed packages, whose content differs from machine to machine.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
 HELD_OUT_PERCENT = 5
 SHORTEST_DOCSTRING = 40  # characters
@@ -35,14 +35,14 @@ SPLITS, TYPES = ("train", "valid"), ("code", "en")
 
 
 class Texts(NamedTuple):
-    """Samples of one split."""
+    """Samples of one split, by type."""
 
     code: list[str]
     en: list[str]
 
 
 def read_sources(root: Path) -> dict[str, Texts]:
-    """The samples of both splits, in the order of the file names."""
+    """Read the samples of both splits, in the order of the file names."""
     splits = {split: Texts([], []) for split in SPLITS}
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
@@ -52,7 +52,7 @@ def read_sources(root: Path) -> dict[str, Texts]:
             text = file.read_text(encoding="utf-8")
             docstrings = list(find_docstrings(text))
         except (UnicodeDecodeError, SyntaxError):
-            continue  # a few files are meant to be wrong
+            continue  # the library contains files that are invalid on purpose, for its tests
         split = splits["valid" if is_held_out(name) else "train"]
         split.code.append(text)
         split.en.extend(docstrings)
@@ -60,12 +60,12 @@ def read_sources(root: Path) -> dict[str, Texts]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is for validation, by a hash of its name."""
+    """Return whether a file is held out for validation, by a hash of its name."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % 100 < HELD_OUT_PERCENT
 
 
 def find_docstrings(text: str) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, but for very short ones."""
+    """Yield the docstrings of a module, its classes and functions, without very short ones."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
@@ -74,8 +74,8 @@ def find_docstrings(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Texts, vocab_size: int, file: Path) -> None:
-    """Train a sentencepiece BPE tokenizer that gives back every text exactly, on an even sample of the lines."""
-    import sentencepiece
+    """Train a lossless sentencepiece BPE tokenizer on an even sample of the lines."""
+    import sentencepiece  # here, because a second run does not train
 
     lines = [line for text in (*texts.code, *texts.en) for line in text.splitlines(keepends=False) if line]
     stride = 1 + sum(map(len, lines)) // TOKENIZER_SAMPLE
@@ -99,7 +99,7 @@ def train_tokenizer(texts: Texts, vocab_size: int, file: Path) -> None:
 
 
 def count_tokens(folder: Path, vocab_size: int) -> dict[str, Counter[int]]:
-    """How often each token occurs, by type."""
+    """Count the occurrences of each token, by type."""
     source = TokenizedSource(str(folder), 0, vocab_size)
     counts: dict[str, Counter[int]] = {name: Counter() for name in source.types}
     for sample, type_id in enumerate(source.type_ids):
@@ -108,13 +108,16 @@ def count_tokens(folder: Path, vocab_size: int) -> dict[str, Counter[int]]:
 
 
 def unigram_entropy(valid: Counter[int], train: Counter[int], vocab_size: int) -> float:
-    """Nats per token of ``valid`` under the frequencies of ``train``, each count raised by one."""
-    whole = math.log(train.total() + vocab_size)
-    return sum(count * (whole - math.log(train[token] + 1)) for token, count in valid.items()) / valid.total()
+    """Compute the cross entropy of ``valid`` under the frequencies of ``train``, in nats per token.
+
+    One is added to each count (Laplace smoothing), so that a token that ``train`` lacks has a finite loss.
+    """
+    total = math.log(train.total() + vocab_size)
+    return sum(count * (total - math.log(train[token] + 1)) for token, count in valid.items()) / valid.total()
 
 
 def make_stats(out: Path, written: dict[str, dict[str, Summary]], vocab_size: int) -> dict[str, object]:
-    """Sizes of all parts, and what a model would score on the validation data that knew token frequencies alone."""
+    """Return the sizes of all files, and the validation loss of a model that knows only token frequencies."""
     train, valid = (count_tokens(out / split, vocab_size) for split in SPLITS)
     frequencies = sum(train.values(), Counter())
     entropy = {name: unigram_entropy(valid[name], frequencies, vocab_size) for name in TYPES}
@@ -123,16 +126,19 @@ def make_stats(out: Path, written: dict[str, dict[str, Summary]], vocab_size: in
         **{
             split: {
                 name: {**summary._asdict(), "bytes": (out / split / name / "stdlib.bin").stat().st_size}
-                for name, summary in parts.items()
+                for name, summary in types.items()
             }
-            for split, parts in written.items()
+            for split, types in written.items()
         },
         "unigram_entropy": entropy,
     }
 
 
 def build(root: Path, out: Path, vocab_size: int) -> dict[str, object]:
-    """Make everything; ``stats.json`` is written last, and its presence says that the rest is whole."""
+    """Make everything, or nothing if it is up to date.
+
+    ``stats.json`` is written last, so its presence means that all other files are complete.
+    """
     marker = out / "stats.json"
     made_by = {"version": VERSION, "python": platform.python_version(), "source": root.name, "vocab_size": vocab_size}
     if marker.is_file() and (stats := json.loads(marker.read_text()))["made_by"] == made_by:
