@@ -13,7 +13,7 @@ DOC := doc/_build/html
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu check docs clean
+.PHONY: help demo test test-all test-gpu check docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed-runtime ## Train a small model on this machine: DEMO_ST
 
 test: $(VENV)/.installed-test ## Run the tests: PYTEST_ARGS="-k pool -x"
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test ## Run the tests and their widest sweeps
+	$(PY) -m pytest --wide $(PYTEST_ARGS)
+	@echo "commit $$(git rev-parse --short HEAD): note it and the line above in doc/testing.md"
 
 test-gpu: $(VENV)/.installed-test ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

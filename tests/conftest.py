@@ -12,14 +12,20 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-settings.register_profile("here", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "here")
+#: Examples of a property, without and with ``--wide``.
+EXAMPLES, MANY_EXAMPLES = 50, 300
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--wide``, which includes the rows that are marked so."""
     parser.addoption("--wide", action="store_true", help="run the widest sweeps too (make test-all)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set how many examples properties are tried with; in CI always the same ones."""
+    examples = MANY_EXAMPLES if config.getoption("--wide") else EXAMPLES
+    settings.register_profile("session", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=examples)
+    settings.load_profile("session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

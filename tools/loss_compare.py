@@ -62,7 +62,7 @@ def first_difference(one: Losses, other: Losses, relative: float = 0.0) -> Diffe
 
 
 def machine() -> dict[str, str]:
-    """What the bits of a loss depend on beside the code."""
+    """Return what the bits of a loss depend on beside the code."""
     processor = platform.processor() + platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         processor = next((line for line in info.read_text().splitlines() if line.startswith("model name")), processor)

@@ -1,7 +1,7 @@
-"""Plant mistakes in the parallel code, one at a time, and see whether the tests catch each: ``python tools/mutate.py
-[--write]``.
+"""Plant mistakes in the parallel code, one at a time, and see whether the tests catch each.
 
-Works on a copy of the project in a temporary folder. With ``--write`` the outcome goes into ``doc/testing.md``.
+Usage: ``python tools/mutate.py [--write] [--only WORD ...]``. Works on a copy of the project in a temporary folder.
+With ``--write`` the outcome goes into ``doc/testing.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARALLEL = ("tests/dist/test_parallel.py", "-k", "test_every_layout or test_ever
 class Mistake:
     """``old`` (which occurs once in ``file``, below ``internlm/``) becomes ``new``; ``tests`` must then fail."""
 
-    what: str
+    name: str
     file: str
     old: str
     new: str
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write the outcome into {PAGE.name}")
     parser.add_argument("--only", nargs="+", default=[""], help="try those whose description contains one of these")
     args = parser.parse_args()
-    chosen = [mistake for mistake in MISTAKES if any(words in mistake.what for words in args.only)]
+    chosen = [mistake for mistake in MISTAKES if any(words in mistake.name for words in args.only)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         copy.mkdir()
@@ -187,13 +187,13 @@ def _caught_by(mistake: Mistake, copy: Path) -> str:
     """The first test that failed; empty where none did."""
     file = copy / "internlm" / mistake.file
     right = file.read_text()
-    assert right.count(mistake.old) == 1, f"{mistake.what}: {right.count(mistake.old)} places in {mistake.file}"
+    assert right.count(mistake.old) == 1, f"{mistake.name}: {right.count(mistake.old)} places in {mistake.file}"
     file.write_text(right.replace(mistake.old, mistake.new))
     run = _run(mistake.tests, copy)
     file.write_text(right)
     found = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S.*?)(?: - .*)?$", run.stdout, re.M)
     caught = found[1] if found and run.returncode == 1 else ""
-    print(f"{'caught' if caught else 'MISSED'}: {mistake.what} ({caught or run.stdout[-500:]})", flush=True)
+    print(f"{'caught' if caught else 'MISSED'}: {mistake.name} ({caught or run.stdout[-500:]})", flush=True)
     return caught
 
 
@@ -202,10 +202,10 @@ def _write(outcomes: dict[Mistake, str]) -> None:
     before, rest = text.split(BEGIN)
     known = {line.split(" | ")[0].removeprefix("| "): line for line in rest.split(END)[0].splitlines()}
     known |= {
-        m.what: f"| {m.what} | `{m.file}` | {f'`{caught}`' if caught else '**missed**'} |"
+        m.name: f"| {m.name} | `{m.file}` | {f'`{caught}`' if caught else '**missed**'} |"
         for m, caught in outcomes.items()
     }
-    rows = [known[m.what] for m in MISTAKES if m.what in known]  # of those not tried now, what was found before
+    rows = [known[m.name] for m in MISTAKES if m.name in known]  # of those not tried now, what was found before
     table = "\n".join(["| mistake | planted in | caught first by |", "|---|---|---|", *rows])
     PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 

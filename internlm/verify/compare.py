@@ -118,6 +118,7 @@ def _traffic_errors(config: Config, rank: int, records: Sequence[RankRecord]) ->
     return errors
 
 
+# Names of rows; a parameter and its gradient have the same logical name.
 GRADIENT, PARAMETER = "gradient of", "parameter"
 
 

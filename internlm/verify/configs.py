@@ -16,7 +16,7 @@ from internlm.config.schema.fields import Rampup, parse_rampup
 from internlm.core.context.parallel_context import sizes_of
 from internlm.utils.errors import ConfigError, Problem
 
-LAYERS = 2
+LAYERS = 2  # the fewest in which a layer has a neighbour, whose weights may be gathered ahead
 HEAD_DIM = 16
 #: Odd, so that no tensor size divides it.
 VOCABULARY = 67
@@ -35,6 +35,7 @@ def _model(config: Config) -> dict[str, Any]:
     model, tensor = config.model, config.parallel.tensor.size
     kv_heads, queries = _heads(config)
     heads = kv_heads * queries
+    # Some families have heads whose sizes do not add up to the hidden size, which is a path of its own in attention.
     usual = model.num_attention_heads * model.head_size == model.hidden_size
     position_scale = model.max_position_embeddings / config.data.seq_len
     return {
@@ -166,6 +167,7 @@ def make_plan(
     Raises:
         ConfigError: the config is wrong, or does not suit the world size or the steps.
     """
+    # Resolved several times, since what makes a config tiny depends on its resolved sizes, and the world size on those.
     common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
     config = resolve(source, common, device_type="cpu").config
     if shrink:

@@ -90,6 +90,7 @@ def add_shards(
     """
     of_tensor = shards.setdefault(name, TensorShards(shape, {}))
     for part in slices:
+        # A copy: the buffers go on changing, and pickling a view would send its whole storage.
         values = flat[begin + part.start : begin + part.stop]
         of_tensor.slices[part.offsets] = values.view(part.sizes).detach().clone()
 
@@ -100,4 +101,4 @@ def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[R
     for record in sorted(records, key=lambda record: astuple(record.coordinates)):
         at = record.coordinates
         grouped.setdefault(at.data, {}).setdefault(at.stage, []).append(record)
-    return grouped
+    return grouped  # dicts keep the order of insertion, so that it is that of the coordinates

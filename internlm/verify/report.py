@@ -117,4 +117,5 @@ def _finite(value: Any) -> Any:
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
+    # JSON has no number for them, and most parsers refuse Python's NaN.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -145,6 +145,7 @@ def run_rank(
     micro_num = loader.plan.micro_batches(0)
     with watching(model, range(0, micro_num, micro_num // parts), _forward_calls(trainer, micro_num)) as passes:
         reports = [meter.step()]
+    # Before the second step, which overwrites the buffers.
     gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.config.clip_grad_norm))
     reports += [meter.step() for _ in range(steps - 1)]
     meter.finish()
@@ -177,6 +178,7 @@ class _Meter:
         self._batches = self._recorded(iter(loader))
 
     def step(self) -> StepReport:
+        # Building the model and the optimizer has sent messages too, which the formula of a step does not have.
         before = LEDGER.snapshot()
         report = self.trainer.train_step(self._batches)
         self.traffic.append(LEDGER.since(before))
@@ -196,6 +198,8 @@ class _Meter:
 
 def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
     """Return the divisor that clipping applied to the gradients in the buffers of ``HybridZeroOptimizer``."""
+    # The optimizer scales the buffers in place by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does;
+    # comparing clipped gradients would hide an error that is common to all of them, and multiply one of the norm.
     clips = report.update.updated and clip_grad_norm > 0
     return max(1.0, (report.update.grad_norm + 1e-6) / clip_grad_norm) if clips else 1.0
 

@@ -68,6 +68,8 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
             if disagreement is None and other.any():
                 largest = (whole[index] - values)[other].abs().max().item()
                 disagreement = Disagreement(name, rank, int(other.sum()), largest)
+            # The first rank's values stay, so that one deviating rank is compared with the others, and not its values
+            # with themselves.
             whole[index] = torch.where(again, whole[index], values)
             known[index] = 1
     result.tensors[name] = whole
@@ -77,6 +79,7 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
+    # A nan that all ranks have is a failure of the run, which the loss shows, and no disagreement.
     return (a == b) | (a.isnan() & b.isnan())
 
 
@@ -90,6 +93,7 @@ def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         return list(shards)
     if any(shard.dim() != len(shape) for shard in shards):
         return []
+    # Shards need not be equally large: five heads on two ranks are three and two.
     axes = {axis for shard in shards for axis in range(len(shape)) if shard.shape[axis] != shape[axis]}
     if len(axes) > 1 or sum(s.shape[axis] for axis in axes for s in shards) != sum(shape[axis] for axis in axes):
         return []
@@ -105,6 +109,7 @@ def relative_l2(tensor: Tensor, reference: Tensor) -> float:
     """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm, infinite where shapes differ."""
     if tensor.shape != reference.shape:
         return math.inf
+    # In fp64, since norms of half-precision tensors overflow, and the comparison must not add rounding of its own.
     difference, norm = (tensor.double() - reference.double()).norm().item(), reference.double().norm().item()
     return 0.0 if difference == 0 else difference / norm if norm else math.inf
 

@@ -29,7 +29,7 @@ OVERLAPS = {"module": MODULE, **{f"layer, {place}": overlap for place, overlap i
 
 @dataclass(frozen=True)
 class Case:
-    """How weights are fetched, and the model."""
+    """Options of the weight gatherer and of the model."""
 
     overlap: Overlap = NONE
     recompute: float = 0.0

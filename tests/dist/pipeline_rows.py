@@ -38,7 +38,7 @@ TENSOR["isp, overlapped"] = (2, (*TENSOR["isp"][1], "parallel.weight.overlap=Tru
 
 
 class Place(NamedTuple):
-    """How ranks share the model: by stages, within a stage, and by samples."""
+    """Layout of the ranks: stages, layout within a stage, data-parallel ranks and ZeRO size."""
 
     stages: int
     tensor: str
@@ -68,6 +68,15 @@ MIXED = {
     "interleaved": Place(4, "fsp"),
     "zbh1": Place(2, "msp", 2, 1),
     "zbv": Place(2, "isp, overlapped", 2, 2),
+}
+
+#: Rows of the widest sweep only. Eight stages are for the schedules with the longest warm-up; layouts within a stage
+#: are divided among schedules that send alike.
+WIDE = {
+    *((kind, Place(8, "whole")) for kind in ("gpipe", "zbh1", "own")),
+    *((kind, Place(2, tensor)) for kind in ("gpipe", "zbh1") for tensor in ("fsp", "isp", "isp, weights alone")),
+    *((kind, Place(2, tensor)) for kind in ("1f1b", "interleaved") for tensor in ("mtp", "isp", "isp, weights alone")),
+    *((kind, Place(2, tensor)) for kind in ("zbv", "own") for tensor in ("fsp", "isp")),
 }
 
 VOCABULARY = "model.vocab_size=67"
@@ -119,11 +128,16 @@ class Row(NamedTuple):
 
     @property
     def micro_batches(self) -> int:
-        """Of each rank; interleaved takes whole rounds of p."""
+        """Micro-batches of each rank; interleaved takes whole rounds of p."""
         stages = self.place.stages
         rounds = schedule_of(self.mode, self.chunks) == "interleaved"
         more = {"p": 0, "2p": stages, "p + 1": stages if rounds else 1}
         return stages + more[self.cases["micro-batches"]]
+
+    @property
+    def wide(self) -> bool:
+        """Whether only the widest sweep has it: another schedule meets its place with the same kind of messages."""
+        return (self.kind, self.place) in WIDE
 
     @property
     def overrides(self) -> list[str]:
@@ -146,7 +160,7 @@ class Row(NamedTuple):
         ]
 
     def table(self, seed: int) -> Table:
-        """What it runs."""
+        """Build the table of actions that the row runs."""
         kind, stages = schedule_of(self.mode, self.chunks), self.place.stages
         if self.kind == "own":
             return random_table(random.Random(seed), stage_layout_of(kind, stages, self.chunks), self.micro_batches)
@@ -154,7 +168,7 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Of each schedule nine rows or ten, whose choices follow one another at their own pace."""
+    """Yield nine or ten rows of each schedule, through whose choices each kind of case goes at its own pace."""
     for k, (kind, sorts) in enumerate(KINDS.items()):
         for n, place in enumerate([*PLACES, *([MIXED[kind]] if kind in MIXED else [])]):
             cases = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,27 @@ from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, 
 # -- another layout
 
 
-@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+#: ((ranks, parallel.zero1.size) of the writer, of the reader, model.dtype)
+LAYOUTS = [
+    ((2, -1), (1, 1), "torch.float32"),
+    ((1, 1), (4, 2), "torch.bfloat16"),
+    ((2, 1), (2, -1), "torch.float32"),
+    ((4, -1), (2, 1), "torch.bfloat16"),
+    ((4, 2), (4, -1), "torch.float32"),
+]
+MORE_LAYOUTS = [
+    ((2, -1), (1, 1), "torch.bfloat16"),
+    ((2, -1), (4, -1), "torch.float32"),
+    ((1, 1), (4, 2), "torch.float32"),
+    ((4, 2), (4, -1), "torch.bfloat16"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "zero1", "other_ranks", "other_zero1"),
-    [(2, -1, 1, 1), (2, -1, 4, -1), (1, 1, 4, 2), (2, 1, 2, -1), (4, -1, 2, 1), (4, 2, 4, -1)],
+    ("writer", "reader", "dtype"), [*LAYOUTS, *(pytest.param(*row, marks=pytest.mark.wide) for row in MORE_LAYOUTS)]
 )
-def test_another_layout(dtype: str, ranks: int, zero1: int, other_ranks: int, other_zero1: int, tmp_path: Path) -> None:
+def test_another_layout(writer: tuple[int, int], reader: tuple[int, int], dtype: str, tmp_path: Path) -> None:
+    (ranks, zero1), (other_ranks, other_zero1) = writer, reader
     common = [f"model.dtype={dtype}", "adam.decay_norm_and_bias=False"]  # shards of the small group may be mere padding
     saved = fit(ranks, saving(tmp_path, f"parallel.zero1.size={zero1}", *common), 2)
     loaded = resume(other_ranks, saving(tmp_path, f"parallel.zero1.size={other_zero1}", *common))
@@ -90,9 +106,25 @@ PARTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder with a checkpoint of step 2, and the run that saved it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(2, saving(folder), 2)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that has nothing to resume."""
+    return resume(2, saving(tmp_path_factory.mktemp("fresh")))
+
+
 @pytest.mark.parametrize(("content", "steps", "updates"), PARTS)
-def test_parts(content: tuple[str, ...], steps: int, updates: int, tmp_path: Path) -> None:
-    saved = fit(2, saving(tmp_path), 2)
+def test_parts(
+    content: tuple[str, ...], steps: int, updates: int, whole: tuple[Path, Outcome], fresh: Outcome, tmp_path: Path
+) -> None:
+    folder, saved = whole
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     loaded = resume(2, _loading(tmp_path, content))
     assert (loaded.state["step"], loaded.ranks[0].steps) == (steps, [updates])
     moments = _part(loaded, "optimizer/exp_avg/")
@@ -100,7 +132,6 @@ def test_parts(content: tuple[str, ...], steps: int, updates: int, tmp_path: Pat
         assert_same_tensors(moments, _part(saved, "optimizer/exp_avg/"))
     else:
         assert not any(x.any() for x in moments.values())
-    fresh = resume(2, saving(tmp_path / "fresh"))
     assert all(map(torch.equal, loaded.samples, (saved if steps else fresh).samples))
 
 

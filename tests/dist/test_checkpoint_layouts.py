@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Out
     return runs
 
 
-@pytest.mark.parametrize("reader", LAYOUTS)
-@pytest.mark.parametrize("writer", WRITERS)
+def _pairs() -> Iterator[object]:
+    """Yield writer and reader: one process reads all, every other layout two of them; wide, every layout all."""
+    for i, writer in enumerate(WRITERS):
+        for j, reader in enumerate(LAYOUTS):
+            wide = reader != "one process" and (i - j) % len(WRITERS) > 1
+            yield pytest.param(writer, reader, marks=[pytest.mark.wide] if wide else [])
+
+
+@pytest.mark.parametrize(("writer", "reader"), list(_pairs()))
 def test_any_layout_loads_what_another_saved(writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]) -> None:
     folder, run = saved[writer]
     loaded = resume(*_overrides(folder, reader))
@@ -48,7 +56,9 @@ def test_any_layout_loads_what_another_saved(writer: str, reader: str, saved: di
     assert (loaded.state, set(loaded.ranks[0].steps)) == (run.state, set(run.ranks[0].steps))
 
 
-@pytest.mark.parametrize("layout", WRITERS)
+@pytest.mark.parametrize(
+    "layout", ["msp", "isp", "V", *(pytest.param(layout, marks=pytest.mark.wide) for layout in ("mtp", "pipeline"))]
+)
 def test_resumed_is_straight(layout: str, tmp_path: Path, saved: dict[str, tuple[Path, Outcome]]) -> None:
     straight = fit(*_overrides(tmp_path / "straight", layout))
     folder, run = saved[layout]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 
 from internlm.checkpoint.tensor_files import SafeReader
 from internlm.core.trainer import Hook, Trainer
-from tests.dist.whole_runs import assert_goes_on, assert_same_tensors, fit, resume, saving
+from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
 
 
 def _unfinished(newest: Path) -> None:
@@ -33,8 +35,7 @@ def _empty(newest: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_unfinished, _only_begun, _empty])
-def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    saved = fit(2, saving(tmp_path), 2)
+def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], saved: Outcome, tmp_path: Path) -> None:
     fit(2, saving(tmp_path), 4)
     root = tmp_path / "ckpts"
     damage(root / "step-4")
@@ -46,8 +47,7 @@ def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], tmp
     assert_goes_on(loaded, saved)
 
 
-def test_an_unfinished_checkpoint_is_saved_again(tmp_path: Path) -> None:
-    saved = fit(2, saving(tmp_path), 2)
+def test_an_unfinished_checkpoint_is_saved_again(saved: Outcome, tmp_path: Path) -> None:
     _unfinished(tmp_path / "ckpts" / "step-2")
     (tmp_path / "ckpts" / "step-2" / "left over").write_text("")
     again = fit(2, saving(tmp_path), 2)
@@ -56,9 +56,24 @@ def test_an_unfinished_checkpoint_is_saved_again(tmp_path: Path) -> None:
     assert resume(2, saving(tmp_path)).state["step"] == 2
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder with a checkpoint of step 2, and the run that saved it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(2, saving(folder), 2)
+
+
+@pytest.fixture
+def saved(whole: tuple[Path, Outcome], tmp_path: Path) -> Outcome:
+    """The run that saved the checkpoint of step 2 in ``tmp_path``, a copy."""
+    folder, run = whole
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return run
+
+
+@pytest.mark.usefixtures("saved")
 def test_other_configs_are_refused(tmp_path: Path) -> None:
-    """Each is told what differs, and nothing is loaded."""
-    fit(2, saving(tmp_path), 2)
+    """The message names what differs, and nothing is loaded."""
     source = tmp_path / "ckpts" / "step-2"
     rows = [
         ("model.hidden_size=64", "model.hidden_size: 64, but {} was saved with 32. Use the config of the checkpoint"),
@@ -74,25 +89,31 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         assert expected.format(source) in message
 
 
+@functools.cache
+def _fresh(*overrides: str) -> Outcome:
+    """A run that has nothing to resume."""
+    with tempfile.TemporaryDirectory() as folder:
+        return resume(2, saving(Path(folder), *overrides))
+
+
 def _assert_refused(folder: Path, *overrides: str) -> str:
-    refused, fresh = resume(2, saving(folder, *overrides)), resume(2, saving(folder / "fresh", *overrides))
+    refused, fresh = resume(2, saving(folder, *overrides)), _fresh(*overrides)
     assert_same_tensors(refused.tensors, fresh.tensors)
     assert refused.state == fresh.state
     assert all(map(torch.equal, refused.samples, fresh.samples))
     return refused.message
 
 
-def test_another_weight_decay_is_no_other_architecture(tmp_path: Path) -> None:
-    """It sorts the parameters into other groups, which the logical tensors know nothing of."""
-    saved = fit(2, saving(tmp_path), 2)
+def test_another_weight_decay_is_no_other_architecture(saved: Outcome, tmp_path: Path) -> None:
+    """It sorts the parameters into other groups, of which logical tensors are independent."""
     loaded = resume(2, saving(tmp_path, "adam.decay_norm_and_bias=False"))
     assert_same_tensors(loaded.tensors, saved.tensors)
     assert loaded.ranks[0].steps == [2, 2]
 
 
+@pytest.mark.usefixtures("saved")
 def test_a_missing_tensor_is_known_to_all_ranks(tmp_path: Path) -> None:
     """Even though its owner is the only rank that asks for it."""
-    fit(2, saving(tmp_path), 2)
     index = tmp_path / "ckpts" / "step-2" / ".metadata"
     metadata = SafeReader(index.parent).read_metadata()
     del metadata.state_dict_metadata["optimizer/exp_avg/output.weight"]
@@ -125,9 +146,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.usefixtures("saved")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_before_anything_changes(damage: str, tmp_path: Path) -> None:
-    fit(2, saving(tmp_path), 2)
     spoil, expected = DAMAGES[damage]
     spoil(tmp_path / "ckpts" / "step-2")
     assert expected in _assert_refused(tmp_path)
@@ -141,8 +162,8 @@ class _Hostile:
         return (os.mkdir, (str(self.file),))
 
 
+@pytest.mark.usefixtures("saved")
 def test_nothing_that_lies_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
-    fit(2, saving(tmp_path), 2)
     target = tmp_path / "executed"
     (tmp_path / "ckpts" / "step-2" / ".metadata").write_bytes(pickle.dumps(_Hostile(target)))
     assert "can't be read (it asks for posix.mkdir" in _assert_refused(tmp_path)

@@ -72,7 +72,11 @@ def assert_equal(ranks: int, overrides: tuple[str, ...], expected: Compiled, dty
     assert set(map(str, compiled)) == {str(expected)}
 
 
-@pytest.mark.parametrize("row", ROWS)
+#: Compiling costs more than all else here: what these have in common with others is left to the widest sweep.
+WIDE = "fsp, all recomputed, offloaded", "msp in a pipeline that puts weights off"
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.wide] if row in WIDE else []) for row in ROWS])
 def test_a_compiled_run_is_that_of_one_process(row: str) -> None:
     assert_equal(*ROWS[row])
 

@@ -75,7 +75,15 @@ def test_every_layout(layout: Layout) -> None:
     assert_equal(layout)
 
 
-@pytest.mark.parametrize("layout", EIGHT, ids=str)
+#: The others are those of four ranks with another size.
+MOST_SPLIT: list[Layout] = [("mtp", 2, 1, 8), ("msp", 4, 1, 8), ("fsp", 2, 1, 8), ("isp", 2, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*MOST_SPLIT, *(pytest.param(layout, marks=pytest.mark.wide) for layout in EIGHT if layout not in MOST_SPLIT)],
+    ids=str,
+)
 def test_eight_ranks(layout: Layout) -> None:
     assert_equal(layout)
 
@@ -112,9 +120,9 @@ def test_isp_with_overlap(checkpoint: bool | float, per: str, memory_pool: bool)
     assert_equal(("isp", 2, 2, 4), (f"model.checkpoint={checkpoint}", *more))
 
 
-def draws() -> Iterator[tuple[int, Layout, tuple[str, ...]]]:
-    """Layouts and cases that nobody chose; each has a seed, by which :func:`test_a_random_layout` can draw it again."""
-    for _ in range(6):
+def draws(count: int) -> Iterator[tuple[int, Layout, tuple[str, ...]]]:
+    """Draw layouts and cases; each has a seed, by which :func:`test_a_random_layout` can draw it again."""
+    for _ in range(count):
         seed = random.SystemRandom().randrange(10**6)
         yield draw(seed)
 
@@ -130,8 +138,9 @@ def draw(seed: int) -> tuple[int, Layout, tuple[str, ...]]:
     return seed, layout, tuple(dict.fromkeys((*CASES[chosen[0]], *CASES[chosen[1]], *more)))
 
 
-def test_a_random_layout() -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=pytest.mark.wide)])
+def test_a_random_layout(count: int) -> None:
     """Drawn anew in each run, from seeds that are printed. To try one again: ``draws = [draw(seed)]``."""
-    for seed, layout, case in draws():
+    for seed, layout, case in draws(count):
         print(f"seed {seed}: {layout} {case}")
         assert_equal(layout, case)

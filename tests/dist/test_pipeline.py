@@ -61,9 +61,13 @@ def assert_row(row: Row, seed: int, lopsided: str, folder: Path) -> None:
     assert [r.peak_in_flight for r in records] == [peaks[r.coordinates.stage] for r in records]
 
 
-@pytest.mark.parametrize(
-    "number", range(len(ROWS)), ids=lambda n: f"{ROWS[n].kind}-{ROWS[n].place.stages}-{ROWS[n].place.tensor}"
-)
+def _rows() -> Iterator[object]:
+    for index, row in enumerate(ROWS):
+        name = f"{row.kind}-{row.place.stages}-{row.place.tensor}"
+        yield pytest.param(index, id=name, marks=[pytest.mark.wide] if row.wide else [])
+
+
+@pytest.mark.parametrize("number", list(_rows()))
 def test_every_row(number: int, lopsided: str, tmp_path: Path) -> None:
     print(ROWS[number])
     assert_row(ROWS[number], number, lopsided, tmp_path)
@@ -80,18 +84,25 @@ def test_the_rows_cover_every_pair() -> None:
     }
     wanted |= {(kind, "chunks", chunks) for kind, sorts in KINDS.items() for _, chunks in sorts}
     assert wanted <= met
+    narrow = {(row.kind, what, name) for row in ROWS if not row.wide for what, name in row.cases.items()}
+    assert narrow == {(kind, what, name) for kind in KINDS for what, names in CASES.items() for name in names}
     assert all(row.place.ranks <= 8 for row in ROWS)
 
 
-def test_a_random_row(lopsided: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.wide)])
+def test_a_random_row(count: int, lopsided: str, tmp_path: Path) -> None:
     """Drawn anew in each run, from seeds that are printed."""
-    for _ in range(2):
+    for _ in range(count):
         seed = random.SystemRandom().randrange(10**6)
         print(f"seed {seed}: {draw(seed)}")
         assert_row(draw(seed), seed, lopsided, tmp_path)
 
 
-@pytest.mark.parametrize(("place", "chunks"), [(Place(1, "whole", 2), 2), (Place(8, "whole"), 4)], ids=str)
+@pytest.mark.parametrize(
+    ("place", "chunks"),
+    [(Place(1, "whole", 2), 2), pytest.param(Place(8, "whole"), 4, marks=pytest.mark.wide)],
+    ids=str,
+)
 def test_the_least_and_the_most_that_is_interleaved(place: Place, chunks: int) -> None:
     """One stage, and thirty-two virtual ones."""
     row = Row("interleaved", "1F1B", chunks, place, {what: next(iter(names)) for what, names in CASES.items()})

@@ -35,15 +35,21 @@ def _straight(ranks: int, data: str, folder: Path) -> Outcome:
     return fit(ranks, _overrides(data, folder / f"straight-{ranks}", TOTAL))
 
 
-@pytest.mark.parametrize(
-    "stops",
-    [[1], [3], [6], [12], [7, 9, 10]],
-    ids=["at step 1", "mid-epoch", "at an epoch's edge", "at the second edge", "three times in one epoch"],
-)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resumed_is_straight(ranks: int, stops: list[int], data: str, tmp_path: Path) -> None:
+#: Steps at which a run is broken off.
+STOPS = {
+    "at step 1": [1],
+    "mid-epoch": [3],
+    "at an epoch's edge": [6],
+    "at the second edge": [12],
+    "three times in one epoch": [7, 9, 10],
+}
+
+
+@pytest.mark.parametrize("when", STOPS)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.wide), 2])
+def test_resumed_is_straight(ranks: int, when: str, data: str, tmp_path: Path) -> None:
     straight = _straight(ranks, data, Path(data).parent)
-    parts = [fit(ranks, _overrides(data, tmp_path, every=stop), stop) for stop in (*stops, TOTAL)]
+    parts = [fit(ranks, _overrides(data, tmp_path, every=stop), stop) for stop in (*STOPS[when], TOTAL)]
     for rank, whole in enumerate(straight.ranks):
         assert [entry for part in parts for entry in part.ranks[rank].log] == whole.log
         last = parts[-1].ranks[rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
 from internlm.verify.record import ShardsByName
 from tests.dist.tiny import TINY, Plain
-from tests.dist.whole_runs import assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
+from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
 from tests.harness.pool import run_ranks
 
 
@@ -30,13 +31,17 @@ def _overrides(folder: Path, total: int, *more: str) -> list[str]:
 # -- the same thing twice
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+#: Steps, of which a hundred are several epochs of the readers' buffers.
+TWICE = 100
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.wide), 2])
 def test_twice(ranks: int, tmp_path: Path) -> None:
     """The loss log and the parameters of two runs are equal bit by bit."""
-    overrides = _overrides(tmp_path, 200, "data.num_worker=2", "data.micro_num=1", "model.num_layers=1")
+    overrides = _overrides(tmp_path, TWICE, "data.num_worker=2", "data.micro_num=1", "model.num_layers=1")
     one, other = (fit(ranks, overrides) for _ in range(2))
     assert [rank.log for rank in one.ranks] == [rank.log for rank in other.ranks]
-    assert len(one.log) == 200
+    assert len(one.log) == TWICE
     assert_same_tensors(one.tensors, other.tensors)
 
 
@@ -122,9 +127,15 @@ class _Updates(Hook):
             file.write("-" if same else "u")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("ranks", "zero1"), [(2, -1), (4, 2)])
-@pytest.mark.parametrize(("steps", "expected"), [((2,), "uu-uuu"), ((0, 3, 4, 5), "-uu---")])
+@pytest.mark.parametrize(
+    ("value", "ranks", "zero1", "steps", "expected"),
+    [
+        (math.nan, 2, -1, (2,), "uu-uuu"),
+        (math.inf, 4, 2, (0, 3, 4, 5), "-uu---"),
+        pytest.param(math.inf, 2, -1, (2,), "uu-uuu", marks=pytest.mark.wide),
+        pytest.param(math.nan, 4, 2, (0, 3, 4, 5), "-uu---", marks=pytest.mark.wide),
+    ],
+)
 def test_a_bad_gradient_on_one_rank(
     value: float, ranks: int, zero1: int, steps: Sequence[int], expected: str, tmp_path: Path
 ) -> None:
@@ -173,15 +184,28 @@ def _saved_steps(folder: Path) -> list[str]:
 SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run that nobody stops."""
+    return fit(2, saving(tmp_path_factory.mktemp("straight"), *SIGNALLED, every=3, total=8))
+
+
 @pytest.mark.parametrize(
-    ("where", "step", "last"), [("before", 3, 4), ("forward", 3, 4), ("eval", 4, 4), ("after", 4, 4)]
+    ("number", "where", "step", "last"),
+    [
+        (signal.SIGTERM, "before", 3, 4),
+        (signal.SIGINT, "forward", 3, 4),
+        (signal.SIGTERM, "eval", 4, 4),
+        (signal.SIGINT, "after", 4, 4),
+        pytest.param(signal.SIGTERM, "forward", 3, 4, marks=pytest.mark.wide),
+        pytest.param(signal.SIGTERM, "after", 4, 4, marks=pytest.mark.wide),
+    ],
 )
-def test_a_signal_to_one_rank(number: int, code: int, where: str, step: int, last: int, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank(number: int, where: str, step: int, last: int, straight: Outcome, tmp_path: Path) -> None:
     """All ranks stop at most one step later, save, and exit alike; the resumed run is the straight one."""
     overrides = saving(tmp_path, *SIGNALLED, every=3, total=8)
-    straight = fit(2, saving(tmp_path / "straight", *SIGNALLED, every=3, total=8))
     stopped = fit(2, overrides, hooks=[_Signal(number, 1, step, where)])
+    code = 128 + number
     assert stopped.message == f"exit {code}"
     assert stopped.state["step"] == last
     name = signal.Signals(number).name

@@ -62,28 +62,15 @@ def pipeline(stages: int, mode: str = "1F1B", chunks: int = 1, layers: int = 2) 
     return (f"parallel.pipeline.mode={mode}", *(f"{key}={value}" for key, value in sizes.items()))
 
 
+#: One of each kind; every layout is in :mod:`tests.dist.test_parallel` and :mod:`tests.dist.test_pipeline`.
 LAYOUTS = {
     "data parallel": (2, ()),
-    "mtp": (2, layout("mtp")),
-    "msp": (2, layout("msp")),
-    "fsp": (2, layout("fsp")),
-    "isp": (2, layout("isp", 2, 2)),
-    "mtp and data": (4, layout("mtp")),
     "msp and data": (4, layout("msp", zero1=1)),
-    "fsp and data, recomputed": (4, (*layout("fsp"), "model.checkpoint=True")),
-    "isp, more weight than tensor": (4, (*layout("isp", 2, 4), "model_type=INTERNLM")),
     "isp, more tensor than kv heads": (4, (*layout("isp", 4, 2), "model.checkpoint=0.5")),
-    "odd vocabulary, words split": (4, (*layout("msp"), "model.vocab_size=67", "model.embed_split_hidden=False")),
-    "tied, unpacked": (4, (*layout("mtp"), "model.tie_word_embeddings=True", "data.use_packed_dataset=False")),
     "pipeline": (2, pipeline(2)),
-    "pipeline and data, interleaved": (4, pipeline(2, chunks=2, layers=4)),
     "pipeline and isp, recomputed, in a V": (
         4,
         (*pipeline(2, "ZBV", 2, 4), *layout("isp", 2, 2), "model.checkpoint=True", "data.micro_num=3"),
-    ),
-    "pipeline and msp, tied, weights late": (
-        4,
-        (*pipeline(2, "ZBH1"), *layout("msp"), "model.tie_word_embeddings=True", "model.checkpoint=0.5"),
     ),
 }
 

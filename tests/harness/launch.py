@@ -36,7 +36,7 @@ def torchrun(
     nproc: int,
     script: str | Path,
     *args: str,
-    timeout: float = 120,
+    timeout: float = 240,
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
@@ -53,7 +53,7 @@ def torchrun(
 def run_job(
     command: Sequence[str],
     *,
-    timeout: float = 120,
+    timeout: float = 240,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Job:

@@ -55,7 +55,7 @@ def script_on_pool(
 ) -> Job:
     """Run any script as :func:`train_on_pool` runs its own."""
     args = [str(ROOT / name), *_arguments(config, overrides, options)]
-    codes = run_ranks(ranks, _run_script, args, folder, timeout=120)
+    codes = run_ranks(ranks, _run_script, args, folder, timeout=240)
     stderr = "".join((folder / _stderr_of(rank)).read_text() for rank in range(ranks))
     for rank in range(ranks):
         (folder / _stderr_of(rank)).unlink()

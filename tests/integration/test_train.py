@@ -207,7 +207,7 @@ def test_slurm(tmp_path: Path) -> None:
             stack.callback(process.kill)
             processes.append(process)
         for process in processes:
-            _, errors = process.communicate(timeout=100)
+            _, errors = process.communicate(timeout=240)
             assert process.returncode == 0, errors
     (record,) = records(tmp_path)
     assert [line["loss"] for line in metrics(record)] == debug_losses("internlm2", 2)

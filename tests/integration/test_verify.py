@@ -36,7 +36,7 @@ class Done(NamedTuple):
 def _verify(*arguments: str, cwd: Path) -> Done:
     process = _start(*arguments, cwd=cwd)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     finally:
         left = _end(process)
     return Done(process.returncode, out, err, left)
