@@ -90,6 +90,7 @@ Combine = Callable[[Tensor, Group], Tensor]
 def _embedding(combine_hidden: Combine, combine_vocab: Combine) -> Build:
     def build(context: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
         placement = placement_of(layer.weight)
+        # Read from the placement rather than the config: a tied table is split by vocabulary, whatever the key says.
         if placement.shard is not None and placement.shard.axis is not None:
             return HiddenEmbedding(context.tensor, combine_hidden)
         return VocabEmbedding(context.tensor, placement, combine_vocab)
@@ -121,6 +122,7 @@ def _isp_embedding(context: CommContext, layer: Any) -> IspEmbedding:
 
 
 TABLE |= {
+    # mtp has no ("mtp", "model"): its tokens are whole between the layers, as the identity communicator says.
     ("mtp", "column"): lambda context, layer: MtpColumn(context.tensor),
     ("mtp", "row"): lambda context, layer: MtpRow(context.tensor),
     ("mtp", "head"): lambda context, layer: SplitHead(context.tensor, placement_of(layer.weight)),
@@ -179,6 +181,7 @@ def _gathering_context(model: nn.Module, tensor: Group, weight: Group, overlap: 
 
     Linears are indexed in the order of ``named_modules``, in which a model must hold them as its forward calls them.
     """
+    # A linear outside of all blocks, such as the head, is a block of its own here.
     names = {module: name for name, module in model.named_modules()}
     declared = declared_blocks(model)
     enclosing = {name: containing_block(name, declared) for name in names.values()}

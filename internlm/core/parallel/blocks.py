@@ -30,11 +30,12 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     if not isinstance(model, DeclaresBlocks):
         return {}
+    # By module rather than by identity of names: a module that is registered twice is one block, under its first name.
     names = {module: name for name, module in model.named_modules()}
     blocks: dict[str, nn.Module] = {}
     for block in model.blocks():
         name = names.get(block, "")
-        if not name:
+        if not name:  # unknown, or the model itself: wrapping that as a block would call itself without end
             raise _error(model, f"{type(block).__name__} is no submodule of it", "Return modules that the model holds")
         if name in blocks or containing_block(name, blocks) != name:
             raise _error(model, f"{name!r} is declared twice or lies within another block", "Declare each layer once")

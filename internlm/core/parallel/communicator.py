@@ -36,30 +36,30 @@ class Communicator:
         return tokens
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Before the forward product: the input of the product, [tokens of the product, I]."""
+        """Start to gather the input of the forward product: [T, I] → [tokens of the product, I]."""
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Before the forward product, and before the product for dx (``backward``): the weight as a matrix, [O, I]."""
+        """Return the weight as a matrix, [O, I], before the forward product or, ``backward``, before that for dx."""
         return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
 
     def release_weight(self, whole: Tensor) -> None:
-        """After either product: ``whole``, the result of :meth:`gather_weight`, is not read any more."""
+        """Release the result of :meth:`gather_weight`, after either product."""
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """After the forward product: the output of the layer, [T, O]."""
+        """Reduce the result of the forward product to the output of the layer: [tokens of the product, O] → [T, O]."""
         return y
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Before the backward products: the gradient of the product, [tokens of the product, O]."""
+        """Gather the gradient of the output for the backward products: [T, O] → [tokens of the product, O]."""
         return dy
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """After the product for dx: the gradient of the layer's input, [T, I]."""
+        """Start to reduce the product for dx to that of the input: [tokens of the product, I] → [T, I]."""
         return Pending(dx)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """After the product for the weight's gradient: reduce it and call ``deliver`` with this rank's shard.
+        """Reduce the product for the weight's gradient and call ``deliver`` with this rank's shard.
 
         Args:
             dw: gradient of the whole weight, [O, I].
@@ -83,7 +83,7 @@ class HeadCommunicator(Communicator):
 
     @contextmanager
     def weight_for_loss(self, weight: Tensor) -> Iterator[Tensor]:
-        """Yield the weight that the loss reads, differentiably; it is released at the end of the block."""
+        """Yield the weight that the loss reads, differentiably, and release it at the end of the block."""
         yield weight
 
     def whole_logits(self, logits: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, draw: Callable[[], Tensor], scale: float, keeps_mask: bool) -> Tensor:
         mask = draw()
+        # ``draw`` holds the key of this micro-batch: another one may be current when backward draws the mask again.
         ctx.save_for_backward(mask if keeps_mask else None)
         ctx.draw, ctx.scale = draw, scale
         return _masked(x, mask, scale)

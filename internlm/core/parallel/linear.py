@@ -84,6 +84,7 @@ class ParallelLinear(nn.Module):
         self._handle = compiled_linear.LinearHandle(self)
 
     def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"
 
 

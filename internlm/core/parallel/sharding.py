@@ -1,4 +1,4 @@
-"""How a model is split over ranks: layers over pipeline stages, parameters over tensor or weight groups. Pure.
+"""Splitting of a model over ranks: layers over pipeline stages, parameters over tensor or weight groups. Pure.
 
 Which shard of a parameter a rank holds follows from the tensor mode and the *role* of the layer, the place that a
 layer has in a decoder (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Chen et al. 2024, arXiv 2401.09149):
@@ -193,7 +193,7 @@ def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Ite
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Give every parameter of ``module`` without a placement one that says that each rank holds it whole.
+    """Place every parameter of ``module`` that has no placement as one that each rank holds whole.
 
     The values stay as they are. It is right for modules that see all tokens that the loader gives their rank; under msp
     and fsp those between parallel layers do not: use :class:`ParallelNorm` and the like there.

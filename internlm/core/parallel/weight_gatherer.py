@@ -36,7 +36,7 @@ LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 @dataclass(frozen=True)
 class Overlap:
-    """How weights are prefetched; see ``parallel.weight`` in the config."""
+    """Settings of the prefetch of weights; see ``parallel.weight`` in the config."""
 
     enabled: bool = False
     per_layer: bool = True
