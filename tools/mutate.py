@@ -34,7 +34,7 @@ class Mistake:
     tests: tuple[str, ...] = PARALLEL
 
 
-TENSOR, SEQUENCE, ISP = (f"core/parallel/{name}.py" for name in ("tensor", "sequence", "isp"))
+TENSOR, ISP = "core/parallel/tensor_parallel.py", "core/parallel/isp.py"
 GATHERER, LINEAR = "core/parallel/weight_gatherer.py", "core/parallel/linear.py"
 ZERO, SCHEDULER = "solver/optimizer/zero_optimizer.py", "core/scheduler/schedulers.py"
 
@@ -43,17 +43,9 @@ MISTAKES = (
     Mistake(
         "mtp: the gradient of a column's input is not summed",
         TENSOR,
-        '''class MtpColumn(Communicator):
-    """Identity forward, all-reduce of the input's gradient backward."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def reduce_grad_input(self, dx: Tensor) -> Pending:
-        return begin_all_reduce(dx, self.group)''',
-        '''class MtpColumn(Communicator):
-    def __init__(self, group: Group) -> None:
-        self.group = group''',
+        """        # Begun here, it runs under the product for the weight's gradient.
+        return begin_all_reduce(dx, self.group)""",
+        "        return Pending(dx)",
     ),
     Mistake(
         "partial gradients of norms are not summed",
@@ -88,35 +80,35 @@ MISTAKES = (
             "all_to_all(heads.view(self.group.size, tokens, -1), self.group).transpose(0, 1).flatten(1)",
             "all_to_all(heads.view(self.group.size, tokens, -1), self.group).flip(0).transpose(0, 1).flatten(1)"),
     Mistake("isp: the gradient of the embedding is not summed", ISP,
-            "return reduce_scatter(F.pad(dw, (0, 0, 0, -self.words % self.group.size)), self.group)",
-            "return F.pad(dw, (0, 0, 0, -self.words % self.group.size)).chunk(self.group.size)[self.group.rank]"),
+            "return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)",
+            "return F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)).chunk(self.group.size)[self.group.rank]"),
     Mistake("isp: with overlap the last gradient is never delivered", GATHERER,
-            "        self._deliver()\n        self._give_up()\n\n    def",
-            "        self._give_up()\n\n    def", ("tests/dist/test_parallel.py", "-k", "overlap")),
-    Mistake("isp: with overlap a weight is taken before it has arrived", GATHERER,
-            "whole = self._coming.pop(number).wait()", "whole = self._coming.pop(number)._result",
+            "        self._deliver()\n        self._release_all()\n\n    def",
+            "        self._release_all()\n\n    def", ("tests/dist/test_parallel.py", "-k", "overlap")),
+    Mistake("isp: with overlap a weight is read before it has arrived", GATHERER,
+            "whole = self._gathers.pop(index).wait()", "whole = self._gathers.pop(index)._result",
             ("tests/dist/test_parallel.py", "-k", "overlap or every_layout")),
     Mistake("isp: every rank reads the first part of the row", "data/loader.py",
             ".chunk(sequence_shard.size, 1)[sequence_shard.rank]", ".chunk(sequence_shard.size, 1)[0]"),
     Mistake("msp, fsp: the gradient of a row's bias is that of all tokens", LINEAR,
-            '''        db = add_grad(bias, dy.sum(0)) if needs_bias else None  # added to this rank's tokens
+            '''        db = add_grad(bias, dy.sum(0)) if needs_bias else None
         dy = comm.gather_grad_output(dy)  # [T, O]
 ''',
             '''        dy = comm.gather_grad_output(dy)  # [T, O]
         db = add_grad(bias, dy.sum(0)) if needs_bias else None
 '''),
-    Mistake("msp, fsp: the gradient of the head's input is cut, not summed", SEQUENCE,
+    Mistake("msp, fsp: the gradient of the head's input is sliced, not summed", TENSOR,
             "lambda dx: reduce_scatter(dx, self.group))",
             "lambda dx: dx.chunk(self.group.size)[self.group.rank].contiguous())"),
-    Mistake("msp, fsp: hidden units go to the wrong tokens", SEQUENCE, "return parts.transpose(0, 1).flatten(1)",
-            "return parts.flip(0).transpose(0, 1).flatten(1)"),
-    Mistake("an embedding split by words looks up the first rank's words", TENSOR,
+    Mistake("msp, fsp: hidden slices go to the wrong tokens", TENSOR, "return received.transpose(0, 1).flatten(1)",
+            "return received.flip(0).transpose(0, 1).flatten(1)"),
+    Mistake("an embedding split by vocabulary looks up the first rank's entries", TENSOR,
             "self.first = group.rank * placement.local_shape[0]", "self.first = 0"),
-    Mistake("an embedding split by units takes the first rank's gradient", TENSOR,
+    Mistake("an embedding split by hidden size takes the first rank's gradient", TENSOR,
             "dx.chunk(group.size, 1)[group.rank]", "dx.chunk(group.size, 1)[0]"),
-    Mistake("padding of the vocabulary is counted as words", TENSOR,
+    Mistake("padding of the vocabulary is counted as entries", TENSOR,
             "self.columns = min(self.first + rows, self.total) - self.first", "self.columns = rows"),
-    Mistake("label smoothing spreads over this rank's words alone", TENSOR,
+    Mistake("label smoothing spreads over this rank's entries alone", TENSOR,
             "self.total = placement.local_shape[0], placement.global_shape[0]",
             "self.total = placement.local_shape[0], placement.local_shape[0]"),
     Mistake("gate and up projection are split at the wrong axis", "model/decoder.py", "split_axis=1", "split_axis=0"),
@@ -127,7 +119,7 @@ MISTAKES = (
     Mistake("the ledger forgets the second half of an all-reduce", "core/parallel/collectives.py",
             "2 * (group.size - 1) * tensor.nbytes // group.size", "(group.size - 1) * tensor.nbytes // group.size",
             ("tests/dist/test_traffic.py",)),
-    Mistake("fsp keeps what it gathered", SEQUENCE, '''class FspColumn(Communicator):
+    Mistake("fsp keeps what it gathered", TENSOR, '''class FspColumn(Communicator):
     """''', '''class FspColumn(Communicator):
     keeps_gathered_input = True
     """''', ("tests/dist/test_traffic.py",)),
@@ -146,8 +138,8 @@ MISTAKES = (
             PIPELINE),
     Mistake("chunks of a V are cut as if in rounds", "costs/stages.py", "layout.virtual(stage, chunk) for chunk",
             "chunk * layout.stages + stage for chunk", PIPELINE),
-    Mistake("isp: a weight of the next chunk is fetched in vain", GATHERER,
-            "return 0 <= other < len(self.linears) and self.linears[number].chunk == self.linears[other].chunk",
+    Mistake("isp: a weight of the next chunk is prefetched in vain", GATHERER,
+            "return 0 <= other < len(self.linears) and self.linears[index].chunk == self.linears[other].chunk",
             "return 0 <= other < len(self.linears)", ("tests/dist/test_traffic.py",)),
 )  # fmt: skip
 
