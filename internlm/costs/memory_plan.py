@@ -171,4 +171,6 @@ def format_bytes(size: int | None) -> str:
     """Format bytes as GiB, or as MiB below one GiB; a dash for None."""
     if size is None:
         return "-"
+    if size == 0:
+        return "0"
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

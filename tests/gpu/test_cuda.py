@@ -42,6 +42,7 @@ def test_accelerator_finds_the_device() -> None:
     assert accelerator.device_type() == "cuda"
     assert accelerator.default_backend() == "nccl"
     assert accelerator.device_count() == torch.cuda.device_count()
+    assert accelerator.device_memory() == pytest.approx(torch.cuda.mem_get_info()[1], rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32", "torch.bfloat16"])

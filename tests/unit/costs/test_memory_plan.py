@@ -130,7 +130,7 @@ def test_a_table_has_a_column_for_each_stage() -> None:
     assert text.splitlines() == [
         "              stage 0   stage 1",
         "a             1.0 MiB  1.50 GiB",
-        "activations   0.0 MiB   1.0 MiB",
+        "activations         0   1.0 MiB",
         "total         1.0 MiB  1.50 GiB",
     ]
 
