@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from internlm.config.schema import ModelConfig
+from internlm.core.parallel.sharding import Role
 
 
 class LinearShape(NamedTuple):
     """Weight [outputs, inputs] of a linear in a role of :mod:`internlm.core.parallel.sharding`."""
 
-    role: str
+    role: Role
     inputs: int
     outputs: int
 

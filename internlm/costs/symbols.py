@@ -29,7 +29,7 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.context.parallel_context import sizes_of
-from internlm.core.parallel.sharding import StageLayers
+from internlm.core.parallel.sharding import StageLayers, TensorMode
 from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import schedule_of, stage_layout_of
 from internlm.costs.stages import stage_layers_of
@@ -65,7 +65,7 @@ class GroupSymbols:
     d: Group
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> TensorMode:
         """Tensor-parallel mode."""
         return self.config.parallel.tensor.mode
 

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import Collective, Ledger, Traffic
+from internlm.core.parallel.sharding import Role, TensorMode
 from internlm.costs.flops import LinearShape, block_linears
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
@@ -63,7 +64,7 @@ def count_calls(calls: Iterable[Call]) -> Traffic:
 
 #: Collectives forward and backward by mode and role (see :mod:`internlm.core.parallel.sharding`). The functions below
 #: say which tensor they are on.
-TABLE: dict[tuple[str, str], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
+TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
     ("mtp", "column"): ((), (AR,)),
     ("mtp", "row"): ((AR,), ()),
     ("mtp", "embedding"): ((AR,), ()),
@@ -183,7 +184,7 @@ def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
     return [call for length in lengths for rows in (1, sums) for call in calls_on(s.t, AR, rows * length * s.g)]
 
 
-def _role_calls(s: Symbols, role: str, group: Group, nbytes: int) -> PassCalls:
+def _role_calls(s: Symbols, role: Role, group: Group, nbytes: int) -> PassCalls:
     """Return the collectives of a role in the mode of ``s``, each on a tensor of ``nbytes`` bytes."""
     forward, backward = TABLE.get((s.mode, role), ((), ()))
     return PassCalls(

@@ -79,11 +79,11 @@ LEDGER = Ledger()
 
 def format_traffic(traffic: Traffic, steps: int = 1) -> str:
     """Format ``traffic`` as a table, a row for each mode and collective: per step, and over all ``steps``."""
-    lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MB/step':>11} {'calls':>9} {'MB':>11}"]
+    lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MiB/step':>11} {'calls':>9} {'MiB':>11}"]
     for (mode, collective), entry in sorted(traffic.items(), key=lambda item: (item[0][0].value, item[0][1])):
-        mb = entry.sent / 2**20
+        mib = entry.sent / 2**20
         lines.append(
-            f"{mode.value:<14} {collective:<16} {entry.calls / steps:>11.1f} {mb / steps:>11.3f} "
-            f"{entry.calls:>9} {mb:>11.3f}"
+            f"{mode.value:<14} {collective:<16} {entry.calls / steps:>11.1f} {mib / steps:>11.3f} "
+            f"{entry.calls:>9} {mib:>11.3f}"
         )
     return "\n".join(lines)

@@ -50,7 +50,7 @@ def test_the_table_has_numbers_per_step_and_in_all() -> None:
     mb = 2**20
     traffic = {(WEIGHT, "all-gather"): Entry(6, 12 * mb), (TENSOR, "reduce-scatter"): Entry(3, mb // 2)}
     head, *rows = format_traffic(traffic, steps=4).splitlines()
-    assert head.split() == ["mode", "collective", "calls/step", "MB/step", "calls", "MB"]
+    assert head.split() == ["mode", "collective", "calls/step", "MiB/step", "calls", "MiB"]
     assert [row.split() for row in rows] == [
         ["tensor", "reduce-scatter", "0.8", "0.125", "3", "0.500"],
         ["weight", "all-gather", "1.5", "3.000", "6", "12.000"],
