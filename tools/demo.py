@@ -1,6 +1,6 @@
-"""Train the demo's model and show what it has learnt: ``python tools/demo.py [--steps N] [--device cpu]``.
+"""Train the demo's model, and show its losses and texts: ``python tools/demo.py [--steps N] [--device cpu]``.
 
-``tools/demo_corpus.py`` must have run. One process trains on each CUDA device, or two on the CPU.
+``tools/demo_corpus.py`` must have made the corpus. One process trains on each CUDA device, or two on the CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from internlm.checkpoint.save_folder import is_complete, steps_in
 from internlm.config import load_config
 from internlm.data.tokenizer import load_tokenizer
 from internlm.eval import generate
+from internlm.pictures import loss_curve
 from internlm.train.build_model import build_model
 
 CONFIG = Path("configs/demo.py")
@@ -35,7 +36,7 @@ PROMPTS = ("def __init__(self, ", "    Return the ", "import os\nimport ")
 
 
 def train(steps: int | None) -> float:
-    """Run the training command; seconds it took. The processes share the cores evenly."""
+    """Run the training command, its processes sharing the cores evenly, and return the seconds it took."""
     processes = accelerator.device_count() or CPU_PROCESSES
     threads = max(1, (os.cpu_count() or 1) // processes)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
@@ -46,48 +47,58 @@ def train(steps: int | None) -> float:
     start = time.perf_counter()
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
-        sys.exit(done.returncode)  # what went wrong was said above
+        sys.exit(done.returncode)  # the training has printed why
     return time.perf_counter() - start
 
 
 def loss_table(records: list[dict[str, Any]], entropy: dict[str, float]) -> str:
-    """Losses in nats per token: training (over the last steps), validation, and what word counts alone would give."""
+    """Return a table of losses in nats per token: training (last steps), validation, and entropy of token counts."""
     steps = [record for record in records if "loss" in record][-20:]
     valid = next((record for record in reversed(records) if "valid/loss" in record), {})
     types = [name for name in entropy if name != "total"]
-    seen = {name: _mean(steps, [name]) for name in types} | {"total": _mean(steps, types)}
+    train = {name: _mean(steps, [name]) for name in types} | {"total": _mean(steps, types)}
     lines = [f"{'type':8}{'train':>10}{'valid':>10}{'unigram entropy':>18}"]
     for name in [*types, "total"]:
-        held_out = valid.get("valid/loss" if name == "total" else f"valid/loss/{name}", float("nan"))
-        lines.append(f"{name:8}{seen[name]:>10.3f}{held_out:>10.3f}{entropy[name]:>18.3f}")
+        valid_loss = valid.get("valid/loss" if name == "total" else f"valid/loss/{name}", float("nan"))
+        lines.append(f"{name:8}{train[name]:>10.3f}{valid_loss:>10.3f}{entropy[name]:>18.3f}")
     return "\n".join(lines)
 
 
 def _mean(steps: list[dict[str, Any]], types: list[str]) -> float:
-    """Loss per token of these types: a step may hold few tokens of one, or none."""
+    """Return the loss per token of these types, weighted by tokens: a step may hold few of one type, or none."""
     tokens = sum(step[f"tokens/{name}"] for step in steps for name in types)
     return sum(step[f"loss/{name}"] * step[f"tokens/{name}"] for step in steps for name in types) / max(tokens, 1)
 
 
+def picture(records: list[dict[str, Any]], entropy: dict[str, float]) -> Path:
+    """Draw the losses of the run and return the path of the picture."""
+    training = [(record["step"] + 1, float(record["loss"])) for record in records if "loss" in record]
+    validation = [(record["step"] + 1, float(record["valid/loss"])) for record in records if "valid/loss" in record]
+    level = ("unigram entropy", entropy["total"])
+    path = RUN / "loss.svg"
+    path.write_text(loss_curve("Loss of the demo", {"training": training}, {"validation": validation}, level))
+    return path
+
+
 def samples() -> str:
-    """Continuations of a few prompts, sampled from the final checkpoint."""
+    """Sample continuations of a few prompts from the final checkpoint."""
     checkpoint = next(path for _, path in steps_in(RUN / "checkpoints") if is_complete(path))
     config = load_config(CONFIG, device_type=accelerator.device_type())
     model = build_model(config, seed=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no processes are joined, which is meant
+        warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
         load_weights(model, checkpoint)
     tokenizer = load_tokenizer(DATA / "tokenizer.model")
     texts = []
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    for number, prompt in enumerate(PROMPTS):
-        ids = generate(model, tokenizer.encode(prompt), 60, temperature=0.8, top_p=0.95, seed=number)
-        texts.append(f"--- sample {number + 1}\n{prompt}{dim}{tokenizer.decode(ids)}{plain}")
+    for index, prompt in enumerate(PROMPTS):
+        ids = generate(model, tokenizer.encode(prompt), 60, temperature=0.8, top_p=0.95, seed=index)
+        texts.append(f"--- sample {index + 1}\n{prompt}{dim}{tokenizer.decode(ids)}{plain}")
     return "\n".join(texts)
 
 
 def main() -> None:
-    """Train, then print the loss table and the samples."""
+    """Train, then print samples, the loss table and the path of the loss curve."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="training steps (default: as in the config)")
     parser.add_argument("--device", choices=["cpu"], help="leave CUDA devices unused")
@@ -100,6 +111,7 @@ def main() -> None:
     print(f"\n{samples()}\n\n{loss_table(records, entropy)}\n")
     last = [record for record in records if "loss" in record][-1]
     print(f"{last['step'] + 1} steps, {last['num_consumed_tokens']} tokens in {seconds:.0f} s; records in {RUN}")
+    print(f"loss curve: {picture(records, entropy).resolve()}")
 
 
 if __name__ == "__main__":
