@@ -23,7 +23,7 @@ PIPELINE = ("tests/dist/test_pipeline.py",)
 PARALLEL = ("tests/dist/test_parallel.py", "-k", "test_every_layout or test_every_case")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mistake:
     """``old`` (which occurs once in ``file``, below ``internlm/``) becomes ``new``; ``tests`` must then fail."""
 
@@ -34,114 +34,237 @@ class Mistake:
     tests: tuple[str, ...] = PARALLEL
 
 
-TENSOR, ISP = "core/parallel/tensor_parallel.py", "core/parallel/isp.py"
-GATHERER, LINEAR = "core/parallel/weight_gatherer.py", "core/parallel/linear.py"
-ZERO, SCHEDULER = "solver/optimizer/zero_optimizer.py", "core/scheduler/schedulers.py"
-
 MISTAKES = (
-    Mistake("mtp: the output of a row is not summed", TENSOR, "return all_reduce(y, self.group)", "return y"),
     Mistake(
-        "mtp: the gradient of a column's input is not summed",
-        TENSOR,
-        """        # Begun here, it runs under the product for the weight's gradient.
-        return begin_all_reduce(dx, self.group)""",
-        "        return Pending(dx)",
+        name="mtp: the output of a row is not summed",
+        file="core/parallel/tensor_parallel.py",
+        old="return all_reduce(y, self.group)",
+        new="return y",
     ),
     Mistake(
-        "partial gradients of norms are not summed",
-        ZERO,
-        "if group.partial_over is not None:",
-        "if False:",
+        name="mtp: the gradient of a column's input is not summed",
+        file="core/parallel/tensor_parallel.py",
+        old=(
+            "        # Begun here, it runs under the product for the weight's gradient.\n"
+            "        return begin_all_reduce(dx, self.group)"
+        ),
+        new="        return Pending(dx)",
     ),
     Mistake(
-        "the norm counts whole parameters on every rank",
-        ZERO,
-        "squares[modes.index(group.split_over)] +=",
-        "squares[-1] +=",
+        name="partial gradients of norms are not summed",
+        file="solver/optimizer/grad_reduce.py",
+        old="if group.key.partial_over is not None",
+        new="if False",
     ),
-    Mistake("the norm leaves split parameters unsummed", ZERO, "all_reduce(square, self.split_groups[mode])", "pass"),
     Mistake(
-        "the loss is divided by this rank's valid tokens",
-        SCHEDULER,
-        "int(all_reduce(micro_batches.valid_tokens(), self.data_group))",
-        "int(micro_batches.valid_tokens())",
+        name="the norm counts whole parameters on every rank",
+        file="solver/optimizer/zero_optimizer.py",
+        old="squares[modes.index(group.key.split_over)] +=",
+        new="squares[-1] +=",
     ),
-    Mistake("the last micro-batch is dropped", "core/scheduler/compute.py", "return len(self._labels)\n",
-            "return max(len(self._labels) - 1, 1)\n"),
     Mistake(
-        "isp: rotary positions begin anew on every rank",
-        ISP,
-        "return all_gather(positions, self.group)",
-        "return positions.repeat(self.group.size)",
+        name="the norm leaves split parameters unsummed",
+        file="solver/optimizer/zero_optimizer.py",
+        old="all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])",
+        new="pass",
     ),
-    Mistake("isp: gradients of a repeated kv head are not summed", ISP, "dqkv[:, :, :, -2:].sum(2)",
-            "dqkv[:, :, 0, -2:]", ("tests/dist/test_parallel.py", "-k", "fewer_kv_heads")),
-    Mistake("isp: heads come back in the wrong order", ISP,
-            "all_to_all(heads.view(self.group.size, tokens, -1), self.group).transpose(0, 1).flatten(1)",
-            "all_to_all(heads.view(self.group.size, tokens, -1), self.group).flip(0).transpose(0, 1).flatten(1)"),
-    Mistake("isp: the gradient of the embedding is not summed", ISP,
-            "return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)",
-            "return F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)).chunk(self.group.size)[self.group.rank]"),
-    Mistake("isp: with overlap the last gradient is never delivered", GATHERER,
-            "        self._deliver()\n        self._release_all()\n\n    def",
-            "        self._release_all()\n\n    def", ("tests/dist/test_parallel.py", "-k", "overlap")),
-    Mistake("isp: with overlap a weight is read before it has arrived", GATHERER,
-            "whole = self._gathers.pop(index).wait()", "whole = self._gathers.pop(index)._result",
-            ("tests/dist/test_parallel.py", "-k", "overlap or every_layout")),
-    Mistake("isp: every rank reads the first part of the row", "data/loader.py",
-            ".chunk(sequence_shard.size, 1)[sequence_shard.rank]", ".chunk(sequence_shard.size, 1)[0]"),
-    Mistake("msp, fsp: the gradient of a row's bias is that of all tokens", LINEAR,
-            '''        db = add_grad(bias, dy.sum(0)) if needs_bias else None
-        dy = comm.gather_grad_output(dy)  # [T, O]
-''',
-            '''        dy = comm.gather_grad_output(dy)  # [T, O]
-        db = add_grad(bias, dy.sum(0)) if needs_bias else None
-'''),
-    Mistake("msp, fsp: the gradient of the head's input is sliced, not summed", TENSOR,
-            "lambda dx: reduce_scatter(dx, self.group))",
-            "lambda dx: dx.chunk(self.group.size)[self.group.rank].contiguous())"),
-    Mistake("msp, fsp: hidden slices go to the wrong tokens", TENSOR, "return received.transpose(0, 1).flatten(1)",
-            "return received.flip(0).transpose(0, 1).flatten(1)"),
-    Mistake("an embedding split by vocabulary looks up the first rank's entries", TENSOR,
-            "self.first = group.rank * placement.local_shape[0]", "self.first = 0"),
-    Mistake("an embedding split by hidden size takes the first rank's gradient", TENSOR,
-            "dx.chunk(group.size, 1)[group.rank]", "dx.chunk(group.size, 1)[0]"),
-    Mistake("padding of the vocabulary is counted as entries", TENSOR,
-            "self.columns = min(self.first + rows, self.total) - self.first", "self.columns = rows"),
-    Mistake("label smoothing spreads over this rank's entries alone", TENSOR,
-            "self.total = placement.local_shape[0], placement.global_shape[0]",
-            "self.total = placement.local_shape[0], placement.local_shape[0]"),
-    Mistake("gate and up projection are split at the wrong axis", "model/decoder.py", "split_axis=1", "split_axis=0"),
-    Mistake("a padded part is filled from the wrong rows", "core/parallel/placement.py",
-            "first = min(self.shard.index * size, total)", "first = min(self.shard.index * size // 2, total)"),
-    Mistake("replicated parameters of isp are called complete", "core/parallel/sharding.py",
-            '"isp": ParallelMode.WEIGHT}', '"isp": None}'),
-    Mistake("the ledger forgets the second half of an all-reduce", "core/parallel/collectives.py",
-            "2 * (group.size - 1) * tensor.nbytes // group.size", "(group.size - 1) * tensor.nbytes // group.size",
-            ("tests/dist/test_traffic.py",)),
-    Mistake("fsp keeps what it gathered", TENSOR, '''class FspColumn(Communicator):
-    """''', '''class FspColumn(Communicator):
-    keeps_gathered_input = True
-    """''', ("tests/dist/test_traffic.py",)),
-    Mistake("a pipeline's norm is that of one stage", ZERO, "all_reduce(squares.sum(), self.pipeline_group)",
-            "squares.sum()", PIPELINE),
-    Mistake("the norm counts a tied embedding twice", ZERO, "if not self._is_copy(group):", "if True:", PIPELINE),
-    Mistake("gradients of a tied embedding are not summed", "model/decoder.py",
-            "if c.tie_word_embeddings and part.has_embedding != part.has_head:", "if False:", PIPELINE),
-    Mistake("the loss stays on the last stage", SCHEDULER,
-            "all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)",
-            "all_reduce(compute.sums, self.data_group)", PIPELINE),
-    Mistake("a gradient that was put off is forgotten", "core/scheduler/compute.py", "state.tasks.pop(0)()",
-            "state.tasks.pop(0)", PIPELINE),
-    Mistake("hidden units of one micro-batch are taken for another's", "core/scheduler/plan.py",
-            "receives[bisect_left(ends, time)].append(receive)", "receives[bisect_left(ends, time)].insert(0, receive)",
-            PIPELINE),
-    Mistake("chunks of a V are cut as if in rounds", "costs/stages.py", "layout.virtual(stage, chunk) for chunk",
-            "chunk * layout.stages + stage for chunk", PIPELINE),
-    Mistake("isp: a weight of the next chunk is prefetched in vain", GATHERER,
-            "return 0 <= other < len(self.linears) and self.linears[index].chunk == self.linears[other].chunk",
-            "return 0 <= other < len(self.linears)", ("tests/dist/test_traffic.py",)),
-)  # fmt: skip
+    Mistake(
+        name="the loss is divided by this rank's valid tokens",
+        file="core/scheduler/schedulers.py",
+        old="int(all_reduce(micro_batches.valid_tokens(), self.data_group))",
+        new="int(micro_batches.valid_tokens())",
+    ),
+    Mistake(
+        name="the last micro-batch is dropped",
+        file="core/scheduler/compute.py",
+        old="return len(self._labels)\n",
+        new="return max(len(self._labels) - 1, 1)\n",
+    ),
+    Mistake(
+        name="isp: rotary positions begin anew on every rank",
+        file="core/parallel/isp.py",
+        old="return all_gather(positions, self.group)",
+        new="return positions.repeat(self.group.size)",
+    ),
+    Mistake(
+        name="isp: gradients of a repeated kv head are not summed",
+        file="core/parallel/isp.py",
+        old="dqkv[:, :, :, -2:].sum(2)",
+        new="dqkv[:, :, 0, -2:]",
+        tests=("tests/dist/test_parallel.py", "-k", "fewer_kv_heads"),
+    ),
+    Mistake(
+        name="isp: heads come back in the wrong order",
+        file="core/parallel/isp.py",
+        old="all_to_all(heads.view(self.group.size, tokens, -1), self.group).transpose(0, 1).flatten(1)",
+        new="all_to_all(heads.view(self.group.size, tokens, -1), self.group).flip(0).transpose(0, 1).flatten(1)",
+    ),
+    Mistake(
+        name="isp: the gradient of the embedding is not summed",
+        file="core/parallel/isp.py",
+        old="return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)",
+        new="return F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)).chunk(self.group.size)[self.group.rank]",
+    ),
+    Mistake(
+        name="isp: with overlap the last gradient is never delivered",
+        file="core/parallel/weight_gatherer.py",
+        old=(
+            "        # Called once for every product that asked for it; all calls but the first find nothing to do.\n"
+            "        self._deliver()\n"
+        ),
+        new="",
+        tests=("tests/dist/test_parallel.py", "-k", "overlap"),
+    ),
+    Mistake(
+        name="isp: with overlap a weight is read before it has arrived",
+        file="core/parallel/weight_gatherer.py",
+        old="whole = self._gathers.pop(index).wait()",
+        new="whole = self._gathers.pop(index)._result",
+        tests=("tests/dist/test_parallel.py", "-k", "overlap or every_layout"),
+    ),
+    Mistake(
+        name="isp: every rank reads the first shard of the sequence",
+        file="data/loader.py",
+        old=".chunk(sequence_shard.size, 1)[sequence_shard.rank]",
+        new=".chunk(sequence_shard.size, 1)[0]",
+    ),
+    Mistake(
+        name="msp, fsp: the gradient of a row's bias is that of all tokens",
+        file="core/parallel/linear.py",
+        old=(
+            "        db = add_grad(bias, dy.sum(0)) if needs_bias else None\n"
+            "        dy = comm.gather_grad_output(dy)  # [T, O]\n"
+        ),
+        new=(
+            "        dy = comm.gather_grad_output(dy)  # [T, O]\n"
+            "        db = add_grad(bias, dy.sum(0)) if needs_bias else None\n"
+        ),
+    ),
+    Mistake(
+        name="msp, fsp: the gradient of the head's input is sliced, not summed",
+        file="core/parallel/tensor_parallel.py",
+        old="lambda dx: reduce_scatter(dx, self.group))",
+        new="lambda dx: dx.chunk(self.group.size)[self.group.rank].contiguous())",
+    ),
+    Mistake(
+        name="msp, fsp: hidden slices go to the wrong tokens",
+        file="core/parallel/tensor_parallel.py",
+        old="return received.transpose(0, 1).flatten(1)",
+        new="return received.flip(0).transpose(0, 1).flatten(1)",
+    ),
+    Mistake(
+        name="an embedding split by vocabulary looks up the first rank's entries",
+        file="core/parallel/tensor_parallel.py",
+        old="self.first = group.rank * placement.local_shape[0]",
+        new="self.first = 0",
+    ),
+    Mistake(
+        name="an embedding split by hidden size takes the first rank's gradient",
+        file="core/parallel/tensor_parallel.py",
+        old="dx.chunk(group.size, 1)[group.rank]",
+        new="dx.chunk(group.size, 1)[0]",
+    ),
+    Mistake(
+        name="padding of the vocabulary is counted as entries",
+        file="core/parallel/tensor_parallel.py",
+        old="self.columns = min(self.first + rows, self.total) - self.first",
+        new="self.columns = rows",
+    ),
+    Mistake(
+        name="label smoothing spreads over this rank's entries alone",
+        file="core/parallel/tensor_parallel.py",
+        old="self.total = placement.local_shape[0], placement.global_shape[0]",
+        new="self.total = placement.local_shape[0], placement.local_shape[0]",
+    ),
+    Mistake(
+        name="gate and up projection are split at the wrong axis",
+        file="model/decoder.py",
+        old="split_axis=1",
+        new="split_axis=0",
+    ),
+    Mistake(
+        name="a padded shard is filled from the wrong rows",
+        file="core/parallel/placement.py",
+        old="first = min(self.shard.index * size, total)",
+        new="first = min(self.shard.index * size // 2, total)",
+    ),
+    Mistake(
+        name="replicated parameters of isp are called complete",
+        file="core/parallel/sharding.py",
+        old='"isp": ParallelMode.WEIGHT}',
+        new='"isp": None}',
+    ),
+    Mistake(
+        name="the ledger forgets the second half of an all-reduce",
+        file="core/parallel/collectives.py",
+        old="2 * (group.size - 1) * tensor.nbytes // group.size",
+        new="(group.size - 1) * tensor.nbytes // group.size",
+        tests=("tests/dist/test_traffic.py",),
+    ),
+    Mistake(
+        name="fsp keeps what it gathered",
+        file="core/parallel/tensor_parallel.py",
+        old=('class FspColumn(Communicator):\n    """'),
+        new=('class FspColumn(Communicator):\n    keeps_gathered_input = True\n    """'),
+        tests=("tests/dist/test_traffic.py",),
+    ),
+    Mistake(
+        name="a pipeline's norm is that of one stage",
+        file="solver/optimizer/zero_optimizer.py",
+        old="all_reduce(squares.sum(), self.process_groups.pipeline)",
+        new="squares.sum()",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="the norm counts a tied embedding twice",
+        file="solver/optimizer/zero_optimizer.py",
+        old="if not self._is_copy(group):",
+        new="if True:",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="gradients of a tied embedding are not summed",
+        file="model/decoder.py",
+        old="if c.tie_word_embeddings and stage_layers.has_embedding != stage_layers.has_head:",
+        new="if False:",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="the loss stays on the last stage",
+        file="core/scheduler/schedulers.py",
+        old="all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)",
+        new="all_reduce(compute.sums, self.data_group)",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="a deferred weight gradient is dropped",
+        file="core/scheduler/compute.py",
+        old="state.tasks.pop(0)()",
+        new="state.tasks.pop(0)",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="hidden states of one micro-batch are taken for another's",
+        file="core/scheduler/plan.py",
+        old="receives[bisect_left(ends, time)].append(receive)",
+        new="receives[bisect_left(ends, time)].insert(0, receive)",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="chunks of a V are assigned as if interleaved",
+        file="costs/stages.py",
+        old="layout.virtual(stage, chunk) for chunk",
+        new="chunk * layout.stages + stage for chunk",
+        tests=PIPELINE,
+    ),
+    Mistake(
+        name="isp: a weight of the next chunk is prefetched in vain",
+        file="core/parallel/weight_gatherer.py",
+        old="return 0 <= other < len(self.linears) and self.linears[index].chunk == self.linears[other].chunk",
+        new="return 0 <= other < len(self.linears)",
+        tests=("tests/dist/test_traffic.py",),
+    ),
+)
 
 
 def main() -> int:
@@ -176,7 +299,7 @@ def _failing(selections: list[tuple[str, ...]], copy: Path) -> list[tuple[str, .
 
 
 def _caught_by(mistake: Mistake, copy: Path) -> str:
-    """The first test that failed; empty where none did."""
+    """Return the first test that failed; empty where none did."""
     file = copy / "internlm" / mistake.file
     right = file.read_text()
     assert right.count(mistake.old) == 1, f"{mistake.name}: {right.count(mistake.old)} places in {mistake.file}"
