@@ -39,7 +39,7 @@ class BatchPlan:
     origin: Position = START
 
     def micro_batches(self, step: int) -> int:
-        """Return the micro-batches of ``step`` on each data-parallel rank."""
+        """Return the number of micro-batches of ``step`` on each data-parallel rank."""
         return self._size(self._batch(step))
 
     def rows(self, step: int, data_rank: int) -> range:
@@ -76,7 +76,7 @@ class BatchPlan:
         return self.origin.row + self.data_size * (self._size_before(batch) - self._size_before(self.origin.batch))
 
     def _size(self, batch: int) -> int:
-        """Micro-batches of ``batch`` on each data-parallel rank."""
+        """Return the number of micro-batches of ``batch`` on each data-parallel rank."""
         if self.rampup is None:
             return self.micro_num
         start, increment, every = self.rampup

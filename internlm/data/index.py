@@ -141,7 +141,7 @@ def read_meta(file: DataFile) -> np.ndarray:
         what = f"sample {row} at byte {offsets[row]} is to hold {lengths[row]} tokens in {sizes[row]} bytes"
         raise _disagree(file, what)
     if not _last_line_is_whole(file, offsets):
-        raise _disagree(file, f"the last of its {len(meta)} samples isn't the whole line that ends the file")
+        raise _disagree(file, f"the last of its {len(meta)} samples is not a complete line at the end of the file")
     return meta
 
 

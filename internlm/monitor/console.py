@@ -16,7 +16,7 @@ log = get_logger()
 
 
 def is_terminal() -> bool:
-    """Whether both stdout and stderr are terminals, so that nobody reads them from a file or a pipe."""
+    """Return whether both stdout and stderr are terminals, rather than files or pipes."""
     return sys.stderr.isatty() and sys.stdout.isatty()
 
 

@@ -106,9 +106,9 @@ def check_stage(model: nn.Module, name: str) -> None:
     if len(expected.chunks) == 1 and expected.is_whole:
         return
     if getattr(model, "stage_layers", None) != expected:
-        what = f"{name!r} can't be split into stages: it did not ask for its part"
-        todo = "Build it by internlm.core.parallel.current_part, or set parallel.pipeline.size and model.num_chunks "
-        raise ConfigError(Problem("model_type", what, f"{todo}to 1"))
+        what = f"{name!r} can't be split into stages: its stage_layers are not those of this rank"
+        todo = "Build it by internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and "
+        raise ConfigError(Problem("model_type", what, f"{todo}model.num_chunks to 1"))
 
 
 def _position(mode: ParallelMode) -> GroupPosition:

@@ -72,7 +72,7 @@ class Compiled:
 
 
 def compiled_so_far() -> Compiled:
-    """The counters of torch.compile. Neither grows in steps that need nothing compiled anew."""
+    """Return the numbers of graphs and graph breaks so far; a step that compiles nothing leaves them unchanged."""
     counters = compile_counters()
     breaks: dict[str, int] = {}
     for text, count in counters["graph_break"].items():

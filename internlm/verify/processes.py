@@ -171,7 +171,7 @@ class RankProcesses:
         return reply
 
     def _stacks(self) -> str:
-        """Return the Python stack of every thread of every rank, but for ranks that can't write theirs down."""
+        """Return the Python stacks of all threads of every rank that still runs."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, signal.SIGUSR1)

@@ -32,11 +32,11 @@ def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: t
     Args:
         stage: the group of this rank's pipeline.
         peer: stage for which the block waits, or :data:`ALL`.
-        operation: what ``peer`` had to do, for the message: ``"send …"``.
-        timeout: that of the process group. A wait that lasted as long means silent, a shorter one gone.
+        operation: operation that ``peer`` owed, for the message: ``"send …"``.
+        timeout: timeout of the process group. A wait that reached it means a silent peer, a shorter one a dead peer.
 
     Raises:
-        LostPeerError: where the wait failed because a rank is gone or silent.
+        LostPeerError: the wait failed because a rank is dead or silent.
     """
     start = time.monotonic()
     try:

@@ -43,7 +43,7 @@ class Message(NamedTuple):
 
     @property
     def sender(self) -> int:
-        """The virtual stage that computes it."""
+        """Virtual stage that computes this tensor and sends it."""
         return self.virtual + (-1 if self.type == FORWARD else 1)
 
 

@@ -28,7 +28,7 @@ Batch = tuple[dict[str, Any], Tensor]
 
 
 class Engine(Protocol):
-    """An object with the model, such as a trainer."""
+    """Any object with a ``model`` attribute, such as a trainer."""
 
     model: nn.Module
 

@@ -39,7 +39,7 @@ _DEFAULT_BUCKET_SIZE = 2**29
 # -- layout: pure arithmetic ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bucket:
-    """One bucket of a flat buffer: where the shard of each rank begins, and, as the last bound, where it ends."""
+    """One bucket of a flat buffer, given by the bounds of the ranks' shards in it."""
 
     bounds: tuple[int, ...]
 
@@ -321,12 +321,12 @@ class GroupBucket:
 
     @property
     def entries(self) -> list[BucketEntry]:
-        """The parameters that lie in it, wholly or partly."""
+        """Bucket entries of the parameters that lie in this bucket, wholly or partly."""
         return self.group.entries_of(self.index)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters themselves."""
+        """Parameters that lie in this bucket, wholly or partly."""
         return [entry.named.parameter for entry in self.entries]
 
 

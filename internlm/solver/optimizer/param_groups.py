@@ -1,8 +1,8 @@
 """Param groups: which parameters are trained alike, and the shard of them that this rank owns.
 
-Parameters with the same :class:`ParamGroupKey` form a :class:`ParamGroup`. Of the elements that it owns, its *shard*, a
-rank has main parameters, reduced gradients and optimizer state. A shard is a list of flat tensors; optimizer state is
-one tensor over the whole shard, which :meth:`ParamGroup.split` cuts to match.
+Parameters with the same :class:`ParamGroupKey` form a :class:`ParamGroup`. A rank owns a *shard* of a group, and has
+main parameters, reduced gradients and optimizer state for its elements only. A shard is a list of flat tensors;
+optimizer state is one tensor over the whole shard, which :meth:`ParamGroup.split` splits likewise.
 """
 
 from __future__ import annotations

@@ -136,9 +136,9 @@ class HybridZeroOptimizer:
 
     @property
     def _is_last_chance(self) -> bool:
-        """Whether the run is given up if this step is skipped.
+        """Whether the run ends if this step is skipped.
 
-        Its gradients are then inspected before they are reduced, since a sum does not tell whose gradient was nan.
+        Its gradients are then inspected before they are reduced, because a nan in a sum can't be attributed to a rank.
         """
         return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
@@ -221,13 +221,13 @@ class HybridZeroOptimizer:
         self._gatherer.finish()
 
     def copy_model_to_main_params(self) -> None:
-        """Copy model parameters to main parameters, after the former were set by somebody else.
+        """Copy model parameters to main parameters, after code outside the optimizer has set model parameters.
 
-        In half precision the next update would overwrite them without this.
+        Without this the next update in half precision would overwrite the new values.
 
         Raises:
-            UserError: Gathers that are not complete (``overlap_sync_param``) may have overwritten what was set:
-                :meth:`gather_parameters` must come first.
+            UserError: a parameter all-gather is still running (``overlap_sync_param``), so it may have overwritten new
+                values. Call :meth:`gather_parameters` before setting parameters.
         """
         self._gatherer.require_all("optimizer.copy_model_to_main_params()")
         for group in self.groups:

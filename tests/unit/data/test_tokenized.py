@@ -176,8 +176,8 @@ TWO = [[1, 2, 3], [4]]
         ([(0, 3), (22, -1)], "sample 1 at byte 22 is to hold -1 tokens in 16 bytes"),
         ([(-1, 3), (22, 1)], "sample 0 at byte -1 is to hold 3 tokens in 23 bytes"),
         ([(0, 3), (38, 0)], "sample 1 at byte 38 is to hold 0 tokens in 0 bytes"),
-        ([(0, 3)], "the last of its 1 samples isn't the whole line that ends the file"),
-        ([], "the last of its 0 samples isn't the whole line that ends the file"),
+        ([(0, 3)], "the last of its 1 samples is not a complete line at the end of the file"),
+        ([], "the last of its 0 samples is not a complete line at the end of the file"),
     ],
 )
 def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said: str) -> None:
