@@ -1,4 +1,4 @@
-"""Models that all ranks share under isp, weights and tokens, and ways to fetch their weights ahead."""
+"""Models whose weights and tokens isp splits over all ranks, and ways to prefetch their weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from internlm.model.decoder import Decoder
 from tests.unit.model.samples import decoder, tokens
 
 LENGTH = 16
-#: Without a neighbour's part, and with pieces that end within each of both.
+#: Sequence boundaries, of which some lie within the tokens of either rank.
 CUTS = torch.tensor([0, 5, 8, 13, LENGTH], dtype=torch.int32)
 
 NONE = Overlap()
 MODULE = Overlap(enabled=True, per_layer=False)
-LAYER = {place: Overlap(enabled=True, launch_position=number) for place, number in LAUNCH_POSITIONS.items()}
-OVERLAPS = {"module": MODULE, **{f"layer, {place}": overlap for place, overlap in LAYER.items()}}
+LAYER = {name: Overlap(enabled=True, launch_position=position) for name, position in LAUNCH_POSITIONS.items()}
+OVERLAPS = {"module": MODULE, **{f"layer, {name}": overlap for name, overlap in LAYER.items()}}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case:
 
 
 class Ranks(NamedTuple):
-    """A model that is split over all ranks, its tokens as well, and who gathers its weights."""
+    """A model that is split over all ranks, the gatherer of its weights, and the groups."""
 
     model: Decoder
     gatherer: WeightGatherer
@@ -63,7 +63,7 @@ def split(rank: int, world_size: int, case: Case) -> Ranks:
 
 
 def own(group: Group, seed: int) -> Tensor:
-    """This rank's tokens of a row: [LENGTH / ranks]."""
+    """Draw this rank's tokens of a row: [LENGTH / ranks]."""
     return tokens(LENGTH, seed=seed).chunk(group.size)[group.rank]
 
 

@@ -1,4 +1,4 @@
-"""What a model that is split over ranks can't be used for is said."""
+"""Uses of a model that its layout rules out are refused with a reason."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
 
-class GivesLogits(nn.Module):
-    """A user's model of parallel layers that leaves the loss to others."""
+class ReturnsLogits(nn.Module):
+    """A user's model of parallel layers that returns logits rather than the loss."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -27,14 +27,14 @@ class GivesLogits(nn.Module):
         self.head = ParallelHead(model.hidden_size, model.vocab_size, normal(0.02), model.parallel_output)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None, indexes: Tensor | None = None) -> Tensor:
-        """Logits."""
+        """Compute logits."""
         return self.head.logits(self.embedding(input_ids.flatten()))
 
 
-@MODEL_INITIALIZER.register_module(module_name="GIVES_LOGITS")
+@MODEL_INITIALIZER.register_module(module_name="RETURNS_LOGITS")
 def build(model: ModelConfig) -> nn.Module:
-    """What a user registers."""
-    return GivesLogits(model)
+    """Build the model as a user registers it."""
+    return ReturnsLogits(model)
 
 
 def _start(mode: str, *overrides: str) -> nn.Module:
@@ -43,8 +43,8 @@ def _start(mode: str, *overrides: str) -> nn.Module:
     return initialize_model_and_parallel_communicator(create_model())[0]
 
 
-def _said(rank: int, world_size: int, mode: str, parallel_output: bool) -> str:
-    model = _start(mode, "model_type=GIVES_LOGITS", f"model.parallel_output={parallel_output}")
+def _error(rank: int, world_size: int, mode: str, parallel_output: bool) -> str:
+    model = _start(mode, "model_type=RETURNS_LOGITS", f"model.parallel_output={parallel_output}")
     optimizer, beta2, lr = initialize_optimizer(model)
     try:
         initialize_trainer(model, optimizer, lr, beta2)
@@ -54,12 +54,12 @@ def _said(rank: int, world_size: int, mode: str, parallel_output: bool) -> str:
 
 
 @pytest.mark.parametrize("mode", ["mtp", "msp", "isp"])
-def test_logits_that_do_not_fit_the_labels(mode: str) -> None:
+def test_logits_of_other_tokens_or_entries_than_the_labels_are_refused(mode: str) -> None:
     for parallel_output in (True, False):
-        said = run_ranks(2, _said, mode, parallel_output)
+        errors = run_ranks(2, _error, mode, parallel_output)
         fits = parallel_output == (mode == "isp")
-        assert [not text for text in said] == [fits, fits]
-        assert fits or "Let forward take labels and return head.loss(x, labels)" in said[0]
+        assert [not text for text in errors] == [fits, fits]
+        assert fits or "Let forward take labels and return head.loss(x, labels)" in errors[0]
 
 
 def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
@@ -104,5 +104,5 @@ def _shapes(rank: int, world_size: int, mode: str, parallel_output: bool) -> tup
         ("isp", False, [(32, 3), (32, 3)]),
     ],
 )
-def test_shapes_of_logits(mode: str, parallel_output: bool, shapes: list[tuple[int, int]]) -> None:
+def test_logits_have_the_shape_of_the_mode(mode: str, parallel_output: bool, shapes: list[tuple[int, int]]) -> None:
     assert run_ranks(2, _shapes, mode, parallel_output) == shapes

@@ -1,5 +1,4 @@
-"""The optimizer over stages and over shards: a table at both ends counts once, a reduction that was begun is the
-same."""
+"""The optimizer over stages and shards: a table on both end stages counts once, an early reduction changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def world(mode: ParallelMode) -> Group:
 
 
 def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tensor]:
-    """The norm of gradients that are 1 everywhere, and the table after a step."""
+    """Return the norm of gradients that are 1 everywhere, and the table after a step."""
     with building(Sharding(), StageLayers(2, (range(rank, rank + 1),))):
         model = decoder(tie_word_embeddings=True)
     stages = world(ParallelMode.PIPELINE)
@@ -43,8 +42,8 @@ def _step_of_stage(rank: int, world_size: int, clip: float) -> tuple[float, Tens
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_a_table_at_both_ends_counts_once(clip: float) -> None:
-    """As the sum of both gradients; and stays the same at both ends."""
+def test_a_tied_table_on_both_end_stages_counts_once(clip: float) -> None:
+    """Its gradient is the sum of both, and both copies stay equal."""
     whole = decoder(tie_word_embeddings=True)
     table, rest = whole.embedding.weight.numel(), sum(parameter.numel() for parameter in whole.parameters())
     (one, first), (other, last) = run_ranks(2, _step_of_stage, clip)
@@ -60,9 +59,9 @@ def _steps_of_shards(rank: int, world_size: int, begun: bool) -> tuple[list[floa
     norms = []
     for step in range(3):
         optimizer.zero_grad()
-        for again in range(1 + begun):  # begun for nothing the first time
+        for attempt in range(1 + begun):  # the first reduction is dropped
             optimizer.zero_grad()
-            seed = 10 * step + rank + (0 if again == begun else 50)
+            seed = 10 * step + rank + (0 if attempt == begun else 50)
             model(tokens(1, 8, seed=seed), labels=tokens(1, 8, seed=seed + 100)).loss_sum.backward()
             if begun:
                 optimizer.begin_reduction()
@@ -70,8 +69,8 @@ def _steps_of_shards(rank: int, world_size: int, begun: bool) -> tuple[list[floa
     return norms, [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def test_a_reduction_that_was_begun_changes_no_bit() -> None:
-    """Nor one that was given up."""
+def test_an_early_reduction_changes_no_bit() -> None:
+    """Neither does one that zero_grad drops."""
     for ours, theirs in zip(run_ranks(2, _steps_of_shards, True), run_ranks(2, _steps_of_shards, False), strict=True):
         assert ours[0] == theirs[0]
         assert len(set(ours[0])) == 3

@@ -1,4 +1,4 @@
-"""Cross entropy with the vocabulary split over ranks equals that of one rank that holds it all."""
+"""Cross entropy with the vocabulary split over ranks equals that of one rank."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.unit.ops.parity import TOLERANCE, randn, relative_error
 
 TOKENS, HIDDEN, CHUNK = 23, 12, 5
 SIZES = [1, 2, 4]
-#: What four ranks hold of them: 2, 2, 2, 1; 16 each; 17, 17, 17, 16; 2, 2, 1, 0.
+#: Shards of four ranks: 2, 2, 2, 1; 16 each; 17, 17, 17, 16; 2, 2, 1, 0.
 VOCABULARIES = [7, 64, 67, 5]
 IGNORING = {"none": [], "some": [0, 5, 6, 22], "all": list(range(TOKENS))}
 
 
 @dataclass
 class Shard:
-    """A rank's part of a vocabulary, split into parts of as many rows each, and the collectives called so far."""
+    """A rank's shard of a vocabulary that is padded to equal shards, and the collectives called so far."""
 
     rank: int
     size: int
@@ -46,10 +46,10 @@ class Shard:
         return x
 
     def of(self, weight: Tensor) -> Tensor:
-        """This rank's rows; those of padding would win every maximum."""
-        part = weight.detach().new_full((self.rows, weight.shape[1]), 100.0)
-        part[: self.columns] = weight.detach()[self.first : self.first + self.columns]
-        return part.requires_grad_()
+        """Slice this rank's rows; rows of padding are so large that they would win every maximum."""
+        shard = weight.detach().new_full((self.rows, weight.shape[1]), 100.0)
+        shard[: self.columns] = weight.detach()[self.first : self.first + self.columns]
+        return shard.requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Case:
     dtype: torch.dtype = torch.float64
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H], the whole weight [V, H] and labels [T]; every third token is made to fit its label."""
+        """Draw x [T, H], the whole weight [V, H] and labels [T]; every third token fits its label."""
         x, weight = randn(TOKENS, HIDDEN, dtype=self.dtype), randn(self.total, HIDDEN, dtype=self.dtype, seed=1)
         labels = torch.randint(0, self.total, (TOKENS,), generator=torch.Generator().manual_seed(0))
         x.data[::3] = weight.data[labels[::3]]
@@ -110,16 +110,16 @@ def _train_shard(rank: int, world_size: int, case: Case) -> Result:
 
 
 def _assert_equal_to_whole(size: int, case: Case) -> None:
-    whole, parts = _train(case, None), run_ranks(size, _train_shard, case)
-    tolerance, first = TOLERANCE[case.dtype], parts[0].loss
-    for part in parts:
-        assert all(torch.equal(ours, same) for ours, same in zip(part.loss, first, strict=True))
-        assert part.calls == ["max", "sum"] * -(-(TOKENS - len(case.ignored)) // CHUNK)
+    whole, results = _train(case, None), run_ranks(size, _train_shard, case)
+    tolerance, first = TOLERANCE[case.dtype], results[0].loss
+    for result in results:
+        assert all(torch.equal(ours, same) for ours, same in zip(result.loss, first, strict=True))
+        assert result.calls == ["max", "sum"] * -(-(TOKENS - len(case.ignored)) // CHUNK)
     assert relative_error(first.loss_sum, whole.loss.loss_sum) < tolerance
     assert relative_error(first.token_loss, whole.loss.token_loss) < tolerance
     assert torch.equal(first.correct, whole.loss.correct)
-    assert relative_error(torch.stack([part.dx.double() for part in parts]).sum(0), whole.dx) < tolerance
-    dweight = torch.cat([part.dweight for part in parts])
+    assert relative_error(torch.stack([result.dx.double() for result in results]).sum(0), whole.dx) < tolerance
+    dweight = torch.cat([result.dweight for result in results])
     assert relative_error(dweight[: case.total], whole.dweight) < tolerance
     assert dweight[case.total :].eq(0).all()
 
@@ -128,13 +128,13 @@ def _assert_equal_to_whole(size: int, case: Case) -> None:
 @pytest.mark.parametrize("total", VOCABULARIES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignoring", IGNORING)
-def test_equals_the_whole(size: int, total: int, smoothing: float, ignoring: str) -> None:
+def test_a_split_vocabulary_equals_a_whole_one(size: int, total: int, smoothing: float, ignoring: str) -> None:
     _assert_equal_to_whole(size, Case(total, IGNORING[ignoring], smoothing))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("main_grad", [False, True])
-def test_equals_the_whole_in_other_precisions(dtype: torch.dtype, main_grad: bool) -> None:
+def test_a_split_vocabulary_equals_a_whole_one_in_other_precisions(dtype: torch.dtype, main_grad: bool) -> None:
     _assert_equal_to_whole(4, Case(67, IGNORING["some"], 0.1, main_grad, dtype))
 
 
@@ -147,7 +147,7 @@ def _evaluate(rank: int, world_size: int, case: Case) -> tuple[TokenLoss, bool, 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_without_gradients(size: int) -> None:
+def test_the_loss_without_gradients_is_that_of_training(size: int) -> None:
     case = Case(5, IGNORING["some"], 0.1)
     for training, (loss, differentiable, calls) in zip(
         run_ranks(size, _train_shard, case), run_ranks(size, _evaluate, case), strict=True
@@ -166,6 +166,6 @@ def _correct(rank: int, world_size: int, logits: list[float]) -> list[bool]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_tie_with_the_largest_logit_counts_as_correct(size: int) -> None:
-    """Wherever the others are held."""
+    """On whichever rank the other logits are."""
     assert run_ranks(size, _correct, [2.0, 1.0, 2.0, 0.0, 2.0]) == [[True, False, True, False, True]] * size
     assert run_ranks(size, _correct, [-2.0, -3.0, -2.0]) == [[True, False, True]] * size

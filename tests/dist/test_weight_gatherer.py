@@ -1,4 +1,4 @@
-"""Weights that are fetched ahead under isp: the same results as without, and no more memory than promised."""
+"""Weights that isp prefetches: the same results as without, and no more buffers than documented."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Result(NamedTuple):
     parameters: dict[str, Tensor]
     traffic: Traffic
     buffers: dict[tuple[int, ...], int]
-    """How many were made of each shape."""
+    """Number allocated of each shape."""
 
 
 def _train(rank: int, world_size: int, case: Case) -> Result:
@@ -69,7 +69,7 @@ def _train(rank: int, world_size: int, case: Case) -> Result:
 
 
 def buffers_made(gatherer: WeightGatherer) -> dict[tuple[int, ...], dict[int, Tensor]]:
-    """By shape, every buffer that it uses from now on; they are kept, so that no two have the same address."""
+    """Record every buffer that it uses from now on, by shape; they are kept, so that no two have the same address."""
     made: dict[tuple[int, ...], dict[int, Tensor]] = {}
     make = gatherer._new_buffer
 
@@ -82,7 +82,7 @@ def buffers_made(gatherer: WeightGatherer) -> dict[tuple[int, ...], dict[int, Te
     return made
 
 
-#: What went before, by case: many are compared with the same run.
+#: Results by case: many cases are compared with the same run.
 _trained: dict[tuple[int, Case], list[Result]] = {}
 
 
@@ -94,7 +94,7 @@ def trained(world_size: int, case: Case) -> list[Result]:
 
 
 def assert_same(case: Case, world_size: int = 2) -> None:
-    """Bit by bit, and not a byte more."""
+    """Compare a case with its reference: bitwise the same results and the same traffic."""
     for ours, theirs in zip(trained(world_size, case), trained(world_size, case.reference), strict=True):
         assert ours.losses == theirs.losses
         assert ours.norms == theirs.norms
@@ -114,7 +114,7 @@ def pooled(overlap: Overlap, memory_pool: bool) -> Overlap:
 @pytest.mark.parametrize("memory_pool", [False, True], ids=["new buffers", "pool"])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("overlap", OVERLAPS)
-def test_fetching_ahead_changes_nothing(overlap: str, recompute: str, memory_pool: bool) -> None:
+def test_prefetching_changes_nothing(overlap: str, recompute: str, memory_pool: bool) -> None:
     assert_same(Case(pooled(OVERLAPS[overlap], memory_pool), RECOMPUTE[recompute]))
 
 
@@ -122,30 +122,30 @@ def test_fetching_ahead_changes_nothing(overlap: str, recompute: str, memory_poo
 @pytest.mark.parametrize(
     "case", [Case(tied=True), Case(dtype=torch.bfloat16, recompute=0.5), Case(dtype=torch.float64)]
 )
-def test_nor_for_other_models(overlap: str, case: Case) -> None:
+def test_prefetching_changes_nothing_for_other_models(overlap: str, case: Case) -> None:
     assert_same(Case(pooled(OVERLAPS[overlap], True), case.recompute, case.tied, case.dtype))
 
 
 @pytest.mark.parametrize("overlap", ["module", "layer, w1"])
-def test_nor_on_four_ranks(overlap: str) -> None:
-    """Where the vocabulary and one of the widths are padded."""
+def test_prefetching_changes_nothing_on_four_ranks(overlap: str) -> None:
+    """The vocabulary and one of the widths are padded there."""
     assert_same(Case(pooled(OVERLAPS[overlap], True), 0.5), world_size=4)
 
 
-def test_a_pool_alone_changes_nothing_either() -> None:
-    """One buffer of each shape is enough where nothing is fetched ahead."""
+def test_a_pool_without_prefetching_changes_nothing() -> None:
+    """One buffer of each shape is enough then."""
     case = Case(Overlap(memory_pool=True))
     assert_same(case)
     for result in trained(2, case):
         assert set(result.buffers.values()) == {1}
 
 
-def test_without_a_pool_buffers_are_made_for_every_use() -> None:
+def test_without_a_pool_every_use_allocates_a_buffer() -> None:
     assert min(trained(2, Case(MODULE))[0].buffers.values()) > 2
 
 
-def test_training_goes_somewhere() -> None:
-    """Equal results would be no wonder if nothing changed from step to step."""
+def test_training_changes_losses() -> None:
+    """Equal results would prove nothing if no step changed anything."""
     result = trained(2, Case())[0]
     assert len(set(result.losses)) == len(result.losses)
     assert all(norm > 0 for norm in result.norms)
@@ -156,7 +156,7 @@ def test_training_goes_somewhere() -> None:
 
 @torch.no_grad()
 def _changed_between(rank: int, world_size: int, overlap: Overlap) -> list[float]:
-    """Losses before a change of the weights, after it, and after it was undone."""
+    """Return losses before a change of the weights, after it, and after it was undone."""
     ranks = split(rank, world_size, Case(overlap, dtype=torch.float64))
     found = [loss_of(ranks, 1).item()]
     weights = [linear.weight for linear in ranks.gatherer.linears]
@@ -193,7 +193,7 @@ def _gradients(rank: int, world_size: int, case: Case, with_optimizer: bool) -> 
 
 @pytest.mark.parametrize("overlap", ["module", "layer, wo"])
 def test_a_model_without_our_optimizer_gets_its_gradients(overlap: str) -> None:
-    """They can't come late there: autograd takes what it is given."""
+    """They can't be delivered late there: autograd takes what backward returns."""
     case = Case(OVERLAPS[overlap])
     for alone, ours in zip(run_ranks(2, _gradients, case, False), run_ranks(2, _gradients, case, True), strict=True):
         assert alone.keys() == ours.keys()
@@ -202,7 +202,7 @@ def test_a_model_without_our_optimizer_gets_its_gradients(overlap: str) -> None:
 
 
 def _partly_frozen(rank: int, world_size: int, overlap: Overlap) -> dict[str, Tensor]:
-    """The lower block takes no part in backward, nor does one linear of the upper one."""
+    """Freeze the lower block and one linear of the upper one."""
     ranks = split(rank, world_size, Case(overlap))
     frozen: list[nn.Module] = [ranks.model.embedding, ranks.model.layers["0"], ranks.model.layers["1"].attention.wo]
     for module in frozen:
@@ -214,7 +214,7 @@ def _partly_frozen(rank: int, world_size: int, overlap: Overlap) -> dict[str, Te
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
-def test_what_is_fetched_for_a_product_that_is_not_needed_is_given_up(overlap: str) -> None:
+def test_a_weight_prefetched_for_a_product_that_is_not_needed_is_released(overlap: str) -> None:
     found = run_ranks(2, _partly_frozen, pooled(OVERLAPS[overlap], True))
     for ours, theirs in zip(found, run_ranks(2, _partly_frozen, NONE), strict=True):
         assert ours.keys() == theirs.keys()
@@ -224,11 +224,11 @@ def test_what_is_fetched_for_a_product_that_is_not_needed_is_given_up(overlap: s
 
 
 class _BrokenError(Exception):
-    """Breaks a pass off."""
+    """Ends a pass early."""
 
 
 def _break_off(ranks: Ranks, where: str) -> None:
-    """A pass that does not come to its end, in one way or another."""
+    """Run a pass that ends early, in one of several ways."""
     layer = ranks.model.layers["0"]
 
     def fail(*_: object) -> None:
@@ -239,7 +239,7 @@ def _break_off(ranks: Ranks, where: str) -> None:
     elif where == "loss":
         hook = ranks.model.norm.register_forward_hook(fail)
     with contextlib.suppress(_BrokenError):
-        if where == "hidden units alone":
+        if where == "hidden states alone":
             with torch.no_grad():
                 ranks.model._blocks(0, None, own(ranks.tensor, 1), CUTS, None)
             return
@@ -247,8 +247,8 @@ def _break_off(ranks: Ranks, where: str) -> None:
     hook.remove()
 
 
-def _after_a_broken_pass(rank: int, world_size: int, overlap: Overlap, where: str) -> dict[str, Tensor]:
-    """Gradients of a pass that comes after one that was broken off, and after a change of the weights."""
+def _after_a_failed_pass(rank: int, world_size: int, overlap: Overlap, where: str) -> dict[str, Tensor]:
+    """Return gradients of a pass after one that ended early and a change of the weights."""
     ranks = split(rank, world_size, Case(overlap, dtype=torch.float64))
     for parameter in ranks.model.parameters():
         attach_main_grad(parameter, torch.zeros_like(parameter))
@@ -262,9 +262,9 @@ def _after_a_broken_pass(rank: int, world_size: int, overlap: Overlap, where: st
     return {name: main_grad_of(parameter).clone() for name, parameter in ranks.model.named_parameters()}
 
 
-@pytest.mark.parametrize("where", ["backward", "loss", "hidden units alone"])
+@pytest.mark.parametrize("where", ["backward", "loss", "hidden states alone"])
 @pytest.mark.parametrize("overlap", ["module", "layer, attn"])
-def test_a_pass_that_was_broken_off_leaves_nothing(overlap: str, where: str) -> None:
-    found, wanted = (run_ranks(2, _after_a_broken_pass, o, where) for o in (OVERLAPS[overlap], NONE))
+def test_a_pass_that_ends_early_leaves_nothing(overlap: str, where: str) -> None:
+    found, wanted = (run_ranks(2, _after_a_failed_pass, o, where) for o in (OVERLAPS[overlap], NONE))
     for mine, reference in zip(found, wanted, strict=True):
         assert all(torch.equal(mine[name], reference[name]) for name in reference)

@@ -1,4 +1,4 @@
-"""The order in which weights are fetched under isp, and used: that which was promised."""
+"""The order in which isp gathers and uses weights is the documented one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.model.samples import decoder
 
 
 def watch(gatherer: WeightGatherer) -> list[str]:
-    """What it does from now on: ``f3``, weight 3 is fetched; ``u3``, it is used; ``U3``, in a backward product."""
+    """Record events from now on: ``f3``, weight 3 is gathered; ``u3``, it is used; ``U3``, in a backward product."""
     events: list[str] = []
     numbers = {linear.weight.data_ptr(): number for number, linear in enumerate(gatherer.linears)}
     make, acquire = gatherer._new_buffer, gatherer.acquire
@@ -50,7 +50,7 @@ def watch(gatherer: WeightGatherer) -> list[str]:
 
 
 def _orders(rank: int, world_size: int, case: Case) -> tuple[str, str, str]:
-    """What happens in a forward pass, and in the first and the second backward pass."""
+    """Return the events of a forward pass, and of the first and the second backward pass."""
     ranks = split(rank, world_size, case)
     HybridZeroOptimizer(ranks.model, AdamConfig(lr=1e-2))
     events, found = watch(ranks.gatherer), []
@@ -100,7 +100,7 @@ AGAIN_0 = "f1 u0 f2 u1 f3 u2 u3 f3 f2 U3 f1 U2 f0 U1 U0"
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_order_where_all_is_recomputed(overlap: str) -> None:
-    """That block 0 is recomputed is known once it was seen: then its first weight comes next and not its last."""
+    """The second backward pass prefetches the first weight of a recomputed block rather than the last."""
     first = f"{AGAIN_1} f3 U4 f0 f1 u0 f2 u1 u2 u3 f3 f2 U3 f1 U2 f0 U1 U0"
     second = f"{AGAIN_1} f0 U4 {AGAIN_0}"
     assert run_ranks(2, _orders, Case(OVERLAPS[overlap], 1.0)) == [(FORWARD[overlap], first, second)] * 2
@@ -117,7 +117,7 @@ def test_order_where_the_first_layer_is_recomputed(overlap: str) -> None:
 
 
 def _of_two_chunks(rank: int, world_size: int, overlap: Overlap) -> tuple[list[str], dict[str, Tensor]]:
-    """What happens in F of either chunk and B of either, and the gradients."""
+    """Return the events of F and B of both chunks, and the gradients."""
     share = GroupPosition(rank, world_size)
     with building(Sharding("isp", share, share), StageLayers(2, (range(1), range(1, 2)))):
         model = decoder()
@@ -151,13 +151,13 @@ def _of_two_chunks(rank: int, world_size: int, overlap: Overlap) -> tuple[list[s
     return found, {name: main_grad_of(parameter).clone() for name, parameter in model.named_parameters()}
 
 
-#: What is used in F of chunk 0, F of chunk 1, its B and that of chunk 0.
+#: Uses in F of chunk 0, F of chunk 1, B of chunk 1 and B of chunk 0.
 CHUNKS = "u0 u1 u2 u3", "u4 u5 u6 u7 u8", "U7 U6 U5 U4", "U3 U2 U1 U0"
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_no_gather_crosses_the_border_of_a_chunk(overlap: str) -> None:
-    """What is fetched in an action is used in it; and gradients are delivered, put off or not."""
+    """A weight gathered in an action is used in it; gradients are delivered, deferred or not."""
     found, wanted = (run_ranks(2, _of_two_chunks, o) for o in (OVERLAPS[overlap], NONE))
     for (actions, gradients), (_, reference) in zip(found, wanted, strict=True):
         for action, used in zip(actions, CHUNKS, strict=True):

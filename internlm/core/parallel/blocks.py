@@ -30,7 +30,7 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     if not isinstance(model, DeclaresBlocks):
         return {}
-    # By module rather than by identity of names: a module that is registered twice is one block, under its first name.
+    # A module that is registered twice is listed once, under its first name.
     names = {module: name for name, module in model.named_modules()}
     blocks: dict[str, nn.Module] = {}
     for block in model.blocks():

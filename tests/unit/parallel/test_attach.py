@@ -1,4 +1,4 @@
-"""Which layer gets which communicator."""
+"""The table of communicators by mode and role."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ IDENTITIES = {IDENTITY, IDENTITY_HEAD, IDENTITY_EMBEDDING, IDENTITY_ATTENTION, I
 
 
 def groups(tensor: int = 2, weight: int = 2) -> tuple[Group, Group]:
-    """Groups of these sizes, for communicators that are made and never heard."""
+    """Build groups of these sizes, for communicators that never run."""
     return Group(ParallelMode.TENSOR, None, 1 % tensor, tensor), Group(ParallelMode.WEIGHT, None, 1 % weight, weight)
 
 
@@ -54,12 +54,12 @@ def split_decoder(mode: str, tensor: int = 2, weight: int = 2, **keys: object) -
 
 
 def communicators(model: nn.Module) -> dict[str, object]:
-    """Communicators by the name of their layer."""
+    """Collect the communicators by the name of their layer."""
     return {name: module.communicator for name, module in model.named_modules() if hasattr(module, "communicator")}
 
 
-def kinds(model: nn.Module) -> dict[str, type]:
-    """Their types, of the first block and of what is outside of blocks."""
+def communicator_types(model: nn.Module) -> dict[str, type]:
+    """Collect the types of communicators of the first block and of the layers outside of blocks."""
     return {name: type(comm) for name, comm in communicators(model).items() if "layers.1" not in name}
 
 
@@ -91,13 +91,13 @@ MODEL, ATTENTION, EMBEDDING = type(IDENTITY_MODEL), type(IDENTITY_ATTENTION), ty
         ("isp", True, expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)),
     ],
 )
-def test_each_role_of_a_decoder_gets_its_own(mode: str, split_hidden: bool, wanted: dict[str, type]) -> None:
+def test_each_role_of_a_decoder_has_its_communicator(mode: str, split_hidden: bool, wanted: dict[str, type]) -> None:
     model = split_decoder(mode, embed_split_hidden=split_hidden)
     attach_communicators(model, mode, *groups())
-    assert kinds(model) == wanted
+    assert communicator_types(model) == wanted
 
 
-def test_a_tied_table_is_split_over_words() -> None:
+def test_a_tied_table_is_split_by_vocabulary() -> None:
     model = split_decoder("mtp", tie_word_embeddings=True)
     attach_communicators(model, "mtp", *groups())
     assert isinstance(model.embedding.communicator, VocabEmbedding)
@@ -108,17 +108,17 @@ def test_isp_may_split_the_sequence_alone() -> None:
     model = split_decoder("isp", weight=1)
     assert attach_communicators(model, "isp", *groups(weight=1)) is None
     wanted = expected(IspModel, Communicator, Communicator, TokensHead, IspEmbedding, IspAttention)
-    assert kinds(model) == wanted
+    assert communicator_types(model) == wanted
 
 
 def test_isp_may_split_the_weights_alone() -> None:
     model = split_decoder("isp", tensor=1)
     assert attach_communicators(model, "isp", *groups(tensor=1)) is not None
-    assert kinds(model) == expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)
+    assert communicator_types(model) == expected(IspModel, IspLinear, IspLinear, IspHead, IspEmbedding, IspAttention)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_alone_every_layer_stays_silent(mode: str) -> None:
+def test_on_one_rank_every_layer_keeps_its_identity_communicator(mode: str) -> None:
     model = decoder()
     assert attach_communicators(model, mode, *groups(1, 1)) is None
     assert set(communicators(model).values()) == IDENTITIES
@@ -156,11 +156,11 @@ def test_the_gatherer_has_the_linears_in_forward_order() -> None:
     assert all(layer.communicator.gatherer is gatherer for layer in order)
 
 
-# -- communicators of one's own
+# -- custom communicators
 
 
 class Doubling(Communicator):
-    """Doubles the output."""
+    """A communicator that doubles the output."""
 
     def __init__(self, context: CommContext, layer: nn.Module) -> None:
         self.context, self.layer = context, layer
@@ -171,7 +171,7 @@ class Doubling(Communicator):
 
 @pytest.fixture
 def _forget() -> Iterator[None]:
-    """Leave the table as it was."""
+    """Restore the table after a test."""
     before = dict(TABLE)
     yield
     TABLE.clear()
@@ -188,7 +188,7 @@ class Mine(ParallelLinear):
 
 @pytest.mark.usefixtures("_forget")
 @pytest.mark.parametrize("mode", MODES)
-def test_a_role_of_ones_own(mode: str) -> None:
+def test_a_custom_role_gets_its_communicator(mode: str) -> None:
     register_communicator(mode, "my role")(Doubling)
     model, x = nn.Sequential(Mine(), nn.ReLU()), torch.ones(2, 4)
     initialize_parameters(model, seed=1)
@@ -202,7 +202,7 @@ def test_a_role_of_ones_own(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("_forget")
-def test_another_mode_does_not_know_it() -> None:
+def test_a_custom_role_keeps_its_communicator_in_other_modes() -> None:
     register_communicator("isp", "my role")(Doubling)
     layer = Mine()
     attach_communicators(layer, "mtp", *groups())
@@ -210,7 +210,7 @@ def test_another_mode_does_not_know_it() -> None:
 
 
 @pytest.mark.usefixtures("_forget")
-def test_a_known_role_may_be_taken_over() -> None:
+def test_a_built_in_role_may_be_registered_again() -> None:
     register_communicator("mtp", "row")(Doubling)
     model = split_decoder("mtp")
     attach_communicators(model, "mtp", *groups())
@@ -219,7 +219,7 @@ def test_a_known_role_may_be_taken_over() -> None:
 
 
 @pytest.mark.usefixtures("_forget")
-def test_the_decorator_gives_the_function_back() -> None:
+def test_the_decorator_returns_the_function() -> None:
     def build(context: CommContext, layer: nn.Module) -> Communicator:
         return IDENTITY
 

@@ -1,4 +1,4 @@
-"""Embedding and norms, and gradients that autograd makes."""
+"""Embedding and norms, and gradients that autograd computes."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_autograds_gradients_are_added_to_main_grad_too(dtype: torch.dtype) -> N
     assert buffer[:, 0].tolist() == [258, 258, 256, 260, 256]
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-def test_norms(kind: str) -> None:
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
+def test_norms(norm_type: str) -> None:
     with default_dtype(torch.float64):
-        norm = ParallelNorm(6, kind, eps=1e-5)
+        norm = ParallelNorm(6, norm_type, eps=1e-5)
         x = torch.randn(3, 6)
     initialize_parameters(norm, seed=1)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 6))
-    if kind == "rmsnorm":
+    if norm_type == "rmsnorm":
         assert norm.bias is None
         expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
     else:
@@ -67,9 +67,9 @@ def test_norms(kind: str) -> None:
     assert torch.allclose(norm(x), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-def test_norms_start_as_the_identity_and_count_as_no_matrix(kind: str) -> None:
-    norm = ParallelNorm(6, kind, eps=1e-5)
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm"])
+def test_norms_start_as_the_identity_and_are_no_matrices(norm_type: str) -> None:
+    norm = ParallelNorm(6, norm_type, eps=1e-5)
     initialize_parameters(norm, seed=1)
     assert norm.weight.tolist() == [1.0] * 6
     assert norm.bias is None or norm.bias.tolist() == [0.0] * 6

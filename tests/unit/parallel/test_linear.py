@@ -1,4 +1,4 @@
-"""The parallel linear: its maths against torch's, and when it talks to the other ranks."""
+"""The parallel linear: its maths against torch's, and the order of its communicator's hooks."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def linear(
 
 
 def inputs(layer: ParallelLinear) -> tuple[Tensor, Tensor]:
-    """An input, and a gradient of the output."""
+    """Draw an input, and a gradient of the output."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
     return x, torch.randn(TOKENS, *layer.out_shape, generator=generator, dtype=torch.float64)
 
 
 def reference(layer: ParallelLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor | None]:
-    """The same by torch."""
+    """Compute output and gradients by torch."""
     x, weight = x.detach().requires_grad_(), layer.weight.detach().requires_grad_()
     bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
     y = F.linear(x, weight.view(-1, WIDTH), None if bias is None else bias.view(-1)).view(TOKENS, *layer.out_shape)
@@ -134,7 +134,7 @@ def test_the_splits_of_a_fused_projection_keep_their_axes() -> None:
 FORWARD = ["gather_input", "gather_weight", "reduce_output", "release_weight"]
 BACKWARD = ["gather_grad_output", "gather_input", "gather_weight backward", "release_weight", "reduce_grad_input"]
 
-#: By what each hook of :class:`Scaling` multiplies. Powers of two, so that products are exact.
+#: Factor of each hook of :class:`Scaling`. Powers of two, so that products are exact.
 FACTORS = {
     "gather_input": 2.0,
     "gather_weight": 4.0,
@@ -147,7 +147,7 @@ FACTORS = {
 
 
 class LateFactor:
-    """Work that is done when it is waited for: ``tensor``, times ``factor``."""
+    """Work that multiplies ``tensor`` by ``factor`` when it is waited for."""
 
     def __init__(self, tensor: Tensor, factor: float) -> None:
         self.tensor, self.factor = tensor, factor
@@ -160,8 +160,10 @@ class LateFactor:
 
 
 class Scaling(Communicator):
-    """Multiplies what it is given, as a collective over ranks with equal tensors would, and remembers its calls; what
-    may be waited for later is multiplied no sooner."""
+    """Multiplies tensors, as a collective over ranks with equal tensors would, and records its calls.
+
+    A hook that returns a :class:`Pending` multiplies when it is waited for.
+    """
 
     def __init__(self, splits_weight: bool = False, keeps_gathered_input: bool = False) -> None:
         self.splits_weight, self.keeps_gathered_input = splits_weight, keeps_gathered_input
@@ -204,7 +206,7 @@ class Scaling(Communicator):
 
 
 class Late(Scaling):
-    """Has the gradient delivered when the test says so."""
+    """Delivers the gradient when the test calls ``late``."""
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Deliver) -> None:
         scaled = self._scale("reduce_grad_weight", dw)
@@ -237,7 +239,7 @@ def test_each_hook_is_called_in_its_place(
     assert comm.gathered == []
 
     product = f["gather_input"] * f["gather_weight"] * f["reduce_output"] * (expected["y"] - layer.bias)
-    assert close(y, product + layer.bias), "the bias is added once, after the ranks' parts are summed"
+    assert close(y, product + layer.bias), "the bias is added once, after the sum over ranks"
     assert close(x.grad, f["gather_grad_output"] * f["gather_weight backward"] * f["reduce_grad_input"] * expected["x"])
     reduced = f["reduce_grad_weight"] if splits_weight else 1.0
     wanted = f["gather_grad_output"] * f["gather_input"] * reduced * expected["weight"]
@@ -257,7 +259,7 @@ def test_a_gradient_may_be_delivered_late() -> None:
     assert close(main_grad_of(layer.weight), factor * reference(layer, x, dy)["weight"])
 
 
-def test_nothing_is_said_about_gradients_that_are_not_needed() -> None:
+def test_gradients_that_are_not_needed_are_not_communicated() -> None:
     layer = linear().requires_grad_(False)
     layer.communicator = comm = Scaling(splits_weight=True)
     x, dy = inputs(layer)
@@ -271,7 +273,7 @@ def test_nothing_is_said_about_gradients_that_are_not_needed() -> None:
 
 
 class Halves(Communicator):
-    """As two ranks with a half of the weight each, seen from the first; the other half is known."""
+    """Simulates the first of two ranks that hold half of the weight each; ``other`` is the second half."""
 
     splits_weight = True
 
@@ -304,7 +306,7 @@ def test_a_gathered_weight_gives_the_whole_output(dim: int, with_main_grad: bool
     assert close(layer.weight.grad, reference(whole, x, dy)["weight"].chunk(2, dim)[0])
 
 
-def test_a_split_output_has_the_shape_of_what_is_held() -> None:
+def test_a_split_output_has_the_shape_of_the_local_shard() -> None:
     with default_dtype(torch.float64), building(Sharding("mtp", tensor=GroupPosition(1, 3))):
         layer = ParallelLinear(WIDTH, (2, 6), normal(1.0), bias=True, split_axis=1)
     initialize_parameters(layer, seed=1)
@@ -322,7 +324,7 @@ def test_two_layers_may_have_different_communicators() -> None:
     assert not torch.equal(scaled(x), plain(x))
 
 
-# -- something before the layer
+# -- a function before the layer
 
 BEFORE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "norm": lambda: ParallelNorm(WIDTH, "rmsnorm", 1e-5),
@@ -332,7 +334,7 @@ BEFORE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
 
 
 def _before(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """What comes before, and an input for it."""
+    """Build a function to apply before the layer, and an input for it."""
     with default_dtype(torch.float64):
         before = BEFORE[name]()
     if isinstance(before, torch.nn.Module):
@@ -345,7 +347,7 @@ def _before(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
 @pytest.mark.parametrize("needs_x", [True, False])
 @pytest.mark.parametrize("with_main_grad", [True, False])
 @pytest.mark.parametrize("name", BEFORE)
-def test_what_comes_before_is_the_same_bitwise_inside_the_layer_and_outside(
+def test_a_function_before_the_layer_gives_the_same_bits_inside_and_outside_of_it(
     name: str, with_main_grad: bool, needs_x: bool
 ) -> None:
     found: list[dict[str, Tensor | None]] = []
@@ -366,7 +368,7 @@ def test_what_comes_before_is_the_same_bitwise_inside_the_layer_and_outside(
         assert (value is None and other is None) or torch.equal(value, other), key
 
 
-def test_what_comes_before_is_not_kept_for_backward() -> None:
+def test_the_output_of_a_function_before_the_layer_is_not_saved_for_backward() -> None:
     layer, (norm, x) = linear(), _before("norm")
     kept: list[int] = []
     x.requires_grad_()

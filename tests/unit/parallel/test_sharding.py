@@ -1,4 +1,4 @@
-"""The table of shards, by mode and role."""
+"""Placements of weights and biases by mode and role."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def over_tensor(axis: int | None) -> ShardSpec:
     return ShardSpec(ParallelMode.TENSOR, 1, 2, axis)
 
 
-#: Role, shape, split axis → the axis along which two ranks split it, and the shape of a half.
+#: Role, shape, split axis, the axis along which two ranks split the weight, and the shape of a half.
 WEIGHTS: list[tuple[str, tuple[int, ...], int, int | None, tuple[int, ...]]] = [
     ("column", (6, 8), 0, 0, (3, 8)),
     ("column", (2, 6, 8), 0, 0, (1, 6, 8)),
@@ -55,7 +55,7 @@ def test_weights_over_the_tensor_group(
 @pytest.mark.parametrize(
     ("shape", "local"), [((8, 5), (2, 5)), ((7, 5), (2, 5)), ((2, 5, 3), (3, 3)), ((3, 5), (1, 5))]
 )
-def test_weights_under_isp_are_runs_of_rows(role: str, shape: tuple[int, ...], local: tuple[int, ...]) -> None:
+def test_weights_under_isp_are_split_by_rows(role: str, shape: tuple[int, ...], local: tuple[int, ...]) -> None:
     placement = sharding("isp").weight_of(role, shape, INIT, axis=1)
     shard = ShardSpec(ParallelMode.WEIGHT, 3, 4, None)
     assert placement == ParamPlacement(shape, INIT, shard=shard, is_hidden=role in HIDDEN)
@@ -90,13 +90,13 @@ def test_biases_under_isp_are_whole() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("role", ROLES)
-def test_alone_a_rank_holds_everything(mode: str, role: str) -> None:
+def test_on_one_rank_nothing_is_split(mode: str, role: str) -> None:
     placement = Sharding(mode).weight_of(role, (7, 9), INIT)
     assert placement == ParamPlacement((7, 9), INIT, is_hidden=role in HIDDEN)
     assert Sharding(mode).bias_of("column", (7,), INIT).shard is None
 
 
-def test_a_mode_looks_at_its_own_group() -> None:
+def test_a_mode_ignores_the_group_of_another() -> None:
     assert Sharding("isp", tensor=TENSOR).weight_of("column", (6, 8), INIT).shard is None
     assert Sharding("mtp", weight=WEIGHT).weight_of("column", (6, 8), INIT).shard is None
 
@@ -112,14 +112,14 @@ def test_an_unknown_role_is_an_error_under_tensor_modes(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_role_of_ones_own_is_split_like_another(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_role_is_split_like_the_one_it_names(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CUSTOM_ROLES, "mine", "row")
     for place in (Sharding.weight_of, Sharding.bias_of):
         mine, row = (place(sharding(mode), role, (8, 4), INIT) for role in ("mine", "row"))
         assert mine == row
 
 
-# -- of the layers being built
+# -- the layers being built
 
 
 def test_building_nests_and_restores() -> None:
@@ -140,7 +140,7 @@ def test_building_restores_after_an_error() -> None:
 
 
 def shards(mode: str) -> dict[str, Any]:
-    """Of every parameter that the layers of this library make."""
+    """Collect shard and partial group of every parameter of the layers of this package."""
     with building(sharding(mode)):
         layers = {
             "column": ParallelLinear(4, (2, 6), INIT, bias=True, split_axis=1),
@@ -158,7 +158,7 @@ def shards(mode: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", TENSOR_MODES)
-def test_layers_place_what_they_hold_over_the_tensor_group(mode: str) -> None:
+def test_parameters_of_layers_are_split_over_the_tensor_group(mode: str) -> None:
     whole = (None, PARTIAL[mode])
     assert shards(mode) == {
         "column weight": (over_tensor(1), None),
@@ -173,18 +173,18 @@ def test_layers_place_what_they_hold_over_the_tensor_group(mode: str) -> None:
     }
 
 
-def test_layers_place_what_they_hold_over_the_weight_group() -> None:
+def test_parameters_of_layers_are_split_over_the_weight_group() -> None:
     split, whole = (ShardSpec(ParallelMode.WEIGHT, 3, 4), None), (None, ParallelMode.WEIGHT)
     for name, found in shards("isp").items():
         assert found == (whole if "bias" in name or "norm" in name else split), name
 
 
-def test_an_embedding_that_is_split_by_hidden_units_is_one_under_isp_too() -> None:
+def test_isp_splits_the_rows_of_an_embedding_that_others_split_by_hidden_size() -> None:
     with building(sharding("isp")):
         layer = ParallelEmbedding(8, 4, 1.0, split_hidden=True)
     assert layer.weight.shape == (2, 4)
 
 
-def test_the_init_of_a_part_is_that_of_the_whole() -> None:
+def test_the_initialiser_is_kept_whatever_is_split() -> None:
     ones = constant(1.0)
     assert all(sharding(mode).weight_of(role, (8, 8), ones).init is ones for mode in MODES for role in ROLES)

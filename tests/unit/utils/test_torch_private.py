@@ -231,8 +231,6 @@ OF_OBJECTS = {
 }
 #: By file: names that look like torch's and are not, or that have no public equivalent and are data of the object.
 ALLOWED: dict[str, set[str]] = {
-    "model/decoder.py": {"_modules"},
-    "solver/optimizer/param_gather.py": {"_parameters"},
     "utils/registry.py": {"_modules"},
 }
 

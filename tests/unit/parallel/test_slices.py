@@ -1,4 +1,4 @@
-"""A run of a flattened tensor as boxes of the tensor."""
+"""A range of a flattened tensor as slices of the tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
-    """A shape, and a run of its elements."""
+def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    """A shape, and a range of its elements."""
     shape = draw(SHAPES)
     numel = torch.Size(shape).numel()
     start = draw(st.integers(0, numel))
@@ -27,36 +27,35 @@ def slice_of(tensor: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, .
     return tensor
 
 
-@given(runs())
-def test_boxes_tile_the_run(run: tuple[tuple[int, ...], int, int]) -> None:
-    """One after another, from its first element to its last."""
-    shape, start, stop = run
+@given(ranges())
+def test_slices_tile_the_range(elements: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = elements
     at = start
-    for box in slices_of_range(shape, start, stop):
-        assert box.start == at
-        assert box.stop - box.start == torch.Size(box.sizes).numel() > 0
-        at = box.stop
+    for piece in slices_of_range(shape, start, stop):
+        assert piece.start == at
+        assert piece.stop - piece.start == torch.Size(piece.sizes).numel() > 0
+        at = piece.stop
     assert at == stop
 
 
-@given(runs())
-def test_a_box_is_a_slice_of_the_tensor(run: tuple[tuple[int, ...], int, int]) -> None:
-    shape, start, stop = run
+@given(ranges())
+def test_a_slice_has_the_elements_of_its_range(elements: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = elements
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    for box in slices_of_range(shape, start, stop):
+    for piece in slices_of_range(shape, start, stop):
         assert torch.equal(
-            slice_of(tensor, box.offsets, box.sizes), tensor.flatten()[box.start : box.stop].view(box.sizes)
+            slice_of(tensor, piece.offsets, piece.sizes), tensor.flatten()[piece.start : piece.stop].view(piece.sizes)
         )
 
 
-@given(runs())
-def test_boxes_are_few(run: tuple[tuple[int, ...], int, int]) -> None:
-    shape, start, stop = run
+@given(ranges())
+def test_slices_are_few(elements: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = elements
     assert len(list(slices_of_range(shape, start, stop))) <= max(2 * len(shape) - 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("shape", "run", "expected"),
+    ("shape", "elements", "expected"),
     [
         ((3, 4), (0, 12), [((0, 0), (3, 4))]),
         ((3, 4), (4, 8), [((1, 0), (1, 4))]),
@@ -75,5 +74,7 @@ def test_boxes_are_few(run: tuple[tuple[int, ...], int, int]) -> None:
     ],
     ids=str,
 )
-def test_by_hand(shape: tuple[int, ...], run: tuple[int, int], expected: list[tuple[tuple[int, ...], ...]]) -> None:
-    assert [(box.offsets, box.sizes) for box in slices_of_range(shape, *run)] == expected
+def test_by_hand(
+    shape: tuple[int, ...], elements: tuple[int, int], expected: list[tuple[tuple[int, ...], ...]]
+) -> None:
+    assert [(piece.offsets, piece.sizes) for piece in slices_of_range(shape, *elements)] == expected

@@ -1,4 +1,4 @@
-"""Gradients of weights that are put off: the same, only later."""
+"""Deferred weight gradients equal those that are computed at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 4
 
 
 class TwoLinears(nn.Module):
-    """A linear of a norm, and one of an activation."""
+    """A linear after a norm, and one after an activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "wide"), [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-def test_bit_by_bit_the_same_once_the_tasks_are_run(dtype: torch.dtype, wide: bool) -> None:
+def test_gradients_are_bitwise_the_same_once_the_tasks_have_run(dtype: torch.dtype, wide: bool) -> None:
     at_once, later = two_linears(dtype, wide), two_linears(dtype, wide)
     x, other = inputs(dtype), inputs(dtype)
     at_once(x).sum().backward()
     with deferring() as tasks:
         later(other).sum().backward()
     wanted, found = main_grads(at_once), main_grads(later)
-    assert torch.equal(other.grad, x.grad)  # what the stage before waits for is there
+    assert torch.equal(other.grad, x.grad)  # dx, for which the previous stage waits, is complete
     weights = {"up.weight", "down.weight"}
     assert all((found[name] == 1).all() for name in weights)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted.keys() - weights)
@@ -74,8 +74,8 @@ def test_bit_by_bit_the_same_once_the_tasks_are_run(dtype: torch.dtype, wide: bo
     assert_equal(main_grads(later), wanted)
 
 
-def test_those_of_a_whole_model() -> None:
-    """But for the table of the embedding, and the head, which gives its gradient with the loss."""
+def test_deferred_gradients_of_a_whole_model() -> None:
+    """All linears but the head, whose gradient is computed with the loss."""
     models = [decoder(), decoder()]
     for model in models:
         for parameter in model.parameters():
@@ -86,14 +86,16 @@ def test_those_of_a_whole_model() -> None:
         losses[1].backward()
     assert len(tasks) == 8
     untouched = {name for name, grad in main_grads(models[1]).items() if not grad.any()}
-    linears = [f"{each}.weight" for each in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")]
-    assert untouched == {f"layers.{number}.{name}" for number in range(2) for name in linears}
+    linears = [
+        f"{linear}.weight" for linear in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
+    ]
+    assert untouched == {f"layers.{index}.{name}" for index in range(2) for name in linears}
     for task in tasks:
         task()
     assert_equal(main_grads(models[1]), main_grads(models[0]))
 
 
-def test_without_main_grad_nothing_is_put_off() -> None:
+def test_without_a_main_gradient_nothing_is_deferred() -> None:
     layer = ParallelLinear(WIDTH, 3, normal(1.0))
     initialize_parameters(layer, seed=1)
     with deferring() as tasks:
