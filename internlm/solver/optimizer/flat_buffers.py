@@ -29,6 +29,7 @@ from internlm.core.parallel.fully_sharded import local_shard, set_grad
 from internlm.core.parallel.param_state import NamedParameter, attach_main_grad
 from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
+from internlm.utils.torch_private import foreach_copy_
 
 ALIGNMENT = 64  # elements; a shard starts on a cache line whatever its dtype
 
@@ -227,13 +228,13 @@ class FlatParamGroup(ParamGroup):
     def copy_main_to_model_params(self) -> None:
         """Round main parameters into this rank's shard of the model parameters; nothing if they share memory."""
         if self.has_main:
-            torch._foreach_copy_(self.shards_of(self.values), self.main_shards)
+            foreach_copy_(self.shards_of(self.values), self.main_shards)
 
     @torch.no_grad()
     def copy_model_to_main_params(self) -> None:
         """Widen this rank's shard of the model parameters into the main parameters."""
         if self.has_main:
-            torch._foreach_copy_(self.main_shards, self.shards_of(self.values))
+            foreach_copy_(self.main_shards, self.shards_of(self.values))
 
     def entries_of(self, index: int) -> list[BucketEntry]:
         """Return the parameters that lie in bucket ``index``, wholly or partly."""

@@ -18,6 +18,7 @@ from internlm.core.parallel.collectives import all_gather
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer.param_groups import ParamGroup
 from internlm.solver.optimizer.update_rules import UpdateRule
+from internlm.utils.torch_private import foreach_lerp, foreach_lerp_, foreach_mul_
 
 #: Coefficients of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -53,9 +54,9 @@ class Muon(UpdateRule):
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         o, momentum = self.optimizer, group.split(self._states[group]["momentum"])
-        torch._foreach_lerp_(momentum, group.grad_shards, 1 - o.momentum)
-        direction = torch._foreach_lerp(group.grad_shards, momentum, o.momentum) if o.nesterov else momentum
-        torch._foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
+        foreach_lerp_(momentum, group.grad_shards, 1 - o.momentum)
+        direction = foreach_lerp(group.grad_shards, momentum, o.momentum) if o.nesterov else momentum
+        foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
         for matrix in group.shard_slices():
             placement, where = matrix.placement, slice(matrix.lo, matrix.hi)
             whole = orthogonal(self._gather_matrix(direction[matrix.index][where], placement), o.ns_steps)

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups
+from internlm.utils.torch_private import (
+    foreach_add_,
+    foreach_div_,
+    foreach_lerp,
+    foreach_lerp_,
+    foreach_mul_,
+    foreach_sign_,
+)
 
 #: Names of optimizer state, which checkpoints use too.
 StateName = Literal["exp_avg", "exp_avg_sq", "momentum"]
@@ -51,7 +59,7 @@ class UpdateRule:
         """Update every parameter, from gradients that are divided by ``divisor`` first."""
         for group in self.groups:
             if divisor != 1.0:
-                torch._foreach_div_(group.grad_shards, divisor)
+                foreach_div_(group.grad_shards, divisor)
             self._update(group, lr * group.key.lr_scale, beta2)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
@@ -102,7 +110,7 @@ class AdamW(UpdateRule):
         for group, options in zip(self.groups, self.fused.param_groups, strict=True):
             options["lr"], options["betas"] = lr * group.key.lr_scale, (self.adam.adam_beta1, beta2)
             if double and divisor != 1.0:
-                torch._foreach_div_(group.grad_shards, divisor)
+                foreach_div_(group.grad_shards, divisor)
         scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.groups[0].grads.device)
         self.fused.grad_scale = scale  # type: ignore[attr-defined]
         self.fused.step()
@@ -115,9 +123,9 @@ class Lion(UpdateRule):
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
         momentum = group.split(self._states[group]["exp_avg"])
-        direction = torch._foreach_lerp(momentum, group.grad_shards, 1 - self.adam.adam_beta1)
-        torch._foreach_sign_(direction)
-        torch._foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
-        torch._foreach_add_(group.main_shards, direction, alpha=-lr)
+        direction = foreach_lerp(momentum, group.grad_shards, 1 - self.adam.adam_beta1)
+        foreach_sign_(direction)
+        foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
+        foreach_add_(group.main_shards, direction, alpha=-lr)
         # After the update, unlike Adam: the direction looks further ahead than the momentum that is kept.
-        torch._foreach_lerp_(momentum, group.grad_shards, 1 - beta2)
+        foreach_lerp_(momentum, group.grad_shards, 1 - beta2)
