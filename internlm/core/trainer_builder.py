@@ -1,9 +1,10 @@
-"""From a model and its data to a run: ``TrainerBuilder(model, train_dl, val_dls, config=…).fit()``."""
+"""From a model and its data to a run: ``TrainerBuilder(model, train_dl, val_dls, **vars(args)).fit()``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,65 @@ from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.initialize.build_trainer import initialize_trainer
+from internlm.initialize.launch import ConfigLike
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
 from internlm.train import hooks
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
+from internlm.utils.errors import Problem, UserError, did_you_mean
+
+#: Built-in arguments of the command line that ``initialize_distributed_env`` takes. A builder accepts them, so that a
+#: script can pass all of its parsed arguments, and has no use for them.
+LAUNCH_ARGUMENTS = frozenset({"launcher", "host", "port", "world_size", "rank", "local_rank", "backend", "seed", "set"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """Keywords of :class:`TrainerBuilder` beside the model, the loaders and the config."""
+
+    profiling: bool = False
+    """Write torch profiler traces and a memory report."""
+    ledger: bool = False
+    """Log the bytes sent, by parallel mode and collective, at the end."""
+    pipeline_trace: bool = False
+    """Draw one pipeline step, measured beside simulated."""
+    dataset_types: Sequence[str] | None = None
+    """Names of the data-set types that metrics are split by; default: those of the loader."""
+    extra_hooks: Sequence[Hook] = ()
+    """Hooks that run after the metrics are logged and before the model is saved."""
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> TrainerOptions:
+        """Pick the options among ``keywords``, which may also be built-in arguments of the command line.
+
+        Raises:
+            UserError: A keyword is neither.
+        """
+        options = {field.name for field in fields(cls)}
+        known = {*options, *LAUNCH_ARGUMENTS, "config", "val_dls"}
+        problems = [
+            Problem(f"TrainerBuilder({name}=…)", "unknown keyword", did_you_mean(name, known))
+            for name in keywords
+            if name not in known
+        ]
+        if problems:
+            raise UserError(*problems)
+        return cls(**{name: value for name, value in keywords.items() if name in options})
 
 
 class TrainerBuilder:
-    """Builds optimizer, trainer, checkpoints and hooks around ``model``, and runs the training.
+    """Builds optimizer, trainer, checkpoints and hooks around a model, and runs the training.
 
-    ``extra_hooks`` run after the figures are logged and before the model is saved.
+    Args:
+        model: made ready by :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
+        train_dl: loader of the training data.
+        val_dls: loaders of the validation data by data-set type.
+        config: what ``initialize_distributed_env`` got. The run follows the config that it resolved, with overrides; a
+            :class:`~internlm.config.Config` must be that one.
+        keywords: fields of :class:`TrainerOptions`, and built-in arguments of the command line.
+
+    Raises:
+        UserError: for a keyword that is none of these, and for another config.
     """
 
     def __init__(
@@ -35,16 +85,15 @@ class TrainerBuilder:
         model: nn.Module,
         train_dl: TrainLoader,
         val_dls: Mapping[str, ValidLoader] | None = None,
-        config: Config | str | None = None,
-        profiling: bool = False,
-        ledger: bool = False,
-        pipeline_trace: bool = False,
-        dataset_types: Sequence[str] | None = None,
-        extra_hooks: Sequence[Hook] = (),
-        **_: Any,  # whatever else a script's parsed arguments hold
+        config: ConfigLike | None = None,
+        **keywords: Any,
     ) -> None:
-        self.config = gpc.config  # the resolved config; ``config`` may be the path that it came from
-        self.types = list(dataset_types or train_dl.types)
+        self.options = TrainerOptions.from_keywords(keywords)
+        self.config = gpc.config
+        if isinstance(config, Config) and config != self.config:
+            message = "is not the config that the run was initialised with"
+            raise UserError(Problem("TrainerBuilder(config=…)", message, "Give it to initialize_distributed_env"))
+        self.types = list(self.options.dataset_types or train_dl.types)
         self.train_dl = train_dl
         model, isp_communicator = initialize_model_and_parallel_communicator(model)
         optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, isp_communicator)
@@ -64,8 +113,7 @@ class TrainerBuilder:
         )
         self.folder = _new_folder(Path(self.config.log_folder) / self.config.JOB_NAME)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
-        self._val_dls, self._extra_hooks = val_dls or {}, extra_hooks
-        self._profiling, self._ledger, self._pipeline_trace = profiling, ledger, pipeline_trace
+        self._val_dls = val_dls or {}
 
     def fit(self) -> TrainState:
         """Resume if there is something to resume, train to the end, and return the final state.
@@ -81,7 +129,7 @@ class TrainerBuilder:
         return state
 
     def _hooks(self, trainer: Trainer) -> list[Hook]:
-        """In the order in which they run after a step."""
+        """Return the hooks in the order in which they run after a step."""
         data, writer = self.config.data, self._writer(trainer.state.step)
         world, data_size = dist.get_world_size(), trainer.scheduler.data_group.size
         return [
@@ -89,21 +137,21 @@ class TrainerBuilder:
             *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
-            *self._extra_hooks,  # which may ask for a stop
+            *self.options.extra_hooks,  # which may ask for a stop
             self.stop,
             hooks.SaveCheckpoints(self.checkpoints),
-            *([hooks.ReportTraffic()] if self._ledger and writer else []),
-            *([self._recorder()] if self._pipeline_trace else []),
-            *([hooks.ProfileRun(self.folder, dist.get_rank())] if self._profiling else []),
+            *([hooks.ReportTraffic()] if self.options.ledger and writer else []),
+            *([self._recorder()] if self.options.pipeline_trace else []),
+            *([hooks.ProfileRun(self.folder, dist.get_rank())] if self.options.profiling else []),
         ]
 
     def _recorder(self) -> hooks.RecordPipeline:
-        """The pipeline that has the logging rank is drawn."""
+        """Return the hook that draws the pipeline of the logging rank."""
         folder = self.folder if gpc.is_rank_for_log() else None
         return hooks.RecordPipeline(gpc.group(ParallelMode.PIPELINE), folder)
 
     def _writer(self, first_step: int) -> MetricsWriter | None:
-        """Where the logging rank writes; None on the others."""
+        """Return the writers of the logging rank; None on the others."""
         if not gpc.is_rank_for_log():
             return None
         config = self.config
@@ -115,7 +163,7 @@ class TrainerBuilder:
 
 
 def _new_folder(parent: Path) -> Path:
-    """A folder in ``parent`` that no other run has, named by rank 0's clock; the same on all ranks."""
+    """Create a folder in ``parent`` that no other run has, named by rank 0's clock; return it on all ranks."""
     chosen = [_claim(parent) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
@@ -123,6 +171,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _claim(parent: Path) -> Path:
+    """Create the folder; a number is appended where runs start in the same second."""
     name = folder = parent / time.strftime("%b%d_%H-%M-%S")
     others = 0
     while True:
@@ -132,6 +181,6 @@ def _claim(parent: Path) -> Path:
             others += 1
             folder = name.with_name(f"{name.name}_{others}")
             continue
-        except OSError:  # whoever writes there first will say what is wrong
+        except OSError:  # such as no permission: the first writer reports it, with the file's name
             pass
         return folder
