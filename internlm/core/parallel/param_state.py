@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.ops import gemm
@@ -140,6 +141,11 @@ class NamedParameter(NamedTuple):
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which the parameter is computed with."""
         return self.state.compute_dtype or self.parameter.dtype
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether ``fully_shard`` has sharded the parameter (:mod:`internlm.core.parallel.fully_sharded`)."""
+        return isinstance(self.parameter, DTensor)
 
 
 def named_parameters(module: nn.Module) -> list[NamedParameter]:

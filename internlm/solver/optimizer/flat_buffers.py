@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from internlm.config.schema import HybridZeroConfig
 from internlm.core.context.group import Group
@@ -209,7 +209,12 @@ class FlatParamGroup(ParamGroup):
             view.copy_(parameter)
             # Assigning .data keeps the Parameter object, which modules, tied weights and users' own lists refer to.
             parameter.data = view
-            attach_main_grad(parameter, self.grads[where].view_as(parameter))
+
+    def attach_grads(self) -> None:
+        """Have gradients accumulated in ``grads`` from now on."""
+        for entry in self.entries:
+            parameter = entry.named.parameter
+            attach_main_grad(parameter, self.grads[entry.start : entry.stop].view_as(parameter))
 
     @property
     def buckets(self) -> Sequence[Bucket]:
@@ -282,7 +287,10 @@ class FullyShardedParamGroup(ParamGroup):
         self.main_shards = [shard.flat for shard in self._local]
         self.grads = self.new_state()
         self.grad_shards = self.split(self.grads)
-        for named, grad in zip(parameters, self.grad_shards, strict=True):
+
+    def attach_grads(self) -> None:
+        """Have gradients accumulated in ``grads`` from now on."""
+        for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             set_grad(named.parameter, grad)
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
@@ -324,11 +332,6 @@ class GroupBucket:
     def entries(self) -> list[BucketEntry]:
         """Bucket entries of the parameters that lie in this bucket, wholly or partly."""
         return self.group.entries_of(self.index)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters that lie in this bucket, wholly or partly."""
-        return [entry.named.parameter for entry in self.entries]
 
 
 def buckets_in_forward_order(groups: Sequence[FlatParamGroup]) -> list[GroupBucket]:

@@ -12,7 +12,7 @@ ended, or after ``optimizer.gather_parameters()``. Other reads of a block's para
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,35 +27,39 @@ from internlm.utils.errors import Problem, UserError
 
 
 class ParamGatherer:
-    """Gathers the buckets of ``groups`` over the ``zero`` group.
+    """Gathers the buckets of ``groups`` over the ``zero`` group, eagerly until :meth:`gather_lazily` is called.
 
     Buckets have one order: those that are gathered eagerly, then the others as a forward pass comes to them. They are
     always begun in this order, whichever blocks a rank calls, so the collectives of all ranks match without any
     agreement. ``begun`` and ``ready`` count buckets in this order.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[FlatParamGroup], zero: Group, lazy: bool) -> None:
+    def __init__(self, groups: Sequence[FlatParamGroup], zero: Group) -> None:
         self.zero = zero
-        blocks = list(declared_blocks(model).values()) if lazy and zero.size > 1 and groups else []
-        outside = _parameters_outside(model, blocks)
-        buckets = buckets_in_forward_order(groups)
-        late = [bucket for bucket in buckets if blocks and outside.isdisjoint(bucket.parameters)]
-        self.buckets = [bucket for bucket in buckets if bucket not in late] + late
-        self.eager = len(buckets) - len(late)
-        self.begun = self.ready = len(self.buckets)
+        self.buckets = buckets_in_forward_order(groups)
+        self.eager = self.begun = self.ready = len(self.buckets)
         self._pending: list[list[Pending]] = []  # of the buckets that are begun and not ready
         self._needed: list[int] = []  # by block: how many buckets must be ready before it runs
-        if blocks:
-            self._register_hooks(model, blocks)
 
-    def _register_hooks(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        needed = {parameter: i + 1 for i, bucket in enumerate(self.buckets) for parameter in bucket.parameters}
+    def gather_lazily(self, model: nn.Module) -> None:
+        """Gather the declared blocks of ``model`` as a forward pass comes to them, from the next update on."""
+        blocks = list(declared_blocks(model).values()) if self.zero.size > 1 and self.buckets else []
+        if not blocks:
+            return
+        # A bucket is lazy if blocks alone hold its parameters: modules outside of blocks have no hook that waits.
+        inside = {module for block in blocks for module in block.modules()}
+        beside = [module for module in model.modules() if module not in inside]
+        outside = {parameter for module in beside for parameter in module.parameters(recurse=False)}
+        is_lazy = [all(entry.named.parameter not in outside for entry in bucket.entries) for bucket in self.buckets]
+        in_order = sorted(zip(is_lazy, self.buckets, strict=True), key=lambda pair: pair[0])  # stable: eager ones first
+        self.buckets, self.eager = [bucket for _, bucket in in_order], is_lazy.count(False)
+        bucket_of = {entry.named.parameter: i for i, bucket in enumerate(self.buckets) for entry in bucket.entries}
         for index, block in enumerate(blocks):
-            self._needed.append(max((needed.get(parameter, 0) for parameter in block.parameters()), default=0))
-            for module in _entrances(block):
-                module.register_forward_pre_hook(partial(self._before_forward, index))
+            self._needed.append(1 + max((bucket_of.get(parameter, -1) for parameter in block.parameters()), default=-1))
             for parameter in block.parameters():
                 set_wait_for_all_gather(parameter, partial(self.wait_for_block, index))
+            for module in _entrances(block):
+                module.register_forward_pre_hook(partial(self._before_forward, index))
         # Whatever blocks were left out must be gathered before gradients are sent over the same group, or else ranks
         # that left out different ones would begin these collectives in different orders.
         model.register_forward_hook(lambda *_: self.finish())
@@ -118,12 +122,6 @@ def _begin_gather(bucket: GroupBucket, zero: Group) -> list[Pending]:
         return [begin_all_gather(values[bounds.shard(zero.rank)], zero, values[bounds.start : bounds.stop])]
     shards = [(rank, values[bounds.shard(rank)]) for rank in range(zero.size)]
     return [begin_broadcast(shard, zero, rank) for rank, shard in shards if shard.numel()]
-
-
-def _parameters_outside(model: nn.Module, blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """Return the parameters that modules of ``model`` outside of ``blocks`` hold."""
-    within = {module for block in blocks for module in block.modules()}
-    return {p for module in model.modules() if module not in within for p in module.parameters(recurse=False)}
 
 
 def _entrances(block: nn.Module) -> list[nn.Module]:

@@ -172,6 +172,10 @@ class ParamGroup:
         """Iterate over position, name and local, not yet reduced gradient of each parameter."""
         raise NotImplementedError
 
+    def attach_grads(self) -> None:
+        """Have gradients accumulated in ``grads`` from now on."""
+        raise NotImplementedError
+
     def begin_step(self) -> None:
         """Set the gradients to zero.
 

@@ -28,7 +28,6 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.config.schema.optim import OptimizerName
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.collectives import all_reduce
-from internlm.core.parallel.fully_sharded import is_fully_sharded
 from internlm.core.parallel.param_state import named_parameters
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup, FullyShardedParamGroup
 from internlm.solver.optimizer.grad_reduce import FullyShardedReducer, GradReducer
@@ -97,18 +96,21 @@ class HybridZeroOptimizer:
         optimizer, zero = optimizer or OptimizerConfig(), self.process_groups.zero
 
         # Group the parameters, then move them into flat buffers, unless fully_shard has sharded them already.
-        groups = build_param_groups(named_parameters(model), adam, optimizer)
-        if not groups:
+        by_key = build_param_groups(named_parameters(model), adam, optimizer)
+        if not by_key:
             pipeline = self.process_groups.pipeline
             message = f"no parameter is trainable (stage {pipeline.rank} of {pipeline.size})"
             raise UserError(Problem("model", message, "Leave a parameter of every stage with requires_grad = True"))
         flat: list[FlatParamGroup] = []
         sharded: list[FullyShardedParamGroup] = []
-        if is_fully_sharded(model):
-            sharded = [FullyShardedParamGroup(key, parameters) for key, parameters in groups.items()]
-        else:
-            flat = [FlatParamGroup(key, parameters, zero, self.config) for key, parameters in groups.items()]
+        for key, parameters in by_key.items():
+            if parameters[0].is_fully_sharded:
+                sharded.append(FullyShardedParamGroup(key, parameters))
+            else:
+                flat.append(FlatParamGroup(key, parameters, zero, self.config))
         self.groups: list[ParamGroup] = [*flat, *sharded]
+        for group in self.groups:
+            group.attach_grads()
 
         # One object for each phase that has state.
         self._reducer = (
@@ -121,7 +123,9 @@ class HybridZeroOptimizer:
             for name, rule in UPDATE_RULES.items()
             if any(group.key.rule == name for group in self.groups)
         ]
-        self._gatherer = ParamGatherer(model, flat, zero, self.config.overlap_sync_param)
+        self._gatherer = ParamGatherer(flat, zero)
+        if self.config.overlap_sync_param:
+            self._gatherer.gather_lazily(model)
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, micro_batches: int | None = None) -> None:

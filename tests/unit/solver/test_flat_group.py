@@ -38,7 +38,9 @@ def placed(sizes: list[int] | list[tuple[int, ...]], dtype: torch.dtype = torch.
 
 def group_of(parameters: list[NamedParameter], rank: int = 0, ranks: int = 1, **options: Any) -> FlatParamGroup:
     key = ParamGroupKey(dtype=parameters[0].parameter.dtype, rule="AdamW")
-    return FlatParamGroup(key, parameters, Group(ParallelMode.ZERO1, None, rank, ranks), HybridZeroConfig(**options))
+    group = FlatParamGroup(key, parameters, Group(ParallelMode.ZERO1, None, rank, ranks), HybridZeroConfig(**options))
+    group.attach_grads()
+    return group
 
 
 def shared(sizes: list[int], rank: int, ranks: int, bucket_size: int, split_evenly: bool) -> FlatParamGroup:
