@@ -1,5 +1,7 @@
-"""Train a model: ``torchrun --nproc_per_node=2 train.py --config configs/demo.py``, or under Slurm with ``srun
-python train.py``."""
+"""Train a model.
+
+``torchrun --nproc_per_node=2 train.py --config configs/demo.py``, or ``srun python train.py …`` under Slurm.
+"""
 
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer_builder import TrainerBuilder
@@ -12,6 +14,7 @@ from internlm.utils.errors import exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
+    """Run the command line."""
     args = parse_args()
     initialize_distributed_env(
         config=args.config,

@@ -1,4 +1,4 @@
-"""The trainer from its parts."""
+"""Trainer assembly: the scheduler and its channels, from the global config."""
 
 from __future__ import annotations
 
@@ -31,18 +31,24 @@ def initialize_trainer(
     criterion: TokenCrossEntropy | None = None,
     types: int = 1,
 ) -> Trainer:
-    """A :class:`Trainer` over a model and what :func:`initialize_optimizer` made for it.
+    """Build a :class:`Trainer`.
 
-    ``criterion`` defaults to cross-entropy with the config's label smoothing; ``types`` is the number of data-set
-    types.
+    Args:
+        model: initialised, with its communicators.
+        optimizer: made by :func:`~internlm.train.initialize_optimizer`, as the schedules are.
+        lr_scheduler: step to learning rate.
+        beta2_scheduler: step to beta2.
+        criterion: default: cross-entropy with the config's label smoothing.
+        types: number of data-set types that metrics are split by.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
     return Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
-    tokens = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
-    options = criterion, types, gpc.group(tokens), accelerator.current_device()
+    # The ranks whose tokens are different: under isp also those that split a row.
+    mode = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
+    tokens, device = gpc.group(mode), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
     dropout_key = DropoutKey(
         seed=gpc.seed,
@@ -50,48 +56,53 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
         tensor_rank=gpc.get_local_rank(ParallelMode.TENSOR),
     )
     if config.size * chunks == 1:
-        return NonPipelineScheduler(*options, dropout_key=dropout_key)
-    kind = schedule_of(config.mode, chunks)
+        return NonPipelineScheduler(criterion, types, tokens, device, dropout_key=dropout_key)
+    schedule = schedule_of(config.mode, chunks)
     pipeline = Pipeline(
         gpc.group(ParallelMode.PIPELINE),
         chunks,
-        _channels(kind) if config.size > 1 else None,
+        _channels(schedule) if config.size > 1 else None,
         own_table(gpc.config),
     )
-    scheduler = SCHEDULERS[kind](*options, pipeline, dropout_key)
-    _check_agreement(scheduler.table(gpc.config.data.micro_num))  # what is wrong with it is said before the run
+    scheduler = SCHEDULERS[schedule](criterion, types, tokens, device, pipeline, dropout_key)
+    _check_agreement(scheduler.table(gpc.config.data.micro_num))  # also refuses an invalid table before the run
     return scheduler
 
 
 def _check_agreement(table: Table) -> None:
-    """Ranks that run other tables would wait for one another; a file may be another one on another machine."""
+    """Check that all ranks have read one schedule: with different ones they would block on each other's messages."""
     tables: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(tables, hashlib.sha256(repr(table.actions).encode()).hexdigest()[:12])
     if len(set(tables)) > 1:
-        shown = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(tables))
-        raise ConfigError(
-            Problem(table.schedule, f"is not the same file on all ranks ({shown})", "Copy it to all machines")
-        )
+        hashes = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(tables))
+        message = f"is not the same file on all ranks ({hashes})"
+        raise ConfigError(Problem(table.schedule, message, "Copy it to all machines"))
 
 
-def _channels(kind: str) -> Channels:
-    """To and from this rank's neighbours: those before and after it in the chain of stages; for chunks that begin
-    anew, the last is before the first."""
+def _channels(schedule: str) -> Channels:
+    """Open the channels to and from the stages before and after this one.
+
+    In an interleaved schedule the last stage sends to the first, whose next chunk follows.
+    """
     stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel
     incoming, outgoing = {}, {}
-    for number, pairs in enumerate(_neighbours(stage.size, ring=kind == "interleaved")):
-        up, down = (gpc.pair_of_stages(f"{number} {direction}", pairs) for direction in ("up", "down"))
+    for index, pairs in enumerate(_neighbours(stage.size, ring=schedule == "interleaved")):
+        # A process group for each direction: messages arrive in the order sent, and a late one delays no other.
+        up, down = (gpc.pair_of_stages(f"{index} {direction}", pairs) for direction in ("up", "down"))
         for lower, upper in pairs:
             if stage.rank == lower:
                 outgoing[upper], incoming[upper] = up, down
             if stage.rank == upper:
                 outgoing[lower], incoming[lower] = down, up
-    overlap = kind != "interleaved" or config.pipeline.interleaved_overlap
+    overlap = schedule != "interleaved" or config.pipeline.interleaved_overlap
     return Channels(stage, incoming, outgoing, accelerator.current_device(), config.timeout, overlap)
 
 
 def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:
-    """Pairs of neighbours, in lists in which no stage is twice."""
+    """Return pairs of neighbouring stages, in lists in each of which no stage occurs twice.
+
+    Making a group blocks until its members do. List by list, no chain of stages waits for one another.
+    """
     lists = [[(rank, rank + 1) for rank in range(first, stages - 1, 2)] for first in (0, 1)]
     lists.append([(stages - 1, 0)] if ring and stages > 2 else [])
     return [pairs for pairs in lists if pairs]

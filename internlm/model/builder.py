@@ -1,4 +1,4 @@
-"""Home of ``create_model``, which reads the global context and so lives in the assembly layer."""
+"""Published home of ``create_model``, whose code reads the global context and so is in the assembly layer."""
 
 from internlm.utils.lazy import lazy_exports
 

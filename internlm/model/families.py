@@ -1,10 +1,9 @@
-"""Model families: each is a row of a table, all are the one decoder."""
+"""Model families: rows of a table over the one decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from internlm.config.schema import ModelConfig
 from internlm.model.decoder import Decoder, DecoderSpec
@@ -12,7 +11,7 @@ from internlm.model.decoder import Decoder, DecoderSpec
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart, where the config does not say otherwise."""
+    """Defaults of a model family for keys that the config leaves open."""
 
     qkv_bias: bool = False
     o_bias: bool = False
@@ -29,20 +28,18 @@ FAMILIES = {
 
 
 def build_family(family: Family) -> Callable[[ModelConfig], Decoder]:
-    """A function that builds a decoder of that family from the config's ``model`` section."""
-    return partial(_build, family)
-
-
-def _build(family: Family, model: ModelConfig) -> Decoder:
-    return Decoder(spec_of(family, model))
+    """Return a function that builds a decoder of ``family`` from the config's ``model`` section."""
+    return lambda model: Decoder(spec_of(family, model))
 
 
 def spec_of(family: Family, model: ModelConfig) -> DecoderSpec:
-    """The decoder that ``model`` describes, in a family."""
+    """Return the spec of the decoder that ``model`` describes, in ``family``."""
 
     def bias(key: str) -> bool:
-        asked: bool | None = getattr(model, key)
-        return False if model.no_bias else getattr(family, key) if asked is None else asked
+        if model.no_bias:  # overrides the keys of single biases
+            return False
+        configured: bool | None = getattr(model, key)
+        return getattr(family, key) if configured is None else configured
 
     return DecoderSpec(
         config=model,

@@ -1,5 +1,7 @@
-"""Model types by name. A function registered here is called with the config's ``model`` section and returns the
-model."""
+"""Model types by name.
+
+A function that is registered here is called with the config's ``model`` section and returns the model.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +14,5 @@ model_initializer = MODEL_INITIALIZER
 def register_model_initializer() -> None:
     """Register the built-in model types, unless a type of that name is there already."""
     for name, family in FAMILIES.items():
-        if name not in model_initializer:
+        if name not in model_initializer:  # a user's own type of the same name goes first
             model_initializer.register_module(name, build_family(family))

@@ -22,10 +22,13 @@ from internlm.utils.errors import ConfigError, Problem
 def initialize_optimizer(
     model: nn.Module, isp_communicator: WeightGatherer | None = None
 ) -> tuple[HybridZeroOptimizer, Beta2Schedule, LRSchedule]:
-    """The optimizer over ``model``, and the schedules of beta2 and of the learning rate, as the global config
-    describes them.
+    """Build the optimizer over ``model``, and the schedules of beta2 and of the learning rate, from the global config.
 
     From here on the parameters of ``model`` are views of the optimizer's flat buffers, unless they are fully sharded.
+
+    Args:
+        model: initialised, with its communicators.
+        isp_communicator: accepted for scripts that pass it on; layers have their communicators already.
     """
     config = gpc.config
     _refuse_patterns_without_parameters(model, [group.pattern for group in config.optimizer.param_groups])
@@ -43,12 +46,13 @@ def initialize_optimizer(
 
 
 def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -> None:
-    """A pattern that fits no parameter of any stage is a typing mistake."""
+    """Refuse patterns of ``optimizer.param_groups`` that match no parameter of any pipeline stage."""
     if not patterns:
         return
     names = [name for name, *_ in placed_parameters(model)]
-    fitting = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
-    total = all_reduce(fitting.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
+    # Summed over stages, since a pattern may match on another one.
+    matches = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
+    total = all_reduce(matches.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
     problems = [
         Problem("optimizer.param_groups", f"{pattern!r} fits no parameter", f"Names are like {names[0]!r}")
         for pattern, count in zip(patterns, total, strict=True)
@@ -70,5 +74,5 @@ def _groups(config: Config) -> ProcessGroups:
 
 
 def _loss_scale(config: Config) -> LossScale:
-    """Only float16 needs one."""
+    """Return the loss scale: dynamic for float16, whose small gradients would underflow, else 1."""
     return LossScale.dynamic(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()

@@ -1,7 +1,7 @@
 """``model.compile``: blocks go through torch.compile, one by one.
 
-All blocks are alike, so the first is compiled and the others take what it got. Names, placements, hooks and checkpoints
-know nothing of it: the modules stay what they are, and what is compiled is what they do when they are called.
+All blocks are alike, so the first is compiled and the others reuse its graphs. Only ``forward`` is replaced: module
+names, placements, hooks and checkpoints are those of the model that is not compiled.
 """
 
 from __future__ import annotations
@@ -24,27 +24,33 @@ KEY = "model.compile"
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have each block of ``model`` compiled when it is first called; raises :class:`ConfigError` where there are none.
+    """Compile each declared block of ``model`` when it is first called.
 
-    Hooks of a block itself run outside of what is compiled.
+    Hooks of a block itself, and its recompute and offloading, run outside of the graph.
+
+    Raises:
+        ConfigError: ``model`` declares no blocks.
     """
     blocks = list(declared_blocks(model).values())
     if not blocks:
-        what = f"{type(model).__name__} declares no blocks"
-        raise ConfigError(
-            Problem(KEY, what, "Give it a method blocks() that returns its layers, or set the key to False")
+        message, todo = (
+            f"{type(model).__name__} declares no blocks",
+            "Give it a method blocks() that returns its layers",
         )
+        raise ConfigError(Problem(KEY, message, f"{todo}, or set the key to False"))
     prepare_compiler()
     for block in blocks:
         forward = block.forward
-        if isinstance(forward, BlockForward):  # compile inside of recompute and offloading, which are not for a graph
+        if isinstance(forward, BlockForward):
+            # Inside of the checkpoint: around it, the partitioner would choose what is recomputed, and the hooks that
+            # offload saved tensors would break the graph.
             forward.compute = partial(_call, torch.compile(forward.compute))
         else:
             block.forward = partial(_call, torch.compile(forward))
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` is a block that :func:`compile_blocks` had."""
+    """Return whether ``module`` is a compiled block."""
     forward = module.forward
     if isinstance(forward, BlockForward):
         forward = forward.compute
@@ -58,17 +64,17 @@ def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         reason = compiler_failure(error)
         if reason is None:
             raise
-        what = f"a block can't be compiled ({reason})".splitlines()[0]
-        raise UserError(Problem(KEY, what, "See that there is a C++ compiler, or set it to False")) from error
+        message = f"a block can't be compiled ({reason})".splitlines()[0]
+        raise UserError(Problem(KEY, message, "Install a C++ compiler, or set the key to False")) from error
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What this process has compiled so far."""
+    """Graphs that this process has compiled so far."""
 
     graphs: int
     breaks: Mapping[str, int]
-    """Places where a graph had to end, and Python went on: how many, by reason."""
+    """Number of graph breaks by reason."""
 
 
 def compiled_so_far() -> Compiled:
@@ -82,6 +88,6 @@ def compiled_so_far() -> Compiled:
 
 
 def _reason(text: str) -> str:
-    """The reason that was given where compiling was switched off, else what torch says, its first line."""
+    """Return the reason of ``torch.compiler.disable`` in a message, else the message's first line."""
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

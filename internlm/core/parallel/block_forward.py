@@ -33,6 +33,7 @@ class BlockForward:
     """Index of the block in its chunk."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block as its own forward does; without gradients there is nothing to recompute or offload."""
         if not torch.is_grad_enabled():
             return self.compute(*args, **kwargs)
         run = partial(self._checkpointed if self.recompute else self.compute, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The same decoder as ``transformers`` writes it, with our weights."""
+"""The Llama decoder of ``transformers``, with the weights of one of our decoders."""
 
 from __future__ import annotations
 

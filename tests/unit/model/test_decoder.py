@@ -103,7 +103,7 @@ def test_attention_kernels_agree(backend: str) -> None:
     [(True, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3]), (0.75, [0, 2, 3]), (0.5, [0, 2]), (0.3, [0]), (0.2, []), (False, [])],
 )
 def test_recompute_leaves_gradients_bitwise_equal(checkpoint: bool | float, twice: list[int]) -> None:
-    """And runs its share of the layers a second time."""
+    """The share of the layers that is recomputed runs a second time."""
     ids, labels = tokens(18), tokens(18, seed=4)
     expected = trained(decoder(num_layers=4), labels, ids, cu_seqlens=BOUNDS)
     model = decoder(num_layers=4, checkpoint=checkpoint)

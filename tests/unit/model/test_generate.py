@@ -13,7 +13,7 @@ PROMPT = [3, 1, 4]
 
 
 class Fixed(nn.Module):
-    """The same distribution after every token."""
+    """A model with one distribution after every token."""
 
     def __init__(self, *probabilities: float) -> None:
         super().__init__()

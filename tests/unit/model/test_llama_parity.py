@@ -49,7 +49,7 @@ def test_logits_with_dynamic_ntk(seq_len: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case: str) -> None:
-    """Of the mean loss, where some labels are ignored."""
+    """Gradients of the mean loss agree where some labels are ignored."""
     family, keys = CASES[case]
     model = decoder(family, **keys)
     llama = llama_of(model)

@@ -50,7 +50,7 @@ def _nothing_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def _empty_cache() -> Iterator[None]:
-    """Of what was compiled in earlier runs, nothing is found."""
+    """Start with an empty cache of compiled graphs."""
     with fresh_cache():
         yield
 
@@ -99,7 +99,7 @@ def test_all_numbers_of_tokens_need_one_more_compilation() -> None:
 
 @pytest.mark.usefixtures("_empty_cache")
 def test_without_main_grad_and_with_frozen_parameters() -> None:
-    """Nothing but the first weight wants a gradient, so nobody asks for that of its input."""
+    """Only the first weight requires a gradient, so that of its input is not computed."""
     models = [build("model.num_layers=1", main_grads=False) for _ in range(2)]
     compile_blocks(models[1])
     for model in models:
