@@ -38,10 +38,12 @@ PROMPTS = ("def __init__(self, ", "    Return the ", "import os\nimport ")
 def train(steps: int | None) -> float:
     """Run the training command, its processes sharing the cores evenly, and return the seconds it took."""
     processes = accelerator.device_count() or CPU_PROCESSES
+    # torchrun sets one thread per process, which leaves cores idle.
     threads = max(1, (os.cpu_count() or 1) // processes)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += ["train.py", "--config", str(CONFIG), "--launcher", "torch"]
     command += ["--set", f"data.total_steps={steps}"] * (steps is not None)
+    # Records and checkpoints of an earlier demo would be taken for those of this one.
     shutil.rmtree(RUN, ignore_errors=True)
     print("$", " ".join(["torchrun", *command[3:]]), flush=True)
     start = time.perf_counter()

@@ -62,6 +62,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
     timelines = [("", simulate(table, costs))]
     if a.write_csv:
         write_table(table, a.write_csv)
+    # Files first: output that is cut off by ``| head`` must not leave them unwritten.
     for path, draw in ((a.svg, pictures.svg), (a.html, pictures.html), (a.trace, pictures.chrome_trace)):
         if path:
             _write(path, draw(timelines))

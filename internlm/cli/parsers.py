@@ -15,6 +15,7 @@ LONGEST = 1e9
 # -- values -----------------------------------------------------------------------------------------------------------
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
+    # str.isdecimal alone accepts digits of other scripts.
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)

@@ -25,6 +25,7 @@ _WORDS: dict[Any, str] = {
 
 def section_of(annotation: Any) -> type[Section] | None:
     """Return the section class of a field's type (``Section`` or ``Section | None``); None for a plain value."""
+    # A list of sections is one value: it is given as a whole, and no dotted key leads into it.
     return None if get_origin(annotation) is tuple else item_section_of(annotation)
 
 
@@ -47,6 +48,7 @@ def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldI
             yield from walk(inner, f"{prefix}{name}.")
 
 
+# Every message looks keys up, and the schema never changes.
 @functools.cache
 def fields() -> dict[str, FieldInfo]:
     """Return every key of the config with its field, sections included."""
@@ -89,6 +91,7 @@ def expected(key: str) -> str:
 
 def meaning(key: str) -> str:
     """Return the first sentence of the documentation of ``key``, without markup."""
+    # Messages quote it, so documentation must begin with a sentence that stands alone.
     text = (fields()[key].description or "").replace("``", "").replace("\n", " ")
     return text.partition(". ")[0].rstrip(".")
 
@@ -96,6 +99,7 @@ def meaning(key: str) -> str:
 def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        # Bounds of ``Annotated[int, Field(ge=1)]`` lie in the metadata of its Field.
         return _in_words(arguments[0], [bound for field in arguments[1:] for bound in field.metadata])
     if origin in (Union, UnionType):
         return ", or ".join(_in_words(argument) for argument in arguments)
@@ -136,6 +140,7 @@ def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def to_json(config: Config, indent: int | None = None) -> str:
     """Return canonical JSON of every key, sorted; ``Config.model_validate_json`` restores an equal config from it."""
+    # Sorted and without spaces, so that equal configs give equal text, whose hash the ranks compare at launch.
     separators = None if indent else (",", ":")
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
 

@@ -32,6 +32,7 @@ REMOVED = {
 }
 
 #: Ignored keys, and why that changes nothing.
+# Refusing these would stop configs that run elsewhere for nothing.
 IGNORED = {"metric_dtype": "metrics are always computed in float32"}
 
 SEQUENCE_PARALLEL = "parallel.sequence_parallel"
@@ -48,6 +49,7 @@ class Findings:
 
 def normalise(config: NestedDict, findings: Findings) -> None:
     """Rewrite ``config`` in place to present spellings; idempotent."""
+    # Short forms first: all else looks into the sections that they stand for.
     _expand_short_forms(config)
     _rename(config, findings)
     _refuse_removed(config, findings)
@@ -98,6 +100,7 @@ def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
         findings.problems.append(
             Problem(SEQUENCE_PARALLEL, f"expected True or False, got {flag!r}", "Remove it: it follows from the mode")
         )
+    # The published default of the mode is mtp, which splits no sequences.
     elif mode is None:
         put(config, "parallel.tensor.mode", "msp" if flag else "mtp")
     elif flag != (mode != "mtp"):

@@ -43,6 +43,7 @@ def load_file(path: str | Path) -> NestedDict:
     """
     path = Path(path)
     code = _compile(path, _read(path))
+    # Not ``__main__``: a file that is also a script must not run its main part.
     namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(code, namespace)
@@ -59,6 +60,7 @@ def _is_config_key(name: str, value: Any) -> bool:
 
 
 def _read(path: Path) -> bytes:
+    # A checkpoint folder or a YAML file would give a syntax error that explains nothing.
     if path.suffix != ".py" and os.path.exists(path):
         raise ConfigError(Problem(str(path), "not a Python file", "Give a config file that ends in .py"))
     try:
@@ -126,6 +128,7 @@ def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list
         except ValueError as error:
             problems.append(Problem(OPTION, str(error), "Example: --set model.num_layers=4"))
             continue
+        # An old spelling is known by its new name; the rest of the old ones are normalised afterwards.
         key = RENAMED.get(key, key)
         if _is_known(key):
             put(config, key, value)

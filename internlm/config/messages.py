@@ -40,6 +40,7 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
     by_key: dict[str, list[Any]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key(detail), []).append(detail)
+    # ``num_layer = 4`` is both an unknown key and a missing num_layers: one message is enough.
     implied = _implied_by_typos(by_key)
     return [_problem(key, details) for key, details in by_key.items() if key not in implied], set(by_key)
 
@@ -112,6 +113,7 @@ def belongs_elsewhere(key: str) -> str:
     """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
+    # ``type`` or ``size`` exist in many sections: a typo within this one is likelier.
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
         return ""
     return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""

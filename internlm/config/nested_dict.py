@@ -14,6 +14,7 @@ def plain(value: Any) -> Any:
     """Copy ``value`` so that no dict is shared with it; mappings become dicts, paths become text."""
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
+    # The schema is strict and takes text for paths.
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -46,6 +47,7 @@ def pop(nested: NestedDict, key: str) -> Any:
 def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of all values that are not dicts, and of empty dicts."""
     for name, value in nested.items():
+        # An empty dict is a value: a section that is given, with nothing set in it.
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{name}.")
         else:

@@ -136,6 +136,7 @@ def resolve(
     problems += _check(raw, run, unusable)
     if findings.problems or problems:
         raise ConfigError(*findings.problems, *problems)
+    # Again, since derived values were filled in after the first validation.
     config = Config.model_validate(raw)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
     return Resolved(config, sources, findings.warnings + warnings_about(config))
@@ -154,6 +155,7 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
     """Fill in derived values and return their keys; targets that cannot be derived are added to ``unusable``."""
     config, derived = _partial(Config, raw), set()
     for derivation in DERIVATIONS:
+        # None in a file means: not given.
         if nested_dict.get(raw, derivation.target) is not None:
             continue
         if any(nested_dict.within(key, unusable) for key in derivation.reads):
@@ -166,6 +168,7 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
 
 def _check(raw: NestedDict, run: RunInfo, unusable: set[str]) -> list[Problem]:
     config = _partial(Config, raw)
+    # A problem of one key would otherwise raise within a rule, or give a second message.
     ready = (rule for rule in ALL_RULES if not any(nested_dict.within(key, unusable) for key in rule.reads))
     return [problem for rule in ready for problem in rule.check(config, run)]
 
@@ -177,6 +180,7 @@ def _partial(section: type[Section], given: Any) -> Any:
     for name, field in section.model_fields.items():
         if (inner := section_of(field.annotation)) and (field.is_required() or known.get(name) is not None):
             known[name] = _partial(inner, known.get(name))
+    # Values of keys that failed may be of any type here; whoever reads those is skipped.
     return section.model_construct(**known)
 
 

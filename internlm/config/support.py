@@ -1,4 +1,4 @@
-"""What this version supports: values that are refused, keys without effect, and settings that deserve a warning.
+"""Limits of this version: values that are refused, keys without effect, and settings that deserve a warning.
 
 A run refuses what would change results silently (:func:`check_runnable`) and warns about what does nothing
 (:func:`warnings_about`). The tables shrink as features arrive; a test holds that every key of the schema is either read

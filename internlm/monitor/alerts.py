@@ -43,11 +43,13 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
         _append(Path(alert.alert_file_path), text)
     if not address:
         return False
+    # The message format of Feishu (Lark) bots.
     body = json.dumps({"msg_type": "text", "content": {"text": text}}).encode()
     try:
         request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
             return True
+    # ValueError: not a URL. HTTPException: the answer is not HTTP.
     except (OSError, ValueError, HTTPException) as error:
         log.warning(f"alert not delivered to {address}: {error}")
         return False
@@ -74,6 +76,7 @@ def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) 
         _send_once("started")
         yield
         _send_once("ended")
+    # A mistake of the user needs no traceback.
     except UserError as error:
         _send_once("stopped", f": {error}")
         raise

@@ -24,6 +24,7 @@ class LogLine:
     """The full line of metrics in the log."""
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Log the full line."""
         log.info(format_line(metrics))
 
     def close(self) -> None:
@@ -48,6 +49,7 @@ class Terminal:
             self._redirected.enter_context(logging_redirect_tqdm(loggers=[log]))
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Move the bar and print a short line above it."""
         if "loss" not in metrics:  # of a validation
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if name.count("/") == 1)
             tqdm.write(f"step {step + 1}  {values}", file=sys.stderr)
@@ -68,6 +70,7 @@ class Terminal:
         )
 
     def close(self) -> None:
+        """Leave the bar as it is and give the logger its handlers back."""
         self._redirected.close()
         self._bar.close()
 

@@ -38,6 +38,7 @@ class Throughput:
         self.tokens += tokens
         self.seconds += seconds
         self.steps += 1
+        # The published tgs_avg is the mean of the steps' rates, not tokens over seconds, which slow steps dominate.
         self._sum_of_rates += self._rate(tokens, seconds)
         self._recent.append((tokens, seconds))
 
@@ -65,9 +66,11 @@ class Throughput:
 class Writer(Protocol):
     """A destination of metrics."""
 
-    def write(self, step: int, metrics: Metrics) -> None: ...
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Write the metrics of ``step``."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush and close."""
 
 
 class JsonLines:
@@ -78,10 +81,12 @@ class JsonLines:
         self._file = path.open("a", buffering=1)  # by line, so that a killed run loses none
 
     def write(self, step: int, metrics: Metrics) -> None:
+        """Append the metrics of a step as a JSON object."""
         safe = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         self._file.write(json.dumps(safe) + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -101,11 +106,13 @@ class LogFile:
         log.addHandler(self._handler)
 
     def write(self, step: int, metrics: Metrics) -> None:
+        """Write the full line, unless the logger brings it."""
         if self._write_metrics:
             line = format_line(metrics)
             self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
 
     def close(self) -> None:
+        """Detach the file from the logger and close it."""
         log.removeHandler(self._handler)
         self._handler.close()
 
@@ -128,10 +135,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), max_queue=queue)
 
     def write(self, step: int, metrics: Metrics) -> None:
+        """Add a scalar for each metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close the event file."""
         self._writer.close()
 
 

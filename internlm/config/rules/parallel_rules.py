@@ -17,6 +17,7 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
     """Each rank of the tensor group holds whole heads; isp replicates kv heads where there are fewer than ranks."""
     size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
     isp = config.parallel.tensor.mode == "isp"
+    # isp: the all-to-all around attention moves whole heads (DeepSpeed-Ulysses, arXiv 2309.14509).
     if heads % size or (kv_heads % size and not (isp and size % kv_heads == 0)):
         what = f"num_attention_heads = {heads} and num_kv_attention_heads = {kv_heads} are not both divisible by {size}"
         repeated = [kv_heads * n for n in divisors(heads // kv_heads)] if isp else []
@@ -26,11 +27,13 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Tensor parallelism splits the feed-forward width, and often the embedding's hidden size, evenly."""
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
+    # isp shards the rows of each weight and pads the last shard, so any size will do.
     if mode == "isp":
         return
     if model.intermediate_size % size:
         what = f"the feed-forward width {model.intermediate_size} is not divisible by {size}"
         yield Problem(TENSOR, what, f"Make model.multiple_of a multiple of {size}")
+    # A tied embedding is the head too, and heads are split over the vocabulary, which is padded.
     if model.embed_split_hidden and not model.tie_word_embeddings and model.hidden_size % size:
         what = f"model.hidden_size = {model.hidden_size}, over which the embedding is split, is not divisible by {size}"
         yield Problem(TENSOR, what, "Set model.embed_split_hidden to False")
@@ -56,6 +59,7 @@ def world_size_is_divisible_by_weight(config: Config, run: RunInfo) -> Iterator[
 
 
 def _world_problem(config: Config, run: RunInfo, name: str, size: int) -> Iterator[Problem]:
+    # The rule is skipped without a world size; ``or 1`` is for the type checker.
     stages, world = config.parallel.pipeline.size, run.world_size or 1
     if world % (stages * size):
         what = (
@@ -71,6 +75,7 @@ def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Probl
         ("weight-data", parallel.weight.size) if parallel.tensor.mode == "isp" else ("data", parallel.tensor.size)
     )
     data, rest = divmod(run.world_size or 1, parallel.pipeline.size * inner)
+    # A remainder is another rule's problem; reporting both would name one mistake twice.
     if size > 0 and not rest and data % size:
         what = f"the {group} group of {data} ranks is not divisible by {size}"
         yield Problem("parallel.zero1.size", what, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
@@ -89,6 +94,7 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Each stage needs a micro-batch; the interleaved schedule takes them in rounds of one per stage."""
     count, stages = config.data.micro_num, config.parallel.pipeline.size
+    # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of p micro-batches.
     interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
     if config.parallel.pipeline.table is not None:  # a table has a number of micro-batches of its own
         return
@@ -112,6 +118,7 @@ def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
 def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
     """ZBV has two chunks per stage, ZB-H1 and GPipe one, 1F1B any number (interleaved with more than one)."""
     mode, chunks = config.parallel.pipeline.mode, config.model.num_chunks
+    # The V of ZB-V (arXiv 2401.10241, section 6) goes down through the ranks and up again, hence two chunks.
     expected = {"ZBV": 2, "ZBH1": 1, "GPIPE": 1}.get(mode, chunks)
     if chunks != expected:
         yield Problem("model.num_chunks", f"{chunks}, but the schedule {mode} has {expected}", "Remove it")

@@ -15,6 +15,7 @@ from internlm.utils.errors import Problem
 def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     """``head_dim`` is hidden size ÷ heads unless it is given."""
     model = config.model
+    # A head_dim that is given need not divide the hidden size: Gemma and Qwen3 have such models.
     if model.head_dim is None:
         what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
         yield Problem("model.hidden_size", what, "Change one of them, or set model.head_dim")
@@ -41,6 +42,7 @@ def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
 def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
     """A token cannot be routed to more experts than there are."""
     experts, top_k = config.model.num_experts, config.model.top_k
+    # A dense model has one expert, and its default top_k means nothing.
     if experts > 1 and top_k > experts:
         yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
 
@@ -88,6 +90,7 @@ def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
     ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
     if schedule.type != "wsd":
         del ratios["decay_ratio"]
+    # Rounded down, as the schedule itself rounds.
     steps = [schedule.init_steps, *(int(total * ratio) for ratio in ratios.values())]
     if sum(steps) > total:
         terms = " + ".join(["init_steps", *(f"{name} · total_steps" for name in ratios)])
@@ -99,6 +102,7 @@ def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Proble
     """The initial loss scale lies within its bounds; only float16 uses it."""
     scaler, dtype = config.grad_scaler, config.model.dtype
     smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
+    # bfloat16 has the exponent range of float32 and needs no loss scale.
     if dtype == "torch.float16" and not smallest <= first <= largest:
         what = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
         yield Problem("grad_scaler", what, "Change them until it is")
@@ -144,6 +148,7 @@ def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:
     """The job name is also the name of the folder of its records."""
     name = config.JOB_NAME
+    # "." and ".." are folders too, and a slash would leave the folder of records.
     if not name.strip(".") or set(name) & set("/\\\0"):
         yield Problem("JOB_NAME", f"{name!r} cannot be the name of a folder", "Use letters, digits, '-' and '_'")
 

@@ -27,6 +27,7 @@ class ModelConfig(Section):
     """Number of key/value heads, for grouped-query attention (arXiv 2305.13245). Default: ``num_attention_heads``."""
     head_dim: Count | None = None
     """Width of one attention head. Default: ``hidden_size`` ÷ ``num_attention_heads``."""
+    # SwiGLU has three matrices where an MLP has two: 8/3 gives it the parameters of a ratio of 4 (arXiv 2002.05202).
     mlp_ratio: Positive = 8 / 3
     """Width of the feed-forward layer ÷ ``hidden_size``, before it is rounded up to ``multiple_of``."""
     multiple_of: Count = 256
@@ -100,6 +101,7 @@ class ModelConfig(Section):
     """Compute query, key and value projection as one GEMM."""
     norm_head: bool = False
     """Normalise each row of the head's weight (Baichuan 2, arXiv 2309.10305)."""
+    # Keeps the variance of the residual stream independent of depth at the start.
     use_scaled_init: bool = True
     """Divide the initial standard deviation of output projections by √(2 · ``num_layers``), as GPT-2 does."""
     embedding_init_std: NonNegative = 0.02
@@ -128,6 +130,7 @@ class ModelConfig(Section):
     @property
     def recomputed_layers(self) -> int:
         """Number of blocks of which only the input is saved for the backward pass."""
+        # int() rounds down, and turns True and False into all and none.
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     def recomputes(self, layer: int) -> bool:
@@ -151,4 +154,5 @@ class ModelConfig(Section):
     def intermediate_size(self) -> int:
         """Width of the feed-forward layer: hidden size · ratio, rounded up to ``multiple_of``."""
         width = int(self.hidden_size * self.mlp_ratio)
+        # Floor division of the negative rounds up. Multiples of 256 suit the tiles of GEMM kernels.
         return -(-width // self.multiple_of) * self.multiple_of

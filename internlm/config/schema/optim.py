@@ -29,6 +29,7 @@ class AdamConfig(Section):
     """Peak learning rate."""
     adam_beta1: Decay = 0.9
     """Decay rate of the first moment."""
+    # 0.95 rather than Adam's 0.999: the usual choice for LLMs since GPT-3 (arXiv 2005.14165, appendix B).
     adam_beta2: Decay = 0.95
     """Decay rate of the second moment."""
     adam_beta2_c: NonNegative = 0
@@ -120,9 +121,11 @@ class HybridZeroConfig(Section):
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
     """Shard buckets evenly by element. False: by whole parameters, as those of Muon always are."""
+    # bfloat16 has 8 significant bits: sums over many micro-batches lose small terms.
     fp32_grad_accum: bool = True
     """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with
     half the memory and less precision."""
+    # A loss scale needs some 16 halvings from its start; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
     """Consecutive steps that may be skipped for a non-finite gradient norm before the run is ended."""
 

@@ -62,6 +62,7 @@ class WeightConfig(Section):
     """Prefetch the next weights (all-gather) while the current ones are in use."""
     memory_pool: bool = False
     """All-gather into a fixed set of buffers instead of allocating memory for each."""
+    # Late enough not to hold two blocks' weights for long, early enough to hide the all-gather behind the MLP.
     launch_allgather_before: LaunchPlace = "wo"
     """Module of a block before which the all-gather of the next block is launched."""
     forward_overlap_per: Literal["layer", "module"] = "layer"
@@ -116,6 +117,7 @@ class ParallelConfig(Section):
     """Distribution of experts."""
     expert_weight: WeightConfig = WeightConfig()
     """Sharding of the weights of experts; needs isp."""
+    # The first step may compile and read data for minutes, so not much shorter.
     timeout: Positive = 1800.0
     """Timeout of process groups in seconds. A rank that does not join a collective within it ends the run."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)

@@ -66,6 +66,7 @@ class DataConfig(Section):
     """Keep the index of the data in shared memory, once per machine."""
     shm_path: str = "/dev/shm/metacache"
     """Folder of that index."""
+    # Threads: parsing a row takes about a millisecond, and threads need no second copy of torch.
     num_worker: CountOrZero = 4
     """Threads that read batches ahead. 0: read in the training loop."""
     tokenizer_path: str | None = None

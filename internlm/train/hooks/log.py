@@ -30,6 +30,7 @@ class LogMemoryPlan(Hook):
     """Log the memory plan of the fullest stage before the first step, on the rank that logs."""
 
     def before_run(self, trainer: Trainer) -> None:
+        """Log the plan."""
         text = _attempt(lambda: format_worst_plan(_plans(trainer.model), accelerator.device_memory()), "")
         if text:
             log.info(text)
@@ -72,12 +73,15 @@ class ReportTraffic(Hook):
         self.steps = 0
 
     def before_run(self, trainer: Trainer) -> None:
+        """Start counting."""
         self.before = LEDGER.snapshot()  # without what building and resuming sent
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Count the step."""
         self.steps += 1
 
     def after_run(self, trainer: Trainer) -> None:
+        """Log the table."""
         traffic = LEDGER.since(self.before)
         log.info(f"sent by this rank in {self.steps} steps\n{format_traffic(traffic, max(self.steps, 1))}")
 
@@ -104,11 +108,14 @@ class LogMetrics(Hook):
         self.model_flops = model_flops_per_token(config.model, seq_len)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Write the metrics of the step."""
         tokens = report.shape.tokens * self.data_size
         self.throughput.add(tokens, report.step_time)
+        # Padding counts here, as in the published figures; ``real_tgs`` counts valid tokens.
         per_device = tokens / self.world_size / report.step_time
         self.writer.write(
             report.step,
+            # The order of these keys is that of the published log line; ours follow at the end.
             {
                 "tflops": per_device * self.hardware_flops / 1e12,
                 "step": report.step,
@@ -135,6 +142,7 @@ class LogMetrics(Hook):
         )
 
     def after_run(self, trainer: Trainer) -> None:
+        """Close the writer."""
         self.writer.close()
 
 
@@ -144,6 +152,7 @@ def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
     mean = sum(loss) / max(sum(tokens), 1)
     metrics: dict[str, float | int] = {
         "acc": sum(correct) / max(sum(tokens), 1),
+        # exp overflows beyond 709.
         "perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,
     }
     metrics |= {f"acc/{name}": c / max(n, 1) for name, c, n in zip(types, correct, tokens, strict=True)}

@@ -25,6 +25,7 @@ class SaveCheckpoints(Hook):
         self.manager = manager
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Save if a checkpoint is due."""
         self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
 
 
@@ -37,6 +38,7 @@ class Validate(Hook):
         self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Validate if it is due."""
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
             metrics = evaluate(trainer, self.loaders)
@@ -55,8 +57,10 @@ class Upkeep(Hook):
         self.seconds = 0.0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Add up the time of the step; act if it is due."""
         self.seconds += report.fwd_bwd_time
         if self.every and trainer.state.step % self.every == 0:
+            # Releasing cached memory makes the next step allocate anew, so not every step.
             accelerator.empty_cache()
             self._report_slow_ranks()
             self.seconds = 0.0

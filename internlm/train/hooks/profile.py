@@ -37,6 +37,7 @@ class RecordPipeline(Hook):
         self.steps, self.start = 0, 0.0
 
     def before_step(self, trainer: Trainer) -> None:
+        """Start recording before the chosen step."""
         self.steps += 1
         if self.steps == RECORDED:
             trainer.scheduler.records = []
@@ -44,10 +45,12 @@ class RecordPipeline(Hook):
             self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Gather what all stages recorded and draw it."""
         if trainer.scheduler.records is None:
             return
         own = [record.relative_to(self.start) for record in trainer.scheduler.records]
         trainer.scheduler.records = None
+        # Clocks of different machines differ, but all began to count at the barrier.
         records: list[list[Record]] = [[]] * self.stages.size
         dist.all_gather_object(records, own, self.stages.handle)
         if self.folder is not None:
@@ -63,6 +66,7 @@ class RecordPipeline(Hook):
         log.info(f"pipeline of step {step} in {folder / 'pipeline.html'}: {summary}")
 
     def after_run(self, trainer: Trainer) -> None:
+        """Warn if the run was too short to record a step."""
         if self.steps < RECORDED and self.folder is not None:
             log.warning(f"--pipeline-trace: nothing was recorded, since the run had fewer than {RECORDED} steps")
 
@@ -75,12 +79,15 @@ class ProfileRun(Hook):
         self.trace = StepTrace(folder, rank)
 
     def before_run(self, trainer: Trainer) -> None:
+        """Start the profiler."""
         self.trace.start()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Advance the schedule of the profiler."""
         self.trace.step()
 
     def after_run(self, trainer: Trainer) -> None:
+        """Write the memory report."""
         self.trace.stop()
         report = memory_report(trainer.model, trainer.optimizer, own_plan(trainer.model))
         (self.folder / f"memory-rank{self.rank}.txt").write_text(report)

@@ -43,11 +43,13 @@ class StopOnSignal(Hook):
                 signal.signal(signum, signal.SIG_IGN if self.agreed else handler)
 
     def _catch(self, signum: int, frame: FrameType | None) -> None:
+        # A second signal means that the user does not want to wait for the step and the checkpoint.
         if self.caught:
             sys.exit(128 + signum)
         self.caught = signum
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Agree with all ranks on whether to stop."""
         # Signal and rank are packed into one number, so that one all-reduce (max) gives every rank both.
         flag = torch.tensor(
             [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device

@@ -19,7 +19,7 @@ SMALLEST: NestedDict = {
     "adam": {"lr": 1e-3},
 }
 
-#: Everything switched on, and in agreement for 8 processes: isp over 2 x 2 stages, interleaved, experts.
+#: Every feature switched on, consistent for 8 processes: isp over 2 x 2 stages, interleaved, experts.
 BUSIEST: Mapping[str, Any] = {
     "model.num_chunks": 2,
     "model.num_kv_attention_heads": 4,
@@ -40,28 +40,28 @@ BUSIEST: Mapping[str, Any] = {
 
 
 def config_of(changes: Mapping[str, Any]) -> NestedDict:
-    """The smallest config with ``changes``, by dotted key."""
+    """Return the smallest config with ``changes``, given by dotted key."""
     tree = plain(SMALLEST)
     for key, value in changes.items():
         put(tree, key, plain(value))
     return tree
 
 
-def found(changes: Mapping[str, Any], overrides: Sequence[str] = (), **facts: Any) -> Sequence[Problem]:
-    """What is wrong with the smallest config after ``changes`` and ``overrides``."""
+def found(changes: Mapping[str, Any], overrides: Sequence[str] = (), **run: Any) -> Sequence[Problem]:
+    """Return the problems of the smallest config after ``changes`` and ``overrides``."""
     try:
-        resolve(config_of(changes), overrides, **facts)
+        resolve(config_of(changes), overrides, **run)
     except ConfigError as error:
         return error.problems
     return ()
 
 
-def problems_of(changes: Mapping[str, Any], **facts: Any) -> list[str]:
-    """As :func:`found`, as the texts that people see."""
-    return list(map(str, found(changes, **facts)))
+def problems_of(changes: Mapping[str, Any], **run: Any) -> list[str]:
+    """Return the problems of the smallest config after ``changes``, as users see them."""
+    return list(map(str, found(changes, **run)))
 
 
 def python_blocks(markdown: str) -> Iterator[str]:
-    """The Python code blocks of a page."""
+    """Yield the Python code blocks of a page."""
     for block in markdown.split("```python\n")[1:]:
         yield block.partition("```")[0]

@@ -43,7 +43,7 @@ def test_prints_lists_of_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert group == {"pattern": "norm", "lr_scale": 1.0, "weight_decay": 0.0, "type": None}
 
 
-def test_says_what_this_version_can_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_what_this_version_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "model.norm_head=True"])
     assert "warning: model.norm_head: True is not available in this version. Use False\n" in capsys.readouterr().err
 
@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"internlm {internlm.__version__}\n"
 
 
-def test_all_unknown_flags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_unknown_flags_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     parser = FriendlyParser(prog="train.py")
     parser.add_argument("--config")
     parser.add_argument("--seed", type=int)

@@ -1,4 +1,4 @@
-"""Every config key is read by the framework, or the tables of what is not available say that it is not."""
+"""Every config key is read by the framework, or listed in the tables of what is not available."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_none_for_a_key_that_is_needed() -> None:
     assert problems_of({"adam.lr": None}) == ["adam.lr: missing (Peak learning rate). Give a number of more than 0"]
 
 
-def test_ignored_key_is_told() -> None:
+def test_ignored_key_is_reported() -> None:
     assert resolve(config_of({"metric_dtype": "fp32"})).warnings == [
         "metric_dtype: ignored, metrics are always computed in float32"
     ]

@@ -47,7 +47,7 @@ def test_any_text_parses_or_is_malformed(text: str) -> None:
 
 
 @given(st.sampled_from([*keys.fields(), "parallel.sequence_parallel", "moe", "model.moe_layer_kwargs.x"]), LITERALS)
-def test_any_value_at_any_key_resolves_or_is_told(key: str, value: Any) -> None:
+def test_any_value_at_any_key_resolves_or_is_reported(key: str, value: Any) -> None:
     problems = found({}, [f"{key}={value!r}"], world_size=8, device_type="cpu")
     assert all(problem.where and problem.what and problem.todo for problem in problems)
 
@@ -110,7 +110,7 @@ def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:
     assert problem.startswith(expected)
 
 
-def test_all_bad_overrides_are_told_together() -> None:
+def test_all_bad_overrides_are_reported_together() -> None:
     assert len(failures("a", "moddle={}", "data.micro_num=0", "adam.lr=-1")) == 4
 
 

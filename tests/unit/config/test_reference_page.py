@@ -1,4 +1,4 @@
-"""doc/config.md says what the code says."""
+"""doc/config.md agrees with the schema and the real messages."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_json_round_trip() -> None:
     assert load_config(json.loads(to_json(config))) == config
 
 
-def test_hash_tells_configs_apart_by_what_they_say() -> None:
+def test_configs_with_different_values_have_different_hashes() -> None:
     plain = config_hash(load_config(SMALLEST))
     assert plain == config_hash(load_config(dict(reversed(SMALLEST.items()))))
     assert plain == config_hash(load_config(SMALLEST, ["parallel.tensor=1", "data.micro_num=4"]))

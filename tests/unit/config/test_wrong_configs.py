@@ -1,4 +1,4 @@
-"""What is wrong with a config is told in words: which key, which value, what to do."""
+"""Mistakes in a config give messages with the key, the value and what to do."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ def test_mistakes_that_depend_on_the_run(changes: dict[str, Any], facts: dict[st
     assert problems[0].startswith(expected)
 
 
-def test_all_mistakes_are_told_together() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     wrong = {
         "data.packed_length": 8,
         "model.num_layers": "4",
@@ -367,7 +367,7 @@ def test_all_mistakes_are_told_together() -> None:
     ]
 
 
-def test_each_missing_section_is_told() -> None:
+def test_each_missing_section_is_reported() -> None:
     assert [problem.partition(":")[0] for problem in problems_of({"model": None, "data": None, "adam": None})] == [
         "model",
         "data",
@@ -375,7 +375,7 @@ def test_each_missing_section_is_told() -> None:
     ]
 
 
-def test_each_missing_key_is_told() -> None:
+def test_each_missing_key_is_reported() -> None:
     assert [problem.partition(":")[0] for problem in problems_of({"model": {}})] == [
         f"model.{name}" for name in SMALLEST["model"]
     ]

@@ -64,7 +64,7 @@ def test_a_message_reaches_its_address(webhook: Webhook) -> None:
     assert webhook.texts == ["[7b] loss spike: 9.5 at step 3"]
 
 
-def test_without_an_address_nobody_is_told() -> None:
+def test_without_an_address_nothing_is_sent() -> None:
     assert not send_alert_message(message="hello")
 
 
@@ -75,7 +75,7 @@ def test_the_run_says_whom_to_tell(webhook: Webhook) -> None:
     assert not send_alert_message(message="the run is over")
 
 
-def test_an_address_that_is_not_switched_on_is_not_told(webhook: Webhook) -> None:
+def test_an_address_that_is_not_switched_on_gets_nothing(webhook: Webhook) -> None:
     with initialize_monitor_manager("7b", AlertConfig(feishu_alert_address=webhook.address)):
         assert not send_alert_message(message="hello")
     assert webhook.texts == []
@@ -147,7 +147,7 @@ def test_a_dead_or_senseless_address(address: str) -> None:
     assert not send_alert_message(address, message="hello")
 
 
-def test_a_file_that_can_not_be_written(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with initialize_monitor_manager("7b", AlertConfig(alert_file_path=str(tmp_path))):
         assert not send_alert_message(message="hello")
 
@@ -166,7 +166,7 @@ def test_a_decorated_main_function_tells_of_its_start_and_end(webhook: Webhook) 
     assert webhook.texts == ["[7b] started", "[7b] ended"]
 
 
-def test_an_exception_is_told_with_its_traceback_and_raised(webhook: Webhook) -> None:
+def test_an_exception_is_sent_with_its_traceback_and_raised(webhook: Webhook) -> None:
     @internevo_monitor("7b", config_for(webhook))
     def main() -> None:
         raise RuntimeError("a bug")
@@ -179,7 +179,7 @@ def test_an_exception_is_told_with_its_traceback_and_raised(webhook: Webhook) ->
     assert failed.endswith("RuntimeError: a bug\n")
 
 
-def test_a_users_mistake_is_told_without_traceback(webhook: Webhook) -> None:
+def test_a_users_mistake_is_sent_without_traceback(webhook: Webhook) -> None:
     @internevo_monitor("7b", config_for(webhook))
     def main() -> None:
         raise DataError(Problem("data.train_folder", "no such folder", "Check the path"))

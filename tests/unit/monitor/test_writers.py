@@ -48,14 +48,14 @@ class FullDisk(Recorder):
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the framework logs, also where it has a handler of its own."""
+    """Capture the framework's log, even where its logger has a handler of its own."""
     monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
     caplog.set_level(logging.INFO, logger="internlm")
     return caplog
 
 
 def jsons(path: Path) -> list[dict[str, object]]:
-    """The lines of a file; what JSON doesn't know is an error."""
+    """Parse the lines of a file; NaN and Infinity, which JSON lacks, are errors."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -143,7 +143,7 @@ def test_a_run_writes_its_records(tmp_path: Path) -> None:
     assert list((tmp_path / "tb").iterdir())
 
 
-def test_a_record_that_can_not_be_opened_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_record_that_cannot_be_opened_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     writer = open_writers(tmp_path / "run", None, tb_queue=10, total_steps=5, first_step=0)
     writer.write(3, METRICS)
