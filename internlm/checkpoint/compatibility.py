@@ -69,6 +69,7 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
     """Find files that are missing, or shorter than the tensors they are to contain."""
+    # One stat per file, where finding out by reading would leave the model half loaded.
     ends: dict[str, int] = {}
     for entry in (metadata.storage_data or {}).values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -94,6 +95,7 @@ def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> 
 def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
     """Find parameters of the checkpoint that the model lacks on every rank."""
     for name in metadata.state_dict_metadata:
+        # Optimizer state that is not wanted is other_states' concern: frozen parameters have none.
         if name.startswith("model/") and name not in wanted:
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
 

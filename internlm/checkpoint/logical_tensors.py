@@ -116,6 +116,7 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
     """Add ``flat``, the elements from ``start`` on of the flattened local tensor, as slices that are views of it."""
+    # A flat range is up to 2 · dim - 1 boxes: partial first row, whole rows, partial last row, recursively.
     for box in placement.slices(start, start + len(flat)):
         tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
 

@@ -106,6 +106,7 @@ class CheckpointManager:
         """
         every = self.config.checkpoint_every
         due = force or state.step == self.total_steps or (every is not None and state.step % every == 0)
+        # A signal may force a save of the step that was just saved on schedule.
         if not (due and self.config.enable_save_ckpt) or state.step == self.last_saved:
             return False
         self.save(state)
@@ -235,6 +236,7 @@ class CheckpointManager:
         reader = SafeReader(source)
         tensors = self._wanted_tensors(wanted)
         known = _names_on_all_ranks(tensors)
+        # Every rank reads the metadata itself: it is small, and a file system that differs between ranks shows here.
         with _failing_together():
             saved, metadata = save_folder.read_state(source, STATE_KEYS), reader.read_metadata()
             problems = [
@@ -294,6 +296,7 @@ class CheckpointManager:
         else:
             # Main parameters still hold the initial values; the first update would write them back to the model.
             self.optimizer.copy_model_to_main_params()
+        # Learning-rate schedules are functions of the step, so they have no state of their own.
         if wanted & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
         if "sampler" in wanted:
@@ -314,6 +317,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
     reader = SafeReader(source)
     tensors = model_tensors(model)
     metadata = reader.read_metadata()
+    # No config to compare: the tensors must fit, and that is all that matters to a model that is only used.
     problems = [
         *compatibility.missing_tensors(str(source), metadata, tensors),
         *compatibility.unexpected_tensors(str(source), metadata, tensors),

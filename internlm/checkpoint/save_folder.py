@@ -11,6 +11,7 @@ from typing import Any
 
 from internlm.utils.errors import CheckpointError, Problem
 
+# Of the state file; raised when an older version could no longer read it.
 FORMAT = 1
 STATE_FILE = "state.json"
 COMMIT_FILE = "COMMITTED"
@@ -31,6 +32,7 @@ def steps_in(root: Path) -> Iterator[tuple[int, Path]]:
     """Yield the step and the folder of every checkpoint, complete or not, newest first."""
     if root.is_dir():
         found = ((_STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+        # By number: as text, step-9 would come after step-100.
         yield from sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
@@ -76,6 +78,7 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         what = f"no such checkpoint ({folder.parent} holds {existing})"
         raise CheckpointError(Problem(str(folder), what, "Check the path"))
     if not (folder / STATE_FILE).is_file():
+        # Rank 0 writes the state after all tensors, so tensor files without it are a save that was interrupted.
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
         what = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
         raise CheckpointError(Problem(str(folder), what, "Choose a folder named step-N that was completed"))

@@ -91,6 +91,7 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = _checked(_MetadataUnpickler(file).load())
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(Problem(str(path), f"can't be read ({error})", "Load another checkpoint")) from None
+        # The base class reads and sets these two in the method that this one replaces.
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -107,6 +108,7 @@ def _checked(metadata: Any) -> Metadata:
     """Return ``metadata`` if it is of that class and names only files directly in the checkpoint folder."""
     if not isinstance(metadata, Metadata):
         raise ValueError("it holds something else than metadata")
+    # By name rather than by resolving: a name without separators can leave the folder neither by .. nor by a root.
     for info in (metadata.storage_data or {}).values():
         if info.relative_path != Path(info.relative_path).name:
             raise ValueError(f"it names the file {info.relative_path!r}, outside the checkpoint")
@@ -120,6 +122,7 @@ class LogicalSavePlanner(DefaultSavePlanner):
     """Plan to write the slices of logical tensors; DCP writes a slice that several ranks hold only once."""
 
     def __init__(self) -> None:
+        # The state dict is flat already, and LogicalTensor is no class that the default planner could unwrap.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:

@@ -26,13 +26,16 @@ class Evil:
         return os.mkdir, (str(self.proof),)
 
 
-def in_runs(tensor: Tensor, cuts: list[int]) -> LogicalTensor:
-    """``tensor`` as the boxes of its runs between ``cuts``, each a copy."""
+def in_ranges(tensor: Tensor, split_at: list[int]) -> LogicalTensor:
+    """Return ``tensor`` as the slices of its flat ranges between ``split_at``, each a copy."""
     logical = LogicalTensor(tuple(tensor.shape), tensor.dtype)
-    bounds = [0, *sorted(cuts), tensor.numel()]
+    bounds = [0, *sorted(split_at), tensor.numel()]
     for start, stop in pairwise(bounds):
-        for box in slices_of_range(tensor.shape, start, stop):
-            logical.add(box.offsets, tensor.flatten()[box.start : box.stop].view(box.sizes).clone())
+        for tensor_slice in slices_of_range(tensor.shape, start, stop):
+            logical.add(
+                tensor_slice.offsets,
+                tensor.flatten()[tensor_slice.start : tensor_slice.stop].view(tensor_slice.sizes).clone(),
+            )
     return logical
 
 

@@ -16,7 +16,7 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.tensor_files import SafeReader
 from internlm.config.nested_dict import put
 from internlm.utils.errors import CheckpointError, Problem
-from tests.unit.checkpoint.samples import complete, in_runs, write
+from tests.unit.checkpoint.samples import complete, in_ranges, write
 from tests.unit.model.samples import decoder, tokens
 
 CONFIG: dict[str, Any] = {
@@ -109,7 +109,7 @@ def test_other_samples(key: str, value: Any, start: str) -> None:
 
 
 def logical(**shapes: tuple[int, ...]) -> LogicalTensors:
-    return {name.replace("__", "/"): in_runs(torch.ones(shape), []) for name, shape in shapes.items()}
+    return {name.replace("__", "/"): in_ranges(torch.ones(shape), []) for name, shape in shapes.items()}
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def saved_model(tmp_path: Path, **keys: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    parameters = {f"model/{name}": in_runs(p.detach(), []) for name, p in model.named_parameters()}
+    parameters = {f"model/{name}": in_ranges(p.detach(), []) for name, p in model.named_parameters()}
     return complete(write(tmp_path / "step-1", parameters))
 
 

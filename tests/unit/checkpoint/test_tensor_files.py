@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.tensor_files import LogicalLoadPlanner, SafeReader
 from internlm.utils.errors import CheckpointError
-from tests.unit.checkpoint.samples import Evil, in_runs, write
+from tests.unit.checkpoint.samples import Evil, in_ranges, write
 
 VALUES = torch.arange(12.0).view(3, 4)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
@@ -25,8 +25,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uin
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """A checkpoint of one tensor, in two pieces."""
-    return write(tmp_path / "step-1", {"model/w": in_runs(VALUES, [5])})
+    """A checkpoint of one tensor, in two slices."""
+    return write(tmp_path / "step-1", {"model/w": in_ranges(VALUES, [5])})
 
 
 def read_into(source: Path, name: str, logical: LogicalTensor) -> None:
@@ -47,10 +47,10 @@ def edit(source: Path, change: Callable[[Metadata], None]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_good_file_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     values = VALUES.to(dtype)
-    source = write(tmp_path / "step-1", {"model/w": in_runs(values, [])})
+    source = write(tmp_path / "step-1", {"model/w": in_ranges(values, [])})
     metadata = SafeReader(source).read_metadata().state_dict_metadata["model/w"]
     assert (metadata.size, metadata.properties.dtype) == (values.shape, dtype)
-    target = in_runs(torch.zeros_like(values), [])
+    target = in_ranges(torch.zeros_like(values), [])
     read_into(source, "model/w", target)
     assert torch.equal(target.slices[0, 0], values)
 
@@ -115,7 +115,7 @@ def test_a_pickled_object_in_place_of_a_tensor_executes_nothing(tmp_path: Path) 
     edit(source, lambda metadata: setattr(metadata, "storage_meta", None))
     assert isinstance(SafeReader(source).read_metadata().state_dict_metadata["rng/0/data"], BytesStorageMetadata)
     with pytest.raises(CheckpointException, match="rng/0/data: is a pickled object, not a tensor"):
-        read_into(source, "rng/0/data", in_runs(VALUES, []))
+        read_into(source, "rng/0/data", in_ranges(VALUES, []))
     assert not proof.exists()
 
 
@@ -131,7 +131,7 @@ def test_a_pickled_object_in_a_tensors_bytes_executes_nothing(good: Path, tmp_pa
 
     edit(good, point_at_it)
     with pytest.raises(CheckpointException, match="Weights only load failed"):
-        read_into(good, "model/w", in_runs(VALUES, []))
+        read_into(good, "model/w", in_ranges(VALUES, []))
     assert not proof.exists()
 
 
@@ -172,16 +172,16 @@ def test_missing_metadata(tmp_path: Path) -> None:
         SafeReader(tmp_path).read_metadata()
 
 
-def test_a_missing_piece_is_an_error(good: Path) -> None:
+def test_a_missing_slice_is_an_error(good: Path) -> None:
     edit(good, lambda metadata: metadata.storage_data.pop(MetadataIndex("model/w", torch.Size((0, 0)), 0)))
     with pytest.raises(CheckpointException):
-        read_into(good, "model/w", in_runs(VALUES, []))
+        read_into(good, "model/w", in_ranges(VALUES, []))
 
 
 # -- layouts
 
 
-def any_cuts(numel: int, seed: int) -> list[int]:
+def any_splits(numel: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(numel, generator=generator)[: seed % 4].tolist()
 
@@ -189,10 +189,10 @@ def any_cuts(numel: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("shape", [(4, 3, 5), (7,), (2, 9)], ids=str)
 def test_any_layout_reads_what_another_wrote(tmp_path: Path, shape: tuple[int, ...], seed: int) -> None:
-    """Flat runs cut anywhere, as ZeRO cuts them."""
+    """Flat ranges split anywhere, as by ZeRO."""
     values = torch.randn(shape)
-    source = write(tmp_path / "step-1", {"optimizer/exp_avg/w": in_runs(values, any_cuts(values.numel(), seed))})
-    cuts: Any = any_cuts(values.numel(), seed + 11)
-    target, expected = in_runs(torch.zeros(shape), cuts), in_runs(values, cuts)
+    source = write(tmp_path / "step-1", {"optimizer/exp_avg/w": in_ranges(values, any_splits(values.numel(), seed))})
+    split_at: Any = any_splits(values.numel(), seed + 11)
+    target, expected = in_ranges(torch.zeros(shape), split_at), in_ranges(values, split_at)
     read_into(source, "optimizer/exp_avg/w", target)
-    assert all(torch.equal(target.slices[offsets], box) for offsets, box in expected.slices.items())
+    assert all(torch.equal(target.slices[offsets], tensor) for offsets, tensor in expected.slices.items())

@@ -86,7 +86,7 @@ def test_padded_samples_are_cut_off_at_seq_len() -> None:
     assert row.labels.tolist() == [2, 3, 4, NONE, 8, NONE, NONE, NONE]
 
 
-def test_a_sample_over_seq_len_is_cut_into_pieces() -> None:
+def test_a_sample_over_seq_len_is_split_into_sequences() -> None:
     row = row_of(PackingLayout.PACKED, 0, ListSource([9, 9], list(range(1, 20))), seq_len=4, micro_bsz=3)
     assert row.cu_seqlens.tolist() == [0, 2, 6, 10, 12]
     assert row.indexes.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
