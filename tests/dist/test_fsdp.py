@@ -75,7 +75,7 @@ NARROW_GRADS = "hybrid_zero_optimizer.fp32_grad_accum=False"
     ids=str,
 )
 def test_gradients_in_half_precision(case: tuple[str, ...]) -> None:
-    """What is sent is as by the formula, and gradients are those of one process but for their rounding."""
+    """Traffic equals the formula, and gradients those of one process but for their rounding."""
     report = report_of(2, case, "bfloat16")
     assert (report.traffic, report.disagreements, report.holes) == ([], [], [])
     assert 1e-5 < max(row.difference for row in report.gradients) < 2e-2
@@ -93,7 +93,7 @@ def _with_frozen(rank: int, world_size: int, overrides: tuple[str, ...]) -> tupl
 
 
 def test_dropout_and_frozen_parameters() -> None:
-    """Of which one process knows nothing; it is as with flat buffers."""
+    """Equal to flat buffers, which other tests compare with one process."""
     overrides = ("model.drop_rate=0.2", "model.checkpoint=0.5", "model.qkv_bias=True")
     shared, flat = (run_ranks(2, _with_frozen, (*overrides, *more)) for more in ((FSDP,), ()))
     tensors = whole_tensors(shards for shards, _ in shared)

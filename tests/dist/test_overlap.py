@@ -64,7 +64,7 @@ def test_no_bit_differs(ranks: int, layout: tuple[str, ...], whole: bool) -> Non
 
 
 class _Progress:
-    """How far the model is, which a thread may wait for."""
+    """Counter of the modules that have run, on which a thread may wait."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -137,7 +137,7 @@ def _grads(rank: int, world_size: int) -> list[tuple[int, bool]]:
 
 
 def test_gradients_are_reduced_while_the_backward_pass_runs() -> None:
-    """What was begun before the backward pass came to the embedding was still on its way then."""
+    """A reduction that was begun before the backward pass reached the embedding was still under way then."""
     for found in run_ranks(2, _grads):
         begun, timely = zip(*found, strict=True)
         assert all(timely)
@@ -328,7 +328,7 @@ def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize("begins", [False, True])
 def test_more_gradients_than_in_the_first_step_are_refused(begins: bool) -> None:
-    """Whether the sums were begun as those of the first step were complete, or because somebody said that all were."""
+    """The reduction had begun because the counts of the first step were reached, or by ``begin_reduction``."""
     (message,) = run_ranks(1, _surprised, begins)
     assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' came after")
 

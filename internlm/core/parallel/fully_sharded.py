@@ -1,15 +1,15 @@
-"""Parameters and gradients that the ranks of a group share, by PyTorch's ``fully_shard``: stage 3 of ZeRO (Rajbhandari
-et al. 2020, arXiv 1910.02054, section 5.3).
+"""Fully sharded parameters and gradients, by PyTorch's ``fully_shard``.
 
-A *unit* is a block of the model; what lies outside of blocks is one more, the root. Of n ranks each holds a run of rows
-of every parameter, ⌈rows/n⌉ of them, the last ranks fewer or none.
+That is stage 3 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3). A *unit* is a declared block of the
+model; what lies outside of blocks is one more unit, the root. Of n ranks each holds ⌈rows/n⌉ consecutive rows of every
+parameter, the last ranks fewer or none.
 
-1. Before a unit runs forward its parameters are gathered, and after it given up.
-2. Before it runs backward they are gathered once more. Those of the root stay in between.
-3. After it ran backward its gradients are summed over the group, and each rank adds its part to what it has: in every
-   micro-batch, so that gradients are whole for one unit at a time.
+1. Before a unit's forward pass its parameters are gathered, and freed after it.
+2. Before its backward pass they are gathered again; those of the root stay in between.
+3. After its backward pass its gradients are reduce-scattered, and each rank adds the result to its shard: in every
+   micro-batch, so that whole gradients exist for one unit at a time.
 
-Parameters that are computed with in half precision are kept in float32, and rounded as they are gathered.
+Parameters that are computed with in half precision are kept in float32, and rounded before they are gathered.
 """
 
 from __future__ import annotations
@@ -43,26 +43,33 @@ def shard_fully(
     grad_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> None:
-    """Share the parameters of ``model``, computed with in ``dtype``, over ``group``. Gradients of micro-batches are of
-    ``grad_dtype`` (default: ``dtype``), and summed over the group in ``reduce_dtype`` (default: ``grad_dtype``).
+    """Shard the parameters of ``model`` over ``group``.
 
-    Raises :class:`ConfigError` where a parameter is of another type, a scalar, or in several units.
+    Args:
+        model: Its parameters must be of ``dtype``.
+        group: The ranks that share the parameters; at least two.
+        dtype: The dtype to compute in.
+        grad_dtype: The dtype of the gradients of one micro-batch; default: ``dtype``.
+        reduce_dtype: The dtype in which gradients are reduce-scattered; default: ``grad_dtype``.
+
+    Raises:
+        ConfigError: A parameter is of another dtype, a scalar, or in several units.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # which imports the compiler
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # lazily: it imports the compiler, a second
 
     placements = {name: placement for name, _, placement in placed_parameters(model)}
     grad_dtype = grad_dtype or dtype
-    if problem := _unfit(model, dtype):
+    if problem := _unshardable(model, dtype):
         raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but {problem}", "Set it to False"))
     _make_matrices(model)
-    assert group.handle is not None, "a rank that is alone has nobody to share with"
+    assert group.handle is not None, "fully_shard needs a process group"
     mesh = DeviceMesh.from_group(group.handle, device_type())  # not a parameter's, which may be on the meta device
     policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
     for unit in (*declared_blocks(model).values(), model):
-        for parameter in _whole(unit):
-            parameter.data = parameter.data.to(wide(dtype))
-        _set_up(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
-    model.register_forward_hook(_give_up_root)
+        for parameter in _unsharded(unit):
+            parameter.data = parameter.data.to(wide(dtype))  # main parameters; the policy rounds them to dtype
+        _configure(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
+    model.register_forward_hook(_reshard_root)
     for name, parameter in model.named_parameters():
         set_placement(parameter, placements[name])  # fully_shard has made new parameters
         set_compute_dtype(parameter, dtype)
@@ -78,20 +85,22 @@ def adopt_new_shards(model: nn.Module) -> None:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether that was done to ``model``."""
+    """Return whether :func:`shard_fully` was applied to ``model``."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 class LocalShard(NamedTuple):
-    """The elements of a parameter's flattened part, as its placement knows it, that are held here: those of ``flat``,
-    the first of which is number ``start``."""
+    """Elements of a parameter that are in this rank's memory: ``flat``, from position ``start`` on.
+
+    ``start`` counts in the flattened shard of the parameter's placement, which ``fully_shard`` splits further.
+    """
 
     flat: Tensor
     start: int
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """What this rank holds of ``parameter``, in its own memory; all of it, unless that is shared."""
+    """Return this rank's shard of ``parameter`` as a view of its memory; all of it unless it is fully sharded."""
     parameter = parameter.detach()
     if not isinstance(parameter, DTensor):
         return LocalShard(parameter.view(-1), 0)
@@ -101,7 +110,7 @@ def local_shard(parameter: Tensor) -> LocalShard:
 
 
 def set_grad(parameter: Tensor, flat: Tensor) -> None:
-    """Have the gradient of what is held here of ``parameter`` added to ``flat``."""
+    """Accumulate the gradient of this rank's shard of ``parameter`` in ``flat``."""
     like = parameter.detach()
     assert isinstance(like, DTensor)
     mesh, local = like.device_mesh, flat.view_as(like.to_local())
@@ -110,8 +119,8 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
     )
 
 
-def _unfit(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why a parameter of ``model`` can't be shared, if one can't."""
+def _unshardable(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return why some parameter of ``model`` cannot be fully sharded; None if all can."""
     blocks = declared_blocks(model)
     first: dict[nn.Parameter, tuple[str, str]] = {}  # the unit and the name under which it comes first
     for path, module in model.named_modules(remove_duplicate=False):
@@ -129,8 +138,8 @@ def _unfit(model: nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def _make_matrices(model: nn.Module) -> None:
-    """Give linears their weights as matrices and their biases as vectors: of natural axes the first may be short, and
-    it is the one that is split."""
+    """Flatten the weights of linears to matrices and their biases to vectors."""
+    # fully_shard splits the first axis, and natural axes such as (2, intermediate, hidden) begin with a short one.
     for linear in model.modules():
         if isinstance(linear, ParallelLinear):
             if linear.weight.dim() > 2:
@@ -139,13 +148,14 @@ def _make_matrices(model: nn.Module) -> None:
                 linear.bias = nn.Parameter(linear.bias.detach().flatten(), linear.bias.requires_grad)
 
 
-def _whole(unit: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a unit that are not shared, or gathered at present."""
+def _unsharded(unit: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a unit that are not sharded, or gathered at present."""
     return [parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)]
 
 
-def _set_up(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-    """Sums rather than means, and collectives that are counted."""
+def _configure(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
+    """Have ``unit`` sum gradients, by collectives that the ledger counts."""
+    # Sums, not means: the loss is already divided by the valid tokens of the global batch.
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
     unit.set_custom_all_gather(_AllGather(group))
@@ -154,20 +164,20 @@ def _set_up(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torc
 
 
 def _widen_gradients(grad_dtype: torch.dtype, unit: nn.Module, _: Any) -> None:
-    """Let gradients of the parameters that were just gathered be of ``grad_dtype``."""
-    for parameter in _whole(unit):
+    """Have autograd compute gradients of the parameters that were just gathered in ``grad_dtype``."""
+    for parameter in _unsharded(unit):
         if parameter.requires_grad and parameter.grad_dtype != grad_dtype:
             parameter.grad_dtype = grad_dtype
 
 
-def _give_up_root(root: Any, *_: Any) -> None:
-    """Where no backward pass follows that would do it."""
+def _reshard_root(root: Any, *_: Any) -> None:
+    """Free the gathered parameters of the root after a forward pass that no backward pass follows."""
     if not torch.is_grad_enabled():
         root.reshard()
 
 
 class _Counted:
-    """A collective over the group, as ``fully_shard`` takes it."""
+    """Base of the collectives that are passed to ``fully_shard``: the ledger counts what they send."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -188,7 +198,7 @@ class _AllGather(_Counted):
 
 
 class _ReduceScatter(_Counted):
-    """In ``dtype``: a policy's own type of reduction counts for nothing where it is that of the parameters."""
+    """Reduce-scatter in ``dtype``; a policy's own ``reduce_dtype`` is ignored if it is that of the parameters."""
 
     def __init__(self, group: Group, dtype: torch.dtype) -> None:
         super().__init__(group)
@@ -203,11 +213,11 @@ class _ReduceScatter(_Counted):
         async_op: bool = False,
     ) -> dist.Work | None:
         sent = input_tensor.to(self.dtype)
-        part = output_tensor if sent is input_tensor else torch.empty_like(output_tensor, dtype=self.dtype)
-        self._count("reduce-scatter", part)
-        work = dist.reduce_scatter_single(part, sent, op=op, group=group, async_op=async_op)
-        if part is not output_tensor:
+        shard = output_tensor if sent is input_tensor else torch.empty_like(output_tensor, dtype=self.dtype)
+        self._count("reduce-scatter", shard)
+        work = dist.reduce_scatter_single(shard, sent, op=op, group=group, async_op=async_op)
+        if shard is not output_tensor:
             if work is not None:
-                work.wait()
-            output_tensor.copy_(part)
+                work.wait()  # the conversion below reads the result, so nothing is left to overlap
+            output_tensor.copy_(shard)
         return work

@@ -29,7 +29,7 @@ _ATTRIBUTE = "param_state"
 
 @dataclass(kw_only=True)
 class ParamState:
-    """Everything that is attached to one parameter."""
+    """State that is attached to one parameter."""
 
     placement: ParamPlacement | None = None
     """Global shape, the shard of this rank, and what is still partial in the gradient."""

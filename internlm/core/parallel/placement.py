@@ -75,7 +75,7 @@ def constant(value: float) -> Init:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a tensor is split over the ranks of a group, and which of the shards this rank holds.
+    """Split of a tensor over the ranks of a group, and the index of the shard that this rank holds.
 
     Shards are equal and split ``axis``. Where that is None they split the rows of the tensor as a matrix (all axes but
     the last), ⌈rows/count⌉ each; the last shards may end with rows of padding, which are zero.

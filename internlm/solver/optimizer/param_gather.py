@@ -128,7 +128,8 @@ def _entrances(block: nn.Module) -> list[nn.Module]:
     """Return the modules by which a forward pass may come to the parameters of ``block``.
 
     That is the block, and every module in it with parameters of its own, as a model may call these directly. Not those
-    of a block whose ``forward`` was replaced (``model.compile``): hooks within it would be compiled with it.
+    of a block whose ``forward`` was replaced (recompute, offloading, ``model.compile``), which is called as a whole:
+    hooks within a compiled block would be compiled with it, once for each block.
     """
     if "forward" in vars(block):
         return [block]

@@ -55,7 +55,7 @@ class ProcessGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupKey:
-    """What the parameters of one group have in common."""
+    """Properties that the parameters of one group have in common."""
 
     dtype: torch.dtype
     """The dtype in which they are computed with."""

@@ -91,7 +91,7 @@ def test_an_example() -> None:
 
 
 def test_an_example_of_two_buckets() -> None:
-    """Of 128 and 128 elements, of which each of two ranks owns 64."""
+    """Two buckets of 128 elements, of which each of two ranks owns 64."""
     group = group_of(placed([100, 100]), 1, 2, reduce_bucket_size=128)
     assert [bucket.bounds for bucket in group.buckets] == [(0, 64, 128), (128, 192, 256)]
     assert [[entry.named.name for entry in group.entries_of(number)] for number in range(2)] == [["w0", "w1"], ["w1"]]
