@@ -210,7 +210,7 @@ def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -
 def _updates(optimizer: HybridZeroOptimizer) -> list[int]:
     """Return the updates that torch's AdamW counts, by tensor."""
     rules = [rule for rule in optimizer.rules if isinstance(rule, AdamW)]
-    return [int(state["step"]) for rule in rules for state in rule.torchs.state.values()]
+    return [int(state["step"]) for rule in rules for state in rule.fused.state.values()]
 
 
 def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
