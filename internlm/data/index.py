@@ -138,7 +138,7 @@ def read_meta(file: DataFile) -> np.ndarray:
     wrong |= (lengths < 0) | (lengths > file.size)
     if wrong.any():
         row = int(wrong.argmax())
-        what = f"sample {row} at byte {offsets[row]} is to hold {lengths[row]} tokens in {sizes[row]} bytes"
+        what = f"sample {row} at byte {offsets[row]} can't have {lengths[row]} tokens in {sizes[row]} bytes"
         raise _disagree(file, what)
     if not _last_line_is_whole(file, offsets):
         raise _disagree(file, f"the last of its {len(meta)} samples is not a complete line at the end of the file")

@@ -103,12 +103,12 @@ def _parse(text: str, where: str) -> Any:
 
 def _text_of(record: object, text_key: str, where: str) -> str | None:
     if not isinstance(record, dict):
-        raise DataError(Problem(where, f"isn't a JSON object but a {type(record).__name__}"))
+        raise DataError(Problem(where, f"expected a JSON object, got {type(record).__name__}"))
     if text_key not in record:
         raise _no_such_key(where, text_key, record)
     text = record[text_key]
     if text is not None and not isinstance(text, str):
-        raise DataError(Problem(where, f"'{text_key}' isn't text but a {type(text).__name__}"))
+        raise DataError(Problem(where, f"expected text in '{text_key}', got {type(text).__name__}"))
     return text
 
 
@@ -125,7 +125,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
             raise _no_such_key(str(file), text_key, schema.names)
         column_type = schema.field(text_key).type
         if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
-            raise DataError(Problem(str(file), f"'{text_key}' isn't text but {column_type}"))
+            raise DataError(Problem(str(file), f"expected text in '{text_key}', got {column_type}"))
         # In batches: a parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()

@@ -106,7 +106,7 @@ class LogFile:
         log.addHandler(self._handler)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write the full line, unless the logger brings it."""
+        """Write the full line, unless the logger already writes it to this file."""
         if self._write_metrics:
             line = format_line(metrics)
             self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))

@@ -105,7 +105,7 @@ def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Proble
     # bfloat16 has the exponent range of float32 and needs no loss scale.
     if dtype == "torch.float16" and not smallest <= first <= largest:
         what = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
-        yield Problem("grad_scaler", what, "Change them until it is")
+        yield Problem("grad_scaler", what, "Use an initial scale between the bounds")
 
 
 def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:

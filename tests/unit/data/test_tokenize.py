@@ -162,10 +162,10 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
     ("name", "content", "said"),
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": "not', ":2: isn't JSON"),
-        ("a.jsonl", b'{"text": "ok"}\n["text"]', ":2: isn't a JSON object but a list"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": 3}', ":2: 'text' isn't text but a int"),
+        ("a.jsonl", b'{"text": "ok"}\n["text"]', ":2: expected a JSON object, got list"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": 3}', ":2: expected text in 'text', got int"),
         ("a.json", b'{"text": "ok"}\n{"text": "ok"}', "isn't JSON (Extra data"),
-        ("a.json", b'[{"text": "ok"}, 3]', ", record 1: isn't a JSON object but a int"),
+        ("a.json", b'[{"text": "ok"}, 3]', ", record 1: expected a JSON object, got int"),
         ("a.txt", b"ok\n\xff\xff\n", ":2: isn't UTF-8 text (invalid start byte)"),
         ("a.txt", b"\n  \n", "the input holds no text, so nothing was tokenized"),
         ("a.parquet", b"ok", "isn't a parquet file"),
@@ -179,7 +179,9 @@ def test_a_bad_file(name: str, content: bytes, said: str, tmp_path: Path, senten
 
 
 def test_a_column_that_isnt_text(tmp_path: Path, sentencepiece_model: Path) -> None:
-    assert "'id' isn't text but int64" in error_of(write_parquet(tmp_path), sentencepiece_model, "--text_key", "id")
+    assert "expected text in 'id', got int64" in error_of(
+        write_parquet(tmp_path), sentencepiece_model, "--text_key", "id"
+    )
 
 
 def test_nothing_to_read(tmp_path: Path, sentencepiece_model: Path) -> None:

@@ -169,13 +169,13 @@ TWO = [[1, 2, 3], [4]]
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([(0, 3), (999, 1)], "sample 1 at byte 999 is to hold 1 tokens in -961 bytes"),
-        ([(0, 3), (22, 30)], "sample 1 at byte 22 is to hold 30 tokens in 16 bytes"),
-        ([(0, 3), (22, 2**62)], "sample 1 at byte 22 is to hold 4611686018427387904 tokens in 16 bytes"),
-        ([(22, 1), (0, 3)], "sample 0 at byte 22 is to hold 1 tokens in -22 bytes"),
-        ([(0, 3), (22, -1)], "sample 1 at byte 22 is to hold -1 tokens in 16 bytes"),
-        ([(-1, 3), (22, 1)], "sample 0 at byte -1 is to hold 3 tokens in 23 bytes"),
-        ([(0, 3), (38, 0)], "sample 1 at byte 38 is to hold 0 tokens in 0 bytes"),
+        ([(0, 3), (999, 1)], "sample 1 at byte 999 can't have 1 tokens in -961 bytes"),
+        ([(0, 3), (22, 30)], "sample 1 at byte 22 can't have 30 tokens in 16 bytes"),
+        ([(0, 3), (22, 2**62)], "sample 1 at byte 22 can't have 4611686018427387904 tokens in 16 bytes"),
+        ([(22, 1), (0, 3)], "sample 0 at byte 22 can't have 1 tokens in -22 bytes"),
+        ([(0, 3), (22, -1)], "sample 1 at byte 22 can't have -1 tokens in 16 bytes"),
+        ([(-1, 3), (22, 1)], "sample 0 at byte -1 can't have 3 tokens in 23 bytes"),
+        ([(0, 3), (38, 0)], "sample 1 at byte 38 can't have 0 tokens in 0 bytes"),
         ([(0, 3)], "the last of its 1 samples is not a complete line at the end of the file"),
         ([], "the last of its 0 samples is not a complete line at the end of the file"),
     ],
@@ -189,7 +189,7 @@ def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said
 def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     os.truncate(file, 10**10)  # a hole, which nobody should read
-    assert "sample 1 at byte 22 is to hold 1 tokens in 9999999978 bytes" in error_of(tmp_path)
+    assert "sample 1 at byte 22 can't have 1 tokens in 9999999978 bytes" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 20, 22, 30, 36])
