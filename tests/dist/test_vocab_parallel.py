@@ -69,7 +69,7 @@ class Case:
         return x, weight, labels
 
     def loss(
-        self, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, main_grad: Tensor | None
+        self, x: Tensor, weight: Tensor, labels: Tensor, shard: Shard | None, main_grad: Tensor | None = None
     ) -> TokenLoss:
         return linear_cross_entropy(
             x,
