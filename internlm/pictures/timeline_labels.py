@@ -28,6 +28,7 @@ class Clock(NamedTuple):
     name: str = ""
 
     def __call__(self, time: float, digits: int = 4) -> str:
+        """Format ``time`` with so many significant digits."""
         return f"{time / self.unit:.{digits}g}" + (f" {self.name}" if self.name else "")
 
 

@@ -28,7 +28,6 @@ COMMENTS_PER_CODE_LINE = 0.03
 #: Functions whose longer signature is published, and why.
 LONG_SIGNATURES = {
     "initialize/launch.py: initialize_distributed_env": "scripts call it",
-    "core/trainer_builder.py: __init__": "scripts pass it their parsed arguments",
     "model/decoder.py: forward": "keywords of a model, as the scheduler and users' loops pass them",
 }
 
