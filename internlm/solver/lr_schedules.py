@@ -8,12 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
-
-#: The way down from the peak, as ``lr_scheduler.type`` names it.
-LRShape = Literal["cosine", "linear", "constant", "wsd"]
+from internlm.config.schema.optim import LRShape
 
 #: What is left of the way from the peak down to ``eta_min``, from 1 to 0. The arguments are the elapsed fraction of the
 #: time after warm-up, and the fraction that the decay of ``wsd`` takes.

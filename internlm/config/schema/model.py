@@ -9,6 +9,7 @@ from pydantic import Field
 from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
+NormType = Literal["rmsnorm", "layernorm"]
 AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "blocked", "reference"]
 
 
@@ -54,7 +55,7 @@ class ModelConfig(Section):
     """Type of parameters and activations. Default: ``torch.bfloat16`` on CUDA, ``torch.float32`` on the CPU.
     ``torch.tf32`` is float32 with TF32 matrix products allowed; ``torch.float16`` uses the loss scale of
     ``grad_scaler``."""
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_type: NormType = "rmsnorm"
     """Normalisation: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
     layer_norm_epsilon: Positive = 1e-5
     """Added to the variance (RMSNorm: the mean square) before the root."""

@@ -5,12 +5,11 @@ Shapes: T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from internlm.config.schema.model import NormType
 from internlm.core.parallel.communicator import (
     IDENTITY_EMBEDDING,
     IDENTITY_HEAD,
@@ -22,8 +21,6 @@ from internlm.core.parallel.param_state import main_grad_of, place, wait_for_all
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
-
-NormType: TypeAlias = Literal["rmsnorm", "layernorm"]
 
 
 class ParallelEmbedding(nn.Module):

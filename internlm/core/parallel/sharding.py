@@ -24,12 +24,12 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from internlm.config.schema.parallel import TensorMode as TensorMode
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.param_state import has_placement, set_placement
 from internlm.core.parallel.placement import Init, ParamPlacement, ShardSpec
 from internlm.utils.errors import Problem, UserError
 
-TensorMode: TypeAlias = Literal["mtp", "msp", "fsp", "isp"]
 #: Roles of the layers of this package; a layer of your own may have another (:data:`CUSTOM_ROLES`).
 Role: TypeAlias = Literal["column", "row", "head", "embedding", "embedding by hidden units", "attention", "model"]
 
