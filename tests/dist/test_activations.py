@@ -74,7 +74,7 @@ SAVED_BY = {
     HEADS: "wo",
     KERNEL: "attention",
     GATE_UP: "w2",
-    RECOMPUTED: "",
+    RECOMPUTED: "block",
     NORM: "norm",
     LOSS_INPUT: "",
     LOSS_WEIGHT: "",

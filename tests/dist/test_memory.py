@@ -129,7 +129,7 @@ def _watch_gathering(model: Decoder, gatherer: WeightGatherer | None) -> Peak:
         free = [buffer for buffers in gatherer.pool.values() for buffer in buffers]
         return sum(buffer.nbytes for buffer in (*gatherer._in_use.values(), *free))
 
-    gatherer._fetch = peak.after(gatherer._fetch, held)
+    gatherer._prefetch = peak.after(gatherer._prefetch, held)
     embedding = getattr(model, "embedding", None)
     if embedding is not None and isinstance(embedding.communicator, IspEmbedding):
         table = embedding.weight.nbytes * gatherer.group.size
