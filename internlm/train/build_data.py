@@ -1,4 +1,4 @@
-"""Data assembly."""
+"""Build the data loaders of this rank from the global config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints between layouts, and in parts."""
+"""Saving and loading checkpoints in the layout that wrote them and in others, wholly and in part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one parallel layout saved, any other goes on from: the loaded state is that which was saved, bit by bit."""
+"""Any parallel layout loads what another one saved, bit by bit."""
 
 from __future__ import annotations
 

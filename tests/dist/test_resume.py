@@ -1,4 +1,4 @@
-"""An interrupted run is, bit by bit, the run that nobody interrupted."""
+"""An interrupted and resumed run equals the uninterrupted run bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what is asked of it."""
+"""Comparison of a checkpoint with the run that is to load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The save folder, and the state that is for people to read."""
+"""The save folder, and the human-readable state of a checkpoint."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_steps_use_the_batches_that_are_left_one_after_another(plan: BatchPlan) 
 def test_the_rows_of_a_step_depend_on_the_global_batch_alone(
     start: int, increment: int, every: int, grow: int, skip: tuple[tuple[int, int], ...], step: int
 ) -> None:
-    """The same global batch, shared by 12, 4, 3 and 1 data-parallel ranks."""
+    """Split one global batch over 12, 4, 3 and 1 data-parallel ranks."""
     used = []
     for data_size in (12, 4, 3, 1):
         scale = 12 // data_size

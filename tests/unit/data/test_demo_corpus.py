@@ -1,4 +1,4 @@
-"""The demo's data, from a small tree of sources."""
+"""The data of the demo, built from a small tree of sources."""
 
 from __future__ import annotations
 

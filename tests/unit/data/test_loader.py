@@ -1,4 +1,4 @@
-"""Loaders, built from a ``data`` section: what the batches are like, seeking, sharing among ranks, errors."""
+"""Loaders built from a ``data`` section: shapes and content of batches, seeking, splitting among ranks, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: the worked example of the documentation, and what holds for any data."""
+"""Packing: the worked example of the documentation, and properties that hold for any data."""
 
 from __future__ import annotations
 

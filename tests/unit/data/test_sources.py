@@ -1,4 +1,4 @@
-"""Random data, and the part of a source that is of one type."""
+"""Random samples, and the samples of one type of another source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that ranks share along the sequence."""
+"""Rows that ranks split along the sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text files to tokenized files, with the command itself."""
+"""Tokenizing text files, by the command itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenized files: types, order, the kept index, and every way in which they can be bad."""
+"""Tokenized files: types, order, the cached index, and every way in which a file can be damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of both kinds."""
+"""Tokenizers of sentencepiece and of Hugging Face."""
 
 from __future__ import annotations
 
