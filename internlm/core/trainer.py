@@ -173,9 +173,11 @@ class Trainer:
     # -- the loop -----------------------------------------------------------------------------------------------------
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
         """Run one step: fetch a batch, forward and backward, update."""
+        # Read the step before self.step() increments it.
         step, start = self.state.step, time.perf_counter()
         batch = next(batches)
         fetched = time.perf_counter()
+        # The number of micro-batches tells the optimizer when the gradients of a bucket are complete.
         self.optimizer.begin_step(micro_batches=len(batch[1]))
         result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
         # The device works asynchronously: without a synchronisation before reading the clock, the times would be those
@@ -219,6 +221,7 @@ class Trainer:
                 for hook in hooks:
                     hook.after_step(self, report)
         finally:
+            # Later hooks may depend on earlier ones, as with nested contexts.
             for hook in reversed(hooks):
                 hook.after_run(self)
         # Overlapped all-gathers of the last update have no forward that would wait for them.

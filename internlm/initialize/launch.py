@@ -111,6 +111,7 @@ def initialize_distributed_env(
     accelerator.set_device(process.local_rank)
     _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
+    # Python's and NumPy's generators are seeded for users' code; the framework draws from its own streams only.
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.backends.cudnn.deterministic = resolved.cudnn_deterministic
@@ -174,6 +175,7 @@ def _check_agreement(config: Config, seed: int) -> None:
     Ranks with different configs would block in the middle of a step; with different seeds they would train different
     models.
     """
+    # Hashes instead of configs: ranks are many and configs long, and 12 digits suffice.
     own = {"config": config_hash(config)[:12], "--seed": str(seed)}
     all_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(all_ranks, own)
@@ -206,6 +208,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     """Join the default process group; a group that exists already (of a test or a notebook) is used as it is."""
     if dist.is_initialized():
         return
+    # Under Slurm these variables are not set, and torch, NCCL and users' code read them.
     endpoint = f"{process.host}:{process.port}"
     os.environ.update(
         RANK=str(process.rank), WORLD_SIZE=str(process.world_size), LOCAL_RANK=str(process.local_rank),
@@ -214,6 +217,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_store_of_attempt(process, timeout))
     except dist.DistError as error:
+        # torch has no type of its own for a port in use.
         in_use = "EADDRINUSE" in str(error)
         message = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"
         todo = "Choose another with --port" if in_use else "Check --host and --port, and that rank 0 runs"

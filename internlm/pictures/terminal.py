@@ -67,11 +67,13 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
 
 def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
     """Return columns per unit of time, so that labels fit, and columns per line, equal in all lines but the last."""
+    # Prefer a gap of one column between cells; without room for it, cells touch, and colours or letters separate them.
     narrow, shortest = longest_label(timelines), shortest_labelled(timelines)
     for wide in (narrow + 1, narrow):
         scale, columns = wide / shortest, round(latest_end(timelines) * wide / shortest)
         if columns <= room:
             return scale, columns
+    # Break after whole cells, with lines of equal length, so that the ranks' rows stay comparable.
     cells = math.ceil(columns / narrow)
     lines = math.ceil(cells / max(1, room // narrow))
     return scale, math.ceil(cells / lines) * narrow
@@ -107,6 +109,7 @@ def _ruler(end: float, scale: float, times: Clock) -> list[Column]:
 
 
 def _format_row(row: Sequence[Column], coloured: bool) -> str:
+    # One escape sequence per run of a colour: one per character would make the output many times as long.
     runs = groupby(row, key=lambda column: column.shade if coloured else None)
     return "".join(_on(shade, "".join(column.character for column in run)) for shade, run in runs)
 

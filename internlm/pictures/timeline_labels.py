@@ -135,6 +135,7 @@ def shortest_labelled(timelines: Sequence[Titled]) -> float:
 
 def ticks(end: float, most: int) -> Iterator[float]:
     """Yield at most ``most`` + 1 round times, from 0 to ``end``."""
+    # Steps of 1, 2 or 5 times a power of ten: the numbers that people read without effort.
     least = end / most
     power = 10.0 ** math.floor(math.log10(least))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)

@@ -65,5 +65,7 @@ def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
             continue
         receiver = span.action._replace(chunk=layout.chunk_of(message.virtual))
         arrow = {"name": "transfer", "cat": "transfer", "id": f"{process}.{index}", "pid": process}
+        # Flow events bind to the slice around their timestamp: "s" to the one that ends there, "f" with bp = e to the
+        # one that starts there.
         yield {**arrow, "ph": "s", "tid": rank, "ts": span.end * _MICROSECONDS}
         yield {**arrow, "ph": "f", "bp": "e", "tid": to, "ts": starts[to, receiver] * _MICROSECONDS}

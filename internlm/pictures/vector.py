@@ -29,6 +29,7 @@ from internlm.pictures.timeline_labels import (
     ticks,
 )
 
+# Browsers and viewers slow down with very wide pictures, so labels of a long schedule may be dropped instead.
 NARROWEST, WIDEST = 960, 20_000  # px: the picture
 EDGE, LEFT, RIGHT = 20, 56, 84  # px: around all; the names of ranks; their peaks
 HEAD, PITCH, TALL, GAP = 46, 30, 26, 16  # px: heading; from rank to rank; cells; between timelines
@@ -70,6 +71,7 @@ def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
         y += HEAD + PITCH * len(timeline.spans) + GAP
     parts += [*_axis(paper, y - GAP), *_legend(paper, y - GAP + AXIS, timelines)]
     height = y - GAP + AXIS + LEGEND
+    # The title is what a screen reader reads out, and a browser shows as the tooltip of the whole picture.
     title = escape("; ".join(heading(*titled) for titled in timelines))
     frame = _FRAME.format(width=width, height=height, title=title, inner=width - 2, low=height - 2)
     return "\n".join([frame, *parts, "</svg>", ""])
@@ -91,6 +93,7 @@ def _panel(paper: Paper, y: float, title: str, timeline: Timeline) -> Iterator[s
         top = y + HEAD + PITCH * rank
         yield _text(EDGE, top + 18, f"rank {rank}")
         yield _text(right, top + 18, str(peak), anchor="end")
+        # The background of a row is the colour of idle time: what no cell covers is bubble.
         yield _rect(paper.x(0), top, paper.x(timeline.end) - paper.x(0), IDLE)
         yield '<g font-size="11" text-anchor="middle" stroke-width="1">'
         yield from (_cell(paper, top, timeline, rank, span) for span in spans)
@@ -101,6 +104,7 @@ def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> 
     action, (start, end) = span.action, (paper.x(span.start), paper.x(span.end))
     when = f"{paper.times(span.start)} to {paper.times(span.end)} (takes {paper.times(span.end - span.start)})"
     title = f"<title>{action}: {escape(describe_action(timeline, rank, action))}; {when}</title>"
+    # A cell that is too narrow for its label has the micro-batch alone, or nothing; the tooltip has all of it.
     names = (label(action, paper.chunks), str(action.micro_batch))
     name = next((name for name in names if LETTER * len(name) + 2 <= end - start), "")
     words = f'<text x="{_px((start + end) / 2)}" y="{_px(y + 17)}" fill="{DARK}">{name}</text>' if name else ""
@@ -137,6 +141,7 @@ def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str
 
 def _colour(action: Action, chunks: int) -> str:
     """Return the colour of an action's type, lighter for later chunks."""
+    # The same hue for all chunks, since the type of action matters most; mixing in white keeps black text legible.
     white = 0.6 * action.chunk / max(1, chunks - 1)
     return "#" + "".join(f"{round(level + (255 - level) * white):02x}" for level in COLOURS[action.type])
 
@@ -153,6 +158,7 @@ def _text(
 
 
 def _px(length: float) -> str:
+    # Two decimals keep the committed pictures small, and equal on every platform.
     return f"{length:.2f}".rstrip("0").rstrip(".")
 
 

@@ -108,6 +108,7 @@ class Layout:
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)
         weight = ranks.reshape(s.pipeline, s.weight_data, s.weight)
         expert = ranks.reshape(s.pipeline, s.expert_data, max(s.expert, 1), s.expert_tensor)
+        # The last axis is what varies faster than the data group: tensor, or weight under isp.
         zero = ranks.reshape(s.pipeline, s.zero_parent // s.zero, s.zero, -1)
         return {
             ParallelMode.GLOBAL: ranks[None],
@@ -132,6 +133,7 @@ class Layout:
     def group_of(self, rank: int, mode: ParallelMode) -> list[int]:
         """Return the ranks of the group of ``mode`` with ``rank``, in the order of local ranks."""
         grid = self.grids[mode]
+        # Each rank is in exactly one row.
         row = int(np.nonzero(grid == rank)[0][0])
         return grid[row].tolist()
 

@@ -70,9 +70,11 @@ class ParallelContext:
         Only its members make it: each rank is in one group of a mode, and all ranks go through the modes in the same
         order, so they cannot deadlock, and thousands of ranks need no global barrier per group.
         """
+        # Groups belong to the default group they were made under; tests and notebooks may have made a new one since.
         if self._made_in is not dist.group.WORLD:
             self._made, self._made_in = {}, dist.group.WORLD
         if (use, ranks) not in self._made:
+            # A second group over all ranks would cost another set of connections, which for NCCL is device memory.
             whole = len(ranks) == dist.get_world_size() and not use
             timeout = timedelta(seconds=self.config.parallel.timeout)
             group = dist.group.WORLD

@@ -103,6 +103,7 @@ def _exchange_waits(ranks: Sequence[int], rank: int, peer: int, fate: str) -> di
         entries = {other: store.get(_key(other)).decode().split() for other in ranks if store.check([_key(other)])}
         if late or len(entries) >= len(ranks) - 1:  # the lost peer writes no entry
             return {other: (int(waited_for), seen) for other, (waited_for, seen) in entries.items()}
+        # The store has no wait for any of several keys.
         time.sleep(0.05)
 
 

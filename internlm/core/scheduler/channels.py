@@ -123,6 +123,7 @@ class Channels:
     # -- sending ------------------------------------------------------------------------------------------------------
     def send(self, target: int, message: Message, tensor: Tensor, declared: bool) -> None:
         """Send ``tensor``, after a header with shape and dtype unless the receiver computes both (``declared``)."""
+        # gloo and NCCL send the memory of a tensor as it lies.
         tensor = tensor.contiguous()
         if not declared:
             self._isend(target, message, _header(tensor), may_block=False)

@@ -95,6 +95,7 @@ class Compute:
     ) -> None:
         self.model, self.criterion, self.micro_batches, self.options = model, criterion, micro_batches, options
         self.dropout_key = replace(options.dropout_key, micro_num=len(micro_batches))
+        # A user's own model without the attribute is one stage.
         self.stage_layers: StageLayers = getattr(model, "stage_layers", StageLayers.whole(1))
         self.sums = zero_sums(options.types, options.device)
         self.outputs: dict[int, Tensor] = {}

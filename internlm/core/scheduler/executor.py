@@ -64,10 +64,12 @@ class Executor:
             return self.compute.forward(chunk, index, hidden)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight) + 1)
         if hidden is not None:
+            # The received tensor is a leaf: its .grad is what goes back to the stage before.
             hidden.requires_grad_()
         output = self.compute.forward(chunk, index, hidden)
         assert output is not None, "backward needs a loss"
         self._in_flight[chunk, index] = keep_in_flight(hidden, output)
+        # A sent tensor that referred to the graph would keep the saved tensors of the whole chunk alive.
         return output.detach()
 
     def _backward(self, step: Step, grad_output: Tensor | None) -> Tensor | None:

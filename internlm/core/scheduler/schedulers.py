@@ -84,6 +84,7 @@ class Scheduler:
         self.records: list[Record] | None = None
         #: The most pairs of chunk and micro-batch in flight during the last step.
         self.peak_in_flight = 0
+        # A plan depends on the number of micro-batches and on the direction alone, and takes a simulation to make.
         self._plans: dict[tuple[int, bool], tuple[Step, ...]] = {}
 
     def table(self, micro_batches: int, backward: bool = True) -> Table:
@@ -160,6 +161,7 @@ class Scheduler:
         if not return_loss:
             return StepResult(float("nan"), compute.sums, outputs, labels)
         with self._attributing_peer_failure():
+            # All stages but that of the head add zeros, so this is a broadcast that needs no rank of the head.
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
         tokens = sums[TOKENS].sum()
         return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)

@@ -114,6 +114,7 @@ def _zbh1(i: int, p: int, v: int, m: int) -> Row:
 
     Every rank then has p micro-batches in flight, and the deferred W fill the time in which 1F1B waits at the end.
     """
+    # BF i times: as many B without their W as keep p micro-batches in flight on every rank.
     return _row((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _actions(m))
 
 

@@ -128,6 +128,7 @@ class _Simulation:
 
     def _advance(self, rank: int) -> None:
         spans = self.spans[rank]
+        # A rank that blocked resumes after the actions that it has run.
         for action in self.table.actions[rank][len(spans) :]:
             start = spans[-1].end if spans else 0
             if source := _source(self.table, rank, action):
