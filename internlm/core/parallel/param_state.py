@@ -204,11 +204,6 @@ def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
     parameter.register_post_accumulate_grad_hook(_on_accumulated)
 
 
-def set_on_grad_ready(parameter: Tensor, callback: Callable[[], None]) -> None:
-    """Call ``callback`` whenever the gradient of ``parameter`` has grown, or autograd is done with it."""
-    _own_state(parameter).on_grad_ready = callback
-
-
 def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     """Add dyᵀ·x to the main gradient of ``parameter``; dy: [T, O], x: [T, I].
 
