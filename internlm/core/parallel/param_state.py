@@ -43,6 +43,7 @@ class ParamState:
     """Blocks until the values of the last update have arrived from the other ranks."""
 
 
+# What reads return of a tensor without state: they must not attach one to a temporary, such as a gathered weight.
 _NO_STATE = ParamState()
 
 
@@ -201,6 +202,7 @@ def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
     _own_state(parameter).main_grad = main_grad
     if main_grad.dtype == parameter.dtype:
         parameter.grad = main_grad  # autograd adds in place to a gradient that exists
+    # Registered in any case: it also tells the optimizer that autograd is done with a parameter.
     parameter.register_post_accumulate_grad_hook(_on_accumulated)
 
 
@@ -242,6 +244,7 @@ def _on_accumulated(parameter: Tensor) -> None:
     """
     grad, main_grad = parameter.grad, main_grad_of(parameter)
     assert main_grad is not None, "the hook is registered by attach_main_grad"
+    # By address: autograd may replace the tensor object and keep the memory.
     if grad is not None and grad.data_ptr() != main_grad.data_ptr():
         main_grad.add_(grad)
         parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None

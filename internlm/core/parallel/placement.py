@@ -115,6 +115,7 @@ class ParamPlacement:
         if self.shard is None:
             return self.global_shape
         if self.shard.axis is None:
+            # Rounded up, so that any number of ranks splits any matrix; padding costs less than refusing the layout.
             return (-(-self._rows // self.shard.count), self.global_shape[-1])
         shape = list(self.global_shape)
         shape[self.shard.axis] //= self.shard.count
@@ -126,6 +127,7 @@ class ParamPlacement:
         Padding is left out. ``offsets`` count in the global tensor, ``start`` and ``stop`` in the shard.
         """
         if self.shard is None or self.shard.axis is None:
+            # The shard is one range of the global tensor too, and padding lies beyond ``last``.
             first, last = self._range
             for tensor_slice in slices_of_range(self.global_shape, first + start, min(first + stop, last)):
                 yield replace(tensor_slice, start=tensor_slice.start - first, stop=tensor_slice.stop - first)

@@ -113,6 +113,7 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
+    # Equal buckets rather than full ones and a rest: the last to be reduced then costs no more than any other.
     unit = ranks * ALIGNMENT
     units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
@@ -189,6 +190,7 @@ class FlatParamGroup(ParamGroup):
         self._in_buffer_order = sorted(self.entries, key=lambda entry: (entry.start, entry.stop))
         device = parameters[0].parameter.device
         grad_dtype = wide(key.dtype) if config.fp32_grad_accum else key.dtype
+        # Zeros, for padding takes part in collectives, the norm and the update like any other element.
         self.values = torch.zeros(self.layout.numel, dtype=key.dtype, device=device)
         self.grads = torch.zeros(self.layout.numel, dtype=grad_dtype, device=device)
         self._move_into_buffers()
@@ -197,6 +199,7 @@ class FlatParamGroup(ParamGroup):
             self.main_shards = self.split(self.new_state())
         self.grad_shards = self.shards_of(self.grads)
         if grad_dtype != self.main_dtype:
+            # Accumulated in half precision, but reduced over replicas and read by the update in float32.
             self.grad_shards = self.split(self.new_state())
         self.copy_model_to_main_params()
 
@@ -269,6 +272,7 @@ class FlatParamGroup(ParamGroup):
 
     def _entries_between(self, start: int, stop: int) -> list[BucketEntry]:
         """Return the parameters of which some elements lie in [start, stop)."""
+        # Bisection, since checkpoints and Muon ask for every bucket, and models have thousands of parameters.
         begin = bisect_right(self._in_buffer_order, start, key=lambda entry: entry.stop)
         end = bisect_left(self._in_buffer_order, stop, key=lambda entry: entry.start)
         return self._in_buffer_order[begin:end]

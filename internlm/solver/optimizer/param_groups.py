@@ -91,6 +91,7 @@ def param_group_key(
 ) -> ParamGroupKey:
     """Return the key of one parameter; the first of ``optimizer.param_groups`` that matches its name counts."""
     config = next((group for group in optimizer.param_groups if re.search(group.pattern, name)), None)
+    # Some recipes leave norms and biases without decay and others do not, so that is a key of its own.
     decays = placement.is_matrix or adam.decay_norm_and_bias
     decay = config.weight_decay if config and config.weight_decay is not None else adam.weight_decay * decays
     return ParamGroupKey(
@@ -182,6 +183,7 @@ class ParamGroup:
         Raises:
             UserError: The parameters were moved to other memory since the group was made.
         """
+        # One parameter stands for all: model.to() and .half() move every one of them, and a step must not look at each.
         name, parameter, memory = self._first_parameter()
         if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
             message = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"

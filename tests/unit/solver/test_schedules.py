@@ -95,7 +95,7 @@ def test_the_learning_rate_rises_once_and_falls_once(schedule: LRSchedule) -> No
 
 @given(schedules())
 def test_the_learning_rate_moves_in_small_steps(schedule: LRSchedule) -> None:
-    """Neither warm-up nor decay goes back, from any first step."""
+    """No step exceeds the steepest slope of warm-up and decay, once ``init_steps`` are over."""
     length = max(schedule.total_steps - schedule.init_steps - schedule.warmup_steps, 1)
     decay = max(min(schedule.decay_steps, length), 1) if schedule.shape == "wsd" else length
     largest = schedule.peak * max(1 / max(schedule.warmup_steps, 1), math.pi / 2 / decay)
