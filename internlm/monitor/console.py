@@ -6,9 +6,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from internlm import accelerator
 from internlm.utils.logger import get_logger
 
@@ -41,6 +38,10 @@ class Terminal:
     """
 
     def __init__(self, total_steps: int, first_step: int, devices: int) -> None:
+        # Imported here, because only a terminal needs it: a job on a cluster may do without the package.
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
         self.total_steps, self.first_step, self.devices = total_steps, first_step, devices
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
         self._redirected = ExitStack()
@@ -52,16 +53,16 @@ class Terminal:
         """Move the bar and print a short line above it."""
         if "loss" not in metrics:  # of a validation
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if name.count("/") == 1)
-            tqdm.write(f"step {step + 1}  {values}", file=sys.stderr)
+            self._bar.write(f"step {step + 1}  {values}", file=sys.stderr)
             return
         self._bar.update(step + 1 - self._bar.n)
-        tqdm.write(self._line(step, metrics), file=sys.stderr)
+        self._bar.write(self._line(step, metrics), file=sys.stderr)
 
     def _line(self, step: int, metrics: Mapping[str, float | int]) -> str:
         # The first step compiles and allocates, but over a whole run it hardly matters for the time left.
         done = step + 1
         seconds_per_step = self._bar.format_dict["elapsed"] / max(done - self.first_step, 1)
-        eta = tqdm.format_interval(seconds_per_step * (self.total_steps - done))
+        eta = self._bar.format_interval(seconds_per_step * (self.total_steps - done))
         tokens_per_second = metrics["tgs (tokens/gpu/second)"] * self.devices
         return (
             f"step {done}/{self.total_steps}  loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
