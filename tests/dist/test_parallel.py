@@ -88,11 +88,15 @@ def test_eight_ranks(layout: Layout) -> None:
     assert_equal(layout)
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"), [(case, each) for n, case in enumerate(CASES) for each in (SAMPLES[n % 3], SAMPLES[3])], ids=str
-)
+def _cases() -> Iterator[object]:
+    for n, case in enumerate(CASES):
+        yield case, SAMPLES[n % 3]
+        yield pytest.param(case, SAMPLES[3], marks=[pytest.mark.wide] if n % 2 else [])
+
+
+@pytest.mark.parametrize(("case", "layout"), list(_cases()), ids=str)
 def test_every_case(case: str, layout: Layout) -> None:
-    """With isp, and with one of the others in turn; :func:`test_a_random_layout` tries them anywhere."""
+    """With one mode in turn, and every other case with isp too; :func:`test_a_random_layout` tries them anywhere."""
     assert_equal(layout, CASES[case])
 
 

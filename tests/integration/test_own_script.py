@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launch import Job
-from tests.integration.jobs import ROOT, free_port, metrics, records, script
+from tests.integration.jobs import ROOT, free_port, metrics, records, script, script_on_pool
 from tests.unit.data.files import write_bin
 
 #: Figures of a step that don't depend on time.
@@ -26,13 +26,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(folder: Path, data: Path, *options: str, every: int = 100, launcher: tuple[str, ...] = ()) -> Job:
-    overrides = (
+NAME, CONFIG = "tests/integration/scripts/own_model.py", "configs/debug/llama2.py"
+
+
+def _overrides(data: Path, every: int = 100) -> tuple[str, ...]:
+    return (
         f"data.train_folder={data}", "adam.lr=0.03", "data.micro_num=1", "ckpt.enable_save_ckpt=True",
         f"ckpt.checkpoint_every={every}", "ckpt.save_ckpt_folder=local:ckpts",
     )  # fmt: skip
-    name = "tests/integration/scripts/own_model.py"
-    return script(name, 2, "configs/debug/llama2.py", folder, *overrides, options=options, launcher=launcher)
+
+
+def _run(folder: Path, data: Path, *options: str, every: int = 100, launcher: tuple[str, ...] = ()) -> Job:
+    return script(NAME, 2, CONFIG, folder, *_overrides(data, every), options=options, launcher=launcher)
 
 
 def _log(folder: Path) -> list[tuple[float, ...]]:
@@ -43,8 +48,8 @@ def _log(folder: Path) -> list[tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    job = _run(folder, data)
-    assert (job.returncode, job.left_behind) == (0, 0), job.stderr
+    job = script_on_pool(NAME, 2, CONFIG, folder, *_overrides(data))
+    assert job.returncode == 0, job.stderr
     return folder
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -22,24 +21,6 @@ COMMAND = [sys.executable, "-c", "from internlm.cli.main import main; raise Syst
 DEBUG = str(ROOT / "configs" / "debug" / "internlm2.py")
 #: Seconds that processes get to see that their parent has gone.
 LAST_WORDS = 5.0
-
-
-class Done(NamedTuple):
-    """A finished command."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    left_behind: int
-
-
-def _verify(*arguments: str, cwd: Path) -> Done:
-    process = _start(*arguments, cwd=cwd)
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        left = _end(process)
-    return Done(process.returncode, out, err, left)
 
 
 def _start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -77,20 +58,23 @@ def _wait_until(condition: Callable[[], bool], seconds: float = LAST_WORDS) -> b
     return condition()
 
 
-def test_a_shipped_config_in_debug_size(tmp_path: Path) -> None:
+# -- within this process, whose server of ranks has torch loaded
+
+
+def test_a_shipped_config_in_debug_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = str(ROOT / "configs" / "7B_internlm2.py")
     options = ("--debug-size", "--steps", "2", "--set", "parallel.tensor.size=2", "--json", "report.json")
-    done = _verify(config, *options, "--world", "2", cwd=tmp_path)
-    assert (done.returncode, done.left_behind) == (0, 0), done.stdout + done.stderr
-    assert "2 ranks (mtp, tensor 2;" in done.stdout
-    assert done.stdout.splitlines()[-1] == "PASS"
+    assert main(["verify", config, *options, "--world", "2"]) == 0
+    out = capfd.readouterr().out
+    assert "2 ranks (mtp, tensor 2;" in out
+    assert out.splitlines()[-1] == "PASS"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"]
     assert len(report["losses"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]  # nothing else is written
-
-
-# -- within this process, whose server of ranks has torch loaded
 
 
 def test_a_pipeline_with_a_table_of_its_own(

@@ -89,6 +89,7 @@ def test_other_pieces_are_nothing_to_compile_for() -> None:
         assert compiled_so_far() == ONE_BREAK
 
 
+@pytest.mark.wide
 def test_all_numbers_of_tokens_need_one_more_compilation() -> None:
     model, compiled = build(), build()
     compile_blocks(compiled)
@@ -97,6 +98,7 @@ def test_all_numbers_of_tokens_need_one_more_compilation() -> None:
         assert compiled_so_far().graphs == graphs
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("_empty_cache")
 def test_without_main_grad_and_with_frozen_parameters() -> None:
     """Only the first weight requires a gradient, so that of its input is not computed."""
