@@ -72,7 +72,7 @@ def test_every_step_drops_something_else() -> None:
 
 
 def test_dropout_is_told_which_micro_batch_it_has() -> None:
-    with pytest.raises(UserError, match="Call the model within drawing"):
+    with pytest.raises(UserError, match="Call the model within dropout_key_scope"):
         decoder(**DROPOUT)(IDS)
 
 
