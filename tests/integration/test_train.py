@@ -86,7 +86,7 @@ ROWS = {
         launched=True,
         options=("--profiling", "--seed", "7"),
         files=(
-            "trace-rank0.json", "trace-rank1.json", "memory-rank0.txt", "memory-rank1.txt",
+            "train.log", "trace-rank0.json", "trace-rank1.json", "memory-rank0.txt", "memory-rank1.txt",
             "tensorboards/events.out.tfevents.*",
         ),
         valid={3: ("val",)},
@@ -171,8 +171,9 @@ def _check_metrics(record: Path, row: Row) -> None:
 
 
 def _check_memory(report: str) -> None:
-    """What is held all the time is what was planned."""
-    rows = re.findall(r"^ *([\d.]+) +([\d.]+)  (?!all$)(.*)$", report, re.MULTILINE)
+    """Bytes held between steps are those of the plan."""
+    size = r"([\d.]+(?: [MG]iB)?)"
+    rows = re.findall(rf"^ *{size} +{size}  (?!total$)(.*)$", report, re.MULTILINE)
     assert {name for _, _, name in rows} >= {"parameters", "gradients", "optimizer: exp_avg"}
     assert all(held == planned for held, planned, _ in rows)
 
