@@ -116,6 +116,6 @@ def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Ite
     for state, names in states.items():
         if left := sorted(name for name in names & trained if f"optimizer/{state}/{name}" not in wanted):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            what = f"is there for {left[0]!r}{more}, for which there is no such state now"
+            what = f"saved for {left[0]!r}{more}, but this run has no such state"
             todo = f"Set optimizer and use_fp32_norm as they were. {FROM_WEIGHTS}"
             yield Problem(f"{folder}: optimizer/{state}", what, todo)

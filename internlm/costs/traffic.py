@@ -44,7 +44,7 @@ def expected_traffic(
 ) -> Traffic:
     """Return what the ledger of a rank must hold after one step of the decoder.
 
-    The step is not one that is skipped for its gradient norm: such a step sends no parameters.
+    A step that is skipped because of its gradient norm is not covered: it sends no parameters.
 
     Args:
         inventory: Parameters of the rank's pipeline stage.

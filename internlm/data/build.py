@@ -52,7 +52,7 @@ def build_valid_loaders(
 ) -> dict[str, ValidLoader]:
     """Build the validation loaders of one data-parallel rank, one for each data-set type.
 
-    Args: see :func:`build_train_loader`.
+    The arguments are those of :func:`build_train_loader`.
 
     Returns:
         Loaders by type: those of ``valid_folder``; without any folder one of random samples; with a ``train_folder``

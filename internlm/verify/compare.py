@@ -1,7 +1,6 @@
-"""Two sets of records → a report. Pure: starts no process, reads and prints nothing.
+"""Compare the records of several ranks with those of one process. Pure: starts no process, reads and prints nothing.
 
-Tensors and metrics of several ranks are held against those of one process (:data:`LIMITS`), and the ledgers of the
-ranks against the traffic formula.
+Tensors and metrics must agree within :data:`LIMITS`, and the ledgers of the ranks with the traffic formula.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         ("model_type=LLAMA2", "model_type: 'LLAMA2', but {} was saved with 'INTERNLM2'. Use the config of the"),
         ("model.vocab_size=80", "model.vocab_size: 80, but {} was saved with 64"),
         ("model.dtype=torch.float32", "model.dtype: 'torch.float32', but {} was saved with 'torch.float64'"),
-        ("optimizer.type=Lion", "{}: optimizer/exp_avg_sq: is there for 'embedding.weight' and "),
+        ("optimizer.type=Lion", "{}: optimizer/exp_avg_sq: saved for 'embedding.weight' and "),
         ("data.micro_bsz=1", "data.micro_bsz: 1, but {} was saved with 2"),
         ("data.fixed_random_dataset_seqlen=True", "data.train_folder: its data changed since {} was saved"),
     ]

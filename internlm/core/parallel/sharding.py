@@ -183,7 +183,7 @@ def current_stage_layers(layers: int) -> StageLayers:
 
 @contextmanager
 def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Iterator[None]:
-    """Build the layers within the block as ``sharding`` splits them, and of a model only its ``stage_layers``."""
+    """Let layers that are built within the block read ``sharding``, and models read ``stage_layers``."""
     global _current
     outer, _current = _current, (sharding, stage_layers)
     try:

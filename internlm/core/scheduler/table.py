@@ -176,7 +176,7 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
     """Read a schedule from a CSV file; its name is the file's.
 
     Raises:
-        ScheduleError: with all cells that are no actions, or else with all that keeps the table from running.
+        ScheduleError: cells are not actions, or the table cannot run; it lists all problems of the first kind found.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V

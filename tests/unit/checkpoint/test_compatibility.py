@@ -78,7 +78,7 @@ def test_state_of_another_optimizer() -> None:
     metadata = Metadata(dict.fromkeys(saved, BytesStorageMetadata()))
     assert texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
     (text,) = texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
-    assert text.startswith("step-1: optimizer/main: is there for 'a', for which there is no such state now. Set ")
+    assert text.startswith("step-1: optimizer/main: saved for 'a', but this run has no such state. Set ")
 
 
 def test_the_same_samples() -> None:
