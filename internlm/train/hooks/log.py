@@ -43,7 +43,10 @@ def _plans(model: nn.Module) -> dict[int, Plan]:
         return {own.stage: memory_plan(own)}
     others = [stage for stage in range(own.groups.p.size) if stage != own.stage]
     inventories = [own, *(build_inventory(own.config, own.world_size, stage) for stage in others)]
-    return {inventory.stage: memory_plan(inventory) for inventory in sorted(inventories, key=lambda each: each.stage)}
+    return {
+        inventory.stage: memory_plan(inventory)
+        for inventory in sorted(inventories, key=lambda inventory: inventory.stage)
+    }
 
 
 def own_plan(model: nn.Module) -> Plan:
