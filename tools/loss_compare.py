@@ -61,11 +61,17 @@ def first_difference(one: Losses, other: Losses, relative: float = 0.0) -> Diffe
     return None
 
 
+#: Fields of /proc/cpuinfo that together name a processor; virtual machines give the same model name to several.
+CPU_FIELDS = "model name", "cpu family", "model", "stepping"
+
+
 def machine() -> dict[str, str]:
     """Return what the bits of a loss depend on beside the code."""
     processor = platform.processor() + platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        processor = next((line for line in info.read_text().splitlines() if line.startswith("model name")), processor)
+        lines = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+        found = {name.strip(): value.strip() for name, _, value in lines}
+        processor = "; ".join([processor, *(found.get(name, "") for name in CPU_FIELDS)])
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
