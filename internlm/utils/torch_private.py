@@ -173,10 +173,11 @@ def compiler_failure(error: Exception) -> Exception | None:
 
 
 def adopt_sharded_parameters(module: torch.nn.Module) -> None:
-    """Have the ``fully_shard`` unit ``module``, if it is one, take over parameters that got other memory.
+    """Let the ``fully_shard`` unit ``module``, if it is one, take over parameters that got other memory.
 
-    Private: ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch
-    calls in the first forward pass only. A public call to do it earlier would replace them.
+    Uses ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch calls
+    in the first forward pass only. Replaced by: a public call that does it earlier. Tested by
+    tests/dist/test_fsdp.py, since it needs a process group.
     """
     get_state: Any = getattr(module, "_get_fsdp_state", None)
     for group in get_state()._fsdp_param_groups if get_state else ():

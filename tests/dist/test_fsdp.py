@@ -314,3 +314,27 @@ def _converted(rank: int, world_size: int) -> str:
 def test_a_model_that_was_converted_is_refused() -> None:
     for message in run_ranks(2, _converted):
         assert message.startswith("model: 'embedding.weight' does not lie where the optimizer put it, so updates")
+
+
+# -- memory that comes last
+
+
+def _materialized(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[list[bool], ShardsByName]:
+    """Whether parameters have memory, before and after; whether a forward pass leaves it where it is; the values."""
+    initialize_distributed_env(TINY, overrides=("model.vocab_size=67", *overrides))
+    model = create_model()
+    had_memory = any(not parameter.is_meta for parameter in model.parameters())
+    model, _ = initialize_model_and_parallel_communicator(model)
+    addresses = [local_shard(parameter).flat.data_ptr() for parameter in model.parameters()]
+    values = shards_of(model_tensors(model))
+    generate(model, [3, 1, 4], 2, temperature=0)
+    stays = addresses == [local_shard(parameter).flat.data_ptr() for parameter in model.parameters()]
+    return [had_memory, not any(parameter.is_meta for parameter in model.parameters()), stays], values
+
+
+def test_a_rank_allocates_and_draws_its_shard_alone() -> None:
+    """Also where rows are uneven, and ``fully_shard`` pads: an optimizer refers to the memory before the first pass."""
+    (one,) = run_ranks(1, _materialized, ())
+    ranks = run_ranks(2, _materialized, ("data.micro_num=2", FSDP))
+    assert [states for states, _ in ranks] == [[False, True, True]] * 2
+    assert_same_tensors(whole_tensors(values for _, values in ranks), whole_tensors([one[1]]))
