@@ -1,7 +1,8 @@
 """State of a parameter: its placement, the dtype it is computed in, and where its gradient goes.
 
 ``nn.Parameter`` has no room for any of this, so every parameter carries one :class:`ParamState` as an attribute. This
-module alone reads and writes that attribute; all other code calls the functions below.
+module alone reads and writes that attribute; all other code calls the functions below, or takes the state from a
+:class:`NamedParameter`.
 
 The optimizer gives each parameter a *main gradient*: a view of its flat gradient buffer, of the parameter's shape,
 perhaps of a wider dtype. Layers that compute a weight gradient themselves add it there and return None to autograd.
