@@ -41,6 +41,7 @@ def set_device(local_rank: int) -> None:
 def current_device() -> torch.device:
     """Return the device on which this process computes."""
     if device_type() == "cuda":
+        # With its index: torch.device("cuda") compares unequal to the device of a tensor.
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

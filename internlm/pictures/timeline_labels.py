@@ -37,6 +37,7 @@ def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
     if not seconds:
         return Clock()
     end = latest_end(timelines)
+    # One unit for all labels of a picture: mixed ones would be compared by their digits.
     return next((Clock(unit, name) for unit, name in _UNITS.items() if end >= unit), Clock(unit=1e-6, name="µs"))
 
 

@@ -18,6 +18,7 @@ class FriendlyParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse ``args`` (default: the command line); an unknown argument is an error that names the nearest flag."""
+        # argparse would report unknown arguments without a hint; here all of them are known at once.
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])

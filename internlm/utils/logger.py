@@ -24,5 +24,6 @@ def get_logger(name: str = NAME) -> logging.Logger:
         handler.setFormatter(_RankFormatter("%(asctime)s %(levelname)s%(rank)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("INTERNLM_LOG_LEVEL", "INFO").upper())
+        # Otherwise a handler that users add to the root logger later would print each line twice.
         root.propagate = False
     return logging.getLogger(name)
