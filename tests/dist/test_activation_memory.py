@@ -77,7 +77,7 @@ def _losses(rank: int, world_size: int, seed: int) -> list[float]:
     batch = next(iter(build_train_loader_with_data_type()[0]))
     optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
     trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule)
-    assert trainer.scheduler.draws.seed == seed
+    assert trainer.scheduler.dropout_key.seed == seed
 
     def loss(step: int) -> float:
         trainer.state.step = step
