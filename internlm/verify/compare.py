@@ -56,8 +56,8 @@ def _limits(
     )
 
 
-# Adam divides a gradient by its own size, so an element whose gradient is nothing but rounding moves by the learning
-# rate in a direction that rounding decides. A few such elements make the difference of parameters.
+# Adam divides a gradient by its own size, so an element whose gradient is mostly rounding moves by the learning rate in
+# a direction that rounding decides. One such element (gradient 5e-8 among 9e-3) made a tensor of 1024 differ by 1.3e-4.
 _SINGLE = _limits(1e-6, losses=1e-5, norms=1e-4, gradients=1e-5, parameters=1e-3, modules=1e-5)
 _HALF = _limits(1e-6, losses=1e-3, norms=1e-2, gradients=1e-5, parameters=5e-2, modules=1e-2)
 
