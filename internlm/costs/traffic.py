@@ -122,7 +122,7 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
     For every bucket of the flat buffer of each param group:
 
     1. Gradients: reduce-scatter over z of B·c; all-reduce over r of (B/z)·c; where each rank has a partial sum
-       (vectors, under msp and fsp over t, under isp over w), all-reduce of (B/z)·g; the same over the first and the
+       (``partial_over``: over t, under isp over w), all-reduce of (B/z)·g; the same over the first and the
        last stage of the pipeline for a tied embedding that both hold.
     2. Norm: all-reduce over z of 16, over the group that splits weights of 8, over p of 8.
     3. Muon: all-gather over the group that splits weights of each matrix that this rank of z owns, O·I·g.

@@ -52,7 +52,8 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
 
 
 def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
-    sizes, dtype = sizes_of(config, world_size), torch_dtype(str(config.model.dtype))
+    assert config.model.dtype is not None, "the resolver fills model.dtype"
+    sizes, dtype = sizes_of(config, world_size), torch_dtype(config.model.dtype)
     # All ranks of a group hold shards of the same shape (padding makes them so); the first stands for all.
     sharding = Sharding(config.parallel.tensor.mode, GroupPosition(0, sizes.tensor), GroupPosition(0, sizes.weight))
     build = model_initializer.get_module(config.model_type)

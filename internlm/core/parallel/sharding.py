@@ -140,10 +140,14 @@ class Sharding:
         return self.replicated(shape, init)
 
     def replicated(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
-        """Return the placement of a vector that every rank holds whole and applies to its own tokens.
+        """Return the placement of a vector over the hidden dimension that every rank holds whole: of a norm, a bias.
 
-        Where the tokens of a row are split over ranks, each rank's gradient is one term of a sum over them
-        (arXiv 2205.05198, section 4.2). isp names the weight group: its ranks differ in tokens or in samples.
+        Each rank applies it to its own tokens. Where the tokens of a row are split over ranks, each rank's gradient is
+        one term of a sum over them (arXiv 2205.05198, section 4.2). isp names the weight group: its ranks differ in
+        tokens or in samples.
+
+        A vector that a rank applies to its own heads or features (QK-norm) needs another placement under mtp, where
+        ``partial_over`` is None here: its gradient is a partial sum over the tensor group in every mode but isp.
         """
         partial = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, "isp": ParallelMode.WEIGHT}
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)

@@ -4,7 +4,7 @@ A bucket passes three stages, each over other ranks:
 
 1. *zero group*: reduce-scatter, so that each rank has the sum of its own shard.
 2. *replicas* of the shard: all-reduce.
-3. ranks that have *partial sums* besides (norms under msp, fsp and isp, tied embeddings of a pipeline): all-reduce.
+3. ranks that have *partial sums* besides (``partial_over`` of the placement, such as norms under msp): all-reduce.
 
 Buckets are reduced from the last layer to the first, as a backward pass completes them, in an order that is the same on
 every rank. With overlap, stage 1 of a bucket begins in the backward pass of the last micro-batch, once the gradients of

@@ -118,6 +118,8 @@ class HybridZeroOptimizer:
             if sharded
             else GradReducer(flat, self.process_groups, reduce_dtype, self.config.overlap_sync_grad)
         )
+        unknown = {group.key.rule for group in self.groups} - UPDATE_RULES.keys()
+        assert not unknown, f"no update rule is registered as {unknown}, so its parameters would never change"
         self.rules = [
             rule([group for group in self.groups if group.key.rule == name], adam, optimizer, self.process_groups)
             for name, rule in UPDATE_RULES.items()

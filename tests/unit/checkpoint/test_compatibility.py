@@ -15,6 +15,7 @@ from internlm.checkpoint import compatibility, load_weights
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.tensor_files import SafeReader
 from internlm.config.nested_dict import put
+from internlm.config.schema import ModelConfig
 from internlm.utils.errors import CheckpointError, Problem
 from tests.unit.checkpoint.samples import complete, in_ranges, write
 from tests.unit.model.samples import decoder, tokens
@@ -197,3 +198,51 @@ def test_weights_of_an_unfinished_checkpoint_are_not_loaded(tmp_path: Path) -> N
     (source / "COMMITTED").unlink()
     with pytest.raises(CheckpointError, match="unfinished"):
         load_weights(decoder(), source)
+
+
+#: Keys of the ``model`` section that change no shape and no name of a tensor. Some change what the model computes
+#: (``rope_base``), which a user may want on resuming.
+NOT_ARCHITECTURE = {
+    "apply_post_layer_norm",
+    "attention_backend",
+    "attn_other_init_std",
+    "attn_wqkv_init_std",
+    "checkpoint",
+    "compile",
+    "cpu_offloading",
+    "drop_rate",
+    "dropout_selective_checkpoint",
+    "dtype",
+    "embed_grad_scale",
+    "embed_split_hidden",
+    "embedding_init_std",
+    "enable_qkv_fusion",
+    "ffn_other_init_std",
+    "ffn_uplayer_init_std",
+    "layer_norm_epsilon",
+    "max_position_embeddings",
+    "mlp_layer_fusion",
+    "moe_layer_kwargs",
+    "moe_type",
+    "norm_head",
+    "num_chunks",
+    "num_experts",
+    "num_shared_experts",
+    "out_head_init_std",
+    "parallel_output",
+    "residual_in_fp32",
+    "rope_base",
+    "rope_scaling_factor",
+    "sliding_window",
+    "top_k",
+    "use_dynamic_ntk_rope",
+    "use_flash_attn",
+    "use_scaled_init",
+    "use_sliding_window",
+}
+
+
+def test_every_key_of_the_model_is_of_the_architecture_or_not() -> None:
+    """A new key that changes shapes would otherwise be reported tensor by tensor."""
+    assert set(ModelConfig.model_fields) == {*compatibility.ARCHITECTURE, *NOT_ARCHITECTURE}
+    assert not NOT_ARCHITECTURE & {*compatibility.ARCHITECTURE}

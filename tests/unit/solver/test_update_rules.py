@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
+from internlm.config.schema.optim import OptimizerName
 from internlm.core.parallel import place_replicated
 from internlm.core.parallel.param_state import main_grad_of, named_parameters
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.muon import orthogonal
 from internlm.solver.optimizer.param_groups import build_param_groups
+from internlm.solver.optimizer.zero_optimizer import UPDATE_RULES
 from internlm.utils.errors import ConfigError
 from tests.unit.model.samples import decoder
 
@@ -155,3 +157,7 @@ def test_a_vector_can_not_be_made_orthogonal() -> None:
     expected = "optimizer.param_groups: 'norm' gives 'layers.0.attention_norm.weight' to Muon, which is no matrix"
     with pytest.raises(ConfigError, match=re.escape(expected)):
         rules(param_groups=(ParamGroupConfig(pattern="norm", type="Muon"),))
+
+
+def test_every_name_of_an_optimizer_has_an_update_rule() -> None:
+    assert set(UPDATE_RULES) == set(get_args(OptimizerName))
