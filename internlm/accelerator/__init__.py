@@ -1,4 +1,4 @@
-"""The device of this process: all that differs between CUDA and CPU, in a few small functions."""
+"""Device functions of this process: everything that differs between CUDA and CPU."""
 
 from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend

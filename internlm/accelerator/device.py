@@ -1,4 +1,4 @@
-"""The device of this process. On CPU, synchronising and emptying the cache are no-ops."""
+"""Queries and control of this process's device. On CPU, synchronising and emptying the cache are no-ops."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import resource
 
 import torch
 
-#: Environment variable; ``cpu`` leaves accelerators unused.
+#: Environment variable that disables accelerators when set to ``cpu``.
 DEVICE_VARIABLE = "INTERNLM_DEVICE"
 
 
 def device_type() -> str:
-    """Return ``"cuda"`` where a CUDA device is available and not disabled, else ``"cpu"``."""
+    """Return ``"cuda"`` if a CUDA device is available and not disabled, else ``"cpu"``."""
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def default_backend() -> str:
-    """Return the ``torch.distributed`` backend of this device."""
+    """Return the default ``torch.distributed`` backend for this device."""
     return "nccl" if device_type() == "cuda" else "gloo"
 
 
@@ -28,12 +28,12 @@ def device_count() -> int | None:
 
 
 def device_memory() -> int | None:
-    """Return the bytes of memory of the current device; None on CPU, where processes share the memory."""
+    """Return the memory of the current device in bytes; None on CPU, where processes share the memory."""
     return torch.cuda.get_device_properties(current_device()).total_memory if device_type() == "cuda" else None
 
 
 def set_device(local_rank: int) -> None:
-    """Make the ``local_rank``-th device of this machine the current one."""
+    """Make device ``local_rank`` of this machine the current device; a no-op on CPU."""
     if device_type() == "cuda":
         torch.cuda.set_device(local_rank)
 
@@ -41,7 +41,7 @@ def set_device(local_rank: int) -> None:
 def current_device() -> torch.device:
     """Return the device on which this process computes."""
     if device_type() == "cuda":
-        # With its index: torch.device("cuda") compares unequal to the device of a tensor.
+        # Include the index: torch.device("cuda") compares unequal to the device of a tensor.
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -53,13 +53,13 @@ def synchronize() -> None:
 
 
 def empty_cache() -> None:
-    """Return cached, unused memory to the device."""
+    """Release unused cached memory to the device."""
     if device_type() == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_memory() -> int:
-    """Return the peak of allocated device memory in bytes; on CPU, of this process's resident memory."""
+    """Return the peak allocated device memory in bytes; on CPU, the peak resident memory of this process."""
     if device_type() == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB

@@ -1,4 +1,4 @@
-"""The subcommands ``memory``, ``schedule``, ``tokenize`` and ``verify``, as functions of their parsed arguments."""
+"""Functions that run the subcommands ``memory``, ``schedule``, ``tokenize`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     """Print the memory plan of each pipeline stage.
 
     Raises:
-        UserError: the config cannot run, or its model cannot be built to count its parameters.
+        UserError: The config cannot run, or its model cannot be built to count its parameters.
     """
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
     plans = plans_of_stages(config, arguments.world)
-    # The job may run on another machine; if this one has devices of that type, their memory is what is known.
+    # The job may run on another machine. If this one has devices of that type, assume their memory.
     device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
     print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world} ranks")
     print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))], device_memory))
@@ -49,15 +49,15 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
 
 # -- schedule ---------------------------------------------------------------------------------------------------------
 def draw_schedule(arguments: argparse.Namespace) -> None:
-    """Simulate a pipeline schedule, print it, and write the files that are asked for.
+    """Simulate and print a pipeline schedule, and write the requested files.
 
     Raises:
-        UserError: the schedule cannot run, or its sizes are not given.
+        UserError: The schedule cannot run, or its sizes are not given.
     """
     a = arguments
     table = _table(a)
     if not (a.forward or a.backward or a.weight):
-        raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Give one of them a time"))
+        raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Set at least one of them above 0"))
     costs = Costs.uniform(table.stage_layout.virtual_stages, a.forward, a.backward, a.weight, a.transfer)
     timelines = [("", simulate(table, costs))]
     if a.write_csv:
@@ -72,7 +72,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
 
 
 def _table(a: argparse.Namespace) -> Table:
-    """Make the schedule of the config and the options, of which options take precedence."""
+    """Make the schedule from the config and the options; options take precedence."""
     schedule, csv, stages, chunks, micro_batches = a.kind, a.csv, a.stages, a.chunks, a.micro_batches
     if a.config:
         config = load_config(a.config, a.set, a.world, a.device)
@@ -88,7 +88,7 @@ def _table(a: argparse.Namespace) -> Table:
     pairs = stages * (chunks or 1) * micro_batches
     if pairs > MOST_PAIRS:
         what = f"{pairs} pairs of virtual stage and micro-batch are too many to draw"
-        raise UserError(Problem("--stages, --chunks, --micro-batches", what, f"Keep to at most {MOST_PAIRS}"))
+        raise UserError(Problem("--stages, --chunks, --micro-batches", what, f"Keep at most {MOST_PAIRS} pairs"))
     if csv:
         return read_table(csv, stages, chunks or 1, micro_batches)
     return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)
@@ -98,7 +98,7 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Give another path")) from None
+        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Give a writable path")) from None
 
 
 # -- tokenize ---------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     """Tokenize text files into a ``.bin`` file and its ``.bin.meta``.
 
     Raises:
-        UserError: a file or the tokenizer cannot be read, or there is no text.
+        UserError: A file or the tokenizer cannot be read, or there is no text.
     """
     files = find_texts(arguments.text_input_path)
     recipe = make_recipe(arguments.tokenizer_path, arguments.bos, arguments.eos)
@@ -118,10 +118,10 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 # -- verify -----------------------------------------------------------------------------------------------------------
 def verify(arguments: argparse.Namespace) -> int:
-    """Compare several processes with one, print the report, and return the exit code.
+    """Compare a run on several processes with a run on one, print the report, and return the exit code.
 
     Raises:
-        UserError: config or options are wrong.
+        UserError: The config or an option is invalid.
     """
     a = arguments
     plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, seed=a.seed, shrink=a.debug_size)

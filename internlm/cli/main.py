@@ -1,6 +1,6 @@
-"""The console command ``internlm``: a table of subcommands, each run by a function that is imported on use.
+"""The console command ``internlm``: a table of subcommands whose functions are imported when they run.
 
-This file and the parsers import neither torch nor pydantic, so that ``--help`` and mistyped options answer at once.
+This file and the parsers import neither torch nor pydantic, so that ``--help`` and argument errors are printed at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from internlm.cli import parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
-#: Exit code of a program that SIGPIPE ended, by the shells' convention.
+#: Exit code of a program ended by SIGPIPE, as shells report it.
 EXIT_CLOSED_PIPE = 128 + 13
 
 
 class Command(NamedTuple):
-    """One subcommand."""
+    """Subcommand of ``internlm``: its arguments, and the function that runs it."""
 
     name: str
     help: str
-    """Line in ``internlm --help``."""
+    """Description in ``internlm --help``."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     function: str
-    """``module:name`` of a function of the parsed arguments that returns the exit code or None."""
+    """``module:name`` of the function that takes the parsed arguments and returns the exit code or None."""
 
 
 COMMANDS = (
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run the command line (default: that of the process) and return the exit code; None is success."""
+    """Run ``internlm`` with ``arguments`` (default: ``sys.argv[1:]``) and return the exit code; None: success."""
     try:
         try:
             return _main(arguments)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise  # another pipe, such as one to a worker process
-        # The reader, such as ``head``, has all it wants. Python flushes stdout once more at exit: into nothing.
+        # The reader, such as ``head``, has closed the pipe. Python flushes stdout once more at exit: discard that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
 
@@ -82,7 +82,7 @@ def _main(arguments: Sequence[str] | None) -> int | None:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Return True if stdout is a pipe whose reader has closed it."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are reported whatever one asks for
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

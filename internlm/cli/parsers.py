@@ -1,4 +1,4 @@
-"""Arguments of each subcommand of ``internlm``; the same options mean the same everywhere."""
+"""Arguments of each subcommand of ``internlm``; shared options are defined once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-#: Schedules by name. Their home, ``core/scheduler/table.py``, imports torch; a test holds the two equal.
+#: Names of the schedules in ``core/scheduler/table.py``, repeated here since that file imports torch. A test compares
+#: both.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv")
 LONGEST = 1e9
 
@@ -66,7 +67,7 @@ def add_run(
     default_device: str | None = None,
     devices: Sequence[str] = ("cpu", "cuda"),
 ) -> None:
-    """Add ``--world`` and ``--device``, with ``world`` and ``device`` as their help."""
+    """Add ``--world`` and ``--device``, with ``world`` and ``device`` as their help texts."""
     parser.add_argument("--world", type=count, metavar="N", required=world_required, help=world)
     parser.add_argument("--device", choices=devices, default=default_device, help=device)
 

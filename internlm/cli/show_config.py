@@ -1,4 +1,4 @@
-"""``internlm config``: print what a config resolves to. In a file of its own, since it needs no torch."""
+"""Subcommand ``internlm config``: print a resolved config. A file of its own, since it needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def show_config(arguments: argparse.Namespace) -> None:
     """Print the resolved config as JSON, each value with its source; warnings go to stderr.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: The config is invalid; every problem is listed.
     """
     resolved = resolve(arguments.config, arguments.set, arguments.world, arguments.device)
     print(json.dumps(with_sources(resolved.config, resolved.sources), indent=2))
@@ -23,7 +23,7 @@ def show_config(arguments: argparse.Namespace) -> None:
 
 
 def _obstacles(config: Config) -> list[str]:
-    """Return why this version cannot run ``config``, which may be looked at all the same."""
+    """Return the problems that keep this version from running ``config``; it can be printed nevertheless."""
     try:
         check_runnable(config)
     except ConfigError as error:

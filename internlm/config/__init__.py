@@ -1,4 +1,4 @@
-"""The config: written freely as Python, resolved into one typed, frozen, validated object."""
+"""Config of a run: a Python file, resolved into one typed, frozen, validated object."""
 
 from internlm.config.keys import config_hash as config_hash
 from internlm.config.keys import to_json as to_json

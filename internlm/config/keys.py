@@ -1,4 +1,4 @@
-"""Dotted keys of the config: their fields in the schema, accepted values in words, values in a resolved config."""
+"""Dotted config keys: their fields in the schema, accepted values in words, and values in a resolved config."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def item_section_of(annotation: Any) -> type[Section] | None:
-    """Return the section class in a field's type, that of its items where the field is a list of sections."""
+    """Return the section class of a field's type, or of its items if the field is a list of sections."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -38,7 +38,7 @@ def item_section_of(annotation: Any) -> type[Section] | None:
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield dotted key and field of everything in ``section``, each section before its own fields.
+    """Yield the dotted key and the field of each entry in ``section``, each section before its own fields.
 
     Keys within the items of a list have no index: ``optimizer.param_groups.pattern``.
     """
@@ -48,7 +48,7 @@ def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldI
             yield from walk(inner, f"{prefix}{name}.")
 
 
-# Every message looks keys up, and the schema never changes.
+# Cached: every message looks keys up, and the schema never changes.
 @functools.cache
 def fields() -> dict[str, FieldInfo]:
     """Return every key of the config with its field, sections included."""
@@ -56,30 +56,30 @@ def fields() -> dict[str, FieldInfo]:
 
 
 def is_section(key: str) -> bool:
-    """Whether ``key`` is a section rather than a value."""
+    """Return True if ``key`` is a section rather than a value."""
     return key in fields() and section_of(fields()[key].annotation) is not None
 
 
 def is_free_dict(key: str) -> bool:
-    """Whether ``key`` is a dict in which any name is allowed."""
+    """Return True if ``key`` is a dict in which any name is allowed."""
     return key in fields() and get_origin(fields()[key].annotation) is dict
 
 
 def children(section: str) -> list[str]:
-    """Return the names of the fields directly in ``section``; ``""`` is the whole config."""
+    """Return the names of the fields directly in ``section``; ``""`` means the whole config."""
     prefix = f"{section}." if section else ""
     inside = (key.removeprefix(prefix) for key in fields() if key.startswith(prefix))
     return [name for name in inside if "." not in name]
 
 
 def is_of_list(key: str) -> bool:
-    """Whether ``key`` is in a dict within a list, and so cannot be set by itself."""
+    """Return True if ``key`` is in a dict within a list, and so cannot be set by itself."""
     section = fields().get(key.rpartition(".")[0])
     return section is not None and get_origin(section.annotation) is tuple
 
 
 def takes_none(key: str) -> bool:
-    """Whether ``key`` accepts None."""
+    """Return True if ``key`` accepts None."""
     return NoneType in get_args(fields()[key].annotation)
 
 
@@ -129,7 +129,7 @@ def _bounds(metadata: list[Any] | tuple[Any, ...]) -> str:
 
 # -- values of a resolved config --------------------------------------------------------------------------------------
 def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of everything in ``section`` that is not itself a section."""
+    """Yield the dotted key and the value of every plain field in ``section`` and its subsections."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -139,14 +139,14 @@ def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_json(config: Config, indent: int | None = None) -> str:
-    """Return canonical JSON of every key, sorted; ``Config.model_validate_json`` restores an equal config from it."""
+    """Return the config as canonical JSON, sorted by key; ``Config.model_validate_json`` restores an equal config."""
     # Sorted and without spaces, so that equal configs give equal text, whose hash the ranks compare at launch.
     separators = None if indent else (",", ":")
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
 
 
 def config_hash(config: Config) -> str:
-    """Return the SHA-256 of the canonical JSON in hex, equal for equal configs whatever files they came from."""
+    """Return the SHA-256 of the canonical JSON in hex; it depends on the values only, not on their source."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Normalisation of old spellings, in this file only: afterwards a config has the shape of the schema."""
+"""Normalisation of old spellings to those of the schema; no other file handles old spellings."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ REMOVED = {
     "generation": "Remove it: generation is not configured in a training config",
 }
 
-#: Ignored keys, and why that changes nothing.
-# Refusing these would stop configs that run elsewhere for nothing.
+#: Ignored keys, and why ignoring them changes nothing.
+# Refusing these would reject configs that run elsewhere, without need.
 IGNORED = {"metric_dtype": "metrics are always computed in float32"}
 
 SEQUENCE_PARALLEL = "parallel.sequence_parallel"
@@ -48,8 +48,8 @@ class Findings:
 
 
 def normalise(config: NestedDict, findings: Findings) -> None:
-    """Rewrite ``config`` in place to present spellings; idempotent."""
-    # Short forms first: all else looks into the sections that they stand for.
+    """Replace old spellings in ``config`` in place. Idempotent."""
+    # Short forms first: the other steps look into the expanded sections.
     _expand_short_forms(config)
     _rename(config, findings)
     _refuse_removed(config, findings)
@@ -73,7 +73,7 @@ def _rename(config: NestedDict, findings: Findings) -> None:
             continue
         if get(config, new, ABSENT) is not ABSENT:
             what = f"given together with its new name: {old} = {value!r}, {new} = {get(config, new)!r}"
-            findings.problems.append(Problem(old, what, f"Keep {new}"))
+            findings.problems.append(Problem(old, what, f"Remove {old}"))
         else:
             put(config, new, value)
 
@@ -91,7 +91,7 @@ def _drop_ignored(config: NestedDict, findings: Findings) -> None:
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
-    """Drop the flag, which follows from the mode (all but mtp split sequences); without a mode, True means msp."""
+    """Drop ``sequence_parallel``: the mode implies it (all but mtp split sequences). Without a mode, True sets msp."""
     flag = pop(config, SEQUENCE_PARALLEL)
     mode = get(config, "parallel.tensor.mode")
     if flag is ABSENT or flag is None:
@@ -113,20 +113,20 @@ def _respell_values(config: NestedDict) -> None:
         value = get(config, key)
         if value is not None:
             put(config, key, respell(value))
-    # ZBV has two chunks per stage. Configs written for 1F1B often say num_chunks = 1, which cannot be meant for ZBV.
+    # ZBV has two chunks per stage. Configs written for 1F1B often set num_chunks = 1, which cannot be meant for ZBV.
     if get(config, "parallel.pipeline.mode") == "ZBV" and get(config, "model.num_chunks") == 1:
         pop(config, "model.num_chunks")
 
 
 def _drop_unset(config: NestedDict) -> None:
-    """Remove None where the key does not accept it: it means not set."""
+    """Remove keys that are None but do not accept None: there, None means not set."""
     for key in keys.fields():
         if get(config, key, ABSENT) is None and not keys.takes_none(key):
             pop(config, key)
 
 
 def _dtype_name(value: Any) -> Any:
-    """Return the name of a ``torch.dtype``, and float16 for half."""
+    """Return the name of a ``torch.dtype``; half becomes float16."""
     # Compared by name, so that this package does not import torch.
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         value = str(value)
@@ -148,12 +148,12 @@ def _list_as_tuple(value: Any) -> Any:
 
 
 def _batch_list(value: Any) -> Any:
-    """Return the text of 7 and (1, 5), as which ``--set`` reads ``7`` and ``1,5``."""
+    """Convert batch numbers back to text; ``--set`` parses ``7`` and ``1,5`` as an int and a tuple."""
     batches = value if isinstance(value, (tuple, list)) else [value]
     return ",".join(map(str, batches)) if all(type(batch) is int for batch in batches) else value
 
 
-#: Key -> function that rewrites its old spellings.
+#: Key -> function that replaces its old spellings.
 RESPELLED = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,

@@ -1,6 +1,6 @@
-"""Load a Python config file as a dict of its config keys, and apply overrides from the command line to it.
+"""Load a Python config file as a dict of its config keys, and apply command-line overrides to it.
 
-The file is executed with the rights of whoever loads it.
+The file is executed with the rights of the user who loads it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from internlm.config.messages import belongs_elsewhere
 from internlm.config.nested_dict import NestedDict, plain, put
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
-#: Type of the name that ``from __future__ import annotations`` leaves in a file.
+#: Type of the object that ``from __future__ import annotations`` binds in a file.
 FUTURE = type(annotations)
 
 #: Config keys in upper case; every other upper-case name is the file's own.
 UPPER_CASE_KEYS = ("JOB_NAME",)
 
-#: Command-line option of overrides, for messages.
+#: Command-line option for overrides, as named in messages.
 OPTION = "--set"
 
 
@@ -39,7 +39,7 @@ def load_file(path: str | Path) -> NestedDict:
     underscore, modules, functions and classes are the file's own.
 
     Raises:
-        ConfigError: the file is missing, not Python, or fails when executed.
+        ConfigError: The file is missing, is not Python, or fails when executed.
     """
     path = Path(path)
     code = _compile(path, _read(path))
@@ -74,7 +74,7 @@ def _read(path: Path) -> bytes:
 def _missing(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
-        return Problem(str(path), f"no such file, and no folder {folder.resolve()}", "Check the path")
+        return Problem(str(path), f"no such file, and no folder {folder.resolve()}", "Give an existing file")
     siblings = [file.name for file in folder.glob("*.py")]
     todo = did_you_mean(path.name, siblings) if siblings else f"There is no .py file in {folder.resolve()}"
     return Problem(str(path), "no such file", todo)
@@ -85,7 +85,8 @@ def _compile(path: Path, source: bytes) -> CodeType:
         return compile(source, str(path), "exec")
     except SyntaxError as error:
         line = f"{error.text.strip()!r}: " if error.text else ""
-        raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", "Fix the syntax")) from None
+        todo = f"Check with: python -m py_compile {path}"
+        raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", todo)) from None
     except ValueError as error:  # null bytes, before Python 3.12
         raise ConfigError(Problem(str(path), str(error), "Give a Python file")) from None
 
@@ -93,15 +94,15 @@ def _compile(path: Path, source: bytes) -> CodeType:
 def _failure(path: Path, error: BaseException) -> Problem:
     """Report ``error`` at the innermost line of the config file itself, not of what it calls."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", "Fix this line")
+    return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", f"For the traceback, run: python {path}")
 
 
 # -- overrides --------------------------------------------------------------------------------------------------------
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``"a.b=c"`` into key and value: a Python literal where it is one, else text.
+    """Split ``"a.b=c"`` into key and value; a Python literal is evaluated, any other value stays text.
 
     Raises:
-        ValueError: there is no ``=``, or the key has an empty name.
+        ValueError: There is no ``=``, or the key has an empty name.
     """
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -111,7 +112,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _literal_or_text(text: str) -> Any:
-    if text.lstrip("+-") in ("nan", "inf"):  # no Python literals, but numbers to whoever types them
+    if text.lstrip("+-") in ("nan", "inf"):  # not Python literals, but meant as numbers
         return float(text)
     try:
         return ast.literal_eval(text)
@@ -120,7 +121,7 @@ def _literal_or_text(text: str) -> Any:
 
 
 def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list[Problem]) -> set[str]:
-    """Set each override in ``config``, in order, and return the keys that were set; problems are appended."""
+    """Apply ``overrides`` to ``config`` in order, append to ``problems``, and return the keys that were set."""
     done = set()
     for text in overrides:
         try:
@@ -128,7 +129,7 @@ def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list
         except ValueError as error:
             problems.append(Problem(OPTION, str(error), "Example: --set model.num_layers=4"))
             continue
-        # An old spelling is known by its new name; the rest of the old ones are normalised afterwards.
+        # Renamed keys are set under their new names; other old spellings are normalised afterwards.
         key = RENAMED.get(key, key)
         if _is_known(key):
             put(config, key, value)

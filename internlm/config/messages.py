@@ -1,4 +1,4 @@
-"""Translation of pydantic's validation errors into problems: one per key, in words."""
+"""Translation of pydantic's validation errors into problems, one per key, in plain words."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _key(detail: Any) -> str:
 
 
 def _implied_by_typos(by_key: dict[str, list[Any]]) -> set[str]:
-    """Return missing keys that are present under a misspelt name, whose problem is reported as an unknown key."""
+    """Return missing keys that are present under a misspelt name; only the unknown key is reported."""
     missing = [key for key, details in by_key.items() if details[0]["type"] == MISSING]
     unknown = [key for key, details in by_key.items() if details[0]["type"] == UNKNOWN]
     candidates = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
@@ -69,13 +69,13 @@ def _section(key: str) -> str:
 
 
 def _is_other_text(detail: Any) -> bool:
-    """Whether text was given that is not one of the texts that the key accepts."""
+    """Return True if the value is text, but not one of the accepted choices."""
     return detail["type"] == UNKNOWN_CHOICE and isinstance(detail["input"], str)
 
 
 def _problem(key: str, details: Iterable[Any]) -> Problem:
-    # A key that accepts several types has an error for each. The type that fits best was meant: text that is not a
-    # known choice, then a number out of range, then a value of another type.
+    # A key that accepts several types has one error per type. Report the most specific: text that is not a known
+    # choice, then a number out of range, then a value of another type.
     detail = min(details, key=lambda d: (not _is_other_text(d), d["type"] not in OUT_OF_RANGE))
     value = detail["input"]
     if detail["type"] in (UNKNOWN, BAD_NAME):
@@ -91,7 +91,7 @@ def _problem(key: str, details: Iterable[Any]) -> Problem:
 
 
 def _wanted(key: str) -> str:
-    """Describe the accepted values, for a section with the names of its required keys."""
+    """Describe the values that ``key`` accepts; for a section, name its required keys."""
     required = [name for name in keys.children(key) if keys.fields()[f"{key}.{name}"].is_required()]
     return keys.expected(key) + (f" with {', '.join(required)}" if required else "")
 
@@ -103,17 +103,17 @@ def _where_it_belongs(key: str) -> str:
     if section:
         return todo or did_you_mean(name, keys.children(section))
     todo = f"{todo}." if todo else did_you_mean(name, keys.children(section))
-    return f"{todo} Names of your own are UPPER_CASE or begin with an underscore"
+    return f"{todo} Write names of your own in UPPER_CASE or with a leading underscore"
 
 
 def belongs_elsewhere(key: str) -> str:
-    """Name the keys of other sections that have the name of the unknown ``key``.
+    """Suggest keys of the same name in other sections.
 
-    Empty where there are none, or where there are several and a name in its own section is near.
+    Return an empty string if there are none, or if there are several and ``key``'s own section has a similar name.
     """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
-    # ``type`` or ``size`` exist in many sections: a typo within this one is likelier.
+    # ``type`` and ``size`` exist in many sections: a typo within this one is more likely.
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
         return ""
     return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""

@@ -11,7 +11,7 @@ ABSENT = object()
 
 
 def plain(value: Any) -> Any:
-    """Copy ``value`` so that no dict is shared with it; mappings become dicts, paths become text."""
+    """Copy ``value``: mappings become new dicts, paths become text."""
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     # The schema is strict and takes text for paths.
@@ -19,7 +19,7 @@ def plain(value: Any) -> Any:
 
 
 def get(nested: Any, key: str, default: Any = None) -> Any:
-    """Return the value at ``key``, or ``default`` where it or a dict on the way to it is absent."""
+    """Return the value at ``key``, or ``default`` if it or a dict on its path is absent."""
     for name in key.split("."):
         if not isinstance(nested, dict) or name not in nested:
             return default
@@ -28,7 +28,7 @@ def get(nested: Any, key: str, default: Any = None) -> Any:
 
 
 def put(nested: NestedDict, key: str, value: Any) -> None:
-    """Set ``key``, creating the dicts on the way to it; any other value in the way is replaced."""
+    """Set ``key``, creating the dicts on its path; a value on the path that is not a dict is replaced."""
     *path, last = key.split(".")
     for name in path:
         if not isinstance(nested.get(name), dict):
@@ -38,7 +38,7 @@ def put(nested: NestedDict, key: str, value: Any) -> None:
 
 
 def pop(nested: NestedDict, key: str) -> Any:
-    """Remove ``key`` and return its value, or ``ABSENT``."""
+    """Remove ``key`` and return its value, or ``ABSENT`` if there is none."""
     parent, _, last = key.rpartition(".")
     section = get(nested, parent) if parent else nested
     return section.pop(last, ABSENT) if isinstance(section, dict) else ABSENT
@@ -62,5 +62,5 @@ def with_sections(key: str) -> Iterator[str]:
 
 
 def within(key: str, others: frozenset[str] | set[str]) -> bool:
-    """Whether ``key`` or a section that contains it is in ``others``."""
+    """Return True if ``key`` or a section that contains it is in ``others``."""
     return any(candidate in others for candidate in with_sections(key))

@@ -1,13 +1,13 @@
-"""From a config file (or a dict) and overrides to one validated, frozen :class:`Config`.
+"""Resolve a config file (or a dict) and overrides into one validated, frozen :class:`Config`.
 
 1. *Load* the file.
 2. *Normalise* old spellings, apply the overrides, normalise again.
 3. *Validate* each key against the schema.
-4. *Derive* the values that follow from others where they are not given.
+4. *Derive* defaults that follow from other values.
 5. *Check* the rules across keys.
 
-All problems found in phases 2 to 5 are reported together. A key that failed silences the rules that read it, so that
-one mistake gives one message.
+All problems found in phases 2 to 5 are reported together. Rules that read an invalid key are
+skipped, so that one mistake gives one message.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ OVERLAPS = (f"{ZERO}.overlap_sync_grad", f"{ZERO}.overlap_sync_param")
 
 @dataclass(frozen=True)
 class Derivation:
-    """A default that follows from other keys: ``target`` becomes ``value(config, run)`` unless that is None.
+    """Default that follows from other keys: ``target`` is set to ``value(config, run)`` unless that is None.
 
-    ``reads`` names the keys and facts that ``value`` reads.
+    ``reads`` names the keys and the :class:`RunInfo` fields that ``value`` reads.
     """
 
     target: str
@@ -60,7 +60,10 @@ def _dtype(config: Config, run: RunInfo) -> str:
 
 
 def _bucket_size(config: Config, run: RunInfo) -> int:
-    """Overlap needs several buckets; without it, the fewer collectives the better."""
+    """Return the bucket size in elements: as given, else 16 Mi with overlap and 512 Mi without.
+
+    Overlap needs several buckets; without it, fewer collectives are faster.
+    """
     zero = config.hybrid_zero_optimizer
     return zero.reduce_bucket_size or (16 if zero.overlap_sync_grad or zero.overlap_sync_param else 512) * 2**20
 
@@ -85,7 +88,7 @@ DERIVATIONS = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config, the source of each of its values, and warnings about it."""
+    """Resolved config, with the source of each value and the warnings about it."""
 
     config: Config
     sources: dict[str, str]  # dotted key -> "file", "override", "derived" or "default"
@@ -98,7 +101,7 @@ def load_config(
     world_size: int | None = None,
     device_type: str | None = None,
 ) -> Config:
-    """Resolve a config, log its warnings, and return the config alone; arguments as of :func:`resolve`."""
+    """Resolve a config, log its warnings, and return it; takes the arguments of :func:`resolve`."""
     resolved = resolve(source, overrides, world_size, device_type)
     for warning in resolved.warnings:
         get_logger().warning(warning)
@@ -114,18 +117,18 @@ def resolve(
     """Resolve a config file or dict.
 
     Args:
-        source: path of a Python config file, which is executed, or a dict of config keys.
-        overrides: ``"key=value"`` each; a later one replaces an earlier one.
-        world_size: number of processes. None: what depends on it is not checked.
-        device_type: ``"cpu"`` or ``"cuda"``. None: what depends on it is neither derived nor checked.
+        source: Path of a Python config file, which is executed, or a dict of config keys.
+        overrides: Strings ``"key=value"``; a later one replaces an earlier one.
+        world_size: Number of processes. None: skip the checks that depend on it.
+        device_type: ``"cpu"`` or ``"cuda"``. None: skip the derivations and checks that depend on it.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: The config is invalid; every problem is listed.
     """
     raw = load_file(source) if isinstance(source, (str, Path)) else nested_dict.plain(source)
     findings = Findings()
-    # Old spellings of the file are normalised first, so that an override of a key meets its present form; overrides
-    # may use old spellings too.
+    # Normalise the file first, so that overrides find present key names; then again, since overrides may use old
+    # spellings too.
     normalise(raw, findings)
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
@@ -136,14 +139,14 @@ def resolve(
     problems += _check(raw, run, unusable)
     if findings.problems or problems:
         raise ConfigError(*findings.problems, *problems)
-    # Again, since derived values were filled in after the first validation.
+    # Validate again: derived values were filled in after the first validation.
     config = Config.model_validate(raw)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
     return Resolved(config, sources, findings.warnings + warnings_about(config))
 
 
 def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
-    """Return the problems of single keys, and the keys that have one."""
+    """Validate each key; return the problems, and the keys that have one."""
     try:
         Config.model_validate(raw)
     except ValidationError as error:
@@ -155,7 +158,7 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
     """Fill in derived values and return their keys; targets that cannot be derived are added to ``unusable``."""
     config, derived = _partial(Config, raw), set()
     for derivation in DERIVATIONS:
-        # None in a file means: not given.
+        # None in a file means not given.
         if nested_dict.get(raw, derivation.target) is not None:
             continue
         if any(nested_dict.within(key, unusable) for key in derivation.reads):
@@ -168,19 +171,19 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
 
 def _check(raw: NestedDict, run: RunInfo, unusable: set[str]) -> list[Problem]:
     config = _partial(Config, raw)
-    # A problem of one key would otherwise raise within a rule, or give a second message.
+    # A rule that reads an invalid key could raise, or report the same mistake again.
     ready = (rule for rule in ALL_RULES if not any(nested_dict.within(key, unusable) for key in rule.reads))
     return [problem for rule in ready for problem in rule.check(config, run)]
 
 
 def _partial(section: type[Section], given: Any) -> Any:
-    """Build a section from what is given, without validation; only keys that did not fail may be read from it."""
+    """Build a section from ``given`` without validation; only keys that passed validation may be read from it."""
     given = given if isinstance(given, Mapping) else {}
     known = {name: given[name] for name in section.model_fields if name in given}
     for name, field in section.model_fields.items():
         if (inner := section_of(field.annotation)) and (field.is_required() or known.get(name) is not None):
             known[name] = _partial(inner, known.get(name))
-    # Values of keys that failed may be of any type here; whoever reads those is skipped.
+    # Invalid values may be of any type here; rules and derivations that read them are skipped.
     return section.model_construct(**known)
 
 

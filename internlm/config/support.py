@@ -1,8 +1,8 @@
 """Limits of this version: values that are refused, keys without effect, and settings that deserve a warning.
 
-A run refuses what would change results silently (:func:`check_runnable`) and warns about what does nothing
-(:func:`warnings_about`). The tables shrink as features arrive; a test holds that every key of the schema is either read
-somewhere or listed here.
+A run refuses settings that would silently change results (:func:`check_runnable`) and warns about settings without
+effect (:func:`warnings_about`). The tables shrink as features arrive; a test checks that every key of the schema is
+either read somewhere or listed here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internlm.config import keys
 from internlm.config.schema import Config, OptimizerConfig
 from internlm.utils.errors import ConfigError, Problem
 
-#: Keys of which only these values run, since others need a feature that is not available yet.
+#: Supported values by key; other values need a feature that is not available yet.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "parallel.sequence_2D.enable": (False,),
     "model.num_experts": (1,),
@@ -31,7 +31,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "ckpt.enable_internevo2hf_ckpt": (False,),
 }
 
-#: Keys that name a folder, which must be a local one.
+#: Keys of folders that must be local.
 LOCAL_FOLDERS = ("data.train_folder", "data.valid_folder", "ckpt.save_ckpt_folder", "ckpt.load_ckpt_info.path")
 # One letter before the colon is a drive, not a protocol.
 REMOTE = re.compile(r"(?!local:)\w{2,}:")
@@ -39,7 +39,7 @@ REMOTE = re.compile(r"(?!local:)\w{2,}:")
 
 @dataclass(frozen=True)
 class NoEffect:
-    """A key that is accepted without effect; ``requested`` says whether its value asks for what is missing."""
+    """Key that is accepted without effect; ``requested(value)`` is True if the value needs the missing feature."""
 
     key: str
     instead: str
@@ -56,7 +56,7 @@ NO_EFFECT = (
     NoEffect("loss.op_type", "the chunked kernel computes the loss", lambda kernel: False),
 )
 
-#: Keys that nothing reads, by the setting without which they have no meaning. There is no warning for these, since that
+#: Keys that nothing reads, by the setting that gives them a meaning. They need no warning of their own, since that
 #: setting is refused or warned about.
 UNREAD: dict[str, tuple[str, ...]] = {
     "model.num_experts": (
@@ -110,7 +110,7 @@ def _use(supported: tuple[Any, ...]) -> str:
 
 @dataclass(frozen=True)
 class DubiousSetting:
-    """A warning about those of ``keys`` that differ from their defaults, where ``applies`` is true of the config.
+    """Warning about the ``keys`` that differ from their defaults, issued if ``applies(config)`` is True.
 
     ``message`` is a format string for the config ``c``.
     """
@@ -162,7 +162,7 @@ DUBIOUS_SETTINGS = (
 
 
 def warnings_about(config: Config) -> list[str]:
-    """Return a warning for the settings without effect in this version, and one per dubious setting."""
+    """Return one warning about all settings without effect in this version, and one per dubious setting."""
     given = dict(keys.values(config))
     idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.requested(given[row.key])]
     warnings = [f"No effect in this version: {', '.join(idle)}"] if idle else []

@@ -1,4 +1,4 @@
-"""Trainer assembly: the scheduler and its channels, from the global config."""
+"""Construction of the trainer: its scheduler and pipeline channels, from the global config."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def initialize_trainer(
     criterion: TokenCrossEntropy | None = None,
     types: int = 1,
 ) -> Trainer:
-    """Build a :class:`Trainer`.
+    """Build a :class:`Trainer` with the scheduler of the global config.
 
     Args:
-        model: initialised, with its communicators.
-        optimizer: made by :func:`~internlm.train.initialize_optimizer`, as the schedules are.
-        lr_scheduler: step to learning rate.
-        beta2_scheduler: step to beta2.
-        criterion: default: cross-entropy with the config's label smoothing.
-        types: number of data-set types that metrics are split by.
+        model: Initialised model with its communicators.
+        optimizer: Optimizer made by :func:`~internlm.train.initialize_optimizer`, which makes the schedules too.
+        lr_scheduler: Function from step to learning rate.
+        beta2_scheduler: Function from step to beta2.
+        criterion: Loss function; default: cross-entropy with the config's label smoothing.
+        types: Number of data-set types that metrics are split by.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
     return Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
-    # The ranks whose tokens are different: under isp also those that split a row.
+    # Ranks with different tokens; under isp, they include the ranks that split a row.
     mode = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     tokens, device = gpc.group(mode), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
@@ -70,24 +70,24 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
 
 
 def _check_agreement(table: Table) -> None:
-    """Check that all ranks have read one schedule: with different ones they would block on each other's messages."""
+    """Check that all ranks read the same schedule; otherwise sends and receives would not match, and block."""
     tables: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(tables, hashlib.sha256(repr(table.actions).encode()).hexdigest()[:12])
     if len(set(tables)) > 1:
         hashes = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(tables))
         message = f"is not the same file on all ranks ({hashes})"
-        raise ConfigError(Problem(table.schedule, message, "Copy it to all machines"))
+        raise ConfigError(Problem(table.schedule, message, "Copy one file to all machines"))
 
 
 def _channels(schedule: str) -> Channels:
     """Open the channels to and from the stages before and after this one.
 
-    In an interleaved schedule the last stage sends to the first, whose next chunk follows.
+    In an interleaved schedule the last stage sends to the first, which holds the next chunk.
     """
     stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel
     incoming, outgoing = {}, {}
     for index, pairs in enumerate(_neighbours(stage.size, ring=schedule == "interleaved")):
-        # A process group for each direction: messages arrive in the order sent, and a late one delays no other.
+        # A process group for each direction: messages arrive in the order sent, and a late one does not delay others.
         up, down = (gpc.pair_of_stages(f"{index} {direction}", pairs) for direction in ("up", "down"))
         for lower, upper in pairs:
             if stage.rank == lower:
@@ -99,9 +99,9 @@ def _channels(schedule: str) -> Channels:
 
 
 def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:
-    """Return pairs of neighbouring stages, in lists in each of which no stage occurs twice.
+    """Return the pairs of neighbouring stages as lists; no stage occurs twice in a list.
 
-    Making a group blocks until its members do. List by list, no chain of stages waits for one another.
+    Creating a process group blocks until both members call it. List by list, no stage waits for a chain of others.
     """
     lists = [[(rank, rank + 1) for rank in range(first, stages - 1, 2)] for first in (0, 1)]
     lists.append([(stages - 1, 0)] if ring and stages > 2 else [])

@@ -1,6 +1,6 @@
-"""The variables of torchrun and Slurm: rank, world size and rank 0's address of this process. Pure.
+"""Read rank, world size and rank 0's address from the variables of torchrun or Slurm. Pure functions.
 
-Every function takes the environment as an argument, so what a launcher sets can be tested without a launcher.
+Every function takes the environment as an argument, so that it can be tested without a launcher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from internlm.utils.errors import LaunchError, Problem
 
 Launcher: TypeAlias = Literal["torch", "slurm"]
 
-# The first three of each: rank, world size, rank on this machine.
+# The first three entries of each: rank, world size, local rank.
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 HOW_TO_START = (
@@ -36,13 +36,13 @@ class ProcessInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitProcess:
-    """Arguments that take precedence over the launcher's variables; None leaves a variable as it is."""
+    """Arguments that take precedence over the launcher's variables; None: use the launcher's variable."""
 
     rank: int | None = None
     world_size: int | None = None
     local_rank: int | None = None
     host: str | None = None
-    port: int = 8888  # used where the launcher gives no port
+    port: int = 8888  # used if the launcher sets no port
 
 
 def find_process(
@@ -51,12 +51,12 @@ def find_process(
     """Read the ranks of this process and rank 0's address.
 
     Args:
-        environment: variables of the process.
-        launcher: whose variables to read; None detects it.
-        explicit: values that replace variables.
+        environment: Environment variables of the process.
+        launcher: Launcher whose variables are read. None: detect it.
+        explicit: Values that replace variables.
 
     Raises:
-        LaunchError: where a variable is missing or malformed.
+        LaunchError: A variable is missing or malformed.
     """
     explicit = explicit or ExplicitProcess()
     launcher = launcher or ("torch" if explicit.rank is not None else detect_launcher(environment))
@@ -71,7 +71,7 @@ def find_process(
 
 
 def detect_launcher(environment: Mapping[str, str]) -> Launcher:
-    """Return the launcher whose variables are set; torchrun's win, since it may run inside a Slurm job."""
+    """Return the launcher whose variables are set; torchrun takes precedence, since it may run inside a Slurm job."""
     if "RANK" in environment:
         return "torch"
     if "SLURM_PROCID" in environment:
@@ -80,7 +80,7 @@ def detect_launcher(environment: Mapping[str, str]) -> Launcher:
 
 
 def read_torch_environment(environment: Mapping[str, str], port: int = 8888) -> ProcessInfo:
-    """Read the variables that torchrun sets; ``port`` is used where ``MASTER_PORT`` is not set."""
+    """Read the variables that torchrun sets; ``port`` is used if ``MASTER_PORT`` is not set."""
     _require_variables(TORCH_VARIABLES[:-1], environment)
     return ProcessInfo(
         rank=_integer(environment, "RANK"),
@@ -92,7 +92,7 @@ def read_torch_environment(environment: Mapping[str, str], port: int = 8888) -> 
 
 
 def read_slurm_environment(environment: Mapping[str, str], host: str | None, port: int) -> ProcessInfo:
-    """Read the variables that srun sets; rank 0 listens on ``host`` (default: the job's first) and ``port``."""
+    """Read the variables that srun sets; rank 0 listens on ``host`` (default: the job's first host) and ``port``."""
     _require_variables(SLURM_VARIABLES, environment)
     try:
         first_host = expand_host_list(environment["SLURM_JOB_NODELIST"])[0]
@@ -108,7 +108,7 @@ def read_slurm_environment(environment: Mapping[str, str], host: str | None, por
 
 
 def check_process(process: ProcessInfo) -> None:
-    """Raise :class:`LaunchError` where ranks or port are out of range."""
+    """Raise :class:`LaunchError` if a rank or the port is out of range."""
     if process.rank not in range(process.world_size):
         raise LaunchError(
             Problem("rank", f"expected less than the world size {process.world_size}, got {process.rank}", HOW_TO_START)
@@ -141,7 +141,7 @@ def expand_host_list(text: str) -> list[str]:
     """Expand a Slurm host list: ``gpu[003-005,9],login`` is gpu003, gpu004, gpu005, gpu9 and login.
 
     Raises:
-        ValueError: where ``text`` is malformed.
+        ValueError: ``text`` is malformed.
     """
     if text.count("[") != text.count("]"):
         raise ValueError(f"{text!r} has an unclosed bracket")

@@ -31,7 +31,7 @@ ConfigLike = str | Path | dict[str, Any] | Config
 
 # -- command line -----------------------------------------------------------------------------------------------------
 def get_default_parser() -> argparse.ArgumentParser:
-    """Make the parser of the built-in arguments; scripts add their own with ``add_argument`` before parsing."""
+    """Build the parser of the built-in arguments; scripts add their own with ``add_argument`` before parsing."""
     parser = FriendlyParser(description="Train a model.")
     add = parser.add_argument
     add("--config", type=str, help="Python config file")
@@ -75,32 +75,32 @@ def initialize_distributed_env(
     world_size: int | None = None,
     local_rank: int | None = None,
 ) -> None:
-    """Resolve ``config``, join the default process group, make the parallel groups and seed every random stream.
+    """Resolve ``config``, join the default process group, make the parallel groups and seed all random generators.
 
     Args:
-        config: path of a config file, nested dict of keys, or resolved :class:`Config`.
-        launcher: ``"torch"``, ``"slurm"`` or None, which detects it.
-        master_port: port of rank 0 where the launcher sets none.
-        seed: of initial values, data order and dropout.
-        host: address of rank 0, instead of the launcher's.
-        backend: of ``torch.distributed``; default: nccl on CUDA, gloo on CPU.
-        overrides: strings ``"key=value"``.
-        rank: instead of the launcher's.
-        world_size: instead of the launcher's.
-        local_rank: instead of the launcher's.
+        config: Path of a config file, nested dict of keys, or resolved :class:`Config`.
+        launcher: ``"torch"`` or ``"slurm"``. None: detect it.
+        master_port: Port of rank 0 if the launcher sets none.
+        seed: Seed of initial values, data order and dropout.
+        host: Address of rank 0, instead of the launcher's.
+        backend: Backend of ``torch.distributed``; default: nccl on CUDA, gloo on CPU.
+        overrides: Strings ``"key=value"``.
+        rank: Rank of this process, instead of the launcher's.
+        world_size: Number of processes, instead of the launcher's.
+        local_rank: Rank on this machine, instead of the launcher's.
 
     Raises:
-        ConfigError: before any process group exists, unless the ranks' configs differ.
-        LaunchError: where the launcher's variables are missing or wrong, or rank 0 can't be reached.
+        ConfigError: The config is invalid (raised before any process group exists), or the ranks' configs differ.
+        LaunchError: The launcher's variables are missing or wrong, or rank 0 cannot be reached.
     """
     explicit = ExplicitProcess(rank=rank, world_size=world_size, local_rank=local_rank, host=host, port=master_port)
     try:
         process = find_process(os.environ, launcher, explicit)
     except LaunchError:
-        # Report mistakes of the config first: a user who tries a config without a launcher wants to see those.
+        # Report config mistakes first, for users who try a config without a launcher.
         _resolve(config, None, overrides)
         raise
-    # Check all that needs no other rank before joining: from then on an error on one rank leaves the others waiting.
+    # Run all local checks before joining: after that, an error on one rank leaves the others blocked.
     _check_torch()
     backend = backend or accelerator.default_backend()
     _check_arguments(backend, seed)
@@ -157,7 +157,7 @@ def _check_arguments(backend: str, seed: int) -> None:
             todo = f"Use {accelerator.default_backend()}"
             problems.append(Problem("--backend", f"{name!r} is not available here", todo))
     if seed < 0:
-        problems.append(Problem("--seed", f"must be at least 0, got {seed}", "Give another seed"))
+        problems.append(Problem("--seed", f"must be at least 0, got {seed}", "Give a seed of at least 0"))
     if problems:
         raise ConfigError(*problems)
 
@@ -165,7 +165,7 @@ def _check_arguments(backend: str, seed: int) -> None:
 def _check_devices(process: ProcessInfo) -> None:
     devices = accelerator.device_count()
     if devices is not None and process.local_rank >= devices:
-        message = f"{process.local_rank}, but this machine has {devices} devices"
+        message = f"must be less than the {devices} devices of this machine, got {process.local_rank}"
         raise LaunchError(Problem("LOCAL_RANK", message, "Start one process per device"))
 
 
@@ -175,7 +175,7 @@ def _check_agreement(config: Config, seed: int) -> None:
     Ranks with different configs would block in the middle of a step; with different seeds they would train different
     models.
     """
-    # Hashes instead of configs: ranks are many and configs long, and 12 digits suffice.
+    # Compare hashes: whole configs of many ranks would be long, and 12 hex digits suffice.
     own = {"config": config_hash(config)[:12], "--seed": str(seed)}
     all_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(all_ranks, own)
@@ -205,10 +205,10 @@ def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequenc
 
 
 def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
-    """Join the default process group; a group that exists already (of a test or a notebook) is used as it is."""
+    """Join the default process group, or keep the one that exists already (in a test or a notebook)."""
     if dist.is_initialized():
         return
-    # Under Slurm these variables are not set, and torch, NCCL and users' code read them.
+    # Slurm does not set these variables, which torch, NCCL and users' code read.
     endpoint = f"{process.host}:{process.port}"
     os.environ.update(
         RANK=str(process.rank), WORLD_SIZE=str(process.world_size), LOCAL_RANK=str(process.local_rank),
@@ -217,17 +217,17 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_store_of_attempt(process, timeout))
     except dist.DistError as error:
-        # torch has no type of its own for a port in use.
+        # torch has no exception class for a port in use.
         in_use = "EADDRINUSE" in str(error)
-        message = "is in use" if in_use else f"can't be reached ({str(error).splitlines()[0]})"
-        todo = "Choose another with --port" if in_use else "Check --host and --port, and that rank 0 runs"
+        message = "is in use" if in_use else f"cannot be reached ({str(error).splitlines()[0]})"
+        todo = "Choose another port with --port" if in_use else "Check --host and --port, and that rank 0 runs"
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
         atexit.register(_leave)
 
 
 def _store_of_attempt(process: ProcessInfo, timeout: float) -> dict[str, Any]:
-    """Return arguments of ``init_process_group`` that give each attempt of a job a store of its own.
+    """Return ``init_process_group`` arguments with a separate store for each attempt of a job.
 
     torchrun keeps one store through all restarts of a job (``--max-restarts``), and it still holds the addresses of
     ranks that have died.

@@ -1,1 +1,1 @@
-"""Ground layer: helpers that import nothing of the framework above them."""
+"""Helpers of the lowest layer, which import no other package of the framework."""

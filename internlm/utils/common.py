@@ -1,4 +1,4 @@
-"""A command-line parser whose errors name the nearest known flag or command; ``parse_args`` of the launcher."""
+"""Command-line parser whose errors suggest the nearest flag or command, and the launcher's ``parse_args``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from internlm.utils.lazy import lazy_exports
 
 
 class FriendlyParser(argparse.ArgumentParser):
-    """``ArgumentParser`` without abbreviations; wrong arguments end it with one line each and exit code 2."""
+    """``ArgumentParser`` without abbreviations; it prints one line per wrong argument and exits with code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse ``args`` (default: the command line); an unknown argument is an error that names the nearest flag."""
+        """Parse ``args`` (default: the command line); the error for an unknown argument suggests the nearest flag."""
         # argparse would report unknown arguments without a hint; here all of them are known at once.
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -56,7 +56,7 @@ class FriendlyParser(argparse.ArgumentParser):
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:
-    """Return the flags among the unknown words: the word after an unknown flag is only its value."""
+    """Return the flags among the unknown words, since other words may be their values, or all words without flags."""
     return [word for word in unknown if word.startswith("-")] or unknown
 
 

@@ -1,4 +1,4 @@
-"""Names of dtypes in configs, and the dtypes in which sums and gradients are kept."""
+"""Dtypes by their names in configs, and the dtypes of sums and gradients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _BY_NAME = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a config's dtype name; ``torch.tf32`` is stored as float32."""
+    """Return the dtype for its name in a config; ``torch.tf32`` is stored as float32."""
     return _BY_NAME[name]
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make ``dtype`` the dtype of newly created tensors within the block."""
+    """Set the default dtype of new tensors to ``dtype`` within the context."""
     outer = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -34,12 +34,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums over many elements of ``dtype``: fp32 for half precision, else ``dtype``."""
+    """Return the dtype in which to sum many elements of ``dtype``: fp32 for half precision, else ``dtype``."""
     # bf16 has 8 bits of mantissa: adding 1 to a running sum of 256 leaves it unchanged.
     return torch.promote_types(dtype, torch.float32)
 
 
 def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
     """Return the dtype in which autograd accumulates the gradient of ``parameter``."""
-    # ``grad_dtype`` (torch >= 2.10) is None where any dtype is accepted, and raises for tensors that are no leaves.
+    # ``grad_dtype`` (torch >= 2.10) is None if any dtype is accepted, and raises for non-leaf tensors.
     return (parameter.grad_dtype if parameter.is_leaf else None) or parameter.dtype

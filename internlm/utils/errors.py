@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
-#: Texts of gloo's errors about a rank that is gone or silent; their type is a plain ``RuntimeError``.
+#: Texts of gloo's errors about a rank that exited or does not respond; their type is a plain ``RuntimeError``.
 _PEER_FAILURE_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: ``<where>: <what>. <todo>``."""
+    """One mistake, formatted as ``<where>: <what>. <todo>``."""
 
     where: str  # config key, file, flag or variable
     what: str  # what is wrong, with the values
@@ -74,15 +74,15 @@ class LostPeerError(RuntimeError):
     """Another rank is gone, or did not send or receive in time; the message names it."""
 
 
-#: Seconds for which a rank with nothing to print lets another rank print before it exits: torchrun ends every process
-#: of a job as soon as one of them has failed.
+#: Seconds that a rank with nothing to print waits before it exits, so that another rank can print: torchrun ends every
+#: process of a job as soon as one of them has failed.
 _GRACE_SECONDS = 2.0
-#: Topic counted in the store by every rank that stops with a user's error, so that its peers can tell why it is gone.
+#: Topic counted in the store by every rank that stops with a user's error, so that its peers can look up why it exited.
 _STOPPED = "a rank stopped by a user's error"
 
 
 def report(error: UserError) -> None:
-    """Print the problems of ``error`` to stderr, one per line, on one of the ranks that found the same."""
+    """Print the problems of ``error`` to stderr, one per line, on one of the ranks that found the same problems."""
     _count_in_store(_STOPPED, 1)
     if not _is_reporting_rank(error):
         time.sleep(_GRACE_SECONDS)
@@ -92,7 +92,7 @@ def report(error: UserError) -> None:
 
 
 def _is_reporting_rank(error: UserError) -> bool:
-    """Whether this rank prints ``error``: the first to find it, or rank 0 where no process group exists yet."""
+    """Return True if this rank prints ``error``: the first to find it, or rank 0 if no process group exists yet."""
     dist = _loaded_distributed()
     if dist is not None and dist.is_initialized():
         return first_of_all_ranks(str(error))
@@ -100,7 +100,7 @@ def _is_reporting_rank(error: UserError) -> bool:
 
 
 def first_of_all_ranks(topic: str) -> bool:
-    """Whether no rank of this job has called this with ``topic`` before. Needs no collective."""
+    """Return True on the first rank to call this with ``topic`` (by the rendezvous store, no collective)."""
     return _count_in_store(topic, 1) == 1
 
 
@@ -114,17 +114,17 @@ def _count_in_store(topic: str, increment: int = 0) -> int:
     key = hashlib.sha256(topic.encode()).hexdigest()
     try:
         return int(default_store().add(f"internlm/said/{key}", increment))
-    except (dist.DistError, ValueError):  # the rank that kept the store is gone, or there is no process group
+    except (dist.DistError, ValueError):  # the rank that hosts the store has exited, or there is no process group
         return increment
 
 
 def _loaded_distributed() -> ModuleType | None:
-    """Return ``torch.distributed`` where something has imported it already; before that, no group can exist."""
+    """Return ``torch.distributed`` if it is imported already, else None: before that, no group can exist."""
     return sys.modules.get("torch.distributed")
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether a collective, a send or a receive failed because another rank is gone or silent."""
+    """Return True if a collective, a send or a receive failed because another rank exited or does not respond."""
     dist = _loaded_distributed()
     if dist is not None and isinstance(error, dist.DistError):
         return True
@@ -137,7 +137,7 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def exit_on_user_error(main: F) -> F:
-    """Decorate an entry point: a :class:`UserError` becomes its message on stderr and exit code 2."""
+    """Decorate an entry point to print a :class:`UserError` without a traceback and exit with code 2."""
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Imports that are put off: re-exports of names from other modules, and optional packages.
+"""Lazy imports: re-exports of names from other modules, and optional packages.
 
-A lazy re-export keeps ``import internlm`` light, and lets a lower package offer a name whose home is a higher layer
+A lazy re-export keeps ``import internlm`` light, and lets a lower package export a name of a higher layer
 without importing that layer (PEP 562). An optional package is imported by :func:`require` when a feature needs it,
 never at the top of a file.
 """
@@ -20,8 +20,8 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
     """Make the ``__getattr__`` and ``__dir__`` of a package that re-exports names on first use.
 
     Args:
-        package: the package's ``__name__``.
-        homes: name to the module that defines it; a name that is itself a module has ``""``.
+        package: The package's ``__name__``.
+        homes: Map from name to the module that defines it; ``""`` for a name that is itself a module.
     """
 
     def __getattr__(name: str) -> Any:
@@ -36,7 +36,7 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
 
 @functools.cache
 def why_missing(module: str) -> str:
-    """Return why ``module`` cannot be imported, or an empty string where it can."""
+    """Return why ``module`` cannot be imported, or an empty string if it can."""
     try:
         importlib.import_module(module)
     except Exception as error:  # a broken native library may raise anything, not only ImportError
@@ -48,15 +48,15 @@ def require(module: str, wanted_by: str, install: str) -> ModuleType:
     """Import an optional package.
 
     Args:
-        module: the module to import.
-        wanted_by: config key or feature that needs it, for the error.
-        install: command that installs it, for the error.
+        module: Name of the module to import.
+        wanted_by: Config key or feature that needs it, for the error.
+        install: Command that installs it, for the error.
 
     Raises:
-        UserError: where it cannot be imported.
+        UserError: The package cannot be imported.
     """
     if reason := why_missing(module):
         raise UserError(
-            Problem(wanted_by, f"needs the package '{module}', which can't be imported ({reason})", f"Run: {install}")
+            Problem(wanted_by, f"needs the package '{module}', which cannot be imported ({reason})", f"Run: {install}")
         )
     return importlib.import_module(module)

@@ -11,7 +11,7 @@ from internlm.utils.errors import ConfigError, Problem, did_you_mean
 class Registry:
     """Map from names to callables (classes or functions).
 
-    Works as a call, ``registry.register_module("NAME", cls)``, and as a decorator,
+    Register by a call, ``registry.register_module("NAME", cls)``, or by a decorator,
     ``@registry.register_module(module_name="NAME")``. Registering another callable under a taken name is an error:
     it would change the meaning of existing configs.
     """
@@ -24,7 +24,7 @@ class Registry:
         """Register ``func`` under ``module_name``; without ``func``, return a decorator that registers its function.
 
         Raises:
-            KeyError: where another callable is registered under that name.
+            KeyError: Another callable is registered under that name.
         """
         if func is None:
             return lambda decorated: self.register_module(module_name, decorated)
@@ -37,7 +37,7 @@ class Registry:
         """Return the callable registered under ``module_name``.
 
         Raises:
-            ConfigError: where there is none; it names the nearest known one.
+            ConfigError: Nothing is registered under that name; the error suggests the nearest one.
         """
         if module_name not in self._modules:
             raise ConfigError(
@@ -54,5 +54,5 @@ class Registry:
         return iter(self._modules)
 
 
-#: Model types (``model_type`` in a config) to functions ``(config.model) -> nn.Module``.
+#: Map from model types (``model_type`` in a config) to functions ``(config.model) -> nn.Module``.
 MODEL_INITIALIZER = Registry("model_type")

@@ -1,7 +1,7 @@
-"""Every private symbol of PyTorch that the project uses, each with why it is used and what would replace it.
+"""All private symbols of PyTorch that the project uses, each with its reason and its possible replacement.
 
 No other file of the package touches an underscore name of torch: a new release then breaks this file and its test
-(``tests/unit/utils/test_torch_private.py``), which says which symbol changed. Symbols whose modules load the compiler,
+(``tests/unit/utils/test_torch_private.py``), which names the changed symbol. Symbols whose modules load the compiler,
 which takes seconds, are imported when they are first used.
 """
 
@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Base class and registration of objects that a custom operator takes as an argument without the compiler looking into
-# them. Replaced by: the public names under torch.library, once opaque objects leave their beta.
+# Base class and registration of objects that are passed to a custom operator without being traced by the compiler.
+# Replaced by: the public names under torch.library, once opaque objects leave their beta.
 from torch._library.opaque_object import register_opaque_type as register_opaque_type
 from torch._opaque_base import OpaqueBase as OpaqueBase
 
@@ -27,20 +27,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_backward() -> bool:
-    """Return whether the calling thread runs within a backward pass of autograd.
+    """Return True if the calling thread runs within a backward pass of autograd.
 
-    A forward product within a backward pass belongs to a block that is recomputed. Module hooks don't give that: they
-    run alike in the forward pass and in the recomputation, and no hook runs after a pass that an exception ended.
+    A forward product within a backward pass belongs to a block that is recomputed. Module hooks cannot tell: they run
+    in both passes, and none runs after a pass that raised.
     Replaced by: a public query of the current graph task.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Have ``callback`` called when the running backward pass ends; a pass that raises drops it.
+    """Queue ``callback`` to run at the end of the current backward pass; it is dropped if the pass raises.
 
     FSDP2 ends its backward pass the same way. ``register_full_backward_hook`` of the first block does not, since it
-    never runs where that block is frozen. Replaced by: a public callback of the engine.
+    never runs if that block is frozen. Replaced by: a public callback of the engine.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
@@ -49,7 +49,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``x @ weight.T`` by oneDNN: [M, K], [N, K] → [M, N].
+    """Compute ``x @ weight.T`` with oneDNN: [M, K], [N, K] → [M, N].
 
     ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replaced by:
     a public switch that routes float32 products on the CPU to oneDNN.
@@ -67,8 +67,8 @@ def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
     return dscores
 
 
-# Kernels over lists of tensors: one launch on CUDA for all parameters of a group, where a loop has one each. Used since
-# only the unary ones (abs, exp, …) are documented. Replaced by: a loop over the list, with the same values.
+# Kernels over lists of tensors: on CUDA, one launch for all parameters of a group instead of one per parameter. Only
+# the unary ones (abs, exp, …) are documented. Replaced by: a loop over the list, with the same values.
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
@@ -81,17 +81,20 @@ foreach_sign_ = torch._foreach_sign_
 
 
 def default_store() -> dist.Store:
-    """Return the key-value store through which the ranks of the default process group found one another.
+    """Return the rendezvous store of the default process group.
 
-    It serves where a collective can't: when a peer has failed, and ranks exchange what each of them observed. Raises
-    ``ValueError`` without a process group. Replaced by: a ``TCPStore`` of our own, on a port of its own.
+    It works when collectives do not: after a peer failure, ranks exchange through it what each of them observed.
+    Replaced by: a ``TCPStore`` of our own, on a separate port.
+
+    Raises:
+        ValueError: There is no process group.
     """
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
 
 
 #: Classes and functions that the pickled metadata of ``torch.distributed.checkpoint`` refers to, by module and name.
-#: Reading them by an allow-list keeps a checkpoint from running code. Replaced by: metadata in a format that is data.
+#: An allow-list keeps a checkpoint from running code. Replaced by: metadata in a format without code.
 CHECKPOINT_METADATA_NAMES = frozenset(
     {
         ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -111,7 +114,7 @@ CHECKPOINT_METADATA_NAMES = frozenset(
 # -- the compiler -----------------------------------------------------------------------------------------------------
 
 #: The module of the compiler, which takes seconds to import. A server that forks workers imports it once, before it
-#: forks, since making a ``torch.optim.Optimizer`` imports it in each of them.
+#: forks, since constructing a ``torch.optim.Optimizer`` would import it in each worker.
 COMPILER_MODULE = "torch._dynamo"
 
 # By qualified name, so that decorating a function twice (a reloaded module) leaves one entry.
@@ -122,8 +125,8 @@ _disabled: dict[str, Callable[..., Any]] = {}
 def uncompiled(reason: str) -> Callable[[F], F]:
     """Decorate a function that ``torch.compile`` must not trace; the graph breaks there with ``reason``.
 
-    ``torch.compiler.disable`` does the same, but imports the compiler where the function is defined. Replaced by it,
-    once it is as lazy.
+    ``torch.compiler.disable`` does the same, but imports the compiler where the function is defined. Replaced by:
+    that decorator, once its import is lazy.
     """
 
     def decorate(function: F) -> F:
@@ -141,10 +144,10 @@ def uncompiled(reason: str) -> Callable[[F], F]:
 
 
 def prepare_compiler() -> None:
-    """Import the compiler and configure it. Must be called before the first ``torch.compile``.
+    """Import and configure the compiler; call this before the first ``torch.compile``.
 
     It disables the :func:`uncompiled` functions, and lets a graph that breaks within a nested call resume there, so
-    that a break in a layer leaves the rest of its block in one piece. Replaced by: ``nested_graph_breaks`` as the
+    that a break in a layer leaves the rest of its block in one graph. Replaced by: ``nested_graph_breaks`` as the
     default or as an option of ``torch.compile``.
     """
     torch._dynamo.config.nested_graph_breaks = True
@@ -163,7 +166,7 @@ def compile_counters() -> MutableMapping[str, Counter[str]]:
 
 
 def compiler_failure(error: Exception) -> Exception | None:
-    """Return why the compiler's backend failed, such as a missing C++ compiler; None for any other ``error``.
+    """Return the cause if the compiler's backend failed, such as a missing C++ compiler; None for other errors.
 
     Replaced by: a public exception class of ``torch.compiler``.
     """
@@ -173,7 +176,7 @@ def compiler_failure(error: Exception) -> Exception | None:
 
 
 def adopt_sharded_parameters(module: torch.nn.Module) -> None:
-    """Let the ``fully_shard`` unit ``module``, if it is one, take over parameters that got other memory.
+    """Reset the sharded parameters of a ``fully_shard`` unit after their memory was replaced; else a no-op.
 
     Uses ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch calls
     in the first forward pass only. Replaced by: a public call that does it earlier. Tested by

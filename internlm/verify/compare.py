@@ -1,4 +1,4 @@
-"""Compare the records of several ranks with those of one process. Pure: starts no process, reads and prints nothing.
+"""Compare the records of several ranks with the record of one process. Pure: no processes, no input or output.
 
 Tensors and metrics must agree within :data:`LIMITS`, and the ledgers of the ranks with the traffic formula.
 """
@@ -21,25 +21,25 @@ from internlm.verify.tensors import Disagreement, ModuleTrace, assemble, relativ
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Largest relative differences, of tensors in the L2 norm.
+    """Largest allowed relative differences; for tensors, in the L2 norm.
 
     Values that several ranks store must be bitwise equal on them, whatever the limits.
     """
 
     first_loss: float
     first_norm: float
-    """Of the global gradient norm."""
+    """Limit of the global gradient norm in the first step."""
     losses: float
-    """After the first step."""
+    """Limit of the loss after the first step."""
     norms: float
-    """After the first step."""
+    """Limit of the gradient norm after the first step."""
     gradients: float
-    """Of each gradient in the first step."""
+    """Limit of each gradient in the first step."""
     parameters: float
-    """Of each parameter after the last step."""
+    """Limit of each parameter after the last step."""
     modules: float
-    """From which on a module is said to differ. It is no part of the verdict, since what matters of an output shows in
-    loss and gradients."""
+    """Difference above which a module is reported. It is not part of the verdict: errors of an output that matter show
+    in loss and gradients."""
 
 
 def _limits(
@@ -61,8 +61,8 @@ def _limits(
 _SINGLE = _limits(1e-6, losses=1e-5, norms=1e-4, gradients=1e-5, parameters=1e-3, modules=1e-5)
 _HALF = _limits(1e-6, losses=1e-3, norms=1e-2, gradients=1e-5, parameters=5e-2, modules=1e-2)
 
-#: By ``model.dtype``. Half precision has the limits of layouts that round alike (data parallelism, ZeRO): where layers
-#: are split, partial sums are rounded before they are added.
+#: Limits by ``model.dtype``. Those of half precision hold for layouts with equal rounding (data parallelism, ZeRO):
+#: where layers are split, partial sums are rounded before they are added.
 LIMITS = {
     "torch.float64": _limits(1e-12, losses=1e-10, norms=1e-10, gradients=1e-11, parameters=1e-10, modules=1e-11),
     "torch.float32": _SINGLE,
@@ -74,11 +74,11 @@ LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficError:
-    """A collective whose calls or bytes in a rank's ledger are not those of the formula."""
+    """Collective whose calls or bytes in a rank's ledger differ from the formula."""
 
     rank: int
     step: int
-    """Counted from 1."""
+    """Index of the step, counted from 1."""
     mode: str
     collective: str
     counted: Entry
@@ -92,7 +92,7 @@ class TrafficError:
 
 
 def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[TrafficError] | None:
-    """Compare the ledgers of all ranks with the formula for ``config``; None where the model has no formula."""
+    """Compare the ledgers of all ranks with the formula for ``config``; None if the model has no formula."""
     try:
         return [error for rank in range(len(records)) for error in _traffic_errors(config, rank, records)]
     except NoCostFormulaError:
@@ -125,11 +125,11 @@ GRADIENT, PARAMETER = "gradient of", "parameter"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Difference of one metric or tensor between both runs; nan is never within a limit."""
+    """Difference of one metric or tensor between the two runs; nan is never within a limit."""
 
     name: str
     difference: float
-    """Relative; of tensors in the L2 norm."""
+    """Relative difference; for tensors, in the L2 norm."""
     limit: float
     value: float | None = None
     reference: float | None = None
@@ -150,8 +150,8 @@ class Report:
     losses: list[Row]
     norms: list[Row]
     sums: list[Row]
-    """The largest difference over the data-set types of summed loss, correct predictions and valid tokens in the first
-    step. After it, rounding of parameters may change which vocabulary entry a token predicts."""
+    """Rows of summed loss, correct predictions and valid tokens in the first step: the largest difference over data-set
+    types. After that step, rounding of parameters may change which vocabulary entry a token predicts."""
     gradients: list[Row]
     parameters: list[Row]
     forward: ModuleTrace
@@ -159,12 +159,12 @@ class Report:
     backward: ModuleTrace
     """Gradients of those outputs."""
     shared: int
-    """Tensors that several ranks store."""
+    """Number of tensors that several ranks store."""
     disagreements: list[Disagreement]
     holes: list[str]
-    """Tensors of which some elements are on no rank."""
+    """Names of tensors with elements that no rank stores."""
     traffic: list[TrafficError] | None
-    """None for a model without a formula."""
+    """Differences from the traffic formula. None: the model has no formula."""
 
     @property
     def rows(self) -> list[Row]:
@@ -173,7 +173,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """A line for each check that failed."""
+        """One line per failed check."""
         return [
             *(str(row) for row in self.rows if not row.passed),
             *(f"not bitwise equal: {disagreement}" for disagreement in self.disagreements),
@@ -191,10 +191,10 @@ def compare(config: Config, reference: RankRecord, ranks: Sequence[RankRecord]) 
     """Compare a run on several ranks with one process.
 
     Args:
-        config: that of the ranks.
-        reference: record of one process, with a pass for each data-parallel rank (``parts`` of
+        config: Config of the ranks.
+        reference: Record of one process, with a pass for each data-parallel rank (``parts`` of
             :func:`internlm.verify.run.run_rank`).
-        ranks: records by rank.
+        ranks: Records by rank.
     """
     limits = LIMITS[str(config.model.dtype)]
     gradients, parameters = assemble([r.gradients for r in ranks]), assemble([r.parameters for r in ranks])
@@ -252,7 +252,7 @@ def _sum_rows(sums: Sequence[Sequence[float]], references: Sequence[Sequence[flo
 def _tensor_rows(
     prefix: str, tensors: Mapping[str, Tensor], references: Mapping[str, Tensor], limit: float
 ) -> list[Row]:
-    """Return the rows of tensors, the worst first; one that only one of the runs has is infinitely far off."""
+    """Return one row per tensor, the worst first; the difference is infinite for a tensor of one run only."""
     rows = []
     for name in {**references, **tensors}:
         both = name in tensors and name in references
@@ -262,7 +262,7 @@ def _tensor_rows(
 
 
 def _metric_disagreements(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]:
-    """Yield metrics that are not the same number on every rank, though each is reduced over all of them."""
+    """Yield metrics that are not equal on all ranks, although each is reduced over all of them."""
     metrics = (
         ("loss", [r.losses for r in ranks]),
         ("gradient norm", [r.norms for r in ranks]),

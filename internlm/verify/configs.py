@@ -1,6 +1,6 @@
-"""The two configs of a comparison: that of the ranks, and that of one process with the same model and global batch.
+"""The two configs of a comparison: several ranks, and one process with the same model and global batch.
 
-:func:`debug_size` makes a config tiny: ratios and choices stay, sizes shrink.
+:func:`debug_size` shrinks the sizes of a config and keeps its ratios and choices.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from internlm.config.schema.fields import Rampup, parse_rampup
 from internlm.core.context.parallel_context import sizes_of
 from internlm.utils.errors import ConfigError, Problem
 
-LAYERS = 2  # the fewest in which a layer has a neighbour, whose weights may be gathered ahead
+LAYERS = 2  # fewest with a next layer, whose weights can be prefetched
 HEAD_DIM = 16
-#: Odd, so that no tensor size divides it.
+#: Vocabulary size; odd, so that no tensor size divides it.
 VOCABULARY = 67
 SEQ_LEN = 32
 STEPS = 20
-#: Query heads per key/value head, where there are more.
+#: Largest number of query heads per key/value head.
 MOST_QUERIES = 4
 
 
 def debug_size(config: Config) -> dict[str, Any]:
-    """Return values by key that make ``config`` tiny, with random data and a short run, for its parallel sizes."""
+    """Return values by key that shrink ``config`` as far as its parallel sizes allow; random data, short run."""
     return {**_model(config), **_pipeline(config), **_data(config), **_course()}
 
 
@@ -35,7 +35,7 @@ def _model(config: Config) -> dict[str, Any]:
     model, tensor = config.model, config.parallel.tensor.size
     kv_heads, queries = _heads(config)
     heads = kv_heads * queries
-    # Some families have heads whose sizes do not add up to the hidden size, which is a path of its own in attention.
+    # Some families have heads whose sizes do not add up to the hidden size, a separate path in attention.
     usual = model.num_attention_heads * model.head_size == model.hidden_size
     position_scale = model.max_position_embeddings / config.data.seq_len
     return {
@@ -52,7 +52,7 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _heads(config: Config) -> tuple[int, int]:
-    """Return key/value heads, and query heads for each.
+    """Return the number of key/value heads, and of query heads per key/value head.
 
     Both are as few as the tensor size allows, but more than one where the config has more than one: groups of heads
     must stay groups.
@@ -69,7 +69,7 @@ def _seq_len(config: Config) -> int:
 
 
 def _pipeline(config: Config) -> dict[str, Any]:
-    # Explicit layer counts and a table of actions are for the layers and micro-batches that the config had.
+    # Explicit layer counts and a schedule table fit only the original numbers of layers and micro-batches.
     partition = config.parallel.pipeline.partition
     return {
         "parallel.pipeline.partition": partition if isinstance(partition, str) else "uniform",
@@ -95,10 +95,10 @@ def _course() -> dict[str, Any]:
 
 
 Values = Mapping[str, Any]
-#: Ranks that the default world size won't exceed to have two data-parallel ranks.
+#: Largest default world size that results from doubling for data parallelism.
 MANY_RANKS = 8
 
-#: What surrounds training, switched off.
+#: Values that switch off everything around training: checkpoints, alerts, validation, TensorBoard.
 OFF: Values = {
     "ckpt.enable_save_ckpt": False,
     "ckpt.save_ckpt_folder": None,
@@ -111,7 +111,7 @@ OFF: Values = {
     "enable_tb": False,
 }
 
-#: One process that computes in plain order.
+#: Values for one process without parallelism or compilation.
 ALONE: Values = {
     "parallel.tensor.size": 1,
     "parallel.tensor.mode": "mtp",
@@ -132,7 +132,7 @@ ALONE: Values = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Both runs of a comparison."""
+    """Config of the ranks and of the one-process reference, with sizes, steps and seed."""
 
     config: Config
     world_size: int
@@ -156,18 +156,18 @@ def make_plan(
     """Resolve a config for several CPU ranks and for one process.
 
     Args:
-        source: a config file, or keys.
-        overrides: ``KEY=VALUE``; they take precedence over ``dtype`` and the debug size.
-        world_size: number of ranks (default: :func:`default_world_size`).
-        steps: to train.
-        dtype: name of the type of parameters and activations.
-        seed: of parameters and data.
-        shrink: whether to make the config tiny (:func:`debug_size`).
+        source: Path of a config file, or a dict of config keys.
+        overrides: Strings ``KEY=VALUE``; they take precedence over ``dtype`` and the debug size.
+        world_size: Number of ranks (default: :func:`default_world_size`).
+        steps: Number of steps to train.
+        dtype: Dtype name of parameters and activations.
+        seed: Seed of parameters and data.
+        shrink: Whether to shrink the config (:func:`debug_size`).
 
     Raises:
-        ConfigError: the config is wrong, or does not suit the world size or the steps.
+        ConfigError: The config is invalid, or does not fit the world size or the steps.
     """
-    # Resolved several times, since what makes a config tiny depends on its resolved sizes, and the world size on those.
+    # Resolve several times: the debug sizes depend on resolved sizes, and the default world size on the debug sizes.
     common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
     config = resolve(source, common, device_type="cpu").config
     if shrink:
@@ -178,14 +178,14 @@ def make_plan(
     check_runnable(config)
     if steps > config.data.total_steps:
         message = f"{steps} is more than data.total_steps = {config.data.total_steps}"
-        raise ConfigError(Problem("--steps", message, "Compare fewer steps, or make the run longer"))
+        raise ConfigError(Problem("--steps", message, "Lower --steps or raise data.total_steps"))
     data_size = sizes_of(config, world_size).data
     reference = reference_of(config, data_size)
     return Plan(config=config, world_size=world_size, data_size=data_size, reference=reference, steps=steps, seed=seed)
 
 
 def default_world_size(config: Config) -> int:
-    """Return the smallest world size that ``config`` allows, doubled for data parallelism where that is not many."""
+    """Return the smallest world size that ``config`` allows, doubled, for data parallelism, up to ``MANY_RANKS``."""
     parallel = config.parallel
     isp = parallel.tensor.mode == "isp"
     sharing_state = (parallel.weight.size if isp else parallel.tensor.size) * max(parallel.zero1.size, 1)
@@ -206,5 +206,5 @@ def _scaled(rampup: Rampup, factor: int) -> str:
 
 
 def as_overrides(values: Values) -> list[str]:
-    """Format values by key as overrides."""
+    """Format values by key as ``KEY=VALUE`` overrides."""
     return [f"{key}={value!r}" for key, value in values.items()]

@@ -1,6 +1,6 @@
-"""Gloo ranks on this machine: processes that are started once, answer calls, and are ended whatever happens.
+"""Gloo ranks on this machine: processes that are started once, run functions on request, and are always ended.
 
-``internlm verify`` starts a set for each run (:func:`run_world`); the tests keep theirs and call them many times.
+``internlm verify`` starts a set for each run (:func:`run_world`); the tests reuse theirs for many calls.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ HOST = "127.0.0.1"
 SEED = 0
 #: Modules that the fork server imports once for all ranks, since torch's compiler alone takes a second.
 PRELOAD = [COMPILER_MODULE, "torch.distributed.checkpoint", "internlm.core.trainer_builder", "internlm.verify.run"]
-#: Seconds in which the cause of a failure may still arrive after its consequences on other ranks.
+#: Seconds to wait for the cause of a failure after other ranks have reported its consequences.
 SETTLE = 0.5
-#: Seconds in which hung ranks may write down their stacks.
+#: Seconds to wait for hung ranks to write their stacks.
 STACK_TIMEOUT = 2.0
 
 
 class RankError(Exception):
-    """A rank raised or died; the text holds the traceback of the rank that failed first."""
+    """Failure of a rank that raised or died; the message holds the traceback of the rank that failed first."""
 
     def __init__(self, message: str, user_error: UserError | None = None) -> None:
         super().__init__(message)
         self.user_error = user_error
-        """The error itself, where it is one that the user can fix."""
+        """The original error, if the user can fix it."""
 
 
 class RankTimeoutError(RankError):
-    """Some ranks did not finish in time; the text holds the stacks of all."""
+    """Timeout of some ranks; the message holds the stacks of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
     """Call a function on every rank of a new gloo group of CPU processes.
 
     Args:
-        world_size: number of ranks.
-        function: called with rank, world size and ``args``; it travels by name, its arguments and result by pickle.
-        args: further arguments.
-        timeout: in seconds.
+        world_size: Number of ranks.
+        function: Called as ``function(rank, world_size, *args)``. Sent by name; ``args`` and the result by pickle.
+        args: Further arguments.
+        timeout: Timeout in seconds.
 
     Returns:
-        The results by rank. No process is left behind.
+        Results by rank. No process is left behind.
 
     Raises:
-        UserError: a rank raised it.
-        RankError: a rank raised something else, died, or did not finish in time.
+        UserError: A rank raised a UserError.
+        RankError: A rank raised another exception, died, or did not finish in time.
     """
     ranks = RankProcesses(world_size)
     try:
@@ -92,15 +92,15 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
 
 
 class RankProcesses:
-    """The processes of one gloo group, and what connects them with this one.
+    """Processes of one gloo group, with a connection to each of them.
 
-    Each call starts clean: with the given environment, freshly seeded, without a global context, and with a default
-    process group made anew, which also ends every group of the call before. After a failed call they must be closed.
+    Each call starts clean: with the given environment, a fresh seed, no global context and a new default process
+    group; all groups of the previous call are destroyed. After a failed call, the processes must be closed.
     """
 
     def __init__(self, world_size: int, environment: Mapping[str, str] | None = None) -> None:
-        # Forked from a server that has torch loaded, for importing it takes seconds in every process. This process
-        # itself can't be forked: it has threads, whose locks a child would inherit.
+        # Fork from a server that has imported torch, which takes seconds in every process. This process itself must not
+        # be forked: a child would inherit the locks of its threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.processes: list[BaseProcess] = []
@@ -123,7 +123,7 @@ class RankProcesses:
             raise
 
     def _rank_environment(self, rank: int, world_size: int) -> dict[str, str]:
-        """Return what torchrun would have set."""
+        """Return the environment variables that torchrun would set."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         numbers = {key: str(value) for key, value in {**ranks, "MASTER_PORT": self._store.port}.items()}
         return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"}
@@ -134,7 +134,7 @@ class RankProcesses:
         return self._collect(timeout)
 
     def send(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
-        """Begin a call on every rank, without receiving the results."""
+        """Start a call on every rank without receiving the results."""
         call = pickle.dumps((function, tuple(args)))
         for connection in self._connections:
             connection.send_bytes(call)
@@ -178,11 +178,11 @@ class RankProcesses:
         deadline = time.monotonic() + STACK_TIMEOUT
         while time.monotonic() < deadline and not all(file.stat().st_size for file in self._stack_files):
             time.sleep(0.02)
-        time.sleep(0.1)  # for the rest of the last one
+        time.sleep(0.1)  # let the last rank finish writing
         return "\n".join(f"--- rank {rank}\n{file.read_text()}" for rank, file in enumerate(self._stack_files))
 
     def close(self) -> None:
-        """Kill the processes, whatever they do, and wait until they are gone."""
+        """Kill all processes and wait until they have exited."""
         for process in self.processes:
             process.kill()
         for process, connection in zip(self.processes, self._connections, strict=True):
@@ -193,12 +193,12 @@ class RankProcesses:
 
 # -- a rank
 def _serve(rank: int, world_size: int, environment: dict[str, str], connection: Connection, stack_file: Path) -> None:
-    """Answer calls until the parent closes the connection or ends."""
+    """Run calls until the parent closes the connection or exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its ranks
     stacks = stack_file.open("w")
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
-    # A rank within a call does not read its connection, so the end of the parent must reach it by another way.
+    # A rank within a call does not read its connection, so a thread watches for the exit of the parent.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     store = dist.TCPStore(HOST, int(environment["MASTER_PORT"]), is_master=False)
@@ -221,7 +221,7 @@ def _answer(call: bytes, rank: int, world_size: int, environment: dict[str, str]
 
 
 def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dict[str, str]) -> None:
-    """End what the last call left, and make a new default group.
+    """Destroy the context and the groups of the last call, and make a new default group.
 
     Done before a call and not after one: a group must not be closed while a slower rank still reads from it.
     """

@@ -1,4 +1,4 @@
-"""Record of one rank's run: plain data that can travel between processes."""
+"""Record of one rank's run: plain data that can be sent between processes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class TensorShards:
     slices: dict[Offsets, Tensor]
 
 
-#: By logical name.
+#: Shards by the logical name of their tensor.
 ShardsByName: TypeAlias = dict[str, TensorShards]
 
 
 @dataclass
 class Pass:
-    """Outputs of modules in one micro-batch, in the order in which the modules ended, and the outputs' gradients."""
+    """Module outputs in one micro-batch, in the order in which the modules returned, and their gradients."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -51,19 +51,19 @@ class RankRecord:
     coordinates: RankCoordinates
     losses: list[float]
     sums: list[list[float]]
-    """Of the first step's global batch, [3, types]: summed loss, correct predictions and valid tokens."""
+    """Sums over the first step's global batch, [3, types]: summed loss, correct predictions and valid tokens."""
     norms: list[float]
     """Global gradient norms, before clipping."""
     gradients: ShardsByName
-    """After the backward pass of the first step: reduced over the ranks, not clipped."""
+    """Gradients after the backward pass of the first step: reduced over the ranks, not clipped."""
     parameters: ShardsByName
-    """After the last step."""
+    """Parameters after the last step."""
     passes: list[Pass]
-    """One for each watched micro-batch of the first step."""
+    """One pass for each watched micro-batch of the first step."""
     traffic: list[Traffic]
-    """By step."""
+    """Traffic of each step."""
     tokens: list[list[int]]
-    """By step and micro-batch: labels that take part in the loss."""
+    """Number of labels that count in the loss, by step and micro-batch."""
     types: int
     """Number of data-set types."""
     peak_in_flight: int
@@ -81,12 +81,12 @@ def add_shards(
     """Add copies of ``slices`` of the logical tensor ``name`` to ``shards``.
 
     Args:
-        shards: is changed.
-        name: logical name.
-        shape: global shape.
-        slices: their ``start`` and ``stop`` are positions in ``flat``, less ``begin``.
-        flat: flattened values, [N].
-        begin: position in ``flat`` of the element that the slices count as 0; negative if it is not in ``flat``.
+        shards: Shards to add to, changed in place.
+        name: Logical name.
+        shape: Global shape.
+        slices: Slices whose ``start`` and ``stop`` are positions in ``flat`` minus ``begin``.
+        flat: Flattened values, [N].
+        begin: Position in ``flat`` of element 0 of the slices; negative if that element is not in ``flat``.
     """
     of_tensor = shards.setdefault(name, TensorShards(shape, {}))
     for part in slices:
@@ -101,4 +101,4 @@ def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[R
     for record in sorted(records, key=lambda record: astuple(record.coordinates)):
         at = record.coordinates
         grouped.setdefault(at.data, {}).setdefault(at.stage, []).append(record)
-    return grouped  # dicts keep the order of insertion, so that it is that of the coordinates
+    return grouped  # dicts keep the order of insertion, here that of the coordinates

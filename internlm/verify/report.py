@@ -1,4 +1,4 @@
-"""A report as text for people, and as JSON with every number."""
+"""Format a report as text for people, or as JSON with every number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORST = 5
 
 
 def heading(plan: Plan) -> str:
-    """Return the line that names both runs."""
+    """Return one line that describes both runs."""
     config, sizes = plan.config, sizes_of(plan.config, plan.world_size)
     sizes_by_name = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
     layout = ", ".join(
@@ -35,7 +35,7 @@ def heading(plan: Plan) -> str:
 
 
 def _pipeline(config: Config) -> Iterator[str]:
-    """Yield stages, chunks of each and schedule, where there is a pipeline."""
+    """Yield a description of stages, chunks per stage and schedule, if there is a pipeline."""
     pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
     if pipeline.size * chunks > 1:
         table = f" by {pipeline.table}" if pipeline.table else ""
@@ -43,7 +43,7 @@ def _pipeline(config: Config) -> Iterator[str]:
 
 
 def as_text(report: Report) -> str:
-    """Format the worst rows of each table, and the verdict: a page at most."""
+    """Format the worst rows of each table and the verdict, at most a page."""
     return "\n".join(_lines(report))
 
 
@@ -97,7 +97,7 @@ def _format_verdict(report: Report) -> Iterator[str]:
 
 
 def as_json(plan: Plan, report: Report) -> str:
-    """Format everything as JSON, numbers that are not finite as text (``"nan"``, ``"inf"``)."""
+    """Format plan and report as JSON, with non-finite numbers as text (``"nan"``, ``"inf"``)."""
     run_info = {
         "passed": report.passed,
         "failures": report.failures,
@@ -117,5 +117,5 @@ def _finite(value: Any) -> Any:
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
-    # JSON has no number for them, and most parsers refuse Python's NaN.
+    # JSON has no non-finite numbers, and most parsers refuse Python's NaN.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
-"""One rank's part of a comparison: train some steps as a user's script would, and record them.
+"""Train some steps on one rank, as a user's script would, and record them for a comparison.
 
-Hooks keep the outputs of modules in the forward pass, and the gradients of those outputs in the backward pass.
+Hooks record the outputs of modules in the forward pass, and the gradients of those outputs in the backward pass.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByNa
 
 @contextmanager
 def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int]) -> Iterator[list[Pass]]:
-    """Record what the modules of ``model`` return within the block, and the gradients of that.
+    """Record the module outputs of ``model`` within the context, and the gradients of those outputs.
 
     Args:
-        model: one in chunks is called with a keyword ``chunk``.
-        micro_batches: those to record.
-        calls: the micro-batch of each forward call of the model.
+        model: Model; if it has chunks, it is called with a keyword ``chunk``.
+        micro_batches: Micro-batches to record.
+        calls: Micro-batch of each forward call of the model.
 
     Yields:
-        A pass for each of ``micro_batches``, filled as the model runs.
+        One pass for each of ``micro_batches``, filled as the model runs.
     """
     watch = _Watch(micro_batches, calls)
     handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
@@ -56,16 +56,16 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of all modules that are not within a compiled block.
+    """Yield the names and the modules that are not within a compiled block.
 
-    No module within it is called, and a hook there would change what is compiled.
+    Modules within a compiled block are not called, and a hook there would change what is compiled.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))
 
 
 class _Watch:
-    """State of the hooks: of several calls of a module in one pass, the first counts.
+    """State of the hooks; if a module is called several times in one pass, the first call counts.
 
     A checkpointed layer is called again in the backward pass, and so is a norm that a linear recomputes. The gradient
     of the output comes from whichever of the calls is differentiated.
@@ -78,7 +78,7 @@ class _Watch:
     def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
         stage_layers = getattr(model, "stage_layers", None)
-        # Any other chunk returns hidden states, which one process has no equivalent of.
+        # Any other chunk returns hidden states, which have no equivalent on one process.
         self._returns_loss = stage_layers is None or stage_layers.is_last(inputs.get("chunk", 0))
 
     def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -102,7 +102,7 @@ class _Watch:
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of everything in a module's output that can be compared element by element.
+    """Yield the names and tensors of a module's output that can be compared element by element.
 
     Scalars are left out, since they may be partial sums, and so are boolean and integer tensors.
     """
@@ -127,13 +127,13 @@ def run_rank(
     """Train ``steps`` steps of ``config`` on this rank, without saving, logging or validating anything.
 
     Args:
-        rank: unused: the environment has it, as torchrun sets it.
-        world_size: likewise.
-        config: resolved, or keys.
-        seed: of parameters and data.
-        steps: to train.
-        parts: modules are watched in the first micro-batch of each of so many equal parts of the first step: those that
-            as many data-parallel ranks would begin with.
+        rank: Unused; read from the environment, as set by torchrun.
+        world_size: Unused; read from the environment too.
+        config: Resolved config, or a dict of config keys.
+        seed: Seed of parameters and data.
+        steps: Number of steps to train.
+        parts: Number of equal parts of the first step. Modules are watched in the first micro-batch of each part, which
+            is the first one of a rank if there are ``parts`` data-parallel ranks.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model())
@@ -171,21 +171,21 @@ def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:
 
 
 class _Meter:
-    """Train step by step, and record what each step reads and sends."""
+    """Trainer wrapper that records the tokens and the traffic of each step."""
 
     def __init__(self, trainer: Trainer, loader: TrainLoader) -> None:
         self.trainer, self.traffic, self.tokens = trainer, list[Traffic](), list[list[int]]()
         self._batches = self._recorded(iter(loader))
 
     def step(self) -> StepReport:
-        # Building the model and the optimizer has sent messages too, which the formula of a step does not have.
+        # Building the model and the optimizer communicates too, which the formula of a step does not include.
         before = LEDGER.snapshot()
         report = self.trainer.train_step(self._batches)
         self.traffic.append(LEDGER.since(before))
         return report
 
     def finish(self) -> None:
-        """Finish communication that the last step deferred (``overlap_sync_param``), and count it as the step's."""
+        """Finish communication that the last step deferred (``overlap_sync_param``), and count it in that step."""
         before = LEDGER.snapshot()
         self.trainer.optimizer.gather_parameters()
         self.traffic[-1] = sum_traffic([self.traffic[-1], LEDGER.since(before)])
@@ -198,8 +198,8 @@ class _Meter:
 
 def _clipped_by(report: StepReport, clip_grad_norm: float) -> float:
     """Return the divisor that clipping applied to the gradients in the buffers of ``HybridZeroOptimizer``."""
-    # The optimizer scales the buffers in place by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does;
-    # comparing clipped gradients would hide an error that is common to all of them, and multiply one of the norm.
+    # The optimizer scales the buffers in place by min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_ does.
+    # Comparing clipped gradients would hide an error common to all of them, and spread an error of the norm to all.
     clips = report.update.updated and clip_grad_norm > 0
     return max(1.0, (report.update.grad_norm + 1e-6) / clip_grad_norm) if clips else 1.0
 
@@ -216,7 +216,7 @@ def _gradients(optimizer: HybridZeroOptimizer, clipped_by: float) -> ShardsByNam
 
 
 def _parameters(model: nn.Module) -> ShardsByName:
-    """Return this rank's shards of the parameters, in the dtype that they are computed in."""
+    """Return this rank's shards of the parameters, in their compute dtype."""
     parameters: ShardsByName = {}
     for name, parameter, placement in placed_parameters(model):
         flat, start = local_shard(parameter)

@@ -1,7 +1,7 @@
-"""Tensors of several ranks, assembled and compared. Pure.
+"""Assemble and compare the tensors of several ranks. Pure functions.
 
-:func:`assemble` builds logical tensors from the shards of all ranks, :func:`trace_modules` finds the first module whose
-output differs.
+:func:`assemble` builds logical tensors from the shards of all ranks, :func:`trace_modules` compares the outputs of
+modules and finds the first that differs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from internlm.verify.record import Pass, RankRecord, ShardsByName, by_sample
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A value that several ranks store and that is not bitwise equal on all of them."""
+    """Value that several ranks store and that is not bitwise equal on all of them."""
 
     name: str
     rank: int
-    """The first whose values differ from those of a lower rank."""
+    """First rank whose values differ from those of a lower rank."""
     elements: int
     largest: float
     """Largest difference of an element."""
@@ -34,18 +34,18 @@ class Disagreement:
 
 @dataclass
 class Assembled:
-    """Logical tensors built from shards, and what was wrong with the shards."""
+    """Logical tensors built from shards, with the errors found in the shards."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shared: int = 0
-    """Tensors of which several ranks store the same elements."""
+    """Number of tensors with elements that several ranks store."""
     disagreements: list[Disagreement] = field(default_factory=list)
     holes: list[str] = field(default_factory=list)
-    """Tensors of which some elements are on no rank."""
+    """Names of tensors with elements that no rank stores."""
 
 
 def assemble(ranks: Sequence[ShardsByName]) -> Assembled:
-    """Build logical tensors from the shards of each rank; where ranks disagree, the lowest one counts."""
+    """Build logical tensors from the shards of each rank; if ranks disagree, the values of the lowest one are used."""
     result = Assembled()
     for name in dict.fromkeys(name for shards in ranks for name in shards):
         _assemble(name, ranks, result)
@@ -68,8 +68,7 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
             if disagreement is None and other.any():
                 largest = (whole[index] - values)[other].abs().max().item()
                 disagreement = Disagreement(name, rank, int(other.sum()), largest)
-            # The first rank's values stay, so that one deviating rank is compared with the others, and not its values
-            # with themselves.
+            # Keep the first rank's values, so that every later rank is compared with them.
             whole[index] = torch.where(again, whole[index], values)
             known[index] = 1
     result.tensors[name] = whole
@@ -79,15 +78,15 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
-    # A nan that all ranks have is a failure of the run, which the loss shows, and no disagreement.
+    # A nan that all ranks have is a failure of the run, which the loss shows, not a disagreement.
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
-    """Build tensors of ``shape`` from what the ranks of a tensor group have of one module's output.
+    """Join the shards of one module's output, by rank of a tensor group, into tensors of ``shape``.
 
     Returns:
-        Each shard where all have the full shape, one tensor where they are split along one axis, else nothing.
+        Each shard if all have the full shape, one tensor if they are split along one axis, else an empty list.
     """
     if all(shard.shape == shape for shard in shards):
         return list(shards)
@@ -101,12 +100,12 @@ def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
 
 
 def relative(value: float, reference: float) -> float:
-    """Return |value − reference| / |reference|: 0 where both are equal, infinite where only the reference is zero."""
+    """Return |value − reference| / |reference|: 0 if both are equal, infinite if only the reference is zero."""
     return 0.0 if value == reference else abs(value - reference) / abs(reference) if reference else math.inf
 
 
 def relative_l2(tensor: Tensor, reference: Tensor) -> float:
-    """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm, infinite where shapes differ."""
+    """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm; infinite if the shapes differ."""
     if tensor.shape != reference.shape:
         return math.inf
     # In fp64, since norms of half-precision tensors overflow, and the comparison must not add rounding of its own.
@@ -119,31 +118,31 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class ModuleTrace:
-    """Relative differences of modules, in the order of the reference run; None where shards can't be joined."""
+    """Relative differences of modules, in the order of the reference run; None: not comparable."""
 
     limit: float
     differences: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def compared(self) -> list[str]:
-        """Modules that could be compared."""
+        """Names of the modules that could be compared."""
         return [name for name, difference in self.differences.items() if difference is not None]
 
     @property
     def first(self) -> str | None:
-        """The first module that differs by more than the limit, or is nan."""
+        """First module whose difference exceeds the limit or is nan."""
         return next((name for name in self.compared if not self._of(name) <= self.limit), None)
 
     @property
     def last_equal(self) -> str | None:
-        """The module compared just before the first that differs."""
+        """Module compared just before the first that differs."""
         names = self.compared
         index = names.index(self.first) if self.first is not None else 0
         return names[index - 1] if index else None
 
     @property
     def worst(self) -> float:
-        """The largest difference."""
+        """Largest difference of a module."""
         return max(map(self._of, self.compared), default=0.0)
 
     def _of(self, name: str) -> float:
@@ -155,13 +154,13 @@ class ModuleTrace:
 def trace_modules(
     reference: RankRecord, ranks: Sequence[RankRecord], tensors_of: Callable[[Pass], Tensors], limit: float
 ) -> ModuleTrace:
-    """Compare the modules of watched micro-batches.
+    """Compare the module outputs, or their gradients, in the watched micro-batches.
 
     Args:
-        reference: has a pass for each data-parallel rank of ``ranks``, in their order.
-        ranks: each has one pass, which holds the modules of its pipeline stage.
-        tensors_of: outputs or gradients of a pass.
-        limit: from which relative difference on a module is said to differ.
+        reference: Record with a pass for each data-parallel rank of ``ranks``, in their order.
+        ranks: Records with one pass each, which holds the modules of its pipeline stage.
+        tensors_of: Function that returns the outputs or the gradients of a pass.
+        limit: Relative difference above which a module is reported as different.
     """
     wanted = [tensors_of(watched) for watched in reference.passes]
     by_data_rank = [
@@ -174,7 +173,7 @@ def trace_modules(
 
 
 def _difference(name: str, wanted: Sequence[Tensors], found: Sequence[Sequence[Sequence[Tensors]]]) -> float | None:
-    """Return the largest difference of a module; ``found``: by data-parallel rank, stage and rank of the group."""
+    """Return the largest difference of a module; ``found``: tensors by data-parallel rank, stage and tensor rank."""
     differences: list[float] = []
     for tensors, stages in zip(wanted, found, strict=True):
         group = next((group for group in stages if all(name in shards for shards in group)), None)

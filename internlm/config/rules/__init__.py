@@ -1,4 +1,4 @@
-"""Rules across keys: one small function each, in tables that declare which keys it reads."""
+"""Rules across config keys: one small function each, in tables that declare the keys that each function reads."""
 
 from internlm.config.rules.parallel_rules import RULES as PARALLEL_RULES
 from internlm.config.rules.rule import Rule as Rule

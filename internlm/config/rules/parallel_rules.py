@@ -1,4 +1,4 @@
-"""Rules about process groups: their sizes, the pipeline's schedule, and what each parallel mode needs."""
+"""Rules about process groups: sizes, pipeline schedule, and requirements of each parallel mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODE = "parallel.tensor.mode"
 
 
 def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Each rank of the tensor group holds whole heads; isp replicates kv heads where there are fewer than ranks."""
+    """Check that each rank of a tensor group gets whole heads; isp replicates kv heads if they are too few."""
     size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
     isp = config.parallel.tensor.mode == "isp"
     # isp: the all-to-all around attention moves whole heads (DeepSpeed-Ulysses, arXiv 2309.14509).
@@ -25,7 +25,7 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
 
 
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Tensor parallelism splits the feed-forward width, and often the embedding's hidden size, evenly."""
+    """Check that the tensor size divides the feed-forward width, and the hidden size if the embedding splits it."""
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
     # isp shards the rows of each weight and pads the last shard, so any size will do.
     if mode == "isp":
@@ -40,7 +40,7 @@ def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem
 
 
 def every_stage_has_layers(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Every chunk of every pipeline stage holds at least one layer."""
+    """Check that every chunk of every pipeline stage holds at least one layer."""
     layers, stages, chunks = config.model.num_layers, config.parallel.pipeline.size, config.model.num_chunks
     if layers < stages * chunks:
         what = f"{layers} is less than pipeline.size · num_chunks = {stages} · {chunks} = {stages * chunks}"
@@ -48,18 +48,18 @@ def every_stage_has_layers(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def world_size_is_divisible(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The world size is data · pipeline · tensor."""
+    """Check that the world size is data · pipeline · tensor."""
     yield from _world_problem(config, run, "tensor", config.parallel.tensor.size)
 
 
 def world_size_is_divisible_by_weight(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Under isp, the world size is also weight-data · pipeline · weight."""
+    """Check that, under isp, the world size is also weight-data · pipeline · weight."""
     if config.parallel.tensor.mode == "isp" and config.parallel.weight.size > 1:
         yield from _world_problem(config, run, "weight", config.parallel.weight.size)
 
 
 def _world_problem(config: Config, run: RunInfo, name: str, size: int) -> Iterator[Problem]:
-    # The rule is skipped without a world size; ``or 1`` is for the type checker.
+    # The rule is skipped without a world size; ``or 1`` satisfies the type checker.
     stages, world = config.parallel.pipeline.size, run.world_size or 1
     if world % (stages * size):
         what = (
@@ -69,7 +69,7 @@ def _world_problem(config: Config, run: RunInfo, name: str, size: int) -> Iterat
 
 
 def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The zero group is a sub-group of the data group (of the weight-data group under isp)."""
+    """Check that the zero group is a sub-group of the data group (of the weight-data group under isp)."""
     parallel, size = config.parallel, config.parallel.zero1.size
     group, inner = (
         ("weight-data", parallel.weight.size) if parallel.tensor.mode == "isp" else ("data", parallel.tensor.size)
@@ -82,7 +82,7 @@ def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Probl
 
 
 def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Weights are sharded under isp only."""
+    """Check that weights are sharded under isp only."""
     mode = config.parallel.tensor.mode
     sizes = {"weight": config.parallel.weight.size, "expert_weight": config.parallel.expert_weight.size}
     for name, size in sizes.items():
@@ -92,7 +92,7 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Each stage needs a micro-batch; the interleaved schedule takes them in rounds of one per stage."""
+    """Check that there is a micro-batch per stage; the interleaved schedule needs a multiple of the stages."""
     count, stages = config.data.micro_num, config.parallel.pipeline.size
     # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of p micro-batches.
     interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
@@ -108,7 +108,7 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """A schedule table is made for one number of micro-batches."""
+    """Check that a schedule table has no batch-size warm-up: it is made for one number of micro-batches."""
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
         what = f"{ramp!r} changes the number of micro-batches, but parallel.pipeline.table is made for {count}"
@@ -116,7 +116,7 @@ def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """ZBV has two chunks per stage, ZB-H1 and GPipe one, 1F1B any number (interleaved with more than one)."""
+    """Check the chunks per stage: ZBV has two, ZB-H1 and GPipe one, 1F1B any number (more than one: interleaved)."""
     mode, chunks = config.parallel.pipeline.mode, config.model.num_chunks
     # The V of ZB-V (arXiv 2401.10241, section 6) goes down through the ranks and up again, hence two chunks.
     expected = {"ZBV": 2, "ZBH1": 1, "GPIPE": 1}.get(mode, chunks)
@@ -125,7 +125,7 @@ def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """An explicit partition has a layer count for every virtual stage, and the counts add up to the model."""
+    """Check that a partition has a layer count for every virtual stage and that the counts add up to all layers."""
     partition, layers = config.parallel.pipeline.partition, config.model.num_layers
     if isinstance(partition, str):
         return
@@ -133,16 +133,16 @@ def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
     where, counts = "parallel.pipeline.partition", list(partition)
     if len(partition) != stages * chunks:
         what = f"expected pipeline.size · num_chunks = {stages} · {chunks} layer counts, got {len(counts)}: {counts}"
-        yield Problem(where, what, f"Give {stages * chunks} numbers")
+        yield Problem(where, what, f"Give {stages * chunks} layer counts")
     if min(partition, default=1) < 1:
-        yield Problem(where, f"{counts} has a virtual stage without layers", "Give every virtual stage at least 1")
+        yield Problem(where, f"{counts} has a virtual stage without layers", "Give every stage at least 1 layer")
     if sum(partition) != layers:
         what = f"{counts} adds up to {sum(counts)}, but model.num_layers = {layers}"
-        yield Problem(where, what, "Change one of them")
+        yield Problem(where, what, f"Make the counts add up to {layers}, or change model.num_layers")
 
 
 def sequence_divides(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """msp, fsp and isp split sequences over the tensor group."""
+    """Check that the tensor size divides the sequence length under msp, fsp and isp, which split sequences."""
     length, tensor = config.data.seq_len, config.parallel.tensor
     if tensor.mode != "mtp" and length % tensor.size:
         what = f"{length} is not divisible by parallel.tensor.size = {tensor.size}, over which {tensor.mode} splits it"
@@ -150,7 +150,7 @@ def sequence_divides(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Head groups times context groups make up the tensor group of isp."""
+    """Check that 2D sequence parallelism runs under isp, with head size · context size = tensor size."""
     grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
     if grid.enable and tensor.mode != "isp":
         what = f"needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
@@ -163,7 +163,7 @@ def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Pro
 
 
 def fsdp_excludes_other_sharding(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """``fully_shard`` cannot be combined with what needs whole matrices, splits of its own or mixed types."""
+    """Check that ``fully_shard`` is used without pipeline, isp, Muon, compiled blocks and fp32 norms."""
     pipeline, optimizer = config.parallel.pipeline, config.optimizer
     # A pipeline would gather each unit once per micro-batch; isp shards weights itself; Muon needs whole matrices; the
     # all-gather of a unit concatenates its parameters, which must have one type.
@@ -181,7 +181,7 @@ def fsdp_excludes_other_sharding(config: Config, run: RunInfo) -> Iterator[Probl
 
 
 def experts_divide(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Each rank of the expert group holds the same number of experts."""
+    """Check that each rank of an expert group holds the same number of experts."""
     experts, size = config.model.num_experts, config.parallel.expert.size
     if experts > 1 and size > 0 and experts % size:
         what = f"model.num_experts = {experts} is not divisible by {size}"

@@ -1,4 +1,4 @@
-"""Types that every rule uses: the rule itself, what is known about the run, and lists of numbers in messages."""
+"""Types and helpers of all rules: the rule, the run info, and lists of numbers in messages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEVICE_TYPE = "device_type"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Facts about the run that are not in its config. None: unknown, and whatever reads it is skipped."""
+    """Run info that is not in the config. None: unknown; rules and derivations that read it are skipped."""
 
     world_size: int | None = None  # processes
     device_type: str | None = None  # "cpu" or "cuda"
 
     def unknown(self) -> set[str]:
-        """Return the names of unknown facts."""
+        """Return the names of the unknown fields."""
         return {name for name in (WORLD_SIZE, DEVICE_TYPE) if getattr(self, name) is None}
 
 
@@ -31,9 +31,9 @@ Check = Callable[[Config, RunInfo], Iterator[Problem]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A check across keys, skipped where one of the keys or facts in ``reads`` is invalid or unknown.
+    """Check across keys, skipped if a key or a :class:`RunInfo` field in ``reads`` is invalid or unknown.
 
-    ``reads`` must name exactly what ``check`` reads; a test holds the two together.
+    ``reads`` must name exactly the keys and fields that ``check`` reads, which a test verifies.
     """
 
     reads: tuple[str, ...]

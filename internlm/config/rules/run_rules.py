@@ -13,7 +13,7 @@ from internlm.utils.errors import Problem
 
 # -- model ------------------------------------------------------------------------------------------------------------
 def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """``head_dim`` is hidden size ÷ heads unless it is given."""
+    """Check that the hidden size is divisible by the number of heads, unless ``head_dim`` is given."""
     model = config.model
     # A head_dim that is given need not divide the hidden size: Gemma and Qwen3 have such models.
     if model.head_dim is None:
@@ -22,7 +22,7 @@ def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Rotary embedding rotates pairs of elements."""
+    """Check that ``head_dim`` is even: rotary embedding rotates pairs of elements."""
     if (config.model.head_dim or 0) % 2:
         yield Problem(
             "model.head_dim",
@@ -32,7 +32,7 @@ def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Each key/value head serves the same number of query heads."""
+    """Check that each key/value head serves the same number of query heads."""
     heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
     if heads % kv_heads:
         what = f"num_attention_heads = {heads} is not divisible by {kv_heads}"
@@ -40,7 +40,7 @@ def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """A token cannot be routed to more experts than there are."""
+    """Check that tokens are not routed to more experts than there are."""
     experts, top_k = config.model.num_experts, config.model.top_k
     # A dense model has one expert, and its default top_k means nothing.
     if experts > 1 and top_k > experts:
@@ -48,7 +48,7 @@ def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """At most all blocks can be offloaded; a pipeline chunk that has fewer offloads all of its own."""
+    """Check that at most all blocks are offloaded; a pipeline chunk with fewer blocks offloads all of its own."""
     offloaded, layers = config.model.cpu_offloading, config.model.num_layers
     if offloaded > layers:
         what = f"{offloaded} is more than num_layers = {layers}"
@@ -56,7 +56,7 @@ def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The compiler decides which activations of a compiled block are saved, so ``selective`` cannot."""
+    """Check that ``selective`` is not used with compiled blocks, whose saved activations the compiler chooses."""
     if (config.model.compile, config.model.checkpoint) == (True, "selective"):
         what = "'selective' has no effect with model.compile = True, where the compiler chooses the saved activations"
         yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
@@ -64,7 +64,7 @@ def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> I
 
 # -- data, optimizer, checkpoints, alerts ------------------------------------------------------------------------------
 def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """``skip_batches`` lists batch numbers and ranges."""
+    """Check that ``skip_batches`` lists batch numbers and ranges."""
     try:
         parse_skip_batches(config.data.skip_batches)
     except ValueError as error:
@@ -72,7 +72,7 @@ def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Batch-size warm-up starts at ``micro_num`` or below."""
+    """Check that batch-size warm-up starts at ``micro_num`` or below."""
     data = config.data
     try:
         rampup = parse_rampup(data.rampup_batch_size)
@@ -85,7 +85,7 @@ def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]
 
 
 def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The learning rate must reach its peak within the schedule, and ``wsd`` must not decay before it."""
+    """Check that warm-up and, for ``wsd``, decay fit into the schedule."""
     schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
     ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
     if schedule.type != "wsd":
@@ -99,17 +99,17 @@ def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The initial loss scale lies within its bounds; only float16 uses it."""
+    """Check that the initial loss scale lies within its bounds under float16, which alone uses it."""
     scaler, dtype = config.grad_scaler, config.model.dtype
     smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
     # bfloat16 has the exponent range of float32 and needs no loss scale.
     if dtype == "torch.float16" and not smallest <= first <= largest:
         what = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
-        yield Problem("grad_scaler", what, "Use an initial scale between the bounds")
+        yield Problem("grad_scaler", what, f"Set grad_scaler.fp16.initial_scale to a value in [{smallest}, {largest}]")
 
 
 def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Patterns of parameter groups are regular expressions."""
+    """Check that the patterns of parameter groups are valid regular expressions."""
     given = [dict(group).get("pattern") for group in config.optimizer.param_groups]
     # Groups that failed validation are still plain dicts here, in which a pattern may be missing or not text.
     for pattern in [pattern for pattern in given if isinstance(pattern, str)]:
@@ -117,11 +117,11 @@ def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
             re.compile(pattern)
         except re.error as error:
             what = f"{error.pattern!r} is not a valid regular expression ({error})"
-            yield Problem("optimizer.param_groups", what, "Fix the pattern")
+            yield Problem("optimizer.param_groups", what, "Escape special characters, such as \\( for a bracket")
 
 
 def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Small gradients underflow in float16 without a loss scale."""
+    """Check that gradients are not reduced in float16 without a loss scale: small ones would underflow."""
     dtype = config.model.dtype
     if config.reduce_comm_dtype == "torch.float16" and dtype != "torch.float16":
         what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would underflow"
@@ -129,7 +129,7 @@ def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Saving needs a folder and an interval."""
+    """Check that a folder and an interval are given if checkpoints are saved."""
     ckpt = config.ckpt
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
         yield Problem("ckpt.save_ckpt_folder", "missing, but ckpt.enable_save_ckpt is True", "Give a folder")
@@ -138,7 +138,7 @@ def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Alerts need the address of a webhook."""
+    """Check that the address of a webhook is given if alerts are enabled."""
     alert = config.monitor.alert
     if alert.enable_feishu_alert and not alert.feishu_alert_address:
         what = "missing, but monitor.alert.enable_feishu_alert is True"
@@ -146,7 +146,7 @@ def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """The job name is also the name of the folder of its records."""
+    """Check that the job name can be a folder name: the records of the run are in a folder of that name."""
     name = config.JOB_NAME
     # "." and ".." are folders too, and a slash would leave the folder of records.
     if not name.strip(".") or set(name) & set("/\\\0"):

@@ -1,4 +1,4 @@
-"""Base class of config sections, types of numbers with bounds, and parsers of settings that are written as text."""
+"""Base class of config sections, bounded number types, and parsers of settings that are written as text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse_rampup(text: str) -> Rampup | None:
     """Parse ``"start increment every"``; None for an empty string.
 
     Raises:
-        ValueError: the text is not three counts of at least 1.
+        ValueError: The text is not three counts of at least 1.
     """
     words = text.split()
     if not words:
@@ -60,7 +60,7 @@ def parse_skip_batches(text: str) -> tuple[tuple[int, int], ...]:
     """Parse ``"a-b,c"`` into inclusive ranges, sorted and merged.
 
     Raises:
-        ValueError: a word is neither a batch number nor a range of them.
+        ValueError: A word is neither a batch number nor a range of batch numbers.
     """
     merged: list[tuple[int, int]] = []
     for first, last in sorted(_parse_range(word.strip()) for word in text.split(",") if word.strip()):
@@ -81,5 +81,5 @@ def _parse_range(text: str) -> tuple[int, int]:
 
 
 def _is_count(word: str) -> bool:
-    # str.isdigit alone accepts digits of other scripts and superscripts, of which int() refuses some.
+    # str.isdigit alone accepts digits of other scripts and superscripts, some of which int() refuses.
     return word.isascii() and word.isdigit()

@@ -1,4 +1,4 @@
-"""The ``model`` section: the shape of the network, and how it computes."""
+"""The ``model`` section: shape, kernels and initial values of the network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "blocked", "refere
 
 
 class ModelConfig(Section):
-    """Sizes, norms, biases, rotary embedding, recompute and initial values."""
+    """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values."""
 
     num_layers: Count
     """Number of decoder blocks in the whole model."""
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     multiple_of: Count = 256
     """The feed-forward width is rounded up to a multiple of this."""
     max_position_embeddings: Count = 2048
-    """Context length that the model is made for, in tokens. Dynamic NTK scaling starts beyond it."""
+    """Context length that the model is designed for, in tokens. Dynamic NTK scaling starts beyond it."""
     num_chunks: Count = 1
     """Model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
     # bool comes first: in strict mode pydantic would take True for neither a fraction nor a word.
@@ -62,17 +62,17 @@ class ModelConfig(Section):
     apply_post_layer_norm: bool = False
     """Normalise after each residual sum (post-norm) instead of before each sub-layer (pre-norm)."""
     no_bias: bool | None = None
-    """True: no projection has a bias. Default: as the model type has it."""
+    """True: no projection has a bias. Default: set by the model type."""
     qkv_bias: bool | None = None
-    """Whether the query/key/value projection has a bias. Default: as the model type has it."""
+    """Whether the query/key/value projection has a bias. Default: set by the model type."""
     o_bias: bool | None = None
-    """Whether the output projection of attention has a bias. Default: as the model type has it."""
+    """Whether the output projection of attention has a bias. Default: set by the model type."""
     mlp_bias: bool | None = None
-    """Whether the feed-forward projections have biases. Default: as the model type has it."""
+    """Whether the feed-forward projections have biases. Default: set by the model type."""
     residual_in_fp32: bool = False
     """Keep the residual stream in float32."""
     use_flash_attn: bool = True
-    """Allow the flash-attn kernels where they are installed. Other kernels are used where they are not."""
+    """Allow the flash-attn kernels if they are installed; otherwise other kernels are used."""
     attention_backend: AttentionBackend = "auto"
     """Attention kernel. ``auto`` chooses the fastest one available; any other must be available, or the run fails."""
     parallel_output: bool = True
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     """Use the embedding's weight as the head's weight."""
     qk_interleaved: bool | None = None
     """Layout of the rotary embedding. True: rotate neighbouring elements as pairs; False: pair the two halves of a
-    head. Default: as the model type has it. A checkpoint trained with one is wrong with the other."""
+    head. Default: set by the model type. A checkpoint trained with one is wrong with the other."""
     rope_base: Positive = 10000.0
     """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False
@@ -135,9 +135,9 @@ class ModelConfig(Section):
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     def recomputes(self, layer: int) -> bool:
-        """Whether the layer with this index in the whole model is recomputed in backward.
+        """Return True if the layer with this index in the whole model is recomputed in the backward pass.
 
-        Recomputed layers are spread evenly, so that each stage of a pipeline has its share.
+        Recomputed layers are spread evenly, so that each pipeline stage gets its share.
         """
         return layer * self.recomputed_layers % self.num_layers < self.recomputed_layers
 

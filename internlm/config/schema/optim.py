@@ -23,7 +23,7 @@ LRShape = Literal["cosine", "linear", "constant", "wsd"]
 
 
 class AdamConfig(Section):
-    """Learning rate, betas and weight decay, of every optimizer; names as in AdamW (arXiv 1711.05101)."""
+    """Learning rate, betas and weight decay of all optimizers, named as in AdamW (arXiv 1711.05101)."""
 
     lr: Positive
     """Peak learning rate."""
@@ -120,12 +120,12 @@ class HybridZeroConfig(Section):
     clip_grad_norm: NonNegative = 0.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
-    """Shard buckets evenly by element. False: by whole parameters, as those of Muon always are."""
+    """Shard buckets evenly by element. False: shard by whole parameter, as is always done for Muon."""
     # bfloat16 has 8 significant bits: sums over many micro-batches lose small terms.
     fp32_grad_accum: bool = True
     """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with
     half the memory and less precision."""
-    # A loss scale needs some 16 halvings from its start; far more mean that the run has diverged.
+    # A loss scale needs some 16 halvings from its initial value; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
     """Consecutive steps that may be skipped for a non-finite gradient norm before the run is ended."""
 
@@ -142,7 +142,7 @@ class FP16Config(Section):
 
 
 class GradScalerConfig(Section):
-    """Loss scale; in use with ``model.dtype = "torch.float16"`` only, 1 otherwise."""
+    """Loss scale, used with ``model.dtype = "torch.float16"`` only; otherwise it is 1."""
 
     fp16: FP16Config = FP16Config()
     """Dynamic loss scale of float16."""

@@ -40,7 +40,7 @@ class PipelineConfig(Section):
     size: Count = 1
     """Pipeline stages."""
     interleaved_overlap: bool = False
-    """Overlap point-to-point transfers with compute in the interleaved schedule. The other schedules always do."""
+    """Overlap point-to-point transfers with compute in the interleaved schedule; others always overlap them."""
     mode: PipelineMode = "1F1B"
     """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
     ``ZBV`` (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
@@ -62,7 +62,7 @@ class WeightConfig(Section):
     """Prefetch the next weights (all-gather) while the current ones are in use."""
     memory_pool: bool = False
     """All-gather into a fixed set of buffers instead of allocating memory for each."""
-    # Late enough not to hold two blocks' weights for long, early enough to hide the all-gather behind the MLP.
+    # Late enough not to store two blocks' weights for long, early enough to hide the all-gather behind the MLP.
     launch_allgather_before: LaunchPlace = "wo"
     """Module of a block before which the all-gather of the next block is launched."""
     forward_overlap_per: Literal["layer", "module"] = "layer"
@@ -91,7 +91,7 @@ class Sequence2DConfig(Section):
     """Attention split over heads and context at once."""
 
     enable: bool = False
-    """Switch this on."""
+    """Enable two-dimensional sequence parallelism."""
     head_size: Count = 1
     """Ranks that split the heads. head_size · context_size must equal ``parallel.tensor.size``."""
     context_size: Count = 1
@@ -117,7 +117,7 @@ class ParallelConfig(Section):
     """Distribution of experts."""
     expert_weight: WeightConfig = WeightConfig()
     """Sharding of the weights of experts; needs isp."""
-    # The first step may compile and read data for minutes, so not much shorter.
+    # Not much shorter: the first step may compile and read data for minutes.
     timeout: Positive = 1800.0
     """Timeout of process groups in seconds. A rank that does not join a collective within it ends the run."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)

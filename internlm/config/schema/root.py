@@ -1,4 +1,4 @@
-"""The whole config, with the sections about what a run reads and writes: ``data``, ``ckpt`` and ``monitor``."""
+"""The whole config, with the sections of a run's input and output: ``data``, ``ckpt`` and ``monitor``."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class DataConfig(Section):
     skip_batches: str = ""
     """Batches to leave out, counted from 0: ``"a-b,c"``, both ends included."""
     rampup_batch_size: str = ""
-    """Batch-size warm-up, ``"start increment every"``: ``micro_num`` begins at start and grows by increment every so
-    many steps until it reaches the value above."""
+    """Batch-size warm-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
+    ``increment`` more after each ``every`` steps, up to ``micro_num``."""
     min_length: CountOrZero = 0
     """Files with fewer samples are left out."""
     train_folder: str | None = None
@@ -65,7 +65,7 @@ class DataConfig(Section):
     use_shm: bool = False
     """Keep the index of the data in shared memory, once per machine."""
     shm_path: str = "/dev/shm/metacache"
-    """Folder of that index."""
+    """Folder of the index in shared memory."""
     # Threads: parsing a row takes about a millisecond, and threads need no second copy of torch.
     num_worker: CountOrZero = 4
     """Threads that read batches ahead. 0: read in the training loop."""
@@ -86,7 +86,7 @@ class LoadInfo(Section):
     path: str
     """Checkpoint folder: ``local:FOLDER`` or a plain path."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
-    """What to load from it. ``("model",)`` starts a new run from these parameters."""
+    """Parts of the checkpoint to load. ``("model",)`` starts a new run from these parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
     """Format of the checkpoint."""
 
@@ -101,13 +101,13 @@ class CkptConfig(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints. The last step is always saved."""
     load_ckpt_info: LoadInfo | None = None
-    """Checkpoint to start from where there is nothing to resume."""
+    """Checkpoint to start from if there is nothing to resume."""
     auto_resume: bool = True
     """Continue from the newest complete checkpoint in ``save_ckpt_folder``."""
     async_upload: bool = False
     """Write checkpoints in the background."""
     async_upload_tmp_folder: str | None = None
-    """Local folder for checkpoints that wait to be written."""
+    """Local folder of checkpoints that are not written yet."""
     oss_snapshot_freq: CountOrZero = 0
     """Steps between snapshots, which overwrite one another. 0: none."""
     stop_file_path: str | None = None
@@ -120,7 +120,7 @@ class AlertConfig(Section):
     """Alerts at the start, end or failure of a run."""
 
     enable_feishu_alert: bool = False
-    """Send alerts to the webhook."""
+    """Send alerts to the webhook at ``feishu_alert_address``."""
     feishu_alert_address: str | None = None
     """URL of the webhook."""
     light_monitor_address: str | None = None
@@ -146,7 +146,7 @@ class MonitorConfig(Section):
 
 
 class Config(Section):
-    """A resolved, validated, frozen config, made by :func:`internlm.config.load_config`."""
+    """Resolved, validated and frozen config, made by :func:`internlm.config.load_config`."""
 
     model: ModelConfig
     """Shape of the network."""
@@ -189,4 +189,4 @@ class Config(Section):
     tensorboard_folder: str | None = None
     """Folder of TensorBoard records. Default: beside the other records of the run."""
     log_folder: str = "RUN"
-    """Folder below which every run writes its records, in ``{JOB_NAME}/{time of launch}/``."""
+    """Parent folder of the records of all runs; each run writes to ``{JOB_NAME}/{time of launch}/``."""

@@ -53,7 +53,8 @@ def test_renamed_key() -> None:
 
 def test_renamed_key_beside_its_new_name() -> None:
     assert problems_of({"model.moe_gate_k": 1, "model.top_k": 2}) == [
-        "model.moe_gate_k: given together with its new name: model.moe_gate_k = 1, model.top_k = 2. Keep model.top_k"
+        "model.moe_gate_k: given together with its new name: model.moe_gate_k = 1, model.top_k = 2. "
+        "Remove model.moe_gate_k"
     ]
 
 

@@ -90,7 +90,7 @@ def test_only_python_files_are_executed(tmp_path: Path) -> None:
 def test_syntax_error_names_the_line(tmp_path: Path) -> None:
     text = failure(write(tmp_path, "data = dict(\n    seq_len=8,\n)\nmodel = dict(a b)\n"))
     assert text.startswith(f"{tmp_path}/run.py:4: 'model = dict(a b)': invalid syntax")
-    assert text.endswith("Fix the syntax")
+    assert text.endswith(f"Check with: python -m py_compile {tmp_path}/run.py")
 
 
 def test_null_bytes(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ SINGLE_KEYS = [
     ({"model.micro_bsz": 4}, "model.micro_bsz: unknown key. It belongs elsewhere: data.micro_bsz"),
     ({"model.zzz": 4}, "model.zzz: unknown key. Known: apply_post_layer_norm, "),
     ({"model": 3}, "model: 3 is a whole number. Give a dict with num_layers, hidden_size, num_attention_heads, vocab"),
-    ({"moddle": {}}, "moddle: unknown key. Did you mean 'model'? Names of your own are UPPER_CASE or begin with"),
+    ({"moddle": {}}, "moddle: unknown key. Did you mean 'model'? Write names of your own in UPPER_CASE"),
     ({"parallel.overlap": 1}, "It belongs elsewhere: parallel.weight.overlap or parallel.expert_weight.overlap"),
     ({"model.type": "x"}, "model.type: unknown key. Did you mean 'dtype'?"),
     ({"micro_num": 4}, "micro_num: unknown key. It belongs elsewhere: data.micro_num"),
@@ -65,7 +65,7 @@ SINGLE_KEYS = [
     ({"parallel.pipeline": {"size": 2, "partition": "even"}}, "parallel.pipeline.partition: 'even' is unknown. Give"),
     (
         {"parallel.pipeline": {"size": 2, "partition": (4, 0)}},
-        "parallel.pipeline.partition: [4, 0] has a virtual stage without layers. Give every virtual stage at least 1",
+        "parallel.pipeline.partition: [4, 0] has a virtual stage without layers. Give every stage at least 1 layer",
     ),
     ({"parallel.pipeline": {"size": 2, "partition": 4}}, "parallel.pipeline.partition: 4 is a whole number. Give"),
     ({"parallel.timeout": 0}, "parallel.timeout: 0 is out of range. Give a number of more than 0"),
@@ -182,7 +182,7 @@ ACROSS_KEYS = [
     ),
     (
         {"parallel.pipeline": {"size": 2, "partition": (3, 2)}},
-        "parallel.pipeline.partition: [3, 2] adds up to 5, but model.num_layers = 4. Change one of them",
+        "parallel.pipeline.partition: [3, 2] adds up to 5, but model.num_layers = 4. Make the counts add up to 4",
     ),
     (
         {"parallel.tensor": {"size": 2, "mode": "msp"}, "data.seq_len": 15},

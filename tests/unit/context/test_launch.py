@@ -253,12 +253,12 @@ def busy_port() -> Iterator[int]:
 
 def test_a_port_in_use(busy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     message = problems_of_launch(monkeypatch, {"MASTER_PORT": str(busy_port)})
-    assert message == f"127.0.0.1:{busy_port}: is in use. Choose another with --port"
+    assert message == f"127.0.0.1:{busy_port}: is in use. Choose another port with --port"
 
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [("0", "can't be reached (Timed out after"), ("1", "can't be reached (The client socket has timed out")],
+    [("0", "cannot be reached (Timed out after"), ("1", "cannot be reached (The client socket has timed out")],
     ids=["rank 0 waits in vain", "rank 0 is not there"],
 )
 def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

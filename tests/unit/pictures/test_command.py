@@ -77,13 +77,16 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
         (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is not a time"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
         (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the folder of 'no/"),
-        (["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."], ".: cannot be written (Is a directory). Give another path"),
+        (
+            ["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."],
+            ".: cannot be written (Is a directory). Give a writable path",
+        ),
         (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use"),
         (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: can't be read (No such file or directory)"),
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
         (
             ["--kind", "1f1b", *FOUR_BY_EIGHT, "--forward", "0", "--backward", "0", "--weight", "0"],
-            "--forward, --backward, --weight: all are 0. Give one of them a time",
+            "--forward, --backward, --weight: all are 0. Set at least one of them above 0",
         ),
     ],
 )

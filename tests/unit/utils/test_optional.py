@@ -21,7 +21,7 @@ def test_what_is_missing_says_who_wanted_it_and_how_to_get_it() -> None:
     with pytest.raises(UserError) as caught:
         require("no_such_package", "enable_tb", "pip install no-such-package")
     assert str(caught.value) == (
-        "enable_tb: needs the package 'no_such_package', which can't be imported "
+        "enable_tb: needs the package 'no_such_package', which cannot be imported "
         "(ModuleNotFoundError: No module named 'no_such_package'). Run: pip install no-such-package"
     )
 
