@@ -1,7 +1,7 @@
-"""Costs of a layout, by formula: bytes held, bytes sent and floating-point operations.
+"""Cost formulas of a layout: bytes held, bytes sent and floating-point operations.
 
-``symbols`` is the legend of all formulas, ``param_shards`` the inventory of parameters that they take; ``memory_plan``
-and ``traffic`` are the entry points.
+``symbols`` is the legend of all formulas, and ``param_shards`` the inventory of parameters that they take.
+``memory_plan`` and ``traffic`` are the entry points.
 """
 
 from internlm.costs.memory_plan import Plan as Plan

@@ -1,21 +1,22 @@
-"""Activation memory of the decoder by formula: what autograd saves for a micro-batch, and what is in flight at once.
+"""Formulas of activation memory: bytes that autograd saves for a micro-batch, and their peak over a schedule.
 
-Every storage that autograd saves is counted once; parameters are not, nor the weights that isp gathers, which are
-released after each product. A linear saves its input alone: norms and SwiGLU before it are recomputed in backward (as
-in Korthikanti et al. 2022, arXiv 2205.05198, section 5, for their cheap operations). So a block saves four tensors of
-its own, the queries, keys and values, and what :func:`kernel` lists.
+Every storage that autograd saves is counted once. Parameters are not counted, nor are the weights that isp gathers,
+which are released after each product. A linear saves only its input: norms and SwiGLU before it are recomputed in
+backward (as in Korthikanti et al. 2022, arXiv 2205.05198, section 5, for their cheap operations). So a block saves four
+tensors of its own, the queries, keys and values, and the tensors of :func:`kernel`.
 
 With ``model.checkpoint="selective"`` the attention between a block's linears is recomputed too, and queries, keys and
 values are saved as their linear returned them. Dropout masks, one byte per element, are saved unless they are drawn
-again. For the first ``model.cpu_offloading`` layers of a chunk everything is moved to host memory, except for what the
-previous stage sent.
+again in backward. For the first ``model.cpu_offloading`` layers of a chunk all of this is moved to host memory, except
+for the hidden states that the previous stage sent.
 
-In a pipeline every chunk saves its own activations. The hidden states that it receives are the input of its first block
-and counted there; its output is released once it is sent. Messages between stages are not counted.
+In a pipeline every chunk saves its own activations. The hidden states that a chunk receives are the input of its
+first block and counted there; its output is released once it is sent. Messages between stages are not counted.
 
 A pair of chunk and micro-batch is in flight from its F to its last action: W, or B where the schedule does not defer
-weight gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). It takes :func:`saved_for_backward` from F to B, and
-:func:`kept_for_weights` from B to W. A rank runs one action at a time, so the order of its actions decides the peak.
+weight gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). It holds the bytes of :func:`saved_for_backward` from
+F to B, and those of :func:`kept_for_weights` from B to W. A rank runs one action at a time, so the order of its actions
+decides the peak.
 
 Symbols: :mod:`internlm.costs.symbols`.
 """
@@ -58,10 +59,10 @@ def saved_for_backward(
 
     Args:
         config: Resolved config.
-        world_size: Ranks of the run.
-        tokens: K; by default no label is ignored.
+        world_size: Number of ranks of the run.
+        tokens: K; by default all tokens, as if no label were ignored.
         stage: Pipeline stage of the rank.
-        chunk: Chunk of the stage; by default the sum over all its chunks.
+        chunk: Chunk of the stage; by default bytes are summed over all its chunks.
 
     Raises:
         NoCostFormulaError: The model is not of a built-in family.
@@ -71,28 +72,34 @@ def saved_for_backward(
 
 
 def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """Return the bytes in host memory (``model.cpu_offloading``), otherwise as :func:`saved_for_backward`."""
+    """Return the bytes, by tensor, that a rank saves in host memory (``model.cpu_offloading``).
+
+    Arguments and errors as in :func:`saved_for_backward`.
+    """
     s = Symbols.of(config, world_size, stage)
     return _sum_over_chunks(s, chunk, lambda index: _offloaded_by_chunk(s, index))
 
 
 def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """Return the bytes that deferred weight gradients keep from the backward pass to W, of a micro-batch.
+    """Return the bytes, by tensor, that deferred weight gradients of a micro-batch keep from B to W.
 
-    Only the linears of blocks defer theirs; all other gradients are computed in the backward pass.
+    Only the linears of blocks defer weight gradients; all other gradients are computed in the backward pass.
     """
     s = Symbols.of(config, world_size, stage)
     return _sum_over_chunks(s, chunk, lambda index: _times(len(s.stage_layers.chunks[index]), block_for_weights(s)))
 
 
 def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dict[str, int]]) -> dict[str, int]:
-    """Return ``tensors`` of one chunk, or their sums over all chunks."""
+    """Return ``tensors(chunk)``, or the sums over all chunks if ``chunk`` is None."""
     by_chunk = [tensors(index) for index in (s.chunks if chunk is None else [chunk])]
     return {name: sum(sizes[name] for sizes in by_chunk) for name in by_chunk[0]}
 
 
 def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
-    """Return what a chunk saves: rotary table and blocks; the first also token ids, the last also norm and loss."""
+    """Return the bytes that a chunk saves on the device, by tensor.
+
+    Every chunk saves rotary table and blocks, the first also token ids, the last also norm and loss.
+    """
     first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
     _, on_device = _offloaded_and_not(s, chunk)
     saved = {
@@ -121,15 +128,15 @@ def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
 
 
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
-    """Return S·H·e that stays on the device though the first layer is offloaded: what the previous stage sent."""
+    """Return S·H·e for the input from the previous stage, which stays on the device if the first layer is offloaded."""
     offloaded, _ = _offloaded_and_not(s, chunk)
-    # The scheduler keeps the received tensor, for its gradient is sent back: moving a copy away would free nothing.
+    # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.
     name = RECOMPUTED if offloaded and s.config.model.recomputes(offloaded[0]) else RESIDUAL
     return {name: s.S * s.H * s.e} if offloaded and not s.stage_layers.is_first(chunk) else {}
 
 
 def _layers(s: Symbols, layers: range) -> dict[str, int]:
-    """Return what layers save: a whole block each, or S·H·e, its input alone, where it is recomputed."""
+    """Return the bytes that layers save: those of :func:`block` each, or S·H·e for the input of a recomputed layer."""
     recomputed = sum(map(s.config.model.recomputes, layers))
     return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
@@ -139,7 +146,7 @@ def _times(count: int, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def block(s: Symbols) -> dict[str, int]:
-    """Return what one block saves that is not recomputed.
+    """Return the bytes, by tensor, that one block saves if it is not recomputed.
 
     =======================  ===========  ===========  ===========  =========================
     tensors                  mtp          msp          fsp          isp
@@ -153,25 +160,25 @@ def block(s: Symbols) -> dict[str, int]:
     masks, if kept           2·T·H        2·T·H/t      2·T·H/t      2·T·H/t
     =======================  ===========  ===========  ===========  =========================
 
-    msp gathers nothing where t is 1. Under isp, where there are fewer kv heads than t, several ranks hold each.
+    msp gathers nothing if t is 1. Under isp with fewer kv heads than t, several ranks hold each kv head.
     """
     heads = s.G * s.Q
     return {
-        # The inputs of the two norms, which the linears after them apply; adding to the residual stream saves nothing.
+        # Inputs of the two norms, which the following linears recompute; additions to the residual stream save nothing.
         RESIDUAL: 2 * s.S * s.H * s.e,
         GATHERED: gathered(s),
         QKV: s.T * (heads + 2 * max(s.G, s.t.size)) * s.D * s.e // s.t.size,
         # Selective checkpointing recomputes attention right before the gradients of wo, which need its output.
         HEADS: 0 if s.spec.recomputes_attention else attention_output(s),
         KERNEL: 0 if s.spec.recomputes_attention else kernel(s),
-        # Not the output of SwiGLU, which w2 recomputes from these.
+        # The output of SwiGLU is not saved: w2 recomputes it from these.
         GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
         MASKS: 2 * mask(s),
     }
 
 
 def block_for_weights(s: Symbols) -> dict[str, int]:
-    """Return what the deferred weight gradients of one block keep: inputs and output gradients of its four linears.
+    """Return the bytes kept by a block's deferred weight gradients: inputs and output gradients of its linears.
 
     =======================  ===========  ===========  ===========  ===========
     tensors                  mtp          msp          fsp          isp
@@ -185,9 +192,9 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     gradients of wo and w2   2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
     =======================  ===========  ===========  ===========  ===========
 
-    msp gathers nothing where t is 1. Recomputed blocks keep the same.
+    msp gathers nothing if t is 1. Recomputed blocks keep the same bytes.
     """
-    tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep the output gradients as they gathered them
+    tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep gathered output gradients
     return {
         # W computes products only: it recomputes no norm, no SwiGLU and no gather.
         NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
@@ -206,10 +213,10 @@ def attention_output(s: Symbols) -> int:
 
 
 def kernel(s: Symbols) -> int:
-    """Return what the attention kernel saves besides queries, keys and values.
+    """Return the bytes that the attention kernel saves besides queries, keys and values.
 
-    g·T·G·Q/t for the softmax sums (Dao et al. 2022, arXiv 2205.14135, algorithm 1), and T·G·Q·D·e/t for its output,
-    where the next linear does not get the same storage:
+    g·T·G·Q/t for the softmax sums (Dao et al. 2022, arXiv 2205.14135, algorithm 1), and T·G·Q·D·e/t for its output
+    if the input of the next linear is another storage:
 
     =============  ====  =========================
     kernel         sums  output
@@ -219,7 +226,7 @@ def kernel(s: Symbols) -> int:
     sdpa           yes   yes
     =============  ====  =========================
 
-    ``auto`` is taken to mean flash in half precision, as on a CUDA device, and otherwise blocked, as on the CPU.
+    ``auto`` is counted as flash in half precision, as on a CUDA device, and otherwise as blocked, as on the CPU.
     """
     backend = s.spec.attention_backend
     if backend == "auto":
@@ -231,12 +238,12 @@ def kernel(s: Symbols) -> int:
 
 
 def gathered(s: Symbols) -> int:
-    """Return 2·T·H·e, the inputs that msp gathers and keeps; other modes keep none."""
+    """Return 2·T·H·e for the gathered inputs that msp keeps; other modes keep none."""
     return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
 
 
 def token_ids(s: Symbols) -> int:
-    """Return 8·T for the ids that were looked up (isp: 8·T/t), and T for a mask where entries lie on other ranks."""
+    """Return 8·T for token ids (isp: 8·T/t), and T for a mask if other ranks hold part of the vocabulary."""
     if s.mode == "isp":
         return 8 * s.S
     by_entries = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
@@ -244,13 +251,13 @@ def token_ids(s: Symbols) -> int:
 
 
 def mask(s: Symbols) -> int:
-    """Return S·H, a dropout mask, where masks are kept."""
+    """Return S·H for a dropout mask, or 0 if masks are not kept."""
     model = s.config.model
     return s.S * s.H if model.drop_rate and not model.dropout_selective_checkpoint else 0
 
 
 def rotary(s: Symbols) -> int:
-    """Return T·D·e: cosines and sines of [T, D/2], shared by all blocks; attention sees the whole row on every rank."""
+    """Return T·D·e for cosines and sines [T, D/2], shared by all blocks; every rank needs all positions of a row."""
     return s.T * s.D * s.e
 
 
@@ -261,10 +268,10 @@ def norm(s: Symbols) -> int:
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
-    """Return what head and loss save: no input and no logits, but gradients, which are computed with the loss.
+    """Return the bytes that head and loss save: gradients, which are computed with the loss, but no input or logits.
 
-    For the input K·H·e, and 8·K for the positions of tokens where some labels are ignored; for the weight ⌈V/t⌉·H·g,
-    under isp V·H·g.
+    The gradient of the input takes K·H·e, and 8·K for token positions if some labels are ignored; that of the weight
+    takes ⌈V/t⌉·H·g, under isp V·H·g.
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
@@ -273,14 +280,14 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
     return {LOSS_INPUT: kept * s.H * s.e + positions, LOSS_WEIGHT: rows * s.H * s.g}
 
 
-# -- what is in flight
+# -- activations in flight
 
 
 def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> int:
-    """Return the most bytes that a rank of ``stage`` keeps between two actions of its schedule.
+    """Return the peak of the bytes that a rank of ``stage`` keeps between two actions of its schedule.
 
-    Within an action there may be more: gradients of activations, and what a recomputed block saves again. Arguments as
-    in :func:`saved_for_backward`.
+    Within an action the peak may be higher: gradients of activations, and tensors of a recomputed block, are not
+    counted. Arguments as in :func:`saved_for_backward`.
     """
     return max(kept_after_each_action(config, world_size, tokens, stage=stage))
 
@@ -293,8 +300,8 @@ def kept_after_each_action(config: Config, world_size: int, tokens: int | None =
     deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
     in_flight: dict[tuple[int, int], int] = {}
     totals = []
-    # F adds a pair, a B that defers weight gradients exchanges its tensors for those of W, and the last action frees
-    # it.
+    # F adds a pair. A B that defers weight gradients replaces the pair's tensors by those of W. The last action frees
+    # the pair.
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch
         if action.type == FORWARD:

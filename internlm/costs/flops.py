@@ -1,4 +1,4 @@
-"""The decoder's matrices, and floating-point operations per token by formula.
+"""Formulas of the decoder's weight matrices and floating-point operations per token.
 
 A product of [m, k] and [k, n] counts 2·m·k·n operations (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
 :func:`block_linears` is the only list of the decoder's weights in this package: traffic, gather buffers, FLOPs and the
@@ -33,19 +33,19 @@ def block_linears(model: ModelConfig) -> list[LinearShape]:
 
 
 def block_weights(model: ModelConfig) -> int:
-    """Return the elements of a block's four weights; biases and norms, which are few, are left out."""
+    """Return the elements of a block's four weights, without biases and norms, which are small."""
     return sum(linear.inputs * linear.outputs for linear in block_linears(model))
 
 
 def vocab_weights(model: ModelConfig) -> int:
-    """Return V·H, the elements of the embedding, and of the head."""
+    """Return V·H, the number of elements of the embedding, which equals that of the head."""
     return model.vocab_size * model.hidden_size
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
     """Return forward operations of one block for one token of a sequence of ``seq_len``.
 
-    All keys of the sequence are counted: half of them are masked, but published numbers do not deduct these either.
+    All keys of the sequence are counted. The causal mask removes half of them, but published numbers count them too.
     """
     return 2 * block_weights(model) + attention_forward_flops(model, seq_len)
 
@@ -68,13 +68,13 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return forward and backward operations per token, without recomputed ones.
 
-    A product in the forward pass has two in the backward pass, for the gradients of its two factors.
+    Each product of the forward pass needs two in the backward pass, one for the gradient of each factor.
     """
     return 3 * forward_flops_per_token(model, seq_len)
 
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return :func:`model_flops_per_token` and the forward operations that activation checkpointing repeats."""
+    """Return :func:`model_flops_per_token` plus the forward operations that activation checkpointing repeats."""
     # The head is never recomputed: its loss and gradients are computed together.
     recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
     if model.checkpoint == "selective":

@@ -1,8 +1,8 @@
-"""Gather buffers: bytes of parameters that are gathered for use and released after it, at their peak.
+"""Formulas of gather buffers: peak bytes of parameters that are gathered for use and then released.
 
-Under isp a weight [O, I] is gathered whole, w·⌈O/w⌉·I·e. The settings of ``parallel.weight`` decide which weights
-:class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. With a block's four weights
-called qkv, o, 13 and 2:
+Under isp a weight [O, I] is gathered whole, in w·⌈O/w⌉·I·e bytes. The settings of ``parallel.weight`` decide which
+weights :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. With a block's four
+weights called qkv, o, 13 and 2:
 
 ==============================  ======================================================================================
 overlap=False                   one
@@ -14,8 +14,8 @@ the same, a recomputed block    2, qkv and o, then 2, o and 13, until the gather
                                 recomputed; then qkv, and that of the block after it
 ==============================  ======================================================================================
 
-The pool of ``memory_pool`` keeps as many buffers of each shape as were ever held at once. The embedding, w·⌈V/w⌉·H·e,
-has a buffer of its own, at a time when no other weight is held. Symbols: :mod:`internlm.costs.symbols`.
+With ``memory_pool``, the pool keeps as many buffers of each shape as were ever held at once. The embedding has a buffer
+of its own, w·⌈V/w⌉·H·e, at a time when no other weight is held. Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from internlm.costs.traffic import unit_sizes
 
 #: Rows and columns of a gathered weight, padding included.
 WeightShape: TypeAlias = tuple[int, int]
-#: Weights that are gathered at the same time.
+#: Shapes of weights that are held gathered at the same time.
 HeldWeights: TypeAlias = Sequence[WeightShape]
 
 
 def gather_buffers(inventory: ParamInventory) -> int:
-    """Return the bytes of gathered parameters at their peak.
+    """Return the peak bytes of gathered parameters.
 
-    Where the zero group shards parameters: U·e of the root and of a block, and once more that of the larger one,
-    because ``fully_shard`` receives a unit as one buffer and then copies the parameters out of it.
+    If the zero group shards parameters: U·e of the root and of a block, plus once more the larger of the two, because
+    ``fully_shard`` receives a unit as one buffer and then copies the parameters out of it.
 
     Raises:
         NoCostFormulaError: The model is not the built-in decoder.
@@ -58,7 +58,7 @@ def gather_buffers(inventory: ParamInventory) -> int:
     held = [Counter(weights) for chunk in s.chunks for weights in _held_in_chunk(s, chunk)]
     embedding = _nbytes(s, Counter([_gathered(s, s.V, s.H)])) if s.stage_layers.has_embedding else 0
     if s.config.parallel.weight.memory_pool:
-        return _nbytes(s, reduce(or_, held)) + embedding  # the union of counters: per shape the most ever held
+        return _nbytes(s, reduce(or_, held)) + embedding  # union of counters: per shape, the maximum ever held
     return max(embedding, *(_nbytes(s, weights) for weights in held))
 
 
@@ -71,7 +71,7 @@ def _gathered(s: Symbols, rows: int, columns: int) -> WeightShape:
 
 
 def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
-    """Yield the weights held at the same time, for every moment of the passes through a chunk."""
+    """Yield every set of weights held at the same time in the passes through a chunk."""
     layers = s.stage_layers.chunks[chunk]
     block = [_gathered(s, linear.outputs, linear.inputs) for linear in block_linears(s.config.model)]
     head = [[_gathered(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
@@ -84,22 +84,22 @@ def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
     else:
         yield from _held_per_layer([*blocks, *head], LAUNCH_POSITIONS[weight.launch_allgather_before])
     yield from pairwise(chain(*blocks))
-    # The last block goes backward first, so none after it is recomputed with a prefetch of another block in flight.
+    # The last block runs backward first, so it is never recomputed while the prefetch of another block is in flight.
     if any(map(s.config.model.recomputes, layers[:-1])):
         yield from _held_recomputing(block)
 
 
 def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iterator[HeldWeights]:
     """Yield the weights held while the next block is prefetched, from the weight at ``launch_position`` on."""
-    first = launch_position if launch_position >= 0 else 1  # the attention kernel runs after one weight, wqkv
+    first = launch_position if launch_position >= 0 else 1  # only wqkv is used before the attention kernel
     for index, (block, following) in enumerate(pairwise(blocks)):
         rest = block[first:]
-        # Nothing prefetched the first block, so it gathers and releases its weights one by one.
+        # The first block is not prefetched, so it gathers and releases its weights one by one.
         yield from ([*held, *following] for held in ([rest] if index else [[weight] for weight in rest]))
 
 
 def _held_recomputing(block: HeldWeights) -> Iterator[HeldWeights]:
-    """Yield the weights held while a recomputed block goes backward."""
+    """Yield the weights held while a recomputed block runs backward."""
     *others, last = block
     yield from ([last, *pair] for pair in pairwise(others))
     yield block[0], block[0]

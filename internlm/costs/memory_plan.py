@@ -1,9 +1,9 @@
-"""Memory plan: bytes that a rank holds at its fullest, row by row, before a run starts.
+"""Memory plan: peak bytes that a rank will hold, row by row, computed before a run starts.
 
-Rows are named here for the plan and for what ``internlm.profiler`` measures, so that the two can be set side by side.
+The names of the rows are shared with the measurements of ``internlm.profiler``, so that the two can be compared.
 Mixed precision keeps fp32 main parameters and states (Micikevicius et al. 2018, arXiv 1710.03740), which ZeRO shards
 over the zero group (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). Symbols: :mod:`internlm.costs.symbols`; here
-e and g are those of each param group, since ``use_fp32_norm`` gives norms a type of their own.
+e and g are those of each param group, because ``use_fp32_norm`` gives norms another type.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Plan: TypeAlias = dict[str, int]
 
 
 def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, tokens: int | None = None) -> Plan:
-    """Return the bytes of each row on a rank of the inventory's pipeline stage.
+    """Return the bytes of each row of the plan for a rank of the inventory's pipeline stage.
 
     ====================  =====================================================================================
     parameters            N·e
@@ -50,15 +50,15 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
     activations           :func:`~internlm.costs.activations.peak_saved`
     ====================  =====================================================================================
 
-    Where the zero group shards parameters (``zero1.fsdp``) no rank has a flat buffer of all: parameters are g times the
-    rank's rows, padded to equal shards; gradients are n·g; replicas, if there are any, reduce n·c.
+    If the zero group shards parameters (``zero1.fsdp``), no rank has a flat buffer of the whole group. Parameters then
+    take g times the rank's elements, with rows padded to equal shards; gradients take n·g; replicas, if any, reduce
+    n·c.
 
     Args:
-        inventory: Parameters of the stage. For another model than the built-in decoder the rows without a formula,
-        gather
-            buffers and activations, are left out.
-        zero_rank: Position in the zero group; by default the rank that holds the most.
-        tokens: Tokens of a micro-batch that take part in the loss; by default all.
+        inventory: Parameters of the stage. For a model other than the built-in decoder, gather buffers and activations
+            have no formula, and their rows are left out.
+        zero_rank: Position in the zero group; by default that of the rank that holds the most.
+        tokens: Number of tokens of a micro-batch that take part in the loss; by default all.
     """
     groups = _group_numels(inventory)
     ranks = range(inventory.groups.z.size) if zero_rank is None else [zero_rank]
@@ -71,7 +71,7 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
 
 
 class GroupNumel(NamedTuple):
-    """Elements of a param group: those allocated on every rank, and those that each rank of the zero group owns."""
+    """Numbers of elements of a param group: allocated on every rank, and owned by each rank of the zero group."""
 
     key: ParamGroupKey
     allocated: int
@@ -101,7 +101,7 @@ def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel]
         rows.update(_group_rows(inventory, key, allocated, owned[zero_rank]))
     zero, sharded = inventory.groups.z, inventory.groups.shares_parameters
     for shard in inventory.shards:
-        if not shard.trainable:  # frozen: in no flat buffer, and neither with gradients nor with states
+        if not shard.trainable:  # frozen: no flat buffer, no gradient, no optimizer state
             kept = wide(shard.dtype) if sharded else shard.dtype
             rows[PARAMETERS] += kept.itemsize * (shard.numel_per_rank(zero) if sharded else shard.numel)
     rows[REDUCTION] = rows.pop(REDUCTION, 0)  # the last row, after the states of every update rule
@@ -111,13 +111,13 @@ def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel]
 def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, owned: int) -> Plan:
     """Return the rows of one param group."""
     sharded, main = inventory.groups.shares_parameters, wide(key.dtype)
-    # fully_shard rounds to half precision as it gathers, so the sharded parameters are the main parameters themselves.
+    # fully_shard rounds to half precision when it gathers, so the sharded parameters are the main parameters.
     parameter = main if sharded else key.dtype
     gradient = main if sharded or inventory.config.hybrid_zero_optimizer.fp32_grad_accum else key.dtype
     reduce_dtype = inventory.config.reduce_comm_dtype
     reduced = torch_dtype(reduce_dtype) if reduce_dtype else gradient
-    # A reduction in another type needs a copy of the buffer; in the same type it works in place. fully_shard reduces
-    # unit by unit in buffers of its own, and only the sums over replicas are left.
+    # A reduction in another type needs a copy of the buffer; in the same type it runs in place. fully_shard reduces
+    # unit by unit in its own buffers, so only the sums over replicas need a copy.
     copied = reduced != gradient and (not sharded or inventory.groups.r.size > 1)
     buffer = owned if sharded else allocated
     return {
@@ -129,7 +129,7 @@ def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, o
     }
 
 
-# -- as text
+# -- format
 
 
 def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_memory: int | None = None) -> str:
@@ -137,8 +137,8 @@ def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_mem
 
     Args:
         plans: Plans of several ranks.
-        headings: Headings of the columns, if any.
-        device_memory: Bytes of memory of the device; a line then says which share of it the total takes.
+        headings: Headings of the columns; by default none.
+        device_memory: Bytes of device memory; adds a line with the total as a percentage of it.
     """
     names = list(dict.fromkeys(row for plan in plans for row in plan))
     totals = [sum(plan.values()) for plan in plans]
@@ -156,11 +156,11 @@ def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_mem
 
 
 def format_worst_plan(plans: Mapping[int, Plan], device_memory: int | None = None) -> str:
-    """Format the plan of the stage that holds the most, under a heading.
+    """Format the plan of the stage that holds the most, with a heading.
 
     Args:
         plans: Plans by pipeline stage.
-        device_memory: As for :func:`format_plans`.
+        device_memory: Bytes of device memory, as for :func:`format_plans`.
     """
     stage = max(plans, key=lambda index: sum(plans[index].values()))
     where = f", in stage {stage}" if len(plans) > 1 else ""
@@ -168,7 +168,7 @@ def format_worst_plan(plans: Mapping[int, Plan], device_memory: int | None = Non
 
 
 def format_bytes(size: int | None) -> str:
-    """Format bytes as GiB, or as MiB below one GiB; a dash for None."""
+    """Format bytes as GiB, or below one GiB as MiB; None is formatted as a dash."""
     if size is None:
         return "-"
     if size == 0:

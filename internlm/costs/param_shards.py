@@ -1,7 +1,7 @@
-"""Inventory of the parameters on a rank, and how they lie in the optimizer's flat buffers.
+"""Inventory of the parameters on a rank, and their layout in the optimizer's flat buffers.
 
-``internlm.train.inventory`` makes the list from a model built on the meta device with the layout's shardings. No
-formula here repeats which parameters a model has, so the inventory covers users' own models too. Symbols:
+``internlm.train.inventory`` lists the parameters of a model built on the meta device with the layout's shardings. The
+list comes from the model, not from a formula, so the inventory covers users' own models too. Symbols:
 :mod:`internlm.costs.symbols`.
 """
 
@@ -27,35 +27,35 @@ from internlm.utils.dtype import torch_dtype, wide
 
 @dataclass(frozen=True, kw_only=True)
 class ParamShard:
-    """Shard of one parameter, as the parallel mode splits it; ZeRO splits it further."""
+    """Shard of one parameter under the parallel mode, before ZeRO splits it further."""
 
     name: str
     placement: ParamPlacement
     dtype: torch.dtype
-    """Type in which it takes part in computation."""
+    """Compute dtype of the parameter."""
     rows: int
-    """Rows, padding of the placement included. ``fully_shard`` divides these."""
+    """Number of rows, which ``fully_shard`` splits; padding of the placement included."""
     width: int
-    """Elements of a row."""
+    """Number of elements of a row."""
     block: str = ""
-    """Name of the declared block that holds it; empty for the root."""
+    """Name of the declared block that holds the parameter; empty for the root."""
     trainable: bool = True
 
     @property
     def numel(self) -> int:
-        """Elements of the shard."""
+        """Number of elements of the shard."""
         return self.rows * self.width
 
     def padded_numel(self, zero: Group) -> int:
-        """Return the elements that ``fully_shard`` gathers: rows are padded to equal shards of the zero group."""
+        """Return the number of elements that ``fully_shard`` gathers, with rows padded to equal shards."""
         return zero.size * self.numel_per_rank(zero)
 
     def numel_per_rank(self, zero: Group) -> int:
-        """Return the elements that ``fully_shard`` allocates on each rank of the zero group, padding included."""
+        """Return the number of elements that ``fully_shard`` allocates on each rank of the zero group, with padding."""
         return rows_per_rank(self.rows, zero) * self.width
 
     def owned_numel(self, zero: Group, zero_rank: int) -> int:
-        """Return the elements without padding that ``zero_rank`` holds: the last ranks may hold fewer rows, or none."""
+        """Return the number of elements that ``zero_rank`` holds without padding; the last ranks may hold none."""
         # As torch.chunk does: 5 rows over 4 ranks are 2, 2, 1 and 0.
         rows = rows_per_rank(self.rows, zero)
         return max(min(rows, self.rows - zero_rank * rows), 0) * self.width
@@ -63,7 +63,7 @@ class ParamShard:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInventory:
-    """Parameters on each rank of one pipeline stage, in the order of the model, and the layout they belong to."""
+    """Parameters on each rank of one pipeline stage, in model order, and their layout."""
 
     config: Config
     """Resolved config."""
@@ -71,7 +71,7 @@ class ParamInventory:
     stage: int
     shards: tuple[ParamShard, ...]
     spec: DecoderSpec | None
-    """Spec of the built-in decoder; None for any other model, whose activations and collectives have no formula."""
+    """Spec of the built-in decoder; None for any other model: its activations and collectives have no formula."""
 
     @cached_property
     def groups(self) -> GroupSymbols:
@@ -80,7 +80,11 @@ class ParamInventory:
 
     @cached_property
     def symbols(self) -> Symbols:
-        """Symbols of the decoder; raises :class:`NoCostFormulaError` for any other model."""
+        """Symbols of the decoder.
+
+        Raises:
+            NoCostFormulaError: The model is not the built-in decoder.
+        """
         if self.spec is None:
             raise NoCostFormulaError(self.config.model_type, "which does not build the decoder of internlm.model")
         return Symbols.of(self.config, self.world_size, self.stage, self.spec)
@@ -88,8 +92,8 @@ class ParamInventory:
     @cached_property
     def param_groups(self) -> dict[ParamGroupKey, list[ParamShard]]:
         """Trainable parameters by param-group key."""
-        # The optimizer's own key: which parameters go together is a decision with one definition, not a cost. Formulas
-        # are independent of the code in what they derive from it: collectives and bytes.
+        # The optimizer's own key function, because grouping is a decision, not a cost. Formulas only have to be
+        # independent of the code in the collectives and bytes that follow from the groups.
         found: dict[ParamGroupKey, list[ParamShard]] = {}
         for shard in self.shards:
             if shard.trainable:
@@ -99,10 +103,10 @@ class ParamInventory:
 
     @cached_property
     def flat_buffers(self) -> dict[ParamGroupKey, FlatBuffer]:
-        """Flat buffer of each param group, where the zero group does not shard parameters."""
+        """Flat buffer of each param group, unless the zero group shards parameters."""
         zero, found = self.config.hybrid_zero_optimizer, dict[ParamGroupKey, FlatBuffer]()
         for key, shards in self.param_groups.items():
-            # Muon updates whole matrices, so no bucket may cut one.
+            # Muon updates whole matrices, so no bucket may split a matrix.
             by_parameter = key.needs_matrices or not zero.use_split_tensor_optim
             sizes = [shard.numel for shard in shards]
             found[key] = FlatBuffer(shards, lay_out(sizes, self.groups.z.size, bucket_size(zero), by_parameter))
@@ -110,7 +114,7 @@ class ParamInventory:
 
 
 class FlatBuffer(NamedTuple):
-    """Parameters of one param group, in the order of the model, and their layout in one flat buffer."""
+    """Parameters of one param group, in model order, and their layout in one flat buffer."""
 
     shards: Sequence[ParamShard]
     layout: Layout
@@ -123,13 +127,13 @@ class FlatBuffer(NamedTuple):
 
 
 def partial_sum_group(s: GroupSymbols, mode: ParallelMode) -> Group:
-    """Return the ranks that each have a partial sum of the gradient, for a parameter ``partial_over`` a mode."""
-    # A tied embedding is copied to the first and the last stage only, so its gradient is summed over these two.
+    """Return the group whose ranks each hold a partial sum of gradients with ``partial_over=mode``."""
+    # Only the first and the last stage hold a copy of a tied embedding, so its gradient is summed over these two.
     return Group(ParallelMode.PIPELINE, size=2) if mode is ParallelMode.PIPELINE else s.split
 
 
 def reduced_itemsize(config: Config, dtype: torch.dtype) -> int:
-    """Return c, the bytes of a gradient element as it is reduced, for parameters of ``dtype``."""
+    """Return c, the bytes of a gradient element when it is reduced, for parameters of ``dtype``."""
     if config.reduce_comm_dtype is not None:
         return torch_dtype(config.reduce_comm_dtype).itemsize
     return (wide(dtype) if config.hybrid_zero_optimizer.fp32_grad_accum else dtype).itemsize

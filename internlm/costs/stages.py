@@ -1,8 +1,8 @@
-"""Stage assignment: which layers each stage of the pipeline builds, and the schedule it runs.
+"""Stage assignment: the layers that each pipeline stage builds, and the schedule of the stages.
 
 The balance of stages by parameters or FLOPs uses the formulas of :mod:`internlm.costs.flops`, not an inventory: a model
-is built from its stage assignment, so the assignment cannot wait for a built model. For a model of a user's own they
-are an estimate.
+is built from its stage assignment, so the assignment cannot wait for a built model. For a user's
+own model they are an estimate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from internlm.utils.errors import Problem
 
 
 class LayerCosts(NamedTuple):
-    """Relative cost of a layer, and what embedding and head add at the two ends of the model."""
+    """Relative costs of a layer, of the embedding and of the head."""
 
     layer: float
     embedding: float
@@ -37,7 +37,7 @@ def _by_parameters(config: Config) -> LayerCosts:
 
 
 def _by_flops(config: Config) -> LayerCosts:
-    # Looking up an embedding multiplies nothing, so the first stage gets more layers than the last.
+    # An embedding lookup has no FLOPs, so the first stage gets more layers than the last.
     return LayerCosts(block_forward_flops(config.model, config.data.seq_len), 0.0, head_forward_flops(config.model))
 
 
@@ -46,7 +46,7 @@ LAYER_COSTS: dict[str, Callable[[Config], LayerCosts]] = {"parameters": _by_para
 
 
 def partition_of(config: Config) -> list[int]:
-    """Return the number of layers of each virtual stage, in the order of the model."""
+    """Return the number of layers of each virtual stage, in model order."""
     pipeline, layers = config.parallel.pipeline, config.model.num_layers
     virtual_stages = pipeline.size * config.model.num_chunks
     if not isinstance(pipeline.partition, str):
@@ -58,7 +58,7 @@ def partition_of(config: Config) -> list[int]:
 
 
 def stage_layout_of_config(config: Config) -> StageLayout:
-    """Return which rank of the pipeline holds which virtual stage."""
+    """Return the assignment of virtual stages to the ranks of the pipeline."""
     pipeline, chunks = config.parallel.pipeline, config.model.num_chunks
     return stage_layout_of(schedule_of(pipeline.mode, chunks), pipeline.size, chunks)
 
@@ -71,7 +71,11 @@ def stage_layers_of(config: Config, stage: int) -> StageLayers:
 
 
 def table_of(config: Config) -> Table:
-    """Return the schedule of a step; raises :class:`ScheduleError` where the user's own table is faulty."""
+    """Return the schedule of a step.
+
+    Raises:
+        ScheduleError: The user's own table is invalid, or does not match the config.
+    """
     custom, pipeline, chunks = own_table(config), config.parallel.pipeline, config.model.num_chunks
     if custom is not None:
         return custom(config.data.micro_num)
@@ -79,9 +83,9 @@ def table_of(config: Config) -> Table:
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
-    """Return a reader of the user's own schedule, which takes the number of micro-batches; None without one.
+    """Return a function that reads the user's own schedule for a number of micro-batches; None if there is none.
 
-    The reader raises :class:`ScheduleError` for what is wrong with the file.
+    The function raises :class:`ScheduleError` if the file is invalid, or does not match the config.
     """
     path = config.parallel.pipeline.table
     return None if path is None else partial(_read_table, Path(path), stage_layout_of_config(config))
@@ -93,12 +97,12 @@ def _read_table(path: Path, layout: StageLayout, micro_batches: int) -> Table:
     except ScheduleError as error:
         sizes = f"{layout.stages} stages with {layout.chunks} chunks, and data.micro_num = {micro_batches}"
         raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
-    # A table of forward passes alone is valid, and evaluation uses such tables, but it cannot train.
+    # A table with forward passes only is valid, and used by evaluation, but it cannot train.
     if not any(action.type == BACKWARD for row in table.actions for action in row):
-        raise ScheduleError(Problem(str(path), "has no B, so nothing would be learnt", "Add a B for every F"))
+        raise ScheduleError(Problem(str(path), "has no B, so no gradient would be computed", "Add a B for every F"))
     if table.stage_layout != layout:
-        message = f"is for a model cut {_shape(table.stage_layout)}, but this one is cut {_shape(layout)}"
-        raise ScheduleError(Problem(str(path), message, "Change the line V in it, or parallel.pipeline.mode"))
+        message = f"places stages {_shape(table.stage_layout)}, but the config places them {_shape(layout)}"
+        raise ScheduleError(Problem(str(path), message, "Change the line V of the file, or parallel.pipeline.mode"))
     return table
 
 

@@ -1,4 +1,4 @@
-"""Symbols of the cost formulas: one legend for traffic, memory and activations.
+"""Symbols of the cost formulas for traffic, memory and activations.
 
 ==========  =========================================================================================================
 t, w        ranks of the tensor group and of the weight group (w is 1 except under isp)
@@ -40,12 +40,12 @@ from internlm.utils.errors import Problem, UserError
 
 
 class NoCostFormulaError(UserError):
-    """No formula covers the model: only its parameters can be counted, or not even those."""
+    """Error for a model whose activations and collectives, or even parameters, no formula covers."""
 
     same_on_all_ranks = True
 
     def __init__(self, model_type: str, reason: str, todo: str = "") -> None:
-        measure = "Measure a model of your own instead: train.py --profiling"
+        measure = "Measure your own model instead: train.py --profiling"
         super().__init__(
             Problem("model_type", f"no cost formula for {model_type!r}, {reason}", f"{todo} {measure}".lstrip())
         )
@@ -53,10 +53,10 @@ class NoCostFormulaError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSymbols:
-    """Symbols that hold for any model: the sizes of the parallel groups, as groups without process-group handles."""
+    """Symbols of any model: the parallel groups, without process-group handles."""
 
     config: Config
-    # Formulas need the sizes of groups only, so a layout of thousands of ranks needs no process.
+    # Formulas need only the sizes of groups, so the costs of a large layout are computed in one process.
     t: Group
     w: Group
     p: Group
@@ -121,9 +121,9 @@ class Symbols(GroupSymbols):
 
         Args:
             config: Resolved config.
-            world_size: Ranks of the run.
+            world_size: Number of ranks of the run.
             stage: Pipeline stage.
-            spec: Spec of the decoder; by default that of the family ``config.model_type``.
+            spec: Spec of the decoder; by default the spec of the family ``config.model_type``.
 
         Raises:
             NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family.
@@ -165,10 +165,10 @@ class Symbols(GroupSymbols):
         return sum(map(len, self.stage_layers.chunks))
 
     def recomputed(self, chunk: int) -> int:
-        """Return R, the number of layers of ``chunk`` that run forward again in the backward pass."""
+        """Return R, the number of layers of ``chunk`` whose forward pass is recomputed in backward."""
         return sum(map(self.config.model.recomputes, self.stage_layers.chunks[chunk]))
 
 
 def rows_per_rank(rows: int, group: Group) -> int:
-    """Return ⌈rows/n⌉: rows are padded so that all n ranks of ``group`` hold equally many."""
+    """Return ⌈rows/n⌉, the rows on each of the n ranks of ``group`` after padding to equal shards."""
     return -(-rows // group.size)

@@ -1,4 +1,4 @@
-"""Traffic of a step by formula: scalars, micro-batches, and the gradient and parameter collectives of the optimizer.
+"""Formulas of the traffic of a step: scalars, micro-batches, and the optimizer's collectives.
 
 The collectives are those of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 and 2 reduce-scatter gradients
 and all-gather parameters (section 5.2, per bucket of a flat buffer), stage 3 gathers each unit before use (section 5.3,
@@ -42,18 +42,18 @@ def expected_traffic(
     forward_only: bool = False,
     zero_rank: int = 0,
 ) -> Traffic:
-    """Return what the ledger of a rank must hold after one step of the decoder.
+    """Return the traffic that a rank's ledger must hold after one step of the decoder.
 
-    A step that is skipped because of its gradient norm is not covered: it sends no parameters.
+    The step must update parameters: a skipped step gathers none.
 
     Args:
         inventory: Parameters of the rank's pipeline stage.
-        tokens: K of each micro-batch: on the CPU the tokens whose label is not ignored, elsewhere all. By default every
-            token of ``micro_num`` micro-batches.
+        tokens: K of each micro-batch: on the CPU the tokens whose label is not ignored, elsewhere all. By default all
+            tokens of ``micro_num`` micro-batches.
         types: Number of data-set types.
         device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
         forward_only: Count a validation step instead of a training step.
-        zero_rank: Position in the zero group. It matters where whole parameters have owners.
+        zero_rank: Position in the zero group. It matters if a rank owns whole parameters.
 
     Raises:
         NoCostFormulaError: The model is not the built-in decoder.
@@ -69,7 +69,7 @@ def expected_traffic(
 def scalars(s: GroupSymbols, types: int) -> list[Call]:
     """Return the all-reduces of a step's scalars.
 
-    Over d, 8 bytes for the number of valid tokens; over d and then over p, 3·types·8 bytes for loss, correct
+    Over d: 8 bytes for the number of valid tokens. Over d and then over p: 3·types·8 bytes for loss, correct
     predictions and tokens by data-set type.
     """
     sums = 3 * types * 8
@@ -77,17 +77,20 @@ def scalars(s: GroupSymbols, types: int) -> list[Call]:
 
 
 def micro_batch(inventory: ParamInventory, tokens: int, device_type: str) -> PassCalls:
-    """Return the collectives of one micro-batch with K = ``tokens``: all chunks of the stage, and its FSDP units."""
+    """Return the collectives of one micro-batch with K = ``tokens``, over all chunks and FSDP units of a stage."""
     s = inventory.symbols
     units = [fsdp_units(inventory)] if s.shares_parameters else []
     return merge(*units, *(_chunk(s, chunk, tokens, device_type) for chunk in s.chunks))
 
 
 def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
-    """Return the collectives of a chunk: positions and blocks; the embedding if it is first, head and loss if last."""
+    """Return the collectives of a chunk in one micro-batch.
+
+    Every chunk has positions, blocks and stage messages, the first also the embedding, the last also head and loss.
+    """
     layers, one = len(s.stage_layers.chunks[chunk]), block(s)
-    # Recomputing a block repeats its last product too, and so all that the forward pass sends. Weight gradients that
-    # the schedule defers (zero bubble) are sent later, but neither more nor less.
+    # Recomputing a block repeats all products, and so all collectives, of its forward pass. Weight gradients that the
+    # schedule defers (zero bubble) are sent later, but the traffic is the same.
     recomputed = one.forward * s.recomputed(chunk)
     if s.spec.recomputes_attention:
         recomputed = heads_to_tokens(s).forward * layers
@@ -101,7 +104,7 @@ def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
 
 
 def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
-    """Return the sends of S·H·e: hidden states to the next chunk, their gradient to the one before."""
+    """Return the sends of S·H·e: hidden states to the next chunk, and their gradient to the previous chunk."""
 
     def send_to(virtual: int) -> list[Call]:
         exists = 0 <= virtual < s.stage_layout.virtual_stages
@@ -148,9 +151,9 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
 
 
 def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
-    """Return the collectives of one bucket, but those of the norm and of Muon."""
-    # Replicas sum what the reduce-scatter left, in its type; partial sums of vectors, which are few, are added in g
-    # bytes.
+    """Return the reductions and gathers of one bucket, without the collectives of the norm and of Muon."""
+    # Replicas sum the result of the reduce-scatter in its type. Partial sums of vectors are small, so they are sent in
+    # g bytes.
     reduced, main = reduced_itemsize(s.config, key.dtype), wide(key.dtype).itemsize
     run = bucket.shard(zero_rank)
     owned = run.stop - run.start
@@ -160,7 +163,7 @@ def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int)
     if bucket.is_even:
         numel = bucket.stop - bucket.start
         return [*calls, *calls_on(s.z, RS, numel * reduced), *calls_on(s.z, AG, numel * key.dtype.itemsize)]
-    # Collectives need equal shards; uneven runs are reduced to, and broadcast from, one owner after another.
+    # Reduce-scatter and all-gather need equal shards; uneven ones are reduced to, and broadcast from, each owner.
     for owner in range(s.z.size):
         run = bucket.shard(owner)
         numel = run.stop - run.start
@@ -172,7 +175,7 @@ def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int)
 
 
 def _muon_gathers(s: GroupSymbols, key: ParamGroupKey, buffer: FlatBuffer, zero_rank: int) -> list[Call]:
-    """Return the all-gathers of split matrices: orthogonalisation needs a whole one (Jordan et al. 2024, Muon)."""
+    """Return the all-gathers of split matrices, which Muon orthogonalises whole (Jordan et al. 2024)."""
     if not key.needs_matrices or key.split_over is None:
         return []
     itemsize = wide(key.dtype).itemsize
@@ -204,7 +207,7 @@ def fsdp_units(inventory: ParamInventory) -> PassCalls:
 
 
 def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
-    """Return U of each block by its name, and of the root, whose name is empty: rows R are padded to z·⌈R/z⌉."""
+    """Return U of each block by name, and of the root under the empty name; rows R are padded to z·⌈R/z⌉."""
     sizes: dict[str, int] = {}
     for shard in inventory.shards:
         sizes[shard.block] = sizes.get(shard.block, 0) + shard.padded_numel(inventory.groups.z)
@@ -212,7 +215,7 @@ def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
 
 
 def _fsdp_replica_sums(s: GroupSymbols, key: ParamGroupKey, shards: Iterable[ParamShard], zero_rank: int) -> list[Call]:
-    """Return the all-reduces that units leave to the optimizer: over r of n·c, of partial sums of n·g."""
+    """Return the all-reduces after FSDP units: n·c over r, and n·g for partial sums."""
     owned = sum(shard.owned_numel(s.z, zero_rank) for shard in shards)
     if not owned:
         return []

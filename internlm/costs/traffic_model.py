@@ -1,4 +1,4 @@
-"""Collectives of the decoder's layers, by formula: which ones each mode needs, and on which tensors.
+"""Formulas of the collectives of the decoder's layers, by parallel mode and tensor.
 
 The formulas restate the papers, not the code that communicates, so that they can serve as its oracle: mtp is tensor
 parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3), msp and fsp add sequence parallelism (Korthikanti et al.
@@ -26,7 +26,7 @@ A2A: Final = "all-to-all"
 
 
 class Call(NamedTuple):
-    """One collective, and the bytes that a rank sends by it."""
+    """One collective, and the bytes that a rank sends in it."""
 
     mode: ParallelMode
     collective: Collective
@@ -34,23 +34,23 @@ class Call(NamedTuple):
 
 
 class PassCalls(NamedTuple):
-    """Collectives of a part of the model in its forward pass, and in its backward pass."""
+    """Collectives of a part of the model in its forward and in its backward pass."""
 
     forward: list[Call]
     backward: list[Call]
 
 
 def calls_on(group: Group, collective: Collective, nbytes: int) -> list[Call]:
-    """Return one collective on a tensor of ``nbytes`` bytes over ``group``; nothing for a group of one rank.
+    """Return one collective on a tensor of ``nbytes`` bytes over ``group``; no call for a group of one rank.
 
-    Bytes are the least that any algorithm sends (Chan et al. 2007, table II), as the ledger counts them.
+    Bytes are the lower bound over all algorithms (Chan et al. 2007, table II), as the ledger counts them.
     """
     n, passes = group.size, 2 if collective == AR else 1
     return [Call(group.mode, collective, passes * (n - 1) * nbytes // n)] if n > 1 else []
 
 
 def merge(*parts: PassCalls) -> PassCalls:
-    """Return the forward calls of all ``parts`` together, and their backward calls together."""
+    """Concatenate the forward calls of all ``parts``, and their backward calls."""
     return PassCalls([c for part in parts for c in part.forward], [c for part in parts for c in part.backward])
 
 
@@ -63,7 +63,7 @@ def count_calls(calls: Iterable[Call]) -> Traffic:
 
 
 #: Collectives forward and backward by mode and role (see :mod:`internlm.core.parallel.sharding`). The functions below
-#: say which tensor they are on.
+#: define the tensors.
 TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
     ("mtp", "column"): ((), (AR,)),
     ("mtp", "row"): ((AR,), ()),
@@ -95,7 +95,7 @@ def block(s: Symbols) -> PassCalls:
 
 
 def linear(s: Symbols, weight: LinearShape) -> PassCalls:
-    """Return the collectives of a linear: isp sends its weight, the other modes the activation that is H wide.
+    """Return the collectives of a linear: isp sends the weight, other modes the activation of width H.
 
     ===========  ============================================  ========================================
     mode, role   forward                                       backward
@@ -111,15 +111,15 @@ def linear(s: Symbols, weight: LinearShape) -> PassCalls:
     if s.mode == "isp":
         padded = s.w.size * rows_per_rank(weight.outputs, s.w)
         return _role_calls(s, weight.role, s.w, padded * weight.inputs * s.e)
-    # Between a column and its row linear the activation is split by features, and nothing is sent.
+    # Between a column linear and its row linear the activation is split by features, so nothing is sent.
     return _role_calls(s, weight.role, s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e)
 
 
 def attention(s: Symbols) -> PassCalls:
-    """Return the all-to-alls of isp over t, the same forward and backward; other modes send nothing.
+    """Return the all-to-alls of isp over t, equal in forward and backward; other modes send nothing.
 
     Queries, keys and values of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e, then the output of the heads
-    (:func:`heads_to_tokens`). Where there are fewer kv heads than ranks, each head is sent to several ranks.
+    (:func:`heads_to_tokens`). With fewer kv heads than ranks, each kv head is sent to several ranks.
     """
     qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
     return merge(_role_calls(s, "attention", s.t, qkv), heads_to_tokens(s))
@@ -149,7 +149,7 @@ def embedding(s: Symbols) -> PassCalls:
     ===================  ======================================  ==========================
     """
     model = s.config.model
-    # A tied table is the head's weight too, which is split by vocabulary entries.
+    # A tied embedding is also the head's weight, which is split by vocabulary entries.
     if s.mode == "isp" or not model.embed_split_hidden or model.tie_word_embeddings:
         return linear(s, LinearShape("embedding", s.H, s.V))
     hidden = s.H if s.mode == "mtp" else s.H // s.t.size
@@ -173,8 +173,8 @@ def head(s: Symbols) -> PassCalls:
 def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
     """Return the all-reduces of the vocabulary-parallel loss of K = ``tokens`` tokens; isp needs none.
 
-    For each chunk of C tokens two all-reduces over t: C·g for the largest logits; 2·C·g for the sum of exponentials and
-    the label's logit, with label smoothing 3·C·g, for the sum of logits too.
+    Two all-reduces over t for each chunk of C tokens: C·g for the largest logits, and 2·C·g for the sum of exponentials
+    and the label's logit. With label smoothing the second is 3·C·g, for the sum of logits too.
     """
     if s.mode == "isp":
         return []

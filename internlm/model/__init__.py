@@ -1,1 +1,1 @@
-"""Models: plain maths built from parallel layers."""
+"""Models: plain maths on parallel layers."""

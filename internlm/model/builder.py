@@ -1,4 +1,4 @@
-"""Published home of ``create_model``, whose code reads the global context and so is in the assembly layer."""
+"""Published import path of ``create_model``, which is implemented in ``internlm.train.build_model``."""
 
 from internlm.utils.lazy import lazy_exports
 

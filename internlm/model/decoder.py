@@ -1,10 +1,10 @@
 """The decoder: embedding, blocks of attention and feed-forward, norm, head.
 
-Plain maths on parallel layers: it names no process group, and what is applied around blocks (recompute, offloading,
-compiling, sharding) is applied from outside (``train/parallelize.py``).
+This is plain maths on parallel layers: it names no process group, and ``train/parallelize.py`` applies recompute,
+offloading, compiling and sharding from outside.
 
-A rank of a pipeline holds the blocks of its :class:`~internlm.core.parallel.sharding.StageLayers`, under their indexes
-in the whole model, and the embedding or head where its chunks begin or end the model.
+A pipeline rank holds the blocks of its :class:`~internlm.core.parallel.sharding.StageLayers`, named by their index in
+the whole model, and the embedding or head if its chunks begin or end the model.
 
 Shapes: B sequences of S tokens each (or one packed row), T = B · S tokens, H hidden size, V vocabulary size, G kv
 heads, Q query heads per kv head, D head size, F intermediate size. Sequence-parallel modes split T over ranks between
@@ -40,7 +40,7 @@ from internlm.ops import PackedSequences, RotaryScaling, TokenLoss, attention, r
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """The config's ``model`` section, and the choices of its family."""
+    """Config's ``model`` section, with the choices of its family applied."""
 
     config: ModelConfig
     qkv_bias: bool
@@ -55,7 +55,7 @@ class DecoderSpec:
 
     @property
     def attention_backend(self) -> AttentionBackend:
-        """The attention kernel to use; ``use_flash_attn=False`` rules the flash kernels out."""
+        """Attention kernel to use; ``use_flash_attn=False`` excludes the flash kernels."""
         backend = self.config.attention_backend
         return "sdpa" if backend == "auto" and not self.config.use_flash_attn else backend
 
@@ -65,7 +65,7 @@ class DecoderSpec:
         return self.config.checkpoint == "selective"
 
 
-#: cos and sin of the rotary angles, each [T, D/2].
+#: Cosines and sines of the rotary angles, each [T, D/2].
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -91,15 +91,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, sequences: PackedSequences) -> Tensor:
         """Attend from ``norm(x)`` within each sequence."""
-        # The linears apply norm and attention themselves where these are to be recomputed (``before``): their backward
-        # needs the result as its input anyway, so recomputing it there saves keeping it.
+        # A linear applies a norm or attention that is to be recomputed itself (``before``). Its backward pass needs the
+        # result as input, so it recomputes the result there instead of saving it.
         qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, H] → [T, G, Q + 2, D]
         attend = partial(self._attend, rotary=rotary, sequences=sequences)
         out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))  # [T, H]
         return out
 
     def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Compute everything between the two linears."""
+        """Compute rotary positions and attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, sequences, backend=self.backend)  # [T, G·Q, D]
         return self.communicator.to_tokens(heads.flatten(1))  # [T, G·Q·D]
@@ -112,7 +112,7 @@ class FeedForward(nn.Module):
         super().__init__()
         c = spec.config
         up_init = normal(c.ffn_uplayer_init_std)
-        # Gate and up are fused, and split by axis 1, so that each rank has the same rows of both.
+        # Gate and up are fused, and split along axis 1, so that each rank has the same rows of both.
         self.w13 = ParallelLinear(c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
         out_init = normal(c.ffn_other_init_std * spec.output_scale)
         self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
@@ -124,14 +124,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Attention(norm(x)), then x + FeedForward(norm(x))."""
+    """Pre-norm transformer block: x + Attention(norm(x)), then x + FeedForward(norm(x))."""
 
-    #: For activation checkpointing: there is no generator's state to restore before a block is recomputed.
+    #: For activation checkpointing: a block uses no random generator whose state recompute must restore.
     draws_nothing = True
 
     def __init__(self, spec: DecoderSpec, chunk: int = 0) -> None:
         super().__init__()
-        self.chunk = chunk  # of the pipeline stage
+        self.chunk = chunk  # index in the pipeline stage
         c = spec.config
         norm = partial(ParallelNorm, c.hidden_size, c.norm_type, c.layer_norm_epsilon)
         self.attention_norm, self.attention = norm(), Attention(spec)
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits, or, given labels, to the loss of each token without ever holding all logits."""
+    """Decoder from token ids to logits or, with labels, to the loss of each token without storing all logits."""
 
     role = "model"
     communicator: ModelCommunicator = IDENTITY_MODEL
@@ -154,8 +154,8 @@ class Decoder(nn.Module):
         super().__init__()
         c = spec.config
         self.spec, self.stage_layers = spec, current_stage_layers(c.num_layers)
-        self.dtype = torch.get_default_dtype()  # of activations
-        # The head's weight is the embedding's if they are tied, so a stage with the head alone needs a copy of it.
+        self.dtype = torch.get_default_dtype()  # dtype of activations
+        # A tied head uses the embedding's weight, so a stage with a head but no embedding needs a copy of it.
         has_table = self.stage_layers.has_head and c.tie_word_embeddings
         if self.stage_layers.has_embedding or has_table:
             self.embedding = self._embedding()
@@ -172,19 +172,19 @@ class Decoder(nn.Module):
 
     def _embedding(self) -> ParallelEmbedding:
         c, stage_layers = self.spec.config, self.stage_layers
-        # The head is split by vocabulary, and a tied table must be split in the same way.
+        # The head is split by vocabulary entries, and a tied embedding must be split in the same way.
         split_hidden = c.embed_split_hidden and not c.tie_word_embeddings
         embedding = ParallelEmbedding(
             c.vocab_size, c.hidden_size, c.embedding_init_std, c.embed_grad_scale, split_hidden
         )
         if c.tie_word_embeddings and stage_layers.has_embedding != stage_layers.has_head:
-            # Both ends of the pipeline hold a copy: the gradient is the sum over the two.
+            # Both ends of the pipeline hold a copy, and the gradient is the sum over the two.
             weight = embedding.weight
             set_placement(weight, replace(placement_of(weight), partial_over=ParallelMode.PIPELINE))
         return embedding
 
     def blocks(self) -> list[nn.Module]:
-        """Return the blocks held here, in forward order."""
+        """Return the blocks of this pipeline stage, in forward order."""
         return list(self.layers.values())
 
     def forward(
@@ -199,20 +199,21 @@ class Decoder(nn.Module):
         chunk: int = 0,
         hidden: Tensor | None = None,
     ) -> Tensor | TokenLoss:
-        """Compute the logits, or the loss of each token where ``labels`` are given.
+        """Compute the logits, or with ``labels`` the loss of each token.
 
         Args:
-            input_ids: [T] packed, with ``cu_seqlens``; or [B, S] without.
-            cu_seqlens: cumulative lengths of the packed sequences, [sequences + 1].
-            indexes: position of each token in its sequence, [T]; default: counted from the start of each.
-            labels: of the shape of ``input_ids``; -100 is ignored.
-            label_smoothing: of the cross-entropy (arXiv 1512.00567, section 7).
-            grad_scale: factor on ``loss_sum`` of the result.
-            chunk: which chunk of this pipeline stage to run.
-            hidden: output of the previous chunk, [T, H]; None for the first.
+            input_ids: Token ids: packed [T] with ``cu_seqlens``, or [B, S] without.
+            cu_seqlens: Cumulative lengths of the packed sequences, [sequences + 1].
+            indexes: Position of each token in its sequence, [T]; default: counted from the start of each sequence.
+            labels: Labels of the shape of ``input_ids``; -100 is ignored.
+            label_smoothing: Label smoothing of the cross-entropy (arXiv 1512.00567, section 7).
+            grad_scale: Factor on ``loss_sum`` of the result.
+            chunk: Index of the chunk of this pipeline stage to run.
+            hidden: Output of the previous chunk, [T, H]; None for the first chunk.
 
         Returns:
-            Logits [*input_ids.shape, V] or a :class:`TokenLoss`; of a chunk that is not the model's last, [T, H].
+            Logits [*input_ids.shape, V] or a :class:`TokenLoss`; hidden states [T, H] if the chunk is not the model's
+            last.
         """
         x = self._run_blocks(chunk, hidden, input_ids, cu_seqlens, indexes)  # [T, H]
         if not self.stage_layers.is_last(chunk):
@@ -223,20 +224,20 @@ class Decoder(nn.Module):
         logits = self.output.logits(x)  # [T, V]
         if logits.shape[0] == input_ids.numel():
             return logits.view(*input_ids.shape, logits.shape[-1])
-        return logits  # with parallel_output False, also of tokens that other ranks have
+        return logits  # with parallel_output=False, also logits of other ranks' tokens
 
     def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of what a chunk outputs that is not the last, for these inputs of :meth:`forward`."""
+        """Return shape and dtype of the hidden states that a chunk outputs for these inputs of :meth:`forward`."""
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
         return (tokens, self.spec.config.hidden_size), self.dtype
 
     def _run_blocks(
         self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
     ) -> Tensor:
-        """Run the blocks of ``chunk``, after the embedding where ``hidden`` is None."""
+        """Run the blocks of ``chunk``, and before them the embedding if ``hidden`` is None."""
         sequences = _packed_sequences(input_ids, cu_seqlens)
         own = None if indexes is None else indexes.flatten()
-        # Under isp a rank has some tokens of a row, but attention sees all of them.
+        # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
         positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)  # [T]
         rotary = self._rotary(positions, sequences)  # two of [T, D/2]
         drop_in = self._dropout(positions.numel())
@@ -246,7 +247,7 @@ class Decoder(nn.Module):
         return x
 
     def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
-        """Return the dropout of each layer by its index, None being the embedding, for rows of ``tokens`` tokens."""
+        """Return the dropout of a layer by index (None: the embedding), for rows of ``tokens`` tokens."""
         c = self.spec.config
         if not (c.drop_rate and self.training):
             return lambda layer: no_drop
@@ -270,7 +271,7 @@ class Decoder(nn.Module):
 
 
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:
-    """Return the sequences that attention is confined to."""
+    """Return the sequences within which tokens attend to each other."""
     if cu_seqlens is not None:
         return PackedSequences.from_cu_seqlens(cu_seqlens)
     batch, seq_len = input_ids.shape
@@ -280,6 +281,6 @@ def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSeq
 def _positions(sequences: PackedSequences) -> Tensor:
     """Return the position of each token in its sequence, [T]."""
     bounds, tokens = sequences.cu_seqlens, sequences.tokens
-    # output_size is known, which spares repeat_interleave a host sync.
+    # Without output_size, repeat_interleave needs a host sync to compute it.
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=tokens)
     return torch.arange(tokens, device=bounds.device) - starts

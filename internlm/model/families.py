@@ -1,4 +1,4 @@
-"""Model families: rows of a table over the one decoder."""
+"""Model families: a table of defaults for the decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from internlm.model.decoder import Decoder, DecoderSpec
 
 @dataclass(frozen=True)
 class Family:
-    """Defaults of a model family for keys that the config leaves open."""
+    """Defaults of a model family for keys that the config does not set."""
 
     qkv_bias: bool = False
     o_bias: bool = False
@@ -33,10 +33,10 @@ def build_family(family: Family) -> Callable[[ModelConfig], Decoder]:
 
 
 def spec_of(family: Family, model: ModelConfig) -> DecoderSpec:
-    """Return the spec of the decoder that ``model`` describes, in ``family``."""
+    """Return the decoder spec of ``model``, with the defaults of ``family`` for keys that are not set."""
 
     def bias(key: str) -> bool:
-        if model.no_bias:  # overrides the keys of single biases
+        if model.no_bias:  # overrides qkv_bias, o_bias and mlp_bias
             return False
         configured: bool | None = getattr(model, key)
         return getattr(family, key) if configured is None else configured

@@ -1,6 +1,6 @@
-"""Model types by name.
+"""Registry of model types by name.
 
-A function that is registered here is called with the config's ``model`` section and returns the model.
+A registered function takes the config's ``model`` section and returns the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ model_initializer = MODEL_INITIALIZER
 
 
 def register_model_initializer() -> None:
-    """Register the built-in model types, unless a type of that name is there already."""
+    """Register the built-in model types, except those whose name is registered already."""
     for name, family in FAMILIES.items():
-        if name not in model_initializer:  # a user's own type of the same name goes first
+        if name not in model_initializer:  # a user's own type takes precedence
             model_initializer.register_module(name, build_family(family))

@@ -1,4 +1,4 @@
-"""Observing a run: metrics on the console and in files, alerts."""
+"""Monitoring of a run: metrics on the console and in files, and alerts."""
 
 from internlm.monitor.alerts import initialize_monitor_manager as initialize_monitor_manager
 from internlm.monitor.alerts import internevo_monitor as internevo_monitor

@@ -1,4 +1,7 @@
-"""Alerts at the start, end or failure of a run, by webhook and file. A webhook that is down never harms training."""
+"""Alerts at the start, end or failure of a run, by webhook and file.
+
+A webhook that fails is logged; training goes on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 TIMEOUT_SECONDS = 5
 log = get_logger()
 
-#: Job name and addresses of alerts, within :func:`initialize_monitor_manager`.
+#: Job name and alert addresses of the run, set within :func:`initialize_monitor_manager`.
 _current: tuple[str, AlertConfig] | None = None
 
 
@@ -29,12 +32,12 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
     """Post an alert to a webhook, and append it to the run's alert file.
 
     Args:
-        address: URL of the webhook; None: that of the run.
-        title: prefix of the message; None: the job name.
-        message: text of the alert.
+        address: URL of the webhook. None: that of the run.
+        title: Prefix of the message. None: the job name.
+        message: Text of the alert.
 
     Returns:
-        Whether the webhook accepted it. Failures are logged, never raised.
+        Whether the webhook accepted the alert. Failures are logged, never raised.
     """
     job, alert = _current or ("internlm", AlertConfig())
     address = address or (alert.feishu_alert_address if alert.enable_feishu_alert else None)
@@ -49,7 +52,7 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
         request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
             return True
-    # ValueError: not a URL. HTTPException: the answer is not HTTP.
+    # ValueError: the address is not a URL. HTTPException: the response is not HTTP.
     except (OSError, ValueError, HTTPException) as error:
         log.warning(f"alert not delivered to {address}: {error}")
         return False
@@ -66,7 +69,7 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Send alerts at the start and end of the block and for an unhandled exception, each once per job.
+    """Send alerts at the start and end of the ``with`` block and for an unhandled exception, once per job.
 
     Within the block :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert``.
     """
@@ -76,7 +79,7 @@ def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) 
         _send_once("started")
         yield
         _send_once("ended")
-    # A mistake of the user needs no traceback.
+    # The message of a UserError says what to do, so its alert needs no traceback.
     except UserError as error:
         _send_once("stopped", f": {error}")
         raise

@@ -1,4 +1,4 @@
-"""Metrics on the console: a progress bar and short lines on a terminal, else the full line of every step."""
+"""Metrics on the console: a progress bar and short lines on a terminal, otherwise one full line per step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def is_terminal() -> bool:
 
 
 class LogLine:
-    """The full line of metrics in the log."""
+    """Writer of one full line of metrics per step to the log."""
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Log the full line."""
+        """Log the full line of metrics."""
         log.info(format_line(metrics))
 
     def close(self) -> None:
@@ -29,29 +29,29 @@ class LogLine:
 
 
 class Terminal:
-    """A progress bar, and one short line per step above it.
+    """Writer of a progress bar, and of one short line per step above the bar.
 
     Args:
-        total_steps: steps of the run.
-        first_step: step at which a resumed run begins.
-        devices: devices that share the tokens of a step.
+        total_steps: Number of steps of the run.
+        first_step: Step at which a resumed run begins.
+        devices: Number of devices that share the tokens of a step.
     """
 
     def __init__(self, total_steps: int, first_step: int, devices: int) -> None:
-        # Imported here, because only a terminal needs it: a job on a cluster may do without the package.
+        # Imported here because only a terminal needs it: a cluster job runs without the package.
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.total_steps, self.first_step, self.devices = total_steps, first_step, devices
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
         self._redirected = ExitStack()
-        if log.handlers:  # else the application logs by handlers of its own
-            # Lines of the log would otherwise be written into the bar.
+        if log.handlers:  # otherwise the application has its own handlers
+            # Without the redirection, log lines would be written into the bar.
             self._redirected.enter_context(logging_redirect_tqdm(loggers=[log]))
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Move the bar and print a short line above it."""
-        if "loss" not in metrics:  # of a validation
+        if "loss" not in metrics:  # metrics of a validation
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if name.count("/") == 1)
             self._bar.write(f"step {step + 1}  {values}", file=sys.stderr)
             return
@@ -59,7 +59,7 @@ class Terminal:
         self._bar.write(self._line(step, metrics), file=sys.stderr)
 
     def _line(self, step: int, metrics: Mapping[str, float | int]) -> str:
-        # The first step compiles and allocates, but over a whole run it hardly matters for the time left.
+        # The mean includes the slow first step (compiling, allocating), which hardly matters over a whole run.
         done = step + 1
         seconds_per_step = self._bar.format_dict["elapsed"] / max(done - self.first_step, 1)
         eta = self._bar.format_interval(seconds_per_step * (self.total_steps - done))
@@ -71,13 +71,13 @@ class Terminal:
         )
 
     def close(self) -> None:
-        """Leave the bar as it is and give the logger its handlers back."""
+        """Close the bar, which stays visible, and restore the logger's handlers."""
         self._redirected.close()
         self._bar.close()
 
 
 def format_line(metrics: Mapping[str, float | int]) -> str:
-    """Return the full line of ``metrics``: ``key=value`` in their order."""
+    """Format the full line of ``metrics``: ``key=value`` pairs in the given order."""
     return " ".join(f"{name}={_short(value)}" for name, value in metrics.items())
 
 

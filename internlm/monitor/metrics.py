@@ -1,6 +1,6 @@
-"""Metrics of a run: tokens per device and second, and the files that a step's metrics are written to.
+"""Metrics of a run: tokens per device and second, and writers of each step's metrics.
 
-A writer that fails (a full disk, say) is dropped with one warning; training goes on.
+A writer that fails, for example on a full disk, is removed with one warning, and training goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ Metrics = Mapping[str, float | int]
 
 
 class Throughput:
-    """Tokens per device and second (tgs) over several windows; ``devices`` share the tokens of a step."""
+    """Tokens per device and second (tgs) over several windows.
+
+    Args:
+        devices: Number of devices that share the tokens of a step.
+    """
 
     def __init__(self, devices: int) -> None:
         self.devices = devices
@@ -38,12 +42,13 @@ class Throughput:
         self.tokens += tokens
         self.seconds += seconds
         self.steps += 1
-        # The published tgs_avg is the mean of the steps' rates, not tokens over seconds, which slow steps dominate.
+        # The published tgs_avg is the mean of the steps' rates, not tokens over seconds, in which slow steps weigh
+        # more.
         self._sum_of_rates += self._rate(tokens, seconds)
         self._recent.append((tokens, seconds))
 
     def metrics(self) -> dict[str, float]:
-        """Return tgs of the last step, of the last 10 and 50 steps and of the run, and means of the steps' rates."""
+        """Return tgs of the last step, the last 10 and 50 steps and the run, and means of the steps' rates."""
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],
@@ -64,24 +69,25 @@ class Throughput:
 
 # -- writers ----------------------------------------------------------------------------------------------------------
 class Writer(Protocol):
-    """A destination of metrics."""
+    """Protocol of a destination of metrics."""
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of ``step``."""
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the destination."""
 
 
 class JsonLines:
-    """A file with one JSON object per step, appended to; inf and nan, which JSON lacks, are written as strings."""
+    """Writer of one JSON object per step, appended to a file; inf and nan are written as strings."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)  # by line, so that a killed run loses none
+        self._file = path.open("a", buffering=1)  # line-buffered, so that a killed run loses no line
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append the metrics of a step as a JSON object."""
+        # JSON has no inf and nan, and most parsers reject Python's.
         safe = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         self._file.write(json.dumps(safe) + "\n")
 
@@ -91,11 +97,11 @@ class JsonLines:
 
 
 class LogFile:
-    """A file with all lines that the framework logs on this rank.
+    """Log file of all lines that the framework logs on this rank.
 
     Args:
-        path: file to append to.
-        write_metrics: write the full line of metrics too, since the console does not log it.
+        path: File to append to.
+        write_metrics: Write the full line of metrics too, because the console does not log it.
     """
 
     def __init__(self, path: Path, write_metrics: bool) -> None:
@@ -106,7 +112,7 @@ class LogFile:
         log.addHandler(self._handler)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write the full line, unless the logger already writes it to this file."""
+        """Write the full line of metrics, unless the logger already writes it to this file."""
         if self._write_metrics:
             line = format_line(metrics)
             self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
@@ -119,17 +125,17 @@ class LogFile:
 
 class _LogFileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        # logging would print a traceback for every further line.
+        # By default, logging prints a traceback for every further line.
         log.removeHandler(self)
         log.warning(f"the log file {self.baseFilename} cannot be written and is switched off")
 
 
 class TensorBoard:
-    """TensorBoard scalars."""
+    """Writer of TensorBoard scalars."""
 
     def __init__(self, folder: Path, queue: int) -> None:
         require("tensorboard", "enable_tb", "pip install tensorboard")
-        # TensorBoard is optional, and takes a second to import.
+        # Imported here because TensorBoard is optional, and takes a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), max_queue=queue)
@@ -145,7 +151,7 @@ class TensorBoard:
 
 
 class MetricsWriter:
-    """All writers of a run as one."""
+    """Writer that calls all writers of a run, and removes those that fail."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = list(writers)
@@ -173,19 +179,19 @@ def open_writers(
     """Open the writers of a run.
 
     Args:
-        folder: folder of the run's records: ``train.log`` and ``metrics.jsonl``.
-        tensorboard: folder of TensorBoard records; None: no TensorBoard.
-        tb_queue: scalars that TensorBoard buffers.
-        total_steps: steps of the run.
-        first_step: step at which a resumed run begins.
-        devices: devices that share the tokens of a step.
+        folder: Folder of ``train.log`` and ``metrics.jsonl``.
+        tensorboard: Folder of TensorBoard records. None: no TensorBoard.
+        tb_queue: Number of scalars that TensorBoard buffers.
+        total_steps: Number of steps of the run.
+        first_step: Step at which a resumed run begins.
+        devices: Number of devices that share the tokens of a step.
 
     Returns:
-        Writers to the console, to the files, and to TensorBoard. On a terminal the console has a progress bar and one
-        short line per step; otherwise the full line.
+        Writers to the console, to the files, and to TensorBoard. A terminal shows a progress bar and one short
+        line per step; another console gets the full line.
     """
     terminal = is_terminal()
-    # The terminal comes first: closed first, it gives the logger its handlers back before the log file leaves them.
+    # The terminal comes first: it is closed first, and restores the logger's handlers before the log file leaves.
     makers: list[Callable[[], Writer]] = [
         (lambda: Terminal(total_steps, first_step, devices)) if terminal else LogLine,
         lambda: LogFile(folder / "train.log", write_metrics=terminal),

@@ -1,4 +1,4 @@
-"""Pictures: timelines of pipeline schedules, simulated or measured, and losses of a run."""
+"""Pictures: timelines of pipeline schedules (simulated or measured), and loss curves."""
 
 from internlm.pictures.loss_curve import loss_curve as loss_curve
 from internlm.pictures.terminal import text as text

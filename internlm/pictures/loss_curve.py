@@ -1,4 +1,4 @@
-"""Losses over the steps of a run as an SVG picture, which any browser shows."""
+"""Loss curves of a run as an SVG picture."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from xml.sax.saxutils import escape
 
 Points = Sequence[tuple[int, float]]  # (step, loss)
 
-WIDTH, HEIGHT = 760, 420  # px: the picture
+WIDTH, HEIGHT = 760, 420  # px: size of the picture
 LEFT, RIGHT, TOP, BOTTOM = 56, 24, 64, 48  # px: margins around the axes
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#7c3aed", "#d97706")
 DARK, GREY, GRID, FAINT = "#111827", "#6b7280", "#e5e7eb", 0.3
-#: Share of the last average that each step keeps, so that the noise of single steps does not hide the curve.
+#: Weight of the previous average in the exponential average, which hides the noise of single steps.
 SMOOTHING = 0.9
 
 
@@ -36,13 +36,16 @@ def loss_curve(title: str, curves: Mapping[str, Points], marks: Mapping[str, Poi
     """Draw losses over steps.
 
     Args:
-        title: heading of the picture.
-        curves: losses of every step by name, drawn as a smoothed line over the faint line of single steps.
-        marks: losses of some steps by name, such as validations, drawn as dots.
-        level: name and loss of a dashed line to compare with.
+        title: Heading of the picture.
+        curves: Losses of every step by name, drawn as a smoothed line over the faint line of single steps.
+        marks: Losses of some steps by name, such as validations, drawn as dots.
+        level: Name and loss of a dashed line to compare with.
 
     Returns:
-        SVG text. Losses that are not finite are left out.
+        SVG text, without losses that are not finite.
+
+    Raises:
+        ValueError: No loss is finite.
     """
     curves = {name: _finite(points) for name, points in curves.items()}
     marks = {name: _finite(points) for name, points in marks.items()}
@@ -50,7 +53,7 @@ def loss_curve(title: str, curves: Mapping[str, Points], marks: Mapping[str, Poi
     if not points:
         raise ValueError("there is no finite loss to draw")
     steps, losses = [step for step, _ in points], [*(loss for _, loss in points), level[1]]
-    # A run of one step has a point, but no range.
+    # A run of one step has no range of steps, so widen it: the axis divides by the range.
     axes = _Axes(min(steps), max(max(steps), min(steps) + 1), *_padded(min(losses), max(losses)))
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
@@ -87,7 +90,7 @@ def _palette() -> Iterator[str]:
 
 
 def _smoothed(points: Points) -> Points:
-    """Return the exponential average of the losses, corrected for its start as Adam's moments are."""
+    """Return the exponential average of the losses, with the bias correction of Adam's moments."""
     average, weight, smoothed = 0.0, 0.0, []
     for step, loss in points:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -102,12 +105,12 @@ def _line(axes: _Axes, points: Points, colour: str, width: int, opacity: float) 
 
 
 def _grid(axes: _Axes) -> Iterator[str]:
-    """Yield grid lines with their numbers, and the names of the axes."""
+    """Yield grid lines, the numbers on the axes, and the names of the axes."""
     for loss in _ticks(axes.low, axes.high):
         x, y = axes.point(axes.first, loss).split(",")
         yield f'<path d="M{x} {y}H{WIDTH - RIGHT}" stroke="{GRID}"/>'
         yield f'<text x="{LEFT - 8}" y="{y}" dy="4" text-anchor="end" fill="{GREY}">{loss:g}</text>'
-    for step in filter(float.is_integer, _ticks(axes.first, axes.last)):  # a short run has ticks between its steps
+    for step in filter(float.is_integer, _ticks(axes.first, axes.last)):  # a short run has ticks between whole steps
         x, _ = axes.point(step, axes.low).split(",")
         yield f'<text x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="{GREY}">{step:g}</text>'
     yield f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 10}" text-anchor="end" fill="{GREY}">step</text>'

@@ -1,4 +1,4 @@
-"""Timelines as text for a terminal: a row for each rank, time to the right."""
+"""Timelines as text for a terminal, with a row for each rank and time to the right."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from internlm.pictures.timeline_labels import (
     ticks,
 )
 
-#: Background of cells for even and odd chunks, in the terminal's palette of 256 colours.
+#: Backgrounds of cells for even and odd chunks, as indices of the 256-colour palette.
 _SHADES: dict[ActionType, tuple[int, int]] = {FORWARD: (74, 153), BACKWARD: (214, 223), WEIGHT: (72, 151)}
 _BLACK = 16
 
 
 class Column(NamedTuple):
-    """A character and its background."""
+    """Character of a row, and its background as an index of the 256-colour palette."""
 
     character: str = " "
     shade: int | None = None
 
 
 def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, seconds: bool = False) -> str:
-    """Draw timelines beneath one another.
+    """Draw timelines below one another.
 
     Args:
-        timelines: with their titles.
-        width: characters in a line; longer timelines continue in further lines.
-        coloured: add ANSI colours, which no information depends on.
-        seconds: whether times are seconds.
+        timelines: Timelines with their titles.
+        width: Number of characters in a line; longer timelines continue in further lines.
+        coloured: Add ANSI colours. They carry no further information.
+        seconds: Whether times are in seconds.
     """
     times = choose_clock(timelines, seconds)
     margin = len(f"rank {max(timeline.table.stage_layout.stages for _, timeline in timelines) - 1}") + 2
@@ -66,8 +66,8 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
 
 
 def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
-    """Return columns per unit of time, so that labels fit, and columns per line, equal in all lines but the last."""
-    # Prefer a gap of one column between cells; without room for it, cells touch, and colours or letters separate them.
+    """Return columns per unit of time, wide enough for labels, and columns per line (fewer in the last line)."""
+    # Prefer a gap of one column between cells. Without room for it, colours or letters separate the cells.
     narrow, shortest = longest_label(timelines), shortest_labelled(timelines)
     for wide in (narrow + 1, narrow):
         scale, columns = wide / shortest, round(latest_end(timelines) * wide / shortest)
@@ -93,7 +93,7 @@ def _shade(action: Action) -> int:
 
 
 def _cell(name: str, wide: int) -> str:
-    """Fill a cell: ``B3--`` with a gap at the end where there is room; a label that is too long is its letter alone."""
+    """Fill a cell, as in ``B3--``, with a gap at the end if it fits; shorten a label that is too long to its letter."""
     fitted = name if len(name) <= wide else name[0]
     return fitted.ljust(wide - 1, "-").ljust(wide)[:wide]
 
@@ -109,7 +109,7 @@ def _ruler(end: float, scale: float, times: Clock) -> list[Column]:
 
 
 def _format_row(row: Sequence[Column], coloured: bool) -> str:
-    # One escape sequence per run of a colour: one per character would make the output many times as long.
+    # One escape sequence per run of a colour: one per character would multiply the length of the output.
     runs = groupby(row, key=lambda column: column.shade if coloured else None)
     return "".join(_on(shade, "".join(column.character for column in run)) for shade, run in runs)
 

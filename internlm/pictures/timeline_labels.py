@@ -1,6 +1,6 @@
-"""Labels of timelines, for every kind of picture: headings, metrics, action names, units and ticks. Pure.
+"""Labels of timelines for all pictures: headings, metrics, action names, units and ticks.
 
-All timelines of a picture share one axis of time, so they have one unit: that of the costs, or seconds.
+All timelines of a picture share the axis of time and its unit: the unit of the costs, or seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, ActionType
 from internlm.core.scheduler.timeline import Timeline
 
-#: A title, such as "simulated" or an empty one, and its timeline.
+#: Title of a timeline (such as "simulated"; may be empty), and the timeline.
 Titled = tuple[str, Timeline]
 
 ACTION_NAMES: dict[ActionType, str] = {FORWARD: "forward", BACKWARD: "backward", WEIGHT: "gradient of the weights"}
@@ -22,27 +22,27 @@ _UNITS = {1.0: "s", 1e-3: "ms", 1e-6: "µs"}
 
 
 class Clock(NamedTuple):
-    """Format of times: ``time / unit``, followed by the unit's name."""
+    """Formatter of times: ``time / unit``, followed by the unit's name."""
 
     unit: float = 1.0
     name: str = ""
 
     def __call__(self, time: float, digits: int = 4) -> str:
-        """Format ``time`` with so many significant digits."""
+        """Format ``time`` with ``digits`` significant digits."""
         return f"{time / self.unit:.{digits}g}" + (f" {self.name}" if self.name else "")
 
 
 def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
-    """Choose the unit of a picture: for ``seconds`` the largest one that the longest timeline reaches, else none."""
+    """Choose the unit of a picture: with ``seconds`` the largest that the longest timeline reaches, else none."""
     if not seconds:
         return Clock()
     end = latest_end(timelines)
-    # One unit for all labels of a picture: mixed ones would be compared by their digits.
+    # One unit for all labels of a picture, because readers compare the digits of labels.
     return next((Clock(unit, name) for unit, name in _UNITS.items() if end >= unit), Clock(unit=1e-6, name="µs"))
 
 
 class RankMetrics(NamedTuple):
-    """Busy and idle time of a rank, and its peak of activations in flight."""
+    """Busy and idle time of a rank, and the peak number of its activations in flight."""
 
     rank: int
     busy: float
@@ -51,7 +51,7 @@ class RankMetrics(NamedTuple):
 
 
 def rank_metrics(timeline: Timeline) -> list[RankMetrics]:
-    """Return the metrics of each rank, counting time until the last one ended."""
+    """Return the metrics of each rank, with idle time counted until the last rank ends."""
     rows = []
     for rank, (spans, peak) in enumerate(zip(timeline.spans, timeline.peak_in_flight, strict=True)):
         busy = sum(span.end - span.start for span in spans)
@@ -60,7 +60,7 @@ def rank_metrics(timeline: Timeline) -> list[RankMetrics]:
 
 
 def heading(title: str, timeline: Timeline) -> str:
-    """Format title, schedule and sizes."""
+    """Format title, schedule and sizes of a timeline."""
     table, stage_layout = timeline.table, timeline.table.stage_layout
     sizes = [table.schedule, _count(stage_layout.stages, "stage")]
     sizes += [_count(stage_layout.chunks, "chunk") + " each"] if stage_layout.chunks > 1 else []
@@ -73,13 +73,13 @@ def _count(count: int, noun: str) -> str:
 
 
 def format_metrics(timeline: Timeline, times: Clock) -> str:
-    """Format bubble and makespan."""
-    # A measured bubble of zero may be −0.0.
+    """Format bubble and makespan of a timeline."""
+    # abs, because a measured bubble of zero may be −0.0.
     return f"bubble {100 * abs(timeline.bubble):.1f} %, end {times(timeline.end)}"
 
 
 def label(action: Action, chunks: int) -> str:
-    """Format an action: ``F3``, in lower case for the second of two chunks; ``F3.1`` where there are more."""
+    """Format an action: ``F3``, ``f3`` for the second of two chunks, or ``F3.1`` for one of more chunks."""
     if chunks != 2:
         return str(action)
     letter = action.type.lower() if action.chunk else action.type
@@ -87,7 +87,7 @@ def label(action: Action, chunks: int) -> str:
 
 
 def label_legend(timelines: Sequence[Titled]) -> str:
-    """Explain how labels are read."""
+    """Explain the labels of actions."""
     chunks = max_chunks(timelines)
     if chunks == 1:
         return "F3: micro-batch 3"
@@ -104,31 +104,31 @@ def describe_action(timeline: Timeline, rank: int, action: Action) -> str:
 
 
 def action_types(timelines: Sequence[Titled]) -> list[ActionType]:
-    """Return the types of action that occur, in the order of ACTION_NAMES."""
+    """Return the types of the actions in ``timelines``, in the order of ACTION_NAMES."""
     found = {action.type for _, timeline in timelines for row in timeline.table.actions for action in row}
     return [action_type for action_type in ACTION_NAMES if action_type in found]
 
 
 def max_chunks(timelines: Sequence[Titled]) -> int:
-    """Return the largest number of chunks per rank."""
+    """Return the largest number of chunks per rank in ``timelines``."""
     return max(timeline.table.stage_layout.chunks for _, timeline in timelines)
 
 
 def latest_end(timelines: Sequence[Titled]) -> float:
-    """Return the end of the axis of time."""
+    """Return the latest end of all timelines, where the axis of time ends."""
     return max(timeline.end for _, timeline in timelines)
 
 
 def longest_label(timelines: Sequence[Titled]) -> int:
-    """Return the length of the longest label, in letters."""
+    """Return the number of characters of the longest label."""
     chunks = max_chunks(timelines)
     rows = (row for _, timeline in timelines for row in timeline.table.actions)
     return max(len(label(action, chunks)) for row in rows for action in row)
 
 
 def shortest_labelled(timelines: Sequence[Titled]) -> float:
-    """Return the duration from which on a label must fit: the shortest, but at least an eighth of the longest."""
-    # One very short action, such as a measured outlier, would make the whole picture too wide.
+    """Return the duration of the shortest action whose label must fit, at least an eighth of the longest."""
+    # A lower bound, because one very short action, such as a measured outlier, would make the picture too wide.
     rows = (row for _, timeline in timelines for row in timeline.spans)
     lengths = [span.end - span.start for row in rows for span in row if span.end > span.start]
     return max(min(lengths), max(lengths) / 8)
@@ -136,7 +136,7 @@ def shortest_labelled(timelines: Sequence[Titled]) -> float:
 
 def ticks(end: float, most: int) -> Iterator[float]:
     """Yield at most ``most`` + 1 round times, from 0 to ``end``."""
-    # Steps of 1, 2 or 5 times a power of ten: the numbers that people read without effort.
+    # Steps of 1, 2 or 5 times a power of ten, which are easy to read.
     least = end / most
     power = 10.0 ** math.floor(math.log10(least))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)

@@ -15,8 +15,8 @@ _MICROSECONDS = 1e6
 
 
 def chrome_trace(timelines: Sequence[Titled]) -> str:
-    """Return JSON with a process per pipeline, a thread per rank, an arrow per transfer; a unit of time is a second."""
-    # Viewers show processes in the order of their index, so a simulation stays above its measurement.
+    """Return JSON with a process per timeline, a thread per rank and an arrow per transfer; times are seconds."""
+    # Viewers sort processes by index, so a simulation is shown above its measurement.
     events = [event for index, titled in enumerate(timelines) for event in _process(index, *titled)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
@@ -53,7 +53,7 @@ def _complete(process: int, rank: int, table: Table, span: Span) -> Event:
 
 
 def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
-    """Draw an arrow from the end of an action to the start of the one that needs its output."""
+    """Yield flow events from the end of each action to the start of its consumer."""
     layout = timeline.table.stage_layout
     starts = {(rank, span.action): span.start for rank, row in enumerate(timeline.spans) for span in row}
     sent = (
@@ -66,7 +66,7 @@ def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
             continue
         receiver = span.action._replace(chunk=layout.chunk_of(message.virtual))
         arrow = {"name": "transfer", "cat": "transfer", "id": f"{process}.{index}", "pid": process}
-        # Flow events bind to the slice around their timestamp: "s" to the one that ends there, "f" with bp = e to the
-        # one that starts there.
+        # A flow event binds to the slice around its timestamp: "s" to the slice that ends there, "f" with bp = e to the
+        # slice that starts there.
         yield {**arrow, "ph": "s", "tid": rank, "ts": span.end * _MICROSECONDS}
         yield {**arrow, "ph": "f", "bp": "e", "tid": to, "ts": starts[to, receiver] * _MICROSECONDS}

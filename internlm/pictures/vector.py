@@ -1,4 +1,4 @@
-"""Timelines as SVG pictures, and as HTML pages around them that need nothing but a browser."""
+"""Timelines as SVG pictures, and as self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from internlm.pictures.timeline_labels import (
     ticks,
 )
 
-# Browsers and viewers slow down with very wide pictures, so labels of a long schedule may be dropped instead.
-NARROWEST, WIDEST = 960, 20_000  # px: the picture
-EDGE, LEFT, RIGHT = 20, 56, 84  # px: around all; the names of ranks; their peaks
-HEAD, PITCH, TALL, GAP = 46, 30, 26, 16  # px: heading; from rank to rank; cells; between timelines
+# Browsers and viewers are slow with very wide pictures, so a long schedule drops labels instead.
+NARROWEST, WIDEST = 960, 20_000  # px: width of the picture
+EDGE, LEFT, RIGHT = 20, 56, 84  # px: margin of the picture; names of ranks; peaks of ranks
+HEAD, PITCH, TALL, GAP = 46, 30, 26, 16  # px: heading; distance between ranks; cell; gap between timelines
 AXIS, LEGEND = 36, 44  # px
-LETTER, TICK = 7.2, 80  # px: a letter of a cell; the least between two ticks
+LETTER, TICK = 7.2, 80  # px: letter of a cell; minimum distance between two ticks
 DARK, GREY, LINE, IDLE = "#111827", "#6b7280", "#9ca3af", "#eef0f3"
 _FRAME = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" \
 height="{height:g}" role="img" font-family="Helvetica, Arial, sans-serif" font-size="13">
@@ -43,7 +43,7 @@ height="{height:g}" role="img" font-family="Helvetica, Arial, sans-serif" font-s
 
 
 class Paper(NamedTuple):
-    """Scale of the axis of time."""
+    """Horizontal scale of the picture, which all timelines share."""
 
     times: Clock
     end: float
@@ -51,16 +51,16 @@ class Paper(NamedTuple):
     chunks: int
 
     def x(self, time: float) -> float:
-        """Return the position of ``time`` in px."""
+        """Return the horizontal position of ``time`` in px."""
         return EDGE + LEFT + (self.width - 2 * EDGE - LEFT - RIGHT) * time / self.end
 
 
 def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
-    """Draw timelines beneath one another, as wide as their labels need, with a tooltip for each action.
+    """Draw timelines below one another, as wide as their labels need, with a tooltip for each action.
 
     Args:
-        timelines: with their titles.
-        seconds: whether their times are seconds.
+        timelines: Timelines with their titles.
+        seconds: Whether times are in seconds.
     """
     width = min(max(NARROWEST, _legible(timelines)), WIDEST)
     paper = Paper(choose_clock(timelines, seconds), latest_end(timelines), width, max_chunks(timelines))
@@ -71,14 +71,14 @@ def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
         y += HEAD + PITCH * len(timeline.spans) + GAP
     parts += [*_axis(paper, y - GAP), *_legend(paper, y - GAP + AXIS, timelines)]
     height = y - GAP + AXIS + LEGEND
-    # The title is what a screen reader reads out, and a browser shows as the tooltip of the whole picture.
+    # Screen readers read the title aloud, and browsers show it as the tooltip of the whole picture.
     title = escape("; ".join(heading(*titled) for titled in timelines))
     frame = _FRAME.format(width=width, height=height, title=title, inner=width - 2, low=height - 2)
     return "\n".join([frame, *parts, "</svg>", ""])
 
 
 def _legible(timelines: Sequence[Titled]) -> float:
-    """Return the width in px that a picture needs for its labels."""
+    """Return the width in px at which all labels of a picture fit."""
     cells = latest_end(timelines) / shortest_labelled(timelines)
     return math.ceil(2 * EDGE + LEFT + RIGHT + cells * (LETTER * longest_label(timelines) + 4))
 
@@ -93,7 +93,7 @@ def _panel(paper: Paper, y: float, title: str, timeline: Timeline) -> Iterator[s
         top = y + HEAD + PITCH * rank
         yield _text(EDGE, top + 18, f"rank {rank}")
         yield _text(right, top + 18, str(peak), anchor="end")
-        # The background of a row is the colour of idle time: what no cell covers is bubble.
+        # The background of a row has the colour of idle time, so the bubble is the part that no cell covers.
         yield _rect(paper.x(0), top, paper.x(timeline.end) - paper.x(0), IDLE)
         yield '<g font-size="11" text-anchor="middle" stroke-width="1">'
         yield from (_cell(paper, top, timeline, rank, span) for span in spans)
@@ -104,7 +104,7 @@ def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> 
     action, (start, end) = span.action, (paper.x(span.start), paper.x(span.end))
     when = f"{paper.times(span.start)} to {paper.times(span.end)} (takes {paper.times(span.end - span.start)})"
     title = f"<title>{action}: {escape(describe_action(timeline, rank, action))}; {when}</title>"
-    # A cell that is too narrow for its label has the micro-batch alone, or nothing; the tooltip has all of it.
+    # A cell too narrow for its label shows only the micro-batch, or nothing; the tooltip has the whole label.
     names = (label(action, paper.chunks), str(action.micro_batch))
     name = next((name for name in names if LETTER * len(name) + 2 <= end - start), "")
     words = f'<text x="{_px((start + end) / 2)}" y="{_px(y + 17)}" fill="{DARK}">{name}</text>' if name else ""
@@ -141,7 +141,7 @@ def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str
 
 def _colour(action: Action, chunks: int) -> str:
     """Return the colour of an action's type, lighter for later chunks."""
-    # The same hue for all chunks, since the type of action matters most; mixing in white keeps black text legible.
+    # One hue for all chunks, because the type of action matters most; mixing in white keeps black text legible.
     white = 0.6 * action.chunk / max(1, chunks - 1)
     return "#" + "".join(f"{round(level + (255 - level) * white):02x}" for level in COLOURS[action.type])
 
@@ -158,7 +158,7 @@ def _text(
 
 
 def _px(length: float) -> str:
-    # Two decimals keep the committed pictures small, and equal on every platform.
+    # Two decimals keep committed pictures small, and equal on all platforms.
     return f"{length:.2f}".rstrip("0").rstrip(".")
 
 
@@ -188,11 +188,11 @@ _COLUMNS = ("rank", "busy", "idle", "in flight, at most")
 
 
 def html(timelines: Sequence[Titled], seconds: bool = False) -> str:
-    """Make a page with the picture of :func:`svg` and a table of each rank's metrics.
+    """Format an HTML page with the picture of :func:`svg` and a table of each rank's metrics.
 
     Args:
-        timelines: with their titles.
-        seconds: whether their times are seconds.
+        timelines: Timelines with their titles.
+        seconds: Whether times are in seconds.
     """
     times = choose_clock(timelines, seconds)
     title = escape("; ".join(heading(*titled) for titled in timelines))

@@ -1,4 +1,4 @@
-"""Memory report of a rank, measured beside planned, and torch traces of a few steps."""
+"""Memory report of a rank (bytes held beside bytes planned), and torch traces of a few steps."""
 
 from __future__ import annotations
 
@@ -16,40 +16,44 @@ from internlm.solver.optimizer import HybridZeroOptimizer
 
 
 def peak_rss_bytes() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    """Return the peak resident set size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
 def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict[str, int]:
-    """Return the bytes that this rank holds all the time, by row of the memory plan.
+    """Return the bytes that this rank holds between two steps, by row of the memory plan.
 
     Padding is included, and every storage is counted once: parameters are views of the optimizer's flat buffers.
     """
     groups = optimizer.groups
+    # Storages by address rather than tensors: many parameters are views of one flat buffer, whose padding counts too.
     parameters = _storages(local_shard(parameter).flat for parameter in model.parameters())
     rows = {
         PARAMETERS: parameters,
         GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_shards)),
         MAIN: _storages(part for group in groups for part in group.main_shards),
     }
+    # Groups with the same rule share a row, as in the plan, so their storages are merged by the name of the state.
     for group in groups:
         for name, tensor in optimizer.state_of(group).items():
             rows.setdefault(optimizer_row(name), {}).update(_storages([tensor]))
-    # In float32 the parameters are the main parameters; the plan counts them once, too.
+    # In float32 the main parameters are the parameters themselves, which the plan counts only once too.
     rows[MAIN] = {address: size for address, size in rows[MAIN].items() if address not in parameters}
     return {row: sum(storages.values()) for row, storages in rows.items()}
 
 
 def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mapping[str, int] | None = None) -> str:
-    """Format what this rank holds beside what ``plan`` expects.
+    """Format the bytes that this rank holds beside those of ``plan``.
 
-    Parameters are listed by module as well; the last lines are the peaks of the process and of CUDA.
+    Parameters are also listed by module; the last lines are the peaks of the process and of CUDA.
     """
     measured, planned = held_between_steps(model, optimizer), plan or {}
+    # Rows on one side only keep a line: activations are planned but not held between steps.
     rows = [(row, measured.get(row), planned.get(row)) for row in {**measured, **planned}]
     rows += [(TOTAL, sum(measured.values()), sum(planned.values()) or None)]
     rows += [(f"{PARAMETERS} of {name}", _module_bytes(module), None) for name, module in model.named_children()]
     rows += [("peak of the process", peak_rss_bytes(), None)]
+    # Allocated rather than reserved memory: the plan has no row for the caching allocator's fragmentation.
     if torch.cuda.is_available():
         rows += [("peak of CUDA", torch.cuda.max_memory_allocated(), None)]
     lines = [f"{'held':>12} {'planned':>12}"]
@@ -62,16 +66,16 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return address and bytes of the storages of ``tensors``."""
+    """Return the bytes of the storages of ``tensors``, keyed by address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-WAIT, WARMUP, ACTIVE = 1, 1, 3  # steps: the first one builds caches, the second one starts the profiler
+WAIT, WARMUP, ACTIVE = 1, 1, 3  # steps: the first fills caches, the second absorbs the profiler's own start-up
 
 
 class StepTrace:
-    """Trace of steps 3–5 of a run in ``folder``, a file per rank, for Perfetto or chrome://tracing."""
+    """Writer of a trace of steps 3–5 to ``folder``, a file per rank, for Perfetto or chrome://tracing."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +89,13 @@ class StepTrace:
         )
 
     def start(self) -> None:
-        """Start before the first step."""
+        """Start the profiler, before the first step."""
         self._profile.start()
 
     def step(self) -> None:
-        """Mark the end of a step."""
+        """Advance the profiler's schedule at the end of a step."""
         self._profile.step()
 
     def stop(self) -> None:
-        """Stop after the last step, and write the trace if the run was long enough."""
+        """Stop the profiler after the last step, which writes the trace if the run was long enough."""
         self._profile.stop()

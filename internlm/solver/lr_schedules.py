@@ -1,6 +1,6 @@
 """Schedules of the learning rate and of beta2, as pure functions of the step.
 
-Because they are pure, nothing of them is in a checkpoint, and a run that is resumed needs the step alone.
+Pure functions have no state to save in a checkpoint: a resumed run needs the step alone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
 from internlm.config.schema.optim import LRShape
 
-#: What is left of the way from the peak down to ``eta_min``, from 1 to 0. The arguments are the elapsed fraction of the
-#: time after warm-up, and the fraction that the decay of ``wsd`` takes.
+#: Decay factors, from 1 at the peak to 0 at ``eta_min``. Arguments: the elapsed fraction of the steps after warm-up,
+#: and the fraction of these steps in which ``wsd`` decays.
 SHAPES: dict[LRShape, Callable[[float, float], float]] = {
     "cosine": lambda progress, _: (1 + math.cos(math.pi * progress)) / 2,  # arXiv 1608.03983, eq. 5
     "linear": lambda progress, _: 1 - progress,
@@ -24,7 +24,7 @@ SHAPES: dict[LRShape, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedule:
-    """Learning rate: zero, then linear warm-up to ``peak``, then down to ``eta_min``, reached at ``total_steps``."""
+    """Learning rate: zero, then linear warm-up to ``peak``, then decay to ``eta_min`` until ``total_steps``."""
 
     peak: float
     total_steps: int
@@ -36,7 +36,7 @@ class LRSchedule:
     """Position in the schedule of step 0."""
     shape: LRShape = "cosine"
     decay_steps: int = 0
-    """Steps of the decay of ``wsd``."""
+    """Number of last steps in which ``wsd`` decays."""
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
@@ -44,7 +44,7 @@ class LRSchedule:
         if since < 0:
             return 0.0
         if since < self.warmup_steps:
-            # Counted from 1, so that the first update after init_steps is not lost on a rate of zero.
+            # Counted from 1: a rate of zero would waste the first update after init_steps.
             return self.peak * (since + 1) / self.warmup_steps
         length = max(self.total_steps - self.init_steps - self.warmup_steps, 1)
         progress = min((since - self.warmup_steps) / length, 1.0)

@@ -1,4 +1,4 @@
-"""Assembly: from the config to model, optimizer, data and trainer."""
+"""Assembly of model, optimizer and data loaders from the config."""
 
 from internlm.utils.lazy import lazy_exports
 

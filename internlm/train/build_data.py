@@ -24,12 +24,12 @@ get_validation_data_loader = build_valid_loader_with_data_type
 
 
 def _replica() -> GroupPosition:
-    """Position of this rank among those that read different samples."""
+    """Return the position of this rank among the ranks that read different samples."""
     return GroupPosition(gpc.get_local_rank(ParallelMode.DATA), gpc.get_world_size(ParallelMode.DATA))
 
 
 def _sequence_shard() -> GroupPosition:
-    """Position of this rank among those that split every row along the sequence."""
+    """Return the position of this rank among the ranks that split every row along the sequence."""
     if gpc.config.parallel.tensor.mode != "isp":
         return ALONE  # msp and fsp split the sequence inside the model, after the embedding
     return GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))

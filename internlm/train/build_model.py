@@ -1,4 +1,4 @@
-"""Models by name: what the config describes, built for this rank's place in the layout."""
+"""Build the model that the config names, with this rank's shards."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from internlm.utils.logger import get_logger
 def create_model(model_type: str | None = None) -> nn.Module:
     """Build the model of the global config, or of another registered ``model_type``.
 
-    Its parameters have their initial values, drawn from the run's seed. Under ``parallel.zero1.fsdp`` those of parallel
-    layers stay on the meta device: their memory is that of a shard, and comes with :func:`initialize_model` and the
-    like.
+    Parameters get initial values drawn from the run's seed. Under ``parallel.zero1.fsdp`` the parameters of parallel
+    layers stay on the meta device until :func:`initialize_model_and_parallel_communicator` or :func:`initialize_model`
+    allocates this rank's shards.
     """
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
     model = build_on_meta(config, gpc.seed, name, sharding, own_stage_layers())
     check_stage(model, name)
     _warn_of_keys_without_effect(model, name)
-    if not config.parallel.zero1.fsdp:  # without it a rank keeps what it has now, so waiting would save nothing
+    if not config.parallel.zero1.fsdp:  # without fsdp the shards are final, so deferring would save no memory
         materialize(model, gpc.seed, accelerator.current_device())
     return model
 
@@ -51,11 +51,11 @@ def build_model(
     """Build the model that ``config`` describes on this process's device, with initial values drawn from ``seed``.
 
     Args:
-        config: the resolved config.
-        seed: the seed of the run.
-        model_type: a registered name; default: the config's.
-        sharding: parallel mode, and this rank's position in its groups; default: everything is whole.
-        stage_layers: layers of this rank's pipeline stage; default: all.
+        config: Resolved config.
+        seed: Seed of the run.
+        model_type: Registered name of the model type; default: that of the config.
+        sharding: Parallel mode, and this rank's position in its groups; default: no parameter is split.
+        stage_layers: Layers of this rank's pipeline stage; default: all layers.
     """
     model = build_on_meta(config, seed, model_type, sharding, stage_layers)
     materialize(model, seed, accelerator.current_device())
@@ -89,7 +89,7 @@ def build_on_meta(
 
 
 def widen_norms(model: nn.Module) -> None:
-    """Convert the weights of norms to float32 at least, whatever the dtype of the rest."""
+    """Convert the weights of norms to at least float32, whatever the dtype of other parameters."""
     for module in model.modules():
         if isinstance(module, ParallelNorm):
             module.to(wide(module.weight.dtype))
@@ -101,13 +101,13 @@ def own_stage_layers() -> StageLayers:
 
 
 def check_stage(model: nn.Module, name: str) -> None:
-    """Check that a model that is split into stages or chunks was built for this rank's stage."""
+    """Check that a model was built for this rank's pipeline stage and its chunks."""
     expected = own_stage_layers()
     if len(expected.chunks) == 1 and expected.is_whole:
         return
     if getattr(model, "stage_layers", None) != expected:
-        what = f"{name!r} can't be split into stages: its stage_layers are not those of this rank"
-        todo = "Build it by internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and "
+        what = f"{name!r} cannot be split into stages: its stage_layers are not those of this rank"
+        todo = "Build it with internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and "
         raise ConfigError(Problem("model_type", what, f"{todo}model.num_chunks to 1"))
 
 
@@ -116,11 +116,11 @@ def _position(mode: ParallelMode) -> GroupPosition:
 
 
 def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
-    """Warn of keys of the config that nothing applies to a user's own model."""
+    """Warn of config keys that have no effect on a user's own model."""
     if isinstance(model, Decoder) or gpc.get_global_rank() != 0:
         return
     config, blocks = gpc.config.model, declared_blocks(model)
-    inside = config.checkpoint == "selective"  # within attention; other values of the key are applied around blocks
+    inside = config.checkpoint == "selective"  # inside attention; other values apply around blocks
     ignored = {
         "checkpoint": bool(config.checkpoint) and (inside or not blocks),
         "cpu_offloading": bool(config.cpu_offloading) and not blocks,
@@ -128,10 +128,10 @@ def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
     }
     keys = ", ".join(f"model.{key}" for key, is_ignored in ignored.items() if is_ignored)
     if keys:
-        get_logger().warning(f"{keys}: without effect, unless {name!r} sees to it itself")
+        get_logger().warning(f"{keys}: without effect, unless {name!r} implements it itself")
 
 
 def _check_attention(backend: str, dtype: torch.dtype) -> None:
     reason = "" if backend == "auto" else why_unavailable(backend, accelerator.device_type(), dtype)
     if reason:
-        raise ConfigError(Problem("model.attention_backend", f"'{backend}' can't be used: {reason}", "Use 'auto'"))
+        raise ConfigError(Problem("model.attention_backend", f"'{backend}' cannot be used: {reason}", "Use 'auto'"))

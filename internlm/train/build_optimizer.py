@@ -1,4 +1,4 @@
-"""Optimizer assembly."""
+"""Build the optimizer and its schedules from the global config."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def initialize_optimizer(
 ) -> tuple[HybridZeroOptimizer, Beta2Schedule, LRSchedule]:
     """Build the optimizer over ``model``, and the schedules of beta2 and of the learning rate, from the global config.
 
-    From here on the parameters of ``model`` are views of the optimizer's flat buffers, unless they are fully sharded.
+    The parameters of ``model`` become views of the optimizer's flat buffers, unless they are fully sharded.
 
     Args:
-        model: initialised, with its communicators.
-        isp_communicator: accepted for scripts that pass it on; layers have their communicators already.
+        model: Initialised model with attached communicators.
+        isp_communicator: Not used, because layers hold their communicators; accepted for published scripts.
+
+    Raises:
+        ConfigError: A pattern of ``optimizer.param_groups`` matches no parameter of any pipeline stage.
     """
     config = gpc.config
     _refuse_patterns_without_parameters(model, [group.pattern for group in config.optimizer.param_groups])
@@ -46,15 +49,15 @@ def initialize_optimizer(
 
 
 def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -> None:
-    """Refuse patterns of ``optimizer.param_groups`` that match no parameter of any pipeline stage."""
+    """Raise if a pattern of ``optimizer.param_groups`` matches no parameter of any pipeline stage."""
     if not patterns:
         return
     names = [name for name, *_ in placed_parameters(model)]
-    # Summed over stages, since a pattern may match on another one.
+    # Summed over stages, because a pattern may match parameters of another stage only.
     matches = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
     total = all_reduce(matches.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
     problems = [
-        Problem("optimizer.param_groups", f"{pattern!r} fits no parameter", f"Names are like {names[0]!r}")
+        Problem("optimizer.param_groups", f"{pattern!r} matches no parameter", f"Match names like {names[0]!r}")
         for pattern, count in zip(patterns, total, strict=True)
         if not count
     ]
@@ -74,5 +77,5 @@ def _groups(config: Config) -> ProcessGroups:
 
 
 def _loss_scale(config: Config) -> LossScale:
-    """Return the loss scale: dynamic for float16, whose small gradients would underflow, else 1."""
+    """Return a dynamic loss scale for float16, whose small gradients would underflow, otherwise 1."""
     return LossScale.dynamic(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()

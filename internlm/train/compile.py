@@ -1,7 +1,7 @@
-"""``model.compile``: blocks go through torch.compile, one by one.
+"""Apply torch.compile to each block (``model.compile``).
 
-All blocks are alike, so the first is compiled and the others reuse its graphs. Only ``forward`` is replaced: module
-names, placements, hooks and checkpoints are those of the model that is not compiled.
+All blocks have the same code, so the first is compiled and the others reuse its graphs. Only ``forward`` is replaced:
+module names, placements, hooks and checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEY = "model.compile"
 def compile_blocks(model: nn.Module) -> None:
     """Compile each declared block of ``model`` when it is first called.
 
-    Hooks of a block itself, and its recompute and offloading, run outside of the graph.
+    A block's own hooks, recompute and offloading run outside of its graph.
 
     Raises:
         ConfigError: ``model`` declares no blocks.
@@ -37,13 +37,13 @@ def compile_blocks(model: nn.Module) -> None:
             f"{type(model).__name__} declares no blocks",
             "Give it a method blocks() that returns its layers",
         )
-        raise ConfigError(Problem(KEY, message, f"{todo}, or set the key to False"))
+        raise ConfigError(Problem(KEY, message, f"{todo}, or set model.compile=False"))
     prepare_compiler()
     for block in blocks:
         forward = block.forward
         if isinstance(forward, BlockForward):
-            # Inside of the checkpoint: around it, the partitioner would choose what is recomputed, and the hooks that
-            # offload saved tensors would break the graph.
+            # Compile inside the checkpoint. Around it, the partitioner would choose the recomputed tensors, and the
+            # hooks that offload saved tensors would break the graph.
             forward.compute = partial(_call, torch.compile(forward.compute))
         else:
             block.forward = partial(_call, torch.compile(forward))
@@ -64,13 +64,13 @@ def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         reason = compiler_failure(error)
         if reason is None:
             raise
-        message = f"a block can't be compiled ({reason})".splitlines()[0]
-        raise UserError(Problem(KEY, message, "Install a C++ compiler, or set the key to False")) from error
+        message = f"a block cannot be compiled ({reason})".splitlines()[0]
+        raise UserError(Problem(KEY, message, "Install a C++ compiler, or set model.compile=False")) from error
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Graphs that this process has compiled so far."""
+    """Numbers of graphs and graph breaks in this process."""
 
     graphs: int
     breaks: Mapping[str, int]
@@ -78,7 +78,7 @@ class Compiled:
 
 
 def compiled_so_far() -> Compiled:
-    """Return the numbers of graphs and graph breaks so far; a step that compiles nothing leaves them unchanged."""
+    """Return the numbers of graphs and graph breaks so far; only steps that compile change them."""
     counters = compile_counters()
     breaks: dict[str, int] = {}
     for text, count in counters["graph_break"].items():
@@ -88,6 +88,7 @@ def compiled_so_far() -> Compiled:
 
 
 def _reason(text: str) -> str:
-    """Return the reason of ``torch.compiler.disable`` in a message, else the message's first line."""
+    """Return the reason given to ``torch.compiler.disable``, or the first line of a message without one."""
+    # Other messages have many lines of hints and stack frames, which differ although the reason is the same.
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

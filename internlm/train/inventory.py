@@ -1,8 +1,8 @@
-"""Parameter inventory of a stage: the model itself lists its parameters for the formulas of ``internlm.costs``.
+"""Parameter inventory of a pipeline stage, listed from a model for the formulas of ``internlm.costs``.
 
-A model that runs is listed as it is. Otherwise the registered model is built on the meta device with the layout's
-shardings, which allocates nothing and needs no process group: the cost is that of one stage's modules, however many
-ranks the layout has.
+The model of a run is listed directly. Before a run, the registered model is built on the meta device with the layout's
+shardings. This allocates no memory and needs no process group, so it takes as long as creating the modules of one
+stage, however many ranks the layout has.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from internlm.train.build_model import widen_norms
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import did_you_mean
 
-#: Inventories by config, world size, stage and registered function. A few configs are asked for again and again: every
-#: step of every rank in ``verify``, every stage in the log.
+#: Inventories by config, world size, stage and registered function. The same few are needed repeatedly: by every step
+#: of every rank in ``verify``, and for every stage in the log.
 _CACHE: dict[tuple[str, int, int, Callable[..., nn.Module]], ParamInventory] = {}
 _CACHE_SIZE = 256
 
 
 def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInventory:
-    """Return the parameters on each rank of ``stage`` by building the registered model on the meta device.
+    """Build the registered model on the meta device, and list the parameters on each rank of ``stage``.
 
     Raises:
         NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
@@ -71,9 +71,9 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
 
 
 def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) -> ParamInventory:
-    """Return the parameters of ``model``, which ``stage`` of a run builds, whether they hold values or not."""
+    """List the parameters of ``model``, which belongs to ``stage``; they may be on the meta device."""
     blocks = declared_blocks(model)
-    # fully_shard gets the weights of linears as matrices: of fused weights the first natural axis may be short.
+    # fully_shard gets the weights of linears as matrices: the first axis of a fused weight is too short to split.
     of_linears = {
         parameter
         for module in model.modules()
@@ -101,6 +101,10 @@ def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) 
 
 
 def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
-    """Return the memory plan of each stage, on the rank that holds the most; raises as :func:`build_inventory`."""
+    """Return the memory plan of each stage, for the rank that holds the most.
+
+    Raises:
+        NoCostFormulaError: The model has no inventory, as in :func:`build_inventory`.
+    """
     stages = range(config.parallel.pipeline.size)
     return [memory_plan(build_inventory(config, world_size, stage)) for stage in stages]

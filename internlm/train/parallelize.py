@@ -1,4 +1,4 @@
-"""The recipe: how a model becomes the parallel one that is trained, read from top to bottom."""
+"""The recipe that turns a model into the parallel model that is trained, from top to bottom."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from internlm.utils.dtype import torch_dtype, wide
 def initialize_model_and_parallel_communicator(
     model: nn.Module | None = None,
 ) -> tuple[nn.Module, WeightGatherer | None]:
-    """Make ``model`` ready for parallel training, as the global config describes it.
+    """Prepare ``model`` for parallel training with the global config.
 
     Args:
-        model: default: :func:`create_model`. A model of your own keeps the values that it has, those of rank 0.
+        model: Model to prepare; default: that of :func:`create_model`. A user's own model gets the values of rank 0.
 
     Returns:
-        The model, and, under isp with split weights, its communicator, which :func:`initialize_optimizer` takes.
+        The model, and its communicator for :func:`initialize_optimizer`, which is None unless isp splits weights.
     """
-    # 1. Build. Parameters of parallel layers know their shard, and need no memory until it is final.
+    # 1. Build. Parameters of parallel layers have a placement, and need no memory until their shard is final.
     model = create_model() if model is None else model
     check_stage(model, type(model).__name__)
-    # A user's own values become equal while they are whole, before anything shards them.
+    # Broadcast a user's own values while parameters are whole, before step 5 shards them.
     synchronize_parameters(model, [parameter for parameter in model.parameters() if not parameter.is_meta])
     synchronize_buffers(model)
 
-    # 2. Communicators belong to layers, so they come before anything that replaces what a block does.
+    # 2. Communicators belong to layers, so they are attached before steps that replace the forward of a block.
     gatherer = attach(model)
 
-    # 3. Recompute and offloading go around the block's own computation ...
+    # 3. Recompute and offloading wrap the block's own computation ...
     checkpoint_and_offload(model)
 
-    # 4. ... and compiling into it: a graph is then that of one block, called again when the block is recomputed.
+    # 4. ... and compiling replaces it: a graph covers one block, and is called again when the block is recomputed.
     compile_blocks(model)
 
-    # 5. fully_shard hooks the modules, so what steps 3 and 4 made of a forward runs on gathered parameters.
+    # 5. fully_shard hooks the modules, so the forward from steps 3 and 4 runs on gathered parameters.
     shard(model)
 
-    # 6. Only now it is final which elements this rank holds: it allocates and draws these, and no others.
+    # 6. Now the shards are final: allocate and initialise only the elements that this rank holds.
     synchronize_parameters(model, materialize(model, gpc.seed, accelerator.current_device()))
     return model, gatherer
 
 
 def initialize_model(model: nn.Module | None = None) -> nn.Module:
-    """Do all of :func:`initialize_model_and_parallel_communicator` but communication: steps 1, 3, 4 and 6."""
+    """Run steps 1, 3, 4 and 6 of :func:`initialize_model_and_parallel_communicator`, without communicators."""
     model = create_model() if model is None else model
     check_stage(model, type(model).__name__)
     checkpoint_and_offload(model)
@@ -70,12 +70,12 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
 
 
 def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
-    """Attach communicators, and shard parameters fully under ``parallel.zero1.fsdp``: steps 2 and 5.
+    """Run steps 2 and 5: attach communicators, and under ``parallel.zero1.fsdp`` shard parameters.
 
-    With data parallelism alone every layer is whole and keeps the identity communicator that it was built with.
+    With data parallelism alone, every layer is whole and keeps its identity communicator.
 
     Returns:
-        The communicator of isp where weights are split, else None.
+        The communicator of isp if weights are split, otherwise None.
     """
     gatherer = attach(model)
     shard(model)
@@ -104,7 +104,7 @@ def checkpoint_and_offload(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of ``model`` under ``model.compile``."""
     if gpc.config.model.compile:
-        from internlm.train import compile as compiling  # takes seconds to import: it loads the compiler
+        from internlm.train import compile as compiling  # here, because loading the compiler takes seconds
 
         compiling.compile_blocks(model)
 
@@ -120,11 +120,11 @@ def shard(model: nn.Module) -> None:
 
 
 def synchronize_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Broadcast these parameters of ``model`` to all ranks that hold copies of them.
+    """Broadcast ``parameters`` of ``model`` to all ranks that hold copies of them.
 
-    Values that were drawn are equal already on processors of one type, but may differ in the last bit across types.
+    Drawn values are equal on processors of the same type, but may differ in the last bit across types.
     """
-    gpc.pipeline_ends()  # all ranks must create this group, and only some use it
+    gpc.pipeline_ends()  # creates the group: all ranks must do so, though only some use it
     wanted = set(parameters)
     for _, parameter, _ in placed_parameters(model):
         if parameter in wanted:

@@ -313,7 +313,7 @@ def _converted(rank: int, world_size: int) -> str:
 
 def test_a_model_that_was_converted_is_refused() -> None:
     for message in run_ranks(2, _converted):
-        assert message.startswith("model: 'embedding.weight' does not lie where the optimizer put it, so updates")
+        assert message.startswith("model: 'embedding.weight' was moved out of the optimizer's buffer, so updates")
 
 
 # -- memory that comes last

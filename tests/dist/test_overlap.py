@@ -330,7 +330,7 @@ def test_the_state_of_a_model_that_is_not_there_is_refused() -> None:
 def test_more_gradients_than_in_the_first_step_are_refused(begins: bool) -> None:
     """The reduction had begun because the counts of the first step were reached, or by ``begin_reduction``."""
     (message,) = run_ranks(1, _surprised, begins)
-    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' came after")
+    assert message.startswith("hybrid_zero_optimizer.overlap_sync_grad: a gradient of 'output.weight' was ")
 
 
 def _surprised(rank: int, world_size: int, begins: bool) -> str:

@@ -105,6 +105,6 @@ def _refused(rank: int, world_size: int, overrides: list[str]) -> str:
 def test_a_model_that_cannot_be_split(more: str) -> None:
     said = run_ranks(2, _refused, ["model_type=PLAIN", "model.num_layers=4", "data.micro_num=2", more])
     assert set(said) == {
-        "model_type: 'PLAIN' can't be split into stages: its stage_layers are not those of this rank. Build it by "
+        "model_type: 'PLAIN' cannot be split into stages: its stage_layers are not those of this rank. Build it with "
         "internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and model.num_chunks to 1"
     }

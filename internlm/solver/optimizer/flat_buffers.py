@@ -1,13 +1,13 @@
 """Flat buffers: the parameters of a group side by side, their gradients likewise, and the shard that this rank owns.
 
-A buffer is cut into buckets, each reduced and gathered by one operation. Of every bucket each rank of the zero group
-owns a shard. With two ranks (``|`` separates shards, ``‖`` buckets, ``·`` is padding)::
+A buffer is divided into buckets, each reduced and gathered by one operation. Each rank of the zero group owns a shard
+of every bucket. With two ranks (``|`` separates shards, ``‖`` buckets, ``·`` is padding)::
 
     by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     shards of a bucket are equally long
     by parameter    w0 w0 w0 | w1 w1 w1 w1 ‖ w3 w3 w3 w3 w3 | w2 w2          every parameter is in one rank's shard
 
-By element nothing is wasted and one collective serves a bucket. By parameter an owner has whole matrices, as Muon
-needs; shards are as long as the parameters happen to be.
+By element, no memory is wasted and one collective serves a bucket. By parameter, an owner has whole matrices, as Muon
+needs, and shards differ in length.
 
 The model's parameters become views of ``values``, their main gradients views of ``grads``. Main parameters are the
 values themselves where their dtype is wide enough, else a float32 copy of the shard; reduced gradients likewise.
@@ -31,9 +31,9 @@ from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroup
 from internlm.utils.dtype import wide
 from internlm.utils.torch_private import foreach_copy_
 
-ALIGNMENT = 64  # elements; a shard starts on a cache line whatever its dtype
+ALIGNMENT = 64  # elements: a shard starts on a cache line whatever its dtype
 
-# Elements. Without overlap small buckets gain nothing, and each costs the latency of a collective.
+# Elements. Without overlap, small buckets gain nothing, and each costs the latency of a collective.
 _DEFAULT_BUCKET_SIZE = 2**29
 
 
@@ -46,12 +46,12 @@ class Bucket:
 
     @property
     def start(self) -> int:
-        """Position of the first element in the buffer."""
+        """Offset of the first element in the buffer."""
         return self.bounds[0]
 
     @property
     def stop(self) -> int:
-        """Position one past the last element."""
+        """Offset one past the last element in the buffer."""
         return self.bounds[-1]
 
     @property
@@ -66,7 +66,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter begins, in the order in which they were given, and the buckets in buffer order."""
+    """Offset of each parameter, in the order of the arguments, and the buckets in buffer order."""
 
     starts: tuple[int, ...]
     buckets: tuple[Bucket, ...]
@@ -87,16 +87,17 @@ def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = F
     Args:
         sizes: Elements of each parameter.
         ranks: Size of the zero group.
-        limit: Elements of a bucket, at most; but a bucket holds at least one cache line of each rank, or one parameter.
+        limit: Maximum number of elements of a bucket. A bucket still holds at least one cache line of each rank, or one
+            parameter.
         by_parameter: Keep every parameter whole in one rank's shard, instead of sharing buckets evenly by element.
     """
     return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
 
 
 def bucket_size(zero: HybridZeroConfig) -> int:
-    """Return the largest number of elements of a bucket.
+    """Return the maximum number of elements of a bucket.
 
-    Buckets are both what is reduced and what is gathered at once, so the smaller of the two settings counts.
+    Gradients are reduced and parameters gathered by the same buckets, so the smaller of the two settings counts.
     """
     sizes = (zero.reduce_bucket_size, zero.all_gather_size)
     return min((size for size in sizes if size is not None), default=_DEFAULT_BUCKET_SIZE)
@@ -113,7 +114,7 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
-    # Equal buckets rather than full ones and a rest: the last to be reduced then costs no more than any other.
+    # Equal buckets rather than full ones and a remainder, so that no bucket takes longer to reduce than another.
     unit = ranks * ALIGNMENT
     units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
@@ -123,7 +124,7 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
 
 
 def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
-    """Give each parameter to the rank that owns least so far, the largest of a bucket first.
+    """Assign each parameter to the rank that owns the least so far, the largest of a bucket first.
 
     This is longest-processing-time scheduling: no rank owns more than a fair share and one parameter (Graham 1969).
     """
@@ -145,7 +146,7 @@ def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
 
 
 def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Put neighbouring parameters into one bucket, as many as the limit allows; returns their indices."""
+    """Fill buckets with neighbouring parameters up to the limit, and return the indices in each bucket."""
     buckets: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -160,14 +161,14 @@ def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
 # -- groups in flat buffers -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BucketEntry:
-    """A parameter, and where it begins in the flat buffers of its group."""
+    """A parameter and its offset in the flat buffers of its group."""
 
     named: NamedParameter
     start: int
 
     @property
     def stop(self) -> int:
-        """Position one past its last element."""
+        """Offset one past the parameter's last element."""
         return self.start + self.named.parameter.numel()
 
 
@@ -190,7 +191,7 @@ class FlatParamGroup(ParamGroup):
         self._in_buffer_order = sorted(self.entries, key=lambda entry: (entry.start, entry.stop))
         device = parameters[0].parameter.device
         grad_dtype = wide(key.dtype) if config.fp32_grad_accum else key.dtype
-        # Zeros, for padding takes part in collectives, the norm and the update like any other element.
+        # Zeros, because padding takes part in collectives, the norm and the update like any other element.
         self.values = torch.zeros(self.layout.numel, dtype=key.dtype, device=device)
         self.grads = torch.zeros(self.layout.numel, dtype=grad_dtype, device=device)
         self._move_into_buffers()
@@ -199,7 +200,7 @@ class FlatParamGroup(ParamGroup):
             self.main_shards = self.split(self.new_state())
         self.grad_shards = self.shards_of(self.grads)
         if grad_dtype != self.main_dtype:
-            # Accumulated in half precision, but reduced over replicas and read by the update in float32.
+            # Gradients are accumulated in half precision, but replicas sum them, and the update reads them, in float32.
             self.grad_shards = self.split(self.new_state())
         self.copy_model_to_main_params()
 
@@ -210,11 +211,11 @@ class FlatParamGroup(ParamGroup):
             parameter, where = entry.named.parameter, slice(entry.start, entry.stop)
             view = self.values[where].view_as(parameter)
             view.copy_(parameter)
-            # Assigning .data keeps the Parameter object, which modules, tied weights and users' own lists refer to.
+            # Assigning .data keeps the Parameter object, to which modules, tied weights and users' own lists refer.
             parameter.data = view
 
     def attach_grads(self) -> None:
-        """Have gradients accumulated in ``grads`` from now on."""
+        """Accumulate gradients in ``grads`` from now on."""
         for entry in self.entries:
             parameter = entry.named.parameter
             attach_main_grad(parameter, self.grads[entry.start : entry.stop].view_as(parameter))
@@ -225,7 +226,7 @@ class FlatParamGroup(ParamGroup):
         return self.layout.buckets
 
     def shards_of(self, flat: Tensor) -> list[Tensor]:
-        """Return this rank's shard of each bucket, as views of ``flat``, one of the whole buffers."""
+        """Return this rank's shard of each bucket as views of ``flat``, which is ``values`` or ``grads``."""
         return [flat[bucket.shard(self.rank)] for bucket in self.buckets]
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
@@ -245,7 +246,7 @@ class FlatParamGroup(ParamGroup):
             foreach_copy_(self.main_shards, self.shards_of(self.values))
 
     def entries_of(self, index: int) -> list[BucketEntry]:
-        """Return the parameters that lie in bucket ``index``, wholly or partly."""
+        """Return the entries of the parameters that lie in bucket ``index``, wholly or partly."""
         return self._entries_between(self.buckets[index].start, self.buckets[index].stop)
 
     def shard_slices(self) -> Iterator[ShardSlice]:
@@ -271,8 +272,8 @@ class FlatParamGroup(ParamGroup):
             yield entry.named.position, entry.named.name, self.grads[entry.start : entry.stop]
 
     def _entries_between(self, start: int, stop: int) -> list[BucketEntry]:
-        """Return the parameters of which some elements lie in [start, stop)."""
-        # Bisection, since checkpoints and Muon ask for every bucket, and models have thousands of parameters.
+        """Return the entries of the parameters with elements in [start, stop)."""
+        # Bisection, because checkpoints and Muon look up every bucket, and models have thousands of parameters.
         begin = bisect_right(self._in_buffer_order, start, key=lambda entry: entry.stop)
         end = bisect_left(self._in_buffer_order, stop, key=lambda entry: entry.start)
         return self._in_buffer_order[begin:end]
@@ -281,8 +282,9 @@ class FlatParamGroup(ParamGroup):
 class FullyShardedParamGroup(ParamGroup):
     """Parameters of one key that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
 
-    A rank owns what it holds, and that is the main parameters: they are rounded as they are gathered. Gradients come
-    reduced inside the zero group, into one flat buffer. The shard has one tensor per parameter.
+    A rank owns the rows that it holds, and these are the main parameters: they are rounded when they are gathered.
+    ``fully_shard`` reduces gradients inside the zero group, into one flat buffer. The shard has one tensor per
+    parameter.
     """
 
     def __init__(self, key: ParamGroupKey, parameters: Sequence[NamedParameter]) -> None:
@@ -293,7 +295,7 @@ class FullyShardedParamGroup(ParamGroup):
         self.grad_shards = self.split(self.grads)
 
     def attach_grads(self) -> None:
-        """Have gradients accumulated in ``grads`` from now on."""
+        """Accumulate gradients in ``grads`` from now on."""
         for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             set_grad(named.parameter, grad)
 
@@ -301,7 +303,7 @@ class FullyShardedParamGroup(ParamGroup):
         return self.parameters[0].name, self.parameters[0].parameter, self.main_shards[0]
 
     def shard_slices(self) -> Iterator[ShardSlice]:
-        """Iterate over the slices of parameters that the shard holds: one per parameter, perhaps empty."""
+        """Iterate over the slices of parameters that the shard holds: one per parameter, which may be empty."""
         for index, (named, (flat, start)) in enumerate(zip(self.parameters, self._local, strict=True)):
             yield ShardSlice(
                 name=named.name,
@@ -322,14 +324,14 @@ class FullyShardedParamGroup(ParamGroup):
 # -- buckets of all groups --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class GroupBucket:
-    """Bucket ``index`` of a group."""
+    """Bucket of a param group, given by its index in the group."""
 
     group: FlatParamGroup
     index: int
 
     @property
     def bucket(self) -> Bucket:
-        """Where the bucket lies in the group's buffers."""
+        """Offsets of the bucket in the group's flat buffers."""
         return self.group.buckets[self.index]
 
     @property
@@ -339,9 +341,9 @@ class GroupBucket:
 
 
 def buckets_in_forward_order(groups: Sequence[FlatParamGroup]) -> list[GroupBucket]:
-    """List the buckets of all groups by the position in the model of the first parameter in each.
+    """Sort the buckets of all groups by the position in the model of their first parameter.
 
-    All ranks of the zero group have the same list, so collectives that are begun in its order match.
+    The list is the same on all ranks of the zero group, so collectives launched in its order match.
     """
     buckets = [GroupBucket(group, index) for group in groups for index in range(len(group.buckets))]
     return sorted(buckets, key=lambda bucket: min((entry.named.position for entry in bucket.entries), default=0))

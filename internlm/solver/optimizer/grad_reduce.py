@@ -1,14 +1,14 @@
 """Reduction of gradients: each rank gets the sums of the elements that it owns.
 
-A bucket passes three stages, each over other ranks:
+A bucket passes through three stages, each over a different process group:
 
 1. *zero group*: reduce-scatter, so that each rank has the sum of its own shard.
 2. *replicas* of the shard: all-reduce.
 3. ranks that have *partial sums* besides (``partial_over`` of the placement, such as norms under msp): all-reduce.
 
 Buckets are reduced from the last layer to the first, as a backward pass completes them, in an order that is the same on
-every rank. With overlap, stage 1 of a bucket begins in the backward pass of the last micro-batch, once the gradients of
-the bucket and of those before it are ready.
+every rank. With overlap, stage 1 of a bucket is launched in the backward pass of the last micro-batch, once the
+gradients of this bucket and of all earlier ones are ready.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from internlm.utils.errors import Problem, UserError
 
 
 class GradReadyTracker:
-    """Calls ``on_bucket_ready(index)`` for each bucket in order, once its gradients and those before it are complete.
+    """Tracker that calls ``on_bucket_ready(index)`` for each bucket in order, once its gradients are complete.
 
-    How often the gradient of a parameter grows in a step depends on the model and on the number of micro-batches alone
-    (tied weights, recompute and deferred gradients included). So the first step with a number of micro-batches counts,
-    and in later ones a parameter is ready when its count is reached. A bucket with a parameter that gets no gradient,
-    and the buckets after it, are left to the end of the step.
+    The number of accumulations into a parameter's gradient in a step depends only on the model and on the number of
+    micro-batches (tied weights, recompute and deferred gradients included). The first step with a given number of
+    micro-batches counts them; in later steps a parameter is ready when its count is reached. If a parameter gets no
+    gradient, its bucket and the buckets after it are reduced at the end of the step.
     """
 
     def __init__(self, buckets: Sequence[Sequence[BucketEntry]], on_bucket_ready: Callable[[int], None]) -> None:
@@ -52,11 +52,15 @@ class GradReadyTracker:
         self._learned: dict[int, dict[nn.Parameter, int]] = {}  # counts by number of micro-batches
         self._expected: dict[nn.Parameter, int] = {}
         self._micro_batches: int | None = None
-        self._missing: list[int] = []  # parameters that are not ready, by bucket
-        self._next = 0  # bucket that has not been started yet
+        self._missing: list[int] = []  # number of parameters that are not ready, by bucket
+        self._next = 0  # index of the first bucket whose reduction is not launched
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Reset the counts for a step of ``micro_batches``; None: their number is not known, so nothing is learned."""
+        """Reset the counts for a step.
+
+        Args:
+            micro_batches: Number of micro-batches. None: the number is not known, so no counts are learned.
+        """
         self._counts = dict.fromkeys(self._buckets_of, 0)
         self._micro_batches = micro_batches
         self._expected = self._learned.get(micro_batches, {}) if micro_batches else {}
@@ -64,7 +68,7 @@ class GradReadyTracker:
         self._next = 0
 
     def end_step(self) -> None:
-        """Learn the counts, and refuse gradients that come from now on: all buckets are being reduced."""
+        """Learn the counts, and raise on later gradients: all buckets are being reduced."""
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
         self.begin_step(None)
@@ -77,31 +81,31 @@ class GradReadyTracker:
         if count == expected:
             for index in self._buckets_of[parameter]:
                 self._missing[index] -= 1
-            # Strictly in order, though a later bucket may be complete first: collectives of one group must be begun in
-            # the same order by all its ranks, whose backward passes may differ.
+            # Strictly in order, even if a later bucket is complete first: all ranks of a group must launch collectives
+            # in the same order, but their backward passes may differ.
             while self._next < len(self.buckets) and not self._missing[self._next]:
                 self._next += 1
                 self.on_bucket_ready(self._next - 1)
         elif count > expected and min(self._buckets_of[parameter]) < self._next:
             message = (
-                f"a gradient of {entry.named.name!r} came after the reduction of its bucket had begun, "
+                f"a gradient of {entry.named.name!r} was accumulated after the reduction of its bucket had begun, "
                 "unlike in the first step"
             )
-            todo = "Call optimizer.begin_reduction() after the last backward pass only, or set it to False"
+            todo = "Call optimizer.begin_reduction() only after the last backward pass, or set overlap_sync_grad=False"
             raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", message, todo))
 
 
 class BucketReduction:
-    """The reduction of one bucket, stage by stage, into this rank's shard of it."""
+    """Reduction of one bucket, stage by stage, into this rank's shard of the bucket."""
 
     def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
-        """Begin stage 1; the bucket is sent in ``dtype``, or in that of the gradients."""
+        """Launch stage 1, in `dtype` (default: that of the gradients)."""
         group, bounds = bucket.group, bucket.bucket.bounds
         self.group, self.process_groups = group, process_groups
         self._shard = group.grad_shards[bucket.index]
         self._pending: list[Pending] = []
         whole = group.grads[bounds[0] : bounds[-1]]
-        sent = whole.to(dtype or whole.dtype)  # no copy if that is its dtype
+        sent = whole.to(dtype or whole.dtype)  # no copy if the dtypes are equal
         shards = [sent[start - bounds[0] : stop - bounds[0]] for start, stop in pairwise(bounds)]
         self._sent_shard = shards[group.rank]
         if bucket.bucket.is_even:
@@ -116,13 +120,13 @@ class BucketReduction:
             pending.release_if_completed()
 
     def begin_replicas(self) -> None:
-        """Begin stage 2, the all-reduce over the replicas of the shard."""
+        """Launch stage 2, the all-reduce over the replicas of the shard."""
         self.finish()
         if self._sent_shard.numel():
             self._pending = [begin_all_reduce(self._sent_shard, self.process_groups.replica)]
 
     def begin_partial(self) -> None:
-        """Put the sum into the group's gradients and begin stage 3, if the sum is still partial."""
+        """Copy the sum into the group's gradients, and launch stage 3 if the sum is still partial."""
         self.finish()
         if self._sent_shard.data_ptr() != self._shard.data_ptr():
             self._shard.copy_(self._sent_shard)
@@ -131,20 +135,20 @@ class BucketReduction:
             self._pending = [begin_all_reduce(self._shard, self.process_groups.of_partial(mode))]
 
     def finish(self) -> None:
-        """Block until the collectives that were begun have completed."""
+        """Block until all launched collectives have completed."""
         for pending in self._pending:
             pending.wait()
         self._pending = []
 
 
 class GradReducer:
-    """Reduces the gradients of flat groups, bucket by bucket.
+    """Reducer of the gradients of flat groups, bucket by bucket.
 
     Args:
-        groups: The groups of this rank.
-        process_groups: Where to reduce.
-        dtype: The dtype in which gradients are sent; None: that in which they are accumulated.
-        overlap: Whether buckets are reduced during the backward pass.
+        groups: Param groups of this rank.
+        process_groups: Process groups to reduce over.
+        dtype: Dtype in which gradients are sent. None: the dtype in which they are accumulated.
+        overlap: Reduce buckets during the backward pass.
     """
 
     def __init__(
@@ -160,8 +164,12 @@ class GradReducer:
         self._tracker = GradReadyTracker([bucket.entries for bucket in self.buckets], self._begin) if overlap else None
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Prepare for the gradients of ``micro_batches``; None: their number is not known, so reduce at the end."""
-        # A step that was broken off has left reductions, which still read and write the buffers.
+        """Prepare for the gradients of a step.
+
+        Args:
+            micro_batches: Number of micro-batches. None: the number is not known, so reduce at the end of the step.
+        """
+        # Reductions of a step that raised may still read and write the buffers.
         for reduction in self.begun:
             reduction.finish()
         self.begun = []
@@ -169,14 +177,14 @@ class GradReducer:
             self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """Begin to reduce the buckets that are not being reduced yet: all gradients are complete."""
+        """Launch the reduction of all remaining buckets; all gradients must be complete."""
         if self._tracker:
             self._tracker.end_step()
         for index in range(len(self.begun), len(self.buckets)):
             self._begin(index)
 
     def reduce(self) -> None:
-        """Reduce all gradients, which are complete, into the ``grad_shards`` of their groups."""
+        """Reduce all gradients, which must be complete, into the ``grad_shards`` of their groups."""
         self.begin()
         # Stage by stage over all buckets, so that the collectives of a stage overlap one another.
         for stage in (BucketReduction.begin_replicas, BucketReduction.begin_partial, BucketReduction.finish):
@@ -191,23 +199,26 @@ class GradReducer:
 
 
 class FullyShardedReducer:
-    """Does stages 2 and 3 for groups whose gradients ``fully_shard`` has reduced inside the zero group.
+    """Reducer (stages 2 and 3) of gradients that ``fully_shard`` has reduced inside the zero group.
 
-    Its ``dtype`` is that in which replicas send; None: that in which gradients are accumulated.
+    Args:
+        groups: Param groups of this rank.
+        process_groups: Process groups to reduce over.
+        dtype: Dtype in which replicas send gradients. None: the dtype in which gradients are accumulated.
     """
 
     def __init__(
         self, groups: Sequence[FullyShardedParamGroup], process_groups: ProcessGroups, dtype: torch.dtype | None
     ) -> None:
-        # The last ranks may hold no rows of any parameter of a group; that is so on all of their replicas.
+        # The last ranks may hold no rows of a group's parameters. Their replicas hold none either, so the calls match.
         self.groups = [group for group in groups if group.owned]
         self.process_groups, self.dtype = process_groups, dtype
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Do nothing: no reduction begins before all gradients are complete."""
+        """Do nothing: no reduction is launched before all gradients are complete."""
 
     def begin(self) -> None:
-        """Do nothing: the sums over replicas are small beside the step, so they are not overlapped."""
+        """Do nothing: the sums over replicas are short compared with the step, so they are not overlapped."""
 
     def reduce(self) -> None:
         """Reduce all gradients in place."""

@@ -1,9 +1,10 @@
 """Loss scale of float16, and the check for non-finite gradients.
 
 The loss is multiplied by the scale before the backward pass and gradients are divided by it, so that small ones do not
-vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient overflows is skipped;
-after ``hysteresis`` of them the scale falls by ``backoff_factor``, and at every further one, until it grows again by
-``growth_factor``, after ``growth_interval`` steps in a row without overflow.
+vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient overflows is skipped.
+From the ``hysteresis``-th overflow on, every overflow multiplies the scale by ``backoff_factor``. After
+``growth_interval`` steps in a row without overflow the scale is multiplied by ``growth_factor``, and the count of
+overflows is reset.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from internlm.solver.optimizer.param_groups import ParamGroup
 
 @dataclass(kw_only=True)
 class LossScale:
-    """State machine of the loss scale; with the default values it stays 1 for ever."""
+    """State machine of the loss scale; with the default values the scale stays 1."""
 
     scale: float = 1.0
     growth_interval: int = 1
@@ -48,7 +49,11 @@ class LossScale:
         )
 
     def update(self, overflow: bool) -> None:
-        """Adjust the scale after a step; ``overflow``: whether its gradient was inf or nan."""
+        """Adjust the scale after a step.
+
+        Args:
+            overflow: Whether the gradient of the step was inf or nan.
+        """
         if overflow:
             self.good_steps = 0
             self.overflows += 1
@@ -57,23 +62,23 @@ class LossScale:
             return
         self.good_steps += 1
         if self.good_steps >= self.growth_interval:
-            # The count of overflows starts anew only here, so that overflows that recur between growths add up.
+            # The count of overflows is reset only here, so that overflows between two growths add up.
             self.good_steps = self.overflows = 0
             self.scale = min(self.scale * self.growth_factor, self.max_scale)
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint must hold."""
+        """Return the state for a checkpoint: the scale and both counters."""
         return {key: value for key, value in asdict(self).items() if key in ("scale", "good_steps", "overflows")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.scale = state["scale"]
         self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
 
 
 def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
-    """Return the name of the first parameter, in the order of the model, whose gradient on this rank is inf or nan."""
-    # Whole buffers first: that is a host sync per group, and not per parameter, where all is well.
+    """Return the name of this rank's first parameter, in model order, with an inf or nan gradient."""
+    # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
     suspects = [group for group in groups if not _is_finite(group.grads)]
     found = [
         (position, name) for group in suspects for position, name, grad in group.gradients() if not _is_finite(grad)

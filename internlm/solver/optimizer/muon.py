@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
-``torch.optim.Muon`` would do for whole matrices. Here a matrix may be split over ranks: its momentum stays split, since
-it is kept element by element, and is gathered for the products alone. Products are computed in the dtype of main
-parameters rather than in bfloat16, in which a split matrix would differ from a whole one.
+``torch.optim.Muon`` takes whole matrices only. Here a matrix may be split over ranks: its momentum stays split, because
+it is updated element by element, and is gathered only for the matrix products. Products are computed in the dtype of
+main parameters rather than in bfloat16, whose rounding would make a split matrix differ from a whole one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     Singular values of the result are about 0.7 to 1.2.
     """
     a, b, c = COEFFICIENTS
-    # Of a tall matrix iterate on the transpose, whose Gram matrix is the smaller one.
+    # Iterate on the transpose of a tall matrix: its Gram matrix is the smaller one.
     x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
     # The iteration converges for singular values up to 1, and none exceeds the Frobenius norm.
     x = x / x.norm().clamp(min=EPSILON)
@@ -48,7 +48,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
 
 
 class Muon(UpdateRule):
-    """Muon over matrices that lie whole in one rank's shard, or are split over the group of a parallel mode."""
+    """Muon for matrices that are whole in one rank's shard, or split over the group of a parallel mode."""
 
     states = ("momentum",)
 
@@ -65,7 +65,7 @@ class Muon(UpdateRule):
             main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
 
     def _gather_matrix(self, shard: Tensor, placement: ParamPlacement) -> Tensor:
-        """Return the whole matrix [O, I] of which this rank has the flat ``shard``."""
+        """Gather the whole matrix [O, I] from this rank's flat ``shard`` and those of its peers."""
         if placement.shard is None:
             return shard.view(placement.matrix_shape)
         whole = shard.new_empty(placement.global_shape)

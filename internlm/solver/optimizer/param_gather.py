@@ -1,13 +1,15 @@
-"""All-gather of updated parameters: every rank gets the values that the others own.
+"""All-gather of updated parameters: every rank gets the values that other ranks own.
 
-Eagerly, all buckets are gathered right after the update and waited for. Lazily (``overlap_sync_param``) that is done
-only with buckets that hold a parameter outside of the declared blocks (:mod:`internlm.core.parallel.blocks`):
-embedding, final norm, head, or a whole model that declares none. The buckets of a block are waited for when its forward
-pass begins, and those of the next block are begun then, so that they arrive while this one computes.
+Eager: all buckets are gathered right after the update, which blocks until they are complete. Lazy
+(``overlap_sync_param``): only buckets with a parameter outside of the declared blocks
+(:mod:`internlm.core.parallel.blocks`) are gathered eagerly, that is embedding, final norm and head, or all parameters
+of a model that declares no blocks. The forward pass of a block waits for the buckets of this block and launches those
+of the next block, whose all-gather then overlaps with the computation of this block.
 
-Lazily gathered parameters are up to date for whoever calls a block, or a module within one, or
-:func:`~internlm.core.parallel.param_state.wait_for_all_gather`; and for everybody once the model's forward pass has
-ended, or after ``optimizer.gather_parameters()``. Other reads of a block's parameters are not noticed.
+Lazily gathered parameters of a block are up to date once the block, a module within it, or
+:func:`~internlm.core.parallel.param_state.wait_for_all_gather` is called. All parameters are up to date once the
+model's forward pass has ended, or after ``optimizer.gather_parameters()``. Other reads of a block's parameters do not
+wait, and may see old values.
 """
 
 from __future__ import annotations
@@ -27,26 +29,26 @@ from internlm.utils.errors import Problem, UserError
 
 
 class ParamGatherer:
-    """Gathers the buckets of ``groups`` over the ``zero`` group, eagerly until :meth:`gather_lazily` is called.
+    """Gatherer of the buckets of ``groups`` over the ``zero`` group, eager until :meth:`gather_lazily` is called.
 
-    Buckets have one order: those that are gathered eagerly, then the others as a forward pass comes to them. They are
-    always begun in this order, whichever blocks a rank calls, so the collectives of all ranks match without any
-    agreement. ``begun`` and ``ready`` count buckets in this order.
+    Buckets have one fixed order: eager buckets first, then lazy ones in forward order. All-gathers are always launched
+    in this order, whichever blocks a rank calls, so the collectives of all ranks match. ``begun`` and ``ready`` count
+    buckets in this order.
     """
 
     def __init__(self, groups: Sequence[FlatParamGroup], zero: Group) -> None:
         self.zero = zero
         self.buckets = buckets_in_forward_order(groups)
         self.eager = self.begun = self.ready = len(self.buckets)
-        self._pending: list[list[Pending]] = []  # of the buckets that are begun and not ready
-        self._needed: list[int] = []  # by block: how many buckets must be ready before it runs
+        self._pending: list[list[Pending]] = []  # by bucket that is launched and not ready
+        self._needed: list[int] = []  # number of buckets that must be ready before each block runs
 
     def gather_lazily(self, model: nn.Module) -> None:
-        """Gather the declared blocks of ``model`` as a forward pass comes to them, from the next update on."""
+        """Gather each declared block of ``model`` only before its forward pass, from the next update on."""
         blocks = list(declared_blocks(model).values()) if self.zero.size > 1 and self.buckets else []
         if not blocks:
             return
-        # A bucket is lazy if blocks alone hold its parameters: modules outside of blocks have no hook that waits.
+        # A bucket is lazy if all its parameters are inside blocks: modules outside of blocks have no hook that waits.
         inside = {module for block in blocks for module in block.modules()}
         beside = [module for module in model.modules() if module not in inside]
         outside = {parameter for module in beside for parameter in module.parameters(recurse=False)}
@@ -60,8 +62,8 @@ class ParamGatherer:
                 set_wait_for_all_gather(parameter, partial(self.wait_for_block, index))
             for module in _entrances(block):
                 module.register_forward_pre_hook(partial(self._before_forward, index))
-        # Whatever blocks were left out must be gathered before gradients are sent over the same group, or else ranks
-        # that left out different ones would begin these collectives in different orders.
+        # A forward pass may skip blocks. Their buckets must be gathered before gradients are sent over the same group:
+        # otherwise ranks that skipped different blocks would launch these collectives in different orders.
         model.register_forward_hook(lambda *_: self.finish())
         model.register_state_dict_pre_hook(lambda *_: self.require_all("model.state_dict()"))
 
@@ -69,30 +71,33 @@ class ParamGatherer:
         self.wait_for_block(block)
 
     def wait_for_block(self, block: int) -> None:
-        """Block until the parameters of ``block`` are up to date, and begin to gather those of the next one."""
+        """Block until the parameters of ``block`` are up to date, and launch the all-gather of the next block."""
         if self.ready < len(self.buckets):
             self._wait(self._needed[block])
-            # Not those of this block alone: blocks that share a bucket with it may come before it or be left out.
+            # The maximum over all blocks so far: earlier blocks may have been skipped, or share a bucket with this one.
             self._begin(max(self._needed[: block + 2]))
 
     def require_all(self, where: str) -> None:
-        """Raise :class:`UserError` unless all parameters are up to date.
+        """Check that all parameters are up to date.
 
-        For operations that one rank may do alone, so that to gather here might wait for the others for ever.
+        Operations that a single rank may run alone must call this: an all-gather there would block for ever.
+
+        Raises:
+            UserError: Some parameters are not gathered yet.
         """
         if self.ready < len(self.buckets):
             message = "some parameters are not gathered yet (overlap_sync_param)"
             raise UserError(Problem(where, message, "Call optimizer.gather_parameters() on all ranks first"))
 
     def begin(self) -> None:
-        """Begin to gather after an update, and return once the eager buckets are ready."""
+        """Launch the all-gathers after an update, and block until the eager buckets are ready."""
         if self.zero.size > 1:
             self.begun = self.ready = 0
-            self._begin(max([self.eager, *self._needed[:1]]))  # the first block's are under way meanwhile
+            self._begin(max([self.eager, *self._needed[:1]]))  # the first block's overlap with this wait
             self._wait(self.eager)
 
     def gather_all(self) -> None:
-        """Gather all parameters, of which this rank has set its shards."""
+        """Gather all parameters from the shards that the ranks have set."""
         if self.zero.size > 1:
             self.begun = self.ready = 0
             self.finish()
@@ -102,7 +107,7 @@ class ParamGatherer:
         self._wait(len(self.buckets))
 
     def _begin(self, count: int) -> None:
-        """Begin to gather the first ``count`` buckets."""
+        """Launch the all-gathers of the first ``count`` buckets."""
         self._pending += [_begin_gather(bucket, self.zero) for bucket in self.buckets[self.begun : count]]
         self.begun = max(self.begun, count)
 
@@ -116,7 +121,7 @@ class ParamGatherer:
 
 
 def _begin_gather(bucket: GroupBucket, zero: Group) -> list[Pending]:
-    """Begin to gather the model parameters of one bucket."""
+    """Launch the all-gather, or the broadcasts, of one bucket of model parameters."""
     bounds, values = bucket.bucket, bucket.group.values
     if bounds.is_even:
         return [begin_all_gather(values[bounds.shard(zero.rank)], zero, values[bounds.start : bounds.stop])]
@@ -125,11 +130,11 @@ def _begin_gather(bucket: GroupBucket, zero: Group) -> list[Pending]:
 
 
 def _entrances(block: nn.Module) -> list[nn.Module]:
-    """Return the modules by which a forward pass may come to the parameters of ``block``.
+    """Return the modules whose forward pass may be the first to read the parameters of ``block``.
 
-    That is the block, and every module in it with parameters of its own, as a model may call these directly. Not those
-    of a block whose ``forward`` was replaced (recompute, offloading, ``model.compile``), which is called as a whole:
-    hooks within a compiled block would be compiled with it, once for each block.
+    These are the block and every module in it with parameters of its own, because a model may call such a module
+    directly. A block whose ``forward`` was replaced (recompute, offloading, ``model.compile``) is only called as a
+    whole: hooks within a compiled block would be compiled with it, once for each block.
     """
     if "forward" in vars(block):
         return [block]

@@ -1,8 +1,8 @@
-"""Param groups: which parameters are trained alike, and the shard of them that this rank owns.
+"""Param groups: parameters with the same update settings, and the shard of a group that this rank owns.
 
 Parameters with the same :class:`ParamGroupKey` form a :class:`ParamGroup`. A rank owns a *shard* of a group, and has
 main parameters, reduced gradients and optimizer state for its elements only. A shard is a list of flat tensors;
-optimizer state is one tensor over the whole shard, which :meth:`ParamGroup.split` splits likewise.
+optimizer state is one tensor over the whole shard, and :meth:`ParamGroup.split` splits it into the same sizes.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ ALONE = Group(ParallelMode.ZERO1)
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroups:
-    """The process groups over which an optimizer communicates."""
+    """Process groups over which an optimizer communicates."""
 
     zero: Group = ALONE
-    """Shards one copy of the optimizer state."""
+    """Ranks that share one copy of the optimizer state."""
     replica: Group = ALONE
-    """Joins the ranks that own the same shard."""
+    """Ranks that own the same shard."""
     split: tuple[Group, ...] = ()
-    """Groups over which parameters are split, or gradients of whole parameters are partial sums."""
+    """Groups over which parameters are split, or the gradients of whole parameters are partial sums."""
     pipeline: Group = NO_PIPELINE
-    """Joins the stages of a pipeline."""
+    """Stages of a pipeline."""
     ends: Group = NO_PIPELINE
-    """Joins the first stage and the last, which may both hold a tied embedding."""
+    """First and last stage of a pipeline, which may both hold a tied embedding."""
 
     @property
     def by_split(self) -> Mapping[ParallelMode, Group]:
-        """The groups of ``split`` by their mode."""
+        """Process groups in `split`, keyed by parallel mode."""
         return {group.mode: group for group in self.split}
 
     def of_partial(self, mode: ParallelMode) -> Group:
@@ -58,15 +58,15 @@ class ParamGroupKey:
     """Properties that the parameters of one group have in common."""
 
     dtype: torch.dtype
-    """The dtype in which they are computed with."""
+    """Compute dtype of the parameters."""
     rule: OptimizerName
-    """The update rule."""
+    """Name of the update rule."""
     weight_decay: float = 0.0
     lr_scale: float = 1.0
     split_over: ParallelMode | None = None
-    """The mode over whose group they are split."""
+    """Parallel mode over whose group the parameters are split."""
     partial_over: ParallelMode | None = None
-    """The mode over whose group their gradients are still partial sums."""
+    """Parallel mode over whose group the gradients are still partial sums."""
 
     @property
     def needs_matrices(self) -> bool:
@@ -89,9 +89,9 @@ def build_param_groups(
 def param_group_key(
     name: str, placement: ParamPlacement, dtype: torch.dtype, adam: AdamConfig, optimizer: OptimizerConfig
 ) -> ParamGroupKey:
-    """Return the key of one parameter; the first of ``optimizer.param_groups`` that matches its name counts."""
+    """Return the key of one parameter, from the first of ``optimizer.param_groups`` that matches its name."""
     config = next((group for group in optimizer.param_groups if re.search(group.pattern, name)), None)
-    # Some recipes leave norms and biases without decay and others do not, so that is a key of its own.
+    # Recipes differ in whether norms and biases decay, so the config has a key for it (adam.decay_norm_and_bias).
     decays = placement.is_matrix or adam.decay_norm_and_bias
     decay = config.weight_decay if config and config.weight_decay is not None else adam.weight_decay * decays
     return ParamGroupKey(
@@ -109,16 +109,16 @@ def _update_rule(
 ) -> OptimizerName:
     if config and config.type:
         if config.type == "Muon" and not placement.is_matrix:
-            message = f"{config.pattern!r} gives {name!r} to Muon, which is no matrix"
-            raise ConfigError(Problem("optimizer.param_groups", message, "Give it another type"))
+            message = f"{config.pattern!r} gives {name!r} to Muon, but the parameter is not a matrix"
+            raise ConfigError(Problem("optimizer.param_groups", message, "Set type='AdamW' or 'Lion' for this pattern"))
         return config.type
-    # Embedding and head are not maps between hidden units, so orthogonal updates do not suit them (Jordan et al. 2024).
+    # Embedding and head do not map between hidden units, so orthogonal updates do not suit them (Jordan et al. 2024).
     return "AdamW" if optimizer.type == "Muon" and not placement.is_hidden else optimizer.type
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSlice:
-    """The elements of one parameter that lie in one tensor of a group's shard."""
+    """Elements of one parameter that lie in one tensor of a group's shard."""
 
     name: str
     placement: ParamPlacement
@@ -126,16 +126,16 @@ class ShardSlice:
     """First element within the parameter's flattened local tensor; ``stop`` is one past the last."""
     stop: int
     index: int
-    """Position of the tensor in ``main_shards`` and ``grad_shards``; [lo, hi) are its elements."""
+    """Index of the tensor in ``main_shards`` and ``grad_shards``; the slice is its elements [lo, hi)."""
     lo: int
     hi: int
 
 
 class ParamGroup:
-    """Parameters with one key, and this rank's shard of them; subclasses decide where their memory lies."""
+    """Parameters with one key, and this rank's shard of them; subclasses allocate the memory."""
 
     key: ParamGroupKey
-    #: The buffer in which gradients are accumulated, whether this rank owns them or not.
+    #: Buffer in which gradients are accumulated, including those that other ranks own.
     grads: Tensor
     #: Main parameters of the shard.
     main_shards: list[Tensor]
@@ -144,12 +144,12 @@ class ParamGroup:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The dtype of main parameters, reduced gradients and optimizer state: float32 at least."""
+        """Dtype of main parameters, reduced gradients and optimizer state: at least float32."""
         return wide(self.key.dtype)
 
     @property
     def has_main(self) -> bool:
-        """Whether main parameters are wider than model parameters, and so a copy of their own."""
+        """Whether main parameters are a separate copy, because they are wider than model parameters."""
         return self.key.dtype != self.main_dtype
 
     @property
@@ -158,7 +158,7 @@ class ParamGroup:
         return sum(map(len, self.main_shards))
 
     def new_state(self) -> Tensor:
-        """Allocate optimizer state: a zero for each element of the shard."""
+        """Allocate optimizer state: one zero for each element of the shard."""
         return torch.zeros(self.owned, dtype=self.main_dtype, device=self.main_shards[0].device)
 
     def split(self, state: Tensor) -> list[Tensor]:
@@ -170,28 +170,29 @@ class ParamGroup:
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over position, name and local, not yet reduced gradient of each parameter."""
+        """Iterate over position, name and local gradient (not yet reduced) of each parameter."""
         raise NotImplementedError
 
     def attach_grads(self) -> None:
-        """Have gradients accumulated in ``grads`` from now on."""
+        """Accumulate gradients in ``grads`` from now on."""
         raise NotImplementedError
 
     def begin_step(self) -> None:
         """Set the gradients to zero.
 
         Raises:
-            UserError: The parameters were moved to other memory since the group was made.
+            UserError: The parameters were moved to other memory after the group was created.
         """
-        # One parameter stands for all: model.to() and .half() move every one of them, and a step must not look at each.
+        # One parameter stands for all: model.to() and .half() move every parameter, and checking each costs time per
+        # step.
         name, parameter, memory = self._first_parameter()
         if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
-            message = f"{name!r} does not lie where the optimizer put it, so updates would not reach it"
-            raise UserError(Problem("model", message, "Call model.to() or .half() before the optimizer is made"))
+            message = f"{name!r} was moved out of the optimizer's buffer, so updates do not reach it"
+            raise UserError(Problem("model", message, "Call model.to() or .half() before creating the optimizer"))
         self.grads.zero_()
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
-        """Return name and tensor of the first parameter, and the memory it had when the group was made."""
+        """Return name and tensor of the first parameter, and the memory that the group assigned to it."""
         raise NotImplementedError
 
     def copy_main_to_model_params(self) -> None:

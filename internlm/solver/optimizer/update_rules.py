@@ -1,7 +1,7 @@
 """Update rules: AdamW and Lion on the shards of param groups (Muon is in ``muon.py``).
 
-A rule updates the main parameters of the groups that it is made for, given their reduced gradients. What it remembers
-of each element, its *state*, is one tensor over the shard of a group, by name.
+A rule updates the main parameters of its groups from their reduced gradients. The *state* of a rule is one tensor over
+the shard of a group for each name in ``states``.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class UpdateRule:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Set up what else is needed before the first update."""
+        """Prepare state beyond ``states`` before the first update; by default there is none."""
 
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
         """Return the state of a group's shard by name."""
         return self._states[group]
 
     def set_updates(self, count: int) -> None:
-        """Continue after ``count`` updates, of a run that is resumed."""
+        """Set the number of updates done so far, in a resumed run."""
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Update every parameter, from gradients that are divided by ``divisor`` first."""
+        """Divide the gradients by ``divisor``, and update all parameters from them."""
         for group in self.groups:
             if divisor != 1.0:
                 foreach_div_(group.grad_shards, divisor)
@@ -68,7 +68,7 @@ class UpdateRule:
 
 
 class AdamW(UpdateRule):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), by torch's fused kernel."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with torch's fused kernel."""
 
     states = ("exp_avg", "exp_avg_sq")
 
@@ -86,9 +86,10 @@ class AdamW(UpdateRule):
             self._attach_state(group, shards)
 
     def _attach_state(self, group: ParamGroup, parameters: Sequence[nn.Parameter]) -> None:
-        """Give torch's optimizer views of our state, which it would create in its first step otherwise.
+        """Set the state of torch's optimizer to views of the tensors in ``_states``.
 
-        A checkpoint can then be loaded before the first step, and both averages stay one tensor over the shard.
+        torch would otherwise create its own state in the first step. With views, a checkpoint can be loaded before the
+        first step, and each average stays one tensor over the shard.
         """
         averages = zip(*(group.split(state) for state in self._states[group].values()), strict=True)
         for parameter, grad, (exp_avg, exp_avg_sq) in zip(parameters, group.grad_shards, averages, strict=True):
@@ -97,15 +98,15 @@ class AdamW(UpdateRule):
             self.fused.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def set_updates(self, count: int) -> None:
-        """Continue after ``count`` updates, on which the bias correction of the averages depends."""
+        """Set the number of updates done so far, on which the bias correction of the averages depends."""
         for state in self.fused.state.values():
             state["step"].fill_(count)
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Update every parameter, from gradients that are divided by ``divisor`` first."""
-        # The kernel divides gradients as it reads them, which saves a pass over them; but it has the divisor in float32
-        # only, which is too coarse for float64.
+        """Divide the gradients by ``divisor``, and update all parameters from them."""
+        # The kernel divides gradients while it reads them, which saves a pass over memory. But it takes the divisor in
+        # float32 only, which is not precise enough for float64.
         double = any(group.main_dtype == torch.float64 for group in self.groups)
         for group, options in zip(self.groups, self.fused.param_groups, strict=True):
             options["lr"], options["betas"] = lr * group.key.lr_scale, (self.adam.adam_beta1, beta2)
@@ -117,7 +118,7 @@ class AdamW(UpdateRule):
 
 
 class Lion(UpdateRule):
-    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of gradient and momentum, interpolated."""
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of interpolated gradient and momentum."""
 
     states = ("exp_avg",)
 
@@ -127,5 +128,5 @@ class Lion(UpdateRule):
         foreach_sign_(direction)
         foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
         foreach_add_(group.main_shards, direction, alpha=-lr)
-        # After the update, unlike Adam: the direction looks further ahead than the momentum that is kept.
+        # After the update, unlike Adam: the direction weighs the new gradient more than the stored momentum does.
         foreach_lerp_(momentum, group.grad_shards, 1 - beta2)

@@ -1,17 +1,17 @@
 """The optimizer: parameters in flat buffers, and its state sharded over data-parallel ranks.
 
-That is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) with a choice of the group that shares the state.
-One step has five phases:
+This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with a configurable group that shares the state.
+A step has five phases:
 
 1. **Reduce** gradients into shards inside the zero group, then across the replicas of each shard, then over ranks that
    have partial sums besides (``grad_reduce.py``).
 2. **Measure** the global gradient norm: of every logical element once, over the stages of the pipeline too.
-3. **Decide**: a norm that is inf or nan skips the step, on every rank alike (``loss_scale.py``).
+3. **Decide**: if the norm is inf or nan, all ranks skip the step (``loss_scale.py``).
 4. **Update** this rank's shard by the rule of each group, from clipped gradients (``update_rules.py``, ``muon.py``),
    and copy main parameters to model parameters.
 5. **Gather** the model parameters inside the zero group (``param_gather.py``).
 
-``param_groups.py`` says which parameters are trained alike, ``flat_buffers.py`` where they lie.
+``param_groups.py`` groups parameters by their update settings; ``flat_buffers.py`` lays the groups out in memory.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ class OptimizerStep:
     grad_norm: float
     """Global norm before clipping; inf or nan where the step was skipped."""
     loss_scale: float = 1.0
-    """The factor on the loss in this step."""
+    """Factor on the loss in this step."""
     skipped_in_a_row: int = 0
-    """Number of steps that were skipped, up to this one."""
+    """Number of steps skipped in a row, including this one."""
     nonfinite_gradient: str | None = None
-    """Name of this rank's first parameter with an inf or nan gradient; looked for in the last step before giving up."""
+    """Name of this rank's first parameter with an inf or nan gradient; only set if one more skip would end the run."""
 
 
 class HybridZeroOptimizer:
-    """Updates the parameters of a model, whose memory it owns from then on, together with that of their gradients.
+    """ZeRO optimizer over flat buffers; owns the memory of parameters and gradients.
 
-    The parameters of a fully sharded model stay where they are; phases 1 and 5 inside the zero group are then done by
-    the model. Gradients must be this rank's part of the sum over all data-parallel ranks: the loss is already divided
-    by the valid tokens of the global batch, and multiplied by ``loss_scale.scale``.
+    The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then runs phases 1 and 5 inside
+    the zero group. Gradients must sum over all data-parallel ranks to the gradient of the global batch: the loss must
+    be divided by the valid tokens of the global batch, and multiplied by ``loss_scale.scale``.
 
     Args:
-        model: Its parameters must have placements, and their final dtype and device.
+        model: Model whose parameters have placements, and their final dtype and device.
         adam: Learning rate, betas, eps and weight decay, whatever the update rule.
         config: Buckets, overlap and clipping.
-        process_groups: Where to reduce and gather; default: this rank is alone.
-        optimizer: The update rule, and param groups of their own; default: AdamW.
-        loss_scale: The loss scale of float16; default: 1.
-        reduce_dtype: The dtype in which gradients are sent; default: that in which they are accumulated.
+        process_groups: Process groups to communicate over; default: groups of one rank.
+        optimizer: Update rule, and settings of single param groups; default: AdamW.
+        loss_scale: Loss scale of float16; default: 1.
+        reduce_dtype: Dtype in which gradients are sent; default: the dtype in which they are accumulated.
 
     Raises:
-        UserError: A parameter has no placement, or none is trainable.
+        UserError: A parameter has no placement, or no parameter is trainable.
     """
 
     def __init__(
@@ -95,12 +95,13 @@ class HybridZeroOptimizer:
         self.skipped_in_a_row = 0
         optimizer, zero = optimizer or OptimizerConfig(), self.process_groups.zero
 
-        # Group the parameters, then move them into flat buffers, unless fully_shard has sharded them already.
+        # Group the parameters, then move them into flat buffers. fully_shard has already allocated those that it
+        # shards.
         by_key = build_param_groups(named_parameters(model), adam, optimizer)
         if not by_key:
             pipeline = self.process_groups.pipeline
             message = f"no parameter is trainable (stage {pipeline.rank} of {pipeline.size})"
-            raise UserError(Problem("model", message, "Leave a parameter of every stage with requires_grad = True"))
+            raise UserError(Problem("model", message, "Leave requires_grad=True on a parameter of every stage"))
         flat: list[FlatParamGroup] = []
         sharded: list[FullyShardedParamGroup] = []
         for key, parameters in by_key.items():
@@ -131,10 +132,10 @@ class HybridZeroOptimizer:
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, micro_batches: int | None = None) -> None:
-        """Set gradients to zero, before the first micro-batch.
+        """Set gradients to zero before the first micro-batch.
 
         Args:
-            micro_batches: How many will follow; without it no gradient is reduced before the last one is there.
+            micro_batches: Number of micro-batches in the step; default: unknown, so nothing is reduced during backward.
         """
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
         for group in self.groups:
@@ -144,7 +145,8 @@ class HybridZeroOptimizer:
     def _is_last_chance(self) -> bool:
         """Whether the run ends if this step is skipped.
 
-        Its gradients are then inspected before they are reduced, because a nan in a sum can't be attributed to a rank.
+        Gradients of such a step are checked before the reduction, because a nan in a sum cannot be attributed to a
+        rank.
         """
         return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
@@ -153,17 +155,20 @@ class HybridZeroOptimizer:
         self.begin_step()
 
     def begin_reduction(self) -> None:
-        """Begin to reduce the gradients, which are complete (``overlap_sync_grad``); else :meth:`step` does it."""
+        """Launch the reduction of the gradients, which must be complete.
+
+        Without ``overlap_sync_grad`` this does nothing, and :meth:`step` reduces them.
+        """
         if self.config.overlap_sync_grad and not self._is_last_chance:
             self._reducer.begin()
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> OptimizerStep:
-        """Reduce, measure, decide, update and gather: the phases at the top of this file.
+        """Run the five phases of a step: reduce, measure, decide, update and gather.
 
         Parameters and optimizer state do not change if the result has ``updated=False``.
         """
-        # Gathers of blocks that no forward pass has called: they would overwrite what the update writes.
+        # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
         nonfinite = first_nonfinite_gradient(self.groups) if self._is_last_chance else None
 
@@ -174,7 +179,7 @@ class HybridZeroOptimizer:
         scale = self.loss_scale.scale
         norm = self._global_norm() / scale
 
-        # 3. Decide. The norm is the same number on every rank, so they need not agree on anything else.
+        # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
         finite = math.isfinite(norm)
         self.loss_scale.update(overflow=not finite)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -193,8 +198,9 @@ class HybridZeroOptimizer:
         )
 
     def _global_norm(self) -> float:
-        """Return the L2 norm over every logical element, counted once, nearly independent of the layout."""
-        # Parameters that are split have other elements on each rank of the group, whole ones the same: a sum for each.
+        """Return the L2 norm of all gradients, each logical element counted once; it hardly depends on the layout."""
+        # Separate sums: ranks of a group hold different elements of a split parameter, but the same ones of a whole
+        # one.
         modes = [None, *self.process_groups.by_split]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
         for group in self.groups:
@@ -203,17 +209,18 @@ class HybridZeroOptimizer:
         all_reduce(squares, self.process_groups.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
-                # Zero times the other sum: nan in whole parameters must reach all ranks, though one alone may have it.
+                # Adding zero times the other sum spreads its nan to all ranks of the group, where it may be on one
+                # only.
                 all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
     def _is_copy(self, group: ParamGroup) -> bool:
-        """Return whether another pipeline stage counts the elements of ``group``: a tied embedding."""
+        """Return whether ``group`` is the copy of a tied embedding that the first pipeline stage counts."""
         return group.key.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
     def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
         clip = self.config.clip_grad_norm
-        # One divisor for unscaling and clipping, so that gradients are read once; 1e-6 as clip_grad_norm_ has it.
+        # One divisor for unscaling and clipping, so that gradients are read once; 1e-6 as in torch's clip_grad_norm_.
         divisor = scale * (max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
         for rule in self.rules:
             rule.update(lr, beta2, divisor)
@@ -227,12 +234,12 @@ class HybridZeroOptimizer:
         self._gatherer.finish()
 
     def copy_model_to_main_params(self) -> None:
-        """Copy model parameters to main parameters, after code outside the optimizer has set model parameters.
+        """Copy model parameters to main parameters, for code that sets model parameters itself.
 
-        Without this the next update in half precision would overwrite the new values.
+        Without this copy, the next update in half precision would overwrite the new values.
 
         Raises:
-            UserError: a parameter all-gather is still running (``overlap_sync_param``), so it may have overwritten new
+            UserError: A parameter all-gather is still running (``overlap_sync_param``), so it may have overwritten new
                 values. Call :meth:`gather_parameters` before setting parameters.
         """
         self._gatherer.require_all("optimizer.copy_model_to_main_params()")
@@ -240,23 +247,23 @@ class HybridZeroOptimizer:
             group.copy_model_to_main_params()
 
     def copy_main_to_model_params(self) -> None:
-        """Copy main parameters, which were loaded, to model parameters, and gather these. All ranks must call this."""
+        """Copy loaded main parameters to model parameters, and gather these. All ranks must call this."""
         for group in self.groups:
             group.copy_main_to_model_params()
         self._gatherer.gather_all()
 
     # -- state --------------------------------------------------------------------------------------------------------
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
-        """Return the optimizer state of this rank's shard of ``group``: tensors over the shard, by name."""
+        """Return the optimizer state of ``group`` by name, each a tensor over this rank's shard."""
         return next(rule.state_of(group) for rule in self.rules if group in rule.groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that is no tensor: counters and the loss scale."""
+        """Return the state that is not held in tensors: counters and the loss scale."""
         counts = {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
         return {**counts, "loss_scale": self.loss_scale.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
         self.loss_scale.load_state_dict(state["loss_scale"])
         for rule in self.rules:
@@ -265,7 +272,7 @@ class HybridZeroOptimizer:
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of all elements, as a float64 scalar."""
-    # Row by row first: over ten million elements a float32 sum is off by 1e-4 on CPU, and a float64 one takes many
+    # Row by row first: on the CPU, a float32 sum of ten million elements is off by 1e-4, and a float64 sum takes many
     # times as long.
     rows = [
         torch.linalg.vector_norm(tensor.view(-1, _row_length(tensor.numel())), dim=1)

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: whatever is done beside training."""
+"""Hooks of the training loop: logging, checkpoints, validation, profiling and stopping."""
 
 from internlm.train.hooks.log import LogMemoryPlan as LogMemoryPlan
 from internlm.train.hooks.log import LogMetrics as LogMetrics

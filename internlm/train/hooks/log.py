@@ -27,19 +27,19 @@ log = get_logger()
 
 
 class LogMemoryPlan(Hook):
-    """Log the memory plan of the fullest stage before the first step, on the rank that logs."""
+    """Log the memory plan of the stage that holds the most, before the first step."""
 
     def before_run(self, trainer: Trainer) -> None:
-        """Log the plan."""
+        """Log the memory plan, or a warning if it cannot be computed."""
         text = _attempt(lambda: format_worst_plan(_plans(trainer.model), accelerator.device_memory()), "")
         if text:
             log.info(text)
 
 
 def _plans(model: nn.Module) -> dict[int, Plan]:
-    """Return plans by stage; only of this one for a user's own model, which may differ from the registered one."""
+    """Return memory plans by stage; for a user's own model only that of this rank's stage."""
     own = _own_inventory(model)
-    if own.spec is None:
+    if own.spec is None:  # other stages are built from the registered model, which may differ from this one
         return {own.stage: memory_plan(own)}
     others = [stage for stage in range(own.groups.p.size) if stage != own.stage]
     inventories = [own, *(build_inventory(own.config, own.world_size, stage) for stage in others)]
@@ -50,7 +50,7 @@ def _plans(model: nn.Module) -> dict[int, Plan]:
 
 
 def own_plan(model: nn.Module) -> Plan:
-    """Return the memory plan of this rank; empty where it could not be made."""
+    """Return the memory plan of this rank; empty if it cannot be computed."""
     zero_rank = gpc.get_local_rank(ParallelMode.ZERO1)
     return _attempt(lambda: memory_plan(_own_inventory(model), zero_rank=zero_rank), {})
 
@@ -60,7 +60,8 @@ def _own_inventory(model: nn.Module) -> ParamInventory:
 
 
 def _attempt(make: Callable[[], T], otherwise: T) -> T:
-    """Return what ``make`` returns, or ``otherwise`` with a warning: a faulty formula must not end a run."""
+    """Return ``make()``; if it raises, log a warning and return ``otherwise``."""
+    # A faulty formula must not end a run.
     try:
         return make()
     except Exception as error:
@@ -69,35 +70,35 @@ def _attempt(make: Callable[[], T], otherwise: T) -> T:
 
 
 class ReportTraffic(Hook):
-    """Log a table of the collectives of all steps, with the bytes that this rank sent, at the end (``--ledger``)."""
+    """Log a table of the collectives that this rank ran, with the bytes sent, at the end (``--ledger``)."""
 
     def __init__(self) -> None:
         self.before = LEDGER.snapshot()
         self.steps = 0
 
     def before_run(self, trainer: Trainer) -> None:
-        """Start counting."""
-        self.before = LEDGER.snapshot()  # without what building and resuming sent
+        """Snapshot the ledger, to leave out what building and resuming sent."""
+        self.before = LEDGER.snapshot()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Count the step."""
+        """Count the step, for the averages per step."""
         self.steps += 1
 
     def after_run(self, trainer: Trainer) -> None:
-        """Log the table."""
+        """Log the collectives and bytes sent since `before_run`."""
         traffic = LEDGER.since(self.before)
         log.info(f"sent by this rank in {self.steps} steps\n{format_traffic(traffic, max(self.steps, 1))}")
 
 
 class LogMetrics(Hook):
-    """Write the metrics of each step, in the published order; for the logging rank only.
+    """Write the metrics of each step in the published order, on the logging rank.
 
     Args:
-        config: the run's config.
-        types: names of the data-set types.
-        world_size: number of ranks, each with a device of its own.
-        data_size: size of the data group, whose ranks read different tokens.
-        writer: destinations of the metrics.
+        config: Config of the run.
+        types: Names of the data-set types.
+        world_size: Number of ranks, each with its own device.
+        data_size: Size of the data group, whose ranks read different tokens.
+        writer: Destinations of the metrics.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class LogMetrics(Hook):
         """Write the metrics of the step."""
         tokens = report.shape.tokens * self.data_size
         self.throughput.add(tokens, report.step_time)
-        # Padding counts here, as in the published figures; ``real_tgs`` counts valid tokens.
+        # Padding counts here, as in the published metrics; ``real_tgs`` counts valid tokens only.
         per_device = tokens / self.world_size / report.step_time
         self.writer.write(
             report.step,
-            # The order of these keys is that of the published log line; ours follow at the end.
+            # Keys are in the order of the published log line; keys that it lacks follow at the end.
             {
                 "tflops": per_device * self.hardware_flops / 1e12,
                 "step": report.step,
@@ -150,12 +151,12 @@ class LogMetrics(Hook):
 
 
 def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
-    """Return accuracy, perplexity and loss, in total and per type; ``sums`` is that of :class:`StepResult`."""
+    """Return accuracy, perplexity and loss, in total and per type, from the sums of a :class:`StepResult`."""
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)
     metrics: dict[str, float | int] = {
         "acc": sum(correct) / max(sum(tokens), 1),
-        # exp overflows beyond 709.
+        # exp overflows in float64 beyond 709.
         "perplexity": math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean,
     }
     metrics |= {f"acc/{name}": c / max(n, 1) for name, c, n in zip(types, correct, tokens, strict=True)}

@@ -1,4 +1,4 @@
-"""Hooks that act every so many steps: save checkpoints, validate, release memory and report slow ranks."""
+"""Hooks that run every few steps: save checkpoints, validate, release memory and report slow ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class SaveCheckpoints(Hook):
         self.manager = manager
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Save if a checkpoint is due."""
+        """Save a checkpoint if one is due."""
         self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
 
 
 class Validate(Hook):
-    """Validate every ``every`` steps and after the last one."""
+    """Validate every ``every`` steps and after the last step (0: never)."""
 
     def __init__(
         self, loaders: Mapping[str, ValidLoader], every: int, total_steps: int, writer: MetricsWriter | None
@@ -38,7 +38,7 @@ class Validate(Hook):
         self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Validate if it is due."""
+        """Validate if a validation is due."""
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
             metrics = evaluate(trainer, self.loaders)
@@ -57,16 +57,16 @@ class Upkeep(Hook):
         self.seconds = 0.0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Add up the time of the step; act if it is due."""
+        """Add the time of the step; every ``every`` steps release memory and report slow ranks."""
         self.seconds += report.fwd_bwd_time
         if self.every and trainer.state.step % self.every == 0:
-            # Releasing cached memory makes the next step allocate anew, so not every step.
+            # Not every step, because the next step must allocate the released memory again.
             accelerator.empty_cache()
             self._report_slow_ranks()
             self.seconds = 0.0
 
     def _report_slow_ranks(self) -> None:
-        # One all-reduce of a vector with an entry per rank: an all-gather that every backend has.
+        # An all-gather as an all-reduce of a vector with an entry per rank, which every backend implements.
         all_seconds = torch.zeros(dist.get_world_size(), device=self.device)
         all_seconds[dist.get_rank()] = self.seconds
         dist.all_reduce(all_seconds)

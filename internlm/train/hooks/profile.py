@@ -18,18 +18,18 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Step of the run that is recorded, counted from 1: the first two still allocate and fill caches.
+#: Step of the run to record, counted from 1. Steps 1 and 2 are slower: they allocate memory and fill caches.
 RECORDED = 3
 
 
 class RecordPipeline(Hook):
-    """Record one step of a pipeline and draw it, as measured and as simulated with the measured costs.
+    """Record one pipeline step, and draw it both as measured and as simulated with the measured costs.
 
     Writes ``pipeline.html``, and ``pipeline-trace.json`` for Perfetto or chrome://tracing.
 
     Args:
-        stages: group of the stages of this rank's pipeline.
-        folder: folder to write to on one rank of one pipeline; None on all other ranks.
+        stages: Group of the stages of this rank's pipeline.
+        folder: Folder to write to, on one rank of one pipeline; None on all other ranks.
     """
 
     def __init__(self, stages: Group, folder: Path | None) -> None:
@@ -41,16 +41,16 @@ class RecordPipeline(Hook):
         self.steps += 1
         if self.steps == RECORDED:
             trainer.scheduler.records = []
-            dist.barrier(self.stages.handle)  # a common zero of time for all stages
+            dist.barrier(self.stages.handle)  # common start of time for all stages
             self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Gather what all stages recorded and draw it."""
+        """Gather the records of all stages, and draw the pipeline."""
         if trainer.scheduler.records is None:
             return
         own = [record.relative_to(self.start) for record in trainer.scheduler.records]
         trainer.scheduler.records = None
-        # Clocks of different machines differ, but all began to count at the barrier.
+        # Clocks of different machines differ, so times are relative to the barrier.
         records: list[list[Record]] = [[]] * self.stages.size
         dist.all_gather_object(records, own, self.stages.handle)
         if self.folder is not None:
@@ -72,7 +72,7 @@ class RecordPipeline(Hook):
 
 
 class ProfileRun(Hook):
-    """Write a torch trace of a few steps, and a memory report that compares bytes held with the memory plan."""
+    """Write a torch trace of a few steps, and a memory report beside the memory plan."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
@@ -87,7 +87,7 @@ class ProfileRun(Hook):
         self.trace.step()
 
     def after_run(self, trainer: Trainer) -> None:
-        """Write the memory report."""
+        """Stop the profiler, and write the memory report."""
         self.trace.stop()
         report = memory_report(trainer.model, trainer.optimizer, own_plan(trainer.model))
         (self.folder / f"memory-rank{self.rank}.txt").write_text(report)

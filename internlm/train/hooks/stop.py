@@ -1,4 +1,4 @@
-"""Hook that stops a run on SIGTERM or SIGINT: all ranks finish the step, save, and exit."""
+"""Hook that stops a run on SIGTERM or SIGINT: all ranks finish the step, save a checkpoint and exit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = get_logger()
 
 
 class StopOnSignal(Hook):
-    """Stop all ranks after the current step when any rank gets a signal; a second signal exits at once.
+    """Stop all ranks after the current step if any rank gets a signal; a second signal exits at once.
 
     Signals are caught within :meth:`listening`. This hook must come before the one that saves, which reads
     ``stop_requested``. The exit code is 128 + the signal on every rank.
@@ -32,13 +32,13 @@ class StopOnSignal(Hook):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch signals within the block."""
+        """Catch signals within the ``with`` block."""
         previous = {signum: signal.signal(signum, self._catch) for signum in SIGNALS}
         try:
             yield
         finally:
-            # A launcher that sees one rank exit sends SIGTERM to the others, which must not change their exit code.
-            # Python removes its own handlers before the process ends, so the signal has to be ignored from here on.
+            # When one rank exits, the launcher sends SIGTERM to the others, which must not change their exit code.
+            # Python removes its handlers before the process ends, so the signal must be ignored from here on.
             for signum, handler in previous.items():
                 signal.signal(signum, signal.SIG_IGN if self.agreed else handler)
 
@@ -49,7 +49,7 @@ class StopOnSignal(Hook):
         self.caught = signum
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Agree with all ranks on whether to stop."""
+        """Exchange signals with all ranks, and request a stop if any rank got one."""
         # Signal and rank are packed into one number, so that one all-reduce (max) gives every rank both.
         flag = torch.tensor(
             [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device
@@ -66,5 +66,5 @@ class StopOnSignal(Hook):
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal that ended the run."""
+        """Exit code of the run: 0, or 128 + the signal that stopped it."""
         return 128 + self.agreed if self.agreed else 0

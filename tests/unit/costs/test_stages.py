@@ -113,8 +113,8 @@ def test_a_schedule_for_a_model_that_is_cut_otherwise(
     with pytest.raises(ScheduleError) as caught:
         read(4)
     assert str(caught.value) == (
-        f"{path}: is for a model cut in {cuts[0]}, but this one is cut in {cuts[1]}. "
-        "Change the line V in it, or parallel.pipeline.mode"
+        f"{path}: places stages in {cuts[0]}, but the config places them in {cuts[1]}. "
+        "Change the line V of the file, or parallel.pipeline.mode"
     )
 
 
@@ -123,5 +123,5 @@ def test_a_schedule_without_backward_would_teach_nothing(tmp_path: Path) -> None
     write_table(make_table("1f1b", 2, 1, 4).forward_only(), path)
     read = own_table(load_config(config_of({"parallel.pipeline": {"size": 2, "table": str(path)}})))
     assert read is not None
-    with pytest.raises(ScheduleError, match=r"has no B, so nothing would be learnt\. Add a B for every F"):
+    with pytest.raises(ScheduleError, match=r"has no B, so no gradient would be computed\. Add a B for every F"):
         read(4)

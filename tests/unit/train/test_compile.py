@@ -162,7 +162,7 @@ def test_no_compiler_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         step(model, [8, 8])
     assert len(str(caught.value).splitlines()) == 1
-    assert "model.compile: a block can't be compiled" in str(caught.value)
+    assert "model.compile: a block cannot be compiled" in str(caught.value)
     assert "compiler" in str(caught.value)
 
 
