@@ -1,6 +1,6 @@
-"""Compare a checkpoint with the run that is to load it, before anything is changed.
+"""Compatibility checks of a checkpoint with the run that loads it, made before any state is changed.
 
-Every function yields a :class:`Problem` for each difference, so that all of them are reported together.
+Each function yields one :class:`Problem` per difference, so that all differences are reported together.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
 
-#: Fields of the ``model`` section that shape the parameters or their meaning.
+#: Fields of the ``model`` section that determine the shape or the meaning of parameters.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
     "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "qk_interleaved",
     "tie_word_embeddings",
 )  # fmt: skip
 
-#: Fields of the ``data`` section that decide which samples a row holds.
+#: Fields of the ``data`` section that determine the samples of a row.
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 
-FROM_WEIGHTS = "To start from the weights alone, set ckpt.auto_resume=False and load content=('model',)"
+FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
 WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
 
 
@@ -33,7 +33,7 @@ WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'opt
 
 
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Compare the architectures of two resolved configs, field by field."""
+    """Yield each field of the architecture that differs between two resolved configs."""
     fields = [("model_type", saved.get("model_type"), now.get("model_type"))]
     fields += [(f"model.{key}", saved.get("model", {}).get(key), now.get("model", {}).get(key)) for key in ARCHITECTURE]
     for key, then, wanted in fields:
@@ -42,34 +42,37 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
 
 
 def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Compare ``model.dtype``: half precision has main parameters in the optimizer's state, fp32 has none."""
+    """Check ``model.dtype``: optimizer state contains main parameters in half precision, but not in fp32."""
     then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
     if torch_dtype(then) != torch_dtype(wanted):
         what = f"{wanted!r}, but {folder} was saved with {then!r}"
-        yield Problem("model.dtype", what, f"Set it back. {FROM_WEIGHTS}")
+        yield Problem("model.dtype", what, f"Restore the saved value. {FROM_WEIGHTS}")
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Compare what decides the samples of a row: the data, the seed, and the keys in :data:`ROWS`."""
+    """Check what determines the samples of a row: the data, the seed, and the keys in :data:`ROWS`."""
     if saved.get("data") != now.get("data"):
         what = (
             f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
         )
-        yield Problem("data.train_folder", what, f"Put the old data back. {WITHOUT_SAMPLER}")
+        yield Problem("data.train_folder", what, f"Restore the old data. {WITHOUT_SAMPLER}")
     then, wanted = saved["config"]["data"], now["config"]["data"]
     fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
     for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
         if old != new:
-            what = f"{new!r}, but {folder} was saved with {old!r}, and its position counts rows made with that"
-            yield Problem(name, what, f"Set it back. {WITHOUT_SAMPLER}")
+            what = (
+                f"{new!r}, but {folder} was saved with {old!r}; its saved data position is invalid for rows of another "
+                "size"
+            )
+            yield Problem(name, what, f"Restore the saved value. {WITHOUT_SAMPLER}")
 
 
 # -- tensors and files
 
 
 def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
-    """Find files that are missing, or shorter than the tensors they are to contain."""
-    # One stat per file, where finding out by reading would leave the model half loaded.
+    """Yield tensor files that are missing, or shorter than the metadata requires."""
+    # One stat per file; a failure during reading would leave the model partly loaded.
     ends: dict[str, int] = {}
     for entry in (metadata.storage_data or {}).values():
         ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -81,7 +84,7 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
-    """Find wanted tensors that the checkpoint lacks, or has in another shape."""
+    """Yield the requested tensors that are missing in the checkpoint, or have another shape there."""
     for name, tensor in wanted.items():
         found = metadata.state_dict_metadata.get(name)
         todo = FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"
@@ -93,18 +96,18 @@ def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> 
 
 
 def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Find parameters of the checkpoint that the model lacks on every rank."""
+    """Yield the parameters of the checkpoint that no rank's model has."""
     for name in metadata.state_dict_metadata:
-        # Optimizer state that is not wanted is other_states' concern: frozen parameters have none.
+        # other_states checks optimizer state, which frozen parameters do not have.
         if name.startswith("model/") and name not in wanted:
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Find optimizer state that the checkpoint has, and the run does not, of a parameter that both train.
+    """Yield optimizer states that only the checkpoint has, for parameters that both train.
 
-    Dropping it would load the remaining moments into an optimizer in which they mean something else: Lion's momentum
-    and AdamW's first moment have the same name.
+    Ignoring them would load the other moments into an optimizer that uses them differently: Lion's momentum and AdamW's
+    first moment have the same name.
     """
     states: dict[str, set[str]] = {}
     for name in metadata.state_dict_metadata:
@@ -117,5 +120,5 @@ def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Ite
         if left := sorted(name for name in names & trained if f"optimizer/{state}/{name}" not in wanted):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             what = f"saved for {left[0]!r}{more}, but this run has no such state"
-            todo = f"Set optimizer and use_fp32_norm as they were. {FROM_WEIGHTS}"
+            todo = f"Restore the saved optimizer and use_fp32_norm. {FROM_WEIGHTS}"
             yield Problem(f"{folder}: optimizer/{state}", what, todo)

@@ -1,8 +1,8 @@
-"""Logical tensors: the content of a checkpoint, independent of the layout that wrote it.
+"""Logical tensors: checkpoint content that is independent of the parallel layout.
 
-A :class:`LogicalTensor` has a global shape and the slices of it that this rank holds. It implements the protocol by
-which ``torch.distributed.checkpoint`` asks an object which slices to write and where to read them into, so any layout
-can read what another one wrote.
+A :class:`LogicalTensor` has a global shape and the slices of this rank. It implements the protocol by which
+``torch.distributed.checkpoint`` (DCP) finds the slices to write and the memory to read into, so any layout can read
+what another one wrote.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Offsets: TypeAlias = tuple[int, ...]
 
 
 class LogicalTensor:
-    """The slices of one logical tensor that this rank holds, by their offsets.
+    """This rank's slices of one logical tensor, by offset.
 
-    Slices may have a wider dtype than ``dtype``, in which they are written: of a fully sharded half-precision model
-    only the fp32 main parameters exist between steps.
+    Slices are written in ``dtype`` and may be held in a wider one: a fully sharded half-precision model has only its
+    fp32 main parameters between steps.
     """
 
     def __init__(self, global_shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -37,13 +37,13 @@ class LogicalTensor:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> LogicalTensor:
-        """Make a logical tensor of which this rank holds everything."""
+        """Create a logical tensor whose only slice is ``tensor``, without copying."""
         logical = cls(tuple(tensor.shape), tensor.dtype)
         logical.add((0,) * tensor.dim(), tensor)
         return logical
 
     def add(self, offsets: Offsets, tensor: Tensor) -> None:
-        """Hold ``tensor`` as the slice that begins at ``offsets``, sharing its memory."""
+        """Add ``tensor`` as the slice at ``offsets``, without copying."""
         self.slices[offsets] = tensor.detach()
 
     @property
@@ -51,7 +51,7 @@ class LogicalTensor:
         """Whether writing rounds the slices to a narrower dtype."""
         return any(tensor.dtype != self.dtype for tensor in self.slices.values())
 
-    # The names below are those of DCP's protocol.
+    # DCP calls the methods below by these names.
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         return [
@@ -79,7 +79,7 @@ LogicalTensors: TypeAlias = dict[str, LogicalTensor]
 
 
 def model_tensors(model: nn.Module) -> LogicalTensors:
-    """Return ``model/<name>`` of each parameter's local shard, and of each buffer in the model's state."""
+    """Return the local parameter shards and the persistent buffers of ``model`` as ``model/<name>``."""
     tensors: LogicalTensors = {}
     for name, parameter, placement in placed_parameters(model):
         tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
@@ -91,10 +91,11 @@ def model_tensors(model: nn.Module) -> LogicalTensors:
 
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
-    """Return ``optimizer/<state>/<name>`` of each moment, and of main parameters wider than the model's, as owned here.
+    """Return the optimizer state that this rank owns as ``optimizer/<state>/<name>``.
 
-    Moments are stored under the parameter's global shape, not as ZeRO's flat shard, so another number of ranks, or
-    another assignment of parameters to param groups, can read them.
+    The states are the moments, and ``main`` for main parameters wider than the model's. They have the global shape of
+    the parameter, not that of ZeRO's flat shard, so that another number of ranks, or another assignment of parameters
+    to param groups, can read them.
     """
     tensors: LogicalTensors = {}
     for group in optimizer.groups:
@@ -107,7 +108,7 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
 
 
 def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield each state of this rank's shard of a group, by name."""
+    """Yield the name of each state of a param group, with its tensor for each shard of this rank."""
     for name, state in optimizer.state_of(group).items():
         yield name, group.split(state)
     if group.has_main:
@@ -115,16 +116,16 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
 
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
-    """Add ``flat``, the elements from ``start`` on of the flattened local tensor, as slices that are views of it."""
+    """Add views of ``flat``, which begins at element ``start`` of the flattened local tensor, as slices."""
     # A flat range is up to 2 · dim - 1 boxes: partial first row, whole rows, partial last row, recursively.
     for box in placement.slices(start, start + len(flat)):
         tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
 
 
 def without_rounded(tensors: LogicalTensors) -> LogicalTensors:
-    """Leave out the tensors that would be read, rounded, into memory that another one fills with full precision.
+    """Leave out rounded tensors whose memory a full-precision tensor also fills.
 
-    In a fully sharded model ``model/w`` and ``optimizer/main/w`` share their memory, and the order of reading is
+    In a fully sharded model ``model/w`` and ``optimizer/main/w`` share memory, and the order in which DCP reads them is
     undefined.
     """
     return {

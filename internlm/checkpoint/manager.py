@@ -1,11 +1,11 @@
-"""Saving and resuming.
+"""Checkpoint manager: saving, loading and resuming.
 
 Phases of a save: (1) every rank writes the slices that it owns, (2) rank 0 writes ``state.json``, (3) rank 0 writes the
 commit mark. A folder without the mark is an unfinished save and is never loaded.
 
-Phases of a load: (1) every rank compares the checkpoint with what it is to load, (2) all ranks exchange the problems
-found and raise all of them, (3) tensors are read into the memory of the model and the optimizer, (4) the rest of the
-state is restored. Nothing is changed before (3), so a refused checkpoint leaves a usable run.
+Phases of a load: (1) every rank compares the checkpoint with its model and config, (2) the ranks all-gather the
+problems found, and each raises all of them, (3) tensors are read into the memory of the model and the optimizer, (4)
+the rest of the state is restored. Nothing is changed before (3), so a refused checkpoint leaves a usable run.
 """
 
 from __future__ import annotations
@@ -40,46 +40,48 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Meaning of ``content=("all",)``. Random streams have no word of their own: they are loaded with everything else.
+#: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with everything else.
 ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
-#: Keys of the state file that loading reads.
+#: Keys of the state file that :meth:`CheckpointManager.load` reads.
 STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
-    """The progress of a run, as counted by the trainer."""
+    """Protocol of the training progress, as counted by the trainer."""
 
     step: int
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters, as JSON."""
+        """Return the counters as a JSON-serialisable dict."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters."""
 
 
 class Sampler(Protocol):
-    """The order of samples: gives the position in it, and continues from one."""
+    """Protocol of a resumable sampler."""
 
     def position(self, step: int) -> Position:
-        """Return the position before ``step``."""
+        """Return the data position before ``step``."""
 
     def resume(self, position: Position) -> None:
         """Continue from a saved position."""
 
 
 class CheckpointManager:
-    """Save every ``checkpoint_every`` steps and at ``total_steps``; resume from the newest complete checkpoint.
+    """Manager that saves checkpoints on schedule and resumes from the newest complete one.
+
+    It saves every ``checkpoint_every`` steps and at ``total_steps``.
 
     Args:
-        config: the ``ckpt`` section.
-        model: the model of this rank, with a placement for each parameter.
-        optimizer: its optimizer.
-        streams: the random streams of this rank.
-        total_steps: the last step of the run, at which it is saved in any case.
-        run_info: JSON saved with each checkpoint and compared on loading: the resolved ``config``, the fingerprint of
-            the ``data`` and the ``seed``.
-        sampler: the training loader.
+        config: The ``ckpt`` section.
+        model: Model of this rank, with a placement for each parameter.
+        optimizer: Optimizer of ``model``.
+        streams: Random streams of this rank.
+        total_steps: Last step of the run, which is always saved.
+        run_info: Saved with each checkpoint and compared on loading: the resolved ``config``, the fingerprint of the
+            ``data`` and the ``seed``; JSON-serialisable.
+        sampler: Training loader.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class CheckpointManager:
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
-        """Save if the step is due, or if ``force``; return whether it was saved.
+        """Save a checkpoint if one is due at this step or ``force`` is set; return whether one was saved.
 
         Collective: all ranks must call it in the same step.
         """
@@ -113,12 +115,12 @@ class CheckpointManager:
         return True
 
     def save(self, state: Resumable) -> Path:
-        """Write ``step-N`` and return its folder; collective.
+        """Write the checkpoint ``step-N`` and return its folder; collective.
 
         Raises:
-            CheckpointError: a rank can't write. The unfinished folder is removed, and older ones are untouched.
+            CheckpointError: A rank cannot write. The unfinished folder is removed; older checkpoints are unchanged.
         """
-        assert self.root is not None, "the config's rules demand a folder where saving is on"
+        assert self.root is not None, "the config check requires a folder if saving is enabled"
         target = save_folder.step_folder(self.root, state.step)
         # With overlap_sync_param the all-gather of the last update may still be running.
         self.optimizer.gather_parameters()
@@ -137,14 +139,14 @@ class CheckpointManager:
         return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
 
     def _random_tensors(self) -> LogicalTensors:
-        """Return ``rng/<rank>/<stream>``: the random streams, the only content that belongs to a rank."""
+        """Return the random streams, the only per-rank content, as ``rng/<rank>/<stream>``."""
         return {
             f"rng/{dist.get_rank()}/{name}": LogicalTensor.whole(value)
             for name, value in self.streams.state_dict().items()
         }
 
     def _commit(self, target: Path, state: Resumable) -> None:
-        """Write the state, then the mark: its presence proves that everything before it reached the disk."""
+        """Write the state file, then the commit mark, which exists only if all other files reached the disk."""
         content = {
             "format": save_folder.FORMAT,
             "train_state": state.state_dict(),
@@ -157,7 +159,7 @@ class CheckpointManager:
         save_folder.write_durably(target / save_folder.COMMIT_FILE, "")
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the others wait; if it fails, raise on all ranks."""
+        """Run ``action`` on rank 0 while the others block; if it fails, raise on all ranks."""
         failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -166,16 +168,16 @@ class CheckpointManager:
                 failure = [str(error)]
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
-            raise CheckpointError(Problem(str(self.root), failure[0], "Choose a folder that can be written, with room"))
+            raise CheckpointError(Problem(str(self.root), failure[0], "Choose a writable folder with free space"))
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable) -> str:
-        """Load the checkpoint that the config says to start from, if any; return a message that names it.
+        """Load the checkpoint selected by the config, if any, and return a message that names it; collective.
 
-        The newest complete checkpoint of ``save_ckpt_folder`` comes first, then ``load_ckpt_info``. Collective.
+        With ``auto_resume`` the newest complete checkpoint of ``save_ckpt_folder`` precedes ``load_ckpt_info``.
 
         Raises:
-            CheckpointError: the checkpoint does not fit the run, is damaged, or the folder is not writable.
+            CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable.
         """
         if self.config.enable_save_ckpt:
             self._on_first_rank(self._prepare_root)
@@ -195,8 +197,8 @@ class CheckpointManager:
         return message
 
     def _newest(self) -> Path | None:
-        """Find the newest complete checkpoint."""
-        # Rank 0 decides for all: on a network file system, ranks may see a new folder at different times.
+        """Return the newest complete checkpoint, or None; collective."""
+        # Rank 0 chooses for all ranks: on a network file system, a new folder may appear to them at different times.
         choice: list[str | None] = [None]
 
         def choose() -> None:
@@ -211,23 +213,23 @@ class CheckpointManager:
         return Path(choice[0]) if choice[0] else None
 
     def _prepare_root(self) -> None:
-        """Check now, rather than at the first save, that the folder is writable and belongs to no other run."""
-        assert self.root is not None, "the config's rules demand a folder where saving is on"
+        """Create the save folder, check that it is writable, and warn if it contains another run's checkpoints."""
+        assert self.root is not None, "the config check requires a folder if saving is enabled"
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.root):
             pass
         existing = [path.name for _, path in save_folder.steps_in(self.root)]
         if existing and not self.config.auto_resume:
             log.warning(
-                f"{self.root} holds {', '.join(existing[:3])} of an earlier run, which this one does not resume "
-                "(ckpt.auto_resume is False) and will mix with: choose another ckpt.save_ckpt_folder"
+                f"{self.root} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
+                "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
             )
 
     def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> None:
         """Load ``content`` from the checkpoint folder ``source``; collective.
 
         Raises:
-            CheckpointError: ``source`` does not fit on some rank. It is raised on all ranks, and nothing is changed.
+            CheckpointError: ``source`` does not match on some rank. Raised on all ranks, before any state is changed.
         """
         content = set(content)
         wanted = set(ALL) if "all" in content else content
@@ -236,7 +238,7 @@ class CheckpointManager:
         reader = SafeReader(source)
         tensors = self._wanted_tensors(wanted)
         known = _names_on_all_ranks(tensors)
-        # Every rank reads the metadata itself: it is small, and a file system that differs between ranks shows here.
+        # Every rank reads the metadata, which is small: a file system that differs between ranks is detected here.
         with _failing_together():
             saved, metadata = save_folder.read_state(source, STATE_KEYS), reader.read_metadata()
             problems = [
@@ -247,7 +249,7 @@ class CheckpointManager:
             if problems:
                 raise CheckpointError(*problems)
         if wanted == ALL:
-            # On another number of ranks some streams are missing; those keep the states that the seed gave them.
+            # On another number of ranks some streams are missing; they keep their states from the seed.
             streams = self._random_tensors()
             tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
         read_tensors(source, reader, without_rounded(tensors))
@@ -266,15 +268,17 @@ class CheckpointManager:
         known: set[str],
         wanted: set[CheckpointContent],
     ) -> Iterator[Problem]:
-        """Compare architectures, and tensors only where those agree: else every tensor would be one more problem.
+        """Yield differences of the architecture, or of the tensors if the architectures agree.
+
+        With another architecture nearly every tensor would be reported as well.
 
         Args:
-            source: checkpoint, for messages.
-            saved: its state file.
-            metadata: its tensors.
-            tensors: tensors that this rank wants.
-            known: names of tensors that any rank wants.
-            wanted: content to load.
+            source: Checkpoint folder, for error messages.
+            saved: Content of its state file.
+            metadata: Metadata of its tensors.
+            tensors: Tensors that this rank loads.
+            known: Names of the tensors that any rank loads.
+            wanted: Content to load.
         """
         then, now = saved["config"], self.run_info["config"]
         problems = list(compatibility.other_architecture(source, then, now))
@@ -288,7 +292,7 @@ class CheckpointManager:
     def _restore(
         self, saved: dict[str, Any], tensors: LogicalTensors, state: Resumable, wanted: set[CheckpointContent]
     ) -> None:
-        """Restore what was not read straight into the memory of the model and the optimizer."""
+        """Restore the state that was not read directly into the model and the optimizer."""
         if "optimizer" in wanted:
             self.optimizer.load_state_dict(saved["optimizer"])
             if "model" not in wanted:
@@ -296,12 +300,12 @@ class CheckpointManager:
         else:
             # Main parameters still hold the initial values; the first update would write them back to the model.
             self.optimizer.copy_model_to_main_params()
-        # Learning-rate schedules are functions of the step, so they have no state of their own.
+        # Learning-rate schedules are functions of the step, so they have no state.
         if wanted & {"scheduler", "sampler"}:
             state.load_state_dict(saved["train_state"])
         if "sampler" in wanted:
             self.sampler.resume(Position(*saved["sampler"]))
-        self.last_saved = state.step if wanted == ALL else -1  # what was just loaded need not be saved again
+        self.last_saved = state.step if wanted == ALL else -1  # a just loaded checkpoint need not be saved again
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
@@ -311,13 +315,13 @@ def load_weights(model: nn.Module, source: Path) -> None:
     """Load the parameters of ``model`` from a checkpoint folder ``step-N``, without a process group.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint, or does not fit the model.
+        CheckpointError: ``source`` is not a complete checkpoint, or does not match the model.
     """
     save_folder.read_state(source)
     reader = SafeReader(source)
     tensors = model_tensors(model)
     metadata = reader.read_metadata()
-    # No config to compare: the tensors must fit, and that is all that matters to a model that is only used.
+    # Without a config to compare, only the tensors are checked.
     problems = [
         *compatibility.missing_tensors(str(source), metadata, tensors),
         *compatibility.unexpected_tensors(str(source), metadata, tensors),
@@ -329,7 +333,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
 
 
 def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
-    """Gather the names that any rank wants: a pipeline stage wants only its own layers."""
+    """All-gather the tensor names of all ranks; a pipeline stage has only those of its own layers."""
     names: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(names, list(tensors))
     return {name for rank in names for name in rank}
@@ -337,9 +341,9 @@ def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
 
 @contextmanager
 def _failing_together() -> Iterator[None]:
-    """Raise the problems that any rank finds within the block on all ranks.
+    """Raise on all ranks the checkpoint problems found on any rank within the ``with`` block.
 
-    Otherwise the ranks that found none would block in the next collective until its timeout.
+    Otherwise ranks without a problem would block in the next collective until it times out.
     """
     found: tuple[Problem, ...] = ()
     try:
@@ -353,8 +357,8 @@ def _failing_together() -> Iterator[None]:
 
 
 def _make_empty(target: Path) -> None:
-    """Make a new folder; remove what an unfinished save left there."""
-    # The mark goes first: if the removal is interrupted, the rest must not pass for a complete checkpoint.
+    """Create an empty folder; remove an unfinished save of the same step."""
+    # Remove the mark first: after an interrupted removal the rest must not count as a complete checkpoint.
     (target / save_folder.COMMIT_FILE).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)

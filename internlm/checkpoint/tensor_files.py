@@ -1,8 +1,8 @@
-"""Write and read the tensor files of a checkpoint, without trusting what is read.
+"""Writer and reader of a checkpoint's tensor files; the reader treats them as untrusted.
 
-The files are those of ``torch.distributed.checkpoint`` (DCP). Its metadata is a pickle, and a pickle may execute
-anything; the reader here builds only the handful of plain classes that metadata consists of. Tensors are loaded by DCP
-with ``weights_only``.
+The format is that of ``torch.distributed.checkpoint`` (DCP). Its metadata is a pickle, and unpickling can execute any
+code, so this reader constructs only the few plain classes that metadata consists of. DCP loads tensors with
+``weights_only``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.torch_private import CHECKPOINT_METADATA_NAMES
 
-# By exact module and name: attributes of allowed modules (``dataclass``, ``os``) would be a way to code execution.
+# Exact pairs of module and name: attributes of allowed modules (``dataclass``, ``os``) would permit code execution.
 _ALLOWED = {
     *CHECKPOINT_METADATA_NAMES,
     ("torch", "Size"),
@@ -35,29 +35,29 @@ _ALLOWED = {
 
 
 def write_tensors(target: Path, tensors: LogicalTensors) -> None:
-    """Write the slices of all ranks; collective.
+    """Write the slices of all ranks to ``target``; collective.
 
     Raises:
-        CheckpointError: a rank can't write. It is raised on all ranks.
+        CheckpointError: A rank cannot write. Raised on all ranks.
     """
     try:
         dcp.save(dict(tensors), storage_writer=PlainWriter(target), planner=LogicalSavePlanner())
     except CheckpointException as error:
-        problem = Problem(str(target), f"can't be written ({_causes(error)})", "Make room or choose another folder")
+        problem = Problem(str(target), f"cannot be written ({_causes(error)})", "Free space or choose another folder")
         raise CheckpointError(problem) from None
 
 
 def read_tensors(source: Path, reader: SafeReader, tensors: LogicalTensors, *, collective: bool = True) -> None:
-    """Read into the slices of ``tensors``, on all ranks together or on this process alone.
+    """Read a checkpoint into the slices of ``tensors``; collective unless ``collective`` is False.
 
     Raises:
-        CheckpointError: a rank can't read. Where ``collective``, it is raised on all ranks.
+        CheckpointError: A rank cannot read. Raised on all ranks if ``collective``.
     """
     try:
         with torch.no_grad():
             dcp.load(dict(tensors), storage_reader=reader, planner=LogicalLoadPlanner(), no_dist=not collective)
     except CheckpointException as error:
-        problem = Problem(str(source), f"can't be read ({_causes(error)})", "Choose an older one")
+        problem = Problem(str(source), f"cannot be read ({_causes(error)})", "Choose an older checkpoint")
         raise CheckpointError(problem) from None
 
 
@@ -69,29 +69,29 @@ def _causes(error: CheckpointException) -> str:
 
 
 class PlainWriter(dcp.FileSystemWriter):
-    """A writer whose metadata contains nothing of the machine that wrote it."""
+    """DCP writer whose metadata contains no path of the machine that wrote it."""
 
     def storage_meta(self) -> StorageMeta:
-        """Leave out the folder's path: it would be one more class for the reader to build, and a lie after a move."""
+        """Return storage metadata without the folder's path, whose class the reader would have to allow."""
         return StorageMeta(save_id=self.save_id)
 
 
 class SafeReader(dcp.FileSystemReader):
-    """A reader that executes nothing it finds, and reads no file outside the checkpoint."""
+    """DCP reader that executes no code from the checkpoint and reads no file outside of it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read ``.metadata``.
+        """Read ``.metadata`` with the restricted unpickler.
 
         Raises:
-            CheckpointError: it is damaged, or refers to a class or a file that no checkpoint needs.
+            CheckpointError: The metadata is damaged, or refers to a class or a file that no checkpoint needs.
         """
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
                 metadata = _checked(_MetadataUnpickler(file).load())
         except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(Problem(str(path), f"can't be read ({error})", "Load another checkpoint")) from None
-        # The base class reads and sets these two in the method that this one replaces.
+            raise CheckpointError(Problem(str(path), f"cannot be read ({error})", "Use another checkpoint")) from None
+        # The base method, which this one replaces, sets these two attributes for later use by the base class.
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -101,14 +101,14 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
 
 
 def _checked(metadata: Any) -> Metadata:
-    """Return ``metadata`` if it is of that class and names only files directly in the checkpoint folder."""
+    """Check that ``metadata`` is a Metadata that names only files directly in the checkpoint folder."""
     if not isinstance(metadata, Metadata):
-        raise ValueError("it holds something else than metadata")
-    # By name rather than by resolving: a name without separators can leave the folder neither by .. nor by a root.
+        raise ValueError("it does not contain DCP metadata")
+    # Compare names rather than resolved paths: a name without separators cannot leave the folder by .. or a root.
     for info in (metadata.storage_data or {}).values():
         if info.relative_path != Path(info.relative_path).name:
             raise ValueError(f"it names the file {info.relative_path!r}, outside the checkpoint")
@@ -119,10 +119,10 @@ def _checked(metadata: Any) -> Metadata:
 
 
 class LogicalSavePlanner(DefaultSavePlanner):
-    """Plan to write the slices of logical tensors; DCP writes a slice that several ranks hold only once."""
+    """Planner that writes the slices of logical tensors; DCP writes a slice that several ranks hold once."""
 
     def __init__(self) -> None:
-        # The state dict is flat already, and LogicalTensor is no class that the default planner could unwrap.
+        # The state dict is already flat, and the default planner cannot flatten a LogicalTensor.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
@@ -133,7 +133,7 @@ class LogicalSavePlanner(DefaultSavePlanner):
 
 
 class LogicalLoadPlanner(DefaultLoadPlanner):
-    """Plan to read into the slices of logical tensors, whatever slices they were written as."""
+    """Planner that reads into the slices of logical tensors, however they were sliced when written."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -141,7 +141,7 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take the state dict as it is; the default would rebuild it to replace tensors on the meta device."""
+        """Use the state dict unchanged; the default rebuilds it to replace tensors on the meta device."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
@@ -151,6 +151,6 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
         return tensor
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse an entry that is not a tensor: the default would unpickle it."""
+        """Refuse a non-tensor entry, which the default would unpickle."""
         name = read_item.dest_index.fqn
-        raise CheckpointError(Problem(name, "is a pickled object, not a tensor", "Load another checkpoint"))
+        raise CheckpointError(Problem(name, "is a pickled object, not a tensor", "Choose another checkpoint"))

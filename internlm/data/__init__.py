@@ -2,7 +2,7 @@
 
 from internlm.utils.lazy import lazy_exports
 
-# Both read the global context, so their code is in the assembly layer; an eager import would point upwards.
+# Both read the global context, so they are in the assembly layer; an eager import would violate the layering.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

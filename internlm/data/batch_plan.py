@@ -1,7 +1,7 @@
-"""Batch plan: which rows each training step uses, as a pure function of the step, so no iterator has state to save.
+"""Batch plan: the rows of each training step as a pure function of the step, so that no iterator has state to save.
 
 The rows of an endless sequence are divided into *batches*, counted from 0. Batch b takes ``micro_batches · data_size``
-rows, whether it is used or skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
+rows, used or skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
 contiguous range of a batch, so the rows of a step do not depend on the number of ranks.
 """
 
@@ -14,7 +14,7 @@ from internlm.config.schema.fields import Rampup
 
 
 class Position(NamedTuple):
-    """Position of a run just before ``step``: the next batch that may be used, and the global row where it begins."""
+    """Data position of a run before ``step``: the next batch that is not consumed, and its first global row."""
 
     step: int = 0
     batch: int = 0
@@ -26,10 +26,10 @@ START = Position()
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Map steps to batches, and batches to rows.
+    """Mapping from steps to batches, and from batches to rows.
 
-    ``origin`` is the position at which this plan begins. A run that resumes from a saved position continues with the
-    very next row, even where the batch size or the skipped batches have changed since.
+    ``origin`` is the position at which this plan begins. A run that resumes from a saved position continues with
+    the next row, even if the batch size or the skipped batches have changed since.
     """
 
     micro_num: int  # micro-batches per step on each data-parallel rank, after the ramp-up
@@ -53,21 +53,21 @@ class BatchPlan:
         """Return the position after all steps before ``step``; skipped batches count as consumed."""
         if step == self.origin.step:
             return self.origin
-        # From the last batch that was used, not from the next one: batches skipped in between may be skipped no longer
-        # when the run resumes.
+        # Computed from the last batch that was used, not from the next one: batches skipped in between may no longer be
+        # skipped when the run resumes.
         batch = self._batch(step - 1) + 1
         return Position(step, batch, self._first_row(batch))
 
     def resumed_at(self, position: Position) -> BatchPlan:
-        """Return this plan with ``position``, saved earlier, as its origin."""
+        """Return a copy of this plan whose origin is the saved ``position``."""
         return replace(self, origin=position)
 
     def _batch(self, step: int) -> int:
-        """Index of the batch that ``step`` uses."""
+        """Return the index of the batch that ``step`` uses."""
         assert step >= self.origin.step, f"step {step} is before the plan's origin {self.origin}"
         batch = self.origin.batch + step - self.origin.step
         for first, last in self.skip:
-            first = max(first, self.origin.batch)  # the part of the range before the origin was already passed
+            first = max(first, self.origin.batch)  # batches before the origin are already consumed
             if first <= batch:
                 batch += max(last - first + 1, 0)
         return batch
@@ -83,8 +83,8 @@ class BatchPlan:
         return min(self.micro_num, start + increment * (batch // every))
 
     def _size_before(self, batch: int) -> int:
-        """Sum of the sizes of all batches before ``batch``, in closed form."""
-        # A loop over the batches would make every lookup of a long run slower than the last one.
+        """Return the sum of the sizes of all batches before ``batch``, in closed form."""
+        # A loop over the batches would make each lookup take time proportional to the step.
         if self.rampup is None:
             return self.micro_num * batch
         start, increment, every = self.rampup

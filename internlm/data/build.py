@@ -21,17 +21,17 @@ def build_train_loader(
     """Build the training loader of one data-parallel rank.
 
     Args:
-        data: the ``data`` section; without a ``train_folder`` the samples are random.
-        vocab_size: exclusive upper bound of the token ids.
-        seed: seed of the shuffling, and of random samples.
-        replica: position among the data-parallel ranks.
-        sequence_shard: position among the ranks that split every row along the sequence.
+        data: Config section; if ``train_folder`` is None, the samples are random.
+        vocab_size: Exclusive upper bound of the token ids.
+        seed: Seed of shuffling and of random samples.
+        replica: Position of this rank among the data-parallel ranks.
+        sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 
     Returns:
         The loader, and the names of the data-set types.
 
     Raises:
-        DataError: the folder is missing, or a file in it is damaged.
+        DataError: The folder is missing, or a file in it is damaged.
     """
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
@@ -55,16 +55,16 @@ def build_valid_loaders(
     The arguments are those of :func:`build_train_loader`.
 
     Returns:
-        Loaders by type: those of ``valid_folder``; without any folder one of random samples; with a ``train_folder``
-        alone none.
+        Loaders by data-set type of ``valid_folder``. If neither folder is set: one loader of random samples. If only
+        ``train_folder`` is set: none.
 
     Raises:
-        DataError: the folder is missing, or a file in it is damaged.
+        DataError: The folder is missing, or a file in it is damaged.
     """
     if data.valid_folder is not None:
         source: SampleSource = _tokenized(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
-        # Another seed than that of training: validation on the training samples would measure memorisation.
+        # Not the seed of training: validation on the training samples would measure memorisation.
         fixed = data.fixed_random_dataset_seqlen
         source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, RANDOM_VALID_TYPE, RANDOM_VALID_SAMPLES)
     else:
@@ -79,7 +79,7 @@ def build_valid_loaders(
 
 
 def row_shape(data: DataConfig) -> RowShape:
-    """Return the sizes and the packing layout of a row; ``pack_sample_into_one`` matters to packed data only."""
+    """Return the sizes and the packing layout of a row; only packed data uses ``pack_sample_into_one``."""
     if not data.use_packed_dataset:
         layout = PackingLayout.PADDED
     else:

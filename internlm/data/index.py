@@ -2,9 +2,9 @@
 
 A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
 2] of byte offset and token count). The index joins all of them into one table, cached in a file, so that the next start
-need not open them all. The table is memory-mapped, so the processes of one machine share its memory.
+does not open them all. The table is memory-mapped, so the processes of one machine share its memory.
 
-N: samples of all files.
+N: number of samples in all files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from internlm.utils.logger import get_logger
 
 VERSION = 1
 CACHE_NAME = ".internlm_index.npy"
-REMAKE = "Make both files again with `internlm tokenize`."
+REMAKE = "Recreate both files with `internlm tokenize`"
 # Bounds of a plausible .meta, checked without reading the .bin: a token takes at least a digit and a comma, and at most
 # a sign, 19 digits and a comma with blanks; a line has some bytes around its tokens.
 LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
 
 
 class DataFile(NamedTuple):
-    """One ``.bin`` file, with the size and time that it had when the index was opened."""
+    """A ``.bin`` file, with its size and modification time when the index was opened."""
 
     path: Path
     name: str  # relative to the folder
@@ -52,24 +52,24 @@ class DataFile(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Position of each sample; samples of one file are consecutive, in the order of the file."""
+    """File, byte offset and token count of each sample, grouped by file."""
 
     files: list[DataFile]
-    offsets: np.ndarray  # [N] int64, byte in the file
+    offsets: np.ndarray  # [N] int64, byte offset in the file, ascending within a file
     lengths: np.ndarray  # [N] int64, tokens
     file_ids: np.ndarray  # [N] int64, index into files
 
 
 def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Index:
-    """Open the index of ``folder``, from its cache where that is up to date.
+    """Open the index of ``folder``; use the cached table if it is up to date.
 
     Args:
-        folder: root of the ``.bin`` files.
-        min_length: leave out files of fewer samples.
-        cache_folder: folder of the cached table; by default ``folder`` itself.
+        folder: Root folder of the ``.bin`` files.
+        min_length: Minimum number of samples of a file; smaller files are left out.
+        cache_folder: Folder of the cached table; by default ``folder`` itself.
 
     Raises:
-        DataError: the folder is missing, or a file in it is damaged, or no tokens are left.
+        DataError: The folder is missing, a file in it is damaged, or no tokens are left.
     """
     files = find_files(folder)
     cache = folder / CACHE_NAME
@@ -89,13 +89,13 @@ def find_files(folder: Path) -> list[DataFile]:
     """Return all ``.bin`` files under ``folder``, sorted by relative name.
 
     Raises:
-        DataError: there are none, or one lacks its ``.meta``.
+        DataError: The folder is missing, contains no ``.bin`` file, or a ``.bin`` file has no ``.meta``.
     """
     if not folder.is_dir():
-        raise DataError(Problem(str(folder), "there is no such folder", "Correct the path."))
+        raise DataError(Problem(str(folder), "no such folder", "Correct the path"))
     paths = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
     if not paths:
-        raise DataError(Problem(str(folder), "contains no .bin file", "Make some with `internlm tokenize`."))
+        raise DataError(Problem(str(folder), "contains no .bin file", "Create it with `internlm tokenize`"))
     files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
     if lonely := [file for file in files if not file.meta.is_file()]:
         raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
@@ -103,7 +103,7 @@ def find_files(folder: Path) -> list[DataFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Walk to all ``.bin`` files, following symbolic links unless they lead back to a folder above themselves."""
+    """Yield all ``.bin`` files; follow symbolic links except those to a parent folder."""
     for here, folders, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
@@ -116,7 +116,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """Build the table, int64 [3, 1 + N], with rows offsets, lengths and file ids; column 0 is left for the seal."""
+    """Build the table, int64 [3, 1 + N], with rows offsets, lengths and file ids; column 0 is reserved for the seal."""
     columns = [np.zeros((3, 1), np.int64)]
     for file_id, file in enumerate(files):
         meta = read_meta(file)
@@ -126,10 +126,10 @@ def _build(files: list[DataFile], min_length: int) -> np.ndarray:
 
 
 def read_meta(file: DataFile) -> np.ndarray:
-    """Read the ``.meta`` of a file, int64 [samples, 2].
+    """Read the ``.meta`` of a ``.bin`` file, int64 [samples, 2].
 
     Raises:
-        DataError: it is not such an array, or does not fit the ``.bin``.
+        DataError: The ``.meta`` is not an integer array of this shape, or does not match the ``.bin``.
     """
     meta = _open_meta(file.meta)
     offsets, lengths = meta[:, 0], meta[:, 1]
@@ -138,7 +138,7 @@ def read_meta(file: DataFile) -> np.ndarray:
     wrong |= (lengths < 0) | (lengths > file.size)
     if wrong.any():
         row = int(wrong.argmax())
-        what = f"sample {row} at byte {offsets[row]} can't have {lengths[row]} tokens in {sizes[row]} bytes"
+        what = f"sample {row} at byte {offsets[row]} cannot have {lengths[row]} tokens in {sizes[row]} bytes"
         raise _disagree(file, what)
     if not _last_line_is_whole(file, offsets):
         raise _disagree(file, f"the last of its {len(meta)} samples is not a complete line at the end of the file")
@@ -159,15 +159,15 @@ def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
 
 
 def _open_meta(path: Path) -> np.ndarray:
-    # np.load would unpickle object arrays on request and allocate whatever size a forged header names. Mapping does
+    # np.load can unpickle object arrays, and allocates any size that a forged header declares. open_memmap does
     # neither.
     try:
         meta = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError) as error:
-        what = f"isn't a plain NumPy array of byte offsets and token counts ({error})"
+        what = f"is not a plain NumPy array of byte offsets and token counts ({error})"
         raise DataError(Problem(str(path), what, f"Pickled arrays are refused. {REMAKE}")) from error
     if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
-        what = f"holds {meta.dtype} of shape {list(meta.shape)}, not integers of shape [samples, 2]"
+        what = f"contains {meta.dtype} of shape {list(meta.shape)}, not integers of shape [samples, 2]"
         raise DataError(Problem(str(path), what, REMAKE))
     return np.array(meta, np.int64)
 
@@ -176,11 +176,11 @@ def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Probl
     largest = max(len(read_meta(file)) for file in files)
     if largest < min_length:
         what = f"all {len(files)} files have fewer samples than data.min_length = {min_length} (the largest: {largest})"
-        return Problem(str(folder), what, "Lower data.min_length.")
-    return Problem(str(folder), "its files hold no tokens", REMAKE)
+        return Problem(str(folder), what, "Lower data.min_length")
+    return Problem(str(folder), "its files contain no sample of two or more tokens", REMAKE)
 
 
-# -- the cached table. Column 0 is its seal: the digest of the inputs, and the checksum of the other columns.
+# -- cached table. Column 0 is the seal: a digest of the inputs and a checksum of the other columns.
 
 
 def _digest(*parts: object) -> int:
@@ -195,7 +195,7 @@ def _checksum(table: np.ndarray) -> int:
 
 
 def _load(path: Path, key: int) -> np.ndarray | None:
-    """Map the cached table; None where it is missing, damaged or made from other files."""
+    """Memory-map the cached table; return None if it is missing, damaged or built from other files."""
     try:
         table = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError):
@@ -205,9 +205,9 @@ def _load(path: Path, key: int) -> np.ndarray | None:
 
 
 def _store(path: Path, key: int, table: np.ndarray) -> np.ndarray:
-    """Cache ``table`` and return it memory-mapped, or unchanged where the folder is not writable."""
+    """Cache ``table`` and return it memory-mapped, or return ``table`` itself if the folder is not writable."""
     table[:2, 0] = key, _checksum(table)
-    # Every rank may get here at once: each writes a file of its own, and the last rename wins.
+    # All ranks may run this at once: each writes its own file, and the last rename wins.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Loaders: the batches of a run as tensors, read ahead by threads.
+"""Data loaders: batches of a run as tensors, prefetched by threads.
 
 M: micro-batches, P: packed_length, B: micro_bsz, S: seq_len, C: sequence boundaries of a row.
 """
@@ -30,7 +30,7 @@ Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
 def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
     """Yield ``map(work, items)`` from a pool, with up to ``ahead`` items submitted early.
 
-    An exception of ``work`` is raised at its item, after the results before it.
+    An exception raised by ``work`` is re-raised at its item, after all earlier results.
     """
     remaining = iter(items)
     # `Executor.map` would submit all items at once; `items` may be endless, and results may be large.
@@ -46,9 +46,9 @@ def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Ite
 
 
 def read_ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield ``map(work, items)`` in order, computed ahead by ``workers`` threads, or by the caller where it is 0.
+    """Yield ``map(work, items)`` in order, computed ahead by ``workers`` threads, or by the caller if 0.
 
-    The threads end with the iterator: when it is exhausted, closed or garbage-collected, or when an item fails.
+    The threads stop when the iterator is exhausted, closed or garbage-collected, or when an item fails.
     """
     if not workers:
         yield from map(work, items)
@@ -65,8 +65,9 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
     """Stack rows into ``(batch, labels)``.
 
     Returns:
-        ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, M tensors
-        int32 [C]; and ``labels``, int64 [M, P]. In the padded layout all are [M, B, S] and there is no ``cu_seqlens``.
+        ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, a list of M
+        int32 tensors [C]; and ``labels``, int64 [M, P]. In the padded layout the shapes are [M, B, S], without
+        ``cu_seqlens``.
     """
     padded = shape.layout is PackingLayout.PADDED
     size = (len(rows), shape.micro_bsz, shape.seq_len) if padded else (len(rows), shape.packed_length)
@@ -81,7 +82,7 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
 
 
 def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
-    """Return this rank's tokens of each row, where ranks split rows along the sequence.
+    """Return this rank's shard of a batch whose rows are split along the sequence.
 
     Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences become one packed
     row, [M, B · S].
@@ -106,12 +107,11 @@ def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
 
 
 class TrainLoader:
-    """The training batches of one data-parallel rank, from a start step to ``total_steps``.
+    """Loader of the training batches of one data-parallel rank, from a start step to ``total_steps``.
 
-    Iterating gives the batches of the steps from the start step on (see :func:`collate` and :func:`split_rows`), read
-    ahead by ``num_worker`` threads that end with the iterator. A batch depends on its step alone, so :meth:`seek` is
-    all that resuming needs; :meth:`resume` continues from a saved :class:`Position` where the batch size or the skipped
-    batches may have changed.
+    An iterator yields the batch of each step (see :func:`collate` and :func:`split_rows`), prefetched by ``num_worker``
+    threads. A batch depends only on its step, so :meth:`seek` suffices to restart at a step; :meth:`resume` continues
+    from a saved :class:`Position` even if the batch size or the skipped batches have changed.
     """
 
     def __init__(
@@ -130,24 +130,24 @@ class TrainLoader:
         self._start = 0
 
     def seek(self, step: int) -> None:
-        """Let iteration begin at ``step``."""
+        """Set the step at which iteration begins."""
         self._start = step
 
     def resume(self, position: Position) -> None:
-        """Let iteration begin at a position that :meth:`position` returned, possibly in an earlier run."""
+        """Begin iteration at a position that :meth:`position` returned, possibly in an earlier run."""
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
 
     def position(self, step: int) -> Position:
-        """Return the position before ``step``, for a checkpoint."""
+        """Return the data position before ``step``, to be saved in a checkpoint."""
         return self.plan.position(step)
 
     def fingerprint(self) -> str:
-        """Return a digest that changes when the data set does, so that a position no longer means the same samples."""
+        """Return a digest of the data set; a saved position is valid only for the same digest."""
         return self._rows.source.fingerprint()
 
     def read(self, step: int) -> Batch:
-        """Read the batch of one step."""
+        """Read the batch of ``step``."""
         rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
         return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
 
@@ -155,15 +155,15 @@ class TrainLoader:
         return read_ahead(self.read, range(self._start, self._total_steps), self._num_worker)
 
     def __len__(self) -> int:
-        """Steps from the start step to the end of the run."""
+        """Return the number of steps from the start step to the end of the run."""
         return max(0, self._total_steps - self._start)
 
 
 class ValidLoader:
-    """The validation batches of one data-parallel rank: one pass over the samples of one type, in order.
+    """Loader of the validation batches of one data-parallel rank: one pass over one data-set type, in order.
 
-    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. The last ones
-    are filled up with rows in which every label is ignored.
+    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. The last
+    batches are filled with rows in which every label is ignored.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class ValidLoader:
         self._batches = batches if max_batches is None else min(batches, max_batches)
 
     def read(self, index: int) -> Batch:
-        """Read one batch."""
+        """Read the batch at ``index``."""
         rows = [self._rows[row] for row in self._plan.rows(index, self._data_rank)]
         return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
 

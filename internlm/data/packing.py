@@ -1,8 +1,8 @@
-"""Packing: how samples become rows, as pure functions of the lengths, the order and the row's index.
+"""Packing of samples into rows, as pure functions of the sample lengths, their order and the row index.
 
-A row is made in three steps: (1) which spans of which samples it holds, (2) their tokens, types and labels, (3) the
-sequence boundaries that attention does not cross, which give ``cu_seqlens`` and the positions. The layouts differ in
-(1) and (3) only.
+A row is made in three steps: (1) find the sample spans that it contains, (2) fill in tokens, types and labels, (3) find
+the sequence boundaries, which attention does not cross and which determine ``cu_seqlens`` and the positions. Layouts
+differ only in (1) and (3).
 
 N: samples of an epoch, P: packed_length = seq_len · micro_bsz, C: sequence boundaries of a row.
 """
@@ -21,8 +21,8 @@ import numpy as np
 
 from internlm.data.sources import Purpose, SampleSource, raw_numbers
 
-IGNORED = -100  # label without a loss; the ignore_index of torch.nn.functional.cross_entropy
-PAD = 0  # input id where a row holds no sample
+IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
+PAD = 0  # input id of padding
 
 
 class PackingLayout(str, Enum):
@@ -48,15 +48,15 @@ class RowShape:
 
 
 class Epoch(NamedTuple):
-    """One pass over the samples: their order, and how many tokens of each are used."""
+    """One pass over the samples: their order, and the number of tokens used of each."""
 
     order: np.ndarray  # [N] sample indices
-    lengths: np.ndarray  # [N] tokens used of each, in that order
-    ends: np.ndarray  # [N] tokens up to and including each
+    lengths: np.ndarray  # [N] tokens used of each sample, in that order
+    ends: np.ndarray  # [N] cumulative tokens, including the sample itself
 
 
 class SampleSpan(NamedTuple):
-    """Tokens ``begin`` to ``stop`` of a sample of ``length`` tokens, placed at ``at`` in the row."""
+    """Tokens ``begin`` to ``stop`` (exclusive) of a sample of ``length`` tokens, at offset ``at`` of the row."""
 
     sample: int
     length: int
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: int) -> Epoch:
-    """Order the samples of epoch ``index``: shuffled by (seed, index), or as they come where ``seed`` is None."""
+    """Order the samples of epoch ``index``: shuffled by (seed, index), or in source order if ``seed`` is None."""
     order = np.flatnonzero(lengths)
     if seed is not None:
         # Sorting by raw random numbers, because np.random.shuffle may differ between versions of NumPy.
@@ -88,14 +88,14 @@ def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: in
 
 
 def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
-    """Return the rows of an epoch; the last one is filled up with pads."""
+    """Return the number of rows in an epoch; the last row is padded."""
     if shape.layout is PackingLayout.PADDED:
         return -(-int(np.count_nonzero(lengths)) // shape.micro_bsz)
     return -(-int(lengths.sum()) // shape.packed_length)
 
 
 def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) -> Row:
-    """Make row ``index`` of an epoch; rows beyond the last one consist of pads."""
+    """Make row ``index`` of an epoch; rows beyond the last one are all padding."""
     find_spans, find_boundaries = _LAYOUTS[shape.layout]
     spans = find_spans(epoch, shape, index)
     input_ids, labels, type_ids = _fill(source, spans, shape)
@@ -105,18 +105,18 @@ def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) ->
 
 
 class TrainRows:
-    """Rows of endless epochs, each shuffled anew; row n is a pure function of (seed, data set, shape, n)."""
+    """Training rows of unlimited epochs, each reshuffled; row n is a function of (seed, data, shape, n)."""
 
     def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
         self.source, self.shape = source, shape
         self.per_epoch = count_rows(source.lengths, shape)
-        assert self.per_epoch, "a source for training holds tokens"
-        # Two epochs are in use where rows are read ahead across the end of an epoch.
+        assert self.per_epoch, "a source for training must contain tokens"
+        # Two epochs are in use while rows are read ahead across an epoch boundary.
         self._epoch = functools.lru_cache(2)(functools.partial(make_epoch, source.lengths, shape, seed))
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Row:
-        """Row ``index``, counted from 0 over all epochs."""
+        """Return row ``index``, counted from 0 over all epochs."""
         epoch_index, row = divmod(index, self.per_epoch)
         with self._lock:  # lru_cache alone would let every waiting thread shuffle the same epoch
             epoch = self._epoch(epoch_index)
@@ -124,7 +124,7 @@ class TrainRows:
 
 
 class ValidRows:
-    """Rows of one pass in the order of the source; rows beyond its end consist of pads."""
+    """Validation rows: one pass in the order of the source; rows beyond its end are all padding."""
 
     def __init__(self, source: SampleSource, shape: RowShape) -> None:
         self.source, self.shape = source, shape
@@ -142,7 +142,7 @@ class ValidRows:
 
 
 def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
-    """Take all tokens of the epoch as one stream; the row is its stretch from ``start`` to ``stop``."""
+    """Find the spans of a row that is a range of the epoch's token stream."""
     start = index * shape.packed_length
     stop = min(start + shape.packed_length, int(epoch.ends[-1]))
     if start >= stop:
@@ -158,7 +158,7 @@ def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]
 
 
 def _padded_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
-    """Place one sample in each sequence."""
+    """Find the spans of a row that has one sample per sequence."""
     row = slice(index * shape.micro_bsz, (index + 1) * shape.micro_bsz)
     samples = zip(epoch.order[row].tolist(), epoch.lengths[row].tolist(), strict=True)
     return [SampleSpan(sample, length, 0, length, i * shape.seq_len) for i, (sample, length) in enumerate(samples)]
@@ -177,8 +177,8 @@ def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tup
         until = at + stop - begin
         input_ids[at:until] = np.abs(tokens[begin:stop])
         type_ids[at:until] = source.type_ids[sample]
-        # Labels are shifted here rather than in the model, so a sample split over two rows loses no label; only the
-        # last token of the whole sample has none, and its slice is one shorter.
+        # Labels are shifted here rather than in the model, so that a sample split over two rows loses no label. Only
+        # the last token of a sample has none: there `following` is one shorter than the span.
         following = tokens[begin + 1 : stop + 1]
         labels[at : at + len(following)] = np.where(following < 0, IGNORED, following)
     return input_ids, labels, type_ids
@@ -188,7 +188,7 @@ def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tup
 
 
 def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
-    """Begin a sequence at every span, and at every seq_len tokens within spans and pads."""
+    """Return boundaries at every span, and every ``seq_len`` tokens within spans and padding."""
     filled = sum(span.stop - span.begin for span in spans)
     bounds = [*(span.at for span in spans), filled, shape.packed_length]
     starts = [start for begin, stop in pairwise(bounds) for start in range(begin, stop, shape.seq_len)]
@@ -196,7 +196,7 @@ def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
 
 
 def _window_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
-    """Begin a sequence at every seq_len tokens, wherever the samples lie."""
+    """Return boundaries every ``seq_len`` tokens, independent of the samples."""
     return list(range(0, shape.packed_length + 1, shape.seq_len))
 
 

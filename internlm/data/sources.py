@@ -1,4 +1,4 @@
-"""Sources of samples: the interface, random samples, and one type of another source.
+"""Sample sources: the protocol, random samples, and a view of one data-set type.
 
 N: samples of the source.
 """
@@ -15,37 +15,37 @@ LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat i
 
 
 class SampleSource(Protocol):
-    """Samples by index; every method is a pure function of the data set."""
+    """Protocol of a random-access sample source; every method is a pure function of the data set."""
 
     types: list[str]  # names of the data-set types
     lengths: np.ndarray  # [N] int64, tokens per sample
     type_ids: np.ndarray  # [N] index into types
 
     def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length]; a negative id -t is input t but never a label."""
+        """Return the token ids of a sample, int64 [length]; a negative id -t means input t without a label."""
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
 
 
 class Purpose(IntEnum):
-    """Use of a random stream; each purpose has streams of its own, so adding draws to one does not shift another."""
+    """Purpose of a random stream; streams are independent, so drawing more from one does not shift another."""
 
-    ORDER = 0  # of the samples in an epoch
-    LENGTHS = 1  # of random samples
-    TOKENS = 2  # of a random sample
+    ORDER = 0  # order of the samples in an epoch
+    LENGTHS = 1  # lengths of random samples
+    TOKENS = 2  # tokens of a random sample
 
 
 def raw_numbers(count: int, seed: int, purpose: Purpose, index: int = 0) -> np.ndarray:
-    """Draw uniform uint64 numbers, [count], the same with every version of NumPy."""
-    # NumPy promises stable bit streams, but not what its distributions derive from them (NEP 19). An order of samples
-    # that changed with an upgrade would make a resumed run repeat some samples and miss others.
+    """Draw uniform uint64 numbers, [count], independent of the NumPy version."""
+    # NumPy promises stable bit streams, but not stable distributions (NEP 19). If an upgrade changed the order of
+    # samples, a resumed run would repeat some samples and miss others.
     stream = np.random.SeedSequence(seed, spawn_key=(purpose, index))
     return np.random.PCG64(stream).random_raw(count)
 
 
 class RandomSource:
-    """Random samples, reproducible from the seed.
+    """Source of random samples, reproducible from the seed.
 
     Each sample repeats a short pattern in which small ids are more frequent, so that a model can learn something. With
     ``fixed_length`` every sample has exactly ``seq_len`` tokens instead, drawn uniformly and independently.
@@ -86,7 +86,7 @@ class RandomSource:
 
 
 class OneType:
-    """The samples of one data-set type of another source, in its order."""
+    """View of one data-set type of another source, in the order of that source."""
 
     def __init__(self, source: SampleSource, type_name: str) -> None:
         self._source = source
@@ -100,5 +100,5 @@ class OneType:
         return self._source.read(int(self._samples[sample]))
 
     def fingerprint(self) -> str:
-        """Return the digest of the whole source."""
+        """Return the fingerprint of the underlying source, with all its types."""
         return self._source.fingerprint()

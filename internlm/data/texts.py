@@ -1,4 +1,4 @@
-"""Text files as a stream of samples: .txt, .json, .jsonl and .parquet."""
+"""Readers of text samples from .txt, .json, .jsonl and .parquet files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from internlm.utils.lazy import require
 
 
 def find_texts(paths: Iterable[str]) -> list[Path]:
-    """Return the named files, and the text files in the named folders, sorted.
+    """Return the files among ``paths`` and the text files in the folders among them, each folder sorted.
 
     Raises:
-        DataError: a path does not exist, a folder contains no text file, or a file type is not supported.
+        DataError: A path does not exist, a folder contains no text file, or a file type is not supported.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -25,13 +25,13 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
                 raise DataError(Problem(str(path), f"contains no text file (supported: {KNOWN})"))
             found += inside
         elif not path.is_file():
-            raise DataError(Problem(str(path), "there is no such file or folder"))
+            raise DataError(Problem(str(path), "no such file or folder"))
         elif path.suffix not in _READERS:
             raise DataError(
                 Problem(
                     str(path),
                     f"file type {path.suffix!r} is not supported (supported: {KNOWN})",
-                    "Rename or convert it.",
+                    "Rename or convert the file",
                 )
             )
         else:
@@ -40,26 +40,26 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
 
 
 def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterator[str]:
-    """Yield the samples of the files in order, without blank ones.
+    """Yield the samples of the files in order; skip blank ones.
 
     Args:
-        files: files of the supported types.
-        text_key: key of the text in a record of .json, .jsonl and .parquet files.
-        whole_file: take a .txt file as one sample rather than each of its lines.
+        files: Files of supported types.
+        text_key: Key of the text in a record of .json, .jsonl and .parquet files.
+        whole_file: Treat a .txt file as one sample, not each line.
 
     Raises:
-        DataError: a file, or the named line of it, can't be read.
+        DataError: A file or a line of it cannot be read.
     """
     for file in files:
         reader = _whole_text if whole_file and file.suffix == ".txt" else _READERS[file.suffix]
         try:
             yield from (text for text in reader(file, text_key) if text and not text.isspace())
         except OSError as error:
-            raise DataError(Problem(str(file), f"can't be read ({error.strerror or error})")) from error
+            raise DataError(Problem(str(file), f"cannot be read ({error.strerror or error})")) from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``(file:line, line)`` of each line, without its line end."""
+    """Yield ``("file:line", text)`` for each line, without the line end."""
     with file.open("rb") as stream:
         # Binary lines end at \n only. Text mode would also split at a lone \r, and str.splitlines at U+2028, which JSON
         # strings may contain.
@@ -72,7 +72,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")  # drops the byte-order mark that some editors write
     except UnicodeDecodeError as error:
-        raise DataError(Problem(where, f"isn't UTF-8 text ({error.reason})", "Convert it to UTF-8.")) from error
+        raise DataError(Problem(where, f"is not valid UTF-8 ({error.reason})", "Convert the file to UTF-8")) from error
 
 
 def _text_lines(file: Path, text_key: str) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(where, f"isn't JSON ({error})", "A file of JSON lines is named .jsonl.")) from error
+        raise DataError(Problem(where, f"is not valid JSON ({error})", "Name a file of JSON lines .jsonl")) from error
 
 
 def _text_of(record: object, text_key: str, where: str) -> str | None:
@@ -118,7 +118,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
     try:
         table = parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(Problem(str(file), f"isn't a parquet file ({error})")) from error
+        raise DataError(Problem(str(file), f"is not a parquet file ({error})")) from error
     with table:
         schema = table.schema_arrow
         if text_key not in schema.names:
@@ -133,7 +133,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
 
 def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
     known = ", ".join(f"'{key}'" for key in keys)
-    return DataError(Problem(where, f"has no key '{text_key}', but {known}", "Name one of them as --text_key."))
+    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Set --text_key to one of them"))
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {

@@ -1,4 +1,4 @@
-"""Samples from a folder of tokenized files, each checked as it is read.
+"""Sample source that reads a folder of tokenized files and checks each sample as it is read.
 
 N: samples of the source.
 """
@@ -21,18 +21,18 @@ OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets
 
 
 class TokenizedSource:
-    """A folder tree of ``.bin`` and ``.bin.meta`` files; the first-level sub-folder names the data-set type.
+    """Sample source over a tree of ``.bin`` and ``.bin.meta`` files; first-level sub-folders name the data-set types.
 
-    A file that changes while it is in use is an error that names the file and the sample, never another sample.
+    A file that changes while in use raises an error that names file and sample; it never yields another sample.
 
     Args:
-        folder: root of the tree.
-        min_length: leave out files of fewer samples.
-        vocab_size: exclusive upper bound of the token ids.
-        cache_folder: folder of the cached index; by default ``folder`` itself.
+        folder: Root of the tree.
+        min_length: Minimum number of samples of a file; smaller files are left out.
+        vocab_size: Exclusive upper bound of the token ids.
+        cache_folder: Folder of the cached index; by default ``folder`` itself.
 
     Raises:
-        DataError: the folder is missing, or a file in it is damaged.
+        DataError: The folder is missing, or a file in it is damaged.
     """
 
     def __init__(self, folder: str, min_length: int, vocab_size: int, cache_folder: str | None = None) -> None:
@@ -56,21 +56,21 @@ class TokenizedSource:
         """Return the token ids of a sample, int64 [length].
 
         Raises:
-            DataError: the file is not as it was when it was indexed, or holds a token beyond the vocabulary.
+            DataError: The file changed since it was indexed, or contains a token id outside the vocabulary.
         """
         tokens = self._parse(sample, self._line(sample))
         if len(tokens) != self.lengths[sample]:
-            what = f"holds {len(tokens)} tokens, {self._file(sample).meta.name} says {self.lengths[sample]}"
+            what = f"contains {len(tokens)} tokens, but {self._file(sample).meta.name} says {self.lengths[sample]}"
             raise self._error(sample, what, REMAKE)
         if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
-            what = f"holds token {largest}, but model.vocab_size is {self._vocab_size}"
-            raise self._error(sample, what, "Wrong tokenizer? Tokenize with that of the model.")
+            what = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
+            raise self._error(sample, what, "Wrong tokenizer? Tokenize with the tokenizer of the model")
         return tokens
 
     def fingerprint(self) -> str:
         """Return a digest of file names, sizes and sample tables; moving or copying the folder does not change it."""
         digest = hashlib.blake2b(digest_size=16)
-        # Name and size, without path and modification time: a copy of the data is the same data.
+        # Names and sizes, not paths and modification times: a copy of the data has the same fingerprint.
         digest.update(json.dumps([file[1:3] for file in self._index.files]).encode())
         for column in self._index[1:]:
             digest.update(np.ascontiguousarray(column).data)
@@ -80,31 +80,31 @@ class TokenizedSource:
         return self._index.files[self._index.file_ids[sample]]
 
     def _line(self, sample: int) -> bytes:
-        """Read the bytes of a sample, after checking that the file is still the one that was indexed."""
+        """Read the bytes of a sample, and check that the file has not changed since it was indexed."""
         _, offsets, _, file_ids = self._index
         file, offset = self._file(sample), int(offsets[sample])
         last = sample + 1 == len(offsets) or file_ids[sample + 1] != file_ids[sample]
         size = (file.size if last else int(offsets[sample + 1])) - offset
         try:
             stream = self._open(file.path)
-            stat = os.fstat(stream.fileno())  # of the open file, so a file replaced under the same name is noticed
+            stat = os.fstat(stream.fileno())  # of the open file: detects a replaced file of the same name
             line = os.pread(stream.fileno(), size, offset)  # threads share the descriptor: no seek
         except OSError as error:
-            raise self._error(sample, f"can't be read ({error.strerror})", "Bring the file back and resume.") from error
+            raise self._error(sample, f"cannot be read ({error.strerror})", "Restore the file and resume") from error
         if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns) or len(line) != size:
             what = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} now)"
-            raise self._error(sample, what, "Bring the data back as it was, or start over.")
+            raise self._error(sample, what, "Restore the original file, or start a new run")
         return line
 
     def _parse(self, sample: int, line: bytes) -> np.ndarray:
         try:
             tokens = np.asarray(json.loads(line)["tokens"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            what = f'isn\'t a JSON line {{"tokens": [...]}} ({type(error).__name__}: {error})'
+            what = f'is not a JSON line {{"tokens": [...]}} ({type(error).__name__}: {error})'
             raise self._error(sample, what, REMAKE) from error
         # NumPy would silently turn [1, 2.5] into floats and [1, "2"] into strings.
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind != "i"):
-            raise self._error(sample, "its tokens aren't a list of integers", REMAKE)
+            raise self._error(sample, "its tokens are not a list of integers", REMAKE)
         return tokens.astype(np.int64, copy=False)
 
     def _error(self, sample: int, what: str, todo: str) -> DataError:

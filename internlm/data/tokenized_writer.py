@@ -38,9 +38,9 @@ class Recipe(NamedTuple):
 class Chunk(NamedTuple):
     """Tokenized samples, ready to be written."""
 
-    lines: bytes  # of the .bin file
+    lines: bytes  # lines of the .bin file
     sizes: list[int]  # bytes of each line
-    counts: list[int]  # tokens of each
+    counts: list[int]  # tokens of each line
 
 
 class Summary(NamedTuple):
@@ -51,15 +51,15 @@ class Summary(NamedTuple):
 
 
 def make_recipe(tokenizer_path: str, bos: bool | None = False, eos: bool | None = None) -> Recipe:
-    """Make the recipe of a tokenizer.
+    """Build a :class:`Recipe`.
 
     Args:
-        tokenizer_path: see :func:`~internlm.data.tokenizer.load_tokenizer`.
-        bos: put the bos token before each sample; None means if the tokenizer has one.
-        eos: put the eos token after each sample; None means if the tokenizer has one.
+        tokenizer_path: Path that :func:`~internlm.data.tokenizer.load_tokenizer` accepts.
+        bos: Put the bos token before each sample. None: if the tokenizer has one.
+        eos: Put the eos token after each sample. None: if the tokenizer has one.
 
     Raises:
-        DataError: the tokenizer can't be read, or lacks a requested token.
+        DataError: The tokenizer cannot be read, or lacks a requested token.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     before = _special(tokenizer_path, "bos", bos, tokenizer.bos_id)
@@ -68,27 +68,27 @@ def make_recipe(tokenizer_path: str, bos: bool | None = False, eos: bool | None 
 
 def _special(path: str, name: str, wanted: bool | None, token_id: int | None) -> tuple[int, ...]:
     if wanted and token_id is None:
-        raise DataError(Problem(path, f"has no {name} token", f"Leave out --{name}."))
+        raise DataError(Problem(path, f"has no {name} token", f"Leave out --{name}"))
     return () if wanted is False or token_id is None else (token_id,)
 
 
 def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: int, progress: bool = False) -> Summary:
     """Tokenize texts into ``output`` and its ``.meta``, in order.
 
-    Both files appear complete at the end, or not at all, and do not depend on the number of processes.
+    Either both files are complete or neither exists. Their content does not depend on ``workers``.
 
     Args:
-        texts: samples.
-        output: the ``.bin`` file.
-        recipe: how to tokenize.
-        workers: processes; with 1 the caller tokenizes.
-        progress: show a progress bar where stderr is a terminal.
+        texts: Texts, one per sample.
+        output: Path of the ``.bin`` file.
+        recipe: Tokenizer and special tokens.
+        workers: Number of worker processes; with 1 the calling process tokenizes.
+        progress: Show a progress bar if stderr is a terminal.
 
     Raises:
-        DataError: there are no samples, or ``output`` can't be written.
+        DataError: There are no samples, or ``output`` cannot be written.
     """
     if output.suffix != ".bin":
-        raise DataError(Problem(str(output), "isn't the name of a .bin file", f"Call it {output.name}.bin."))
+        raise DataError(Problem(str(output), "is not the name of a .bin file", f"Call it {output.name}.bin"))
     sizes, counts = array("q"), array("q")
     with _both_or_none(output) as (bin_file, meta_file):
         with bin_file.open("xb") as stream:
@@ -98,7 +98,7 @@ def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: 
                 counts.extend(chunk.counts)
             _to_disk(stream)
         if not counts:
-            raise DataError(Problem(str(output), "the input holds no text, so nothing was tokenized"))
+            raise DataError(Problem("--text_input_path", "contains no text to tokenize", "Give files with text"))
         with meta_file.open("xb") as stream:
             np.save(stream, np.stack([np.cumsum(sizes) - sizes, counts], axis=1))
             _to_disk(stream)
@@ -116,7 +116,7 @@ def _encode_all(texts: Iterable[str], recipe: Recipe, workers: int) -> Iterator[
 
 
 def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
-    """Tokenize a list of texts, in a worker process."""
+    """Tokenize a list of texts; runs in a worker process."""
     encode = _tokenizer(recipe.tokenizer_path).encode
     samples = [[*recipe.before, *encode(text), *recipe.after] for text in texts]
     lines = [json.dumps({"tokens": tokens}, separators=(",", ":")).encode() + b"\n" for tokens in samples]
@@ -146,9 +146,9 @@ def _show(chunks: Iterator[Chunk], progress: bool) -> Iterator[Chunk]:
     if not progress:
         yield from chunks
         return
-    from tqdm import tqdm  # here, because only a terminal needs it
+    from tqdm import tqdm  # imported here, because only a terminal needs it
 
-    with tqdm(unit=" samples", disable=None) as bar:  # None means: only on a terminal
+    with tqdm(unit=" samples", disable=None) as bar:  # None: disabled unless on a terminal
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk.counts))
@@ -162,14 +162,14 @@ def _both_or_none(output: Path) -> Iterator[tuple[Path, Path]]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield bin_partial, meta_partial
-        # The order matters: a reader that comes in between finds a .meta without its .bin, never an old .bin with a new
-        # .meta, which might pass for a pair.
+        # The order matters: between the renames a reader finds a .meta without its .bin, never an old .bin with a new
+        # .meta, which it might accept as a pair.
         output.unlink(missing_ok=True)
         for partial, final in zip(partials, finals, strict=True):
             os.replace(partial, final)
     except OSError as error:
-        todo = "Choose a folder that is writable and has free space."
-        raise DataError(Problem(str(output), f"can't be written ({error.strerror})", todo)) from error
+        todo = "Choose a writable folder with free space"
+        raise DataError(Problem(str(output), f"cannot be written ({error.strerror})", todo)) from error
     finally:
         for partial in partials:
             with suppress(OSError):

@@ -9,50 +9,50 @@ from typing import Any, Protocol
 from internlm.utils.errors import DataError, Problem, UserError
 from internlm.utils.lazy import require
 
-KINDS = "Name a sentencepiece .model file, or a folder that contains tokenizer.json or tokenizer.model."
+KINDS = "Give a sentencepiece .model file, or a folder that contains tokenizer.json or tokenizer.model"
 
 
 class Tokenizer(Protocol):
-    """Encoder of texts into token ids, and decoder; neither adds or drops special tokens."""
+    """Protocol of a tokenizer that neither adds nor drops special tokens."""
 
-    vocab_size: int  # every id is below it
-    bos_id: int | None  # begins a text; None where the tokenizer has no such token
-    eos_id: int | None  # ends a text; None where the tokenizer has no such token
+    vocab_size: int  # exclusive upper bound of the token ids
+    bos_id: int | None  # begins a text. None: the tokenizer has no such token
+    eos_id: int | None  # ends a text. None: the tokenizer has no such token
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text."""
+        """Encode a text into token ids."""
 
     def decode(self, ids: list[int]) -> str:
-        """Decode token ids."""
+        """Decode token ids into a text."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Load a tokenizer.
+    """Load a sentencepiece or Hugging Face tokenizer.
 
     Args:
-        path: a sentencepiece ``.model``, a ``tokenizer.json``, or a folder that contains tokenizer.json or
+        path: A sentencepiece ``.model``, a ``tokenizer.json``, or a folder that contains tokenizer.json or
             tokenizer.model.
 
     Raises:
-        DataError: there is no tokenizer, or it can't be read.
-        UserError: the package that reads it is not installed.
+        DataError: ``path`` contains no tokenizer, or it cannot be read.
+        UserError: The package that reads the tokenizer is not installed.
     """
     given = Path(path)
     files = [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        what = "contains no tokenizer" if given.exists() else "there is no such file or folder"
+        what = "contains no tokenizer" if given.exists() else "no such file or folder"
         raise DataError(Problem(path, what, KINDS))
     try:
         return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
     except UserError:
         raise
     except Exception as error:  # the tokenizer packages raise plain Exception and RuntimeError
-        raise DataError(Problem(str(file), f"isn't a tokenizer that can be read ({error})", KINDS)) from error
+        raise DataError(Problem(str(file), f"is not a readable tokenizer ({error})", KINDS)) from error
 
 
 class SentencePieceTokenizer:
-    """Tokenizer of a sentencepiece ``.model``."""
+    """Tokenizer read from a sentencepiece ``.model``."""
 
     def __init__(self, file: Path) -> None:
         sentencepiece = require("sentencepiece", f"tokenizer {file}", "pip install sentencepiece")
@@ -63,33 +63,33 @@ class SentencePieceTokenizer:
         self.eos_id = _id_or_none(self._model.eos_id())
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text."""
+        """Encode a text into token ids."""
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Decode token ids."""
+        """Decode token ids into a text."""
         return self._model.decode(ids)
 
 
 class HuggingFaceTokenizer:
-    """Tokenizer of a Hugging Face ``tokenizer.json``; bos and eos are named in ``tokenizer_config.json`` next to it."""
+    """Tokenizer read from a Hugging Face ``tokenizer.json``; its ``tokenizer_config.json`` names bos and eos."""
 
     def __init__(self, file: Path) -> None:
         tokenizers = require("tokenizers", f"tokenizer {file}", "pip install tokenizers")
         self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         config = file.with_name("tokenizer_config.json")
         names: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        # Not the number of entries: ids may have gaps, and vocab_size has to bound them all.
+        # Not the number of entries: ids may have gaps, and vocab_size must exceed all of them.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.bos_id = self._special(names.get("bos_token"))
         self.eos_id = self._special(names.get("eos_token"))
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text."""
+        """Encode a text into token ids."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Decode token ids."""
+        """Decode token ids into a text."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _special(self, token: str | dict[str, Any] | None) -> int | None:

@@ -14,14 +14,14 @@ from internlm.core.trainer import Batch, Trainer
 def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
     """Compute loss, accuracy and perplexity over the valid tokens of all loaders.
 
-    Collective: all ranks must call it, and each loader gives every rank the same number of batches.
+    Collective: all ranks must call it, and each loader must yield the same number of batches on every rank.
 
     Args:
-        trainer: its model is set to evaluation mode, and back to training mode afterwards.
-        loaders: validation loaders by data-set type.
+        trainer: Trainer of the model, which runs in evaluation mode and is then set to training mode.
+        loaders: Validation loaders by data-set type.
 
     Returns:
-        ``valid/loss``, ``valid/acc`` and ``valid/perplexity``, each also with ``/{type}`` appended.
+        ``valid/loss``, ``valid/acc`` and ``valid/perplexity`` in total, and per data-set type with suffix ``/{type}``.
     """
     trainer.eval()
     totals = {name: _totals(trainer, loader) for name, loader in loaders.items()}
@@ -34,8 +34,8 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
 
 def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
     """Sum loss, correct predictions and valid tokens over a loader: [3]."""
-    # Sums rather than means of batches, because batches differ in their number of valid tokens; in fp64, because their
-    # number has no limit.
+    # Sums rather than means, because batches differ in their number of valid tokens; in fp64, because the number of
+    # batches is unlimited.
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in loader:
         result = trainer.execute_schedule(iter([batch]), forward_only=True)

@@ -1,4 +1,4 @@
-"""Sample continuations, to see what a model has learnt."""
+"""Generation of text by sampling, for inspecting a model."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def generate(
 ) -> list[int]:
     """Sample a continuation of ``prompt`` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-    The whole sequence is computed again for every token, without a cache of keys and values: this is for looking at a
-    model, not for serving it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks must pass the
+    The whole sequence is recomputed for every token, without a key-value cache: meant for inspecting a model, not for
+    serving it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks must pass the
     same arguments.
 
     Args:
-        model: a model that is not split over ranks or into chunks.
-        prompt: token ids.
-        new_tokens: maximum number of tokens to sample.
-        temperature: divisor of the logits; 0 takes the most probable token.
-        top_p: sample from the smallest set of tokens of this total probability.
-        seed: seed of the sampling.
-        stop: token after which to end.
+        model: Model that is not split over ranks or into chunks.
+        prompt: Token ids of the prompt.
+        new_tokens: Maximum number of tokens to sample.
+        temperature: Divisor of the logits; 0 selects the most probable token.
+        top_p: Total probability of the smallest set of tokens to sample from.
+        seed: Seed of the sampling.
+        stop: Token id that ends the continuation. None: no token does.
 
     Returns:
         The sampled token ids, without the prompt.
 
     Raises:
-        UserError: the model is split over ranks or into chunks.
+        UserError: The model is split over ranks or into chunks.
     """
     _check_whole(model)
     device = next(model.parameters()).device
@@ -57,21 +57,21 @@ def generate(
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuse a split model: its ranks would sample different tokens, and the first of several chunks has no logits."""
+    """Refuse a split model, whose ranks would sample different tokens, or whose first chunk returns no logits."""
     layers = getattr(model, "stage_layers", None)
     has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
     is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL
     is_sharded = any(has_placement(parameter) and placement_of(parameter).shard for parameter in model.parameters())
     if has_chunks or is_parallel or is_sharded:
-        todo = "Load its checkpoint into the same model on one process"
+        todo = "Load its checkpoint into a model on one process"
         raise UserError(Problem("generate", "the model is split over ranks or into chunks", todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw one token from logits [V]."""
+    """Sample one token from logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
     outside = probabilities.cumsum(0) - probabilities >= top_p
-    probabilities[1:][outside[1:]] = 0.0  # the most probable token stays, whatever top_p
+    probabilities[1:][outside[1:]] = 0.0  # keep the most probable token for any top_p
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,6 +1,6 @@
-"""Causal attention within packed sequences: one function, and a table of the kernels behind it.
+"""Causal attention within packed sequences: one function that dispatches to a table of kernels.
 
-Shapes: T tokens of all sequences together, N query heads, G key/value heads, Q = N / G query heads per group, D head
+Shapes: T tokens of all sequences, N query heads, G key/value heads, Q = N / G query heads per group, D head
 dimension, L tokens of one sequence, B sequences of one run.
 """
 
@@ -26,7 +26,7 @@ from internlm.utils.torch_private import uncompiled
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences:
-    """Boundaries of the sequences in a flattened batch; no token attends across one."""
+    """Sequence boundaries of a flattened batch; tokens attend only within their own sequence."""
 
     cu_seqlens: Tensor  # int32 [sequences + 1], on the device of the queries: 0, end of the first, ..., T
     max_seqlen: int
@@ -34,7 +34,7 @@ class PackedSequences:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
-        """Make them from cumulative lengths [sequences + 1], which begin with 0; empty sequences are dropped."""
+        """Create from cumulative lengths [sequences + 1], which begin with 0; empty sequences are dropped."""
         # Host sync on CUDA: the lengths of a step are needed in Python to group equal ones.
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
@@ -49,25 +49,25 @@ class PackedSequences:
 
     @classmethod
     def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:
-        """Make ``batch`` sequences of ``seq_len`` tokens each."""
+        """Create ``batch`` sequences of ``seq_len`` tokens each."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
         return cls(cu_seqlens, seq_len, (EqualLengthRun(0, batch, seq_len),))
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all sequences together."""
+        """Number of tokens in all sequences."""
         return sum(run.tokens for run in self.runs)
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """First token and end of every sequence."""
+        """First token and (exclusive) end of each sequence."""
         return [(s + i * length, s + (i + 1) * length) for s, count, length in self.runs for i in range(count)]
 
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, PackedSequences, float, "int | None"], Tensor]
 
 
-# Not traced: the number of sequences and their lengths change with every batch, and each would be a graph of its own.
+# Not traced: the number and the lengths of the sequences change with every batch, and each change would recompile.
 @uncompiled("attention depends on the sequence boundaries")
 def attention(
     q: Tensor,
@@ -81,19 +81,19 @@ def attention(
 ) -> Tensor:
     """Compute causal attention within each sequence (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-    Grouped queries (Ainslie et al. 2023, arXiv 2305.13245): Q consecutive query heads share a key and a value head.
+    With grouped queries (Ainslie et al. 2023, arXiv 2305.13245) Q consecutive query heads share one key/value head.
 
     Args:
-        q: queries, [T, N, D].
-        k: keys, [T, G, D].
-        v: values, [T, G, D].
-        sequences: boundaries, of T tokens together.
-        scale: factor of the scores; by default D ** -0.5.
-        window: number of most recent tokens, itself included, that a token attends to; None means all.
-        backend: kernel; ``auto`` takes the first of :data:`BACKENDS` that supports the device and the dtype.
+        q: Queries, [T, N, D].
+        k: Keys, [T, G, D].
+        v: Values, [T, G, D].
+        sequences: Sequence boundaries, for T tokens in total.
+        scale: Factor of the scores; by default D ** -0.5.
+        window: Number of most recent tokens, including itself, that a token attends to. None: all.
+        backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype.
 
     Returns:
-        [T, N, D].
+        Attention output, [T, N, D].
 
     Raises:
         ConfigError: ``backend`` is unknown, or does not support this device and dtype.
@@ -103,32 +103,32 @@ def attention(
     if backend == "auto":
         name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
-        raise ConfigError(Problem("attention backend", reason, "Use 'auto'."))
+        raise ConfigError(Problem("model.attention_backend", reason, "Use 'auto'"))
     assert sequences.tokens == q.shape[0], f"sequences of {sequences.tokens} tokens for {q.shape[0]} queries"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[name].kernel(q, k, v, sequences, scale, window)
 
 
 def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return why ``backend`` does not support a device and a dtype; empty where it does."""
+    """Return why ``backend`` does not support a device and dtype, or an empty string if it does."""
     if backend not in BACKENDS:
         return f"{backend!r} is unknown. {did_you_mean(backend, BACKENDS)}"
     known = BACKENDS[backend]
     if known.device and device_type != known.device:
-        return f"{backend!r} runs on {known.device} only, the tensors are on {device_type}"
+        return f"{backend!r} runs on {known.device} only, but the tensors are on {device_type}"
     if known.dtypes and dtype not in known.dtypes:
-        return f"{backend!r} takes {', '.join(map(str, known.dtypes))}, the tensors are {dtype}"
+        return f"{backend!r} supports {', '.join(map(str, known.dtypes))}, but the tensors are {dtype}"
     if known.package and (reason := why_missing(known.package)):
-        return f"{backend!r} needs the package '{known.package}', which can't be imported ({reason})"
+        return f"{backend!r} needs the package '{known.package}', which cannot be imported ({reason})"
     return ""
 
 
-# -- kernels. Those with a signature for packed sequences take cu_seqlens; sdpa has none, so it is called run by run.
+# -- kernels. FlashAttention takes cu_seqlens; sdpa does not, so it is called once per run.
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    """FlashAttention-2 (Dao 2023, arXiv 2307.08691)."""
-    from flash_attn import flash_attn_varlen_func  # here, because it is optional
+    """Call FlashAttention-2 (Dao 2023, arXiv 2307.08691)."""
+    from flash_attn import flash_attn_varlen_func  # imported here, because it is optional
 
     cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
     return flash_attn_varlen_func(
@@ -137,17 +137,17 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: f
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    """FlashAttention as torch builds it in."""
-    from torch.nn.attention.varlen import varlen_attn  # here, because it loads the compiler
+    """Call the FlashAttention that is built into torch."""
+    from torch.nn.attention.varlen import varlen_attn  # imported here, because it loads the compiler
 
     cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
-    # A right window of 0 is what makes it causal.
+    # A right window of 0 makes it causal.
     out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
     return cast(Tensor, out)
 
 
 def _left_window(window: int | None) -> int:
-    """Convert to the convention of FlashAttention: tokens before the token itself, -1 for all."""
+    """Convert ``window`` to FlashAttention's convention: number of tokens before the token itself, -1 for all."""
     return -1 if window is None else window - 1
 
 
@@ -156,7 +156,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    # One call for each run, because a block-diagonal mask of the whole row would cost T² memory and time.
+    # One call per run, because a block-diagonal mask of the whole row would take T² memory and time.
     outs = []
     for run in sequences.runs:
         tokens = slice(run.start, run.start + run.tokens)
@@ -175,8 +175,8 @@ def _sdpa_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 
 def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
-    """Compute a sliding window in blocks of ``window`` rows, each of which sees fewer than ``2 * window`` columns."""
-    # So the mask has at most 2 · window² elements, where that of the whole sequence would have L².
+    """Compute sliding-window attention in blocks of ``window`` rows and fewer than ``2 * window`` columns."""
+    # The mask then has at most 2 · window² elements, instead of L² for the whole sequence.
     outs, length = [], q.shape[2]
     for start in range(0, length, window):
         first, end = max(0, start - window + 1), min(start + window, length)
@@ -194,7 +194,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scal
 
 
 class Backend(NamedTuple):
-    """An attention kernel and what it supports; empty fields mean everything."""
+    """Attention kernel with the device, dtypes and package that it requires; empty fields: any."""
 
     kernel: Kernel
     device: str = ""
@@ -204,7 +204,7 @@ class Backend(NamedTuple):
 
 HALF = (torch.float16, torch.bfloat16)
 
-#: In the order in which ``auto`` tries them: the fastest first.
+#: Backends in the order in which ``auto`` tries them, the fastest first.
 BACKENDS: dict[str, Backend] = {
     "flash": Backend(_flash, "cuda", HALF, "flash_attn"),
     "varlen": Backend(_varlen, "cuda", HALF, "torch.nn.attention.varlen"),

@@ -1,16 +1,16 @@
-"""Causal attention on the CPU: row blocks of GEMMs, with an ordinary softmax per block.
+"""Causal attention on the CPU: GEMMs over blocks of rows, with an ordinary softmax per block.
 
 FlashAttention (arXiv 2205.14135) tiles rows and columns, because a GPU's shared memory holds only a small tile, and
 therefore needs the online softmax (arXiv 1805.02867), which rescales partial sums as columns arrive. A CPU's L2 cache
-holds the scores of a block of rows against *all* its columns, so this kernel tiles rows only: torch's one-pass softmax
-serves, nothing is rescaled, and the backward pass needs neither the log-sum-exp nor the output. As in FlashAttention
-the backward pass recomputes the probabilities from q and k, and nothing else is saved.
+holds the scores of a block of rows against *all* its columns, so this kernel tiles rows only: torch's softmax applies,
+nothing is rescaled, and the backward pass needs neither the log-sum-exp nor the output. As in FlashAttention, the
+backward pass recomputes the probabilities from q and k; only q, k and v are saved.
 
-Short sequences go through batched GEMMs over as many (sequence, group) pairs as the cache holds. Long ones go pair by
-pair, because only a single GEMM, not a batched one, is faster in oneDNN (see ``gemm``).
+Short sequences use batched GEMMs over as many (sequence, group) pairs as fit into the cache. Long sequences use one
+GEMM per pair, because oneDNN is faster only for GEMMs that are not batched (see ``gemm``).
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
-sequence, B sequences of one run, n pairs of a sequence and a group, R rows of one block, S columns that the block sees.
+sequence, B sequences of one run, n pairs of a sequence and a group, R rows of one block, S columns visible to it.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 from internlm.utils.torch_private import softmax_backward
 
-# Indices of sequences and of groups.
+# Indices (sequence, kv group) of one pair, or slices of several.
 Pairs: TypeAlias = tuple[int, int] | tuple[slice, slice]
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-_ROWS, _ROWS_SINGLE = 64, 256  # rows of a block: of batched pairs, of a single pair
+_ROWS, _ROWS_SINGLE = 64, 256  # rows of a block: batched pairs, single pair
 _SCORES = 2**19  # elements in the scores of a block, all pairs together: 2 MiB in fp32
-_SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs go one by one
+_SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs are computed one at a time
 
 
 class EqualLengthRun(NamedTuple):
-    """Consecutive sequences of equal length, which can be computed as one batch."""
+    """Run of consecutive sequences of equal length, which can be computed as one batch."""
 
     start: int  # first token
     sequences: int
-    length: int  # tokens of each
+    length: int  # tokens of each sequence
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all its sequences."""
+        """Number of tokens in all sequences of the run."""
         return self.sequences * self.length
 
 
@@ -58,12 +58,12 @@ def blocked_attention(
 
 
 class _Plan(NamedTuple):
-    """Tiling of a run."""
+    """Tiling of an :class:`EqualLengthRun`."""
 
     groups: int
-    together: int  # pairs worked on at once
-    rows: int  # of a block
-    padded: int  # tokens of a sequence, with those that only fill up its last block
+    together: int  # pairs per batched product
+    rows: int  # rows of a block
+    padded: int  # tokens of a sequence, including padding
     scale: float
     window: int | None
 
@@ -107,7 +107,7 @@ def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Write the attention of some pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
-        # Scaling q costs R · D products, scaling the scores R · S.
+        # Scaling q costs R · D multiplications, scaling the scores R · S.
         probs = _probs(_block(q, rows) * plan.scale, k[..., cols, :], rows, cols, plan)
         _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
 
@@ -123,9 +123,9 @@ def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
         probs = _probs(block_q, block_k, rows, cols, plan)
         dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
         dscores = softmax_backward(dprobs, probs)
-        # Not `sum_dv[...] += x`: that would copy the slice onto itself once more.
+        # Not `sum_dv[...] += x`, which would also copy the slice onto itself.
         sum_dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
-        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))  # block_q carries the scale
+        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))  # block_q includes the scale
         _put(gemm.matmul(dscores, block_k).mul_(plan.scale), dq, rows)
     everything = slice(0, plan.padded)
     _put(sum_dk, dk, everything)
@@ -133,7 +133,7 @@ def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
 
 
 def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tensor:
-    """Compute the attention probabilities of a block, q scaled: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
+    """Compute the attention probabilities of a block from scaled q: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
     scores = gemm.matmul(q, k.mT)
     size = rows.stop - rows.start
     by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
@@ -147,7 +147,7 @@ def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tenso
 
 @functools.cache
 def _causal_bias(dtype: torch.dtype) -> Tensor:
-    """Make -inf above the diagonal of a block, else 0: [rows, rows]."""
+    """Create the causal bias of a diagonal block, -inf above the diagonal and else 0: [rows, rows]."""
     return torch.full((_ROWS_SINGLE, _ROWS_SINGLE), float("-inf"), dtype=dtype).triu_(1)
 
 
@@ -156,14 +156,14 @@ def _plan(q: Tensor, groups: int, run: EqualLengthRun, scale: float, window: int
     window = window if window is not None and window < length else None
     if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and gemm.onednn_serves(q):
         rows = _ROWS_SINGLE if per_group == 1 else _ROWS_SINGLE // 2  # the heads of a group share a GEMM
-        # Padding rounds the shapes, because oneDNN compiles a kernel for each.
+        # Padding limits the number of shapes, because oneDNN compiles a kernel for each.
         return _Plan(groups, 1, rows, length + -length % gemm.TOKEN_MULTIPLE, scale, window)
     together = max(2, _SCORES // (per_group * _ROWS * length))
     return _Plan(groups, together, _ROWS, length, scale, window)
 
 
 def _pairs(run: EqualLengthRun, plan: _Plan) -> Iterator[Pairs]:
-    """Yield the (sequence, group) pairs to work on together, as indices into a view."""
+    """Yield index pairs (sequence, kv group) of q, k and v computed in one batched product."""
     sequences, groups = range(run.sequences), range(plan.groups)
     if plan.together == 1:
         return itertools.product(sequences, groups)
@@ -176,14 +176,14 @@ def _slices(indices: range, step: int) -> Iterator[slice]:
 
 
 def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
-    """Yield the row blocks of a sequence, each with the columns that it sees."""
+    """Yield the row blocks of a sequence, each with its visible columns."""
     for start in range(0, plan.padded, plan.rows):
         end = min(start + plan.rows, plan.padded)
         first = 0 if plan.window is None else max(0, start - plan.window + 1)
         yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
 
 
-# -- moving between the layout of the model, [T, heads, D], and that of a block
+# -- conversion between the layout of the model, [T, heads, D], and that of a block
 
 
 def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
@@ -193,7 +193,7 @@ def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
 
 
 def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
-    """Take the tokens of some pairs: [T, heads, D] -> [n, heads / G, L, D], or without n for a single pair.
+    """Select the tokens of some pairs: [T, heads, D] -> [n, heads / G, L, D], or without n for a single pair.
 
     A single pair is padded with zeros. Padded keys come after all real tokens, so the causal mask hides them.
     """
@@ -209,12 +209,12 @@ def _block(x: Tensor, rows: slice) -> Tensor:
 
 
 def _put(block: Tensor, target: Tensor, rows: slice) -> None:
-    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], without the padding."""
+    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], without padding."""
     target = target[..., rows, :]
     *heads, length, dim = target.shape
     target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])
 
 
 def _zeros(x: Tensor, plan: _Plan) -> Tensor:
-    """Make zeros like [..., L, D], in the memory order in which ``gemm.matmul`` returns the gradients added to them."""
+    """Create zeros like [..., L, D], in the memory order of the gradients that ``gemm.matmul`` returns."""
     return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

@@ -1,7 +1,7 @@
 """Cross entropy of next-token prediction, fused with the output projection or on given logits.
 
 The logits of a micro-batch are its largest tensor by far: T · V elements, where activations have T · H. The fused
-version computes them chunk by chunk, and their gradient with them, so that they never exist as a whole and are never
+version computes logits and their gradient chunk by chunk, so that they never exist as a whole and are never
 recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
 
 Shapes: T tokens, H hidden size, V vocabulary entries (of a shard: rows of its weight), C tokens of one chunk.
@@ -21,32 +21,32 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 from internlm.utils.dtype import grad_dtype, wide
 
-IGNORED = -100  # label without a loss; the ignore_index of torch.nn.functional.cross_entropy
-# Elements of one chunk's logits on the CPU: just below the 32 MiB from which glibc maps fresh pages for every
+IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
+# Elements of one chunk's logits on the CPU: just below 32 MiB, from which on glibc maps fresh pages for every
 # allocation, which costs as much as the softmax.
 _CHUNK_ELEMENTS = 8_300_000
 
 
 class TokenLoss(NamedTuple):
-    """The loss of a batch of tokens, as a sum to differentiate and token by token."""
+    """Loss of a batch of tokens, as a differentiable sum and per token."""
 
     loss_sum: Tensor  # scalar, differentiable: grad_scale * sum of the token losses
     token_loss: Tensor  # [T] detached, without grad_scale, 0 where the label is ignored
-    correct: Tensor  # [T] bool, whether no logit exceeds the label's; False where the label is ignored
+    correct: Tensor  # [T] bool, the label's logit is a maximum; False where the label is ignored
 
 
 class VocabShard(Protocol):
-    """This rank's shard of the vocabulary, and the two all-reduces that a sharded softmax needs."""
+    """Protocol of a vocabulary shard, with the two all-reduces of a sharded softmax."""
 
-    first: int  # index of its first vocabulary entry
-    columns: int  # its vocabulary entries; the weight may have more rows, which are padding
+    first: int  # index of the first vocabulary entry of the shard
+    columns: int  # vocabulary entries of the shard; further rows of the weight are padding
     total: int  # vocabulary entries of all shards, without padding
 
     def max_(self, x: Tensor) -> Tensor:
-        """All-reduce the maximum, element by element, in place."""
+        """Take the elementwise maximum of `x` over the ranks by all-reduce, in place."""
 
     def sum_(self, x: Tensor) -> Tensor:
-        """All-reduce the sum, in place."""
+        """Sum `x` over the ranks by all-reduce, in place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,9 +54,9 @@ class LossOptions:
     """Options of :func:`linear_cross_entropy`."""
 
     label_smoothing: float = 0.0
-    grad_scale: float = 1.0  # factor of loss_sum, and so of all gradients
-    chunk_tokens: int | None = None  # tokens whose logits exist at a time; None takes default_chunk_tokens
-    vocab: VocabShard | None = None  # given where the vocabulary is split over ranks
+    grad_scale: float = 1.0  # factor of loss_sum and of all gradients
+    chunk_tokens: int | None = None  # tokens of one chunk. None: default_chunk_tokens
+    vocab: VocabShard | None = None  # shard of a vocabulary that is split over ranks
     main_grad: Tensor | None = None  # [V, H]; the gradient of the weight is added to it rather than returned
 
 
@@ -68,20 +68,21 @@ def linear_cross_entropy(
 ) -> TokenLoss:
     """Compute the cross entropy of ``softmax(x @ weight.T)`` against ``labels``.
 
-    With ``options.vocab``, ``weight`` holds this rank's rows, the same number on every rank. All other arguments and
-    the result are the same on every rank, while the gradient of ``x`` is partial: the caller sums it over the ranks.
+    With ``options.vocab``, ``weight`` is this rank's shard, with the same number of rows on every rank. All other
+    arguments and the result are the same on every rank; the gradient of ``x`` is a partial sum, to be summed over the
+    ranks by the caller.
 
     Args:
-        x: last hidden states, [T, H].
-        weight: output embedding, [V, H].
-        labels: int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
-        options: scalars, sharding and the place of the weight gradient.
+        x: Hidden states, [T, H].
+        weight: Output embedding, [V, H].
+        labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
+        options: Smoothing, scale, chunk size, vocabulary shard and gradient buffer.
     """
     if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()  # needs_input_grad would still be True, and gradients be computed
-    if x.device.type != "cpu":  # counting the ignored tokens would be a host sync
+        x, weight = x.detach(), weight.detach()  # else needs_input_grad is True and gradients are computed
+    if x.device.type != "cpu":  # counting ignored tokens would need a host sync
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, options))
-    # On the CPU the GEMMs dominate, so tokens without a loss (pads, prompts) are left out of them.
+    # On the CPU the GEMMs dominate, so tokens without a loss (padding, prompts) are left out.
     (kept,) = torch.where(labels != IGNORED)
     if len(kept) == len(labels):
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, options))
@@ -108,8 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         main_grad, smoothing = options.main_grad, options.label_smoothing
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_x else None  # [T, H]
-        # Summed over chunks in at least fp32, or small contributions would be lost; and transposed, [H, V], because
-        # then each contribution needs no transposed copy of the logits.
+        # Accumulated over chunks in at least fp32, or small contributions would be lost; and transposed, [H, V], so
+        # that no chunk needs a transposed copy of the logits.
         sum_dtype = wide((weight if main_grad is None else main_grad).dtype)
         dweight = weight.new_zeros(weight.shape[::-1], dtype=sum_dtype) if wants_weight else None
         token_loss = x.new_empty(len(x), dtype=wide(x.dtype))
@@ -134,10 +135,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        # The scales come last: multiplied into dlogits in the forward pass they would overflow or vanish in fp16.
+        # The scales are applied last: multiplied into dlogits they could overflow or underflow in fp16.
         factor = dloss * ctx.grad_scale
         if dx is not None:
-            dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may exceed what half precision holds
+            dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may overflow in half precision
         if dweight is not None:
             dweight = _deliver(dweight.t(), factor, ctx.main_grad, ctx.dtype)
         return dx, dweight, None, None
@@ -165,25 +166,25 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute losses, correctness and the gradient of the summed losses for the logits, which are overwritten.
+    """Compute the loss and correctness of each token, and the gradient of the summed loss with respect to the logits.
 
     With smoothing s the target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, arXiv 1512.00567,
-    section 7), so the loss is logsumexp - (1 - s) · label logit - s · mean logit, and its gradient softmax - target.
+    section 7), so the loss is logsumexp - (1 - s) · label logit - s · mean logit, and its gradient is softmax - target.
 
     Args:
-        logits: [C, V].
-        labels: [C].
-        valid: [C]; rows that are not valid have loss 0 and a meaningless gradient.
-        smoothing: s.
+        logits: Logits, [C, V]; overwritten.
+        labels: Labels, [C].
+        valid: Mask, [C]; other rows have loss 0 and an undefined gradient.
+        smoothing: Label smoothing s.
 
     Returns:
-        Losses [C], correctness [C], gradient [C, V].
+        Losses [C], correctness [C] and gradient [C, V], which reuses the memory of ``logits``.
     """
     targets = labels.where(valid, 0)[:, None]
     label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
     wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
     probs = torch.softmax(logits, 1, out=logits)
-    # The largest probability is exp(top - logsumexp), and at least 1 / V: this is stable, and saves a pass over [C, V].
+    # The largest probability is exp(top - logsumexp), and at least 1 / V: stable, and one pass over [C, V] less.
     logsumexp = top - probs.amax(1).log()
     if smoothing:
         probs.sub_(smoothing / probs.shape[1])
@@ -196,16 +197,16 @@ def _sharded_losses_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`_losses_and_grad` on the logits of one vocabulary shard (Megatron-LM, arXiv 1909.08053, sec. 3).
 
-    It makes two all-reduces of [C] and of at most [3, C] elements. They do not depend on the labels, because all ranks
-    have to make the same ones.
+    Calls two all-reduces, of [C] and of at most [3, C] elements. They do not depend on the labels, so that all ranks
+    call the same ones.
     """
     local = labels - vocab.first
-    # True on the rank that holds the label's entry, and nowhere for an ignored label, which is negative.
+    # True on the rank that owns the label's entry; False on all ranks for an ignored label, which is negative.
     held = (local >= 0) & (local < vocab.columns)
     targets = local.where(held, 0)[:, None]
     real = logits[:, : vocab.columns]
     logits[:, vocab.columns :] = -torch.inf  # padding has no probability
-    top = vocab.max_(logits.amax(1))  # of all shards, so that no exponential overflows and all shards share one scale
+    top = vocab.max_(logits.amax(1))  # over all shards: no exponential overflows, one common scale
     sums = [logits.gather(1, targets).squeeze(1).where(held, 0.0)]
     if smoothing:
         sums.append(real.sum(1))
@@ -220,15 +221,15 @@ def _sharded_losses_and_grad(
 
 
 def default_chunk_tokens(device_type: str, rows: int) -> int:
-    """Return the tokens of one chunk for a weight of ``rows`` rows."""
+    """Return the default number of tokens per chunk for a weight of ``rows`` rows."""
     if device_type != "cpu":
         return 2048
-    # Multiples of 64, for which oneDNN has kernels already; below 128 its GEMMs become slow.
+    # Multiples of 64, for which oneDNN has cached kernels; its GEMMs are slow below 128.
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
 
 
 def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Add ``factor`` times the gradient to ``main_grad`` and return None, or return it where there is none."""
+    """Scale the gradient by ``factor``; add it to ``main_grad`` and return None, or return it without ``main_grad``."""
     factor = factor.to(dweight.dtype)
     if main_grad is None:
         return torch.mul(dweight, factor, out=torch.empty(dweight.shape, dtype=dtype, device=dweight.device))

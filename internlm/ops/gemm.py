@@ -1,10 +1,10 @@
-"""The GEMMs of training, without autograd: the three of a linear layer, and a plain one.
+"""GEMMs of training, without autograd: the three products of a linear layer, and a plain product.
 
-On the CPU in fp32 the products go through oneDNN: nowhere much slower than the BLAS behind ``torch.mm``, and twice as
-fast on processors whose AVX-512 units that BLAS leaves unused. All other products go through ``torch.mm``. Measurements
+On the CPU in fp32 the products go through oneDNN: never much slower than the BLAS behind ``torch.mm``, and twice as
+fast on processors whose AVX-512 units this BLAS does not use. All other products go through ``torch.mm``. Measurements
 are in ``doc/performance.md``.
 
-Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for the plain one.
+Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for a plain product.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from internlm.utils.torch_private import onednn_linear
 
-# oneDNN compiles a kernel for every shape it meets (about 1 ms) and keeps it (about 0.5 MB), so the number of tokens,
-# which may vary from call to call, is padded to a multiple of this.
+# oneDNN compiles (about 1 ms) and caches (about 0.5 MB) a kernel per shape, so the number of tokens, which may vary
+# from call to call, is padded to a multiple of this.
 TOKEN_MULTIPLE = 64
-# Multiply-adds below which a call to oneDNN (15 us before any work, against 4) costs more than it saves.
+# Multiply-adds below which oneDNN does not pay: a call has 15 us of overhead, against 4 us.
 _LEAST_WORK = 2**20
-# Elements of a product that exists only to be added to something; bounds the memory of a weight gradient's temporary.
+# Elements of one block of a weight gradient; bounds the memory of the temporary product.
 _BLOCK_ELEMENTS = 2**22
 
 
@@ -32,23 +32,23 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """Compute the gradient of :func:`linear` for its input, ``dy @ weight``: [T, O], [O, I] -> [T, I]."""
+    """Compute the gradient of :func:`linear` with respect to its input, ``dy @ weight``: [T, O], [O, I] -> [T, I]."""
     return linear(dy, weight.t())
 
 
 def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
-    """Compute the gradient of :func:`linear` for its weight in place: ``out += dy.T @ x``.
+    """Accumulate the gradient of :func:`linear` with respect to its weight in place: ``out += dy.T @ x``.
 
     Args:
-        out: [O, I]; its dtype may be wider than that of the factors, as that of an fp32 gradient buffer is.
-        dy: [T, O].
-        x: [T, I].
-        accumulate: add to ``out`` rather than overwrite it.
+        out: Gradient, [O, I]; its dtype may be wider than that of the factors (fp32 gradient buffer).
+        dy: Gradient of the output, [T, O].
+        x: Input, [T, I].
+        accumulate: Add to ``out``; if False, overwrite it.
     """
     if out.dtype == dy.dtype and not _onednn_pays(dy.t(), x.shape[1]):
         out.addmm_(dy.t(), x, beta=int(accumulate))
         return
-    # Neither oneDNN nor a product in mixed dtypes can add to its output, so it needs a temporary: block by block.
+    # Neither oneDNN nor a mixed-dtype product can add to its output; blocks bound the size of the temporary.
     rows = max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // out.shape[1])
     for block, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
         product = _wide_product(columns, x, out.dtype) if out.dtype != dy.dtype else _transposed_product(columns, x)
@@ -59,10 +59,10 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a @ b``: [M, K], [K, N] -> [M, N], or a batch of them; ``a`` may be a transposed view.
+    """Compute ``a @ b``: [M, K], [K, N] -> [M, N], optionally batched; ``a`` may be a transposed view.
 
-    A batch takes one call of the BLAS. Single products should have few distinct shapes, because oneDNN keeps a kernel
-    for each.
+    A batch is one call of the BLAS. Single products should have few distinct shapes, because oneDNN caches a kernel per
+    shape.
     """
     if a.dim() > 2:
         return torch.bmm(a, b)
@@ -72,7 +72,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def onednn_serves(x: Tensor) -> bool:
-    """Return whether products of tensors like ``x`` may go through oneDNN."""
+    """Return whether oneDNN supports the dtype and device of ``x``."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -86,7 +86,7 @@ def _onednn_pays(left: Tensor, columns: int) -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a @ b.T``: [M, K], [N, K] -> [M, N]; a transposed view is free as ``b`` and copied as ``a``."""
+    """Compute ``a @ b.T``: [M, K], [N, K] -> [M, N]; a transposed ``a`` is copied, a transposed ``b`` is not."""
     if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
         b = b.contiguous()
     return onednn_linear(a, b)
@@ -95,7 +95,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying the smaller factor in transposed order.
 
-    With ``b`` copied the result is a transposed view, which costs its reader a strided pass; the comparison counts it.
+    If ``b`` is copied, the result is a transposed view, whose strided read the comparison counts as a cost.
     """
     a, b = _pad_tokens(a), _pad_tokens(b)
     if a.numel() <= b.numel() + a.shape[1] * b.shape[1]:
@@ -109,7 +109,7 @@ def _pad_tokens(x: Tensor) -> Tensor:
 
 
 def _wide_product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute ``dy.T @ x`` with sums and result in ``dtype``, wider than the dtype of the factors."""
+    """Compute ``dy.T @ x``, accumulated and returned in ``dtype``, which is wider than that of the factors."""
     if dy.device.type == "cuda":
-        return torch.mm(dy.t(), x, out_dtype=dtype)  # tensor cores sum in fp32 anyway; this keeps that precision
+        return torch.mm(dy.t(), x, out_dtype=dtype)  # tensor cores sum in fp32; do not round the result
     return torch.mm(dy.t().to(dtype), x.to(dtype))

@@ -19,14 +19,14 @@ from internlm.utils.dtype import wide
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] -> [T, H].
 
-    Half precision is computed in fp32 and rounded once. Only ``x`` and one number per token are saved for backward.
+    Half precision is computed in fp32 and rounded once. Only ``x`` and one value per token are saved for backward.
     """
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
         width = wide(x.dtype)
         return reference.rms_norm(x.to(width), weight.to(width), eps).to(x.dtype)
     if x.device.type == "cuda" and x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)  # one kernel each way; on the CPU it is a chain of small ones
+        return F.rms_norm(x, weight.shape, weight, eps)  # one fused kernel per pass; many small ones on the CPU
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -50,10 +50,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Use the fused backward kernel of layer norm with mean 0, and undo its term for the subtracted mean.
+        """Call the fused backward kernel of layer norm with mean 0, and undo its term for the subtracted mean.
 
-        With g = dout · weight and r = 1 / rms, layer norm gives dx = r · (g - mean(g) - r² · x · mean(g · x)), where
-        RMSNorm has no mean(g).
+        With g = dout · weight and r = 1 / rms, layer norm has dx = r · (g - mean(g) - r² · x · mean(g · x)), and
+        RMSNorm the same without mean(g).
         """
         x, weight, inverse = ctx.saved_tensors
         wide_x, wide_dout, wide_weight = (t.to(inverse.dtype) for t in (x, dout, weight))

@@ -1,7 +1,7 @@
-"""Reference implementations of the ops: plain torch, differentiated by autograd, slow and hungry for memory.
+"""Reference implementations of the ops in plain torch with autograd; slow and memory-intensive.
 
-Parity tests compare the kernels with these, and compiled blocks use some of them, because the compiler fuses plain
-formulas itself. Formulas and sources are in the docstrings of the kernels.
+Parity tests compare the kernels with them, and compiled blocks use some of them, because the compiler fuses plain
+formulas. Formulas and sources are in the docstrings of the kernels.
 
 Shapes: T tokens, H hidden size, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension,
 F intermediate features, V vocabulary entries.
@@ -55,7 +55,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Compute causal attention within each (start, end): [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Compute causal attention within each (start, end) of ``bounds``: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
     per_group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(per_group, 1), v.repeat_interleave(per_group, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -73,5 +73,5 @@ def attention(
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the loss of each token: [T, V], [T] -> [T], 0 where the label is -100."""
+    """Compute the loss of each token, 0 where the label is -100: [T, V], [T] -> [T]."""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=-100)

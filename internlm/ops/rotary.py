@@ -22,12 +22,12 @@ from internlm.utils.dtype import wide
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """Base frequency, and how it or the positions are scaled for contexts longer than those of training.
+    """Base frequency, and its scaling or that of positions for contexts longer than in training.
 
     Linear scaling divides positions by the factor s (position interpolation, Chen et al. 2023, arXiv 2306.15595). With
-    ``dynamic_ntk`` positions stay, and once a sequence of L tokens exceeds ``max_position``, the base becomes
+    ``dynamic_ntk`` positions are unchanged, and once a sequence of L tokens exceeds ``max_position``, the base becomes
     base * (s * L / max_position - (s - 1)) ** (D / (D - 2)) (dynamic NTK scaling, Peng et al. 2023, arXiv 2309.00071,
-    section 3): high frequencies, which resolve neighbours, hardly change, and the lowest is stretched to L.
+    section 3): high frequencies, which distinguish neighbours, hardly change, and the lowest is stretched to L.
     """
 
     base: float = 10000.0
@@ -49,14 +49,14 @@ def rotary_table(
     """Compute the cosines and sines of the angles at ``positions``.
 
     Args:
-        positions: [T].
-        dim: head dimension D.
-        scaling: base and scaling.
-        seq_len: length L for dynamic NTK scaling; by default the largest position + 1, at the cost of a host sync.
-        dtype: dtype of the result.
+        positions: Token positions, [T].
+        dim: Head dimension D.
+        scaling: Base frequency and scaling.
+        seq_len: Sequence length L for dynamic NTK scaling; by default the largest position + 1 (a host sync).
+        dtype: Dtype of the result.
 
     Returns:
-        Two tensors [T, D / 2].
+        Cosines and sines, each [T, D / 2].
     """
     base, factor = scaling.base, scaling.factor
     if scaling.dynamic_ntk:
@@ -64,7 +64,7 @@ def rotary_table(
         stretch = factor * length / scaling.max_position - (factor - 1)
         base *= max(stretch, 1.0) ** (dim / (dim - 2))
         factor = 1.0
-    # In fp64: an fp32 angle at position 10⁶ is off by 0.03 rad.
+    # Computed in fp64: an fp32 angle at position 10⁶ has an error of 0.03 rad.
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
     angles = torch.outer(positions.double() / factor, base**-exponents)  # [T, dim / 2]
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -78,8 +78,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection and rotate q and k: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
 
-    A group has its Q query heads, then its key head, then its value head. The results are stored head by head ([N, T,
-    D] seen as [T, N, D]), the order in which attention reads them.
+    A group consists of its Q query heads, its key head and its value head, in this order. The results are stored by
+    head (views [T, N, D] of [N, T, D]), the order in which attention reads them.
     """
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
@@ -101,7 +101,7 @@ class _ApplyRotary(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dout)
-        # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x need not be saved.
+        # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x is not saved.
         _rotate(dout, cos, -sin, ctx.interleaved, dx)
         return dx, None, None, None
 
@@ -133,7 +133,7 @@ class _SplitQKVRotary(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
     """Write ``x`` rotated by the angles into ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
-    # Head by head on the CPU: one fits the cache, and is read and written several times.
+    # One head at a time on the CPU: it fits into the cache, and is read and written several times.
     if x.device.type == "cpu" and x.dim() > 2:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head)

@@ -1,4 +1,4 @@
-"""The gated activation of the feed-forward block (Shazeer 2020, arXiv 2002.05202, eq. 5).
+"""SwiGLU, the gated activation of the feed-forward block (Shazeer 2020, arXiv 2002.05202, eq. 5).
 
 Shapes: T tokens, F intermediate features.
 """
@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from internlm.ops import reference
 
-_BLOCK = 2**17  # elements of one tensor's block: 512 KiB in fp32, so the blocks of a pass stay in the cache
+_BLOCK = 2**17  # elements of one tensor's block: 512 KiB in fp32, so the blocks of one pass fit into the cache
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute ``silu(gate) * up``: [T, 2, F], gate then up, -> [T, F]; only the input is saved for backward."""
+    """Compute ``silu(gate) * up``: [T, 2, F] (gate, up) -> [T, F]; only the input is saved for backward."""
     # The compiler fuses the plain formula better than it could a custom autograd function.
     return reference.swiglu(gate_up) if torch.compiler.is_compiling() else _SwiGLU.apply(gate_up)
 
@@ -39,7 +39,7 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up = torch.empty_like(gate_up)
         blocks = _row_blocks(*gate_up.unbind(1), *dgate_up.unbind(1), dout)
         for gate, up, dgate, dup, rows in zip(*blocks, strict=True):
-            # In place in the results, so a block needs no temporaries: dgate = silu'(gate) · dout · up, and
+            # Computed in the output buffers, without temporaries: dgate = silu'(gate) · dout · up, and
             # dup = silu(gate) · dout.
             torch.mul(rows, up, out=dgate)
             torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
@@ -48,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split each tensor into blocks of rows, small enough on the CPU to stay in the cache from one pass to the next."""
+    """Split each tensor into blocks of rows that, on the CPU, stay in the cache between operations."""
     tokens, features = tensors[0].shape
     rows = max(1, _BLOCK // features) if tensors[0].device.type == "cpu" else max(1, tokens)
     return (x.split(rows) for x in tensors)

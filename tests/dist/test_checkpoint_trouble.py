@@ -134,15 +134,15 @@ def _cut(name: str, part: float) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no index": (lambda newest: (newest / ".metadata").unlink(), ".metadata: can't be read"),
-    "half an index": (_cut(".metadata", 0.5), ".metadata: can't be read"),
+    "no index": (lambda newest: (newest / ".metadata").unlink(), ".metadata: cannot be read"),
+    "half an index": (_cut(".metadata", 0.5), ".metadata: cannot be read"),
     "half a shard": (_cut("__0_0.distcp", 0.5), "bytes, its index says"),
     "nearly a shard": (_cut("__1_0.distcp", 0.99), "bytes, its index says"),
     "an empty shard": (_cut("__1_0.distcp", 0), "__1_0.distcp: 0 bytes, its index says"),
     "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: 0 bytes, its index says"),
-    "half a state": (_cut("state.json", 0.5), "state.json: can't be read"),
+    "half a state": (_cut("state.json", 0.5), "state.json: cannot be read"),
     "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
-    "a newer format": (lambda newest: _rewrite_state(newest, format=7), "step-2: has format 7, this version reads up"),
+    "a newer format": (lambda newest: _rewrite_state(newest, format=7), "step-2: has format 7, but this version reads"),
 }
 
 
@@ -166,7 +166,7 @@ class _Hostile:
 def test_nothing_that_lies_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
     target = tmp_path / "executed"
     (tmp_path / "ckpts" / "step-2" / ".metadata").write_bytes(pickle.dumps(_Hostile(target)))
-    assert "can't be read (it asks for posix.mkdir" in _assert_refused(tmp_path)
+    assert "cannot be read (it refers to posix.mkdir" in _assert_refused(tmp_path)
     assert not target.exists()
 
 
@@ -174,7 +174,7 @@ def test_a_wrong_path_lists_what_is_there(tmp_path: Path) -> None:
     fit(1, saving(tmp_path), 2)
     path = f"ckpt.load_ckpt_info.path={tmp_path / 'ckpts' / 'step-3'}"
     message = resume(2, saving(tmp_path / "new", path)).message
-    assert message == f"{tmp_path}/ckpts/step-3: no such checkpoint ({tmp_path}/ckpts holds step-2). Check the path"
+    assert message == f"{tmp_path}/ckpts/step-3: no such checkpoint ({tmp_path}/ckpts has step-2). Correct the path"
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     outcome = fit(2, saving(tmp_path), 2)
     assert "File exists" in outcome.message
     assert outcome.log == []  # found before anything was trained in vain
-    assert outcome.message.endswith("Choose a folder that can be written, with room")
+    assert outcome.message.endswith("Choose a writable folder with free space")
 
 
 class _NoRoom(Hook):
@@ -205,7 +205,7 @@ class _NoRoom(Hook):
 def test_no_room_on_one_rank(rank: int, tmp_path: Path) -> None:
     """All ranks fail together; the partial checkpoint is removed, the one before is whole."""
     failed = fit(2, saving(tmp_path), hooks=[_NoRoom(rank)])
-    assert f"{tmp_path}/ckpts/step-4: can't be written (rank {rank}: " in failed.message
+    assert f"{tmp_path}/ckpts/step-4: cannot be written (rank {rank}: " in failed.message
     assert os.listdir(tmp_path / "ckpts") == ["step-2"]
     assert resume(2, saving(tmp_path)).state["step"] == 2
 
@@ -214,13 +214,13 @@ def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
     fit(1, saving(tmp_path, total=2))
     warnings = fit(1, saving(tmp_path, "ckpt.auto_resume=False", total=2)).ranks[0].warnings
     assert len(warnings) == 1
-    assert "holds step-2 of an earlier run, which this one does not resume" in warnings[0]
+    assert "contains step-2 of an earlier run, which is not resumed" in warnings[0]
 
 
 def test_a_state_that_lacks_something(tmp_path: Path) -> None:
     fit(1, saving(tmp_path, total=2))
     (tmp_path / "ckpts" / "step-2" / "state.json").write_text('{"format": 1}')
     assert (
-        "state.json: has no 'config': another version wrote it, or it was changed. Choose another one"
+        "state.json: has no key 'config': another version wrote it, or it was edited. Choose another checkpoint"
         in fit(1, saving(tmp_path)).message
     )

@@ -70,7 +70,7 @@ def test_types_that_are_stored_alike_are_the_same(dtype: str) -> None:
 
 def test_another_type() -> None:
     (text,) = texts(compatibility.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype="torch.bfloat16")))
-    assert text.startswith("model.dtype: 'torch.bfloat16', but step-1 was saved with 'torch.float32'. Set it back. ")
+    assert text.startswith("model.dtype: 'torch.bfloat16', but step-1 was saved with 'torch.float32'. Restore the")
 
 
 def test_state_of_another_optimizer() -> None:
@@ -79,7 +79,7 @@ def test_state_of_another_optimizer() -> None:
     metadata = Metadata(dict.fromkeys(saved, BytesStorageMetadata()))
     assert texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "optimizer/main/a"})) == []
     (text,) = texts(compatibility.other_states("step-1", metadata, {"optimizer/exp_avg/a", "model/a"}))
-    assert text.startswith("step-1: optimizer/main: saved for 'a', but this run has no such state. Set ")
+    assert text.startswith("step-1: optimizer/main: saved for 'a', but this run has no such state. Restore ")
 
 
 def test_the_same_samples() -> None:
@@ -90,14 +90,14 @@ def test_the_same_samples() -> None:
     ("key", "value", "start"),
     [
         ("data", "def", "data.train_folder: its data changed since step-1 was saved (fingerprint abc then, def now). "),
-        ("seed", 2, "--seed: 2, but step-1 was saved with 1, "),
-        ("config__data__seq_len", 16, "data.seq_len: 16, but step-1 was saved with 8, "),
-        ("config__data__micro_bsz", 1, "data.micro_bsz: 1, but step-1 was saved with 2, "),
-        ("config__data__use_packed_dataset", False, "data.use_packed_dataset: False, but step-1 was saved with True, "),
+        ("seed", 2, "--seed: 2, but step-1 was saved with 1; "),
+        ("config__data__seq_len", 16, "data.seq_len: 16, but step-1 was saved with 8; "),
+        ("config__data__micro_bsz", 1, "data.micro_bsz: 1, but step-1 was saved with 2; "),
+        ("config__data__use_packed_dataset", False, "data.use_packed_dataset: False, but step-1 was saved with True; "),
         (
             "config__data__pack_sample_into_one",
             True,
-            "data.pack_sample_into_one: True, but step-1 was saved with False, ",
+            "data.pack_sample_into_one: True, but step-1 was saved with False; ",
         ),
     ],
 )
@@ -130,7 +130,7 @@ def test_missing_tensors_and_other_shapes(saved: Path) -> None:
         "step-1: model/w: expected shape [3, 2], got [2, 3]. Use the config of the checkpoint",
         "step-1: model/c: is missing. Use the config of the checkpoint",
     ]
-    assert found[2].startswith("step-1: optimizer/exp_avg/c: is missing. To start from the weights alone, ")
+    assert found[2].startswith("step-1: optimizer/exp_avg/c: is missing. To load only the weights, ")
     assert len(found) == 3
 
 

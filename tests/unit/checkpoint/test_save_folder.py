@@ -60,10 +60,10 @@ def test_not_there_says_what_is(tmp_path: Path) -> None:
     complete(tmp_path / "step-20")
     complete(tmp_path / "step-9")
     missing = tmp_path / "step-10"
-    assert problem_of(missing) == f"{missing}: no such checkpoint ({tmp_path} holds step-20, step-9). Check the path"
+    assert problem_of(missing) == f"{missing}: no such checkpoint ({tmp_path} has step-20, step-9). Correct the path"
     nowhere = tmp_path / "none" / "step-1"
     assert (
-        problem_of(nowhere) == f"{nowhere}: no such checkpoint ({nowhere.parent} holds no checkpoint). Check the path"
+        problem_of(nowhere) == f"{nowhere}: no such checkpoint ({nowhere.parent} has no checkpoint). Correct the path"
     )
 
 
@@ -80,12 +80,12 @@ def test_a_save_that_was_cut_off_before_its_state(tmp_path: Path, left: str) -> 
 
 def test_a_save_that_was_cut_off_before_its_mark(tmp_path: Path) -> None:
     (complete(tmp_path) / COMMIT_FILE).unlink()
-    assert problem_of(tmp_path) == f"{tmp_path}: unfinished: its commit mark is missing. Choose an older one"
+    assert problem_of(tmp_path) == f"{tmp_path}: unfinished: no commit mark. Choose an older checkpoint"
 
 
 def test_a_newer_format(tmp_path: Path) -> None:
     complete(tmp_path, '{"format": 99}')
-    assert problem_of(tmp_path) == f"{tmp_path}: has format 99, this version reads up to 1. Update InternEvo"
+    assert problem_of(tmp_path) == f"{tmp_path}: has format 99, but this version reads up to 1. Update InternEvo"
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_newer_format(tmp_path: Path) -> None:
 def test_a_damaged_state(tmp_path: Path, text: str) -> None:
     complete(tmp_path, text)
     problem, file = problem_of(tmp_path), tmp_path / STATE_FILE
-    assert problem.startswith((f"{file}: can't be read (", f"{file}: has no 'format'"))
+    assert problem.startswith((f"{file}: cannot be read (", f"{file}: has no key 'format'"))
 
 
 def test_a_state_that_is_not_text(tmp_path: Path) -> None:
     (complete(tmp_path) / STATE_FILE).write_bytes(b"\xff\xfe\x00")
-    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: can't be read (UnicodeDecodeError")
+    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: cannot be read (UnicodeDecodeError")

@@ -97,14 +97,14 @@ METADATA = "torch.distributed.checkpoint.metadata"
 )
 def test_names_that_no_checkpoint_needs_are_refused(tmp_path: Path, module: str, name: str) -> None:
     (tmp_path / ".metadata").write_bytes(global_of(module, name))
-    with pytest.raises(CheckpointError, match=f"it asks for {module}.{name}, which no checkpoint needs"):
+    with pytest.raises(CheckpointError, match=f"it refers to {module}.{name}, which no checkpoint needs"):
         SafeReader(tmp_path).read_metadata()
 
 
 def test_hostile_metadata_executes_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil(proof)))
-    with pytest.raises(CheckpointError, match=r"it asks for posix\.mkdir"):
+    with pytest.raises(CheckpointError, match=r"it refers to posix\.mkdir"):
         SafeReader(tmp_path).read_metadata()
     assert not proof.exists()
 
@@ -152,11 +152,11 @@ def test_files_outside_the_checkpoint_are_not_read(good: Path, path: str) -> Non
     ("content", "why"),
     [
         (b"", "Ran out of input"),
-        (b"not a pickle", "can't be read"),
-        (pickle.dumps(torch.Size((3, 4))), "it holds something else than metadata"),
-        (pickle.dumps(None), "it holds something else than metadata"),
-        (pickle.dumps(Metadata({}))[:-20], "can't be read"),
-        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", "can't be read"),
+        (b"not a pickle", "cannot be read"),
+        (pickle.dumps(torch.Size((3, 4))), "it does not contain DCP metadata"),
+        (pickle.dumps(None), "it does not contain DCP metadata"),
+        (pickle.dumps(Metadata({}))[:-20], "cannot be read"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", "cannot be read"),
     ],
     ids=["empty", "garbage", "something else", "nothing", "cut off", "an absurd length"],
 )
@@ -164,7 +164,7 @@ def test_damaged_metadata(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=why) as caught:
         SafeReader(tmp_path).read_metadata()
-    assert str(caught.value).startswith(f"{tmp_path / '.metadata'}: can't be read (")
+    assert str(caught.value).startswith(f"{tmp_path / '.metadata'}: cannot be read (")
 
 
 def test_missing_metadata(tmp_path: Path) -> None:

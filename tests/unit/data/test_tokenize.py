@@ -154,21 +154,21 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
         (write_parquet, "", "'id', 'text'"),
     ):
         path = write(tmp_path)
-        said = f"{path}{where}: has no key 'body', but {keys}. Name one of them as --text_key."
+        said = f"{path}{where}: has no key 'body', only {keys}. Set --text_key to one of them"
         assert error_of(path, sentencepiece_model, *wrong) == said
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "not', ":2: isn't JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "not', ":2: is not valid JSON"),
         ("a.jsonl", b'{"text": "ok"}\n["text"]', ":2: expected a JSON object, got list"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": 3}', ":2: expected text in 'text', got int"),
-        ("a.json", b'{"text": "ok"}\n{"text": "ok"}', "isn't JSON (Extra data"),
+        ("a.json", b'{"text": "ok"}\n{"text": "ok"}', "is not valid JSON (Extra data"),
         ("a.json", b'[{"text": "ok"}, 3]', ", record 1: expected a JSON object, got int"),
-        ("a.txt", b"ok\n\xff\xff\n", ":2: isn't UTF-8 text (invalid start byte)"),
-        ("a.txt", b"\n  \n", "the input holds no text, so nothing was tokenized"),
-        ("a.parquet", b"ok", "isn't a parquet file"),
+        ("a.txt", b"ok\n\xff\xff\n", ":2: is not valid UTF-8 (invalid start byte)"),
+        ("a.txt", b"\n  \n", "--text_input_path: contains no text to tokenize"),
+        ("a.parquet", b"ok", "is not a parquet file"),
         ("a.pdf", b"ok", "a.pdf: file type '.pdf' is not supported (supported: .txt, .jsonl, .json, .parquet)"),
     ],
 )
@@ -185,15 +185,15 @@ def test_a_column_that_isnt_text(tmp_path: Path, sentencepiece_model: Path) -> N
 
 
 def test_nothing_to_read(tmp_path: Path, sentencepiece_model: Path) -> None:
-    assert "there is no such file or folder" in error_of(tmp_path / "none", sentencepiece_model)
+    assert "no such file or folder" in error_of(tmp_path / "none", sentencepiece_model)
     (tmp_path / "empty").mkdir()
     assert "contains no text file" in error_of(tmp_path / "empty", sentencepiece_model)
 
 
 def test_a_bad_output(tmp_path: Path, sentencepiece_model: Path) -> None:
-    with pytest.raises(DataError, match=r"x: isn't the name of a \.bin file\. Call it x\.bin\."):
+    with pytest.raises(DataError, match=r"x: is not the name of a \.bin file\. Call it x\.bin$"):
         tokenize(write_txt(tmp_path), out=tmp_path / "x", tokenizer=sentencepiece_model)
-    with pytest.raises(DataError, match=r"a\.txt/x\.bin: can't be written \(.*\)\. Choose a folder"):
+    with pytest.raises(DataError, match=r"a\.txt/x\.bin: cannot be written \(.*\)\. Choose a writable folder"):
         tokenize(write_txt(tmp_path), out=tmp_path / "a.txt/x.bin", tokenizer=sentencepiece_model)
 
 
@@ -228,4 +228,4 @@ def test_the_script(tmp_path: Path, sentencepiece_model: Path) -> None:
 
     failed = run_script("--text_input_path", str(tmp_path / "none"), *arguments)
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr == f"{tmp_path}/none: there is no such file or folder\n"
+    assert failed.stderr == f"{tmp_path}/none: no such file or folder\n"

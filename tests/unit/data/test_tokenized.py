@@ -136,7 +136,7 @@ def error_of(folder: Path, min_length: int = 0) -> str:
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    assert error_of(tmp_path / "none") == f"{tmp_path}/none: there is no such folder. Correct the path."
+    assert error_of(tmp_path / "none") == f"{tmp_path}/none: no such folder. Correct the path"
 
 
 def test_no_bin_file(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_all_samples_filtered_out(folder: Path) -> None:
 
 def test_nothing_but_empty_samples(tmp_path: Path) -> None:
     write_bin(tmp_path / "x.bin", [[], []])
-    assert "hold no tokens" in error_of(tmp_path)
+    assert "contain no sample of two or more tokens" in error_of(tmp_path)
 
 
 #: Two lines of 22 and 16 bytes.
@@ -169,13 +169,13 @@ TWO = [[1, 2, 3], [4]]
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([(0, 3), (999, 1)], "sample 1 at byte 999 can't have 1 tokens in -961 bytes"),
-        ([(0, 3), (22, 30)], "sample 1 at byte 22 can't have 30 tokens in 16 bytes"),
-        ([(0, 3), (22, 2**62)], "sample 1 at byte 22 can't have 4611686018427387904 tokens in 16 bytes"),
-        ([(22, 1), (0, 3)], "sample 0 at byte 22 can't have 1 tokens in -22 bytes"),
-        ([(0, 3), (22, -1)], "sample 1 at byte 22 can't have -1 tokens in 16 bytes"),
-        ([(-1, 3), (22, 1)], "sample 0 at byte -1 can't have 3 tokens in 23 bytes"),
-        ([(0, 3), (38, 0)], "sample 1 at byte 38 can't have 0 tokens in 0 bytes"),
+        ([(0, 3), (999, 1)], "sample 1 at byte 999 cannot have 1 tokens in -961 bytes"),
+        ([(0, 3), (22, 30)], "sample 1 at byte 22 cannot have 30 tokens in 16 bytes"),
+        ([(0, 3), (22, 2**62)], "sample 1 at byte 22 cannot have 4611686018427387904 tokens in 16 bytes"),
+        ([(22, 1), (0, 3)], "sample 0 at byte 22 cannot have 1 tokens in -22 bytes"),
+        ([(0, 3), (22, -1)], "sample 1 at byte 22 cannot have -1 tokens in 16 bytes"),
+        ([(-1, 3), (22, 1)], "sample 0 at byte -1 cannot have 3 tokens in 23 bytes"),
+        ([(0, 3), (38, 0)], "sample 1 at byte 38 cannot have 0 tokens in 0 bytes"),
         ([(0, 3)], "the last of its 1 samples is not a complete line at the end of the file"),
         ([], "the last of its 0 samples is not a complete line at the end of the file"),
     ],
@@ -183,13 +183,13 @@ TWO = [[1, 2, 3], [4]]
 def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said: str) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     write_meta(file, rows)
-    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Make both")
+    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Recreate both")
 
 
 def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     os.truncate(file, 10**10)  # a hole, which nobody should read
-    assert "sample 1 at byte 22 can't have 1 tokens in 9999999978 bytes" in error_of(tmp_path)
+    assert "sample 1 at byte 22 cannot have 1 tokens in 9999999978 bytes" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 20, 22, 30, 36])
@@ -226,7 +226,7 @@ def test_a_meta_that_isnt_plain_numbers(tmp_path: Path, content: bytes) -> None:
     file = write_bin(tmp_path / "x.bin", [[1, 2, 3], [4]])
     file.with_name("x.bin.meta").write_bytes(content)
     error = error_of(tmp_path)
-    assert f"{file}.meta: isn't a plain NumPy array" in error
+    assert f"{file}.meta: is not a plain NumPy array" in error
     assert "Pickled arrays are refused" in error
 
 
@@ -241,8 +241,8 @@ def test_a_meta_of_another_shape(tmp_path: Path, array: np.ndarray) -> None:
 def test_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
     file = write_bin(tmp_path / "x.bin", [[1], [2, -VOCAB, 3]])
     assert error_of(tmp_path) == (
-        f"{file}:2 (sample 1, byte 16): holds token 100, but model.vocab_size is 100. "
-        "Wrong tokenizer? Tokenize with that of the model."
+        f"{file}:2 (sample 1, byte 16): contains token 100, but model.vocab_size is 100. "
+        "Wrong tokenizer? Tokenize with the tokenizer of the model"
     )
 
 
@@ -256,16 +256,16 @@ def test_a_wrong_tokenizer_shows_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"tokens": [1, 2,]}', "isn't a JSON line"),
-        ('["tokens", 1, 2]', "isn't a JSON line"),
-        ('{"text": [1, 2]}', "isn't a JSON line"),
-        ('{"tokens": [1, [2]]}', "isn't a JSON line"),
-        ('{"tokens": [1, 2.5]}', "aren't a list of integers"),
-        ('{"tokens": [1, "2"]}', "aren't a list of integers"),
-        ('{"tokens": "1, 2"}', "aren't a list of integers"),
-        ('{"tokens": [1, 18446744073709551616]}', "aren't a list of integers"),
-        ('{"tokens": [1, 2, 3]}', "holds 3 tokens, x.bin.meta says 2"),
-        ('{"tokens": [1]}', "holds 1 tokens, x.bin.meta says 2"),
+        ('{"tokens": [1, 2,]}', "is not a JSON line"),
+        ('["tokens", 1, 2]', "is not a JSON line"),
+        ('{"text": [1, 2]}', "is not a JSON line"),
+        ('{"tokens": [1, [2]]}', "is not a JSON line"),
+        ('{"tokens": [1, 2.5]}', "are not a list of integers"),
+        ('{"tokens": [1, "2"]}', "are not a list of integers"),
+        ('{"tokens": "1, 2"}', "are not a list of integers"),
+        ('{"tokens": [1, 18446744073709551616]}', "are not a list of integers"),
+        ('{"tokens": [1, 2, 3]}', "contains 3 tokens, but x.bin.meta says 2"),
+        ('{"tokens": [1]}', "contains 1 tokens, but x.bin.meta says 2"),
     ],
 )
 def test_a_bad_line(tmp_path: Path, line: str, said: str) -> None:
@@ -321,5 +321,5 @@ def test_a_removed_file_is_named(tmp_path: Path) -> None:
     _, second = (write_bin(tmp_path / f"t/{name}.bin", TWO) for name in "xy")
     source = opened(tmp_path)
     second.unlink()
-    with pytest.raises(DataError, match=r"y.bin:1 \(sample 0, byte 0\): can't be read \(No such file or directory\)"):
+    with pytest.raises(DataError, match=r"y.bin:1 \(sample 0, byte 0\): cannot be read \(No such file or directory\)"):
         source.read(2)

@@ -37,7 +37,7 @@ def test_hugging_face_without_a_config(hugging_face_folder: Path, tmp_path: Path
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none: there is no such file or folder\. Name a sentencepiece \.model"):
+    with pytest.raises(DataError, match=r"none: no such file or folder\. Give a sentencepiece \.model"):
         load_tokenizer(str(tmp_path / "none"))
     with pytest.raises(DataError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))
@@ -47,5 +47,5 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"garbage", b"{}", b"\xff\xfe"])
 def test_a_damaged_tokenizer(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: isn't a tokenizer that can be read"):
+    with pytest.raises(DataError, match=f"{name}: is not a readable tokenizer"):
         load_tokenizer(str(tmp_path))

@@ -146,8 +146,8 @@ def test_auto_on_cpu_is_blocked_in_fp32_and_fused_in_half() -> None:
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("flash", "'flash' runs on cuda only, the tensors are on cpu"),
-        ("varlen", "'varlen' runs on cuda only, the tensors are on cpu"),
+        ("flash", "'flash' runs on cuda only, but the tensors are on cpu"),
+        ("varlen", "'varlen' runs on cuda only, but the tensors are on cpu"),
         ("spda", "'spda' is unknown. Did you mean 'sdpa'?"),
     ],
 )
