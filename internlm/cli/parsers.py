@@ -102,8 +102,8 @@ def memory(parser: argparse.ArgumentParser) -> None:
 def schedule(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm schedule``."""
     parser.description = (
-        "Simulate a pipeline schedule and print what each rank does when. The schedule is that of a config, one by "
-        "name, or a CSV file; options replace what the config says. Times are in one unit of your choice; those of F, "
+        "Simulate a pipeline schedule and print the timeline of each rank. The schedule comes from a config, a "
+        "name or a CSV file; options take precedence over the config. Times are in a unit of your choice; those of F, "
         "B and W are per chunk. Exit code: 0 it can run, 2 it cannot, or a mistake in the arguments."
     )
     add = parser.add_argument

@@ -140,7 +140,7 @@ def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def to_json(config: Config, indent: int | None = None) -> str:
     """Return the config as canonical JSON, sorted by key; ``Config.model_validate_json`` restores an equal config."""
-    # Sorted and without spaces, so that equal configs give equal text, whose hash the ranks compare at launch.
+    # Sorted and without spaces, so that equal configs give equal text: ranks compare its hash at launch.
     separators = None if indent else (",", ":")
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
 

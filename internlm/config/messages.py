@@ -26,7 +26,7 @@ OUT_OF_RANGE = {
 }
 
 _TYPE_NAMES = {
-    bool: "a truth value",
+    bool: "a bool",
     int: "a whole number",
     float: "a number",
     str: "text",

@@ -111,10 +111,10 @@ def check_process(process: ProcessInfo) -> None:
     """Raise :class:`LaunchError` if a rank or the port is out of range."""
     if process.rank not in range(process.world_size):
         raise LaunchError(
-            Problem("rank", f"expected less than the world size {process.world_size}, got {process.rank}", HOW_TO_START)
+            Problem("rank", f"must be less than the world size {process.world_size}, got {process.rank}", HOW_TO_START)
         )
     if process.local_rank not in range(process.world_size):
-        message = f"expected less than the world size {process.world_size}, got {process.local_rank}"
+        message = f"must be less than the world size {process.world_size}, got {process.local_rank}"
         raise LaunchError(Problem("local rank", message, HOW_TO_START))
     if process.port not in range(1, 2**16):
         message = f"expected a port from 1 to 65535, got {process.port}"

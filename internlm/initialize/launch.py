@@ -191,7 +191,7 @@ def _check_agreement(config: Config, seed: int) -> None:
 
 # -- steps of the launch ----------------------------------------------------------------------------------------------
 def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequence[str]) -> Config:
-    """Resolve and check the config; ``process`` is None where the world size is unknown."""
+    """Resolve and check the config; ``process`` is None if the world size is unknown."""
     if config is None:  # the default of --config
         raise ConfigError(Problem("--config", "not given", "Name a config file, such as configs/demo.py"))
     keys = config.model_dump() if isinstance(config, Config) else config

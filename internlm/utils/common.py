@@ -56,7 +56,7 @@ class FriendlyParser(argparse.ArgumentParser):
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:
-    """Return the flags among the unknown words, since other words may be their values, or all words without flags."""
+    """Return the flags among the unknown words, or all words if there are none: a word after a flag is its value."""
     return [word for word in unknown if word.startswith("-")] or unknown
 
 

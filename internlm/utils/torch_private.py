@@ -30,8 +30,7 @@ def in_backward() -> bool:
     """Return True if the calling thread runs within a backward pass of autograd.
 
     A forward product within a backward pass belongs to a block that is recomputed. Module hooks cannot tell: they run
-    in both passes, and none runs after a pass that raised.
-    Replaced by: a public query of the current graph task.
+    in both passes, and none runs after a pass that raised. Replaced by: a public query of the current graph task.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -125,7 +124,7 @@ _disabled: dict[str, Callable[..., Any]] = {}
 def uncompiled(reason: str) -> Callable[[F], F]:
     """Decorate a function that ``torch.compile`` must not trace; the graph breaks there with ``reason``.
 
-    ``torch.compiler.disable`` does the same, but imports the compiler where the function is defined. Replaced by:
+    ``torch.compiler.disable`` does the same, but imports the compiler when the function is defined. Replaced by:
     that decorator, once its import is lazy.
     """
 
@@ -146,9 +145,9 @@ def uncompiled(reason: str) -> Callable[[F], F]:
 def prepare_compiler() -> None:
     """Import and configure the compiler; call this before the first ``torch.compile``.
 
-    It disables the :func:`uncompiled` functions, and lets a graph that breaks within a nested call resume there, so
-    that a break in a layer leaves the rest of its block in one graph. Replaced by: ``nested_graph_breaks`` as the
-    default or as an option of ``torch.compile``.
+    Disable the :func:`uncompiled` functions, and resume a graph that breaks within a nested call in that call: a break
+    in a layer then leaves the rest of its block in one graph. Replaced by: ``nested_graph_breaks`` as the default or
+    as an option of ``torch.compile``.
     """
     torch._dynamo.config.nested_graph_breaks = True
     for name, (function, reason) in _uncompiled.items():

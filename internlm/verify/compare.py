@@ -136,7 +136,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the limit."""
+        """True if the difference is within the limit."""
         return self.difference <= self.limit
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
+        """True if no check failed."""
         return not self.failures
 
 

@@ -54,7 +54,7 @@ def _model(config: Config) -> dict[str, Any]:
 def _heads(config: Config) -> tuple[int, int]:
     """Return the number of key/value heads, and of query heads per key/value head.
 
-    Both are as few as the tensor size allows, but more than one where the config has more than one: groups of heads
+    Both are as small as the tensor size allows, but more than one if the config has more than one: groups of heads
     must stay groups.
     """
     kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size

@@ -99,7 +99,7 @@ class RankProcesses:
     """
 
     def __init__(self, world_size: int, environment: Mapping[str, str] | None = None) -> None:
-        # Fork from a server that has imported torch, which takes seconds in every process. This process itself must not
+        # Fork from a server that has imported torch: the import takes seconds per process. This process itself must not
         # be forked: a child would inherit the locks of its threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)

@@ -96,7 +96,7 @@ class _Watch:
 
     def _differentiated(self, its_pass: Pass, key: str, gradient: Tensor) -> None:
         # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
-        # belong to the micro-batch whose gradient has just come.
+        # belong to the micro-batch of this gradient.
         self._current = its_pass
         its_pass.gradients.setdefault(key, gradient.detach().clone())
 

@@ -112,7 +112,7 @@ def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
         what = f"{ramp!r} changes the number of micro-batches, but parallel.pipeline.table is made for {count}"
-        yield Problem("data.rampup_batch_size", what, "Remove one of them")
+        yield Problem("data.rampup_batch_size", what, "Remove one of the two keys")
 
 
 def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -159,7 +159,7 @@ def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Pro
     if grid.enable and product != tensor.size:
         formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"
         what = f"{formula} is not equal to tensor.size = {tensor.size}"
-        yield Problem("parallel.sequence_2D", what, "Change one of the sizes")
+        yield Problem("parallel.sequence_2D", what, "Make head_size · context_size equal to tensor.size")
 
 
 def fsdp_excludes_other_sharding(config: Config, run: RunInfo) -> Iterator[Problem]:

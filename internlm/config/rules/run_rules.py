@@ -18,7 +18,7 @@ def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     # A head_dim that is given need not divide the hidden size: Gemma and Qwen3 have such models.
     if model.head_dim is None:
         what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
-        yield Problem("model.hidden_size", what, "Change one of them, or set model.head_dim")
+        yield Problem("model.hidden_size", what, "Change one of the two, or set model.head_dim")
 
 
 def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ class ModelConfig(Section):
     blocks, spread evenly (0.5: every second block), ``selective`` to keep the outputs of the weight GEMMs of every
     block and recompute the rest. Saves memory; full recompute costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
-    """Number of blocks of each model chunk, from its first on, whose saved activations are offloaded to host memory
+    """Number of blocks, from the first of each model chunk, whose saved activations are offloaded to host memory
     until the backward pass. Saves device memory and costs two copies per activation."""
     drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Dropout probability on the outputs of embedding, attention and feed-forward layers."""
@@ -130,7 +130,7 @@ class ModelConfig(Section):
 
     @property
     def recomputed_layers(self) -> int:
-        """Number of blocks of which only the input is saved for the backward pass."""
+        """Number of fully recomputed blocks: only their input is saved for the backward pass."""
         # int() rounds down, and turns True and False into all and none.
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 

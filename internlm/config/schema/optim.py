@@ -50,7 +50,7 @@ class ParamGroupConfig(Section):
     lr_scale: NonNegative = 1.0
     """Factor on the learning rate of these parameters. 0 freezes them."""
     weight_decay: NonNegative | None = None
-    """Weight decay of these parameters. Default: that of ``adam``."""
+    """Weight decay of these parameters. Default: ``adam.weight_decay``."""
     type: OptimizerName | None = None
     """Optimizer of these parameters. Default: ``optimizer.type``."""
 

@@ -16,7 +16,7 @@ SINGLE_KEYS = [
     ({"model.num_layers": -4}, "model.num_layers: -4 is out of range"),
     ({"model.num_layers": "32"}, "model.num_layers: '32' is text. Give a whole number of at least 1"),
     ({"model.num_layers": 4.0}, "model.num_layers: 4.0 is a number. Give a whole number"),
-    ({"model.num_layers": True}, "model.num_layers: True is a truth value. Give a whole number"),
+    ({"model.num_layers": True}, "model.num_layers: True is a bool. Give a whole number"),
     ({"model.hidden_size": [64]}, "model.hidden_size: [64] is of type list. Give a whole number"),
     ({"model.vocab_size": None}, "model.vocab_size: missing (Number of vocabulary entries; every token"),
     ({"model.checkpoint": 1.5}, "model.checkpoint: 1.5 is out of range. Give True or False, or a number of at least 0"),
@@ -107,7 +107,7 @@ ACROSS_KEYS = [
     ({"optimizer": {"param_groups": ({"lr_scale": 2},)}}, "optimizer.param_groups.pattern: missing"),
     (
         {"model.hidden_size": 60},
-        "model.hidden_size: 60 is not divisible by num_attention_heads = 8. Change one of them",
+        "model.hidden_size: 60 is not divisible by num_attention_heads = 8. Change one of the two",
     ),
     ({"model.head_dim": 7}, "model.head_dim: 7 is odd"),
     (
@@ -234,7 +234,7 @@ ACROSS_KEYS = [
     (
         {"data.rampup_batch_size": "2 2 10", "parallel.pipeline.table": "mine.csv"},
         "data.rampup_batch_size: '2 2 10' changes the number of micro-batches, but parallel.pipeline.table is made "
-        "for 4. Remove one of them",
+        "for 4. Remove one of the two",
     ),
     (
         {"lr_scheduler": {"init_steps": 95, "warmup_ratio": 0.1}},

@@ -200,8 +200,8 @@ def problems_of_launch(
     [
         ({"MASTER_PORT": "99999"}, "port: expected a port from 1 to 65535, got 99999. "),
         ({"MASTER_PORT": "0"}, "port: expected a port from 1 to 65535, got 0. "),
-        ({"RANK": "3"}, "rank: expected less than the world size 1, got 3. "),
-        ({"WORLD_SIZE": "0"}, "rank: expected less than the world size 0, got 0. "),
+        ({"RANK": "3"}, "rank: must be less than the world size 1, got 3. "),
+        ({"WORLD_SIZE": "0"}, "rank: must be less than the world size 0, got 0. "),
     ],
 )
 def test_environments_that_make_no_sense(
