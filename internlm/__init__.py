@@ -1,6 +1,6 @@
 """InternEvo: a framework for pretraining large language models.
 
-After ``import internlm`` the packages below and the names that scripts start with are imported on first use.
+The subpackages and entry points below are imported on first use.
 """
 
 from internlm.utils.lazy import lazy_exports

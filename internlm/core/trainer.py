@@ -148,9 +148,9 @@ class Trainer:
         """Run the next batch of ``data_iter``.
 
         Args:
-            data_iter: yields (inputs, labels) of all micro-batches of a step.
-            after_backward: called when this rank's gradients are complete.
-            options: flags of the scheduler's ``forward_backward_step``.
+            data_iter: Yields (inputs, labels) of all micro-batches of a step.
+            after_backward: Called when this rank's gradients are complete.
+            options: Flags of the scheduler's ``forward_backward_step``.
         """
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale.scale, after_backward=after_backward
@@ -161,7 +161,7 @@ class Trainer:
         """Update the parameters with this step's learning rate and beta2, and count the step.
 
         Raises:
-            UserError: where too many steps in a row were skipped, since a gradient was not finite.
+            UserError: Where too many steps in a row were skipped, since a gradient was not finite.
         """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.step += 1
@@ -204,9 +204,9 @@ class Trainer:
         """Train from ``state.step`` to ``total_steps``, or until a hook sets ``stop_requested``.
 
         Args:
-            loader: batches of the run.
-            total_steps: of the run, those done before a resume included.
-            hooks: called in this order before and after each step, and in the reverse order at the end.
+            loader: Batches of the run.
+            total_steps: Of the run, those done before a resume included.
+            hooks: Called in this order before and after each step, and in the reverse order at the end.
         """
         loader.seek(self.state.step)
         batches = iter(loader)

@@ -69,15 +69,15 @@ class TrainerBuilder:
     """Builds optimizer, trainer, checkpoints and hooks around a model, and runs the training.
 
     Args:
-        model: made ready by :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
-        train_dl: loader of the training data.
-        val_dls: loaders of the validation data by data-set type.
-        config: what ``initialize_distributed_env`` got. The run follows the config that it resolved, with overrides; a
+        model: Made ready by :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
+        train_dl: Loader of the training data.
+        val_dls: Loaders of the validation data by data-set type.
+        config: What ``initialize_distributed_env`` got. The run follows the config that it resolved, with overrides; a
             :class:`~internlm.config.Config` must be that one.
-        keywords: fields of :class:`TrainerOptions`, and built-in arguments of the command line.
+        keywords: Fields of :class:`TrainerOptions`, and built-in arguments of the command line.
 
     Raises:
-        UserError: for a keyword that is none of these, and for another config.
+        UserError: For a keyword that is none of these, and for another config.
     """
 
     def __init__(

@@ -279,11 +279,11 @@ def _shared_norm(model: Any) -> None:
 
 #: By what is done to a model before it is to be shared.
 UNFIT: dict[Callable[[nn.Module], None], str] = {
-    _of_two_types: "'norm.weight' is of torch.float32, and all else of torch.float64",
-    _with_a_scalar: "'layers.1.scale' is a scalar, of which nothing can be shared (shape [1] can)",
-    _shared_by_blocks: "'layers.1.attention.wo.weight' is also 'layers.0.attention.wo.weight', which is gathered at "
-    "another time",
-    _shared_norm: "'norm.weight' is also 'layers.1.ffn_norm.weight', which is gathered at another time",
+    _of_two_types: "'norm.weight' is of torch.float32, expected torch.float64",
+    _with_a_scalar: "'layers.1.scale' is a scalar, which cannot be sharded (shape [1] can)",
+    _shared_by_blocks: "'layers.1.attention.wo.weight' is tied to 'layers.0.attention.wo.weight', which belongs to "
+    "another unit",
+    _shared_norm: "'norm.weight' is tied to 'layers.1.ffn_norm.weight', which belongs to another unit",
 }
 
 

@@ -1,4 +1,4 @@
-"""Process groups as the framework's layers receive them: with parallel mode, rank and size."""
+"""Process group with its parallel mode, rank and size, as passed to the framework's layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internlm.core.context.layout import ParallelMode
 class Group:
     """A process group of one parallel mode, and this rank's rank in it.
 
-    Mode, rank and size are plain values, so that code that only computes shapes runs without any process group.
+    Mode, rank and size are plain values: code that only computes shapes needs no process group.
     """
 
     mode: ParallelMode
@@ -23,9 +23,9 @@ class Group:
 
     @classmethod
     def of(cls, mode: ParallelMode, handle: dist.ProcessGroup) -> Group:
-        """Wrap a process group of torch."""
+        """Wrap a ``torch.distributed`` process group."""
         return cls(mode, handle, dist.get_rank(handle), dist.get_world_size(handle))
 
 
-#: The pipeline group where there is no pipeline.
+#: Pipeline group of a run without a pipeline.
 NO_PIPELINE = Group(ParallelMode.PIPELINE)

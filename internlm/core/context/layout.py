@@ -1,15 +1,15 @@
-"""Rank layout: from parallel sizes to the rank lists of every :class:`ParallelMode`. Pure.
+"""Rank layout: the rank lists of every :class:`ParallelMode`, computed from the parallel sizes. Pure.
 
-All modes are slices of one ``arange(world)``, reshaped. Fastest-varying first, the ranks of a pipeline stage have three
-views::
+All modes are slices of one reshaped ``arange(world)``. The ranks of a pipeline stage have three views, with the
+fastest-varying mode first::
 
     ordinary   tensor, data
     weight     weight, weight-data              (isp: the same ranks, by shards of the weights)
     expert     expert-tensor, expert, expert-data
 
-and the pipeline varies slowest in each. Tensor varies fastest because its collectives are on the critical path of every
-layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). ZERO1 is a run of consecutive members
-of the data group (of the weight-data group under isp); ZERO1_REPLICA joins the ranks that hold the same shard.
+The pipeline varies slowest in each view. Tensor varies fastest because its collectives are on the critical path of
+every layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). ZERO1 groups consecutive
+members of the data group (of the weight-data group under isp); ZERO1_REPLICA groups the ranks that hold the same shard.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ParallelMode(Enum):
     ZERO1_REPLICA = "zero1_replica"  # the same shard of the optimizer state
     WEIGHT = "weight"  # isp: different shards of one weight
     WEIGHT_DATA = "weight_data"  # isp: the same shard of a weight, different data
-    ISP_DATA = "isp_data"  # isp: different tokens, of the same samples or of others
+    ISP_DATA = "isp_data"  # isp: different tokens, of the same or of different samples
     EXPERT = "expert"  # different experts
     EXPERT_DATA = "expert_data"  # the same experts, different data
     EXPERT_TENSOR = "expert_tensor"  # different slices of an expert
@@ -108,7 +108,7 @@ class Layout:
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)
         weight = ranks.reshape(s.pipeline, s.weight_data, s.weight)
         expert = ranks.reshape(s.pipeline, s.expert_data, max(s.expert, 1), s.expert_tensor)
-        # The last axis is what varies faster than the data group: tensor, or weight under isp.
+        # The last axis is the mode that varies faster than the data group: tensor, or weight under isp.
         zero = ranks.reshape(s.pipeline, s.zero_parent // s.zero, s.zero, -1)
         return {
             ParallelMode.GLOBAL: ranks[None],
@@ -131,7 +131,7 @@ class Layout:
         return self.grids[mode].tolist()
 
     def group_of(self, rank: int, mode: ParallelMode) -> list[int]:
-        """Return the ranks of the group of ``mode`` with ``rank``, in the order of local ranks."""
+        """Return the ranks of the group of ``mode`` that contains ``rank``, in the order of local ranks."""
         grid = self.grids[mode]
         # Each rank is in exactly one row.
         row = int(np.nonzero(grid == rank)[0][0])

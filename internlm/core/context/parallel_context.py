@@ -1,6 +1,6 @@
-"""Parallel context: the process groups of this rank, its config and seeds, with the look-ups that scripts use.
+"""Parallel context: process groups, config and random streams of this rank, with look-up methods for scripts.
 
-Only users' scripts and the assembly layers read ``global_context``; all code below takes the groups it needs as
+Only users' scripts and the assembly layers read ``global_context``; lower layers take the groups they need as
 arguments.
 """
 
@@ -49,7 +49,7 @@ class ParallelContext:
 
     # -- lifetime -----------------------------------------------------------------------------------------------------
     def initialize(self, config: Config, seed: int) -> None:
-        """Make the groups of every mode and seed the random streams.
+        """Create the groups of every mode and seed the random streams.
 
         The default process group must exist, and every rank must call this with the same config.
         """
@@ -65,16 +65,16 @@ class ParallelContext:
         )
 
     def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
-        """Return the process group of ``ranks`` for ``use``, made on first use.
+        """Return the process group of ``ranks`` for ``use``, created on the first call.
 
-        Only its members make it: each rank is in one group of a mode, and all ranks go through the modes in the same
-        order, so they cannot deadlock, and thousands of ranks need no global barrier per group.
+        Only its members create it, so thousands of ranks need no global barrier per group. Each rank is in one group of
+        a mode, and all ranks go through the modes in the same order, so they cannot deadlock.
         """
-        # Groups belong to the default group they were made under; tests and notebooks may have made a new one since.
+        # Groups belong to the default group under which they were created; tests and notebooks may have replaced it.
         if self._made_in is not dist.group.WORLD:
             self._made, self._made_in = {}, dist.group.WORLD
         if (use, ranks) not in self._made:
-            # A second group over all ranks would cost another set of connections, which for NCCL is device memory.
+            # A second group over all ranks would cost another set of connections, which take device memory under NCCL.
             whole = len(ranks) == dist.get_world_size() and not use
             timeout = timedelta(seconds=self.config.parallel.timeout)
             group = dist.group.WORLD
@@ -87,8 +87,8 @@ class ParallelContext:
     def destroy(self) -> None:
         """Reset the context, so that :meth:`initialize` may be called again.
 
-        The process groups stay for the next context in this process, and end with the default group: torch would give
-        a new group of the same ranks the name of the old one, and with it the old one's entries in the store.
+        The process groups are kept for the next context in this process, and end with the default group: torch would
+        give a new group of the same ranks the name of the old one, and hence the old one's entries in the store.
         """
         self._clear()
         if not dist.is_initialized():
@@ -129,7 +129,7 @@ class ParallelContext:
         return self._rank
 
     def is_initialized(self, mode: ParallelMode) -> bool:
-        """Whether there is a group of ``mode``."""
+        """Whether the group of ``mode`` has been created."""
         return mode in self._groups
 
     def is_using_parallel_mode(self, mode: ParallelMode) -> bool:
@@ -141,7 +141,7 @@ class ParallelContext:
         return self._groups[mode]
 
     def group(self, mode: ParallelMode) -> Group:
-        """Return this rank's group of ``mode`` in the form that the framework's layers take."""
+        """Return this rank's group of ``mode`` as a :class:`Group`, which the framework's layers take."""
         return Group.of(mode, self._groups[mode])
 
     def pair_of_stages(self, use: str, pairs: Sequence[tuple[int, int]]) -> Group:
@@ -150,13 +150,13 @@ class ParallelContext:
         All ranks must call this with the same arguments.
 
         Args:
-            use: purpose of the groups; the same pair has another group for each.
-            pairs: of stages of this rank's pipeline; no stage is in two of them.
+            use: Purpose of the groups; a pair has a separate group for each purpose.
+            pairs: Pairs of stages of this rank's pipeline; no stage is in two pairs.
         """
         ranks = self._ranks[ParallelMode.PIPELINE]
         own = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)
-        # A rank in no pair makes a group nevertheless: torch names a group by the number of groups made so far, so the
-        # members of a later group must have made equally many.
+        # A rank in no pair creates a group too: torch names a group by the number of groups created so far, which must
+        # be the same on all members of a later group.
         members = tuple(ranks[stage] for stage in own) if own else (self._rank,)
         return Group.of(ParallelMode.PIPELINE, self._group(members, use))
 
@@ -202,7 +202,7 @@ class ParallelContext:
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Whether this rank computes the loss: on the last stage, or in a V on the first."""
+        """Whether this rank computes the loss: it is the last stage, or in a V-shaped schedule the first."""
         v_shaped = self.config.parallel.pipeline.mode == "ZBV"
         return self.is_pipeline_first_stage() if v_shaped else self.is_pipeline_last_stage()
 

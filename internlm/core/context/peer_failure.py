@@ -1,8 +1,8 @@
-"""Failure attribution in a pipeline: which peer is gone or silent when a send or a receive fails.
+"""Failure attribution in a pipeline: find the dead or silent peer when a send or a receive fails.
 
 A rank usually blocks on a neighbour that is blocked itself, so naming the neighbour would be wrong. Each rank whose
-wait fails therefore writes to the job's store which peer it waited for, then reads the entries of the others and
-follows them: the lost peer is at the end of the chain, and has no entry.
+wait fails therefore writes the peer that it waited for to the job's store, then reads the entries of the other ranks
+and follows them: the lost peer is at the end of the chain, and has no entry.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from internlm.core.context.group import Group
 from internlm.utils.errors import LostPeerError, is_peer_failure
 from internlm.utils.torch_private import default_store
 
-#: Seconds for which a rank waits for the entries of the others.
+#: Seconds for which a rank waits for the entries of the other ranks.
 GRACE_SECONDS = 2.0
-#: Stands for a peer in the entry of a rank that waited for all of them, as a collective does.
+#: Peer in the entry of a rank that waited for all stages, as in a collective.
 ALL = -1
 
 
@@ -30,13 +30,13 @@ def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: t
     """Turn a failed wait within the block into an error that names the lost peer.
 
     Args:
-        stage: the group of this rank's pipeline.
-        peer: stage for which the block waits, or :data:`ALL`.
-        operation: operation that ``peer`` owed, for the message: ``"send …"``.
-        timeout: timeout of the process group. A wait that reached it means a silent peer, a shorter one a dead peer.
+        stage: Group of this rank's pipeline.
+        peer: Stage for which the block waits, or :data:`ALL`.
+        operation: Operation of ``peer`` that did not complete, for the message: ``"send …"``.
+        timeout: Timeout of the process group. A wait of this length means a silent peer, a shorter one a dead peer.
 
     Raises:
-        LostPeerError: the wait failed because a rank is dead or silent.
+        LostPeerError: The wait failed because a rank is dead or silent.
     """
     start = time.monotonic()
     try:
@@ -44,7 +44,7 @@ def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: t
     except RuntimeError as error:
         if isinstance(error, (LostPeerError, torch.AcceleratorError)):
             raise
-        # A block that waits for one peer does nothing that could fail for another reason; a collective may.
+        # A wait for a single peer can fail for no other reason; a collective can.
         if peer == ALL and not is_peer_failure(error):
             raise
         raise LostPeerError(_message(stage, peer, operation, time.monotonic() - start, timeout, error)) from None
@@ -67,17 +67,17 @@ def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tu
     """Follow the chain of waits from ``rank`` to the peer that left no entry.
 
     Args:
-        ranks: global ranks of the pipeline.
-        rank: this global rank.
-        peer: global rank for which this one waited, or :data:`ALL`.
-        fate: ``"silent"`` or ``"gone"``, as this rank saw ``peer``.
+        ranks: Global ranks of the pipeline.
+        rank: Global rank of this process.
+        peer: Global rank for which this one waited, or :data:`ALL`.
+        fate: State of ``peer`` as seen by this rank, ``"silent"`` or ``"gone"``.
 
     Returns:
-        The lost global rank, or None where the chain is a circle, and its fate as seen by the rank next to it.
+        Global rank of the lost peer (None: the waits form a cycle), and its fate as seen by the rank next to it.
     """
     try:
         waits = _exchange_waits(ranks, rank, peer, fate)
-    except (dist.DistError, RuntimeError):  # the rank that kept the store is gone
+    except (dist.DistError, RuntimeError):  # the rank that hosts the store is gone
         return (None, fate) if peer == ALL else (peer, fate)
     visited = {rank}
     while peer in waits and peer not in visited:
@@ -85,25 +85,25 @@ def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tu
         peer, fate = waits[peer]
     if peer != ALL:
         return (None if peer in visited else peer), fate
-    # The chain ends at a rank in a collective. Some rank that waits for one peer saw the lost one directly; if there is
-    # no such rank, the lost one is whoever left no entry.
+    # The chain ends at a rank in a collective. A rank that waited for a single peer has seen the lost one directly;
+    # without such a rank, the lost peer is one that left no entry.
     seen_by_others = [wait for wait in waits.values() if wait[0] != ALL and wait[0] not in waits]
     without_entry = [(other, fate) for other in ranks if other not in waits]
     return next(iter([*seen_by_others, *without_entry]), (None, fate))
 
 
 def _exchange_waits(ranks: Sequence[int], rank: int, peer: int, fate: str) -> dict[int, tuple[int, str]]:
-    """Store this rank's wait and collect those of the others: rank to the peer it waited for, and that peer's fate."""
+    """Store this rank's wait and return those of all ranks: rank to (peer that it waited for, fate of the peer)."""
     store = default_store()
     store.set(_key(rank), f"{peer} {fate}")
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
-        # Read the clock before the store, so that the last look at the store comes after the deadline.
+        # Read the clock before the store, so that the last read of the store comes after the deadline.
         late = time.monotonic() >= deadline
         entries = {other: store.get(_key(other)).decode().split() for other in ranks if store.check([_key(other)])}
         if late or len(entries) >= len(ranks) - 1:  # the lost peer writes no entry
             return {other: (int(waited_for), seen) for other, (waited_for, seen) in entries.items()}
-        # The store has no wait for any of several keys.
+        # The store cannot wait for any one of several keys.
         time.sleep(0.05)
 
 

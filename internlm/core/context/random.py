@@ -1,7 +1,8 @@
-"""Random streams of a rank, seeded so that ranks draw the same numbers exactly where they must.
+"""Random streams of a rank: seeded equally on ranks that must draw the same numbers, and differently on others.
 
-Each :class:`ParallelMode` that draws has a stream of its own. ``DATA``: ranks with the same activations (one tensor
-group) draw the same numbers, ranks with other samples or layers draw others. ``TENSOR``: all ranks differ.
+There is one stream per :class:`ParallelMode` that needs random numbers. ``DATA``: ranks with the same activations (one
+tensor group) draw the same numbers, ranks with other samples or layers different ones. ``TENSOR``: all ranks draw
+different numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) 
 class RandomStreams:
     """A stream of random numbers per mode, all drawn through torch's default generators.
 
-    Outside :meth:`use` the ``DATA`` stream is active. CUDA's generator has only that one.
+    Outside :meth:`use` the ``DATA`` stream is active. On CUDA's generator it is the only stream.
     """
 
     def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
@@ -65,7 +66,7 @@ class RandomStreams:
         return states
 
     def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Restore every stream to the state of :meth:`state_dict`."""
+        """Restore every stream from a result of :meth:`state_dict`."""
         for mode in self._states:
             self._states[mode] = states[mode.value].clone()
         torch.set_rng_state(self._states[self._current])

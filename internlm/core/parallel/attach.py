@@ -1,13 +1,13 @@
 """Attach communicators to the layers of a model: a table from tensor mode and role to a communicator.
 
-A layer takes part by two attributes: its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``,
-``"attention"``, ``"model"``) and its ``communicator``. To register a role of your own, whose weights are split like
-those of a built-in one::
+A parallel layer has two attributes: its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``,
+``"attention"``, ``"model"``) and its ``communicator``. Register a custom role, whose weights are split like those of a
+built-in role, as follows::
 
     @register_communicator("msp", "my role", like="column")
     def build(context: CommContext, layer: nn.Module) -> Communicator: ...
 
-In modes for which nothing is registered, the layer gets the communicator of the role that it is like.
+In modes without a registered function, the layer gets the communicator of the built-in role.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from internlm.core.parallel.tensor_parallel import (
 )
 from internlm.core.parallel.weight_gatherer import GatheredLinear, Overlap, WeightGatherer
 
-#: Roles whose weights isp gathers for each product. It gathers that of an embedding once, for the look-up.
+#: Roles whose weights isp gathers for each product. The table of an embedding is gathered once, for the look-up.
 GATHERED_ROLES = ("column", "row", "head")
 
 
@@ -56,23 +56,23 @@ class CommContext:
     weight: Group
     gatherer: WeightGatherer | None = None
     linear_index: Mapping[nn.Module, int] = field(default_factory=dict)
-    """Index of each linear in the order in which they run."""
+    """Index of each linear, in the order of execution."""
     block_index: Mapping[nn.Module, int] = field(default_factory=dict)
-    """Index of the block in which each module lies."""
+    """Index of the block that contains each module."""
 
 
-#: Builds the communicator of a layer.
+#: Function that builds the communicator of a layer.
 Build = Callable[[CommContext, Any], Any]
 TABLE: dict[tuple[TensorMode, str], Build] = {}
 
 
 def register_communicator(mode: TensorMode, role: str, like: Role | None = None) -> Callable[[Build], Build]:
-    """Decorate a function that builds the communicator of a layer.
+    """Register the decorated function, which builds the communicator of a layer.
 
     Args:
-        mode: tensor mode in which the function is used.
-        role: role of the layer. One of your own must be registered before the model is built.
-        like: for a role of your own, the role whose weights it is split like.
+        mode: Tensor mode in which the function is used.
+        role: Role of the layer. A custom role must be registered before the model is built.
+        like: For a custom role, the built-in role whose split of the weights it uses.
     """
 
     def register(build: Build) -> Build:
@@ -90,7 +90,7 @@ Combine = Callable[[Tensor, Group], Tensor]
 def _embedding(combine_hidden: Combine, combine_vocab: Combine) -> Build:
     def build(context: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
         placement = placement_of(layer.weight)
-        # Read from the placement rather than the config: a tied table is split by vocabulary, whatever the key says.
+        # Read from the placement, not from the config: a tied table is split by vocabulary, regardless of the key.
         if placement.shard is not None and placement.shard.axis is not None:
             return HiddenEmbedding(context.tensor, combine_hidden)
         return VocabEmbedding(context.tensor, placement, combine_vocab)
@@ -122,7 +122,7 @@ def _isp_embedding(context: CommContext, layer: Any) -> IspEmbedding:
 
 
 TABLE |= {
-    # mtp has no ("mtp", "model"): its tokens are whole between the layers, as the identity communicator says.
+    # No ("mtp", "model"): tokens are whole between the layers, as with the identity communicator.
     ("mtp", "column"): lambda context, layer: MtpColumn(context.tensor),
     ("mtp", "row"): lambda context, layer: MtpRow(context.tensor),
     ("mtp", "head"): lambda context, layer: SplitHead(context.tensor, placement_of(layer.weight)),
@@ -149,17 +149,17 @@ TABLE |= {
 def attach_communicators(
     model: nn.Module, mode: TensorMode, tensor: Group, weight: Group, overlap: Overlap | None = None
 ) -> WeightGatherer | None:
-    """Give every layer of ``model`` that has a role its communicator.
+    """Attach a communicator to every layer of ``model`` that has a role.
 
     Args:
-        model: built with the shards of this rank.
-        mode: tensor mode.
-        tensor: group over which activations, and but for isp weights, are split.
-        weight: group over which isp splits weights.
-        overlap: how isp prefetches weights. Default: not at all.
+        model: Model built with the shards of this rank.
+        mode: Tensor mode.
+        tensor: Group over which activations are split, and weights too in all modes but isp.
+        weight: Group over which isp splits weights.
+        overlap: Settings of isp's prefetch of weights. None: no prefetch.
 
     Returns:
-        The gatherer of the weights, under isp where the weight group has several ranks.
+        Gatherer of the weights under isp with several ranks in the weight group; None otherwise.
     """
     split = weight.size * tensor.size > 1 if mode == "isp" else tensor.size > 1
     if not split:
@@ -179,14 +179,14 @@ def attach_communicators(
 def _gathering_context(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
     """Index the linears of ``model`` and build the gatherer of their weights.
 
-    Linears are indexed in the order of ``named_modules``, in which a model must hold them as its forward calls them.
+    Linears are indexed in the order of ``named_modules``, which must be the order in which the forward pass calls them.
     """
-    # A linear outside of all blocks, such as the head, is a block of its own here.
+    # A linear outside of all blocks, such as the head, is treated as a block of its own.
     names = {module: name for name, module in model.named_modules()}
     declared = declared_blocks(model)
     enclosing = {name: containing_block(name, declared) for name in names.values()}
     linear_index: dict[nn.Module, int] = {}
-    linears_in: dict[str, int] = {}  # linears of each block so far; the order of its keys is that of the blocks
+    linears_in: dict[str, int] = {}  # number of linears of each block so far, in the order of the blocks
     linears: list[GatheredLinear] = []
     for module, name in names.items():
         role = getattr(module, "role", "")

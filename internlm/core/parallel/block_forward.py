@@ -1,7 +1,7 @@
 """Activation checkpointing and offloading of blocks, applied from outside.
 
-The ``forward`` of a declared block is replaced; the module, its name, hooks and parameters stay what they are. Hooks of
-the block itself, such as those of ``fully_shard``, run outside of what is recomputed.
+The ``forward`` of a declared block is replaced; the module, its name, hooks and parameters are unchanged. Hooks of the
+block itself, such as those of ``fully_shard``, run outside of the recomputed part.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from internlm.core.parallel.sharding import StageLayers
 
 @dataclass(eq=False, kw_only=True)
 class BlockForward:
-    """The forward of a block: ``compute``, its own, recomputed in backward or with its saved tensors offloaded."""
+    """Forward of a block with activation checkpointing, offloading or both around its own forward, ``compute``."""
 
     block: nn.Module
     compute: Callable[..., Any]
@@ -33,28 +33,28 @@ class BlockForward:
     """Index of the block in its chunk."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block as its own forward does; without gradients there is nothing to recompute or offload."""
+        """Run the block; without gradients, nothing is recomputed or offloaded."""
         if not torch.is_grad_enabled():
             return self.compute(*args, **kwargs)
         run = partial(self._checkpointed if self.recompute else self.compute, *args, **kwargs)
         if self.offload is None:
             return run()
-        # Around the checkpoint, whose saved inputs are then offloaded too.
+        # Offloading wraps the checkpoint, so that its saved inputs are offloaded too.
         device = next(tensors_of((args, kwargs))).device
         return self.offload.run(self.position, run, device, self._kept(args, kwargs))
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
-        # A block that draws from no generator (our dropout masks are functions of their position) need not restore
-        # one, and its checkpoint holds nothing but its inputs.
+        # A block that uses no default generator (our dropout masks are functions of their position) need not restore
+        # its state, and its checkpoint holds only its inputs.
         restores = not getattr(self.block, "draws_nothing", False)
         return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the block's inputs and parameters that stay on the device whether they are offloaded or not."""
+        """Yield the block's inputs and parameters that stay on the device anyway, so that offloading frees nothing."""
         first, *others = tensors_of((args, kwargs))
         yield from others  # all blocks share them: rotary tables, sequence bounds
         if first.requires_grad and first.is_leaf:
-            yield first  # received from another pipeline stage, and kept by the scheduler for its gradient
+            yield first  # received from another pipeline stage; the scheduler keeps it for its gradient
         for parameter in self.block.parameters():
             yield local_shard(parameter).flat
 
@@ -63,15 +63,15 @@ def checkpoint_and_offload_blocks(model: nn.Module, recomputes: Callable[[int], 
     """Apply activation checkpointing and offloading to the blocks that ``model`` declares.
 
     Args:
-        model: its blocks belong to the chunks of its ``stage_layers``, or, without these, to one chunk.
-        recomputes: whether the block with this index in the whole model keeps its input alone, and is recomputed in
-            backward (arXiv 1604.06174).
-        offloaded: number of blocks, from the first of each chunk on, whose saved tensors wait in host memory.
+        model: Model whose blocks belong to the chunks of its ``stage_layers``, or to one chunk without this attribute.
+        recomputes: Predicate on the index of a block in the whole model: True if the block keeps only its input and is
+            recomputed in backward (arXiv 1604.06174).
+        offloaded: Number of blocks, from the first of each chunk on, whose saved tensors are offloaded to host memory.
     """
     for indexes, blocks in _chunks(model):
         offload = ChunkOffload(len(blocks), offloaded) if offloaded else None
         for position, (index, block) in enumerate(zip(indexes, blocks, strict=True)):
-            own = offload if position <= offloaded else None  # the block after the last prefetches for it
+            own = offload if position <= offloaded else None  # the next block prefetches for the last
             if own is not None or recomputes(index):
                 block.forward = BlockForward(
                     block=block, compute=block.forward, recompute=recomputes(index), offload=own, position=position

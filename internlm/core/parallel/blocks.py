@@ -1,7 +1,7 @@
 """Blocks: the repeated layers of a model, declared by the model itself.
 
 FSDP units, lazy parameter gathers, isp's prefetch order, activation checkpointing, offloading and ``torch.compile`` all
-work block by block. A model declares its blocks by a method ``blocks()``; a model without one is treated as a whole.
+work block by block. A model declares its blocks by a method ``blocks()``; a model without it is treated as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internlm.utils.errors import Problem, UserError
 
 @runtime_checkable
 class DeclaresBlocks(Protocol):
-    """A model that names its repeated layers."""
+    """Protocol of a model that declares its repeated layers."""
 
     def blocks(self) -> Iterable[nn.Module]:
         """Return the blocks in the order in which a forward pass calls them."""
@@ -26,7 +26,7 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the declared blocks of ``model`` by module name, in forward order; empty if it declares none.
 
     Raises:
-        UserError: A declared block is no submodule of ``model``, is declared twice, or lies within another block.
+        UserError: A declared block is not a submodule of ``model``, is declared twice, or lies within another block.
     """
     if not isinstance(model, DeclaresBlocks):
         return {}
@@ -35,8 +35,8 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
     for block in model.blocks():
         name = names.get(block, "")
-        if not name:  # unknown, or the model itself: wrapping that as a block would call itself without end
-            raise _error(model, f"{type(block).__name__} is no submodule of it", "Return modules that the model holds")
+        if not name:  # unknown, or the model itself: wrapping the model as a block would recurse without end
+            raise _error(model, f"{type(block).__name__} is not a submodule", "Return modules that the model holds")
         if name in blocks or containing_block(name, blocks) != name:
             raise _error(model, f"{name!r} is declared twice or lies within another block", "Declare each layer once")
         blocks[name] = block

@@ -1,11 +1,11 @@
 """Collectives over a process group, counted by the ledger.
 
-Each has two forms: ``begin_NAME`` starts it and returns a :class:`Pending` to wait for, ``NAME`` also waits.
-:func:`exchange` makes a differentiable function out of two of them. A group of one rank communicates nothing: its
-collectives return their argument.
+Each collective has two forms: ``begin_NAME`` starts it and returns a :class:`Pending` to wait for, ``NAME`` also waits.
+:func:`exchange` pairs a forward with a backward collective as one autograd function. In a group of one rank, nothing is
+sent and collectives return their argument.
 
-Names throughout: ``whole`` is the tensor of the whole group, [n · rows, …] of n ranks, and ``shard`` this rank's part
-of its first dimension, [rows, …].
+Names: ``whole`` is the tensor of the whole group, [n · rows, …] for n ranks, and ``shard`` this rank's part of it along
+the first dimension, [rows, …].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from internlm.core.parallel.ledger import LEDGER
 
 
 class Work(Protocol):
-    """A running collective, as ``torch.distributed`` returns it."""
+    """Protocol of a running collective, as returned by ``torch.distributed``."""
 
     def is_completed(self) -> bool:
         """Whether the collective has completed, without blocking."""
@@ -33,13 +33,13 @@ class Work(Protocol):
 
 
 class Pending:
-    """The result of a collective that may still be running."""
+    """Result of a collective that may still be running."""
 
     def __init__(self, result: Tensor, work: Work | None = None) -> None:
         self._result, self._work = result, work
 
     def release_if_completed(self) -> None:
-        """Finish a completed collective without blocking, so that the buffers that its work keeps are freed."""
+        """Finish a completed collective without blocking, to free the buffers that its work holds."""
         if self._work is not None and self._work.is_completed():
             self.wait()
 
@@ -51,7 +51,7 @@ class Pending:
         return self._result
 
 
-# -- collectives that run while something else is computed ------------------------------------------------------------
+# -- asynchronous collectives -----------------------------------------------------------------------------------------
 
 
 def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
@@ -67,8 +67,8 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
 
     Args:
         whole: [n · rows, …].
-        group: n ranks.
-        shard: where to put the result, [rows, …]; may be a view of ``whole``. Default: a new tensor.
+        group: Group of n ranks.
+        shard: Output, [rows, …]; may be a view of ``whole``. None: a new tensor.
     """
     if group.size == 1:
         return Pending(whole if shard is None or shard.data_ptr() == whole.data_ptr() else shard.copy_(whole))
@@ -86,8 +86,8 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
 
     Args:
         shard: [rows, …], of the same shape on every rank.
-        group: n ranks.
-        whole: where to put the result, [n · rows, …]; ``shard`` may be a view of it. Default: a new tensor.
+        group: Group of n ranks.
+        whole: Output, [n · rows, …]; ``shard`` may be a view of it. None: a new tensor.
     """
     if group.size == 1:
         return Pending(shard if whole is None or shard.data_ptr() == whole.data_ptr() else whole.copy_(shard))
@@ -101,7 +101,7 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
 
 
 def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Start to sum ``tensor`` over the group, in place on its rank ``root``; other ranks must not read it after."""
+    """Start to sum ``tensor`` over the group, in place on rank ``root``; other ranks must not read it afterwards."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes)
@@ -109,7 +109,7 @@ def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Start to copy ``tensor`` of the group's rank ``root`` into that of every other rank."""
+    """Start to copy ``tensor`` from rank ``root`` of the group to every other rank, in place."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0)
@@ -117,7 +117,7 @@ def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
-    """Start to send ``slices[i]`` to rank i, [n, …]; row i of the result is what rank i sent here."""
+    """Start to send ``slices[i]`` to rank i, [n, …]; row i of the result is received from rank i."""
     if group.size == 1:
         return Pending(slices)
     LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size)
@@ -126,7 +126,7 @@ def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
     return Pending(received, work)
 
 
-# -- collectives that block -------------------------------------------------------------------------------------------
+# -- blocking collectives ---------------------------------------------------------------------------------------------
 
 
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -145,12 +145,12 @@ def all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Tens
 
 
 def all_to_all(slices: Tensor, group: Group) -> Tensor:
-    """Send ``slices[i]`` to rank i and return what each rank sent here: [n, …] → [n, …]."""
+    """Send ``slices[i]`` to rank i and return the slices received from every rank: [n, …] → [n, …]."""
     return begin_all_to_all(slices, group).wait()
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
-    """Copy ``tensor`` of the group's first rank into that of every other rank."""
+    """Copy ``tensor`` from the first rank of the group to every other rank, in place."""
     return begin_broadcast(tensor, group, 0).wait()
 
 
@@ -175,7 +175,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, forward: Step, backward: Step) -> Tensor:
         ctx.backward_step = backward
         y = forward(x)
-        # Autograd treats an input that is returned as modified in place; a view of it is an output of its own.
+        # Autograd treats a returned input as modified in place; a view of it is a separate output.
         return y.view_as(y) if y is x else y
 
     @staticmethod
@@ -186,13 +186,13 @@ class _Exchange(torch.autograd.Function):
 
 # -- gloo -------------------------------------------------------------------------------------------------------------
 
-# gloo implements reduce-scatter as an all-reduce of everything, and all-gather through a second buffer. An all-to-all
-# whose slices each rank sums itself, and a broadcast from each rank, send the same bytes in a third to half of the time
-# (doc/performance.md).
+# gloo implements reduce-scatter as an all-reduce of the whole tensor, and all-gather through a second buffer. An
+# all-to-all followed by a local sum, and one broadcast from each rank, send the same bytes in a third to half of the
+# time (doc/performance.md).
 
 
 class GlooReduceScatter:
-    """A running reduce-scatter that is made of an all-to-all; ``wait`` sums the slices into ``shard``."""
+    """Running reduce-scatter, implemented as an all-to-all; ``wait`` sums the slices into ``shard``."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
         self.shard, self.slices = shard, torch.empty_like(whole).view(ranks, *shard.shape)
@@ -205,28 +205,28 @@ class GlooReduceScatter:
     def wait(self) -> None:
         """Block until all slices have arrived and sum them in rank order, so that every run rounds alike."""
         self.work.wait()
-        # Not earlier: ``shard`` may be a view of ``whole``, which is sent until then.
+        # Only after the wait: ``shard`` may be a view of ``whole``, which is sent until then.
         torch.sum(self.slices, 0, out=self.shard)
 
 
 class WorkList:
-    """Several running collectives that are waited for together."""
+    """Running collectives that are waited for together."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
         self.works = works
 
     def is_completed(self) -> bool:
-        """Whether all of them have completed."""
+        """Whether all collectives have completed."""
         return all(work.is_completed() for work in self.works)
 
     def wait(self) -> None:
-        """Block until all of them have completed."""
+        """Block until all collectives have completed."""
         for work in self.works:
             work.wait()
 
 
 def gloo_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None, rank: int, ranks: int) -> WorkList:
-    """Start an all-gather that is made of one broadcast by each rank."""
+    """Start an all-gather, implemented as one broadcast from each rank."""
     slices = whole.view(ranks, *shard.shape)
     if slices[rank].data_ptr() != shard.data_ptr():
         slices[rank].copy_(shard)

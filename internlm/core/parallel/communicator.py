@@ -1,8 +1,8 @@
-"""Communicators: what a layer exchanges with other ranks, and when, as hooks around its computation.
+"""Communicators: hooks around a layer's computation, which exchange tensors with other ranks.
 
-The classes here are the identity (no-op) communicators, for layers that are whole on each rank. A parallel mode is a
-few small subclasses, one for each role, that override the hooks they need. They are attached to each layer of a model
-(:mod:`internlm.core.parallel.attach`), so that two models with different layouts can live in one process.
+The classes here are the identity (no-op) communicators, for layers that are whole on each rank. A parallel mode
+consists of small subclasses, one per role, that override the hooks they need. Communicators are attached to each layer
+of a model (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one process.
 
 Shapes: T tokens of this rank, I input and O output features, H hidden, V vocabulary, G kv heads, Q query heads per kv
 head, D head width, N = G · Q heads.
@@ -23,7 +23,7 @@ from internlm.ops import VocabShard
 class Communicator:
     """Hooks around the three matrix products of a linear.
 
-    Those that return a :class:`Pending` are waited for as late as possible, so that another product runs meanwhile.
+    A returned :class:`Pending` is waited for as late as possible, so that the collective overlaps with another product.
     """
 
     #: Whether ``gather_weight`` all-gathers and ``reduce_grad_weight`` reduce-scatters to this rank's shard.
@@ -40,7 +40,7 @@ class Communicator:
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Return the weight as a matrix, [O, I], before the forward product or, ``backward``, before that for dx."""
+        """Return the weight as a matrix, [O, I], for the forward product or, with ``backward``, the product for dx."""
         return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
 
     def release_weight(self, whole: Tensor) -> None:
@@ -55,18 +55,18 @@ class Communicator:
         return dy
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to reduce the product for dx to that of the input: [tokens of the product, I] → [T, I]."""
+        """Start to reduce the product for dx to the input's gradient: [tokens of the product, I] → [T, I]."""
         return Pending(dx)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Reduce the product for the weight's gradient and call ``deliver`` with this rank's shard.
 
         Args:
-            dw: gradient of the whole weight, [O, I].
-            deliver: adds the shard to the main gradient, or returns it where there is none.
+            dw: Gradient of the whole weight, [O, I].
+            deliver: Function that adds the shard to the main gradient, or returns it if there is no main gradient.
 
         Returns:
-            The result of ``deliver``; None if it is called later, at the latest when the backward pass ends.
+            The result of ``deliver``; None: ``deliver`` is called later, at the latest when the backward pass ends.
         """
         return deliver(dw)
 
@@ -74,7 +74,7 @@ class Communicator:
 class HeadCommunicator(Communicator):
     """Hooks of the head, a linear that may compute the loss together with its product."""
 
-    #: The part of the vocabulary that this rank holds; None: all of it.
+    #: Shard of the vocabulary that this rank holds; None: the whole vocabulary.
     vocab: VocabShard | None = None
 
     def enter(self, x: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ class HeadCommunicator(Communicator):
         yield weight
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        """Return the logits of every token for the whole vocabulary, from those of this rank."""
+        """Gather this rank's logits to those of every token and the whole vocabulary."""
         return logits
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """Return ``logits`` without the columns of a padded vocabulary."""
+        """Return ``logits`` without the padding columns of the vocabulary."""
         return logits
 
 
@@ -99,12 +99,12 @@ class EmbeddingCommunicator:
     """Hooks of the embedding."""
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up ``ids`` in the whole table, as the first layer takes them: [T] → [tokens between layers, H]."""
+        """Look up ``ids`` in the whole table, for the first layer: [T] → [tokens between layers, H]."""
         return lookup(ids, weight)
 
 
 class AttentionCommunicator:
-    """Hooks around the kernel of attention, between its linears."""
+    """Hooks around the attention kernel, between its linears."""
 
     def to_heads(self, qkv: Tensor) -> Tensor:
         """Exchange all heads of this rank's tokens for all tokens of its heads: [T, G, Q + 2, D]."""
@@ -119,15 +119,15 @@ class ModelCommunicator:
     """Hooks of the model as a whole."""
 
     def whole_positions(self, positions: Tensor) -> Tensor:
-        """Return the positions of all tokens that attention sees, from those of this rank's tokens: [T]."""
+        """Gather the positions of this rank's tokens to those of all tokens that attention reads: [T]."""
         return positions
 
     def tokens_between_layers(self, tokens: int) -> int:
-        """Return how many tokens this rank has between the layers, for ``tokens`` of the loader."""
+        """Return the number of tokens that this rank holds between layers, for ``tokens`` from the loader."""
         return tokens
 
 
-#: The communicators that layers are built with.
+#: Default communicators of the layers.
 IDENTITY = Communicator()
 IDENTITY_HEAD = HeadCommunicator()
 IDENTITY_EMBEDDING = EmbeddingCommunicator()

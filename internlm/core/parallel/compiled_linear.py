@@ -1,11 +1,10 @@
-"""A linear as a custom op of a compiled graph, which the compiler does not look into.
+"""Linear as a custom op, which ``torch.compile`` keeps as one node of the graph.
 
-The compiler can't trace what a linear does besides its products: it communicates, adds its weight's gradient to the
-main gradient, and may put that off. As a custom op it is a node like any other, so that the code before and after it is
-compiled together.
+The compiler cannot trace a linear: besides its products it communicates, adds its weight's gradient to the main
+gradient, and may defer that. A custom op does not break the graph, so the code around it is compiled together.
 
-The layer itself is an argument of the op, as a :class:`LinearHandle`. A graph contains only that there is a handle, so
-that the same graph serves all blocks.
+The layer is passed to the op as a :class:`LinearHandle`. A graph does not depend on the layer that a handle refers to,
+so all blocks share one graph.
 
 Shapes: T tokens, I input features, O output features.
 """
@@ -24,14 +23,14 @@ from internlm.utils.torch_private import OpaqueBase, register_opaque_type
 
 
 class LinearModule(Protocol):
-    """A layer that the custom op can run."""
+    """Protocol of a layer that the custom op can run."""
 
     weight: nn.Parameter
     communicator: Communicator
 
 
 class LinearHandle(OpaqueBase):
-    """The custom-op handle of a linear: an argument that refers to the layer."""
+    """Custom-op handle of a linear: an opaque argument that refers to the layer."""
 
     def __init__(self, linear: LinearModule) -> None:
         self.linear = linear
@@ -42,8 +41,8 @@ class LinearHandle(OpaqueBase):
 
 register_opaque_type(LinearHandle, typ="reference")
 
-# The argument ``weight`` only makes the result require a gradient where the weight does: autograd does not look into a
-# handle. The op itself reads the layer's parameter, which has the main gradient.
+# The argument ``weight`` only makes the result require a gradient if the weight does: autograd does not see the weight
+# of a handle. The op itself reads the layer's parameter, which has the main gradient.
 
 
 @torch.library.custom_op("internlm::linear", mutates_args=())
@@ -78,7 +77,7 @@ def _(dy: Tensor, kept: Tensor, layer: LinearHandle, tokens: int, keeps: bool) -
     return dy.new_empty(tokens, kept.shape[1])
 
 
-# Otherwise the compiler removes the op where dx is not needed, and the weight's gradient with it.
+# Without this, the compiler removes the op where dx is unused, and the weight's gradient with it.
 torch.fx.has_side_effect(torch.ops.internlm.linear_backward.default)
 
 
@@ -97,15 +96,15 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear(x: Tensor, layer: LinearHandle, weight: Tensor, features: int, comm: Communicator) -> Tensor:
-    """Run the layer of a handle: [T, I] → [T, O].
+    """Run a linear as a custom op: [T, I] → [T, O].
 
     Args:
-        x: [T, I].
-        layer: the handle.
-        weight: the layer's weight.
-        features: O.
-        comm: the layer's communicator.
+        x: Input, [T, I].
+        layer: Handle of the layer.
+        weight: Weight of the layer.
+        features: Number of output features, O.
+        comm: Communicator of the layer.
     """
-    # Shapes are passed along as numbers: the fake kernel can't ask a handle, whose layer it does not see.
+    # Shapes are passed as numbers: the fake kernel cannot read the layer of a handle.
     y: Tensor = _linear(x, weight, layer, comm.output_tokens(x.shape[0]), features, comm.keeps_gathered_input)[0]
     return y

@@ -1,11 +1,11 @@
 """Dropout whose masks are the same in every layout.
 
 A mask is a function of the run's seed, the step, the index of the micro-batch in the global batch, the layer and the
-position in the layer. It is drawn for the whole row by a generator of its own, and each rank takes the rows of its own
-tokens. So ranks, stages, recomputed blocks and resumed runs agree, and no generator state is kept for backward, where
-Megatron keeps one stream for each tensor rank.
+position in the layer. It is drawn for the whole row by a separate generator, and each rank keeps the part of its own
+tokens. Hence ranks, stages, recomputed blocks and resumed runs agree, and no generator state is saved for backward;
+Megatron instead keeps one stream per tensor rank.
 
-Shapes: T tokens of the row, S of them on this rank (T, or T over the ranks that split the row), H hidden.
+Shapes: T tokens of the row, S tokens of it on this rank (T / number of ranks that split the row), H hidden.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from internlm.utils.torch_private import uncompiled
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutKey:
-    """The dropout RNG key: what identifies a mask, besides its layer and its position in it."""
+    """Dropout RNG key: identifies a mask together with its layer and the position in the layer."""
 
     seed: int = 0
     data_rank: int = 0
     tensor_rank: int = 0
-    """Rank among those that may split a row."""
+    """Rank in the group that may split a row."""
     step: int = 0
     micro_num: int = 1
     """Micro-batches of each rank in this step."""
@@ -50,7 +50,7 @@ _current: DropoutKey | None = None
 
 @contextmanager
 def dropout_key_scope(key: DropoutKey) -> Iterator[None]:
-    """Run the models called within the block with dropout masks of ``key``."""
+    """Use the dropout masks of ``key`` in forward passes within the block."""
     global _current
     outer, _current = _current, key
     try:
@@ -63,10 +63,10 @@ def current_dropout_key() -> DropoutKey:
     """Return the key of the enclosing :func:`dropout_key_scope`.
 
     Raises:
-        UserError: there is none, so that step and micro-batch are unknown.
+        UserError: There is no enclosing scope, so step and micro-batch are unknown.
     """
     if _current is None:
-        message = "a mask depends on step and micro-batch, and the model was called without them"
+        message = "a dropout mask depends on step and micro-batch, but the model was called without them"
         todo = "Call the model within dropout_key_scope(DropoutKey(...)), or after eval()"
         raise UserError(Problem("model.drop_rate", message, todo))
     return _current
@@ -81,7 +81,7 @@ class Dropout:
 
     rate: float
     keeps_masks: bool
-    """Save masks for backward, a byte per element, rather than draw them again."""
+    """Whether masks are saved for backward, one byte per element, rather than drawn again."""
     key: DropoutKey
     tokens: int
     """T, the tokens of the whole row."""
@@ -91,18 +91,18 @@ class Dropout:
         return _drop(self, layer, position, x)
 
     def mask(self, layer: object, position: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Draw which elements of this rank's tokens stay: [S, H], bool."""
+        """Draw the mask of this rank's tokens, True for elements to keep: [S, H], bool."""
         key, (own, width) = self.key, shape
         seed = derived_seed(key.seed, "dropout", key.step, key.micro_batch, layer, position)
-        # The whole row, of which other ranks' tokens are dropped again: that costs a draw per element, not memory for
-        # backward, and makes the mask independent of how many ranks split the row.
+        # Draw the whole row, then discard the tokens of other ranks: that costs a draw per element, but no memory for
+        # backward, and makes the mask independent of the number of ranks that split the row.
         whole = torch.empty(self.tokens, width, dtype=torch.bool, device=device)
         whole.bernoulli_(1 - self.rate, generator=torch.Generator(device).manual_seed(seed))
         ranks = self.tokens // own
         return whole if ranks == 1 else whole.chunk(ranks)[key.tensor_rank].clone()
 
 
-#: A dropout bound to a layer: position in the layer and ``x`` → ``x`` after dropout.
+#: Dropout bound to a layer: (position in the layer, ``x``) → ``x`` after dropout.
 Drop: TypeAlias = Callable[[str, Tensor], Tensor]
 
 
@@ -136,5 +136,5 @@ class _Dropout(torch.autograd.Function):
 
 def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Compute x · mask · scale."""
-    # Dropout's backward is that product, as one kernel on CUDA; the plain expression takes two and a temporary.
+    # The backward of dropout is this product as one kernel on CUDA; the plain expression takes two and a temporary.
     return torch.ops.aten.native_dropout_backward(x, mask, scale)

@@ -1,15 +1,15 @@
 """Fully sharded parameters and gradients, by PyTorch's ``fully_shard``.
 
-That is stage 3 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3). A *unit* is a declared block of the
-model; what lies outside of blocks is one more unit, the root. Of n ranks each holds ⌈rows/n⌉ consecutive rows of every
+This is stage 3 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3). A *unit* is a declared block of the
+model; everything outside of blocks is one more unit, the root. Each of n ranks holds ⌈rows/n⌉ consecutive rows of every
 parameter, the last ranks fewer or none.
 
-1. Before a unit's forward pass its parameters are gathered, and freed after it.
-2. Before its backward pass they are gathered again; those of the root stay in between.
+1. A unit's parameters are gathered before its forward pass and freed after it.
+2. They are gathered again before its backward pass; those of the root are kept in between.
 3. After its backward pass its gradients are reduce-scattered, and each rank adds the result to its shard: in every
    micro-batch, so that whole gradients exist for one unit at a time.
 
-Parameters that are computed with in half precision are kept in float32, and rounded before they are gathered.
+If the compute dtype is a half precision, parameters are kept in float32 and rounded before they are gathered.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def shard_fully(
     """Shard the parameters of ``model`` over ``group``.
 
     Args:
-        model: Its parameters must be of ``dtype``.
-        group: The ranks that share the parameters; at least two.
-        dtype: The dtype to compute in.
-        grad_dtype: The dtype of the gradients of one micro-batch; default: ``dtype``.
-        reduce_dtype: The dtype in which gradients are reduce-scattered; default: ``grad_dtype``.
+        model: Model whose parameters are of ``dtype``.
+        group: Group of at least two ranks to shard over.
+        dtype: Compute dtype.
+        grad_dtype: Dtype of the gradients of one micro-batch. None: ``dtype``.
+        reduce_dtype: Dtype in which gradients are reduce-scattered. None: ``grad_dtype``.
 
     Raises:
-        ConfigError: A parameter is of another dtype, a scalar, or in several units.
+        ConfigError: A parameter is of another dtype, is a scalar, or belongs to several units.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # lazily: it imports the compiler, a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it imports the compiler, 1 s
 
     placements = {name: placement for name, _, placement in placed_parameters(model)}
     grad_dtype = grad_dtype or dtype
@@ -63,7 +63,7 @@ def shard_fully(
         raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but {problem}", "Set it to False"))
     _make_matrices(model)
     assert group.handle is not None, "fully_shard needs a process group"
-    mesh = DeviceMesh.from_group(group.handle, device_type())  # not a parameter's, which may be on the meta device
+    mesh = DeviceMesh.from_group(group.handle, device_type())  # parameters may be on the meta device
     policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
     for unit in (*declared_blocks(model).values(), model):
         for parameter in _unsharded(unit):
@@ -76,23 +76,23 @@ def shard_fully(
 
 
 def adopt_new_shards(model: nn.Module) -> None:
-    """Have ``fully_shard`` take over local shards that were replaced since, and pad those that are short.
+    """Register replaced local shards with ``fully_shard``, padded to equal size.
 
-    It would do so in its first forward pass, too late for an optimizer that refers to the memory of the shards.
+    ``fully_shard`` would do so in the first forward pass, after the optimizer has taken references to the shards.
     """
     for module in model.modules():
         adopt_sharded_parameters(module)
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Return whether :func:`shard_fully` was applied to ``model``."""
+    """Return whether :func:`shard_fully` has been applied to ``model``."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 class LocalShard(NamedTuple):
-    """Elements of a parameter that are in this rank's memory: ``flat``, from position ``start`` on.
+    """Elements of a parameter in this rank's memory, ``flat``, and the index ``start`` of the first of them.
 
-    ``start`` counts in the flattened shard of the parameter's placement, which ``fully_shard`` splits further.
+    ``start`` is an index into the flattened shard of the parameter's placement, which ``fully_shard`` splits further.
     """
 
     flat: Tensor
@@ -100,7 +100,7 @@ class LocalShard(NamedTuple):
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """Return this rank's shard of ``parameter`` as a view of its memory; all of it unless it is fully sharded."""
+    """Return this rank's shard of ``parameter`` as a view; the whole parameter unless it is fully sharded."""
     parameter = parameter.detach()
     if not isinstance(parameter, DTensor):
         return LocalShard(parameter.view(-1), 0)
@@ -120,20 +120,20 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
 
 
 def _unshardable(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Return why some parameter of ``model`` cannot be fully sharded; None if all can."""
+    """Return the reason why a parameter of ``model`` cannot be fully sharded; None if all can."""
     blocks = declared_blocks(model)
-    first: dict[nn.Parameter, tuple[str, str]] = {}  # the unit and the name under which it comes first
+    first: dict[nn.Parameter, tuple[str, str]] = {}  # unit and name of its first occurrence
     for path, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module.named_parameters(recurse=False):
             block = containing_block(path, blocks)
             name, unit = f"{path}.{own}".lstrip("."), block if block in blocks else ""
             if parameter.dtype != dtype:
-                return f"{name!r} is of {parameter.dtype}, and all else of {dtype}"
+                return f"{name!r} is of {parameter.dtype}, expected {dtype}"
             if parameter.dim() == 0:
-                return f"{name!r} is a scalar, of which nothing can be shared (shape [1] can)"
+                return f"{name!r} is a scalar, which cannot be sharded (shape [1] can)"
             elsewhere, alias = first.setdefault(parameter, (unit, name))
             if elsewhere != unit:
-                return f"{name!r} is also {alias!r}, which is gathered at another time"
+                return f"{name!r} is tied to {alias!r}, which belongs to another unit"
     return None
 
 
@@ -149,12 +149,12 @@ def _make_matrices(model: nn.Module) -> None:
 
 
 def _unsharded(unit: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a unit that are not sharded, or gathered at present."""
+    """Return the parameters of a unit that are not sharded, or currently gathered."""
     return [parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)]
 
 
 def _configure(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-    """Have ``unit`` sum gradients, by collectives that the ledger counts."""
+    """Configure ``unit`` to sum gradients, with collectives that the ledger counts."""
     # Sums, not means: the loss is already divided by the valid tokens of the global batch.
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
@@ -164,7 +164,7 @@ def _configure(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: t
 
 
 def _widen_gradients(grad_dtype: torch.dtype, unit: nn.Module, _: Any) -> None:
-    """Have autograd compute gradients of the parameters that were just gathered in ``grad_dtype``."""
+    """Set the dtype of the gradients of the parameters that were just gathered."""
     for parameter in _unsharded(unit):
         if parameter.requires_grad and parameter.grad_dtype != grad_dtype:
             parameter.grad_dtype = grad_dtype
@@ -177,7 +177,7 @@ def _reshard_root(root: Any, *_: Any) -> None:
 
 
 class _Counted:
-    """Base of the collectives that are passed to ``fully_shard``: the ledger counts what they send."""
+    """Base class of the collectives passed to ``fully_shard``; the ledger counts the bytes they send."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -198,7 +198,10 @@ class _AllGather(_Counted):
 
 
 class _ReduceScatter(_Counted):
-    """Reduce-scatter in ``dtype``; a policy's own ``reduce_dtype`` is ignored if it is that of the parameters."""
+    """Reduce-scatter in ``dtype``.
+
+    ``MixedPrecisionPolicy.reduce_dtype`` cannot set it where it equals the parameters' dtype.
+    """
 
     def __init__(self, group: Group, dtype: torch.dtype) -> None:
         super().__init__(group)

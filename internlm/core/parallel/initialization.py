@@ -1,16 +1,16 @@
-"""Initial values: an element depends on (seed, logical name, logical index) alone, so a rank draws only what it holds.
+"""Initial values: each element depends on (seed, logical name, logical index) alone, so a rank draws only its shard.
 
-The generator is counter-based, so any element can be drawn without those before it (as in Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"):
+The generator is counter-based: any element can be drawn without the elements before it (as in Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"):
 
 1. SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): the i-th output of a
    generator with state ``key`` is a mix of the bits of key + (i + 1)·γ. The key is a hash of seed and name, i the index
    of the element in the flattened logical tensor.
 2. Box and Muller (1958): the upper 31 bits make a radius √(−2·ln u), the lower 32 an angle θ. r·sin θ is normal.
 
-Every operation on floats is one that IEEE 754 rounds exactly (+, −, ×, ÷, √), and each is a pass of its own, so that
-nothing is fused. Hence a value depends neither on the length of vectors nor on the position within a chunk, as the
-logarithms and sines of vector libraries do.
+All float operations are correctly rounded by IEEE 754 (+, −, ×, ÷, √), and each is a separate pass, so that none are
+fused. Hence a value depends neither on the length of vectors nor on the position within a chunk, unlike the logarithms
+and sines of vector libraries.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _MASK = 2**64 - 1
 
 # -- parameters -------------------------------------------------------------------------------------------------------
 def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Parameter]:
-    """Give parameters that are on the meta device memory on ``device`` and their initial values; return those.
+    """Allocate the parameters on the meta device on ``device``, draw their initial values, and return them.
 
     Parameters keep their identity, so ties, placements and communicators that refer to them stay valid.
 
     Raises:
-        UserError: A parameter is on the meta device, and nothing says which values it starts with.
+        UserError: A parameter on the meta device has no distribution of initial values.
     """
     deferred = [(name, parameter) for name, parameter, _ in placed_parameters(model) if parameter.is_meta]
     for name, parameter in deferred:
@@ -70,22 +70,21 @@ def initialize_parameters(module: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
-    """Draw the elements of ``parameter`` that this rank holds; padding is 0.
+    """Draw the elements of ``parameter`` that this rank holds; set padding to zero.
 
-    Values are float32, rounded to the dtype in which the parameter is computed with. Memory beside the parameter's is
-    that of a chunk.
+    Values are drawn in float32 and rounded to the compute dtype of the parameter. Temporary memory is that of a chunk.
 
     Args:
-        parameter: one with a placement; its values stay where this has no distribution.
-        name: logical name, the same in every layout.
-        seed: the seed of the run.
+        parameter: Parameter with a placement; without a distribution its values are unchanged.
+        name: Logical name, the same in every layout.
+        seed: Seed of the run.
     """
     placement = placement_of(parameter, name)
     if placement.init is None:
         return
     flat, start = local_shard(parameter)
     key = derived_seed(seed, "parameter", name)
-    end = 0  # of what is not padding
+    end = 0  # of the elements that are not padding
     for held in placement.slices(start, start + flat.numel()):
         end = held.stop - start
         if placement.init.std == 0.0:
@@ -103,14 +102,14 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
 def normal_chunks(
     key: int, shape: tuple[int, ...], held: TensorSlice, mean: float = 0.0, std: float = 1.0
 ) -> Iterator[Float32]:
-    """Draw the elements of a slice in row-major order, chunk by chunk; a chunk is valid until the next is drawn.
+    """Draw normal values of a slice in row-major order, chunk by chunk; a chunk is valid until the next is drawn.
 
     Args:
         key: 64-bit key of the tensor.
-        shape: of the logical tensor.
-        held: the slice of it to draw.
-        mean: of the distribution.
-        std: standard deviation of the distribution.
+        shape: Shape of the logical tensor.
+        held: Slice of the logical tensor to draw.
+        mean: Mean of the distribution.
+        std: Standard deviation of the distribution.
     """
     counters, values, scratch = np.empty(CHUNK, np.uint64), np.empty(CHUNK, np.float32), _Scratch()
     for size in _counters(key, shape, held, counters):
@@ -123,10 +122,10 @@ def normal_chunks(
 
 
 def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) -> Iterator[int]:
-    """Write key + (i + 1)·γ for each element of the slice to ``out``, chunk by chunk, and yield the size of each.
+    """Write the counter key + (i + 1)·γ of each element i to ``out``; yield the size of each chunk.
 
-    Trailing axes that the slice covers, and the axis before them, make runs of consecutive logical indexes; a chunk is
-    a part of one long run, or some short ones.
+    Elements of fully covered trailing axes are contiguous, and so are those of the axis before: a chunk is a part of
+    one such run, or several short runs. γ is ``_GAMMA``.
     """
     axis, length = len(shape), 1
     while axis > 0:
@@ -152,7 +151,7 @@ def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) 
 
 
 class _Scratch:
-    """Arrays that each chunk uses anew."""
+    """Temporary arrays, reused by every chunk."""
 
     def __init__(self) -> None:
         self.words = np.empty(CHUNK, np.uint64)
@@ -178,8 +177,8 @@ def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
         if factor is not None:
             np.multiply(z, np.uint64(factor), out=z)
 
-    # u in [2⁻³¹, 1] as m · 2^e with m in [√½, √2): then ln u = 2·atanh((m − 1)/(m + 1)) + e·ln 2, which is accurate
-    # relative to itself near u = 1 too, where e = 0.
+    # u in [2⁻³¹, 1] as m · 2^e with m in [√½, √2): then ln u = 2·atanh((m − 1)/(m + 1)) + e·ln 2, whose relative error
+    # is small near u = 1 too, where e = 0.
     np.right_shift(z, np.uint64(33), out=words)
     np.copyto(integer, words, casting="unsafe")
     np.bitwise_or(integer, 1, out=integer)
@@ -200,7 +199,7 @@ def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
     np.multiply(radius, np.float32(-2), out=radius)
     np.sqrt(radius, out=radius)
 
-    np.copyto(integer, z, casting="unsafe")  # the lower word, as a signed one
+    np.copyto(integer, z, casting="unsafe")  # the lower 32 bits as a signed integer
     np.multiply(integer, np.float32(math.pi * 2**-32), out=angle, dtype=np.float32, casting="unsafe")
     np.multiply(angle, angle, out=square)
     _horner(_SIN, square, out)
@@ -209,7 +208,7 @@ def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
 
 
 def _horner(coefficients: tuple[np.float32, ...], x: Float32, out: Float32) -> None:
-    """Evaluate the polynomial in ``x`` with these coefficients, the highest first."""
+    """Evaluate the polynomial in ``x`` with these coefficients, the highest power first."""
     out.fill(coefficients[0])
     for coefficient in coefficients[1:]:
         np.multiply(out, x, out=out)

@@ -37,7 +37,7 @@ from internlm.utils.torch_private import uncompiled
 class IspLinear(Communicator):
     """All-gather of the weight forward and again backward, reduce-scatter of its gradient.
 
-    ``index`` is that of the linear in the gatherer's order.
+    ``index`` is the index of the linear in the gatherer.
     """
 
     splits_weight = True
@@ -50,11 +50,11 @@ class IspLinear(Communicator):
         return self.gatherer.acquire(self.index, backward)
 
     def release_weight(self, whole: Tensor) -> None:
-        """Give the buffer of the whole weight back."""
+        """Release the buffer of the whole weight."""
         self.gatherer.release(self.index)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Sum ``dw`` over the weight group and deliver this rank's rows, perhaps when the next gradient is there."""
+        """Sum ``dw`` over the weight group and deliver this rank's rows, at once or with the next gradient."""
         return self.gatherer.reduce(self.index, dw, deliver)
 
 
@@ -67,7 +67,7 @@ class TokensHead(HeadCommunicator):
     def whole_logits(self, logits: Tensor) -> Tensor:
         """Gather the logits of every rank's tokens: [T / n, V] → [T, V]."""
 
-        # Every rank has the same gradient of all logits, so that of its own is a slice and needs no collective.
+        # Every rank has the same gradient of all logits, so the gradient of its own is a slice, without a collective.
         def slice_own(whole: Tensor) -> Tensor:
             return whole.chunk(self.tensor.size)[self.tensor.rank].contiguous()
 
@@ -75,7 +75,7 @@ class TokensHead(HeadCommunicator):
 
 
 class IspHead(IspLinear, TokensHead):
-    """A head whose weight is gathered and which computes the logits of the rank's own tokens."""
+    """A head that gathers its weight and computes the logits of the rank's own tokens."""
 
     def __init__(self, gatherer: WeightGatherer, index: int, tensor: Group) -> None:
         IspLinear.__init__(self, gatherer, index)
@@ -90,7 +90,7 @@ class IspHead(IspLinear, TokensHead):
 
 
 class _WholeWeight(torch.autograd.Function):
-    """The all-gather of the head's weight, whose backward reduce-scatters the gradient and delivers it."""
+    """All-gather of the head's weight; backward reduce-scatters the gradient and delivers it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, comm: IspHead) -> Tensor:
@@ -127,8 +127,8 @@ class IspEmbedding(EmbeddingCommunicator):
 class IspAttention(AttentionCommunicator):
     """All-to-all between tokens and heads (arXiv 2309.14509).
 
-    Where there are fewer kv heads than ranks, each is sent to all ranks that hold some of its query heads. ``before``
-    is called before the first all-to-all: isp may launch the gathers of the next block there.
+    With fewer kv heads than ranks, each kv head is sent to all ranks that hold some of its query heads. ``before`` is
+    called before the first all-to-all, where isp may launch the all-gathers of the next block.
     """
 
     def __init__(self, group: Group, before: Callable[[], None]) -> None:
@@ -169,7 +169,7 @@ class IspAttention(AttentionCommunicator):
 
 
 def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
-    """Put each kv head beside ``repeats`` parts of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
+    """Copy each kv head for r = ``repeats`` groups of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
     if repeats == 1:
         return qkv
     queries = qkv[:, :, :-2].unflatten(2, (repeats, -1))
@@ -185,7 +185,7 @@ def _sum_kv_heads(dqkv: Tensor) -> Tensor:
 
 
 class IspModel(ModelCommunicator):
-    """A model whose attention needs the positions of all tokens of the row, of which each rank has its part."""
+    """A model whose ranks hold parts of a row, while attention needs the positions of all tokens of the row."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

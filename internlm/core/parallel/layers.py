@@ -29,9 +29,9 @@ class ParallelEmbedding(nn.Module):
     Args:
         vocab_size: V.
         hidden_size: H.
-        std: standard deviation of the initial values.
-        grad_scale: factor on the gradient of the table, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
-        split_hidden: whether mtp, msp and fsp split the table over H rather than V.
+        std: Standard deviation of the initial values.
+        grad_scale: Factor on the gradient of the table, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
+        split_hidden: Whether mtp, msp and fsp split the table over H rather than V.
     """
 
     role = "embedding"
@@ -49,7 +49,7 @@ class ParallelEmbedding(nn.Module):
         """Look up ``ids``: [T] → [tokens of this rank, H]."""
         # F.embedding and not weight[ids], whose backward pass is not deterministic on CUDA.
         x = self.communicator.embed(ids, self.weight, F.embedding)
-        # The value is x whatever the scale; the gradient flows through the second argument alone.
+        # The value is x for any scale; the gradient flows through the second argument alone.
         return x if self.grad_scale == 1.0 else torch.lerp(x.detach(), x, self.grad_scale)
 
 
@@ -74,13 +74,13 @@ class ParallelNorm(nn.Module):
 class ParallelHead(ParallelLinear):
     """A linear from hidden states to logits, or, given labels, to the loss of each token.
 
-    The loss is computed a few tokens at a time, so that all logits never exist at once.
+    The loss is computed a few tokens at a time, so that the logits of all tokens never exist at once.
 
     Args:
         hidden_size: H.
         vocab_size: V.
-        init: draws the initial values.
-        parallel_output: whether :meth:`logits` returns this rank's logits rather than all of them.
+        init: Distribution of the initial values.
+        parallel_output: Whether :meth:`logits` returns this rank's logits rather than all of them.
     """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
@@ -90,7 +90,7 @@ class ParallelHead(ParallelLinear):
         self.parallel_output = parallel_output
 
     def logits(self, x: Tensor) -> Tensor:
-        """Compute logits: [tokens of this rank, H] → [tokens, entries of this rank], or [T, V] of all of them."""
+        """Compute logits: [tokens of this rank, H] → [tokens, entries of this rank], or [T, V] if gathered."""
         comm = self.communicator
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
 
@@ -100,10 +100,10 @@ class ParallelHead(ParallelLinear):
         Args:
             x: [tokens of this rank, H].
             labels: [tokens whose loss this rank computes]; −100 is ignored.
-            label_smoothing: share of the target that is spread over the vocabulary.
-            grad_scale: factor on the sum of the losses, and so on the gradient.
+            label_smoothing: Share of the target that is spread over the vocabulary.
+            grad_scale: Factor on the sum of the losses, and hence on the gradient.
         """
-        # The head is called here without its forward, so no hook waits for the weight's all-gather.
+        # This method bypasses the module's forward, so no hook waits for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),

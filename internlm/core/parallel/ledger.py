@@ -1,11 +1,11 @@
 """The communication ledger: calls of each collective in each :class:`ParallelMode`, and the bytes this rank sent.
 
-It counts the bytes that a rank must send at the least, whatever algorithm the backend uses; for a tensor of N bytes
+It counts the least number of bytes that a rank must send, whichever algorithm the backend uses. For a tensor of N bytes
 over n ranks (Chan et al. 2007, "Collective communication: theory, practice, and experience", table II):
 
 =================  ===========================================
-all-gather         (n − 1) · N / n, N being the gathered tensor
-reduce-scatter     (n − 1) · N / n, N being the tensor that is reduced
+all-gather         (n − 1) · N / n, with N of the gathered tensor
+reduce-scatter     (n − 1) · N / n, with N of the reduced tensor
 all-reduce         2 · (n − 1) · N / n
 all-to-all         (n − 1) · N / n
 broadcast          N on the root, else 0
@@ -53,7 +53,7 @@ class Ledger:
         return dict(self._entries)
 
     def since(self, earlier: Traffic) -> Traffic:
-        """Return the counts since the snapshot ``earlier``, without rows that did not grow."""
+        """Return the counts since the snapshot ``earlier``, without unchanged entries."""
         later = {}
         for key, entry in self._entries.items():
             old = earlier.get(key, Entry())
@@ -73,12 +73,12 @@ def sum_traffic(traffics: Iterable[Traffic]) -> Traffic:
     return total
 
 
-#: The ledger of this process. One for all models in it: who sends is a process, whatever model it computes.
+#: Ledger of this process. All models in the process share it: traffic is counted per process.
 LEDGER = Ledger()
 
 
 def format_traffic(traffic: Traffic, steps: int = 1) -> str:
-    """Format ``traffic`` as a table, a row for each mode and collective: per step, and over all ``steps``."""
+    """Format ``traffic`` as a table with one row per mode and collective: per step, and over all ``steps``."""
     lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MiB/step':>11} {'calls':>9} {'MiB':>11}"]
     for (mode, collective), entry in sorted(traffic.items(), key=lambda item: (item[0][0].value, item[0][1])):
         mib = entry.sent / 2**20

@@ -1,4 +1,4 @@
-"""The parallel linear: one layer and one autograd function, whose communicator makes it any parallel mode's.
+"""Parallel linear: one layer and one autograd function for all parallel modes, which differ in its communicator.
 
 Shapes: T tokens, I input features, O output features (the product of ``out_shape``).
 """
@@ -31,15 +31,15 @@ class ParallelLinear(nn.Module):
 
     Args:
         in_features: I.
-        out_shape: axes of the output; their product is O.
-        init: draws the initial values of the weight. A bias starts at zero.
-        bias: whether there is a bias.
-        role: how a parallel mode splits the weight, see :mod:`internlm.core.parallel.sharding`.
-        split_axis: axis of ``out_shape`` along which mtp, msp and fsp split the output of a ``column``.
+        out_shape: Axes of the output; their product is O.
+        init: Distribution of the initial values of the weight. A bias starts at zero.
+        bias: Whether there is a bias.
+        role: How a parallel mode splits the weight, see :mod:`internlm.core.parallel.sharding`.
+        split_axis: Axis of ``out_shape`` along which mtp, msp and fsp split the output of a ``column``.
     """
 
     communicator: Communicator = IDENTITY
-    chunk = 0  # of the pipeline stage; isp asks a linear outside of blocks, such as the head
+    chunk = 0  # of the pipeline stage; isp reads it from linears outside of blocks, such as the head
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ParallelLinear(nn.Module):
 
         Args:
             x: [T, I], or of any shape that ``before`` takes.
-            before: applied to ``x`` first. Its output is not saved but recomputed in backward, so it must be cheap,
+            before: Applied to ``x`` first. Its output is not saved but recomputed in backward, so it must be cheap,
                 deterministic, and depend on nothing but x and parameters (a norm, an activation).
         """
         whole = self.out_shape if self.communicator.splits_weight else self.own_out_shape
@@ -80,16 +80,16 @@ class ParallelLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Copying and unpickling must not leave the handle of the original, which would run the original's weight.
+        # A copied or unpickled layer must not keep the handle of the original, which would run the original's weight.
         self._handle = compiled_linear.LinearHandle(self)
 
     def extra_repr(self) -> str:
-        """Return what ``print(model)`` shows of the layer."""
+        """Return the description of the layer in ``print(model)``."""
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"
 
 
 class _Linear(torch.autograd.Function):
-    """A linear with its communication, and the function that is applied to its input first."""
+    """Linear with its communication, applied after the function ``before``."""
 
     @staticmethod
     def forward(

@@ -1,14 +1,15 @@
-"""Offloading: activations saved for backward wait in host memory.
+"""Offloading: keep activations saved for backward in host memory until backward reads them.
 
 For the first blocks of a chunk (``model.cpu_offloading``), in each forward pass:
 
 1. While a block runs forward, the tensors that autograd saves are recorded.
 2. When it ends, a side stream starts to copy them to the host. When the next block ends, the copies are complete and
    the originals are freed.
-3. When a block runs backward, its tensors are on their way back already, and those of the block before it follow.
+3. When a block runs backward, the copies of its tensors back to the device have started already; those of the block
+   before it start then.
 
-So the device never holds more than what two blocks saved. Whole storages are copied, each once, however many views of
-it are saved. On the CPU streams do nothing, and each copy is complete when it is started.
+Hence the device holds the saved tensors of at most two blocks. Whole storages are copied, each once, for any number of
+saved views. On the CPU, streams are no-ops and copies are synchronous.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ T = TypeVar("T")
 
 
 class ChunkOffload:
-    """Offload the first ``count`` of the ``blocks`` blocks of a chunk, in one forward pass after another."""
+    """Offloading of the first ``count`` of the ``blocks`` blocks of a chunk, in one forward pass after another."""
 
     def __init__(self, blocks: int, count: int) -> None:
         self.blocks, self.count = blocks, count
         self._last: _Saved | None = None  # saved by the previous block of the current pass
 
     def run(self, position: int, compute: Callable[[], T], device: torch.device, kept: Iterable[Tensor] = ()) -> T:
-        """Return ``compute()``, the output of the block at ``position`` of the chunk.
+        """Run the block at ``position`` of the chunk and return its output.
 
         Args:
-            position: index of the block in the chunk, at most ``count``.
-            compute: runs the block.
-            device: where the block runs.
-            kept: tensors that stay on the device in any case, so that offloading them would free nothing.
+            position: Index of the block in the chunk, at most ``count``.
+            compute: Function that runs the block.
+            device: Device on which the block runs.
+            kept: Tensors that stay on the device in any case, so that offloading them would free nothing.
         """
         if position == 0:
-            self._last = None  # a pass before may have been broken off by an exception
+            self._last = None  # an exception may have ended the previous pass
         if position == self.count:
             return self._run_next(compute)
         saved = _Saved(device, {_storage_ptr(tensor) for tensor in kept}, self._last)
@@ -58,7 +59,7 @@ class ChunkOffload:
         return output
 
     def _run_next(self, compute: Callable[[], T]) -> T:
-        """Run the block after the offloaded ones, whose backward pass prefetches for the last of these."""
+        """Run the block after the offloaded ones; its backward pass prefetches the tensors of the last of them."""
         output = compute()
         gradient = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         last = self._last
@@ -68,14 +69,14 @@ class ChunkOffload:
         return output
 
     def _end(self) -> None:
-        """Free the last originals; the graph alone refers to the rest from here on."""
+        """Free the last originals; from here on, only the graph refers to the saved tensors."""
         if self._last is not None:
             self._last.free_originals()
             self._last = None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in ``value``: itself, or within tuples, lists, dicts and dataclasses."""
+    """Yield the tensors in ``value``, a tensor or nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -109,7 +110,7 @@ class _SavedTensor:
 
 
 class _Saved:
-    """The tensors that one block saved for its backward pass."""
+    """Tensors that one block saved for its backward pass."""
 
     def __init__(self, device: torch.device, kept: set[int], previous: _Saved | None) -> None:
         self.device, self.kept, self.previous = device, kept, previous
@@ -120,7 +121,7 @@ class _Saved:
 
     # -- autograd's hooks ---------------------------------------------------------------------------------------------
     def pack(self, tensor: Tensor) -> _SavedTensor | Tensor:
-        """Return what autograd saves instead of ``tensor``."""
+        """Return the object that autograd saves instead of ``tensor``."""
         pointer = _storage_ptr(tensor)
         if pointer in self.kept:
             return tensor
@@ -138,7 +139,7 @@ class _Saved:
             self._copy_back([saved])
         self._wait()
         if self.previous is not None:
-            self.previous.fetch()  # beside this block's backward pass
+            self.previous.fetch()  # overlaps with this block's backward pass
         tensor, saved.tensor = saved.tensor, None
         assert tensor is not None
         return tensor
@@ -154,21 +155,21 @@ class _Saved:
                 storage.host.copy_(storage.original, non_blocking=True)
 
     def free_originals(self) -> None:
-        """Free the originals: kernels launched from now on may overwrite them, after the copies."""
+        """Free the originals; kernels launched later may overwrite them once the copies are complete."""
         self._wait()
         for storage in self.storages.values():
             storage.original = None
         self.storages.clear()
 
     def fetch(self) -> None:
-        """Start to copy everything back to the device, once."""
+        """Start to copy all tensors back to the device; later calls are no-ops."""
         if not self.is_fetched:
             self.is_fetched = True
             self._copy_back(self.tensors)
 
     def _copy_back(self, tensors: Iterable[_SavedTensor]) -> None:
-        # Allocated outside of the side stream: the caching allocator then gives the memory back to the computing
-        # stream as soon as it is freed, without waiting for events.
+        # Allocate outside of the side stream: the caching allocator can then reuse the memory on the compute stream as
+        # soon as it is freed, without waiting for events.
         data = {saved.storage: torch.empty_like(_host(saved.storage), device=self.device) for saved in tensors}
         with self._on_side_stream():
             for storage, buffer in data.items():
@@ -178,7 +179,7 @@ class _Saved:
 
     @contextmanager
     def _on_side_stream(self) -> Iterator[None]:
-        """Copy after everything launched so far, beside what is launched next."""
+        """Run copies on the side stream, after all work launched so far and concurrently with later work."""
         module, side = torch.get_device_module(self.device), _side_stream(self.device)
         side.wait_stream(module.current_stream())
         with module.stream(side):
@@ -186,7 +187,7 @@ class _Saved:
         self.event = side.record_event()
 
     def _wait(self) -> None:
-        """Make the computing stream wait for the copies."""
+        """Make the compute stream wait for the copies."""
         torch.get_device_module(self.device).current_stream().wait_event(self.event)
 
 

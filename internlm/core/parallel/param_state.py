@@ -1,7 +1,7 @@
-"""State of a parameter: its placement, the dtype it is computed in, and where its gradient goes.
+"""State of a parameter: placement, compute dtype and main gradient.
 
-``nn.Parameter`` has no room for any of this, so every parameter carries one :class:`ParamState` as an attribute. This
-module alone reads and writes that attribute; all other code calls the functions below, or takes the state from a
+``nn.Parameter`` has no fields for these, so every parameter carries one :class:`ParamState` as an attribute. Only this
+module reads and writes that attribute; all other code calls the functions below, or takes the state from a
 :class:`NamedParameter`.
 
 The optimizer gives each parameter a *main gradient*: a view of its flat gradient buffer, of the parameter's shape,
@@ -33,23 +33,23 @@ class ParamState:
     """State that is attached to one parameter."""
 
     placement: ParamPlacement | None = None
-    """Global shape, the shard of this rank, and what is still partial in the gradient."""
+    """Global shape, this rank's shard, and the mode over which the gradient is a partial sum."""
     compute_dtype: torch.dtype | None = None
-    """The dtype to compute in, where it is not the one in which the parameter is stored."""
+    """Dtype to compute in; None: the dtype in which the parameter is stored."""
     main_grad: Tensor | None = None
-    """Where gradients are accumulated."""
+    """Tensor in which gradients are accumulated."""
     on_grad_ready: Callable[[], None] | None = None
-    """Called whenever the gradient has grown, or autograd is done with the parameter."""
+    """Called after each accumulation of a gradient, and when autograd has finished with the parameter."""
     wait_for_all_gather: Callable[[], None] | None = None
-    """Blocks until the values of the last update have arrived from the other ranks."""
+    """Blocks until the all-gather of the last update has completed."""
 
 
-# What reads return of a tensor without state: they must not attach one to a temporary, such as a gathered weight.
+# Returned for a tensor without state: reading must not attach a state to a temporary, such as a gathered weight.
 _NO_STATE = ParamState()
 
 
 def _state(parameter: Tensor) -> ParamState:
-    """Return the state of ``parameter``, for reading; an empty one where nothing was attached."""
+    """Return the state of ``parameter``, for reading; an empty state if none is attached."""
     state: ParamState = getattr(parameter, _ATTRIBUTE, _NO_STATE)
     return state
 
@@ -67,10 +67,10 @@ _on_meta = False
 
 @contextmanager
 def deferred_memory() -> Iterator[None]:
-    """Create parameters of parallel layers on the meta device within the scope; everything else as usual.
+    """Create parameters of parallel layers on the meta device within the block.
 
-    Their initial values depend on (seed, logical name) alone, so memory is needed only once it is final which elements
-    this rank holds. A module of a user's own draws its values as it is built, and so keeps its device.
+    Their initial values depend on (seed, logical name) alone, so memory is needed only once this rank's shards are
+    final. Users' own modules draw their values when they are built, and so keep their device.
     """
     global _on_meta
     outer, _on_meta = _on_meta, True
@@ -81,7 +81,7 @@ def deferred_memory() -> Iterator[None]:
 
 
 def place(placement: ParamPlacement) -> nn.Parameter:
-    """Create a parameter of the placement's local shape and of the default dtype, its values not yet drawn.
+    """Create an uninitialised parameter of the placement's local shape and the default dtype.
 
     It is on the default device, or on the meta device within :func:`deferred_memory`.
     """
@@ -104,14 +104,14 @@ def placement_of(parameter: nn.Parameter, name: str = "weight") -> ParamPlacemen
     """Return the placement of ``parameter``.
 
     Raises:
-        UserError: ``parameter`` has none; the message calls it ``name``.
+        UserError: ``parameter`` has no placement; the message calls it ``name``.
     """
     placement = _state(parameter).placement
     if placement is None:
         raise UserError(
             Problem(
                 f"model parameter '{name}'",
-                "has no ParamPlacement, so nobody knows how to reduce, shard or save it",
+                "has no ParamPlacement, which reduction, sharding and checkpoints need",
                 "Build it from the layers of internlm.core.parallel, or call place_replicated(module) on a module "
                 "that every rank holds whole",
             )
@@ -120,7 +120,7 @@ def placement_of(parameter: nn.Parameter, name: str = "weight") -> ParamPlacemen
 
 
 def placed_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamPlacement]]:
-    """Iterate over logical name, parameter and placement of each parameter of ``module``, a tied one once."""
+    """Iterate over logical name, parameter and placement of each parameter of ``module``, tied ones once."""
     for name, parameter in module.named_parameters():
         yield name, parameter, placement_of(parameter, name)
 
@@ -141,7 +141,7 @@ class NamedParameter(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype in which the parameter is computed with."""
+        """The dtype to compute in."""
         return self.state.compute_dtype or self.parameter.dtype
 
     @property
@@ -151,7 +151,7 @@ class NamedParameter(NamedTuple):
 
 
 def named_parameters(module: nn.Module) -> list[NamedParameter]:
-    """List the parameters of ``module`` in its order, a tied one once; each must have a placement."""
+    """List the parameters of ``module`` in module order, tied ones once; each must have a placement."""
     return [
         NamedParameter(name, parameter, _own_state(parameter), position)
         for position, (name, parameter, _) in enumerate(placed_parameters(module))
@@ -159,27 +159,27 @@ def named_parameters(module: nn.Module) -> list[NamedParameter]:
 
 
 def state_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over name and tensor of each persistent buffer of ``module``; every rank holds it whole."""
+    """Iterate over name and tensor of each persistent buffer of ``module``; every rank holds whole buffers."""
     state = module.state_dict()
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in state)
 
 
 # -- dtype ------------------------------------------------------------------------------------------------------------
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Return the dtype in which ``parameter`` is computed with."""
+    """Return the compute dtype of ``parameter``."""
     return _state(parameter).compute_dtype or parameter.dtype
 
 
 def set_compute_dtype(parameter: Tensor, dtype: torch.dtype) -> None:
-    """Record that ``parameter`` is converted to ``dtype`` before it is computed with."""
+    """Set the compute dtype of ``parameter``, to which other code converts it before use."""
     _own_state(parameter).compute_dtype = dtype
 
 
-# -- values that are on their way -------------------------------------------------------------------------------------
+# -- all-gathered values ----------------------------------------------------------------------------------------------
 def wait_for_all_gather(parameter: Tensor) -> Tensor:
-    """Return ``parameter`` with the values of its last update, once they have arrived from the other ranks.
+    """Wait for the all-gather of the last update of ``parameter``, and return ``parameter``.
 
-    Code that calls the module which owns the parameter need not do this: the optimizer's forward hooks do.
+    Code that calls the module of the parameter need not wait: the optimizer's forward hooks do.
     """
     wait = _state(parameter).wait_for_all_gather
     if wait is not None:
@@ -188,7 +188,7 @@ def wait_for_all_gather(parameter: Tensor) -> Tensor:
 
 
 def set_wait_for_all_gather(parameter: Tensor, wait: Callable[[], None]) -> None:
-    """Have :func:`wait_for_all_gather` of ``parameter`` call ``wait``."""
+    """Set the function that :func:`wait_for_all_gather` calls for ``parameter``."""
     _own_state(parameter).wait_for_all_gather = wait
 
 
@@ -199,11 +199,11 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
 
 
 def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
-    """Accumulate gradients of ``parameter`` in ``main_grad``, those of our layers and those of autograd alike."""
+    """Accumulate gradients of ``parameter`` in ``main_grad``, both from our layers and from autograd."""
     _own_state(parameter).main_grad = main_grad
     if main_grad.dtype == parameter.dtype:
         parameter.grad = main_grad  # autograd adds in place to a gradient that exists
-    # Registered in any case: it also tells the optimizer that autograd is done with a parameter.
+    # Always registered: the hook also signals to the optimizer that autograd has finished with the parameter.
     parameter.register_post_accumulate_grad_hook(_on_accumulated)
 
 
@@ -229,7 +229,7 @@ def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
-    """Add ``grad`` to the main gradient of ``parameter``; return it, in the parameter's shape, if there is none."""
+    """Add ``grad`` to the main gradient of ``parameter``; without one, return ``grad`` in the parameter's shape."""
     target = main_grad_of(parameter)
     if target is None:
         return grad.view_as(parameter)
@@ -239,9 +239,9 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _on_accumulated(parameter: Tensor) -> None:
-    """Move a gradient that autograd has allocated itself into the main gradient.
+    """Add a gradient that autograd has allocated to the main gradient.
 
-    Autograd does so where ``.grad`` is None: the main gradient is of a wider dtype, or a user has set it to None.
+    Autograd allocates one where ``.grad`` is None: the main gradient is of a wider dtype, or a user has set it to None.
     """
     grad, main_grad = parameter.grad, main_grad_of(parameter)
     assert main_grad is not None, "the hook is registered by attach_main_grad"

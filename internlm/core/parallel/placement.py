@@ -1,12 +1,12 @@
-"""Placement of a parameter: its global shape, the shard that a rank holds, and slices of it. Pure arithmetic.
+"""Placement of a parameter: global shape, this rank's shard, and slices of the global tensor. Pure arithmetic.
 
 Every parameter has one :class:`ParamPlacement`, set where it is created (:func:`internlm.core.parallel.place`).
-Gradient reduction, norm clipping, ZeRO, checkpoints and initialisation all read it; nothing is guessed from names or
+Gradient reduction, norm clipping, ZeRO, checkpoints and initialisation all read it; nothing is inferred from names or
 module types.
 
 A *shard* is what one rank holds of a tensor, a *slice* is offsets and sizes within the logical tensor. ZeRO cuts flat
-buffers anywhere, so a shard may begin and end within a row. In the tensor's own axes, a range of the flattened tensor
-is at most 2 · dims − 1 slices: the end of the first row, whole rows, the beginning of the last row, and so on inwards.
+buffers anywhere, so a shard may begin and end within a row. A range of the flattened tensor consists of at most
+2 · dims − 1 slices: the end of the first row, whole rows, the beginning of the last row, and so on inwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from internlm.core.context.layout import ParallelMode
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Offsets and sizes in each dimension, and the range [start, stop) that the slice is in a flattened tensor."""
+    """Slice of a tensor: offsets and sizes in each dimension, and its range [start, stop) in a flattened tensor."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -69,16 +69,16 @@ def normal(std: float) -> Init:
 
 
 def constant(value: float) -> Init:
-    """Return the distribution that is ``value`` everywhere."""
+    """Return the constant distribution of ``value``."""
     return Init(value)
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Split of a tensor over the ranks of a group, and the index of the shard that this rank holds.
+    """Split of a tensor over the ranks of a group, and the index of this rank's shard.
 
-    Shards are equal and split ``axis``. Where that is None they split the rows of the tensor as a matrix (all axes but
-    the last), ⌈rows/count⌉ each; the last shards may end with rows of padding, which are zero.
+    Shards are equal parts along ``axis``. None: shards are ⌈rows/count⌉ rows each of the tensor as a matrix (all axes
+    but the last make its rows); the last shards may end with rows of padding, which are zero.
     """
 
     mode: ParallelMode
@@ -89,20 +89,20 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class ParamPlacement:
-    """Global shape of a parameter, the shard that this rank holds, and what is still partial in its gradient."""
+    """Global shape of a parameter, this rank's shard, and the mode over which its gradient is a partial sum."""
 
     global_shape: tuple[int, ...]
     init: Init | None
-    """Distribution of the initial values; None: the parameter keeps those that it was created with."""
+    """Distribution of the initial values; None: the parameter keeps the values with which it was created."""
     _: KW_ONLY
     shard: ShardSpec | None = None
-    """How the parameter is split; None: every rank holds all of it."""
+    """How the parameter is split; None: every rank holds the whole parameter."""
     partial_over: ParallelMode | None = None
-    """The mode over whose group the gradient is a partial sum after backward, apart from data parallelism."""
+    """Mode over whose group the gradient is a partial sum after backward, apart from data parallelism."""
     is_matrix: bool = True
-    """Norms and biases are False, so that weight decay can leave them out."""
+    """False for norms and biases, so that weight decay can exclude them."""
     is_hidden: bool = False
-    """Whether it is a matrix between hidden units, unlike embedding and head, which Muon leaves to AdamW."""
+    """Whether Muon may update the parameter: a matrix between hidden units, unlike embedding and head."""
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -115,14 +115,14 @@ class ParamPlacement:
         if self.shard is None:
             return self.global_shape
         if self.shard.axis is None:
-            # Rounded up, so that any number of ranks splits any matrix; padding costs less than refusing the layout.
+            # Rounded up, so that any number of ranks can split any matrix: padding is better than rejecting the layout.
             return (-(-self._rows // self.shard.count), self.global_shape[-1])
         shape = list(self.global_shape)
         shape[self.shard.axis] //= self.shard.count
         return tuple(shape)
 
     def slices(self, start: int, stop: int) -> Iterator[TensorSlice]:
-        """Iterate over the slices of the global tensor that elements [start, stop) of this rank's flat shard make up.
+        """Iterate over the slices of the global tensor that make up elements [start, stop) of this rank's flat shard.
 
         Padding is left out. ``offsets`` count in the global tensor, ``start`` and ``stop`` in the shard.
         """
@@ -139,7 +139,7 @@ class ParamPlacement:
             yield replace(tensor_slice, offsets=tuple(offsets))
 
     def shard_of(self, whole: Tensor) -> Tensor:
-        """Return the view of ``whole``, of the global shape, that is this rank's shard, without padding."""
+        """Return this rank's shard of ``whole``, a tensor of the global shape, as a view without padding."""
         if self.shard is None:
             return whole
         if self.shard.axis is None:
@@ -154,7 +154,7 @@ class ParamPlacement:
 
     @property
     def _range(self) -> tuple[int, int]:
-        """The range of the flattened global tensor that this rank holds, where shards are ranges of rows."""
+        """Range of the flattened global tensor that this rank holds, for shards that are ranges of rows."""
         total, size = math.prod(self.global_shape), math.prod(self.local_shape)
         first = min(self.shard.index * size, total) if self.shard else 0
         return first, min(first + size, total)

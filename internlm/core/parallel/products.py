@@ -1,8 +1,8 @@
-"""The three matrix products of a linear, with the hooks of its communicator between them; some are put off.
+"""The three matrix products of a linear, with its communicator's hooks; the weight's gradient can be deferred.
 
-The weight's gradient can be computed after the backward pass: the stage before waits for dx alone, so that dw can fill
-the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). What is put off is a closure over the two factors of the
-product, so that autograd runs once and needs no second pass.
+The weight's gradient dw can be computed after the backward pass: the previous stage waits only for dx, so dw can fill
+the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). A deferred gradient is a closure over the two factors of
+its product, so autograd needs no second pass.
 
 Shapes: T tokens, I input features, O output features.
 """
@@ -20,7 +20,7 @@ from internlm.core.parallel.communicator import Communicator
 from internlm.core.parallel.param_state import add_grad, add_weight_grad, main_grad_of, weight_grad
 from internlm.ops import gemm
 
-#: Computes one weight gradient and adds it to the main gradient.
+#: Function that computes one weight gradient and adds it to the main gradient.
 Task = Callable[[], object]
 
 _tasks: list[Task] | None = None
@@ -38,15 +38,15 @@ def deferring() -> Iterator[list[Task]]:
 
 
 def deferred_tasks(weight: Tensor) -> list[Task] | None:
-    """Return the list that takes the task for the gradient of ``weight``, or None if it must be computed at once.
+    """Return the list of tasks for the gradient of ``weight``; None: the gradient must be computed at once.
 
-    Without a main gradient it must: the backward function has to return it to autograd.
+    Without a main gradient it is computed at once, since the backward function must return it to autograd.
     """
     return None if main_grad_of(weight) is None else _tasks
 
 
 def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Compute x · Wᵀ, [T, O], and return it with the input of the product as gathered, [T, I]."""
+    """Return y = x · Wᵀ, [T, O], and the gathered input of the product, [T, I]."""
     gathered = comm.gather_input(x).wait()
     matrix = comm.gather_weight(weight)
     y = comm.reduce_output(gemm.linear(gathered, matrix))
@@ -66,13 +66,13 @@ def gradients(
     """Compute the gradients of a linear's input and weight.
 
     Args:
-        dy: gradient of the product, [T, O], after ``comm.gather_grad_output``.
-        x: input of the layer, [tokens of this rank, I].
-        gathered: input of the product, [T, I], where it was saved for backward.
-        weight: this rank's shard.
-        comm: communicator of the layer.
-        needs_x: whether dx is needed.
-        needs_weight: whether dw is needed.
+        dy: Gradient of the product, [T, O], after ``comm.gather_grad_output``.
+        x: Input of the layer, [tokens of this rank, I].
+        gathered: Input of the product, [T, I], if it was saved for backward; None: gather ``x`` again.
+        weight: This rank's shard.
+        comm: Communicator of the layer.
+        needs_x: Whether dx is needed.
+        needs_weight: Whether dw is needed.
 
     Returns:
         dx, [tokens of this rank, I], and dw, in the shape of ``weight``. dw is None where the weight has a main
@@ -80,13 +80,13 @@ def gradients(
     """
     gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
     tasks = deferred_tasks(weight) if needs_weight else None
-    # Each collective starts before the product under which it runs: the gather of the input under the product for dx,
-    # the reduction of dx under the product for dw.
+    # Each collective starts before the product that hides it: the gather of the input before the product for dx, the
+    # reduction of dx before the product for dw.
     pending_input = gather(kept) if needs_weight and tasks is None else None
     pending_dx = _grad_input(dy, weight, comm) if needs_x else None
     dw = _grad_weight(weight, dy, pending_input.wait(), comm) if pending_input else None
     if tasks is not None:
-        # A put-off gradient gathers its input when its task runs, and holds the shard of it until then.
+        # A deferred gradient gathers its input when its task runs; until then it holds only this rank's shard.
         tasks.append(partial(_grad_weight_later, weight, dy, kept, gather, comm))
     return pending_dx.wait() if pending_dx else None, dw
 

@@ -43,8 +43,8 @@ class MtpColumn(Communicator):
         self.group = group
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx: every rank has the gradient through its own outputs only."""
-        # Begun here, it runs under the product for the weight's gradient.
+        """Start to sum dx: each rank has only the gradient through its own outputs."""
+        # It overlaps with the product for the weight's gradient.
         return begin_all_reduce(dx, self.group)
 
 
@@ -55,21 +55,21 @@ class MtpRow(Communicator):
         self.group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Sum the terms that each rank computed from its own input features."""
+        """Sum the partial products of all ranks, each computed from the rank's own input features."""
         return all_reduce(y, self.group)
 
 
 class FspColumn(Communicator):
     """All-gather of the sequence forward and again backward, reduce-scatter of the input's gradient.
 
-    The second all-gather runs under the product for the input's gradient, which does not need its result.
+    The second all-gather overlaps with the product for the input's gradient, which does not need its result.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
-        """Return the tokens of the gathered sequence."""
+        """Return the number of tokens after the all-gather."""
         return tokens * self.group.size
 
     def gather_input(self, x: Tensor) -> Pending:
@@ -77,7 +77,7 @@ class FspColumn(Communicator):
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx and keep the own tokens: [T, H] → [T / n, H]."""
+        """Start to sum dx and keep this rank's tokens: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
 
@@ -94,11 +94,11 @@ class SequenceRow(Communicator):
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
-        """Return the tokens that this rank keeps."""
+        """Return the number of tokens after the reduce-scatter."""
         return tokens // self.group.size
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Sum the terms of each rank and keep the own tokens: [T, H] → [T / n, H]."""
+        """Sum the terms of all ranks and keep this rank's tokens: [T, H] → [T / n, H]."""
         return reduce_scatter(y, self.group)
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ class SequenceRow(Communicator):
 
 
 class SplitVocab:
-    """The rows of a [V, H] weight that this rank holds, as :class:`~internlm.ops.VocabShard` for the loss.
+    """Rows of a [V, H] weight that this rank holds; a :class:`~internlm.ops.VocabShard` for the loss.
 
-    Where the group does not divide V, the last rows are padding: ``columns`` counts the logits that are none.
+    If V is not divisible by the group size, the last rows are padding: ``columns`` counts the logits without padding.
     """
 
     def __init__(self, group: Group, placement: ParamPlacement) -> None:
@@ -138,7 +138,7 @@ class SplitHead(HeadCommunicator):
         self.vocab = self._shard = SplitVocab(group, placement)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx: every rank has the gradient through its own logits only."""
+        """Start to sum dx: each rank has only the gradient through its own logits."""
         return begin_all_reduce(dx, self.group)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class SplitHead(HeadCommunicator):
         def gather(own: Tensor) -> Tensor:
             return _all_gather_columns(own, self.group)[:, : shard.total]
 
-        # Every rank has the same gradient of all logits, so that of its own is a slice and needs no collective.
+        # Every rank has the same gradient of all logits, so the gradient of its own is a slice, without a collective.
         def slice_own(whole: Tensor) -> Tensor:
             own = whole.new_zeros(shape)
             own[:, : shard.columns] = whole[:, shard.first : shard.first + shard.columns]
@@ -161,7 +161,7 @@ class SplitHead(HeadCommunicator):
         return exchange(logits, gather, slice_own)
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """Drop the columns of padding."""
+        """Drop the padding columns."""
         return logits[:, : self._shard.columns]
 
 
@@ -173,11 +173,11 @@ class SequenceHead(SplitHead):
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx and keep the own tokens: [T, H] → [T / n, H]."""
+        """Start to sum dx and keep this rank's tokens: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Gather the sequence; backward, sum its gradient and keep the own tokens: [T / n, H] → [T, H]."""
+        """Gather the sequence; backward, sum its gradient and keep this rank's tokens: [T / n, H] → [T, H]."""
         return exchange(x, lambda x: all_gather(x, self.group), lambda dx: reduce_scatter(dx, self.group))
 
 
@@ -192,7 +192,7 @@ class VocabEmbedding(EmbeddingCommunicator):
         self.first = group.rank * placement.local_shape[0]
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up the entries of this rank and combine them with those of the others."""
+        """Look up the entries of this rank and combine them with those of the other ranks."""
         own = ids - self.first
         elsewhere = (own < 0) | (own >= weight.shape[0])
         # Zeros for entries of other ranks: exactly one rank adds a vector for each token.
@@ -207,16 +207,16 @@ class HiddenEmbedding(EmbeddingCommunicator):
         self.group, self.combine = group, combine
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up this rank's slice of every entry and combine it with those of the others."""
+        """Look up this rank's slice of every entry and combine it with those of the other ranks."""
         return self.combine(lookup(ids, weight), self.group)
 
 
-# The ways to combine, all differentiable. Under mtp the gradient of the result is the same on every rank; under msp and
-# fsp each rank has that of its own tokens.
+# Functions that combine embeddings, all differentiable. Under mtp the gradient of the result is the same on every rank;
+# under msp and fsp each rank has the gradient of its own tokens.
 
 
 def all_reduce_embedding(x: Tensor, group: Group) -> Tensor:
-    """Sum the terms of each rank on every rank: [T, H] → [T, H]."""
+    """Sum the terms of all ranks on every rank: [T, H] → [T, H]."""
     return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
 
 
@@ -230,7 +230,7 @@ def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Sum the terms of each rank and keep this rank's tokens: [T, H] → [T / n, H]."""
+    """Sum the terms of all ranks and keep this rank's tokens: [T, H] → [T / n, H]."""
     return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
 
 
@@ -258,11 +258,11 @@ def _all_gather_columns(x: Tensor, group: Group) -> Tensor:
 
 
 class SequenceModel(ModelCommunicator):
-    """A model whose loader gives every rank all tokens of a row, of which each keeps its part between the layers."""
+    """A model whose ranks load all tokens of a row and hold T / n of them between layers."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def tokens_between_layers(self, tokens: int) -> int:
-        """Return the tokens of one rank."""
+        """Return the number of tokens a rank holds between layers, T / n."""
         return tokens // self.group.size

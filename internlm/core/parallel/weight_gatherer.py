@@ -1,17 +1,17 @@
-"""The weights of isp: all-gathered for a product, released after it, with those of the next products prefetched.
+"""All-gather of weights under isp: gather for a product, release after it, prefetch for the next products.
 
-The linears have indices, in the order in which they run; those of one block are consecutive. A forward pass acquires
-those of a chunk in ascending order (a model without a pipeline is one chunk), a backward pass in descending order;
-where a block is recomputed, ascending within the block and then descending. What is prefetched is used in the same pass
-or released when the pass ends, so that no weight changes in between.
+Linears are indexed in the order in which they run; the indices of one block are consecutive. A forward pass acquires
+the weights of a chunk in ascending order (a model without a pipeline is one chunk), a backward pass in descending
+order; those of a recomputed block in ascending and then in descending order. A prefetched weight is used in the same
+pass or released when the pass ends, so that no weight changes in between.
 
-The gatherer learns from autograd itself whether a product is recomputed, and when a backward pass ends. Module hooks
-can't give it the same guarantees:
+Autograd itself signals to the gatherer whether a product is recomputed, and when a backward pass ends. Module hooks
+do not give the same guarantees:
 
-- A hook runs alike in a forward pass and in a recomputation. Only a state kept between hooks could tell them apart, and
-  a pass that an exception ends, between two hooks, would leave that state wrong for the next pass.
-- No backward hook of a module is the last one for sure: those of frozen blocks never run, and a full backward hook of
-  a block whose input needs no gradient runs before the block's own backward.
+- A hook cannot distinguish a forward pass from a recomputation without state kept between hooks, and an exception
+  between two hooks would leave that state wrong for the next pass.
+- No backward hook of a module is guaranteed to be the last one: those of frozen blocks never run, and a full backward
+  hook of a block whose input needs no gradient runs before the block's own backward.
 - Hooks of the linears would be traced into a compiled block.
 """
 
@@ -29,8 +29,8 @@ from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_
 from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
 from internlm.utils.torch_private import at_end_of_backward, in_backward
 
-#: Where in a block the gathers of the next one may be launched, by the value of ``launch_allgather_before``: the
-#: position of a linear within the block; -1 is the kernel of attention.
+#: Position in a block at which the all-gathers of the next block are launched, by value of ``launch_allgather_before``:
+#: the index of a linear within the block; -1: the attention kernel.
 LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 
@@ -40,7 +40,7 @@ class Overlap:
 
     enabled: bool = False
     per_layer: bool = True
-    """Forward, prefetch the whole next block at once rather than the next linear. Backward, it is always the latter."""
+    """In forward, prefetch the whole next block at once rather than the next linear. Backward prefetches the latter."""
     launch_position: int = LAUNCH_POSITIONS["wo"]
     memory_pool: bool = False
 
@@ -64,22 +64,22 @@ class WeightGatherer:
 
     def __init__(self, group: Group, linears: Sequence[GatheredLinear], overlap: Overlap) -> None:
         self.group, self.linears, self.overlap = group, linears, overlap
-        self._indices: dict[int, list[int]] = {}  # of the linears of each block
+        self._indices: dict[int, list[int]] = {}  # indices of the linears of each block
         for index, linear in enumerate(linears):
             self._indices.setdefault(linear.block, []).append(index)
         self.pool: dict[torch.Size, list[Tensor]] = {}  # free buffers
         self._in_use: dict[int, Tensor] = {}  # buffers of gathered weights, by index of the linear
-        self._gathers: dict[int, Pending] = {}  # all-gathers that nobody has waited for yet, by index of the linear
+        self._gathers: dict[int, Pending] = {}  # all-gathers in flight, by index of the linear
         self._delivery: Callable[[], object] | None = None
-        self._recomputed: set[int] = set()  # blocks that some backward pass has recomputed
+        self._recomputed: set[int] = set()  # blocks that a backward pass has recomputed
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def acquire(self, index: int, backward: bool) -> Tensor:
-        """Return a whole weight, [O, I], and prefetch the next; it must be released before it is acquired again.
+        """Return a whole weight, [O, I], and prefetch the next; release a weight before acquiring it again.
 
         Args:
-            index: of the linear.
-            backward: for the product of the input's gradient, rather than for the forward product.
+            index: Index of the linear.
+            backward: True for the product of the input's gradient, False for the forward product.
         """
         if not backward and not in_backward() and not self._same_chunk(index, index - 1):
             self._begin_forward()
@@ -90,13 +90,13 @@ class WeightGatherer:
         return whole[: self.linears[index].rows]
 
     def release(self, index: int) -> None:
-        """Give the buffer of a whole weight back, to the pool or to the allocator."""
+        """Return the buffer of a whole weight to the pool or to the allocator."""
         buffer = self._in_use.pop(index)
         if self.overlap.memory_pool:
             self.pool.setdefault(buffer.shape, []).append(buffer)
 
     def before_attention(self, block: int) -> None:
-        """Prefetch the next block, if the kernel of attention is where its gathers are launched."""
+        """Prefetch the next block if its all-gathers are launched at the attention kernel."""
         if self.overlap.enabled and self.overlap.per_layer and not in_backward():
             self._prefetch(self._next_block(block, LAUNCH_POSITIONS["attn"]))
 
@@ -114,7 +114,7 @@ class WeightGatherer:
         return free.pop() if free else shard.new_empty(shape)
 
     def _next(self, index: int, backward: bool) -> Sequence[int]:
-        """Return which weights to gather while that of ``index`` is used."""
+        """Return the indices of the weights to gather while the weight of ``index`` is in use."""
         linear = self.linears[index]
         if backward:
             return self._previous(index)
@@ -126,12 +126,12 @@ class WeightGatherer:
         return [index + 1] if self._same_chunk(index, index + 1) else []
 
     def _previous(self, index: int) -> Sequence[int]:
-        # The linear before may be frozen, or nothing before it may need a gradient: then nobody acquires its weight.
+        # The linear before may be frozen, or nothing before it may need a gradient: then its weight is never acquired.
         at_end_of_backward(self._end_backward)
         if not self._same_chunk(index, index - 1):
             return []
         block = self.linears[index - 1].block
-        # A block that is recomputed begins with its first linear. The first time it is not yet known to be.
+        # A recomputed block begins with its first linear. Its first backward pass cannot predict the recomputation.
         recomputed = block in self._recomputed and block != self.linears[index].block
         return [min(self._block(block)) if recomputed else index - 1]
 
@@ -151,9 +151,9 @@ class WeightGatherer:
     def reduce(self, index: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Start to sum the gradient of a whole weight over the group and deliver this rank's rows.
 
-        With overlap it is delivered when the next gradient arrives, so that the reduce-scatter runs under the products
-        in between. The exceptions are delivered at once: a gradient put off by a zero-bubble schedule, which is
-        computed after the backward pass, and one without a main gradient, which autograd must be given.
+        With overlap the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
+        products in between. Two gradients are delivered at once: one deferred by a zero-bubble schedule, which is
+        computed after the backward pass, and one without a main gradient, which must be returned to autograd.
         """
         linear = self.linears[index]
         pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
@@ -165,7 +165,7 @@ class WeightGatherer:
         return None
 
     def _begin_forward(self) -> None:
-        """Drop what a pass that raised has left: weights, which may have changed since, and a gradient."""
+        """Drop the state of a pass that raised: gathered weights, which may be outdated, and a pending gradient."""
         self._delivery = None
         self._release_all()
 
@@ -176,7 +176,7 @@ class WeightGatherer:
 
     def _end_backward(self) -> None:
         """Deliver the last gradient, and release weights that were prefetched for a product that was not needed."""
-        # Called once for every product that asked for it; all calls but the first find nothing to do.
+        # Registered by every product; all calls but the first are no-ops.
         self._deliver()
         self._release_all()
 

@@ -50,12 +50,12 @@ class Channels:
     """This rank's channels to and from other stages.
 
     Args:
-        stage: the group of this rank's pipeline.
-        incoming: stage that sends, to the group of its channel.
-        outgoing: stage that receives, to the group of its channel.
-        device: of the messages.
-        timeout: of the groups, in seconds; a longer wait, or the end of the other rank, raises :class:`LostPeerError`.
-        overlap: whether a send runs while this rank goes on; otherwise this rank first waits until it was received.
+        stage: The group of this rank's pipeline.
+        incoming: Stage that sends, to the group of its channel.
+        outgoing: Stage that receives, to the group of its channel.
+        device: Of the messages.
+        timeout: Of the groups, in seconds; a longer wait, or the end of the other rank, raises :class:`LostPeerError`.
+        overlap: Whether a send runs while this rank goes on; otherwise this rank first waits until it was received.
     """
 
     def __init__(

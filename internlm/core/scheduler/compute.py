@@ -109,7 +109,7 @@ class Compute:
         """Return whether the model declares the shape of its hidden states.
 
         Raises:
-            UserError: where ``hidden`` differs from the declared shape or dtype, so that the receiver's buffer would
+            UserError: Where ``hidden`` differs from the declared shape or dtype, so that the receiver's buffer would
                 not fit.
         """
         declared, actual = self.hidden_spec(index), (tuple(hidden.shape), hidden.dtype)

@@ -46,10 +46,10 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
     """Return the sums [3, types] of one micro-batch.
 
     Args:
-        result: its token losses and correct predictions, [T].
+        result: Its token losses and correct predictions, [T].
         labels: [T], or of any shape with T elements; −100 does not count.
-        type_ids: data-set type of each token, shaped like ``labels``.
-        types: number of data-set types.
+        type_ids: Data-set type of each token, shaped like ``labels``.
+        types: Number of data-set types.
     """
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]

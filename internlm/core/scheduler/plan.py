@@ -49,7 +49,7 @@ def make_plan(table: Table, rank: int) -> tuple[Step, ...]:
     """Return the steps of ``rank``.
 
     Raises:
-        ScheduleError: where the table cannot run.
+        ScheduleError: Where the table cannot run.
     """
     timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
     receives = _receives(timeline, rank)

@@ -58,12 +58,12 @@ class Scheduler:
     """Runs the micro-batches of a step in the order of a table.
 
     Args:
-        criterion: loss of a micro-batch.
-        types: number of data-set types.
-        data_group: ranks of this stage whose tokens make up the global batch.
-        device: to which micro-batches are copied.
-        pipeline: this rank's place in its pipeline; None: no pipeline.
-        dropout_key: key of dropout masks on this rank, without step and micro-batch.
+        criterion: Loss of a micro-batch.
+        types: Number of data-set types.
+        data_group: Ranks of this stage whose tokens make up the global batch.
+        device: To which micro-batches are copied.
+        pipeline: This rank's place in its pipeline; None: no pipeline.
+        dropout_key: Key of dropout masks on this rank, without step and micro-batch.
     """
 
     schedule: ClassVar[ScheduleName]
@@ -91,7 +91,7 @@ class Scheduler:
         """Return the table of a step.
 
         Raises:
-            ScheduleError: where the schedule has none for these sizes.
+            ScheduleError: Where the schedule has none for these sizes.
         """
         standard = partial(make_table, self.schedule, self.pipeline.group.size, self.pipeline.chunks)
         if not backward:
@@ -113,12 +113,12 @@ class Scheduler:
         micro-batches and ranks.
 
         Args:
-            engine: has the model.
-            data_iter: yields (inputs, labels) of all micro-batches of a step.
-            forward_only: skip backward.
+            engine: Has the model.
+            data_iter: Yields (inputs, labels) of all micro-batches of a step.
+            forward_only: Skip backward.
             return_loss: False runs forward only, for the outputs; labels may be such that the model can't use them.
-            return_output_label: keep outputs and labels in the result.
-            training: settings of a step with backward.
+            return_output_label: Keep outputs and labels in the result.
+            training: Settings of a step with backward.
         """
         training = training or TrainingStep()
         micro_batches = MicroBatches(*next(data_iter), self.device)

@@ -63,10 +63,10 @@ def balanced_partition(costs: Sequence[float], virtual_stages: int, first: float
     front. Every virtual stage has at least one layer.
 
     Args:
-        costs: of each layer, in any one unit.
-        virtual_stages: how many to divide the layers among.
-        first: additional cost of the first virtual stage, for the embedding.
-        last: additional cost of the last one, for the head.
+        costs: Of each layer, in any one unit.
+        virtual_stages: How many to divide the layers among.
+        first: Additional cost of the first virtual stage, for the embedding.
+        last: Additional cost of the last one, for the head.
     """
     assert len(costs) >= virtual_stages
 
@@ -93,11 +93,11 @@ def _best_partition(
     """Find the best partition by dynamic programming over (virtual stage, its first layer).
 
     Args:
-        layers: number of layers.
-        virtual_stages: number of virtual stages.
-        value: of a virtual stage with layers start … stop − 1: ``value(stage, start, stop)``.
-        join: of the values of two virtual stages.
-        choose: the better of several values.
+        layers: Number of layers.
+        virtual_stages: Number of virtual stages.
+        value: Of a virtual stage with layers start … stop − 1: ``value(stage, start, stop)``.
+        join: Of the values of two virtual stages.
+        choose: The better of several values.
 
     Returns:
         The value of the best partition, and its sizes.

@@ -52,7 +52,7 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
     """Return the table of one of :data:`SCHEDULES`.
 
     Raises:
-        ScheduleError: for an unknown name, or sizes that the schedule does not allow.
+        ScheduleError: For an unknown name, or sizes that the schedule does not allow.
     """
     if schedule not in SCHEDULES:
         raise ScheduleError(Problem("schedule", f"{schedule!r} is unknown", did_you_mean(schedule, SCHEDULES)))
@@ -176,7 +176,7 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
     """Read a schedule from a CSV file; its name is the file's.
 
     Raises:
-        ScheduleError: cells are not actions, or the table cannot run; it lists all problems of the first kind found.
+        ScheduleError: Cells are not actions, or the table cannot run; it lists all problems of the first kind found.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
@@ -193,7 +193,7 @@ def write_table(table: Table, path: Path) -> None:
     """Write ``table`` as a CSV file that :func:`read_table` reads.
 
     Raises:
-        ScheduleError: where ``path`` can't be written.
+        ScheduleError: Where ``path`` can't be written.
     """
     layout = table.stage_layout
     sizes = f"stages {layout.stages}, chunks {layout.chunks}, micro-batches {table.micro_batches}"

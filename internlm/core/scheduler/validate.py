@@ -48,7 +48,7 @@ def simulate(table: Table, costs: Costs) -> Timeline:
     """Simulate ``table``, starting every action as early as possible.
 
     Raises:
-        ScheduleError: where it cannot run.
+        ScheduleError: Where it cannot run.
     """
     if found := problems(table):
         raise ScheduleError(*found)

@@ -37,8 +37,8 @@ def test_a_model_that_declares_none_has_none() -> None:
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda m: [nn.Linear(2, 2)], "Linear is no submodule"),
-        (lambda m: [m], "Stack is no submodule"),
+        (lambda m: [nn.Linear(2, 2)], "Linear is not a submodule"),
+        (lambda m: [m], "Stack is not a submodule"),
         (lambda m: [m.head, m.head], "'head' is declared twice"),
         (lambda m: [m.layers[0], m.layers[0][0]], r"'layers\.0\.0' is declared twice or lies within"),
         (lambda m: [m.layers[0][0], m.layers[0]], r"'layers\.0\.0' lies within block 'layers\.0'"),
