@@ -19,7 +19,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def local_path(location: str) -> Path:
-    """Convert ``local:FOLDER``, or a plain path, to a path."""
+    """Convert ``local:FOLDER`` or a plain path to a :class:`Path`."""
     return Path(location.removeprefix("local:")).expanduser()
 
 

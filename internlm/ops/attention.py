@@ -34,7 +34,7 @@ class PackedSequences:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
-        """Create from cumulative lengths [sequences + 1], which begin with 0; empty sequences are dropped."""
+        """Create the boundaries from cumulative lengths [sequences + 1], from 0 on; empty sequences are dropped."""
         # Host sync on CUDA: the lengths of a step are needed in Python to group equal ones.
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
