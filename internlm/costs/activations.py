@@ -152,7 +152,7 @@ def block(s: Symbols) -> dict[str, int]:
     tensors                  mtp          msp          fsp          isp
     =======================  ===========  ===========  ===========  =========================
     inputs of wqkv and w13   2·T·H·e      2·T·H·e/t    2·T·H·e/t    2·T·H·e/t
-    the same, gathered       –            2·T·H·e      –            –
+    gathered inputs          –            2·T·H·e      –            –
     queries, keys, values    T·G·(Q + 2)·D·e/t         as mtp       T·(G·Q + 2·max(G, t))·D·e/t
     attention output         T·G·Q·D·e/t in every mode; not if attention is recomputed
     attention kernel         see :func:`kernel`; nothing if attention is recomputed
@@ -184,7 +184,7 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     tensors                  mtp          msp          fsp          isp
     =======================  ===========  ===========  ===========  ===========
     inputs of wqkv and w13   2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
-    the same, gathered       –            2·T·H·e      –            –
+    gathered inputs          –            2·T·H·e      –            –
     input of wo              T·G·Q·D·e/t in every mode
     input of w2              T·F·e/t in every mode
     gradient of wqkv         T·G·(Q + 2)·D·e/t in every mode

@@ -5,13 +5,13 @@ weights :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at
 weights called qkv, o, 13 and 2:
 
 ==============================  ======================================================================================
-overlap=False                   one
-overlap, forward, per "module"  two neighbours
+overlap=False                   one weight
+overlap, forward, per "module"  two neighbouring weights
 overlap, forward, per "layer"   the whole next block (or the head) and, of the block before it, the weights from
                                 ``launch_allgather_before`` on; of the first block, which is not prefetched, one
-overlap, backward               two neighbours
-the same, a recomputed block    2, qkv and o, then 2, o and 13, until the gatherer has learned that the block is
-                                recomputed; then qkv, and that of the block after it
+overlap, backward               two neighbouring weights
+overlap, recomputed block       2, qkv and o, then 2, o and 13, until the gatherer has learned that the block is
+                                recomputed; then qkv of this block and of the block after it
 ==============================  ======================================================================================
 
 With ``memory_pool``, the pool keeps as many buffers of each shape as were ever held at once. The embedding has a buffer

@@ -51,8 +51,8 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
     ====================  =====================================================================================
 
     If the zero group shards parameters (``zero1.fsdp``), no rank has a flat buffer of the whole group. Parameters then
-    take g times the rank's elements, with rows padded to equal shards; gradients take n·g; replicas, if any, reduce
-    n·c.
+    take g times the rank's elements, with rows padded to equal shards; gradients take n·g; if there are replicas, they
+    reduce n·c.
 
     Args:
         inventory: Parameters of the stage. For a model other than the built-in decoder, gather buffers and activations

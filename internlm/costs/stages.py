@@ -1,8 +1,8 @@
 """Stage assignment: the layers that each pipeline stage builds, and the schedule of the stages.
 
 The balance of stages by parameters or FLOPs uses the formulas of :mod:`internlm.costs.flops`, not an inventory: a model
-is built from its stage assignment, so the assignment cannot wait for a built model. For a user's
-own model they are an estimate.
+is built from its stage assignment, so the assignment must not depend on a built model. For a user's own model the
+balance is an estimate.
 """
 
 from __future__ import annotations

@@ -212,8 +212,7 @@ class Decoder(nn.Module):
             hidden: Output of the previous chunk, [T, H]; None for the first chunk.
 
         Returns:
-            Logits [*input_ids.shape, V] or a :class:`TokenLoss`; hidden states [T, H] if the chunk is not the model's
-            last.
+            Logits [*input_ids.shape, V] or a :class:`TokenLoss`; [T, H] hidden states of a chunk that is not last.
         """
         x = self._run_blocks(chunk, hidden, input_ids, cu_seqlens, indexes)  # [T, H]
         if not self.stage_layers.is_last(chunk):

@@ -42,8 +42,7 @@ class Throughput:
         self.tokens += tokens
         self.seconds += seconds
         self.steps += 1
-        # The published tgs_avg is the mean of the steps' rates, not tokens over seconds, in which slow steps weigh
-        # more.
+        # The published tgs_avg is the mean of the steps' rates. In tokens over seconds, slow steps would weigh more.
         self._sum_of_rates += self._rate(tokens, seconds)
         self._recent.append((tokens, seconds))
 

@@ -66,7 +66,7 @@ def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
             continue
         receiver = span.action._replace(chunk=layout.chunk_of(message.virtual))
         arrow = {"name": "transfer", "cat": "transfer", "id": f"{process}.{index}", "pid": process}
-        # A flow event binds to the slice around its timestamp: "s" to the slice that ends there, "f" with bp = e to the
+        # A flow event binds to a slice by its timestamp: "s" to the slice that ends there, and "f" with bp = e to the
         # slice that starts there.
         yield {**arrow, "ph": "s", "tid": rank, "ts": span.end * _MICROSECONDS}
         yield {**arrow, "ph": "f", "bp": "e", "tid": to, "ts": starts[to, receiver] * _MICROSECONDS}

@@ -1,1 +1,1 @@
-"""The solver: optimizers and schedules."""
+"""Optimizers, and schedules of their hyperparameters."""

@@ -33,7 +33,7 @@ class LRSchedule:
     warmup_steps: int = 0
     eta_min: float = 0.0
     first_step: int = 0
-    """Position in the schedule of step 0."""
+    """Position of step 0 in the schedule."""
     shape: LRShape = "cosine"
     decay_steps: int = 0
     """Number of last steps in which ``wsd`` decays."""
@@ -53,7 +53,7 @@ class LRSchedule:
 
     @classmethod
     def from_config(cls, lr: LRSchedulerConfig, adam: AdamConfig) -> LRSchedule:
-        """Create the schedule that the config describes."""
+        """Create the schedule from the config."""
         assert lr.total_steps is not None, "the resolver fills lr_scheduler.total_steps"
         return cls(
             peak=adam.lr,
@@ -83,7 +83,7 @@ class Beta2Schedule:
 
     @classmethod
     def from_config(cls, beta2: Beta2SchedulerConfig, adam: AdamConfig) -> Beta2Schedule:
-        """Create the schedule that the config describes."""
+        """Create the schedule from the config."""
         return cls(
             init=adam.adam_beta2 if beta2.init_beta2 is None else beta2.init_beta2,
             c=adam.adam_beta2_c if beta2.c is None else beta2.c,

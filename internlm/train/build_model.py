@@ -75,9 +75,11 @@ def build_on_meta(
     assert config.model.dtype is not None, "the resolver fills model.dtype"
     dtype = torch_dtype(config.model.dtype)
     _check_attention(config.model.attention_backend, dtype)
+    # TF32 is a precision of float32 matmuls, not a dtype: parameters are float32.
     if config.model.dtype == "torch.tf32":
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
+    # Fork, so that building a model does not advance the generators of the caller.
     randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     layout = building(sharding or Sharding(), stage_layers)
     with randomness, default_dtype(dtype), device, layout, deferred_memory():

@@ -66,6 +66,7 @@ def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -
 
 
 def _groups(config: Config) -> ProcessGroups:
+    # Only isp has a separate group for weights; the other modes split weights over the tensor group.
     isp = config.parallel.tensor.mode == "isp"
     return ProcessGroups(
         zero=gpc.group(ParallelMode.ZERO1),

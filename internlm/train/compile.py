@@ -89,6 +89,6 @@ def compiled_so_far() -> Compiled:
 
 def _reason(text: str) -> str:
     """Return the reason given to ``torch.compiler.disable``, or the first line of a message without one."""
-    # Other messages have many lines of hints and stack frames, which differ although the reason is the same.
+    # Other messages continue with lines of explanation and hints, too long for a log.
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

@@ -45,6 +45,7 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
         raise NoCostFormulaError(name, "which is not registered", did_you_mean(name, model_initializer))
     key = config_hash(config), world_size, stage, model_initializer.get_module(name)
     if key not in _CACHE:
+        # Simple, because most runs need a few entries only, and an inventory is cheap to build again.
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
         _CACHE[key] = inventory_of(_build_on_meta(config, world_size, stage), config, world_size, stage)
@@ -57,7 +58,7 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
     # All ranks of a group hold shards of the same shape (padding makes them so); the first stands for all.
     sharding = Sharding(config.parallel.tensor.mode, GroupPosition(0, sizes.tensor), GroupPosition(0, sizes.weight))
     build = model_initializer.get_module(config.model_type)
-    # A model may draw values of its own: those of a run must not depend on whether its plan was made before.
+    # A model may draw its own values, and those of a run must not depend on whether its plan was computed before.
     with torch.random.fork_rng(devices=[]), default_dtype(dtype), torch.device("meta"):
         try:
             with building(sharding, stage_layers_of(config, stage)):
@@ -73,7 +74,7 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
 def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) -> ParamInventory:
     """List the parameters of ``model``, which belongs to ``stage``; they may be on the meta device."""
     blocks = declared_blocks(model)
-    # fully_shard gets the weights of linears as matrices: the first axis of a fused weight is too short to split.
+    # fully_shard gets the weights of linears as matrices: the first axis of a fused weight may be too short to split.
     of_linears = {
         parameter
         for module in model.modules()

@@ -144,6 +144,7 @@ def _copies(parameter: nn.Parameter) -> Iterator[Group]:
     isp = gpc.config.parallel.tensor.mode == "isp"
     if placement.shard is None:
         yield gpc.group(ParallelMode.WEIGHT if isp else ParallelMode.TENSOR)
+    # fully_shard splits the parameter within the zero group, so only the replicas of a shard are copies.
     if isinstance(parameter, DTensor):
         yield gpc.group(ParallelMode.ZERO1_REPLICA)
     else:

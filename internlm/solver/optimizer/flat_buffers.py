@@ -40,7 +40,7 @@ _DEFAULT_BUCKET_SIZE = 2**29
 # -- layout: pure arithmetic ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bucket:
-    """One bucket of a flat buffer, given by the bounds of the ranks' shards in it."""
+    """Bucket of a flat buffer, given by the bounds of the ranks' shards."""
 
     bounds: tuple[int, ...]
 
@@ -87,8 +87,8 @@ def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = F
     Args:
         sizes: Elements of each parameter.
         ranks: Size of the zero group.
-        limit: Maximum number of elements of a bucket. A bucket still holds at least one cache line of each rank, or one
-            parameter.
+        limit: Maximum number of elements of a bucket, exceeded only if one cache line per rank, or one parameter, is
+            larger.
         by_parameter: Keep every parameter whole in one rank's shard, instead of sharing buckets evenly by element.
     """
     return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
@@ -222,7 +222,7 @@ class FlatParamGroup(ParamGroup):
 
     @property
     def buckets(self) -> Sequence[Bucket]:
-        """The buckets in buffer order."""
+        """Buckets in buffer order."""
         return self.layout.buckets
 
     def shards_of(self, flat: Tensor) -> list[Tensor]:
@@ -235,7 +235,7 @@ class FlatParamGroup(ParamGroup):
 
     @torch.no_grad()
     def copy_main_to_model_params(self) -> None:
-        """Round main parameters into this rank's shard of the model parameters; nothing if they share memory."""
+        """Round main parameters into this rank's shard of the model parameters; no-op if they share memory."""
         if self.has_main:
             foreach_copy_(self.shards_of(self.values), self.main_shards)
 
@@ -283,7 +283,7 @@ class FullyShardedParamGroup(ParamGroup):
     """Parameters of one key that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
 
     A rank owns the rows that it holds, and these are the main parameters: they are rounded when they are gathered.
-    ``fully_shard`` reduces gradients inside the zero group, into one flat buffer. The shard has one tensor per
+    ``fully_shard`` reduces gradients inside the zero group into one flat buffer. A shard has one tensor for each
     parameter.
     """
 

@@ -24,7 +24,7 @@ from internlm.core.parallel.placement import ParamPlacement
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem, UserError
 
-#: The zero group of a rank that keeps the whole optimizer state.
+#: Zero group of a rank that holds the whole optimizer state.
 ALONE = Group(ParallelMode.ZERO1)
 
 
@@ -77,7 +77,7 @@ class ParamGroupKey:
 def build_param_groups(
     parameters: Sequence[NamedParameter], adam: AdamConfig, optimizer: OptimizerConfig
 ) -> dict[ParamGroupKey, list[NamedParameter]]:
-    """Group the trainable ``parameters`` by key, each group in the order of the model."""
+    """Group the trainable ``parameters`` by key, each group in model order."""
     groups: dict[ParamGroupKey, list[NamedParameter]] = {}
     for named in parameters:
         if named.parameter.requires_grad:
@@ -183,8 +183,7 @@ class ParamGroup:
         Raises:
             UserError: The parameters were moved to other memory after the group was created.
         """
-        # One parameter stands for all: model.to() and .half() move every parameter, and checking each costs time per
-        # step.
+        # Checking one parameter suffices, because model.to() and .half() move all of them, and saves time in each step.
         name, parameter, memory = self._first_parameter()
         if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
             message = f"{name!r} was moved out of the optimizer's buffer, so updates do not reach it"
@@ -196,7 +195,7 @@ class ParamGroup:
         raise NotImplementedError
 
     def copy_main_to_model_params(self) -> None:
-        """Round main parameters into this rank's shard of the model parameters; nothing if they share memory."""
+        """Round main parameters into this rank's shard of the model parameters; no-op if they share memory."""
 
     def copy_model_to_main_params(self) -> None:
         """Widen this rank's shard of the model parameters into the main parameters."""

@@ -3,9 +3,9 @@
 This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with a configurable group that shares the state.
 A step has five phases:
 
-1. **Reduce** gradients into shards inside the zero group, then across the replicas of each shard, then over ranks that
-   have partial sums besides (``grad_reduce.py``).
-2. **Measure** the global gradient norm: of every logical element once, over the stages of the pipeline too.
+1. **Reduce** gradients into shards inside the zero group, then across the replicas of each shard, then over ranks with
+   partial sums (``grad_reduce.py``).
+2. **Measure** the global gradient norm, with every logical element counted once, over all pipeline stages.
 3. **Decide**: if the norm is inf or nan, all ranks skip the step (``loss_scale.py``).
 4. **Update** this rank's shard by the rule of each group, from clipped gradients (``update_rules.py``, ``muon.py``),
    and copy main parameters to model parameters.
@@ -49,7 +49,7 @@ class OptimizerStep:
     updated: bool
     """False if the step was skipped."""
     grad_norm: float
-    """Global norm before clipping; inf or nan where the step was skipped."""
+    """Global norm before clipping; inf or nan if the step was skipped."""
     loss_scale: float = 1.0
     """Factor on the loss in this step."""
     skipped_in_a_row: int = 0
@@ -95,8 +95,7 @@ class HybridZeroOptimizer:
         self.skipped_in_a_row = 0
         optimizer, zero = optimizer or OptimizerConfig(), self.process_groups.zero
 
-        # Group the parameters, then move them into flat buffers. fully_shard has already allocated those that it
-        # shards.
+        # Group the parameters, then move them into flat buffers, except those that fully_shard has sharded already.
         by_key = build_param_groups(named_parameters(model), adam, optimizer)
         if not by_key:
             pipeline = self.process_groups.pipeline
@@ -145,8 +144,8 @@ class HybridZeroOptimizer:
     def _is_last_chance(self) -> bool:
         """Whether the run ends if this step is skipped.
 
-        Gradients of such a step are checked before the reduction, because a nan in a sum cannot be attributed to a
-        rank.
+        The gradients of such a step are checked before they are reduced, because a nan in a sum cannot be attributed
+        to a rank.
         """
         return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
@@ -199,8 +198,7 @@ class HybridZeroOptimizer:
 
     def _global_norm(self) -> float:
         """Return the L2 norm of all gradients, each logical element counted once; it hardly depends on the layout."""
-        # Separate sums: ranks of a group hold different elements of a split parameter, but the same ones of a whole
-        # one.
+        # One sum per mode: the ranks of its group hold different elements of split parameters, but equal whole ones.
         modes = [None, *self.process_groups.by_split]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
         for group in self.groups:
@@ -209,8 +207,7 @@ class HybridZeroOptimizer:
         all_reduce(squares, self.process_groups.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
-                # Adding zero times the other sum spreads its nan to all ranks of the group, where it may be on one
-                # only.
+                # Add zero times the sum of whole parameters: a nan there may be on one rank, and must reach all.
                 all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 

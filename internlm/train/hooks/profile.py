@@ -55,6 +55,7 @@ class RecordPipeline(Hook):
         dist.all_gather_object(records, own, self.stages.handle)
         if self.folder is not None:
             table = trainer.scheduler.table(report.shape.micro_num)
+            # Simulated with the measured costs, so that the two differ only in waits that costs do not explain.
             measured = measured_timeline(table, records)
             self._draw(self.folder, report.step + 1, simulate(table, measured.costs), measured)
 
