@@ -1,4 +1,4 @@
-"""The trainer: a step, the loop over steps, and hooks named by their position in it."""
+"""Trainer: a training step, the loop over steps, and hooks named by their position in the loop."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Schedule = Callable[[int], float]
 
 
 class Loader(Protocol):
-    """Iterable of a run's batches that can start at any step."""
+    """Protocol of an iterable of batches that can start at any step."""
 
     def seek(self, step: int) -> None:
-        """Make the next iterator start with the batch of ``step``."""
+        """Start the next iterator at the batch of ``step``."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass
 class TrainState:
-    """Progress of a run; part of every checkpoint."""
+    """Progress of a run, saved in every checkpoint."""
 
     step: int = 0  # steps done
     num_consumed_tokens: int = 0  # over all ranks, pads included
-    inf_nan_skip_batches: int = 0  # steps without an update, since a gradient was not finite
+    inf_nan_skip_batches: int = 0  # steps skipped because of a non-finite gradient
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters by name."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counters of :meth:`state_dict`."""
+        """Restore the counters from a result of :meth:`state_dict`."""
         for field in fields(self):
             setattr(self, field.name, state[field.name])
 
@@ -94,25 +94,25 @@ class StepReport:
 
 
 class Hook:
-    """Base class of what is done beside training, named by its position in the loop. Override what you need."""
+    """Base class of hooks, whose methods are named by their position in the loop; override those you need."""
 
     def before_run(self, trainer: Trainer) -> None:
-        """Called once, after resuming and before the first step."""
+        """Run once, after resuming and before the first step."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Called before the batch of a step is fetched."""
+        """Run before the batch of a step is fetched."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Called after the update; ``trainer.state`` counts the step already."""
+        """Run after the update; ``trainer.state`` already counts the step."""
 
     def after_run(self, trainer: Trainer) -> None:
-        """Called once, after the last step, also where the run stops early or fails."""
+        """Run once after the last step, also if the run stops early or fails."""
 
 
 class Trainer:
-    """Model, optimizer, pipeline scheduler and schedules of lr and beta2, driven step by step.
+    """Training of a model, step by step, with optimizer, pipeline scheduler, and lr and beta2 schedules.
 
-    Use it by hand (``zero_grad``, ``execute_schedule``, ``step``), or let :meth:`fit` run the loop.
+    Call ``zero_grad``, ``execute_schedule`` and ``step`` in a custom loop, or :meth:`fit` for the whole loop.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Trainer:
         self.state = state or TrainState()
         self.stop_requested = False
 
-    # -- one step, by hand --------------------------------------------------------------------------------------------
+    # -- one step -----------------------------------------------------------------------------------------------------
     def train(self) -> None:
         """Put the model into training mode."""
         self.model.train()
@@ -148,9 +148,9 @@ class Trainer:
         """Run the next batch of ``data_iter``.
 
         Args:
-            data_iter: Yields (inputs, labels) of all micro-batches of a step.
-            after_backward: Called when this rank's gradients are complete.
-            options: Flags of the scheduler's ``forward_backward_step``.
+            data_iter: Iterator over (inputs, labels) of all micro-batches of a step.
+            after_backward: Function called when this rank's gradients are complete.
+            options: Flags of :meth:`Scheduler.forward_backward_step`.
         """
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale.scale, after_backward=after_backward
@@ -161,7 +161,7 @@ class Trainer:
         """Update the parameters with this step's learning rate and beta2, and count the step.
 
         Raises:
-            UserError: Where too many steps in a row were skipped, since a gradient was not finite.
+            UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.step += 1
@@ -180,8 +180,8 @@ class Trainer:
         # The number of micro-batches tells the optimizer when the gradients of a bucket are complete.
         self.optimizer.begin_step(micro_batches=len(batch[1]))
         result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
-        # The device works asynchronously: without a synchronisation before reading the clock, the times would be those
-        # of launching the kernels.
+        # The device is asynchronous: without a synchronisation before reading the clock, the times would be those of
+        # kernel launches.
         accelerator.synchronize()
         computed = time.perf_counter()
         update = self.step()
@@ -204,9 +204,9 @@ class Trainer:
         """Train from ``state.step`` to ``total_steps``, or until a hook sets ``stop_requested``.
 
         Args:
-            loader: Batches of the run.
-            total_steps: Of the run, those done before a resume included.
-            hooks: Called in this order before and after each step, and in the reverse order at the end.
+            loader: Loader of the run's batches.
+            total_steps: Number of steps of the run, including those before a resume.
+            hooks: Hooks, called in this order before and after each step, and in reverse order at the end.
         """
         loader.seek(self.state.step)
         batches = iter(loader)
@@ -224,7 +224,7 @@ class Trainer:
             # Later hooks may depend on earlier ones, as with nested contexts.
             for hook in reversed(hooks):
                 hook.after_run(self)
-        # Overlapped all-gathers of the last update have no forward that would wait for them.
+        # No forward waits for the overlapped all-gathers of the last update.
         self.optimizer.gather_parameters()
         return self.state
 
@@ -232,7 +232,7 @@ class Trainer:
 def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
     """Describe the last of too many skipped steps, with the first parameter that has a non-finite gradient.
 
-    A collective: all ranks skip the same steps, so all of them call it.
+    This is a collective: all ranks skip the same steps, so all of them call it.
     """
     names: list[str | None] = [update.nonfinite_gradient]
     if dist.is_initialized():

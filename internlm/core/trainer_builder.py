@@ -1,4 +1,4 @@
-"""From a model and its data to a run: ``TrainerBuilder(model, train_dl, val_dls, **vars(args)).fit()``."""
+"""Trainer builder: assembles a run from a model and its data, ``TrainerBuilder(model, train_dl, …).fit()``."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.utils.errors import Problem, UserError, did_you_mean
 
-#: Built-in arguments of the command line that ``initialize_distributed_env`` takes. A builder accepts them, so that a
-#: script can pass all of its parsed arguments, and has no use for them.
+#: Built-in arguments of the command line that ``initialize_distributed_env`` takes. A builder accepts and ignores them,
+#: so that a script can pass all of its parsed arguments (``**vars(args)``).
 LAUNCH_ARGUMENTS = frozenset({"launcher", "host", "port", "world_size", "rank", "local_rank", "backend", "seed", "set"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """Keywords of :class:`TrainerBuilder` beside the model, the loaders and the config."""
+    """Keywords of :class:`TrainerBuilder`, besides the model, the loaders and the config."""
 
     profiling: bool = False
     """Write torch profiler traces and a memory report."""
     ledger: bool = False
     """Log the bytes sent, by parallel mode and collective, at the end."""
     pipeline_trace: bool = False
-    """Draw one pipeline step, measured beside simulated."""
+    """Draw one pipeline step, measured and simulated."""
     dataset_types: Sequence[str] | None = None
-    """Names of the data-set types that metrics are split by; default: those of the loader."""
+    """Names of the data-set types by which metrics are split; None: those of the loader."""
     extra_hooks: Sequence[Hook] = ()
     """Hooks that run after the metrics are logged and before the model is saved."""
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> TrainerOptions:
-        """Pick the options among ``keywords``, which may also be built-in arguments of the command line.
+        """Select the options among ``keywords``, which may also contain built-in arguments of the command line.
 
         Raises:
-            UserError: A keyword is neither.
+            UserError: A keyword is neither an option nor a built-in argument.
         """
         options = {field.name for field in fields(cls)}
         known = {*options, *LAUNCH_ARGUMENTS, "config", "val_dls"}
@@ -66,18 +66,18 @@ class TrainerOptions:
 
 
 class TrainerBuilder:
-    """Builds optimizer, trainer, checkpoints and hooks around a model, and runs the training.
+    """Builder of optimizer, trainer, checkpoints and hooks for a model, which also runs the training.
 
     Args:
-        model: Made ready by :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
+        model: Model, which is passed to :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
         train_dl: Loader of the training data.
         val_dls: Loaders of the validation data by data-set type.
-        config: What ``initialize_distributed_env`` got. The run follows the config that it resolved, with overrides; a
-            :class:`~internlm.config.Config` must be that one.
+        config: Argument of ``initialize_distributed_env``. The run uses the config that it resolved, with overrides; a
+            :class:`~internlm.config.Config` must equal the resolved one.
         keywords: Fields of :class:`TrainerOptions`, and built-in arguments of the command line.
 
     Raises:
-        UserError: For a keyword that is none of these, and for another config.
+        UserError: A keyword is unknown, or the config differs from the resolved one.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class TrainerBuilder:
         self.options = TrainerOptions.from_keywords(keywords)
         self.config = gpc.config
         if isinstance(config, Config) and config != self.config:
-            message = "is not the config that the run was initialised with"
-            raise UserError(Problem("TrainerBuilder(config=…)", message, "Give it to initialize_distributed_env"))
+            message = "is not the config with which the run was initialised"
+            raise UserError(Problem("TrainerBuilder(config=…)", message, "Pass it to initialize_distributed_env"))
         self.types = list(self.options.dataset_types or train_dl.types)
         self.train_dl = train_dl
         model, isp_communicator = initialize_model_and_parallel_communicator(model)
@@ -116,7 +116,7 @@ class TrainerBuilder:
         self._val_dls = val_dls or {}
 
     def fit(self) -> TrainState:
-        """Resume if there is something to resume, train to the end, and return the final state.
+        """Resume from a checkpoint if there is one, train to the end, and return the final state.
 
         A run ended by SIGTERM or SIGINT exits the process with 128 + the signal.
         """
@@ -146,12 +146,12 @@ class TrainerBuilder:
         ]
 
     def _recorder(self) -> hooks.RecordPipeline:
-        """Return the hook that draws the pipeline of the logging rank."""
+        """Return the hook that draws the pipeline; only the logging rank writes the drawing."""
         folder = self.folder if gpc.is_rank_for_log() else None
         return hooks.RecordPipeline(gpc.group(ParallelMode.PIPELINE), folder)
 
     def _writer(self, first_step: int) -> MetricsWriter | None:
-        """Return the writers of the logging rank; None on the others."""
+        """Return the metrics writer on the logging rank, None on other ranks."""
         if not gpc.is_rank_for_log():
             return None
         config = self.config
@@ -163,7 +163,7 @@ class TrainerBuilder:
 
 
 def _new_folder(parent: Path) -> Path:
-    """Create a folder in ``parent`` that no other run has, named by rank 0's clock; return it on all ranks."""
+    """Create a folder in ``parent`` for this run alone, named by rank 0's clock; return it on all ranks."""
     chosen = [_claim(parent) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
@@ -171,7 +171,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _claim(parent: Path) -> Path:
-    """Create the folder; a number is appended where runs start in the same second."""
+    """Create the folder; append a number if several runs start in the same second."""
     name = folder = parent / time.strftime("%b%d_%H-%M-%S")
     others = 0
     while True:
@@ -181,6 +181,6 @@ def _claim(parent: Path) -> Path:
             others += 1
             folder = name.with_name(f"{name.name}_{others}")
             continue
-        except OSError:  # such as no permission: the first writer reports it, with the file's name
+        except OSError:  # such as no permission: the first writer raises an error with the file's name
             pass
         return folder

@@ -2,7 +2,7 @@
 
 =====  =======================================================================================================
 ``F``  forward of a chunk for a micro-batch
-``B``  backward: the gradient of the chunk's input; of its weights too, where the table has no W for it
+``B``  backward: the gradient of the chunk's input; without a W in the table, also of its weights
 ``W``  the gradient of the chunk's weights, deferred to fill idle time (Zero Bubble, arXiv 2401.10241, sec. 2)
 =====  =======================================================================================================
 
@@ -24,7 +24,7 @@ WEIGHT: Final = "W"
 
 
 class Action(NamedTuple):
-    """One action of a rank; as text ``F3``, or ``F3.1`` for chunk 1."""
+    """Action of a rank for a micro-batch and a chunk; as text ``F3``, or ``F3.1`` for chunk 1."""
 
     type: ActionType
     micro_batch: int
@@ -35,10 +35,10 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Input of one action that another virtual stage computes: hidden states for F, their gradient for B."""
+    """Tensor sent from one virtual stage to the next: hidden states for F, their gradient for B."""
 
     type: ActionType
-    virtual: int  # the virtual stage that needs it
+    virtual: int  # virtual stage that receives it
     micro_batch: int
 
     @property
@@ -71,7 +71,7 @@ def output_message(layout: StageLayout, rank: int, action: Action) -> Message | 
 class Table:
     """A schedule: ``actions[rank]`` in the order in which that rank runs them."""
 
-    schedule: str  # its name: one of SCHEDULES, or that of a CSV file
+    schedule: str  # name of the schedule: one of SCHEDULES, or the name of a CSV file
     stage_layout: StageLayout
     micro_batches: int
     actions: tuple[tuple[Action, ...], ...]

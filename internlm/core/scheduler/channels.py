@@ -1,7 +1,7 @@
 """Channels: point-to-point transfers between the stages of a pipeline.
 
-Each direction between two ranks is a channel with a process group of its own, first in, first out: messages arrive in
-the order in which they were sent, and a late message delays nothing but those behind it in its channel.
+Each direction between two ranks is a first-in, first-out channel with its own process group: messages arrive in the
+order in which they were sent, and a late message delays only later messages of its channel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from internlm.core.parallel.ledger import LEDGER
 from internlm.core.scheduler.actions import FORWARD, Message
 from internlm.core.scheduler.compute import TensorSpec
 
-#: A header has the index of the dtype here, the number of dimensions, and the sizes, padded to ``_MAX_DIMENSIONS``.
+#: A header consists of the index of the dtype in this tuple, the number of dimensions, and the sizes, padded to
+#: ``_MAX_DIMENSIONS``.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_DIMENSIONS = 8
 
@@ -31,7 +32,7 @@ _MAX_DIMENSIONS = 8
 @dataclass(eq=False)
 class _Incoming:
     message: Message
-    spec: TensorSpec | None  # None: in a header before the message
+    spec: TensorSpec | None  # None: a header precedes the message
     buffer: Tensor | None = None
     work: dist.Work | None = None
 
@@ -39,23 +40,23 @@ class _Incoming:
 @dataclass(frozen=True, eq=False)
 class _Outgoing:
     message: Message
-    tensor: Tensor  # must live until it was sent
+    tensor: Tensor  # must be kept alive until it has been sent
     work: dist.Work
-    #: False where the receiver posts its receive only when it needs the message, which may be late: blocking on such a
-    #: send before the end of the step could deadlock.
+    #: False if the receiver posts its receive only when it needs the message: blocking on such a send before the end of
+    #: the step could deadlock.
     may_block: bool
 
 
 class Channels:
-    """This rank's channels to and from other stages.
+    """Channels of this rank to and from other stages.
 
     Args:
-        stage: The group of this rank's pipeline.
-        incoming: Stage that sends, to the group of its channel.
-        outgoing: Stage that receives, to the group of its channel.
-        device: Of the messages.
-        timeout: Of the groups, in seconds; a longer wait, or the end of the other rank, raises :class:`LostPeerError`.
-        overlap: Whether a send runs while this rank goes on; otherwise this rank first waits until it was received.
+        stage: Group of this rank's pipeline.
+        incoming: Groups of the channels to this rank, by sending stage.
+        outgoing: Groups of the channels from this rank, by receiving stage.
+        device: Device of the messages.
+        timeout: Timeout of the groups in seconds; a longer wait or a dead peer raises :class:`LostPeerError`.
+        overlap: Whether this rank continues during a send; otherwise it blocks until the send has completed.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class Channels:
 
     # -- receiving ----------------------------------------------------------------------------------------------------
     def post_receive(self, source: int, message: Message, spec: TensorSpec | None) -> None:
-        """Post a receive for the next message of a channel; with ``spec`` None only when the message is needed."""
+        """Post a receive for the next message of a channel; if ``spec`` is None, only when the message is needed."""
         self._receiving[source].append(_Incoming(message, spec))
         self._post_known(source)
 
     def receive(self, source: int, message: Message) -> Tensor:
-        """Wait for a message whose receive was posted, and return it."""
-        # All before it in the channel must be posted first, since the channel matches them in order.
+        """Wait for a message whose receive has been posted, and return its tensor."""
+        # Receives of earlier messages must be posted first, since the channel matches them in order.
         for incoming in self._receiving[source]:
             if incoming.work is None:
                 self._post(source, incoming)
@@ -95,7 +96,7 @@ class Channels:
         return buffer
 
     def _post_known(self, source: int) -> None:
-        """Post the receives of a channel, up to the first one of unknown shape."""
+        """Post the receives of a channel, up to the first one whose shape is not known."""
         for incoming in self._receiving[source]:
             if incoming.work is None and incoming.spec is None:
                 return
@@ -123,12 +124,12 @@ class Channels:
     # -- sending ------------------------------------------------------------------------------------------------------
     def send(self, target: int, message: Message, tensor: Tensor, declared: bool) -> None:
         """Send ``tensor``, after a header with shape and dtype unless the receiver computes both (``declared``)."""
-        # gloo and NCCL send the memory of a tensor as it lies.
+        # gloo and NCCL send contiguous memory.
         tensor = tensor.contiguous()
         if not declared:
             self._isend(target, message, _header(tensor), may_block=False)
         self._isend(target, message, tensor, may_block=declared)
-        # With overlap one send stays in flight per channel: its tensor is freed before the next one is sent.
+        # With overlap, one send per channel stays in flight; its tensor is freed at the next send.
         sending = self._sending[target]
         while len(sending) > self.overlap and (sending[0].may_block or sending[0].work.is_completed()):
             self._wait_sent(target)
@@ -153,12 +154,12 @@ class Channels:
 
     def _wait(self, work: dist.Work, peer: int, message: Message, verb: Literal["send", "receive"]) -> None:
         with self._attributing(peer, message, verb):
-            work.wait()  # without an argument it lasts as long as the group's timeout
+            work.wait()  # without an argument, the group's timeout applies
 
     def _attributing(
         self, peer: int, message: Message, verb: Literal["send", "receive"]
     ) -> AbstractContextManager[None]:
-        """Make failures within the block errors that name the lost peer."""
+        """Turn failures within the block into errors that name the lost peer."""
         return attributing_peer_failure(self.stage, peer, f"{verb} {_format_message(message)}", self.timeout)
 
 

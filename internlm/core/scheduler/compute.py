@@ -1,10 +1,10 @@
-"""Forward and backward of one chunk of the model for one micro-batch: what F, B and W do on a rank.
+"""Computation of F, B and W on a rank: forward and backward of one chunk of the model for one micro-batch.
 
 A model that can be split into stages has an attribute ``stage_layers`` (a
-:class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes ``chunk``, and ``hidden``, the output of
-the chunk before it, None for the first. Every chunk but the last returns hidden states, one tensor; the last returns
-what the whole model would. Where the model has ``hidden_like(inputs)``, which returns shape and dtype of the hidden
-states, no header with them needs to be sent.
+:class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes ``chunk`` and ``hidden``, the output of the
+previous chunk, which is None for the first. Every chunk but the last returns hidden states, one tensor; the last
+returns the output of the whole model. If the model has a method ``hidden_like(inputs)``, which returns shape and dtype
+of the hidden states, no header with them is sent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL_INPUTS = ("input_ids", "cu_seqlens", "indexes")
 
 
 class MicroBatches:
-    """Micro-batches of a step, copied to the device one by one."""
+    """Micro-batches of a step, each copied to the device on access."""
 
     def __init__(self, batch: Mapping[str, Any], labels: Tensor, device: torch.device) -> None:
         self._batch, self._labels, self._device = batch, labels, device
@@ -55,11 +55,11 @@ class MicroBatches:
         return self._on_device(self._batch["type_ids"][index])
 
     def valid_tokens(self) -> Tensor:
-        """Return the number of labels that count, over all micro-batches, as a scalar on the device."""
+        """Return the number of labels other than −100 in all micro-batches, as a scalar on the device."""
         return self._on_device((self._labels != -100).sum())
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        # Pinned host memory lets the copy run under the compute of the micro-batch before.
+        # With pinned host memory, the copy overlaps with the compute of the previous micro-batch.
         return tensor.to(self._device, non_blocking=True)
 
 
@@ -68,26 +68,26 @@ class InFlight:
     """State of a chunk and micro-batch between its F and its last backward action."""
 
     hidden: Tensor | None  # the input, whose gradient is sent back
-    edge: GradientEdge | None  # graph node of the output; the output itself is freed once it was sent
+    edge: GradientEdge | None  # graph node of the output; the output itself is freed once it has been sent
     output_spec: TensorSpec
-    tasks: list[Task] = field(default_factory=list)  # weight gradients that B left to W
+    tasks: list[Task] = field(default_factory=list)  # weight gradients that B deferred to W
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Settings of one step's compute."""
+    """Settings of the computation of one step."""
 
     types: int  # number of data-set types
     device: torch.device
     grad_scale: float | None  # factor on the sum of the token losses; None: no loss
     keep_outputs: bool = False
-    dropout_key: DropoutKey = field(default_factory=DropoutKey)  # without the micro-batch
+    dropout_key: DropoutKey = field(default_factory=DropoutKey)  # without micro-batch
 
 
 class Compute:
-    """The chunks of ``model`` on the micro-batches of one step.
+    """Computation of the chunks of ``model`` on the micro-batches of one step.
 
-    ``sums`` and ``outputs`` collect what the last chunk computes, over all micro-batches.
+    ``sums`` and ``outputs`` collect the results of the last chunk over all micro-batches.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Compute:
     ) -> None:
         self.model, self.criterion, self.micro_batches, self.options = model, criterion, micro_batches, options
         self.dropout_key = replace(options.dropout_key, micro_num=len(micro_batches))
-        # A user's own model without the attribute is one stage.
+        # A custom model without the attribute is one stage.
         self.stage_layers: StageLayers = getattr(model, "stage_layers", StageLayers.whole(1))
         self.sums = zero_sums(options.types, options.device)
         self.outputs: dict[int, Tensor] = {}
@@ -109,20 +109,19 @@ class Compute:
         """Return whether the model declares the shape of its hidden states.
 
         Raises:
-            UserError: Where ``hidden`` differs from the declared shape or dtype, so that the receiver's buffer would
-                not fit.
+            UserError: ``hidden`` differs from the declared shape or dtype, so the receiver's buffer would not fit.
         """
         declared, actual = self.hidden_spec(index), (tuple(hidden.shape), hidden.dtype)
         if declared is not None and (tuple(declared[0]), declared[1]) != actual:
             message = f"expected {declared}, but a chunk returned {actual}"
-            raise UserError(Problem("hidden_like of the model", message, "Make them agree, or remove it"))
+            raise UserError(Problem("hidden_like of the model", message, "Return actual shape and dtype, or remove it"))
         return declared is not None
 
     def forward(self, chunk: int, index: int, hidden: Tensor | None) -> Tensor | None:
         """Run a chunk for micro-batch ``index``.
 
         Returns:
-            The hidden states; for the last chunk the scaled loss, or None where no loss is computed.
+            The hidden states; for the last chunk the scaled loss, or None if no loss is computed.
         """
         inputs: dict[str, Any] = self.micro_batches.inputs(index)
         if not self.stage_layers.is_whole or len(self.stage_layers.chunks) > 1:
@@ -146,19 +145,19 @@ class Compute:
 
 
 def keep_in_flight(hidden: Tensor | None, output: Tensor) -> InFlight:
-    """Return what backward needs of an F with input ``hidden`` and result ``output``."""
-    # Backward starts from the graph node: holding the output would keep its memory, which nothing reads after the send
-    # (Megatron frees it by a pseudo-deallocation, --deallocate-pipeline-outputs). Where everything before it is frozen,
-    # the output has no node.
+    """Return the state that backward needs of an F with input ``hidden`` and result ``output``."""
+    # Backward starts from the graph node: a reference to the output would keep its memory, which is not read after the
+    # send (Megatron frees it by a pseudo-deallocation, --deallocate-pipeline-outputs). If everything before it is
+    # frozen, the output has no node.
     edge = get_gradient_edge(output) if output.requires_grad else None
     return InFlight(hidden, edge, (tuple(output.shape), output.dtype))
 
 
 def backward(state: InFlight, grad_output: Tensor, defer: bool) -> Tensor | None:
-    """Run backward of a chunk; return the gradient of its input, or None for the first chunk.
+    """Run backward of a chunk and return the gradient of its input, or None for the first chunk.
 
-    The gradients of its parameters are added to theirs; with ``defer``, the products that give those of weights are
-    left to :func:`weight_gradients`.
+    Gradients of parameters are accumulated; with ``defer``, the products for weight gradients are left to
+    :func:`weight_gradients`.
     """
     hidden, edge = state.hidden, state.edge
     state.hidden = state.edge = None
@@ -173,6 +172,6 @@ def backward(state: InFlight, grad_output: Tensor, defer: bool) -> Tensor | None
 
 def weight_gradients(state: InFlight) -> None:
     """Compute the weight gradients that :func:`backward` deferred."""
-    # Each task is dropped before the next runs, so that its two factors are freed as early as possible.
+    # Each task is removed before the next one runs, so that its two factors are freed as early as possible.
     while state.tasks:
         state.tasks.pop(0)()

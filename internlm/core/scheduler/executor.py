@@ -1,4 +1,4 @@
-"""Executor: runs the plan of one rank, whatever the schedule."""
+"""Executor: runs the plan of one rank, for any schedule."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from internlm.core.scheduler.timeline import Record
 
 
 class Executor:
-    """One run of a plan.
+    """Run of a plan.
 
-    Messages between two chunks of this rank stay on it and pass no channel. ``peak_in_flight`` is the most pairs of
-    chunk and micro-batch between F and their last action. With ``backward`` off, nothing is kept in flight.
+    Messages between two chunks of this rank do not pass through a channel. ``peak_in_flight`` is the largest number of
+    (chunk, micro-batch) pairs between F and their last action. Without ``backward``, nothing is kept in flight.
     """
 
     def __init__(self, steps: Sequence[Step], compute: Compute, channels: Channels | None, backward: bool) -> None:
@@ -35,7 +35,7 @@ class Executor:
         }
 
     def run(self, records: list[Record] | None = None) -> None:
-        """Run all steps; append a record of each to ``records``, which costs a device synchronisation per action."""
+        """Run all steps; append their records to ``records`` if given, which synchronises the device around actions."""
         now = _no_clock if records is None else _clock
         with torch.set_grad_enabled(self.backward):
             for step in self.steps:
@@ -64,18 +64,18 @@ class Executor:
             return self.compute.forward(chunk, index, hidden)
         self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight) + 1)
         if hidden is not None:
-            # The received tensor is a leaf: its .grad is what goes back to the stage before.
+            # The received tensor is a leaf: its .grad is sent back to the previous stage.
             hidden.requires_grad_()
         output = self.compute.forward(chunk, index, hidden)
         assert output is not None, "backward needs a loss"
         self._in_flight[chunk, index] = keep_in_flight(hidden, output)
-        # A sent tensor that referred to the graph would keep the saved tensors of the whole chunk alive.
+        # A sent tensor with a reference to the graph would keep the saved tensors of the whole chunk alive.
         return output.detach()
 
     def _backward(self, step: Step, grad_output: Tensor | None) -> Tensor | None:
         _, index, chunk = step.action
         state = self._in_flight[chunk, index]
-        if grad_output is None:  # the loss is a sum, scaled already
+        if grad_output is None:  # the loss is a sum that is already scaled
             shape, dtype = state.output_spec
             grad_output = torch.ones(shape, dtype=dtype, device=self.compute.sums.device)
         gradient = backward(state, grad_output, step.defers_weight)
@@ -117,7 +117,7 @@ class Executor:
 
 
 def _clock() -> float:
-    accelerator.synchronize()  # the device works asynchronously: its queue must be empty for the time to mean anything
+    accelerator.synchronize()  # the device is asynchronous: without this, the clock measures kernel launches
     return time.perf_counter()
 
 

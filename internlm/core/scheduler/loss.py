@@ -23,22 +23,22 @@ class StepResult:
 
     #: Mean over the valid tokens of the global batch; equal on every rank.
     loss: float
-    #: [3, types], float64: summed token loss, correct predictions and valid tokens of each data-set type, over all
+    #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each data-set type, over all
     #: ranks.
     sums: Tensor
-    #: Outputs and labels of each micro-batch, where requested; in a pipeline, on the rank of the head.
+    #: Outputs and labels of each micro-batch, if requested; in a pipeline, on the rank of the head.
     outputs: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
     @property
     def valid_tokens(self) -> int:
-        """Number of labels that count, over all ranks."""
+        """Number of labels other than −100, over all ranks."""
         return int(self.sums[TOKENS].sum())
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:
-    """Return sums [3, types] of no tokens."""
-    # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts looks at.
+    """Return zero-initialised sums, [3, types]."""
+    # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts needs.
     return torch.zeros(3, types, dtype=torch.float64, device=device)
 
 
@@ -46,19 +46,19 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
     """Return the sums [3, types] of one micro-batch.
 
     Args:
-        result: Its token losses and correct predictions, [T].
-        labels: [T], or of any shape with T elements; −100 does not count.
+        result: Token losses and correct predictions of the micro-batch, [T].
+        labels: [T], or any shape with T elements; −100 is ignored.
         type_ids: Data-set type of each token, shaped like ``labels``.
         types: Number of data-set types.
     """
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]
-    # A product with the one-hot types instead of scatter_add, which is not deterministic on CUDA.
+    # A product with one-hot types replaces scatter_add, which is not deterministic on CUDA.
     return columns @ F.one_hot(type_ids.flatten(), types).double()
 
 
 class TokenCrossEntropy:
-    """Cross-entropy of each token against its label.
+    """Cross-entropy of each token with its label.
 
     A model whose ``forward`` takes ``labels`` computes the loss itself (the framework's do, chunk by chunk, so that the
     logits of all tokens never exist at once); any other model returns logits.
@@ -86,9 +86,9 @@ def _check_logits(model: nn.Module) -> None:
         comm = getattr(module, "communicator", None)
         if isinstance(comm, HeadCommunicator) and comm is not IDENTITY_HEAD:
             # With a split vocabulary a rank has the labels of all tokens, so logits must be gathered over entries;
-            # with split tokens it has the labels of its own, so they must stay split.
+            # with split tokens it has the labels of its own tokens, so logits must stay split.
             wrong = comm.vocab is not None
             if module.parallel_output == wrong:
-                message = f"returns logits that the loss can't use in this parallel mode (parallel_output={wrong})"
+                message = f"returns logits that the loss cannot use in this parallel mode (parallel_output={wrong})"
                 todo = f"Let forward take labels and return {name}.loss(x, labels), or set parallel_output={not wrong}"
                 raise UserError(Problem(f"model '{name}'", message, todo))

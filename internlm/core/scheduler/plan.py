@@ -1,12 +1,12 @@
-"""Plan of one rank, from the table: its actions, with what it sends and receives around each. Pure.
+"""Plan of one rank, derived from the table: its actions, with the sends and receives around each. Pure.
 
-A table says nothing of transfers: they follow from it. A message from another rank is received into a buffer that must
-be posted before it is sent; the rule is: **before the action during which it arrives in the simulation**, with all
-actions of one length. This is early enough for a sender that blocks until each of its messages is received (as NCCL and
-gloo may, for large ones), and then no schedule that has a simulation can deadlock, whatever the real durations. Proof:
-take the action, among those not done, that ends first in the simulation. The actions before it on its rank are done;
-its input was sent by an action that ended earlier, so it is here; and the receiver of its output has done all actions
-that ended earlier, so the buffer is posted. Hence the action can run.
+A table has no transfers: they follow from its actions. The receive of a message from another rank is posted **before
+the action during which the message arrives in the simulation**, in which all actions have the same duration. This is
+early enough for a sender that blocks until each of its messages is received (as NCCL and gloo may, for large ones), and
+then no schedule that can be simulated can deadlock, whatever the real durations. Proof: among the actions that have not
+run, take the one that ends first in the simulation. The actions before it on its rank have run; its input was sent by
+an action that ended earlier, so it has arrived; and the receiver of its output has run all actions that ended earlier,
+so the receive is posted. Hence the action can run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm.core.scheduler.validate import simulate
 
 
 class Receive(NamedTuple):
-    """A message from another rank to a chunk of this one."""
+    """Receive of a message from another rank for a chunk of this one."""
 
     source: int
     message: Message
@@ -30,17 +30,17 @@ class Receive(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """An action of a plan, with the transfers around it."""
+    """Action of a plan, with the transfers around it."""
 
     action: Action
-    #: Whether a B leaves the gradient of the weights to a W.
+    #: Whether the action is a B that defers the gradient of the weights to a W.
     defers_weight: bool
-    #: Receives to post before it.
+    #: Receives to post before the action.
     receives: tuple[Receive, ...]
-    #: What it needs, and the rank that sends it.
+    #: Input of the action, and the rank that sends it.
     input: Message | None
     source: int
-    #: What it computes, and the rank that needs it.
+    #: Output of the action, and the rank that receives it.
     output: Message | None
     target: int
 
@@ -49,7 +49,7 @@ def make_plan(table: Table, rank: int) -> tuple[Step, ...]:
     """Return the steps of ``rank``.
 
     Raises:
-        ScheduleError: Where the table cannot run.
+        ScheduleError: The table cannot run.
     """
     timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
     receives = _receives(timeline, rank)
@@ -71,10 +71,10 @@ def _step(table: Table, rank: int, action: Action, receives: list[Receive]) -> S
 
 
 def _receives(timeline: Timeline, rank: int) -> list[list[Receive]]:
-    """Return for each action of ``rank`` the receives to post before it, in the order of arrival.
+    """Return the receives to post before each action of ``rank``, in the order of arrival.
 
-    The order matters: the first message of a channel may block both sides until they are connected, which must not
-    delay one that comes earlier.
+    The order matters: the first message of a channel may block both ranks until they are connected, which must not
+    delay a message that arrives earlier.
     """
     layout = timeline.table.stage_layout
     ends = [span.end for span in timeline.spans[rank]]

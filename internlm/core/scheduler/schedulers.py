@@ -1,4 +1,4 @@
-"""Schedulers: the published names, each the same executor with another table."""
+"""Schedulers: one class per published schedule, each with its table for the same executor."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ Batch = tuple[dict[str, Any], Tensor]
 
 
 class Engine(Protocol):
-    """Any object with a ``model`` attribute, such as a trainer."""
+    """Protocol of an object with a ``model`` attribute, such as a trainer."""
 
     model: nn.Module
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """This rank's place in its pipeline."""
+    """Position of this rank in its pipeline, with its channels."""
 
     group: Group = NO_PIPELINE
     chunks: int = 1
     channels: Channels | None = None  # None: a pipeline of one rank
-    #: The user's own table for a number of micro-batches, instead of the schedule's.
+    #: Custom table for a number of micro-batches; None: the table of the schedule.
     own_table: Callable[[int], Table] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Settings of one step that only training has."""
+    """Settings of one training step."""
 
     step: int = 0  # part of the key of dropout masks
     loss_scale: float = 1.0  # factor on the gradients
-    #: Called when this rank's gradients are complete, while other stages may still compute theirs.
+    #: Called when this rank's gradients are complete, while other stages may still compute their gradients.
     after_backward: Callable[[], None] | None = None
 
 
@@ -61,8 +61,8 @@ class Scheduler:
         criterion: Loss of a micro-batch.
         types: Number of data-set types.
         data_group: Ranks of this stage whose tokens make up the global batch.
-        device: To which micro-batches are copied.
-        pipeline: This rank's place in its pipeline; None: no pipeline.
+        device: Device to which micro-batches are copied.
+        pipeline: Position of this rank in its pipeline. None: no pipeline.
         dropout_key: Key of dropout masks on this rank, without step and micro-batch.
     """
 
@@ -82,16 +82,16 @@ class Scheduler:
         self.pipeline = pipeline or Pipeline()
         #: Set to a list to record each action of steps with backward.
         self.records: list[Record] | None = None
-        #: The most pairs of chunk and micro-batch in flight during the last step.
+        #: Largest number of (chunk, micro-batch) pairs in flight during the last step.
         self.peak_in_flight = 0
-        # A plan depends on the number of micro-batches and on the direction alone, and takes a simulation to make.
+        # A plan depends only on the number of micro-batches and on ``backward``, and requires a simulation.
         self._plans: dict[tuple[int, bool], tuple[Step, ...]] = {}
 
     def table(self, micro_batches: int, backward: bool = True) -> Table:
         """Return the table of a step.
 
         Raises:
-            ScheduleError: Where the schedule has none for these sizes.
+            ScheduleError: The schedule does not allow these sizes.
         """
         standard = partial(make_table, self.schedule, self.pipeline.group.size, self.pipeline.chunks)
         if not backward:
@@ -113,11 +113,11 @@ class Scheduler:
         micro-batches and ranks.
 
         Args:
-            engine: Has the model.
-            data_iter: Yields (inputs, labels) of all micro-batches of a step.
-            forward_only: Skip backward.
-            return_loss: False runs forward only, for the outputs; labels may be such that the model can't use them.
-            return_output_label: Keep outputs and labels in the result.
+            engine: Object with the model.
+            data_iter: Iterator over (inputs, labels) of all micro-batches of a step.
+            forward_only: Whether to skip backward.
+            return_loss: Whether to compute the loss. False: run forward alone, for the outputs; labels are not used.
+            return_output_label: Whether to keep outputs and labels in the result.
             training: Settings of a step with backward.
         """
         training = training or TrainingStep()
@@ -146,35 +146,35 @@ class Scheduler:
         return self._plans[key]
 
     def _grad_scale(self, micro_batches: MicroBatches) -> float:
-        """Return one over the number of valid tokens of the global batch.
+        """Return 1 / (number of valid tokens of the global batch).
 
-        It is counted before the first backward, so gradients need no division after accumulation, and neither
-        accumulation nor layout changes them.
+        Tokens are counted before the first backward, so gradients need no division after accumulation, and depend
+        neither on accumulation nor on the layout.
         """
         return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
 
     def _result(self, compute: Compute, return_loss: bool) -> StepResult:
-        """Sum the sums, which only the last stage has, over all ranks, so that every rank gets them."""
+        """Build the result: all-reduce the sums, which only the stage of the head has, to every rank."""
         indices = sorted(compute.outputs)
         outputs = [compute.outputs[index] for index in indices]
         labels = [compute.micro_batches.labels(index) for index in indices]
         if not return_loss:
             return StepResult(float("nan"), compute.sums, outputs, labels)
         with self._attributing_peer_failure():
-            # All stages but that of the head add zeros, so this is a broadcast that needs no rank of the head.
+            # All stages but that of the head add zeros: a broadcast that does not need the rank of the head.
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
         tokens = sums[TOKENS].sum()
         return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)
 
     def _attributing_peer_failure(self) -> AbstractContextManager[None]:
-        """Name the lost peer: a stage that has finished waits here while another may hang in the middle of the step."""
+        """Turn a failure into an error that names the lost peer: another stage may hang in the middle of the step."""
         if self.pipeline.channels is None:
             return nullcontext()
         return attributing_peer_failure(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
 
 
 class NonPipelineScheduler(Scheduler):
-    """No pipeline: micro-batches one after another, with gradient accumulation, which is 1F1B on one stage."""
+    """Scheduler without a pipeline: gradient accumulation over micro-batches (1F1B on one stage)."""
 
     schedule = "1f1b"
 
@@ -209,7 +209,7 @@ class ZeroBubblePipelineVShapeScheduler(Scheduler):
     schedule = "zbv"
 
 
-#: Scheduler of each schedule.
+#: Scheduler class of each schedule.
 SCHEDULERS: dict[ScheduleName, type[Scheduler]] = {
     scheduler.schedule: scheduler
     for scheduler in (

@@ -1,7 +1,7 @@
-"""Stage layout: which rank holds which virtual stage, and how many layers each of them has. Pure.
+"""Stage layout: assignment of virtual stages to ranks, and of layers to virtual stages. Pure.
 
-A model is split into virtual stages 0 … S − 1, in the order of its layers. The ranks of a pipeline, its *stages*, hold
-several of them each, their *chunks*: S = stages · chunks (Megatron's interleaving, arXiv 2104.04473, sec. 2.2).
+A model is split into virtual stages 0 … S − 1, in the order of its layers. Each rank of a pipeline, a *stage*, holds
+one or several virtual stages, its *chunks*: S = stages · chunks (Megatron's interleaving, arXiv 2104.04473, sec. 2.2).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from math import fsum, inf
 class StageLayout:
     """Assignment of virtual stages to the ranks of a pipeline.
 
-    Usually chunk c of rank r is virtual stage c · stages + r. In a V, odd chunks run back from the last rank to the
-    first, so that both ends of the model are on rank 0 (arXiv 2405.15362).
+    Chunk c of rank r is virtual stage c · stages + r. In a V-shaped layout, odd chunks are assigned in reverse, from
+    the last rank to the first, so that both ends of the model are on rank 0 (arXiv 2405.15362).
     """
 
     stages: int
@@ -30,12 +30,12 @@ class StageLayout:
         return self.stages * self.chunks
 
     def virtual(self, rank: int, chunk: int) -> int:
-        """Return the virtual stage that is chunk ``chunk`` of ``rank``."""
+        """Return the virtual stage of chunk ``chunk`` on ``rank``."""
         backwards = self.v_shaped and chunk % 2
         return chunk * self.stages + (self.stages - 1 - rank if backwards else rank)
 
     def rank_of(self, virtual: int) -> int:
-        """Return the rank that holds a virtual stage."""
+        """Return the rank of a virtual stage."""
         chunk, position = divmod(virtual, self.stages)
         return self.stages - 1 - position if self.v_shaped and chunk % 2 else position
 
@@ -45,10 +45,10 @@ class StageLayout:
 
 
 def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
-    """Return the number of layers of each virtual stage, as even as possible.
+    """Return the number of layers of each virtual stage, as evenly as possible.
 
-    The remainder goes one layer each to the virtual stages before the last, from the back: the last one has the head
-    as well.
+    The remainder goes to the virtual stages before the last, from the back, one layer each: the last one also has the
+    head.
     """
     assert layers >= virtual_stages
     size, remainder = divmod(layers, virtual_stages)
@@ -57,16 +57,16 @@ def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
 
 
 def balanced_partition(costs: Sequence[float], virtual_stages: int, first: float = 0.0, last: float = 0.0) -> list[int]:
-    """Return the number of layers of each virtual stage that minimises the cost of the largest one, exactly.
+    """Return the numbers of layers that minimise the largest cost of a virtual stage, exactly.
 
-    Among the partitions with the least maximum, it takes the one with the largest minimum; ties go to fewer layers in
-    front. Every virtual stage has at least one layer.
+    Among the partitions with the smallest maximum, the one with the largest minimum is chosen; ties prefer fewer layers
+    in front. Every virtual stage has at least one layer.
 
     Args:
-        costs: Of each layer, in any one unit.
-        virtual_stages: How many to divide the layers among.
+        costs: Cost of each layer, in any one unit.
+        virtual_stages: Number of virtual stages.
         first: Additional cost of the first virtual stage, for the embedding.
-        last: Additional cost of the last one, for the head.
+        last: Additional cost of the last virtual stage, for the head.
     """
     assert len(costs) >= virtual_stages
 
@@ -90,14 +90,14 @@ def _best_partition(
     join: Callable[[float, float], float],
     choose: Callable[[Iterable[float]], float],
 ) -> tuple[float, list[int]]:
-    """Find the best partition by dynamic programming over (virtual stage, its first layer).
+    """Find the best partition by dynamic programming over (virtual stage, first layer).
 
     Args:
         layers: Number of layers.
         virtual_stages: Number of virtual stages.
-        value: Of a virtual stage with layers start … stop − 1: ``value(stage, start, stop)``.
-        join: Of the values of two virtual stages.
-        choose: The better of several values.
+        value: Function of (stage, start, stop): value of a virtual stage with layers start … stop − 1.
+        join: Function that combines the values of two virtual stages.
+        choose: Function that selects the best of several values.
 
     Returns:
         The value of the best partition, and its sizes.
@@ -105,7 +105,7 @@ def _best_partition(
 
     @cache
     def rest(stage: int, start: int) -> tuple[float, int]:
-        """Return the best value of the stages from ``stage`` on, which begins at ``start``, and where it stops."""
+        """Return the best value of the stages from ``stage`` on, where ``stage`` begins at ``start``, and its end."""
         if stage == virtual_stages - 1:
             return value(stage, start, layers), layers
         stops = range(start + 1, layers - (virtual_stages - 1 - stage) + 1)

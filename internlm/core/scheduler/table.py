@@ -1,7 +1,7 @@
-"""Tables of the known schedules, and those that users write as CSV files. Pure.
+"""Tables of the built-in schedules, and tables read from CSV files. Pure.
 
-A row is written in phases, (pattern, repeats): each letter of a pattern takes the next action of its type, and is
-skipped when there is none left. So one list of phases (warm-up, steady, cool-down) fits any number of micro-batches.
+A row is given by phases, (pattern, repeats): each letter of a pattern takes the next action of that letter, and is
+skipped if none is left. Hence one list of phases (warm-up, steady, cool-down) fits any number of micro-batches.
 
 =======  =========================================
 F, B, W  forward, backward, weight gradient
@@ -10,15 +10,15 @@ f, b, w  the same for chunk 1, where both are used
 
 p: stages, i: rank, v: chunks, m: micro-batches.
 
-A CSV file has a line for each rank and a cell for each action, in the order in which the rank runs them::
+A CSV file has one line per rank and one cell per action, in the order of execution::
 
     # 1F1B: two stages, three micro-batches
     F0,F1,B0,F2,B1,B2
     F0,B0,F1,B1,F2,B2
 
-``F3`` is the forward for micro-batch 3, ``F3.1`` that of chunk 1; see :mod:`internlm.core.scheduler.actions`. A line
-``V`` before the ranks puts the chunks in a V. Lower case, blanks, empty cells, empty lines and lines that start with
-``#`` are allowed.
+``F3`` is the forward of chunk 0 for micro-batch 3, ``F3.1`` that of chunk 1; see
+:mod:`internlm.core.scheduler.actions`. A line ``V`` before the ranks selects the V-shaped stage layout. Lower case,
+blanks, empty cells, empty lines and lines that start with ``#`` are allowed.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
     """Return the table of one of :data:`SCHEDULES`.
 
     Raises:
-        ScheduleError: For an unknown name, or sizes that the schedule does not allow.
+        ScheduleError: The name is unknown, or the schedule does not allow the sizes.
     """
     if schedule not in SCHEDULES:
         raise ScheduleError(Problem("schedule", f"{schedule!r} is unknown", did_you_mean(schedule, SCHEDULES)))
     row, required_chunks = _ROWS[schedule]
     sizes = {"stages": stages, "chunks": chunks, "micro-batches": micro_batches}
     found = [
-        Problem("schedule", f"{name} must be at least 1, got {size}", "Give a larger one.")
+        Problem("schedule", f"{name} must be at least 1, got {size}", f"Set {name} to 1 or more")
         for name, size in sizes.items()
         if size < 1
     ]
     if not found and required_chunks not in (None, chunks):
         message = f"{schedule} expected chunks = {required_chunks}, got {chunks}"
-        found = [Problem("schedule", message, f"Use chunks = {required_chunks}.")]
+        found = [Problem("schedule", message, f"Use chunks = {required_chunks}")]
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
@@ -84,47 +84,47 @@ def _gpipe(i: int, p: int, v: int, m: int) -> Row:
 
 
 def _1f1b(i: int, p: int, v: int, m: int) -> Row:
-    """Each backward as soon as it can run, which frees the memory for the next forward.
+    """Run each backward as early as possible, which frees the memory for the next forward.
 
     PipeDream-Flush, arXiv 2006.09503. With one stage: F0 B0 F1 B1 …, gradient accumulation.
     """
-    # Warm-up: the first backward arrives after p − i forwards. The cool-down is what is left of the pattern.
+    # Warm-up: the first backward arrives after p − i forwards. The cool-down is the rest of the pattern.
     return _row((("F", p - i), ("BF", m)), _actions(m))
 
 
 def _interleaved(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B of v chunks a rank, which fills the pipeline in 1/v of the time. Megatron, arXiv 2104.04473, sec. 2.2.
+    """1F1B with v chunks per rank, which fills the pipeline in 1/v of the time. Megatron, arXiv 2104.04473, sec. 2.2.
 
     Micro-batches go in rounds of p: a round passes chunk 0, then chunk 1, …; backward starts from the last chunk.
     """
-    # An incomplete last round is laid out as a complete one, and its surplus is removed: actions of different
-    # micro-batches never need one another, so a table that can run still can without some of them.
+    # An incomplete last round is generated as a complete one, and its surplus is removed: actions of different
+    # micro-batches do not depend on one another, so a table that can run can also run without some of them.
     rounds = range(0, m, p)
     forward = [Action(FORWARD, start + j, chunk) for start in rounds for chunk in range(v) for j in range(p)]
     backward = [action._replace(type=BACKWARD, chunk=v - 1 - action.chunk) for action in forward]
-    # Twice the distance to the last rank, as in Megatron: one more forward than strictly needed for each rank on the
-    # way, so that a transfer never delays the next action.
+    # Twice the distance to the last rank, as in Megatron: one forward more than necessary for each rank in between, so
+    # that a transfer never delays the next action.
     warm_up = (p - i - 1) * 2 + (v - 1) * p
     phases = ("F", warm_up), ("FB", len(forward))
     return _first(m, _row(phases, {"F": iter(forward), "B": iter(backward)}))
 
 
 def _zbh1(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B whose W run i micro-batches late. ZB-H1, arXiv 2401.10241, sec. 2.1.
+    """1F1B in which each W runs i micro-batches late. ZB-H1, arXiv 2401.10241, sec. 2.1.
 
     Every rank then has p micro-batches in flight, and the deferred W fill the time in which 1F1B waits at the end.
     """
-    # BF i times: as many B without their W as keep p micro-batches in flight on every rank.
+    # BF i times: i deferred W keep p micro-batches in flight on every rank.
     return _row((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _actions(m))
 
 
 def _zbv(i: int, p: int, v: int, m: int) -> Row:
-    """Two chunks in a V: no rank waits between its first and last action where F = B = W. arXiv 2405.15362, V-ZB.
+    """Two chunks in a V: no rank idles between its first and last action if F = B = W. arXiv 2405.15362, V-ZB.
 
     The last virtual stage is on rank 0, so the first backward starts where the first forward did. Also ZB-V of arXiv
     2401.10241, sec. 6.
     """
-    # The phases need 2p − 1 micro-batches to fill; where there are fewer, the surplus is removed.
+    # The phases need at least 2p − 1 micro-batches; with fewer, the surplus is removed.
     n = max(m, 2 * p - 1)
     warm_up = ("F", 2 * (p - i) - 1), ("fF", i), ("fbw", p - i)
     steady = (("FBWfbw", n - p),)
@@ -132,7 +132,7 @@ def _zbv(i: int, p: int, v: int, m: int) -> Row:
     return _first(m, _row(warm_up + steady + cool_down, _actions(n)))
 
 
-#: By schedule: the generator of a row, and the number of chunks that it requires (None: any).
+#: Generator of a row and required number of chunks (None: any) of each schedule.
 _ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
     "gpipe": (_gpipe, 1),
     "1f1b": (_1f1b, 1),
@@ -143,7 +143,7 @@ _ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
 
 
 def _actions(m: int) -> dict[str, Row]:
-    """Return by letter of a pattern its actions for all micro-batches."""
+    """Return the actions of each letter for all micro-batches."""
     return {
         letter: iter([Action(_action_type(letter), j, int(letter.islower())) for j in range(m)]) for letter in "FBWfbw"
     }
@@ -154,7 +154,7 @@ def _action_type(letter: str) -> ActionType:
 
 
 def _row(phases: tuple[Phase, ...], actions: dict[str, Row]) -> Row:
-    """Yield the actions that the patterns of ``phases`` take from ``actions``."""
+    """Yield the actions of a row: each letter of a pattern takes the next action of that letter."""
     for pattern, repeats in phases:
         for letter in pattern * repeats:
             if action := next(actions[letter], None):
@@ -162,21 +162,21 @@ def _row(phases: tuple[Phase, ...], actions: dict[str, Row]) -> Row:
 
 
 def _first(m: int, row: Row) -> Row:
-    """Remove micro-batches from m on."""
+    """Keep the actions of micro-batches 0 … m − 1."""
     return (action for action in row if action.micro_batch < m)
 
 
 # -- CSV files --------------------------------------------------------------------------------------------------------
 _CELL = re.compile(r"([FBW])(\d{1,9})(?:\.(\d{1,9}))?", re.IGNORECASE | re.ASCII)
 _V = "V"
-_TODO = "Write F, B or W and the micro-batch, as in F3, or F3.1 for chunk 1; commas between."
+_TODO = "Write F, B or W and the micro-batch, as in F3, or F3.1 for chunk 1, separated by commas"
 
 
 def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Table:
-    """Read a schedule from a CSV file; its name is the file's.
+    """Read a schedule from a CSV file; the file name is the name of the schedule.
 
     Raises:
-        ScheduleError: Cells are not actions, or the table cannot run; it lists all problems of the first kind found.
+        ScheduleError: Cells are not actions, or else the table cannot run; the error lists all problems found.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
@@ -193,7 +193,7 @@ def write_table(table: Table, path: Path) -> None:
     """Write ``table`` as a CSV file that :func:`read_table` reads.
 
     Raises:
-        ScheduleError: Where ``path`` can't be written.
+        ScheduleError: ``path`` cannot be written.
     """
     layout = table.stage_layout
     sizes = f"stages {layout.stages}, chunks {layout.chunks}, micro-batches {table.micro_batches}"
@@ -202,7 +202,7 @@ def write_table(table: Table, path: Path) -> None:
         text = "\n".join([f"# {table.schedule}: {sizes}", *[_V] * layout.v_shaped, *rows, ""])
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ScheduleError(Problem(str(path), f"can't be written ({error.strerror})", "Give another path.")) from None
+        raise ScheduleError(Problem(str(path), f"cannot be written ({error.strerror})", "Use another path")) from None
 
 
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
@@ -211,15 +211,15 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
         # Spreadsheets put a byte order mark before UTF-8.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ScheduleError(Problem(str(path), f"can't be read ({error.strerror})", "Give a readable file.")) from None
+        raise ScheduleError(Problem(str(path), f"cannot be read ({error.strerror})", "Use a readable file")) from None
     except UnicodeDecodeError:
-        raise ScheduleError(Problem(str(path), "isn't UTF-8 text", "Save it as CSV in UTF-8.")) from None
+        raise ScheduleError(Problem(str(path), "is not UTF-8 text", "Save it as CSV in UTF-8")) from None
     cells = [[cell.strip(' \t"') for cell in line.split(",")] for line in text.splitlines()]
     return [(line, row) for line, row in enumerate(cells, 1) if any(row) and not row[0].startswith("#")]
 
 
 def _parse_row(where: str, cells: list[str], faults: list[Problem]) -> list[Action]:
-    """Return the actions of a line; append a problem to ``faults`` for each cell that is none."""
+    """Return the actions of a line; append a problem to ``faults`` for each cell that is not an action."""
     actions = []
     for column, cell in enumerate(cells, 1):
         if not cell:
@@ -228,5 +228,5 @@ def _parse_row(where: str, cells: list[str], faults: list[Problem]) -> list[Acti
             letter, micro_batch, chunk = match.groups()
             actions.append(Action(_action_type(letter), int(micro_batch), int(chunk or 0)))
         else:
-            faults.append(Problem(f"{where}, cell {column}", f"{cell!r} is no action", _TODO))
+            faults.append(Problem(f"{where}, cell {column}", f"{cell!r} is not an action", _TODO))
     return actions

@@ -1,7 +1,7 @@
-"""Timelines of a schedule: costs of its actions, when each ran, and what a real step measured. Pure.
+"""Timelines of a schedule: costs, starts and ends of its actions, simulated or measured. Pure.
 
-A simulation (:mod:`internlm.core.scheduler.validate`) and the records of a real step give the same :class:`Timeline`,
-so that both are drawn and compared on one axis of time.
+A simulation (:mod:`internlm.core.scheduler.validate`) and the records of a real step both result in a
+:class:`Timeline`, so that they can be drawn and compared on one time axis.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from internlm.core.scheduler.actions import (
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations of actions, in any one unit; a tuple has an item for each virtual stage."""
+    """Durations of actions, in any one unit; tuples have one item per virtual stage."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]  # without the gradient of the weights
     weight: tuple[float, ...]
-    transfer: float = 0.0  # between two ranks; between chunks of one rank nothing is sent
+    transfer: float = 0.0  # between two ranks; chunks of one rank need no transfer
 
     @classmethod
     def uniform(
@@ -48,7 +48,7 @@ class Costs:
         return cls((forward,) * n, (backward,) * n, (weight,) * n, transfer)
 
     def of(self, table: Table, rank: int, action: Action) -> float:
-        """Return the duration of ``action`` on ``rank``: a B without a W of its own does the work of both."""
+        """Return the duration of ``action`` on ``rank``; without a W, B includes the weight gradient."""
         virtual = table.stage_layout.virtual(rank, action.chunk)
         if action.type == FORWARD:
             return self.forward[virtual]
@@ -68,18 +68,18 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated or measured run of a table."""
+    """Simulated or measured run of a table."""
 
     table: Table
     costs: Costs
     spans: tuple[tuple[Span, ...], ...]  # by rank
-    #: By rank, the most activations in flight; the unit is those of one chunk for one micro-batch, alive from the start
-    #: of F to the end of the last backward action, which is W, or B where there is no W.
+    #: Peak number of activations in flight, by rank. The unit is the activations of one chunk and micro-batch, which
+    #: live from the start of F to the end of the last backward action: W, or B without a W.
     peak_in_flight: tuple[int, ...]
 
     @property
     def end(self) -> float:
-        """Makespan: the end of the last rank, where the first starts at 0."""
+        """Makespan: the end of the last action, with the start of the first at 0."""
         return max(row[-1].end for row in self.spans)
 
     @property
@@ -90,9 +90,9 @@ class Timeline:
 
 
 def peak_in_flight(table: Table, rank: int) -> int:
-    """Return the most activations in flight on ``rank``, see :class:`Timeline`.
+    """Return the peak number of activations in flight on ``rank``, see :class:`Timeline`.
 
-    A rank runs one action at a time, so the order of its actions decides, whatever their durations.
+    A rank runs one action at a time, so the peak depends on the order of its actions, not on their durations.
     """
     in_flight = peak = 0
     for action in table.actions[rank]:
@@ -106,7 +106,7 @@ def peak_in_flight(table: Table, rank: int) -> int:
 
 # -- measured ---------------------------------------------------------------------------------------------------------
 class Record(NamedTuple):
-    """Times of one action that was run, in seconds of this machine's monotonic clock.
+    """Times of one executed action, in seconds of this machine's monotonic clock.
 
     The rank waited for the action's input from ``begin`` to ``ready``, computed until ``end`` and sent the output until
     ``sent``.
@@ -123,7 +123,7 @@ class Record(NamedTuple):
         return Record(self.action, self.begin - start, self.ready - start, self.end - start, self.sent - start)
 
 
-Records: TypeAlias = Sequence[Sequence[Record]]  # by rank; the clocks of all ranks count from one moment
+Records: TypeAlias = Sequence[Sequence[Record]]  # by rank; all times count from the same moment
 
 
 def measured_timeline(table: Table, records: Records) -> Timeline:
@@ -137,7 +137,7 @@ def measured_timeline(table: Table, records: Records) -> Timeline:
 
 
 def measured_costs(table: Table, records: Records) -> Costs:
-    """Return the median durations by virtual stage; a B without a W counts for both."""
+    """Return the median durations by virtual stage; without a W, B includes the weight gradient."""
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for rank, row in enumerate(records):
         for record in row:
@@ -153,9 +153,10 @@ def measured_costs(table: Table, records: Records) -> Costs:
 
 
 def _transfers(table: Table, records: Records) -> Iterator[float]:
-    """Yield the durations of transfers for which the receiver waited.
+    """Yield the durations of the transfers for which the receiver waited.
 
-    Where it did not wait, the time between end and use says nothing of the transfer.
+    If it did not wait, the time between the end of the sender's action and the use of the message is not that of the
+    transfer.
     """
     senders: dict[Message, tuple[int, Record]] = {}
     for rank, row in enumerate(records):
@@ -173,7 +174,7 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
 
 
 def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
-    """Return for each action of ``rank`` the seconds until the next one that were neither action nor transfer."""
+    """Return the seconds from each action of ``rank`` to the next that are neither computation nor transfer."""
     layout, next_begins = table.stage_layout, [*(record.begin for record in records[1:]), records[-1].sent]
     spent = []
     for record, next_begin in zip(records, next_begins, strict=True):

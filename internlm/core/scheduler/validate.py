@@ -1,12 +1,12 @@
-"""Validation of a schedule by simulation: whether a table can run, and when each action does. Pure.
+"""Validation of a schedule by simulation: whether a table can run, and when each action runs. Pure.
 
-An action starts when its rank has ended the one before it in the table, and its input is there:
+An action starts when its rank has ended the previous action of its row, and its input has arrived:
 
 - F of virtual stage v needs F of v − 1,
 - B of v needs B of v + 1, and its own F,
 - W needs its own B.
 
-What comes from another rank arrives ``transfer`` later; a transfer takes no time of either rank.
+A message from another rank arrives ``transfer`` later and occupies neither rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, A
 from internlm.core.scheduler.timeline import Costs, Span, Timeline, peak_in_flight
 from internlm.utils.errors import Problem, UserError
 
-#: The action of the same rank, chunk and micro-batch that must come first.
+#: Type of the action of the same rank, chunk and micro-batch that must run first.
 _PREREQUISITE: dict[str, ActionType] = {BACKWARD: FORWARD, WEIGHT: BACKWARD}
-#: Actions that a message lists at most.
+#: Maximum number of actions listed in a message.
 _LISTED = 4
 
 
@@ -32,14 +32,14 @@ class ScheduleError(UserError):
 
 
 def problems(table: Table) -> list[Problem]:
-    """Return all that keeps ``table`` from running: missing, doubled or unknown actions, wrong order, deadlock."""
+    """Return all problems of ``table``: missing, duplicate or unknown actions, wrong order, deadlock."""
     stages, rows = table.stage_layout.stages, len(table.actions)
     if rows != stages:
         message = f"{rows} rows for {stages} stages"
-        return [Problem(f"ranks 0 to {stages - 1}", message, "Give each rank a row.")]
+        return [Problem(f"ranks 0 to {stages - 1}", message, "Write one row per rank")]
     if found := [problem for rank in range(stages) for problem in _problems_of_row(table, rank)]:
         return found
-    # Durations do not decide whether ranks deadlock, so any costs will do.
+    # Whether ranks deadlock does not depend on durations, so any costs will do.
     simulation = _Simulation(table, Costs.uniform(table.stage_layout.virtual_stages))
     return [_deadlock(simulation.blocked)] if simulation.blocked else []
 
@@ -48,7 +48,7 @@ def simulate(table: Table, costs: Costs) -> Timeline:
     """Simulate ``table``, starting every action as early as possible.
 
     Raises:
-        ScheduleError: Where it cannot run.
+        ScheduleError: The table cannot run.
     """
     if found := problems(table):
         raise ScheduleError(*found)
@@ -59,28 +59,28 @@ def simulate(table: Table, costs: Costs) -> Timeline:
 
 
 def _problems_of_row(table: Table, rank: int) -> Iterator[Problem]:
-    """Yield the problems that can be seen from one rank's row alone."""
+    """Yield the problems that can be found in one rank's row alone."""
     row, where = table.actions[rank], f"rank {rank}"
     required = _required(table)
     counts = Counter(row)
     known = {*required, *(action._replace(type=WEIGHT) for action in required if action.type == BACKWARD)}
     if unknown := [action for action in counts if action not in known]:
         sizes = f"chunks 0 to {table.stage_layout.chunks - 1} and micro-batches 0 to {table.micro_batches - 1}"
-        yield Problem(where, f"has {_listed(unknown)}, but there are {sizes} only", "Remove it.")
+        yield Problem(where, f"has {_listed(unknown)}, but there are {sizes} only", "Remove them")
     if doubled := [action for action in counts if counts[action] > 1]:
-        yield Problem(where, f"has {_listed(doubled)} more than once", "Keep one of them.")
+        yield Problem(where, f"has {_listed(doubled)} more than once", "Keep each action once")
     if missing := [action for action in required if action not in counts]:
-        yield Problem(where, f"lacks {_listed(missing)}", "Every chunk needs an F and a B for every micro-batch.")
+        yield Problem(where, f"lacks {_listed(missing)}", "Write an F and a B of every chunk for every micro-batch")
     positions = {action: index for index, action in reversed(list(enumerate(row)))}
     for action in positions:
         if action.type in _PREREQUISITE:
             before = action._replace(type=_PREREQUISITE[action.type])
             if positions[action] < positions.get(before, -1):
-                yield Problem(where, f"has {action} before {before}", f"Put {before} first.")
+                yield Problem(where, f"has {action} before {before}", f"Put {before} first")
 
 
 def _required(table: Table) -> list[Action]:
-    """Return the actions that every rank must run. W is optional, and a table may be of F alone."""
+    """Return the actions that every rank must run: F, and B unless the table has F alone; W is optional."""
     has_backward = any(action.type != FORWARD for row in table.actions for action in row)
     types: tuple[ActionType, ...] = (FORWARD, BACKWARD) if has_backward else (FORWARD,)
     return [
@@ -97,7 +97,7 @@ def _listed(actions: list[Action]) -> str:
 
 
 class _Wait(NamedTuple):
-    """A rank that blocks at ``action`` until action ``needed`` of rank ``source`` has run."""
+    """Wait of a rank that blocks at ``action`` until action ``needed`` of rank ``source`` has run."""
 
     rank: int
     action: Action
@@ -110,7 +110,7 @@ class _Wait(NamedTuple):
 
 
 class _Simulation:
-    """Run of a table: each rank advances until it blocks, and resumes once the action that it needs has run."""
+    """Simulated run of a table: each rank advances until it blocks, and resumes once the needed action has run."""
 
     def __init__(self, table: Table, costs: Costs) -> None:
         self.table, self.costs = table, costs
@@ -123,12 +123,12 @@ class _Simulation:
 
     @property
     def blocked(self) -> dict[int, _Wait]:
-        """By rank, the waits that never end."""
+        """Waits that never end, by rank."""
         return {wait.rank: wait for wait in self._waiting.values()}
 
     def _advance(self, rank: int) -> None:
         spans = self.spans[rank]
-        # A rank that blocked resumes after the actions that it has run.
+        # A rank that was blocked resumes after the actions that it has already run.
         for action in self.table.actions[rank][len(spans) :]:
             start = spans[-1].end if spans else 0
             if source := _source(self.table, rank, action):
@@ -144,7 +144,7 @@ class _Simulation:
 
 
 def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return rank and action that compute the input of ``action``; None where it needs none."""
+    """Return rank and action that compute the input of ``action``; None if it has no input."""
     layout = table.stage_layout
     message = input_message(layout, rank, action)
     if message is None:
@@ -153,7 +153,7 @@ def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | Non
 
 
 def _deadlock(blocked: dict[int, _Wait]) -> Problem:
-    """Follow the waits from rank to rank until they close a circle."""
+    """Describe a cycle of waits, found by following them from rank to rank."""
     chain = [next(iter(blocked.values()))]
     while (wait := blocked[chain[-1].source]) not in chain:
         chain.append(wait)
@@ -161,4 +161,4 @@ def _deadlock(blocked: dict[int, _Wait]) -> Problem:
     ranks = ", ".join(str(wait.rank) for wait in circle)
     where, whom = (f"ranks {ranks}", "one another") if len(circle) > 1 else (f"rank {ranks}", "itself")
     message = f"deadlock: waits for {whom}: {'; '.join(map(str, circle))}"
-    return Problem(where, message, "Put one of the actions waited for earlier in its rank's row.")
+    return Problem(where, message, "Move one of the awaited actions earlier in its row")

@@ -56,16 +56,16 @@ def test_blanks_case_quotes_and_notes_do_no_harm(path: Path) -> None:
         (
             "# note\nF0,B0\nF0,X0,F1.,B0;B1\n",
             [
-                "{}:3, cell 2: 'X0' is no action. Write F, B or W",
-                "{}:3, cell 3: 'F1.' is no action. Write F, B or W",
-                "{}:3, cell 4: 'B0;B1' is no action. Write F, B or W",
+                "{}:3, cell 2: 'X0' is not an action. Write F, B or W",
+                "{}:3, cell 3: 'F1.' is not an action. Write F, B or W",
+                "{}:3, cell 4: 'B0;B1' is not an action. Write F, B or W",
             ],
         ),
-        ("F0,B0\nV\nF0,B0\n", ["{}:2, cell 1: 'V' is no action."]),
-        ("F0,B0\n", ["{}, ranks 0 to 1: 1 rows for 2 stages. Give each rank a row."]),
-        ("", ["{}, ranks 0 to 1: 0 rows for 2 stages. Give each rank a row."]),
+        ("F0,B0\nV\nF0,B0\n", ["{}:2, cell 1: 'V' is not an action."]),
+        ("F0,B0\n", ["{}, ranks 0 to 1: 1 rows for 2 stages. Write one row per rank"]),
+        ("", ["{}, ranks 0 to 1: 0 rows for 2 stages. Write one row per rank"]),
         ("F0,B0\nF0,F1\n", ["{}, rank 1: has F1, but there are", "{}, rank 1: lacks B0."]),
-        ("F0,B0\nB0,F0\n", ["{}, rank 1: has B0 before F0. Put F0 first."]),
+        ("F0,B0\nB0,F0\n", ["{}, rank 1: has B0 before F0. Put F0 first"]),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(text: str, said: list[str], path: Path) -> None:
@@ -84,10 +84,10 @@ def test_a_deadlock_is_named_with_the_file(path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_or_written(path: Path) -> None:
-    with pytest.raises(ScheduleError, match=r"own.csv: can't be read \(No such file"):
+    with pytest.raises(ScheduleError, match=r"own.csv: cannot be read \(No such file"):
         read_table(path, 2, 1, 2)
-    with pytest.raises(ScheduleError, match=r"x.csv: can't be written \(No such file"):
+    with pytest.raises(ScheduleError, match=r"x.csv: cannot be written \(No such file"):
         write_table(make_table("1f1b", 1, 1, 1), path / "x.csv")
     path.write_bytes(b"F0,\xff")
-    with pytest.raises(ScheduleError, match=r"own.csv: isn't UTF-8 text"):
+    with pytest.raises(ScheduleError, match=r"own.csv: is not UTF-8 text"):
         read_table(path, 2, 1, 2)

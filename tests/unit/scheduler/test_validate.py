@@ -46,11 +46,11 @@ def needs(table: Table, rank: int, action: Action) -> Iterator[Key]:
 
 
 MISTAKES = {
-    "dropped F": (("F0 B0 B1", "F0 B0 F1 B1"), "rank 0: lacks F1. Every chunk needs"),
-    "dropped B": (("F0 F1 B0 B1", "F0 B0 F1"), "rank 1: lacks B1. Every chunk needs"),
+    "dropped F": (("F0 B0 B1", "F0 B0 F1 B1"), "rank 0: lacks F1. Write an F and a B"),
+    "dropped B": (("F0 F1 B0 B1", "F0 B0 F1"), "rank 1: lacks B1. Write an F and a B"),
     "doubled": (("F0 F1 B0 B1", "F0 B0 F1 B1 B1"), "rank 1: has B1 more than once."),
-    "B before F": (("F0 B1 B0 F1", "F0 B0 F1 B1"), "rank 0: has B1 before F1. Put F1 first."),
-    "W before B": (("F0 F1 W0 B0 B1", "F0 B0 F1 B1"), "rank 0: has W0 before B0. Put B0 first."),
+    "B before F": (("F0 B1 B0 F1", "F0 B0 F1 B1"), "rank 0: has B1 before F1. Put F1 first"),
+    "W before B": (("F0 F1 W0 B0 B1", "F0 B0 F1 B1"), "rank 0: has W0 before B0. Put B0 first"),
     "unknown micro-batch": (
         ("F0 F1 B0 B1 F2", "F0 B0 F1 B1"),
         "rank 0: has F2, but there are chunks 0 to 0 and micro-",
@@ -91,10 +91,10 @@ def test_a_rank_can_wait_for_itself() -> None:
 def test_a_row_too_few_and_long_lists() -> None:
     table = make_table("1f1b", 2, 1, 8)
     one_row = Table(table.schedule, table.stage_layout, 8, table.actions[:1])
-    assert said(one_row) == ["ranks 0 to 1: 1 rows for 2 stages. Give each rank a row."]
+    assert said(one_row) == ["ranks 0 to 1: 1 rows for 2 stages. Write one row per rank"]
     empty = Table(table.schedule, table.stage_layout, 8, ((), table.actions[1]))
     assert said(empty) == [
-        "rank 0: lacks F0, B0, F1, B1 and 12 more. Every chunk needs an F and a B for every micro-batch."
+        "rank 0: lacks F0, B0, F1, B1 and 12 more. Write an F and a B of every chunk for every micro-batch"
     ]
 
 
