@@ -27,8 +27,8 @@ from internlm.utils.logger import get_logger
 VERSION = 1
 CACHE_NAME = ".internlm_index.npy"
 REMAKE = "Recreate both files with `internlm tokenize`"
-# Bounds of a plausible .meta, checked without reading the .bin: a token takes at least a digit and a comma, and at most
-# a sign, 19 digits and a comma with blanks; a line has some bytes around its tokens.
+# Bounds of a plausible .meta, checked without reading the .bin: a token has at least a digit and a comma, and at most
+# a sign, 19 digits and a comma with blanks; a line has some more bytes around its tokens.
 LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
 
 

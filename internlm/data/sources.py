@@ -76,7 +76,7 @@ class RandomSource:
         if self._fixed_length:
             return (raw % self._vocab_size).astype(np.int64)
         size = 2 + int(raw[0]) % (LONGEST_PATTERN - 1)
-        uniform = (raw[1 : 1 + size] >> 11) * 2.0**-53  # [size] in [0, 1): the 53 bits that a float64 holds exactly
+        uniform = (raw[1 : 1 + size] >> 11) * 2.0**-53  # [size] in [0, 1): 53 bits are exact in float64
         # The square of a uniform number has density 1 / (2·sqrt(u)), which favours small ids.
         return np.resize((uniform * uniform * self._vocab_size).astype(np.int64), length)
 

@@ -125,7 +125,7 @@ def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
 
 @functools.cache
 def _tokenizer(path: str) -> Tokenizer:
-    """Load the tokenizer once in each process, rather than send it with every chunk."""
+    """Load the tokenizer once per process, instead of pickling it with every chunk."""
     return load_tokenizer(path)
 
 

@@ -137,7 +137,7 @@ def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tenso
     scores = gemm.matmul(q, k.mT)
     size = rows.stop - rows.start
     by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
-    # The columns end where the rows do, so only the last R columns, the diagonal block, need the causal mask.
+    # Rows and columns end at the same token, so only the last R columns, the diagonal block, need the causal mask.
     by_head[..., rows.start - cols.start :].add_(_causal_bias(scores.dtype)[:size, :size])
     if plan.window is not None:
         distance = torch.arange(rows.start, rows.stop)[:, None] - torch.arange(cols.start, cols.stop)
