@@ -28,7 +28,7 @@ def main() -> None:
         world_size=args.world_size,
         local_rank=args.local_rank,
     )
-    model = create_model(model_type=gpc.config.model_type)
+    model = create_model(model_type=gpc.config.model_type, deferred=True)
     train_dl, dataset_types = build_train_loader_with_data_type()
     val_dls = build_valid_loader_with_data_type()
     TrainerBuilder(model, train_dl, val_dls, dataset_types=dataset_types, **vars(args)).fit()

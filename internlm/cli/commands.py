@@ -82,6 +82,8 @@ def _table(a: argparse.Namespace) -> Table:
         if not schedule and not csv:
             schedule = schedule_of(pipeline.mode, config.model.num_chunks)
             csv = Path(pipeline.table) if pipeline.table else None
+    elif a.set or a.world:
+        raise ConfigError(Problem("internlm schedule", "--set and --world have no effect without a config", "Name one"))
     if not (schedule or csv) or not stages or not micro_batches:
         todo = "Name a config file, or give --kind (or --csv), --stages and --micro-batches"
         raise ConfigError(Problem("internlm schedule", "no schedule is given", todo))
@@ -135,5 +137,5 @@ def verify(arguments: argparse.Namespace) -> int:
     report = compare(plan.config, alone, ranks)
     print(as_text(report))
     if a.json:
-        a.json.write_text(as_json(plan, report))
+        _write(a.json, as_json(plan, report))
     return 0 if report.passed else EXIT_DIFFERENT

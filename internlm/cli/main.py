@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         try:
             return _main(arguments)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can be handled, rather than when the interpreter exits
+            if sys.stdout is not None:  # None if the process was started with stdout closed
+                sys.stdout.flush()  # here, where a closed pipe can be handled, rather than when the interpreter exits
     except BrokenPipeError:
         if not _stdout_is_closed():
             raise  # another pipe, such as one to a worker process

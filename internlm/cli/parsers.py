@@ -11,6 +11,7 @@ from pathlib import Path
 #: both.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv")
 LONGEST = 1e9
+SHORTEST = 1e-9
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -30,13 +31,13 @@ def seed(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Parse a number from 0 to :data:`LONGEST`."""
+    """Parse 0, or a number from :data:`SHORTEST` to :data:`LONGEST`."""
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= number <= LONGEST:  # false for nan too
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 0 to {LONGEST:g}")
+    if not (number == 0 or SHORTEST <= number <= LONGEST):  # false for nan too
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor a time from {SHORTEST:g} to {LONGEST:g}")
     return number
 
 
@@ -44,6 +45,8 @@ def file_to_write(text: str) -> Path:
     """Parse the path of a file in a folder that exists."""
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
     return Path(text)
 
 

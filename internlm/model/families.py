@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.config.schema import ModelConfig
@@ -27,9 +26,15 @@ FAMILIES = {
 }
 
 
-def build_family(family: Family) -> Callable[[ModelConfig], Decoder]:
-    """Return a function that builds a decoder of ``family`` from the config's ``model`` section."""
-    return lambda model: Decoder(spec_of(family, model))
+@dataclass(frozen=True)
+class FamilyBuilder:
+    """Builds a decoder of ``family`` from the config's ``model`` section."""
+
+    family: Family
+
+    def __call__(self, model: ModelConfig) -> Decoder:
+        """Build the decoder that ``model`` describes."""
+        return Decoder(spec_of(self.family, model))
 
 
 def spec_of(family: Family, model: ModelConfig) -> DecoderSpec:

@@ -204,6 +204,6 @@ def open_writers(
 def _opened(maker: Callable[[], Writer]) -> Writer | None:
     try:
         return maker()
-    except OSError as error:
+    except (OSError, ImportError) as error:
         log.warning(f"a record of the run cannot be opened and is left out: {error}")
         return None

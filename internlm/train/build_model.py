@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -12,32 +14,36 @@ from internlm.core.context import global_context as gpc
 from internlm.core.context.random import derived_seed
 from internlm.core.parallel import ParallelNorm
 from internlm.core.parallel.blocks import declared_blocks
-from internlm.core.parallel.initialization import materialize
+from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import deferred_memory
 from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
-from internlm.model.registry import model_initializer, register_model_initializer
+from internlm.model.registry import is_built_in, model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
 from internlm.utils.dtype import default_dtype, torch_dtype, wide
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
 
 
-def create_model(model_type: str | None = None) -> nn.Module:
-    """Build the model of the global config, or of another registered ``model_type``.
+def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn.Module:
+    """Build the model of the global config, or of another registered ``model_type``, with values drawn from the seed.
 
-    Parameters get initial values drawn from the run's seed. Under ``parallel.zero1.fsdp`` the parameters of parallel
-    layers stay on the meta device until :func:`initialize_model_and_parallel_communicator` or :func:`initialize_model`
-    allocates this rank's shards.
+    Args:
+        model_type: Registered name of the model type; default: that of the config.
+        deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device:
+            :func:`initialize_model_and_parallel_communicator` allocates and draws this rank's shards alone. Not for
+            scripts that set values before that.
     """
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
-    model = build_on_meta(config, gpc.seed, name, sharding, own_stage_layers())
+    register_model_initializer()
+    # Without fsdp a rank keeps what it allocates now, so waiting would save nothing. A user's function may do anything
+    # with the parameters it makes, such as move or read them, for which they must exist.
+    deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
+    model = build_model(config, gpc.seed, name, sharding, own_stage_layers(), deferred=deferred)
     check_stage(model, name)
     _warn_of_keys_without_effect(model, name)
-    if not config.parallel.zero1.fsdp:  # without fsdp the shards are final, so deferring would save no memory
-        materialize(model, gpc.seed, accelerator.current_device())
     return model
 
 
@@ -47,6 +53,8 @@ def build_model(
     model_type: str | None = None,
     sharding: Sharding | None = None,
     stage_layers: StageLayers | None = None,
+    *,
+    deferred: bool = False,
 ) -> nn.Module:
     """Build the model that ``config`` describes on this process's device, with initial values drawn from ``seed``.
 
@@ -56,20 +64,8 @@ def build_model(
         model_type: Registered name of the model type; default: that of the config.
         sharding: Parallel mode, and this rank's position in its groups; default: no parameter is split.
         stage_layers: Layers of this rank's pipeline stage; default: all layers.
+        deferred: Leave the parameters of parallel layers on the meta device, without values.
     """
-    model = build_on_meta(config, seed, model_type, sharding, stage_layers)
-    materialize(model, seed, accelerator.current_device())
-    return model
-
-
-def build_on_meta(
-    config: Config,
-    seed: int,
-    model_type: str | None = None,
-    sharding: Sharding | None = None,
-    stage_layers: StageLayers | None = None,
-) -> nn.Module:
-    """Build a model as :func:`build_model` does, with the parameters of parallel layers on the meta device."""
     register_model_initializer()
     build = model_initializer.get_module(model_type or config.model_type)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
@@ -81,12 +77,14 @@ def build_on_meta(
     device = accelerator.current_device()
     # Fork, so that building a model does not advance the generators of the caller.
     randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    layout = building(sharding or Sharding(), stage_layers)
-    with randomness, default_dtype(dtype), device, layout, deferred_memory():
+    memory = deferred_memory() if deferred else nullcontext()
+    with randomness, default_dtype(dtype), device, building(sharding or Sharding(), stage_layers), memory:
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
     if config.use_fp32_norm:
         widen_norms(model)
+    if not deferred:
+        initialize_parameters(model, seed)
     return model
 
 

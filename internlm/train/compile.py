@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from internlm.core.parallel.block_forward import BlockForward
-from internlm.core.parallel.blocks import declared_blocks
+from internlm.core.parallel.blocks import declared_blocks, mark_compiled
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.utils.torch_private import compile_counters, compiler_failure, prepare_compiler
 
@@ -47,14 +47,7 @@ def compile_blocks(model: nn.Module) -> None:
             forward.compute = partial(_call, torch.compile(forward.compute))
         else:
             block.forward = partial(_call, torch.compile(forward))
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``module`` is a compiled block."""
-    forward = module.forward
-    if isinstance(forward, BlockForward):
-        forward = forward.compute
-    return isinstance(forward, partial) and forward.func is _call
+        mark_compiled(block)
 
 
 def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def initialize_model_and_parallel_communicator(
         The model, and its communicator for :func:`initialize_optimizer`, which is None unless isp splits weights.
     """
     # 1. Build. Parameters of parallel layers have a placement, and need no memory until their shard is final.
-    model = create_model() if model is None else model
+    model = create_model(deferred=True) if model is None else model
     check_stage(model, type(model).__name__)
     # Broadcast a user's own values while parameters are whole, before step 5 shards them.
     synchronize_parameters(model, [parameter for parameter in model.parameters() if not parameter.is_meta])

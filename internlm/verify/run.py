@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.parallel.blocks import is_compiled
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic, sum_traffic
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters
@@ -27,7 +28,6 @@ from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
-from internlm.train.compile import is_compiled
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards
 
@@ -136,7 +136,7 @@ def run_rank(
             is the first one of a rank if there are ``parts`` data-parallel ranks.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
-    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))
     loader, types = build_train_loader_with_data_type()
     optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, communicator)
     trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))

@@ -303,7 +303,7 @@ def test_what_cannot_be_shared_is_refused(spoil: Callable[[nn.Module], None]) ->
 
 def _converted(rank: int, world_size: int) -> str:
     initialize_distributed_env(TINY, overrides=(FSDP,))
-    model, communicator = initialize_model_and_parallel_communicator(create_model())
+    model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))
     optimizer, *_ = initialize_optimizer(model, communicator)
     model.half()
     with pytest.raises(UserError) as caught:
@@ -322,7 +322,7 @@ def test_a_model_that_was_converted_is_refused() -> None:
 def _materialized(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[list[bool], ShardsByName]:
     """Whether parameters have memory, before and after; whether a forward pass leaves it where it is; the values."""
     initialize_distributed_env(TINY, overrides=("model.vocab_size=67", *overrides))
-    model = create_model()
+    model = create_model(deferred=True)
     had_memory = any(not parameter.is_meta for parameter in model.parameters())
     model, _ = initialize_model_and_parallel_communicator(model)
     addresses = [local_shard(parameter).flat.data_ptr() for parameter in model.parameters()]
@@ -338,3 +338,19 @@ def test_a_rank_allocates_and_draws_its_shard_alone() -> None:
     ranks = run_ranks(2, _materialized, ("data.micro_num=2", FSDP))
     assert [states for states, _ in ranks] == [[False, True, True]] * 2
     assert_same_tensors(whole_tensors(values for _, values in ranks), whole_tensors([one[1]]))
+
+
+def _values_set_before(rank: int, world_size: int) -> bool:
+    """Whether values that a script sets after ``create_model`` are those that are sharded."""
+    initialize_distributed_env({**TINY, "parallel": {"zero1": {"fsdp": True}}})
+    model = create_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.125)
+    model, _ = initialize_model_and_parallel_communicator(model)
+    assert is_fully_sharded(model)
+    return all(bool((local_shard(parameter).flat == 0.125).all()) for parameter in model.parameters())
+
+
+def test_values_that_a_script_sets_are_kept() -> None:
+    assert run_ranks(2, _values_set_before) == [True, True]

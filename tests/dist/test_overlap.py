@@ -17,6 +17,7 @@ from internlm.config.schema import AdamConfig, HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import place_replicated
+from internlm.core.parallel.block_forward import checkpoint_and_offload_blocks
 from internlm.core.parallel.param_state import wait_for_all_gather
 from internlm.solver.optimizer import HybridZeroOptimizer, ProcessGroups, grad_reduce, param_gather
 from internlm.utils.errors import UserError
@@ -204,6 +205,14 @@ class _CallsModulesOfBlocks(_Model):
         return output
 
 
+class _CallsModulesOfCheckpointedBlocks(_CallsModulesOfBlocks):
+    """A block's own forward is replaced, though nobody calls it."""
+
+    def __init__(self, look: Look) -> None:
+        super().__init__(look)
+        checkpoint_and_offload_blocks(self, recomputes=lambda index: True, offloaded=0)
+
+
 class _LeavesBlocksOut(_Model):
     """Each rank calls one block only, and not the same."""
 
@@ -247,6 +256,7 @@ def _waited_for(model: _Model, ids: torch.Tensor) -> torch.Tensor:
 USES: dict[str, tuple[type[_Model], Look, bool]] = {
     "blocks": (_Model, _nothing, True),
     "modules of blocks": (_CallsModulesOfBlocks, _nothing, True),
+    "modules of checkpointed blocks": (_CallsModulesOfCheckpointedBlocks, _nothing, True),
     "other blocks on each rank": (_LeavesBlocksOut, _nothing, True),
     "weights outside of blocks": (
         _Model,

@@ -6,15 +6,15 @@ work block by block. A model declares its blocks by a method ``blocks()``; a mod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import nn
 
 from internlm.utils.errors import Problem, UserError
 
 
-@runtime_checkable
 class DeclaresBlocks(Protocol):
     """Protocol of a model that declares its repeated layers."""
 
@@ -28,12 +28,12 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UserError: A declared block is not a submodule of ``model``, is declared twice, or lies within another block.
     """
-    if not isinstance(model, DeclaresBlocks):
+    # Looked up on the class: ``self.blocks = nn.ModuleList(...)`` is a common name for layers, and no declaration.
+    if not inspect.isfunction(getattr(type(model), "blocks", None)):
         return {}
-    # A module that is registered twice is listed once, under its first name.
     names = {module: name for name, module in model.named_modules()}
     blocks: dict[str, nn.Module] = {}
-    for block in model.blocks():
+    for block in _declaration(model):
         name = names.get(block, "")
         if not name:  # unknown, or the model itself: wrapping the model as a block would recurse without end
             raise _error(model, f"{type(block).__name__} is not a submodule", "Return modules that the model holds")
@@ -47,6 +47,19 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
+def _declaration(model: nn.Module) -> list[nn.Module]:
+    """Call ``model.blocks()`` and check that the result is modules."""
+    todo = "Define blocks(self), which returns the layers in forward order"
+    try:
+        blocks = list(model.blocks())  # type: ignore[operator]
+    except TypeError as error:  # it takes other arguments, or returns something that is no iterable
+        raise _error(model, str(error), todo) from error
+    for block in blocks:
+        if not isinstance(block, nn.Module):
+            raise _error(model, f"returned {type(block).__name__}, expected modules", todo)
+    return blocks
+
+
 def containing_block(name: str, blocks: Mapping[str, nn.Module]) -> str:
     """Return the name of the block that contains the module ``name``; ``name`` itself if none does."""
     prefix = name
@@ -55,6 +68,16 @@ def containing_block(name: str, blocks: Mapping[str, nn.Module]) -> str:
             return prefix
         prefix = prefix.rpartition(".")[0]
     return name
+
+
+def mark_compiled(block: nn.Module) -> None:
+    """Note that the forward of ``block`` is compiled, so that nothing hooks the modules within it."""
+    block.forward_is_compiled = True  # type: ignore[assignment]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``module`` is a block with a compiled forward."""
+    return getattr(module, "forward_is_compiled", False) is True
 
 
 def _error(model: nn.Module, message: str, todo: str) -> UserError:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.blocks import declared_blocks
+from internlm.core.parallel.blocks import declared_blocks, is_compiled
 from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_broadcast
 from internlm.core.parallel.param_state import set_wait_for_all_gather
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup, GroupBucket, buckets_in_forward_order
@@ -133,9 +133,8 @@ def _entrances(block: nn.Module) -> list[nn.Module]:
     """Return the modules whose forward pass may be the first to read the parameters of ``block``.
 
     These are the block and every module in it with parameters of its own, because a model may call such a module
-    directly. A block whose ``forward`` was replaced (recompute, offloading, ``model.compile``) is only called as a
-    whole: hooks within a compiled block would be compiled with it, once for each block.
+    directly. A compiled block must be called as a whole: hooks within it would be compiled too, once for each block.
     """
-    if "forward" in vars(block):
+    if is_compiled(block):
         return [block]
     return [module for module in block.modules() if module is block or next(module.parameters(False), None) is not None]

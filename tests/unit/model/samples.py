@@ -11,7 +11,7 @@ from internlm.core.parallel.block_forward import checkpoint_and_offload_blocks
 from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import placement_of
 from internlm.model.decoder import Decoder
-from internlm.model.families import FAMILIES, build_family
+from internlm.model.families import FAMILIES, FamilyBuilder
 from internlm.utils.dtype import default_dtype
 
 VOCAB = 61
@@ -40,7 +40,7 @@ def decoder(family: str = "INTERNLM2", dtype: torch.dtype = torch.float64, **key
     """
     config = ModelConfig(**{**SMALL, **keys})
     with default_dtype(dtype):
-        model = build_family(FAMILIES[family])(config)
+        model = FamilyBuilder(FAMILIES[family])(config)
     initialize_parameters(model, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -35,10 +35,22 @@ def test_a_model_that_declares_none_has_none() -> None:
 
 
 @pytest.mark.parametrize(
+    "layers", [nn.ModuleList([nn.Linear(2, 2)]), nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict(), 3]
+)
+def test_an_attribute_of_that_name_declares_nothing(layers: object) -> None:
+    model = nn.Module()
+    model.blocks = layers
+    assert declared_blocks(model) == {}
+
+
+@pytest.mark.parametrize(
     ("choose", "message"),
     [
         (lambda m: [nn.Linear(2, 2)], "Linear is not a submodule"),
         (lambda m: [m], "Stack is not a submodule"),
+        (lambda m: None, "'NoneType' object is not iterable"),
+        (lambda m: m.head, "'Linear' object is not iterable"),
+        (lambda m: [[m.head]], "returned list, expected modules"),
         (lambda m: [m.head, m.head], "'head' is declared twice"),
         (lambda m: [m.layers[0], m.layers[0][0]], r"'layers\.0\.0' is declared twice or lies within"),
         (lambda m: [m.layers[0][0], m.layers[0]], r"'layers\.0\.0' lies within block 'layers\.0'"),
