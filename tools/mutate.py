@@ -53,8 +53,15 @@ MISTAKES = (
     Mistake(
         name="partial gradients of norms are not summed",
         file="solver/optimizer/grad_reduce.py",
+        old="if mode is not None and self._shard.numel()",
+        new="if False",
+    ),
+    Mistake(
+        name="fully sharded: partial gradients of norms are not summed",
+        file="solver/optimizer/grad_reduce.py",
         old="if group.key.partial_over is not None",
         new="if False",
+        tests=("tests/dist/test_fsdp.py", "-k", "test_every_row"),
     ),
     Mistake(
         name="the norm counts whole parameters on every rank",
