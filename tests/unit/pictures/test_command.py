@@ -72,17 +72,18 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: 'two' is not a whole number"),
         (
             ["--kind", "zbv", "--weight", "-1"],
-            "internlm schedule: argument --weight: '-1' is not a time from 0 to 1e+09",
+            "internlm schedule: argument --weight: '-1' is neither 0 nor a time from 1e-09 to 1e+09",
         ),
-        (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is not a time"),
+        (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: 'nan' is neither 0 nor a time"),
+        (["--kind", "zbv", "--weight", "1e-320"], "internlm schedule: argument --weight: '1e-320' is neither 0 nor"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: 'x' is not a number"),
         (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the folder of 'no/"),
         (
             ["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."],
-            ".: cannot be written (Is a directory). Give a writable path",
+            "internlm schedule: argument --svg: '.' is a folder",
         ),
         (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use"),
-        (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: can't be read (No such file or directory)"),
+        (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: cannot be read (No such file or directory)"),
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
         (
             ["--kind", "1f1b", *FOUR_BY_EIGHT, "--forward", "0", "--backward", "0", "--weight", "0"],
