@@ -60,10 +60,7 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
     for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
         if old != new:
-            what = (
-                f"{new!r}, but {folder} was saved with {old!r}; its saved data position is invalid for rows of another "
-                "size"
-            )
+            what = f"{new!r}, but {folder} was saved with {old!r}; the rows hold other samples now"
             yield Problem(name, what, f"Restore the saved value. {WITHOUT_SAMPLER}")
 
 

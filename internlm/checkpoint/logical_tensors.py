@@ -123,7 +123,7 @@ def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, 
 
 
 def without_rounded(tensors: LogicalTensors) -> LogicalTensors:
-    """Leave out rounded tensors whose memory a full-precision tensor also fills.
+    """Drop tensors in a narrower dtype whose full-precision main parameters are loaded into the same memory.
 
     In a fully sharded model ``model/w`` and ``optimizer/main/w`` share memory, and the order in which DCP reads them is
     undefined.

@@ -139,7 +139,7 @@ class CheckpointManager:
         return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
 
     def _random_tensors(self) -> LogicalTensors:
-        """Return the random streams, the only per-rank content, as ``rng/<rank>/<stream>``."""
+        """Return this rank's RNG states as ``rng/<rank>/<stream>``; no other content depends on the rank."""
         return {
             f"rng/{dist.get_rank()}/{name}": LogicalTensor.whole(value)
             for name, value in self.streams.state_dict().items()

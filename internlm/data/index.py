@@ -177,7 +177,8 @@ def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Probl
     if largest < min_length:
         what = f"all {len(files)} files have fewer samples than data.min_length = {min_length} (the largest: {largest})"
         return Problem(str(folder), what, "Lower data.min_length")
-    return Problem(str(folder), "its files contain no sample of two or more tokens", REMAKE)
+    todo = "Check the source texts, then recreate the .bin and .bin.meta files with `internlm tokenize`"
+    return Problem(str(folder), "its files contain no sample of two or more tokens", todo)
 
 
 # -- cached table. Column 0 is the seal: a digest of the inputs and a checksum of the other columns.

@@ -193,7 +193,7 @@ def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
 
 
 def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
-    """Select the tokens of some pairs: [T, heads, D] -> [n, heads / G, L, D], or without n for a single pair.
+    """Select q, k or v of (sequence, kv group) pairs: [T, heads, D] -> [n, heads / G, L, D], without n for one pair.
 
     A single pair is padded with zeros. Padded keys come after all real tokens, so the causal mask hides them.
     """

@@ -58,7 +58,10 @@ def initialize_model_and_parallel_communicator(
 
 
 def initialize_model(model: nn.Module | None = None) -> nn.Module:
-    """Run steps 1, 3, 4 and 6 of :func:`initialize_model_and_parallel_communicator`, without communicators."""
+    """Build and materialise the model, with recompute, offloading and compile, but without communicators or sharding.
+
+    These are steps 1, 3, 4 and 6 of :func:`initialize_model_and_parallel_communicator`.
+    """
     model = create_model() if model is None else model
     check_stage(model, type(model).__name__)
     checkpoint_and_offload(model)

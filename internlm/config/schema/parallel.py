@@ -29,9 +29,9 @@ class TensorConfig(Section):
     size: Count = 1
     """Ranks of a tensor group."""
     mode: TensorMode = "mtp"
-    """``mtp``: tensor parallel (arXiv 1909.08053). ``msp``: with sequence parallel (arXiv 2205.05198). ``fsp``: as
-    msp, but the gathered input is not kept: the backward pass gathers it again. ``isp``: sequence parallel
-    activations with sharded weights (arXiv 2401.09149)."""
+    """Tensor-parallel mode. ``mtp``: Megatron tensor parallelism (arXiv 1909.08053). ``msp``: with sequence parallelism
+    (arXiv 2205.05198). ``fsp``: as msp, but the backward pass gathers the input again instead of keeping it. ``isp``:
+    sequence-parallel activations with sharded weights (arXiv 2401.09149)."""
 
 
 class PipelineConfig(Section):

@@ -56,7 +56,7 @@ def _declaration(model: nn.Module) -> list[nn.Module]:
         raise _error(model, str(error), todo) from error
     for block in blocks:
         if not isinstance(block, nn.Module):
-            raise _error(model, f"returned {type(block).__name__}, expected modules", todo)
+            raise _error(model, f"contains a {type(block).__name__}, expected nn.Module", todo)
     return blocks
 
 

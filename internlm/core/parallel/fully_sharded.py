@@ -110,7 +110,7 @@ def local_shard(parameter: Tensor) -> LocalShard:
 
 
 def set_grad(parameter: Tensor, flat: Tensor) -> None:
-    """Accumulate the gradient of this rank's shard of ``parameter`` in ``flat``."""
+    """Set ``parameter.grad`` to a DTensor view of ``flat``, where gradients of this rank's shard then accumulate."""
     like = parameter.detach()
     assert isinstance(like, DTensor)
     mesh, local = like.device_mesh, flat.view_as(like.to_local())

@@ -199,7 +199,7 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
 
 
 def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
-    """Accumulate gradients of ``parameter`` in ``main_grad``, both from our layers and from autograd."""
+    """Attach ``main_grad``, in which autograd and the parallel layers accumulate the gradient from now on."""
     _own_state(parameter).main_grad = main_grad
     if main_grad.dtype == parameter.dtype:
         parameter.grad = main_grad  # autograd adds in place to a gradient that exists
@@ -239,7 +239,7 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _on_accumulated(parameter: Tensor) -> None:
-    """Add a gradient that autograd has allocated to the main gradient.
+    """Add ``parameter.grad`` to the main gradient, if autograd allocated it separately.
 
     Autograd allocates one where ``.grad`` is None: the main gradient is of a wider dtype, or a user has set it to None.
     """

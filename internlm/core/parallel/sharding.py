@@ -133,7 +133,7 @@ class Sharding:
         return ParamPlacement(shape, init, shard=shard, is_hidden=hidden)
 
     def bias_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
-        """Return the placement of a bias, which is split if the output that it is added to is split."""
+        """Return the placement of a bias: split with the outputs of a ``column`` except under isp, else whole."""
         if CUSTOM_ROLES.get(role, role) == "column" and self.mode != "isp":
             shard = self._shard(ParallelMode.TENSOR, self.tensor, axis)
             return ParamPlacement(shape, init, shard=shard, is_matrix=False)

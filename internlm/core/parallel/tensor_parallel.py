@@ -82,7 +82,7 @@ class FspColumn(Communicator):
 
 
 class MspColumn(FspColumn):
-    """All-gather of the sequence forward, kept for backward, reduce-scatter of the input's gradient."""
+    """Column with its input split over the sequence: all-gathered in forward and kept, gradient reduce-scattered."""
 
     keeps_gathered_input = True
 
@@ -185,7 +185,7 @@ class SequenceHead(SplitHead):
 
 
 class VocabEmbedding(EmbeddingCommunicator):
-    """An embedding split over the vocabulary: each rank looks up its own entries, ``combine`` sums over the ranks."""
+    """Communicator of a vocab-parallel embedding: a rank looks up its own entries, ``combine`` sums over ranks."""
 
     def __init__(self, group: Group, placement: ParamPlacement, combine: Callable[[Tensor, Group], Tensor]) -> None:
         self.group, self.combine = group, combine

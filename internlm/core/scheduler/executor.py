@@ -17,7 +17,7 @@ from internlm.core.scheduler.timeline import Record
 
 
 class Executor:
-    """Run of a plan.
+    """Executor of one rank's plan: runs its steps in order, receives their inputs and sends their outputs.
 
     Messages between two chunks of this rank do not pass through a channel. ``peak_in_flight`` is the largest number of
     (chunk, micro-batch) pairs between F and their last action. Without ``backward``, nothing is kept in flight.

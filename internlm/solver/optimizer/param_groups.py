@@ -33,7 +33,7 @@ class ProcessGroups:
     """Process groups over which an optimizer communicates."""
 
     zero: Group = ALONE
-    """Ranks that share one copy of the optimizer state."""
+    """Ranks over which one copy of the optimizer state is sharded."""
     replica: Group = ALONE
     """Ranks that own the same shard."""
     split: tuple[Group, ...] = ()

@@ -50,7 +50,7 @@ def test_an_attribute_of_that_name_declares_nothing(layers: object) -> None:
         (lambda m: [m], "Stack is not a submodule"),
         (lambda m: None, "'NoneType' object is not iterable"),
         (lambda m: m.head, "'Linear' object is not iterable"),
-        (lambda m: [[m.head]], "returned list, expected modules"),
+        (lambda m: [[m.head]], "contains a list, expected nn.Module"),
         (lambda m: [m.head, m.head], "'head' is declared twice"),
         (lambda m: [m.layers[0], m.layers[0][0]], r"'layers\.0\.0' is declared twice or lies within"),
         (lambda m: [m.layers[0][0], m.layers[0]], r"'layers\.0\.0' lies within block 'layers\.0'"),
