@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -51,7 +51,7 @@ def _declaration(model: nn.Module) -> list[nn.Module]:
     """Call ``model.blocks()`` and check that the result is modules."""
     todo = "Define blocks(self), which returns the layers in forward order"
     try:
-        blocks = list(model.blocks())  # type: ignore[operator]
+        blocks = list(cast(DeclaresBlocks, model).blocks())
     except TypeError as error:  # it takes other arguments, or returns something that is no iterable
         raise _error(model, str(error), todo) from error
     for block in blocks:
