@@ -1,6 +1,6 @@
 """Cost formulas of a layout: bytes held, bytes sent and floating-point operations.
 
-``symbols`` is the legend of all formulas, and ``param_shards`` the inventory of parameters that they take.
+``symbols`` defines the symbols of all formulas, and ``param_shards`` the parameter inventory that they take as input.
 ``memory_plan`` and ``traffic`` are the entry points.
 """
 

@@ -1,22 +1,21 @@
 """Formulas of activation memory: bytes that autograd saves for a micro-batch, and their peak over a schedule.
 
 Every storage that autograd saves is counted once. Parameters are not counted, nor are the weights that isp gathers,
-which are released after each product. A linear saves only its input: norms and SwiGLU before it are recomputed in
-backward (as in Korthikanti et al. 2022, arXiv 2205.05198, section 5, for their cheap operations). So a block saves four
-tensors of its own, the queries, keys and values, and the tensors of :func:`kernel`.
+which are released after each product. A norm or SwiGLU before a linear saves only its own input, from which backward
+recomputes the input of the linear (Korthikanti et al. 2022, arXiv 2205.05198, section 5, recompute cheap operations
+likewise). :func:`block` lists the tensors that a block saves.
 
-With ``model.checkpoint="selective"`` the attention between a block's linears is recomputed too, and queries, keys and
-values are saved as their linear returned them. Dropout masks, one byte per element, are saved unless they are drawn
-again in backward. For the first ``model.cpu_offloading`` layers of a chunk all of this is moved to host memory, except
-for the hidden states that the previous stage sent.
+With ``model.checkpoint="selective"``, attention is recomputed too, from the q, k and v that wqkv returned. Dropout
+masks, one byte per element, are saved unless backward draws them again. For the first ``model.cpu_offloading`` layers
+of a chunk, all saved tensors are moved to host memory, except for the hidden states received from the previous stage.
 
-In a pipeline every chunk saves its own activations. The hidden states that a chunk receives are the input of its
-first block and counted there; its output is released once it is sent. Messages between stages are not counted.
+In a pipeline, every chunk saves its own activations. The hidden states that a chunk receives are counted as the input
+of its first block. The output of a chunk is released once it is sent. Messages between stages are not counted.
 
-A pair of chunk and micro-batch is in flight from its F to its last action: W, or B where the schedule does not defer
-weight gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). It holds the bytes of :func:`saved_for_backward` from
-F to B, and those of :func:`kept_for_weights` from B to W. A rank runs one action at a time, so the order of its actions
-decides the peak.
+A (chunk, micro-batch) pair is in flight from its F to its last action: W, or B if the schedule does not defer weight
+gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). The pair holds the bytes of :func:`saved_for_backward` from F
+to B, and those of :func:`kept_for_weights` from B to W. A rank runs one action at a time, so the peak depends
+only on the order of its actions.
 
 Symbols: :mod:`internlm.costs.symbols`.
 """
@@ -55,12 +54,12 @@ GRAD_RESIDUAL = "block: gradients of residual outputs"
 def saved_for_backward(
     config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, chunk: int | None = None
 ) -> dict[str, int]:
-    """Return the device bytes, by tensor, that a rank saves from forward to backward of a micro-batch.
+    """Return the bytes, by tensor, that a rank saves on the device from forward to backward of a micro-batch.
 
     Args:
         config: Resolved config.
         world_size: Number of ranks of the run.
-        tokens: K; by default all tokens, as if no label were ignored.
+        tokens: Number of tokens that take part in the loss, K; by default all, as if no label were ignored.
         stage: Pipeline stage of the rank.
         chunk: Chunk of the stage; by default bytes are summed over all its chunks.
 
@@ -72,18 +71,19 @@ def saved_for_backward(
 
 
 def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """Return the bytes, by tensor, that a rank saves in host memory (``model.cpu_offloading``).
+    """Return the bytes, by tensor, that a rank saves in host memory for a micro-batch (``model.cpu_offloading``).
 
-    Arguments and errors as in :func:`saved_for_backward`.
+    Arguments and exceptions are those of :func:`saved_for_backward`.
     """
     s = Symbols.of(config, world_size, stage)
     return _sum_over_chunks(s, chunk, lambda index: _offloaded_by_chunk(s, index))
 
 
 def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """Return the bytes, by tensor, that deferred weight gradients of a micro-batch keep from B to W.
+    """Return the bytes, by tensor, that a rank keeps from B to W for the deferred weight gradients of a micro-batch.
 
-    Only the linears of blocks defer weight gradients; all other gradients are computed in the backward pass.
+    Only the linears of blocks defer weight gradients; all other gradients are computed in B. Arguments and exceptions
+    are those of :func:`saved_for_backward`.
     """
     s = Symbols.of(config, world_size, stage)
     return _sum_over_chunks(s, chunk, lambda index: _times(len(s.stage_layers.chunks[index]), block_for_weights(s)))
@@ -98,7 +98,8 @@ def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dic
 def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
     """Return the bytes that a chunk saves on the device, by tensor.
 
-    Every chunk saves rotary table and blocks, the first also token ids, the last also norm and loss.
+    Every chunk saves the tensors of its blocks and the rotary table, the first also those of the embedding, the last
+    also those of the final norm and the loss.
     """
     first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
     _, on_device = _offloaded_and_not(s, chunk)
@@ -122,13 +123,16 @@ def _offloaded_by_chunk(s: Symbols, chunk: int) -> dict[str, int]:
 
 
 def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
-    """Return the indices of a chunk's layers that are offloaded, and of those that are not."""
+    """Return the indices of the offloaded layers of a chunk, and of its other layers."""
     layers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
     return layers[:offloaded], layers[offloaded:]
 
 
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
-    """Return S·H·e for the input from the previous stage, which stays on the device if the first layer is offloaded."""
+    """Return the bytes, S·H·e, of a received input that stays on the device although its layer is offloaded.
+
+    The result is empty if the first layer of the chunk is not offloaded, or is the first layer of the model.
+    """
     offloaded, _ = _offloaded_and_not(s, chunk)
     # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.
     name = RECOMPUTED if offloaded and s.config.model.recomputes(offloaded[0]) else RESIDUAL
@@ -136,7 +140,7 @@ def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
 
 
 def _layers(s: Symbols, layers: range) -> dict[str, int]:
-    """Return the bytes that layers save: those of :func:`block` each, or S·H·e for the input of a recomputed layer."""
+    """Return the bytes that ``layers`` save, by tensor: :func:`block` each, or the input, S·H·e, if recomputed."""
     recomputed = sum(map(s.config.model.recomputes, layers))
     return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
@@ -187,9 +191,9 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     gathered inputs          –            2·T·H·e      –            –
     input of wo              T·G·Q·D·e/t in every mode
     input of w2              T·F·e/t in every mode
-    gradient of wqkv         T·G·(Q + 2)·D·e/t in every mode
-    gradient of w13          2·T·F·e/t in every mode
-    gradients of wo and w2   2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
+    output gradient of wqkv  T·G·(Q + 2)·D·e/t in every mode
+    output gradient of w13   2·T·F·e/t in every mode
+    those of wo and w2       2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
     =======================  ===========  ===========  ===========  ===========
 
     msp gathers nothing if t is 1. Recomputed blocks keep the same bytes.
@@ -208,25 +212,25 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
 
 
 def attention_output(s: Symbols) -> int:
-    """Return T·G·Q·D·e/t, the output of the heads."""
+    """Return the bytes of the attention output, T·G·Q·D·e/t."""
     return s.T * s.G * s.Q * s.D * s.e // s.t.size
 
 
 def kernel(s: Symbols) -> int:
     """Return the bytes that the attention kernel saves besides queries, keys and values.
 
-    g·T·G·Q/t for the softmax sums (Dao et al. 2022, arXiv 2205.14135, algorithm 1), and T·G·Q·D·e/t for its output
-    if the input of the next linear is another storage:
+    The log-sum-exp of the attention scores takes g·T·G·Q/t bytes (Dao et al. 2022, arXiv 2205.14135, algorithm 1). The
+    attention output takes T·G·Q·D·e/t bytes, unless wo saves the same storage as its input:
 
-    =============  ====  =========================
-    kernel         sums  output
-    =============  ====  =========================
-    blocked        –     –
-    flash, varlen  yes   under isp, where t > 1
-    sdpa           yes   yes
-    =============  ====  =========================
+    =============  ===========  =========================
+    kernel         log-sum-exp  output
+    =============  ===========  =========================
+    blocked        –            –
+    flash, varlen  yes          under isp, if t > 1
+    sdpa           yes          yes
+    =============  ===========  =========================
 
-    ``auto`` is counted as flash in half precision, as on a CUDA device, and otherwise as blocked, as on the CPU.
+    ``auto`` is counted as ``flash`` in half precision (a CUDA device is assumed), else as ``blocked`` (the CPU).
     """
     backend = s.spec.attention_backend
     if backend == "auto":
@@ -238,12 +242,15 @@ def kernel(s: Symbols) -> int:
 
 
 def gathered(s: Symbols) -> int:
-    """Return 2·T·H·e for the gathered inputs that msp keeps; other modes keep none."""
+    """Return the bytes of the two gathered inputs that msp keeps per block, 2·T·H·e; other modes keep none."""
     return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
 
 
 def token_ids(s: Symbols) -> int:
-    """Return 8·T for token ids (isp: 8·T/t), and T for a mask if other ranks hold part of the vocabulary."""
+    """Return the bytes of the token ids, 8·T (isp: 8·T/t), and of the mask of this rank's vocabulary entries, T.
+
+    Only an embedding that is split by vocabulary entries has the mask.
+    """
     if s.mode == "isp":
         return 8 * s.S
     by_entries = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
@@ -251,27 +258,30 @@ def token_ids(s: Symbols) -> int:
 
 
 def mask(s: Symbols) -> int:
-    """Return S·H for a dropout mask, or 0 if masks are not kept."""
+    """Return the bytes of a dropout mask, S·H, or 0 if masks are not kept."""
     model = s.config.model
     return s.S * s.H if model.drop_rate and not model.dropout_selective_checkpoint else 0
 
 
 def rotary(s: Symbols) -> int:
-    """Return T·D·e for cosines and sines [T, D/2], shared by all blocks; every rank needs all positions of a row."""
+    """Return the bytes of the rotary cosines and sines, T·D·e.
+
+    Both are [T, D/2] and shared by all blocks; every rank needs all positions of a row.
+    """
     return s.T * s.D * s.e
 
 
 def norm(s: Symbols) -> int:
-    """Return S·H·e for the final norm's input, and g per token for each statistic (layernorm has two)."""
+    """Return the bytes that the final norm saves: its input, S·H·e, and S·g per statistic (layernorm has two)."""
     statistics = 2 if s.config.model.norm_type == "layernorm" else 1
     return s.S * (s.H * s.e + statistics * s.g)
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
-    """Return the bytes that head and loss save: gradients, which are computed with the loss, but no input or logits.
+    """Return the bytes, by tensor, that head and loss save: gradients, which are computed together with the loss.
 
-    The gradient of the input takes K·H·e, and 8·K for token positions if some labels are ignored; that of the weight
-    takes ⌈V/t⌉·H·g, under isp V·H·g.
+    The gradient of the input takes K·H·e, and 8·K for token positions if some labels are ignored. The gradient of the
+    weight takes ⌈V/t⌉·H·g, under isp V·H·g. Neither the input nor the logits are saved.
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
@@ -284,23 +294,26 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
 
 
 def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> int:
-    """Return the peak of the bytes that a rank of ``stage`` keeps between two actions of its schedule.
+    """Return the peak bytes that a rank of ``stage`` keeps between two actions of its schedule.
 
     Within an action the peak may be higher: gradients of activations, and tensors of a recomputed block, are not
-    counted. Arguments as in :func:`saved_for_backward`.
+    counted. Arguments and exceptions are those of :func:`saved_for_backward`.
     """
     return max(kept_after_each_action(config, world_size, tokens, stage=stage))
 
 
 def kept_after_each_action(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> list[int]:
-    """Return the bytes that a rank of ``stage`` keeps after each action of its schedule, in order."""
+    """Return the bytes that a rank of ``stage`` keeps after each action of its schedule, in order.
+
+    Arguments and exceptions are those of :func:`saved_for_backward`.
+    """
     table = table_of(config)
     chunks = range(table.stage_layout.chunks)
     saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=c).values()) for c in chunks]
     deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
     in_flight: dict[tuple[int, int], int] = {}
     totals = []
-    # F adds a pair. A B that defers weight gradients replaces the pair's tensors by those of W. The last action frees
+    # F adds a pair. A B that defers weight gradients replaces the pair's tensors by those for W. The last action frees
     # the pair.
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch

@@ -14,7 +14,7 @@ from internlm.core.parallel.sharding import Role
 
 
 class LinearShape(NamedTuple):
-    """Weight [outputs, inputs] of a linear in a role of :mod:`internlm.core.parallel.sharding`."""
+    """Role of a linear (see :mod:`internlm.core.parallel.sharding`), and shape of its weight, [outputs, inputs]."""
 
     role: Role
     inputs: int
@@ -22,7 +22,10 @@ class LinearShape(NamedTuple):
 
 
 def block_linears(model: ModelConfig) -> list[LinearShape]:
-    """Return wqkv (H → G·(Q + 2)·D), wo (G·Q·D → H), w13 (H → 2·F) and w2 (F → H), in forward order."""
+    """Return the shapes of a block's four weights, in forward order.
+
+    They are wqkv (H → G·(Q + 2)·D), wo (G·Q·D → H), w13 (H → 2·F) and w2 (F → H).
+    """
     heads = model.num_attention_heads * model.head_size  # G·Q·D
     return [
         LinearShape("column", model.hidden_size, heads + 2 * model.kv_heads * model.head_size),
@@ -33,7 +36,7 @@ def block_linears(model: ModelConfig) -> list[LinearShape]:
 
 
 def block_weights(model: ModelConfig) -> int:
-    """Return the elements of a block's four weights, without biases and norms, which are small."""
+    """Return the number of elements of a block's four weights, without biases and norms, which are small."""
     return sum(linear.inputs * linear.outputs for linear in block_linears(model))
 
 
@@ -43,30 +46,31 @@ def vocab_weights(model: ModelConfig) -> int:
 
 
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return forward operations of one block for one token of a sequence of ``seq_len``.
+    """Return the forward FLOPs per token of one block, for sequences of ``seq_len`` tokens.
 
-    All keys of the sequence are counted. The causal mask removes half of them, but published numbers count them too.
+    The products of attention count all ``seq_len`` keys per query, as published numbers do, although the causal mask
+    removes half of them.
     """
     return 2 * block_weights(model) + attention_forward_flops(model, seq_len)
 
 
 def attention_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return forward operations per token of the two products without a weight: q·kᵀ and p·v."""
+    """Return the forward FLOPs per token of attention's two products, q·kᵀ and p·v, in one block."""
     return 2 * 2 * seq_len * model.num_attention_heads * model.head_size
 
 
 def head_forward_flops(model: ModelConfig) -> float:
-    """Return forward operations per token of the head."""
+    """Return the forward FLOPs per token of the head."""
     return 2 * vocab_weights(model)
 
 
 def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return forward operations per token of the whole model."""
+    """Return the forward FLOPs per token of the whole model."""
     return model.num_layers * block_forward_flops(model, seq_len) + head_forward_flops(model)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return forward and backward operations per token, without recomputed ones.
+    """Return the forward and backward FLOPs per token of the whole model, without recomputation.
 
     Each product of the forward pass needs two in the backward pass, one for the gradient of each factor.
     """
@@ -74,7 +78,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return :func:`model_flops_per_token` plus the forward operations that activation checkpointing repeats."""
+    """Return :func:`model_flops_per_token` plus the forward FLOPs that activation checkpointing repeats."""
     # The head is never recomputed: its loss and gradients are computed together.
     recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
     if model.checkpoint == "selective":

@@ -1,17 +1,18 @@
 """Formulas of gather buffers: peak bytes of parameters that are gathered for use and then released.
 
 Under isp a weight [O, I] is gathered whole, in w·⌈O/w⌉·I·e bytes. The settings of ``parallel.weight`` decide which
-weights :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. With a block's four
-weights called qkv, o, 13 and 2:
+weights :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. A block has the weights
+wqkv, wo, w13 and w2:
 
 ==============================  ======================================================================================
 overlap=False                   one weight
 overlap, forward, per "module"  two neighbouring weights
-overlap, forward, per "layer"   the whole next block (or the head) and, of the block before it, the weights from
-                                ``launch_allgather_before`` on; of the first block, which is not prefetched, one
+overlap, forward, per "layer"   all weights of the next block (or the head), and those of the current block from
+                                ``launch_allgather_before`` on; only one of these in the first block, which is not
+                                prefetched
 overlap, backward               two neighbouring weights
-overlap, recomputed block       2, qkv and o, then 2, o and 13, until the gatherer has learned that the block is
-                                recomputed; then qkv of this block and of the block after it
+overlap, recomputed block       w2, wqkv and wo, then w2, wo and w13, in the first backward pass, which cannot predict
+                                the recomputation; later, wqkv of this block and wqkv of the next block
 ==============================  ======================================================================================
 
 With ``memory_pool``, the pool keeps as many buffers of each shape as were ever held at once. The embedding has a buffer
@@ -33,7 +34,7 @@ from internlm.costs.param_shards import ParamInventory
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.costs.traffic import unit_sizes
 
-#: Rows and columns of a gathered weight, padding included.
+#: Shape of a gathered weight, (rows, columns), padding included.
 WeightShape: TypeAlias = tuple[int, int]
 #: Shapes of weights that are held gathered at the same time.
 HeldWeights: TypeAlias = Sequence[WeightShape]
@@ -42,8 +43,9 @@ HeldWeights: TypeAlias = Sequence[WeightShape]
 def gather_buffers(inventory: ParamInventory) -> int:
     """Return the peak bytes of gathered parameters.
 
-    If the zero group shards parameters: U·e of the root and of a block, plus once more the larger of the two, because
-    ``fully_shard`` receives a unit as one buffer and then copies the parameters out of it.
+    If the zero group shards parameters, the peak is U·e of the root and of a block, plus the larger of the two once
+    more: ``fully_shard`` receives a unit in one buffer and then copies the parameters out of it. Under isp it follows
+    from the table at the top of this file. Otherwise no parameters are gathered.
 
     Raises:
         NoCostFormulaError: The model is not the built-in decoder.
@@ -71,7 +73,7 @@ def _gathered(s: Symbols, rows: int, columns: int) -> WeightShape:
 
 
 def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
-    """Yield every set of weights held at the same time in the passes through a chunk."""
+    """Yield each set of weights that is held at the same time in forward or backward of a chunk."""
     layers = s.stage_layers.chunks[chunk]
     block = [_gathered(s, linear.outputs, linear.inputs) for linear in block_linears(s.config.model)]
     head = [[_gathered(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
@@ -90,7 +92,7 @@ def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
 
 
 def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iterator[HeldWeights]:
-    """Yield the weights held while the next block is prefetched, from the weight at ``launch_position`` on."""
+    """Yield each set of weights that is held while the next block is prefetched, from ``launch_position`` on."""
     first = launch_position if launch_position >= 0 else 1  # only wqkv is used before the attention kernel
     for index, (block, following) in enumerate(pairwise(blocks)):
         rest = block[first:]
@@ -99,7 +101,7 @@ def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iter
 
 
 def _held_recomputing(block: HeldWeights) -> Iterator[HeldWeights]:
-    """Yield the weights held while a recomputed block runs backward."""
+    """Yield each set of weights that is held at the same time in backward of a recomputed block."""
     *others, last = block
     yield from ([last, *pair] for pair in pairwise(others))
     yield block[0], block[0]

@@ -1,9 +1,9 @@
 """Memory plan: peak bytes that a rank will hold, row by row, computed before a run starts.
 
-The names of the rows are shared with the measurements of ``internlm.profiler``, so that the two can be compared.
+The measurements of ``internlm.profiler`` have rows of the same names, so that plan and measurement can be compared.
 Mixed precision keeps fp32 main parameters and states (Micikevicius et al. 2018, arXiv 1710.03740), which ZeRO shards
 over the zero group (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). Symbols: :mod:`internlm.costs.symbols`; here
-e and g are those of each param group, because ``use_fp32_norm`` gives norms another type.
+e and g are those of each param group, because ``use_fp32_norm`` gives norms another dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOTAL = "total"
 
 
 def optimizer_row(state: str) -> str:
-    """Return the name of the row of an optimizer state, such as ``exp_avg``."""
+    """Return the row name of an optimizer state, such as ``exp_avg``."""
     return f"optimizer: {state}"
 
 
@@ -42,22 +42,22 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
 
     ====================  =====================================================================================
     parameters            N·e
-    gradients             N·a, and n·g for their sums where a is another type
-    main parameters       n·g, where e is another type
-    optimizer: (a state)  n·g, of the param groups whose update rule keeps it
-    reduction buffers     N·c, where gradients are accumulated in another type: all buckets may be in flight
+    gradients             N·a, plus n·g for the reduced gradients if they have another dtype
+    main parameters       n·g, if they have another dtype than the parameters
+    optimizer: (a state)  n·g, for param groups whose update rule keeps this state
+    reduction buffers     N·c, if gradients are accumulated in another dtype: all buckets may be in flight
     gather buffers        :func:`~internlm.costs.gather_buffers.gather_buffers`
     activations           :func:`~internlm.costs.activations.peak_saved`
     ====================  =====================================================================================
 
     If the zero group shards parameters (``zero1.fsdp``), no rank has a flat buffer of the whole group. Parameters then
-    take g times the rank's elements, with rows padded to equal shards; gradients take n·g; if there are replicas, they
-    reduce n·c.
+    take g bytes per element of this rank's shards, with rows padded to equal shards. Gradients take n·g, and reduction
+    buffers n·c if there are replicas.
 
     Args:
         inventory: Parameters of the stage. For a model other than the built-in decoder, gather buffers and activations
             have no formula, and their rows are left out.
-        zero_rank: Position in the zero group; by default that of the rank that holds the most.
+        zero_rank: Rank within the zero group; by default the rank that holds the most bytes.
         tokens: Number of tokens of a micro-batch that take part in the loss; by default all.
     """
     groups = _group_numels(inventory)
@@ -109,14 +109,14 @@ def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel]
 
 
 def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, owned: int) -> Plan:
-    """Return the rows of one param group."""
+    """Return the rows of one param group, of which a rank owns ``owned`` elements."""
     sharded, main = inventory.groups.shares_parameters, wide(key.dtype)
     # fully_shard rounds to half precision when it gathers, so the sharded parameters are the main parameters.
     parameter = main if sharded else key.dtype
     gradient = main if sharded or inventory.config.hybrid_zero_optimizer.fp32_grad_accum else key.dtype
     reduce_dtype = inventory.config.reduce_comm_dtype
     reduced = torch_dtype(reduce_dtype) if reduce_dtype else gradient
-    # A reduction in another type needs a copy of the buffer; in the same type it runs in place. fully_shard reduces
+    # A reduction in another dtype needs a copy of the buffer; in the same dtype it runs in place. fully_shard reduces
     # unit by unit in its own buffers, so only the sums over replicas need a copy.
     copied = reduced != gradient and (not sharded or inventory.groups.r.size > 1)
     buffer = owned if sharded else allocated
@@ -133,12 +133,12 @@ def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, o
 
 
 def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_memory: int | None = None) -> str:
-    """Format plans as a table: a line per row, their total, and a column for each plan.
+    """Format plans as a table: a column per plan, a line per row, and a line with the totals.
 
     Args:
         plans: Plans of several ranks.
         headings: Headings of the columns; by default none.
-        device_memory: Bytes of device memory; adds a line with the total as a percentage of it.
+        device_memory: Device memory in bytes. If given, a further line has the totals as percentages of it.
     """
     names = list(dict.fromkeys(row for plan in plans for row in plan))
     totals = [sum(plan.values()) for plan in plans]
@@ -151,16 +151,16 @@ def format_plans(plans: Sequence[Plan], headings: Sequence[str] = (), device_mem
     column = max(len(cell) for _, row in cells for cell in row)
     lines = [f"{name:<{width}}  " + "  ".join(f"{cell:>{column}}" for cell in row) for name, row in cells]
     if any(ACTIVATIONS not in plan for plan in plans):
-        lines.append("Activations and gather buffers come on top: there is no formula for those of this model")
+        lines.append("Not included: activations and gather buffers, which have no formula for this model")
     return "\n".join(lines)
 
 
 def format_worst_plan(plans: Mapping[int, Plan], device_memory: int | None = None) -> str:
-    """Format the plan of the stage that holds the most, with a heading.
+    """Format the plan of the stage that holds the most bytes, with a heading.
 
     Args:
         plans: Plans by pipeline stage.
-        device_memory: Bytes of device memory, as for :func:`format_plans`.
+        device_memory: Device memory in bytes; see :func:`format_plans`.
     """
     stage = max(plans, key=lambda index: sum(plans[index].values()))
     where = f", in stage {stage}" if len(plans) > 1 else ""

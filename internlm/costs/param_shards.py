@@ -1,7 +1,7 @@
 """Inventory of the parameters on a rank, and their layout in the optimizer's flat buffers.
 
-``internlm.train.inventory`` lists the parameters of a model built on the meta device with the layout's shardings. The
-list comes from the model, not from a formula, so the inventory covers users' own models too. Symbols:
+``internlm.train.inventory`` lists the parameters of a model that is built, with the layout's shardings, on the meta
+device. The list comes from the model, not from a formula, so the inventory covers users' own models too. Symbols:
 :mod:`internlm.costs.symbols`.
 """
 
@@ -27,18 +27,18 @@ from internlm.utils.dtype import torch_dtype, wide
 
 @dataclass(frozen=True, kw_only=True)
 class ParamShard:
-    """Shard of one parameter under the parallel mode, before ZeRO splits it further."""
+    """Shard of one parameter on a rank of the tensor or weight group, before the zero group splits it further."""
 
     name: str
     placement: ParamPlacement
     dtype: torch.dtype
     """Compute dtype of the parameter."""
     rows: int
-    """Number of rows, which ``fully_shard`` splits; padding of the placement included."""
+    """Number of rows, padding of the placement included; ``fully_shard`` splits along this axis."""
     width: int
     """Number of elements of a row."""
     block: str = ""
-    """Name of the declared block that holds the parameter; empty for the root."""
+    """Name of the block (FSDP unit) that holds the parameter; empty for the root."""
     trainable: bool = True
 
     @property
@@ -55,7 +55,7 @@ class ParamShard:
         return rows_per_rank(self.rows, zero) * self.width
 
     def owned_numel(self, zero: Group, zero_rank: int) -> int:
-        """Return the number of elements that ``zero_rank`` holds without padding; the last ranks may hold none."""
+        """Return the number of elements that ``zero_rank`` owns, without padding; the last ranks may own none."""
         # As torch.chunk does: 5 rows over 4 ranks are 2, 2, 1 and 0.
         rows = rows_per_rank(self.rows, zero)
         return max(min(rows, self.rows - zero_rank * rows), 0) * self.width
@@ -71,7 +71,7 @@ class ParamInventory:
     stage: int
     shards: tuple[ParamShard, ...]
     spec: DecoderSpec | None
-    """Spec of the built-in decoder; None for any other model: its activations and collectives have no formula."""
+    """Spec of the built-in decoder. None: another model, whose activations and collectives have no formula."""
 
     @cached_property
     def groups(self) -> GroupSymbols:
@@ -92,8 +92,8 @@ class ParamInventory:
     @cached_property
     def param_groups(self) -> dict[ParamGroupKey, list[ParamShard]]:
         """Trainable parameters by param-group key."""
-        # The optimizer's own key function, because grouping is a decision, not a cost. Formulas only have to be
-        # independent of the code in the collectives and bytes that follow from the groups.
+        # Use the optimizer's own key function, because grouping is a decision, not a cost. Only the formulas of bytes
+        # and collectives must be independent of the code that they check.
         found: dict[ParamGroupKey, list[ParamShard]] = {}
         for shard in self.shards:
             if shard.trainable:
@@ -103,7 +103,7 @@ class ParamInventory:
 
     @cached_property
     def flat_buffers(self) -> dict[ParamGroupKey, FlatBuffer]:
-        """Flat buffer of each param group, unless the zero group shards parameters."""
+        """Flat buffer of each param group; not used if the zero group shards parameters."""
         zero, found = self.config.hybrid_zero_optimizer, dict[ParamGroupKey, FlatBuffer]()
         for key, shards in self.param_groups.items():
             # Muon updates whole matrices, so no bucket may split a matrix.
@@ -127,13 +127,13 @@ class FlatBuffer(NamedTuple):
 
 
 def partial_sum_group(s: GroupSymbols, mode: ParallelMode) -> Group:
-    """Return the group whose ranks each hold a partial sum of gradients with ``partial_over=mode``."""
+    """Return the group over which gradients with ``partial_over=mode`` are summed."""
     # Only the first and the last stage hold a copy of a tied embedding, so its gradient is summed over these two.
     return Group(ParallelMode.PIPELINE, size=2) if mode is ParallelMode.PIPELINE else s.split
 
 
 def reduced_itemsize(config: Config, dtype: torch.dtype) -> int:
-    """Return c, the bytes of a gradient element when it is reduced, for parameters of ``dtype``."""
+    """Return c, the bytes of an element of the reduced gradients of parameters of ``dtype``."""
     if config.reduce_comm_dtype is not None:
         return torch_dtype(config.reduce_comm_dtype).itemsize
     return (wide(dtype) if config.hybrid_zero_optimizer.fp32_grad_accum else dtype).itemsize

@@ -71,7 +71,7 @@ def stage_layers_of(config: Config, stage: int) -> StageLayers:
 
 
 def table_of(config: Config) -> Table:
-    """Return the schedule of a step.
+    """Return the table of a training step: the user's own table if the config names one, else that of its mode.
 
     Raises:
         ScheduleError: The user's own table is invalid, or does not match the config.
@@ -83,9 +83,10 @@ def table_of(config: Config) -> Table:
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
-    """Return a function that reads the user's own schedule for a number of micro-batches; None if there is none.
+    """Return a function that reads the user's own table (``parallel.pipeline.table``), or None if there is none.
 
-    The function raises :class:`ScheduleError` if the file is invalid, or does not match the config.
+    The argument of the function is the number of micro-batches. It raises :class:`ScheduleError` if the file is invalid
+    or does not match the config.
     """
     path = config.parallel.pipeline.table
     return None if path is None else partial(_read_table, Path(path), stage_layout_of_config(config))
@@ -95,16 +96,18 @@ def _read_table(path: Path, layout: StageLayout, micro_batches: int) -> Table:
     try:
         table = read_table(path, layout.stages, layout.chunks, micro_batches)
     except ScheduleError as error:
-        sizes = f"{layout.stages} stages with {layout.chunks} chunks, and data.micro_num = {micro_batches}"
-        raise ScheduleError(*error.problems, Problem(str(path), f"was read for {sizes}")) from None
-    # A table with forward passes only is valid, and used by evaluation, but it cannot train.
+        sizes = f"parallel.pipeline.size = {layout.stages}, model.num_chunks = {layout.chunks}"
+        message = f"expected a table for {sizes} and data.micro_num = {micro_batches}"
+        raise ScheduleError(*error.problems, Problem(str(path), message, "Change the file or these keys")) from None
+    # A table with F only is valid, and evaluation uses one, but it cannot train.
     if not any(action.type == BACKWARD for row in table.actions for action in row):
         raise ScheduleError(Problem(str(path), "has no B, so no gradient would be computed", "Add a B for every F"))
     if table.stage_layout != layout:
-        message = f"places stages {_shape(table.stage_layout)}, but the config places them {_shape(layout)}"
-        raise ScheduleError(Problem(str(path), message, "Change the line V of the file, or parallel.pipeline.mode"))
+        message = f"expected a {_shape(layout)} stage layout, as in the config, got a {_shape(table.stage_layout)} one"
+        todo = f"{'Add' if layout.v_shaped else 'Remove'} the line V before the ranks, or change parallel.pipeline.mode"
+        raise ScheduleError(Problem(str(path), message, todo))
     return table
 
 
 def _shape(layout: StageLayout) -> str:
-    return "in a V" if layout.v_shaped else "in rounds"
+    return "V-shaped" if layout.v_shaped else "round-robin"

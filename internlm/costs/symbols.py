@@ -7,7 +7,7 @@ z, r        ranks that shard one optimizer state (the zero group), and replicas 
 d           ranks whose labels make up the global batch: the data group, under isp all ranks of the stage
 T           tokens of a row on a data rank, ``data.packed_length``; where the sequence is split, t ranks share them
 S           tokens of the row that a rank holds between the layers: T under mtp, T/t under msp, fsp and isp
-K           tokens that take part in the loss, out of those whose labels the rank has (T, under isp T/t)
+K           tokens that take part in the loss, of the tokens whose labels the rank has (T, under isp T/t)
 L, R        layers of a chunk, and how many of them are recomputed (``model.checkpoint``)
 H, F, V     hidden size, intermediate size, vocabulary size
 G, Q, D     kv heads, query heads per kv head, head dimension
@@ -40,7 +40,7 @@ from internlm.utils.errors import Problem, UserError
 
 
 class NoCostFormulaError(UserError):
-    """Error for a model whose activations and collectives, or even parameters, no formula covers."""
+    """Error for a model without a cost formula, such as any other model than the built-in decoder."""
 
     same_on_all_ranks = True
 
@@ -53,7 +53,7 @@ class NoCostFormulaError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSymbols:
-    """Symbols of any model: the parallel groups, without process-group handles."""
+    """Symbols that are defined for any model: the parallel groups, without process-group handles."""
 
     config: Config
     # Formulas need only the sizes of groups, so the costs of a large layout are computed in one process.

@@ -44,7 +44,7 @@ def expected_traffic(
 ) -> Traffic:
     """Return the traffic that a rank's ledger must hold after one step of the decoder.
 
-    The step must update parameters: a skipped step gathers none.
+    The step must update parameters: a skipped step does not gather them.
 
     Args:
         inventory: Parameters of the rank's pipeline stage.
@@ -53,7 +53,7 @@ def expected_traffic(
         types: Number of data-set types.
         device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
         forward_only: Count a validation step instead of a training step.
-        zero_rank: Position in the zero group. It matters if a rank owns whole parameters.
+        zero_rank: Rank within the zero group, which matters if each parameter has one owner.
 
     Raises:
         NoCostFormulaError: The model is not the built-in decoder.
@@ -69,8 +69,8 @@ def expected_traffic(
 def scalars(s: GroupSymbols, types: int) -> list[Call]:
     """Return the all-reduces of a step's scalars.
 
-    Over d: 8 bytes for the number of valid tokens. Over d and then over p: 3·types·8 bytes for loss, correct
-    predictions and tokens by data-set type.
+    They take 8 bytes over d for the number of valid tokens, and 3·types·8 bytes over d and then over p for loss,
+    correct predictions and tokens by data-set type.
     """
     sums = 3 * types * 8
     return calls_on(s.d, AR, 8) + calls_on(s.d, AR, sums) + calls_on(s.p, AR, sums)
@@ -122,20 +122,19 @@ def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
 def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
     """Return the collectives of an optimizer step: gradients, norm, parameters.
 
-    For every bucket of the flat buffer of each param group:
+    1. Gradients, for each bucket: reduce-scatter over z of B·c, and all-reduce over r of (B/z)·c. Partial sums
+       (``partial_over``) are all-reduced in (B/z)·g over t (isp: w), or, for a tied embedding, over the first and the
+       last stage of the pipeline.
+    2. Norm: all-reduces of 16 bytes over z, of 8 bytes over the group that splits weights, and of 8 bytes over p.
+    3. Muon, for each matrix that this rank of z owns: all-gather of O·I·g over the group that splits weights.
+    4. Parameters, for each bucket: all-gather over z of B·e.
 
-    1. Gradients: reduce-scatter over z of B·c; all-reduce over r of (B/z)·c; where each rank has a partial sum
-       (``partial_over``: over t, under isp over w), all-reduce of (B/z)·g; the same over the first and the
-       last stage of the pipeline for a tied embedding that both hold.
-    2. Norm: all-reduce over z of 16, over the group that splits weights of 8, over p of 8.
-    3. Muon: all-gather over the group that splits weights of each matrix that this rank of z owns, O·I·g.
-    4. Parameters: all-gather over z of B·e.
+    If each parameter has one owner, a reduce to and a broadcast from each owner replace the reduce-scatter and the
+    all-gather. For an owner of N elements of the bucket, every other rank sends N·c in the reduce, and the owner sends
+    N·e in the broadcast. In step 1, the number of elements that this rank owns replaces B/z.
 
-    Where whole parameters have owners, a bucket is reduced owner by owner and broadcast likewise: of the N elements of
-    each owner, N·c is sent by all ranks but the owner, N·e by the owner. B/z in 1 is then what this rank owns.
-
-    FSDP units have no buckets: their collectives are those of :func:`fsdp_units` in each micro-batch, and 1 is
-    left for r and partial sums.
+    FSDP units have no buckets: :func:`fsdp_units` returns their reduce-scatters and all-gathers, and the optimizer step
+    has only the all-reduces of 1 and 2.
     """
     s = inventory.groups
     calls = calls_on(s.z, AR, 16) + calls_on(s.split, AR, 8) + calls_on(s.p, AR, 8)
@@ -151,9 +150,9 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
 
 
 def _bucket(s: GroupSymbols, key: ParamGroupKey, bucket: Bucket, zero_rank: int) -> list[Call]:
-    """Return the reductions and gathers of one bucket, without the collectives of the norm and of Muon."""
-    # Replicas sum the result of the reduce-scatter in its type. Partial sums of vectors are small, so they are sent in
-    # g bytes.
+    """Return the collectives that reduce the gradients and gather the parameters of one bucket."""
+    # Replicas sum the result of the reduce-scatter in its dtype. Partial sums of vectors are small, so they are sent in
+    # g bytes per element.
     reduced, main = reduced_itemsize(s.config, key.dtype), wide(key.dtype).itemsize
     run = bucket.shard(zero_rank)
     owned = run.stop - run.start
@@ -207,7 +206,10 @@ def fsdp_units(inventory: ParamInventory) -> PassCalls:
 
 
 def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
-    """Return U of each block by name, and of the root under the empty name; rows R are padded to z·⌈R/z⌉."""
+    """Return U, the number of elements, of each FSDP unit by block name; the root has the empty name.
+
+    The rows of each parameter are padded to a multiple of z.
+    """
     sizes: dict[str, int] = {}
     for shard in inventory.shards:
         sizes[shard.block] = sizes.get(shard.block, 0) + shard.padded_numel(inventory.groups.z)
@@ -215,7 +217,7 @@ def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
 
 
 def _fsdp_replica_sums(s: GroupSymbols, key: ParamGroupKey, shards: Iterable[ParamShard], zero_rank: int) -> list[Call]:
-    """Return the all-reduces after FSDP units: n·c over r, and n·g for partial sums."""
+    """Return the all-reduces of gradients that FSDP units leave to the optimizer: n·c over r, n·g of partial sums."""
     owned = sum(shard.owned_numel(s.z, zero_rank) for shard in shards)
     if not owned:
         return []

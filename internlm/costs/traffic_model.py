@@ -34,16 +34,16 @@ class Call(NamedTuple):
 
 
 class PassCalls(NamedTuple):
-    """Collectives of a part of the model in its forward and in its backward pass."""
+    """Collectives of a part of the model, in forward and in backward."""
 
     forward: list[Call]
     backward: list[Call]
 
 
 def calls_on(group: Group, collective: Collective, nbytes: int) -> list[Call]:
-    """Return one collective on a tensor of ``nbytes`` bytes over ``group``; no call for a group of one rank.
+    """Return one collective on a tensor of ``nbytes`` bytes over ``group``, or no call for a group of one rank.
 
-    Bytes are the lower bound over all algorithms (Chan et al. 2007, table II), as the ledger counts them.
+    The bytes sent are the lower bound over all algorithms (Chan et al. 2007, table II), as the ledger counts them.
     """
     n, passes = group.size, 2 if collective == AR else 1
     return [Call(group.mode, collective, passes * (n - 1) * nbytes // n)] if n > 1 else []
@@ -62,8 +62,8 @@ def count_calls(calls: Iterable[Call]) -> Traffic:
     return ledger.snapshot()
 
 
-#: Collectives forward and backward by mode and role (see :mod:`internlm.core.parallel.sharding`). The functions below
-#: define the tensors.
+#: Collectives in (forward, backward), by mode and role (see :mod:`internlm.core.parallel.sharding`). The functions
+#: below give the bytes of their tensors.
 TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {
     ("mtp", "column"): ((), (AR,)),
     ("mtp", "row"): ((AR,), ()),
@@ -95,7 +95,7 @@ def block(s: Symbols) -> PassCalls:
 
 
 def linear(s: Symbols, weight: LinearShape) -> PassCalls:
-    """Return the collectives of a linear: isp sends the weight, other modes the activation of width H.
+    """Return the collectives of a linear: of the weight under isp, else of the activation of width H.
 
     ===========  ============================================  ========================================
     mode, role   forward                                       backward
@@ -118,7 +118,7 @@ def linear(s: Symbols, weight: LinearShape) -> PassCalls:
 def attention(s: Symbols) -> PassCalls:
     """Return the all-to-alls of isp over t, equal in forward and backward; other modes send nothing.
 
-    Queries, keys and values of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e, then the output of the heads
+    The first exchanges q, k and v of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e; the second the attention output
     (:func:`heads_to_tokens`). With fewer kv heads than ranks, each kv head is sent to several ranks.
     """
     qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
@@ -126,12 +126,12 @@ def attention(s: Symbols) -> PassCalls:
 
 
 def heads_to_tokens(s: Symbols) -> PassCalls:
-    """Return the second all-to-all of isp's attention: (T/t)·G·Q·D·e over t."""
+    """Return the all-to-all of the attention output under isp: (T/t)·G·Q·D·e over t."""
     return _role_calls(s, "attention", s.t, s.T // s.t.size * s.G * s.Q * s.D * s.e)
 
 
 def positions(s: Symbols) -> PassCalls:
-    """Return isp's all-gather over t of T positions, 8 bytes each."""
+    """Return the all-gather of positions under isp: 8·T over t, for T positions in int64."""
     return _role_calls(s, "model", s.t, s.T * 8)
 
 
@@ -173,8 +173,8 @@ def head(s: Symbols) -> PassCalls:
 def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
     """Return the all-reduces of the vocabulary-parallel loss of K = ``tokens`` tokens; isp needs none.
 
-    Two all-reduces over t for each chunk of C tokens: C·g for the largest logits, and 2·C·g for the sum of exponentials
-    and the label's logit. With label smoothing the second is 3·C·g, for the sum of logits too.
+    Each chunk of C tokens takes two all-reduces over t: C·g for the largest logits, and 2·C·g for the sum of
+    exponentials and the label's logit. With label smoothing the second takes 3·C·g, because it adds the sum of logits.
     """
     if s.mode == "isp":
         return []
@@ -185,7 +185,7 @@ def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
 
 
 def _role_calls(s: Symbols, role: Role, group: Group, nbytes: int) -> PassCalls:
-    """Return the collectives of a role in the mode of ``s``, each on a tensor of ``nbytes`` bytes."""
+    """Return the collectives of ``role`` in the tensor mode of ``s``, each on a tensor of ``nbytes`` bytes."""
     forward, backward = TABLE.get((s.mode, role), ((), ()))
     return PassCalls(
         [call for collective in forward for call in calls_on(group, collective, nbytes)],

@@ -33,16 +33,16 @@ class _Axes(NamedTuple):
 
 
 def loss_curve(title: str, curves: Mapping[str, Points], marks: Mapping[str, Points], level: tuple[str, float]) -> str:
-    """Draw losses over steps.
+    """Draw the losses of a run over its steps, as SVG.
 
     Args:
         title: Heading of the picture.
         curves: Losses of every step by name, drawn as a smoothed line over the faint line of single steps.
         marks: Losses of some steps by name, such as validations, drawn as dots.
-        level: Name and loss of a dashed line to compare with.
+        level: Name and loss of a dashed, horizontal reference line.
 
     Returns:
-        SVG text, without losses that are not finite.
+        SVG text. Losses that are not finite are left out.
 
     Raises:
         ValueError: No loss is finite.
@@ -51,7 +51,7 @@ def loss_curve(title: str, curves: Mapping[str, Points], marks: Mapping[str, Poi
     marks = {name: _finite(points) for name, points in marks.items()}
     points = [point for series in (*curves.values(), *marks.values()) for point in series]
     if not points:
-        raise ValueError("there is no finite loss to draw")
+        raise ValueError("expected at least one finite loss to draw, got none")
     steps, losses = [step for step, _ in points], [*(loss for _, loss in points), level[1]]
     # A run of one step has no range of steps, so widen it: the axis divides by the range.
     axes = _Axes(min(steps), max(max(steps), min(steps) + 1), *_padded(min(losses), max(losses)))

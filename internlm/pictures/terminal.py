@@ -32,20 +32,20 @@ _BLACK = 16
 
 
 class Column(NamedTuple):
-    """Character of a row, and its background as an index of the 256-colour palette."""
+    """One character of a row, with its background as an index of the 256-colour palette."""
 
     character: str = " "
     shade: int | None = None
 
 
 def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, seconds: bool = False) -> str:
-    """Draw timelines below one another.
+    """Draw timelines as text, one below the other.
 
     Args:
         timelines: Timelines with their titles.
         width: Number of characters in a line; longer timelines continue in further lines.
-        coloured: Add ANSI colours. They carry no further information.
-        seconds: Whether times are in seconds.
+        coloured: Whether to add ANSI colours, which carry no further information.
+        seconds: Whether times are in seconds. False: they have no unit.
     """
     times = choose_clock(timelines, seconds)
     margin = len(f"rank {max(timeline.table.stage_layout.stages for _, timeline in timelines) - 1}") + 2
@@ -93,7 +93,10 @@ def _shade(action: Action) -> int:
 
 
 def _cell(name: str, wide: int) -> str:
-    """Fill a cell, as in ``B3--``, with a gap at the end if it fits; shorten a label that is too long to its letter."""
+    """Return the characters of a cell, such as ``B3--``.
+
+    Dashes fill the cell after its label, up to one blank at the end. A label that does not fit is cut to its letter.
+    """
     fitted = name if len(name) <= wide else name[0]
     return fitted.ljust(wide - 1, "-").ljust(wide)[:wide]
 

@@ -33,7 +33,10 @@ class Clock(NamedTuple):
 
 
 def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
-    """Choose the unit of a picture: with ``seconds`` the largest that the longest timeline reaches, else none."""
+    """Choose the unit of all times in a picture.
+
+    It is the largest of s, ms and µs that the longest timeline reaches, or none if times are not in ``seconds``.
+    """
     if not seconds:
         return Clock()
     end = latest_end(timelines)
@@ -42,7 +45,7 @@ def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
 
 
 class RankMetrics(NamedTuple):
-    """Busy and idle time of a rank, and the peak number of its activations in flight."""
+    """Busy and idle time of a rank, and its peak number of activations in flight (see :class:`Timeline`)."""
 
     rank: int
     busy: float
@@ -79,7 +82,7 @@ def format_metrics(timeline: Timeline, times: Clock) -> str:
 
 
 def label(action: Action, chunks: int) -> str:
-    """Format an action: ``F3``, ``f3`` for the second of two chunks, or ``F3.1`` for one of more chunks."""
+    """Format an action: ``F3``; chunk 1 is ``f3`` if ``chunks`` is 2, and ``F3.1`` if there are more."""
     if chunks != 2:
         return str(action)
     letter = action.type.lower() if action.chunk else action.type
@@ -87,7 +90,7 @@ def label(action: Action, chunks: int) -> str:
 
 
 def label_legend(timelines: Sequence[Titled]) -> str:
-    """Explain the labels of actions."""
+    """Return the legend of the labels, such as ``F3: micro-batch 3``."""
     chunks = max_chunks(timelines)
     if chunks == 1:
         return "F3: micro-batch 3"
@@ -95,7 +98,7 @@ def label_legend(timelines: Sequence[Titled]) -> str:
 
 
 def describe_action(timeline: Timeline, rank: int, action: Action) -> str:
-    """Format an action in words."""
+    """Describe an action by type, micro-batch, rank and, if there are several, chunk."""
     stage_layout = timeline.table.stage_layout
     where = f"rank {rank}"
     if stage_layout.chunks > 1:
@@ -115,7 +118,7 @@ def max_chunks(timelines: Sequence[Titled]) -> int:
 
 
 def latest_end(timelines: Sequence[Titled]) -> float:
-    """Return the latest end of all timelines, where the axis of time ends."""
+    """Return the latest end of all timelines, which is the end of the time axis."""
     return max(timeline.end for _, timeline in timelines)
 
 
@@ -127,7 +130,7 @@ def longest_label(timelines: Sequence[Titled]) -> int:
 
 
 def shortest_labelled(timelines: Sequence[Titled]) -> float:
-    """Return the duration of the shortest action whose label must fit, at least an eighth of the longest."""
+    """Return the duration of the shortest action whose label must fit: at least an eighth of the longest action."""
     # A lower bound, because one very short action, such as a measured outlier, would make the picture too wide.
     rows = (row for _, timeline in timelines for row in timeline.spans)
     lengths = [span.end - span.start for row in rows for span in row if span.end > span.start]

@@ -15,7 +15,11 @@ _MICROSECONDS = 1e6
 
 
 def chrome_trace(timelines: Sequence[Titled]) -> str:
-    """Return JSON with a process per timeline, a thread per rank and an arrow per transfer; times are seconds."""
+    """Return a Chrome trace as JSON: a process per timeline, a thread per rank and an arrow per transfer.
+
+    Args:
+        timelines: Timelines with their titles; times are read as seconds.
+    """
     # Viewers sort processes by index, so a simulation is shown above its measurement.
     events = [event for index, titled in enumerate(timelines) for event in _process(index, *titled)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
@@ -53,7 +57,7 @@ def _complete(process: int, rank: int, table: Table, span: Span) -> Event:
 
 
 def _transfers(process: int, timeline: Timeline) -> Iterator[Event]:
-    """Yield flow events from the end of each action to the start of its consumer."""
+    """Yield two flow events per transfer: the end of the sending action, and the start of the receiving one."""
     layout = timeline.table.stage_layout
     starts = {(rank, span.action): span.start for rank, row in enumerate(timeline.spans) for span in row}
     sent = (

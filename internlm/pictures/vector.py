@@ -56,11 +56,13 @@ class Paper(NamedTuple):
 
 
 def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
-    """Draw timelines below one another, as wide as their labels need, with a tooltip for each action.
+    """Draw timelines as SVG, one below the other, with a tooltip for each action.
+
+    The picture is as wide as its labels need, within limits.
 
     Args:
         timelines: Timelines with their titles.
-        seconds: Whether times are in seconds.
+        seconds: Whether times are in seconds. False: they have no unit.
     """
     width = min(max(NARROWEST, _legible(timelines)), WIDEST)
     paper = Paper(choose_clock(timelines, seconds), latest_end(timelines), width, max_chunks(timelines))
@@ -140,7 +142,7 @@ def _legend(paper: Paper, y: float, timelines: Sequence[Titled]) -> Iterator[str
 
 
 def _colour(action: Action, chunks: int) -> str:
-    """Return the colour of an action's type, lighter for later chunks."""
+    """Return the colour of the action's type, mixed with white for later chunks, as ``#rrggbb``."""
     # One hue for all chunks, because the type of action matters most; mixing in white keeps black text legible.
     white = 0.6 * action.chunk / max(1, chunks - 1)
     return "#" + "".join(f"{round(level + (255 - level) * white):02x}" for level in COLOURS[action.type])
@@ -188,11 +190,11 @@ _COLUMNS = ("rank", "busy", "idle", "in flight, at most")
 
 
 def html(timelines: Sequence[Titled], seconds: bool = False) -> str:
-    """Format an HTML page with the picture of :func:`svg` and a table of each rank's metrics.
+    """Return an HTML page with the picture of :func:`svg` and a table of each rank's metrics.
 
     Args:
         timelines: Timelines with their titles.
-        seconds: Whether times are in seconds.
+        seconds: Whether times are in seconds. False: they have no unit.
     """
     times = choose_clock(timelines, seconds)
     title = escape("; ".join(heading(*titled) for titled in timelines))

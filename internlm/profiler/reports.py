@@ -43,9 +43,14 @@ def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict
 
 
 def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mapping[str, int] | None = None) -> str:
-    """Format the bytes that this rank holds beside those of ``plan``.
+    """Format a table of the bytes that this rank holds and the bytes that the memory plan expects, by row.
 
-    Parameters are also listed by module; the last lines are the peaks of the process and of CUDA.
+    Further lines list the parameters by module, and the peaks of the process and of CUDA.
+
+    Args:
+        model: Model of this rank.
+        optimizer: Its optimizer.
+        plan: Planned bytes by row. None: the column is empty.
     """
     measured, planned = held_between_steps(model, optimizer), plan or {}
     # Rows on one side only keep a line: activations are planned but not held between steps.
@@ -75,7 +80,12 @@ WAIT, WARMUP, ACTIVE = 1, 1, 3  # steps: the first fills caches, the second abso
 
 
 class StepTrace:
-    """Writer of a trace of steps 3–5 to ``folder``, a file per rank, for Perfetto or chrome://tracing."""
+    """Profiler that writes a trace of steps 3–5 for Perfetto or chrome://tracing.
+
+    Args:
+        folder: Folder of the traces, created if missing.
+        rank: Rank of this process, part of the file name ``trace-rank<rank>.json``.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +99,13 @@ class StepTrace:
         )
 
     def start(self) -> None:
-        """Start the profiler, before the first step."""
+        """Start the profiler; call it before the first step."""
         self._profile.start()
 
     def step(self) -> None:
-        """Advance the profiler's schedule at the end of a step."""
+        """Advance the profiler's schedule; call it at the end of each step."""
         self._profile.step()
 
     def stop(self) -> None:
-        """Stop the profiler after the last step, which writes the trace if the run was long enough."""
+        """Stop the profiler, and write the trace if the run ends within the traced steps."""
         self._profile.stop()

@@ -1,5 +1,5 @@
 """Equivalence oracle: compare a run on several ranks with the same model on one process.
 
-``configs`` makes the two configs, ``run`` trains on each rank, ``processes`` starts the ranks, ``compare``
-(pure) turns their records into a :class:`~internlm.verify.compare.Report`, and ``report`` prints it.
+``configs`` resolves the two configs, ``processes`` starts the ranks, ``run`` trains on each of them, ``compare`` turns
+their records into a :class:`~internlm.verify.compare.Report`, and ``report`` formats it.
 """

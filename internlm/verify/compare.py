@@ -38,8 +38,8 @@ class Limits:
     parameters: float
     """Limit of each parameter after the last step."""
     modules: float
-    """Difference above which a module is reported. It is not part of the verdict: errors of an output that matter show
-    in loss and gradients."""
+    """Difference above which a module is reported. It is not part of the verdict: an error of an output that matters
+    also shows in the loss and the gradients."""
 
 
 def _limits(
@@ -86,13 +86,13 @@ class TrafficError:
 
     def __str__(self) -> str:
         return (
-            f"{self.collective} over {self.mode}, step {self.step}, rank {self.rank}: {self.counted.calls} calls of "
-            f"{self.counted.sent} bytes in all, expected {self.expected.calls} of {self.expected.sent}"
+            f"{self.collective} over {self.mode}, step {self.step}, rank {self.rank}: expected {self.expected.calls} "
+            f"calls ({self.expected.sent} bytes), got {self.counted.calls} ({self.counted.sent} bytes)"
         )
 
 
 def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[TrafficError] | None:
-    """Compare the ledgers of all ranks with the formula for ``config``; None if the model has no formula."""
+    """Return the differences between the ranks' ledgers and the formula; None if the model has no formula."""
     try:
         return [error for rank in range(len(records)) for error in _traffic_errors(config, rank, records)]
     except NoCostFormulaError:
@@ -145,7 +145,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Outcome of a comparison. Rows of tensors are sorted by difference, the largest first."""
+    """Outcome of a comparison, with the rows of tensors sorted by difference, the largest first."""
 
     losses: list[Row]
     norms: list[Row]
@@ -177,7 +177,7 @@ class Report:
         return [
             *(str(row) for row in self.rows if not row.passed),
             *(f"not bitwise equal: {disagreement}" for disagreement in self.disagreements),
-            *(f"{name}: some elements are on no rank" for name in self.holes),
+            *(f"{name}: no rank stores some of its elements" for name in self.holes),
             *(f"traffic: {error}" for error in self.traffic or ()),
         ]
 
@@ -188,7 +188,7 @@ class Report:
 
 
 def compare(config: Config, reference: RankRecord, ranks: Sequence[RankRecord]) -> Report:
-    """Compare a run on several ranks with one process.
+    """Compare a run on several ranks with the run of one process.
 
     Args:
         config: Config of the ranks.
@@ -252,7 +252,7 @@ def _sum_rows(sums: Sequence[Sequence[float]], references: Sequence[Sequence[flo
 def _tensor_rows(
     prefix: str, tensors: Mapping[str, Tensor], references: Mapping[str, Tensor], limit: float
 ) -> list[Row]:
-    """Return one row per tensor, the worst first; the difference is infinite for a tensor of one run only."""
+    """Return one row per tensor, the worst first; a tensor that only one run has differs by infinity."""
     rows = []
     for name in {**references, **tensors}:
         both = name in tensors and name in references

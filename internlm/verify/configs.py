@@ -1,4 +1,4 @@
-"""The two configs of a comparison: several ranks, and one process with the same model and global batch.
+"""Configs of a comparison: one for several ranks, one for a single process with the same model and global batch.
 
 :func:`debug_size` shrinks the sizes of a config and keeps its ratios and choices.
 """
@@ -16,7 +16,7 @@ from internlm.config.schema.fields import Rampup, parse_rampup
 from internlm.core.context.parallel_context import sizes_of
 from internlm.utils.errors import ConfigError, Problem
 
-LAYERS = 2  # fewest with a next layer, whose weights can be prefetched
+LAYERS = 2  # smallest number with a next layer, whose weights can be prefetched
 HEAD_DIM = 16
 #: Vocabulary size; odd, so that no tensor size divides it.
 VOCABULARY = 67
@@ -27,7 +27,10 @@ MOST_QUERIES = 4
 
 
 def debug_size(config: Config) -> dict[str, Any]:
-    """Return values by key that shrink ``config`` as far as its parallel sizes allow; random data, short run."""
+    """Return overrides, by config key, that shrink ``config`` as far as its parallel sizes allow.
+
+    They also select random data and a run of ``STEPS`` steps.
+    """
     return {**_model(config), **_pipeline(config), **_data(config), **_course()}
 
 
@@ -54,8 +57,8 @@ def _model(config: Config) -> dict[str, Any]:
 def _heads(config: Config) -> tuple[int, int]:
     """Return the number of key/value heads, and of query heads per key/value head.
 
-    Both are as small as the tensor size allows, but more than one if the config has more than one: groups of heads
-    must stay groups.
+    Both are as small as the tensor size allows, but more than one if the config has more than one: grouped-query
+    attention must stay grouped.
     """
     kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size
     queries = config.model.num_attention_heads // kv_heads
@@ -132,7 +135,7 @@ ALONE: Values = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Config of the ranks and of the one-process reference, with sizes, steps and seed."""
+    """Configs of the ranks and of the one-process reference, with sizes, steps and seed."""
 
     config: Config
     world_size: int
@@ -157,7 +160,7 @@ def make_plan(
 
     Args:
         source: Path of a config file, or a dict of config keys.
-        overrides: Strings ``KEY=VALUE``; they take precedence over ``dtype`` and the debug size.
+        overrides: Overrides ``KEY=VALUE``, which take precedence over ``dtype`` and the debug size.
         world_size: Number of ranks (default: :func:`default_world_size`).
         steps: Number of steps to train.
         dtype: Dtype name of parameters and activations.
@@ -177,7 +180,7 @@ def make_plan(
     config = resolve(source, common, world_size, "cpu").config
     check_runnable(config)
     if steps > config.data.total_steps:
-        message = f"{steps} is more than data.total_steps = {config.data.total_steps}"
+        message = f"must be at most data.total_steps = {config.data.total_steps}, got {steps}"
         raise ConfigError(Problem("--steps", message, "Lower --steps or raise data.total_steps"))
     data_size = sizes_of(config, world_size).data
     reference = reference_of(config, data_size)
@@ -185,7 +188,7 @@ def make_plan(
 
 
 def default_world_size(config: Config) -> int:
-    """Return the smallest world size that ``config`` allows, doubled, for data parallelism, up to ``MANY_RANKS``."""
+    """Return the smallest valid world size, doubled for data parallelism unless that exceeds ``MANY_RANKS``."""
     parallel = config.parallel
     isp = parallel.tensor.mode == "isp"
     sharing_state = (parallel.weight.size if isp else parallel.tensor.size) * max(parallel.zero1.size, 1)
@@ -194,7 +197,12 @@ def default_world_size(config: Config) -> int:
 
 
 def reference_of(config: Config, data_size: int) -> Config:
-    """Resolve ``config``, which has ``data_size`` data-parallel ranks, for one process with the same global batch."""
+    """Return the resolved config of one process with the same model and global batch.
+
+    Args:
+        config: Resolved config of the ranks.
+        data_size: Number of data-parallel ranks of ``config``.
+    """
     rampup = parse_rampup(config.data.rampup_batch_size)
     batch = {"data.micro_num": config.data.micro_num * data_size}
     ramp = {"data.rampup_batch_size": _scaled(rampup, data_size)} if rampup else {}

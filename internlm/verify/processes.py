@@ -1,6 +1,6 @@
 """Gloo ranks on this machine: processes that are started once, run functions on request, and are always ended.
 
-``internlm verify`` starts a set for each run (:func:`run_world`); the tests reuse theirs for many calls.
+``internlm verify`` starts new processes for each run (:func:`run_world`); the tests reuse processes for many calls.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HOST = "127.0.0.1"
 SEED = 0
 #: Modules that the fork server imports once for all ranks, since torch's compiler alone takes a second.
 PRELOAD = [COMPILER_MODULE, "torch.distributed.checkpoint", "internlm.core.trainer_builder", "internlm.verify.run"]
-#: Seconds to wait for the cause of a failure after other ranks have reported its consequences.
+#: Seconds to wait for further failures after the first: the rank with the root cause may be late to report it.
 SETTLE = 0.5
 #: Seconds to wait for hung ranks to write their stacks.
 STACK_TIMEOUT = 2.0
@@ -53,7 +53,7 @@ class RankError(Exception):
 
 
 class RankTimeoutError(RankError):
-    """Timeout of some ranks; the message holds the stacks of all ranks."""
+    """Failure of ranks that did not finish in time; the message holds the stacks of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
 
     Args:
         world_size: Number of ranks.
-        function: Called as ``function(rank, world_size, *args)``. Sent by name; ``args`` and the result by pickle.
-        args: Further arguments.
-        timeout: Timeout in seconds.
+        function: Function of a module, called as ``function(rank, world_size, *args)``.
+        args: Further arguments. Arguments and results are pickled.
+        timeout: Timeout in seconds. All processes have exited when the call returns or raises.
 
     Returns:
-        Results by rank. No process is left behind.
+        Results by rank.
 
     Raises:
         UserError: A rank raised a UserError.
@@ -129,7 +129,11 @@ class RankProcesses:
         return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"}
 
     def run(self, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
-        """Call ``function(rank, world_size, *args)`` on every rank and return the results by rank."""
+        """Call ``function(rank, world_size, *args)`` on every rank and return the results by rank.
+
+        Raises:
+            RankError: A rank raised an exception, died, or did not finish within ``timeout`` seconds.
+        """
         self.send(function, args)
         return self._collect(timeout)
 
@@ -157,7 +161,7 @@ class RankProcesses:
             raise RankError(text, failed[first].user_error)
         if waiting:
             hung = ", ".join(map(str, sorted(waiting.values())))
-            text = f"not finished after {timeout:g} s: rank {hung} of {len(self.processes)}"
+            text = f"rank {hung} of {len(self.processes)}: did not finish within {timeout:g} s"
             raise RankTimeoutError(f"{text}\n{self._stacks()}")
         return [replies[rank].result for rank in sorted(replies)]
 
@@ -221,7 +225,7 @@ def _answer(call: bytes, rank: int, world_size: int, environment: dict[str, str]
 
 
 def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dict[str, str]) -> None:
-    """Destroy the context and the groups of the last call, and make a new default group.
+    """Destroy the global context and the process groups of the last call, and create a new default group.
 
     Done before a call and not after one: a group must not be closed while a slower rank still reads from it.
     """

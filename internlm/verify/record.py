@@ -16,7 +16,7 @@ Offsets: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorShards:
-    """Slices of one logical tensor that a rank stores, by their offsets."""
+    """Slices of one logical tensor that a rank stores, by their offsets in it."""
 
     shape: tuple[int, ...]
     slices: dict[Offsets, Tensor]
@@ -36,7 +36,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """Local ranks in the data, tensor, pipeline and ZeRO groups."""
+    """Ranks of a process within its data, tensor, pipeline and zero groups."""
 
     data: int
     tensor: int
@@ -96,7 +96,7 @@ def add_shards(
 
 
 def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:
-    """Group records by data-parallel rank and pipeline stage, each stage in the order of its tensor group."""
+    """Return the records by data-parallel rank, then by pipeline stage, in the order of their tensor ranks."""
     grouped: dict[int, dict[int, list[RankRecord]]] = {}
     for record in sorted(records, key=lambda record: astuple(record.coordinates)):
         at = record.coordinates

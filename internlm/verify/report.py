@@ -90,7 +90,7 @@ def _format_list(title: str, good: str, bad: Sequence[object]) -> Iterator[str]:
 
 
 def _format_verdict(report: Report) -> Iterator[str]:
-    yield "PASS" if report.passed else f"FAIL, beyond {len(report.failures)} limits:"
+    yield "PASS" if report.passed else f"FAIL, {len(report.failures)} checks failed:"
     yield from (f"  {failure}" for failure in report.failures[:WORST])
     if len(report.failures) > WORST:
         yield f"  ... and {len(report.failures) - WORST} more"

@@ -56,9 +56,9 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and the modules that are not within a compiled block.
+    """Yield (name, module) for each module that is not within a compiled block.
 
-    Modules within a compiled block are not called, and a hook there would change what is compiled.
+    Compiled code does not call the modules within its block, and hooks on them would change the compiled code.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))
@@ -117,7 +117,7 @@ def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(value, f"{name}[{index}]")
 
 
-#: The groups of :class:`RankCoordinates`.
+#: Parallel modes of the fields of :class:`RankCoordinates`, in their order.
 COORDINATES = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
 
 
@@ -132,8 +132,8 @@ def run_rank(
         config: Resolved config, or a dict of config keys.
         seed: Seed of parameters and data.
         steps: Number of steps to train.
-        parts: Number of equal parts of the first step. Modules are watched in the first micro-batch of each part, which
-            is the first one of a rank if there are ``parts`` data-parallel ranks.
+        parts: Number of equal parts of the first step's micro-batches; modules are watched in the first micro-batch of
+            each. For one process, it is the number of data-parallel ranks, whose first micro-batches these are.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))
@@ -165,7 +165,7 @@ def run_rank(
 
 
 def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:
-    """Return the micro-batch of each forward call of the model in a step of ``micro_num``."""
+    """Return the micro-batch of each forward call of the model in a step of ``micro_num`` micro-batches."""
     actions = trainer.scheduler.table(micro_num).actions[gpc.get_local_rank(ParallelMode.PIPELINE)]
     return [action.micro_batch for action in actions if action.type == FORWARD]
 
@@ -185,7 +185,7 @@ class _Meter:
         return report
 
     def finish(self) -> None:
-        """Finish communication that the last step deferred (``overlap_sync_param``), and count it in that step."""
+        """Finish the communication that the last step deferred (``overlap_sync_param``) and count it in that step."""
         before = LEDGER.snapshot()
         self.trainer.optimizer.gather_parameters()
         self.traffic[-1] = sum_traffic([self.traffic[-1], LEDGER.since(before)])

@@ -45,7 +45,7 @@ class Assembled:
 
 
 def assemble(ranks: Sequence[ShardsByName]) -> Assembled:
-    """Build logical tensors from the shards of each rank; if ranks disagree, the values of the lowest one are used."""
+    """Build logical tensors from the shards of each rank; where ranks disagree, the lowest rank's values are used."""
     result = Assembled()
     for name in dict.fromkeys(name for shards in ranks for name in shards):
         _assemble(name, ranks, result)
@@ -86,7 +86,7 @@ def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
     """Join the shards of one module's output, by rank of a tensor group, into tensors of ``shape``.
 
     Returns:
-        Each shard if all have the full shape, one tensor if they are split along one axis, else an empty list.
+        All shards if each has the full shape; one tensor if they are split along one axis; else an empty list.
     """
     if all(shard.shape == shape for shard in shards):
         return list(shards)
@@ -118,7 +118,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class ModuleTrace:
-    """Relative differences of modules, in the order of the reference run; None: not comparable."""
+    """Relative difference of each module's tensors, in the order of the reference run.
+
+    The difference of a module whose tensors cannot be compared is None.
+    """
 
     limit: float
     differences: dict[str, float | None] = field(default_factory=dict)
@@ -135,7 +138,7 @@ class ModuleTrace:
 
     @property
     def last_equal(self) -> str | None:
-        """Module compared just before the first that differs."""
+        """Last module compared before :attr:`first`, if any."""
         names = self.compared
         index = names.index(self.first) if self.first is not None else 0
         return names[index - 1] if index else None
@@ -158,7 +161,7 @@ def trace_modules(
 
     Args:
         reference: Record with a pass for each data-parallel rank of ``ranks``, in their order.
-        ranks: Records with one pass each, which holds the modules of its pipeline stage.
+        ranks: Records with one pass each, which holds the modules of the rank's pipeline stage.
         tensors_of: Function that returns the outputs or the gradients of a pass.
         limit: Relative difference above which a module is reported as different.
     """
@@ -167,13 +170,19 @@ def trace_modules(
         [[tensors_of(record.passes[0]) for record in group] for group in stages.values()]
         for stages in by_sample(ranks).values()
     ]
-    assert len(wanted) == len(by_data_rank), f"{len(wanted)} passes for {len(by_data_rank)} data-parallel ranks"
+    assert len(wanted) == len(by_data_rank), f"expected {len(by_data_rank)} passes, got {len(wanted)}"
     names = dict.fromkeys(name for tensors in wanted for name in tensors)
     return ModuleTrace(limit, {name: _difference(name, wanted, by_data_rank) for name in names})
 
 
 def _difference(name: str, wanted: Sequence[Tensors], found: Sequence[Sequence[Sequence[Tensors]]]) -> float | None:
-    """Return the largest difference of a module; ``found``: tensors by data-parallel rank, stage and tensor rank."""
+    """Return the largest relative difference of a module's tensors; None if they cannot be compared.
+
+    Args:
+        name: Name of the module.
+        wanted: Tensors of the reference, by data-parallel rank.
+        found: Tensors of the ranks, by data-parallel rank, stage and tensor rank.
+    """
     differences: list[float] = []
     for tensors, stages in zip(wanted, found, strict=True):
         group = next((group for group in stages if all(name in shards for shards in group)), None)

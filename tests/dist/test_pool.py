@@ -122,7 +122,7 @@ def test_a_hang_is_reported_with_every_stack() -> None:
     with pytest.raises(RankTimeoutError) as caught:
         run_ranks(2, _wait_for_nothing, timeout=0.5)
     text = str(caught.value)
-    assert text.startswith("not finished after 0.5 s: rank 1 of 2\n")
+    assert text.startswith("rank 1 of 2: did not finish within 0.5 s\n")
     rank_0, rank_1 = text.split("--- rank ")[1:]
     assert "in _serve" in rank_0
     assert "_wait_for_nothing" not in rank_0
@@ -168,7 +168,7 @@ def test_a_world_raises_the_error_that_a_user_can_fix() -> None:
 
 def test_a_world_that_hangs_is_reported_and_ends() -> None:
     before = _children()
-    with pytest.raises(RankTimeoutError, match=r"not finished after 2 s: rank (0, )?1 of 2\n--- rank 0"):
+    with pytest.raises(RankTimeoutError, match=r"rank (0, )?1 of 2: did not finish within 2 s\n--- rank 0"):
         run_world(2, _wait_for_nothing, (), 2)
     assert _children() == before
 

@@ -1,7 +1,6 @@
 """Pipeline schedules: tables of actions, their validation, and the executor that runs any table.
 
-The schedulers are re-exported lazily: tables and simulations are pure, and the command line lists and draws them
-without importing torch.
+The names below are imported on first use, so that the command line lists and draws schedules without importing torch.
 """
 
 from typing import TYPE_CHECKING

@@ -2,11 +2,12 @@
 
 =====  =======================================================================================================
 ``F``  forward of a chunk for a micro-batch
-``B``  backward: the gradient of the chunk's input; without a W in the table, also of its weights
-``W``  the gradient of the chunk's weights, deferred to fill idle time (Zero Bubble, arXiv 2401.10241, sec. 2)
+``B``  backward: gradient of the chunk's input and, unless the table has a W for them, of its weights
+``W``  gradients of the chunk's weights, deferred to fill idle time (Zero Bubble, arXiv 2401.10241, sec. 2)
 =====  =======================================================================================================
 
-F of virtual stage v needs the hidden states that F of v − 1 computed; B of v needs their gradient from B of v + 1.
+F of virtual stage v takes the hidden states that F of v − 1 returned. B of v takes the gradient of the hidden states
+that F of v returned; B of v + 1 computes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ WEIGHT: Final = "W"
 
 
 class Action(NamedTuple):
-    """Action of a rank for a micro-batch and a chunk; as text ``F3``, or ``F3.1`` for chunk 1."""
+    """Forward, backward or weight-gradient computation of one chunk for one micro-batch.
+
+    Formatted as ``F3`` (forward, micro-batch 3), or ``F3.1`` for chunk 1.
+    """
 
     type: ActionType
     micro_batch: int
@@ -35,20 +39,23 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Tensor sent from one virtual stage to the next: hidden states for F, their gradient for B."""
+    """Identity of a tensor sent between adjacent virtual stages: hidden states (F) or their gradient (B)."""
 
     type: ActionType
-    virtual: int  # virtual stage that receives it
+    virtual: int  # receiving virtual stage
     micro_batch: int
 
     @property
     def sender(self) -> int:
-        """Virtual stage that computes this tensor and sends it."""
+        """Virtual stage that computes and sends the tensor."""
         return self.virtual + (-1 if self.type == FORWARD else 1)
 
 
 def input_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
-    """Return the message that ``action`` of ``rank`` needs; None for W and at the ends of the model."""
+    """Return the message that ``action`` on ``rank`` takes as input, if any.
+
+    W, F of the first virtual stage and B of the last take no message: the result is None.
+    """
     virtual = layout.virtual(rank, action.chunk)
     first = virtual == 0 and action.type == FORWARD
     last = virtual == layout.virtual_stages - 1 and action.type == BACKWARD
@@ -58,7 +65,10 @@ def input_message(layout: StageLayout, rank: int, action: Action) -> Message | N
 
 
 def output_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
-    """Return the message that ``action`` of ``rank`` computes; None for W and at the ends of the model."""
+    """Return the message that ``action`` on ``rank`` produces, if any.
+
+    W, F of the last virtual stage and B of the first produce no message: the result is None.
+    """
     if action.type == WEIGHT:
         return None
     receiver = layout.virtual(rank, action.chunk) + (1 if action.type == FORWARD else -1)
@@ -69,7 +79,7 @@ def output_message(layout: StageLayout, rank: int, action: Action) -> Message | 
 
 @dataclass(frozen=True)
 class Table:
-    """A schedule: ``actions[rank]`` in the order in which that rank runs them."""
+    """Pipeline schedule: the actions of each rank, ``actions[rank]``, in execution order."""
 
     schedule: str  # name of the schedule: one of SCHEDULES, or the name of a CSV file
     stage_layout: StageLayout
@@ -78,7 +88,7 @@ class Table:
 
     @cached_property
     def _deferred(self) -> frozenset[tuple[int, int, int]]:
-        """(rank, chunk, micro-batch) of every W."""
+        """Set of the (rank, chunk, micro-batch) of every W."""
         return frozenset(
             (rank, action.chunk, action.micro_batch)
             for rank, row in enumerate(self.actions)
@@ -87,10 +97,10 @@ class Table:
         )
 
     def defers_weight(self, rank: int, action: Action) -> bool:
-        """Whether ``action``, a B of ``rank``, leaves the gradient of the weights to a W."""
+        """Return True if ``action``, a B of ``rank``, leaves the weight gradients to a W."""
         return (rank, action.chunk, action.micro_batch) in self._deferred
 
     def forward_only(self) -> Table:
-        """Return the table without B and W, for validation."""
+        """Return this table without B and W, for steps without gradients."""
         rows = tuple(tuple(action for action in row if action.type == FORWARD) for row in self.actions)
         return Table(self.schedule, self.stage_layout, self.micro_batches, rows)

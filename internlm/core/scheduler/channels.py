@@ -32,7 +32,7 @@ _MAX_DIMENSIONS = 8
 @dataclass(eq=False)
 class _Incoming:
     message: Message
-    spec: TensorSpec | None  # None: a header precedes the message
+    spec: TensorSpec | None  # None: a header with shape and dtype precedes the tensor
     buffer: Tensor | None = None
     work: dist.Work | None = None
 
@@ -52,11 +52,11 @@ class Channels:
 
     Args:
         stage: Group of this rank's pipeline.
-        incoming: Groups of the channels to this rank, by sending stage.
-        outgoing: Groups of the channels from this rank, by receiving stage.
-        device: Device of the messages.
+        incoming: Process group of each channel to this rank, by sending stage.
+        outgoing: Process group of each channel from this rank, by receiving stage.
+        device: Device of the tensors.
         timeout: Timeout of the groups in seconds; a longer wait or a dead peer raises :class:`LostPeerError`.
-        overlap: Whether this rank continues during a send; otherwise it blocks until the send has completed.
+        overlap: Whether sends overlap with compute. False: block until a send has completed, if that cannot deadlock.
     """
 
     def __init__(
@@ -75,12 +75,20 @@ class Channels:
 
     # -- receiving ----------------------------------------------------------------------------------------------------
     def post_receive(self, source: int, message: Message, spec: TensorSpec | None) -> None:
-        """Post a receive for the next message of a channel; if ``spec`` is None, only when the message is needed."""
+        """Queue the receive of the next message of a channel, and post it if its shape is known.
+
+        Receives of a channel are posted in order, so one without ``spec`` also delays those queued after it.
+
+        Args:
+            source: Sending stage.
+            message: Message to receive.
+            spec: Shape and dtype of the tensor. None: both arrive in a header, and :meth:`receive` posts the receive.
+        """
         self._receiving[source].append(_Incoming(message, spec))
         self._post_known(source)
 
     def receive(self, source: int, message: Message) -> Tensor:
-        """Wait for a message whose receive has been posted, and return its tensor."""
+        """Wait for a message queued by :meth:`post_receive`, and return its tensor."""
         # Receives of earlier messages must be posted first, since the channel matches them in order.
         for incoming in self._receiving[source]:
             if incoming.work is None:
@@ -96,7 +104,7 @@ class Channels:
         return buffer
 
     def _post_known(self, source: int) -> None:
-        """Post the receives of a channel, up to the first one whose shape is not known."""
+        """Post the queued receives of a channel, up to the first whose shape is unknown."""
         for incoming in self._receiving[source]:
             if incoming.work is None and incoming.spec is None:
                 return
@@ -123,8 +131,15 @@ class Channels:
 
     # -- sending ------------------------------------------------------------------------------------------------------
     def send(self, target: int, message: Message, tensor: Tensor, declared: bool) -> None:
-        """Send ``tensor``, after a header with shape and dtype unless the receiver computes both (``declared``)."""
-        # gloo and NCCL send contiguous memory.
+        """Send the tensor of a message.
+
+        Args:
+            target: Receiving stage.
+            message: Message to send.
+            tensor: Tensor of the message.
+            declared: Whether the receiver can compute shape and dtype. False: send a header with both first.
+        """
+        # gloo and NCCL require contiguous tensors.
         tensor = tensor.contiguous()
         if not declared:
             self._isend(target, message, _header(tensor), may_block=False)
@@ -159,12 +174,12 @@ class Channels:
     def _attributing(
         self, peer: int, message: Message, verb: Literal["send", "receive"]
     ) -> AbstractContextManager[None]:
-        """Turn failures within the block into errors that name the lost peer."""
+        """Convert a failure within the block into a ``LostPeerError`` that names the lost peer."""
         return attributing_peer_failure(self.stage, peer, f"{verb} {_format_message(message)}", self.timeout)
 
 
 def _header(tensor: Tensor) -> Tensor:
-    assert tensor.dim() <= _MAX_DIMENSIONS, f"{tensor.dim()} dimensions between stages"
+    assert tensor.dim() <= _MAX_DIMENSIONS, f"hidden states: at most {_MAX_DIMENSIONS} dimensions, got {tensor.dim()}"
     sizes = [*tensor.shape, *[0] * (_MAX_DIMENSIONS - tensor.dim())]
     return torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *sizes], device=tensor.device)
 

@@ -1,10 +1,10 @@
 """Computation of F, B and W on a rank: forward and backward of one chunk of the model for one micro-batch.
 
 A model that can be split into stages has an attribute ``stage_layers`` (a
-:class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes ``chunk`` and ``hidden``, the output of the
-previous chunk, which is None for the first. Every chunk but the last returns hidden states, one tensor; the last
-returns the output of the whole model. If the model has a method ``hidden_like(inputs)``, which returns shape and dtype
-of the hidden states, no header with them is sent.
+:class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes the keywords ``chunk``, the index of a
+chunk, and ``hidden``, the output of the previous chunk (None for the first). Every chunk but the last returns its
+hidden states as one tensor; the last returns the output of the whole model. If the model has a method
+``hidden_like(inputs)`` that returns shape and dtype of the hidden states, stages send no header with both.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class MicroBatches:
         return len(self._labels)
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the model's inputs for micro-batch ``index``, on the device."""
+        """Return the inputs of the model for micro-batch ``index``, by name, on the device."""
         return {key: self._on_device(tensor) for key, tensor in self.host_inputs(index).items()}
 
     def host_inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the model's inputs for micro-batch ``index`` on the host, to read shapes without a host sync."""
+        """Return the inputs of the model for micro-batch ``index`` on the host: shapes are read without a host sync."""
         return {key: self._batch[key][index] for key in MODEL_INPUTS if key in self._batch}
 
     def labels(self, index: int) -> Tensor:
@@ -51,7 +51,7 @@ class MicroBatches:
         return self._on_device(self._labels[index])
 
     def type_ids(self, index: int) -> Tensor:
-        """Return the data-set type of each token of micro-batch ``index``."""
+        """Return the data-set type of each token of micro-batch ``index``, shaped like its labels."""
         return self._on_device(self._batch["type_ids"][index])
 
     def valid_tokens(self) -> Tensor:
@@ -65,9 +65,9 @@ class MicroBatches:
 
 @dataclass
 class InFlight:
-    """State of a chunk and micro-batch between its F and its last backward action."""
+    """State of one (chunk, micro-batch) pair between its F and its last backward action."""
 
-    hidden: Tensor | None  # the input, whose gradient is sent back
+    hidden: Tensor | None  # input of the chunk; its gradient is sent back
     edge: GradientEdge | None  # graph node of the output; the output itself is freed once it has been sent
     output_spec: TensorSpec
     tasks: list[Task] = field(default_factory=list)  # weight gradients that B deferred to W
@@ -81,13 +81,14 @@ class ComputeOptions:
     device: torch.device
     grad_scale: float | None  # factor on the sum of the token losses; None: no loss
     keep_outputs: bool = False
-    dropout_key: DropoutKey = field(default_factory=DropoutKey)  # without micro-batch
+    dropout_key: DropoutKey = field(default_factory=DropoutKey)  # key of the step, without micro-batch
 
 
 class Compute:
-    """Computation of the chunks of ``model`` on the micro-batches of one step.
+    """Runs the chunks of a model on the micro-batches of one step.
 
-    ``sums`` and ``outputs`` collect the results of the last chunk over all micro-batches.
+    The last chunk adds to ``sums`` ([3, types], see :class:`internlm.core.scheduler.loss.StepResult`) and stores its
+    results in ``outputs``, by micro-batch, if ``keep_outputs`` is set.
     """
 
     def __init__(
@@ -101,24 +102,33 @@ class Compute:
         self.outputs: dict[int, Tensor] = {}
 
     def hidden_spec(self, index: int) -> TensorSpec | None:
-        """Return shape and dtype of the hidden states of a micro-batch; None where the model does not declare them."""
+        """Return shape and dtype of a micro-batch's hidden states; None if the model has no ``hidden_like``."""
         hidden_like = getattr(self.model, "hidden_like", None)
         return hidden_like(self.micro_batches.host_inputs(index)) if hidden_like else None
 
     def check_hidden(self, index: int, hidden: Tensor) -> bool:
-        """Return whether the model declares the shape of its hidden states.
+        """Compare the hidden states of micro-batch ``index`` with the shape and dtype that the model declares.
+
+        Returns:
+            True if the model declares both (``hidden_like``).
 
         Raises:
-            UserError: ``hidden`` differs from the declared shape or dtype, so the receiver's buffer would not fit.
+            UserError: ``hidden`` has another shape or dtype, so it would not fit the receiver's buffer.
         """
         declared, actual = self.hidden_spec(index), (tuple(hidden.shape), hidden.dtype)
         if declared is not None and (tuple(declared[0]), declared[1]) != actual:
-            message = f"expected {declared}, but a chunk returned {actual}"
-            raise UserError(Problem("hidden_like of the model", message, "Return actual shape and dtype, or remove it"))
+            message = f"expected {actual} (the hidden states that forward returned), got {declared}"
+            todo = "Return the shape and dtype of the hidden states, or remove hidden_like"
+            raise UserError(Problem(f"{type(self.model).__name__}.hidden_like", message, todo))
         return declared is not None
 
     def forward(self, chunk: int, index: int, hidden: Tensor | None) -> Tensor | None:
-        """Run a chunk for micro-batch ``index``.
+        """Run forward of a chunk for micro-batch ``index``.
+
+        Args:
+            chunk: Index of the chunk on this rank.
+            index: Index of the micro-batch.
+            hidden: Output of the previous chunk; None for the first chunk of the model.
 
         Returns:
             The hidden states; for the last chunk the scaled loss, or None if no loss is computed.
@@ -145,10 +155,10 @@ class Compute:
 
 
 def keep_in_flight(hidden: Tensor | None, output: Tensor) -> InFlight:
-    """Return the state that backward needs of an F with input ``hidden`` and result ``output``."""
+    """Return the state that backward needs after a forward with input ``hidden`` and result ``output``."""
     # Backward starts from the graph node: a reference to the output would keep its memory, which is not read after the
-    # send (Megatron frees it by a pseudo-deallocation, --deallocate-pipeline-outputs). If everything before it is
-    # frozen, the output has no node.
+    # send (Megatron frees it by a pseudo-deallocation, --deallocate-pipeline-outputs). If nothing before the output is
+    # trainable, it has no node.
     edge = get_gradient_edge(output) if output.requires_grad else None
     return InFlight(hidden, edge, (tuple(output.shape), output.dtype))
 
@@ -156,8 +166,12 @@ def keep_in_flight(hidden: Tensor | None, output: Tensor) -> InFlight:
 def backward(state: InFlight, grad_output: Tensor, defer: bool) -> Tensor | None:
     """Run backward of a chunk and return the gradient of its input, or None for the first chunk.
 
-    Gradients of parameters are accumulated; with ``defer``, the products for weight gradients are left to
-    :func:`weight_gradients`.
+    Gradients of parameters are accumulated.
+
+    Args:
+        state: State of the chunk and micro-batch; its input and graph are released.
+        grad_output: Gradient of the chunk's output.
+        defer: Whether to leave the products of the weight gradients to :func:`weight_gradients`.
     """
     hidden, edge = state.hidden, state.edge
     state.hidden = state.edge = None

@@ -17,10 +17,16 @@ from internlm.core.scheduler.timeline import Record
 
 
 class Executor:
-    """Executor of one rank's plan: runs its steps in order, receives their inputs and sends their outputs.
+    """Runs the steps of one rank's plan in order, receives their inputs and sends their outputs.
 
     Messages between two chunks of this rank do not pass through a channel. ``peak_in_flight`` is the largest number of
-    (chunk, micro-batch) pairs between F and their last action. Without ``backward``, nothing is kept in flight.
+    (chunk, micro-batch) pairs in flight, that is between F and their last backward action.
+
+    Args:
+        steps: Plan of this rank.
+        compute: Computation of the actions.
+        channels: Channels to and from the other stages; None for a pipeline of one rank.
+        backward: Whether to compute gradients. False: no state is kept after F.
     """
 
     def __init__(self, steps: Sequence[Step], compute: Compute, channels: Channels | None, backward: bool) -> None:
@@ -35,7 +41,10 @@ class Executor:
         }
 
     def run(self, records: list[Record] | None = None) -> None:
-        """Run all steps; append their records to ``records`` if given, which synchronises the device around actions."""
+        """Run all steps, and append the times of each to ``records`` if given.
+
+        With ``records``, the device is synchronised before and after every action.
+        """
         now = _no_clock if records is None else _clock
         with torch.set_grad_enabled(self.backward):
             for step in self.steps:
@@ -47,7 +56,7 @@ class Executor:
 
     def _run_step(self, step: Step, now: Callable[[], float]) -> Record:
         begin = now()
-        # Post receives first: the plan's proof against deadlock needs the buffers before the action runs.
+        # Post receives first: the plan is free of deadlock only if they are posted before the action runs.
         for receive in step.receives:
             self._post_receive(receive)
         received = self._receive(step)

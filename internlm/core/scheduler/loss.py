@@ -19,14 +19,14 @@ LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and sums of one step."""
+    """Result of one step: mean loss, sums by data-set type and, if requested, outputs."""
 
-    #: Mean over the valid tokens of the global batch; equal on every rank.
+    #: Mean loss over the valid tokens of the global batch, equal on every rank; nan if no loss was computed.
     loss: float
     #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each data-set type, over all
     #: ranks.
     sums: Tensor
-    #: Outputs and labels of each micro-batch, if requested; in a pipeline, on the rank of the head.
+    #: Outputs and labels of each micro-batch, if requested; in a pipeline, only on the rank with the head.
     outputs: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
@@ -37,17 +37,17 @@ class StepResult:
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:
-    """Return zero-initialised sums, [3, types]."""
+    """Return zeros for the sums of a step (see :class:`StepResult`), [3, types], float64."""
     # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts needs.
     return torch.zeros(3, types, dtype=torch.float64, device=device)
 
 
 def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int) -> Tensor:
-    """Return the sums [3, types] of one micro-batch.
+    """Return the sums of one micro-batch (see :class:`StepResult`), [3, types], float64.
 
     Args:
         result: Token losses and correct predictions of the micro-batch, [T].
-        labels: [T], or any shape with T elements; −100 is ignored.
+        labels: Labels, [T] or any shape with T elements; −100 is ignored.
         type_ids: Data-set type of each token, shaped like ``labels``.
         types: Number of data-set types.
     """
@@ -58,10 +58,17 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
 
 
 class TokenCrossEntropy:
-    """Cross-entropy of each token with its label.
+    """Cross-entropy between the logits of a model and the labels.
 
-    A model whose ``forward`` takes ``labels`` computes the loss itself (the framework's do, chunk by chunk, so that the
-    logits of all tokens never exist at once); any other model returns logits.
+    A model whose ``forward`` takes ``labels`` computes the loss itself. The built-in models do so in chunks of tokens,
+    because the logits of all tokens would take too much memory. Any other model returns logits.
+
+    Args:
+        model: Model to run.
+        label_smoothing: Weight of the uniform distribution in the targets, 0 to 1.
+
+    Raises:
+        UserError: The model returns logits that do not match the labels of this rank.
     """
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
@@ -71,7 +78,13 @@ class TokenCrossEntropy:
             _check_logits(model)
 
     def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor, grad_scale: float) -> TokenLoss:
-        """Run the model; ``loss_sum`` of the result is ``grad_scale`` times the sum of the token losses."""
+        """Run the model and return its token losses.
+
+        Args:
+            inputs: Inputs of the model, by name.
+            labels: Label of each token; −100 is ignored.
+            grad_scale: Factor on ``loss_sum`` of the result, but not on its ``token_loss``.
+        """
         options = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
         if self.takes_labels:
             result: TokenLoss = self.model(**inputs, labels=labels, **options)
@@ -81,7 +94,11 @@ class TokenCrossEntropy:
 
 
 def _check_logits(model: nn.Module) -> None:
-    """Raise :class:`UserError` unless the logits of ``model`` cover the whole vocabulary for this rank's labels."""
+    """Check that the logits of ``model`` cover the whole vocabulary, for the tokens whose labels this rank has.
+
+    Raises:
+        UserError: The logits are split over the vocabulary, or include tokens whose labels other ranks have.
+    """
     for name, module in model.named_modules():
         comm = getattr(module, "communicator", None)
         if isinstance(comm, HeadCommunicator) and comm is not IDENTITY_HEAD:
@@ -89,6 +106,9 @@ def _check_logits(model: nn.Module) -> None:
             # with split tokens it has the labels of its own tokens, so logits must stay split.
             wrong = comm.vocab is not None
             if module.parallel_output == wrong:
-                message = f"returns logits that the loss cannot use in this parallel mode (parallel_output={wrong})"
+                expected, got = "the whole vocabulary", "this rank's vocabulary entries"
+                if not wrong:
+                    expected, got = "this rank's tokens", "all tokens"
+                message = f"expected logits of {expected} for the loss, got those of {got} (parallel_output={wrong})"
                 todo = f"Let forward take labels and return {name}.loss(x, labels), or set parallel_output={not wrong}"
-                raise UserError(Problem(f"model '{name}'", message, todo))
+                raise UserError(Problem(f"head '{name}' of the model", message, todo))

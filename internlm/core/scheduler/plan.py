@@ -1,12 +1,12 @@
 """Plan of one rank, derived from the table: its actions, with the sends and receives around each. Pure.
 
-A table has no transfers: they follow from its actions. The receive of a message from another rank is posted **before
-the action during which the message arrives in the simulation**, in which all actions have the same duration. This is
-early enough for a sender that blocks until each of its messages is received (as NCCL and gloo may, for large ones), and
-then no schedule that can be simulated can deadlock, whatever the real durations. Proof: among the actions that have not
-run, take the one that ends first in the simulation. The actions before it on its rank have run; its input was sent by
-an action that ended earlier, so it has arrived; and the receiver of its output has run all actions that ended earlier,
-so the receive is posted. Hence the action can run.
+A table lists no transfers: they follow from its actions. The receive of a message from another rank is posted **before
+the action during which the message arrives in a simulation** in which all actions have the same duration. Then no
+schedule that can be simulated deadlocks, whatever the real durations, even if a sender blocks until its message is
+received (as NCCL and gloo may for large messages). Proof: among the actions that have not run, take the one that ends
+first in the simulation. The actions before it on its rank have run. Its input was sent by an action that ended earlier,
+so the input has arrived. The receiver of its output has run all actions that ended earlier, so the receive is posted.
+Hence the action can run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm.core.scheduler.validate import simulate
 
 
 class Receive(NamedTuple):
-    """Receive of a message from another rank for a chunk of this one."""
+    """Receive of a message that another rank sends to a chunk of this rank."""
 
     source: int
     message: Message
@@ -30,26 +30,26 @@ class Receive(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Action of a plan, with the transfers around it."""
+    """One action of a plan, with its input, its output and the receives to post before it."""
 
     action: Action
-    #: Whether the action is a B that defers the gradient of the weights to a W.
+    #: Whether the action is a B that leaves the weight gradients to a W.
     defers_weight: bool
     #: Receives to post before the action.
     receives: tuple[Receive, ...]
-    #: Input of the action, and the rank that sends it.
+    #: Input of the action (None: no message), and the rank that sends it.
     input: Message | None
     source: int
-    #: Output of the action, and the rank that receives it.
+    #: Output of the action (None: no message), and the rank that receives it.
     output: Message | None
     target: int
 
 
 def make_plan(table: Table, rank: int) -> tuple[Step, ...]:
-    """Return the steps of ``rank``.
+    """Return the plan of ``rank``: its steps, in the order of ``table``.
 
     Raises:
-        ScheduleError: The table cannot run.
+        ScheduleError: ``table`` is incomplete, out of order or deadlocks.
     """
     timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
     receives = _receives(timeline, rank)

@@ -1,4 +1,4 @@
-"""Schedulers: one class per published schedule, each with its table for the same executor."""
+"""Schedulers: one class per published schedule, all run by the same executor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pipeline:
     group: Group = NO_PIPELINE
     chunks: int = 1
     channels: Channels | None = None  # None: a pipeline of one rank
-    #: Custom table for a number of micro-batches; None: the table of the schedule.
+    #: Function that returns a custom table for a number of micro-batches; None: use the table of the schedule.
     own_table: Callable[[int], Table] | None = None
 
 
@@ -48,22 +48,22 @@ class Pipeline:
 class TrainingStep:
     """Settings of one training step."""
 
-    step: int = 0  # part of the key of dropout masks
+    step: int = 0  # index of the step, part of the dropout RNG key
     loss_scale: float = 1.0  # factor on the gradients
     #: Called when this rank's gradients are complete, while other stages may still compute their gradients.
     after_backward: Callable[[], None] | None = None
 
 
 class Scheduler:
-    """Runs the micro-batches of a step in the order of a table.
+    """Runs the micro-batches of a step in the order of the schedule's table.
 
     Args:
-        criterion: Loss of a micro-batch.
+        criterion: Runs the model and returns the loss of a micro-batch.
         types: Number of data-set types.
-        data_group: Ranks of this stage whose tokens make up the global batch.
+        data_group: Group of this stage's ranks whose tokens make up the global batch.
         device: Device to which micro-batches are copied.
         pipeline: Position of this rank in its pipeline. None: no pipeline.
-        dropout_key: Key of dropout masks on this rank, without step and micro-batch.
+        dropout_key: Dropout RNG key of this rank, without step and micro-batch.
     """
 
     schedule: ClassVar[ScheduleName]
@@ -80,7 +80,7 @@ class Scheduler:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
         self.dropout_key = dropout_key or DropoutKey()
         self.pipeline = pipeline or Pipeline()
-        #: Set to a list to record each action of steps with backward.
+        #: List to which steps with backward append a record of each action; None: record nothing.
         self.records: list[Record] | None = None
         #: Largest number of (chunk, micro-batch) pairs in flight during the last step.
         self.peak_in_flight = 0
@@ -88,10 +88,12 @@ class Scheduler:
         self._plans: dict[tuple[int, bool], tuple[Step, ...]] = {}
 
     def table(self, micro_batches: int, backward: bool = True) -> Table:
-        """Return the table of a step.
+        """Return the table of a step of ``micro_batches`` micro-batches.
+
+        Without ``backward``, the table is that of the built-in schedule, with F only.
 
         Raises:
-            ScheduleError: The schedule does not allow these sizes.
+            ScheduleError: The schedule does not allow these sizes, or the custom table is invalid.
         """
         standard = partial(make_table, self.schedule, self.pipeline.group.size, self.pipeline.chunks)
         if not backward:
@@ -113,12 +115,12 @@ class Scheduler:
         micro-batches and ranks.
 
         Args:
-            engine: Object with the model.
+            engine: Object whose ``model`` is run.
             data_iter: Iterator over (inputs, labels) of all micro-batches of a step.
             forward_only: Whether to skip backward.
-            return_loss: Whether to compute the loss. False: run forward alone, for the outputs; labels are not used.
+            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels are not read.
             return_output_label: Whether to keep outputs and labels in the result.
-            training: Settings of a step with backward.
+            training: Settings of a step with backward; by default those of ``TrainingStep()``.
         """
         training = training or TrainingStep()
         micro_batches = MicroBatches(*next(data_iter), self.device)
@@ -154,57 +156,60 @@ class Scheduler:
         return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
 
     def _result(self, compute: Compute, return_loss: bool) -> StepResult:
-        """Build the result: all-reduce the sums, which only the stage of the head has, to every rank."""
+        """Return the result, with the sums all-reduced: only the stage with the head computes them."""
         indices = sorted(compute.outputs)
         outputs = [compute.outputs[index] for index in indices]
         labels = [compute.micro_batches.labels(index) for index in indices]
         if not return_loss:
             return StepResult(float("nan"), compute.sums, outputs, labels)
         with self._attributing_peer_failure():
-            # All stages but that of the head add zeros: a broadcast that does not need the rank of the head.
+            # All other stages add zeros, so the all-reduce broadcasts from the stage with the head, whichever it is.
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
         tokens = sums[TOKENS].sum()
         return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)
 
     def _attributing_peer_failure(self) -> AbstractContextManager[None]:
-        """Turn a failure into an error that names the lost peer: another stage may hang in the middle of the step."""
+        """Convert a failure within the block into an error that names the lost peer.
+
+        Another stage may hang in the middle of the step.
+        """
         if self.pipeline.channels is None:
             return nullcontext()
         return attributing_peer_failure(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
 
 
 class NonPipelineScheduler(Scheduler):
-    """Scheduler without a pipeline: gradient accumulation over micro-batches (1F1B on one stage)."""
+    """Scheduler without a pipeline: gradient accumulation over micro-batches, as 1F1B on one stage."""
 
     schedule = "1f1b"
 
 
 class GPipeScheduler(Scheduler):
-    """All forwards, then all backwards (arXiv 1811.06965)."""
+    """GPipe scheduler: all forwards, then all backwards (arXiv 1811.06965)."""
 
     schedule = "gpipe"
 
 
 class PipelineScheduler(Scheduler):
-    """1F1B (arXiv 2006.09503, 2104.04473)."""
+    """1F1B scheduler: forwards and backwards alternate (arXiv 2006.09503, 2104.04473)."""
 
     schedule = "1f1b"
 
 
 class InterleavedPipelineScheduler(Scheduler):
-    """1F1B with several chunks per rank (arXiv 2104.04473)."""
+    """Interleaved 1F1B scheduler, with several chunks per rank (arXiv 2104.04473)."""
 
     schedule = "interleaved"
 
 
 class ZeroBubblePipelineScheduler(Scheduler):
-    """ZB-H1 (arXiv 2401.10241)."""
+    """ZB-H1 scheduler: 1F1B with deferred weight gradients (arXiv 2401.10241)."""
 
     schedule = "zbh1"
 
 
 class ZeroBubblePipelineVShapeScheduler(Scheduler):
-    """ZB-V: two chunks per rank, in a V (arXiv 2405.15362)."""
+    """ZB-V scheduler: two chunks per rank in a V, with deferred weight gradients (arXiv 2405.15362)."""
 
     schedule = "zbv"
 

@@ -16,8 +16,9 @@ from math import fsum, inf
 class StageLayout:
     """Assignment of virtual stages to the ranks of a pipeline.
 
-    Chunk c of rank r is virtual stage c · stages + r. In a V-shaped layout, odd chunks are assigned in reverse, from
-    the last rank to the first, so that both ends of the model are on rank 0 (arXiv 2405.15362).
+    In the round-robin layout, chunk c of rank r is virtual stage c · stages + r. In the V-shaped layout, odd chunks are
+    assigned in reverse, from the last rank to the first, so that with two chunks both ends of the model are on rank 0
+    (arXiv 2405.15362).
     """
 
     stages: int
@@ -35,7 +36,7 @@ class StageLayout:
         return chunk * self.stages + (self.stages - 1 - rank if backwards else rank)
 
     def rank_of(self, virtual: int) -> int:
-        """Return the rank of a virtual stage."""
+        """Return the rank that holds a virtual stage."""
         chunk, position = divmod(virtual, self.stages)
         return self.stages - 1 - position if self.v_shaped and chunk % 2 else position
 
@@ -47,8 +48,7 @@ class StageLayout:
 def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
     """Return the number of layers of each virtual stage, as evenly as possible.
 
-    The remainder goes to the virtual stages before the last, from the back, one layer each: the last one also has the
-    head.
+    The remaining layers go to the virtual stages just before the last, one each, because the last also holds the head.
     """
     assert layers >= virtual_stages
     size, remainder = divmod(layers, virtual_stages)
@@ -57,13 +57,13 @@ def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
 
 
 def balanced_partition(costs: Sequence[float], virtual_stages: int, first: float = 0.0, last: float = 0.0) -> list[int]:
-    """Return the numbers of layers that minimise the largest cost of a virtual stage, exactly.
+    """Return layer counts, by virtual stage, that minimise the largest cost of a virtual stage.
 
-    Among the partitions with the smallest maximum, the one with the largest minimum is chosen; ties prefer fewer layers
-    in front. Every virtual stage has at least one layer.
+    The minimum is exact. Among the partitions with the smallest maximum, the one with the largest minimum is chosen;
+    ties prefer fewer layers in the first virtual stages. Every virtual stage has at least one layer.
 
     Args:
-        costs: Cost of each layer, in any one unit.
+        costs: Cost of each layer, in the unit of ``first`` and ``last``.
         virtual_stages: Number of virtual stages.
         first: Additional cost of the first virtual stage, for the embedding.
         last: Additional cost of the last virtual stage, for the head.
@@ -100,12 +100,12 @@ def _best_partition(
         choose: Function that selects the best of several values.
 
     Returns:
-        The value of the best partition, and its sizes.
+        The value of the best partition, and the number of layers of each virtual stage.
     """
 
     @cache
     def rest(stage: int, start: int) -> tuple[float, int]:
-        """Return the best value of the stages from ``stage`` on, where ``stage`` begins at ``start``, and its end."""
+        """Return the value of the stages from ``stage`` on, and the end of ``stage``, which begins at ``start``."""
         if stage == virtual_stages - 1:
             return value(stage, start, layers), layers
         stops = range(start + 1, layers - (virtual_stages - 1 - stage) + 1)

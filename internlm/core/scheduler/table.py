@@ -1,14 +1,15 @@
-"""Tables of the built-in schedules, and tables read from CSV files. Pure.
+"""Tables of the built-in schedules, and tables in CSV files.
 
-A row is given by phases, (pattern, repeats): each letter of a pattern takes the next action of that letter, and is
-skipped if none is left. Hence one list of phases (warm-up, steady, cool-down) fits any number of micro-batches.
+The actions of a rank, a row of the table, are generated from phases, pairs of (pattern, repeats). Each letter of a
+pattern stands for the next action of its type and is skipped if none is left. Hence one list of phases (warm-up,
+steady, cool-down) fits any number of micro-batches.
 
-=======  =========================================
-F, B, W  forward, backward, weight gradient
-f, b, w  the same for chunk 1, where both are used
-=======  =========================================
+=======  ==============================================================
+F, B, W  forward, backward and weight gradient of chunk 0
+f, b, w  forward, backward and weight gradient of chunk 1, if there are two
+=======  ==============================================================
 
-p: stages, i: rank, v: chunks, m: micro-batches.
+Symbols: p stages, i rank, v chunks per rank, m micro-batches.
 
 A CSV file has one line per rank and one cell per action, in the order of execution::
 
@@ -49,7 +50,13 @@ def schedule_of(mode: str, chunks: int) -> ScheduleName:
 
 
 def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> Table:
-    """Return the table of one of :data:`SCHEDULES`.
+    """Return the table of a built-in schedule.
+
+    Args:
+        schedule: Name of the schedule, one of :data:`SCHEDULES`.
+        stages: Number of ranks of the pipeline.
+        chunks: Number of chunks per rank.
+        micro_batches: Number of micro-batches of a step.
 
     Raises:
         ScheduleError: The name is unknown, or the schedule does not allow the sizes.
@@ -59,13 +66,13 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
     row, required_chunks = _ROWS[schedule]
     sizes = {"stages": stages, "chunks": chunks, "micro-batches": micro_batches}
     found = [
-        Problem("schedule", f"{name} must be at least 1, got {size}", f"Set {name} to 1 or more")
+        Problem(f"schedule {schedule}", f"number of {name} must be at least 1, got {size}", "Use a positive number")
         for name, size in sizes.items()
         if size < 1
     ]
     if not found and required_chunks not in (None, chunks):
-        message = f"{schedule} expected chunks = {required_chunks}, got {chunks}"
-        found = [Problem("schedule", message, f"Use chunks = {required_chunks}")]
+        message = f"expected chunks = {required_chunks}, got {chunks}"
+        found = [Problem(f"schedule {schedule}", message, "Change the chunks or the schedule")]
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
@@ -73,32 +80,34 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
 
 
 def stage_layout_of(schedule: str, stages: int, chunks: int) -> StageLayout:
-    """Return the stage layout of a schedule."""
+    """Return the stage layout of a schedule: V-shaped for ``zbv``, else round-robin."""
     return StageLayout(stages, chunks, v_shaped=schedule == "zbv")
 
 
 # -- rows of one rank -------------------------------------------------------------------------------------------------
 def _gpipe(i: int, p: int, v: int, m: int) -> Row:
-    """All forwards, then all backwards. GPipe, arXiv 1811.06965."""
+    """Return all forwards, then all backwards (GPipe, arXiv 1811.06965)."""
     return _row((("F", m), ("B", m)), _actions(m))
 
 
 def _1f1b(i: int, p: int, v: int, m: int) -> Row:
-    """Run each backward as early as possible, which frees the memory for the next forward.
+    """Return a row with each backward as early as possible (PipeDream-Flush, arXiv 2006.09503).
 
-    PipeDream-Flush, arXiv 2006.09503. With one stage: F0 B0 F1 B1 …, gradient accumulation.
+    A backward frees the activations of its micro-batch before the next forward. With one stage, the row is gradient
+    accumulation: F0 B0 F1 B1 …
     """
-    # Warm-up: the first backward arrives after p − i forwards. The cool-down is the rest of the pattern.
+    # Warm-up: p − i forwards until the first gradient arrives. Cool-down: repeats in which no F is left.
     return _row((("F", p - i), ("BF", m)), _actions(m))
 
 
 def _interleaved(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B with v chunks per rank, which fills the pipeline in 1/v of the time. Megatron, arXiv 2104.04473, sec. 2.2.
+    """Return 1F1B with v chunks per rank, which fill the pipeline in 1/v of the time (arXiv 2104.04473, sec. 2.2).
 
-    Micro-batches go in rounds of p: a round passes chunk 0, then chunk 1, …; backward starts from the last chunk.
+    Micro-batches run in rounds of p. Each round passes through chunk 0, then chunk 1, and so on; backward starts with
+    the last chunk.
     """
     # An incomplete last round is generated as a complete one, and its surplus is removed: actions of different
-    # micro-batches do not depend on one another, so a table that can run can also run without some of them.
+    # micro-batches do not depend on one another, so a table that can run can also run with fewer micro-batches.
     rounds = range(0, m, p)
     forward = [Action(FORWARD, start + j, chunk) for start in rounds for chunk in range(v) for j in range(p)]
     backward = [action._replace(type=BACKWARD, chunk=v - 1 - action.chunk) for action in forward]
@@ -110,19 +119,19 @@ def _interleaved(i: int, p: int, v: int, m: int) -> Row:
 
 
 def _zbh1(i: int, p: int, v: int, m: int) -> Row:
-    """1F1B in which each W runs i micro-batches late. ZB-H1, arXiv 2401.10241, sec. 2.1.
+    """Return 1F1B with each W deferred by i micro-batches (ZB-H1, arXiv 2401.10241, sec. 2.1).
 
-    Every rank then has p micro-batches in flight, and the deferred W fill the time in which 1F1B waits at the end.
+    Every rank then has p micro-batches in flight, and the deferred W fill the idle time of 1F1B's cool-down.
     """
     # BF i times: i deferred W keep p micro-batches in flight on every rank.
     return _row((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _actions(m))
 
 
 def _zbv(i: int, p: int, v: int, m: int) -> Row:
-    """Two chunks in a V: no rank idles between its first and last action if F = B = W. arXiv 2405.15362, V-ZB.
+    """Return a row of two chunks in a V (V-ZB of arXiv 2405.15362; ZB-V of arXiv 2401.10241, sec. 6).
 
-    The last virtual stage is on rank 0, so the first backward starts where the first forward did. Also ZB-V of arXiv
-    2401.10241, sec. 6.
+    No rank idles between its first and its last action if F, B and W take equal time. The last virtual stage is on rank
+    0, so the first backward starts on the rank of the first forward.
     """
     # The phases need at least 2p − 1 micro-batches; with fewer, the surplus is removed.
     n = max(m, 2 * p - 1)
@@ -132,7 +141,7 @@ def _zbv(i: int, p: int, v: int, m: int) -> Row:
     return _first(m, _row(warm_up + steady + cool_down, _actions(n)))
 
 
-#: Generator of a row and required number of chunks (None: any) of each schedule.
+#: Function that generates a row, and required number of chunks per rank (None: any), of each schedule.
 _ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
     "gpipe": (_gpipe, 1),
     "1f1b": (_1f1b, 1),
@@ -143,7 +152,7 @@ _ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
 
 
 def _actions(m: int) -> dict[str, Row]:
-    """Return the actions of each letter for all micro-batches."""
+    """Return iterators over the m actions of each letter, in the order of micro-batches."""
     return {
         letter: iter([Action(_action_type(letter), j, int(letter.islower())) for j in range(m)]) for letter in "FBWfbw"
     }
@@ -173,10 +182,16 @@ _TODO = "Write F, B or W and the micro-batch, as in F3, or F3.1 for chunk 1, sep
 
 
 def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Table:
-    """Read a schedule from a CSV file; the file name is the name of the schedule.
+    """Read a schedule from a CSV file and validate it.
+
+    Args:
+        path: CSV file in the format at the top of this file; its name is the name of the schedule.
+        stages: Expected number of ranks of the pipeline.
+        chunks: Expected number of chunks per rank.
+        micro_batches: Expected number of micro-batches of a step.
 
     Raises:
-        ScheduleError: Cells are not actions, or else the table cannot run; the error lists all problems found.
+        ScheduleError: The file cannot be read, cells are not actions, or the table cannot run; lists all problems.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
@@ -208,12 +223,13 @@ def write_table(table: Table, path: Path) -> None:
 def _lines(path: Path) -> list[tuple[int, list[str]]]:
     """Return (line number, cells) of every line that is neither empty nor a comment; an empty cell is ''."""
     try:
-        # Spreadsheets put a byte order mark before UTF-8.
+        # Spreadsheet programs write a byte order mark at the start of UTF-8 files.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ScheduleError(Problem(str(path), f"cannot be read ({error.strerror})", "Use a readable file")) from None
-    except UnicodeDecodeError:
-        raise ScheduleError(Problem(str(path), "is not UTF-8 text", "Save it as CSV in UTF-8")) from None
+        raise ScheduleError(Problem(str(path), f"cannot be read ({error.strerror})", "Name a readable file")) from None
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text (at byte {error.start})"
+        raise ScheduleError(Problem(str(path), message, "Save the file as CSV in UTF-8")) from None
     cells = [[cell.strip(' \t"') for cell in line.split(",")] for line in text.splitlines()]
     return [(line, row) for line, row in enumerate(cells, 1) if any(row) and not row[0].startswith("#")]
 

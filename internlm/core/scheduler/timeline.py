@@ -27,7 +27,7 @@ from internlm.core.scheduler.actions import (
 
 @dataclass(frozen=True)
 class Costs:
-    """Durations of actions, in any one unit; tuples have one item per virtual stage."""
+    """Durations of actions by virtual stage, and of transfers, all in one unit of time."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]  # without the gradient of the weights
@@ -48,7 +48,7 @@ class Costs:
         return cls((forward,) * n, (backward,) * n, (weight,) * n, transfer)
 
     def of(self, table: Table, rank: int, action: Action) -> float:
-        """Return the duration of ``action`` on ``rank``; without a W, B includes the weight gradient."""
+        """Return the duration of ``action`` on ``rank``; B includes the weight gradients unless a W computes them."""
         virtual = table.stage_layout.virtual(rank, action.chunk)
         if action.type == FORWARD:
             return self.forward[virtual]
@@ -59,7 +59,7 @@ class Costs:
 
 
 class Span(NamedTuple):
-    """Start and end of an action."""
+    """Start and end of an action, in the unit of the timeline's costs."""
 
     action: Action
     start: float
@@ -84,7 +84,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Idle share, 0 to 1, of the time of all ranks."""
+        """Bubble fraction, 0 to 1: mean share of the time until :attr:`end` in which a rank is idle."""
         busy = sum(span.end - span.start for row in self.spans for span in row)
         return 1 - busy / (len(self.spans) * self.end)
 
@@ -127,7 +127,10 @@ Records: TypeAlias = Sequence[Sequence[Record]]  # by rank; all times count from
 
 
 def measured_timeline(table: Table, records: Records) -> Timeline:
-    """Return the timeline of a real step; an action starts when its input is ready, and the first rank begins at 0."""
+    """Return the timeline of a real step, in seconds.
+
+    An action starts when its input is ready. Time 0 is the earliest ``begin`` of any rank.
+    """
     zero = min(row[0].begin for row in records)
     spans = tuple(
         tuple(Span(record.action, record.ready - zero, record.end - zero) for record in row) for row in records
@@ -137,7 +140,7 @@ def measured_timeline(table: Table, records: Records) -> Timeline:
 
 
 def measured_costs(table: Table, records: Records) -> Costs:
-    """Return the median durations by virtual stage; without a W, B includes the weight gradient."""
+    """Return median durations by virtual stage, in seconds; without a W, B includes the weight gradients."""
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for rank, row in enumerate(records):
         for record in row:
@@ -153,10 +156,10 @@ def measured_costs(table: Table, records: Records) -> Costs:
 
 
 def _transfers(table: Table, records: Records) -> Iterator[float]:
-    """Yield the durations of the transfers for which the receiver waited.
+    """Yield the durations, in seconds, of the transfers for which the receiver waited.
 
-    If it did not wait, the time between the end of the sender's action and the use of the message is not that of the
-    transfer.
+    If the receiver did not wait, the time from the end of the sender's action to the use of the message is longer than
+    the transfer.
     """
     senders: dict[Message, tuple[int, Record]] = {}
     for rank, row in enumerate(records):
@@ -174,7 +177,7 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
 
 
 def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
-    """Return the seconds from each action of ``rank`` to the next that are neither computation nor transfer."""
+    """Return the overhead of each action of ``rank``: seconds until the next, less compute and transfers."""
     layout, next_begins = table.stage_layout, [*(record.begin for record in records[1:]), records[-1].sent]
     spent = []
     for record, next_begin in zip(records, next_begins, strict=True):

@@ -3,10 +3,10 @@
 An action starts when its rank has ended the previous action of its row, and its input has arrived:
 
 - F of virtual stage v needs F of v − 1,
-- B of v needs B of v + 1, and its own F,
-- W needs its own B.
+- B of v needs B of v + 1, and F of v,
+- W of v needs B of v.
 
-A message from another rank arrives ``transfer`` later and occupies neither rank.
+A message to another rank takes the time ``Costs.transfer``, during which both ranks can run actions.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, A
 from internlm.core.scheduler.timeline import Costs, Span, Timeline, peak_in_flight
 from internlm.utils.errors import Problem, UserError
 
-#: Type of the action of the same rank, chunk and micro-batch that must run first.
+#: By type of an action, the type that must run first on the same rank, chunk and micro-batch.
 _PREREQUISITE: dict[str, ActionType] = {BACKWARD: FORWARD, WEIGHT: BACKWARD}
-#: Maximum number of actions listed in a message.
+#: Maximum number of actions, or of blocked ranks, listed in an error.
 _LISTED = 4
 
 
@@ -32,11 +32,11 @@ class ScheduleError(UserError):
 
 
 def problems(table: Table) -> list[Problem]:
-    """Return all problems of ``table``: missing, duplicate or unknown actions, wrong order, deadlock."""
+    """Return the problems of ``table``: missing, duplicate or unknown actions, wrong order, deadlock."""
     stages, rows = table.stage_layout.stages, len(table.actions)
     if rows != stages:
-        message = f"{rows} rows for {stages} stages"
-        return [Problem(f"ranks 0 to {stages - 1}", message, "Write one row per rank")]
+        message = f"expected {stages} rows of actions, one per rank, got {rows}"
+        return [Problem(f"ranks 0 to {stages - 1}", message, "Write one row per rank, or change the number of stages")]
     if found := [problem for rank in range(stages) for problem in _problems_of_row(table, rank)]:
         return found
     # Whether ranks deadlock does not depend on durations, so any costs will do.
@@ -48,7 +48,7 @@ def simulate(table: Table, costs: Costs) -> Timeline:
     """Simulate ``table``, starting every action as early as possible.
 
     Raises:
-        ScheduleError: The table cannot run.
+        ScheduleError: The table has problems (:func:`problems`).
     """
     if found := problems(table):
         raise ScheduleError(*found)
@@ -59,16 +59,16 @@ def simulate(table: Table, costs: Costs) -> Timeline:
 
 
 def _problems_of_row(table: Table, rank: int) -> Iterator[Problem]:
-    """Yield the problems that can be found in one rank's row alone."""
+    """Yield the problems of one rank's row that do not depend on other rows."""
     row, where = table.actions[rank], f"rank {rank}"
     required = _required(table)
     counts = Counter(row)
     known = {*required, *(action._replace(type=WEIGHT) for action in required if action.type == BACKWARD)}
     if unknown := [action for action in counts if action not in known]:
         sizes = f"chunks 0 to {table.stage_layout.chunks - 1} and micro-batches 0 to {table.micro_batches - 1}"
-        yield Problem(where, f"has {_listed(unknown)}, but there are {sizes} only", "Remove them")
+        yield Problem(where, f"has {_listed(unknown)}, but the schedule has only {sizes}", "Remove these actions")
     if doubled := [action for action in counts if counts[action] > 1]:
-        yield Problem(where, f"has {_listed(doubled)} more than once", "Keep each action once")
+        yield Problem(where, f"has {_listed(doubled)} more than once", "Remove the duplicates")
     if missing := [action for action in required if action not in counts]:
         yield Problem(where, f"lacks {_listed(missing)}", "Write an F and a B of every chunk for every micro-batch")
     positions = {action: index for index, action in reversed(list(enumerate(row)))}
@@ -80,7 +80,7 @@ def _problems_of_row(table: Table, rank: int) -> Iterator[Problem]:
 
 
 def _required(table: Table) -> list[Action]:
-    """Return the actions that every rank must run: F, and B unless the table has F alone; W is optional."""
+    """Return the actions that every rank must run: F, and B unless the table is forward-only; W is optional."""
     has_backward = any(action.type != FORWARD for row in table.actions for action in row)
     types: tuple[ActionType, ...] = (FORWARD, BACKWARD) if has_backward else (FORWARD,)
     return [
@@ -105,8 +105,8 @@ class _Wait(NamedTuple):
     source: int
 
     def __str__(self) -> str:
-        owner = f"rank {self.source}" if self.source != self.rank else "its own"
-        return f"rank {self.rank} at {self.action} for {self.needed} of {owner}"
+        source = f"rank {self.source}" if self.source != self.rank else "the same rank"
+        return f"rank {self.rank} blocks at {self.action} until {source} has run {self.needed}"
 
 
 class _Simulation:
@@ -144,7 +144,7 @@ class _Simulation:
 
 
 def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | None:
-    """Return rank and action that compute the input of ``action``; None if it has no input."""
+    """Return the rank and the action that compute the input of ``action``; None if it takes no message."""
     layout = table.stage_layout
     message = input_message(layout, rank, action)
     if message is None:
@@ -153,12 +153,15 @@ def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | Non
 
 
 def _deadlock(blocked: dict[int, _Wait]) -> Problem:
-    """Describe a cycle of waits, found by following them from rank to rank."""
+    """Return the problem of a deadlock: a cycle of waits, found by following them from rank to rank."""
     chain = [next(iter(blocked.values()))]
     while (wait := blocked[chain[-1].source]) not in chain:
         chain.append(wait)
     circle = sorted(chain[chain.index(wait) :])
     ranks = ", ".join(str(wait.rank) for wait in circle)
-    where, whom = (f"ranks {ranks}", "one another") if len(circle) > 1 else (f"rank {ranks}", "itself")
-    message = f"deadlock: waits for {whom}: {'; '.join(map(str, circle))}"
-    return Problem(where, message, "Move one of the awaited actions earlier in its row")
+    where = f"ranks {ranks}" if len(circle) > 1 else f"rank {ranks}"
+    more = f"; {len(circle) - _LISTED} more ranks block" if len(circle) > _LISTED else ""
+    message = f"deadlock: {'; '.join(map(str, circle[:_LISTED]))}{more}"
+    first, source = circle[0], blocked[circle[0].source]
+    todo = f"Reorder a row: for example, move {first.needed} of rank {source.rank} before {source.action}"
+    return Problem(where, message, todo)

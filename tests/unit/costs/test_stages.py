@@ -91,7 +91,8 @@ def test_a_schedule_in_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError) as caught:
         read(5)
     assert str(caught.value.problems[-1]).endswith(
-        "mine.csv: was read for 2 stages with 1 chunks, and data.micro_num = 5"
+        "mine.csv: expected a table for parallel.pipeline.size = 2, model.num_chunks = 1 and data.micro_num = 5. "
+        "Change the file or these keys"
     )
 
 
@@ -100,7 +101,8 @@ def test_without_a_file_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "cuts"), [("zbv", "1F1B", ("a V", "rounds")), ("interleaved", "ZBV", ("rounds", "a V"))]
+    ("kind", "mode", "cuts"),
+    [("zbv", "1F1B", ("V-shaped", "round-robin")), ("interleaved", "ZBV", ("round-robin", "V-shaped"))],
 )
 def test_a_schedule_for_a_model_that_is_cut_otherwise(
     kind: str, mode: str, cuts: tuple[str, str], tmp_path: Path
@@ -113,8 +115,8 @@ def test_a_schedule_for_a_model_that_is_cut_otherwise(
     with pytest.raises(ScheduleError) as caught:
         read(4)
     assert str(caught.value) == (
-        f"{path}: places stages in {cuts[0]}, but the config places them in {cuts[1]}. "
-        "Change the line V of the file, or parallel.pipeline.mode"
+        f"{path}: expected a {cuts[1]} stage layout, as in the config, got a {cuts[0]} one. "
+        f"{'Add' if mode == 'ZBV' else 'Remove'} the line V before the ranks, or change parallel.pipeline.mode"
     )
 
 

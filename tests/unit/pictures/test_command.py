@@ -82,7 +82,7 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
             ["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."],
             "internlm schedule: argument --svg: '.' is a folder",
         ),
-        (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule: zbv expected chunks = 2, got 3. Use"),
+        (["--kind", "zbv", *FOUR_BY_EIGHT, "--chunks", "3"], "schedule zbv: expected chunks = 2, got 3. Change"),
         (["--csv", "no.csv", *FOUR_BY_EIGHT], "no.csv: cannot be read (No such file or directory)"),
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
         (

@@ -56,5 +56,5 @@ def test_one_step_can_be_drawn() -> None:
 
 
 def test_nothing_to_draw_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no finite loss"):
+    with pytest.raises(ValueError, match="at least one finite loss"):
         loss_curve("Loss", {"training": [(0, math.nan)]}, {}, LEVEL)

@@ -62,9 +62,9 @@ def test_blanks_case_quotes_and_notes_do_no_harm(path: Path) -> None:
             ],
         ),
         ("F0,B0\nV\nF0,B0\n", ["{}:2, cell 1: 'V' is not an action."]),
-        ("F0,B0\n", ["{}, ranks 0 to 1: 1 rows for 2 stages. Write one row per rank"]),
-        ("", ["{}, ranks 0 to 1: 0 rows for 2 stages. Write one row per rank"]),
-        ("F0,B0\nF0,F1\n", ["{}, rank 1: has F1, but there are", "{}, rank 1: lacks B0."]),
+        ("F0,B0\n", ["{}, ranks 0 to 1: expected 2 rows of actions, one per rank, got 1. Write"]),
+        ("", ["{}, ranks 0 to 1: expected 2 rows of actions, one per rank, got 0. Write"]),
+        ("F0,B0\nF0,F1\n", ["{}, rank 1: has F1, but the schedule has only", "{}, rank 1: lacks B0."]),
         ("F0,B0\nB0,F0\n", ["{}, rank 1: has B0 before F0. Put F0 first"]),
     ],
 )
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named_with_its_place(text: str, said: list[str], path:
 
 def test_a_deadlock_is_named_with_the_file(path: Path) -> None:
     path.write_text("F0,B0,F1,B1\nF0,F1,B0,B1\n")
-    with pytest.raises(ScheduleError, match=r"own.csv, ranks 0, 1: deadlock: waits for one another"):
+    with pytest.raises(ScheduleError, match=r"own.csv, ranks 0, 1: deadlock: rank 0 blocks at"):
         read_table(path, 2, 1, 2)
 
 

@@ -53,13 +53,17 @@ MISTAKES = {
     "W before B": (("F0 F1 W0 B0 B1", "F0 B0 F1 B1"), "rank 0: has W0 before B0. Put B0 first"),
     "unknown micro-batch": (
         ("F0 F1 B0 B1 F2", "F0 B0 F1 B1"),
-        "rank 0: has F2, but there are chunks 0 to 0 and micro-",
+        "rank 0: has F2, but the schedule has only chunks 0 to 0 and micro-",
     ),
-    "unknown chunk": (("F0 F1 B0 B1", "F0 B0 F1 B1 W0.1"), "rank 1: has W0.1, but there are chunks 0 to 0 and micro-"),
+    "unknown chunk": (
+        ("F0 F1 B0 B1", "F0 B0 F1 B1 W0.1"),
+        "rank 1: has W0.1, but the schedule has only chunks 0 to 0 and micro-",
+    ),
     "unknown type": (("F0 F1 B0 B1", "F0 B0 F1 B1 X0"), "rank 1: has X0, but"),
     "deadlock": (
         ("F0 B0 F1 B1", "F0 F1 B0 B1"),
-        "ranks 0, 1: deadlock: waits for one another: rank 0 at B0 for B0 of rank 1; rank 1 at F1 for F1 of rank 0.",
+        "ranks 0, 1: deadlock: rank 0 blocks at B0 until rank 1 has run B0; "
+        "rank 1 blocks at F1 until rank 0 has run F1. Reorder a row: for example, move B0 of rank 1 before F1",
     ),
 }
 
@@ -76,7 +80,7 @@ def test_a_mistake_is_the_one_thing_that_is_named(name: str) -> None:
 
 def test_ranks_outside_a_deadlock_are_not_blamed() -> None:
     (line,) = said(table_of("F0 F1 B0 B1", "F0 B0 F1 B1", "F0 F1 B0 B1", "F0 F1 B0 B1"))
-    assert line.startswith("ranks 1, 2: deadlock: waits for one another: rank 1 at B0 for B0 of rank 2; rank 2 at F1")
+    assert line.startswith("ranks 1, 2: deadlock: rank 1 blocks at B0 until rank 2 has run B0; rank 2 blocks at F1")
 
 
 def test_a_rank_can_wait_for_itself() -> None:
@@ -85,13 +89,16 @@ def test_a_rank_can_wait_for_itself() -> None:
     assert line.startswith("rank 0: has B0.1 before F0.1")
     rows = ("F0 F0.1 B0.1 B0", "F0.1 F0 B0.1 B0")
     (line,) = said(table_of(*rows, chunks=2, v_shaped=True, micro_batches=1))
-    assert line.startswith("rank 1: deadlock: waits for itself: rank 1 at F0.1 for F0 of its own.")
+    assert line.startswith("rank 1: deadlock: rank 1 blocks at F0.1 until the same rank has run F0. Reorder a row")
 
 
 def test_a_row_too_few_and_long_lists() -> None:
     table = make_table("1f1b", 2, 1, 8)
     one_row = Table(table.schedule, table.stage_layout, 8, table.actions[:1])
-    assert said(one_row) == ["ranks 0 to 1: 1 rows for 2 stages. Write one row per rank"]
+    assert said(one_row) == [
+        "ranks 0 to 1: expected 2 rows of actions, one per rank, got 1. "
+        "Write one row per rank, or change the number of stages"
+    ]
     empty = Table(table.schedule, table.stage_layout, 8, ((), table.actions[1]))
     assert said(empty) == [
         "rank 0: lacks F0, B0, F1, B1 and 12 more. Write an F and a B of every chunk for every micro-batch"

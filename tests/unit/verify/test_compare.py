@@ -75,7 +75,7 @@ def test_ranks_that_disagree_fail() -> None:
     assert all(row.passed for row in report.rows)
     assert [each.name for each in report.disagreements] == ["gradient norm of step 1", "parameter w", "gradient of w"]
     assert not report.passed
-    assert "FAIL, beyond 3 limits" in as_text(report)
+    assert "FAIL, 3 checks failed" in as_text(report)
 
 
 def test_a_tensor_that_is_missing_fails() -> None:
@@ -133,4 +133,4 @@ def test_traffic_by_the_formula() -> None:
     assert (error.rank, error.step, error.counted) == (1, 1, Entry())
     record = replace(_record(0), traffic=[{(ParallelMode.EXPERT, "broadcast"): Entry(1, 8)}])
     errors = compare_traffic(config, [record, _record(1)]) or []
-    assert "broadcast over expert, step 1, rank 0: 1 calls of 8 bytes in all, expected 0 of 0" in map(str, errors)
+    assert "broadcast over expert, step 1, rank 0: expected 0 calls (0 bytes), got 1 (8 bytes)" in map(str, errors)

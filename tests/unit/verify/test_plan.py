@@ -108,7 +108,7 @@ def test_nothing_is_saved_or_told() -> None:
     [
         ({"overrides": ("model.hiden_size=3",)}, "--set model.hiden_size: unknown key"),
         ({"overrides": ("parallel.tensor.size=2",), "world_size": 3}, "world size 3 is not divisible"),
-        ({"steps": 6}, "--steps: 6 is more than data.total_steps = 5"),
+        ({"steps": 6}, "--steps: must be at most data.total_steps = 5, got 6"),
         ({"overrides": ("model.residual_in_fp32=True",)}, "model.residual_in_fp32"),
     ],
 )
