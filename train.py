@@ -14,7 +14,7 @@ from internlm.utils.errors import exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    """Run the command line."""
+    """Build the model, the data loaders and the trainer from the command line, and train."""
     args = parse_args()
     initialize_distributed_env(
         config=args.config,

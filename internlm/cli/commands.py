@@ -25,8 +25,9 @@ from internlm.verify.processes import RankError, run_world
 from internlm.verify.report import as_json, as_text, heading
 from internlm.verify.run import run_rank
 
-#: Columns of a timeline that is not printed on a terminal.
+#: Width, in columns, of a timeline that is not printed on a terminal.
 WIDTH_OF_FILES = 120
+#: Maximum number of pairs of virtual stage and micro-batch in a drawn schedule.
 MOST_PAIRS = 100_000
 EXIT_DIFFERENT = 1
 
@@ -41,9 +42,9 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
     plans = plans_of_stages(config, arguments.world)
-    # The job may run on another machine. If this one has devices of that type, assume their memory.
+    # The job may run on another machine. If this machine has devices of the same type, assume their memory.
     device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
-    print(f"Memory plan of the rank of each stage that holds the most, of {arguments.world} ranks")
+    print(f"Memory plan of the rank with the most memory in each stage, of {arguments.world} ranks")
     print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))], device_memory))
 
 
@@ -52,7 +53,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
     """Simulate and print a pipeline schedule, and write the requested files.
 
     Raises:
-        UserError: The schedule cannot run, or its sizes are not given.
+        UserError: The schedule cannot run, an option is missing, or a file cannot be written.
     """
     a = arguments
     table = _table(a)
@@ -72,7 +73,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
 
 
 def _table(a: argparse.Namespace) -> Table:
-    """Make the schedule from the config and the options; options take precedence."""
+    """Build the schedule table from the config and the options; options take precedence."""
     schedule, csv, stages, chunks, micro_batches = a.kind, a.csv, a.stages, a.chunks, a.micro_batches
     if a.config:
         config = load_config(a.config, a.set, a.world, a.device)
@@ -83,14 +84,14 @@ def _table(a: argparse.Namespace) -> Table:
             schedule = schedule_of(pipeline.mode, config.model.num_chunks)
             csv = Path(pipeline.table) if pipeline.table else None
     elif a.set or a.world:
-        raise ConfigError(Problem("internlm schedule", "--set and --world have no effect without a config", "Name one"))
+        raise ConfigError(Problem("internlm schedule", "--set and --world need a config", "Name a config file"))
     if not (schedule or csv) or not stages or not micro_batches:
         todo = "Name a config file, or give --kind (or --csv), --stages and --micro-batches"
         raise ConfigError(Problem("internlm schedule", "no schedule is given", todo))
     pairs = stages * (chunks or 1) * micro_batches
     if pairs > MOST_PAIRS:
-        what = f"{pairs} pairs of virtual stage and micro-batch are too many to draw"
-        raise UserError(Problem("--stages, --chunks, --micro-batches", what, f"Keep at most {MOST_PAIRS} pairs"))
+        what = f"{pairs} pairs of virtual stage and micro-batch are more than the maximum {MOST_PAIRS}"
+        raise UserError(Problem("--stages, --chunks, --micro-batches", what, "Lower one of these"))
     if csv:
         return read_table(csv, stages, chunks or 1, micro_batches)
     return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)

@@ -23,7 +23,7 @@ EXIT_CLOSED_PIPE = 128 + 13
 
 
 class Command(NamedTuple):
-    """Subcommand of ``internlm``: its arguments, and the function that runs it."""
+    """Subcommand of ``internlm``, with its arguments and the function that runs it."""
 
     name: str
     help: str
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run ``internlm`` with ``arguments`` (default: ``sys.argv[1:]``) and return the exit code; None: success."""
+    """Run ``internlm`` with ``arguments`` (default: ``sys.argv[1:]``); return the exit code, or None on success."""
     try:
         try:
             return _main(arguments)

@@ -7,46 +7,46 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-#: Names of the schedules in ``core/scheduler/table.py``, repeated here since that file imports torch. A test compares
-#: both.
+#: Names of the schedules, repeated from ``core/scheduler/table.py``, which imports torch. A test compares both.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv")
+#: Bounds of a duration other than 0, in any unit of time.
 LONGEST = 1e9
 SHORTEST = 1e-9
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
 def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
+    """Parse an integer of at least 1."""
     # str.isdecimal alone accepts digits of other scripts.
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
 
 
 def seed(text: str) -> int:
-    """Parse a whole number of at least 0."""
+    """Parse an integer of at least 0."""
     if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
     return int(text)
 
 
 def duration(text: str) -> float:
-    """Parse 0, or a number from :data:`SHORTEST` to :data:`LONGEST`."""
+    """Parse a duration in any unit of time: 0, or a number from :data:`SHORTEST` to :data:`LONGEST`."""
     try:
         number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (number == 0 or SHORTEST <= number <= LONGEST):  # false for nan too
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor a time from {SHORTEST:g} to {LONGEST:g}")
+        raise argparse.ArgumentTypeError(f"expected 0 or a time from {SHORTEST:g} to {LONGEST:g}, got {text!r}")
     return number
 
 
 def file_to_write(text: str) -> Path:
-    """Parse the path of a file in a folder that exists."""
+    """Parse the path of a file to write, in a folder that exists."""
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
     if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     return Path(text)
 
 
@@ -89,8 +89,8 @@ def config(parser: argparse.ArgumentParser) -> None:
 def memory(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm memory``."""
     parser.description = (
-        "Print how much memory each part of a run takes, by formula, on the fullest rank of each pipeline stage. "
-        "Nothing is started. Exit code: 0, or 2 for a mistake in config or arguments."
+        "Estimate, by formula, the memory of each part of a run on the rank with the most memory in each pipeline "
+        "stage. Nothing is started. Exit code: 0, or 2 for a mistake in config or arguments."
     )
     add_config(parser)
     add_run(
@@ -106,26 +106,27 @@ def schedule(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm schedule``."""
     parser.description = (
         "Simulate a pipeline schedule and print the timeline of each rank. The schedule comes from a config, a "
-        "name or a CSV file; options take precedence over the config. Times are in a unit of your choice; those of F, "
-        "B and W are per chunk. Exit code: 0 it can run, 2 it cannot, or a mistake in the arguments."
+        "name or a CSV file; options take precedence over the config. Actions of a chunk: F (forward), B (gradient of "
+        "the input), W (gradient of the weights). Times are per action, in any unit. Exit code: 0 if the schedule can "
+        "run, 2 if it cannot or for a mistake in the arguments."
     )
     add = parser.add_argument
     add_config(parser, optional=True)
     add_run(parser, "check the config's parallel sizes for N processes", "check what depends on the device")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--kind", choices=SCHEDULES, help="schedule: %(choices)s", metavar="KIND")
-    source.add_argument("--csv", type=Path, metavar="FILE", help="schedule of your own: one line per rank")
+    source.add_argument("--csv", type=Path, metavar="FILE", help="CSV file of a custom schedule: one line per rank")
     add("--stages", type=count, metavar="P", help="ranks of the pipeline")
     add("--micro-batches", type=count, metavar="M", help="micro-batches per step")
     add("--chunks", type=count, metavar="V", help="model chunks per rank (2 for interleaved and zbv, else 1)")
     add("--forward", type=duration, default=1.0, metavar="T", help="time of F (default: %(default)g)")
     add("--backward", type=duration, default=1.0, metavar="T", help="time of B, without W (default: %(default)g)")
     add("--weight", type=duration, default=1.0, metavar="T", help="time of W (default: %(default)g)")
-    add("--transfer", type=duration, default=0.0, metavar="T", help="time from rank to rank (default: %(default)g)")
+    add("--transfer", type=duration, default=0.0, metavar="T", help="time of one send (default: %(default)g)")
     add("--write-csv", type=file_to_write, metavar="FILE", help="write the schedule, to change it and pass it as --csv")
-    add("--svg", type=file_to_write, metavar="FILE", help="draw it")
-    add("--html", type=file_to_write, metavar="FILE", help="draw it as a page with a description of each action")
-    add("--trace", type=file_to_write, metavar="FILE", help="write it for ui.perfetto.dev or chrome://tracing")
+    add("--svg", type=file_to_write, metavar="FILE", help="write the timeline as an SVG picture")
+    add("--html", type=file_to_write, metavar="FILE", help="write the timeline as HTML that describes each action")
+    add("--trace", type=file_to_write, metavar="FILE", help="write the timeline as a trace for ui.perfetto.dev")
 
 
 def tokenize(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +156,7 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         help="sentencepiece .model or Hugging Face tokenizer folder",
     )
     add("--text_key", default="text", help="key or column that holds the text (default: %(default)s)")
-    add("--whole_file", action="store_true", help="take a .txt file as one sample instead of each of its lines")
+    add("--whole_file", action="store_true", help="treat a .txt file, rather than each of its lines, as one sample")
     add("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin each sample with the bos token")
     add(
         "--eos",
@@ -171,7 +172,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train some steps on several processes of this machine (CPU), and the same model on one, from one seed and one "
         "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
-        "Exit code: 0 they agree, 1 they do not or a process failed, 2 a mistake in config or arguments."
+        "Exit code: 0 if both agree, 1 if they differ or a process failed, 2 for a mistake in config or arguments."
     )
     add = parser.add_argument
     add_config(parser)
@@ -187,7 +188,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["float64", "float32", "bfloat16", "float16"],
         default="float64",
-        help="type of parameters and activations (default: %(default)s)",
+        help="dtype of parameters and activations (default: %(default)s)",
     )
     add("--seed", type=seed, default=1024, help="seed of parameters and data (default: %(default)s)")
     add("--debug-size", action="store_true", help="shrink model and data, keep the architecture; data are random")

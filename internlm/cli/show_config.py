@@ -1,4 +1,4 @@
-"""Subcommand ``internlm config``: print a resolved config. A file of its own, since it needs no torch."""
+"""Subcommand ``internlm config``: print a resolved config without importing torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def show_config(arguments: argparse.Namespace) -> None:
 
 
 def _obstacles(config: Config) -> list[str]:
-    """Return the problems that keep this version from running ``config``; it can be printed nevertheless."""
+    """Return the problems that prevent this version from running ``config``, but not from printing it."""
     try:
         check_runnable(config)
     except ConfigError as error:

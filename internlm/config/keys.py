@@ -1,4 +1,4 @@
-"""Dotted config keys: their fields in the schema, accepted values in words, and values in a resolved config."""
+"""Lookup of dotted config keys: schema field, description of accepted values, and value in a resolved config."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from internlm.config.schema.fields import Section
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "text",
+    str: "a string",
     NoneType: "None",
 }
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """Return the section class of a field's type (``Section`` or ``Section | None``); None for a plain value."""
-    # A list of sections is one value: it is given as a whole, and no dotted key leads into it.
+    """Return the :class:`Section` subclass in a field's annotation; None if the field is a plain value."""
+    # A list of sections counts as a plain value: it can only be set as a whole.
     return None if get_origin(annotation) is tuple else item_section_of(annotation)
 
 
 def item_section_of(annotation: Any) -> type[Section] | None:
-    """Return the section class of a field's type, or of its items if the field is a list of sections."""
+    """Return the :class:`Section` subclass of a field or of its list items; None if the field is a plain value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -38,9 +38,9 @@ def item_section_of(annotation: Any) -> type[Section] | None:
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the dotted key and the field of each entry in ``section``, each section before its own fields.
+    """Yield the dotted key and the field of every entry of ``section``, recursively; a section precedes its fields.
 
-    Keys within the items of a list have no index: ``optimizer.param_groups.pattern``.
+    ``prefix`` is put before every key. Keys of list items have no index: ``optimizer.param_groups.pattern``.
     """
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", field
@@ -51,7 +51,7 @@ def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldI
 # Cached: every message looks keys up, and the schema never changes.
 @functools.cache
 def fields() -> dict[str, FieldInfo]:
-    """Return every key of the config with its field, sections included."""
+    """Return a map from every dotted key of the config, sections included, to its field."""
     return dict(walk(Config))
 
 
@@ -61,19 +61,19 @@ def is_section(key: str) -> bool:
 
 
 def is_free_dict(key: str) -> bool:
-    """Return True if ``key`` is a dict in which any name is allowed."""
+    """Return True if ``key`` is a dict that may have any names, such as ``model.moe_layer_kwargs``."""
     return key in fields() and get_origin(fields()[key].annotation) is dict
 
 
 def children(section: str) -> list[str]:
-    """Return the names of the fields directly in ``section``; ``""`` means the whole config."""
+    """Return the names of the direct fields of ``section``, or the top-level names if ``section`` is empty."""
     prefix = f"{section}." if section else ""
     inside = (key.removeprefix(prefix) for key in fields() if key.startswith(prefix))
     return [name for name in inside if "." not in name]
 
 
 def is_of_list(key: str) -> bool:
-    """Return True if ``key`` is in a dict within a list, and so cannot be set by itself."""
+    """Return True if ``key`` is a field of list items, which cannot be set without the whole list."""
     section = fields().get(key.rpartition(".")[0])
     return section is not None and get_origin(section.annotation) is tuple
 
@@ -84,14 +84,14 @@ def takes_none(key: str) -> bool:
 
 
 def expected(key: str) -> str:
-    """Describe the values that ``key`` accepts: ``"a whole number of at least 1"``."""
+    """Describe the values that ``key`` accepts, for example ``"an integer of at least 1"``."""
     field = fields()[key]
     return _in_words(field.annotation, field.metadata)
 
 
 def meaning(key: str) -> str:
-    """Return the first sentence of the documentation of ``key``, without markup."""
-    # Messages quote it, so documentation must begin with a sentence that stands alone.
+    """Return the first sentence of the documentation of ``key`` as plain text."""
+    # Error messages quote this sentence, so it must be understandable without the rest of the documentation.
     text = (fields()[key].description or "").replace("``", "").replace("\n", " ")
     return text.partition(". ")[0].rstrip(".")
 
@@ -107,6 +107,8 @@ def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin is tuple and section_of(arguments[0]):
         return "a list of dicts"
+    if origin is tuple and get_origin(arguments[0]) is not Literal:
+        return f"a list of items, each {_in_words(arguments[0])}"
     if origin is tuple:
         return f"one or more of {_in_words(arguments[0]).removeprefix('one of ')}"
     if origin is dict:
@@ -140,18 +142,23 @@ def values(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def to_json(config: Config, indent: int | None = None) -> str:
     """Return the config as canonical JSON, sorted by key; ``Config.model_validate_json`` restores an equal config."""
-    # Sorted and without spaces, so that equal configs give equal text: ranks compare its hash at launch.
+    # Sorted and without spaces, so that equal configs give equal text: ranks compare the hash of this text at launch.
     separators = None if indent else (",", ":")
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
 
 
 def config_hash(config: Config) -> str:
-    """Return the SHA-256 of the canonical JSON in hex; it depends on the values only, not on their source."""
+    """Return the SHA-256 of the canonical JSON in hexadecimal; configs with equal values have equal hashes."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
 def with_sources(config: Config, sources: Mapping[str, str]) -> dict[str, Any]:
-    """Return ``config`` as nested dicts in which each value is ``{"value": ..., "source": ...}``."""
+    """Return ``config`` as nested dicts in which each value is ``{"value": ..., "source": ...}``.
+
+    Args:
+        config: Resolved config.
+        sources: Map from the dotted key of each value to its source, as in :class:`~internlm.config.Resolved`.
+    """
     return _with_sources(config.model_dump(mode="json"), sources)
 
 

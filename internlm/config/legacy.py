@@ -1,4 +1,4 @@
-"""Normalisation of old spellings to those of the schema; no other file handles old spellings."""
+"""Normalisation of old config keys and values to the current ones. No other file handles old spellings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from internlm.config import keys
 from internlm.config.nested_dict import ABSENT, NestedDict, get, pop, put
 from internlm.utils.errors import Problem
 
-#: Sections that may be written as one value, and the key of that value: ``tensor=2`` means ``tensor=dict(size=2)``.
+#: Map from a section that may be written as a single value to the key that takes this value: ``tensor=2`` means
+#: ``tensor=dict(size=2)``.
 SHORT_FORMS = {
     "parallel.zero1": "size",
     "parallel.tensor": "size",
@@ -19,20 +20,20 @@ SHORT_FORMS = {
     "parallel.expert_weight": "size",
 }
 
-#: Old name -> present name of renamed keys.
+#: Map from the old name of a renamed key to its current name.
 RENAMED = {"model.moe_gate_k": "model.top_k"}
 
-#: Removed keys, and what to do instead.
+#: Map from a removed key to the advice in the error message.
 REMOVED = {
     "data.packed_length": "Remove it: it is always seq_len · micro_bsz",
     "ckpt.load_ckpt_folder": "Set ckpt.load_ckpt_info = dict(path=..., content=('all',))",
     "ckpt.load_model_only_folder": "Set ckpt.load_ckpt_info = dict(path=..., content=('model',))",
-    "moe": "Set num_experts and top_k in model, and the rest in model.moe_layer_kwargs",
-    "generation": "Remove it: generation is not configured in a training config",
+    "moe": "Set model.num_experts and model.top_k, and other settings in model.moe_layer_kwargs",
+    "generation": "Remove it: a training config has no generation settings",
 }
 
-#: Ignored keys, and why ignoring them changes nothing.
-# Refusing these would reject configs that run elsewhere, without need.
+#: Map from an ignored key to the reason why ignoring it does not change the results.
+# An error for these keys would reject existing configs without need.
 IGNORED = {"metric_dtype": "metrics are always computed in float32"}
 
 SEQUENCE_PARALLEL = "parallel.sequence_parallel"
@@ -41,15 +42,15 @@ OLD_KEYS = frozenset({*RENAMED, *REMOVED, *IGNORED, SEQUENCE_PARALLEL})
 
 @dataclass
 class Findings:
-    """Problems and warnings found while normalising."""
+    """Problems and warnings that :func:`normalise` found."""
 
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def normalise(config: NestedDict, findings: Findings) -> None:
-    """Replace old spellings in ``config`` in place. Idempotent."""
-    # Short forms first: the other steps look into the expanded sections.
+    """Replace old spellings in ``config`` in place, and append problems and warnings to ``findings``. Idempotent."""
+    # Expand short forms first: the other steps read keys within the expanded sections.
     _expand_short_forms(config)
     _rename(config, findings)
     _refuse_removed(config, findings)
@@ -91,21 +92,25 @@ def _drop_ignored(config: NestedDict, findings: Findings) -> None:
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
-    """Drop ``sequence_parallel``: the mode implies it (all but mtp split sequences). Without a mode, True sets msp."""
+    """Remove ``sequence_parallel``, which the tensor-parallel mode implies.
+
+    All modes but mtp split sequences. If no mode is given, True sets msp and False sets mtp.
+    """
     flag = pop(config, SEQUENCE_PARALLEL)
-    mode = get(config, "parallel.tensor.mode")
+    mode_key = "parallel.tensor.mode"
+    mode = get(config, mode_key)
     if flag is ABSENT or flag is None:
         return
     if not isinstance(flag, bool):
         findings.problems.append(
-            Problem(SEQUENCE_PARALLEL, f"expected True or False, got {flag!r}", "Remove it: it follows from the mode")
+            Problem(SEQUENCE_PARALLEL, f"expected True or False, got {flag!r}", f"Remove it, and set {mode_key}")
         )
-    # The published default of the mode is mtp, which splits no sequences.
+    # The default mode is mtp, which does not split sequences.
     elif mode is None:
-        put(config, "parallel.tensor.mode", "msp" if flag else "mtp")
+        put(config, mode_key, "msp" if flag else "mtp")
     elif flag != (mode != "mtp"):
-        what = f"{flag} contradicts parallel.tensor.mode = {mode!r}"
-        findings.problems.append(Problem(SEQUENCE_PARALLEL, what, "Remove it: it follows from the mode"))
+        what = f"{flag} contradicts {mode_key} = {mode!r}"
+        findings.problems.append(Problem(SEQUENCE_PARALLEL, what, f"Remove it: {mode_key} implies its value"))
 
 
 def _respell_values(config: NestedDict) -> None:
@@ -113,20 +118,20 @@ def _respell_values(config: NestedDict) -> None:
         value = get(config, key)
         if value is not None:
             put(config, key, respell(value))
-    # ZBV has two chunks per stage. Configs written for 1F1B often set num_chunks = 1, which cannot be meant for ZBV.
+    # ZBV has two chunks per stage. Configs written for 1F1B often set num_chunks = 1, which is not valid for ZBV.
     if get(config, "parallel.pipeline.mode") == "ZBV" and get(config, "model.num_chunks") == 1:
         pop(config, "model.num_chunks")
 
 
 def _drop_unset(config: NestedDict) -> None:
-    """Remove keys that are None but do not accept None: there, None means not set."""
+    """Remove keys that are None although the schema does not accept None for them: this means "not set"."""
     for key in keys.fields():
         if get(config, key, ABSENT) is None and not keys.takes_none(key):
             pop(config, key)
 
 
 def _dtype_name(value: Any) -> Any:
-    """Return the name of a ``torch.dtype``; half becomes float16."""
+    """Replace a ``torch.dtype`` by its name, and ``torch.half`` by ``torch.float16``."""
     # Compared by name, so that this package does not import torch.
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         value = str(value)
@@ -148,12 +153,12 @@ def _list_as_tuple(value: Any) -> Any:
 
 
 def _batch_list(value: Any) -> Any:
-    """Convert batch numbers back to text; ``--set`` parses ``7`` and ``1,5`` as an int and a tuple."""
+    """Convert batch numbers to a string, since ``--set`` parses ``7`` as an int and ``1,5`` as a tuple."""
     batches = value if isinstance(value, (tuple, list)) else [value]
     return ",".join(map(str, batches)) if all(type(batch) is int for batch in batches) else value
 
 
-#: Key -> function that replaces its old spellings.
+#: Map from a key to the function that converts old spellings of its value.
 RESPELLED = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,

@@ -22,7 +22,7 @@ from internlm.utils.errors import ConfigError, Problem, did_you_mean
 #: Type of the object that ``from __future__ import annotations`` binds in a file.
 FUTURE = type(annotations)
 
-#: Config keys in upper case; every other upper-case name is the file's own.
+#: Config keys in upper case. Any other upper-case name is a variable of the config file.
 UPPER_CASE_KEYS = ("JOB_NAME",)
 
 #: Command-line option for overrides, as named in messages.
@@ -36,18 +36,18 @@ def load_file(path: str | Path) -> NestedDict:
     """Execute a config file and return its config keys with their values.
 
     Config keys are the lower-case names at the top level, and ``JOB_NAME``. UPPER_CASE names, names with a leading
-    underscore, modules, functions and classes are the file's own.
+    underscore, modules, functions and classes are the file's own and are left out.
 
     Raises:
         ConfigError: The file is missing, is not Python, or fails when executed.
     """
     path = Path(path)
     code = _compile(path, _read(path))
-    # Not ``__main__``: a file that is also a script must not run its main part.
+    # Any name but ``__main__``, so that an ``if __name__ == "__main__":`` block of the file does not run.
     namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(code, namespace)
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is an error of that file
+    except (Exception, SystemExit) as error:  # any exception that the file raises is an error in the file
         raise ConfigError(_failure(path, error)) from None
     return {name: plain(value) for name, value in namespace.items() if _is_config_key(name, value)}
 
@@ -68,15 +68,17 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
     except OSError as error:
-        raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "Give a readable file")) from None
+        what = f"cannot be read ({error.strerror})"
+        raise ConfigError(Problem(str(path), what, "Check the path and its permissions")) from None
 
 
 def _missing(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
-        return Problem(str(path), f"no such file, and no folder {folder.resolve()}", "Give an existing file")
+        what = f"no such file: the folder {folder.resolve()} does not exist"
+        return Problem(str(path), what, "Correct the path")
     siblings = [file.name for file in folder.glob("*.py")]
-    todo = did_you_mean(path.name, siblings) if siblings else f"There is no .py file in {folder.resolve()}"
+    todo = did_you_mean(path.name, siblings) if siblings else f"Correct the path: {folder.resolve()} has no .py file"
     return Problem(str(path), "no such file", todo)
 
 
@@ -88,21 +90,21 @@ def _compile(path: Path, source: bytes) -> CodeType:
         todo = f"Check with: python -m py_compile {path}"
         raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", todo)) from None
     except ValueError as error:  # null bytes, before Python 3.12
-        raise ConfigError(Problem(str(path), str(error), "Give a Python file")) from None
+        raise ConfigError(Problem(str(path), str(error), "Give a Python source file")) from None
 
 
 def _failure(path: Path, error: BaseException) -> Problem:
-    """Report ``error`` at the innermost line of the config file itself, not of what it calls."""
+    """Convert an exception of the executed file to a problem at the innermost traceback line within the file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", f"For the traceback, run: python {path}")
 
 
 # -- overrides --------------------------------------------------------------------------------------------------------
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``"a.b=c"`` into key and value; a Python literal is evaluated, any other value stays text.
+    """Split ``"a.b=c"`` into key and value; a value that is not a Python literal stays a string.
 
     Raises:
-        ValueError: There is no ``=``, or the key has an empty name.
+        ValueError: ``text`` has no ``=``, or its dotted key has an empty part.
     """
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -112,7 +114,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _literal_or_text(text: str) -> Any:
-    if text.lstrip("+-") in ("nan", "inf"):  # not Python literals, but meant as numbers
+    if text.lstrip("+-") in ("nan", "inf"):  # floats that Python has no literals for
         return float(text)
     try:
         return ast.literal_eval(text)
@@ -121,7 +123,16 @@ def _literal_or_text(text: str) -> Any:
 
 
 def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list[Problem]) -> set[str]:
-    """Apply ``overrides`` to ``config`` in order, append to ``problems``, and return the keys that were set."""
+    """Apply ``overrides`` to ``config`` in order.
+
+    Args:
+        config: Config keys; modified in place.
+        overrides: Strings ``"key=value"``.
+        problems: List to which malformed overrides and unknown keys are appended.
+
+    Returns:
+        The dotted keys that were set.
+    """
     done = set()
     for text in overrides:
         try:
@@ -145,7 +156,7 @@ def _is_known(key: str) -> bool:
 
 
 def _suggestion(key: str) -> str:
-    """Suggest a key of the same name in another section, or the nearest one in its own section."""
+    """Suggest a key of the same name in another section, or the most similar key of the same section."""
     section, _, _ = key.rpartition(".")
     if section and not keys.is_section(section):
         return did_you_mean(key, keys.fields())

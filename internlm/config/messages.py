@@ -17,7 +17,7 @@ MISSING = "missing"
 BAD_NAME = "invalid_key"
 UNKNOWN_CHOICE = "literal_error"
 
-#: pydantic's error types for a value of the right type but out of range, in words.
+#: Map from pydantic's error types for out-of-range values of an accepted type to the text of the message.
 OUT_OF_RANGE = {
     "finite_number": "not a finite number",
     **dict.fromkeys(
@@ -27,16 +27,16 @@ OUT_OF_RANGE = {
 
 _TYPE_NAMES = {
     bool: "a bool",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
+    int: "an integer",
+    float: "a float",
+    str: "a string",
     dict: "a dict",
     type(None): "None",
 }
 
 
 def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
-    """Return the problems in ``error``, and the keys that have one."""
+    """Convert a pydantic error to problems, and also return the set of invalid keys."""
     by_key: dict[str, list[Any]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key(detail), []).append(detail)
@@ -46,7 +46,7 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
 
 
 def _key(detail: Any) -> str:
-    """Return the key of an error: the longest known prefix of its location, or the unknown key itself."""
+    """Return the dotted key of a pydantic error: the longest known prefix of its location, or the unknown key."""
     # pydantic's location also holds indices of lists and tags of unions, which are not part of a key.
     location = [name for name in detail["loc"] if isinstance(name, str)]
     if detail["type"] in (UNKNOWN, BAD_NAME):
@@ -57,7 +57,7 @@ def _key(detail: Any) -> str:
 
 
 def _implied_by_typos(by_key: dict[str, list[Any]]) -> set[str]:
-    """Return missing keys that are present under a misspelt name; only the unknown key is reported."""
+    """Return the missing keys that are present under a misspelt name; only the misspelt name is reported."""
     missing = [key for key, details in by_key.items() if details[0]["type"] == MISSING]
     unknown = [key for key, details in by_key.items() if details[0]["type"] == UNKNOWN]
     candidates = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
@@ -69,13 +69,13 @@ def _section(key: str) -> str:
 
 
 def _is_other_text(detail: Any) -> bool:
-    """Return True if the value is text, but not one of the accepted choices."""
+    """Return True if the value is a string that is not one of the accepted choices."""
     return detail["type"] == UNKNOWN_CHOICE and isinstance(detail["input"], str)
 
 
 def _problem(key: str, details: Iterable[Any]) -> Problem:
-    # A key that accepts several types has one error per type. Report the most specific: text that is not a known
-    # choice, then a number out of range, then a value of another type.
+    # A key that accepts several types has one error per type. Report the most specific one. Order: a string that is not
+    # an accepted choice, a number out of range, a value of another type.
     detail = min(details, key=lambda d: (not _is_other_text(d), d["type"] not in OUT_OF_RANGE))
     value = detail["input"]
     if detail["type"] in (UNKNOWN, BAD_NAME):
@@ -97,7 +97,7 @@ def _wanted(key: str) -> str:
 
 
 def _where_it_belongs(key: str) -> str:
-    """Suggest keys of the same name in other sections, or the nearest name in its own section."""
+    """Suggest keys of the same name in other sections, or the most similar name in the same section."""
     section, _, name = key.rpartition(".")
     todo = belongs_elsewhere(key)
     if section:
@@ -109,14 +109,16 @@ def _where_it_belongs(key: str) -> str:
 def belongs_elsewhere(key: str) -> str:
     """Suggest keys of the same name in other sections.
 
-    Return an empty string if there are none, or if there are several and ``key``'s own section has a similar name.
+    Returns:
+        The suggestion, or an empty string if there is no such key. The string is also empty if there are several and
+        ``key``'s own section has a similar name.
     """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
     # ``type`` and ``size`` exist in many sections: a typo within this one is more likely.
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
         return ""
-    return f"It belongs elsewhere: {' or '.join(namesakes)}" if namesakes else ""
+    return f"Set {' or '.join(namesakes)} instead" if namesakes else ""
 
 
 def _type_name(value: Any) -> str:

@@ -11,15 +11,15 @@ ABSENT = object()
 
 
 def plain(value: Any) -> Any:
-    """Copy ``value``: mappings become new dicts, paths become text."""
+    """Copy ``value`` with mappings converted to new dicts, recursively, and paths to strings."""
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
-    # The schema is strict and takes text for paths.
+    # The schema is strict: for a path it accepts a string, but no path object.
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def get(nested: Any, key: str, default: Any = None) -> Any:
-    """Return the value at ``key``, or ``default`` if it or a dict on its path is absent."""
+    """Return the value at the dotted ``key``, or ``default`` if a part of the key is absent."""
     for name in key.split("."):
         if not isinstance(nested, dict) or name not in nested:
             return default
@@ -28,7 +28,7 @@ def get(nested: Any, key: str, default: Any = None) -> Any:
 
 
 def put(nested: NestedDict, key: str, value: Any) -> None:
-    """Set ``key``, creating the dicts on its path; a value on the path that is not a dict is replaced."""
+    """Set the dotted ``key`` to ``value``; absent or plain values on its path are replaced by dicts."""
     *path, last = key.split(".")
     for name in path:
         if not isinstance(nested.get(name), dict):
@@ -38,7 +38,7 @@ def put(nested: NestedDict, key: str, value: Any) -> None:
 
 
 def pop(nested: NestedDict, key: str) -> Any:
-    """Remove ``key`` and return its value, or ``ABSENT`` if there is none."""
+    """Remove the dotted ``key`` and return its value; return ``ABSENT`` if the key is absent."""
     parent, _, last = key.rpartition(".")
     section = get(nested, parent) if parent else nested
     return section.pop(last, ABSENT) if isinstance(section, dict) else ABSENT

@@ -39,9 +39,10 @@ OVERLAPS = (f"{ZERO}.overlap_sync_grad", f"{ZERO}.overlap_sync_param")
 
 @dataclass(frozen=True)
 class Derivation:
-    """Default that follows from other keys: ``target`` is set to ``value(config, run)`` unless that is None.
+    """Default value that is computed from other keys.
 
-    ``reads`` names the keys and the :class:`RunInfo` fields that ``value`` reads.
+    If the key ``target`` is not given, it is set to ``value(config, run)`` unless that is None. ``reads`` names the
+    keys and the :class:`RunInfo` fields that ``value`` reads.
     """
 
     target: str
@@ -60,7 +61,7 @@ def _dtype(config: Config, run: RunInfo) -> str:
 
 
 def _bucket_size(config: Config, run: RunInfo) -> int:
-    """Return the bucket size in elements: as given, else 16 Mi with overlap and 512 Mi without.
+    """Return the given bucket size in elements, or the default: 16 Mi with overlap, 512 Mi without.
 
     Overlap needs several buckets; without it, fewer collectives are faster.
     """
@@ -88,7 +89,7 @@ DERIVATIONS = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """Resolved config, with the source of each value and the warnings about it."""
+    """Result of :func:`resolve`: the config, the source of each value, and warnings."""
 
     config: Config
     sources: dict[str, str]  # dotted key -> "file", "override", "derived" or "default"
@@ -101,7 +102,10 @@ def load_config(
     world_size: int | None = None,
     device_type: str | None = None,
 ) -> Config:
-    """Resolve a config, log its warnings, and return it; takes the arguments of :func:`resolve`."""
+    """Resolve a config, log its warnings, and return the config.
+
+    Arguments and errors are those of :func:`resolve`.
+    """
     resolved = resolve(source, overrides, world_size, device_type)
     for warning in resolved.warnings:
         get_logger().warning(warning)
@@ -114,7 +118,7 @@ def resolve(
     world_size: int | None = None,
     device_type: str | None = None,
 ) -> Resolved:
-    """Resolve a config file or dict.
+    """Resolve a config file or dict into a validated config.
 
     Args:
         source: Path of a Python config file, which is executed, or a dict of config keys.
@@ -122,13 +126,16 @@ def resolve(
         world_size: Number of processes. None: skip the checks that depend on it.
         device_type: ``"cpu"`` or ``"cuda"``. None: skip the derivations and checks that depend on it.
 
+    Returns:
+        The config, the source of each value, and warnings about dubious settings.
+
     Raises:
         ConfigError: The config is invalid; every problem is listed.
     """
     raw = load_file(source) if isinstance(source, (str, Path)) else nested_dict.plain(source)
     findings = Findings()
-    # Normalise the file first, so that overrides find present key names; then again, since overrides may use old
-    # spellings too.
+    # Normalise the file first, so that its keys have the names that overrides are applied to; then again, since
+    # overrides may use old spellings too.
     normalise(raw, findings)
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
@@ -146,7 +153,7 @@ def resolve(
 
 
 def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
-    """Validate each key; return the problems, and the keys that have one."""
+    """Validate each key against the schema; return the problems and the set of invalid keys."""
     try:
         Config.model_validate(raw)
     except ValidationError as error:
@@ -155,10 +162,10 @@ def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
 
 
 def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
-    """Fill in derived values and return their keys; targets that cannot be derived are added to ``unusable``."""
+    """Set derived values in ``raw`` and return their keys; add keys that cannot be derived to ``unusable``."""
     config, derived = _partial(Config, raw), set()
     for derivation in DERIVATIONS:
-        # None in a file means not given.
+        # A key with value None counts as not given.
         if nested_dict.get(raw, derivation.target) is not None:
             continue
         if any(nested_dict.within(key, unusable) for key in derivation.reads):
@@ -188,7 +195,7 @@ def _partial(section: type[Section], given: Any) -> Any:
 
 
 def _sources(config: Config, given: set[str], overridden: set[str], derived: set[str]) -> dict[str, str]:
-    # A dict in which any name is allowed is one value of the config, but several leaves of the file.
+    # A dict that may have any names is one value of the config, but has several leaves in the file.
     in_file = {key for leaf in given for key in nested_dict.with_sections(leaf)}
     overridden_leaves = [leaf for leaf in given if nested_dict.within(leaf, overridden)]
     replaced = {key for leaf in overridden_leaves for key in nested_dict.with_sections(leaf)}

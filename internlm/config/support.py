@@ -39,7 +39,10 @@ REMOTE = re.compile(r"(?!local:)\w{2,}:")
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Key that is accepted without effect; ``requested(value)`` is True if the value needs the missing feature."""
+    """Key that is accepted but has no effect in this version.
+
+    ``instead`` describes what happens instead; ``requested(value)`` is True if the value asks for the missing feature.
+    """
 
     key: str
     instead: str
@@ -56,8 +59,8 @@ NO_EFFECT = (
     NoEffect("loss.op_type", "the chunked kernel computes the loss", lambda kernel: False),
 )
 
-#: Keys that nothing reads, by the setting that gives them a meaning. They need no warning of their own, since that
-#: setting is refused or warned about.
+#: Map from an unsupported setting to the keys that only matter with it. No code reads these keys. They need no warning
+#: of their own, since the setting is refused or warned about.
 UNREAD: dict[str, tuple[str, ...]] = {
     "model.num_experts": (
         "model.top_k",
@@ -85,7 +88,11 @@ UNREAD: dict[str, tuple[str, ...]] = {
 
 
 def check_runnable(config: Config) -> None:
-    """Raise :class:`ConfigError` naming every setting that this version cannot run."""
+    """Check that this version supports all settings of ``config``.
+
+    Raises:
+        ConfigError: The config has unsupported settings; every one is listed.
+    """
     given = dict(keys.values(config))
     problems = [
         Problem(key, f"{given[key]!r} is not available in this version", _use(supported))
@@ -93,7 +100,7 @@ def check_runnable(config: Config) -> None:
         if key in given and given[key] not in supported
     ]
     problems += [
-        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not available", "Use a local folder")
+        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not available", "Use a local path")
         for key in LOCAL_FOLDERS
         if REMOTE.match(given.get(key) or "")
     ]
@@ -112,7 +119,7 @@ def _use(supported: tuple[Any, ...]) -> str:
 class DubiousSetting:
     """Warning about the ``keys`` that differ from their defaults, issued if ``applies(config)`` is True.
 
-    ``message`` is a format string for the config ``c``.
+    ``message`` is a format string in which ``c`` is the config.
     """
 
     keys: tuple[str, ...]
@@ -135,7 +142,7 @@ DUBIOUS_SETTINGS = (
     DubiousSetting(
         ("parallel.pipeline.mode",),
         lambda c: c.parallel.pipeline.size == 1,
-        "no effect on the bubble, since parallel.pipeline.size is 1",
+        "a pipeline with parallel.pipeline.size = 1 has no bubble to reduce",
     ),
     DubiousSetting(
         ("parallel.pipeline.table",),
@@ -162,7 +169,7 @@ DUBIOUS_SETTINGS = (
 
 
 def warnings_about(config: Config) -> list[str]:
-    """Return one warning about all settings without effect in this version, and one per dubious setting."""
+    """Return warnings: one about all settings without effect in this version, and one per dubious setting."""
     given = dict(keys.values(config))
     idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.requested(given[row.key])]
     warnings = [f"No effect in this version: {', '.join(idle)}"] if idle else []

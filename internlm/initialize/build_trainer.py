@@ -20,7 +20,7 @@ from internlm.core.scheduler.table import schedule_of
 from internlm.core.trainer import Trainer
 from internlm.costs.stages import own_table
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.utils.errors import ConfigError, Problem
+from internlm.utils.errors import ConfigError, Problem, format_by_rank
 
 
 def initialize_trainer(
@@ -40,13 +40,16 @@ def initialize_trainer(
         beta2_scheduler: Function from step to beta2.
         criterion: Loss function; default: cross-entropy with the config's label smoothing.
         types: Number of data-set types that metrics are split by.
+
+    Raises:
+        UserError: The custom schedule is invalid, or differs between ranks.
     """
     criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
     return Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
-    # Ranks with different tokens; under isp, they include the ranks that split a row.
+    # The group of ranks with different tokens. Under isp it includes the ranks that split a row.
     mode = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     tokens, device = gpc.group(mode), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
@@ -70,13 +73,13 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
 
 
 def _check_agreement(table: Table) -> None:
-    """Check that all ranks read the same schedule; otherwise sends and receives would not match, and block."""
+    """Check that all ranks have the same schedule; otherwise unmatched sends and receives would block."""
     tables: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(tables, hashlib.sha256(repr(table.actions).encode()).hexdigest()[:12])
+    digest = hashlib.sha256(repr(table.actions).encode()).hexdigest()
+    dist.all_gather_object(tables, f"SHA-256 {digest[:12]}")
     if len(set(tables)) > 1:
-        hashes = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(tables))
-        message = f"is not the same file on all ranks ({hashes})"
-        raise ConfigError(Problem(table.schedule, message, "Copy one file to all machines"))
+        message = f"differs between ranks ({format_by_rank(tables)})"
+        raise ConfigError(Problem(table.schedule, message, "Copy the same file to all machines"))
 
 
 def _channels(schedule: str) -> Channels:
@@ -87,7 +90,8 @@ def _channels(schedule: str) -> Channels:
     stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel
     incoming, outgoing = {}, {}
     for index, pairs in enumerate(_neighbours(stage.size, ring=schedule == "interleaved")):
-        # A process group for each direction: messages arrive in the order sent, and a late one does not delay others.
+        # A process group delivers messages in the order sent. A group per direction keeps a late message from
+        # delaying the other direction.
         up, down = (gpc.pair_of_stages(f"{index} {direction}", pairs) for direction in ("up", "down"))
         for lower, upper in pairs:
             if stage.rank == lower:
@@ -99,9 +103,10 @@ def _channels(schedule: str) -> Channels:
 
 
 def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:
-    """Return the pairs of neighbouring stages as lists; no stage occurs twice in a list.
+    """Return the pairs of neighbouring stages in lists in which each stage occurs at most once.
 
-    Creating a process group blocks until both members call it. List by list, no stage waits for a chain of others.
+    Creating a process group blocks until both of its ranks join. If the groups are created in this order, the groups of
+    one list are created concurrently.
     """
     lists = [[(rank, rank + 1) for rank in range(first, stages - 1, 2)] for first in (0, 1)]
     lists.append([(stages - 1, 0)] if ring and stages > 2 else [])

@@ -1,6 +1,6 @@
-"""Read rank, world size and rank 0's address from the variables of torchrun or Slurm. Pure functions.
+"""Read rank, world size and rank 0's address from the environment variables of torchrun or Slurm.
 
-Every function takes the environment as an argument, so that it can be tested without a launcher.
+All functions are pure: they take the environment as an argument, so that tests need no launcher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from internlm.utils.errors import LaunchError, Problem
 
 Launcher: TypeAlias = Literal["torch", "slurm"]
 
-# The first three entries of each: rank, world size, local rank.
+# The first three variables in each tuple give rank, world size and local rank.
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NPROCS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 HOW_TO_START = (
@@ -36,7 +36,7 @@ class ProcessInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitProcess:
-    """Arguments that take precedence over the launcher's variables; None: use the launcher's variable."""
+    """Ranks and address that take precedence over the launcher's variables. None: read the launcher's variable."""
 
     rank: int | None = None
     world_size: int | None = None
@@ -71,16 +71,24 @@ def find_process(
 
 
 def detect_launcher(environment: Mapping[str, str]) -> Launcher:
-    """Return the launcher whose variables are set; torchrun takes precedence, since it may run inside a Slurm job."""
+    """Return the launcher whose variables are set; torchrun takes precedence, since it may run inside a Slurm job.
+
+    Raises:
+        LaunchError: Neither launcher has set its variables.
+    """
     if "RANK" in environment:
         return "torch"
     if "SLURM_PROCID" in environment:
         return "slurm"
-    raise LaunchError(Problem("RANK", "not set, nor is SLURM_PROCID: no launcher started this process", HOW_TO_START))
+    raise LaunchError(Problem("RANK, SLURM_PROCID", "not set, so no launcher started this process", HOW_TO_START))
 
 
 def read_torch_environment(environment: Mapping[str, str], port: int = 8888) -> ProcessInfo:
-    """Read the variables that torchrun sets; ``port`` is used if ``MASTER_PORT`` is not set."""
+    """Read the variables that torchrun sets; ``port`` is used if ``MASTER_PORT`` is not set.
+
+    Raises:
+        LaunchError: A variable is missing or malformed.
+    """
     _require_variables(TORCH_VARIABLES[:-1], environment)
     return ProcessInfo(
         rank=_integer(environment, "RANK"),
@@ -92,7 +100,11 @@ def read_torch_environment(environment: Mapping[str, str], port: int = 8888) -> 
 
 
 def read_slurm_environment(environment: Mapping[str, str], host: str | None, port: int) -> ProcessInfo:
-    """Read the variables that srun sets; rank 0 listens on ``host`` (default: the job's first host) and ``port``."""
+    """Read the variables that srun sets; rank 0 listens on ``host`` (default: the job's first host) and ``port``.
+
+    Raises:
+        LaunchError: A variable is missing or malformed.
+    """
     _require_variables(SLURM_VARIABLES, environment)
     try:
         first_host = expand_host_list(environment["SLURM_JOB_NODELIST"])[0]
@@ -108,14 +120,15 @@ def read_slurm_environment(environment: Mapping[str, str], host: str | None, por
 
 
 def check_process(process: ProcessInfo) -> None:
-    """Raise :class:`LaunchError` if a rank or the port is out of range."""
-    if process.rank not in range(process.world_size):
-        raise LaunchError(
-            Problem("rank", f"must be less than the world size {process.world_size}, got {process.rank}", HOW_TO_START)
-        )
-    if process.local_rank not in range(process.world_size):
-        message = f"must be less than the world size {process.world_size}, got {process.local_rank}"
-        raise LaunchError(Problem("local rank", message, HOW_TO_START))
+    """Check that the ranks and the port are in range.
+
+    Raises:
+        LaunchError: A rank or the port is out of range.
+    """
+    for name, rank in (("rank", process.rank), ("local rank", process.local_rank)):
+        if rank not in range(process.world_size):
+            message = f"must be at least 0 and less than the world size {process.world_size}, got {rank}"
+            raise LaunchError(Problem(name, message, HOW_TO_START))
     if process.port not in range(1, 2**16):
         message = f"expected a port from 1 to 65535, got {process.port}"
         raise LaunchError(Problem("port", message, "Start with torchrun --standalone, or give --port"))
@@ -144,7 +157,7 @@ def expand_host_list(text: str) -> list[str]:
         ValueError: ``text`` is malformed.
     """
     if text.count("[") != text.count("]"):
-        raise ValueError(f"{text!r} has an unclosed bracket")
+        raise ValueError(f"{text!r} has unbalanced brackets")
     items = re.split(r",(?![^\[]*\])", text.strip())  # at commas outside brackets
     hosts = [host for item in items for host in _expand_brackets(item)]
     if not all(re.fullmatch(r"[^\s\[\]]+", host) for host in hosts):
@@ -153,7 +166,7 @@ def expand_host_list(text: str) -> list[str]:
 
 
 def _expand_brackets(item: str) -> Iterator[str]:
-    """Expand the first bracket of ``item``, then recurse into the rest: a name may have several brackets."""
+    """Expand the first bracket of ``item``, then the rest recursively: a host name may have several brackets."""
     match = re.match(r"([^\[]*)\[([^\]]*)\](.*)", item)
     if match is None:
         yield item.strip()

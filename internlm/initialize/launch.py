@@ -21,7 +21,7 @@ from internlm.config import Config, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
 from internlm.initialize.environment import ExplicitProcess, Launcher, ProcessInfo, check_process, find_process
 from internlm.utils.common import FriendlyParser
-from internlm.utils.errors import ConfigError, LaunchError, Problem
+from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
 
 OLDEST_TORCH = (2, 13)
@@ -91,7 +91,7 @@ def initialize_distributed_env(
 
     Raises:
         ConfigError: The config is invalid (raised before any process group exists), or the ranks' configs differ.
-        LaunchError: The launcher's variables are missing or wrong, or rank 0 cannot be reached.
+        LaunchError: torch is too old, the launcher's variables are missing or wrong, or rank 0 cannot be reached.
     """
     explicit = ExplicitProcess(rank=rank, world_size=world_size, local_rank=local_rank, host=host, port=master_port)
     try:
@@ -122,7 +122,7 @@ def initialize_distributed_env(
 def launch_from_torch(
     config: ConfigLike, backend: str | None = None, seed: int = 1024, overrides: Sequence[str] = ()
 ) -> None:
-    """Call :func:`initialize_distributed_env` for processes started by torchrun."""
+    """Call :func:`initialize_distributed_env` with the launcher ``"torch"``, for processes started by torchrun."""
     initialize_distributed_env(config, "torch", seed=seed, backend=backend, overrides=overrides)
 
 
@@ -134,7 +134,7 @@ def launch_from_slurm(
     seed: int = 1024,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Call :func:`initialize_distributed_env` for processes started by srun.
+    """Call :func:`initialize_distributed_env` with the launcher ``"slurm"``, for processes started by srun.
 
     Rank 0 listens on ``host`` (default: the job's first host) and ``port``.
     """
@@ -157,7 +157,7 @@ def _check_arguments(backend: str, seed: int) -> None:
             todo = f"Use {accelerator.default_backend()}"
             problems.append(Problem("--backend", f"{name!r} is not available here", todo))
     if seed < 0:
-        problems.append(Problem("--seed", f"must be at least 0, got {seed}", "Give a seed of at least 0"))
+        problems.append(Problem("--seed", f"must be at least 0, got {seed}", "Choose another seed"))
     if problems:
         raise ConfigError(*problems)
 
@@ -165,26 +165,29 @@ def _check_arguments(backend: str, seed: int) -> None:
 def _check_devices(process: ProcessInfo) -> None:
     devices = accelerator.device_count()
     if devices is not None and process.local_rank >= devices:
-        message = f"must be less than the {devices} devices of this machine, got {process.local_rank}"
-        raise LaunchError(Problem("LOCAL_RANK", message, "Start one process per device"))
+        message = f"must be less than the number of devices on this machine, {devices}, got {process.local_rank}"
+        raise LaunchError(Problem("LOCAL_RANK", message, f"Start at most {devices} processes per machine"))
 
 
 def _check_agreement(config: Config, seed: int) -> None:
-    """Raise :class:`ConfigError` unless all ranks have the same resolved config and seed.
+    """Check that all ranks have the same resolved config and seed.
 
-    Ranks with different configs would block in the middle of a step; with different seeds they would train different
+    Ranks with different configs would block in the middle of a step; ranks with different seeds would train different
     models.
+
+    Raises:
+        ConfigError: The ranks have different configs or seeds.
     """
-    # Compare hashes: whole configs of many ranks would be long, and 12 hex digits suffice.
-    own = {"config": config_hash(config)[:12], "--seed": str(seed)}
+    # Compare hashes, since whole configs are long; 12 hexadecimal digits suffice.
+    own = {"config": f"SHA-256 {config_hash(config)[:12]}", "--seed": str(seed)}
     all_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(all_ranks, own)
     problems = []
     for setting in own:
-        if len({values[setting] for values in all_ranks}) > 1:
-            by_rank = ", ".join(f"rank {rank}: {values[setting]}" for rank, values in enumerate(all_ranks))
+        values = [of_rank[setting] for of_rank in all_ranks]
+        if len(set(values)) > 1:
             todo = "Give every rank the same file, overrides and seed"
-            problems.append(Problem(setting, f"the ranks disagree ({by_rank})", todo))
+            problems.append(Problem(setting, f"differs between ranks ({format_by_rank(values)})", todo))
     if problems:
         raise ConfigError(*problems)
 
@@ -208,7 +211,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     """Join the default process group, or keep the one that exists already (in a test or a notebook)."""
     if dist.is_initialized():
         return
-    # Slurm does not set these variables, which torch, NCCL and users' code read.
+    # torch, NCCL and users' code read these variables, which Slurm does not set.
     endpoint = f"{process.host}:{process.port}"
     os.environ.update(
         RANK=str(process.rank), WORLD_SIZE=str(process.world_size), LOCAL_RANK=str(process.local_rank),
@@ -227,10 +230,10 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
 
 
 def _store_of_attempt(process: ProcessInfo, timeout: float) -> dict[str, Any]:
-    """Return ``init_process_group`` arguments with a separate store for each attempt of a job.
+    """Return ``init_process_group`` arguments that give each attempt of a job its own store.
 
-    torchrun keeps one store through all restarts of a job (``--max-restarts``), and it still holds the addresses of
-    ranks that have died.
+    torchrun keeps one store through all restarts of a job (``--max-restarts``). After a restart, this store still holds
+    the addresses of ranks that have died.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -241,10 +244,11 @@ def _store_of_attempt(process: ProcessInfo, timeout: float) -> dict[str, Any]:
 
 
 def _leave() -> None:
-    """Destroy gloo's groups before the interpreter ends.
+    """Destroy gloo's process groups before the interpreter ends.
 
-    Their threads end with the last reference; a thread that frees a tensor while the interpreter shuts down aborts the
-    process. With NCCL this would block until every other rank leaves too, and a rank that failed never does.
+    The threads of a group end with the last reference to it; a thread that frees a tensor while the interpreter shuts
+    down aborts the process. With NCCL, this call would block until every other rank makes it too, and a failed rank
+    never does.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Command-line parser whose errors suggest the nearest flag or command, and the launcher's ``parse_args``."""
+"""Command-line parser whose errors suggest the nearest flag or command, and a re-export of ``parse_args``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class FriendlyParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse ``args`` (default: the command line); the error for an unknown argument suggests the nearest flag."""
-        # argparse would report unknown arguments without a hint; here all of them are known at once.
+        # argparse itself would report unknown arguments without a suggestion.
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` as a problem of this command and exit with code 2."""
+        """Print ``message`` in the form of a :class:`Problem` of this command, and exit with code 2."""
         self._refuse([Problem(self.prog, message, f"See: {self.prog} --help")])
 
     def _refuse(self, problems: list[Problem]) -> NoReturn:
@@ -56,7 +56,7 @@ class FriendlyParser(argparse.ArgumentParser):
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:
-    """Return the flags among the unknown words, or all words if there are none: a word after a flag is its value."""
+    """Return the flags in ``unknown``, or all words if none is a flag: a word beside flags may be the value of one."""
     return [word for word in unknown if word.startswith("-")] or unknown
 
 

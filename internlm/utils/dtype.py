@@ -18,7 +18,7 @@ _BY_NAME = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype for its name in a config; ``torch.tf32`` is stored as float32."""
+    """Return the dtype with this config name, such as ``"torch.bfloat16"``; ``"torch.tf32"`` gives float32."""
     return _BY_NAME[name]
 
 
@@ -34,7 +34,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which to sum many elements of ``dtype``: fp32 for half precision, else ``dtype``."""
+    """Return the dtype for sums over many elements of ``dtype``: float32 for 16-bit dtypes, else ``dtype``."""
     # bf16 has 8 bits of mantissa: adding 1 to a running sum of 256 leaves it unchanged.
     return torch.promote_types(dtype, torch.float32)
 

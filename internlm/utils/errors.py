@@ -1,7 +1,7 @@
 """Errors that users can fix: what is wrong, where, with which values, and what to do about it.
 
 A :class:`UserError` is never a bug of the framework. Entry points print it without a traceback and exit with code 2
-(:func:`exit_on_user_error`); a rank that lost another rank exits with code 3.
+(:func:`exit_on_user_error`). A rank that lost a peer exits with code 3.
 
 This file must not import torch: the command line's ``--help`` and its argument errors would take seconds.
 """
@@ -14,14 +14,14 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 3
-#: Texts of gloo's errors about a rank that exited or does not respond; their type is a plain ``RuntimeError``.
+#: Texts in gloo's errors for a rank that exited or does not respond. gloo raises a plain ``RuntimeError``.
 _PEER_FAILURE_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,9 +41,9 @@ class Problem:
 
 
 class UserError(Exception):
-    """One or more problems that the user can fix."""
+    """Error that the user can fix, with one or more problems."""
 
-    #: True where every rank finds the same problems, so that one rank prints them for all.
+    #: True if every rank finds the same problems, so that only one rank prints them.
     same_on_all_ranks = False
 
     def __init__(self, *problems: Problem) -> None:
@@ -53,31 +53,31 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Problems of the config file, its overrides or the command line."""
+    """Error in the config file, its overrides or the command line."""
 
     same_on_all_ranks = True
 
 
 class LaunchError(UserError):
-    """Problems of the environment in which the processes were started."""
+    """Error in the launch: launcher variables, rendezvous, devices or the version of torch."""
 
 
 class DataError(UserError):
-    """Problems of a data file or folder."""
+    """Missing, unreadable or malformed data file or folder."""
 
 
 class CheckpointError(UserError):
-    """Problems of a checkpoint."""
+    """Missing, unusable or unwritable checkpoint."""
 
 
 class LostPeerError(RuntimeError):
-    """Another rank is gone, or did not send or receive in time; the message names it."""
+    """Failure of another rank, which exited or did not send or receive in time; the message names this rank."""
 
 
-#: Seconds that a rank with nothing to print waits before it exits, so that another rank can print: torchrun ends every
-#: process of a job as soon as one of them has failed.
+#: Time in seconds that a rank with nothing to print waits before it exits, so that another rank can print: torchrun
+#: ends every process of a job as soon as one of them has failed.
 _GRACE_SECONDS = 2.0
-#: Topic counted in the store by every rank that stops with a user's error, so that its peers can look up why it exited.
+#: Topic that a rank counts in the store when it stops with a :class:`UserError`, so that peers can find the reason.
 _STOPPED = "a rank stopped by a user's error"
 
 
@@ -92,7 +92,11 @@ def report(error: UserError) -> None:
 
 
 def _is_reporting_rank(error: UserError) -> bool:
-    """Return True if this rank prints ``error``: the first to find it, or rank 0 if no process group exists yet."""
+    """Return True if this rank prints ``error``.
+
+    Within a process group, the first rank that found the error prints it. Before, rank 0 prints the errors that all
+    ranks find, and any other error is printed where it occurs.
+    """
     dist = _loaded_distributed()
     if dist is not None and dist.is_initialized():
         return first_of_all_ranks(str(error))
@@ -100,12 +104,12 @@ def _is_reporting_rank(error: UserError) -> bool:
 
 
 def first_of_all_ranks(topic: str) -> bool:
-    """Return True on the first rank to call this with ``topic`` (by the rendezvous store, no collective)."""
+    """Return True on the first rank that calls this with ``topic``; uses the rendezvous store, not a collective."""
     return _count_in_store(topic, 1) == 1
 
 
 def _count_in_store(topic: str, increment: int = 0) -> int:
-    """Add ``increment`` to the job-wide count of ``topic`` and return the sum."""
+    """Add ``increment`` to the job-wide count of ``topic`` and return the new count."""
     dist = _loaded_distributed()
     if dist is None:
         return increment
@@ -119,7 +123,7 @@ def _count_in_store(topic: str, increment: int = 0) -> int:
 
 
 def _loaded_distributed() -> ModuleType | None:
-    """Return ``torch.distributed`` if it is imported already, else None: before that, no group can exist."""
+    """Return ``torch.distributed`` if it has been imported, else None: then no process group can exist."""
     return sys.modules.get("torch.distributed")
 
 
@@ -137,7 +141,10 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def exit_on_user_error(main: F) -> F:
-    """Decorate an entry point to print a :class:`UserError` without a traceback and exit with code 2."""
+    """Decorate an entry point to print a :class:`UserError` without a traceback and exit with code 2.
+
+    After a peer failure, the entry point exits with code 3.
+    """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -152,14 +159,35 @@ def exit_on_user_error(main: F) -> F:
         except RuntimeError as error:
             if not is_peer_failure(error):
                 raise
-            # A peer that stopped with a user's error has printed it. A second message would only hide that one.
+            # A peer that stopped with a UserError has printed it. A second message would only distract from it.
             if _count_in_store(_STOPPED):
                 sys.exit(EXIT_USER_ERROR)
             rank = os.environ.get("RANK", "?")
-            print(f"rank {rank}: lost another rank ({_last_line(error)}). See the log of that rank", file=sys.stderr)
+            print(f"rank {rank}: lost another rank ({_last_line(error)}). See the other ranks' logs", file=sys.stderr)
             sys.exit(EXIT_LOST_PEER)
 
     return wrapper  # type: ignore[return-value]
+
+
+def format_by_rank(values: Sequence[object]) -> str:
+    """Format one value per rank, with the ranks grouped by value: ``"ranks 0-6, 9: a; rank 7: b"``."""
+    groups: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(rank)
+    return "; ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {_format_ranges(ranks)}: {value}" for value, ranks in groups.items()
+    )
+
+
+def _format_ranges(numbers: Iterable[int]) -> str:
+    """Format ascending numbers as ranges: ``"0-6, 9"``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

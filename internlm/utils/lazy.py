@@ -17,11 +17,14 @@ from internlm.utils.errors import Problem, UserError
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make the ``__getattr__`` and ``__dir__`` of a package that re-exports names on first use.
+    """Create ``__getattr__`` and ``__dir__`` of a package whose re-exported names are imported on first use.
 
     Args:
         package: The package's ``__name__``.
-        homes: Map from name to the module that defines it; ``""`` for a name that is itself a module.
+        homes: Map from name to the module that defines it; ``""`` for a submodule of the package.
+
+    Returns:
+        The functions ``__getattr__`` and ``__dir__``, to be assigned in the package's ``__init__.py``.
     """
 
     def __getattr__(name: str) -> Any:
@@ -45,12 +48,12 @@ def why_missing(module: str) -> str:
 
 
 def require(module: str, wanted_by: str, install: str) -> ModuleType:
-    """Import an optional package.
+    """Import and return an optional package.
 
     Args:
         module: Name of the module to import.
-        wanted_by: Config key or feature that needs it, for the error.
-        install: Command that installs it, for the error.
+        wanted_by: Config key or feature that needs the package, for the error.
+        install: Command that installs the package, for the error.
 
     Raises:
         UserError: The package cannot be imported.

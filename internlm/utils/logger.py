@@ -17,13 +17,13 @@ class _RankFormatter(logging.Formatter):
 
 
 def get_logger(name: str = NAME) -> logging.Logger:
-    """Return the framework's logger or a child of it; it writes to stderr unless the application has handlers."""
+    """Return the framework's logger or its child ``name``; it logs to stderr unless the application added handlers."""
     root = logging.getLogger(NAME)
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_RankFormatter("%(asctime)s %(levelname)s%(rank)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("INTERNLM_LOG_LEVEL", "INFO").upper())
-        # Otherwise a handler that users add to the root logger later would print each line twice.
+        # Otherwise, if users add a handler to the root logger later, each line would be printed twice.
         root.propagate = False
     return logging.getLogger(name)

@@ -21,7 +21,7 @@ class Registry:
         self._modules: dict[str, Callable[..., Any]] = {}
 
     def register_module(self, module_name: str, func: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Register ``func`` under ``module_name``; without ``func``, return a decorator that registers its function.
+        """Register ``func`` under ``module_name`` and return it; without ``func``, return a decorator that does this.
 
         Raises:
             KeyError: Another callable is registered under that name.

@@ -1,6 +1,6 @@
 """All private symbols of PyTorch that the project uses, each with its reason and its possible replacement.
 
-No other file of the package touches an underscore name of torch: a new release then breaks this file and its test
+No other file of the package uses an underscore name of torch, so that a new release breaks only this file and its test
 (``tests/unit/utils/test_torch_private.py``), which names the changed symbol. Symbols whose modules load the compiler,
 which takes seconds, are imported when they are first used.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Base class and registration of objects that are passed to a custom operator without being traced by the compiler.
-# Replaced by: the public names under torch.library, once opaque objects leave their beta.
+# Replacement: the public names under torch.library, once opaque objects leave their beta.
 from torch._library.opaque_object import register_opaque_type as register_opaque_type
 from torch._opaque_base import OpaqueBase as OpaqueBase
 
@@ -29,8 +29,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def in_backward() -> bool:
     """Return True if the calling thread runs within a backward pass of autograd.
 
-    A forward product within a backward pass belongs to a block that is recomputed. Module hooks cannot tell: they run
-    in both passes, and none runs after a pass that raised. Replaced by: a public query of the current graph task.
+    A matrix product of the forward computation that runs within a backward pass belongs to a recomputed block. Module
+    hooks cannot detect this: they run in both passes, and none runs after a pass that raised. Replacement: a public
+    query of the current graph task.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -39,7 +40,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Queue ``callback`` to run at the end of the current backward pass; it is dropped if the pass raises.
 
     FSDP2 ends its backward pass the same way. ``register_full_backward_hook`` of the first block does not, since it
-    never runs if that block is frozen. Replaced by: a public callback of the engine.
+    never runs if that block is frozen. Replacement: a public callback of the autograd engine.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
@@ -50,7 +51,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` with oneDNN: [M, K], [N, K] → [M, N].
 
-    ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replaced by:
+    ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replacement:
     a public switch that routes float32 products on the CPU to oneDNN.
     """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -58,16 +59,17 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
-    """Compute the gradient of a softmax over the last dimension from its output, in one kernel.
+    """Compute the gradient of a softmax over the last dimension from its output ``probs``, in one kernel.
 
-    Replaced by: ``probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True))``, at three passes over memory.
+    All tensors have the shape [..., N]. Replacement:
+    ``probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True))``, with three passes over memory.
     """
     dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
     return dscores
 
 
 # Kernels over lists of tensors: on CUDA, one launch for all parameters of a group instead of one per parameter. Only
-# the unary ones (abs, exp, …) are documented. Replaced by: a loop over the list, with the same values.
+# the unary ones (abs, exp, …) are documented. Replacement: a loop over the list, with the same results.
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
@@ -82,8 +84,8 @@ foreach_sign_ = torch._foreach_sign_
 def default_store() -> dist.Store:
     """Return the rendezvous store of the default process group.
 
-    It works when collectives do not: after a peer failure, ranks exchange through it what each of them observed.
-    Replaced by: a ``TCPStore`` of our own, on a separate port.
+    The store works even if collectives do not: after a peer failure, ranks exchange their observations through it.
+    Replacement: a ``TCPStore`` of our own, on a separate port.
 
     Raises:
         ValueError: There is no process group.
@@ -93,7 +95,7 @@ def default_store() -> dist.Store:
 
 
 #: Classes and functions that the pickled metadata of ``torch.distributed.checkpoint`` refers to, by module and name.
-#: An allow-list keeps a checkpoint from running code. Replaced by: metadata in a format without code.
+#: An allow-list keeps a checkpoint from running code. Replacement: metadata in a format without code.
 CHECKPOINT_METADATA_NAMES = frozenset(
     {
         ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -124,7 +126,7 @@ _disabled: dict[str, Callable[..., Any]] = {}
 def uncompiled(reason: str) -> Callable[[F], F]:
     """Decorate a function that ``torch.compile`` must not trace; the graph breaks there with ``reason``.
 
-    ``torch.compiler.disable`` does the same, but imports the compiler when the function is defined. Replaced by:
+    ``torch.compiler.disable`` does the same, but imports the compiler when the function is defined. Replacement:
     that decorator, once its import is lazy.
     """
 
@@ -145,9 +147,9 @@ def uncompiled(reason: str) -> Callable[[F], F]:
 def prepare_compiler() -> None:
     """Import and configure the compiler; call this before the first ``torch.compile``.
 
-    Disable the :func:`uncompiled` functions, and resume a graph that breaks within a nested call in that call: a break
-    in a layer then leaves the rest of its block in one graph. Replaced by: ``nested_graph_breaks`` as the default or
-    as an option of ``torch.compile``.
+    Exclude the :func:`uncompiled` functions from tracing, and enable ``nested_graph_breaks``: after a break within a
+    nested call, such as a layer, tracing resumes in that call, so that the rest of the block stays in one graph.
+    Replacement: ``nested_graph_breaks`` as the default or as an option of ``torch.compile``.
     """
     torch._dynamo.config.nested_graph_breaks = True
     for name, (function, reason) in _uncompiled.items():
@@ -157,7 +159,7 @@ def prepare_compiler() -> None:
 def compile_counters() -> MutableMapping[str, Counter[str]]:
     """Return the compiler's counters: ``["stats"]["unique_graphs"]``, and ``["graph_break"]`` by reason.
 
-    Replaced by: public statistics of ``torch.compiler``.
+    Replacement: public statistics of ``torch.compiler``.
     """
     from torch._dynamo.utils import counters  # loads the compiler
 
@@ -167,7 +169,7 @@ def compile_counters() -> MutableMapping[str, Counter[str]]:
 def compiler_failure(error: Exception) -> Exception | None:
     """Return the cause if the compiler's backend failed, such as a missing C++ compiler; None for other errors.
 
-    Replaced by: a public exception class of ``torch.compiler``.
+    Replacement: a public exception class of ``torch.compiler``.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
 
@@ -175,11 +177,11 @@ def compiler_failure(error: Exception) -> Exception | None:
 
 
 def adopt_sharded_parameters(module: torch.nn.Module) -> None:
-    """Reset the sharded parameters of a ``fully_shard`` unit after their memory was replaced; else a no-op.
+    """Make a ``fully_shard`` unit use its sharded parameters after their memory was replaced; no-op for other modules.
 
     Uses ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch calls
-    in the first forward pass only. Replaced by: a public call that does it earlier. Tested by
-    tests/dist/test_fsdp.py, since it needs a process group.
+    in the first forward pass only. Replacement: a public function for this reset. Tested by tests/dist/test_fsdp.py,
+    since a process group is needed.
     """
     get_state: Any = getattr(module, "_get_fsdp_state", None)
     for group in get_state()._fsdp_param_groups if get_state else ():

@@ -137,5 +137,5 @@ def test_ranks_that_disagree(key: str, where: str) -> None:
     """They would wait for one another in the middle of a step, or train different models."""
     messages = run_ranks(2, _disagree, key)
     assert messages[0] == messages[1]
-    assert messages[0].startswith(f"{where}: the ranks disagree (rank 0: ")
-    assert ", rank 1: " in messages[0]
+    assert messages[0].startswith(f"{where}: differs between ranks (rank 0: ")
+    assert "; rank 1: " in messages[0]

@@ -1,4 +1,4 @@
-"""Rules across config keys: one small function each, in tables that declare the keys that each function reads."""
+"""Rules that relate config keys: one function each, in tables that list the keys each function reads."""
 
 from internlm.config.rules.parallel_rules import RULES as PARALLEL_RULES
 from internlm.config.rules.rule import Rule as Rule

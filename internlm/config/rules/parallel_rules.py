@@ -14,7 +14,7 @@ MODE = "parallel.tensor.mode"
 
 
 def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that each rank of a tensor group gets whole heads; isp replicates kv heads if they are too few."""
+    """Check that the tensor size divides the heads and kv heads; under isp it may be a multiple of the kv heads."""
     size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
     isp = config.parallel.tensor.mode == "isp"
     # isp: the all-to-all around attention moves whole heads (DeepSpeed-Ulysses, arXiv 2309.14509).
@@ -25,15 +25,15 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
 
 
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the tensor size divides the feed-forward width, and the hidden size if the embedding splits it."""
+    """Check that the tensor size divides the feed-forward width and, if it is split too, the hidden size."""
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
-    # isp shards the rows of each weight and pads the last shard, so any size will do.
+    # isp shards the rows of each weight and pads the last shard, so any size is valid.
     if mode == "isp":
         return
     if model.intermediate_size % size:
         what = f"the feed-forward width {model.intermediate_size} is not divisible by {size}"
         yield Problem(TENSOR, what, f"Make model.multiple_of a multiple of {size}")
-    # A tied embedding is the head too, and heads are split over the vocabulary, which is padded.
+    # A tied embedding is also the output head, which is always split over the (padded) vocabulary.
     if model.embed_split_hidden and not model.tie_word_embeddings and model.hidden_size % size:
         what = f"model.hidden_size = {model.hidden_size}, over which the embedding is split, is not divisible by {size}"
         yield Problem(TENSOR, what, "Set model.embed_split_hidden to False")
@@ -48,12 +48,12 @@ def every_stage_has_layers(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def world_size_is_divisible(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the world size is data · pipeline · tensor."""
+    """Check that the world size is divisible by pipeline size · tensor size."""
     yield from _world_problem(config, run, "tensor", config.parallel.tensor.size)
 
 
 def world_size_is_divisible_by_weight(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that, under isp, the world size is also weight-data · pipeline · weight."""
+    """Check that, under isp, the world size is divisible by pipeline size · weight size."""
     if config.parallel.tensor.mode == "isp" and config.parallel.weight.size > 1:
         yield from _world_problem(config, run, "weight", config.parallel.weight.size)
 
@@ -69,20 +69,20 @@ def _world_problem(config: Config, run: RunInfo, name: str, size: int) -> Iterat
 
 
 def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the zero group is a sub-group of the data group (of the weight-data group under isp)."""
+    """Check that ``parallel.zero1.size`` divides the data group size (under isp: the weight-data group size)."""
     parallel, size = config.parallel, config.parallel.zero1.size
     group, inner = (
         ("weight-data", parallel.weight.size) if parallel.tensor.mode == "isp" else ("data", parallel.tensor.size)
     )
     data, rest = divmod(run.world_size or 1, parallel.pipeline.size * inner)
-    # A remainder is another rule's problem; reporting both would name one mistake twice.
+    # Another rule reports a remainder. A second problem would report the same mistake twice.
     if size > 0 and not rest and data % size:
         what = f"the {group} group of {data} ranks is not divisible by {size}"
         yield Problem("parallel.zero1.size", what, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
 
 
 def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that weights are sharded under isp only."""
+    """Check that weight parallelism is used under isp only."""
     mode = config.parallel.tensor.mode
     sizes = {"weight": config.parallel.weight.size, "expert_weight": config.parallel.expert_weight.size}
     for name, size in sizes.items():
@@ -92,11 +92,11 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that there is a micro-batch per stage; the interleaved schedule needs a multiple of the stages."""
+    """Check that there are at least as many micro-batches as stages; if interleaved, a multiple of the stages."""
     count, stages = config.data.micro_num, config.parallel.pipeline.size
-    # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of p micro-batches.
+    # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of one micro-batch per stage.
     interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
-    if config.parallel.pipeline.table is not None:  # a table has a number of micro-batches of its own
+    if config.parallel.pipeline.table is not None:  # the table fixes the number of micro-batches
         return
     if count < stages:
         yield Problem(
@@ -108,7 +108,7 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that a schedule table has no batch-size warm-up: it is made for one number of micro-batches."""
+    """Check that no batch-size warm-up is set with a schedule table, which has a fixed number of micro-batches."""
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
         what = f"{ramp!r} changes the number of micro-batches, but parallel.pipeline.table is made for {count}"
@@ -116,16 +116,17 @@ def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check the chunks per stage: ZBV has two, ZB-H1 and GPipe one, 1F1B any number (more than one: interleaved)."""
+    """Check that ``model.num_chunks`` suits the schedule: 2 for ZBV, 1 for ZBH1 and GPIPE, any number for 1F1B."""
     mode, chunks = config.parallel.pipeline.mode, config.model.num_chunks
     # The V of ZB-V (arXiv 2401.10241, section 6) goes down through the ranks and up again, hence two chunks.
     expected = {"ZBV": 2, "ZBH1": 1, "GPIPE": 1}.get(mode, chunks)
     if chunks != expected:
-        yield Problem("model.num_chunks", f"{chunks}, but the schedule {mode} has {expected}", "Remove it")
+        what = f"expected {expected} for the schedule {mode}, got {chunks}"
+        yield Problem("model.num_chunks", what, "Remove it")
 
 
 def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that a partition has a layer count for every virtual stage and that the counts add up to all layers."""
+    """Check that an explicit partition has one count per virtual stage, and that the counts add up to all layers."""
     partition, layers = config.parallel.pipeline.partition, config.model.num_layers
     if isinstance(partition, str):
         return
@@ -133,7 +134,7 @@ def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
     where, counts = "parallel.pipeline.partition", list(partition)
     if len(partition) != stages * chunks:
         what = f"expected pipeline.size · num_chunks = {stages} · {chunks} layer counts, got {len(counts)}: {counts}"
-        yield Problem(where, what, f"Give {stages * chunks} layer counts")
+        yield Problem(where, what, "Give one count per stage and chunk")
     if min(partition, default=1) < 1:
         yield Problem(where, f"{counts} has a virtual stage without layers", "Give every stage at least 1 layer")
     if sum(partition) != layers:
@@ -159,14 +160,14 @@ def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Pro
     if grid.enable and product != tensor.size:
         formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"
         what = f"{formula} is not equal to tensor.size = {tensor.size}"
-        yield Problem("parallel.sequence_2D", what, "Make head_size · context_size equal to tensor.size")
+        yield Problem("parallel.sequence_2D", what, "Change head_size or context_size")
 
 
 def fsdp_excludes_other_sharding(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``fully_shard`` is used without pipeline, isp, Muon, compiled blocks and fp32 norms."""
+    """Check that ``fully_shard`` is not combined with pipelines, isp, Muon, compiled blocks or fp32 norms."""
     pipeline, optimizer = config.parallel.pipeline, config.optimizer
     # A pipeline would gather each unit once per micro-batch; isp shards weights itself; Muon needs whole matrices; the
-    # all-gather of a unit concatenates its parameters, which must have one type.
+    # all-gather of a unit concatenates its parameters, which must have one dtype.
     excluded = {
         f"{PIPELINE} = {pipeline.size}": pipeline.size > 1,
         f"model.num_chunks = {config.model.num_chunks}": config.model.num_chunks > 1,

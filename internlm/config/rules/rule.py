@@ -1,4 +1,4 @@
-"""Types and helpers of all rules: the rule, the run info, and lists of numbers in messages."""
+"""Types and helpers shared by all rules: the rule, the run info, and formatting of numbers in messages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ DEVICE_TYPE = "device_type"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Run info that is not in the config. None: unknown; rules and derivations that read it are skipped."""
+    """Run info outside the config: world size and device type.
+
+    None means unknown: rules and derivations that read the field are skipped.
+    """
 
     world_size: int | None = None  # processes
     device_type: str | None = None  # "cpu" or "cuda"
 
     def unknown(self) -> set[str]:
-        """Return the names of the unknown fields."""
+        """Return the names of the fields that are None."""
         return {name for name in (WORLD_SIZE, DEVICE_TYPE) if getattr(self, name) is None}
 
 
@@ -31,9 +34,10 @@ Check = Callable[[Config, RunInfo], Iterator[Problem]]
 
 @dataclass(frozen=True)
 class Rule:
-    """Check across keys, skipped if a key or a :class:`RunInfo` field in ``reads`` is invalid or unknown.
+    """Consistency check of config keys: ``check`` yields one problem per mistake.
 
-    ``reads`` must name exactly the keys and fields that ``check`` reads, which a test verifies.
+    A rule is skipped if a key or a :class:`RunInfo` field in ``reads`` is invalid or unknown. ``reads`` must name
+    exactly the keys and fields that ``check`` reads, which a test verifies.
     """
 
     reads: tuple[str, ...]
@@ -52,5 +56,5 @@ def divisors(number: int) -> list[int]:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """Join numbers with commas."""
+    """Format numbers as a comma-separated list."""
     return ", ".join(map(str, numbers))

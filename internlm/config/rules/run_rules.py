@@ -15,7 +15,8 @@ from internlm.utils.errors import Problem
 def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that the hidden size is divisible by the number of heads, unless ``head_dim`` is given."""
     model = config.model
-    # A head_dim that is given need not divide the hidden size: Gemma and Qwen3 have such models.
+    # head_dim is None if it is not given and cannot be derived. A given head_dim need not divide the hidden size: Gemma
+    # and Qwen3 have such models.
     if model.head_dim is None:
         what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
         yield Problem("model.hidden_size", what, "Change one of the two, or set model.head_dim")
@@ -26,7 +27,7 @@ def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
     if (config.model.head_dim or 0) % 2:
         yield Problem(
             "model.head_dim",
-            f"{config.model.head_dim} is odd, but rotary embedding rotates pairs",
+            f"{config.model.head_dim} is odd, but rotary embedding rotates pairs of elements",
             "Use an even number",
         )
 
@@ -40,15 +41,15 @@ def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that tokens are not routed to more experts than there are."""
+    """Check that ``top_k`` is at most the number of experts."""
     experts, top_k = config.model.num_experts, config.model.top_k
-    # A dense model has one expert, and its default top_k means nothing.
+    # A dense model has one expert and does not read top_k.
     if experts > 1 and top_k > experts:
         yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
 
 
 def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that at most all blocks are offloaded; a pipeline chunk with fewer blocks offloads all of its own."""
+    """Check that ``cpu_offloading`` is at most ``num_layers``; a model chunk with fewer blocks offloads all of them."""
     offloaded, layers = config.model.cpu_offloading, config.model.num_layers
     if offloaded > layers:
         what = f"{offloaded} is more than num_layers = {layers}"
@@ -56,7 +57,7 @@ def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``selective`` is not used with compiled blocks, whose saved activations the compiler chooses."""
+    """Check that ``checkpoint`` is not ``selective`` for compiled blocks: the compiler chooses what they save."""
     if (config.model.compile, config.model.checkpoint) == (True, "selective"):
         what = "'selective' has no effect with model.compile = True, where the compiler chooses the saved activations"
         yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
@@ -72,7 +73,7 @@ def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that batch-size warm-up starts at ``micro_num`` or below."""
+    """Check that batch-size warm-up is well-formed and starts at no more than ``micro_num``."""
     data = config.data
     try:
         rampup = parse_rampup(data.rampup_batch_size)
@@ -80,12 +81,12 @@ def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]
         yield Problem("data.rampup_batch_size", str(error), "Example: '2 2 100' starts at 2 and adds 2 every 100 steps")
         return
     if rampup and rampup.start > data.micro_num:
-        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, at which it should end"
+        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where warm-up ends"
         yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
 
 
 def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that warm-up and, for ``wsd``, decay fit into the schedule."""
+    """Check that ``init_steps``, warm-up and, for ``wsd``, decay fit into ``total_steps``."""
     schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
     ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
     if schedule.type != "wsd":
@@ -99,7 +100,7 @@ def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the initial loss scale lies within its bounds under float16, which alone uses it."""
+    """Check that the initial loss scale of a float16 run is between its smallest and largest value."""
     scaler, dtype = config.grad_scaler, config.model.dtype
     smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
     # bfloat16 has the exponent range of float32 and needs no loss scale.
@@ -111,7 +112,7 @@ def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Proble
 def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that the patterns of parameter groups are valid regular expressions."""
     given = [dict(group).get("pattern") for group in config.optimizer.param_groups]
-    # Groups that failed validation are still plain dicts here, in which a pattern may be missing or not text.
+    # Groups that failed validation are still plain dicts here, in which a pattern may be missing or no string.
     for pattern in [pattern for pattern in given if isinstance(pattern, str)]:
         try:
             re.compile(pattern)
@@ -125,7 +126,7 @@ def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
     dtype = config.model.dtype
     if config.reduce_comm_dtype == "torch.float16" and dtype != "torch.float16":
         what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would underflow"
-        yield Problem("reduce_comm_dtype", what, "Use torch.bfloat16, or remove it")
+        yield Problem("reduce_comm_dtype", what, "Use torch.bfloat16, or remove the key")
 
 
 def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -146,11 +147,11 @@ def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the job name can be a folder name: the records of the run are in a folder of that name."""
+    """Check that the job name is a valid folder name: the run writes to a folder of this name."""
     name = config.JOB_NAME
-    # "." and ".." are folders too, and a slash would leave the folder of records.
+    # "." and ".." are folders too, and a slash would lead to another folder.
     if not name.strip(".") or set(name) & set("/\\\0"):
-        yield Problem("JOB_NAME", f"{name!r} cannot be the name of a folder", "Use letters, digits, '-' and '_'")
+        yield Problem("JOB_NAME", f"{name!r} is not a valid folder name", "Use letters, digits, '-' and '_'")
 
 
 LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no conversion between types (text is never taken for a number).
+    """Base class of config sections: frozen, without unknown keys, and without conversion between types.
 
-    The string beneath a field is its documentation.
+    The string ``"2"`` is not accepted for the number 2, for example. The string beneath a field is its documentation.
     """
 
     model_config = ConfigDict(
@@ -24,13 +24,13 @@ class Section(BaseModel):
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-LastStep = Annotated[int, Field(ge=-1)]  # counted from 0; -1: none yet
+LastStep = Annotated[int, Field(ge=-1)]  # index of a step, counted from 0; -1: no step yet
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MoreThanOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Shrinking = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # a factor
+Shrinking = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # factor of a decrease
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # coefficient of an exponential average
 
 
@@ -43,24 +43,24 @@ class Rampup(NamedTuple):
 
 
 def parse_rampup(text: str) -> Rampup | None:
-    """Parse ``"start increment every"``; None for an empty string.
+    """Parse batch-size warm-up, ``"start increment every"``; return None for an empty string.
 
     Raises:
-        ValueError: The text is not three counts of at least 1.
+        ValueError: ``text`` is neither empty nor three integers of at least 1.
     """
     words = text.split()
     if not words:
         return None
     if len(words) != 3 or not all(_is_count(word) and int(word) for word in words):
-        raise ValueError(f"expected three counts of at least 1, 'start increment every', got {text!r}")
+        raise ValueError(f"expected three integers of at least 1, 'start increment every', got {text!r}")
     return Rampup(*map(int, words))
 
 
 def parse_skip_batches(text: str) -> tuple[tuple[int, int], ...]:
-    """Parse ``"a-b,c"`` into inclusive ranges, sorted and merged.
+    """Parse ``"a-b,c"`` into inclusive ranges (first, last) of batch numbers, sorted and merged.
 
     Raises:
-        ValueError: A word is neither a batch number nor a range of batch numbers.
+        ValueError: An item is neither a batch number nor an ascending range of batch numbers.
     """
     merged: list[tuple[int, int]] = []
     for first, last in sorted(_parse_range(word.strip()) for word in text.split(",") if word.strip()):

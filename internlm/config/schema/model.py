@@ -19,7 +19,7 @@ class ModelConfig(Section):
     num_layers: Count
     """Number of decoder blocks in the whole model."""
     hidden_size: Count
-    """Hidden size: the width of the residual stream."""
+    """Width of the residual stream."""
     num_attention_heads: Count
     """Number of query heads."""
     vocab_size: Count
@@ -28,37 +28,37 @@ class ModelConfig(Section):
     """Number of key/value heads, for grouped-query attention (arXiv 2305.13245). Default: ``num_attention_heads``."""
     head_dim: Count | None = None
     """Width of one attention head. Default: ``hidden_size`` ÷ ``num_attention_heads``."""
-    # SwiGLU has three matrices where an MLP has two: 8/3 gives it the parameters of a ratio of 4 (arXiv 2002.05202).
+    # SwiGLU has three matrices, an MLP two: a ratio of 8/3 gives it the size of an MLP of ratio 4 (arXiv 2002.05202).
     mlp_ratio: Positive = 8 / 3
-    """Width of the feed-forward layer ÷ ``hidden_size``, before it is rounded up to ``multiple_of``."""
+    """Feed-forward width ÷ ``hidden_size``, before the width is rounded up to a multiple of ``multiple_of``."""
     multiple_of: Count = 256
-    """The feed-forward width is rounded up to a multiple of this."""
+    """The feed-forward width is rounded up to a multiple of this number."""
     max_position_embeddings: Count = 2048
     """Context length that the model is designed for, in tokens. Dynamic NTK scaling starts beyond it."""
     num_chunks: Count = 1
-    """Model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
-    # bool comes first: in strict mode pydantic would take True for neither a fraction nor a word.
+    """Number of model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
+    # bool is listed because pydantic, in strict mode, accepts True neither as a fraction nor as a string.
     checkpoint: bool | Fraction | Literal["selective"] = False
-    """Activation checkpointing (recompute): True for all blocks, False for none, a fraction for that share of the
-    blocks, spread evenly (0.5: every second block), ``selective`` to keep the outputs of the weight GEMMs of every
-    block and recompute the rest. Saves memory; full recompute costs about a third more compute."""
+    """Activation checkpointing (recompute). True: all blocks; False: none; a fraction: that share of the blocks,
+    spread evenly (0.5: every second block); ``selective``: in every block, save the outputs of the weight GEMMs and
+    recompute the rest. Recompute of all blocks costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
-    """Number of blocks, from the first of each model chunk, whose saved activations are offloaded to host memory
-    until the backward pass. Saves device memory and costs two copies per activation."""
+    """Number of leading blocks of each model chunk whose saved activations are offloaded to host memory until the
+    backward pass. Saves device memory, at the cost of two copies per activation."""
     drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Dropout probability on the outputs of embedding, attention and feed-forward layers."""
     dropout_selective_checkpoint: bool = True
-    """True: generate dropout masks again in the backward pass. False: keep them, one byte per element."""
+    """True: recompute dropout masks in the backward pass. False: save them, one byte per element."""
     compile: bool = False
     """Compile each block with ``torch.compile``. The first steps take longer."""
     dtype: Dtype | None = None
-    """Type of parameters and activations. Default: ``torch.bfloat16`` on CUDA, ``torch.float32`` on the CPU.
+    """Dtype of parameters and activations. Default: ``torch.bfloat16`` on CUDA, ``torch.float32`` on the CPU.
     ``torch.tf32`` is float32 with TF32 matrix products allowed; ``torch.float16`` uses the loss scale of
     ``grad_scaler``."""
     norm_type: NormType = "rmsnorm"
     """Normalisation: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
     layer_norm_epsilon: Positive = 1e-5
-    """Added to the variance (RMSNorm: the mean square) before the root."""
+    """Epsilon, added to the variance (RMSNorm: the mean square) before the square root."""
     apply_post_layer_norm: bool = False
     """Normalise after each residual sum (post-norm) instead of before each sub-layer (pre-norm)."""
     no_bias: bool | None = None
@@ -72,26 +72,26 @@ class ModelConfig(Section):
     residual_in_fp32: bool = False
     """Keep the residual stream in float32."""
     use_flash_attn: bool = True
-    """Allow the flash-attn kernels if they are installed; otherwise other kernels are used."""
+    """Allow the flash-attn kernels. If they are not allowed or not installed, other kernels are used."""
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel. ``auto`` chooses the fastest one available; any other must be available, or the run fails."""
+    """Attention kernel. ``auto`` chooses the fastest available one; for any other, the run fails if it is missing."""
     parallel_output: bool = True
     """Keep the logits split over the tensor group instead of gathering them for the loss."""
     embed_split_hidden: bool = True
-    """Split the embedding over the hidden size; False: over the vocabulary."""
+    """True: split the embedding over the hidden dimension. False: split it over the vocabulary."""
     embed_grad_scale: Positive = 1.0
     """Factor on the gradient of the embedding. Less than 1 damps early instability (GLM-130B, arXiv 2210.02414)."""
     tie_word_embeddings: bool = False
-    """Use the embedding's weight as the head's weight."""
+    """Use the weight of the embedding as the weight of the output head."""
     qk_interleaved: bool | None = None
     """Layout of the rotary embedding. True: rotate neighbouring elements as pairs; False: pair the two halves of a
-    head. Default: set by the model type. A checkpoint trained with one is wrong with the other."""
+    head. Default: set by the model type. A model trained with one layout gives wrong results with the other."""
     rope_base: Positive = 10000.0
     """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False
     """Raise the rotary base with the sequence length beyond ``max_position_embeddings`` (dynamic NTK scaling)."""
     rope_scaling_factor: Positive = 1.0
-    """Divisor of the positions (linear scaling, arXiv 2306.15595); under dynamic NTK the factor of its formula."""
+    """Divisor of the positions (linear scaling, arXiv 2306.15595), or the factor of dynamic NTK scaling."""
     use_sliding_window: bool = False
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None
@@ -101,8 +101,8 @@ class ModelConfig(Section):
     enable_qkv_fusion: bool = True
     """Compute query, key and value projection as one GEMM."""
     norm_head: bool = False
-    """Normalise each row of the head's weight (Baichuan 2, arXiv 2309.10305)."""
-    # Keeps the variance of the residual stream independent of depth at the start.
+    """Normalise each row of the output head's weight (Baichuan 2, arXiv 2309.10305)."""
+    # Makes the initial variance of the residual stream independent of depth.
     use_scaled_init: bool = True
     """Divide the initial standard deviation of output projections by √(2 · ``num_layers``), as GPT-2 does."""
     embedding_init_std: NonNegative = 0.02
@@ -116,13 +116,13 @@ class ModelConfig(Section):
     ffn_other_init_std: NonNegative = 0.02
     """Initial standard deviation of the down projection."""
     out_head_init_std: NonNegative = 0.02
-    """Initial standard deviation of the head."""
+    """Initial standard deviation of the output head."""
     num_experts: Count = 1
-    """Experts per mixture-of-experts layer. 1: a dense model."""
+    """Number of experts per mixture-of-experts layer. 1: a dense model."""
     top_k: Count = 2
-    """Experts that each token is routed to."""
+    """Number of experts that each token is routed to."""
     num_shared_experts: CountOrZero = 0
-    """Experts that process every token, beside the routed ones."""
+    """Number of experts that process every token, in addition to the routed experts."""
     moe_type: Literal["GShard", "Dropless"] = "GShard"
     """Mixture-of-experts layer: ``GShard`` drops tokens beyond an expert's capacity, ``Dropless`` drops none."""
     moe_layer_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
@@ -130,30 +130,30 @@ class ModelConfig(Section):
 
     @property
     def recomputed_layers(self) -> int:
-        """Number of fully recomputed blocks: only their input is saved for the backward pass."""
+        """Number of fully recomputed blocks, which save only their input for the backward pass."""
         # int() rounds down, and turns True and False into all and none.
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     def recomputes(self, layer: int) -> bool:
-        """Return True if the layer with this index in the whole model is recomputed in the backward pass.
+        """Return True if block ``layer`` of the whole model, counted from 0, is recomputed in the backward pass.
 
-        Recomputed layers are spread evenly, so that each pipeline stage gets its share.
+        Recomputed blocks are spread evenly, so that each pipeline stage gets its share.
         """
         return layer * self.recomputed_layers % self.num_layers < self.recomputed_layers
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads."""
+        """Number of key/value heads, with the default applied."""
         return self.num_kv_attention_heads or self.num_attention_heads
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Width of one attention head, with the default applied."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the feed-forward layer: hidden size · ratio, rounded up to ``multiple_of``."""
+        """Feed-forward width: ``hidden_size`` · ``mlp_ratio``, rounded up to a multiple of ``multiple_of``."""
         width = int(self.hidden_size * self.mlp_ratio)
-        # Floor division of the negative rounds up. Multiples of 256 suit the tiles of GEMM kernels.
+        # Floor division of the negated width rounds up. Multiples of 256 suit the tiles of GEMM kernels.
         return -(-width // self.multiple_of) * self.multiple_of

@@ -1,4 +1,4 @@
-"""Sections about the update of parameters: optimizer, schedules, ZeRO buckets, loss scale and loss."""
+"""Config sections of the parameter update: optimizer, schedules, ZeRO buckets, loss scale and loss."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class AdamConfig(Section):
     adam_beta2_c: NonNegative = 0
     """Exponent c of the beta2 schedule 1 − step^(−c). 0: beta2 is constant."""
     adam_eps: Positive = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon, added to the square root of the second moment."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay: each step multiplies parameters by 1 − lr · ``weight_decay``."""
     decay_norm_and_bias: bool = True
-    """Apply weight decay to the weights of norms and to biases too."""
+    """Apply weight decay also to norm weights and biases."""
 
 
 class ParamGroupConfig(Section):
-    """One entry of ``optimizer.param_groups``: parameters with settings of their own."""
+    """Entry of ``optimizer.param_groups``: optimizer settings for the parameters whose names match ``pattern``."""
 
     pattern: str
     """Regular expression searched for in parameter names, such as ``"norm"`` or ``"^embedding"``."""
@@ -56,53 +56,53 @@ class ParamGroupConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Update rule; learning rate, betas and weight decay are in ``adam``."""
+    """Update rule and its settings. Learning rate, betas and weight decay are in ``adam``."""
 
     type: OptimizerName = "AdamW"
-    """``AdamW`` (arXiv 1711.05101), ``Lion`` (arXiv 2302.06675), or ``Muon`` for the matrices of hidden layers with
-    AdamW for all other parameters."""
+    """Update rule: ``AdamW`` (arXiv 1711.05101), ``Lion`` (arXiv 2302.06675), or ``Muon`` for the matrices of
+    hidden layers with AdamW for all other parameters."""
     momentum: Decay = 0.95
     """Momentum of Muon."""
     nesterov: bool = True
     """Use Nesterov momentum in Muon."""
     ns_steps: Count = 5
-    """Newton-Schulz iterations by which Muon orthogonalises an update."""
+    """Number of Newton-Schulz iterations with which Muon orthogonalises an update."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Scale of Muon's update of a matrix [O, I]: 0.2·√max(O, I), with which AdamW's learning rate fits (arXiv
-    2502.16982), or √max(1, O/I)."""
+    """Factor on Muon's learning rate for a matrix [O, I]. ``match_rms_adamw``: 0.2·√max(O, I), which suits a learning
+    rate tuned for AdamW (arXiv 2502.16982); ``original``: √max(1, O/I)."""
     param_groups: tuple[ParamGroupConfig, ...] = ()
-    """Settings for parameters selected by name. Where several patterns match, the first one applies."""
+    """Settings for parameters selected by name. If several patterns match a name, the first one applies."""
 
 
 class LRSchedulerConfig(Section):
-    """Learning rate over the steps: zero for ``init_steps``, linear warm-up, then decay to ``eta_min``."""
+    """Learning-rate schedule: zero for ``init_steps``, then linear warm-up, then decay to ``eta_min``."""
 
     total_steps: Count | None = None
-    """Steps of the schedule. Default: ``data.total_steps``."""
+    """Length of the schedule in steps. Default: ``data.total_steps``."""
     init_steps: CountOrZero = 0
-    """First steps, with learning rate 0."""
+    """Number of steps with learning rate 0 at the start."""
     warmup_ratio: Fraction = 0.0
     """Fraction of ``total_steps`` over which the learning rate rises linearly to its peak."""
     type: LRShape = "cosine"
-    """Decay after warm-up: half a ``cosine``, ``linear``, ``constant`` (none), or ``wsd`` (warm-up, stable, decay):
-    constant, then linear."""
+    """Decay after warm-up: ``cosine`` (half a period), ``linear``, ``constant`` (no decay), or ``wsd`` (warm-up,
+    stable, decay: constant, then linear)."""
     decay_ratio: Fraction = 0.1
     """Fraction of ``total_steps`` over which ``wsd`` decays."""
     eta_min: NonNegative = 0.0
     """Learning rate at the end of the decay."""
     last_epoch: LastStep = -1
-    """Step before the first one. −1: start at the beginning of the schedule."""
+    """Step of the schedule that precedes the first step of the run. −1: start at the beginning of the schedule."""
 
 
 class Beta2SchedulerConfig(Section):
-    """AdamW's beta2 over the steps: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
+    """Schedule of AdamW's beta2: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
 
     init_beta2: Decay | None = None
-    """Smallest beta2. Default: ``adam.adam_beta2``."""
+    """Lower bound of beta2. Default: ``adam.adam_beta2``."""
     c: Finite | None = None
     """Exponent c. Default: ``adam.adam_beta2_c``."""
     cur_iter: LastStep = -1
-    """Step before the first one. −1: start at the beginning of the schedule."""
+    """Step of the schedule that precedes the first step of the run. −1: start at the beginning of the schedule."""
 
 
 class HybridZeroConfig(Section):
@@ -111,23 +111,23 @@ class HybridZeroConfig(Section):
     overlap_sync_grad: bool = False
     """Reduce each bucket of gradients as soon as it is complete, while the backward pass continues."""
     overlap_sync_param: bool = False
-    """All-gather each bucket of updated parameters when the next forward pass needs it, one bucket ahead."""
+    """All-gather the buckets of updated parameters during the next forward pass, one bucket ahead of their use."""
     reduce_bucket_size: Count | None = None
     """Largest number of elements reduced in one collective. Default: 512 Mi elements, 16 Mi with either overlap."""
     all_gather_size: Count | None = None
-    """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. One bucket serves
-    both, so the smaller size applies."""
+    """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. A bucket is reduced
+    and all-gathered as a whole, so the smaller of the two sizes applies."""
     clip_grad_norm: NonNegative = 0.0
-    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+    """Maximum global gradient norm: gradients of a larger norm are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
-    """Shard buckets evenly by element. False: shard by whole parameter, as is always done for Muon."""
+    """Shard buckets evenly by elements. False: shard by whole parameters, which Muon always requires."""
     # bfloat16 has 8 significant bits: sums over many micro-batches lose small terms.
     fp32_grad_accum: bool = True
-    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's type, with
+    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's dtype, with
     half the memory and less precision."""
-    # A loss scale needs some 16 halvings from its initial value; far more mean that the run has diverged.
+    # A loss scale falls from its initial value to 1 in about 16 skipped steps; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
-    """Consecutive steps that may be skipped for a non-finite gradient norm before the run is ended."""
+    """Number of consecutive steps skipped for a non-finite gradient norm after which the run stops with an error."""
 
 
 class FP16Config(Section):
@@ -138,7 +138,7 @@ class FP16Config(Section):
     min_scale: Positive = 1
     """Smallest loss scale."""
     growth_interval: Count = 1000
-    """Steps without overflow after which the scale grows."""
+    """Number of consecutive steps without overflow after which the loss scale grows."""
 
 
 class GradScalerConfig(Section):
@@ -149,11 +149,11 @@ class GradScalerConfig(Section):
     growth_factor: MoreThanOne = 2
     """Factor by which the loss scale grows."""
     backoff_factor: Shrinking = 0.5
-    """Factor by which the loss scale falls after overflows."""
+    """Factor by which an overflow lowers the loss scale; see ``hysteresis``."""
     max_scale: Positive = 2**24
     """Largest loss scale."""
     hysteresis: Count = 2
-    """Overflows before the loss scale falls."""
+    """Number of overflows since the last growth that lowers the loss scale; every further one lowers it again."""
 
 
 class LossConfig(Section):
@@ -164,4 +164,4 @@ class LossConfig(Section):
     moe_loss_coeff: NonNegative = 0.1
     """Weight of the load-balancing loss of mixture-of-experts routers."""
     op_type: Literal["auto", "py_vocab_parallel", "flash_vocab_parallel", "torch_naive", "py_naive"] = "auto"
-    """Accepted for older configs. The same chunked kernel is used whatever the value."""
+    """Accepted for older configs, without effect: the same chunked kernel computes the loss for every value."""

@@ -1,4 +1,4 @@
-"""The whole config, with the sections of a run's input and output: ``data``, ``ckpt`` and ``monitor``."""
+"""The whole config, and the sections for a run's input and output: ``data``, ``ckpt`` and ``monitor``."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class DataConfig(Section):
     seq_len: Annotated[int, Field(ge=2)]
     """Sequence length in tokens. Longer samples are split. At least 2, since the first token is never a label."""
     micro_bsz: Count
-    """Sequences per micro-batch."""
+    """Number of sequences per micro-batch."""
     total_steps: Count
-    """Optimizer steps of the run."""
+    """Number of optimizer steps of the run."""
     type: Literal["tokenized", "streaming"] = "tokenized"
     """``tokenized``: token files made beforehand. ``streaming``: text, tokenized while training."""
     micro_num: Count = 1
-    """Micro-batches per step on each data-parallel rank (gradient accumulation)."""
+    """Number of micro-batches per step on each data-parallel rank (gradient accumulation)."""
     valid_micro_num: Count | None = None
-    """Micro-batches per validation batch. Default: ``micro_num``."""
+    """Number of micro-batches per validation batch. Default: ``micro_num``."""
     valid_every: CountOrZero = 0
     """Steps between validations; the last step is validated too. 0: never validate."""
     valid_max_batches: Count | None = None
     """Largest number of validation batches per data-set type. Default: all."""
     pack_sample_into_one: bool = False
-    """Attend across samples, within each window of ``seq_len`` tokens. False: attention never crosses a sample."""
+    """Attend across samples within each window of ``seq_len`` tokens. False: attend within one sample only."""
     use_packed_dataset: bool = True
-    """Pack samples into rows without padding. False: one sample per sequence, cut off or padded to ``seq_len``."""
+    """Pack samples into rows without padding. False: one sample per sequence, truncated or padded to ``seq_len``."""
     skip_batches: str = ""
-    """Batches to leave out, counted from 0: ``"a-b,c"``, both ends included."""
+    """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
     rampup_batch_size: str = ""
     """Batch-size warm-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
     ``increment`` more after each ``every`` steps, up to ``micro_num``."""
     min_length: CountOrZero = 0
-    """Files with fewer samples are left out."""
+    """Minimum number of samples in a data file; smaller files are left out."""
     train_folder: str | None = None
     """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a data-set type. None: random data."""
     valid_folder: str | None = None
@@ -63,12 +63,12 @@ class DataConfig(Section):
     diag_outlier_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
     """A rank whose forward and backward passes take longer than this times the mean is reported as slow."""
     use_shm: bool = False
-    """Keep the index of the data in shared memory, once per machine."""
+    """Store one index of the data files per machine, in shared memory."""
     shm_path: str = "/dev/shm/metacache"
-    """Folder of the index in shared memory."""
+    """Folder in shared memory that holds the index."""
     # Threads: parsing a row takes about a millisecond, and threads need no second copy of torch.
     num_worker: CountOrZero = 4
-    """Threads that read batches ahead. 0: read in the training loop."""
+    """Number of threads that read batches ahead. 0: read in the training loop."""
     tokenizer_path: str | None = None
     """Tokenizer of streamed data: a sentencepiece ``.model`` or a Hugging Face tokenizer folder."""
     content_name: str = "text"
@@ -86,7 +86,7 @@ class LoadInfo(Section):
     path: str
     """Checkpoint folder: ``local:FOLDER`` or a plain path."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
-    """Parts of the checkpoint to load. ``("model",)`` starts a new run from these parameters."""
+    """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
     """Format of the checkpoint."""
 
@@ -101,13 +101,13 @@ class CkptConfig(Section):
     checkpoint_every: Count | None = None
     """Steps between checkpoints. The last step is always saved."""
     load_ckpt_info: LoadInfo | None = None
-    """Checkpoint to start from if there is nothing to resume."""
+    """Checkpoint to start from if there is no checkpoint to resume from."""
     auto_resume: bool = True
     """Continue from the newest complete checkpoint in ``save_ckpt_folder``."""
     async_upload: bool = False
     """Write checkpoints in the background."""
     async_upload_tmp_folder: str | None = None
-    """Local folder of checkpoints that are not written yet."""
+    """Local folder for checkpoints until they are in ``save_ckpt_folder``."""
     oss_snapshot_freq: CountOrZero = 0
     """Steps between snapshots, which overwrite one another. 0: none."""
     stop_file_path: str | None = None
@@ -133,7 +133,7 @@ class TensorboardConfig(Section):
     """TensorBoard writer."""
 
     queue_max_length: Count = 10
-    """Scalars buffered before they are written to disk."""
+    """Number of scalars that are buffered before they are written to disk."""
 
 
 class MonitorConfig(Section):
@@ -155,11 +155,11 @@ class Config(Section):
     adam: AdamConfig
     """Learning rate, betas, weight decay."""
     JOB_NAME: str = "internlm"
-    """Name of the run. Its log, metrics and traces are written below ``RUN/{JOB_NAME}/``."""
+    """Name of the run. Its log, metrics and traces are written below ``{log_folder}/{JOB_NAME}/``."""
     model_type: str = "INTERNLM"
     """Registered model type, such as ``INTERNLM2`` or ``LLAMA2``."""
     parallel: ParallelConfig = ParallelConfig()
-    """Process groups."""
+    """Parallel groups."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
@@ -179,7 +179,7 @@ class Config(Section):
     use_fp32_norm: bool = False
     """Keep the weights of norms in float32 and compute norms in float32, whatever ``model.dtype`` is."""
     reduce_comm_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] | None = None
-    """Type in which gradients are sent and summed. Default: the type of the gradient buffer."""
+    """Dtype in which gradients are sent and summed. Default: the dtype of the gradient buffer."""
     cudnn_deterministic: bool = False
     """Use deterministic cuDNN kernels only."""
     cudnn_benchmark: bool = False

@@ -64,7 +64,7 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
         (["memory", SFT, "--sett", "a=1", "--world", "8"], "--sett: unknown argument. Did you mean '--set'?"),
         (["verify", SFT, "--device", "cuda"], "--device: 'cuda' is unknown. Give one of cpu"),
         (["config", SFT, "--device", "gpu"], "--device: 'gpu' is unknown. Give one of cpu, cuda"),
-        (["config", SFT, "--world", "0"], "internlm config: argument --world: '0' is not a whole number"),
+        (["config", SFT, "--world", "0"], "internlm config: argument --world: expected an integer of at least 1"),
         (["config", SFT, "another.py"], "another.py: unknown argument. See: internlm --help"),
         (["config"], "internlm config: the following arguments are required: CONFIG. See: internlm config --help"),
         ([], "internlm: the following arguments are required: COMMAND. See: internlm --help"),

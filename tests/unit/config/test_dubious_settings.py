@@ -12,7 +12,7 @@ from tests.unit.config.samples import config_of
 
 PACKED_ONLY = "data.pack_sample_into_one: no effect, since data.use_packed_dataset is False"
 NOTHING_TO_VALIDATE = "data.valid_every: no effect, since data.valid_folder is not given"
-NOTHING_TO_FILL = "parallel.pipeline.mode: no effect on the bubble, since parallel.pipeline.size is 1"
+NOTHING_TO_FILL = "parallel.pipeline.mode: a pipeline with parallel.pipeline.size = 1 has no bubble to reduce"
 RISES = "lr_scheduler.eta_min: the learning rate rises to 0.1 after its peak, since adam.lr is 0.001"
 NO_DROPOUT = "model.dropout_selective_checkpoint: no effect, since model.drop_rate is 0"
 NO_MUON = "no effect, since Muon updates no parameter"

@@ -43,7 +43,7 @@ def test_sequence_parallel_against_the_mode(mode: str, flag: bool) -> None:
     changes = {"parallel": {"tensor": {"size": 2, "mode": mode}, "sequence_parallel": flag}}
     assert problems_of(changes) == [
         f"parallel.sequence_parallel: {flag} contradicts parallel.tensor.mode = '{mode}'. "
-        "Remove it: it follows from the mode"
+        "Remove it: parallel.tensor.mode implies its value"
     ]
 
 

@@ -71,11 +71,11 @@ def test_missing_file_without_an_ending(tmp_path: Path) -> None:
 
 
 def test_missing_file_in_an_empty_folder(tmp_path: Path) -> None:
-    assert "There is no .py file in" in failure(tmp_path / "run.py")
+    assert "has no .py file" in failure(tmp_path / "run.py")
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert f"and no folder {tmp_path}/nowhere" in failure(tmp_path / "nowhere" / "run.py")
+    assert f"no such file: the folder {tmp_path}/nowhere does not exist" in failure(tmp_path / "nowhere" / "run.py")
 
 
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:

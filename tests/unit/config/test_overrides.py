@@ -95,14 +95,14 @@ def test_malformed(text: str) -> None:
     [
         ("data.micronum=2", "--set data.micronum: unknown key. Did you mean 'data.micro_num'?"),
         ("dat.micro_num=2", "--set dat.micro_num: unknown key. Did you mean 'data.micro_num'?"),
-        ("parallel.fsdp=True", "--set parallel.fsdp: unknown key. It belongs elsewhere: parallel.zero1.fsdp"),
-        ("optimizer.lr=1", "--set optimizer.lr: unknown key. It belongs elsewhere: adam.lr"),
-        ("lr=1", "--set lr: unknown key. It belongs elsewhere: adam.lr"),
+        ("parallel.fsdp=True", "--set parallel.fsdp: unknown key. Set parallel.zero1.fsdp instead"),
+        ("optimizer.lr=1", "--set optimizer.lr: unknown key. Set adam.lr instead"),
+        ("lr=1", "--set lr: unknown key. Set adam.lr instead"),
         ("model.type=1", "--set model.type: unknown key. Did you mean 'model.dtype'?"),
         ("moddle={}", "--set moddle: unknown key. Did you mean 'model'?"),
         ("model.num_layers.x=2", "--set model.num_layers.x: unknown key. Did you mean 'model.num_layers'?"),
         ("data.packed_length=8", "data.packed_length: this key is deprecated and no longer read. Remove it: "),
-        ("data.micro_num=two", "data.micro_num: 'two' is text. Give a whole number of at least 1"),
+        ("data.micro_num=two", "data.micro_num: 'two' is a string. Give an integer of at least 1"),
     ],
 )
 def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:

@@ -160,7 +160,7 @@ def test_wrong_torch_environments(environment: dict[str, str], message: str) -> 
         (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: expected an integer, got '8x'. Start with: "),
         (
             SLURM | {"SLURM_JOB_NODELIST": "gpu[003-"},
-            "SLURM_JOB_NODELIST: 'gpu[003-' has an unclosed bracket. Give rank 0's host with --host",
+            "SLURM_JOB_NODELIST: 'gpu[003-' has unbalanced brackets. Give rank 0's host with --host",
         ),
     ],
 )
@@ -200,8 +200,8 @@ def problems_of_launch(
     [
         ({"MASTER_PORT": "99999"}, "port: expected a port from 1 to 65535, got 99999. "),
         ({"MASTER_PORT": "0"}, "port: expected a port from 1 to 65535, got 0. "),
-        ({"RANK": "3"}, "rank: must be less than the world size 1, got 3. "),
-        ({"WORLD_SIZE": "0"}, "rank: must be less than the world size 0, got 0. "),
+        ({"RANK": "3"}, "rank: must be at least 0 and less than the world size 1, got 3. "),
+        ({"WORLD_SIZE": "0"}, "rank: must be at least 0 and less than the world size 0, got 0. "),
     ],
 )
 def test_environments_that_make_no_sense(

@@ -165,7 +165,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stages = "--set", "parallel.pipeline.size=2", "--set", "data.micro_num=2"
     main(["memory", str(file), "--world", "4", *stages])
     heading, columns, *rows = capsys.readouterr().out.splitlines()
-    assert heading == "Memory plan of the rank of each stage that holds the most, of 4 ranks"
+    assert heading == "Memory plan of the rank with the most memory in each stage, of 4 ranks"
     assert columns.split() == ["stage", "0", "stage", "1"]
     assert (rows[0].split()[0], rows[-1].split()[0]) == ("parameters", "total")
     with pytest.raises(SystemExit) as caught:

@@ -109,5 +109,5 @@ def test_bad_skip_batches(text: str, said: str) -> None:
 
 @pytest.mark.parametrize("text", ["1 2", "1 2 3 4", "0 1 1", "1 1 0", "a b c", "1 -1 1", "1.5 1 1"])
 def test_bad_rampup(text: str) -> None:
-    with pytest.raises(ValueError, match="three counts of at least 1"):
+    with pytest.raises(ValueError, match="three integers of at least 1"):
         parse_rampup(text)

@@ -8,7 +8,16 @@ import pytest
 import torch.distributed as dist
 
 from internlm.utils import errors
-from internlm.utils.errors import ConfigError, DataError, LaunchError, Problem, UserError, exit_on_user_error, report
+from internlm.utils.errors import (
+    ConfigError,
+    DataError,
+    LaunchError,
+    Problem,
+    UserError,
+    exit_on_user_error,
+    format_by_rank,
+    report,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,19 @@ def test_an_error_tells_all_its_problems() -> None:
     error = ConfigError(Problem("a", "1"), Problem("b", "2"))
     assert str(error) == "a: 1\nb: 2"
     assert [problem.where for problem in error.problems] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([3, 4], "rank 0: 3; rank 1: 4"),
+        (["a"] * 7 + ["b", "a", "a"], "ranks 0-6, 8-9: a; rank 7: b"),
+        (["b", "a", "b"], "ranks 0, 2: b; rank 1: a"),
+        (["a"] * 64, "ranks 0-63: a"),
+    ],
+)
+def test_values_are_grouped_by_rank(values: list[object], text: str) -> None:
+    assert format_by_rank(values) == text
 
 
 def exit_code_of(error: BaseException) -> int | str | None:
