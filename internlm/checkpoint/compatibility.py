@@ -1,4 +1,4 @@
-"""Compatibility checks of a checkpoint with the run that loads it, made before any state is changed.
+"""Checks that a checkpoint is compatible with the run that loads it, made before any state is changed.
 
 Each function yields one :class:`Problem` per difference, so that all differences are reported together.
 """
@@ -26,14 +26,20 @@ ARCHITECTURE = (
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 
 FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
-WITHOUT_SAMPLER = "Or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
+WITHOUT_SAMPLER = "or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
 
 
 # -- configs
 
 
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield each field of the architecture that differs between two resolved configs."""
+    """Yield a problem for each field of the architecture that differs between two resolved configs.
+
+    Args:
+        folder: Checkpoint folder, for the error.
+        saved: Config of the checkpoint.
+        now: Config of the run.
+    """
     fields = [("model_type", saved.get("model_type"), now.get("model_type"))]
     fields += [(f"model.{key}", saved.get("model", {}).get(key), now.get("model", {}).get(key)) for key in ARCHITECTURE]
     for key, then, wanted in fields:
@@ -42,7 +48,7 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
 
 
 def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check ``model.dtype``: optimizer state contains main parameters in half precision, but not in fp32."""
+    """Yield a problem if ``model.dtype`` differs, since only half-precision runs save main parameters."""
     then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
     if torch_dtype(then) != torch_dtype(wanted):
         what = f"{wanted!r}, but {folder} was saved with {then!r}"
@@ -50,25 +56,25 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check what determines the samples of a row: the data, the seed, and the keys in :data:`ROWS`."""
+    """Yield a problem for each difference in the data, the seed or the :data:`ROWS` keys, which determine the rows."""
     if saved.get("data") != now.get("data"):
         what = (
             f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
         )
-        yield Problem("data.train_folder", what, f"Restore the old data. {WITHOUT_SAMPLER}")
+        yield Problem("data.train_folder", what, f"Restore the old data, {WITHOUT_SAMPLER}")
     then, wanted = saved["config"]["data"], now["config"]["data"]
     fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
     for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
         if old != new:
-            what = f"{new!r}, but {folder} was saved with {old!r}; the rows hold other samples now"
-            yield Problem(name, what, f"Restore the saved value. {WITHOUT_SAMPLER}")
+            what = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
+            yield Problem(name, what, f"Restore the saved value, {WITHOUT_SAMPLER}")
 
 
 # -- tensors and files
 
 
 def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
-    """Yield tensor files that are missing, or shorter than the metadata requires."""
+    """Yield a problem for each tensor file that is missing, or shorter than ``metadata`` requires."""
     # One stat per file; a failure during reading would leave the model partly loaded.
     ends: dict[str, int] = {}
     for entry in (metadata.storage_data or {}).values():
@@ -81,7 +87,7 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
-    """Yield the requested tensors that are missing in the checkpoint, or have another shape there."""
+    """Yield a problem for each requested tensor that the checkpoint lacks or has in another shape."""
     for name, tensor in wanted.items():
         found = metadata.state_dict_metadata.get(name)
         todo = FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"
@@ -93,18 +99,18 @@ def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> 
 
 
 def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Yield the parameters of the checkpoint that no rank's model has."""
+    """Yield a problem for each parameter of the checkpoint that the model has on no rank."""
     for name in metadata.state_dict_metadata:
-        # other_states checks optimizer state, which frozen parameters do not have.
+        # Optimizer state, which frozen parameters do not have, is checked by other_states.
         if name.startswith("model/") and name not in wanted:
             yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Yield optimizer states that only the checkpoint has, for parameters that both train.
+    """Yield a problem for each optimizer state that only the checkpoint has, of parameters that this run trains too.
 
-    Ignoring them would load the other moments into an optimizer that uses them differently: Lion's momentum and AdamW's
-    first moment have the same name.
+    Ignoring such a state would load the other moments into an optimizer that uses them differently: Lion's momentum and
+    AdamW's first moment have the same name.
     """
     states: dict[str, set[str]] = {}
     for name in metadata.state_dict_metadata:

@@ -25,10 +25,10 @@ Offsets: TypeAlias = tuple[int, ...]
 
 
 class LogicalTensor:
-    """This rank's slices of one logical tensor, by offset.
+    """Logical tensor: its global shape, and this rank's slices of it, keyed by their offsets.
 
-    Slices are written in ``dtype`` and may be held in a wider one: a fully sharded half-precision model has only its
-    fp32 main parameters between steps.
+    Slices are written in ``dtype``, but may have a wider dtype in memory: between steps, a fully sharded half-precision
+    model has only its fp32 main parameters.
     """
 
     def __init__(self, global_shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ LogicalTensors: TypeAlias = dict[str, LogicalTensor]
 
 
 def model_tensors(model: nn.Module) -> LogicalTensors:
-    """Return the local parameter shards and the persistent buffers of ``model`` as ``model/<name>``."""
+    """Return this rank's parameter shards and the persistent buffers of ``model`` as ``model/<name>``."""
     tensors: LogicalTensors = {}
     for name, parameter, placement in placed_parameters(model):
         tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
@@ -93,9 +93,9 @@ def model_tensors(model: nn.Module) -> LogicalTensors:
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
     """Return the optimizer state that this rank owns as ``optimizer/<state>/<name>``.
 
-    The states are the moments, and ``main`` for main parameters wider than the model's. They have the global shape of
-    the parameter, not that of ZeRO's flat shard, so that another number of ranks, or another assignment of parameters
-    to param groups, can read them.
+    The states are the moments and, if main parameters are wider than model parameters, ``main``. Each state has the
+    global shape of its parameter, not that of ZeRO's flat shard, so that a run with another number of ranks or other
+    param groups can read it.
     """
     tensors: LogicalTensors = {}
     for group in optimizer.groups:
@@ -108,7 +108,7 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
 
 
 def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield the name of each state of a param group, with its tensor for each shard of this rank."""
+    """Yield the name of each state of a param group, and the state's tensors, one for each tensor of the shard."""
     for name, state in optimizer.state_of(group).items():
         yield name, group.split(state)
     if group.has_main:
@@ -116,17 +116,17 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
 
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
-    """Add views of ``flat``, which begins at element ``start`` of the flattened local tensor, as slices."""
-    # A flat range is up to 2 · dim - 1 boxes: partial first row, whole rows, partial last row, recursively.
+    """Add slices that are views of ``flat``, the elements of the flattened local tensor from ``start`` on."""
+    # A flat range consists of up to 2 · dim - 1 boxes: partial first row, whole rows, partial last row, recursively.
     for box in placement.slices(start, start + len(flat)):
         tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))
 
 
 def without_rounded(tensors: LogicalTensors) -> LogicalTensors:
-    """Drop tensors in a narrower dtype whose full-precision main parameters are loaded into the same memory.
+    """Drop half-precision model parameters if their main parameters are loaded too, into the same memory.
 
-    In a fully sharded model ``model/w`` and ``optimizer/main/w`` share memory, and the order in which DCP reads them is
-    undefined.
+    In a fully sharded model, ``model/w`` and ``optimizer/main/w`` share memory, and the order in which DCP reads them
+    is undefined.
     """
     return {
         name: tensor

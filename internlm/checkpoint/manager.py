@@ -1,7 +1,7 @@
 """Checkpoint manager: saving, loading and resuming.
 
 Phases of a save: (1) every rank writes the slices that it owns, (2) rank 0 writes ``state.json``, (3) rank 0 writes the
-commit mark. A folder without the mark is an unfinished save and is never loaded.
+commit mark. A folder without the commit mark is an unfinished save and is never loaded.
 
 Phases of a load: (1) every rank compares the checkpoint with its model and config, (2) the ranks all-gather the
 problems found, and each raises all of them, (3) tensors are read into the memory of the model and the optimizer, (4)
@@ -40,14 +40,14 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with everything else.
+#: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
 ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
 #: Keys of the state file that :meth:`CheckpointManager.load` reads.
 STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
-    """Protocol of the training progress, as counted by the trainer."""
+    """Protocol of the progress counters of a run, which a checkpoint saves and restores."""
 
     step: int
 
@@ -65,7 +65,7 @@ class Sampler(Protocol):
         """Return the data position before ``step``."""
 
     def resume(self, position: Position) -> None:
-        """Continue from a saved position."""
+        """Continue from a data position that :meth:`position` returned, also in an earlier run."""
 
 
 class CheckpointManager:
@@ -79,9 +79,9 @@ class CheckpointManager:
         optimizer: Optimizer of ``model``.
         streams: Random streams of this rank.
         total_steps: Last step of the run, which is always saved.
-        run_info: Saved with each checkpoint and compared on loading: the resolved ``config``, the fingerprint of the
-            ``data`` and the ``seed``; JSON-serialisable.
-        sampler: Training loader.
+        run_info: JSON-serialisable entries, saved with each checkpoint and compared on loading: the resolved
+            ``config``, the fingerprint of the ``data`` and the ``seed``.
+        sampler: Training loader, whose data position is saved and restored.
     """
 
     def __init__(
@@ -102,9 +102,15 @@ class CheckpointManager:
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
-        """Save a checkpoint if one is due at this step or ``force`` is set; return whether one was saved.
+        """Save a checkpoint if one is due at this step, or if ``force`` is set.
 
         Collective: all ranks must call it in the same step.
+
+        Returns:
+            Whether a checkpoint was saved.
+
+        Raises:
+            CheckpointError: A rank cannot write.
         """
         every = self.config.checkpoint_every
         due = force or state.step == self.total_steps or (every is not None and state.step % every == 0)
@@ -159,7 +165,7 @@ class CheckpointManager:
         save_folder.write_durably(target / save_folder.COMMIT_FILE, "")
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the others block; if it fails, raise on all ranks."""
+        """Run ``action`` on rank 0 while the other ranks block; if it fails, raise on all ranks."""
         failure: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
@@ -172,9 +178,13 @@ class CheckpointManager:
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable) -> str:
-        """Load the checkpoint selected by the config, if any, and return a message that names it; collective.
+        """Load the checkpoint that the config selects, if any; collective.
 
-        With ``auto_resume`` the newest complete checkpoint of ``save_ckpt_folder`` precedes ``load_ckpt_info``.
+        With ``auto_resume``, the newest complete checkpoint in ``save_ckpt_folder`` takes precedence over
+        ``load_ckpt_info``.
+
+        Returns:
+            Message that names the loaded checkpoint, for the log.
 
         Raises:
             CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable.
@@ -198,7 +208,7 @@ class CheckpointManager:
 
     def _newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None; collective."""
-        # Rank 0 chooses for all ranks: on a network file system, a new folder may appear to them at different times.
+        # Rank 0 chooses for all ranks: on a network file system, a new folder may become visible at different times.
         choice: list[str | None] = [None]
 
         def choose() -> None:
@@ -228,12 +238,18 @@ class CheckpointManager:
     def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> None:
         """Load ``content`` from the checkpoint folder ``source``; collective.
 
+        Args:
+            source: Checkpoint folder ``step-N``.
+            state: Progress counters to restore.
+            content: Content to load; "all" includes the random streams.
+
         Raises:
-            CheckpointError: ``source`` does not match on some rank. Raised on all ranks, before any state is changed.
+            CheckpointError: On some rank, ``source`` is damaged or does not match the run. Raised on all ranks, before
+                any state is changed.
         """
         content = set(content)
         wanted = set(ALL) if "all" in content else content
-        # An all-gather that is still running would overwrite loaded parameters with old ones.
+        # An all-gather that is still running would overwrite loaded parameters with old values.
         self.optimizer.gather_parameters()
         reader = SafeReader(source)
         tensors = self._wanted_tensors(wanted)
@@ -249,7 +265,7 @@ class CheckpointManager:
             if problems:
                 raise CheckpointError(*problems)
         if wanted == ALL:
-            # On another number of ranks some streams are missing; they keep their states from the seed.
+            # With more ranks than at the save, some streams are missing; they keep their states from the seed.
             streams = self._random_tensors()
             tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
         read_tensors(source, reader, without_rounded(tensors))
@@ -268,14 +284,14 @@ class CheckpointManager:
         known: set[str],
         wanted: set[CheckpointContent],
     ) -> Iterator[Problem]:
-        """Yield differences of the architecture, or of the tensors if the architectures agree.
+        """Yield problems of the config, or if there are none, problems of the tensors.
 
-        With another architecture nearly every tensor would be reported as well.
+        If the architecture differs, nearly every tensor differs too, so tensors are not reported then.
 
         Args:
             source: Checkpoint folder, for error messages.
-            saved: Content of its state file.
-            metadata: Metadata of its tensors.
+            saved: Content of the checkpoint's state file.
+            metadata: Metadata of the checkpoint's tensors.
             tensors: Tensors that this rank loads.
             known: Names of the tensors that any rank loads.
             wanted: Content to load.
@@ -312,7 +328,11 @@ class CheckpointManager:
 
 
 def load_weights(model: nn.Module, source: Path) -> None:
-    """Load the parameters of ``model`` from a checkpoint folder ``step-N``, without a process group.
+    """Load the parameters and buffers of ``model`` from a checkpoint, without a process group.
+
+    Args:
+        model: Model on this process alone, with a placement for each parameter.
+        source: Checkpoint folder ``step-N``.
 
     Raises:
         CheckpointError: ``source`` is not a complete checkpoint, or does not match the model.
@@ -341,7 +361,7 @@ def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
 
 @contextmanager
 def _failing_together() -> Iterator[None]:
-    """Raise on all ranks the checkpoint problems found on any rank within the ``with`` block.
+    """Gather the checkpoint problems that the ``with`` block raises on any rank, and raise them on all ranks.
 
     Otherwise ranks without a problem would block in the next collective until it times out.
     """
@@ -357,14 +377,14 @@ def _failing_together() -> Iterator[None]:
 
 
 def _make_empty(target: Path) -> None:
-    """Create an empty folder; remove an unfinished save of the same step."""
-    # Remove the mark first: after an interrupted removal the rest must not count as a complete checkpoint.
+    """Create an empty checkpoint folder, after removing an earlier save of the same step."""
+    # Remove the commit mark first: after an interrupted removal, the rest must not count as a complete checkpoint.
     (target / save_folder.COMMIT_FILE).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
 
 
 def log_first(message: str) -> None:
-    """Log on rank 0 only."""
+    """Log ``message`` on rank 0 only."""
     if dist.get_rank() == 0:
         log.info(message)

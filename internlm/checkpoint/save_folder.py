@@ -11,7 +11,7 @@ from typing import Any
 
 from internlm.utils.errors import CheckpointError, Problem
 
-# Format version of the state file; increased when older versions can no longer read it.
+# Format version of the state file; increased when older versions of the framework can no longer read it.
 FORMAT = 1
 STATE_FILE = "state.json"
 COMMIT_FILE = "COMMITTED"
@@ -32,7 +32,7 @@ def steps_in(root: Path) -> Iterator[tuple[int, Path]]:
     """Yield the step and the folder of every checkpoint, complete or not, newest first."""
     if root.is_dir():
         found = ((_STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
-        # Sorted by number: as text, step-9 would come after step-100.
+        # Sorted by step: as text, step-9 would come after step-100.
         yield from sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
@@ -76,14 +76,15 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     if not folder.is_dir():
         existing = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"
         what = f"no such checkpoint ({folder.parent} has {existing})"
-        raise CheckpointError(Problem(str(folder), what, "Correct the path"))
+        raise CheckpointError(Problem(str(folder), what, "Pass the path of an existing step-N folder"))
     if not (folder / STATE_FILE).is_file():
         # Rank 0 writes the state after all tensors, so tensor files without it are an interrupted save.
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
         what = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
         raise CheckpointError(Problem(str(folder), what, "Choose a complete step-N folder"))
     if not is_complete(folder):
-        raise CheckpointError(Problem(str(folder), "unfinished: no commit mark", "Choose an older checkpoint"))
+        what = f"unfinished: the commit mark {COMMIT_FILE} is missing"
+        raise CheckpointError(Problem(str(folder), what, "Choose an older checkpoint"))
     file = folder / STATE_FILE
     try:
         state: dict[str, Any] = json.loads(file.read_text())
@@ -96,6 +97,6 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     except (ValueError, TypeError) as error:  # not JSON, or JSON of another shape
         raise CheckpointError(Problem(str(file), f"cannot be read ({error!r})", "Choose another checkpoint")) from None
     if newer:
-        what = f"has format {state['format']}, but this version reads up to {FORMAT}"
+        what = f"expected a format of at most {FORMAT}, got {state['format']}"
         raise CheckpointError(Problem(str(folder), what, "Update InternEvo"))
     return state

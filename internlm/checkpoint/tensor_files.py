@@ -48,7 +48,13 @@ def write_tensors(target: Path, tensors: LogicalTensors) -> None:
 
 
 def read_tensors(source: Path, reader: SafeReader, tensors: LogicalTensors, *, collective: bool = True) -> None:
-    """Read a checkpoint into the slices of ``tensors``; collective unless ``collective`` is False.
+    """Read a checkpoint into the slices of ``tensors``.
+
+    Args:
+        source: Checkpoint folder, for the error.
+        reader: Reader of the checkpoint.
+        tensors: Tensors to read.
+        collective: All ranks call this; otherwise this process reads alone, without a process group.
 
     Raises:
         CheckpointError: A rank cannot read. Raised on all ranks if ``collective``.
@@ -62,7 +68,14 @@ def read_tensors(source: Path, reader: SafeReader, tensors: LogicalTensors, *, c
 
 
 def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    """Format the causes of failure, each once, with the first of the ranks that report it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, failure in error.failures.items():
+        ranks.setdefault(str(failure[0]), []).append(rank)
+    return "; ".join(
+        f"rank {failed[0]}{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}: {cause}"
+        for cause, failed in ranks.items()
+    )
 
 
 # -- storage
@@ -90,7 +103,9 @@ class SafeReader(dcp.FileSystemReader):
             with path.open("rb") as file:
                 metadata = _checked(_MetadataUnpickler(file).load())
         except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(Problem(str(path), f"cannot be read ({error})", "Use another checkpoint")) from None
+            raise CheckpointError(
+                Problem(str(path), f"cannot be read ({error})", "Choose an older checkpoint")
+            ) from None
         # The base method, which this one replaces, sets these two attributes for later use by the base class.
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -105,7 +120,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _checked(metadata: Any) -> Metadata:
-    """Check that ``metadata`` is a Metadata that names only files directly in the checkpoint folder."""
+    """Return ``metadata`` after checking its type, and that it names only files directly in the checkpoint folder."""
     if not isinstance(metadata, Metadata):
         raise ValueError("it does not contain DCP metadata")
     # Compare names rather than resolved paths: a name without separators cannot leave the folder by .. or a root.
@@ -119,7 +134,7 @@ def _checked(metadata: Any) -> Metadata:
 
 
 class LogicalSavePlanner(DefaultSavePlanner):
-    """Planner that writes the slices of logical tensors; DCP writes a slice that several ranks hold once."""
+    """DCP planner that writes the slices of logical tensors; a slice held by several ranks is written once."""
 
     def __init__(self) -> None:
         # The state dict is already flat, and the default planner cannot flatten a LogicalTensor.
@@ -133,7 +148,7 @@ class LogicalSavePlanner(DefaultSavePlanner):
 
 
 class LogicalLoadPlanner(DefaultLoadPlanner):
-    """Planner that reads into the slices of logical tensors, however they were sliced when written."""
+    """DCP planner that reads into the slices of logical tensors, however these were sliced when written."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -141,16 +156,16 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Use the state dict unchanged; the default rebuilds it to replace tensors on the meta device."""
+        """Use the state dict unchanged; the default planner rebuilds it to replace tensors on the meta device."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Return the memory of the slice at ``index``."""
+        """Return the slice at ``index``, into whose memory DCP reads."""
         tensor: Tensor = self.state_dict[index.fqn].__get_tensor_shard__(index)
         return tensor
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse a non-tensor entry, which the default would unpickle."""
+        """Refuse an entry that is not a tensor, which the default planner would unpickle."""
         name = read_item.dest_index.fqn
-        raise CheckpointError(Problem(name, "is a pickled object, not a tensor", "Choose another checkpoint"))
+        raise CheckpointError(Problem(name, "expected a tensor, got a pickled object", "Choose another checkpoint"))

@@ -1,4 +1,4 @@
-"""Trainer: a training step, the loop over steps, and hooks named by their position in the loop."""
+"""Trainer: the training step, the loop over steps, and hooks named by their position in the loop."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Loader(Protocol):
 
 @dataclass
 class TrainState:
-    """Progress of a run, saved in every checkpoint."""
+    """Progress counters of a run, saved in every checkpoint."""
 
-    step: int = 0  # steps done
-    num_consumed_tokens: int = 0  # over all ranks, pads included
+    step: int = 0  # number of steps done
+    num_consumed_tokens: int = 0  # over all ranks, padding included
     inf_nan_skip_batches: int = 0  # steps skipped because of a non-finite gradient
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,18 +48,18 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """Sizes of this rank's share of a batch."""
+    """Sizes of the batch that this rank reads in one step."""
 
-    micro_num: int
-    tokens: int  # pads included
+    micro_num: int  # micro-batches
+    tokens: int  # padding included
     sequences: int
     largest_length: int  # tokens of the longest sequence
-    largest_batch: int  # sequences of the fullest micro-batch
-    smallest_batch: int
+    largest_batch: int  # sequences of the micro-batch with the most
+    smallest_batch: int  # sequences of the micro-batch with the fewest
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> BatchShape:
-        """Measure ``batch``: its ``input_ids``, and its ``cu_seqlens`` where it is packed."""
+        """Compute the sizes of ``batch`` from its ``input_ids`` and, if it is packed, its ``cu_seqlens``."""
         ids = batch["input_ids"]
         boundaries = batch.get("cu_seqlens")
         if boundaries is None:  # [micro_num, micro_bsz, seq_len]
@@ -94,7 +94,7 @@ class StepReport:
 
 
 class Hook:
-    """Base class of hooks, whose methods are named by their position in the loop; override those you need."""
+    """Base class of hooks, whose methods are named by their position in the training loop and do nothing by default."""
 
     def before_run(self, trainer: Trainer) -> None:
         """Run once, after resuming and before the first step."""
@@ -103,16 +103,17 @@ class Hook:
         """Run before the batch of a step is fetched."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Run after the update; ``trainer.state`` already counts the step."""
+        """Run after the update of a step; ``trainer.state`` already counts this step."""
 
     def after_run(self, trainer: Trainer) -> None:
-        """Run once after the last step, also if the run stops early or fails."""
+        """Run once after the last step, even if the run stops early or fails."""
 
 
 class Trainer:
-    """Training of a model, step by step, with optimizer, pipeline scheduler, and lr and beta2 schedules.
+    """Trainer of a model, with its optimizer, pipeline scheduler, and learning-rate and beta2 schedules.
 
-    Call ``zero_grad``, ``execute_schedule`` and ``step`` in a custom loop, or :meth:`fit` for the whole loop.
+    Call :meth:`zero_grad`, :meth:`execute_schedule` and :meth:`step` in a custom loop, or :meth:`fit` for the whole
+    loop.
     """
 
     def __init__(
@@ -145,12 +146,15 @@ class Trainer:
     def execute_schedule(
         self, data_iter: Iterator[Batch], after_backward: Callable[[], None] | None = None, **options: bool
     ) -> StepResult:
-        """Run the next batch of ``data_iter``.
+        """Run the forward and backward passes of one step, on the next batch of ``data_iter``.
 
         Args:
-            data_iter: Iterator over (inputs, labels) of all micro-batches of a step.
+            data_iter: Iterator over batches, each the (inputs, labels) of all micro-batches of a step.
             after_backward: Function called when this rank's gradients are complete.
-            options: Flags of :meth:`Scheduler.forward_backward_step`.
+            options: Flags of :meth:`Scheduler.forward_backward_step`, such as ``forward_only``.
+
+        Returns:
+            Loss and metrics of the step.
         """
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale.scale, after_backward=after_backward
@@ -158,7 +162,10 @@ class Trainer:
         return self.scheduler.forward_backward_step(self, data_iter, training=training, **options)
 
     def step(self) -> OptimizerStep:
-        """Update the parameters with this step's learning rate and beta2, and count the step.
+        """Update the parameters with the learning rate and beta2 of this step, and count the step.
+
+        Returns:
+            Result of the optimizer step.
 
         Raises:
             UserError: Too many steps in a row were skipped because of non-finite gradients.
@@ -172,15 +179,19 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     def train_step(self, batches: Iterator[Batch]) -> StepReport:
-        """Run one step: fetch a batch, forward and backward, update."""
+        """Run one training step: fetch a batch, run forward and backward passes, update the parameters.
+
+        Raises:
+            UserError: Too many steps in a row were skipped because of non-finite gradients.
+        """
         # Read the step before self.step() increments it.
         step, start = self.state.step, time.perf_counter()
         batch = next(batches)
         fetched = time.perf_counter()
-        # The number of micro-batches tells the optimizer when the gradients of a bucket are complete.
+        # From the number of micro-batches, the optimizer derives when the gradients of a bucket are complete.
         self.optimizer.begin_step(micro_batches=len(batch[1]))
         result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
-        # The device is asynchronous: without a synchronisation before reading the clock, the times would be those of
+        # The device is asynchronous: without synchronisation before each clock reading, the times would be those of the
         # kernel launches.
         accelerator.synchronize()
         computed = time.perf_counter()
@@ -207,6 +218,12 @@ class Trainer:
             loader: Loader of the run's batches.
             total_steps: Number of steps of the run, including those before a resume.
             hooks: Hooks, called in this order before and after each step, and in reverse order at the end.
+
+        Returns:
+            Progress of the run at the end.
+
+        Raises:
+            UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
         loader.seek(self.state.step)
         batches = iter(loader)
@@ -221,18 +238,18 @@ class Trainer:
                 for hook in hooks:
                     hook.after_step(self, report)
         finally:
-            # Later hooks may depend on earlier ones, as with nested contexts.
+            # In reverse order, because later hooks may depend on earlier ones, as with nested contexts.
             for hook in reversed(hooks):
                 hook.after_run(self)
-        # No forward waits for the overlapped all-gathers of the last update.
+        # After the last update, no forward pass waits for the overlapped all-gathers.
         self.optimizer.gather_parameters()
         return self.state
 
 
 def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
-    """Describe the last of too many skipped steps, with the first parameter that has a non-finite gradient.
+    """Return the problem of too many skipped steps, with the first parameter that has a non-finite gradient.
 
-    This is a collective: all ranks skip the same steps, so all of them call it.
+    Collective: all ranks skip the same steps, so all of them call this function.
     """
     names: list[str | None] = [update.nonfinite_gradient]
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Trainer builder: assembles a run from a model and its data, ``TrainerBuilder(model, train_dl, …).fit()``."""
+"""Trainer builder, which assembles and runs a training: ``TrainerBuilder(model, train_dl, …).fit()``."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ LAUNCH_ARGUMENTS = frozenset({"launcher", "host", "port", "world_size", "rank", 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """Keywords of :class:`TrainerBuilder`, besides the model, the loaders and the config."""
+    """Options of :class:`TrainerBuilder`, which takes them as keywords."""
 
     profiling: bool = False
     """Write torch profiler traces and a memory report."""
     ledger: bool = False
-    """Log the bytes sent, by parallel mode and collective, at the end."""
+    """Log the bytes sent, by parallel mode and collective, at the end of the run."""
     pipeline_trace: bool = False
-    """Draw one pipeline step, measured and simulated."""
+    """Draw one pipeline step, as measured and as simulated."""
     dataset_types: Sequence[str] | None = None
-    """Names of the data-set types by which metrics are split; None: those of the loader."""
+    """Names of the data-set types by which metrics are split; None: the types of the training loader."""
     extra_hooks: Sequence[Hook] = ()
-    """Hooks that run after the metrics are logged and before the model is saved."""
+    """Hooks that run after the metrics are logged and before a checkpoint is saved."""
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> TrainerOptions:
-        """Select the options among ``keywords``, which may also contain built-in arguments of the command line.
+        """Create the options from ``keywords``, which may also contain built-in arguments of the command line.
 
         Raises:
             UserError: A keyword is neither an option nor a built-in argument.
@@ -66,14 +66,14 @@ class TrainerOptions:
 
 
 class TrainerBuilder:
-    """Builder of optimizer, trainer, checkpoints and hooks for a model, which also runs the training.
+    """Builder that assembles optimizer, trainer, checkpoints and hooks for a model, and runs the training.
 
     Args:
-        model: Model, which is passed to :func:`~internlm.train.initialize_model_and_parallel_communicator` here.
+        model: Model, which the builder passes to :func:`~internlm.train.initialize_model_and_parallel_communicator`.
         train_dl: Loader of the training data.
-        val_dls: Loaders of the validation data by data-set type.
-        config: Argument of ``initialize_distributed_env``. The run uses the config that it resolved, with overrides; a
-            :class:`~internlm.config.Config` must equal the resolved one.
+        val_dls: Loaders of the validation data by data-set type; default: no validation.
+        config: Config as passed to ``initialize_distributed_env``. The run always uses the resolved config, with
+            overrides; a :class:`~internlm.config.Config` passed here must equal it.
         keywords: Fields of :class:`TrainerOptions`, and built-in arguments of the command line.
 
     Raises:
@@ -91,8 +91,8 @@ class TrainerBuilder:
         self.options = TrainerOptions.from_keywords(keywords)
         self.config = gpc.config
         if isinstance(config, Config) and config != self.config:
-            message = "is not the config with which the run was initialised"
-            raise UserError(Problem("TrainerBuilder(config=…)", message, "Pass it to initialize_distributed_env"))
+            message = "differs from the config that initialize_distributed_env resolved"
+            raise UserError(Problem("TrainerBuilder(config=…)", message, "Pass the same config to both"))
         self.types = list(self.options.dataset_types or train_dl.types)
         self.train_dl = train_dl
         model, isp_communicator = initialize_model_and_parallel_communicator(model)
@@ -116,9 +116,14 @@ class TrainerBuilder:
         self._val_dls = val_dls or {}
 
     def fit(self) -> TrainState:
-        """Resume from a checkpoint if there is one, train to the end, and return the final state.
+        """Resume from a checkpoint if there is one, and train to the end.
 
-        A run ended by SIGTERM or SIGINT exits the process with 128 + the signal.
+        Returns:
+            Progress of the run at the end.
+
+        Raises:
+            SystemExit: SIGTERM or SIGINT stopped the run; the exit code is 128 + the signal number.
+            UserError: The checkpoint cannot be loaded or saved, or too many steps in a row were skipped.
         """
         alerts = initialize_monitor_manager(self.config.JOB_NAME, self.config.monitor.alert)
         with self.stop.listening(), alerts:
@@ -137,7 +142,7 @@ class TrainerBuilder:
             *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
-            *self.options.extra_hooks,  # which may ask for a stop
+            *self.options.extra_hooks,  # before SaveCheckpoints, because they may set stop_requested
             self.stop,
             hooks.SaveCheckpoints(self.checkpoints),
             *([hooks.ReportTraffic()] if self.options.ledger and writer else []),
@@ -163,7 +168,7 @@ class TrainerBuilder:
 
 
 def _new_folder(parent: Path) -> Path:
-    """Create a folder in ``parent`` for this run alone, named by rank 0's clock; return it on all ranks."""
+    """Create a new folder in ``parent`` for this run, named by the clock of rank 0; return its path on all ranks."""
     chosen = [_claim(parent) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
@@ -171,7 +176,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _claim(parent: Path) -> Path:
-    """Create the folder; append a number if several runs start in the same second."""
+    """Create a folder named by the current time; append a number if another run starts in the same second."""
     name = folder = parent / time.strftime("%b%d_%H-%M-%S")
     others = 0
     while True:
@@ -181,6 +186,6 @@ def _claim(parent: Path) -> Path:
             others += 1
             folder = name.with_name(f"{name.name}_{others}")
             continue
-        except OSError:  # such as no permission: the first writer raises an error with the file's name
+        except OSError:  # such as no permission: the first writer reports it, with the name of its file
             pass
         return folder

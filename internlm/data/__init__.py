@@ -1,8 +1,8 @@
-"""Data: sources of samples, packing into rows, batches by step."""
+"""Data: sources of samples, packing of samples into rows, and the batches of each step."""
 
 from internlm.utils.lazy import lazy_exports
 
-# Both read the global context, so they are in the assembly layer; an eager import would violate the layering.
+# Both functions read the global context, so they are in the assembly layer; an eager import would violate the layering.
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {

@@ -1,7 +1,7 @@
 """Batch plan: the rows of each training step as a pure function of the step, so that no iterator has state to save.
 
-The rows of an endless sequence are divided into *batches*, counted from 0. Batch b takes ``micro_batches · data_size``
-rows, used or skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
+The rows of an endless sequence are divided into *batches*, counted from 0. Each batch takes ``micro_batches ·
+data_size`` rows, even if it is skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
 contiguous range of a batch, so the rows of a step do not depend on the number of ranks.
 """
 
@@ -28,8 +28,8 @@ START = Position()
 class BatchPlan:
     """Mapping from steps to batches, and from batches to rows.
 
-    ``origin`` is the position at which this plan begins. A run that resumes from a saved position continues with
-    the next row, even if the batch size or the skipped batches have changed since.
+    ``origin`` is the data position at which this plan begins. A run that resumes from a saved position continues with
+    the next row, even if the batch size or the skipped batches have changed since it was saved.
     """
 
     micro_num: int  # micro-batches per step on each data-parallel rank, after the ramp-up
@@ -50,11 +50,11 @@ class BatchPlan:
         return range(first, first + size)
 
     def position(self, step: int) -> Position:
-        """Return the position after all steps before ``step``; skipped batches count as consumed."""
+        """Return the data position before ``step``: the end of the last batch that an earlier step used."""
         if step == self.origin.step:
             return self.origin
-        # Computed from the last batch that was used, not from the next one: batches skipped in between may no longer be
-        # skipped when the run resumes.
+        # Counted from the last batch that was used, not from the next one to use: the batches skipped in between may no
+        # longer be skipped when the run resumes.
         batch = self._batch(step - 1) + 1
         return Position(step, batch, self._first_row(batch))
 
@@ -83,12 +83,12 @@ class BatchPlan:
         return min(self.micro_num, start + increment * (batch // every))
 
     def _size_before(self, batch: int) -> int:
-        """Return the sum of the sizes of all batches before ``batch``, in closed form."""
-        # A loop over the batches would make each lookup take time proportional to the step.
+        """Return the number of micro-batches before ``batch`` on each data-parallel rank, in closed form."""
+        # With a loop over the batches, each lookup would take time proportional to the step.
         if self.rampup is None:
             return self.micro_num * batch
         start, increment, every = self.rampup
-        stages = max(0, -(-(self.micro_num - start) // increment))  # of `every` batches each, smaller than micro_num
+        stages = max(0, -(-(self.micro_num - start) // increment))  # of the ramp-up, with `every` batches each
         stage = min(batch // every, stages)
         ramp = every * (start * stage + increment * stage * (stage - 1) // 2)
         return ramp + (batch - every * stage) * self._size(batch)

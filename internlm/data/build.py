@@ -1,4 +1,4 @@
-"""Build the loaders that the ``data`` section describes."""
+"""Build the data loaders from the ``data`` section of a config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_train_loader(
     """Build the training loader of one data-parallel rank.
 
     Args:
-        data: Config section; if ``train_folder`` is None, the samples are random.
+        data: The ``data`` section of the config; if its ``train_folder`` is None, the samples are random.
         vocab_size: Exclusive upper bound of the token ids.
         seed: Seed of shuffling and of random samples.
         replica: Position of this rank among the data-parallel ranks.
@@ -31,7 +31,7 @@ def build_train_loader(
         The loader, and the names of the data-set types.
 
     Raises:
-        DataError: The folder is missing, or a file in it is damaged.
+        DataError: ``train_folder`` is missing, or a file in it is damaged.
     """
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
@@ -52,19 +52,24 @@ def build_valid_loaders(
 ) -> dict[str, ValidLoader]:
     """Build the validation loaders of one data-parallel rank, one for each data-set type.
 
-    The arguments are those of :func:`build_train_loader`.
+    Args:
+        data: The ``data`` section of the config.
+        vocab_size: Exclusive upper bound of the token ids.
+        seed: Seed of the run; random validation samples use another one, derived from it.
+        replica: Position of this rank among the data-parallel ranks.
+        sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 
     Returns:
-        Loaders by data-set type of ``valid_folder``. If neither folder is set: one loader of random samples. If only
-        ``train_folder`` is set: none.
+        Loaders by data-set type of ``valid_folder``. If neither ``valid_folder`` nor ``train_folder`` is set: one
+        loader of random samples. If only ``train_folder`` is set: no loader.
 
     Raises:
-        DataError: The folder is missing, or a file in it is damaged.
+        DataError: ``valid_folder`` is missing, or a file in it is damaged.
     """
     if data.valid_folder is not None:
         source: SampleSource = _tokenized(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
-        # Not the seed of training: validation on the training samples would measure memorisation.
+        # Another seed than that of training: validation on training samples would measure memorisation.
         fixed = data.fixed_random_dataset_seqlen
         source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, RANDOM_VALID_TYPE, RANDOM_VALID_SAMPLES)
     else:

@@ -1,8 +1,8 @@
 """Index of a folder of tokenized files: the file, byte offset and token count of each sample.
 
 A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
-2] of byte offset and token count). The index joins all of them into one table, cached in a file, so that the next start
-does not open them all. The table is memory-mapped, so the processes of one machine share its memory.
+2] of byte offset and token count). The index joins all ``.meta`` arrays into one table, cached in a file, so that the
+next start need not read them again. The table is memory-mapped, so the processes of one machine share its memory.
 
 N: number of samples in all files.
 """
@@ -27,8 +27,8 @@ from internlm.utils.logger import get_logger
 VERSION = 1
 CACHE_NAME = ".internlm_index.npy"
 REMAKE = "Recreate both files with `internlm tokenize`"
-# Bounds of a plausible .meta, checked without reading the .bin: a token has at least a digit and a comma, and at most
-# a sign, 19 digits and a comma with blanks; a line has some more bytes around its tokens.
+# Bounds of a plausible .meta, checked without reading the .bin: the least and the most bytes of a token (a digit and a
+# comma; a sign, 19 digits, a comma and blanks), and the most bytes of a line besides its tokens.
 LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
 
 
@@ -42,7 +42,7 @@ class DataFile(NamedTuple):
 
     @property
     def meta(self) -> Path:
-        """Path of the ``.meta`` file of this ``.bin`` file."""
+        """Path of the ``.bin.meta`` file that belongs to this ``.bin`` file."""
         return self.path.with_name(self.path.name + ".meta")
 
     @property
@@ -66,10 +66,10 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
     Args:
         folder: Root folder of the ``.bin`` files.
         min_length: Minimum number of samples of a file; smaller files are left out.
-        cache_folder: Folder of the cached table; by default ``folder`` itself.
+        cache_folder: Folder of the cached table; None: ``folder`` itself.
 
     Raises:
-        DataError: The folder is missing, a file in it is damaged, or no tokens are left.
+        DataError: ``folder`` is missing, a file in it is damaged, or no sample of two or more tokens is left.
     """
     files = find_files(folder)
     cache = folder / CACHE_NAME
@@ -92,10 +92,11 @@ def find_files(folder: Path) -> list[DataFile]:
         DataError: The folder is missing, contains no ``.bin`` file, or a ``.bin`` file has no ``.meta``.
     """
     if not folder.is_dir():
-        raise DataError(Problem(str(folder), "no such folder", "Correct the path"))
+        todo = "Set data.train_folder or data.valid_folder to an existing folder"
+        raise DataError(Problem(str(folder), "no such folder", todo))
     paths = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
     if not paths:
-        raise DataError(Problem(str(folder), "contains no .bin file", "Create it with `internlm tokenize`"))
+        raise DataError(Problem(str(folder), "contains no .bin file", "Create one with `internlm tokenize`"))
     files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
     if lonely := [file for file in files if not file.meta.is_file()]:
         raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
@@ -103,7 +104,7 @@ def find_files(folder: Path) -> list[DataFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all ``.bin`` files; follow symbolic links except those to a parent folder."""
+    """Yield all ``.bin`` files under ``folder``; follow symbolic links except those to a parent folder."""
     for here, folders, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
@@ -116,7 +117,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """Build the table, int64 [3, 1 + N], with rows offsets, lengths and file ids; column 0 is reserved for the seal."""
+    """Build the table, int64 [3, 1 + N]: offsets, lengths and file ids; column 0 is reserved for the seal."""
     columns = [np.zeros((3, 1), np.int64)]
     for file_id, file in enumerate(files):
         meta = read_meta(file)
@@ -126,7 +127,10 @@ def _build(files: list[DataFile], min_length: int) -> np.ndarray:
 
 
 def read_meta(file: DataFile) -> np.ndarray:
-    """Read the ``.meta`` of a ``.bin`` file, int64 [samples, 2].
+    """Read the ``.meta`` of a ``.bin`` file, and check that the two match.
+
+    Returns:
+        Byte offset and token count of each sample, int64 [samples, 2].
 
     Raises:
         DataError: The ``.meta`` is not an integer array of this shape, or does not match the ``.bin``.
@@ -167,7 +171,7 @@ def _open_meta(path: Path) -> np.ndarray:
         what = f"is not a plain NumPy array of byte offsets and token counts ({error})"
         raise DataError(Problem(str(path), what, f"Pickled arrays are refused. {REMAKE}")) from error
     if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
-        what = f"contains {meta.dtype} of shape {list(meta.shape)}, not integers of shape [samples, 2]"
+        what = f"expected integers of shape [samples, 2], got {meta.dtype} of shape {list(meta.shape)}"
         raise DataError(Problem(str(path), what, REMAKE))
     return np.array(meta, np.int64)
 
@@ -176,12 +180,13 @@ def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Probl
     largest = max(len(read_meta(file)) for file in files)
     if largest < min_length:
         what = f"all {len(files)} files have fewer samples than data.min_length = {min_length} (the largest: {largest})"
-        return Problem(str(folder), what, "Lower data.min_length")
+        return Problem(str(folder), what, f"Set data.min_length to at most {largest}")
+    what = f"its {len(files)} .bin files contain no sample of two or more tokens"
     todo = "Check the source texts, then recreate the .bin and .bin.meta files with `internlm tokenize`"
-    return Problem(str(folder), "its files contain no sample of two or more tokens", todo)
+    return Problem(str(folder), what, todo)
 
 
-# -- cached table. Column 0 is the seal: a digest of the inputs and a checksum of the other columns.
+# -- cached table. Column 0 is the seal: the digest of names, sizes and times, and a checksum of the other columns.
 
 
 def _digest(*parts: object) -> int:

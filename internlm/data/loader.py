@@ -1,4 +1,4 @@
-"""Data loaders: batches of a run as tensors, prefetched by threads.
+"""Data loaders: the batches of a run as tensors, prefetched by threads.
 
 M: micro-batches, P: packed_length, B: micro_bsz, S: seq_len, C: sequence boundaries of a row.
 """
@@ -28,9 +28,15 @@ Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
 
 
 def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Yield ``map(work, items)`` from a pool, with up to ``ahead`` items submitted early.
+    """Yield the results of ``work`` for all ``items`` in order, computed by ``pool``.
 
-    An exception raised by ``work`` is re-raised at its item, after all earlier results.
+    An exception of ``work`` is raised in place of the item's result, after all earlier results.
+
+    Args:
+        pool: Executor of ``work``.
+        work: Function of one item.
+        items: Items, possibly endless.
+        ahead: Maximum number of items that are submitted before their results are needed.
     """
     remaining = iter(items)
     # `Executor.map` would submit all items at once; `items` may be endless, and results may be large.
@@ -46,7 +52,7 @@ def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Ite
 
 
 def read_ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield ``map(work, items)`` in order, computed ahead by ``workers`` threads, or by the caller if 0.
+    """Yield the results of ``work`` for all ``items`` in order, prefetched by ``workers`` threads (0: no prefetching).
 
     The threads stop when the iterator is exhausted, closed or garbage-collected, or when an item fails.
     """
@@ -62,7 +68,7 @@ def read_ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: i
 
 
 def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
-    """Stack rows into ``(batch, labels)``.
+    """Stack rows into tensors ``(batch, labels)``, one row per micro-batch.
 
     Returns:
         ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, a list of M
@@ -82,10 +88,13 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
 
 
 def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
-    """Return this rank's shard of a batch whose rows are split along the sequence.
+    """Split the rows of a batch along the sequence, and return this rank's shard.
 
-    Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences become one packed
-    row, [M, B · S].
+    Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences are first joined to
+    packed rows of P = B · S tokens.
+
+    Returns:
+        ``(batch, labels)`` as from :func:`collate`, with tensors [M, P / number of shards].
     """
     if sequence_shard.size == 1:
         return batch
@@ -109,9 +118,9 @@ def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
 class TrainLoader:
     """Loader of the training batches of one data-parallel rank, from a start step to ``total_steps``.
 
-    An iterator yields the batch of each step (see :func:`collate` and :func:`split_rows`), prefetched by ``num_worker``
-    threads. A batch depends only on its step, so :meth:`seek` suffices to restart at a step; :meth:`resume` continues
-    from a saved :class:`Position` even if the batch size or the skipped batches have changed.
+    Iterating yields the batch of each step (see :func:`collate` and :func:`split_rows`), prefetched by ``num_worker``
+    threads. A batch depends only on its step, so :meth:`seek` suffices to restart at a step. :meth:`resume` continues
+    from a saved :class:`Position` even if the batch size or the skipped batches have changed since.
     """
 
     def __init__(
@@ -134,7 +143,7 @@ class TrainLoader:
         self._start = step
 
     def resume(self, position: Position) -> None:
-        """Begin iteration at a position that :meth:`position` returned, possibly in an earlier run."""
+        """Set the data position at which iteration begins, as returned by :meth:`position`, also of an earlier run."""
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
 
@@ -143,7 +152,7 @@ class TrainLoader:
         return self.plan.position(step)
 
     def fingerprint(self) -> str:
-        """Return a digest of the data set; a saved position is valid only for the same digest."""
+        """Return a digest of the data set; a saved data position is valid only for the same digest."""
         return self._rows.source.fingerprint()
 
     def read(self, step: int) -> Batch:
@@ -162,8 +171,8 @@ class TrainLoader:
 class ValidLoader:
     """Loader of the validation batches of one data-parallel rank: one pass over one data-set type, in order.
 
-    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. The last
-    batches are filled with rows in which every label is ignored.
+    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. Missing rows
+    of the last batches are rows of padding, in which every label is ignored.
     """
 
     def __init__(

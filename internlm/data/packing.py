@@ -29,26 +29,26 @@ class PackingLayout(str, Enum):
     """Layout of samples in a row."""
 
     PACKED = "packed"  # one token stream; a sequence is a sample, split every seq_len tokens
-    WINDOWS = "windows"  # one token stream; a sequence is a seq_len window, across samples
+    WINDOWS = "windows"  # one token stream; a sequence is a window of seq_len tokens, which may span samples
     PADDED = "padded"  # micro_bsz samples, each truncated or padded to seq_len
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """Sizes and layout of a row, in tokens and sequences."""
+    """Sizes and packing layout of a row."""
 
-    seq_len: int
-    micro_bsz: int
+    seq_len: int  # maximum tokens of a sequence
+    micro_bsz: int  # packed_length / seq_len; in the padded layout, the number of sequences
     layout: PackingLayout
 
     @property
     def packed_length(self) -> int:
-        """Tokens in a row."""
+        """Number of tokens in a row, padding included."""
         return self.seq_len * self.micro_bsz
 
 
 class Epoch(NamedTuple):
-    """One pass over the samples: their order, and the number of tokens used of each."""
+    """Epoch, one pass over the samples: their order, and the number of tokens used of each."""
 
     order: np.ndarray  # [N] sample indices
     lengths: np.ndarray  # [N] tokens used of each sample, in that order
@@ -56,7 +56,7 @@ class Epoch(NamedTuple):
 
 
 class SampleSpan(NamedTuple):
-    """Tokens ``begin`` to ``stop`` (exclusive) of a sample of ``length`` tokens, at offset ``at`` of the row."""
+    """Tokens [``begin``, ``stop``) of a sample with ``length`` tokens, placed at offset ``at`` of the row."""
 
     sample: int
     length: int
@@ -66,7 +66,7 @@ class SampleSpan(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a micro-batch."""
+    """Row of P tokens, the input of one micro-batch."""
 
     input_ids: np.ndarray  # [P] int64
     labels: np.ndarray  # [P] int64, the next token or IGNORED
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: int) -> Epoch:
-    """Order the samples of epoch ``index``: shuffled by (seed, index), or in source order if ``seed`` is None."""
+    """Create epoch ``index``: its samples are shuffled by (seed, index), or in source order if ``seed`` is None."""
     order = np.flatnonzero(lengths)
     if seed is not None:
         # Sorting by raw random numbers, because np.random.shuffle may differ between versions of NumPy.
@@ -88,14 +88,14 @@ def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: in
 
 
 def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
-    """Return the number of rows in an epoch; the last row is padded."""
+    """Return the number of rows in an epoch, including the last one, which may be padded."""
     if shape.layout is PackingLayout.PADDED:
         return -(-int(np.count_nonzero(lengths)) // shape.micro_bsz)
     return -(-int(lengths.sum()) // shape.packed_length)
 
 
 def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) -> Row:
-    """Make row ``index`` of an epoch; rows beyond the last one are all padding."""
+    """Create row ``index`` of an epoch; rows beyond the last one are all padding."""
     find_spans, find_boundaries = _LAYOUTS[shape.layout]
     spans = find_spans(epoch, shape, index)
     input_ids, labels, type_ids = _fill(source, spans, shape)
@@ -105,7 +105,7 @@ def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) ->
 
 
 class TrainRows:
-    """Training rows of unlimited epochs, each reshuffled; row n is a function of (seed, data, shape, n)."""
+    """Training rows of an unlimited number of epochs, each shuffled; row n is a function of (seed, data, shape, n)."""
 
     def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
         self.source, self.shape = source, shape
@@ -124,7 +124,7 @@ class TrainRows:
 
 
 class ValidRows:
-    """Validation rows: one pass in the order of the source; rows beyond its end are all padding."""
+    """Validation rows of one epoch in source order; rows beyond its end are all padding."""
 
     def __init__(self, source: SampleSource, shape: RowShape) -> None:
         self.source, self.shape = source, shape
@@ -188,7 +188,7 @@ def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tup
 
 
 def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
-    """Return boundaries at every span, and every ``seq_len`` tokens within spans and padding."""
+    """Return a boundary at the start of every span, and every ``seq_len`` tokens within spans and padding."""
     filled = sum(span.stop - span.begin for span in spans)
     bounds = [*(span.at for span in spans), filled, shape.packed_length]
     starts = [start for begin, stop in pairwise(bounds) for start in range(begin, stop, shape.seq_len)]

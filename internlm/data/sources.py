@@ -1,4 +1,4 @@
-"""Sample sources: the protocol, random samples, and a view of one data-set type.
+"""Sample sources: their protocol, a source of random samples, and a view of one data-set type.
 
 N: samples of the source.
 """
@@ -22,7 +22,7 @@ class SampleSource(Protocol):
     type_ids: np.ndarray  # [N] index into types
 
     def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length]; a negative id -t means input t without a label."""
+        """Return the token ids of a sample, int64 [length]; a negative id -t is input id t, ignored as a label."""
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
@@ -37,7 +37,7 @@ class Purpose(IntEnum):
 
 
 def raw_numbers(count: int, seed: int, purpose: Purpose, index: int = 0) -> np.ndarray:
-    """Draw uniform uint64 numbers, [count], independent of the NumPy version."""
+    """Draw uniform uint64 numbers, [count], from stream (seed, purpose, index); equal in all versions of NumPy."""
     # NumPy promises stable bit streams, but not stable distributions (NEP 19). If an upgrade changed the order of
     # samples, a resumed run would repeat some samples and miss others.
     stream = np.random.SeedSequence(seed, spawn_key=(purpose, index))
@@ -49,6 +49,14 @@ class RandomSource:
 
     Each sample repeats a short pattern in which small ids are more frequent, so that a model can learn something. With
     ``fixed_length`` every sample has exactly ``seq_len`` tokens instead, drawn uniformly and independently.
+
+    Args:
+        seed: Seed of lengths and tokens.
+        vocab_size: Exclusive upper bound of the token ids.
+        seq_len: Maximum number of tokens of a sample.
+        fixed_length: Draw ``seq_len`` uniform tokens for every sample.
+        type_name: Name of the single data-set type.
+        samples: Number of samples.
     """
 
     def __init__(
@@ -81,12 +89,12 @@ class RandomSource:
         return np.resize((uniform * uniform * self._vocab_size).astype(np.int64), length)
 
     def fingerprint(self) -> str:
-        """Return a digest of the settings."""
+        """Return a digest of the seed, the vocabulary size and the length settings."""
         return hashlib.blake2b(repr(self._settings).encode(), digest_size=16).hexdigest()
 
 
 class OneType:
-    """View of one data-set type of another source, in the order of that source."""
+    """Sample source that selects the samples of one data-set type from another source, in the same order."""
 
     def __init__(self, source: SampleSource, type_name: str) -> None:
         self._source = source

@@ -12,7 +12,13 @@ from internlm.utils.lazy import require
 
 
 def find_texts(paths: Iterable[str]) -> list[Path]:
-    """Return the files among ``paths`` and the text files in the folders among them, each folder sorted.
+    """Expand paths of files and folders to a list of text files.
+
+    Args:
+        paths: Files, and folders that are searched at any depth.
+
+    Returns:
+        The files in the order of ``paths``; those of a folder are sorted.
 
     Raises:
         DataError: A path does not exist, a folder contains no text file, or a file type is not supported.
@@ -22,16 +28,18 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
             if not inside:
-                raise DataError(Problem(str(path), f"contains no text file (supported: {KNOWN})"))
+                what = f"contains no text file (supported: {KNOWN})"
+                raise DataError(Problem(str(path), what, "Set --text_input_path to text files or their folder"))
             found += inside
         elif not path.is_file():
-            raise DataError(Problem(str(path), "no such file or folder"))
+            todo = "Set --text_input_path to existing files or folders"
+            raise DataError(Problem(str(path), "no such file or folder", todo))
         elif path.suffix not in _READERS:
             raise DataError(
                 Problem(
                     str(path),
                     f"file type {path.suffix!r} is not supported (supported: {KNOWN})",
-                    "Rename or convert the file",
+                    "Convert the file, or correct its suffix",
                 )
             )
         else:
@@ -40,22 +48,23 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
 
 
 def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterator[str]:
-    """Yield the samples of the files in order; skip blank ones.
+    """Yield the text samples of ``files`` in order, except blank ones.
 
     Args:
         files: Files of supported types.
         text_key: Key of the text in a record of .json, .jsonl and .parquet files.
-        whole_file: Treat a .txt file as one sample, not each line.
+        whole_file: Yield a .txt file as one sample, instead of each line.
 
     Raises:
-        DataError: A file or a line of it cannot be read.
+        DataError: A file cannot be read, or a record has no text.
     """
     for file in files:
         reader = _whole_text if whole_file and file.suffix == ".txt" else _READERS[file.suffix]
         try:
             yield from (text for text in reader(file, text_key) if text and not text.isspace())
         except OSError as error:
-            raise DataError(Problem(str(file), f"cannot be read ({error.strerror or error})")) from error
+            what = f"cannot be read ({error.strerror or error})"
+            raise DataError(Problem(str(file), what, "Check the file and its permissions")) from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -88,7 +97,7 @@ def _json_lines(file: Path, text_key: str) -> Iterator[str | None]:
 
 
 def _json_records(file: Path, text_key: str) -> Iterator[str | None]:
-    """Yield the texts of a list of records, or of a single record."""
+    """Yield the texts of a JSON list of records, or of a single JSON record."""
     content = _parse(_decode(file.read_bytes(), str(file)), str(file))
     for index, record in enumerate(content if isinstance(content, list) else [content]):
         yield _text_of(record, text_key, f"{file}, record {index}")
@@ -98,17 +107,20 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(Problem(where, f"is not valid JSON ({error})", "Name a file of JSON lines .jsonl")) from error
+        todo = "Correct its syntax; a file with one record per line needs the suffix .jsonl"
+        raise DataError(Problem(where, f"is not valid JSON ({error})", todo)) from error
 
 
 def _text_of(record: object, text_key: str, where: str) -> str | None:
     if not isinstance(record, dict):
-        raise DataError(Problem(where, f"expected a JSON object, got {type(record).__name__}"))
+        todo = f'Write each record as {{"{text_key}": "..."}}'
+        raise DataError(Problem(where, f"expected a JSON object, got {type(record).__name__}", todo))
     if text_key not in record:
         raise _no_such_key(where, text_key, record)
     text = record[text_key]
     if text is not None and not isinstance(text, str):
-        raise DataError(Problem(where, f"expected text in '{text_key}', got {type(text).__name__}"))
+        what = f"expected a string at key '{text_key}', got {type(text).__name__}"
+        raise DataError(Problem(where, what, "Set --text_key to the key of the text"))
     return text
 
 
@@ -118,14 +130,16 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
     try:
         table = parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(Problem(str(file), f"is not a parquet file ({error})")) from error
+        todo = "Convert the file, or correct its suffix"
+        raise DataError(Problem(str(file), f"is not a parquet file ({error})", todo)) from error
     with table:
         schema = table.schema_arrow
         if text_key not in schema.names:
             raise _no_such_key(str(file), text_key, schema.names)
         column_type = schema.field(text_key).type
         if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
-            raise DataError(Problem(str(file), f"expected text in '{text_key}', got {column_type}"))
+            what = f"expected strings in column '{text_key}', got {column_type}"
+            raise DataError(Problem(str(file), what, "Set --text_key to the column of the text"))
         # In batches: a parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()
@@ -133,7 +147,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
 
 def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
     known = ", ".join(f"'{key}'" for key in keys)
-    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Set --text_key to one of them"))
+    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Set --text_key to one of these keys"))
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {

@@ -23,23 +23,24 @@ OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets
 class TokenizedSource:
     """Sample source over a tree of ``.bin`` and ``.bin.meta`` files; first-level sub-folders name the data-set types.
 
-    A file that changes while in use raises an error that names file and sample; it never yields another sample.
+    If a file changes while it is in use, :meth:`read` raises an error that names the file and the sample; it never
+    returns other tokens.
 
     Args:
-        folder: Root of the tree.
+        folder: Root folder of the tree.
         min_length: Minimum number of samples of a file; smaller files are left out.
         vocab_size: Exclusive upper bound of the token ids.
-        cache_folder: Folder of the cached index; by default ``folder`` itself.
+        cache_folder: Folder of the cached index; None: ``folder`` itself.
 
     Raises:
-        DataError: The folder is missing, or a file in it is damaged.
+        DataError: ``folder`` is missing, or a file in it is damaged.
     """
 
     def __init__(self, folder: str, min_length: int, vocab_size: int, cache_folder: str | None = None) -> None:
         self._vocab_size = vocab_size
         self._index = open_index(Path(folder), min_length, Path(cache_folder) if cache_folder else None)
         # Plain reads rather than a memory map: truncating a file kills a process that has mapped it (SIGBUS), while a
-        # read returns too few bytes. Dropping a file from this cache closes it once no thread is reading it any more.
+        # read returns too few bytes. A file that leaves this cache is closed once no thread is reading it any more.
         self._open = functools.lru_cache(OPEN_FILES)(_open)
         self.lengths = self._index.lengths  # [N]
         used = np.unique(self._index.file_ids)
@@ -60,7 +61,7 @@ class TokenizedSource:
         """
         tokens = self._parse(sample, self._line(sample))
         if len(tokens) != self.lengths[sample]:
-            what = f"contains {len(tokens)} tokens, but {self._file(sample).meta.name} says {self.lengths[sample]}"
+            what = f"expected {self.lengths[sample]} tokens as in {self._file(sample).meta.name}, got {len(tokens)}"
             raise self._error(sample, what, REMAKE)
         if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
             what = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
@@ -68,7 +69,7 @@ class TokenizedSource:
         return tokens
 
     def fingerprint(self) -> str:
-        """Return a digest of file names, sizes and sample tables; moving or copying the folder does not change it."""
+        """Return a digest of file names, sizes and sample tables, which is the same for a copy of the folder."""
         digest = hashlib.blake2b(digest_size=16)
         # Names and sizes, not paths and modification times: a copy of the data has the same fingerprint.
         digest.update(json.dumps([file[1:3] for file in self._index.files]).encode())
@@ -92,7 +93,7 @@ class TokenizedSource:
         except OSError as error:
             raise self._error(sample, f"cannot be read ({error.strerror})", "Restore the file and resume") from error
         if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns) or len(line) != size:
-            what = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} now)"
+            what = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} bytes now)"
             raise self._error(sample, what, "Restore the original file, or start a new run")
         return line
 
@@ -104,7 +105,8 @@ class TokenizedSource:
             raise self._error(sample, what, REMAKE) from error
         # NumPy would silently turn [1, 2.5] into floats and [1, "2"] into strings.
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind != "i"):
-            raise self._error(sample, "its tokens are not a list of integers", REMAKE)
+            what = f"expected a list of integers as tokens, got {tokens.dtype} of shape {list(tokens.shape)}"
+            raise self._error(sample, what, REMAKE)
         return tokens.astype(np.int64, copy=False)
 
     def _error(self, sample: int, what: str, todo: str) -> DataError:

@@ -28,7 +28,7 @@ CHUNKS_AHEAD = 4  # per worker
 
 
 class Recipe(NamedTuple):
-    """Tokenizer and special tokens that turn a text into token ids."""
+    """Recipe that converts a text into token ids: a tokenizer, and special tokens around each sample."""
 
     tokenizer_path: str
     before: tuple[int, ...]  # ids put before each sample
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokenized samples, ready to be written."""
+    """Tokenized samples, encoded for the ``.bin`` and ``.meta`` files."""
 
     lines: bytes  # lines of the .bin file
     sizes: list[int]  # bytes of each line
@@ -44,19 +44,19 @@ class Chunk(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Number of samples and tokens written."""
+    """Numbers of samples and of tokens written to a ``.bin`` file."""
 
     samples: int
     tokens: int
 
 
 def make_recipe(tokenizer_path: str, bos: bool | None = False, eos: bool | None = None) -> Recipe:
-    """Build a :class:`Recipe`.
+    """Load a tokenizer, and select the special tokens to put around each sample.
 
     Args:
         tokenizer_path: Path that :func:`~internlm.data.tokenizer.load_tokenizer` accepts.
-        bos: Put the bos token before each sample. None: if the tokenizer has one.
-        eos: Put the eos token after each sample. None: if the tokenizer has one.
+        bos: Put the bos token before each sample; None: only if the tokenizer has one.
+        eos: Put the eos token after each sample; None: only if the tokenizer has one.
 
     Raises:
         DataError: The tokenizer cannot be read, or lacks a requested token.
@@ -68,12 +68,12 @@ def make_recipe(tokenizer_path: str, bos: bool | None = False, eos: bool | None 
 
 def _special(path: str, name: str, wanted: bool | None, token_id: int | None) -> tuple[int, ...]:
     if wanted and token_id is None:
-        raise DataError(Problem(path, f"has no {name} token", f"Leave out --{name}"))
+        raise DataError(Problem(path, f"tokenizer has no {name} token", f"Omit --{name}"))
     return () if wanted is False or token_id is None else (token_id,)
 
 
 def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: int, progress: bool = False) -> Summary:
-    """Tokenize texts into ``output`` and its ``.meta``, in order.
+    """Tokenize texts in order, and write them to the file ``output`` and its ``.meta``.
 
     Either both files are complete or neither exists. Their content does not depend on ``workers``.
 
@@ -84,11 +84,15 @@ def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: 
         workers: Number of worker processes; with 1 the calling process tokenizes.
         progress: Show a progress bar if stderr is a terminal.
 
+    Returns:
+        The numbers of samples and of tokens written.
+
     Raises:
-        DataError: There are no samples, or ``output`` cannot be written.
+        DataError: There are no samples, or ``output`` lacks the suffix ``.bin`` or cannot be written.
     """
     if output.suffix != ".bin":
-        raise DataError(Problem(str(output), "is not the name of a .bin file", f"Call it {output.name}.bin"))
+        what = f"expected suffix '.bin', got {output.suffix!r}"
+        raise DataError(Problem(str(output), what, f"Rename the output to {output.name}.bin"))
     sizes, counts = array("q"), array("q")
     with _both_or_none(output) as (bin_file, meta_file):
         with bin_file.open("xb") as stream:
@@ -98,7 +102,8 @@ def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: 
                 counts.extend(chunk.counts)
             _to_disk(stream)
         if not counts:
-            raise DataError(Problem("--text_input_path", "contains no text to tokenize", "Give files with text"))
+            todo = "Pass at least one file that is not blank"
+            raise DataError(Problem("--text_input_path", "contains no text to tokenize", todo))
         with meta_file.open("xb") as stream:
             np.save(stream, np.stack([np.cumsum(sizes) - sizes, counts], axis=1))
             _to_disk(stream)
@@ -116,7 +121,7 @@ def _encode_all(texts: Iterable[str], recipe: Recipe, workers: int) -> Iterator[
 
 
 def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
-    """Tokenize a list of texts; runs in a worker process."""
+    """Tokenize a list of texts, and encode them for the output files; runs in a worker process."""
     encode = _tokenizer(recipe.tokenizer_path).encode
     samples = [[*recipe.before, *encode(text), *recipe.after] for text in texts]
     lines = [json.dumps({"tokens": tokens}, separators=(",", ":")).encode() + b"\n" for tokens in samples]
@@ -156,7 +161,7 @@ def _show(chunks: Iterator[Chunk], progress: bool) -> Iterator[Chunk]:
 
 @contextmanager
 def _both_or_none(output: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield temporary names for ``output`` and its ``.meta``; rename both when the block succeeds."""
+    """Yield temporary paths for ``output`` and its ``.meta``; rename both files when the ``with`` block succeeds."""
     finals = output.with_name(output.name + ".meta"), output
     meta_partial, bin_partial = partials = [path.with_name(f"{path.name}.{os.getpid()}.partial") for path in finals]
     try:

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 from internlm.utils.errors import DataError, Problem, UserError
 from internlm.utils.lazy import require
 
-KINDS = "Give a sentencepiece .model file, or a folder that contains tokenizer.json or tokenizer.model"
+KINDS = "Pass a sentencepiece .model, a tokenizer.json, or a folder that contains tokenizer.json or tokenizer.model"
 
 
 class Tokenizer(Protocol):
     """Protocol of a tokenizer that neither adds nor drops special tokens."""
 
     vocab_size: int  # exclusive upper bound of the token ids
-    bos_id: int | None  # begins a text. None: the tokenizer has no such token
-    eos_id: int | None  # ends a text. None: the tokenizer has no such token
+    bos_id: int | None  # id of the token that begins a text; None if the tokenizer has none
+    eos_id: int | None  # id of the token that ends a text; None if the tokenizer has none
 
     def encode(self, text: str) -> list[int]:
         """Encode a text into token ids."""
@@ -41,7 +41,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     files = [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        what = "contains no tokenizer" if given.exists() else "no such file or folder"
+        what = "contains no tokenizer.json or tokenizer.model" if given.exists() else "no such file or folder"
         raise DataError(Problem(path, what, KINDS))
     try:
         return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
@@ -72,7 +72,7 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """Tokenizer read from a Hugging Face ``tokenizer.json``; its ``tokenizer_config.json`` names bos and eos."""
+    """Tokenizer read from a Hugging Face ``tokenizer.json``; ``tokenizer_config.json`` beside it names bos and eos."""
 
     def __init__(self, file: Path) -> None:
         tokenizers = require("tokenizers", f"tokenizer {file}", "pip install tokenizers")

@@ -17,11 +17,12 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
     Collective: all ranks must call it, and each loader must yield the same number of batches on every rank.
 
     Args:
-        trainer: Trainer of the model, which runs in evaluation mode and is then set to training mode.
+        trainer: Trainer of the model. The model runs in evaluation mode and is set to training mode at the end.
         loaders: Validation loaders by data-set type.
 
     Returns:
-        ``valid/loss``, ``valid/acc`` and ``valid/perplexity`` in total, and per data-set type with suffix ``/{type}``.
+        ``valid/loss``, ``valid/acc`` and ``valid/perplexity`` in total, and with suffix ``/{type}`` for each data-set
+        type.
     """
     trainer.eval()
     totals = {name: _totals(trainer, loader) for name, loader in loaders.items()}
@@ -33,7 +34,7 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
 
 
 def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
-    """Sum loss, correct predictions and valid tokens over a loader: [3]."""
+    """Return the sums of loss, correct predictions and valid tokens over a loader, [3]."""
     # Sums rather than means, because batches differ in their number of valid tokens; in fp64, because the number of
     # batches is unlimited.
     sums = torch.zeros(3, dtype=torch.float64)

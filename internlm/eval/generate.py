@@ -25,21 +25,21 @@ def generate(
 ) -> list[int]:
     """Sample a continuation of ``prompt`` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-    The whole sequence is recomputed for every token, without a key-value cache: meant for inspecting a model, not for
-    serving it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks must pass the
-    same arguments.
+    Every new token runs a forward pass over the whole sequence, without a key-value cache, which is fast enough to
+    inspect a model but not to serve it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks
+    must pass the same arguments.
 
     Args:
         model: Model that is not split over ranks or into chunks.
         prompt: Token ids of the prompt.
         new_tokens: Maximum number of tokens to sample.
         temperature: Divisor of the logits; 0 selects the most probable token.
-        top_p: Total probability of the smallest set of tokens to sample from.
+        top_p: Sample from the smallest set of most probable tokens with at least this total probability.
         seed: Seed of the sampling.
-        stop: Token id that ends the continuation. None: no token does.
+        stop: Token id that ends the continuation; None: only ``new_tokens`` ends it.
 
     Returns:
-        The sampled token ids, without the prompt.
+        The sampled token ids, without the prompt, including ``stop`` if it was sampled.
 
     Raises:
         UserError: The model is split over ranks or into chunks.
@@ -57,18 +57,18 @@ def generate(
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuse a split model, whose ranks would sample different tokens, or whose first chunk returns no logits."""
+    """Raise if ``model`` is split: its ranks would sample different tokens, or its first chunk returns no logits."""
     layers = getattr(model, "stage_layers", None)
     has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
     is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL
     is_sharded = any(has_placement(parameter) and placement_of(parameter).shard for parameter in model.parameters())
     if has_chunks or is_parallel or is_sharded:
-        todo = "Load its checkpoint into a model on one process"
-        raise UserError(Problem("generate", "the model is split over ranks or into chunks", todo))
+        todo = "Load its checkpoint in one process, with model.num_chunks=1"
+        raise UserError(Problem("generate", "expected a whole model, got one split over ranks or into chunks", todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Sample one token from logits [V]."""
+    """Sample one token id from ``logits`` [V]."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)

@@ -1,1 +1,1 @@
-"""Models: plain maths on parallel layers."""
+"""Models: the decoder and its families, written as plain maths on parallel layers."""

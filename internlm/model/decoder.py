@@ -1,7 +1,7 @@
-"""The decoder: embedding, blocks of attention and feed-forward, norm, head.
+"""Decoder: embedding, blocks of attention and feed-forward, final norm, head.
 
-This is plain maths on parallel layers: it names no process group, and ``train/parallelize.py`` applies recompute,
-offloading, compiling and sharding from outside.
+The decoder is plain maths on parallel layers: it names no process group, and ``train/parallelize.py`` applies
+recompute, offloading, compilation and sharding from outside.
 
 A pipeline rank holds the blocks of its :class:`~internlm.core.parallel.sharding.StageLayers`, named by their index in
 the whole model, and the embedding or head if its chunks begin or end the model.
@@ -40,7 +40,7 @@ from internlm.ops import PackedSequences, RotaryScaling, TokenLoss, attention, r
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """Config's ``model`` section, with the choices of its family applied."""
+    """Specification of a decoder: the config's ``model`` section, with the defaults of its family applied."""
 
     config: ModelConfig
     qkv_bias: bool
@@ -61,7 +61,7 @@ class DecoderSpec:
 
     @property
     def recomputes_attention(self) -> bool:
-        """Whether attention between its linears is recomputed in backward (arXiv 2205.05198, section 5)."""
+        """Whether backward recomputes attention between wqkv and wo (arXiv 2205.05198, section 5)."""
         return self.config.checkpoint == "selective"
 
 
@@ -90,23 +90,23 @@ class Attention(nn.Module):
         self.recomputes = spec.recomputes_attention
 
     def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Attend from ``norm(x)`` within each sequence."""
-        # A linear applies a norm or attention that is to be recomputed itself (``before``). Its backward pass needs the
-        # result as input, so it recomputes the result there instead of saving it.
+        """Compute attention of ``norm(x)`` within each sequence: [T, H] → [T, H]."""
+        # A linear applies the function ``before`` to its input. Its backward pass needs the result, and recomputes it
+        # instead of saving it.
         qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, H] → [T, G, Q + 2, D]
         attend = partial(self._attend, rotary=rotary, sequences=sequences)
         out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))  # [T, H]
         return out
 
     def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Compute rotary positions and attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
+        """Apply rotary positions, and compute attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, sequences, backend=self.backend)  # [T, G·Q, D]
         return self.communicator.to_tokens(heads.flatten(1))  # [T, G·Q·D]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): W2 · (silu(W1 · x) * (W3 · x))."""
+    """SwiGLU feed-forward layer (arXiv 2002.05202): w2 · (silu(w1 · x) * (w3 · x))."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
         self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Apply the feed-forward to ``norm(x)``."""
+        """Apply the feed-forward layer to ``norm(x)``: [T, H] → [T, H]."""
         out: Tensor = self.w2(self.w13(x, before=norm), before=swiglu)  # [T, H] → [T, 2, F] → [T, F] → [T, H]
         return out
 
@@ -138,14 +138,17 @@ class Block(nn.Module):
         self.ffn_norm, self.feed_forward = norm(), FeedForward(spec)
 
     def forward(self, x: Tensor, rotary: Rotary, sequences: PackedSequences, drop: Drop = no_drop) -> Tensor:
-        """Apply both residual branches, with ``drop`` on the output of each."""
+        """Apply both residual branches, with dropout ``drop`` on the output of each: [T, H] → [T, H]."""
         x = x + drop("attention", self.attention(x, self.attention_norm, rotary, sequences))  # [T, H]
         out: Tensor = x + drop("feed_forward", self.feed_forward(x, self.ffn_norm))  # [T, H]
         return out
 
 
 class Decoder(nn.Module):
-    """Decoder from token ids to logits or, with labels, to the loss of each token without storing all logits."""
+    """Decoder that maps token ids to logits or, given labels, to the loss of each token.
+
+    The loss is computed without storing the logits of all tokens.
+    """
 
     role = "model"
     communicator: ModelCommunicator = IDENTITY_MODEL
@@ -209,10 +212,11 @@ class Decoder(nn.Module):
             label_smoothing: Label smoothing of the cross-entropy (arXiv 1512.00567, section 7).
             grad_scale: Factor on ``loss_sum`` of the result.
             chunk: Index of the chunk of this pipeline stage to run.
-            hidden: Output of the previous chunk, [T, H]; None for the first chunk.
+            hidden: Output of the previous chunk, [T, H]; None for the first chunk of the model.
 
         Returns:
-            Logits [*input_ids.shape, V] or a :class:`TokenLoss`; [T, H] hidden states of a chunk that is not last.
+            Hidden states [T, H] if ``chunk`` is not the last of the model; otherwise logits [*input_ids.shape, V], or
+            with ``labels`` a :class:`TokenLoss`.
         """
         x = self._run_blocks(chunk, hidden, input_ids, cu_seqlens, indexes)  # [T, H]
         if not self.stage_layers.is_last(chunk):
@@ -223,10 +227,10 @@ class Decoder(nn.Module):
         logits = self.output.logits(x)  # [T, V]
         if logits.shape[0] == input_ids.numel():
             return logits.view(*input_ids.shape, logits.shape[-1])
-        return logits  # with parallel_output=False, also logits of other ranks' tokens
+        return logits  # with parallel_output=False, also the logits of tokens of other ranks
 
     def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of the hidden states that a chunk outputs for these inputs of :meth:`forward`."""
+        """Return the shape and dtype of the hidden states that :meth:`forward` returns for ``inputs``."""
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
         return (tokens, self.spec.config.hidden_size), self.dtype
 
@@ -246,7 +250,7 @@ class Decoder(nn.Module):
         return x
 
     def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
-        """Return the dropout of a layer by index (None: the embedding), for rows of ``tokens`` tokens."""
+        """Return a function from a layer index (None: embedding) to its dropout, for rows of ``tokens`` tokens."""
         c = self.spec.config
         if not (c.drop_rate and self.training):
             return lambda layer: no_drop
@@ -270,7 +274,7 @@ class Decoder(nn.Module):
 
 
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:
-    """Return the sequences within which tokens attend to each other."""
+    """Return the boundaries of the sequences, which attention does not cross."""
     if cu_seqlens is not None:
         return PackedSequences.from_cu_seqlens(cu_seqlens)
     batch, seq_len = input_ids.shape

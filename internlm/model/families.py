@@ -1,4 +1,4 @@
-"""Model families: a table of defaults for the decoder."""
+"""Model families: a table of decoder settings that apply where the config sets none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class FamilyBuilder:
-    """Builds a decoder of ``family`` from the config's ``model`` section."""
+    """Builder of decoders of one family from the config's ``model`` section."""
 
     family: Family
 
@@ -38,7 +38,7 @@ class FamilyBuilder:
 
 
 def spec_of(family: Family, model: ModelConfig) -> DecoderSpec:
-    """Return the decoder spec of ``model``, with the defaults of ``family`` for keys that are not set."""
+    """Return the decoder spec of config section ``model``, with the defaults of ``family`` for unset keys."""
 
     def bias(key: str) -> bool:
         if model.no_bias:  # overrides qkv_bias, o_bias and mlp_bias

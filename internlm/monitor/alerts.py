@@ -1,6 +1,6 @@
 """Alerts at the start, end or failure of a run, by webhook and file.
 
-A webhook that fails is logged; training goes on.
+If a webhook or the file fails, a warning is logged and training continues.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
     """Post an alert to a webhook, and append it to the run's alert file.
 
     Args:
-        address: URL of the webhook. None: that of the run.
-        title: Prefix of the message. None: the job name.
+        address: URL of the webhook; None: the webhook of the run.
+        title: Prefix of the message; None: the job name.
         message: Text of the alert.
 
     Returns:
@@ -69,9 +69,13 @@ def _append(path: Path, text: str) -> None:
 
 @contextmanager
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Send alerts at the start and end of the ``with`` block and for an unhandled exception, once per job.
+    """Send alerts when the ``with`` block starts, ends, or raises an exception, each once per job.
 
-    Within the block :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert``.
+    Within the block, :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert`` by default.
+
+    Args:
+        job_name: Prefix of the messages.
+        alert: Webhook and file of the alerts; default: none.
     """
     global _current
     previous, _current = _current, (job_name, alert or AlertConfig())
@@ -91,7 +95,7 @@ def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) 
 
 
 def _send_once(event: str, details: str = "") -> None:
-    if first_of_all_ranks(f"alert: {event}"):  # a failure is raised on many ranks
+    if first_of_all_ranks(f"alert: {event}"):  # many ranks may raise the same failure
         send_alert_message(message=event + details)
 
 

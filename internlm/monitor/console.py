@@ -21,7 +21,7 @@ class LogLine:
     """Writer of one full line of metrics per step to the log."""
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Log the full line of metrics."""
+        """Log the metrics of ``step`` as one full line."""
         log.info(format_line(metrics))
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class Terminal:
             self._redirected.enter_context(logging_redirect_tqdm(loggers=[log]))
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Move the bar and print a short line above it."""
+        """Advance the bar to ``step``, and print a short line of metrics above it."""
         if "loss" not in metrics:  # metrics of a validation
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if name.count("/") == 1)
             self._bar.write(f"step {step + 1}  {values}", file=sys.stderr)
@@ -77,7 +77,7 @@ class Terminal:
 
 
 def format_line(metrics: Mapping[str, float | int]) -> str:
-    """Format the full line of ``metrics``: ``key=value`` pairs in the given order."""
+    """Format ``metrics`` as one line of ``key=value`` pairs, in the given order."""
     return " ".join(f"{name}={_short(value)}" for name, value in metrics.items())
 
 

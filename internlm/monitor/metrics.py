@@ -1,6 +1,6 @@
 """Metrics of a run: tokens per device and second, and writers of each step's metrics.
 
-A writer that fails, for example on a full disk, is removed with one warning, and training goes on.
+A writer that fails, for example on a full disk, is removed with one warning, and training continues.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Metrics = Mapping[str, float | int]
 
 
 class Throughput:
-    """Tokens per device and second (tgs) over several windows.
+    """Meter of the tokens per device and second (tgs), over several windows of steps.
 
     Args:
         devices: Number of devices that share the tokens of a step.
@@ -38,16 +38,17 @@ class Throughput:
         self._recent: deque[tuple[int, float]] = deque(maxlen=SMA_WINDOW)
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a step that consumed ``tokens`` over all devices."""
+        """Count a step that processed ``tokens``, over all devices, in ``seconds``."""
         self.tokens += tokens
         self.seconds += seconds
         self.steps += 1
-        # The published tgs_avg is the mean of the steps' rates. In tokens over seconds, slow steps would weigh more.
+        # The published tgs_avg is the mean of the steps' rates; in total tokens over total seconds, slow steps would
+        # weigh more.
         self._sum_of_rates += self._rate(tokens, seconds)
         self._recent.append((tokens, seconds))
 
     def metrics(self) -> dict[str, float]:
-        """Return tgs of the last step, the last 10 and 50 steps and the run, and means of the steps' rates."""
+        """Return tgs of the last step, the last 10 and 50 steps and the run, and means of the rates of single steps."""
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],
@@ -96,7 +97,7 @@ class JsonLines:
 
 
 class LogFile:
-    """Log file of all lines that the framework logs on this rank.
+    """Writer of a log file, to which all lines that the framework logs on this rank are copied.
 
     Args:
         path: File to append to.
@@ -111,7 +112,7 @@ class LogFile:
         log.addHandler(self._handler)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write the full line of metrics, unless the logger already writes it to this file."""
+        """Write the full line of metrics, unless the console's writer already logs it."""
         if self._write_metrics:
             line = format_line(metrics)
             self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
@@ -130,7 +131,7 @@ class _LogFileHandler(logging.FileHandler):
 
 
 class TensorBoard:
-    """Writer of TensorBoard scalars."""
+    """Writer of metrics to TensorBoard, as scalars."""
 
     def __init__(self, folder: Path, queue: int) -> None:
         require("tensorboard", "enable_tb", "pip install tensorboard")
@@ -175,19 +176,19 @@ class MetricsWriter:
 def open_writers(
     folder: Path, tensorboard: Path | None, tb_queue: int, total_steps: int, first_step: int, devices: int = 1
 ) -> MetricsWriter:
-    """Open the writers of a run.
+    """Open the metrics writers of a run: console, ``train.log``, ``metrics.jsonl`` and TensorBoard.
 
     Args:
         folder: Folder of ``train.log`` and ``metrics.jsonl``.
-        tensorboard: Folder of TensorBoard records. None: no TensorBoard.
+        tensorboard: Folder of TensorBoard event files; None: no TensorBoard.
         tb_queue: Number of scalars that TensorBoard buffers.
         total_steps: Number of steps of the run.
         first_step: Step at which a resumed run begins.
         devices: Number of devices that share the tokens of a step.
 
     Returns:
-        Writers to the console, to the files, and to TensorBoard. A terminal shows a progress bar and one short
-        line per step; another console gets the full line.
+        One writer that calls all others. A terminal shows a progress bar and one short line per step; a console that
+        is not a terminal shows the full line.
     """
     terminal = is_terminal()
     # The terminal comes first: it is closed first, and restores the logger's handlers before the log file leaves.
@@ -205,5 +206,5 @@ def _opened(maker: Callable[[], Writer]) -> Writer | None:
     try:
         return maker()
     except (OSError, ImportError) as error:
-        log.warning(f"a record of the run cannot be opened and is left out: {error}")
+        log.warning(f"a metrics file cannot be opened and is left out: {error}")
         return None

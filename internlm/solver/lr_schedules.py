@@ -24,19 +24,19 @@ SHAPES: dict[LRShape, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedule:
-    """Learning rate: zero, then linear warm-up to ``peak``, then decay to ``eta_min`` until ``total_steps``."""
+    """Learning-rate schedule: zero, linear warm-up to ``peak``, then decay to ``eta_min`` at ``total_steps``."""
 
     peak: float
     total_steps: int
     init_steps: int = 0
-    """Steps at a rate of zero, before warm-up."""
+    """Number of steps at a rate of zero, before warm-up."""
     warmup_steps: int = 0
     eta_min: float = 0.0
     first_step: int = 0
     """Position of step 0 in the schedule."""
     shape: LRShape = "cosine"
     decay_steps: int = 0
-    """Number of last steps in which ``wsd`` decays."""
+    """Number of steps at the end in which ``wsd`` decays."""
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
@@ -53,7 +53,7 @@ class LRSchedule:
 
     @classmethod
     def from_config(cls, lr: LRSchedulerConfig, adam: AdamConfig) -> LRSchedule:
-        """Create the schedule from the config."""
+        """Create the schedule from the config's ``lr_scheduler`` and ``adam`` sections."""
         assert lr.total_steps is not None, "the resolver fills lr_scheduler.total_steps"
         return cls(
             peak=adam.lr,
@@ -69,7 +69,7 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class Beta2Schedule:
-    """beta2 of Adam: max(init, 1 − t^(−c)) with t = 1, 2, … (arXiv 1804.04235, section 7.2); ``init`` where c ≤ 0."""
+    """Schedule of beta2: max(init, 1 − t^(−c)), t = 1, 2, … (arXiv 1804.04235, section 7.2); ``init`` if c ≤ 0."""
 
     init: float
     c: float = 0.0
@@ -83,7 +83,7 @@ class Beta2Schedule:
 
     @classmethod
     def from_config(cls, beta2: Beta2SchedulerConfig, adam: AdamConfig) -> Beta2Schedule:
-        """Create the schedule from the config."""
+        """Create the schedule from the config's ``beta2_scheduler`` and ``adam`` sections."""
         return cls(
             init=adam.adam_beta2 if beta2.init_beta2 is None else beta2.init_beta2,
             c=adam.adam_beta2_c if beta2.c is None else beta2.c,

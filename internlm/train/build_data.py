@@ -10,12 +10,26 @@ from internlm.data.loader import TrainLoader, ValidLoader
 
 
 def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
-    """Build the training loader of this rank from the global config; return it with the names of the data-set types."""
+    """Build this rank's training loader from the global config.
+
+    Returns:
+        The loader, and the names of the data-set types.
+
+    Raises:
+        DataError: ``data.train_folder`` is missing, or a file in it is damaged.
+    """
     return build_train_loader(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
 def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:
-    """Build the validation loaders of this rank from the global config, one for each data-set type."""
+    """Build this rank's validation loaders from the global config, one for each data-set type.
+
+    Returns:
+        Loaders by data-set type; empty if only ``data.train_folder`` is set.
+
+    Raises:
+        DataError: ``data.valid_folder`` is missing, or a file in it is damaged.
+    """
     return build_valid_loaders(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
@@ -24,12 +38,12 @@ get_validation_data_loader = build_valid_loader_with_data_type
 
 
 def _replica() -> GroupPosition:
-    """Return the position of this rank among the ranks that read different samples."""
+    """Return this rank's position in the data group, whose ranks read different samples."""
     return GroupPosition(gpc.get_local_rank(ParallelMode.DATA), gpc.get_world_size(ParallelMode.DATA))
 
 
 def _sequence_shard() -> GroupPosition:
-    """Return the position of this rank among the ranks that split every row along the sequence."""
+    """Return this rank's position among the ranks that split rows along the sequence when they load them."""
     if gpc.config.parallel.tensor.mode != "isp":
         return ALONE  # msp and fsp split the sequence inside the model, after the embedding
     return GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))

@@ -1,4 +1,4 @@
-"""Build the model that the config names, with this rank's shards."""
+"""Build the model that the config names, with this rank's shards of its parameters."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ from internlm.utils.logger import get_logger
 
 
 def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn.Module:
-    """Build the model of the global config, or of another registered ``model_type``, with values drawn from the seed.
+    """Build the model of the global config, with initial values drawn from the run's seed.
 
     Args:
-        model_type: Registered name of the model type; default: that of the config.
-        deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device:
-            :func:`initialize_model_and_parallel_communicator` allocates and draws this rank's shards alone. Not for
-            scripts that set values before that.
+        model_type: Registered name of the model type; default: ``model_type`` of the config.
+        deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device.
+            :func:`initialize_model_and_parallel_communicator` then allocates and initialises this rank's shards only.
+            Not for scripts that set parameter values before that call.
+
+    Raises:
+        ConfigError: The attention backend is not available, or the model was not built for this rank's stage.
     """
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
     register_model_initializer()
-    # Without fsdp a rank keeps what it allocates now, so waiting would save nothing. A user's function may do anything
-    # with the parameters it makes, such as move or read them, for which they must exist.
+    # Without fsdp a rank keeps all the memory that it allocates here, so deferring would save none. A user's function
+    # may read or move the parameters that it creates, so these must not be on the meta device.
     deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
     model = build_model(config, gpc.seed, name, sharding, own_stage_layers(), deferred=deferred)
     check_stage(model, name)
@@ -56,26 +59,29 @@ def build_model(
     *,
     deferred: bool = False,
 ) -> nn.Module:
-    """Build the model that ``config`` describes on this process's device, with initial values drawn from ``seed``.
+    """Build the model of ``config`` on the current device, with initial values drawn from ``seed``.
 
     Args:
         config: Resolved config.
         seed: Seed of the run.
-        model_type: Registered name of the model type; default: that of the config.
+        model_type: Registered name of the model type; default: ``config.model_type``.
         sharding: Parallel mode, and this rank's position in its groups; default: no parameter is split.
         stage_layers: Layers of this rank's pipeline stage; default: all layers.
         deferred: Leave the parameters of parallel layers on the meta device, without values.
+
+    Raises:
+        ConfigError: The attention backend is not available.
     """
     register_model_initializer()
     build = model_initializer.get_module(model_type or config.model_type)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
     dtype = torch_dtype(config.model.dtype)
     _check_attention(config.model.attention_backend, dtype)
-    # TF32 is a precision of float32 matmuls, not a dtype: parameters are float32.
+    # TF32 is a precision of float32 matrix products, not a dtype: parameters are float32.
     if config.model.dtype == "torch.tf32":
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
-    # Fork, so that building a model does not advance the generators of the caller.
+    # Fork the generators, so that building a model does not advance those of the caller.
     randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     memory = deferred_memory() if deferred else nullcontext()
     with randomness, default_dtype(dtype), device, building(sharding or Sharding(), stage_layers), memory:
@@ -89,7 +95,7 @@ def build_model(
 
 
 def widen_norms(model: nn.Module) -> None:
-    """Convert the weights of norms to at least float32, whatever the dtype of other parameters."""
+    """Convert norm weights to at least float32, whatever the dtype of the other parameters."""
     for module in model.modules():
         if isinstance(module, ParallelNorm):
             module.to(wide(module.weight.dtype))
@@ -101,12 +107,21 @@ def own_stage_layers() -> StageLayers:
 
 
 def check_stage(model: nn.Module, name: str) -> None:
-    """Check that a model was built for this rank's pipeline stage and its chunks."""
+    """Check that ``model`` was built for this rank's pipeline stage and its chunks.
+
+    Args:
+        model: Model to check.
+        name: Name of the model, for the error.
+
+    Raises:
+        ConfigError: The model has the layers of another stage, or does not support pipeline stages.
+    """
     expected = own_stage_layers()
     if len(expected.chunks) == 1 and expected.is_whole:
         return
     if getattr(model, "stage_layers", None) != expected:
-        what = f"{name!r} cannot be split into stages: its stage_layers are not those of this rank"
+        sizes = f"parallel.pipeline.size={gpc.config.parallel.pipeline.size}, model.num_chunks={len(expected.chunks)}"
+        what = f"{name!r} was not built for {sizes}: its stage_layers differ from those of this rank"
         todo = "Build it with internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and "
         raise ConfigError(Problem("model_type", what, f"{todo}model.num_chunks to 1"))
 
@@ -116,11 +131,11 @@ def _position(mode: ParallelMode) -> GroupPosition:
 
 
 def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
-    """Warn of config keys that have no effect on a user's own model."""
+    """Log a warning for config keys that have no effect on a user's own model."""
     if isinstance(model, Decoder) or gpc.get_global_rank() != 0:
         return
     config, blocks = gpc.config.model, declared_blocks(model)
-    inside = config.checkpoint == "selective"  # inside attention; other values apply around blocks
+    inside = config.checkpoint == "selective"  # recomputed inside attention; other values wrap whole blocks
     ignored = {
         "checkpoint": bool(config.checkpoint) and (inside or not blocks),
         "cpu_offloading": bool(config.cpu_offloading) and not blocks,
@@ -128,7 +143,7 @@ def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
     }
     keys = ", ".join(f"model.{key}" for key, is_ignored in ignored.items() if is_ignored)
     if keys:
-        get_logger().warning(f"{keys}: without effect, unless {name!r} implements it itself")
+        get_logger().warning(f"{keys}: ignored, unless the model {name!r} implements this itself")
 
 
 def _check_attention(backend: str, dtype: torch.dtype) -> None:

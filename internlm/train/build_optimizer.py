@@ -1,4 +1,4 @@
-"""Build the optimizer and its schedules from the global config."""
+"""Build the optimizer and the schedules of its hyperparameters from the global config."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ from internlm.utils.errors import ConfigError, Problem
 def initialize_optimizer(
     model: nn.Module, isp_communicator: WeightGatherer | None = None
 ) -> tuple[HybridZeroOptimizer, Beta2Schedule, LRSchedule]:
-    """Build the optimizer over ``model``, and the schedules of beta2 and of the learning rate, from the global config.
+    """Build the optimizer of ``model``, and the beta2 and learning-rate schedules, from the global config.
 
     The parameters of ``model`` become views of the optimizer's flat buffers, unless they are fully sharded.
 
     Args:
         model: Initialised model with attached communicators.
-        isp_communicator: Not used, because layers hold their communicators; accepted for published scripts.
+        isp_communicator: Unused, because layers hold their communicators; accepted for published scripts.
+
+    Returns:
+        The optimizer, the beta2 schedule and the learning-rate schedule.
 
     Raises:
-        ConfigError: A pattern of ``optimizer.param_groups`` matches no parameter of any pipeline stage.
+        ConfigError: A pattern of ``optimizer.param_groups`` matches no parameter of any pipeline stage, or assigns
+            Muon to a parameter that is not a matrix.
+        UserError: A parameter has no placement, or no parameter is trainable.
     """
     config = gpc.config
     _refuse_patterns_without_parameters(model, [group.pattern for group in config.optimizer.param_groups])
@@ -57,7 +62,11 @@ def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -
     matches = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
     total = all_reduce(matches.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
     problems = [
-        Problem("optimizer.param_groups", f"{pattern!r} matches no parameter", f"Match names like {names[0]!r}")
+        Problem(
+            "optimizer.param_groups",
+            f"pattern {pattern!r} matches no parameter",
+            f"Correct it to match names such as {names[0]!r}",
+        )
         for pattern, count in zip(patterns, total, strict=True)
         if not count
     ]
@@ -78,5 +87,5 @@ def _groups(config: Config) -> ProcessGroups:
 
 
 def _loss_scale(config: Config) -> LossScale:
-    """Return a dynamic loss scale for float16, whose small gradients would underflow, otherwise 1."""
+    """Return a dynamic loss scale for float16, in which small gradients underflow; otherwise a constant 1."""
     return LossScale.dynamic(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()

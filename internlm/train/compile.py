@@ -24,9 +24,9 @@ KEY = "model.compile"
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each declared block of ``model`` when it is first called.
+    """Replace the forward of each declared block of ``model`` by a function that is compiled at its first call.
 
-    A block's own hooks, recompute and offloading run outside of its graph.
+    Hooks, recompute and offloading of a block run outside of its graph.
 
     Raises:
         ConfigError: ``model`` declares no blocks.
@@ -42,8 +42,8 @@ def compile_blocks(model: nn.Module) -> None:
     for block in blocks:
         forward = block.forward
         if isinstance(forward, BlockForward):
-            # Compile inside the checkpoint. Around it, the partitioner would choose the recomputed tensors, and the
-            # hooks that offload saved tensors would break the graph.
+            # Compile only what is recomputed. If the graph included activation checkpointing, torch's partitioner would
+            # choose the tensors to recompute, and the hooks that offload saved tensors would break the graph.
             forward.compute = partial(_call, torch.compile(forward.compute))
         else:
             block.forward = partial(_call, torch.compile(forward))
@@ -63,7 +63,7 @@ def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Numbers of graphs and graph breaks in this process."""
+    """Counts of compiled graphs and of graph breaks in this process."""
 
     graphs: int
     breaks: Mapping[str, int]
@@ -71,7 +71,7 @@ class Compiled:
 
 
 def compiled_so_far() -> Compiled:
-    """Return the numbers of graphs and graph breaks so far; only steps that compile change them."""
+    """Return the counts of compiled graphs and of graph breaks up to now."""
     counters = compile_counters()
     breaks: dict[str, int] = {}
     for text, count in counters["graph_break"].items():
@@ -81,7 +81,7 @@ def compiled_so_far() -> Compiled:
 
 
 def _reason(text: str) -> str:
-    """Return the reason given to ``torch.compiler.disable``, or the first line of a message without one."""
-    # Other messages continue with lines of explanation and hints, too long for a log.
+    """Return the reason in a graph-break message: that given to ``torch.compiler.disable``, or else the first line."""
+    # The lines after the first are explanations and hints, too long for a log.
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

@@ -1,8 +1,8 @@
 """Parameter inventory of a pipeline stage, listed from a model for the formulas of ``internlm.costs``.
 
-The model of a run is listed directly. Before a run, the registered model is built on the meta device with the layout's
-shardings. This allocates no memory and needs no process group, so it takes as long as creating the modules of one
-stage, however many ranks the layout has.
+During a run, the run's own model is listed. Before a run, the registered model is built on the meta device with the
+shardings of the layout. Building it allocates no memory and needs no process group, and takes only as long as creating
+the modules of one stage, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ from internlm.train.build_model import widen_norms
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import did_you_mean
 
-#: Inventories by config, world size, stage and registered function. The same few are needed repeatedly: by every step
-#: of every rank in ``verify``, and for every stage in the log.
+#: Inventories by config hash, world size, stage and registered function. ``verify`` needs the same few in each step of
+#: each rank, and the log needs that of each stage.
 _CACHE: dict[tuple[str, int, int, Callable[..., nn.Module]], ParamInventory] = {}
 _CACHE_SIZE = 256
 
 
 def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInventory:
-    """Build the registered model on the meta device, and list the parameters on each rank of ``stage``.
+    """Build the registered model on the meta device, and list the parameters that a rank of ``stage`` holds.
+
+    Args:
+        config: Resolved config.
+        world_size: Number of ranks of the run.
+        stage: Index of the pipeline stage.
 
     Raises:
         NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
@@ -45,7 +50,7 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
         raise NoCostFormulaError(name, "which is not registered", did_you_mean(name, model_initializer))
     key = config_hash(config), world_size, stage, model_initializer.get_module(name)
     if key not in _CACHE:
-        # Simple, because most runs need a few entries only, and an inventory is cheap to build again.
+        # Drop all entries: most runs need only a few, and building an inventory again is cheap.
         if len(_CACHE) >= _CACHE_SIZE:
             _CACHE.clear()
         _CACHE[key] = inventory_of(_build_on_meta(config, world_size, stage), config, world_size, stage)
@@ -55,15 +60,15 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
 def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
     assert config.model.dtype is not None, "the resolver fills model.dtype"
     sizes, dtype = sizes_of(config, world_size), torch_dtype(config.model.dtype)
-    # All ranks of a group hold shards of the same shape (padding makes them so); the first stands for all.
+    # Padding gives all ranks of a group shards of the same shape, so the shards of rank 0 represent them all.
     sharding = Sharding(config.parallel.tensor.mode, GroupPosition(0, sizes.tensor), GroupPosition(0, sizes.weight))
     build = model_initializer.get_module(config.model_type)
-    # A model may draw its own values, and those of a run must not depend on whether its plan was computed before.
+    # A model may draw its own initial values. Forking keeps the generators of the run independent of this build.
     with torch.random.fork_rng(devices=[]), default_dtype(dtype), torch.device("meta"):
         try:
             with building(sharding, stage_layers_of(config, stage)):
                 model: nn.Module = build(config.model)
-        except Exception as error:  # a user's function may do anything, such as read values that meta tensors lack
+        except Exception as error:  # any, such as that of a user's function that reads values, which meta tensors lack
             reason = f"which cannot be built on the meta device: {error!r}"
             raise NoCostFormulaError(config.model_type, reason) from error
     if config.use_fp32_norm:
@@ -72,9 +77,16 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
 
 
 def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) -> ParamInventory:
-    """List the parameters of ``model``, which belongs to ``stage``; they may be on the meta device."""
+    """List the parameters of ``model``, which may be on the meta device.
+
+    Args:
+        model: Model of pipeline stage ``stage``, with a placement for each parameter.
+        config: Resolved config.
+        world_size: Number of ranks of the run.
+        stage: Index of the pipeline stage.
+    """
     blocks = declared_blocks(model)
-    # fully_shard gets the weights of linears as matrices: the first axis of a fused weight may be too short to split.
+    # fully_shard splits linear weights as matrices, because the first axis of a fused weight may be too short to split.
     of_linears = {
         parameter
         for module in model.modules()
@@ -102,10 +114,10 @@ def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) 
 
 
 def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
-    """Return the memory plan of each stage, for the rank that holds the most.
+    """Return the memory plan of each pipeline stage, for its rank that needs the most memory.
 
     Raises:
-        NoCostFormulaError: The model has no inventory, as in :func:`build_inventory`.
+        NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
     """
     stages = range(config.parallel.pipeline.size)
     return [memory_plan(build_inventory(config, world_size, stage)) for stage in stages]

@@ -1,4 +1,4 @@
-"""The recipe that turns a model into the parallel model that is trained, from top to bottom."""
+"""Parallelization of a model, in six numbered steps from building it to materialising its shards."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ def initialize_model_and_parallel_communicator(
     """Prepare ``model`` for parallel training with the global config.
 
     Args:
-        model: Model to prepare; default: that of :func:`create_model`. A user's own model gets the values of rank 0.
+        model: Model to prepare; default: that of :func:`create_model`. Copies of a parameter on several ranks get the
+            values of the first of these ranks.
 
     Returns:
-        The model, and its communicator for :func:`initialize_optimizer`, which is None unless isp splits weights.
+        The prepared model, and its weight gatherer for :func:`initialize_optimizer`: None unless isp splits weights.
+
+    Raises:
+        ConfigError: The model was not built for this rank's pipeline stage, or has no blocks to compile.
     """
-    # 1. Build. Parameters of parallel layers have a placement, and need no memory until their shard is final.
+    # 1. Build. Under fsdp, the parameters of parallel layers have a placement but no memory until step 6.
     model = create_model(deferred=True) if model is None else model
     check_stage(model, type(model).__name__)
-    # Broadcast a user's own values while parameters are whole, before step 5 shards them.
+    # Broadcast the values of allocated parameters while these are whole, before step 5 shards them.
     synchronize_parameters(model, [parameter for parameter in model.parameters() if not parameter.is_meta])
     synchronize_buffers(model)
 
@@ -58,9 +62,19 @@ def initialize_model_and_parallel_communicator(
 
 
 def initialize_model(model: nn.Module | None = None) -> nn.Module:
-    """Build and materialise the model, with recompute, offloading and compile, but without communicators or sharding.
+    """Prepare ``model`` for training, without communicators and sharding.
 
-    These are steps 1, 3, 4 and 6 of :func:`initialize_model_and_parallel_communicator`.
+    These are steps 1, 3, 4 and 6 of :func:`initialize_model_and_parallel_communicator`: build, recompute and
+    offloading, compile, materialise.
+
+    Args:
+        model: Model to prepare; default: that of :func:`create_model`.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        ConfigError: The model was not built for this rank's pipeline stage, or has no blocks to compile.
     """
     model = create_model() if model is None else model
     check_stage(model, type(model).__name__)
@@ -73,12 +87,13 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
 
 
 def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
-    """Run steps 2 and 5: attach communicators, and under ``parallel.zero1.fsdp`` shard parameters.
+    """Attach communicators to ``model``, and under ``parallel.zero1.fsdp`` shard its parameters.
 
-    With data parallelism alone, every layer is whole and keeps its identity communicator.
+    These are steps 2 and 5 of :func:`initialize_model_and_parallel_communicator`. With data parallelism alone, every
+    layer is whole and keeps its identity communicator.
 
     Returns:
-        The communicator of isp if weights are split, otherwise None.
+        The weight gatherer of isp if it splits weights, otherwise None.
     """
     gatherer = attach(model)
     shard(model)
@@ -86,7 +101,11 @@ def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
 
 
 def attach(model: nn.Module) -> WeightGatherer | None:
-    """Attach the communicators of the parallel mode to the layers of ``model``."""
+    """Attach the communicators of the parallel mode to the layers of ``model``.
+
+    Returns:
+        The weight gatherer of isp if it splits weights, otherwise None.
+    """
     weight = gpc.config.parallel.weight
     overlap = Overlap(
         enabled=weight.overlap,
@@ -99,13 +118,13 @@ def attach(model: nn.Module) -> WeightGatherer | None:
 
 
 def checkpoint_and_offload(model: nn.Module) -> None:
-    """Apply ``model.checkpoint`` and ``model.cpu_offloading`` around the blocks of ``model``."""
+    """Wrap the blocks of ``model`` in recompute and offloading, as set by the config keys of the same names."""
     config = gpc.config.model
     checkpoint_and_offload_blocks(model, config.recomputes, config.cpu_offloading)
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks of ``model`` under ``model.compile``."""
+    """Compile the blocks of ``model`` if the config key ``model.compile`` is set."""
     if gpc.config.model.compile:
         from internlm.train import compile as compiling  # here, because loading the compiler takes seconds
 
@@ -113,7 +132,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """Shard the parameters of ``model`` over the zero group under ``parallel.zero1.fsdp``."""
+    """Shard the parameters of ``model`` over the zero group if the config key ``parallel.zero1.fsdp`` is set."""
     config, zero = gpc.config, gpc.group(ParallelMode.ZERO1)
     if not config.parallel.zero1.fsdp or zero.size == 1:
         return
@@ -125,7 +144,7 @@ def shard(model: nn.Module) -> None:
 def synchronize_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Broadcast ``parameters`` of ``model`` to all ranks that hold copies of them.
 
-    Drawn values are equal on processors of the same type, but may differ in the last bit across types.
+    Ranks on devices of the same type draw equal values, but values may differ in the last bit between device types.
     """
     gpc.pipeline_ends()  # creates the group: all ranks must do so, though only some use it
     wanted = set(parameters)

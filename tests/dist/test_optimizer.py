@@ -103,4 +103,6 @@ def _refusal(rank: int, world_size: int, *patterns: str) -> str:
 def test_a_pattern_that_fits_no_parameter_of_any_stage_is_told() -> None:
     assert run_ranks(2, _refusal, "^embedding", "^output") == ["", ""]  # each is in another stage
     for message in run_ranks(2, _refusal, "^embedding", "^embeddings"):
-        assert message.startswith("optimizer.param_groups: '^embeddings' matches no parameter. Match names like ")
+        assert message.startswith(
+            "optimizer.param_groups: pattern '^embeddings' matches no parameter. Correct it to match names such as "
+        )

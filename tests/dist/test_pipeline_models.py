@@ -104,7 +104,9 @@ def _refused(rank: int, world_size: int, overrides: list[str]) -> str:
 @pytest.mark.parametrize("more", ["parallel.pipeline.size=2", "model.num_chunks=2"])
 def test_a_model_that_cannot_be_split(more: str) -> None:
     said = run_ranks(2, _refused, ["model_type=PLAIN", "model.num_layers=4", "data.micro_num=2", more])
+    pipeline, chunks = (2, 1) if "pipeline" in more else (1, 2)
     assert set(said) == {
-        "model_type: 'PLAIN' cannot be split into stages: its stage_layers are not those of this rank. Build it with "
+        f"model_type: 'PLAIN' was not built for parallel.pipeline.size={pipeline}, model.num_chunks={chunks}: its "
+        "stage_layers differ from those of this rank. Build it with "
         "internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and model.num_chunks to 1"
     }

@@ -80,7 +80,8 @@ def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
 )
 def test_sampling_needs_a_whole_model(world_size: int, overrides: tuple[str, ...]) -> None:
     assert set(run_ranks(world_size, _generated, overrides)) == {
-        "generate: the model is split over ranks or into chunks. Load its checkpoint into a model on one process"
+        "generate: expected a whole model, got one split over ranks or into chunks. Load its checkpoint in one "
+        "process, with model.num_chunks=1"
     }
 
 

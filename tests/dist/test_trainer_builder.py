@@ -27,4 +27,4 @@ def _built(rank: int, world_size: int) -> str:
 
 def test_another_config_is_refused() -> None:
     (message,) = run_ranks(1, _built)
-    assert message.startswith("TrainerBuilder(config=…): is not the config with which the run was initialised.")
+    assert message.startswith("TrainerBuilder(config=…): differs from the config that initialize_distributed_env res")

@@ -268,6 +268,6 @@ def _told(rank: int, world_size: int, *overrides: str) -> list[str]:
 
 def test_keys_that_a_model_of_ones_own_must_heed_are_told() -> None:
     keys = ("model.checkpoint=True", "model.drop_rate=0.1")
-    told = "model.checkpoint, model.drop_rate: without effect, unless 'PLAIN' implements it itself"
+    told = "model.checkpoint, model.drop_rate: ignored, unless the model 'PLAIN' implements this itself"
     assert run_ranks(2, _told, "model_type=PLAIN", *keys) == [[told], []]
     assert run_ranks(2, _told, *keys) == [[], []]

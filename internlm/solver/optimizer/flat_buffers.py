@@ -1,16 +1,17 @@
-"""Flat buffers: the parameters of a group side by side, their gradients likewise, and the shard that this rank owns.
+"""Flat buffers: contiguous parameters and contiguous gradients of a param group, sharded over the zero group.
 
-A buffer is divided into buckets, each reduced and gathered by one operation. Each rank of the zero group owns a shard
-of every bucket. With two ranks (``|`` separates shards, ``‖`` buckets, ``·`` is padding)::
+A buffer is divided into buckets, each reduced and gathered as a unit. Each rank of the zero group owns a shard of every
+bucket. With two ranks (``|`` separates shards, ``‖`` separates buckets, ``·`` is padding)::
 
     by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     shards of a bucket are equally long
     by parameter    w0 w0 w0 | w1 w1 w1 w1 ‖ w3 w3 w3 w3 w3 | w2 w2          every parameter is in one rank's shard
 
-By element, no memory is wasted and one collective serves a bucket. By parameter, an owner has whole matrices, as Muon
-needs, and shards differ in length.
+Sharding by element needs hardly any padding, and one collective per bucket. Sharding by parameter keeps each matrix
+whole on one rank, as Muon requires, but the shards of a bucket differ in length.
 
-The model's parameters become views of ``values``, their main gradients views of ``grads``. Main parameters are the
-values themselves where their dtype is wide enough, else a float32 copy of the shard; reduced gradients likewise.
+The model's parameters become views of ``values``, and their accumulated gradients become views of ``grads``. If the
+dtype of ``values`` is at least float32, the main parameters are this rank's shard of it, otherwise a float32 copy of
+that shard. Reduced gradients are stored likewise, in the shard of ``grads`` or in a float32 copy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroup
 from internlm.utils.dtype import wide
 from internlm.utils.torch_private import foreach_copy_
 
-ALIGNMENT = 64  # elements: a shard starts on a cache line whatever its dtype
+ALIGNMENT = 64  # elements, so that a shard of any dtype starts on a cache line
 
 # Elements. Without overlap, small buckets gain nothing, and each costs the latency of a collective.
 _DEFAULT_BUCKET_SIZE = 2**29
@@ -40,18 +41,21 @@ _DEFAULT_BUCKET_SIZE = 2**29
 # -- layout: pure arithmetic ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Bucket:
-    """Bucket of a flat buffer, given by the bounds of the ranks' shards."""
+    """Bucket of a flat buffer, given by the bounds of its shards.
+
+    Rank r of the zero group owns elements [``bounds[r]``, ``bounds[r + 1]``) of the buffer.
+    """
 
     bounds: tuple[int, ...]
 
     @property
     def start(self) -> int:
-        """Offset of the first element in the buffer."""
+        """Offset of the bucket's first element in the buffer."""
         return self.bounds[0]
 
     @property
     def stop(self) -> int:
-        """Offset one past the last element in the buffer."""
+        """Offset one past the bucket's last element in the buffer."""
         return self.bounds[-1]
 
     @property
@@ -66,30 +70,30 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """Offset of each parameter, in the order of the arguments, and the buckets in buffer order."""
+    """Layout of a flat buffer: the offset of each parameter, in the given order, and the buckets, in buffer order."""
 
     starts: tuple[int, ...]
     buckets: tuple[Bucket, ...]
 
     @property
     def numel(self) -> int:
-        """Number of elements of the buffer, padding included."""
+        """Number of elements in the buffer, padding included."""
         return self.buckets[-1].stop
 
     def owned(self, rank: int) -> int:
-        """Return the number of elements that ``rank`` owns, padding included."""
+        """Return the number of elements in the buffer that ``rank`` owns, padding included."""
         return sum(bucket.bounds[rank + 1] - bucket.bounds[rank] for bucket in self.buckets)
 
 
 def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = False) -> Layout:
-    """Lay out parameters in buckets that ``ranks`` ranks share.
+    """Lay out parameters in the buckets of a flat buffer, each sharded over ``ranks`` ranks.
 
     Args:
-        sizes: Elements of each parameter.
+        sizes: Number of elements of each parameter.
         ranks: Size of the zero group.
-        limit: Maximum number of elements of a bucket, exceeded only if one cache line per rank, or one parameter, is
-            larger.
-        by_parameter: Keep every parameter whole in one rank's shard, instead of sharing buckets evenly by element.
+        limit: Maximum number of elements of a bucket. It is exceeded only if :data:`ALIGNMENT` elements per rank, or
+            with ``by_parameter`` one parameter, are more.
+        by_parameter: Keep every parameter whole in one rank's shard, instead of sharding buckets evenly by element.
     """
     return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
 
@@ -97,24 +101,24 @@ def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = F
 def bucket_size(zero: HybridZeroConfig) -> int:
     """Return the maximum number of elements of a bucket.
 
-    Gradients are reduced and parameters gathered by the same buckets, so the smaller of the two settings counts.
+    The same buckets serve to reduce gradients and to gather parameters, so the smaller of the two settings applies.
     """
     sizes = (zero.reduce_bucket_size, zero.all_gather_size)
     return min((size for size in sizes if size is not None), default=_DEFAULT_BUCKET_SIZE)
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Round ``numel`` up so that the shards of all ranks are equal and aligned."""
+    """Round ``numel`` up, so that the shards of all ranks are equally long and aligned."""
     unit = ranks * ALIGNMENT
     return -(-numel // unit) * unit
 
 
 def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
-    """Put one parameter after another without gaps, in buckets that differ by at most one aligned unit."""
+    """Place parameters without gaps, in buckets that differ in size by at most one aligned element per rank."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
-    # Equal buckets rather than full ones and a remainder, so that no bucket takes longer to reduce than another.
+    # Buckets of equal size rather than full ones and a remainder, so that all take equally long to reduce.
     unit = ranks * ALIGNMENT
     units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
@@ -124,9 +128,9 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
 
 
 def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
-    """Assign each parameter to the rank that owns the least so far, the largest of a bucket first.
+    """Assign the parameters of each bucket, largest first, to the rank that owns the fewest elements so far.
 
-    This is longest-processing-time scheduling: no rank owns more than a fair share and one parameter (Graham 1969).
+    This is longest-processing-time scheduling: no rank owns more than an equal share plus one parameter (Graham 1969).
     """
     starts, buckets, loads, end = [0] * len(sizes), [], [0] * ranks, 0
     for bucket in _fill_buckets(sizes, limit):
@@ -146,7 +150,7 @@ def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
 
 
 def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Fill buckets with neighbouring parameters up to the limit, and return the indices in each bucket."""
+    """Group consecutive parameters into buckets of at most ``limit`` elements; return the indices in each bucket."""
     buckets: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -161,7 +165,7 @@ def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
 # -- groups in flat buffers -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BucketEntry:
-    """A parameter and its offset in the flat buffers of its group."""
+    """Entry of a bucket: a parameter and its offset in the flat buffers of its group."""
 
     named: NamedParameter
     start: int
@@ -173,7 +177,7 @@ class BucketEntry:
 
 
 class FlatParamGroup(ParamGroup):
-    """Parameters of one key in flat buffers that the ranks of the zero group share."""
+    """Param group in flat buffers, of which each rank of the zero group owns a shard."""
 
     def __init__(
         self,
@@ -200,13 +204,13 @@ class FlatParamGroup(ParamGroup):
             self.main_shards = self.split(self.new_state())
         self.grad_shards = self.shards_of(self.grads)
         if grad_dtype != self.main_dtype:
-            # Gradients are accumulated in half precision, but replicas sum them, and the update reads them, in float32.
+            # Gradients are accumulated in half precision, but the all-reduce over replicas and the update use float32.
             self.grad_shards = self.split(self.new_state())
         self.copy_model_to_main_params()
 
     @torch.no_grad()
     def _move_into_buffers(self) -> None:
-        """Copy every parameter into the flat buffers and make it a view of them."""
+        """Move every parameter into ``values``, of which it becomes a view."""
         for entry in self.entries:
             parameter, where = entry.named.parameter, slice(entry.start, entry.stop)
             view = self.values[where].view_as(parameter)
@@ -215,7 +219,7 @@ class FlatParamGroup(ParamGroup):
             parameter.data = view
 
     def attach_grads(self) -> None:
-        """Accumulate gradients in ``grads`` from now on."""
+        """Attach ``grads`` to the parameters, as the memory in which backward passes accumulate gradients."""
         for entry in self.entries:
             parameter = entry.named.parameter
             attach_main_grad(parameter, self.grads[entry.start : entry.stop].view_as(parameter))
@@ -226,7 +230,7 @@ class FlatParamGroup(ParamGroup):
         return self.layout.buckets
 
     def shards_of(self, flat: Tensor) -> list[Tensor]:
-        """Return this rank's shard of each bucket as views of ``flat``, which is ``values`` or ``grads``."""
+        """Return a view of this rank's shard of each bucket of ``flat``, which is ``values`` or ``grads``."""
         return [flat[bucket.shard(self.rank)] for bucket in self.buckets]
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
@@ -235,22 +239,22 @@ class FlatParamGroup(ParamGroup):
 
     @torch.no_grad()
     def copy_main_to_model_params(self) -> None:
-        """Round main parameters into this rank's shard of the model parameters; no-op if they share memory."""
+        """Copy main parameters, rounded, to this rank's shard of the model parameters; no-op if they share memory."""
         if self.has_main:
             foreach_copy_(self.shards_of(self.values), self.main_shards)
 
     @torch.no_grad()
     def copy_model_to_main_params(self) -> None:
-        """Widen this rank's shard of the model parameters into the main parameters."""
+        """Copy this rank's shard of the model parameters to the main parameters; no-op if they share memory."""
         if self.has_main:
             foreach_copy_(self.main_shards, self.shards_of(self.values))
 
     def entries_of(self, index: int) -> list[BucketEntry]:
-        """Return the entries of the parameters that lie in bucket ``index``, wholly or partly."""
+        """Return the entries of all parameters that have elements in bucket ``index``."""
         return self._entries_between(self.buckets[index].start, self.buckets[index].stop)
 
     def shard_slices(self) -> Iterator[ShardSlice]:
-        """Iterate over the slices of parameters that the shard holds, in its order."""
+        """Iterate over the parameter slices in this rank's shard, in the order of the shard."""
         for index, bucket in enumerate(self.buckets):
             shard = bucket.shard(self.rank)
             for entry in self._entries_between(shard.start, shard.stop):
@@ -267,12 +271,12 @@ class FlatParamGroup(ParamGroup):
                     )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over position, name and local gradient of each parameter, as views of the buffer."""
+        """Iterate over the model position, name and local gradient, a view of ``grads``, of each parameter."""
         for entry in self.entries:
             yield entry.named.position, entry.named.name, self.grads[entry.start : entry.stop]
 
     def _entries_between(self, start: int, stop: int) -> list[BucketEntry]:
-        """Return the entries of the parameters with elements in [start, stop)."""
+        """Return the entries of all parameters that have elements in [``start``, ``stop``)."""
         # Bisection, because checkpoints and Muon look up every bucket, and models have thousands of parameters.
         begin = bisect_right(self._in_buffer_order, start, key=lambda entry: entry.stop)
         end = bisect_left(self._in_buffer_order, stop, key=lambda entry: entry.start)
@@ -280,11 +284,10 @@ class FlatParamGroup(ParamGroup):
 
 
 class FullyShardedParamGroup(ParamGroup):
-    """Parameters of one key that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
+    """Param group of parameters that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
 
-    A rank owns the rows that it holds, and these are the main parameters: they are rounded when they are gathered.
-    ``fully_shard`` reduces gradients inside the zero group into one flat buffer. A shard has one tensor for each
-    parameter.
+    The rows that a rank holds are its shard and its main parameters; ``fully_shard`` rounds them when it gathers them.
+    It reduces gradients inside the zero group into one flat buffer. A shard has one tensor for each parameter.
     """
 
     def __init__(self, key: ParamGroupKey, parameters: Sequence[NamedParameter]) -> None:
@@ -295,7 +298,7 @@ class FullyShardedParamGroup(ParamGroup):
         self.grad_shards = self.split(self.grads)
 
     def attach_grads(self) -> None:
-        """Accumulate gradients in ``grads`` from now on."""
+        """Attach ``grads`` to the parameters, as the memory in which backward passes accumulate gradients."""
         for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             set_grad(named.parameter, grad)
 
@@ -303,7 +306,7 @@ class FullyShardedParamGroup(ParamGroup):
         return self.parameters[0].name, self.parameters[0].parameter, self.main_shards[0]
 
     def shard_slices(self) -> Iterator[ShardSlice]:
-        """Iterate over the slices of parameters that the shard holds: one per parameter, which may be empty."""
+        """Iterate over the parameter slices in this rank's shard: one per parameter, possibly empty."""
         for index, (named, (flat, start)) in enumerate(zip(self.parameters, self._local, strict=True)):
             yield ShardSlice(
                 name=named.name,
@@ -316,7 +319,7 @@ class FullyShardedParamGroup(ParamGroup):
             )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over position, name and gradient of this rank's shard of each parameter."""
+        """Iterate over the model position, name and gradient of this rank's shard of each parameter."""
         for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             yield named.position, named.name, grad
 
@@ -331,17 +334,17 @@ class GroupBucket:
 
     @property
     def bucket(self) -> Bucket:
-        """Offsets of the bucket in the group's flat buffers."""
+        """Bounds of this bucket in the group's flat buffers."""
         return self.group.buckets[self.index]
 
     @property
     def entries(self) -> list[BucketEntry]:
-        """Bucket entries of the parameters that lie in this bucket, wholly or partly."""
+        """Bucket entries of all parameters that have elements in this bucket."""
         return self.group.entries_of(self.index)
 
 
 def buckets_in_forward_order(groups: Sequence[FlatParamGroup]) -> list[GroupBucket]:
-    """Sort the buckets of all groups by the position in the model of their first parameter.
+    """Return the buckets of all groups, sorted by the model position of their first parameter.
 
     The list is the same on all ranks of the zero group, so collectives launched in its order match.
     """

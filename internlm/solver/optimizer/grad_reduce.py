@@ -1,14 +1,14 @@
-"""Reduction of gradients: each rank gets the sums of the elements that it owns.
+"""Reduction of gradients: each rank gets the summed gradients of the elements that it owns.
 
 A bucket passes through three stages, each over a different process group:
 
-1. *zero group*: reduce-scatter, so that each rank has the sum of its own shard.
+1. *zero group*: reduce-scatter, which sums the gradients of each rank's shard.
 2. *replicas* of the shard: all-reduce.
-3. ranks that have *partial sums* besides (``partial_over`` of the placement, such as norms under msp): all-reduce.
+3. ranks with *partial sums* (``partial_over`` of the placement, for example norms under msp): all-reduce.
 
-Buckets are reduced from the last layer to the first, as a backward pass completes them, in an order that is the same on
-every rank. With overlap, stage 1 of a bucket is launched in the backward pass of the last micro-batch, once the
-gradients of this bucket and of all earlier ones are ready.
+Buckets are reduced from the last layer to the first, as a backward pass completes them, in the same order on every
+rank. With overlap, stage 1 of a bucket is launched in the backward pass of the last micro-batch, once the gradients of
+this bucket and of all earlier buckets are ready.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GradReadyTracker:
         """Reset the counts for a step.
 
         Args:
-            micro_batches: Number of micro-batches. None: the number is not known, so no counts are learned.
+            micro_batches: Number of micro-batches. None: it is not known, so the counts of the step are not stored.
         """
         self._counts = dict.fromkeys(self._buckets_of, 0)
         self._micro_batches = micro_batches
@@ -68,7 +68,7 @@ class GradReadyTracker:
         self._next = 0
 
     def end_step(self) -> None:
-        """Learn the counts, and raise on later gradients: all buckets are being reduced."""
+        """Store the counts of this step; raise on later gradients, since all buckets are being reduced."""
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
         self.begin_step(None)
@@ -96,10 +96,10 @@ class GradReadyTracker:
 
 
 class BucketReduction:
-    """Reduction of one bucket, stage by stage, into this rank's shard of the bucket."""
+    """Reduction of one bucket in stages, whose result is the gradient of this rank's shard of the bucket."""
 
     def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
-        """Launch stage 1, in `dtype` (default: that of the gradients)."""
+        """Launch stage 1, in which gradients are sent in ``dtype`` (None: the dtype in which they are accumulated)."""
         group, bounds = bucket.group, bucket.bucket.bounds
         self.group, self.process_groups = group, process_groups
         self._shard = group.grad_shards[bucket.index]
@@ -126,7 +126,7 @@ class BucketReduction:
             self._pending = [begin_all_reduce(self._sent_shard, self.process_groups.replica)]
 
     def begin_partial(self) -> None:
-        """Copy the sum into the group's gradients, and launch stage 3 if the sum is still partial."""
+        """Copy the sum to the group's gradients, and launch stage 3, an all-reduce, if the sum is still partial."""
         self.finish()
         if self._sent_shard.data_ptr() != self._shard.data_ptr():
             self._shard.copy_(self._sent_shard)
@@ -142,7 +142,7 @@ class BucketReduction:
 
 
 class GradReducer:
-    """Reducer of the gradients of flat groups, bucket by bucket.
+    """Reducer of the gradients in flat buffers, bucket by bucket.
 
     Args:
         groups: Param groups of this rank.
@@ -167,7 +167,8 @@ class GradReducer:
         """Prepare for the gradients of a step.
 
         Args:
-            micro_batches: Number of micro-batches. None: the number is not known, so reduce at the end of the step.
+            micro_batches: Number of micro-batches. None: it is not known, so buckets are reduced after the backward
+                passes.
         """
         # Reductions of a step that raised may still read and write the buffers.
         for reduction in self.begun:
@@ -177,7 +178,7 @@ class GradReducer:
             self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """Launch the reduction of all remaining buckets; all gradients must be complete."""
+        """Launch the reduction of all buckets not launched yet; all gradients must be complete."""
         if self._tracker:
             self._tracker.end_step()
         for index in range(len(self.begun), len(self.buckets)):
@@ -199,7 +200,7 @@ class GradReducer:
 
 
 class FullyShardedReducer:
-    """Reducer (stages 2 and 3) of gradients that ``fully_shard`` has reduced inside the zero group.
+    """Reducer of gradients over replicas and partial sums, after ``fully_shard`` has reduced them in the zero group.
 
     Args:
         groups: Param groups of this rank.
@@ -210,7 +211,7 @@ class FullyShardedReducer:
     def __init__(
         self, groups: Sequence[FullyShardedParamGroup], process_groups: ProcessGroups, dtype: torch.dtype | None
     ) -> None:
-        # The last ranks may hold no rows of a group's parameters. Their replicas hold none either, so the calls match.
+        # The last ranks may hold no rows of a group's parameters. Nor do their replicas, so the all-reduce calls match.
         self.groups = [group for group in groups if group.owned]
         self.process_groups, self.dtype = process_groups, dtype
 
@@ -218,7 +219,7 @@ class FullyShardedReducer:
         """Do nothing: no reduction is launched before all gradients are complete."""
 
     def begin(self) -> None:
-        """Do nothing: the sums over replicas are short compared with the step, so they are not overlapped."""
+        """Do nothing: the all-reduce over replicas is short compared with the step, so it is not overlapped."""
 
     def reduce(self) -> None:
         """Reduce all gradients in place."""

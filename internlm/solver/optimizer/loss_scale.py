@@ -1,7 +1,8 @@
 """Loss scale of float16, and the check for non-finite gradients.
 
-The loss is multiplied by the scale before the backward pass and gradients are divided by it, so that small ones do not
-vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient overflows is skipped.
+The loss is multiplied by the scale before the backward pass, and gradients are divided by it after, so that small
+gradients do not vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient
+overflows is skipped.
 From the ``hysteresis``-th overflow on, every overflow multiplies the scale by ``backoff_factor``. After
 ``growth_interval`` steps in a row without overflow the scale is multiplied by ``growth_factor``, and the count of
 overflows is reset.
@@ -20,7 +21,7 @@ from internlm.solver.optimizer.param_groups import ParamGroup
 
 @dataclass(kw_only=True)
 class LossScale:
-    """State machine of the loss scale; with the default values the scale stays 1."""
+    """Loss scale, adjusted after each step; with the default values it stays 1."""
 
     scale: float = 1.0
     growth_interval: int = 1
@@ -30,13 +31,13 @@ class LossScale:
     max_scale: float = 1.0
     hysteresis: int = 1
     good_steps: int = 0
-    """Steps in a row without overflow."""
+    """Number of steps in a row without overflow."""
     overflows: int = 0
-    """Overflows since the scale last grew."""
+    """Number of overflows since the scale last grew."""
 
     @classmethod
     def dynamic(cls, config: GradScalerConfig) -> LossScale:
-        """Create the loss scale of float16 training."""
+        """Create the dynamic loss scale of float16 training from the config."""
         fp16 = config.fp16
         return cls(
             scale=fp16.initial_scale,

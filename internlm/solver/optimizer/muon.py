@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
+"""Muon: SGD with momentum and orthogonalised updates (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
-``torch.optim.Muon`` takes whole matrices only. Here a matrix may be split over ranks: its momentum stays split, because
-it is updated element by element, and is gathered only for the matrix products. Products are computed in the dtype of
-main parameters rather than in bfloat16, whose rounding would make a split matrix differ from a whole one.
+``torch.optim.Muon`` accepts whole matrices only. Here a matrix may be split over ranks: its momentum stays split,
+because it is updated element by element, and is gathered only for the matrix products. Products are computed in the
+dtype of main parameters. The rounding of bfloat16 would make the result depend on whether a matrix is split.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ADJUST: dict[str, Callable[[int, int], float]] = {
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     """Approximate the nearest matrix with orthonormal rows or columns by Newton-Schulz iterations: [O, I] → [O, I].
 
-    Singular values of the result are about 0.7 to 1.2.
+    The singular values of the result are between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
     # Iterate on the transpose of a tall matrix: its Gram matrix is the smaller one.
@@ -48,7 +48,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
 
 
 class Muon(UpdateRule):
-    """Muon for matrices that are whole in one rank's shard, or split over the group of a parallel mode."""
+    """Muon update rule for matrices that are whole in one rank's shard, or split over the group of a parallel mode."""
 
     states = ("momentum",)
 

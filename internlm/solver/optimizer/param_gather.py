@@ -1,15 +1,16 @@
 """All-gather of updated parameters: every rank gets the values that other ranks own.
 
-Eager: all buckets are gathered right after the update, which blocks until they are complete. Lazy
-(``overlap_sync_param``): only buckets with a parameter outside of the declared blocks
-(:mod:`internlm.core.parallel.blocks`) are gathered eagerly, that is embedding, final norm and head, or all parameters
-of a model that declares no blocks. The forward pass of a block waits for the buckets of this block and launches those
-of the next block, whose all-gather then overlaps with the computation of this block.
+Eager: all buckets are gathered right after the update, which blocks until they are complete.
+
+Lazy (``overlap_sync_param``): only buckets with a parameter outside of the declared blocks
+(:mod:`internlm.core.parallel.blocks`) are gathered eagerly. These hold embedding, final norm and head, or all
+parameters of a model that declares no blocks. The forward pass of a block waits for the all-gather of its buckets, and
+launches the all-gather of the next block's buckets, which overlaps with the computation of this block.
 
 Lazily gathered parameters of a block are up to date once the block, a module within it, or
 :func:`~internlm.core.parallel.param_state.wait_for_all_gather` is called. All parameters are up to date once the
 model's forward pass has ended, or after ``optimizer.gather_parameters()``. Other reads of a block's parameters do not
-wait, and may see old values.
+wait, and may return old values.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from internlm.utils.errors import Problem, UserError
 
 
 class ParamGatherer:
-    """Gatherer of the buckets of ``groups`` over the ``zero`` group, eager until :meth:`gather_lazily` is called.
+    """Gatherer of the parameters in ``groups`` over the ``zero`` group, eager until :meth:`gather_lazily` is called.
 
-    Buckets have one fixed order: eager buckets first, then lazy ones in forward order. All-gathers are always launched
-    in this order, whichever blocks a rank calls, so the collectives of all ranks match. ``begun`` and ``ready`` count
-    buckets in this order.
+    Buckets have one fixed order: eager buckets first, then lazy buckets in forward order. All-gathers are always
+    launched in this order, whichever blocks a rank calls, so the collectives of all ranks match. The first ``begun``
+    buckets are launched, the first ``ready`` buckets complete.
     """
 
     def __init__(self, groups: Sequence[FlatParamGroup], zero: Group) -> None:
         self.zero = zero
         self.buckets = buckets_in_forward_order(groups)
         self.eager = self.begun = self.ready = len(self.buckets)
-        self._pending: list[list[Pending]] = []  # by bucket that is launched and not ready
+        self._pending: list[list[Pending]] = []  # collectives of each bucket that is launched and not ready
         self._needed: list[int] = []  # number of buckets that must be ready before each block runs
 
     def gather_lazily(self, model: nn.Module) -> None:
-        """Gather each declared block of ``model`` only before its forward pass, from the next update on."""
+        """Gather the parameters of each declared block before its forward pass, from the next update on."""
         blocks = list(declared_blocks(model).values()) if self.zero.size > 1 and self.buckets else []
         if not blocks:
             return
@@ -80,24 +81,27 @@ class ParamGatherer:
     def require_all(self, where: str) -> None:
         """Check that all parameters are up to date.
 
-        Operations that a single rank may run alone must call this: an all-gather there would block for ever.
+        For operations that a single rank may run alone, in which an all-gather would block forever.
+
+        Args:
+            where: Operation that needs the parameters, for the error.
 
         Raises:
             UserError: Some parameters are not gathered yet.
         """
-        if self.ready < len(self.buckets):
-            message = "some parameters are not gathered yet (overlap_sync_param)"
+        if left := len(self.buckets) - self.ready:
+            message = f"{left} of {len(self.buckets)} parameter buckets are not gathered yet (overlap_sync_param)"
             raise UserError(Problem(where, message, "Call optimizer.gather_parameters() on all ranks first"))
 
     def begin(self) -> None:
-        """Launch the all-gathers after an update, and block until the eager buckets are ready."""
+        """Launch the all-gathers after an update, and block until those of the eager buckets are complete."""
         if self.zero.size > 1:
             self.begun = self.ready = 0
-            self._begin(max([self.eager, *self._needed[:1]]))  # the first block's overlap with this wait
+            self._begin(max([self.eager, *self._needed[:1]]))  # those of the first block overlap with the wait below
             self._wait(self.eager)
 
     def gather_all(self) -> None:
-        """Gather all parameters from the shards that the ranks have set."""
+        """Gather all parameters again from the current shards of all ranks, and block until they are up to date."""
         if self.zero.size > 1:
             self.begun = self.ready = 0
             self.finish()
@@ -112,7 +116,7 @@ class ParamGatherer:
         self.begun = max(self.begun, count)
 
     def _wait(self, count: int) -> None:
-        """Block until the first ``count`` buckets are ready."""
+        """Block until the first ``count`` buckets are gathered."""
         self._begin(count)
         while self.ready < count:
             for pending in self._pending.pop(0):
@@ -121,7 +125,7 @@ class ParamGatherer:
 
 
 def _begin_gather(bucket: GroupBucket, zero: Group) -> list[Pending]:
-    """Launch the all-gather, or the broadcasts, of one bucket of model parameters."""
+    """Launch the all-gather of one bucket, or one broadcast per shard if its shards differ in length."""
     bounds, values = bucket.bucket, bucket.group.values
     if bounds.is_even:
         return [begin_all_gather(values[bounds.shard(zero.rank)], zero, values[bounds.start : bounds.stop])]
@@ -133,7 +137,7 @@ def _entrances(block: nn.Module) -> list[nn.Module]:
     """Return the modules whose forward pass may be the first to read the parameters of ``block``.
 
     These are the block and every module in it with parameters of its own, because a model may call such a module
-    directly. A compiled block must be called as a whole: hooks within it would be compiled too, once for each block.
+    directly. A compiled block must be called as a whole, because hooks inside it would be compiled for each block anew.
     """
     if is_compiled(block):
         return [block]

@@ -1,8 +1,8 @@
-"""Param groups: parameters with the same update settings, and the shard of a group that this rank owns.
+"""Param groups: parameters with the same update settings, and this rank's shard of them.
 
 Parameters with the same :class:`ParamGroupKey` form a :class:`ParamGroup`. A rank owns a *shard* of a group, and has
-main parameters, reduced gradients and optimizer state for its elements only. A shard is a list of flat tensors;
-optimizer state is one tensor over the whole shard, and :meth:`ParamGroup.split` splits it into the same sizes.
+main parameters, reduced gradients and optimizer state for the elements of its shard only. A shard is a list of flat
+tensors. Optimizer state is one tensor over the whole shard, which :meth:`ParamGroup.split` splits into the same sizes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ProcessGroups:
     replica: Group = ALONE
     """Ranks that own the same shard."""
     split: tuple[Group, ...] = ()
-    """Groups over which parameters are split, or the gradients of whole parameters are partial sums."""
+    """Groups over which parameters are split, or over which the gradients of whole parameters are partial sums."""
     pipeline: Group = NO_PIPELINE
     """Stages of a pipeline."""
     ends: Group = NO_PIPELINE
@@ -45,7 +45,7 @@ class ProcessGroups:
 
     @property
     def by_split(self) -> Mapping[ParallelMode, Group]:
-        """Process groups in `split`, keyed by parallel mode."""
+        """Process groups in ``split``, keyed by parallel mode."""
         return {group.mode: group for group in self.split}
 
     def of_partial(self, mode: ParallelMode) -> Group:
@@ -64,20 +64,24 @@ class ParamGroupKey:
     weight_decay: float = 0.0
     lr_scale: float = 1.0
     split_over: ParallelMode | None = None
-    """Parallel mode over whose group the parameters are split."""
+    """Parallel mode whose group splits the parameters; None if they are whole."""
     partial_over: ParallelMode | None = None
-    """Parallel mode over whose group the gradients are still partial sums."""
+    """Parallel mode whose group must still sum the gradients, which are partial sums; None if they are not."""
 
     @property
     def needs_matrices(self) -> bool:
-        """Whether the update rule needs whole parameters in one rank's shard."""
+        """Whether the update rule needs each parameter whole in one rank's shard."""
         return self.rule == "Muon"
 
 
 def build_param_groups(
     parameters: Sequence[NamedParameter], adam: AdamConfig, optimizer: OptimizerConfig
 ) -> dict[ParamGroupKey, list[NamedParameter]]:
-    """Group the trainable ``parameters`` by key, each group in model order."""
+    """Group the trainable ``parameters`` by key, each group in model order.
+
+    Raises:
+        ConfigError: A pattern of ``optimizer.param_groups`` assigns Muon to a parameter that is not a matrix.
+    """
     groups: dict[ParamGroupKey, list[NamedParameter]] = {}
     for named in parameters:
         if named.parameter.requires_grad:
@@ -89,9 +93,16 @@ def build_param_groups(
 def param_group_key(
     name: str, placement: ParamPlacement, dtype: torch.dtype, adam: AdamConfig, optimizer: OptimizerConfig
 ) -> ParamGroupKey:
-    """Return the key of one parameter, from the first of ``optimizer.param_groups`` that matches its name."""
+    """Return the param-group key of one parameter.
+
+    The first entry of ``optimizer.param_groups`` whose pattern matches the name overrides the settings of ``adam`` and
+    ``optimizer``.
+
+    Raises:
+        ConfigError: The entry assigns Muon to a parameter that is not a matrix.
+    """
     config = next((group for group in optimizer.param_groups if re.search(group.pattern, name)), None)
-    # Recipes differ in whether norms and biases decay, so the config has a key for it (adam.decay_norm_and_bias).
+    # Published recipes differ in whether norms and biases have weight decay, hence adam.decay_norm_and_bias.
     decays = placement.is_matrix or adam.decay_norm_and_bias
     decay = config.weight_decay if config and config.weight_decay is not None else adam.weight_decay * decays
     return ParamGroupKey(
@@ -109,37 +120,39 @@ def _update_rule(
 ) -> OptimizerName:
     if config and config.type:
         if config.type == "Muon" and not placement.is_matrix:
-            message = f"{config.pattern!r} gives {name!r} to Muon, but the parameter is not a matrix"
+            shape = list(placement.global_shape)
+            message = f"pattern {config.pattern!r} assigns Muon to {name!r}: expected a matrix, got shape {shape}"
             raise ConfigError(Problem("optimizer.param_groups", message, "Set type='AdamW' or 'Lion' for this pattern"))
         return config.type
-    # Embedding and head do not map between hidden units, so orthogonal updates do not suit them (Jordan et al. 2024).
+    # Orthogonalised updates do not suit embedding and head, which do not map hidden units to hidden units (Jordan et
+    # al. 2024).
     return "AdamW" if optimizer.type == "Muon" and not placement.is_hidden else optimizer.type
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSlice:
-    """Elements of one parameter that lie in one tensor of a group's shard."""
+    """Slice of a flattened parameter that lies in one tensor of a group's shard."""
 
     name: str
     placement: ParamPlacement
     start: int
-    """First element within the parameter's flattened local tensor; ``stop`` is one past the last."""
+    """Index of the first element in the parameter's flattened local tensor; ``stop`` is one past the last."""
     stop: int
     index: int
-    """Index of the tensor in ``main_shards`` and ``grad_shards``; the slice is its elements [lo, hi)."""
+    """Index of the tensor in ``main_shards`` and ``grad_shards``; the slice is elements [lo, hi) of this tensor."""
     lo: int
     hi: int
 
 
 class ParamGroup:
-    """Parameters with one key, and this rank's shard of them; subclasses allocate the memory."""
+    """Param group: parameters with the same key, and this rank's shard of them; subclasses allocate the memory."""
 
     key: ParamGroupKey
-    #: Buffer in which gradients are accumulated, including those that other ranks own.
+    #: Flat buffer in which gradients are accumulated.
     grads: Tensor
-    #: Main parameters of the shard.
+    #: Main parameters of this rank's shard.
     main_shards: list[Tensor]
-    #: Gradients of the shard, once they are reduced.
+    #: Gradients of this rank's shard, once they are reduced.
     grad_shards: list[Tensor]
 
     @property
@@ -154,36 +167,36 @@ class ParamGroup:
 
     @property
     def owned(self) -> int:
-        """Number of elements of the shard, padding included."""
+        """Number of elements of this rank's shard, padding included."""
         return sum(map(len, self.main_shards))
 
     def new_state(self) -> Tensor:
-        """Allocate optimizer state: one zero for each element of the shard."""
+        """Allocate a tensor of optimizer state: one zero for each element of this rank's shard."""
         return torch.zeros(self.owned, dtype=self.main_dtype, device=self.main_shards[0].device)
 
     def split(self, state: Tensor) -> list[Tensor]:
-        """Return views of ``state``, one for each tensor of the shard."""
+        """Split ``state``, [owned], into views, one for each tensor of this rank's shard."""
         return list(state.split([*map(len, self.main_shards)]))
 
     def shard_slices(self) -> Iterator[ShardSlice]:
-        """Iterate over the slices of parameters that the shard holds, in its order."""
+        """Iterate over the parameter slices in this rank's shard, in the order of the shard."""
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over position, name and local gradient (not yet reduced) of each parameter."""
+        """Iterate over the model position, name and local gradient, not yet reduced, of each parameter."""
         raise NotImplementedError
 
     def attach_grads(self) -> None:
-        """Accumulate gradients in ``grads`` from now on."""
+        """Attach ``grads`` to the parameters, as the memory in which backward passes accumulate gradients."""
         raise NotImplementedError
 
     def begin_step(self) -> None:
-        """Set the gradients to zero.
+        """Set the gradients to zero, and check that the parameters are still in the group's memory.
 
         Raises:
             UserError: The parameters were moved to other memory after the group was created.
         """
-        # Checking one parameter suffices, because model.to() and .half() move all of them, and saves time in each step.
+        # Checking one parameter saves time in each step, and suffices, because model.to() and .half() move all of them.
         name, parameter, memory = self._first_parameter()
         if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
             message = f"{name!r} was moved out of the optimizer's buffer, so updates do not reach it"
@@ -191,11 +204,11 @@ class ParamGroup:
         self.grads.zero_()
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
-        """Return name and tensor of the first parameter, and the memory that the group assigned to it."""
+        """Return the name and tensor of the first parameter, and the memory that the group assigned to it."""
         raise NotImplementedError
 
     def copy_main_to_model_params(self) -> None:
-        """Round main parameters into this rank's shard of the model parameters; no-op if they share memory."""
+        """Copy main parameters, rounded, to this rank's shard of the model parameters; no-op if they share memory."""
 
     def copy_model_to_main_params(self) -> None:
-        """Widen this rank's shard of the model parameters into the main parameters."""
+        """Copy this rank's shard of the model parameters to the main parameters; no-op if they share memory."""

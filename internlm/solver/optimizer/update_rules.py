@@ -1,7 +1,7 @@
 """Update rules: AdamW and Lion on the shards of param groups (Muon is in ``muon.py``).
 
-A rule updates the main parameters of its groups from their reduced gradients. The *state* of a rule is one tensor over
-the shard of a group for each name in ``states``.
+A rule updates the main parameters of its groups from their reduced gradients. Its *state* consists of one tensor per
+group and name in ``states``, with an element for each element of this rank's shard of the group.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ StateName = Literal["exp_avg", "exp_avg_sq", "momentum"]
 
 
 class UpdateRule:
-    """Base of update rules: allocates state and divides gradients before each update."""
+    """Base class of update rules; it allocates their state, and divides gradients before each update."""
 
-    #: Names of the state that the rule keeps.
+    #: Names of the rule's state tensors.
     states: ClassVar[tuple[StateName, ...]]
 
     def __init__(
@@ -45,30 +45,36 @@ class UpdateRule:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Prepare state beyond ``states`` before the first update; by default there is none."""
+        """Prepare state beyond the tensors in ``states``; by default there is none."""
 
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
-        """Return the state of a group's shard by name."""
+        """Return the state tensors of ``group`` by name, each [owned]."""
         return self._states[group]
 
     def set_updates(self, count: int) -> None:
-        """Set the number of updates done so far, in a resumed run."""
+        """Set the number of updates done before a resume; the base class does not use it."""
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Divide the gradients by ``divisor``, and update all parameters from them."""
+        """Divide the gradients by ``divisor``, and update all main parameters from them.
+
+        Args:
+            lr: Learning rate, which each group multiplies by its ``lr_scale``.
+            beta2: Decay rate of the second moment, or of Lion's momentum; Muon does not use it.
+            divisor: Loss scale times the factor of gradient clipping.
+        """
         for group in self.groups:
             if divisor != 1.0:
                 foreach_div_(group.grad_shards, divisor)
             self._update(group, lr * group.key.lr_scale, beta2)
 
     def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
-        """Update the parameters of one group."""
+        """Update the main parameters of ``group`` from its gradients, which are already divided."""
         raise NotImplementedError
 
 
 class AdamW(UpdateRule):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with torch's fused kernel."""
+    """AdamW update rule (Loshchilov and Hutter 2019, arXiv 1711.05101) with torch's fused kernel."""
 
     states = ("exp_avg", "exp_avg_sq")
 
@@ -89,7 +95,7 @@ class AdamW(UpdateRule):
         """Set the state of torch's optimizer to views of the tensors in ``_states``.
 
         torch would otherwise create its own state in the first step. With views, a checkpoint can be loaded before the
-        first step, and each average stays one tensor over the shard.
+        first step, and each moving average stays one tensor over the shard.
         """
         averages = zip(*(group.split(state) for state in self._states[group].values()), strict=True)
         for parameter, grad, (exp_avg, exp_avg_sq) in zip(parameters, group.grad_shards, averages, strict=True):
@@ -98,15 +104,15 @@ class AdamW(UpdateRule):
             self.fused.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def set_updates(self, count: int) -> None:
-        """Set the number of updates done so far, on which the bias correction of the averages depends."""
+        """Set the number of updates done before a resume, on which Adam's bias correction depends."""
         for state in self.fused.state.values():
             state["step"].fill_(count)
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Divide the gradients by ``divisor``, and update all parameters from them."""
-        # The kernel divides gradients while it reads them, which saves a pass over memory. But it takes the divisor in
-        # float32 only, which is not precise enough for float64.
+        """Divide the gradients by ``divisor``, and update all main parameters from them."""
+        # The kernel divides gradients while it reads them, which saves a pass over memory. But it accepts the divisor
+        # in float32 only, which is not precise enough for float64 parameters.
         double = any(group.main_dtype == torch.float64 for group in self.groups)
         for group, options in zip(self.groups, self.fused.param_groups, strict=True):
             options["lr"], options["betas"] = lr * group.key.lr_scale, (self.adam.adam_beta1, beta2)
@@ -118,7 +124,7 @@ class AdamW(UpdateRule):
 
 
 class Lion(UpdateRule):
-    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of interpolated gradient and momentum."""
+    """Lion update rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2): sign of mixed gradient and momentum."""
 
     states = ("exp_avg",)
 

@@ -1,14 +1,14 @@
-"""The optimizer: parameters in flat buffers, and its state sharded over data-parallel ranks.
+"""ZeRO optimizer: parameters in flat buffers, optimizer state sharded over data-parallel ranks.
 
-This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with a configurable group that shares the state.
-A step has five phases:
+This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with a configurable group over which the state is
+sharded (the zero group). A step has five phases:
 
-1. **Reduce** gradients into shards inside the zero group, then across the replicas of each shard, then over ranks with
+1. **Reduce** gradients into shards inside the zero group, then over the replicas of each shard, then over ranks with
    partial sums (``grad_reduce.py``).
-2. **Measure** the global gradient norm, with every logical element counted once, over all pipeline stages.
+2. **Measure** the global gradient norm over all pipeline stages, in which every logical element counts once.
 3. **Decide**: if the norm is inf or nan, all ranks skip the step (``loss_scale.py``).
-4. **Update** this rank's shard by the rule of each group, from clipped gradients (``update_rules.py``, ``muon.py``),
-   and copy main parameters to model parameters.
+4. **Update** this rank's shard from clipped gradients, by the update rule of each group (``update_rules.py``,
+   ``muon.py``), and copy main parameters to model parameters.
 5. **Gather** the model parameters inside the zero group (``param_gather.py``).
 
 ``param_groups.py`` groups parameters by their update settings; ``flat_buffers.py`` lays the groups out in memory.
@@ -51,7 +51,7 @@ class OptimizerStep:
     grad_norm: float
     """Global norm before clipping; inf or nan if the step was skipped."""
     loss_scale: float = 1.0
-    """Factor on the loss in this step."""
+    """Loss scale by which the loss of this step was multiplied."""
     skipped_in_a_row: int = 0
     """Number of steps skipped in a row, including this one."""
     nonfinite_gradient: str | None = None
@@ -59,11 +59,12 @@ class OptimizerStep:
 
 
 class HybridZeroOptimizer:
-    """ZeRO optimizer over flat buffers; owns the memory of parameters and gradients.
+    """ZeRO optimizer over flat buffers, which owns the memory of parameters and gradients.
 
-    The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then runs phases 1 and 5 inside
-    the zero group. Gradients must sum over all data-parallel ranks to the gradient of the global batch: the loss must
-    be divided by the valid tokens of the global batch, and multiplied by ``loss_scale.scale``.
+    The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then reduces gradients and gathers
+    parameters inside the zero group. The sum of gradients over all data-parallel ranks must be the gradient of the
+    global batch: the loss must be divided by the valid tokens of the global batch, and multiplied by
+    ``loss_scale.scale``.
 
     Args:
         model: Model whose parameters have placements, and their final dtype and device.
@@ -75,6 +76,7 @@ class HybridZeroOptimizer:
         reduce_dtype: Dtype in which gradients are sent; default: the dtype in which they are accumulated.
 
     Raises:
+        ConfigError: A pattern of ``optimizer.param_groups`` assigns Muon to a parameter that is not a matrix.
         UserError: A parameter has no placement, or no parameter is trainable.
     """
 
@@ -99,8 +101,8 @@ class HybridZeroOptimizer:
         by_key = build_param_groups(named_parameters(model), adam, optimizer)
         if not by_key:
             pipeline = self.process_groups.pipeline
-            message = f"no parameter is trainable (stage {pipeline.rank} of {pipeline.size})"
-            raise UserError(Problem("model", message, "Leave requires_grad=True on a parameter of every stage"))
+            message = f"pipeline stage {pipeline.rank} (of {pipeline.size}) has no parameter with requires_grad=True"
+            raise UserError(Problem("model", message, "Keep at least one parameter of every stage trainable"))
         flat: list[FlatParamGroup] = []
         sharded: list[FullyShardedParamGroup] = []
         for key, parameters in by_key.items():
@@ -135,6 +137,9 @@ class HybridZeroOptimizer:
 
         Args:
             micro_batches: Number of micro-batches in the step; default: unknown, so nothing is reduced during backward.
+
+        Raises:
+            UserError: The parameters were moved to other memory after the optimizer was created.
         """
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
         for group in self.groups:
@@ -144,19 +149,19 @@ class HybridZeroOptimizer:
     def _is_last_chance(self) -> bool:
         """Whether the run ends if this step is skipped.
 
-        The gradients of such a step are checked before they are reduced, because a nan in a sum cannot be attributed
-        to a rank.
+        The gradients of such a step are checked before they are reduced, because a nan in a sum cannot be attributed to
+        one rank.
         """
         return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
     def zero_grad(self) -> None:
-        """Set gradients to zero."""
+        """Set gradients to zero; equal to :meth:`begin_step` with an unknown number of micro-batches."""
         self.begin_step()
 
     def begin_reduction(self) -> None:
-        """Launch the reduction of the gradients, which must be complete.
+        """Launch the reduction of gradients, after the last backward pass of the step.
 
-        Without ``overlap_sync_grad`` this does nothing, and :meth:`step` reduces them.
+        Without ``overlap_sync_grad`` this does nothing, and :meth:`step` reduces the gradients.
         """
         if self.config.overlap_sync_grad and not self._is_last_chance:
             self._reducer.begin()
@@ -165,7 +170,12 @@ class HybridZeroOptimizer:
     def step(self, lr: float, beta2: float) -> OptimizerStep:
         """Run the five phases of a step: reduce, measure, decide, update and gather.
 
-        Parameters and optimizer state do not change if the result has ``updated=False``.
+        Args:
+            lr: Learning rate of this step.
+            beta2: Decay rate of the second moment in this step.
+
+        Returns:
+            Result of the step. If its ``updated`` is False, parameters and optimizer state have not changed.
         """
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
@@ -197,8 +207,9 @@ class HybridZeroOptimizer:
         )
 
     def _global_norm(self) -> float:
-        """Return the L2 norm of all gradients, each logical element counted once; it hardly depends on the layout."""
-        # One sum per mode: the ranks of its group hold different elements of split parameters, but equal whole ones.
+        """Return the L2 norm of all gradients; each logical element counts once, whatever the parallel layout."""
+        # One sum per mode: the ranks of its group hold different elements of split parameters, but equal copies of
+        # whole parameters.
         modes = [None, *self.process_groups.by_split]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
         for group in self.groups:
@@ -207,7 +218,7 @@ class HybridZeroOptimizer:
         all_reduce(squares, self.process_groups.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
-                # Add zero times the sum of whole parameters: a nan there may be on one rank, and must reach all.
+                # Add zero times the sum of whole parameters: a nan in it may be on one rank only, and must reach all.
                 all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
@@ -227,7 +238,7 @@ class HybridZeroOptimizer:
 
     # -- parameters that are read or set from outside -----------------------------------------------------------------
     def gather_parameters(self) -> None:
-        """Block until all model parameters are up to date (``overlap_sync_param``). All ranks must call this."""
+        """Block until the all-gathers of ``overlap_sync_param`` have updated all model parameters; collective."""
         self._gatherer.finish()
 
     def copy_model_to_main_params(self) -> None:
@@ -244,14 +255,14 @@ class HybridZeroOptimizer:
             group.copy_model_to_main_params()
 
     def copy_main_to_model_params(self) -> None:
-        """Copy loaded main parameters to model parameters, and gather these. All ranks must call this."""
+        """Copy main parameters to model parameters, and all-gather the model parameters; collective."""
         for group in self.groups:
             group.copy_main_to_model_params()
         self._gatherer.gather_all()
 
     # -- state --------------------------------------------------------------------------------------------------------
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
-        """Return the optimizer state of ``group`` by name, each a tensor over this rank's shard."""
+        """Return the optimizer-state tensors of ``group`` by name, each with the elements of this rank's shard."""
         return next(rule.state_of(group) for rule in self.rules if group in rule.groups)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hooks that log: metrics of each step, the memory plan before the first one, traffic after the last one."""
+"""Hooks that log the memory plan before the first step, the metrics of each step, and the traffic after the last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = get_logger()
 
 
 class LogMemoryPlan(Hook):
-    """Log the memory plan of the stage that holds the most, before the first step."""
+    """Hook that logs the memory plan of the stage that needs the most memory, before the first step."""
 
     def before_run(self, trainer: Trainer) -> None:
         """Log the memory plan, or a warning if it cannot be computed."""
@@ -70,14 +70,14 @@ def _attempt(make: Callable[[], T], otherwise: T) -> T:
 
 
 class ReportTraffic(Hook):
-    """Log a table of the collectives that this rank ran, with the bytes sent, at the end (``--ledger``)."""
+    """Hook that logs this rank's collectives and the bytes that they sent, after the last step (``--ledger``)."""
 
     def __init__(self) -> None:
         self.before = LEDGER.snapshot()
         self.steps = 0
 
     def before_run(self, trainer: Trainer) -> None:
-        """Snapshot the ledger, to leave out what building and resuming sent."""
+        """Snapshot the ledger, to exclude the traffic of building the model and of resuming."""
         self.before = LEDGER.snapshot()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -85,20 +85,20 @@ class ReportTraffic(Hook):
         self.steps += 1
 
     def after_run(self, trainer: Trainer) -> None:
-        """Log the collectives and bytes sent since `before_run`."""
+        """Log the collectives and bytes sent since :meth:`before_run`."""
         traffic = LEDGER.since(self.before)
         log.info(f"sent by this rank in {self.steps} steps\n{format_traffic(traffic, max(self.steps, 1))}")
 
 
 class LogMetrics(Hook):
-    """Write the metrics of each step in the published order, on the logging rank.
+    """Hook that writes the metrics of each step, on the logging rank, in the order of the published log line.
 
     Args:
         config: Config of the run.
         types: Names of the data-set types.
         world_size: Number of ranks, each with its own device.
         data_size: Size of the data group, whose ranks read different tokens.
-        writer: Destinations of the metrics.
+        writer: Writer of the metrics to all destinations.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LogMetrics(Hook):
         per_device = tokens / self.world_size / report.step_time
         self.writer.write(
             report.step,
-            # Keys are in the order of the published log line; keys that it lacks follow at the end.
+            # The keys of the published log line come first, in its order; further keys follow at the end.
             {
                 "tflops": per_device * self.hardware_flops / 1e12,
                 "step": report.step,
@@ -151,7 +151,7 @@ class LogMetrics(Hook):
 
 
 def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
-    """Return accuracy, perplexity and loss, in total and per type, from the sums of a :class:`StepResult`."""
+    """Return accuracy, perplexity and loss, in total and per type, from a step's ``sums``, [3, types]."""
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)
     metrics: dict[str, float | int] = {

@@ -19,7 +19,7 @@ log = get_logger()
 
 
 class SaveCheckpoints(Hook):
-    """Save a checkpoint every ``ckpt.checkpoint_every`` steps, at the last step, and when the run is stopped."""
+    """Hook that saves a checkpoint every ``ckpt.checkpoint_every`` steps, at the last step, and when the run stops."""
 
     def __init__(self, manager: CheckpointManager) -> None:
         self.manager = manager
@@ -30,7 +30,14 @@ class SaveCheckpoints(Hook):
 
 
 class Validate(Hook):
-    """Validate every ``every`` steps and after the last step (0: never)."""
+    """Hook that validates every ``every`` steps and after the last step; 0 disables it.
+
+    Args:
+        loaders: Validation loaders by data-set type.
+        every: Number of steps between validations, or 0.
+        total_steps: Last step of the run.
+        writer: Writer of the metrics; None on ranks that do not log.
+    """
 
     def __init__(
         self, loaders: Mapping[str, ValidLoader], every: int, total_steps: int, writer: MetricsWriter | None
@@ -47,9 +54,9 @@ class Validate(Hook):
 
 
 class Upkeep(Hook):
-    """Release cached device memory and report slow ranks, every ``every`` steps (0: never).
+    """Hook that releases cached device memory and reports slow ranks every ``every`` steps; 0 disables it.
 
-    A rank is slow if its forward and backward passes take more than ``outlier_ratio`` times the mean.
+    A rank is slow if its forward and backward passes take more than ``outlier_ratio`` times the mean over all ranks.
     """
 
     def __init__(self, every: int, outlier_ratio: float, device: torch.device) -> None:
@@ -57,7 +64,7 @@ class Upkeep(Hook):
         self.seconds = 0.0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Add the time of the step; every ``every`` steps release memory and report slow ranks."""
+        """Add the time of the step; if due, release memory and report slow ranks."""
         self.seconds += report.fwd_bwd_time
         if self.every and trainer.state.step % self.every == 0:
             # Not every step, because the next step must allocate the released memory again.
@@ -66,7 +73,7 @@ class Upkeep(Hook):
             self.seconds = 0.0
 
     def _report_slow_ranks(self) -> None:
-        # An all-gather as an all-reduce of a vector with an entry per rank, which every backend implements.
+        # An all-gather, by an all-reduce of a vector with one entry per rank: every backend implements all-reduce.
         all_seconds = torch.zeros(dist.get_world_size(), device=self.device)
         all_seconds[dist.get_rank()] = self.seconds
         dist.all_reduce(all_seconds)

@@ -23,7 +23,7 @@ RECORDED = 3
 
 
 class RecordPipeline(Hook):
-    """Record one pipeline step, and draw it both as measured and as simulated with the measured costs.
+    """Hook that records one pipeline step, and draws it as measured and as simulated with the measured costs.
 
     Writes ``pipeline.html``, and ``pipeline-trace.json`` for Perfetto or chrome://tracing.
 
@@ -37,15 +37,15 @@ class RecordPipeline(Hook):
         self.steps, self.start = 0, 0.0
 
     def before_step(self, trainer: Trainer) -> None:
-        """Start recording before the chosen step."""
+        """Start recording before step :data:`RECORDED` of this run."""
         self.steps += 1
         if self.steps == RECORDED:
             trainer.scheduler.records = []
-            dist.barrier(self.stages.handle)  # common start of time for all stages
+            dist.barrier(self.stages.handle)  # common origin of time for all stages
             self.start = time.perf_counter()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Gather the records of all stages, and draw the pipeline."""
+        """Gather the records of all stages after the recorded step, and draw the pipeline."""
         if trainer.scheduler.records is None:
             return
         own = [record.relative_to(self.start) for record in trainer.scheduler.records]
@@ -55,7 +55,7 @@ class RecordPipeline(Hook):
         dist.all_gather_object(records, own, self.stages.handle)
         if self.folder is not None:
             table = trainer.scheduler.table(report.shape.micro_num)
-            # Simulated with the measured costs, so that the two differ only in waits that costs do not explain.
+            # Simulate with the measured costs, so that the timelines differ only in waits that costs do not explain.
             measured = measured_timeline(table, records)
             self._draw(self.folder, report.step + 1, simulate(table, measured.costs), measured)
 
@@ -69,11 +69,16 @@ class RecordPipeline(Hook):
     def after_run(self, trainer: Trainer) -> None:
         """Warn if the run was too short to record a step."""
         if self.steps < RECORDED and self.folder is not None:
-            log.warning(f"--pipeline-trace: nothing was recorded, since the run had fewer than {RECORDED} steps")
+            log.warning(f"--pipeline-trace: nothing was recorded: expected at least {RECORDED} steps, got {self.steps}")
 
 
 class ProfileRun(Hook):
-    """Write a torch trace of a few steps, and a memory report beside the memory plan."""
+    """Hook that writes a torch profiler trace of a few steps, and a report of measured beside planned memory.
+
+    Args:
+        folder: Folder of the trace and of ``memory-rank<rank>.txt``.
+        rank: Rank that is profiled.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
@@ -84,7 +89,7 @@ class ProfileRun(Hook):
         self.trace.start()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Advance the schedule of the profiler."""
+        """Advance the schedule of the profiler by one step."""
         self.trace.step()
 
     def after_run(self, trainer: Trainer) -> None:

@@ -19,10 +19,10 @@ log = get_logger()
 
 
 class StopOnSignal(Hook):
-    """Stop all ranks after the current step if any rank gets a signal; a second signal exits at once.
+    """Hook that stops all ranks after the current step if any rank receives SIGTERM or SIGINT.
 
-    Signals are caught within :meth:`listening`. This hook must come before the one that saves, which reads
-    ``stop_requested``. The exit code is 128 + the signal on every rank.
+    Signals are caught within :meth:`listening`; a second signal exits at once. This hook must come before the hook that
+    saves checkpoints, which reads ``stop_requested``. Every rank exits with 128 + the signal number.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,8 +49,8 @@ class StopOnSignal(Hook):
         self.caught = signum
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Exchange signals with all ranks, and request a stop if any rank got one."""
-        # Signal and rank are packed into one number, so that one all-reduce (max) gives every rank both.
+        """Exchange signals with all ranks, and request a stop if any rank received one."""
+        # Signal and rank are packed into one integer, so that one all-reduce (max) gives every rank both.
         flag = torch.tensor(
             [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device
         )
@@ -66,5 +66,5 @@ class StopOnSignal(Hook):
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the run: 0, or 128 + the signal that stopped it."""
+        """Exit code of the run: 0, or 128 + the number of the signal that stopped it."""
         return 128 + self.agreed if self.agreed else 0

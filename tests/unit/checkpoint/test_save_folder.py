@@ -60,11 +60,10 @@ def test_not_there_says_what_is(tmp_path: Path) -> None:
     complete(tmp_path / "step-20")
     complete(tmp_path / "step-9")
     missing = tmp_path / "step-10"
-    assert problem_of(missing) == f"{missing}: no such checkpoint ({tmp_path} has step-20, step-9). Correct the path"
+    todo = "Pass the path of an existing step-N folder"
+    assert problem_of(missing) == f"{missing}: no such checkpoint ({tmp_path} has step-20, step-9). {todo}"
     nowhere = tmp_path / "none" / "step-1"
-    assert (
-        problem_of(nowhere) == f"{nowhere}: no such checkpoint ({nowhere.parent} has no checkpoint). Correct the path"
-    )
+    assert problem_of(nowhere) == f"{nowhere}: no such checkpoint ({nowhere.parent} has no checkpoint). {todo}"
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
@@ -80,12 +79,13 @@ def test_a_save_that_was_cut_off_before_its_state(tmp_path: Path, left: str) -> 
 
 def test_a_save_that_was_cut_off_before_its_mark(tmp_path: Path) -> None:
     (complete(tmp_path) / COMMIT_FILE).unlink()
-    assert problem_of(tmp_path) == f"{tmp_path}: unfinished: no commit mark. Choose an older checkpoint"
+    what = "unfinished: the commit mark COMMITTED is missing"
+    assert problem_of(tmp_path) == f"{tmp_path}: {what}. Choose an older checkpoint"
 
 
 def test_a_newer_format(tmp_path: Path) -> None:
     complete(tmp_path, '{"format": 99}')
-    assert problem_of(tmp_path) == f"{tmp_path}: has format 99, but this version reads up to 1. Update InternEvo"
+    assert problem_of(tmp_path) == f"{tmp_path}: expected a format of at most 1, got 99. Update InternEvo"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_hugging_face_without_a_config(hugging_face_folder: Path, tmp_path: Path
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none: no such file or folder\. Give a sentencepiece \.model"):
+    with pytest.raises(DataError, match=r"none: no such file or folder\. Pass a sentencepiece \.model"):
         load_tokenizer(str(tmp_path / "none"))
     with pytest.raises(DataError, match="contains no tokenizer"):
         load_tokenizer(str(tmp_path))

@@ -149,7 +149,7 @@ def test_a_record_that_cannot_be_opened_is_left_out(tmp_path: Path, log: pytest.
     writer.write(3, METRICS)
     assert [record.levelname for record in log.records] == ["WARNING", "WARNING", "INFO"]  # train.log, metrics.jsonl
     for message in log.messages[:2]:
-        assert message.startswith("a record of the run cannot be opened and is left out: ")
+        assert message.startswith("a metrics file cannot be opened and is left out: ")
 
 
 # -- console ----------------------------------------------------------------------------------------------------------

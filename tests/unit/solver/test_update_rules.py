@@ -154,7 +154,10 @@ def test_the_first_pattern_that_matches_counts() -> None:
 
 
 def test_a_vector_can_not_be_made_orthogonal() -> None:
-    expected = "optimizer.param_groups: 'norm' gives 'layers.0.attention_norm.weight' to Muon, but the parameter is not"
+    expected = (
+        "optimizer.param_groups: pattern 'norm' assigns Muon to 'layers.0.attention_norm.weight': expected a matrix, "
+        "got shape ["
+    )
     with pytest.raises(ConfigError, match=re.escape(expected)):
         rules(param_groups=(ParamGroupConfig(pattern="norm", type="Muon"),))
 
