@@ -1,4 +1,4 @@
-"""Device functions of this process: everything that differs between CUDA and CPU."""
+"""Device functions that differ between CUDA and CPU."""
 
 from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend

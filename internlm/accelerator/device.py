@@ -1,4 +1,4 @@
-"""Queries and control of this process's device. On CPU, synchronising and emptying the cache are no-ops."""
+"""Functions that query and control the device of this process; on CPU, the control functions are no-ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEVICE_VARIABLE = "INTERNLM_DEVICE"
 
 
 def device_type() -> str:
-    """Return ``"cuda"`` if a CUDA device is available and not disabled, else ``"cpu"``."""
+    """Return ``"cuda"`` if a CUDA device is available and ``INTERNLM_DEVICE`` is not ``cpu``, else ``"cpu"``."""
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
@@ -23,7 +23,7 @@ def default_backend() -> str:
 
 
 def device_count() -> int | None:
-    """Return the number of devices of this machine; None on CPU, where any number of processes share the cores."""
+    """Return the number of CUDA devices of this machine; None on CPU, where processes share the cores."""
     return torch.cuda.device_count() if device_type() == "cuda" else None
 
 
@@ -33,7 +33,7 @@ def device_memory() -> int | None:
 
 
 def set_device(local_rank: int) -> None:
-    """Make device ``local_rank`` of this machine the current device; a no-op on CPU."""
+    """Make CUDA device ``local_rank`` of this machine the current device; a no-op on CPU."""
     if device_type() == "cuda":
         torch.cuda.set_device(local_rank)
 
@@ -47,13 +47,13 @@ def current_device() -> torch.device:
 
 
 def synchronize() -> None:
-    """Block until the device has finished all work queued so far."""
+    """Block until the device has finished all queued work; a no-op on CPU."""
     if device_type() == "cuda":
         torch.cuda.synchronize()
 
 
 def empty_cache() -> None:
-    """Release unused cached memory to the device."""
+    """Free the unused device memory that PyTorch caches; a no-op on CPU."""
     if device_type() == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,7 +1,7 @@
 """Causal attention within packed sequences: one function that dispatches to a table of kernels.
 
 Shapes: T tokens of all sequences, N query heads, G key/value heads, Q = N / G query heads per group, D head
-dimension, L tokens of one sequence, B sequences of one run.
+dimension, L tokens of one sequence, B sequences of one run (consecutive sequences of equal length).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
 from internlm.ops.blocked_attention import EqualLengthRun, blocked_attention
-from internlm.utils.errors import ConfigError, Problem, did_you_mean
+from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.lazy import why_missing
 from internlm.utils.torch_private import uncompiled
 
@@ -34,8 +34,8 @@ class PackedSequences:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
-        """Create the boundaries from cumulative lengths [sequences + 1], from 0 on; empty sequences are dropped."""
-        # Host sync on CUDA: the lengths of a step are needed in Python to group equal ones.
+        """Create boundaries from cumulative lengths, [sequences + 1], starting at 0; empty sequences are dropped."""
+        # Host sync on CUDA: Python needs the lengths to group equal ones.
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
         runs, start = [], 0
@@ -49,7 +49,7 @@ class PackedSequences:
 
     @classmethod
     def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:
-        """Create ``batch`` sequences of ``seq_len`` tokens each."""
+        """Create the boundaries of ``batch`` sequences with ``seq_len`` tokens each."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
         return cls(cu_seqlens, seq_len, (EqualLengthRun(0, batch, seq_len),))
 
@@ -60,7 +60,7 @@ class PackedSequences:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """First token and (exclusive) end of each sequence."""
+        """Index of the first token and exclusive end index of each sequence."""
         return [(s + i * length, s + (i + 1) * length) for s, count, length in self.runs for i in range(count)]
 
 
@@ -81,7 +81,7 @@ def attention(
 ) -> Tensor:
     """Compute causal attention within each sequence (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-    With grouped queries (Ainslie et al. 2023, arXiv 2305.13245) Q consecutive query heads share one key/value head.
+    With grouped queries (Ainslie et al. 2023, arXiv 2305.13245), Q consecutive query heads share one key/value head.
 
     Args:
         q: Queries, [T, N, D].
@@ -89,7 +89,7 @@ def attention(
         v: Values, [T, G, D].
         sequences: Sequence boundaries, for T tokens in total.
         scale: Factor of the scores; by default D ** -0.5.
-        window: Number of most recent tokens, including itself, that a token attends to. None: all.
+        window: Number of most recent tokens, including the token itself, that each token attends to. None: all.
         backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype.
 
     Returns:
@@ -104,26 +104,26 @@ def attention(
         name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("model.attention_backend", reason, "Use 'auto'"))
-    assert sequences.tokens == q.shape[0], f"sequences of {sequences.tokens} tokens for {q.shape[0]} queries"
+    assert sequences.tokens == q.shape[0], f"expected q with {sequences.tokens} tokens, got {q.shape[0]}"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[name].kernel(q, k, v, sequences, scale, window)
 
 
 def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return why ``backend`` does not support a device and dtype, or an empty string if it does."""
+    """Return the reason why ``backend`` cannot be used with a device and dtype; an empty string if it can."""
     if backend not in BACKENDS:
-        return f"{backend!r} is unknown. {did_you_mean(backend, BACKENDS)}"
+        return f"{backend!r} is unknown, expected one of {', '.join(BACKENDS)}"
     known = BACKENDS[backend]
     if known.device and device_type != known.device:
-        return f"{backend!r} runs on {known.device} only, but the tensors are on {device_type}"
+        return f"{backend!r} expected tensors on {known.device}, got {device_type}"
     if known.dtypes and dtype not in known.dtypes:
-        return f"{backend!r} supports {', '.join(map(str, known.dtypes))}, but the tensors are {dtype}"
+        return f"{backend!r} expected tensors of {' or '.join(map(str, known.dtypes))}, got {dtype}"
     if known.package and (reason := why_missing(known.package)):
         return f"{backend!r} needs the package '{known.package}', which cannot be imported ({reason})"
     return ""
 
 
-# -- kernels. FlashAttention takes cu_seqlens; sdpa does not, so it is called once per run.
+# -- kernels. FlashAttention accepts cu_seqlens; sdpa does not, so it is called once per run.
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
@@ -141,7 +141,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: 
     from torch.nn.attention.varlen import varlen_attn  # imported here, because it loads the compiler
 
     cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
-    # A right window of 0 makes it causal.
+    # A right window of 0 makes attention causal.
     out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=True)
     return cast(Tensor, out)
 
@@ -194,7 +194,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scal
 
 
 class Backend(NamedTuple):
-    """Attention kernel with the device, dtypes and package that it requires; empty fields: any."""
+    """Attention kernel, and the device, dtypes and package that it requires; an empty field requires nothing."""
 
     kernel: Kernel
     device: str = ""

@@ -2,8 +2,8 @@
 
 FlashAttention (arXiv 2205.14135) tiles rows and columns, because a GPU's shared memory holds only a small tile, and
 therefore needs the online softmax (arXiv 1805.02867), which rescales partial sums as columns arrive. A CPU's L2 cache
-holds the scores of a block of rows against *all* its columns, so this kernel tiles rows only: torch's softmax applies,
-nothing is rescaled, and the backward pass needs neither the log-sum-exp nor the output. As in FlashAttention, the
+holds the scores of a block of rows against *all* its columns, so this kernel tiles rows only: it uses torch's softmax,
+rescales nothing, and needs neither the log-sum-exp nor the output in the backward pass. As in FlashAttention, the
 backward pass recomputes the probabilities from q and k; only q, k and v are saved.
 
 Short sequences use batched GEMMs over as many (sequence, group) pairs as fit into the cache. Long sequences use one
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from internlm.ops import gemm
 from internlm.utils.torch_private import softmax_backward
 
-# Indices (sequence, kv group) of one pair, or slices of several.
+# Indices (sequence, kv group) of one pair, or slices of such indices for several pairs.
 Pairs: TypeAlias = tuple[int, int] | tuple[slice, slice]
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
@@ -38,7 +38,7 @@ _SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs are computed one a
 
 
 class EqualLengthRun(NamedTuple):
-    """Run of consecutive sequences of equal length, which can be computed as one batch."""
+    """Run of consecutive sequences that have equal length and can be computed as one batch."""
 
     start: int  # first token
     sequences: int
@@ -53,12 +53,15 @@ class EqualLengthRun(NamedTuple):
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, runs: tuple[EqualLengthRun, ...], scale: float, window: int | None
 ) -> Tensor:
-    """Compute causal attention within each sequence of each run: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Compute causal attention within each sequence of ``runs``: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
+
+    ``scale`` and ``window`` are those of :func:`internlm.ops.attention`.
+    """
     return _BlockedAttention.apply(q, k, v, runs, scale, window)
 
 
 class _Plan(NamedTuple):
-    """Tiling of an :class:`EqualLengthRun`."""
+    """Plan for the attention of one :class:`EqualLengthRun`: sizes of its batches and blocks."""
 
     groups: int
     together: int  # pairs per batched product
@@ -104,7 +107,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write the attention of some pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
+    """Write the attention of some (sequence, group) pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
         # Scaling q costs R · D multiplications, scaling the scores R · S.
@@ -147,7 +150,7 @@ def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tenso
 
 @functools.cache
 def _causal_bias(dtype: torch.dtype) -> Tensor:
-    """Create the causal bias of a diagonal block, -inf above the diagonal and else 0: [rows, rows]."""
+    """Create the causal bias of a diagonal block, -inf above the diagonal and 0 elsewhere: [rows, rows]."""
     return torch.full((_ROWS_SINGLE, _ROWS_SINGLE), float("-inf"), dtype=dtype).triu_(1)
 
 
@@ -163,7 +166,7 @@ def _plan(q: Tensor, groups: int, run: EqualLengthRun, scale: float, window: int
 
 
 def _pairs(run: EqualLengthRun, plan: _Plan) -> Iterator[Pairs]:
-    """Yield index pairs (sequence, kv group) of q, k and v computed in one batched product."""
+    """Yield the indices of the (sequence, kv group) pairs that each batched product computes."""
     sequences, groups = range(run.sequences), range(plan.groups)
     if plan.together == 1:
         return itertools.product(sequences, groups)
@@ -176,7 +179,7 @@ def _slices(indices: range, step: int) -> Iterator[slice]:
 
 
 def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
-    """Yield the row blocks of a sequence, each with its visible columns."""
+    """Yield the row blocks of a sequence, each with the columns visible to it."""
     for start in range(0, plan.padded, plan.rows):
         end = min(start + plan.rows, plan.padded)
         first = 0 if plan.window is None else max(0, start - plan.window + 1)
@@ -209,12 +212,12 @@ def _block(x: Tensor, rows: slice) -> Tensor:
 
 
 def _put(block: Tensor, target: Tensor, rows: slice) -> None:
-    """Write [..., heads * R, D] to rows of [sequences, groups, heads, L, D] or [heads, L, D], without padding."""
+    """Write ``block``, [..., heads * R, D], to ``rows`` of ``target``, [..., heads, L, D], without padding."""
     target = target[..., rows, :]
     *heads, length, dim = target.shape
     target.copy_(block.reshape(*heads, -1, dim)[..., :length, :])
 
 
 def _zeros(x: Tensor, plan: _Plan) -> Tensor:
-    """Create zeros like [..., L, D], in the memory order of the gradients that ``gemm.matmul`` returns."""
+    """Create zeros of the shape of ``x``, [..., L, D], in the memory order of the results of ``gemm.matmul``."""
     return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

@@ -1,8 +1,8 @@
 """Cross entropy of next-token prediction, fused with the output projection or on given logits.
 
-The logits of a micro-batch are its largest tensor by far: T · V elements, where activations have T · H. The fused
-version computes logits and their gradient chunk by chunk, so that they never exist as a whole and are never
-recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+The logits of a micro-batch are its largest tensor by far: T · V elements, whereas other activations have T · H. The
+fused version computes logits and their gradient chunk by chunk, so that the logits never exist as a whole and are
+never recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
 
 Shapes: T tokens, H hidden size, V vocabulary entries (of a shard: rows of its weight), C tokens of one chunk.
 """
@@ -43,10 +43,10 @@ class VocabShard(Protocol):
     total: int  # vocabulary entries of all shards, without padding
 
     def max_(self, x: Tensor) -> Tensor:
-        """Take the elementwise maximum of `x` over the ranks by all-reduce, in place."""
+        """Take the elementwise maximum of ``x`` over the ranks by all-reduce, in place."""
 
     def sum_(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks by all-reduce, in place."""
+        """Sum ``x`` over the ranks by all-reduce, in place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,8 +69,8 @@ def linear_cross_entropy(
     """Compute the cross entropy of ``softmax(x @ weight.T)`` against ``labels``.
 
     With ``options.vocab``, ``weight`` is this rank's shard, with the same number of rows on every rank. All other
-    arguments and the result are the same on every rank; the gradient of ``x`` is a partial sum, to be summed over the
-    ranks by the caller.
+    arguments and the result are the same on every rank. The gradient of ``x`` is then a partial sum, which the caller
+    must sum over the ranks.
 
     Args:
         x: Hidden states, [T, H].
@@ -93,7 +93,14 @@ def linear_cross_entropy(
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, grad_scale: float = 1.0
 ) -> TokenLoss:
-    """Compute the cross entropy of ``softmax(logits)`` against ``labels``: [T, V], int64 [T]."""
+    """Compute the cross entropy of ``softmax(logits)`` against ``labels``.
+
+    Args:
+        logits: Logits, [T, V].
+        labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
+        label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
+        grad_scale: Factor of ``loss_sum`` and of the gradient.
+    """
     return TokenLoss(*_CrossEntropy.apply(logits, labels, label_smoothing, grad_scale))
 
 
@@ -197,8 +204,8 @@ def _sharded_losses_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`_losses_and_grad` on the logits of one vocabulary shard (Megatron-LM, arXiv 1909.08053, sec. 3).
 
-    Calls two all-reduces, of [C] and of at most [3, C] elements. They do not depend on the labels, so that all ranks
-    call the same ones.
+    It calls two all-reduces, of [C] and of at most [3, C] elements. The calls do not depend on the labels, so all ranks
+    call the same collectives.
     """
     local = labels - vocab.first
     # True on the rank that owns the label's entry; False on all ranks for an ignored label, which is negative.
@@ -229,7 +236,7 @@ def default_chunk_tokens(device_type: str, rows: int) -> int:
 
 
 def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Scale the gradient by ``factor``; add it to ``main_grad`` and return None, or return it without ``main_grad``."""
+    """Scale the weight's gradient by ``factor`` and add it to ``main_grad``; return it if ``main_grad`` is None."""
     factor = factor.to(dweight.dtype)
     if main_grad is None:
         return torch.mul(dweight, factor, out=torch.empty(dweight.shape, dtype=dtype, device=dweight.device))

@@ -1,8 +1,8 @@
-"""GEMMs of training, without autograd: the three products of a linear layer, and a plain product.
+"""GEMMs without autograd: the three products of a linear layer, and a plain product.
 
-On the CPU in fp32 the products go through oneDNN: never much slower than the BLAS behind ``torch.mm``, and twice as
-fast on processors whose AVX-512 units this BLAS does not use. All other products go through ``torch.mm``. Measurements
-are in ``doc/performance.md``.
+Large fp32 products on the CPU use oneDNN, which is never much slower than the BLAS behind ``torch.mm``, and twice as
+fast on processors whose AVX-512 units that BLAS does not use. All other products use ``torch.mm``. Measurements are in
+``doc/performance.md``.
 
 Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for a plain product.
 """
@@ -18,7 +18,7 @@ from internlm.utils.torch_private import onednn_linear
 # oneDNN compiles (about 1 ms) and caches (about 0.5 MB) a kernel per shape, so the number of tokens, which may vary
 # from call to call, is padded to a multiple of this.
 TOKEN_MULTIPLE = 64
-# Multiply-adds below which oneDNN does not pay: a call has 15 us of overhead, against 4 us.
+# Number of multiply-adds below which oneDNN is slower: its calls have an overhead of 15 us, those of torch.mm 4 us.
 _LEAST_WORK = 2**20
 # Elements of one block of a weight gradient; bounds the memory of the temporary product.
 _BLOCK_ELEMENTS = 2**22
@@ -43,7 +43,7 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
         out: Gradient, [O, I]; its dtype may be wider than that of the factors (fp32 gradient buffer).
         dy: Gradient of the output, [T, O].
         x: Input, [T, I].
-        accumulate: Add to ``out``; if False, overwrite it.
+        accumulate: Whether to add to ``out``. False: overwrite it.
     """
     if out.dtype == dy.dtype and not _onednn_pays(dy.t(), x.shape[1]):
         out.addmm_(dy.t(), x, beta=int(accumulate))
@@ -61,8 +61,8 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a @ b``: [M, K], [K, N] -> [M, N], optionally batched; ``a`` may be a transposed view.
 
-    A batch is one call of the BLAS. Single products should have few distinct shapes, because oneDNN caches a kernel per
-    shape.
+    A batched product is one BLAS call. Products without a batch should have few distinct shapes, because oneDNN caches
+    a kernel per shape.
     """
     if a.dim() > 2:
         return torch.bmm(a, b)
@@ -95,7 +95,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying the smaller factor in transposed order.
 
-    If ``b`` is copied, the result is a transposed view, whose strided read the comparison counts as a cost.
+    If ``b`` is copied, the result is a transposed view. The comparison of sizes includes the cost of reading this view.
     """
     a, b = _pad_tokens(a), _pad_tokens(b)
     if a.numel() <= b.numel() + a.shape[1] * b.shape[1]:

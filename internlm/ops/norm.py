@@ -1,4 +1,4 @@
-"""Normalisation over the hidden dimension.
+"""RMSNorm and layer normalisation over the hidden dimension.
 
 Shapes: T tokens, H hidden size; T may stand for any number of dimensions.
 """
@@ -19,7 +19,8 @@ from internlm.utils.dtype import wide
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] -> [T, H].
 
-    Half precision is computed in fp32 and rounded once. Only ``x`` and one value per token are saved for backward.
+    Half-precision inputs are computed in fp32 and rounded once. Only the arguments and one value per token are saved
+    for backward.
     """
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
@@ -50,10 +51,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Call the fused backward kernel of layer norm with mean 0, and undo its term for the subtracted mean.
+        """Call the fused backward kernel of layer normalisation with mean 0, and add back the term that it subtracts.
 
-        With g = dout · weight and r = 1 / rms, layer norm has dx = r · (g - mean(g) - r² · x · mean(g · x)), and
-        RMSNorm the same without mean(g).
+        With g = dout · weight and r = 1 / rms, layer normalisation has dx = r · (g - mean(g) - r² · x · mean(g · x)).
+        RMSNorm has the same dx without the term mean(g).
         """
         x, weight, inverse = ctx.saved_tensors
         wide_x, wide_dout, wide_weight = (t.to(inverse.dtype) for t in (x, dout, weight))

@@ -1,7 +1,7 @@
 """Reference implementations of the ops in plain torch with autograd; slow and memory-intensive.
 
-Parity tests compare the kernels with them, and compiled blocks use some of them, because the compiler fuses plain
-formulas. Formulas and sources are in the docstrings of the kernels.
+Parity tests compare the kernels with these functions. Compiled blocks call some of them, because the compiler fuses
+plain formulas. Formulas and sources are in the docstrings of the kernels.
 
 Shapes: T tokens, H hidden size, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension,
 F intermediate features, V vocabulary entries.
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute the root-mean-square norm: [T, H], [H] -> [T, H]."""
+    """Compute RMSNorm over the last dimension: [T, H], [H] -> [T, H]."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute layer norm: [T, H], [H], [H] -> [T, H]."""
+    """Compute layer normalisation over the last dimension: [T, H], [H], [H] -> [T, H]."""
     centred = x - x.mean(-1, keepdim=True)
     out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
     return out if bias is None else out + bias
@@ -73,5 +73,5 @@ def attention(
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the loss of each token, 0 where the label is -100: [T, V], [T] -> [T]."""
+    """Compute the cross entropy of each token, 0 if its label is -100: [T, V], [T] -> [T]."""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=-100)

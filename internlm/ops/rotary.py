@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 34).
 
-A head is D / 2 pairs of features, each rotated by an angle that grows with the position, so that the score of a query
-and a key depends on their distance only. The pairs are (0, D/2), (1, D/2 + 1), ... as in Llama and GPT-NeoX, or,
-interleaved, (0, 1), (2, 3), ... as in RoFormer.
+A head consists of D / 2 pairs of features. Each pair is rotated by an angle proportional to the position, so that the
+score of a query and a key depends only on their distance. The pairs are (0, D/2), (1, D/2 + 1), ... as in Llama and
+GPT-NeoX or, if interleaved, (0, 1), (2, 3), ... as in RoFormer.
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension.
 """
@@ -22,12 +22,14 @@ from internlm.utils.dtype import wide
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryScaling:
-    """Base frequency, and its scaling or that of positions for contexts longer than in training.
+    """Base of the rotary frequencies, and their scaling for contexts longer than in training.
 
-    Linear scaling divides positions by the factor s (position interpolation, Chen et al. 2023, arXiv 2306.15595). With
-    ``dynamic_ntk`` positions are unchanged, and once a sequence of L tokens exceeds ``max_position``, the base becomes
-    base * (s * L / max_position - (s - 1)) ** (D / (D - 2)) (dynamic NTK scaling, Peng et al. 2023, arXiv 2309.00071,
-    section 3): high frequencies, which distinguish neighbours, hardly change, and the lowest is stretched to L.
+    Linear scaling divides positions by s = ``factor`` (position interpolation, Chen et al. 2023, arXiv 2306.15595).
+
+    With ``dynamic_ntk``, positions are unchanged. Once a sequence of L tokens exceeds ``max_position``, the base
+    becomes base * (s * L / max_position - (s - 1)) ** (D / (D - 2)) (dynamic NTK scaling, Peng et al. 2023, arXiv
+    2309.00071, section 3): high frequencies, which distinguish neighbours, hardly change, and the lowest is stretched
+    to L.
     """
 
     base: float = 10000.0
@@ -46,13 +48,13 @@ def rotary_table(
     seq_len: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the cosines and sines of the angles at ``positions``.
+    """Compute the cosines and sines of the rotation angles at ``positions``.
 
     Args:
         positions: Token positions, [T].
         dim: Head dimension D.
-        scaling: Base frequency and scaling.
-        seq_len: Sequence length L for dynamic NTK scaling; by default the largest position + 1 (a host sync).
+        scaling: Base and scaling of the frequencies.
+        seq_len: Sequence length L for dynamic NTK scaling. None: the largest position + 1 (a host sync).
         dtype: Dtype of the result.
 
     Returns:
@@ -78,8 +80,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection and rotate q and k: [T, G, Q + 2, D] -> q [T, N, D], k [T, G, D], v [T, G, D].
 
-    A group consists of its Q query heads, its key head and its value head, in this order. The results are stored by
-    head (views [T, N, D] of [N, T, D]), the order in which attention reads them.
+    A group consists of Q query heads, a key head and a value head, in this order. The results are stored by head (they
+    are views [T, N, D] of [N, T, D]), the order in which attention reads them.
     """
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
@@ -132,8 +134,8 @@ class _SplitQKVRotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Write ``x`` rotated by the angles into ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
-    # One head at a time on the CPU: it fits into the cache, and is read and written several times.
+    """Rotate ``x`` and write the result to ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
+    # One head at a time on the CPU: a head fits into the cache, and is read and written several times.
     if x.device.type == "cpu" and x.dim() > 2:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head)

@@ -279,12 +279,13 @@ def _shared_norm(model: Any) -> None:
 
 #: By what is done to a model before it is to be shared.
 UNFIT: dict[Callable[[nn.Module], None], str] = {
-    _of_two_types: "'norm.weight' is of torch.float32, expected torch.float64",
-    _with_a_scalar: "'layers.1.scale' is a scalar, which cannot be sharded (shape [1] can)",
-    _shared_by_blocks: "'layers.1.attention.wo.weight' is tied to 'layers.0.attention.wo.weight', which belongs to "
-    "another unit",
-    _shared_norm: "'norm.weight' is tied to 'layers.1.ffn_norm.weight', which belongs to another unit",
+    _of_two_types: "'norm.weight' has dtype torch.float32, expected torch.float64",
+    _with_a_scalar: "'layers.1.scale' is a scalar, expected at least 1 dimension",
+    _shared_by_blocks: "'layers.1.attention.wo.weight' is tied to 'layers.0.attention.wo.weight', which is not in the "
+    "same block",
+    _shared_norm: "'norm.weight' is tied to 'layers.1.ffn_norm.weight', which is not in the same block",
 }
+TODO = "Change the parameter, or set parallel.zero1.fsdp=False"
 
 
 def _refused(rank: int, world_size: int, spoil: Callable[[nn.Module], None]) -> str:
@@ -298,7 +299,8 @@ def _refused(rank: int, world_size: int, spoil: Callable[[nn.Module], None]) -> 
 
 @pytest.mark.parametrize("spoil", UNFIT, ids=lambda spoil: spoil.__name__)
 def test_what_cannot_be_shared_is_refused(spoil: Callable[[nn.Module], None]) -> None:
-    assert run_ranks(2, _refused, spoil) == [f"parallel.zero1.fsdp: True, but {UNFIT[spoil]}. Set it to False"] * 2
+    message = f"parallel.zero1.fsdp: True, but parameter {UNFIT[spoil]}. {TODO}"
+    assert run_ranks(2, _refused, spoil) == [message] * 2
 
 
 def _converted(rank: int, world_size: int) -> str:

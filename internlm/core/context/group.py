@@ -11,9 +11,9 @@ from internlm.core.context.layout import ParallelMode
 
 @dataclass(frozen=True)
 class Group:
-    """A process group of one parallel mode, and this rank's rank in it.
+    """Process group of one parallel mode, with its size and the rank of this process in it.
 
-    Mode, rank and size are plain values: code that only computes shapes needs no process group.
+    Mode, rank and size are plain values, so that code that only computes shapes needs no process group.
     """
 
     mode: ParallelMode
@@ -23,7 +23,7 @@ class Group:
 
     @classmethod
     def of(cls, mode: ParallelMode, handle: dist.ProcessGroup) -> Group:
-        """Wrap a ``torch.distributed`` process group."""
+        """Wrap ``handle``, a ``torch.distributed`` process group of ``mode``."""
         return cls(mode, handle, dist.get_rank(handle), dist.get_world_size(handle))
 
 

@@ -1,15 +1,16 @@
-"""Rank layout: the rank lists of every :class:`ParallelMode`, computed from the parallel sizes. Pure.
+"""Rank layout: the rank lists of the process groups of every parallel mode, computed from the parallel sizes.
 
-All modes are slices of one reshaped ``arange(world)``. The ranks of a pipeline stage have three views, with the
-fastest-varying mode first::
+The groups of a mode are slices of ``arange(world)``, reshaped to a grid. The ranks of a pipeline stage form three
+alternative grids, listed with the fastest-varying mode first::
 
     ordinary   tensor, data
     weight     weight, weight-data              (isp: the same ranks, by shards of the weights)
     expert     expert-tensor, expert, expert-data
 
-The pipeline varies slowest in each view. Tensor varies fastest because its collectives are on the critical path of
+The pipeline varies slowest in each grid. Tensor varies fastest because its collectives are on the critical path of
 every layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). ZERO1 groups consecutive
-members of the data group (of the weight-data group under isp); ZERO1_REPLICA groups the ranks that hold the same shard.
+members of the data group (of the weight-data group under isp); ZERO1_REPLICA groups the ranks that hold the same shard
+of the optimizer state.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 
 class ParallelMode(Enum):
-    """A partition of all ranks into process groups; each rank is in one group of each mode."""
+    """Parallel mode: a partition of all ranks into process groups, so that each rank is in one group of each mode."""
 
     GLOBAL = "global"  # every rank
     DATA = "data"  # different samples
@@ -41,7 +42,13 @@ class ParallelMode(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
-    """Sizes of the process groups. ``zero1`` ≤ 0 means the whole data (weight-data) group; ``expert`` ≤ 0 means 1."""
+    """Sizes of the process groups.
+
+    ``zero1`` ≤ 0 means the size of the data group (of the weight-data group under isp); ``expert`` ≤ 0 means 1.
+
+    Raises:
+        ValueError: The world size, or the size of the group that ZERO1 divides, is not divisible by the other sizes.
+    """
 
     world: int
     tensor: int = 1
@@ -60,9 +67,8 @@ class ParallelSizes:
                     f"{self.pipeline * group}"
                 )
         if self.zero_parent % self.zero:
-            raise ValueError(
-                f"the {self.zero_parent} ranks of the data group are not divisible by zero1 size {self.zero}"
-            )
+            group = "weight-data" if self.isp else "data"
+            raise ValueError(f"{group} group size {self.zero_parent} is not divisible by zero1 size {self.zero}")
 
     @property
     def _expert_group(self) -> int:
@@ -70,39 +76,39 @@ class ParallelSizes:
 
     @property
     def data(self) -> int:
-        """Number of ranks that read different samples."""
+        """Size of the data group, whose ranks read different samples."""
         return self.world // (self.pipeline * self.tensor)
 
     @property
     def weight_data(self) -> int:
-        """Number of ranks that hold the same shard of the weights."""
+        """Size of the weight-data group, whose ranks hold the same shard of the weights."""
         return self.world // (self.pipeline * self.weight)
 
     @property
     def expert_data(self) -> int:
-        """Number of ranks that hold the same experts."""
+        """Size of the expert-data group, whose ranks hold the same experts."""
         return self.world // (self.pipeline * self._expert_group)
 
     @property
     def zero_parent(self) -> int:
-        """Size of the group that ZERO1 partitions."""
+        """Size of the group that is divided into ZERO1 groups: data, or weight-data under isp."""
         return self.weight_data if self.isp else self.data
 
     @property
     def zero(self) -> int:
-        """Number of ranks that shard one optimizer state."""
+        """Size of the ZERO1 group, over which an optimizer state is sharded."""
         return self.zero1 if self.zero1 > 0 else self.zero_parent
 
 
 class Layout:
-    """Rank lists of the groups of every mode."""
+    """Rank lists of the process groups of every parallel mode."""
 
     def __init__(self, sizes: ParallelSizes) -> None:
         self.sizes = sizes
 
     @cached_property
     def grids(self) -> dict[ParallelMode, np.ndarray]:
-        """Arrays [groups, members] of global ranks, by mode."""
+        """Global ranks of each mode as an int array, [groups, members]."""
         s = self.sizes
         ranks = np.arange(s.world)
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)
@@ -131,7 +137,7 @@ class Layout:
         return self.grids[mode].tolist()
 
     def group_of(self, rank: int, mode: ParallelMode) -> list[int]:
-        """Return the ranks of the group of ``mode`` that contains ``rank``, in the order of local ranks."""
+        """Return the global ranks of the group of ``mode`` that contains ``rank``, in the order of local ranks."""
         grid = self.grids[mode]
         # Each rank is in exactly one row.
         row = int(np.nonzero(grid == rank)[0][0])
@@ -139,5 +145,5 @@ class Layout:
 
 
 def _along(grid: np.ndarray, axis: int) -> np.ndarray:
-    """Slice ``grid`` along ``axis`` into [lines, members]."""
+    """Return all lines of ``grid`` along ``axis``: [lines, members]."""
     return np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])

@@ -1,7 +1,7 @@
 """Parallel context: process groups, config and random streams of this rank, with look-up methods for scripts.
 
-Only users' scripts and the assembly layers read ``global_context``; lower layers take the groups they need as
-arguments.
+Only users' scripts and the code that assembles a run read ``global_context``; lower layers take the groups that they
+need as arguments.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def sizes_of(config: Config, world_size: int) -> ParallelSizes:
 
 
 class ParallelContext:
-    """Groups, config and random streams of this rank; empty until :meth:`initialize`."""
+    """Process groups, config and random streams of this rank, set by :meth:`initialize`."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
@@ -49,7 +49,7 @@ class ParallelContext:
 
     # -- lifetime -----------------------------------------------------------------------------------------------------
     def initialize(self, config: Config, seed: int) -> None:
-        """Create the groups of every mode and seed the random streams.
+        """Create the process groups of every mode and seed the random streams.
 
         The default process group must exist, and every rank must call this with the same config.
         """
@@ -67,8 +67,8 @@ class ParallelContext:
     def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
         """Return the process group of ``ranks`` for ``use``, created on the first call.
 
-        Only its members create it, so thousands of ranks need no global barrier per group. Each rank is in one group of
-        a mode, and all ranks go through the modes in the same order, so they cannot deadlock.
+        Only the members create a group, which avoids a global barrier per group. Each rank is in one group of a mode,
+        and all ranks create the groups in the same order of modes, so they cannot deadlock.
         """
         # Groups belong to the default group under which they were created; tests and notebooks may have replaced it.
         if self._made_in is not dist.group.WORLD:
@@ -87,8 +87,8 @@ class ParallelContext:
     def destroy(self) -> None:
         """Reset the context, so that :meth:`initialize` may be called again.
 
-        The process groups are kept for the next context in this process, and end with the default group: torch would
-        give a new group of the same ranks the name of the old one, and hence the old one's entries in the store.
+        The process groups are kept for reuse until the default group is destroyed: torch would give a new group of the
+        same ranks the name of the old one, and hence the entries of the old group in the store.
         """
         self._clear()
         if not dist.is_initialized():
@@ -96,7 +96,7 @@ class ParallelContext:
 
     @property
     def initialized(self) -> bool:
-        """Whether :meth:`initialize` was called."""
+        """Whether :meth:`initialize` has been called, with no :meth:`destroy` since."""
         return self._config is not None
 
     # -- config and seeds ---------------------------------------------------------------------------------------------
@@ -129,11 +129,11 @@ class ParallelContext:
         return self._rank
 
     def is_initialized(self, mode: ParallelMode) -> bool:
-        """Whether the group of ``mode`` has been created."""
+        """Return whether the process group of ``mode`` has been created."""
         return mode in self._groups
 
     def is_using_parallel_mode(self, mode: ParallelMode) -> bool:
-        """Whether ``mode`` has more than one rank."""
+        """Return whether this rank's group of ``mode`` has more than one rank."""
         return self.get_world_size(mode) > 1
 
     def get_group(self, mode: ParallelMode) -> dist.ProcessGroup:
@@ -141,17 +141,17 @@ class ParallelContext:
         return self._groups[mode]
 
     def group(self, mode: ParallelMode) -> Group:
-        """Return this rank's group of ``mode`` as a :class:`Group`, which the framework's layers take."""
+        """Return this rank's group of ``mode`` as a :class:`Group`, the form in which layers take it."""
         return Group.of(mode, self._groups[mode])
 
     def pair_of_stages(self, use: str, pairs: Sequence[tuple[int, int]]) -> Group:
-        """Return the group of this rank's pair of stages, or a group of this rank alone where it is in no pair.
+        """Return the group of the pair of stages that contains this rank, or of this rank alone if no pair does.
 
         All ranks must call this with the same arguments.
 
         Args:
             use: Purpose of the groups; a pair has a separate group for each purpose.
-            pairs: Pairs of stages of this rank's pipeline; no stage is in two pairs.
+            pairs: Disjoint pairs of stages of a pipeline.
         """
         ranks = self._ranks[ParallelMode.PIPELINE]
         own = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)
@@ -161,7 +161,7 @@ class ParallelContext:
         return Group.of(ParallelMode.PIPELINE, self._group(members, use))
 
     def pipeline_ends(self) -> Group:
-        """Return the group of the first and the last stage of this rank's pipeline."""
+        """Return the group of the pipeline's first and last stage; on other stages, a group of this rank alone."""
         stages = self.get_world_size(ParallelMode.PIPELINE)
         return self.pair_of_stages("ends", [(0, stages - 1)] if stages > 1 else [])
 
@@ -178,11 +178,11 @@ class ParallelContext:
         return self._ranks[mode].index(self._rank)
 
     def is_first_rank(self, mode: ParallelMode) -> bool:
-        """Whether this rank is the first of its group of ``mode``."""
+        """Return whether this rank is the first of its group of ``mode``."""
         return self.get_local_rank(mode) == 0
 
     def is_last_rank(self, mode: ParallelMode) -> bool:
-        """Whether this rank is the last of its group of ``mode``."""
+        """Return whether this rank is the last of its group of ``mode``."""
         return self.get_local_rank(mode) == self.get_world_size(mode) - 1
 
     def get_next_global_rank(self, mode: ParallelMode) -> int:
@@ -194,20 +194,20 @@ class ParallelContext:
         return self._ranks[mode][(self.get_local_rank(mode) - 1) % self.get_world_size(mode)]
 
     def is_pipeline_first_stage(self) -> bool:
-        """Whether this rank holds the first layers."""
+        """Return whether this rank is on the first pipeline stage."""
         return self.is_first_rank(ParallelMode.PIPELINE)
 
     def is_pipeline_last_stage(self) -> bool:
-        """Whether this rank holds the last layers."""
+        """Return whether this rank is on the last pipeline stage."""
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Whether this rank computes the loss: it is the last stage, or in a V-shaped schedule the first."""
+        """Return whether this rank computes the loss: on the last stage, in a V-shaped schedule on the first."""
         v_shaped = self.config.parallel.pipeline.mode == "ZBV"
         return self.is_pipeline_first_stage() if v_shaped else self.is_pipeline_last_stage()
 
     def is_rank_for_log(self) -> bool:
-        """Whether this rank writes the log: the first of its data and tensor groups, on the last stage."""
+        """Return whether this rank writes the log: first in its data and tensor groups, on the last stage."""
         return (
             self.is_first_rank(ParallelMode.DATA)
             and self.is_first_rank(ParallelMode.TENSOR)

@@ -1,8 +1,8 @@
 """Failure attribution in a pipeline: find the dead or silent peer when a send or a receive fails.
 
-A rank usually blocks on a neighbour that is blocked itself, so naming the neighbour would be wrong. Each rank whose
-wait fails therefore writes the peer that it waited for to the job's store, then reads the entries of the other ranks
-and follows them: the lost peer is at the end of the chain, and has no entry.
+A rank usually blocks on a neighbour that is itself blocked, so an error that names the neighbour would mislead. Each
+rank whose wait fails therefore writes the peer that it waited for to the job's store, reads the entries of the other
+ranks, and follows the chain of waits to its end: the lost peer, which has no entry.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from internlm.core.context.group import Group
 from internlm.utils.errors import LostPeerError, is_peer_failure
 from internlm.utils.torch_private import default_store
 
-#: Seconds for which a rank waits for the entries of the other ranks.
+#: Maximum time, in seconds, for which a rank waits for the entries of the other ranks.
 GRACE_SECONDS = 2.0
-#: Peer in the entry of a rank that waited for all stages, as in a collective.
+#: Peer of a rank that waits for all stages, as in a collective.
 ALL = -1
 
 
 @contextmanager
 def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: timedelta) -> Iterator[None]:
-    """Turn a failed wait within the block into an error that names the lost peer.
+    """Convert the error of a failed wait within the block into a ``LostPeerError`` that names the lost peer.
 
     Args:
-        stage: Group of this rank's pipeline.
+        stage: Pipeline group of this rank.
         peer: Stage for which the block waits, or :data:`ALL`.
         operation: Operation of ``peer`` that did not complete, for the message: ``"send …"``.
-        timeout: Timeout of the process group. A wait of this length means a silent peer, a shorter one a dead peer.
+        timeout: Timeout of the process group. A wait that lasted as long indicates a silent peer, a shorter wait a dead
+            one.
 
     Raises:
         LostPeerError: The wait failed because a rank is dead or silent.
@@ -59,21 +60,22 @@ def _message(stage: Group, peer: int, operation: str, seconds: float, timeout: t
     waiting = f"stage {stage.rank} (rank {ranks[stage.rank]}) waited {seconds:.0f} s for {waited_for} to {operation}"
     cause = str(error).strip().splitlines()[-1]
     if lost is None:
-        return f"pipeline: all stages wait for one another; {waiting} ({cause})"
+        return f"pipeline: no dead or silent stage found, perhaps a deadlock: {waiting} ({cause})"
     return f"pipeline stage {ranks.index(lost)} (rank {lost}) is {fate}: {waiting} ({cause})"
 
 
 def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tuple[int | None, str]:
-    """Follow the chain of waits from ``rank`` to the peer that left no entry.
+    """Follow the chain of waits from ``rank`` to a peer without an entry in the store.
 
     Args:
         ranks: Global ranks of the pipeline.
         rank: Global rank of this process.
-        peer: Global rank for which this one waited, or :data:`ALL`.
-        fate: State of ``peer`` as seen by this rank, ``"silent"`` or ``"gone"``.
+        peer: Global rank for which this process waited, or :data:`ALL`.
+        fate: State of ``peer`` as observed by this rank, ``"silent"`` or ``"gone"``.
 
     Returns:
-        Global rank of the lost peer (None: the waits form a cycle), and its fate as seen by the rank next to it.
+        Global rank of the lost peer, and its fate as observed by the rank that waited for it. The rank is None if none
+        was found, for example because the waits form a cycle.
     """
     try:
         waits = _exchange_waits(ranks, rank, peer, fate)
@@ -85,15 +87,15 @@ def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tu
         peer, fate = waits[peer]
     if peer != ALL:
         return (None if peer in visited else peer), fate
-    # The chain ends at a rank in a collective. A rank that waited for a single peer has seen the lost one directly;
-    # without such a rank, the lost peer is one that left no entry.
+    # The chain ends at a rank in a collective, which names no peer. A rank that waited for a single peer without an
+    # entry names the lost peer directly; if there is none, the lost peer is any rank without an entry.
     seen_by_others = [wait for wait in waits.values() if wait[0] != ALL and wait[0] not in waits]
     without_entry = [(other, fate) for other in ranks if other not in waits]
     return next(iter([*seen_by_others, *without_entry]), (None, fate))
 
 
 def _exchange_waits(ranks: Sequence[int], rank: int, peer: int, fate: str) -> dict[int, tuple[int, str]]:
-    """Store this rank's wait and return those of all ranks: rank to (peer that it waited for, fate of the peer)."""
+    """Store this rank's wait and return the waits of all ranks: (peer waited for, fate of this peer) by rank."""
     store = default_store()
     store.set(_key(rank), f"{peer} {fate}")
     deadline = time.monotonic() + GRACE_SECONDS

@@ -1,7 +1,7 @@
-"""Random streams of a rank: seeded equally on ranks that must draw the same numbers, and differently on others.
+"""Random streams of a rank, seeded equally on ranks that must draw the same numbers and differently on others.
 
-There is one stream per :class:`ParallelMode` that needs random numbers. ``DATA``: ranks with the same activations (one
-tensor group) draw the same numbers, ranks with other samples or layers different ones. ``TENSOR``: all ranks draw
+There are two streams, named by a :class:`ParallelMode`. ``DATA``: the ranks of a tensor group, which hold the same
+activations, draw the same numbers; ranks with other samples or layers draw different ones. ``TENSOR``: all ranks draw
 different numbers.
 """
 
@@ -17,14 +17,14 @@ from internlm.core.context.layout import ParallelMode
 
 
 def derived_seed(seed: int, *labels: object) -> int:
-    """Derive a 63-bit seed from ``seed`` and labels, the same on every machine and Python version."""
+    """Derive a 63-bit seed from ``seed`` and ``labels``, the same on every machine and Python version."""
     # Python's own hash() of strings differs between processes.
     text = "/".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) -> dict[ParallelMode, int]:
-    """Return the seed of each stream on a rank with these coordinates."""
+    """Return the seed of each random stream, derived from the run's ``seed`` and this rank's position in the layout."""
     return {
         ParallelMode.DATA: derived_seed(seed, "data", data_rank, pipeline_rank),
         ParallelMode.TENSOR: derived_seed(seed, "tensor", data_rank, pipeline_rank, tensor_rank),
@@ -32,9 +32,9 @@ def mode_seeds(seed: int, data_rank: int, pipeline_rank: int, tensor_rank: int) 
 
 
 class RandomStreams:
-    """A stream of random numbers per mode, all drawn through torch's default generators.
+    """Random streams of this rank, one per mode, which share torch's default CPU generator.
 
-    Outside :meth:`use` the ``DATA`` stream is active. On CUDA's generator it is the only stream.
+    Outside of :meth:`use`, the ``DATA`` stream is active. The CUDA generator has only the ``DATA`` stream.
     """
 
     def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
@@ -58,7 +58,7 @@ class RandomStreams:
         self._current = mode
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the state of each stream, and of CUDA's generator."""
+        """Return the generator state of each stream, and of the CUDA generator if CUDA is available."""
         self._states[self._current] = torch.get_rng_state()
         states = {mode.value: state.clone() for mode, state in self._states.items()}
         if torch.cuda.is_available():
@@ -66,7 +66,7 @@ class RandomStreams:
         return states
 
     def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Restore every stream from a result of :meth:`state_dict`."""
+        """Restore every stream from ``states``, a result of :meth:`state_dict`."""
         for mode in self._states:
             self._states[mode] = states[mode.value].clone()
         torch.set_rng_state(self._states[self._current])

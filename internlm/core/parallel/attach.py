@@ -1,13 +1,13 @@
-"""Attach communicators to the layers of a model: a table from tensor mode and role to a communicator.
+"""Attach a communicator to each layer of a model, selected by the tensor mode and the role of the layer.
 
 A parallel layer has two attributes: its ``role`` (``"column"``, ``"row"``, ``"head"``, ``"embedding"``,
-``"attention"``, ``"model"``) and its ``communicator``. Register a custom role, whose weights are split like those of a
-built-in role, as follows::
+``"attention"``, ``"model"``) and its ``communicator``. A custom role, whose weights are split like those of a built-in
+role, is registered as follows::
 
     @register_communicator("msp", "my role", like="column")
     def build(context: CommContext, layer: nn.Module) -> Communicator: ...
 
-In modes without a registered function, the layer gets the communicator of the built-in role.
+In modes for which no function is registered, a layer with the custom role gets the communicator of the built-in role.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ GATHERED_ROLES = ("column", "row", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class CommContext:
-    """Process groups over which a model is split; under isp also the gatherer of its weights."""
+    """Context in which communicators are built: process groups and, under isp, the gatherer of the weights."""
 
     tensor: Group
     weight: Group
     gatherer: WeightGatherer | None = None
     linear_index: Mapping[nn.Module, int] = field(default_factory=dict)
-    """Index of each linear, in the order of execution."""
+    """Index of each linear in the gatherer, in the order of execution."""
     block_index: Mapping[nn.Module, int] = field(default_factory=dict)
     """Index of the block that contains each module."""
 
 
-#: Function that builds the communicator of a layer.
+#: Function that builds the communicator of a layer: (context, layer) → communicator.
 Build = Callable[[CommContext, Any], Any]
 TABLE: dict[tuple[TensorMode, str], Build] = {}
 
 
 def register_communicator(mode: TensorMode, role: str, like: Role | None = None) -> Callable[[Build], Build]:
-    """Register the decorated function, which builds the communicator of a layer.
+    """Register the decorated function to build the communicators of all layers with ``role`` under ``mode``.
 
     Args:
-        mode: Tensor mode in which the function is used.
-        role: Role of the layer. A custom role must be registered before the model is built.
-        like: For a custom role, the built-in role whose split of the weights it uses.
+        mode: Tensor mode.
+        role: Role of the layers. A custom role must be registered before the model is built.
+        like: Built-in role according to which the weights of a custom role are split. None: ``role`` is built in.
     """
 
     def register(build: Build) -> Build:
@@ -90,7 +90,7 @@ Combine = Callable[[Tensor, Group], Tensor]
 def _embedding(combine_hidden: Combine, combine_vocab: Combine) -> Build:
     def build(context: CommContext, layer: Any) -> VocabEmbedding | HiddenEmbedding:
         placement = placement_of(layer.weight)
-        # Read from the placement, not from the config: a tied table is split by vocabulary, regardless of the key.
+        # Read from the placement, not from the config: a tied table is split by vocabulary in any case.
         if placement.shard is not None and placement.shard.axis is not None:
             return HiddenEmbedding(context.tensor, combine_hidden)
         return VocabEmbedding(context.tensor, placement, combine_vocab)
@@ -122,7 +122,7 @@ def _isp_embedding(context: CommContext, layer: Any) -> IspEmbedding:
 
 
 TABLE |= {
-    # No ("mtp", "model"): tokens are whole between the layers, as with the identity communicator.
+    # No entry ("mtp", "model"): every rank holds all tokens between layers, so the identity communicator applies.
     ("mtp", "column"): lambda context, layer: MtpColumn(context.tensor),
     ("mtp", "row"): lambda context, layer: MtpRow(context.tensor),
     ("mtp", "head"): lambda context, layer: SplitHead(context.tensor, placement_of(layer.weight)),
@@ -154,12 +154,12 @@ def attach_communicators(
     Args:
         model: Model built with the shards of this rank.
         mode: Tensor mode.
-        tensor: Group over which activations are split, and weights too in all modes but isp.
-        weight: Group over which isp splits weights.
-        overlap: Settings of isp's prefetch of weights. None: no prefetch.
+        tensor: Tensor group, over which activations are split, and in all modes but isp also weights.
+        weight: Weight group, over which isp splits weights.
+        overlap: Settings of the weight prefetch under isp. None: no prefetch.
 
     Returns:
-        Gatherer of the weights under isp with several ranks in the weight group; None otherwise.
+        The weight gatherer if the mode is isp and the weight group has several ranks, else None.
     """
     split = weight.size * tensor.size > 1 if mode == "isp" else tensor.size > 1
     if not split:

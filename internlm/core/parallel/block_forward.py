@@ -1,7 +1,7 @@
-"""Activation checkpointing and offloading of blocks, applied from outside.
+"""Activation checkpointing and offloading, applied to the blocks of a model from outside.
 
 The ``forward`` of a declared block is replaced; the module, its name, hooks and parameters are unchanged. Hooks of the
-block itself, such as those of ``fully_shard``, run outside of the recomputed part.
+block itself, such as those of ``fully_shard``, are not part of the recomputation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from internlm.core.parallel.sharding import StageLayers
 
 @dataclass(eq=False, kw_only=True)
 class BlockForward:
-    """Forward of a block with activation checkpointing, offloading or both around its own forward, ``compute``."""
+    """Replacement for a block's forward: the original, ``compute``, with checkpointing, offloading or both."""
 
     block: nn.Module
     compute: Callable[..., Any]
@@ -33,7 +33,7 @@ class BlockForward:
     """Index of the block in its chunk."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; without gradients, nothing is recomputed or offloaded."""
+        """Run the block; if gradients are disabled, run only the original forward."""
         if not torch.is_grad_enabled():
             return self.compute(*args, **kwargs)
         run = partial(self._checkpointed if self.recompute else self.compute, *args, **kwargs)
@@ -44,15 +44,15 @@ class BlockForward:
         return self.offload.run(self.position, run, device, self._kept(args, kwargs))
 
     def _checkpointed(self, *args: Any, **kwargs: Any) -> Any:
-        # A block that uses no default generator (our dropout masks are functions of their position) need not restore
-        # its state, and its checkpoint holds only its inputs.
+        # A block that draws nothing from the default generators (our dropout masks are functions of their position)
+        # need not restore their state, so its checkpoint holds only its inputs.
         restores = not getattr(self.block, "draws_nothing", False)
         return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the block's inputs and parameters that stay on the device anyway, so that offloading frees nothing."""
+        """Yield the block's inputs and parameters that stay on the device anyway, so offloading them is useless."""
         first, *others = tensors_of((args, kwargs))
-        yield from others  # all blocks share them: rotary tables, sequence bounds
+        yield from others  # all blocks share them: rotary tables, sequence boundaries
         if first.requires_grad and first.is_leaf:
             yield first  # received from another pipeline stage; the scheduler keeps it for its gradient
         for parameter in self.block.parameters():
@@ -63,15 +63,16 @@ def checkpoint_and_offload_blocks(model: nn.Module, recomputes: Callable[[int], 
     """Apply activation checkpointing and offloading to the blocks that ``model`` declares.
 
     Args:
-        model: Model whose blocks belong to the chunks of its ``stage_layers``, or to one chunk without this attribute.
-        recomputes: Predicate on the index of a block in the whole model: True if the block keeps only its input and is
+        model: Model that declares blocks. Its attribute ``stage_layers`` assigns them to chunks; without it, they form
+            one chunk.
+        recomputes: Function of the index of a block in the whole model: True if the block saves only its inputs and is
             recomputed in backward (arXiv 1604.06174).
-        offloaded: Number of blocks, from the first of each chunk on, whose saved tensors are offloaded to host memory.
+        offloaded: Number of blocks at the start of each chunk whose saved tensors are offloaded to host memory.
     """
     for indexes, blocks in _chunks(model):
         offload = ChunkOffload(len(blocks), offloaded) if offloaded else None
         for position, (index, block) in enumerate(zip(indexes, blocks, strict=True)):
-            own = offload if position <= offloaded else None  # the next block prefetches for the last
+            own = offload if position <= offloaded else None  # one more block, which prefetches for the last offloaded
             if own is not None or recomputes(index):
                 block.forward = BlockForward(
                     block=block, compute=block.forward, recompute=recomputes(index), offload=own, position=position
@@ -79,7 +80,7 @@ def checkpoint_and_offload_blocks(model: nn.Module, recomputes: Callable[[int], 
 
 
 def _chunks(model: nn.Module) -> Iterator[tuple[range, Sequence[nn.Module]]]:
-    """Yield the blocks of each chunk with their indexes in the whole model."""
+    """Yield, for each chunk, the indices of its blocks in the whole model and the blocks themselves."""
     blocks = list(declared_blocks(model).values())
     stage_layers = getattr(model, "stage_layers", None)
     if stage_layers is None or sum(map(len, stage_layers.chunks)) != len(blocks):

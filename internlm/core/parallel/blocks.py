@@ -1,7 +1,8 @@
 """Blocks: the repeated layers of a model, declared by the model itself.
 
-FSDP units, lazy parameter gathers, isp's prefetch order, activation checkpointing, offloading and ``torch.compile`` all
-work block by block. A model declares its blocks by a method ``blocks()``; a model without it is treated as a whole.
+FSDP units, lazy parameter all-gathers, isp's weight prefetch, activation checkpointing, offloading and
+``torch.compile`` work block by block. A model declares its blocks by a method ``blocks()``; a model without this method
+has none.
 """
 
 from __future__ import annotations
@@ -26,37 +27,39 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the declared blocks of ``model`` by module name, in forward order; empty if it declares none.
 
     Raises:
-        UserError: A declared block is not a submodule of ``model``, is declared twice, or lies within another block.
+        UserError: ``model.blocks()`` fails, or returns an object that is not a submodule of ``model``, a block twice,
+            or a block within another block.
     """
-    # Looked up on the class: ``self.blocks = nn.ModuleList(...)`` is a common name for layers, and no declaration.
+    # Looked up on the class: ``self.blocks = nn.ModuleList(...)`` is a common attribute and not a declaration.
     if not inspect.isfunction(getattr(type(model), "blocks", None)):
         return {}
     names = {module: name for name, module in model.named_modules()}
     blocks: dict[str, nn.Module] = {}
     for block in _declaration(model):
         name = names.get(block, "")
-        if not name:  # unknown, or the model itself: wrapping the model as a block would recurse without end
-            raise _error(model, f"{type(block).__name__} is not a submodule", "Return modules that the model holds")
-        if name in blocks or containing_block(name, blocks) != name:
-            raise _error(model, f"{name!r} is declared twice or lies within another block", "Declare each layer once")
+        if not name:  # unknown, or the model itself: wrapping the model as a block would recurse endlessly
+            message = f"returned a {type(block).__name__} that is not a submodule of the model"
+            raise _error(model, message, "Return only layers that are registered in the model")
+        if name in blocks:
+            raise _error(model, f"returned {name!r} twice", "Return each layer once")
         blocks[name] = block
     for name in blocks:
         outer = containing_block(name.rpartition(".")[0], blocks)
         if outer in blocks:
-            raise _error(model, f"{name!r} lies within block {outer!r}", "Declare blocks that do not overlap")
+            raise _error(model, f"returned {name!r}, which lies within block {outer!r}", "Return only one of the two")
     return blocks
 
 
 def _declaration(model: nn.Module) -> list[nn.Module]:
-    """Call ``model.blocks()`` and check that the result is modules."""
-    todo = "Define blocks(self), which returns the layers in forward order"
+    """Call ``model.blocks()`` and check that it returns modules."""
+    todo = "Define blocks(self) to return a list of the layers in forward order"
     try:
         blocks = list(cast(DeclaresBlocks, model).blocks())
-    except TypeError as error:  # it takes other arguments, or returns something that is no iterable
-        raise _error(model, str(error), todo) from error
+    except TypeError as error:  # the method takes other arguments, or its result is not iterable
+        raise _error(model, f"call failed with TypeError: {error}", todo) from error
     for block in blocks:
         if not isinstance(block, nn.Module):
-            raise _error(model, f"contains a {type(block).__name__}, expected nn.Module", todo)
+            raise _error(model, f"returned a {type(block).__name__}, expected nn.Module", todo)
     return blocks
 
 
@@ -71,7 +74,7 @@ def containing_block(name: str, blocks: Mapping[str, nn.Module]) -> str:
 
 
 def mark_compiled(block: nn.Module) -> None:
-    """Note that the forward of ``block`` is compiled, so that nothing hooks the modules within it."""
+    """Mark the forward of ``block`` as compiled, so that no hooks are registered on the modules within it."""
     block.forward_is_compiled = True  # type: ignore[assignment]
 
 

@@ -1,10 +1,10 @@
-"""Collectives over a process group, counted by the ledger.
+"""Collectives over a process group, counted in the communication ledger.
 
-Each collective has two forms: ``begin_NAME`` starts it and returns a :class:`Pending` to wait for, ``NAME`` also waits.
+``begin_NAME`` starts a collective and returns a :class:`Pending`; ``NAME`` blocks and returns the result.
 :func:`exchange` pairs a forward with a backward collective as one autograd function. In a group of one rank, nothing is
 sent and collectives return their argument.
 
-Names: ``whole`` is the tensor of the whole group, [n · rows, …] for n ranks, and ``shard`` this rank's part of it along
+Names: ``whole`` is the tensor of the whole group, [n · rows, …] for n ranks; ``shard`` is this rank's part of it along
 the first dimension, [rows, …].
 """
 
@@ -26,7 +26,7 @@ class Work(Protocol):
     """Protocol of a running collective, as returned by ``torch.distributed``."""
 
     def is_completed(self) -> bool:
-        """Whether the collective has completed, without blocking."""
+        """Return whether the collective has completed, without blocking."""
 
     def wait(self) -> object:
         """Block until the collective has completed."""
@@ -39,12 +39,12 @@ class Pending:
         self._result, self._work = result, work
 
     def release_if_completed(self) -> None:
-        """Finish a completed collective without blocking, to free the buffers that its work holds."""
+        """Finish the collective if it has completed, which frees its buffers; never block."""
         if self._work is not None and self._work.is_completed():
             self.wait()
 
     def wait(self) -> Tensor:
-        """Block until the result is complete and return it. On CUDA, only the current stream waits."""
+        """Return the result once the collective has completed. On CUDA, only the current stream waits."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -55,7 +55,7 @@ class Pending:
 
 
 def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Start to reduce ``tensor`` over the group, in place."""
+    """Start an all-reduce of ``tensor`` over the group with ``op``, in place."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "all-reduce", 2 * (group.size - 1) * tensor.nbytes // group.size)
@@ -63,12 +63,12 @@ def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType =
 
 
 def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Pending:
-    """Start to sum ``whole`` over the group and keep this rank's part.
+    """Start a reduce-scatter: sum ``whole`` over the group and keep this rank's shard.
 
     Args:
-        whole: [n · rows, …].
+        whole: Tensor to sum, [n · rows, …].
         group: Group of n ranks.
-        shard: Output, [rows, …]; may be a view of ``whole``. None: a new tensor.
+        shard: Output, [rows, …], which may be a view of ``whole``. None: allocate a tensor.
     """
     if group.size == 1:
         return Pending(whole if shard is None or shard.data_ptr() == whole.data_ptr() else shard.copy_(whole))
@@ -82,12 +82,12 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
 
 
 def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Pending:
-    """Start to concatenate the shards of the group along the first dimension.
+    """Start an all-gather: concatenate the shards of all ranks along the first dimension.
 
     Args:
-        shard: [rows, …], of the same shape on every rank.
+        shard: This rank's shard, [rows, …], of the same shape on every rank.
         group: Group of n ranks.
-        whole: Output, [n · rows, …]; ``shard`` may be a view of it. None: a new tensor.
+        whole: Output, [n · rows, …], of which ``shard`` may be a view. None: allocate a tensor.
     """
     if group.size == 1:
         return Pending(shard if whole is None or shard.data_ptr() == whole.data_ptr() else whole.copy_(shard))
@@ -101,7 +101,10 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
 
 
 def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Start to sum ``tensor`` over the group, in place on rank ``root``; other ranks must not read it afterwards."""
+    """Start a reduce: sum ``tensor`` over the group, in place on rank ``root`` of the group.
+
+    On all other ranks, the contents of ``tensor`` are undefined afterwards.
+    """
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes)
@@ -109,7 +112,7 @@ def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
-    """Start to copy ``tensor`` from rank ``root`` of the group to every other rank, in place."""
+    """Start a broadcast of ``tensor`` from rank ``root`` of the group to all other ranks, in place."""
     if group.size == 1:
         return Pending(tensor)
     LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0)
@@ -117,7 +120,7 @@ def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
-    """Start to send ``slices[i]`` to rank i, [n, …]; row i of the result is received from rank i."""
+    """Start an all-to-all: send ``slices[i]`` to rank i, and receive row i of the result from it: [n, …] → [n, …]."""
     if group.size == 1:
         return Pending(slices)
     LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size)
@@ -130,17 +133,17 @@ def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
 
 
 def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce ``tensor`` over the group, in place."""
+    """All-reduce ``tensor`` over the group with ``op``, in place, and return it."""
     return begin_all_reduce(tensor, group, op).wait()
 
 
 def reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = None) -> Tensor:
-    """Sum ``whole`` over the group and return this rank's part: [n · rows, …] → [rows, …]."""
+    """Sum ``whole`` over the group and return this rank's shard: [n · rows, …] → [rows, …]."""
     return begin_reduce_scatter(whole, group, shard).wait()
 
 
 def all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -> Tensor:
-    """Concatenate the shards of the group: [rows, …] → [n · rows, …]."""
+    """Concatenate the shards of all ranks along the first dimension: [rows, …] → [n · rows, …]."""
     return begin_all_gather(shard, group, whole).wait()
 
 
@@ -150,7 +153,7 @@ def all_to_all(slices: Tensor, group: Group) -> Tensor:
 
 
 def broadcast(tensor: Tensor, group: Group) -> Tensor:
-    """Copy ``tensor`` from the first rank of the group to every other rank, in place."""
+    """Copy ``tensor`` from the first rank of the group to all other ranks, in place, and return it."""
     return begin_broadcast(tensor, group, 0).wait()
 
 
@@ -162,8 +165,8 @@ Step = Callable[[Tensor], Tensor]
 def exchange(x: Tensor, forward: Step, backward: Step) -> Tensor:
     """Apply ``forward`` to ``x``, and ``backward`` to the gradient of the result.
 
-    The pairs that tensor parallelism needs (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Korthikanti et al. 2022,
-    arXiv 2205.05198, section 4.2) are each other's transposes: an identity and an all-reduce, an all-gather and a
+    In tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Korthikanti et al. 2022, arXiv 2205.05198,
+    section 4.2) the two functions are transposes of each other, such as identity and all-reduce, or all-gather and
     reduce-scatter.
     """
     y: Tensor = _Exchange.apply(x, forward, backward)
@@ -186,37 +189,37 @@ class _Exchange(torch.autograd.Function):
 
 # -- gloo -------------------------------------------------------------------------------------------------------------
 
-# gloo implements reduce-scatter as an all-reduce of the whole tensor, and all-gather through a second buffer. An
-# all-to-all followed by a local sum, and one broadcast from each rank, send the same bytes in a third to half of the
-# time (doc/performance.md).
+# gloo implements reduce-scatter as an all-reduce of the whole tensor, and all-gather through a second buffer. Here,
+# reduce-scatter is an all-to-all followed by a local sum, and all-gather is one broadcast from each rank, which takes a
+# third to half of the time (doc/performance.md).
 
 
 class GlooReduceScatter:
-    """Running reduce-scatter, implemented as an all-to-all; ``wait`` sums the slices into ``shard``."""
+    """Running reduce-scatter on gloo: an all-to-all, whose slices ``wait`` sums into ``shard``."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
         self.shard, self.slices = shard, torch.empty_like(whole).view(ranks, *shard.shape)
         self.work = dist.all_to_all_single(self.slices.view_as(whole), whole, group=group, async_op=True)
 
     def is_completed(self) -> bool:
-        """Whether all slices have arrived."""
+        """Return whether the slices of all ranks have arrived."""
         return bool(self.work.is_completed())
 
     def wait(self) -> None:
-        """Block until all slices have arrived and sum them in rank order, so that every run rounds alike."""
+        """Block until all slices have arrived, and sum them in rank order, so that the result is reproducible."""
         self.work.wait()
-        # Only after the wait: ``shard`` may be a view of ``whole``, which is sent until then.
+        # Only after the wait: ``shard`` may be a view of ``whole``, which the all-to-all reads until it completes.
         torch.sum(self.slices, 0, out=self.shard)
 
 
 class WorkList:
-    """Running collectives that are waited for together."""
+    """List of running collectives that implements :class:`Work` for all of them together."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
         self.works = works
 
     def is_completed(self) -> bool:
-        """Whether all collectives have completed."""
+        """Return whether all collectives have completed."""
         return all(work.is_completed() for work in self.works)
 
     def wait(self) -> None:
@@ -226,7 +229,7 @@ class WorkList:
 
 
 def gloo_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None, rank: int, ranks: int) -> WorkList:
-    """Start an all-gather, implemented as one broadcast from each rank."""
+    """Start an all-gather of ``shard`` into ``whole`` on gloo, implemented as one broadcast from each rank."""
     slices = whole.view(ranks, *shard.shape)
     if slices[rank].data_ptr() != shard.data_ptr():
         slices[rank].copy_(shard)

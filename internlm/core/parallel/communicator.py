@@ -1,11 +1,11 @@
-"""Communicators: hooks around a layer's computation, which exchange tensors with other ranks.
+"""Communicators: hooks that exchange tensors with other ranks before and after a layer's computation.
 
 The classes here are the identity (no-op) communicators, for layers that are whole on each rank. A parallel mode
-consists of small subclasses, one per role, that override the hooks they need. Communicators are attached to each layer
-of a model (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one process.
+consists of small subclasses, one per role of a layer, that override the hooks they need. A communicator is attached to
+each layer (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one process.
 
-Shapes: T tokens of this rank, I input and O output features, H hidden, V vocabulary, G kv heads, Q query heads per kv
-head, D head width, N = G · Q heads.
+Shapes: T tokens of this rank, P tokens in the matrix products (T unless a hook gathers tokens), I input and O output
+features of the products, H hidden size, V vocabulary entries, G kv heads, Q query heads per kv head, D head dimension.
 """
 
 from __future__ import annotations
@@ -21,113 +21,142 @@ from internlm.ops import VocabShard
 
 
 class Communicator:
-    """Hooks around the three matrix products of a linear.
+    """Communicator of a linear: hooks around its three matrix products (output, dx and dw).
 
-    A returned :class:`Pending` is waited for as late as possible, so that the collective overlaps with another product.
+    A hook that returns a :class:`Pending` only starts a collective. The linear waits for the result as late as
+    possible, so that the collective overlaps with another product.
     """
 
-    #: Whether ``gather_weight`` all-gathers and ``reduce_grad_weight`` reduce-scatters to this rank's shard.
+    #: Whether each rank holds a shard of the weight that is all-gathered for the products, as under isp.
     splits_weight = False
-    #: Whether the gathered input is saved for backward, rather than gathered again.
+    #: Whether the gathered input is saved for backward. False: backward gathers the input again.
     keeps_gathered_input = False
 
     def output_tokens(self, tokens: int) -> int:
-        """Return the number of tokens of the output, for an input of ``tokens``."""
+        """Return the number of tokens in the layer's output if its input has ``tokens`` tokens."""
         return tokens
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Start to gather the input of the forward product: [T, I] → [tokens of the product, I]."""
+        """Start to gather the input of the forward product: [T, I] → [P, I]."""
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Return the weight as a matrix, [O, I], for the forward product or, with ``backward``, the product for dx."""
+        """Return the weight of a product as a matrix, [O, I], all-gathered if ``splits_weight``.
+
+        Args:
+            weight: Weight of the layer, as this rank holds it.
+            backward: True for the product that computes dx, False for the forward product.
+        """
         return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
 
     def release_weight(self, whole: Tensor) -> None:
-        """Release the result of :meth:`gather_weight`, after either product."""
+        """Release the matrix that :meth:`gather_weight` returned, once its product is computed."""
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Reduce the result of the forward product to the output of the layer: [tokens of the product, O] → [T, O]."""
+        """Reduce the result of the forward product to the output of the layer: [P, O] → [T, O]."""
         return y
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Gather the gradient of the output for the backward products: [T, O] → [tokens of the product, O]."""
+        """Gather the gradient of the output for the backward products: [T, O] → [P, O]."""
         return dy
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to reduce the product for dx to the input's gradient: [tokens of the product, I] → [T, I]."""
+        """Start to reduce the result of the dx product to the gradient of the layer's input: [P, I] → [T, I]."""
         return Pending(dx)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Reduce the product for the weight's gradient and call ``deliver`` with this rank's shard.
+        """Reduce the gradient of the weight to this rank's shard and pass the shard to ``deliver``.
 
         Args:
-            dw: Gradient of the whole weight, [O, I].
+            dw: Gradient of the weight of the product, [O, I].
             deliver: Function that adds the shard to the main gradient, or returns it if there is no main gradient.
 
         Returns:
-            The result of ``deliver``; None: ``deliver`` is called later, at the latest when the backward pass ends.
+            The result of ``deliver``, or None if ``deliver`` is called later: at the latest at the end of backward.
         """
         return deliver(dw)
 
 
 class HeadCommunicator(Communicator):
-    """Hooks of the head, a linear that may compute the loss together with its product."""
+    """Communicator of the head, the linear that computes logits or, fused with its product, the loss."""
 
     #: Shard of the vocabulary that this rank holds; None: the whole vocabulary.
     vocab: VocabShard | None = None
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return the input of the loss, differentiably: [T, H] → [tokens of the labels, H]."""
+        """Return the hidden states whose loss this rank computes: [T, H] → [number of labels, H], differentiable."""
         return x
 
     @contextmanager
     def weight_for_loss(self, weight: Tensor) -> Iterator[Tensor]:
-        """Yield the weight that the loss reads, differentiably, and release it at the end of the block."""
+        """Yield the weight for the loss, [V, H], as a differentiable function of ``weight``; release it on exit."""
         yield weight
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        """Gather this rank's logits to those of every token and the whole vocabulary."""
+        """Gather the logits of every rank, without padding: [T, V of this rank] → [tokens of all ranks, whole V]."""
         return logits
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """Return ``logits`` without the padding columns of the vocabulary."""
+        """Drop the columns of this rank's logits, [T, V], that belong to padding of the vocabulary."""
         return logits
 
 
 class EmbeddingCommunicator:
-    """Hooks of the embedding."""
+    """Communicator of the embedding: a hook around the table look-up."""
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up ``ids`` in the whole table, for the first layer: [T] → [tokens between layers, H]."""
+        """Look up ``ids`` and exchange the vectors as the first layer expects them.
+
+        Args:
+            ids: Token ids, [T].
+            weight: Embedding table, as this rank holds it.
+            lookup: Function from (ids, table) to vectors, [T, columns of the table].
+
+        Returns:
+            Hidden states, [tokens of this rank between layers, H].
+        """
         return lookup(ids, weight)
 
 
 class AttentionCommunicator:
-    """Hooks around the attention kernel, between its linears."""
+    """Communicator of attention: hooks before and after the attention kernel."""
 
     def to_heads(self, qkv: Tensor) -> Tensor:
-        """Exchange all heads of this rank's tokens for all tokens of its heads: [T, G, Q + 2, D]."""
+        """Exchange all heads of this rank's tokens for all tokens of this rank's heads.
+
+        Args:
+            qkv: Fused q, k and v, [T, G, Q + 2, D].
+
+        Returns:
+            [tokens of all ranks, kv heads of this rank, query heads per kv head + 2, D].
+        """
         return qkv
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Exchange all tokens of this rank's heads for all heads of its tokens: [T, N · D]."""
+        """Exchange all tokens of this rank's heads for all heads of this rank's tokens, after the attention kernel.
+
+        Args:
+            heads: Attention output, [tokens of all ranks, query heads of this rank · D].
+
+        Returns:
+            [T, G · Q · D].
+        """
         return heads
 
 
 class ModelCommunicator:
-    """Hooks of the model as a whole."""
+    """Communicator of a model: hooks outside of its layers."""
 
     def whole_positions(self, positions: Tensor) -> Tensor:
-        """Gather the positions of this rank's tokens to those of all tokens that attention reads: [T]."""
+        """Gather the positions of all tokens that attention reads: [T] → [tokens in attention]."""
         return positions
 
     def tokens_between_layers(self, tokens: int) -> int:
-        """Return the number of tokens that this rank holds between layers, for ``tokens`` from the loader."""
+        """Return the number of tokens that this rank holds between layers if its loader yields ``tokens`` tokens."""
         return tokens
 
 
-#: Default communicators of the layers.
+#: No-op communicators, the defaults of the layers.
 IDENTITY = Communicator()
 IDENTITY_HEAD = HeadCommunicator()
 IDENTITY_EMBEDDING = EmbeddingCommunicator()

@@ -1,7 +1,7 @@
-"""Linear as a custom op, which ``torch.compile`` keeps as one node of the graph.
+"""Parallel linear as a custom op, which ``torch.compile`` keeps as one node of the graph.
 
-The compiler cannot trace a linear: besides its products it communicates, adds its weight's gradient to the main
-gradient, and may defer that. A custom op does not break the graph, so the code around it is compiled together.
+The compiler cannot trace a parallel linear: it communicates, adds the gradient of its weight to the main gradient, and
+may defer this gradient. A custom op does not break the graph, so the code before and after it is compiled together.
 
 The layer is passed to the op as a :class:`LinearHandle`. A graph does not depend on the layer that a handle refers to,
 so all blocks share one graph.
@@ -23,7 +23,7 @@ from internlm.utils.torch_private import OpaqueBase, register_opaque_type
 
 
 class LinearModule(Protocol):
-    """Protocol of a layer that the custom op can run."""
+    """Protocol of a linear layer that the custom op can run."""
 
     weight: nn.Parameter
     communicator: Communicator
@@ -36,13 +36,13 @@ class LinearHandle(OpaqueBase):
         self.linear = linear
 
     def __getstate__(self) -> None:
-        """Return nothing, so that the key of a graph in the compiler's cache does not depend on the layer."""
+        """Return None, so that the compiler's cache key of a graph does not depend on the layer."""
 
 
 register_opaque_type(LinearHandle, typ="reference")
 
-# The argument ``weight`` only makes the result require a gradient if the weight does: autograd does not see the weight
-# of a handle. The op itself reads the layer's parameter, which has the main gradient.
+# The argument ``weight`` only makes the output require a gradient if the weight does: autograd does not see the weight
+# behind a handle. The op itself reads the parameter of the layer, which has the main gradient.
 
 
 @torch.library.custom_op("internlm::linear", mutates_args=())
@@ -66,7 +66,7 @@ def _linear_backward(dy: Tensor, kept: Tensor, layer: LinearHandle, tokens: int,
         dy, kept = dy.clone(), kept.clone()
     dy = comm.gather_grad_output(dy)
     dx, dw = products.gradients(dy, kept, kept if keeps else None, weight, comm, True, weight.requires_grad)
-    if dw is not None:  # without a main gradient; the op returns dx alone, whose shape the compiler can infer
+    if dw is not None:  # there is no main gradient; the op returns only dx, whose shape the compiler can infer
         weight.grad = dw if weight.grad is None else weight.grad + dw
     assert dx is not None
     return dx
@@ -96,12 +96,12 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear(x: Tensor, layer: LinearHandle, weight: Tensor, features: int, comm: Communicator) -> Tensor:
-    """Run a linear as a custom op: [T, I] → [T, O].
+    """Run a parallel linear without its bias as a custom op: [T, I] → [tokens of the output, O].
 
     Args:
         x: Input, [T, I].
         layer: Handle of the layer.
-        weight: Weight of the layer.
+        weight: Weight of the layer, from which autograd infers whether the output requires a gradient.
         features: Number of output features, O.
         comm: Communicator of the layer.
     """

@@ -1,11 +1,12 @@
 """Dropout whose masks are the same in every layout.
 
 A mask is a function of the run's seed, the step, the index of the micro-batch in the global batch, the layer and the
-position in the layer. It is drawn for the whole row by a separate generator, and each rank keeps the part of its own
-tokens. Hence ranks, stages, recomputed blocks and resumed runs agree, and no generator state is saved for backward;
-Megatron instead keeps one stream per tensor rank.
+position in the layer. A separate generator draws the mask of the whole packed sequence, of which each rank keeps the
+part for its own tokens. Hence masks agree across ranks, stages, recomputed blocks and resumed runs, and no generator
+state is saved for backward. Megatron instead keeps one random stream per tensor rank.
 
-Shapes: T tokens of the row, S tokens of it on this rank (T / number of ranks that split the row), H hidden.
+Shapes: T tokens of the whole packed sequence, S tokens on this rank (T / number of ranks that split the sequence), H
+hidden size.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from internlm.utils.torch_private import uncompiled
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutKey:
-    """Dropout RNG key: identifies a mask together with its layer and the position in the layer."""
+    """Dropout RNG key, which identifies a mask together with the layer and the position in the layer."""
 
     seed: int = 0
     data_rank: int = 0
     tensor_rank: int = 0
-    """Rank in the group that may split a row."""
+    """Rank in the tensor group, which may split the sequence."""
     step: int = 0
     micro_num: int = 1
-    """Micro-batches of each rank in this step."""
+    """Number of micro-batches per rank in this step."""
     micro_index: int = 0
-    """Index among the micro-batches of this rank."""
+    """Index of the micro-batch among those of this rank."""
 
     @property
     def micro_batch(self) -> int:
@@ -66,8 +67,8 @@ def current_dropout_key() -> DropoutKey:
         UserError: There is no enclosing scope, so step and micro-batch are unknown.
     """
     if _current is None:
-        message = "a dropout mask depends on step and micro-batch, but the model was called without them"
-        todo = "Call the model within dropout_key_scope(DropoutKey(...)), or after eval()"
+        message = "above 0, but the model was called in training mode without a dropout key (step and micro-batch)"
+        todo = "Call the model within dropout_key_scope(DropoutKey(...)), or call model.eval() first"
         raise UserError(Problem("model.drop_rate", message, todo))
     return _current
 
@@ -76,7 +77,7 @@ def current_dropout_key() -> DropoutKey:
 class Dropout:
     """Dropout (Srivastava et al. 2014; Hinton et al. 2012, arXiv 1207.0580) for one micro-batch.
 
-    Elements that stay are divided by 1 − rate, so that the expectation does not change.
+    Kept elements are divided by 1 − rate, so that the expectation does not change.
     """
 
     rate: float
@@ -84,18 +85,24 @@ class Dropout:
     """Whether masks are saved for backward, one byte per element, rather than drawn again."""
     key: DropoutKey
     tokens: int
-    """T, the tokens of the whole row."""
+    """Number of tokens of the whole packed sequence, T."""
 
     def __call__(self, layer: object, position: str, x: Tensor) -> Tensor:
-        """Drop elements of ``x``, [S, H], by the mask of ``position`` in ``layer``."""
+        """Apply the mask of one position in a layer to ``x``.
+
+        Args:
+            layer: Label of the layer, such as its index.
+            position: Name of the position in the layer.
+            x: Tensor of this rank's tokens, [S, H].
+        """
         return _drop(self, layer, position, x)
 
     def mask(self, layer: object, position: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Draw the mask of this rank's tokens, True for elements to keep: [S, H], bool."""
+        """Draw the mask of this rank's tokens, a bool tensor [S, H] that is True for elements to keep."""
         key, (own, width) = self.key, shape
         seed = derived_seed(key.seed, "dropout", key.step, key.micro_batch, layer, position)
-        # Draw the whole row, then discard the tokens of other ranks: that costs a draw per element, but no memory for
-        # backward, and makes the mask independent of the number of ranks that split the row.
+        # Draw the whole sequence, then discard the tokens of other ranks: that costs a draw per element, but no memory
+        # for backward, and makes the mask independent of the number of ranks that split the sequence.
         whole = torch.empty(self.tokens, width, dtype=torch.bool, device=device)
         whole.bernoulli_(1 - self.rate, generator=torch.Generator(device).manual_seed(seed))
         ranks = self.tokens // own
@@ -107,7 +114,7 @@ Drop: TypeAlias = Callable[[str, Tensor], Tensor]
 
 
 def no_drop(position: str, x: Tensor) -> Tensor:
-    """Return ``x`` unchanged: dropout at rate 0."""
+    """Return ``x`` unchanged: dropout with rate 0."""
     return x
 
 

@@ -1,15 +1,15 @@
-"""Fully sharded parameters and gradients, by PyTorch's ``fully_shard``.
+"""Full sharding of parameters and gradients (ZeRO stage 3) with PyTorch's ``fully_shard``.
 
-This is stage 3 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3). A *unit* is a declared block of the
-model; everything outside of blocks is one more unit, the root. Each of n ranks holds ⌈rows/n⌉ consecutive rows of every
-parameter, the last ranks fewer or none.
+See Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3. A *unit* is a declared block of the model; everything
+outside of blocks is one more unit, the root. Each of n ranks holds ⌈rows / n⌉ consecutive rows of every parameter; the
+last ranks may hold fewer or none.
 
-1. A unit's parameters are gathered before its forward pass and freed after it.
-2. They are gathered again before its backward pass; those of the root are kept in between.
-3. After its backward pass its gradients are reduce-scattered, and each rank adds the result to its shard: in every
-   micro-batch, so that whole gradients exist for one unit at a time.
+1. Before the forward pass of a unit, its parameters are all-gathered; after it, they are freed.
+2. Before its backward pass, they are all-gathered again. Those of the root are kept from forward to backward.
+3. After its backward pass, its gradients are reduce-scattered, and each rank adds the result to the gradient of its
+   shard. This happens in every micro-batch, so that unsharded gradients exist for only one unit at a time.
 
-If the compute dtype is a half precision, parameters are kept in float32 and rounded before they are gathered.
+If the compute dtype is float16 or bfloat16, parameters are stored in float32 and rounded before the all-gather.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ def shard_fully(
     grad_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> None:
-    """Shard the parameters of ``model`` over ``group``.
+    """Shard the parameters and gradients of ``model`` over ``group`` with ``fully_shard``, in place.
 
     Args:
-        model: Model whose parameters are of ``dtype``.
+        model: Model whose parameters all have the dtype ``dtype``.
         group: Group of at least two ranks to shard over.
         dtype: Compute dtype.
         grad_dtype: Dtype of the gradients of one micro-batch. None: ``dtype``.
         reduce_dtype: Dtype in which gradients are reduce-scattered. None: ``grad_dtype``.
 
     Raises:
-        ConfigError: A parameter is of another dtype, is a scalar, or belongs to several units.
+        ConfigError: A parameter has another dtype, is a scalar, or belongs to several units.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it imports the compiler, 1 s
 
     placements = {name: placement for name, _, placement in placed_parameters(model)}
     grad_dtype = grad_dtype or dtype
     if problem := _unshardable(model, dtype):
-        raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but {problem}", "Set it to False"))
+        todo = "Change the parameter, or set parallel.zero1.fsdp=False"
+        raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but parameter {problem}", todo))
     _make_matrices(model)
     assert group.handle is not None, "fully_shard needs a process group"
     mesh = DeviceMesh.from_group(group.handle, device_type())  # parameters may be on the meta device
@@ -71,14 +72,14 @@ def shard_fully(
         _configure(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
     model.register_forward_hook(_reshard_root)
     for name, parameter in model.named_parameters():
-        set_placement(parameter, placements[name])  # fully_shard has made new parameters
+        set_placement(parameter, placements[name])  # fully_shard has created new parameters
         set_compute_dtype(parameter, dtype)
 
 
 def adopt_new_shards(model: nn.Module) -> None:
-    """Register replaced local shards with ``fully_shard``, padded to equal size.
+    """Make ``fully_shard`` use the local shards that have been replaced, and pad them to equal size.
 
-    ``fully_shard`` would do so in the first forward pass, after the optimizer has taken references to the shards.
+    ``fully_shard`` itself does so only in the first forward pass, when the optimizer already refers to the shards.
     """
     for module in model.modules():
         adopt_sharded_parameters(module)
@@ -90,9 +91,10 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 class LocalShard(NamedTuple):
-    """Elements of a parameter in this rank's memory, ``flat``, and the index ``start`` of the first of them.
+    """Flat view of the elements of a parameter that this rank stores, and the index of the first one.
 
-    ``start`` is an index into the flattened shard of the parameter's placement, which ``fully_shard`` splits further.
+    ``start`` counts in the flattened shard that the parameter's placement describes; ``fully_shard`` splits this shard
+    further.
     """
 
     flat: Tensor
@@ -100,7 +102,7 @@ class LocalShard(NamedTuple):
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """Return this rank's shard of ``parameter`` as a view; the whole parameter unless it is fully sharded."""
+    """Return a flat view of this rank's shard of ``parameter``: all of its elements unless it is fully sharded."""
     parameter = parameter.detach()
     if not isinstance(parameter, DTensor):
         return LocalShard(parameter.view(-1), 0)
@@ -110,7 +112,7 @@ def local_shard(parameter: Tensor) -> LocalShard:
 
 
 def set_grad(parameter: Tensor, flat: Tensor) -> None:
-    """Set ``parameter.grad`` to a DTensor view of ``flat``, where gradients of this rank's shard then accumulate."""
+    """Set the gradient of a fully sharded ``parameter`` to a DTensor view of ``flat``, its flat local gradient."""
     like = parameter.detach()
     assert isinstance(like, DTensor)
     mesh, local = like.device_mesh, flat.view_as(like.to_local())
@@ -128,12 +130,12 @@ def _unshardable(model: nn.Module, dtype: torch.dtype) -> str | None:
             block = containing_block(path, blocks)
             name, unit = f"{path}.{own}".lstrip("."), block if block in blocks else ""
             if parameter.dtype != dtype:
-                return f"{name!r} is of {parameter.dtype}, expected {dtype}"
+                return f"{name!r} has dtype {parameter.dtype}, expected {dtype}"
             if parameter.dim() == 0:
-                return f"{name!r} is a scalar, which cannot be sharded (shape [1] can)"
+                return f"{name!r} is a scalar, expected at least 1 dimension"
             elsewhere, alias = first.setdefault(parameter, (unit, name))
             if elsewhere != unit:
-                return f"{name!r} is tied to {alias!r}, which belongs to another unit"
+                return f"{name!r} is tied to {alias!r}, which is not in the same block"
     return None
 
 
@@ -149,12 +151,12 @@ def _make_matrices(model: nn.Module) -> None:
 
 
 def _unsharded(unit: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a unit that are not sharded, or currently gathered."""
+    """Return the parameters of ``unit`` that are plain tensors: not yet sharded, or currently gathered."""
     return [parameter for parameter in unit.parameters() if not isinstance(parameter, DTensor)]
 
 
 def _configure(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
-    """Configure ``unit`` to sum gradients, with collectives that the ledger counts."""
+    """Configure ``unit`` to sum gradients rather than average them, and to count its collectives in the ledger."""
     # Sums, not means: the loss is already divided by the valid tokens of the global batch.
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
@@ -164,7 +166,7 @@ def _configure(unit: Any, group: Group, grad_dtype: torch.dtype, reduce_dtype: t
 
 
 def _widen_gradients(grad_dtype: torch.dtype, unit: nn.Module, _: Any) -> None:
-    """Set the dtype of the gradients of the parameters that were just gathered."""
+    """Set the dtype in which autograd accumulates gradients of the parameters that were just gathered."""
     for parameter in _unsharded(unit):
         if parameter.requires_grad and parameter.grad_dtype != grad_dtype:
             parameter.grad_dtype = grad_dtype
@@ -177,7 +179,7 @@ def _reshard_root(root: Any, *_: Any) -> None:
 
 
 class _Counted:
-    """Base class of the collectives passed to ``fully_shard``; the ledger counts the bytes they send."""
+    """Base class of collectives for ``fully_shard`` that are counted in the ledger."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -198,9 +200,9 @@ class _AllGather(_Counted):
 
 
 class _ReduceScatter(_Counted):
-    """Reduce-scatter in ``dtype``.
+    """Reduce-scatter of gradients in ``dtype``.
 
-    ``MixedPrecisionPolicy.reduce_dtype`` cannot set it where it equals the parameters' dtype.
+    ``MixedPrecisionPolicy.reduce_dtype`` is not used, since it has no effect if it equals the dtype of the parameters.
     """
 
     def __init__(self, group: Group, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Initial values: each element depends on (seed, logical name, logical index) alone, so a rank draws only its shard.
+"""Initial values of parameters: functions of seed, logical name and logical index, so a rank draws only its shard.
 
 The generator is counter-based: any element can be drawn without the elements before it (as in Salmon et al. 2011,
 "Parallel random numbers: as easy as 1, 2, 3"):
@@ -6,11 +6,12 @@ The generator is counter-based: any element can be drawn without the elements be
 1. SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): the i-th output of a
    generator with state ``key`` is a mix of the bits of key + (i + 1)·γ. The key is a hash of seed and name, i the index
    of the element in the flattened logical tensor.
-2. Box and Muller (1958): the upper 31 bits make a radius √(−2·ln u), the lower 32 an angle θ. r·sin θ is normal.
+2. Box and Muller (1958): the upper 31 bits give a number u and a radius r = √(−2·ln u), the lower 32 bits an angle θ;
+   r·sin θ is standard normal.
 
 All float operations are correctly rounded by IEEE 754 (+, −, ×, ÷, √), and each is a separate pass, so that none are
-fused. Hence a value depends neither on the length of vectors nor on the position within a chunk, unlike the logarithms
-and sines of vector libraries.
+fused. Hence a value depends neither on the vector length of the processor nor on the position within a chunk. The
+logarithms and sines of vector libraries do not guarantee this.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from internlm.utils.errors import Problem, UserError
 UInt64 = NDArray[np.uint64]
 Float32 = NDArray[np.float32]
 
-#: Elements drawn at once: the arrays of a chunk stay in a core's L2 cache.
+#: Number of elements drawn at once, so that the arrays of a chunk stay in a core's L2 cache.
 CHUNK = 8192
 _GAMMA = 0x9E3779B97F4A7C15  # 2⁶⁴ divided by the golden ratio
 _MASK = 2**64 - 1
@@ -40,7 +41,7 @@ _MASK = 2**64 - 1
 
 # -- parameters -------------------------------------------------------------------------------------------------------
 def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Parameter]:
-    """Allocate the parameters on the meta device on ``device``, draw their initial values, and return them.
+    """Allocate all meta parameters of ``model`` on ``device``, draw their initial values, and return them.
 
     Parameters keep their identity, so ties, placements and communicators that refer to them stay valid.
 
@@ -50,7 +51,7 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Pa
     deferred = [(name, parameter) for name, parameter, _ in placed_parameters(model) if parameter.is_meta]
     for name, parameter in deferred:
         if placement_of(parameter).init is None:
-            message, todo = "is on the meta device and has no initial values", "Build its module on a real device"
+            message, todo = "is on the meta device and has no initial values", f"Build its module on {str(device)!r}"
             raise UserError(Problem(f"model parameter '{name}'", message, todo))
         new = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
         new.__dict__.update(parameter.__dict__)
@@ -63,19 +64,19 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Pa
 
 
 def initialize_parameters(module: nn.Module, seed: int) -> None:
-    """Draw the initial values of every parameter of ``module`` that is placed with a distribution."""
+    """Draw the initial values of every parameter of ``module`` whose placement has a distribution."""
     for name, parameter, _ in placed_parameters(module):
         draw(parameter, name, seed)
 
 
 @torch.no_grad()
 def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
-    """Draw the elements of ``parameter`` that this rank holds; set padding to zero.
+    """Draw the initial values of this rank's shard of ``parameter`` in place; set padding to zero.
 
-    Values are drawn in float32 and rounded to the compute dtype of the parameter. Temporary memory is that of a chunk.
+    Values are drawn in float32, at most :data:`CHUNK` at a time, and rounded to the compute dtype of the parameter.
 
     Args:
-        parameter: Parameter with a placement; without a distribution its values are unchanged.
+        parameter: Parameter with a placement. If the placement has no distribution, its values are unchanged.
         name: Logical name, the same in every layout.
         seed: Seed of the run.
     """
@@ -84,7 +85,7 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
         return
     flat, start = local_shard(parameter)
     key = derived_seed(seed, "parameter", name)
-    end = 0  # of the elements that are not padding
+    end = 0  # end of the elements that are not padding
     for held in placement.slices(start, start + flat.numel()):
         end = held.stop - start
         if placement.init.std == 0.0:
@@ -102,7 +103,7 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
 def normal_chunks(
     key: int, shape: tuple[int, ...], held: TensorSlice, mean: float = 0.0, std: float = 1.0
 ) -> Iterator[Float32]:
-    """Draw normal values of a slice in row-major order, chunk by chunk; a chunk is valid until the next is drawn.
+    """Draw normally distributed values for a slice of a tensor, in row-major order and chunk by chunk.
 
     Args:
         key: 64-bit key of the tensor.
@@ -110,6 +111,9 @@ def normal_chunks(
         held: Slice of the logical tensor to draw.
         mean: Mean of the distribution.
         std: Standard deviation of the distribution.
+
+    Yields:
+        Values of a chunk, at most :data:`CHUNK`, in a buffer that the next chunk overwrites.
     """
     counters, values, scratch = np.empty(CHUNK, np.uint64), np.empty(CHUNK, np.float32), _Scratch()
     for size in _counters(key, shape, held, counters):
@@ -122,10 +126,10 @@ def normal_chunks(
 
 
 def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) -> Iterator[int]:
-    """Write the counter key + (i + 1)·γ of each element i to ``out``; yield the size of each chunk.
+    """Write the counters of each chunk to ``out``, and yield the number of elements of the chunk.
 
-    Elements of fully covered trailing axes are contiguous, and so are those of the axis before: a chunk is a part of
-    one such run, or several short runs. γ is ``_GAMMA``.
+    The counter of element i is key + (i + 1)·γ, with γ = ``_GAMMA``. A run is a contiguous range of elements: those of
+    the trailing axes that the slice covers fully, and of the axis before. A chunk is a part of a run, or several runs.
     """
     axis, length = len(shape), 1
     while axis > 0:
@@ -151,7 +155,7 @@ def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) 
 
 
 class _Scratch:
-    """Temporary arrays, reused by every chunk."""
+    """Temporary arrays of :data:`CHUNK` elements, reused for every chunk."""
 
     def __init__(self) -> None:
         self.words = np.empty(CHUNK, np.uint64)
@@ -159,14 +163,14 @@ class _Scratch:
         self.radius, self.angle, self.square = (np.empty(CHUNK, np.float32) for _ in range(3))
 
 
-#: Coefficients of atanh(s) · 2 / s in s², which make the logarithm; s² ≤ 0.0295, so the next term is below 2⁻²⁵.
+#: Coefficients of 2 · atanh(s) / s in s², for the logarithm; s² ≤ 0.0295, so the next term is below 2⁻²⁵.
 _LOG = tuple(np.float32(2 / n) for n in (9, 7, 5, 3, 1))
 #: Coefficients of sin(θ) / θ in θ²; |θ| ≤ π/2, so the next term is below 2⁻²⁴.
 _SIN = tuple(np.float32((-1) ** n / math.factorial(2 * n + 1)) for n in (5, 4, 3, 2, 1, 0))
 
 
 def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
-    """Turn the counters ``z``, which are overwritten, into standard normal values ``out``."""
+    """Compute standard normal values ``out`` from the counters ``z``, which are overwritten."""
     size = len(z)
     words, exponent, integer = scratch.words[:size], scratch.exponent[:size], scratch.integer[:size]
     radius, angle, square = scratch.radius[:size], scratch.angle[:size], scratch.square[:size]
@@ -208,7 +212,7 @@ def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
 
 
 def _horner(coefficients: tuple[np.float32, ...], x: Float32, out: Float32) -> None:
-    """Evaluate the polynomial in ``x`` with these coefficients, the highest power first."""
+    """Evaluate the polynomial in ``x`` whose ``coefficients`` are given from the highest power down."""
     out.fill(coefficients[0])
     for coefficient in coefficients[1:]:
         np.multiply(out, x, out=out)

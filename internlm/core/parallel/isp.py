@@ -1,10 +1,11 @@
-"""Communicators of isp: the sequence is split over the tensor group throughout, every weight over the weight group.
+"""Communicators of isp, the mode that splits the sequence over the tensor group and weights over the weight group.
 
-A weight is all-gathered for each product, and its gradient reduce-scattered (Chen et al. 2024, arXiv 2401.09149).
-Around attention an all-to-all exchanges tokens for heads and back (Jacobs et al. 2023, arXiv 2309.14509).
+A weight is all-gathered for each product, and its gradient is reduce-scattered (Chen et al. 2024, arXiv 2401.09149).
+An all-to-all exchanges tokens for heads before attention, and another one heads for tokens after it (Jacobs et al.
+2023, arXiv 2309.14509).
 
-Shapes: n ranks in the tensor group, T tokens of the whole row, G kv heads, Q query heads per kv head, D head width, V
-vocabulary.
+Shapes: n ranks in the tensor group, T tokens of the whole packed sequence, G kv heads, Q query heads per kv head, D
+head dimension, H hidden size, V vocabulary entries, I input and O output features of a linear.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from internlm.utils.torch_private import uncompiled
 
 
 class IspLinear(Communicator):
-    """All-gather of the weight forward and again backward, reduce-scatter of its gradient.
+    """Communicator of a linear under isp: all-gather of the weight for each product, reduce-scatter of its gradient.
 
-    ``index`` is the index of the linear in the gatherer.
+    ``index`` is the index of the linear among those of the gatherer.
     """
 
     splits_weight = True
@@ -46,7 +47,7 @@ class IspLinear(Communicator):
         self.gatherer, self.index = gatherer, index
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Return the whole weight as a matrix, [O, I]."""
+        """Return the whole weight as a matrix, [O, I], all-gathered now or prefetched."""
         return self.gatherer.acquire(self.index, backward)
 
     def release_weight(self, whole: Tensor) -> None:
@@ -54,12 +55,12 @@ class IspLinear(Communicator):
         self.gatherer.release(self.index)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Sum ``dw`` over the weight group and deliver this rank's rows, at once or with the next gradient."""
+        """Reduce-scatter ``dw``, [O, I], and pass this rank's rows to ``deliver``, now or with the next gradient."""
         return self.gatherer.reduce(self.index, dw, deliver)
 
 
 class TokensHead(HeadCommunicator):
-    """A head that is whole on each rank and computes the logits of the rank's own tokens."""
+    """Communicator of a head whose weight is whole on every rank and whose input is split over the tensor group."""
 
     def __init__(self, tensor: Group) -> None:
         self.tensor = tensor
@@ -67,7 +68,7 @@ class TokensHead(HeadCommunicator):
     def whole_logits(self, logits: Tensor) -> Tensor:
         """Gather the logits of every rank's tokens: [T / n, V] → [T, V]."""
 
-        # Every rank has the same gradient of all logits, so the gradient of its own is a slice, without a collective.
+        # All ranks have the same gradient of the gathered logits, so backward only takes the rows of this rank.
         def slice_own(whole: Tensor) -> Tensor:
             return whole.chunk(self.tensor.size)[self.tensor.rank].contiguous()
 
@@ -75,7 +76,7 @@ class TokensHead(HeadCommunicator):
 
 
 class IspHead(IspLinear, TokensHead):
-    """A head that gathers its weight and computes the logits of the rank's own tokens."""
+    """Communicator of a head with its weight split over the weight group and its input over the tensor group."""
 
     def __init__(self, gatherer: WeightGatherer, index: int, tensor: Group) -> None:
         IspLinear.__init__(self, gatherer, index)
@@ -83,14 +84,14 @@ class IspHead(IspLinear, TokensHead):
 
     @contextmanager
     def weight_for_loss(self, weight: Tensor) -> Iterator[Tensor]:
-        """Yield the whole weight, whose gradient is reduced to this rank's shard."""
+        """Yield the whole weight, [V, H]; backward reduce-scatters its gradient to this rank's shard."""
         yield _WholeWeight.apply(weight, self)
-        # The loss computes its gradients forward (ops/cross_entropy.py), so backward does not gather the weight again.
+        # The loss computes its gradients during forward (ops/cross_entropy.py), so backward does not need the weight.
         self.gatherer.release(self.index)
 
 
 class _WholeWeight(torch.autograd.Function):
-    """All-gather of the head's weight; backward reduce-scatters the gradient and delivers it."""
+    """All-gather of the head's weight; backward reduce-scatters its gradient and adds it to the main gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, comm: IspHead) -> Tensor:
@@ -105,13 +106,13 @@ class _WholeWeight(torch.autograd.Function):
 
 
 class IspEmbedding(EmbeddingCommunicator):
-    """All-gather of the table for a look-up, reduce-scatter of its gradient."""
+    """Communicator of an embedding under isp: all-gather of the table, reduce-scatter of its gradient."""
 
     def __init__(self, group: Group, vocab_size: int) -> None:
         self.group, self.vocab_size = group, vocab_size
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up the entries of this rank's tokens in the whole table."""
+        """All-gather the table and look up this rank's tokens: [T / n] → [T / n, H]."""
         return lookup(ids, exchange(weight, self._gather, self._reduce))
 
     def _gather(self, weight: Tensor) -> Tensor:
@@ -125,10 +126,10 @@ class IspEmbedding(EmbeddingCommunicator):
 
 
 class IspAttention(AttentionCommunicator):
-    """All-to-all between tokens and heads (arXiv 2309.14509).
+    """Communicator of attention under isp: all-to-alls between tokens and heads (arXiv 2309.14509).
 
-    With fewer kv heads than ranks, each kv head is sent to all ranks that hold some of its query heads. ``before`` is
-    called before the first all-to-all, where isp may launch the all-gathers of the next block.
+    If there are fewer kv heads than ranks, each kv head is sent to all ranks that hold some of its query heads. The
+    function ``before``, called before the first all-to-all, may launch the all-gathers of the next block.
     """
 
     def __init__(self, group: Group, before: Callable[[], None]) -> None:
@@ -136,7 +137,14 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_heads(self, qkv: Tensor) -> Tensor:
-        """Exchange heads for tokens: [T / n, G, Q + 2, D] → [T, heads of this rank, …, D]."""
+        """Exchange all heads of this rank's tokens for all tokens of this rank's heads.
+
+        Args:
+            qkv: Fused q, k and v, [T / n, G, Q + 2, D].
+
+        Returns:
+            [T, kv heads of this rank, query heads per kv head + 2, D].
+        """
         self.before()
         tokens, kv_heads, dim = qkv.shape[0], qkv.shape[1], qkv.shape[3]
         repeats = max(self.group.size // kv_heads, 1)
@@ -155,7 +163,7 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Exchange tokens for heads: [T, heads of this rank · D] → [T / n, G · Q · D]."""
+        """Exchange tokens for heads after attention: [T, query heads of this rank · D] → [T / n, G · Q · D]."""
         tokens = heads.shape[0] // self.group.size
 
         def to_tokens(heads: Tensor) -> Tensor:
@@ -169,7 +177,7 @@ class IspAttention(AttentionCommunicator):
 
 
 def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
-    """Copy each kv head for r = ``repeats`` groups of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
+    """Repeat each kv head for r = ``repeats`` parts of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
     if repeats == 1:
         return qkv
     queries = qkv[:, :, :-2].unflatten(2, (repeats, -1))
@@ -178,14 +186,14 @@ def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
 
 
 def _sum_kv_heads(dqkv: Tensor) -> Tensor:
-    """Join the query heads of each kv head and sum its gradients: [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D]."""
+    """Join the query heads and sum the r gradients of each kv head: [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D]."""
     if dqkv.shape[2] == 1:
         return dqkv.squeeze(2)
     return torch.cat([dqkv[:, :, :, :-2].flatten(2, 3), dqkv[:, :, :, -2:].sum(2)], 2)
 
 
 class IspModel(ModelCommunicator):
-    """A model whose ranks hold parts of a row, while attention needs the positions of all tokens of the row."""
+    """Communicator of a model under isp: gathers the token positions of the whole sequence for attention."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

@@ -1,6 +1,6 @@
-"""Parallel embedding, norms and head.
+"""Parallel embedding, norm and head.
 
-Shapes: T tokens, H hidden, V vocabulary.
+Shapes: T tokens, H hidden size, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entrop
 
 
 class ParallelEmbedding(nn.Module):
-    """A table from token ids to vectors.
+    """Embedding table from token ids to vectors, split over ranks by the parallel modes.
 
     Args:
-        vocab_size: V.
-        hidden_size: H.
+        vocab_size: Number of vocabulary entries, V.
+        hidden_size: Hidden size, H.
         std: Standard deviation of the initial values.
         grad_scale: Factor on the gradient of the table, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
-        split_hidden: Whether mtp, msp and fsp split the table over H rather than V.
+        split_hidden: Whether mtp, msp and fsp split the table along H rather than V.
     """
 
     role = "embedding"
@@ -49,12 +49,12 @@ class ParallelEmbedding(nn.Module):
         """Look up ``ids``: [T] → [tokens of this rank, H]."""
         # F.embedding and not weight[ids], whose backward pass is not deterministic on CUDA.
         x = self.communicator.embed(ids, self.weight, F.embedding)
-        # The value is x for any scale; the gradient flows through the second argument alone.
+        # The value is x for any scale; the gradient flows through the second argument only.
         return x if self.grad_scale == 1.0 else torch.lerp(x.detach(), x, self.grad_scale)
 
 
 class ParallelNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension, whole on every rank."""
 
     def __init__(self, hidden_size: int, norm_type: NormType, eps: float) -> None:
         super().__init__()
@@ -72,15 +72,15 @@ class ParallelNorm(nn.Module):
 
 
 class ParallelHead(ParallelLinear):
-    """A linear from hidden states to logits, or, given labels, to the loss of each token.
+    """Head: linear from hidden states to logits (:meth:`logits`) or to token losses (:meth:`loss`).
 
-    The loss is computed a few tokens at a time, so that the logits of all tokens never exist at once.
+    The loss is computed for a few tokens at a time, so that the logits of all tokens never exist at once.
 
     Args:
-        hidden_size: H.
-        vocab_size: V.
+        hidden_size: Hidden size, H.
+        vocab_size: Number of vocabulary entries, V.
         init: Distribution of the initial values.
-        parallel_output: Whether :meth:`logits` returns this rank's logits rather than all of them.
+        parallel_output: Whether :meth:`logits` returns this rank's logits. False: it gathers those of all ranks.
     """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
@@ -90,20 +90,24 @@ class ParallelHead(ParallelLinear):
         self.parallel_output = parallel_output
 
     def logits(self, x: Tensor) -> Tensor:
-        """Compute logits: [tokens of this rank, H] → [tokens, entries of this rank], or [T, V] if gathered."""
+        """Compute the logits of ``x``, [tokens of this rank, H].
+
+        Returns:
+            [tokens, vocabulary entries of this rank] if ``parallel_output``, else [T, V], gathered from all ranks.
+        """
         comm = self.communicator
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
 
     def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
-        """Compute the loss of each label.
+        """Compute the cross entropy of the logits of ``x`` against ``labels``.
 
         Args:
-            x: [tokens of this rank, H].
-            labels: [tokens whose loss this rank computes]; −100 is ignored.
-            label_smoothing: Share of the target that is spread over the vocabulary.
+            x: Hidden states, [tokens of this rank, H].
+            labels: Labels, int64 [tokens whose loss this rank computes]; −100 is ignored.
+            label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
             grad_scale: Factor on the sum of the losses, and hence on the gradient.
         """
-        # This method bypasses the module's forward, so no hook waits for the weight's all-gather.
+        # This method bypasses the module's forward, whose hook would wait for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),

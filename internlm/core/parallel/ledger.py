@@ -1,7 +1,8 @@
-"""The communication ledger: calls of each collective in each :class:`ParallelMode`, and the bytes this rank sent.
+"""Communication ledger: number of calls and of bytes sent by this rank, for each parallel mode and collective.
 
-It counts the least number of bytes that a rank must send, whichever algorithm the backend uses. For a tensor of N bytes
-over n ranks (Chan et al. 2007, "Collective communication: theory, practice, and experience", table II):
+The ledger counts the minimum number of bytes that a rank must send, independent of the backend's algorithm. For a
+tensor of N bytes over n ranks (Chan et al. 2007, "Collective communication: theory, practice, and experience", table
+II):
 
 =================  ===========================================
 all-gather         (n − 1) · N / n, with N of the gathered tensor
@@ -27,7 +28,7 @@ Collective: TypeAlias = Literal[
 
 
 class Entry(NamedTuple):
-    """Calls of one collective in one mode, and the bytes that this rank sent in them."""
+    """Number of calls of one collective in one parallel mode, and bytes that this rank sent in these calls."""
 
     calls: int = 0
     sent: int = 0
@@ -38,13 +39,13 @@ Traffic = Mapping[tuple[ParallelMode, Collective], Entry]
 
 
 class Ledger:
-    """Counts of the collectives of this process."""
+    """Counter of the collectives that this process calls, and of the bytes that it sends."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[ParallelMode, Collective], Entry] = {}
 
     def record(self, mode: ParallelMode, collective: Collective, sent: int) -> None:
-        """Count one call that sends ``sent`` bytes."""
+        """Count one call of ``collective`` in ``mode``, in which this rank sends ``sent`` bytes."""
         calls, before = self._entries.get((mode, collective), (0, 0))
         self._entries[mode, collective] = Entry(calls + 1, before + sent)
 
@@ -53,18 +54,18 @@ class Ledger:
         return dict(self._entries)
 
     def since(self, earlier: Traffic) -> Traffic:
-        """Return the counts since the snapshot ``earlier``, without unchanged entries."""
+        """Return the counts since the snapshot ``earlier``, without entries that have not changed."""
         later = {}
         for key, entry in self._entries.items():
             old = earlier.get(key, Entry())
-            # Compared by calls as well as bytes: a broadcast sends nothing on all ranks but the root.
+            # Compare calls as well as bytes: a broadcast sends bytes only on the root.
             if entry != old:
                 later[key] = Entry(entry.calls - old.calls, entry.sent - old.sent)
         return later
 
 
 def sum_traffic(traffics: Iterable[Traffic]) -> Traffic:
-    """Add up calls and bytes by mode and collective."""
+    """Sum the calls and bytes of all ``traffics`` by mode and collective."""
     total: dict[tuple[ParallelMode, Collective], Entry] = {}
     for traffic in traffics:
         for key, entry in traffic.items():
@@ -78,7 +79,7 @@ LEDGER = Ledger()
 
 
 def format_traffic(traffic: Traffic, steps: int = 1) -> str:
-    """Format ``traffic`` as a table with one row per mode and collective: per step, and over all ``steps``."""
+    """Format the counts of ``steps`` steps as a table: calls and MiB per step and in total, by mode and collective."""
     lines = [f"{'mode':<14} {'collective':<16} {'calls/step':>11} {'MiB/step':>11} {'calls':>9} {'MiB':>11}"]
     for (mode, collective), entry in sorted(traffic.items(), key=lambda item: (item[0][0].value, item[0][1])):
         mib = entry.sent / 2**20

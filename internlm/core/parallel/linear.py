@@ -1,4 +1,4 @@
-"""Parallel linear: one layer and one autograd function for all parallel modes, which differ in its communicator.
+"""Parallel linear: one layer and one autograd function for all parallel modes; only the communicator differs.
 
 Shapes: T tokens, I input features, O output features (the product of ``out_shape``).
 """
@@ -19,27 +19,27 @@ from internlm.core.parallel.param_state import add_grad, place
 from internlm.core.parallel.placement import Init, constant
 from internlm.core.parallel.sharding import current_sharding
 
-#: A cheap function of a layer's input, such as a norm, that the layer applies first and recomputes in backward.
+#: Cheap function of a layer's input, such as a norm, that the layer applies first and recomputes in backward.
 Before = Callable[[Tensor], Tensor]
 
 
 class ParallelLinear(nn.Module):
-    """y = x · Wᵀ + b, with W of shape [*out_shape, I].
+    """Parallel linear layer: y = x · Wᵀ + b, with W of shape [*out_shape, I].
 
-    A fused projection keeps its natural axes in ``out_shape`` ((kv heads, q + 2, head dim), (2, intermediate), …),
-    so that splitting it over ranks is splitting one axis, whatever else is fused with it.
+    A fused projection keeps its natural axes in ``out_shape``: (kv heads, query heads per kv head + 2, head dimension)
+    for wqkv, (2, intermediate) for w13. It can then be split over ranks along a single axis.
 
     Args:
-        in_features: I.
-        out_shape: Axes of the output; their product is O.
+        in_features: Number of input features, I.
+        out_shape: Shape of the output features of a token; its product is O.
         init: Distribution of the initial values of the weight. A bias starts at zero.
-        bias: Whether there is a bias.
-        role: How a parallel mode splits the weight, see :mod:`internlm.core.parallel.sharding`.
-        split_axis: Axis of ``out_shape`` along which mtp, msp and fsp split the output of a ``column``.
+        bias: Whether to add a bias.
+        role: Role of the layer, which decides how a mode splits the weight (:mod:`internlm.core.parallel.sharding`).
+        split_axis: Axis of ``out_shape`` along which mtp, msp and fsp split the output of a column linear.
     """
 
     communicator: Communicator = IDENTITY
-    chunk = 0  # of the pipeline stage; isp reads it from linears outside of blocks, such as the head
+    chunk = 0  # index of the chunk in its pipeline stage; isp reads it from linears outside of blocks, such as the head
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class ParallelLinear(nn.Module):
         self._handle = compiled_linear.LinearHandle(self)
 
     def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
-        """Apply the layer: [T, I] → [T, *out_shape].
+        """Apply the layer: [T, I] → [T, *out_shape], or this rank's shard of the output.
 
         Args:
-            x: [T, I], or of any shape that ``before`` takes.
-            before: Applied to ``x`` first. Its output is not saved but recomputed in backward, so it must be cheap,
-                deterministic, and depend on nothing but x and parameters (a norm, an activation).
+            x: Input, [T, I]; with ``before``, of any shape that ``before`` accepts.
+            before: Function applied to ``x`` first. Its output is not saved but recomputed in backward, so it must be
+                cheap, deterministic, and depend on nothing but ``x`` and parameters, as a norm or an activation does.
         """
         whole = self.out_shape if self.communicator.splits_weight else self.own_out_shape
         if torch.compiler.is_compiling():
@@ -84,12 +84,12 @@ class ParallelLinear(nn.Module):
         self._handle = compiled_linear.LinearHandle(self)
 
     def extra_repr(self) -> str:
-        """Return the description of the layer in ``print(model)``."""
+        """Return the description of the layer for ``print(model)``."""
         return f"{self.weight.shape[-1]} -> {list(self.out_shape)}, bias={self.bias is not None}, {self.role}"
 
 
 class _Linear(torch.autograd.Function):
-    """Linear with its communication, applied after the function ``before``."""
+    """Autograd function of ``before`` followed by the linear and its communication."""
 
     @staticmethod
     def forward(
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``x`` as a leaf, and ``before(x)`` with its graph; ``x`` twice if there is nothing to recompute."""
+    """Return ``x`` as a leaf, and ``before(x)`` with its graph; without ``before``, return ``x`` twice."""
     if before is None:
         return x, x
     with torch.enable_grad():

@@ -1,15 +1,15 @@
-"""Offloading: keep activations saved for backward in host memory until backward reads them.
+"""Offloading: keep tensors saved for backward in host memory until the backward pass reads them.
 
-For the first blocks of a chunk (``model.cpu_offloading``), in each forward pass:
+It applies to the first blocks of each chunk; ``model.cpu_offloading`` is their number:
 
-1. While a block runs forward, the tensors that autograd saves are recorded.
-2. When it ends, a side stream starts to copy them to the host. When the next block ends, the copies are complete and
-   the originals are freed.
-3. When a block runs backward, the copies of its tensors back to the device have started already; those of the block
-   before it start then.
+1. During the forward pass of a block, the tensors that autograd saves are recorded.
+2. After it, a side stream starts to copy them to the host. After the forward pass of the next block, the originals are
+   freed, once the copies are complete.
+3. When the backward pass of a block begins, the copies of its tensors to the device have been started already, and the
+   copies for the previous block are started.
 
-Hence the device holds the saved tensors of at most two blocks. Whole storages are copied, each once, for any number of
-saved views. On the CPU, streams are no-ops and copies are synchronous.
+Hence the device holds the saved tensors of at most two offloaded blocks. Each storage is copied once, as a whole, for
+any number of saved views. On the CPU, streams are no-ops and copies are synchronous.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ T = TypeVar("T")
 
 
 class ChunkOffload:
-    """Offloading of the first ``count`` of the ``blocks`` blocks of a chunk, in one forward pass after another."""
+    """Offloading of the first ``count`` of ``blocks`` blocks in a chunk, reused by successive forward passes."""
 
     def __init__(self, blocks: int, count: int) -> None:
         self.blocks, self.count = blocks, count
         self._last: _Saved | None = None  # saved by the previous block of the current pass
 
     def run(self, position: int, compute: Callable[[], T], device: torch.device, kept: Iterable[Tensor] = ()) -> T:
-        """Run the block at ``position`` of the chunk and return its output.
+        """Run one block, offload its saved tensors if ``position`` < ``count``, and return its output.
 
         Args:
             position: Index of the block in the chunk, at most ``count``.
             compute: Function that runs the block.
             device: Device on which the block runs.
-            kept: Tensors that stay on the device in any case, so that offloading them would free nothing.
+            kept: Tensors that are not offloaded, since they stay on the device in any case.
         """
         if position == 0:
             self._last = None  # an exception may have ended the previous pass
@@ -59,7 +59,7 @@ class ChunkOffload:
         return output
 
     def _run_next(self, compute: Callable[[], T]) -> T:
-        """Run the block after the offloaded ones; its backward pass prefetches the tensors of the last of them."""
+        """Run the first block that is not offloaded; its backward pass prefetches tensors of the last offloaded one."""
         output = compute()
         gradient = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         last = self._last
@@ -69,14 +69,14 @@ class ChunkOffload:
         return output
 
     def _end(self) -> None:
-        """Free the last originals; from here on, only the graph refers to the saved tensors."""
+        """Free the originals of the last offloaded block; afterwards only the graph refers to its saved tensors."""
         if self._last is not None:
             self._last.free_originals()
             self._last = None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in ``value``, a tensor or nested tuples, lists, dicts and dataclasses."""
+    """Yield all tensors in ``value``, which may nest tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -89,7 +89,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 @dataclass(eq=False)
 class _Storage:
-    """A storage: on the device, on the host, or both."""
+    """Storage of saved tensors: on the device, on the host, or both."""
 
     original: Tensor | None  # as bytes
     host: Tensor | None = None
@@ -97,7 +97,7 @@ class _Storage:
 
 @dataclass(eq=False)
 class _SavedTensor:
-    """A tensor that autograd saved: a view of a storage."""
+    """Tensor saved by autograd, as a view of a storage."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -105,7 +105,7 @@ class _SavedTensor:
     tensor: Tensor | None = None  # from its return to the device until it is unpacked
 
     def rebuild(self, data: Tensor) -> None:
-        """Make the tensor a view of ``data``, the bytes of its storage."""
+        """Recreate the tensor as a view of ``data``, a uint8 copy of its storage on the device."""
         self.tensor = torch.empty(0, dtype=self.dtype, device=data.device).set_(data.untyped_storage(), *self.view)
 
 
@@ -121,7 +121,7 @@ class _Saved:
 
     # -- autograd's hooks ---------------------------------------------------------------------------------------------
     def pack(self, tensor: Tensor) -> _SavedTensor | Tensor:
-        """Return the object that autograd saves instead of ``tensor``."""
+        """Return the object that autograd saves instead of ``tensor``; ``tensor`` itself if it is not offloaded."""
         pointer = _storage_ptr(tensor)
         if pointer in self.kept:
             return tensor
@@ -131,7 +131,7 @@ class _Saved:
         return self.tensors[-1]
 
     def unpack(self, saved: _SavedTensor | Tensor) -> Tensor:
-        """Return the tensor that was packed, on the device."""
+        """Return the tensor for an object from :meth:`pack`, on the device; prefetch those of the previous block."""
         if isinstance(saved, Tensor):
             return saved
         self.fetch()
@@ -155,7 +155,7 @@ class _Saved:
                 storage.host.copy_(storage.original, non_blocking=True)
 
     def free_originals(self) -> None:
-        """Free the originals; kernels launched later may overwrite them once the copies are complete."""
+        """Free the originals; kernels launched later can reuse their memory once the copies are complete."""
         self._wait()
         for storage in self.storages.values():
             storage.original = None
@@ -201,7 +201,7 @@ def _storage_ptr(tensor: Tensor) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return the whole storage of ``tensor`` as bytes."""
+    """Return the whole storage of ``tensor`` as a uint8 tensor, [bytes]."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 

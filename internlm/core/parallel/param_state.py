@@ -4,9 +4,9 @@
 module reads and writes that attribute; all other code calls the functions below, or takes the state from a
 :class:`NamedParameter`.
 
-The optimizer gives each parameter a *main gradient*: a view of its flat gradient buffer, of the parameter's shape,
-perhaps of a wider dtype. Layers that compute a weight gradient themselves add it there and return None to autograd.
-Without a main gradient (a model that is used without our optimizer) they return the gradient, as any module does.
+The optimizer attaches a *main gradient* to each parameter: a view of its flat gradient buffer that has the parameter's
+shape and the same or a wider dtype. Layers that compute a weight gradient themselves add it to the main gradient and
+return None to autograd. Without a main gradient (a model used without our optimizer) they return the weight gradient.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _ATTRIBUTE = "param_state"
 
 @dataclass(kw_only=True)
 class ParamState:
-    """State that is attached to one parameter."""
+    """State attached to one parameter: placement, compute dtype, main gradient and callbacks."""
 
     placement: ParamPlacement | None = None
     """Global shape, this rank's shard, and the mode over which the gradient is a partial sum."""
     compute_dtype: torch.dtype | None = None
     """Dtype to compute in; None: the dtype in which the parameter is stored."""
     main_grad: Tensor | None = None
-    """Tensor in which gradients are accumulated."""
+    """Tensor of the parameter's shape in which gradients are accumulated."""
     on_grad_ready: Callable[[], None] | None = None
-    """Called after each accumulation of a gradient, and when autograd has finished with the parameter."""
+    """Callback after each accumulation of a gradient, and when autograd has finished with the parameter."""
     wait_for_all_gather: Callable[[], None] | None = None
-    """Blocks until the all-gather of the last update has completed."""
+    """Callback that blocks until the all-gather of the parameter's last update has completed."""
 
 
 # Returned for a tensor without state: reading must not attach a state to a temporary, such as a gathered weight.
@@ -69,8 +69,8 @@ _on_meta = False
 def deferred_memory() -> Iterator[None]:
     """Create parameters of parallel layers on the meta device within the block.
 
-    Their initial values depend on (seed, logical name) alone, so memory is needed only once this rank's shards are
-    final. Users' own modules draw their values when they are built, and so keep their device.
+    Their initial values depend on seed and logical name only, so memory can be allocated after the shards of this rank
+    are final. Other modules draw their values when they are built, so their parameters stay on the default device.
     """
     global _on_meta
     outer, _on_meta = _on_meta, True
@@ -81,9 +81,9 @@ def deferred_memory() -> Iterator[None]:
 
 
 def place(placement: ParamPlacement) -> nn.Parameter:
-    """Create an uninitialised parameter of the placement's local shape and the default dtype.
+    """Create an uninitialised parameter with the local shape of ``placement`` and the default dtype.
 
-    It is on the default device, or on the meta device within :func:`deferred_memory`.
+    The parameter is on the default device, or on the meta device within :func:`deferred_memory`.
     """
     parameter = nn.Parameter(torch.empty(placement.local_shape, device="meta" if _on_meta else None))
     set_placement(parameter, placement)
@@ -103,8 +103,12 @@ def has_placement(parameter: nn.Parameter) -> bool:
 def placement_of(parameter: nn.Parameter, name: str = "weight") -> ParamPlacement:
     """Return the placement of ``parameter``.
 
+    Args:
+        parameter: Parameter of a model.
+        name: Name of the parameter in the error message.
+
     Raises:
-        UserError: ``parameter`` has no placement; the message calls it ``name``.
+        UserError: The parameter has no placement.
     """
     placement = _state(parameter).placement
     if placement is None:
@@ -120,13 +124,17 @@ def placement_of(parameter: nn.Parameter, name: str = "weight") -> ParamPlacemen
 
 
 def placed_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamPlacement]]:
-    """Iterate over logical name, parameter and placement of each parameter of ``module``, tied ones once."""
+    """Yield logical name, parameter and placement of each parameter of ``module``; tied parameters occur once.
+
+    Raises:
+        UserError: A parameter has no placement.
+    """
     for name, parameter in module.named_parameters():
         yield name, parameter, placement_of(parameter, name)
 
 
 class NamedParameter(NamedTuple):
-    """A parameter with its logical name, its state, and its position in the model."""
+    """Parameter with its logical name, its state, and its position in module order."""
 
     name: str
     parameter: nn.Parameter
@@ -135,13 +143,13 @@ class NamedParameter(NamedTuple):
 
     @property
     def placement(self) -> ParamPlacement:
-        """The placement of the parameter."""
+        """Placement of the parameter."""
         assert self.state.placement is not None, f"{self.name} has no placement"
         return self.state.placement
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
+        """Dtype in which the parameter is used in computations."""
         return self.state.compute_dtype or self.parameter.dtype
 
     @property
@@ -151,7 +159,11 @@ class NamedParameter(NamedTuple):
 
 
 def named_parameters(module: nn.Module) -> list[NamedParameter]:
-    """List the parameters of ``module`` in module order, tied ones once; each must have a placement."""
+    """Return the parameters of ``module`` in module order; tied parameters occur once.
+
+    Raises:
+        UserError: A parameter has no placement.
+    """
     return [
         NamedParameter(name, parameter, _own_state(parameter), position)
         for position, (name, parameter, _) in enumerate(placed_parameters(module))
@@ -159,27 +171,27 @@ def named_parameters(module: nn.Module) -> list[NamedParameter]:
 
 
 def state_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over name and tensor of each persistent buffer of ``module``; every rank holds whole buffers."""
+    """Yield name and tensor of each persistent buffer of ``module``; buffers are never sharded."""
     state = module.state_dict()
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in state)
 
 
 # -- dtype ------------------------------------------------------------------------------------------------------------
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Return the compute dtype of ``parameter``."""
+    """Return the dtype in which ``parameter`` is used in computations; by default its own."""
     return _state(parameter).compute_dtype or parameter.dtype
 
 
 def set_compute_dtype(parameter: Tensor, dtype: torch.dtype) -> None:
-    """Set the compute dtype of ``parameter``, to which other code converts it before use."""
+    """Set the dtype to which ``parameter`` is converted before it is used in computations."""
     _own_state(parameter).compute_dtype = dtype
 
 
 # -- all-gathered values ----------------------------------------------------------------------------------------------
 def wait_for_all_gather(parameter: Tensor) -> Tensor:
-    """Wait for the all-gather of the last update of ``parameter``, and return ``parameter``.
+    """Block until the all-gather of the last update of ``parameter`` has completed, and return ``parameter``.
 
-    Code that calls the module of the parameter need not wait: the optimizer's forward hooks do.
+    Only code that bypasses the forward of the parameter's module needs this: the optimizer's forward hooks also wait.
     """
     wait = _state(parameter).wait_for_all_gather
     if wait is not None:
@@ -194,12 +206,17 @@ def set_wait_for_all_gather(parameter: Tensor, wait: Callable[[], None]) -> None
 
 # -- gradients --------------------------------------------------------------------------------------------------------
 def main_grad_of(parameter: Tensor) -> Tensor | None:
-    """Return the tensor in which the gradient of ``parameter`` is accumulated, if an optimizer has attached one."""
+    """Return the main gradient of ``parameter``; None if no optimizer has attached one."""
     return _state(parameter).main_grad
 
 
 def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
-    """Attach ``main_grad``, in which autograd and the parallel layers accumulate the gradient from now on."""
+    """Attach ``main_grad``, in which autograd and parallel layers then accumulate the gradient of ``parameter``.
+
+    Args:
+        parameter: Parameter of a model.
+        main_grad: Tensor of the parameter's shape, of the same or a wider dtype.
+    """
     _own_state(parameter).main_grad = main_grad
     if main_grad.dtype == parameter.dtype:
         parameter.grad = main_grad  # autograd adds in place to a gradient that exists
@@ -211,7 +228,7 @@ def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     """Add dyᵀ·x to the main gradient of ``parameter``; dy: [T, O], x: [T, I].
 
     Returns:
-        The gradient itself, of the shape of ``parameter``, if there is no main gradient.
+        None if there is a main gradient, else dyᵀ·x in the shape of ``parameter``.
     """
     target = main_grad_of(parameter)
     if target is None:
@@ -222,7 +239,7 @@ def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
 
 
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return dyᵀ·x as a new tensor [O, I], of ``dtype`` if it is given; dy: [T, O], x: [T, I]."""
+    """Compute dyᵀ·x as a new tensor of ``dtype``, by default that of ``dy``: [T, O], [T, I] → [O, I]."""
     grad = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
     gemm.accumulate_grad_weight(grad, dy, x, accumulate=False)
     return grad
@@ -239,13 +256,14 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def _on_accumulated(parameter: Tensor) -> None:
-    """Add ``parameter.grad`` to the main gradient, if autograd allocated it separately.
+    """Add ``parameter.grad`` to the main gradient if autograd has allocated a separate tensor for it.
 
-    Autograd allocates one where ``.grad`` is None: the main gradient is of a wider dtype, or a user has set it to None.
+    Autograd does so if ``parameter.grad`` was None: because the main gradient has a wider dtype, or because a user has
+    set it to None.
     """
     grad, main_grad = parameter.grad, main_grad_of(parameter)
     assert main_grad is not None, "the hook is registered by attach_main_grad"
-    # By address: autograd may replace the tensor object and keep the memory.
+    # Compared by address: autograd may replace the tensor object and keep the memory.
     if grad is not None and grad.data_ptr() != main_grad.data_ptr():
         main_grad.add_(grad)
         parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None

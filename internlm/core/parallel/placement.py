@@ -1,12 +1,13 @@
-"""Placement of a parameter: global shape, this rank's shard, and slices of the global tensor. Pure arithmetic.
+"""Placement of a parameter: its global shape, this rank's shard, and the slices that make up the shard.
 
-Every parameter has one :class:`ParamPlacement`, set where it is created (:func:`internlm.core.parallel.place`).
-Gradient reduction, norm clipping, ZeRO, checkpoints and initialisation all read it; nothing is inferred from names or
-module types.
+Every parameter has one :class:`ParamPlacement`, set when the parameter is created
+(:func:`internlm.core.parallel.place`). Gradient reduction, gradient clipping, ZeRO, checkpoints and initialisation all
+read it; nothing is inferred from names or module types.
 
-A *shard* is what one rank holds of a tensor, a *slice* is offsets and sizes within the logical tensor. ZeRO cuts flat
-buffers anywhere, so a shard may begin and end within a row. A range of the flattened tensor consists of at most
-2 · dims − 1 slices: the end of the first row, whole rows, the beginning of the last row, and so on inwards.
+A *shard* is the part of a tensor that one rank holds. A *slice* is a box in the logical tensor, given by offsets and
+sizes. ZeRO splits flat buffers at any element, so a shard may begin and end within a row. A range of the flattened
+tensor consists of at most 2 · dims − 1 slices: the end of the first row, whole rows, the beginning of the last row, and
+likewise within the first and the last row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from internlm.core.context.layout import ParallelMode
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Slice of a tensor: offsets and sizes in each dimension, and its range [start, stop) in a flattened tensor."""
+    """Slice of a tensor: offsets and sizes by dimension, and the range [start, stop) of its elements when flattened."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -31,7 +32,7 @@ class TensorSlice:
 
 
 def slices_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorSlice]:
-    """Iterate over the slices that make up elements [start, stop) of a row-major tensor of ``shape``."""
+    """Yield the slices that make up elements [start, stop) of a flattened row-major tensor of shape ``shape``."""
     if start >= stop:
         return
     if len(shape) == 0:
@@ -57,19 +58,19 @@ def _slices_within_row(shape: Sequence[int], row: int, start: int, stop: int, ro
 
 @dataclass(frozen=True)
 class Init:
-    """Distribution of a parameter's initial values: normal, or constant where ``std`` is 0."""
+    """Distribution of a parameter's initial values: normal, or constant if ``std`` is 0."""
 
     mean: float = 0.0
     std: float = 0.0
 
 
 def normal(std: float) -> Init:
-    """Return the normal distribution of mean 0 and standard deviation ``std``."""
+    """Return the normal distribution with mean 0 and standard deviation ``std``."""
     return Init(0.0, std)
 
 
 def constant(value: float) -> Init:
-    """Return the constant distribution of ``value``."""
+    """Return the distribution in which every element is ``value``."""
     return Init(value)
 
 
@@ -77,8 +78,8 @@ def constant(value: float) -> Init:
 class ShardSpec:
     """Split of a tensor over the ranks of a group, and the index of this rank's shard.
 
-    Shards are equal parts along ``axis``. None: shards are ⌈rows/count⌉ rows each of the tensor as a matrix (all axes
-    but the last make its rows); the last shards may end with rows of padding, which are zero.
+    Shards are equal parts along ``axis``. If ``axis`` is None, the tensor is split as a matrix, whose rows are all axes
+    but the last: each shard has ⌈rows / count⌉ rows, and the last shards may end with padding rows of zeros.
     """
 
     mode: ParallelMode
@@ -98,15 +99,15 @@ class ParamPlacement:
     shard: ShardSpec | None = None
     """How the parameter is split; None: every rank holds the whole parameter."""
     partial_over: ParallelMode | None = None
-    """Mode over whose group the gradient is a partial sum after backward, apart from data parallelism."""
+    """Mode over whose group the gradient must still be summed after backward, apart from data parallelism."""
     is_matrix: bool = True
     """False for norms and biases, so that weight decay can exclude them."""
     is_hidden: bool = False
-    """Whether Muon may update the parameter: a matrix between hidden units, unlike embedding and head."""
+    """True for matrices between hidden layers (not embedding or head), which Muon may update."""
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Global shape as a matrix: all axes but the last make its rows."""
+        """Global shape as a matrix, (rows, columns): all axes but the last form the rows."""
         return self._rows, self.global_shape[-1]
 
     @property
@@ -122,12 +123,12 @@ class ParamPlacement:
         return tuple(shape)
 
     def slices(self, start: int, stop: int) -> Iterator[TensorSlice]:
-        """Iterate over the slices of the global tensor that make up elements [start, stop) of this rank's flat shard.
+        """Yield the slices of the global tensor that make up elements [start, stop) of this rank's flattened shard.
 
-        Padding is left out. ``offsets`` count in the global tensor, ``start`` and ``stop`` in the shard.
+        Padding is skipped. The ``offsets`` of a slice refer to the global tensor, ``start`` and ``stop`` to the shard.
         """
         if self.shard is None or self.shard.axis is None:
-            # The shard is one range of the global tensor too, and padding lies beyond ``last``.
+            # The shard is one range of the flattened global tensor, and padding lies beyond ``last``.
             first, last = self._range
             for tensor_slice in slices_of_range(self.global_shape, first + start, min(first + stop, last)):
                 yield replace(tensor_slice, start=tensor_slice.start - first, stop=tensor_slice.stop - first)
@@ -154,7 +155,7 @@ class ParamPlacement:
 
     @property
     def _range(self) -> tuple[int, int]:
-        """Range of the flattened global tensor that this rank holds, for shards that are ranges of rows."""
+        """Range of the flattened global tensor that this rank holds, if its shard consists of rows or is whole."""
         total, size = math.prod(self.global_shape), math.prod(self.local_shape)
         first = min(self.shard.index * size, total) if self.shard else 0
         return first, min(first + size, total)

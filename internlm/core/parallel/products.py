@@ -1,8 +1,8 @@
-"""The three matrix products of a linear, with its communicator's hooks; the weight's gradient can be deferred.
+"""The three matrix products of a linear (output, dx and dw), each with the hooks of its communicator.
 
-The weight's gradient dw can be computed after the backward pass: the previous stage waits only for dx, so dw can fill
-the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). A deferred gradient is a closure over the two factors of
-its product, so autograd needs no second pass.
+The gradient of the weight, dw, can be deferred until after the backward pass: the previous pipeline stage waits only
+for dx, so dw can fill the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). A deferred gradient is a closure
+over the two factors of its product, so autograd needs no second pass.
 
 Shapes: T tokens, I input features, O output features.
 """
@@ -20,7 +20,7 @@ from internlm.core.parallel.communicator import Communicator
 from internlm.core.parallel.param_state import add_grad, add_weight_grad, main_grad_of, weight_grad
 from internlm.ops import gemm
 
-#: Function that computes one weight gradient and adds it to the main gradient.
+#: Function that computes one deferred weight gradient and adds it to the main gradient.
 Task = Callable[[], object]
 
 _tasks: list[Task] | None = None
@@ -28,7 +28,7 @@ _tasks: list[Task] | None = None
 
 @contextmanager
 def deferring() -> Iterator[list[Task]]:
-    """Collect the weight gradients of backward passes within the block as tasks, to be run later."""
+    """Defer weight gradients: collect those of backward passes within the block as tasks in the yielded list."""
     global _tasks
     outer, _tasks = _tasks, []
     try:
@@ -38,15 +38,20 @@ def deferring() -> Iterator[list[Task]]:
 
 
 def deferred_tasks(weight: Tensor) -> list[Task] | None:
-    """Return the list of tasks for the gradient of ``weight``; None: the gradient must be computed at once.
+    """Return the task list to which the gradient of ``weight`` is deferred; None if it must be computed immediately.
 
-    Without a main gradient it is computed at once, since the backward function must return it to autograd.
+    It is computed immediately outside of :func:`deferring`, and if ``weight`` has no main gradient, since the backward
+    function must then return it to autograd.
     """
     return None if main_grad_of(weight) is None else _tasks
 
 
 def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Return y = x · Wᵀ, [T, O], and the gathered input of the product, [T, I]."""
+    """Compute the output y = x · Wᵀ of a linear.
+
+    Returns:
+        y, [tokens of the output, O], and the gathered input of the product, [T, I].
+    """
     gathered = comm.gather_input(x).wait()
     matrix = comm.gather_weight(weight)
     y = comm.reduce_output(gemm.linear(gathered, matrix))
@@ -66,17 +71,17 @@ def gradients(
     """Compute the gradients of a linear's input and weight.
 
     Args:
-        dy: Gradient of the product, [T, O], after ``comm.gather_grad_output``.
+        dy: Gradient of the output, [T, O], as returned by ``comm.gather_grad_output``.
         x: Input of the layer, [tokens of this rank, I].
-        gathered: Input of the product, [T, I], if it was saved for backward; None: gather ``x`` again.
-        weight: This rank's shard.
+        gathered: Input of the product, [T, I], if it was saved for backward. None: gather ``x`` again.
+        weight: Weight of the layer, as this rank holds it.
         comm: Communicator of the layer.
         needs_x: Whether dx is needed.
         needs_weight: Whether dw is needed.
 
     Returns:
-        dx, [tokens of this rank, I], and dw, in the shape of ``weight``. dw is None where the weight has a main
-        gradient: it is added there, now or by a task of :func:`deferring`.
+        dx, [tokens of this rank, I], and dw, of the shape of ``weight``; None for one that is not needed. dw is also
+        None if the weight has a main gradient, to which dw is added now or by a task of :func:`deferring`.
     """
     gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
     tasks = deferred_tasks(weight) if needs_weight else None
@@ -105,7 +110,7 @@ def _grad_input(dy: Tensor, weight: Tensor, comm: Communicator) -> Pending:
 
 
 def _grad_weight(weight: Tensor, dy: Tensor, x: Tensor, comm: Communicator) -> Tensor | None:
-    """Compute dyᵀ · x: [O, I], or this rank's shard of it."""
+    """Compute dw = dyᵀ · x and add it to the main gradient; without a main gradient, return this rank's shard of dw."""
     if comm.splits_weight:
         # A temporary, since the gradient of the whole weight is reduced to this rank's shard first.
         return comm.reduce_grad_weight(weight_grad(dy, x), lambda shard: add_grad(weight, shard))

@@ -1,7 +1,7 @@
-"""Splitting of a model over ranks: layers over pipeline stages, parameters over tensor or weight groups. Pure.
+"""Split of a model over ranks: layers over pipeline stages, parameters over the tensor or the weight group.
 
-Which shard of a parameter a rank holds follows from the tensor mode and the *role* of the layer, the place that a
-layer has in a decoder (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Chen et al. 2024, arXiv 2401.09149):
+The tensor mode and the *role* of a layer, its function in a decoder, determine which shard of a parameter a rank holds
+(Shoeybi et al. 2019, arXiv 1909.08053, section 3; Chen et al. 2024, arXiv 2401.09149):
 
 =============  =====================================================================================
 ``column``     a linear whose output is split: query/key/value, gate and up projection
@@ -11,8 +11,8 @@ layer has in a decoder (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Chen e
 ``replicated`` vectors that every rank holds whole: norms, biases of row linears
 =============  =====================================================================================
 
-Layers read the :class:`Sharding` and models the :class:`StageLayers` of the enclosing :func:`building` block, as they
-read torch's default dtype and device, so that a user's model needs no arguments to be split.
+Layers read the :class:`Sharding`, and models the :class:`StageLayers`, of the enclosing :func:`building` block. As with
+torch's default dtype and device, models need no arguments for this.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from internlm.core.parallel.param_state import has_placement, set_placement
 from internlm.core.parallel.placement import Init, ParamPlacement, ShardSpec
 from internlm.utils.errors import Problem, UserError
 
-#: Roles of the layers of this package; a layer of your own may have another (:data:`CUSTOM_ROLES`).
+#: Built-in roles of layers; users may register others (:data:`CUSTOM_ROLES`).
 Role: TypeAlias = Literal["column", "row", "head", "embedding", "embedding by hidden units", "attention", "model"]
 
 #: Modes that split the activations between the linears along the sequence.
 SEQUENCE_MODES: tuple[TensorMode, ...] = ("msp", "fsp", "isp")
 
-#: Roles registered by users, and the role whose weights each is split like.
+#: Roles registered by users, each with the built-in role according to which its weights are split.
 CUSTOM_ROLES: dict[str, Role] = {}
 
 # -- pipeline stages --------------------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ CUSTOM_ROLES: dict[str, Role] = {}
 
 @dataclass(frozen=True)
 class StageLayers:
-    """The layers that a pipeline stage holds.
+    """Layers that a pipeline stage holds, by chunk.
 
-    The chunk with the first layer also holds the embedding, the one with the last layer also the head.
+    The chunk with the first layer also holds the embedding, the chunk with the last layer also the head.
     """
 
     layers: int
@@ -56,25 +56,25 @@ class StageLayers:
 
     @classmethod
     def whole(cls, layers: int) -> StageLayers:
-        """Return all layers of a model as one chunk."""
+        """Return the assignment without a pipeline: all ``layers`` layers of a model in one chunk."""
         return cls(layers, (range(layers),))
 
     def is_first(self, chunk: int) -> bool:
-        """Whether the input of ``chunk`` is token ids."""
+        """Return whether ``chunk`` begins with the first layer, so that its input is token ids."""
         return self.chunks[chunk].start == 0
 
     def is_last(self, chunk: int) -> bool:
-        """Whether the output of ``chunk`` is the loss or logits."""
+        """Return whether ``chunk`` ends with the last layer, so that its output is the loss or logits."""
         return self.chunks[chunk].stop == self.layers
 
     @property
     def has_embedding(self) -> bool:
-        """Whether a chunk holds the embedding."""
+        """Whether a chunk of the stage holds the embedding."""
         return any(map(self.is_first, range(len(self.chunks))))
 
     @property
     def has_head(self) -> bool:
-        """Whether a chunk holds the head."""
+        """Whether a chunk of the stage holds the head."""
         return any(map(self.is_last, range(len(self.chunks))))
 
     @property
@@ -88,19 +88,19 @@ class StageLayers:
 
 @dataclass(frozen=True)
 class GroupPosition:
-    """A rank within a group of ``size`` ranks."""
+    """Position of this rank in a process group of ``size`` ranks."""
 
     rank: int = 0
     size: int = 1
 
 
-#: The position in a group of one rank.
+#: Position in a group of one rank.
 ALONE = GroupPosition()
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """A tensor mode, and the position of this rank in the groups over which the mode splits parameters."""
+    """Tensor mode, and the positions of this rank in the groups over which the mode splits parameters."""
 
     mode: TensorMode = "mtp"
     tensor: GroupPosition = ALONE
@@ -110,44 +110,45 @@ class Sharding:
         """Return the placement of a layer's weight.
 
         Args:
-            role: role of the layer, one of :data:`Role` or :data:`CUSTOM_ROLES`.
-            shape: of the whole weight, the input features last.
-            init: draws the initial values.
-            axis: dimension by which mtp, msp and fsp split the weight of a ``column``.
+            role: Role of the layer, one of :data:`Role` or :data:`CUSTOM_ROLES`.
+            shape: Shape of the whole weight, with the input features last.
+            init: Distribution of the initial values.
+            axis: Axis along which mtp, msp and fsp split the weight of a column linear.
 
         Raises:
-            UserError: the role is neither built in nor registered.
+            UserError: The role is neither built in nor registered.
         """
         like = CUSTOM_ROLES.get(role, role)
         hidden = like in ("column", "row")
         if self.mode == "isp":
-            # Rows of the weight as a matrix, whatever the role: any size then divides any weight.
+            # Rows of the weight as a matrix, padded if necessary: any group can split a weight of any role.
             shard = self._shard(ParallelMode.WEIGHT, self.weight, None)
             return ParamPlacement(shape, init, shard=shard, is_hidden=hidden)
-        # None splits the rows as well, so that a vocabulary which the group does not divide is padded.
+        # None also splits the rows, but pads a vocabulary that is not divisible by the group size.
         axes = {"column": axis, "row": len(shape) - 1, "head": None, "embedding": None, "embedding by hidden units": 1}
         if like not in axes:
             known = ", ".join(["column", "row", "head", *CUSTOM_ROLES])
-            raise UserError(Problem("role", f"{role!r} is unknown (known: {known})", "Register it with like='column'"))
+            todo = f"Register it with register_communicator(mode, {role!r}, like='column') before building the model"
+            raise UserError(Problem(f"layer role {role!r}", f"unknown, expected one of {known}", todo))
         shard = self._shard(ParallelMode.TENSOR, self.tensor, axes[like])
         return ParamPlacement(shape, init, shard=shard, is_hidden=hidden)
 
     def bias_of(self, role: str, shape: tuple[int, ...], init: Init, axis: int = 0) -> ParamPlacement:
-        """Return the placement of a bias: split with the outputs of a ``column`` except under isp, else whole."""
+        """Return the placement of a bias, which is split only for a column linear under mtp, msp and fsp."""
         if CUSTOM_ROLES.get(role, role) == "column" and self.mode != "isp":
             shard = self._shard(ParallelMode.TENSOR, self.tensor, axis)
             return ParamPlacement(shape, init, shard=shard, is_matrix=False)
         return self.replicated(shape, init)
 
     def replicated(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
-        """Return the placement of a vector over the hidden dimension that every rank holds whole: of a norm, a bias.
+        """Return the placement of a vector over the hidden dimension, such as a norm's weight, replicated on all ranks.
 
-        Each rank applies it to its own tokens. Where the tokens of a row are split over ranks, each rank's gradient is
-        one term of a sum over them (arXiv 2205.05198, section 4.2). isp names the weight group: its ranks differ in
-        tokens or in samples.
+        Each rank applies the vector to its own tokens. Under msp and fsp, which split a sequence over the tensor group,
+        the gradient of each rank is a partial sum over this group (arXiv 2205.05198, section 4.2). Under isp it is a
+        partial sum over the weight group, whose ranks hold different tokens or samples.
 
-        A vector that a rank applies to its own heads or features (QK-norm) needs another placement under mtp, where
-        ``partial_over`` is None here: its gradient is a partial sum over the tensor group in every mode but isp.
+        Do not use this placement for a vector that a rank applies to its own heads or features, such as that of a
+        QK-norm: its gradient is a partial sum over the tensor group also under mtp, for which ``partial_over`` is None.
         """
         partial = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, "isp": ParallelMode.WEIGHT}
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
@@ -155,8 +156,8 @@ class Sharding:
     def foreign(self, shape: tuple[int, ...], is_matrix: bool) -> ParamPlacement:
         """Return the placement of a parameter whose module is not parallel, such as one of ``torch.nn``.
 
-        Every rank holds it whole and applies it to all tokens that the loader gives the rank. Under mtp, msp and fsp
-        these are the same on all ranks of the tensor group, and so is the gradient. Its module has set its values.
+        Every rank holds the whole parameter and applies it to all tokens from its loader. Under mtp, msp and fsp these
+        tokens, and hence the gradient, are the same on all ranks of the tensor group. The parameter keeps its values.
         """
         partial = ParallelMode.WEIGHT if self.mode == "isp" else None
         return ParamPlacement(shape, None, partial_over=partial, is_matrix=is_matrix)
@@ -172,22 +173,22 @@ _current: tuple[Sharding, StageLayers | None] = Sharding(), None
 
 
 def current_sharding() -> Sharding:
-    """Return the sharding of the enclosing :func:`building` block; outside of one, of a rank that is alone."""
+    """Return the sharding of the enclosing :func:`building` block; outside of any, that of a single rank."""
     return _current[0]
 
 
 def current_stage_layers(layers: int) -> StageLayers:
-    """Return which of a model's ``layers`` this pipeline stage builds; all of them where there is no pipeline.
+    """Return the layers of this pipeline stage for a model of ``layers`` layers; without a pipeline, all of them.
 
-    A model that calls this can be split into stages: it keeps the result as its attribute ``stage_layers``, and its
-    ``forward`` takes ``chunk`` and ``hidden`` (:mod:`internlm.core.scheduler.compute`).
+    A model that can be split into stages calls this function, stores the result in its attribute ``stage_layers``, and
+    takes the arguments ``chunk`` and ``hidden`` in its ``forward`` (:mod:`internlm.core.scheduler.compute`).
     """
     return _current[1] or StageLayers.whole(layers)
 
 
 @contextmanager
 def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Iterator[None]:
-    """Let layers that are built within the block read ``sharding``, and models read ``stage_layers``."""
+    """Set the sharding and the stage layers of all models and layers that are built within the block."""
     global _current
     outer, _current = _current, (sharding, stage_layers)
     try:
@@ -197,10 +198,10 @@ def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Ite
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Place every parameter of ``module`` that has no placement as one that each rank holds whole.
+    """Mark every parameter of ``module`` without a placement as replicated on all ranks, and return ``module``.
 
-    The values stay as they are. It is right for modules that see all tokens that the loader gives their rank; under msp
-    and fsp those between parallel layers do not: use :class:`ParallelNorm` and the like there.
+    The values are unchanged. The module must process all tokens from the loader. Under msp and fsp, a module between
+    parallel layers processes only some of them: use a layer such as :class:`ParallelNorm` instead.
     """
     for parameter in module.parameters():
         if not has_placement(parameter):

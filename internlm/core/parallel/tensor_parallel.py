@@ -1,13 +1,13 @@
-"""Communicators of the modes that split weights over the tensor group.
+"""Communicators of mtp, msp and fsp, the modes that split weights over the tensor group.
 
 mtp: tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Activations between the linears are whole
 on every rank.
 
 msp and fsp: tensor parallelism with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
-Activations between the linears are split along the sequence. msp keeps the gathered input of a column for backward,
-fsp gathers it again.
+Activations between the linears are split along the sequence. For backward, msp saves the gathered input of a column
+linear, whereas fsp gathers it again.
 
-Shapes: n ranks in the tensor group, T tokens of a row, H hidden, V vocabulary.
+Shapes: n ranks in the tensor group, T tokens of the whole packed sequence, H hidden size, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -37,32 +37,39 @@ from internlm.core.parallel.placement import ParamPlacement
 
 
 class MtpColumn(Communicator):
-    """Identity forward, all-reduce of the input's gradient backward (f in arXiv 1909.08053, figure 3)."""
+    """Communicator of a column linear under mtp: identity forward, all-reduce backward.
+
+    This is the operator f of arXiv 1909.08053, figure 3.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx: each rank has only the gradient through its own outputs."""
+        """Start the all-reduce of dx, [T, H]: each rank has only the term from its own output features."""
         # It overlaps with the product for the weight's gradient.
         return begin_all_reduce(dx, self.group)
 
 
 class MtpRow(Communicator):
-    """All-reduce of the output forward, identity backward (g in arXiv 1909.08053, figure 3)."""
+    """Communicator of a row linear under mtp: all-reduce forward, identity backward.
+
+    This is the operator g of arXiv 1909.08053, figure 3.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Sum the partial products of all ranks, each computed from the rank's own input features."""
+        """All-reduce the output, [T, H]: each rank has only the term from its own input features."""
         return all_reduce(y, self.group)
 
 
 class FspColumn(Communicator):
-    """All-gather of the sequence forward and again backward, reduce-scatter of the input's gradient.
+    """Communicator of a column linear under fsp, whose input is split along the sequence.
 
-    The second all-gather overlaps with the product for the input's gradient, which does not need its result.
+    The input is all-gathered in forward and again in backward; its gradient is reduce-scattered. The second all-gather
+    overlaps with the product for the input's gradient, which does not use the input.
     """
 
     def __init__(self, group: Group) -> None:
@@ -73,22 +80,22 @@ class FspColumn(Communicator):
         return tokens * self.group.size
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Start to gather the sequence: [T / n, H] → [T, H]."""
+        """Start the all-gather of the sequence: [T / n, H] → [T, H]."""
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx and keep this rank's tokens: [T, H] → [T / n, H]."""
+        """Start the reduce-scatter of dx along the sequence: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
 
 class MspColumn(FspColumn):
-    """Column with its input split over the sequence: all-gathered in forward and kept, gradient reduce-scattered."""
+    """Communicator of a column linear under msp: as under fsp, but the gathered input is saved for backward."""
 
     keeps_gathered_input = True
 
 
 class SequenceRow(Communicator):
-    """Reduce-scatter of the output forward, all-gather of its gradient backward."""
+    """Communicator of a row linear under msp and fsp: reduce-scatter of the output, all-gather of its gradient."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -98,11 +105,11 @@ class SequenceRow(Communicator):
         return tokens // self.group.size
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Sum the terms of all ranks and keep this rank's tokens: [T, H] → [T / n, H]."""
+        """Reduce-scatter the output along the sequence: [T, H] → [T / n, H]."""
         return reduce_scatter(y, self.group)
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Gather the gradient of every token: [T / n, H] → [T, H]."""
+        """All-gather the gradient of the output along the sequence: [T / n, H] → [T, H]."""
         return all_gather(dy, self.group)
 
 
@@ -110,9 +117,9 @@ class SequenceRow(Communicator):
 
 
 class SplitVocab:
-    """Rows of a [V, H] weight that this rank holds; a :class:`~internlm.ops.VocabShard` for the loss.
+    """Vocabulary shard of this rank for the loss (:class:`~internlm.ops.VocabShard`): its rows of a [V, H] weight.
 
-    If V is not divisible by the group size, the last rows are padding: ``columns`` counts the logits without padding.
+    If V is not divisible by the group size, the last rows are padding, which ``columns`` does not count.
     """
 
     def __init__(self, group: Group, placement: ParamPlacement) -> None:
@@ -122,37 +129,37 @@ class SplitVocab:
         self.columns = min(self.first + rows, self.total) - self.first
 
     def max_(self, x: Tensor) -> Tensor:
-        """Take the maximum of ``x`` over the ranks, in place."""
+        """Take the elementwise maximum of ``x`` over the tensor group, in place."""
         return all_reduce(x, self.group, dist.ReduceOp.MAX)
 
     def sum_(self, x: Tensor) -> Tensor:
-        """Sum ``x`` over the ranks, in place."""
+        """Sum ``x`` over the tensor group, in place."""
         return all_reduce(x, self.group)
 
 
 class SplitHead(HeadCommunicator):
-    """A head split over the vocabulary, whose input is whole on every rank."""
+    """Communicator of a head split over the vocabulary, whose input is whole on every rank (mtp)."""
 
     def __init__(self, group: Group, placement: ParamPlacement) -> None:
         self.group = group
         self.vocab = self._shard = SplitVocab(group, placement)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx: each rank has only the gradient through its own logits."""
+        """Start the all-reduce of dx, [T, H]: each rank has only the term from its own logits."""
         return begin_all_reduce(dx, self.group)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return x; backward, sum its gradient over the ranks."""
+        """Return ``x``, [T, H], unchanged in forward; all-reduce its gradient in backward."""
         return exchange(x, lambda x: x, lambda dx: all_reduce(dx, self.group))
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        """Gather the logits of every rank and drop the padding: [T, V / n] → [T, V]."""
+        """Gather the logits of every rank and drop the padding: [T, ⌈V / n⌉] → [T, V]."""
         shape, shard = logits.shape, self._shard
 
         def gather(own: Tensor) -> Tensor:
             return _all_gather_columns(own, self.group)[:, : shard.total]
 
-        # Every rank has the same gradient of all logits, so the gradient of its own is a slice, without a collective.
+        # All ranks have the same gradient of the gathered logits, so backward only takes the columns of this rank.
         def slice_own(whole: Tensor) -> Tensor:
             own = whole.new_zeros(shape)
             own[:, : shard.columns] = whole[:, shard.first : shard.first + shard.columns]
@@ -161,23 +168,23 @@ class SplitHead(HeadCommunicator):
         return exchange(logits, gather, slice_own)
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """Drop the padding columns."""
+        """Drop the columns of padding from this rank's logits: [T, ⌈V / n⌉] → [T, columns]."""
         return logits[:, : self._shard.columns]
 
 
 class SequenceHead(SplitHead):
-    """A head split over the vocabulary, whose input is split along the sequence."""
+    """Communicator of a head split over the vocabulary, whose input is split along the sequence (msp and fsp)."""
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Start to gather the sequence: [T / n, H] → [T, H]."""
+        """Start the all-gather of the sequence: [T / n, H] → [T, H]."""
         return begin_all_gather(x, self.group)
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to sum dx and keep this rank's tokens: [T, H] → [T / n, H]."""
+        """Start the reduce-scatter of dx along the sequence: [T, H] → [T / n, H]."""
         return begin_reduce_scatter(dx, self.group)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Gather the sequence; backward, sum its gradient and keep this rank's tokens: [T / n, H] → [T, H]."""
+        """All-gather the sequence in forward, reduce-scatter its gradient in backward: [T / n, H] → [T, H]."""
         return exchange(x, lambda x: all_gather(x, self.group), lambda dx: reduce_scatter(dx, self.group))
 
 
@@ -185,43 +192,46 @@ class SequenceHead(SplitHead):
 
 
 class VocabEmbedding(EmbeddingCommunicator):
-    """Communicator of a vocab-parallel embedding: a rank looks up its own entries, ``combine`` sums over ranks."""
+    """Communicator of an embedding split over the vocabulary.
+
+    Each rank looks up the token ids of its shard, with zeros for all others; ``combine`` sums the vectors over ranks.
+    """
 
     def __init__(self, group: Group, placement: ParamPlacement, combine: Callable[[Tensor, Group], Tensor]) -> None:
         self.group, self.combine = group, combine
         self.first = group.rank * placement.local_shape[0]
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up the entries of this rank and combine them with those of the other ranks."""
+        """Look up ``ids``, [T], in this rank's shard and sum the vectors of all ranks: [T, H] or [T / n, H]."""
         own = ids - self.first
         elsewhere = (own < 0) | (own >= weight.shape[0])
-        # Zeros for entries of other ranks: exactly one rank adds a vector for each token.
+        # Zeros for token ids of other shards: exactly one rank contributes the vector of a token to the sum.
         x = lookup(own.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[:, None], 0.0)
         return self.combine(x, self.group)
 
 
 class HiddenEmbedding(EmbeddingCommunicator):
-    """An embedding split over the hidden size: ``combine`` concatenates the slices of each token."""
+    """Communicator of an embedding split over the hidden size; ``combine`` joins each vector from all ranks."""
 
     def __init__(self, group: Group, combine: Callable[[Tensor, Group], Tensor]) -> None:
         self.group, self.combine = group, combine
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up this rank's slice of every entry and combine it with those of the other ranks."""
+        """Look up ``ids``, [T], in this rank's columns and join those of all ranks: [T, H] or [T / n, H]."""
         return self.combine(lookup(ids, weight), self.group)
 
 
-# Functions that combine embeddings, all differentiable. Under mtp the gradient of the result is the same on every rank;
-# under msp and fsp each rank has the gradient of its own tokens.
+# Differentiable functions for the argument ``combine``. Under mtp all ranks have the same gradient of the result; under
+# msp and fsp each rank has the gradient of its own tokens.
 
 
 def all_reduce_embedding(x: Tensor, group: Group) -> Tensor:
-    """Sum the terms of all ranks on every rank: [T, H] → [T, H]."""
+    """Sum the vectors of a table split over the vocabulary, for mtp: [T, H] → [T, H]."""
     return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
 
 
 def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
-    """Gather the hidden slices of every rank: [T, H / n] → [T, H]."""
+    """Join the vectors of a table split over the hidden size, for mtp: [T, H / n] → [T, H]."""
 
     def slice_own(dx: Tensor) -> Tensor:
         return dx.chunk(group.size, 1)[group.rank].contiguous()
@@ -230,12 +240,12 @@ def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Sum the terms of all ranks and keep this rank's tokens: [T, H] → [T / n, H]."""
+    """Sum the vectors of a table split over the vocabulary, for msp and fsp: [T, H] → [T / n, H]."""
     return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
 
 
 def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
-    """Exchange this rank's hidden slice of all tokens for all slices of its own tokens: [T, H / n] → [T / n, H]."""
+    """Join the vectors of a table split over the hidden size, for msp and fsp: [T, H / n] → [T / n, H]."""
 
     def to_tokens(x: Tensor) -> Tensor:
         received = all_to_all(x.view(group.size, -1, x.shape[1]), group)  # [n, T / n, H / n]
@@ -249,7 +259,7 @@ def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather_columns(x: Tensor, group: Group) -> Tensor:
-    """Concatenate the columns of every rank: [T, C] → [T, n · C]."""
+    """Concatenate the columns of all ranks: [T, C] → [T, n · C]."""
     gathered = all_gather(x, group).view(group.size, *x.shape)  # [n, T, C]
     return torch.cat(gathered.unbind(0), 1)
 
@@ -258,11 +268,11 @@ def _all_gather_columns(x: Tensor, group: Group) -> Tensor:
 
 
 class SequenceModel(ModelCommunicator):
-    """A model whose ranks load all tokens of a row and hold T / n of them between layers."""
+    """Communicator of a model under msp and fsp: each rank loads all T tokens and holds T / n between layers."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def tokens_between_layers(self, tokens: int) -> int:
-        """Return the number of tokens a rank holds between layers, T / n."""
+        """Return T / n, the number of tokens that this rank holds between layers, for T = ``tokens``."""
         return tokens // self.group.size

@@ -1,12 +1,12 @@
-"""All-gather of weights under isp: gather for a product, release after it, prefetch for the next products.
+"""All-gather of weights under isp: gather a weight before a product, release it afterwards, and prefetch the next.
 
-Linears are indexed in the order in which they run; the indices of one block are consecutive. A forward pass acquires
+Linears are indexed in the order in which they run, so the indices of one block are consecutive. A forward pass acquires
 the weights of a chunk in ascending order (a model without a pipeline is one chunk), a backward pass in descending
-order; those of a recomputed block in ascending and then in descending order. A prefetched weight is used in the same
-pass or released when the pass ends, so that no weight changes in between.
+order. Before the backward pass of a recomputed block, its weights are acquired in ascending order once more. A
+prefetched weight is used in the same pass or released at its end, so that the weight does not change in between.
 
-Autograd itself signals to the gatherer whether a product is recomputed, and when a backward pass ends. Module hooks
-do not give the same guarantees:
+The gatherer queries autograd whether a product is recomputed, and registers a callback for the end of a backward pass.
+Module hooks do not give the same guarantees:
 
 - A hook cannot distinguish a forward pass from a recomputation without state kept between hooks, and an exception
   between two hooks would leave that state wrong for the next pass.
@@ -36,31 +36,33 @@ LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 @dataclass(frozen=True)
 class Overlap:
-    """Settings of the prefetch of weights; see ``parallel.weight`` in the config."""
+    """Settings of the weight prefetch, from ``parallel.weight`` in the config."""
 
     enabled: bool = False
     per_layer: bool = True
-    """In forward, prefetch the whole next block at once rather than the next linear. Backward prefetches the latter."""
+    """Whether forward prefetches the whole next block. False: the next linear only, as backward always does."""
     launch_position: int = LAUNCH_POSITIONS["wo"]
     memory_pool: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatheredLinear:
-    """A linear whose weight is gathered."""
+    """Linear whose weight is gathered, with its position in the model."""
 
     weight: nn.Parameter
-    """This rank's rows, [⌈rows / ranks⌉, I]."""
+    """This rank's rows of the weight as a matrix, [⌈rows / ranks⌉, I]."""
     rows: int
-    """Rows of the whole matrix, without padding."""
+    """Number of rows of the whole matrix, without padding."""
     block: int
+    """Index of the block that contains the linear."""
     position: int
-    """Index within the block."""
+    """Index of the linear within its block."""
     chunk: int = 0
+    """Index of the chunk in the pipeline stage."""
 
 
 class WeightGatherer:
-    """Gathers the weights of one model and reduces their gradients over the weight group."""
+    """Gatherer of the weights of one model, which also reduces their gradients over the weight group."""
 
     def __init__(self, group: Group, linears: Sequence[GatheredLinear], overlap: Overlap) -> None:
         self.group, self.linears, self.overlap = group, linears, overlap
@@ -75,7 +77,9 @@ class WeightGatherer:
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def acquire(self, index: int, backward: bool) -> Tensor:
-        """Return a whole weight, [O, I], and prefetch the next; release a weight before acquiring it again.
+        """Return the whole weight of a linear, [O, I], and start to prefetch the next.
+
+        Each weight must be released before it is acquired again.
 
         Args:
             index: Index of the linear.
@@ -90,13 +94,13 @@ class WeightGatherer:
         return whole[: self.linears[index].rows]
 
     def release(self, index: int) -> None:
-        """Return the buffer of a whole weight to the pool or to the allocator."""
+        """Return the buffer of the whole weight of linear ``index`` to the memory pool or to the allocator."""
         buffer = self._in_use.pop(index)
         if self.overlap.memory_pool:
             self.pool.setdefault(buffer.shape, []).append(buffer)
 
     def before_attention(self, block: int) -> None:
-        """Prefetch the next block if its all-gathers are launched at the attention kernel."""
+        """Prefetch the block after ``block`` if its all-gathers are launched at the attention kernel."""
         if self.overlap.enabled and self.overlap.per_layer and not in_backward():
             self._prefetch(self._next_block(block, LAUNCH_POSITIONS["attn"]))
 
@@ -114,7 +118,7 @@ class WeightGatherer:
         return free.pop() if free else shard.new_empty(shape)
 
     def _next(self, index: int, backward: bool) -> Sequence[int]:
-        """Return the indices of the weights to gather while the weight of ``index`` is in use."""
+        """Return the indices of the linears whose weights to prefetch while the weight of ``index`` is in use."""
         linear = self.linears[index]
         if backward:
             return self._previous(index)
@@ -126,12 +130,12 @@ class WeightGatherer:
         return [index + 1] if self._same_chunk(index, index + 1) else []
 
     def _previous(self, index: int) -> Sequence[int]:
-        # The linear before may be frozen, or nothing before it may need a gradient: then its weight is never acquired.
+        # The previous linear may be frozen, or no earlier tensor may need a gradient: then its weight is not acquired.
         at_end_of_backward(self._end_backward)
         if not self._same_chunk(index, index - 1):
             return []
         block = self.linears[index - 1].block
-        # A recomputed block begins with its first linear. Its first backward pass cannot predict the recomputation.
+        # A recomputed block begins with its first linear. A block counts as recomputed after its first backward.
         recomputed = block in self._recomputed and block != self.linears[index].block
         return [min(self._block(block)) if recomputed else index - 1]
 
@@ -149,11 +153,20 @@ class WeightGatherer:
 
     # -- gradients ----------------------------------------------------------------------------------------------------
     def reduce(self, index: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Start to sum the gradient of a whole weight over the group and deliver this rank's rows.
+        """Start to reduce-scatter the gradient of a whole weight, and pass this rank's rows to ``deliver``.
 
-        With overlap the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
-        products in between. Two gradients are delivered at once: one deferred by a zero-bubble schedule, which is
-        computed after the backward pass, and one without a main gradient, which must be returned to autograd.
+        With overlap, the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
+        products in between. There are two exceptions, which are delivered immediately: a gradient deferred by a
+        zero-bubble schedule, which is computed after the backward pass, and a gradient without a main gradient, which
+        must be returned to autograd.
+
+        Args:
+            index: Index of the linear.
+            dw: Gradient of the whole weight, [O, I].
+            deliver: Function that adds the rows to the main gradient, or returns them if there is no main gradient.
+
+        Returns:
+            The result of ``deliver``, or None if it is called later.
         """
         linear = self.linears[index]
         pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
@@ -165,7 +178,7 @@ class WeightGatherer:
         return None
 
     def _begin_forward(self) -> None:
-        """Drop the state of a pass that raised: gathered weights, which may be outdated, and a pending gradient."""
+        """Discard the state of a pass that raised: gathered weights, which may be outdated, and a pending gradient."""
         self._delivery = None
         self._release_all()
 
@@ -175,7 +188,7 @@ class WeightGatherer:
             self._delivery = None
 
     def _end_backward(self) -> None:
-        """Deliver the last gradient, and release weights that were prefetched for a product that was not needed."""
+        """Deliver the last gradient, and release prefetched weights that no product has used."""
         # Registered by every product; all calls but the first are no-ops.
         self._deliver()
         self._release_all()

@@ -46,14 +46,14 @@ def test_an_attribute_of_that_name_declares_nothing(layers: object) -> None:
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda m: [nn.Linear(2, 2)], "Linear is not a submodule"),
-        (lambda m: [m], "Stack is not a submodule"),
+        (lambda m: [nn.Linear(2, 2)], "returned a Linear that is not a submodule"),
+        (lambda m: [m], "returned a Stack that is not a submodule"),
         (lambda m: None, "'NoneType' object is not iterable"),
         (lambda m: m.head, "'Linear' object is not iterable"),
-        (lambda m: [[m.head]], "contains a list, expected nn.Module"),
-        (lambda m: [m.head, m.head], "'head' is declared twice"),
-        (lambda m: [m.layers[0], m.layers[0][0]], r"'layers\.0\.0' is declared twice or lies within"),
-        (lambda m: [m.layers[0][0], m.layers[0]], r"'layers\.0\.0' lies within block 'layers\.0'"),
+        (lambda m: [[m.head]], "returned a list, expected nn.Module"),
+        (lambda m: [m.head, m.head], "returned 'head' twice"),
+        (lambda m: [m.layers[0], m.layers[0][0]], r"returned 'layers\.0\.0', which lies within block 'layers\.0'"),
+        (lambda m: [m.layers[0][0], m.layers[0]], r"returned 'layers\.0\.0', which lies within block 'layers\.0'"),
     ],
 )
 def test_wrong_declarations_are_refused(choose: Callable[[Stack], list[nn.Module]], message: str) -> None:

@@ -76,5 +76,5 @@ def test_the_key_is_that_of_the_innermost_scope() -> None:
         with dropout_key_scope(DropoutKey()):
             assert current_dropout_key() == DropoutKey()
         assert current_dropout_key() == KEY
-    with pytest.raises(UserError, match=r"model.drop_rate: .* without them"):
+    with pytest.raises(UserError, match=r"model.drop_rate: .* without a dropout key"):
         current_dropout_key()

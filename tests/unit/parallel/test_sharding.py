@@ -107,7 +107,7 @@ def test_an_unknown_role_is_an_error_under_tensor_modes(mode: str) -> None:
     if mode == "isp":
         assert sharding(mode).weight_of("mine", (8, 4), INIT).local_shape == (2, 4)
     else:
-        with pytest.raises(UserError, match=r"role: 'mine' is unknown .known: column, row, head"):
+        with pytest.raises(UserError, match=r"layer role 'mine': unknown, expected one of column, row, head"):
             sharding(mode).weight_of("mine", (8, 4), INIT)
 
 
