@@ -67,8 +67,8 @@ class ParallelSizes:
                     f"{self.pipeline * group}"
                 )
         if self.zero_parent % self.zero:
-            group = "weight-data" if self.isp else "data"
-            raise ValueError(f"{group} group size {self.zero_parent} is not divisible by zero1 size {self.zero}")
+            parent = "weight-data" if self.isp else "data"
+            raise ValueError(f"{parent} group size {self.zero_parent} is not divisible by zero1 size {self.zero}")
 
     @property
     def _expert_group(self) -> int:
