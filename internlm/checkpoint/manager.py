@@ -65,7 +65,7 @@ class Sampler(Protocol):
         """Return the data position before ``step``."""
 
     def resume(self, position: Position) -> None:
-        """Continue from a data position that :meth:`position` returned, also in an earlier run."""
+        """Continue from a data position that :meth:`position` returned, possibly in an earlier run."""
 
 
 class CheckpointManager:

@@ -52,7 +52,7 @@ class DataFile(NamedTuple):
 
 
 class Index(NamedTuple):
-    """File, byte offset and token count of each sample, grouped by file."""
+    """Index of all samples: the file, byte offset and token count of each, grouped by file."""
 
     files: list[DataFile]
     offsets: np.ndarray  # [N] int64, byte offset in the file, ascending within a file

@@ -143,7 +143,7 @@ class TrainLoader:
         self._start = step
 
     def resume(self, position: Position) -> None:
-        """Set the data position at which iteration begins, as returned by :meth:`position`, also of an earlier run."""
+        """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run."""
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
 

@@ -48,7 +48,7 @@ class RowShape:
 
 
 class Epoch(NamedTuple):
-    """Epoch, one pass over the samples: their order, and the number of tokens used of each."""
+    """Epoch (one pass over the samples): their order, and the number of tokens that are used of each."""
 
     order: np.ndarray  # [N] sample indices
     lengths: np.ndarray  # [N] tokens used of each sample, in that order
@@ -56,7 +56,7 @@ class Epoch(NamedTuple):
 
 
 class SampleSpan(NamedTuple):
-    """Tokens [``begin``, ``stop``) of a sample with ``length`` tokens, placed at offset ``at`` of the row."""
+    """Span of a row: tokens [``begin``, ``stop``) of a sample with ``length`` tokens, placed at offset ``at``."""
 
     sample: int
     length: int

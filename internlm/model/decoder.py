@@ -230,7 +230,7 @@ class Decoder(nn.Module):
         return logits  # with parallel_output=False, also the logits of tokens of other ranks
 
     def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return the shape and dtype of the hidden states that :meth:`forward` returns for ``inputs``."""
+        """Return the shape and dtype of the hidden states that a chunk passes on, given inputs of :meth:`forward`."""
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
         return (tokens, self.spec.config.hidden_size), self.dtype
 

@@ -33,7 +33,7 @@ class FamilyBuilder:
     family: Family
 
     def __call__(self, model: ModelConfig) -> Decoder:
-        """Build the decoder that ``model`` describes."""
+        """Build a decoder from the config section ``model``."""
         return Decoder(spec_of(self.family, model))
 
 

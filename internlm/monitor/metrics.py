@@ -48,7 +48,7 @@ class Throughput:
         self._recent.append((tokens, seconds))
 
     def metrics(self) -> dict[str, float]:
-        """Return tgs of the last step, the last 10 and 50 steps and the run, and means of the rates of single steps."""
+        """Return the tgs of the last step, of the last 10 and 50 steps and of the run, and means of each step's tgs."""
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],
@@ -69,7 +69,7 @@ class Throughput:
 
 # -- writers ----------------------------------------------------------------------------------------------------------
 class Writer(Protocol):
-    """Protocol of a destination of metrics."""
+    """Protocol of a writer of metrics to one destination."""
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of ``step``."""

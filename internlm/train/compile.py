@@ -1,4 +1,4 @@
-"""Apply torch.compile to each block (``model.compile``).
+"""Compilation of each block with ``torch.compile`` (config key ``model.compile``).
 
 All blocks have the same code, so the first is compiled and the others reuse its graphs. Only ``forward`` is replaced:
 module names, placements, hooks and checkpoints do not change.

@@ -118,7 +118,7 @@ def attach(model: nn.Module) -> WeightGatherer | None:
 
 
 def checkpoint_and_offload(model: nn.Module) -> None:
-    """Wrap the blocks of ``model`` in recompute and offloading, as set by the config keys of the same names."""
+    """Apply recompute (key ``model.checkpoint``) and offloading (``model.cpu_offloading``) to each block."""
     config = gpc.config.model
     checkpoint_and_offload_blocks(model, config.recomputes, config.cpu_offloading)
 

@@ -1,4 +1,4 @@
-"""Optimizers over flat, sharded buffers."""
+"""ZeRO optimizer over flat, sharded buffers, with its update rules and loss scale."""
 
 from internlm.solver.optimizer.loss_scale import LossScale as LossScale
 from internlm.solver.optimizer.param_groups import ProcessGroups as ProcessGroups

@@ -108,13 +108,13 @@ def bucket_size(zero: HybridZeroConfig) -> int:
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Round ``numel`` up, so that the shards of all ranks are equally long and aligned."""
+    """Round ``numel`` up, so that each of ``ranks`` equal shards is a multiple of :data:`ALIGNMENT`."""
     unit = ranks * ALIGNMENT
     return -(-numel // unit) * unit
 
 
 def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
-    """Place parameters without gaps, in buckets that differ in size by at most one aligned element per rank."""
+    """Place parameters without gaps, in buckets that differ by at most ``ranks`` · :data:`ALIGNMENT` elements."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -271,7 +271,7 @@ class FlatParamGroup(ParamGroup):
                     )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over the model position, name and local gradient, a view of ``grads``, of each parameter."""
+        """Yield (model position, name, local gradient) of each parameter; the gradients are views of ``grads``."""
         for entry in self.entries:
             yield entry.named.position, entry.named.name, self.grads[entry.start : entry.stop]
 
@@ -319,7 +319,7 @@ class FullyShardedParamGroup(ParamGroup):
             )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over the model position, name and gradient of this rank's shard of each parameter."""
+        """Yield (model position, name, gradient of this rank's shard) of each parameter."""
         for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             yield named.position, named.name, grad
 

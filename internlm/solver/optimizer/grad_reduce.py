@@ -96,7 +96,7 @@ class GradReadyTracker:
 
 
 class BucketReduction:
-    """Reduction of one bucket in stages, whose result is the gradient of this rank's shard of the bucket."""
+    """Reduction of one bucket, in three stages, to the summed gradients of this rank's shard of the bucket."""
 
     def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
         """Launch stage 1, in which gradients are sent in ``dtype`` (None: the dtype in which they are accumulated)."""
@@ -164,7 +164,7 @@ class GradReducer:
         self._tracker = GradReadyTracker([bucket.entries for bucket in self.buckets], self._begin) if overlap else None
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Prepare for the gradients of a step.
+        """Prepare the reduction of the gradients of a step.
 
         Args:
             micro_batches: Number of micro-batches. None: it is not known, so buckets are reduced after the backward

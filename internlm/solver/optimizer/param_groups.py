@@ -175,7 +175,7 @@ class ParamGroup:
         return torch.zeros(self.owned, dtype=self.main_dtype, device=self.main_shards[0].device)
 
     def split(self, state: Tensor) -> list[Tensor]:
-        """Split ``state``, [owned], into views, one for each tensor of this rank's shard."""
+        """Split ``state``, a tensor of ``owned`` elements, into views, one for each tensor of this rank's shard."""
         return list(state.split([*map(len, self.main_shards)]))
 
     def shard_slices(self) -> Iterator[ShardSlice]:
@@ -183,7 +183,7 @@ class ParamGroup:
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Iterate over the model position, name and local gradient, not yet reduced, of each parameter."""
+        """Yield (model position, name, local gradient) of each parameter, before gradients are reduced over ranks."""
         raise NotImplementedError
 
     def attach_grads(self) -> None:

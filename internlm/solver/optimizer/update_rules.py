@@ -48,11 +48,11 @@ class UpdateRule:
         """Prepare state beyond the tensors in ``states``; by default there is none."""
 
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
-        """Return the state tensors of ``group`` by name, each [owned]."""
+        """Return the state tensors of ``group`` by name, each with ``group.owned`` elements."""
         return self._states[group]
 
     def set_updates(self, count: int) -> None:
-        """Set the number of updates done before a resume; the base class does not use it."""
+        """Set the number of updates done before a resume; rules without bias correction ignore it."""
 
     @torch.no_grad()
     def update(self, lr: float, beta2: float, divisor: float) -> None:
@@ -124,7 +124,10 @@ class AdamW(UpdateRule):
 
 
 class Lion(UpdateRule):
-    """Lion update rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2): sign of mixed gradient and momentum."""
+    """Lion update rule (Chen et al. 2023, arXiv 2302.06675, algorithm 2).
+
+    The direction of an update is the sign of an interpolation between momentum and gradient.
+    """
 
     states = ("exp_avg",)
 

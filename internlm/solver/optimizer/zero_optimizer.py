@@ -223,7 +223,7 @@ class HybridZeroOptimizer:
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
     def _is_copy(self, group: ParamGroup) -> bool:
-        """Return whether ``group`` is the copy of a tied embedding that the first pipeline stage counts."""
+        """Return whether ``group`` holds the last stage's copy of a tied embedding, which the first stage counts."""
         return group.key.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
     def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
@@ -262,7 +262,7 @@ class HybridZeroOptimizer:
 
     # -- state --------------------------------------------------------------------------------------------------------
     def state_of(self, group: ParamGroup) -> Mapping[StateName, Tensor]:
-        """Return the optimizer-state tensors of ``group`` by name, each with the elements of this rank's shard."""
+        """Return the optimizer-state tensors of ``group`` by name, each with ``group.owned`` elements."""
         return next(rule.state_of(group) for rule in self.rules if group in rule.groups)
 
     def state_dict(self) -> dict[str, Any]:
