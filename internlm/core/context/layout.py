@@ -8,9 +8,9 @@ alternative grids, listed with the fastest-varying mode first::
     expert     expert-tensor, expert, expert-data
 
 The pipeline varies slowest in each grid. Tensor varies fastest because its collectives are on the critical path of
-every layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). ZERO1 groups consecutive
-members of the data group (of the weight-data group under isp); ZERO1_REPLICA groups the ranks that hold the same shard
-of the optimizer state.
+every layer, and consecutive ranks share a machine (Megatron, arXiv 2104.04473, sec. 3). A ZERO1 group consists of
+consecutive members of the data group (of the weight-data group under isp); a ZERO1_REPLICA group consists of the ranks
+that hold the same shard of the optimizer state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ParallelMode(Enum):
     MODEL = "model"  # one copy of the model: tensor x pipeline
     PIPELINE = "pipeline"  # different layers
     TENSOR = "tensor"  # different slices of a layer, or of the sequence
-    ZERO1 = "zero1"  # different shards of one optimizer state
+    ZERO1 = "zero1"  # different shards of the optimizer state
     ZERO1_REPLICA = "zero1_replica"  # the same shard of the optimizer state
     WEIGHT = "weight"  # isp: different shards of one weight
     WEIGHT_DATA = "weight_data"  # isp: the same shard of a weight, different data
@@ -47,7 +47,8 @@ class ParallelSizes:
     ``zero1`` ≤ 0 means the size of the data group (of the weight-data group under isp); ``expert`` ≤ 0 means 1.
 
     Raises:
-        ValueError: The world size, or the size of the group that ZERO1 divides, is not divisible by the other sizes.
+        ValueError: The world size is not divisible by the pipeline size times the tensor, weight or expert size, or the
+            data size (the weight-data size under isp) is not divisible by the ZeRO-1 size.
     """
 
     world: int
@@ -96,7 +97,7 @@ class ParallelSizes:
 
     @property
     def zero(self) -> int:
-        """Size of the ZERO1 group, over which an optimizer state is sharded."""
+        """Size of the ZeRO-1 group, over which the optimizer state is sharded."""
         return self.zero1 if self.zero1 > 0 else self.zero_parent
 
 
@@ -108,7 +109,7 @@ class Layout:
 
     @cached_property
     def grids(self) -> dict[ParallelMode, np.ndarray]:
-        """Global ranks of each mode as an int array, [groups, members]."""
+        """Global ranks of the groups of each mode, as an int array per mode, [groups, members]."""
         s = self.sizes
         ranks = np.arange(s.world)
         ordinary = ranks.reshape(s.pipeline, s.data, s.tensor)

@@ -88,7 +88,7 @@ class ParallelContext:
         """Reset the context, so that :meth:`initialize` may be called again.
 
         The process groups are kept for reuse until the default group is destroyed: torch would give a new group of the
-        same ranks the name of the old one, and hence the entries of the old group in the store.
+        same ranks the name of the old group, so the new group would read the old group's entries in the store.
         """
         self._clear()
         if not dist.is_initialized():
@@ -125,7 +125,7 @@ class ParallelContext:
 
     # -- look-ups -----------------------------------------------------------------------------------------------------
     def get_global_rank(self) -> int:
-        """Return this rank's global rank."""
+        """Return the global rank of this process."""
         return self._rank
 
     def is_initialized(self, mode: ParallelMode) -> bool:
@@ -174,7 +174,7 @@ class ParallelContext:
         return len(self._ranks[mode])
 
     def get_local_rank(self, mode: ParallelMode) -> int:
-        """Return this rank's rank in its group of ``mode``."""
+        """Return the rank of this process within its ``mode`` group."""
         return self._ranks[mode].index(self._rank)
 
     def is_first_rank(self, mode: ParallelMode) -> bool:
@@ -186,11 +186,11 @@ class ParallelContext:
         return self.get_local_rank(mode) == self.get_world_size(mode) - 1
 
     def get_next_global_rank(self, mode: ParallelMode) -> int:
-        """Return the global rank after this one in its group of ``mode``, cyclically."""
+        """Return the global rank of the next member of this rank's group of ``mode``, wrapping around."""
         return self._ranks[mode][(self.get_local_rank(mode) + 1) % self.get_world_size(mode)]
 
     def get_prev_global_rank(self, mode: ParallelMode) -> int:
-        """Return the global rank before this one in its group of ``mode``, cyclically."""
+        """Return the global rank of the previous member of this rank's group of ``mode``, wrapping around."""
         return self._ranks[mode][(self.get_local_rank(mode) - 1) % self.get_world_size(mode)]
 
     def is_pipeline_first_stage(self) -> bool:
@@ -202,12 +202,15 @@ class ParallelContext:
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Return whether this rank computes the loss: on the last stage, in a V-shaped schedule on the first."""
+        """Return whether this rank computes the loss: on the last stage, or on the first in a V-shaped schedule."""
         v_shaped = self.config.parallel.pipeline.mode == "ZBV"
         return self.is_pipeline_first_stage() if v_shaped else self.is_pipeline_last_stage()
 
     def is_rank_for_log(self) -> bool:
-        """Return whether this rank writes the log: first in its data and tensor groups, on the last stage."""
+        """Return whether this rank writes the log.
+
+        True on the last pipeline stage for the rank that is first in both its data group and its tensor group.
+        """
         return (
             self.is_first_rank(ParallelMode.DATA)
             and self.is_first_rank(ParallelMode.TENSOR)

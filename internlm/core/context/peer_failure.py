@@ -1,7 +1,7 @@
 """Failure attribution in a pipeline: find the dead or silent peer when a send or a receive fails.
 
 A rank usually blocks on a neighbour that is itself blocked, so an error that names the neighbour would mislead. Each
-rank whose wait fails therefore writes the peer that it waited for to the job's store, reads the entries of the other
+rank whose wait fails therefore records in the job's store which peer it waited for, reads the entries of the other
 ranks, and follows the chain of waits to its end: the lost peer, which has no entry.
 """
 
@@ -27,14 +27,14 @@ ALL = -1
 
 @contextmanager
 def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: timedelta) -> Iterator[None]:
-    """Convert the error of a failed wait within the block into a ``LostPeerError`` that names the lost peer.
+    """Convert the error of a failed wait in the ``with`` block into a ``LostPeerError`` that names the lost peer.
 
     Args:
         stage: Pipeline group of this rank.
-        peer: Stage for which the block waits, or :data:`ALL`.
-        operation: Operation of ``peer`` that did not complete, for the message: ``"send …"``.
-        timeout: Timeout of the process group. A wait that lasted as long indicates a silent peer, a shorter wait a dead
-            one.
+        peer: Pipeline stage that the ``with`` block waits for, or :data:`ALL`.
+        operation: Operation of ``peer`` that did not complete, such as ``"send …"``, for the error message.
+        timeout: Timeout of the process group. A wait that lasted at least this long indicates a silent peer; a shorter
+            wait indicates a dead peer.
 
     Raises:
         LostPeerError: The wait failed because a rank is dead or silent.

@@ -1,4 +1,4 @@
-"""Random streams of a rank, seeded equally on ranks that must draw the same numbers and differently on others.
+"""Random streams of a rank, with the same seed on ranks that must draw the same numbers and different seeds on others.
 
 There are two streams, named by a :class:`ParallelMode`. ``DATA``: the ranks of a tensor group, which hold the same
 activations, draw the same numbers; ranks with other samples or layers draw different ones. ``TENSOR``: all ranks draw
@@ -44,7 +44,7 @@ class RandomStreams:
 
     @contextmanager
     def use(self, mode: ParallelMode) -> Iterator[None]:
-        """Draw from the stream of ``mode`` on the CPU generator within the block."""
+        """Draw from the stream of ``mode`` on the default CPU generator within the ``with`` block."""
         outer = self._current
         self._switch(mode)
         try:

@@ -44,21 +44,21 @@ from internlm.core.parallel.tensor_parallel import (
 )
 from internlm.core.parallel.weight_gatherer import GatheredLinear, Overlap, WeightGatherer
 
-#: Roles whose weights isp gathers for each product. The table of an embedding is gathered once, for the look-up.
+#: Roles whose weights isp gathers for each matmul. The table of an embedding is gathered once, for the look-up.
 GATHERED_ROLES = ("column", "row", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommContext:
-    """Context in which communicators are built: process groups and, under isp, the gatherer of the weights."""
+    """Context for building communicators: process groups and, under isp, the weight gatherer."""
 
     tensor: Group
     weight: Group
     gatherer: WeightGatherer | None = None
     linear_index: Mapping[nn.Module, int] = field(default_factory=dict)
-    """Index of each linear in the gatherer, in the order of execution."""
+    """Index of each linear in the weight gatherer, in execution order."""
     block_index: Mapping[nn.Module, int] = field(default_factory=dict)
-    """Index of the block that contains each module."""
+    """Index of the enclosing block for each module."""
 
 
 #: Function that builds the communicator of a layer: (context, layer) → communicator.
@@ -72,7 +72,7 @@ def register_communicator(mode: TensorMode, role: str, like: Role | None = None)
     Args:
         mode: Tensor mode.
         role: Role of the layers. A custom role must be registered before the model is built.
-        like: Built-in role according to which the weights of a custom role are split. None: ``role`` is built in.
+        like: Built-in role that determines how the weights of a custom role are split. None: ``role`` is built in.
     """
 
     def register(build: Build) -> Build:
@@ -154,7 +154,7 @@ def attach_communicators(
     Args:
         model: Model built with the shards of this rank.
         mode: Tensor mode.
-        tensor: Tensor group, over which activations are split, and in all modes but isp also weights.
+        tensor: Tensor group, over which activations and, in all modes except isp, weights are split.
         weight: Weight group, over which isp splits weights.
         overlap: Settings of the weight prefetch under isp. None: no prefetch.
 
@@ -177,7 +177,7 @@ def attach_communicators(
 
 
 def _gathering_context(model: nn.Module, tensor: Group, weight: Group, overlap: Overlap) -> CommContext:
-    """Index the linears of ``model`` and build the gatherer of their weights.
+    """Build the communicator context of ``model`` for isp: the weight gatherer and the indices of linears and blocks.
 
     Linears are indexed in the order of ``named_modules``, which must be the order in which the forward pass calls them.
     """

@@ -50,7 +50,7 @@ class BlockForward:
         return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the block's inputs and parameters that stay on the device anyway, so offloading them is useless."""
+        """Yield inputs and parameters of the block that stay on the device anyway: offloading would free no memory."""
         first, *others = tensors_of((args, kwargs))
         yield from others  # all blocks share them: rotary tables, sequence boundaries
         if first.requires_grad and first.is_leaf:

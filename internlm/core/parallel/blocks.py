@@ -1,8 +1,8 @@
 """Blocks: the repeated layers of a model, declared by the model itself.
 
 FSDP units, lazy parameter all-gathers, isp's weight prefetch, activation checkpointing, offloading and
-``torch.compile`` work block by block. A model declares its blocks by a method ``blocks()``; a model without this method
-has none.
+``torch.compile`` work block by block. A model declares its blocks in a ``blocks()`` method; a model without one has
+no blocks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from internlm.utils.errors import Problem, UserError
 
 
 class DeclaresBlocks(Protocol):
-    """Protocol of a model that declares its repeated layers."""
+    """Protocol for a model that declares its repeated layers."""
 
     def blocks(self) -> Iterable[nn.Module]:
         """Return the blocks in the order in which a forward pass calls them."""
 
 
 def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the declared blocks of ``model`` by module name, in forward order; empty if it declares none.
+    """Return the declared blocks of ``model`` by module name, in forward order, or an empty dict if there are none.
 
     Raises:
-        UserError: ``model.blocks()`` fails, or returns an object that is not a submodule of ``model``, a block twice,
-            or a block within another block.
+        UserError: ``model.blocks()`` raises TypeError, or returns an object that is not a submodule of ``model``, a
+            block twice, or a block within another block.
     """
     # Looked up on the class: ``self.blocks = nn.ModuleList(...)`` is a common attribute and not a declaration.
     if not inspect.isfunction(getattr(type(model), "blocks", None)):
@@ -39,9 +39,9 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
         name = names.get(block, "")
         if not name:  # unknown, or the model itself: wrapping the model as a block would recurse endlessly
             message = f"returned a {type(block).__name__} that is not a submodule of the model"
-            raise _error(model, message, "Return only layers that are registered in the model")
+            raise _error(model, message, "Return only submodules of the model")
         if name in blocks:
-            raise _error(model, f"returned {name!r} twice", "Return each layer once")
+            raise _error(model, f"returned {name!r} twice", "Return each block once")
         blocks[name] = block
     for name in blocks:
         outer = containing_block(name.rpartition(".")[0], blocks)
@@ -52,19 +52,19 @@ def declared_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _declaration(model: nn.Module) -> list[nn.Module]:
     """Call ``model.blocks()`` and check that it returns modules."""
-    todo = "Define blocks(self) to return a list of the layers in forward order"
+    todo = "Define blocks(self) to return the repeated layers in forward order"
     try:
         blocks = list(cast(DeclaresBlocks, model).blocks())
     except TypeError as error:  # the method takes other arguments, or its result is not iterable
         raise _error(model, f"call failed with TypeError: {error}", todo) from error
     for block in blocks:
         if not isinstance(block, nn.Module):
-            raise _error(model, f"returned a {type(block).__name__}, expected nn.Module", todo)
+            raise _error(model, f"expected every block to be an nn.Module, got {type(block).__name__}", todo)
     return blocks
 
 
 def containing_block(name: str, blocks: Mapping[str, nn.Module]) -> str:
-    """Return the name of the block that contains the module ``name``; ``name`` itself if none does."""
+    """Return the name of the block that contains the module ``name``, or ``name`` itself if no block does."""
     prefix = name
     while prefix:
         if prefix in blocks:

@@ -23,7 +23,7 @@ from internlm.core.parallel.ledger import LEDGER
 
 
 class Work(Protocol):
-    """Protocol of a running collective, as returned by ``torch.distributed``."""
+    """Protocol for a running collective, as returned by ``torch.distributed``."""
 
     def is_completed(self) -> bool:
         """Return whether the collective has completed, without blocking."""
@@ -39,12 +39,12 @@ class Pending:
         self._result, self._work = result, work
 
     def release_if_completed(self) -> None:
-        """Finish the collective if it has completed, which frees its buffers; never block."""
+        """Release the buffers of the collective if it has completed, without blocking."""
         if self._work is not None and self._work.is_completed():
             self.wait()
 
     def wait(self) -> Tensor:
-        """Return the result once the collective has completed. On CUDA, only the current stream waits."""
+        """Wait for the collective and return its result; on CUDA, only the current stream waits."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -120,7 +120,10 @@ def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
 
 
 def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
-    """Start an all-to-all: send ``slices[i]`` to rank i, and receive row i of the result from it: [n, …] → [n, …]."""
+    """Start an all-to-all of ``slices``: [n, …] → [n, …].
+
+    Send ``slices[i]`` to rank i, and receive row i of the result from rank i.
+    """
     if group.size == 1:
         return Pending(slices)
     LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size)
@@ -163,7 +166,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 def exchange(x: Tensor, forward: Step, backward: Step) -> Tensor:
-    """Apply ``forward`` to ``x``, and ``backward`` to the gradient of the result.
+    """Apply ``forward`` to ``x`` and, in the backward pass, ``backward`` to the gradient of the result.
 
     In tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3; Korthikanti et al. 2022, arXiv 2205.05198,
     section 4.2) the two functions are transposes of each other, such as identity and all-reduce, or all-gather and
@@ -195,7 +198,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class GlooReduceScatter:
-    """Running reduce-scatter on gloo: an all-to-all, whose slices ``wait`` sums into ``shard``."""
+    """Running reduce-scatter on gloo: an all-to-all, followed by a local sum in :meth:`wait`."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group: dist.ProcessGroup | None, ranks: int) -> None:
         self.shard, self.slices = shard, torch.empty_like(whole).view(ranks, *shard.shape)
@@ -213,7 +216,7 @@ class GlooReduceScatter:
 
 
 class WorkList:
-    """List of running collectives that implements :class:`Work` for all of them together."""
+    """Several running collectives, combined into one :class:`Work`."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
         self.works = works

@@ -4,8 +4,8 @@ The classes here are the identity (no-op) communicators, for layers that are who
 consists of small subclasses, one per role of a layer, that override the hooks they need. A communicator is attached to
 each layer (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one process.
 
-Shapes: T tokens of this rank, P tokens in the matrix products (T unless a hook gathers tokens), I input and O output
-features of the products, H hidden size, V vocabulary entries, G kv heads, Q query heads per kv head, D head dimension.
+Shapes: T tokens of this rank, P tokens in the matmuls (T unless a hook gathers tokens), I input and O output features
+of the matmuls, H hidden size, V vocabulary entries, G kv heads, Q query heads per kv head, D head dimension.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from internlm.ops import VocabShard
 
 
 class Communicator:
-    """Communicator of a linear: hooks around its three matrix products (output, dx and dw).
+    """Communicator of a linear: hooks around its three matmuls (output, dx and dw).
 
     A hook that returns a :class:`Pending` only starts a collective. The linear waits for the result as late as
-    possible, so that the collective overlaps with another product.
+    possible, so that the collective overlaps with another matmul.
     """
 
-    #: Whether each rank holds a shard of the weight that is all-gathered for the products, as under isp.
+    #: Whether each rank holds a shard of the weight that is all-gathered for the matmuls, as under isp.
     splits_weight = False
     #: Whether the gathered input is saved for backward. False: backward gathers the input again.
     keeps_gathered_input = False
@@ -37,54 +37,57 @@ class Communicator:
         return tokens
 
     def gather_input(self, x: Tensor) -> Pending:
-        """Start to gather the input of the forward product: [T, I] → [P, I]."""
+        """Start gathering the input of the forward matmul: [T, I] → [P, I]."""
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Return the weight of a product as a matrix, [O, I], all-gathered if ``splits_weight``.
+        """Return the weight matrix for a matmul, [O, I], all-gathered if ``splits_weight``.
 
         Args:
             weight: Weight of the layer, as this rank holds it.
-            backward: True for the product that computes dx, False for the forward product.
+            backward: True for the matmul that computes dx, False for the forward matmul.
         """
         return weight.view(math.prod(weight.shape[:-1]), weight.shape[-1])
 
     def release_weight(self, whole: Tensor) -> None:
-        """Release the matrix that :meth:`gather_weight` returned, once its product is computed."""
+        """Release the matrix returned by :meth:`gather_weight` after its matmul."""
 
     def reduce_output(self, y: Tensor) -> Tensor:
-        """Reduce the result of the forward product to the output of the layer: [P, O] → [T, O]."""
+        """Reduce the result of the forward matmul to the output of the layer: [P, O] → [T, O]."""
         return y
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Gather the gradient of the output for the backward products: [T, O] → [P, O]."""
+        """Gather the gradient of the output for the backward matmuls: [T, O] → [P, O]."""
         return dy
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Start to reduce the result of the dx product to the gradient of the layer's input: [P, I] → [T, I]."""
+        """Start reducing the result of the dx matmul to the gradient of the layer's input: [P, I] → [T, I]."""
         return Pending(dx)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
         """Reduce the gradient of the weight to this rank's shard and pass the shard to ``deliver``.
 
         Args:
-            dw: Gradient of the weight of the product, [O, I].
+            dw: Gradient of the weight matrix, [O, I].
             deliver: Function that adds the shard to the main gradient, or returns it if there is no main gradient.
 
         Returns:
-            The result of ``deliver``, or None if ``deliver`` is called later: at the latest at the end of backward.
+            The result of ``deliver``, or None if ``deliver`` is called later, by the end of the backward pass.
         """
         return deliver(dw)
 
 
 class HeadCommunicator(Communicator):
-    """Communicator of the head, the linear that computes logits or, fused with its product, the loss."""
+    """Communicator of the head: the linear that computes the logits or, as a fused linear cross-entropy, the loss."""
 
     #: Shard of the vocabulary that this rank holds; None: the whole vocabulary.
     vocab: VocabShard | None = None
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return the hidden states whose loss this rank computes: [T, H] → [number of labels, H], differentiable."""
+        """Return the hidden states for which this rank computes the loss: [T, H] → [number of labels, H].
+
+        The result is differentiable with respect to ``x``.
+        """
         return x
 
     @contextmanager
@@ -93,7 +96,7 @@ class HeadCommunicator(Communicator):
         yield weight
 
     def whole_logits(self, logits: Tensor) -> Tensor:
-        """Gather the logits of every rank, without padding: [T, V of this rank] → [tokens of all ranks, whole V]."""
+        """Gather the logits of all ranks and drop padding: [T, V of this rank] → [tokens of all ranks, V]."""
         return logits
 
     def real_logits(self, logits: Tensor) -> Tensor:
@@ -105,12 +108,12 @@ class EmbeddingCommunicator:
     """Communicator of the embedding: a hook around the table look-up."""
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up ``ids`` and exchange the vectors as the first layer expects them.
+        """Look up the embeddings of ``ids`` and redistribute them over ranks as the first layer expects.
 
         Args:
             ids: Token ids, [T].
             weight: Embedding table, as this rank holds it.
-            lookup: Function from (ids, table) to vectors, [T, columns of the table].
+            lookup: Function from (ids, table) to embeddings, [T, columns of the table].
 
         Returns:
             Hidden states, [tokens of this rank between layers, H].
@@ -128,7 +131,8 @@ class AttentionCommunicator:
             qkv: Fused q, k and v, [T, G, Q + 2, D].
 
         Returns:
-            [tokens of all ranks, kv heads of this rank, query heads per kv head + 2, D].
+            Fused q, k and v of this rank's heads, [tokens of all ranks, kv heads of this rank, query heads per kv
+            head + 2, D].
         """
         return qkv
 
@@ -139,7 +143,7 @@ class AttentionCommunicator:
             heads: Attention output, [tokens of all ranks, query heads of this rank · D].
 
         Returns:
-            [T, G · Q · D].
+            Attention output of this rank's tokens, [T, G · Q · D].
         """
         return heads
 

@@ -23,7 +23,7 @@ from internlm.utils.torch_private import OpaqueBase, register_opaque_type
 
 
 class LinearModule(Protocol):
-    """Protocol of a linear layer that the custom op can run."""
+    """Protocol for a linear layer that the custom op can run."""
 
     weight: nn.Parameter
     communicator: Communicator

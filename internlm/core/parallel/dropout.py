@@ -1,4 +1,4 @@
-"""Dropout whose masks are the same in every layout.
+"""Dropout whose masks do not depend on the parallel layout.
 
 A mask is a function of the run's seed, the step, the index of the micro-batch in the global batch, the layer and the
 position in the layer. A separate generator draws the mask of the whole packed sequence, of which each rank keeps the
@@ -28,7 +28,7 @@ from internlm.utils.torch_private import uncompiled
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutKey:
-    """Dropout RNG key, which identifies a mask together with the layer and the position in the layer."""
+    """Dropout RNG key: a mask is a function of the key, the layer and the position in the layer."""
 
     seed: int = 0
     data_rank: int = 0
@@ -51,7 +51,7 @@ _current: DropoutKey | None = None
 
 @contextmanager
 def dropout_key_scope(key: DropoutKey) -> Iterator[None]:
-    """Use the dropout masks of ``key`` in forward passes within the block."""
+    """Use the dropout masks of ``key`` in forward passes within the ``with`` block."""
     global _current
     outer, _current = _current, key
     try:
@@ -88,11 +88,11 @@ class Dropout:
     """Number of tokens of the whole packed sequence, T."""
 
     def __call__(self, layer: object, position: str, x: Tensor) -> Tensor:
-        """Apply the mask of one position in a layer to ``x``.
+        """Apply dropout to ``x`` with the mask of one position in a layer.
 
         Args:
             layer: Label of the layer, such as its index.
-            position: Name of the position in the layer.
+            position: Name of the position in the layer, such as ``"attention"``.
             x: Tensor of this rank's tokens, [S, H].
         """
         return _drop(self, layer, position, x)

@@ -53,7 +53,7 @@ def shard_fully(
         reduce_dtype: Dtype in which gradients are reduce-scattered. None: ``grad_dtype``.
 
     Raises:
-        ConfigError: A parameter has another dtype, is a scalar, or belongs to several units.
+        ConfigError: A parameter has a dtype other than ``dtype``, is a scalar, or belongs to several units.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: it imports the compiler, 1 s
 
@@ -77,9 +77,10 @@ def shard_fully(
 
 
 def adopt_new_shards(model: nn.Module) -> None:
-    """Make ``fully_shard`` use the local shards that have been replaced, and pad them to equal size.
+    """Make ``fully_shard`` use new local shards after parameters were replaced, and pad the shards to equal size.
 
-    ``fully_shard`` itself does so only in the first forward pass, when the optimizer already refers to the shards.
+    ``fully_shard`` itself does so only in the first forward pass, by which time the optimizer already refers to the
+    shards.
     """
     for module in model.modules():
         adopt_sharded_parameters(module)
@@ -93,8 +94,8 @@ def is_fully_sharded(model: nn.Module) -> bool:
 class LocalShard(NamedTuple):
     """Flat view of the elements of a parameter that this rank stores, and the index of the first one.
 
-    ``start`` counts in the flattened shard that the parameter's placement describes; ``fully_shard`` splits this shard
-    further.
+    ``start`` is an index into the flattened shard that the parameter's placement describes; ``fully_shard`` splits this
+    shard further.
     """
 
     flat: Tensor
@@ -122,7 +123,7 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
 
 
 def _unshardable(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Return the reason why a parameter of ``model`` cannot be fully sharded; None if all can."""
+    """Return why a parameter of ``model`` cannot be fully sharded, or None if every parameter can be."""
     blocks = declared_blocks(model)
     first: dict[nn.Parameter, tuple[str, str]] = {}  # unit and name of its first occurrence
     for path, module in model.named_modules(remove_duplicate=False):

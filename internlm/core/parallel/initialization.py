@@ -51,7 +51,8 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Pa
     deferred = [(name, parameter) for name, parameter, _ in placed_parameters(model) if parameter.is_meta]
     for name, parameter in deferred:
         if placement_of(parameter).init is None:
-            message, todo = "is on the meta device and has no initial values", f"Build its module on {str(device)!r}"
+            message = "is on the meta device and has no initial values"
+            todo = f"Build its module on device {str(device)!r}"
             raise UserError(Problem(f"model parameter '{name}'", message, todo))
         new = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
         new.__dict__.update(parameter.__dict__)
@@ -86,13 +87,13 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     flat, start = local_shard(parameter)
     key = derived_seed(seed, "parameter", name)
     end = 0  # end of the elements that are not padding
-    for held in placement.slices(start, start + flat.numel()):
-        end = held.stop - start
+    for tensor_slice in placement.slices(start, start + flat.numel()):
+        end = tensor_slice.stop - start
         if placement.init.std == 0.0:
-            flat[held.start - start : end].fill_(placement.init.mean)
+            flat[tensor_slice.start - start : end].fill_(placement.init.mean)
             continue
-        offset = held.start - start
-        for values in normal_chunks(key, placement.global_shape, held, placement.init.mean, placement.init.std):
+        offset = tensor_slice.start - start
+        for values in normal_chunks(key, placement.global_shape, tensor_slice, placement.init.mean, placement.init.std):
             rounded = torch.from_numpy(values).to(compute_dtype(parameter))
             flat[offset : offset + len(values)].copy_(rounded)
             offset += len(values)
@@ -101,14 +102,14 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
 
 # -- draws ------------------------------------------------------------------------------------------------------------
 def normal_chunks(
-    key: int, shape: tuple[int, ...], held: TensorSlice, mean: float = 0.0, std: float = 1.0
+    key: int, shape: tuple[int, ...], tensor_slice: TensorSlice, mean: float = 0.0, std: float = 1.0
 ) -> Iterator[Float32]:
     """Draw normally distributed values for a slice of a tensor, in row-major order and chunk by chunk.
 
     Args:
         key: 64-bit key of the tensor.
         shape: Shape of the logical tensor.
-        held: Slice of the logical tensor to draw.
+        tensor_slice: Slice of the logical tensor to draw.
         mean: Mean of the distribution.
         std: Standard deviation of the distribution.
 
@@ -116,7 +117,7 @@ def normal_chunks(
         Values of a chunk, at most :data:`CHUNK`, in a buffer that the next chunk overwrites.
     """
     counters, values, scratch = np.empty(CHUNK, np.uint64), np.empty(CHUNK, np.float32), _Scratch()
-    for size in _counters(key, shape, held, counters):
+    for size in _counters(key, shape, tensor_slice, counters):
         drawn = values[:size]
         _standard_normal(counters[:size], drawn, scratch)
         drawn *= np.float32(std)
@@ -125,26 +126,27 @@ def normal_chunks(
         yield drawn
 
 
-def _counters(key: int, shape: tuple[int, ...], held: TensorSlice, out: UInt64) -> Iterator[int]:
-    """Write the counters of each chunk to ``out``, and yield the number of elements of the chunk.
+def _counters(key: int, shape: tuple[int, ...], tensor_slice: TensorSlice, out: UInt64) -> Iterator[int]:
+    """For each chunk, write the counters of its elements to ``out`` and yield their number.
 
-    The counter of element i is key + (i + 1)·γ, with γ = ``_GAMMA``. A run is a contiguous range of elements: those of
-    the trailing axes that the slice covers fully, and of the axis before. A chunk is a part of a run, or several runs.
+    The counter of element i is key + (i + 1)·γ, with γ = ``_GAMMA``. A run is a contiguous range of elements that
+    spans the trailing axes that the slice covers fully, and the axis before them. A chunk is part of a run, or several
+    runs.
     """
     axis, length = len(shape), 1
     while axis > 0:
         axis -= 1
-        length *= held.sizes[axis]
-        if held.sizes[axis] != shape[axis]:
+        length *= tensor_slice.sizes[axis]
+        if tensor_slice.sizes[axis] != shape[axis]:
             break
     strides = [math.prod(shape[later + 1 :]) for later in range(len(shape))]
-    first = sum(offset * stride for offset, stride in zip(held.offsets, strides, strict=True))
+    first = sum(offset * stride for offset, stride in zip(tensor_slice.offsets, strides, strict=True))
     ramp = np.arange(min(length, CHUNK), dtype=np.uint64) * np.uint64(_GAMMA)
-    runs = math.prod(held.sizes[:axis])
+    runs = math.prod(tensor_slice.sizes[:axis])
     runs_at_once = max(1, CHUNK // length)
     for run in range(0, runs, runs_at_once):
         begins = np.zeros(min(runs_at_once, runs - run), np.uint64)
-        positions = np.unravel_index(np.arange(run, run + len(begins)), held.sizes[:axis]) if axis else ()
+        positions = np.unravel_index(np.arange(run, run + len(begins)), tensor_slice.sizes[:axis]) if axis else ()
         for position, stride in zip(positions, strides, strict=False):
             begins += position.astype(np.uint64) * np.uint64(stride * _GAMMA & _MASK)
         for column in range(0, length, CHUNK):
@@ -170,7 +172,7 @@ _SIN = tuple(np.float32((-1) ** n / math.factorial(2 * n + 1)) for n in (5, 4, 3
 
 
 def _standard_normal(z: UInt64, out: Float32, scratch: _Scratch) -> None:
-    """Compute standard normal values ``out`` from the counters ``z``, which are overwritten."""
+    """Compute standard normal values from the counters ``z`` into ``out``; ``z`` is overwritten."""
     size = len(z)
     words, exponent, integer = scratch.words[:size], scratch.exponent[:size], scratch.integer[:size]
     radius, angle, square = scratch.radius[:size], scratch.angle[:size], scratch.square[:size]

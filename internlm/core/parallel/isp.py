@@ -1,8 +1,8 @@
 """Communicators of isp, the mode that splits the sequence over the tensor group and weights over the weight group.
 
-A weight is all-gathered for each product, and its gradient is reduce-scattered (Chen et al. 2024, arXiv 2401.09149).
-An all-to-all exchanges tokens for heads before attention, and another one heads for tokens after it (Jacobs et al.
-2023, arXiv 2309.14509).
+A weight is all-gathered for each matmul, and its gradient is reduce-scattered (Chen et al. 2024, arXiv 2401.09149). An
+all-to-all before attention changes the split of q, k and v from tokens to heads, and another all-to-all after attention
+changes the split of the output from heads to tokens (Jacobs et al. 2023, arXiv 2309.14509).
 
 Shapes: n ranks in the tensor group, T tokens of the whole packed sequence, G kv heads, Q query heads per kv head, D
 head dimension, H hidden size, V vocabulary entries, I input and O output features of a linear.
@@ -36,9 +36,9 @@ from internlm.utils.torch_private import uncompiled
 
 
 class IspLinear(Communicator):
-    """Communicator of a linear under isp: all-gather of the weight for each product, reduce-scatter of its gradient.
+    """Communicator of a linear under isp: all-gather of the weight for each matmul, reduce-scatter of its gradient.
 
-    ``index`` is the index of the linear among those of the gatherer.
+    ``index`` is the index of the linear in the weight gatherer.
     """
 
     splits_weight = True
@@ -55,7 +55,11 @@ class IspLinear(Communicator):
         self.gatherer.release(self.index)
 
     def reduce_grad_weight(self, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Reduce-scatter ``dw``, [O, I], and pass this rank's rows to ``deliver``, now or with the next gradient."""
+        """Reduce-scatter ``dw``, [O, I], and pass this rank's rows to ``deliver``.
+
+        With overlap enabled, ``deliver`` may be called later: when the next gradient is reduced, or at the end of the
+        backward pass.
+        """
         return self.gatherer.reduce(self.index, dw, deliver)
 
 
@@ -143,7 +147,7 @@ class IspAttention(AttentionCommunicator):
             qkv: Fused q, k and v, [T / n, G, Q + 2, D].
 
         Returns:
-            [T, kv heads of this rank, query heads per kv head + 2, D].
+            Fused q, k and v of this rank's heads, [T, kv heads of this rank, query heads per kv head + 2, D].
         """
         self.before()
         tokens, kv_heads, dim = qkv.shape[0], qkv.shape[1], qkv.shape[3]
@@ -163,7 +167,7 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Exchange tokens for heads after attention: [T, query heads of this rank · D] → [T / n, G · Q · D]."""
+        """Change the split from heads to tokens: [T, query heads of this rank · D] → [T / n, G · Q · D]."""
         tokens = heads.shape[0] // self.group.size
 
         def to_tokens(heads: Tensor) -> Tensor:
@@ -177,7 +181,10 @@ class IspAttention(AttentionCommunicator):
 
 
 def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
-    """Repeat each kv head for r = ``repeats`` parts of its query heads: [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D]."""
+    """Repeat each kv head r = ``repeats`` times and divide its query heads among the copies.
+
+    [T, G, Q + 2, D] → [T, G · r, Q / r + 2, D].
+    """
     if repeats == 1:
         return qkv
     queries = qkv[:, :, :-2].unflatten(2, (repeats, -1))

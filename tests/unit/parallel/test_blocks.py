@@ -50,7 +50,7 @@ def test_an_attribute_of_that_name_declares_nothing(layers: object) -> None:
         (lambda m: [m], "returned a Stack that is not a submodule"),
         (lambda m: None, "'NoneType' object is not iterable"),
         (lambda m: m.head, "'Linear' object is not iterable"),
-        (lambda m: [[m.head]], "returned a list, expected nn.Module"),
+        (lambda m: [[m.head]], "expected every block to be an nn.Module, got list"),
         (lambda m: [m.head, m.head], "returned 'head' twice"),
         (lambda m: [m.layers[0], m.layers[0][0]], r"returned 'layers\.0\.0', which lies within block 'layers\.0'"),
         (lambda m: [m.layers[0][0], m.layers[0]], r"returned 'layers\.0\.0', which lies within block 'layers\.0'"),
