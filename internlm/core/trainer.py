@@ -20,7 +20,7 @@ Schedule = Callable[[int], float]
 
 
 class Loader(Protocol):
-    """Protocol of an iterable of batches that can start at any step."""
+    """Protocol for an iterable of batches that can start at any step."""
 
     def seek(self, step: int) -> None:
         """Start the next iterator at the batch of ``step``."""
@@ -149,7 +149,7 @@ class Trainer:
         """Run the forward and backward passes of one step, on the next batch of ``data_iter``.
 
         Args:
-            data_iter: Iterator over batches, each the (inputs, labels) of all micro-batches of a step.
+            data_iter: Iterator over batches. A batch is a pair (inputs, labels) with all micro-batches of a step.
             after_backward: Function called when this rank's gradients are complete.
             options: Flags of :meth:`Scheduler.forward_backward_step`, such as ``forward_only``.
 
@@ -217,7 +217,7 @@ class Trainer:
         Args:
             loader: Loader of the run's batches.
             total_steps: Number of steps of the run, including those before a resume.
-            hooks: Hooks, called in this order before and after each step, and in reverse order at the end.
+            hooks: Hooks, called in the given order before and after each step, and in reverse order at the end.
 
         Returns:
             Progress of the run at the end.
@@ -247,7 +247,7 @@ class Trainer:
 
 
 def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
-    """Return the problem of too many skipped steps, with the first parameter that has a non-finite gradient.
+    """Return the error for too many skipped steps, which names the first parameter with a non-finite gradient.
 
     Collective: all ranks skip the same steps, so all of them call this function.
     """
@@ -260,6 +260,6 @@ def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
         where = f"first in {nonfinite[0][1]} on rank {nonfinite[0][0]}"
     else:
         where = "no local gradient is non-finite; the reduced sum overflowed"
-    message = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or nan ({where})"
+    message = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or NaN ({where})"
     todo = "Resume from an older checkpoint with a lower learning rate, or check the data of these steps"
     return Problem(f"step {step}", message, todo)

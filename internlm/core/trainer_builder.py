@@ -1,4 +1,4 @@
-"""Trainer builder, which assembles and runs a training: ``TrainerBuilder(model, train_dl, …).fit()``."""
+"""Trainer builder, which assembles a trainer and runs it: ``TrainerBuilder(model, train_dl, …).fit()``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAUNCH_ARGUMENTS = frozenset({"launcher", "host", "port", "world_size", "rank", 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """Options of :class:`TrainerBuilder`, which takes them as keywords."""
+    """Options of :class:`TrainerBuilder`, passed as keyword arguments."""
 
     profiling: bool = False
     """Write torch profiler traces and a memory report."""
@@ -48,7 +48,7 @@ class TrainerOptions:
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> TrainerOptions:
-        """Create the options from ``keywords``, which may also contain built-in arguments of the command line.
+        """Create the options from ``keywords``, which may also contain built-in command-line arguments.
 
         Raises:
             UserError: A keyword is neither an option nor a built-in argument.
@@ -69,12 +69,12 @@ class TrainerBuilder:
     """Builder that assembles optimizer, trainer, checkpoints and hooks for a model, and runs the training.
 
     Args:
-        model: Model, which the builder passes to :func:`~internlm.train.initialize_model_and_parallel_communicator`.
+        model: Model to pass to :func:`~internlm.train.initialize_model_and_parallel_communicator`.
         train_dl: Loader of the training data.
         val_dls: Loaders of the validation data by data-set type; default: no validation.
         config: Config as passed to ``initialize_distributed_env``. The run always uses the resolved config, with
             overrides; a :class:`~internlm.config.Config` passed here must equal it.
-        keywords: Fields of :class:`TrainerOptions`, and built-in arguments of the command line.
+        keywords: Fields of :class:`TrainerOptions`, and built-in command-line arguments, which are ignored.
 
     Raises:
         UserError: A keyword is unknown, or the config differs from the resolved one.
@@ -92,7 +92,8 @@ class TrainerBuilder:
         self.config = gpc.config
         if isinstance(config, Config) and config != self.config:
             message = "differs from the config that initialize_distributed_env resolved"
-            raise UserError(Problem("TrainerBuilder(config=…)", message, "Pass the same config to both"))
+            todo = "Omit config, or pass the resolved config (gpc.config)"
+            raise UserError(Problem("TrainerBuilder(config=…)", message, todo))
         self.types = list(self.options.dataset_types or train_dl.types)
         self.train_dl = train_dl
         model, isp_communicator = initialize_model_and_parallel_communicator(model)
@@ -168,7 +169,7 @@ class TrainerBuilder:
 
 
 def _new_folder(parent: Path) -> Path:
-    """Create a new folder in ``parent`` for this run, named by the clock of rank 0; return its path on all ranks."""
+    """Create a new folder in ``parent`` for this run, named after the time on rank 0; return its path on all ranks."""
     chosen = [_claim(parent) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
@@ -176,7 +177,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _claim(parent: Path) -> Path:
-    """Create a folder named by the current time; append a number if another run starts in the same second."""
+    """Create a folder in ``parent`` named after the current time; append a number if the name is taken."""
     name = folder = parent / time.strftime("%b%d_%H-%M-%S")
     others = 0
     while True:

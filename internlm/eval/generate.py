@@ -25,9 +25,9 @@ def generate(
 ) -> list[int]:
     """Sample a continuation of ``prompt`` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
 
-    Every new token runs a forward pass over the whole sequence, without a key-value cache, which is fast enough to
-    inspect a model but not to serve it. With ``parallel.zero1.fsdp`` every forward pass is collective, so all ranks
-    must pass the same arguments.
+    Each new token takes a forward pass over the whole sequence, because there is no key-value cache. This is fast
+    enough to inspect a model, but not to serve it. With ``parallel.zero1.fsdp`` every forward pass is collective, so
+    all ranks must pass the same arguments.
 
     Args:
         model: Model that is not split over ranks or into chunks.
@@ -35,8 +35,8 @@ def generate(
         new_tokens: Maximum number of tokens to sample.
         temperature: Divisor of the logits; 0 selects the most probable token.
         top_p: Sample from the smallest set of most probable tokens with at least this total probability.
-        seed: Seed of the sampling.
-        stop: Token id that ends the continuation; None: only ``new_tokens`` ends it.
+        seed: Seed of the random generator.
+        stop: Token id after which to stop. None: always sample ``new_tokens`` tokens.
 
     Returns:
         The sampled token ids, without the prompt, including ``stop`` if it was sampled.
@@ -57,14 +57,15 @@ def generate(
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Raise if ``model`` is split: its ranks would sample different tokens, or its first chunk returns no logits."""
+    """Raise if ``model`` is split: ranks would sample different tokens, or the first chunk would return no logits."""
     layers = getattr(model, "stage_layers", None)
     has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
     is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL
     is_sharded = any(has_placement(parameter) and placement_of(parameter).shard for parameter in model.parameters())
     if has_chunks or is_parallel or is_sharded:
-        todo = "Load its checkpoint in one process, with model.num_chunks=1"
-        raise UserError(Problem("generate", "expected a whole model, got one split over ranks or into chunks", todo))
+        message = "expected a whole model, got one split over ranks or into chunks"
+        todo = "Load the model's checkpoint in one process, with model.num_chunks=1"
+        raise UserError(Problem("generate(model=…)", message, todo))
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -1,4 +1,4 @@
-"""Published import path of ``create_model``, which is implemented in ``internlm.train.build_model``."""
+"""Public import path of ``create_model``, which is implemented in ``internlm.train.build_model``."""
 
 from internlm.utils.lazy import lazy_exports
 

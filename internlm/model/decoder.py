@@ -61,7 +61,7 @@ class DecoderSpec:
 
     @property
     def recomputes_attention(self) -> bool:
-        """Whether backward recomputes attention between wqkv and wo (arXiv 2205.05198, section 5)."""
+        """Whether the backward pass recomputes the attention between wqkv and wo (arXiv 2205.05198, section 5)."""
         return self.config.checkpoint == "selective"
 
 
@@ -70,7 +70,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864)."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary position embeddings (arXiv 2104.09864)."""
 
     role = "attention"
     communicator: AttentionCommunicator = IDENTITY_ATTENTION
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         return out
 
     def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Apply rotary positions, and compute attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
+        """Apply rotary position embeddings, then compute attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
         heads = attention(q, k, v, sequences, backend=self.backend)  # [T, G·Q, D]
         return self.communicator.to_tokens(heads.flatten(1))  # [T, G·Q·D]
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
     def _run_blocks(
         self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
     ) -> Tensor:
-        """Run the blocks of ``chunk``, and before them the embedding if ``hidden`` is None."""
+        """Run the embedding if ``hidden`` is None, then the blocks of ``chunk``."""
         sequences = _packed_sequences(input_ids, cu_seqlens)
         own = None if indexes is None else indexes.flatten()
         # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
@@ -250,7 +250,11 @@ class Decoder(nn.Module):
         return x
 
     def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
-        """Return a function from a layer index (None: embedding) to its dropout, for rows of ``tokens`` tokens."""
+        """Return a function that maps a layer index (None: the embedding) to the dropout of that layer.
+
+        Args:
+            tokens: Number of tokens of the whole packed sequence.
+        """
         c = self.spec.config
         if not (c.drop_rate and self.training):
             return lambda layer: no_drop

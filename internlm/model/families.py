@@ -1,4 +1,4 @@
-"""Model families: a table of decoder settings that apply where the config sets none."""
+"""Model families: default values for decoder settings that the config leaves unset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class FamilyBuilder:
-    """Builder of decoders of one family from the config's ``model`` section."""
+    """Builder that creates decoders of one family from the config's ``model`` section."""
 
     family: Family
 

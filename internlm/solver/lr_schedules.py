@@ -1,6 +1,6 @@
 """Schedules of the learning rate and of beta2, as pure functions of the step.
 
-Pure functions have no state to save in a checkpoint: a resumed run needs the step alone.
+Pure functions have no state to save in a checkpoint: a resumed run needs only the step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LRSchedule:
     """Position of step 0 in the schedule."""
     shape: LRShape = "cosine"
     decay_steps: int = 0
-    """Number of steps at the end in which ``wsd`` decays."""
+    """Number of steps at the end of the schedule over which the shape ``wsd`` decays the learning rate."""
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""

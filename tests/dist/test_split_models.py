@@ -80,8 +80,8 @@ def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
 )
 def test_sampling_needs_a_whole_model(world_size: int, overrides: tuple[str, ...]) -> None:
     assert set(run_ranks(world_size, _generated, overrides)) == {
-        "generate: expected a whole model, got one split over ranks or into chunks. Load its checkpoint in one "
-        "process, with model.num_chunks=1"
+        "generate(model=…): expected a whole model, got one split over ranks or into chunks. Load the model's "
+        "checkpoint in one process, with model.num_chunks=1"
     }
 
 

@@ -3,7 +3,7 @@
 A buffer is divided into buckets, each reduced and gathered as a unit. Each rank of the zero group owns a shard of every
 bucket. With two ranks (``|`` separates shards, ``‖`` separates buckets, ``·`` is padding)::
 
-    by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     shards of a bucket are equally long
+    by element      w0 w0 w0 w1 | w1 w1 w1 w2 ‖ w2 w3 w3 w3 | w3 w3 ·  ·     shards of a bucket have the same length
     by parameter    w0 w0 w0 | w1 w1 w1 w1 ‖ w3 w3 w3 w3 w3 | w2 w2          every parameter is in one rank's shard
 
 Sharding by element needs hardly any padding, and one collective per bucket. Sharding by parameter keeps each matrix
@@ -60,7 +60,7 @@ class Bucket:
 
     @property
     def is_even(self) -> bool:
-        """Whether the shards of all ranks are equally long."""
+        """Whether the shards of all ranks have the same length."""
         return len({stop - start for start, stop in pairwise(self.bounds)}) == 1
 
     def shard(self, rank: int) -> slice:
@@ -86,22 +86,22 @@ class Layout:
 
 
 def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = False) -> Layout:
-    """Lay out parameters in the buckets of a flat buffer, each sharded over ``ranks`` ranks.
+    """Compute the layout of a flat buffer whose buckets are sharded over the zero group.
 
     Args:
         sizes: Number of elements of each parameter.
         ranks: Size of the zero group.
-        limit: Maximum number of elements of a bucket. It is exceeded only if :data:`ALIGNMENT` elements per rank, or
-            with ``by_parameter`` one parameter, are more.
+        limit: Maximum number of elements in a bucket, padding excluded. A bucket exceeds it only if it would otherwise
+            have fewer than :data:`ALIGNMENT` elements per rank or, with ``by_parameter``, split a parameter.
         by_parameter: Keep every parameter whole in one rank's shard, instead of sharding buckets evenly by element.
     """
     return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
 
 
 def bucket_size(zero: HybridZeroConfig) -> int:
-    """Return the maximum number of elements of a bucket.
+    """Return the maximum number of elements in a bucket: the smaller of ``reduce_bucket_size`` and ``all_gather_size``.
 
-    The same buckets serve to reduce gradients and to gather parameters, so the smaller of the two settings applies.
+    The same buckets are used to reduce gradients and to gather parameters. A setting of None is ignored.
     """
     sizes = (zero.reduce_bucket_size, zero.all_gather_size)
     return min((size for size in sizes if size is not None), default=_DEFAULT_BUCKET_SIZE)
@@ -114,7 +114,7 @@ def padded(numel: int, ranks: int) -> int:
 
 
 def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
-    """Place parameters without gaps, in buckets that differ by at most ``ranks`` · :data:`ALIGNMENT` elements."""
+    """Place parameters without gaps in buckets whose sizes differ by at most ``ranks`` · :data:`ALIGNMENT` elements."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -271,7 +271,7 @@ class FlatParamGroup(ParamGroup):
                     )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield (model position, name, local gradient) of each parameter; the gradients are views of ``grads``."""
+        """Yield (model position, name, local gradient) for each parameter; the gradients are views of ``grads``."""
         for entry in self.entries:
             yield entry.named.position, entry.named.name, self.grads[entry.start : entry.stop]
 
@@ -286,8 +286,9 @@ class FlatParamGroup(ParamGroup):
 class FullyShardedParamGroup(ParamGroup):
     """Param group of parameters that ``fully_shard`` has sharded (:mod:`internlm.core.parallel.fully_sharded`).
 
-    The rows that a rank holds are its shard and its main parameters; ``fully_shard`` rounds them when it gathers them.
-    It reduces gradients inside the zero group into one flat buffer. A shard has one tensor for each parameter.
+    The parameter rows that a rank holds are its shard of the group and also its main parameters: ``fully_shard`` rounds
+    them to the compute dtype in its all-gather. ``fully_shard`` also reduces the gradients inside the zero group, into
+    one flat buffer. A shard has one tensor for each parameter.
     """
 
     def __init__(self, key: ParamGroupKey, parameters: Sequence[NamedParameter]) -> None:
@@ -319,7 +320,7 @@ class FullyShardedParamGroup(ParamGroup):
             )
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield (model position, name, gradient of this rank's shard) of each parameter."""
+        """Yield (model position, name, gradient of this rank's shard) for each parameter."""
         for named, grad in zip(self.parameters, self.grad_shards, strict=True):
             yield named.position, named.name, grad
 

@@ -56,10 +56,11 @@ class GradReadyTracker:
         self._next = 0  # index of the first bucket whose reduction is not launched
 
     def begin_step(self, micro_batches: int | None) -> None:
-        """Reset the counts for a step.
+        """Start counting the gradient accumulations of a step.
 
         Args:
-            micro_batches: Number of micro-batches. None: it is not known, so the counts of the step are not stored.
+            micro_batches: Number of micro-batches. None if unknown: no bucket is then ready before the end of the step,
+                and the counts of the step are not stored.
         """
         self._counts = dict.fromkeys(self._buckets_of, 0)
         self._micro_batches = micro_batches
@@ -68,7 +69,10 @@ class GradReadyTracker:
         self._next = 0
 
     def end_step(self) -> None:
-        """Store the counts of this step; raise on later gradients, since all buckets are being reduced."""
+        """Store the accumulation counts of the step.
+
+        All buckets are being reduced, so a gradient accumulated before the next step raises an error.
+        """
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
         self.begin_step(None)
@@ -88,8 +92,8 @@ class GradReadyTracker:
                 self.on_bucket_ready(self._next - 1)
         elif count > expected and min(self._buckets_of[parameter]) < self._next:
             message = (
-                f"a gradient of {entry.named.name!r} was accumulated after the reduction of its bucket had begun, "
-                "unlike in the first step"
+                f"a gradient of {entry.named.name!r} was accumulated after the reduction of its bucket had begun: "
+                "expected as many gradients as in the first step, all before optimizer.begin_reduction()"
             )
             todo = "Call optimizer.begin_reduction() only after the last backward pass, or set overlap_sync_grad=False"
             raise UserError(Problem("hybrid_zero_optimizer.overlap_sync_grad", message, todo))
@@ -99,7 +103,13 @@ class BucketReduction:
     """Reduction of one bucket, in three stages, to the summed gradients of this rank's shard of the bucket."""
 
     def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
-        """Launch stage 1, in which gradients are sent in ``dtype`` (None: the dtype in which they are accumulated)."""
+        """Launch stage 1, the reduction inside the zero group.
+
+        Args:
+            bucket: Bucket whose gradients are complete.
+            process_groups: Process groups to reduce over.
+            dtype: Dtype in which gradients are sent. None: the dtype in which they are accumulated.
+        """
         group, bounds = bucket.group, bucket.bucket.bounds
         self.group, self.process_groups = group, process_groups
         self._shard = group.grad_shards[bucket.index]
@@ -126,7 +136,7 @@ class BucketReduction:
             self._pending = [begin_all_reduce(self._sent_shard, self.process_groups.replica)]
 
     def begin_partial(self) -> None:
-        """Copy the sum to the group's gradients, and launch stage 3, an all-reduce, if the sum is still partial."""
+        """Copy the sum to the group's gradients; if it is a partial sum, launch stage 3, an all-reduce."""
         self.finish()
         if self._sent_shard.data_ptr() != self._shard.data_ptr():
             self._shard.copy_(self._sent_shard)
@@ -167,8 +177,7 @@ class GradReducer:
         """Prepare the reduction of the gradients of a step.
 
         Args:
-            micro_batches: Number of micro-batches. None: it is not known, so buckets are reduced after the backward
-                passes.
+            micro_batches: Number of micro-batches. None if unknown: buckets are then reduced after the backward passes.
         """
         # Reductions of a step that raised may still read and write the buffers.
         for reduction in self.begun:
@@ -178,7 +187,7 @@ class GradReducer:
             self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """Launch the reduction of all buckets not launched yet; all gradients must be complete."""
+        """Launch the reduction of the remaining buckets; all gradients must be complete."""
         if self._tracker:
             self._tracker.end_step()
         for index in range(len(self.begun), len(self.buckets)):
@@ -222,7 +231,7 @@ class FullyShardedReducer:
         """Do nothing: the all-reduce over replicas is short compared with the step, so it is not overlapped."""
 
     def reduce(self) -> None:
-        """Reduce all gradients in place."""
+        """Reduce all gradients in place, first over replicas, then over ranks with partial sums."""
         if self.process_groups.replica.size > 1:
             sent = [group.grads.to(self.dtype or group.grads.dtype) for group in self.groups]
             pending = [begin_all_reduce(grads, self.process_groups.replica) for grads in sent]

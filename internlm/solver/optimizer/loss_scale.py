@@ -1,8 +1,9 @@
-"""Loss scale of float16, and the check for non-finite gradients.
+"""Loss scale for float16 training, and the check for non-finite gradients.
 
 The loss is multiplied by the scale before the backward pass, and gradients are divided by it after, so that small
 gradients do not vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient
 overflows is skipped.
+
 From the ``hysteresis``-th overflow on, every overflow multiplies the scale by ``backoff_factor``. After
 ``growth_interval`` steps in a row without overflow the scale is multiplied by ``growth_factor``, and the count of
 overflows is reset.
@@ -37,7 +38,7 @@ class LossScale:
 
     @classmethod
     def dynamic(cls, config: GradScalerConfig) -> LossScale:
-        """Create the dynamic loss scale of float16 training from the config."""
+        """Create the dynamic loss scale for float16 training from the config."""
         fp16 = config.fp16
         return cls(
             scale=fp16.initial_scale,
@@ -53,7 +54,7 @@ class LossScale:
         """Adjust the scale after a step.
 
         Args:
-            overflow: Whether the gradient of the step was inf or nan.
+            overflow: Whether the gradient norm of the step was inf or NaN.
         """
         if overflow:
             self.good_steps = 0
@@ -78,7 +79,7 @@ class LossScale:
 
 
 def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
-    """Return the name of this rank's first parameter, in model order, with an inf or nan gradient."""
+    """Return the name of this rank's first parameter, in model order, with an inf or NaN gradient, or None."""
     # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
     suspects = [group for group in groups if not _is_finite(group.grads)]
     found = [

@@ -1,8 +1,8 @@
 """Muon: SGD with momentum and orthogonalised updates (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
-``torch.optim.Muon`` accepts whole matrices only. Here a matrix may be split over ranks: its momentum stays split,
-because it is updated element by element, and is gathered only for the matrix products. Products are computed in the
-dtype of main parameters. The rounding of bfloat16 would make the result depend on whether a matrix is split.
+``torch.optim.Muon`` accepts whole matrices only. Here a matrix may be split over ranks. Momentum is updated element by
+element, so it stays split; updates are gathered only to be orthogonalised. The matmuls use the dtype of the main
+parameters: with bfloat16, rounding would make the result depend on whether a matrix is split.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class ParamGatherer:
     """Gatherer of the parameters in ``groups`` over the ``zero`` group, eager until :meth:`gather_lazily` is called.
 
     Buckets have one fixed order: eager buckets first, then lazy buckets in forward order. All-gathers are always
-    launched in this order, whichever blocks a rank calls, so the collectives of all ranks match. The first ``begun``
-    buckets are launched, the first ``ready`` buckets complete.
+    launched in this order, whichever blocks a rank calls, so the collectives of all ranks match. The all-gathers
+    of the first ``begun`` buckets have been launched, and those of the first ``ready`` buckets are complete.
     """
 
     def __init__(self, groups: Sequence[FlatParamGroup], zero: Group) -> None:
@@ -79,12 +79,12 @@ class ParamGatherer:
             self._begin(max(self._needed[: block + 2]))
 
     def require_all(self, where: str) -> None:
-        """Check that all parameters are up to date.
+        """Raise an error unless all parameters are up to date.
 
-        For operations that a single rank may run alone, in which an all-gather would block forever.
+        Operations that one rank may run alone call this method instead of an all-gather, which would block forever.
 
         Args:
-            where: Operation that needs the parameters, for the error.
+            where: Name of the operation that needs the parameters, for the error message.
 
         Raises:
             UserError: Some parameters are not gathered yet.
@@ -137,7 +137,7 @@ def _entrances(block: nn.Module) -> list[nn.Module]:
     """Return the modules whose forward pass may be the first to read the parameters of ``block``.
 
     These are the block and every module in it with parameters of its own, because a model may call such a module
-    directly. A compiled block must be called as a whole, because hooks inside it would be compiled for each block anew.
+    directly. For a compiled block, only the block is returned: hooks inside it would be compiled again in each block.
     """
     if is_compiled(block):
         return [block]

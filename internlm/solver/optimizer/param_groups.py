@@ -2,7 +2,8 @@
 
 Parameters with the same :class:`ParamGroupKey` form a :class:`ParamGroup`. A rank owns a *shard* of a group, and has
 main parameters, reduced gradients and optimizer state for the elements of its shard only. A shard is a list of flat
-tensors. Optimizer state is one tensor over the whole shard, which :meth:`ParamGroup.split` splits into the same sizes.
+tensors. Each optimizer state is one tensor over the whole shard, and :meth:`ParamGroup.split` returns views of it with
+the sizes of the shard's tensors.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class ProcessGroups:
     replica: Group = ALONE
     """Ranks that own the same shard."""
     split: tuple[Group, ...] = ()
-    """Groups over which parameters are split, or over which the gradients of whole parameters are partial sums."""
+    """Groups over which parameters are split, or over which partial gradients of whole parameters are summed."""
     pipeline: Group = NO_PIPELINE
-    """Stages of a pipeline."""
+    """Ranks that hold the stages of one pipeline."""
     ends: Group = NO_PIPELINE
-    """First and last stage of a pipeline, which may both hold a tied embedding."""
+    """Ranks of the first and the last stage of a pipeline, which may both hold a tied embedding."""
 
     @property
     def by_split(self) -> Mapping[ParallelMode, Group]:
@@ -55,7 +56,7 @@ class ProcessGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupKey:
-    """Properties that the parameters of one group have in common."""
+    """Key of a param group: the properties that all of its parameters share."""
 
     dtype: torch.dtype
     """Compute dtype of the parameters."""
@@ -66,7 +67,7 @@ class ParamGroupKey:
     split_over: ParallelMode | None = None
     """Parallel mode whose group splits the parameters; None if they are whole."""
     partial_over: ParallelMode | None = None
-    """Parallel mode whose group must still sum the gradients, which are partial sums; None if they are not."""
+    """Parallel mode over whose group partial gradients must be summed; None if gradients are not partial."""
 
     @property
     def needs_matrices(self) -> bool:
@@ -171,7 +172,7 @@ class ParamGroup:
         return sum(map(len, self.main_shards))
 
     def new_state(self) -> Tensor:
-        """Allocate a tensor of optimizer state: one zero for each element of this rank's shard."""
+        """Allocate a tensor of zeros in ``main_dtype``, with one element for each element of this rank's shard."""
         return torch.zeros(self.owned, dtype=self.main_dtype, device=self.main_shards[0].device)
 
     def split(self, state: Tensor) -> list[Tensor]:
@@ -183,7 +184,7 @@ class ParamGroup:
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Yield (model position, name, local gradient) of each parameter, before gradients are reduced over ranks."""
+        """Yield (model position, name, local gradient) for each parameter, before gradients are reduced over ranks."""
         raise NotImplementedError
 
     def attach_grads(self) -> None:

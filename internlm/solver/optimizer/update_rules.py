@@ -61,7 +61,7 @@ class UpdateRule:
         Args:
             lr: Learning rate, which each group multiplies by its ``lr_scale``.
             beta2: Decay rate of the second moment, or of Lion's momentum; Muon does not use it.
-            divisor: Loss scale times the factor of gradient clipping.
+            divisor: Loss scale times the factor by which clipping reduces the gradient norm (1: no clipping).
         """
         for group in self.groups:
             if divisor != 1.0:

@@ -6,7 +6,7 @@ sharded (the zero group). A step has five phases:
 1. **Reduce** gradients into shards inside the zero group, then over the replicas of each shard, then over ranks with
    partial sums (``grad_reduce.py``).
 2. **Measure** the global gradient norm over all pipeline stages, in which every logical element counts once.
-3. **Decide**: if the norm is inf or nan, all ranks skip the step (``loss_scale.py``).
+3. **Decide**: if the norm is inf or NaN, all ranks skip the step (``loss_scale.py``).
 4. **Update** this rank's shard from clipped gradients, by the update rule of each group (``update_rules.py``,
    ``muon.py``), and copy main parameters to model parameters.
 5. **Gather** the model parameters inside the zero group (``param_gather.py``).
@@ -47,15 +47,15 @@ class OptimizerStep:
     """Result of one optimizer step."""
 
     updated: bool
-    """False if the step was skipped."""
+    """Whether the parameters were updated; False if the step was skipped."""
     grad_norm: float
-    """Global norm before clipping; inf or nan if the step was skipped."""
+    """Global gradient norm before clipping; inf or NaN if the step was skipped."""
     loss_scale: float = 1.0
     """Loss scale by which the loss of this step was multiplied."""
     skipped_in_a_row: int = 0
     """Number of steps skipped in a row, including this one."""
     nonfinite_gradient: str | None = None
-    """Name of this rank's first parameter with an inf or nan gradient; only set if one more skip would end the run."""
+    """Name of this rank's first parameter with an inf or NaN gradient; only set if skipping this step ends the run."""
 
 
 class HybridZeroOptimizer:
@@ -68,11 +68,11 @@ class HybridZeroOptimizer:
 
     Args:
         model: Model whose parameters have placements, and their final dtype and device.
-        adam: Learning rate, betas, eps and weight decay, whatever the update rule.
-        config: Buckets, overlap and clipping.
+        adam: Hyperparameters of the update rules, such as eps and weight decay.
+        config: Settings of buckets, overlap and gradient clipping.
         process_groups: Process groups to communicate over; default: groups of one rank.
-        optimizer: Update rule, and settings of single param groups; default: AdamW.
-        loss_scale: Loss scale of float16; default: 1.
+        optimizer: Settings of the update rule and of individual param groups; default: AdamW.
+        loss_scale: Loss scale for float16 training; default: 1.
         reduce_dtype: Dtype in which gradients are sent; default: the dtype in which they are accumulated.
 
     Raises:
@@ -149,13 +149,13 @@ class HybridZeroOptimizer:
     def _is_last_chance(self) -> bool:
         """Whether the run ends if this step is skipped.
 
-        The gradients of such a step are checked before they are reduced, because a nan in a sum cannot be attributed to
+        The gradients of such a step are checked before they are reduced, because a NaN in a sum cannot be attributed to
         one rank.
         """
         return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
     def zero_grad(self) -> None:
-        """Set gradients to zero; equal to :meth:`begin_step` with an unknown number of micro-batches."""
+        """Set gradients to zero; equivalent to :meth:`begin_step` with an unknown number of micro-batches."""
         self.begin_step()
 
     def begin_reduction(self) -> None:
@@ -238,7 +238,10 @@ class HybridZeroOptimizer:
 
     # -- parameters that are read or set from outside -----------------------------------------------------------------
     def gather_parameters(self) -> None:
-        """Block until the all-gathers of ``overlap_sync_param`` have updated all model parameters; collective."""
+        """Complete the parameter all-gathers that ``overlap_sync_param`` postpones.
+
+        Collective: all ranks must call this method. All model parameters are up to date afterwards.
+        """
         self._gatherer.finish()
 
     def copy_model_to_main_params(self) -> None:
@@ -255,7 +258,10 @@ class HybridZeroOptimizer:
             group.copy_model_to_main_params()
 
     def copy_main_to_model_params(self) -> None:
-        """Copy main parameters to model parameters, and all-gather the model parameters; collective."""
+        """Copy main parameters to model parameters, and all-gather the model parameters.
+
+        Collective: all ranks must call this method.
+        """
         for group in self.groups:
             group.copy_main_to_model_params()
         self._gatherer.gather_all()
