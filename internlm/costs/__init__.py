@@ -1,4 +1,4 @@
-"""Cost formulas of a layout: bytes held, bytes sent and floating-point operations.
+"""Cost formulas of a parallel layout: memory, communication traffic and floating-point operations.
 
 ``symbols`` defines the symbols of all formulas, and ``param_shards`` the parameter inventory that they take as input.
 ``memory_plan`` and ``traffic`` are the entry points.

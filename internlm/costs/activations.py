@@ -1,9 +1,9 @@
 """Formulas of activation memory: bytes that autograd saves for a micro-batch, and their peak over a schedule.
 
 Every storage that autograd saves is counted once. Parameters are not counted, nor are the weights that isp gathers,
-which are released after each product. A norm or SwiGLU before a linear saves only its own input, from which backward
-recomputes the input of the linear (Korthikanti et al. 2022, arXiv 2205.05198, section 5, recompute cheap operations
-likewise). :func:`block` lists the tensors that a block saves.
+because each is released after the matmul that uses it. Where a norm or SwiGLU precedes a linear, only the input of the
+norm or SwiGLU is saved, and backward recomputes the input of the linear from it (Korthikanti et al. 2022, arXiv
+2205.05198, section 5, recompute cheap operations in the same way). :func:`block` lists the tensors that a block saves.
 
 With ``model.checkpoint="selective"``, attention is recomputed too, from the q, k and v that wqkv returned. Dropout
 masks, one byte per element, are saved unless backward draws them again. For the first ``model.cpu_offloading`` layers
@@ -12,10 +12,10 @@ of a chunk, all saved tensors are moved to host memory, except for the hidden st
 In a pipeline, every chunk saves its own activations. The hidden states that a chunk receives are counted as the input
 of its first block. The output of a chunk is released once it is sent. Messages between stages are not counted.
 
-A (chunk, micro-batch) pair is in flight from its F to its last action: W, or B if the schedule does not defer weight
-gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241). The pair holds the bytes of :func:`saved_for_backward` from F
-to B, and those of :func:`kept_for_weights` from B to W. A rank runs one action at a time, so the peak depends
-only on the order of its actions.
+A (chunk, micro-batch) pair is in flight from its forward action (F) to its last action: the one for weight gradients
+(W), or backward (B) if the schedule does not defer weight gradients (Qi et al. 2023, zero bubble, arXiv 2401.10241).
+The pair holds the bytes of :func:`saved_for_backward` from F to B, and those of :func:`kept_for_weights` from B to W. A
+rank runs one action at a time, so the peak depends only on the order of its actions.
 
 Symbols: :mod:`internlm.costs.symbols`.
 """
@@ -80,17 +80,18 @@ def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int
 
 
 def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
-    """Return the bytes, by tensor, that a rank keeps from B to W for the deferred weight gradients of a micro-batch.
+    """Return the bytes, by tensor, that a rank keeps for the deferred weight gradients of a micro-batch.
 
-    Only the linears of blocks defer weight gradients; all other gradients are computed in B. Arguments and exceptions
-    are those of :func:`saved_for_backward`.
+    The rank keeps them from the backward action (B) to the weight-gradient action (W). Only the linears of blocks defer
+    weight gradients; all other gradients are computed in B. Arguments and exceptions are those of
+    :func:`saved_for_backward`.
     """
     s = Symbols.of(config, world_size, stage)
     return _sum_over_chunks(s, chunk, lambda index: _times(len(s.stage_layers.chunks[index]), block_for_weights(s)))
 
 
 def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dict[str, int]]) -> dict[str, int]:
-    """Return ``tensors(chunk)``, or the sums over all chunks if ``chunk`` is None."""
+    """Return the bytes, by tensor, of one chunk, or their sums over all chunks if ``chunk`` is None."""
     by_chunk = [tensors(index) for index in (s.chunks if chunk is None else [chunk])]
     return {name: sum(sizes[name] for sizes in by_chunk) for name in by_chunk[0]}
 
@@ -98,8 +99,8 @@ def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dic
 def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
     """Return the bytes that a chunk saves on the device, by tensor.
 
-    Every chunk saves the tensors of its blocks and the rotary table, the first also those of the embedding, the last
-    also those of the final norm and the loss.
+    Every chunk saves the tensors of its blocks and the rotary table. The first chunk of the model also saves those of
+    the embedding, and the last chunk those of the final norm and the loss.
     """
     first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
     _, on_device = _offloaded_and_not(s, chunk)
@@ -129,9 +130,10 @@ def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
 
 
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
-    """Return the bytes, S·H·e, of a received input that stays on the device although its layer is offloaded.
+    """Return the bytes, by tensor, of the received hidden states that a chunk keeps on the device despite offloading.
 
-    The result is empty if the first layer of the chunk is not offloaded, or is the first layer of the model.
+    They take S·H·e, as the input of the chunk's first layer. The result is empty if that layer is not offloaded, or is
+    the first layer of the model.
     """
     offloaded, _ = _offloaded_and_not(s, chunk)
     # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.
@@ -140,7 +142,10 @@ def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
 
 
 def _layers(s: Symbols, layers: range) -> dict[str, int]:
-    """Return the bytes that ``layers`` save, by tensor: :func:`block` each, or the input, S·H·e, if recomputed."""
+    """Return the bytes, by tensor, that ``layers`` save.
+
+    A recomputed layer saves only its input, S·H·e. Any other layer saves the tensors of :func:`block`.
+    """
     recomputed = sum(map(s.config.model.recomputes, layers))
     return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
@@ -182,19 +187,21 @@ def block(s: Symbols) -> dict[str, int]:
 
 
 def block_for_weights(s: Symbols) -> dict[str, int]:
-    """Return the bytes kept by a block's deferred weight gradients: inputs and output gradients of its linears.
+    """Return the bytes, by tensor, that one block keeps for its deferred weight gradients.
 
-    =======================  ===========  ===========  ===========  ===========
-    tensors                  mtp          msp          fsp          isp
-    =======================  ===========  ===========  ===========  ===========
-    inputs of wqkv and w13   2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
-    gathered inputs          –            2·T·H·e      –            –
-    input of wo              T·G·Q·D·e/t in every mode
-    input of w2              T·F·e/t in every mode
-    output gradient of wqkv  T·G·(Q + 2)·D·e/t in every mode
-    output gradient of w13   2·T·F·e/t in every mode
-    those of wo and w2       2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
-    =======================  ===========  ===========  ===========  ===========
+    They are the inputs and the output gradients of its four linears:
+
+    ===============================  ===========  ===========  ===========  ===========
+    tensors                          mtp          msp          fsp          isp
+    ===============================  ===========  ===========  ===========  ===========
+    inputs of wqkv and w13           2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
+    gathered inputs of wqkv and w13  –            2·T·H·e      –            –
+    input of wo                      T·G·Q·D·e/t in every mode
+    input of w2                      T·F·e/t in every mode
+    output gradient of wqkv          T·G·(Q + 2)·D·e/t in every mode
+    output gradient of w13           2·T·F·e/t in every mode
+    output gradients of wo and w2    2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
+    ===============================  ===========  ===========  ===========  ===========
 
     msp gathers nothing if t is 1. Recomputed blocks keep the same bytes.
     """
@@ -278,10 +285,11 @@ def norm(s: Symbols) -> int:
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
-    """Return the bytes, by tensor, that head and loss save: gradients, which are computed together with the loss.
+    """Return the bytes, by tensor, that the head and the loss save.
 
-    The gradient of the input takes K·H·e, and 8·K for token positions if some labels are ignored. The gradient of the
-    weight takes ⌈V/t⌉·H·g, under isp V·H·g. Neither the input nor the logits are saved.
+    They save the gradients of the head, which are computed together with the loss, but neither its input nor the
+    logits. The gradient of the input takes K·H·e, plus 8·K for token positions if some labels are ignored. The gradient
+    of the weight takes ⌈V/t⌉·H·g, under isp V·H·g.
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
@@ -294,7 +302,7 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
 
 
 def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> int:
-    """Return the peak bytes that a rank of ``stage`` keeps between two actions of its schedule.
+    """Return the peak bytes of saved tensors that a rank of ``stage`` holds between two actions of its schedule.
 
     Within an action the peak may be higher: gradients of activations, and tensors of a recomputed block, are not
     counted. Arguments and exceptions are those of :func:`saved_for_backward`.
@@ -303,7 +311,7 @@ def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, st
 
 
 def kept_after_each_action(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> list[int]:
-    """Return the bytes that a rank of ``stage`` keeps after each action of its schedule, in order.
+    """Return the bytes of saved tensors that a rank of ``stage`` holds after each action of its schedule, in order.
 
     Arguments and exceptions are those of :func:`saved_for_backward`.
     """

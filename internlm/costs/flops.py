@@ -1,6 +1,6 @@
 """Formulas of the decoder's weight matrices and floating-point operations per token.
 
-A product of [m, k] and [k, n] counts 2·m·k·n operations (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
+A matmul of [m, k] and [k, n] counts as 2·m·k·n operations (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
 :func:`block_linears` is the only list of the decoder's weights in this package: traffic, gather buffers, FLOPs and the
 balance of pipeline stages derive from it. Symbols: :mod:`internlm.costs.symbols`.
 """
@@ -48,14 +48,14 @@ def vocab_weights(model: ModelConfig) -> int:
 def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
     """Return the forward FLOPs per token of one block, for sequences of ``seq_len`` tokens.
 
-    The products of attention count all ``seq_len`` keys per query, as published numbers do, although the causal mask
+    Attention is counted over all ``seq_len`` keys per query, as is usual in publications, although the causal mask
     removes half of them.
     """
     return 2 * block_weights(model) + attention_forward_flops(model, seq_len)
 
 
 def attention_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return the forward FLOPs per token of attention's two products, q·kᵀ and p·v, in one block."""
+    """Return the forward FLOPs per token of the two matmuls of attention, q·kᵀ and p·v, in one block."""
     return 2 * 2 * seq_len * model.num_attention_heads * model.head_size
 
 
@@ -72,13 +72,16 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the forward and backward FLOPs per token of the whole model, without recomputation.
 
-    Each product of the forward pass needs two in the backward pass, one for the gradient of each factor.
+    Each matmul of the forward pass takes two in the backward pass, one for the gradient of each operand.
     """
     return 3 * forward_flops_per_token(model, seq_len)
 
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return :func:`model_flops_per_token` plus the forward FLOPs that activation checkpointing repeats."""
+    """Return the FLOPs per token that the hardware executes, including recomputation.
+
+    They are :func:`model_flops_per_token` plus the forward FLOPs that activation checkpointing repeats.
+    """
     # The head is never recomputed: its loss and gradients are computed together.
     recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
     if model.checkpoint == "selective":

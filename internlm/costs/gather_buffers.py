@@ -43,9 +43,9 @@ HeldWeights: TypeAlias = Sequence[WeightShape]
 def gather_buffers(inventory: ParamInventory) -> int:
     """Return the peak bytes of gathered parameters.
 
-    If the zero group shards parameters, the peak is U·e of the root and of a block, plus the larger of the two once
-    more: ``fully_shard`` receives a unit in one buffer and then copies the parameters out of it. Under isp it follows
-    from the table at the top of this file. Otherwise no parameters are gathered.
+    If the zero group shards parameters, the root and the largest block are counted, U·e each, and the larger of these
+    two a second time, because ``fully_shard`` receives a unit in one buffer and then copies the parameters out of it.
+    Under isp, the table at the top of this file gives the weights that are held. Otherwise no parameters are gathered.
 
     Raises:
         NoCostFormulaError: The model is not the built-in decoder.
@@ -92,7 +92,10 @@ def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
 
 
 def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iterator[HeldWeights]:
-    """Yield each set of weights that is held while the next block is prefetched, from ``launch_position`` on."""
+    """Yield each set of gathered weights that is held while forward prefetches a whole block.
+
+    The prefetch starts at ``launch_position`` of the current block, whose remaining weights are held at the same time.
+    """
     first = launch_position if launch_position >= 0 else 1  # only wqkv is used before the attention kernel
     for index, (block, following) in enumerate(pairwise(blocks)):
         rest = block[first:]

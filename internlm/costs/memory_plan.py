@@ -38,7 +38,7 @@ Plan: TypeAlias = dict[str, int]
 
 
 def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, tokens: int | None = None) -> Plan:
-    """Return the bytes of each row of the plan for a rank of the inventory's pipeline stage.
+    """Return the memory plan of a rank in the inventory's pipeline stage, as bytes by row.
 
     ====================  =====================================================================================
     parameters            N·e
@@ -95,7 +95,7 @@ def _group_numels(inventory: ParamInventory) -> list[GroupNumel]:
 
 
 def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel], zero_rank: int) -> Plan:
-    """Return the rows of parameters, gradients and optimizer states on one rank."""
+    """Return the rows of the memory plan for parameters, gradients and optimizer states on one rank."""
     rows = Counter(dict.fromkeys((PARAMETERS, GRADIENTS, MAIN), 0))
     for key, allocated, owned in groups:
         rows.update(_group_rows(inventory, key, allocated, owned[zero_rank]))
@@ -109,7 +109,7 @@ def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel]
 
 
 def _group_rows(inventory: ParamInventory, key: ParamGroupKey, allocated: int, owned: int) -> Plan:
-    """Return the rows of one param group, of which a rank owns ``owned`` elements."""
+    """Return the rows of the memory plan for one param group, of which a rank owns ``owned`` elements."""
     sharded, main = inventory.groups.shares_parameters, wide(key.dtype)
     # fully_shard rounds to half precision when it gathers, so the sharded parameters are the main parameters.
     parameter = main if sharded else key.dtype

@@ -80,7 +80,7 @@ class ParamInventory:
 
     @cached_property
     def symbols(self) -> Symbols:
-        """Symbols of the decoder.
+        """Values of the cost formulas' symbols for this stage of the decoder.
 
         Raises:
             NoCostFormulaError: The model is not the built-in decoder.
@@ -133,7 +133,7 @@ def partial_sum_group(s: GroupSymbols, mode: ParallelMode) -> Group:
 
 
 def reduced_itemsize(config: Config, dtype: torch.dtype) -> int:
-    """Return c, the bytes of an element of the reduced gradients of parameters of ``dtype``."""
+    """Return c, the bytes per element of the reduced gradient of a parameter of ``dtype``."""
     if config.reduce_comm_dtype is not None:
         return torch_dtype(config.reduce_comm_dtype).itemsize
     return (wide(dtype) if config.hybrid_zero_optimizer.fp32_grad_accum else dtype).itemsize

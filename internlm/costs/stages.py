@@ -71,7 +71,10 @@ def stage_layers_of(config: Config, stage: int) -> StageLayers:
 
 
 def table_of(config: Config) -> Table:
-    """Return the table of a training step: the user's own table if the config names one, else that of its mode.
+    """Return the action table of the pipeline for a training step.
+
+    It is read from the user's own table (``parallel.pipeline.table``) if the config names one, else it is made for the
+    schedule ``parallel.pipeline.mode``.
 
     Raises:
         ScheduleError: The user's own table is invalid, or does not match the config.
@@ -83,10 +86,10 @@ def table_of(config: Config) -> Table:
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
-    """Return a function that reads the user's own table (``parallel.pipeline.table``), or None if there is none.
+    """Return a function that reads the user's own action table, or None if ``parallel.pipeline.table`` is not set.
 
-    The argument of the function is the number of micro-batches. It raises :class:`ScheduleError` if the file is invalid
-    or does not match the config.
+    The function takes the number of micro-batches, and raises :class:`ScheduleError` if the file is invalid or does not
+    match the config.
     """
     path = config.parallel.pipeline.table
     return None if path is None else partial(_read_table, Path(path), stage_layout_of_config(config))
@@ -97,11 +100,12 @@ def _read_table(path: Path, layout: StageLayout, micro_batches: int) -> Table:
         table = read_table(path, layout.stages, layout.chunks, micro_batches)
     except ScheduleError as error:
         sizes = f"parallel.pipeline.size = {layout.stages}, model.num_chunks = {layout.chunks}"
-        message = f"expected a table for {sizes} and data.micro_num = {micro_batches}"
+        message = f"expected an action table for {sizes} and data.micro_num = {micro_batches}"
         raise ScheduleError(*error.problems, Problem(str(path), message, "Change the file or these keys")) from None
     # A table with F only is valid, and evaluation uses one, but it cannot train.
     if not any(action.type == BACKWARD for row in table.actions for action in row):
-        raise ScheduleError(Problem(str(path), "has no B, so no gradient would be computed", "Add a B for every F"))
+        message = "has no backward action (B), so no gradient would be computed"
+        raise ScheduleError(Problem(str(path), message, "Add a B for every F"))
     if table.stage_layout != layout:
         message = f"expected a {_shape(layout)} stage layout, as in the config, got a {_shape(table.stage_layout)} one"
         todo = f"{'Add' if layout.v_shaped else 'Remove'} the line V before the ranks, or change parallel.pipeline.mode"

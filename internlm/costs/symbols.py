@@ -2,17 +2,17 @@
 
 ==========  =========================================================================================================
 t, w        ranks of the tensor group and of the weight group (w is 1 except under isp)
-p           stages of the pipeline; everything below is that of one stage
+p           stages of the pipeline; all symbols below describe one stage
 z, r        ranks that shard one optimizer state (the zero group), and replicas of that state
 d           ranks whose labels make up the global batch: the data group, under isp all ranks of the stage
-T           tokens of a row on a data rank, ``data.packed_length``; where the sequence is split, t ranks share them
+T           tokens of a packed row, ``data.packed_length``; if the sequence is split, each of t ranks has T/t of them
 S           tokens of the row that a rank holds between the layers: T under mtp, T/t under msp, fsp and isp
-K           tokens that take part in the loss, of the tokens whose labels the rank has (T, under isp T/t)
+K           tokens that take part in the loss, out of the T tokens (under isp, T/t) whose labels the rank has
 L, R        layers of a chunk, and how many of them are recomputed (``model.checkpoint``)
 H, F, V     hidden size, intermediate size, vocabulary size
 G, Q, D     kv heads, query heads per kv head, head dimension
 e           bytes of an element of parameters and activations
-g           bytes of an element of gradients, logits and statistics where they are summed (at least 4)
+g           bytes of an element of a tensor that holds sums, such as gradients, logits and statistics (at least 4)
 B           elements of a bucket of the optimizer, padding included
 N, n        elements of a param group's flat buffer, padding included, and how many of them the rank owns
 U           elements of an FSDP unit (a block, or the root: all that lies outside of blocks), padding included
@@ -40,7 +40,7 @@ from internlm.utils.errors import Problem, UserError
 
 
 class NoCostFormulaError(UserError):
-    """Error for a model without a cost formula, such as any other model than the built-in decoder."""
+    """Error for a model without a cost formula; only the built-in decoder has one."""
 
     same_on_all_ranks = True
 
@@ -98,7 +98,7 @@ def group_symbols(config: Config, world_size: int) -> GroupSymbols:
 
 @dataclass(frozen=True, kw_only=True)
 class Symbols(GroupSymbols):
-    """All symbols at the top of this file, for one pipeline stage of a decoder."""
+    """Values of all symbols of the cost formulas, for one pipeline stage of a decoder."""
 
     spec: DecoderSpec
     stage: int

@@ -1,8 +1,8 @@
-"""Formulas of the traffic of a step: scalars, micro-batches, and the optimizer's collectives.
+"""Formulas of the communication traffic of a step: scalars, micro-batches, and the optimizer's collectives.
 
-The collectives are those of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 and 2 reduce-scatter gradients
-and all-gather parameters (section 5.2, per bucket of a flat buffer), stage 3 gathers each unit before use (section 5.3,
-``parallel.zero1.fsdp``). Symbols: :mod:`internlm.costs.symbols`.
+The optimizer's collectives are those of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Stages 1 and 2 reduce-scatter
+gradients and all-gather parameters, per bucket of a flat buffer (section 5.2). Stage 3 gathers each FSDP unit before
+use (section 5.3, ``parallel.zero1.fsdp``). Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def expected_traffic(
 
     Args:
         inventory: Parameters of the rank's pipeline stage.
-        tokens: K of each micro-batch: on the CPU the tokens whose label is not ignored, elsewhere all. By default all
-            tokens of ``micro_num`` micro-batches.
+        tokens: Number of tokens in the loss, K, of each micro-batch: on the CPU those whose label is not ignored,
+            elsewhere all. By default all tokens of ``micro_num`` micro-batches.
         types: Number of data-set types.
         device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
         forward_only: Count a validation step instead of a training step.
@@ -86,7 +86,8 @@ def micro_batch(inventory: ParamInventory, tokens: int, device_type: str) -> Pas
 def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
     """Return the collectives of a chunk in one micro-batch.
 
-    Every chunk has positions, blocks and stage messages, the first also the embedding, the last also head and loss.
+    Every chunk has those of positions, blocks and stage messages. The first chunk of the model also has those of the
+    embedding, and the last chunk those of the head and the loss.
     """
     layers, one = len(s.stage_layers.chunks[chunk]), block(s)
     # Recomputing a block repeats all products, and so all collectives, of its forward pass. Weight gradients that the
@@ -104,7 +105,10 @@ def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
 
 
 def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
-    """Return the sends of S·H·e: hidden states to the next chunk, and their gradient to the previous chunk."""
+    """Return the sends of a chunk in one micro-batch: hidden states to the next virtual stage, gradients back.
+
+    Each takes S·H·e. Adjacent virtual stages on the same rank pass tensors in memory and send nothing.
+    """
 
     def send_to(virtual: int) -> list[Call]:
         exists = 0 <= virtual < s.stage_layout.virtual_stages
@@ -206,7 +210,7 @@ def fsdp_units(inventory: ParamInventory) -> PassCalls:
 
 
 def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
-    """Return U, the number of elements, of each FSDP unit by block name; the root has the empty name.
+    """Return the number of elements, U, of each FSDP unit, by block name; the name of the root is empty.
 
     The rows of each parameter are padded to a multiple of z.
     """
@@ -217,7 +221,10 @@ def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
 
 
 def _fsdp_replica_sums(s: GroupSymbols, key: ParamGroupKey, shards: Iterable[ParamShard], zero_rank: int) -> list[Call]:
-    """Return the all-reduces of gradients that FSDP units leave to the optimizer: n·c over r, n·g of partial sums."""
+    """Return the all-reduces of gradients that FSDP units leave to the optimizer step.
+
+    They take n·c over r, and n·g for partial sums (``partial_over``).
+    """
     owned = sum(shard.owned_numel(s.z, zero_rank) for shard in shards)
     if not owned:
         return []

@@ -1,9 +1,11 @@
 """Formulas of the collectives of the decoder's layers, by parallel mode and tensor.
 
-The formulas restate the papers, not the code that communicates, so that they can serve as its oracle: mtp is tensor
-parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3), msp and fsp add sequence parallelism (Korthikanti et al.
-2022, arXiv 2205.05198, section 4.2), isp gathers weights and exchanges heads (Chen et al. 2024, arXiv 2401.09149; the
-all-to-alls are those of Jacobs et al. 2023, arXiv 2309.14509). Symbols: :mod:`internlm.costs.symbols`.
+The formulas follow the papers rather than the code that communicates, so that tests can check the code against them.
+mtp is tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). msp and fsp add sequence parallelism
+(Korthikanti et al. 2022, arXiv 2205.05198, section 4.2). isp gathers weights and exchanges heads (Chen et al. 2024,
+arXiv 2401.09149; the all-to-alls are those of Jacobs et al. 2023, arXiv 2309.14509).
+
+Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -95,18 +97,18 @@ def block(s: Symbols) -> PassCalls:
 
 
 def linear(s: Symbols, weight: LinearShape) -> PassCalls:
-    """Return the collectives of a linear: of the weight under isp, else of the activation of width H.
+    """Return the collectives of a linear: on its weight under isp, otherwise on its activation of width H.
 
-    ===========  ============================================  ========================================
+    ===========  ============================================  ==============================================
     mode, role   forward                                       backward
-    ===========  ============================================  ========================================
+    ===========  ============================================  ==============================================
     mtp, column  –                                             all-reduce over t of T·inputs·e
     mtp, row     all-reduce over t of T·outputs·e              –
-    msp, column  all-gather over t of T·inputs·e               reduce-scatter of the same
-    msp, row     reduce-scatter over t of T·outputs·e          all-gather of the same
-    fsp          as msp                                        as msp; column: one all-gather more
-    isp          all-gather over w of w⌈outputs/w⌉·inputs·e    all-gather and reduce-scatter of the same
-    ===========  ============================================  ========================================
+    msp, column  all-gather over t of T·inputs·e               reduce-scatter of the same size
+    msp, row     reduce-scatter over t of T·outputs·e          all-gather of the same size
+    fsp          as msp                                        as msp, and one more all-gather if column
+    isp          all-gather over w of w⌈outputs/w⌉·inputs·e    all-gather and reduce-scatter of the same size
+    ===========  ============================================  ==============================================
     """
     if s.mode == "isp":
         padded = s.w.size * rows_per_rank(weight.outputs, s.w)
@@ -116,10 +118,11 @@ def linear(s: Symbols, weight: LinearShape) -> PassCalls:
 
 
 def attention(s: Symbols) -> PassCalls:
-    """Return the all-to-alls of isp over t, equal in forward and backward; other modes send nothing.
+    """Return the all-to-alls of attention under isp, over t; other modes have none.
 
-    The first exchanges q, k and v of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e; the second the attention output
-    (:func:`heads_to_tokens`). With fewer kv heads than ranks, each kv head is sent to several ranks.
+    The first exchanges q, k and v of T/t tokens, (T/t)·(G·Q + 2·max(G, t))·D·e. The second exchanges the attention
+    output (:func:`heads_to_tokens`). Backward exchanges the gradients of these tensors, in the same sizes. With fewer
+    kv heads than ranks, each kv head is sent to several ranks.
     """
     qkv = s.T // s.t.size * (s.G * s.Q + 2 * max(s.G, s.t.size)) * s.D * s.e
     return merge(_role_calls(s, "attention", s.t, qkv), heads_to_tokens(s))
@@ -138,15 +141,15 @@ def positions(s: Symbols) -> PassCalls:
 def embedding(s: Symbols) -> PassCalls:
     """Return the collectives of the embedding, which is split by vocabulary entries or by hidden units.
 
-    ===================  ======================================  ==========================
+    ===================  ======================================  ===============================
     mode, split by       forward                                 backward
-    ===================  ======================================  ==========================
+    ===================  ======================================  ===============================
     mtp, entries         all-reduce over t of T·H·e              –
     mtp, hidden units    all-gather over t of T·H·e              –
-    msp, fsp, entries    reduce-scatter over t of T·H·e          all-gather of the same
-    msp, fsp, hidden     all-to-all over t of T·(H/t)·e          all-to-all of the same
-    isp                  all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same
-    ===================  ======================================  ==========================
+    msp, fsp, entries    reduce-scatter over t of T·H·e          all-gather of the same size
+    msp, fsp, hidden     all-to-all over t of T·(H/t)·e          all-to-all of the same size
+    isp                  all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same size
+    ===================  ======================================  ===============================
     """
     model = s.config.model
     # A tied embedding is also the head's weight, which is split by vocabulary entries.
@@ -159,13 +162,13 @@ def embedding(s: Symbols) -> PassCalls:
 def head(s: Symbols) -> PassCalls:
     """Return the collectives of the head, without the loss that is computed with it.
 
-    ========  ======================================  ===========================
+    ========  ======================================  ================================
     mode      forward                                 backward
-    ========  ======================================  ===========================
+    ========  ======================================  ================================
     mtp       –                                       all-reduce over t of T·H·e
-    msp, fsp  all-gather over t of T·H·e              reduce-scatter of the same
-    isp       all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same
-    ========  ======================================  ===========================
+    msp, fsp  all-gather over t of T·H·e              reduce-scatter of the same size
+    isp       all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same size
+    ========  ======================================  ================================
     """
     return linear(s, LinearShape("head", s.H, s.V))
 

@@ -37,8 +37,8 @@ def loss_curve(title: str, curves: Mapping[str, Points], marks: Mapping[str, Poi
 
     Args:
         title: Heading of the picture.
-        curves: Losses of every step by name, drawn as a smoothed line over the faint line of single steps.
-        marks: Losses of some steps by name, such as validations, drawn as dots.
+        curves: Losses of every step, by name of the curve, drawn as a smoothed line over a faint line of raw losses.
+        marks: Losses of some steps, such as validation losses, by name of the series, drawn as dots.
         level: Name and loss of a dashed, horizontal reference line.
 
     Returns:
@@ -118,7 +118,7 @@ def _grid(axes: _Axes) -> Iterator[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from ``low`` to ``high``, about six of them."""
+    """Return about six round numbers from ``low`` to ``high``."""
     rough = (high - low) / 6
     magnitude = 10.0 ** math.floor(math.log10(rough))
     distance = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= rough)

@@ -1,4 +1,4 @@
-"""Timelines as text for a terminal, with a row for each rank and time to the right."""
+"""Timelines as text for a terminal: one row per rank, with time running to the right."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
         timelines: Timelines with their titles.
         width: Number of characters in a line; longer timelines continue in further lines.
         coloured: Whether to add ANSI colours, which carry no further information.
-        seconds: Whether times are in seconds. False: they have no unit.
+        seconds: Whether times are in seconds; otherwise they have no unit.
     """
     times = choose_clock(timelines, seconds)
     margin = len(f"rank {max(timeline.table.stage_layout.stages for _, timeline in timelines) - 1}") + 2
@@ -66,7 +66,10 @@ def text(timelines: Sequence[Titled], width: int = 120, coloured: bool = False, 
 
 
 def _fitted(timelines: Sequence[Titled], room: int) -> tuple[float, int]:
-    """Return columns per unit of time, wide enough for labels, and columns per line (fewer in the last line)."""
+    """Return the number of columns per unit of time, chosen so that labels fit, and the number of columns per line.
+
+    The last line may have fewer columns.
+    """
     # Prefer a gap of one column between cells. Without room for it, colours or letters separate the cells.
     narrow, shortest = longest_label(timelines), shortest_labelled(timelines)
     for wide in (narrow + 1, narrow):
@@ -95,7 +98,8 @@ def _shade(action: Action) -> int:
 def _cell(name: str, wide: int) -> str:
     """Return the characters of a cell, such as ``B3--``.
 
-    Dashes fill the cell after its label, up to one blank at the end. A label that does not fit is cut to its letter.
+    Dashes fill the cell after its label, except for the last character, which is a blank unless the label needs it. A
+    label that does not fit is cut to its first letter.
     """
     fitted = name if len(name) <= wide else name[0]
     return fitted.ljust(wide - 1, "-").ljust(wide)[:wide]

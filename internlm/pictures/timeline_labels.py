@@ -1,6 +1,6 @@
 """Labels of timelines for all pictures: headings, metrics, action names, units and ticks.
 
-All timelines of a picture share the axis of time and its unit: the unit of the costs, or seconds.
+All timelines of a picture share the time axis and its unit: the unit of the costs, or seconds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def rank_metrics(timeline: Timeline) -> list[RankMetrics]:
 
 
 def heading(title: str, timeline: Timeline) -> str:
-    """Format title, schedule and sizes of a timeline."""
+    """Return the heading of a timeline: its title, schedule, and numbers of stages, chunks and micro-batches."""
     table, stage_layout = timeline.table, timeline.table.stage_layout
     sizes = [table.schedule, _count(stage_layout.stages, "stage")]
     sizes += [_count(stage_layout.chunks, "chunk") + " each"] if stage_layout.chunks > 1 else []
@@ -76,13 +76,16 @@ def _count(count: int, noun: str) -> str:
 
 
 def format_metrics(timeline: Timeline, times: Clock) -> str:
-    """Format bubble and makespan of a timeline."""
+    """Format the bubble and the end time of a timeline."""
     # abs, because a measured bubble of zero may be −0.0.
     return f"bubble {100 * abs(timeline.bubble):.1f} %, end {times(timeline.end)}"
 
 
 def label(action: Action, chunks: int) -> str:
-    """Format an action: ``F3``; chunk 1 is ``f3`` if ``chunks`` is 2, and ``F3.1`` if there are more."""
+    """Return the label of an action, such as ``F3`` for the forward pass of micro-batch 3.
+
+    In chunk 1, the label is ``f3`` if a rank has two ``chunks``, and ``F3.1`` if it has more.
+    """
     if chunks != 2:
         return str(action)
     letter = action.type.lower() if action.chunk else action.type

@@ -62,7 +62,7 @@ def svg(timelines: Sequence[Titled], seconds: bool = False) -> str:
 
     Args:
         timelines: Timelines with their titles.
-        seconds: Whether times are in seconds. False: they have no unit.
+        seconds: Whether times are in seconds; otherwise they have no unit.
     """
     width = min(max(NARROWEST, _legible(timelines)), WIDEST)
     paper = Paper(choose_clock(timelines, seconds), latest_end(timelines), width, max_chunks(timelines))
@@ -115,7 +115,7 @@ def _cell(paper: Paper, y: float, timeline: Timeline, rank: int, span: Span) -> 
 
 
 def _axis(paper: Paper, y: float) -> Iterator[str]:
-    """Draw the axis of time that all timelines share."""
+    """Draw the time axis, which all timelines share."""
     start, end = paper.x(0), paper.x(paper.end)
     marks = list(ticks(paper.end, max(1, int((end - start) / TICK))))
     path = f"M{_px(start)},{y} H{_px(end)}" + "".join(f" M{_px(paper.x(time))},{y} v5" for time in marks)
@@ -194,7 +194,7 @@ def html(timelines: Sequence[Titled], seconds: bool = False) -> str:
 
     Args:
         timelines: Timelines with their titles.
-        seconds: Whether times are in seconds. False: they have no unit.
+        seconds: Whether times are in seconds; otherwise they have no unit.
     """
     times = choose_clock(timelines, seconds)
     title = escape("; ".join(heading(*titled) for titled in timelines))

@@ -38,7 +38,7 @@ class FriendlyParser(argparse.ArgumentParser):
         known = [str(choice) for choice in action.choices]
         command = isinstance(action, argparse._SubParsersAction)
         where = "/".join(action.option_strings) or str(action.metavar or action.dest)
-        todo = did_you_mean(str(value), known) if command else f"Give one of {', '.join(known)}"
+        todo = did_you_mean(str(value), known) if command else f"Pass one of {', '.join(known)}"
         self._refuse([Problem(where, f"{str(value)!r} is unknown", todo)])
 
     def _unknown_argument(self, word: str, parsed: argparse.Namespace) -> Problem:
@@ -56,7 +56,10 @@ class FriendlyParser(argparse.ArgumentParser):
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:
-    """Return the flags in ``unknown``, or all words if none is a flag: a word beside flags may be the value of one."""
+    """Return the flags in ``unknown``, or all words in it if none is a flag.
+
+    A word beside an unknown flag may be the value of that flag, so it is not reported.
+    """
     return [word for word in unknown if word.startswith("-")] or unknown
 
 

@@ -71,7 +71,7 @@ class CheckpointError(UserError):
 
 
 class LostPeerError(RuntimeError):
-    """Failure of another rank, which exited or did not send or receive in time; the message names this rank."""
+    """Error for a lost peer: a rank that exited, or did not send or receive in time. The message names the peer."""
 
 
 #: Time in seconds that a rank with nothing to print waits before it exits, so that another rank can print: torchrun
@@ -94,8 +94,8 @@ def report(error: UserError) -> None:
 def _is_reporting_rank(error: UserError) -> bool:
     """Return True if this rank prints ``error``.
 
-    Within a process group, the first rank that found the error prints it. Before, rank 0 prints the errors that all
-    ranks find, and any other error is printed where it occurs.
+    If there is a process group, the first rank that found the error prints it. Otherwise rank 0 prints the errors that
+    all ranks find, and any other error is printed where it occurs.
     """
     dist = _loaded_distributed()
     if dist is not None and dist.is_initialized():
@@ -104,7 +104,10 @@ def _is_reporting_rank(error: UserError) -> bool:
 
 
 def first_of_all_ranks(topic: str) -> bool:
-    """Return True on the first rank that calls this with ``topic``; uses the rendezvous store, not a collective."""
+    """Return True on the first rank that calls this function with ``topic``, and False on all others.
+
+    The calls are counted in the rendezvous store, so no collective is needed.
+    """
     return _count_in_store(topic, 1) == 1
 
 
@@ -123,7 +126,7 @@ def _count_in_store(topic: str, increment: int = 0) -> int:
 
 
 def _loaded_distributed() -> ModuleType | None:
-    """Return ``torch.distributed`` if it has been imported, else None: then no process group can exist."""
+    """Return ``torch.distributed`` if it has been imported, else None, in which case no process group can exist."""
     return sys.modules.get("torch.distributed")
 
 
@@ -136,7 +139,7 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 
 def _last_line(error: RuntimeError) -> str:
-    """Return the last line of an error's text: gloo puts the reason there, after its own file and line."""
+    """Return the last line of an error's text, where gloo gives the reason, without gloo's ``[file:line]`` prefix."""
     return str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".")
 
 

@@ -29,9 +29,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def in_backward() -> bool:
     """Return True if the calling thread runs within a backward pass of autograd.
 
-    A matrix product of the forward computation that runs within a backward pass belongs to a recomputed block. Module
-    hooks cannot detect this: they run in both passes, and none runs after a pass that raised. Replacement: a public
-    query of the current graph task.
+    A matmul of the forward computation that runs within a backward pass belongs to a recomputed block. Module hooks
+    cannot detect this: they run in both passes, and if a pass raises, no hook marks its end. Replacement: a public
+    function that returns the current graph task.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -39,8 +39,8 @@ def in_backward() -> bool:
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Queue ``callback`` to run at the end of the current backward pass; it is dropped if the pass raises.
 
-    FSDP2 ends its backward pass the same way. ``register_full_backward_hook`` of the first block does not, since it
-    never runs if that block is frozen. Replacement: a public callback of the autograd engine.
+    FSDP2 queues a callback in the same way. A ``register_full_backward_hook`` on the first block would not do, because
+    it never runs if that block is frozen. Replacement: a public callback of the autograd engine.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
@@ -52,7 +52,7 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` with oneDNN: [M, K], [N, K] → [M, N].
 
     ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replacement:
-    a public switch that routes float32 products on the CPU to oneDNN.
+    a public switch that routes float32 matmuls on the CPU to oneDNN.
     """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y

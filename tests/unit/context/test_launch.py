@@ -82,7 +82,7 @@ def test_users_add_their_own_arguments() -> None:
     [
         (["--confg", "a.py"], "--confg: unknown argument. Did you mean '--config'?"),
         (["--world-size=8"], "--world-size: unknown argument. Did you mean '--world_size'?"),
-        (["--launcher", "mpi"], "--launcher: 'mpi' is unknown. Give one of slurm, torch"),
+        (["--launcher", "mpi"], "--launcher: 'mpi' is unknown. Pass one of slurm, torch"),
         (["--port", "http"], "argument --port: invalid int value: 'http'"),
     ],
 )

@@ -91,8 +91,8 @@ def test_a_schedule_in_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError) as caught:
         read(5)
     assert str(caught.value.problems[-1]).endswith(
-        "mine.csv: expected a table for parallel.pipeline.size = 2, model.num_chunks = 1 and data.micro_num = 5. "
-        "Change the file or these keys"
+        "mine.csv: expected an action table for parallel.pipeline.size = 2, model.num_chunks = 1 and "
+        "data.micro_num = 5. Change the file or these keys"
     )
 
 
@@ -125,5 +125,5 @@ def test_a_schedule_without_backward_would_teach_nothing(tmp_path: Path) -> None
     write_table(make_table("1f1b", 2, 1, 4).forward_only(), path)
     read = own_table(load_config(config_of({"parallel.pipeline": {"size": 2, "table": str(path)}})))
     assert read is not None
-    with pytest.raises(ScheduleError, match=r"has no B, so no gradient would be computed\. Add a B for every F"):
+    with pytest.raises(ScheduleError, match=r"has no backward action \(B\), so no gradient .* Add a B for every F"):
         read(4)

@@ -64,7 +64,7 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Give one of gpipe, 1f1b, "),
+        (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Pass one of gpipe, 1f1b, "),
         (["--kind", "zbv"], "internlm schedule: no schedule is given. Name a config file, or give --kind (or --csv), "),
         (FOUR_BY_EIGHT, "internlm schedule: no schedule is given. Name a config file"),
         (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
