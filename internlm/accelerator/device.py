@@ -28,7 +28,7 @@ def device_count() -> int | None:
 
 
 def device_memory() -> int | None:
-    """Return the memory of the current device in bytes; None on CPU, where processes share the memory."""
+    """Return the total memory of the current device in bytes; None on CPU, where processes share the memory."""
     return torch.cuda.get_device_properties(current_device()).total_memory if device_type() == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""Ops of a decoder, with kernels in plain torch that are correct on CUDA and fast on the CPU."""
+"""Ops of a decoder: attention, cross entropy, normalisation, rotary embedding and SwiGLU."""
 
 from internlm.ops.attention import PackedSequences, attention, why_unavailable
 from internlm.ops.cross_entropy import LossOptions, TokenLoss, VocabShard, cross_entropy, linear_cross_entropy

@@ -1,4 +1,4 @@
-"""Causal attention within packed sequences: one function that dispatches to a table of kernels.
+"""Causal attention within packed sequences: one function with a choice of several kernels.
 
 Shapes: T tokens of all sequences, N query heads, G key/value heads, Q = N / G query heads per group, D head
 dimension, L tokens of one sequence, B sequences of one run (consecutive sequences of equal length).
@@ -88,7 +88,7 @@ def attention(
         k: Keys, [T, G, D].
         v: Values, [T, G, D].
         sequences: Sequence boundaries, for T tokens in total.
-        scale: Factor of the scores; by default D ** -0.5.
+        scale: Factor by which q · kᵀ is multiplied; by default D ** -0.5.
         window: Number of most recent tokens, including the token itself, that each token attends to. None: all.
         backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype.
 
@@ -103,7 +103,7 @@ def attention(
     if backend == "auto":
         name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
     elif reason := why_unavailable(backend, device, dtype):
-        raise ConfigError(Problem("model.attention_backend", reason, "Use 'auto'"))
+        raise ConfigError(Problem("model.attention_backend", reason, "Set it to 'auto'"))
     assert sequences.tokens == q.shape[0], f"expected q with {sequences.tokens} tokens, got {q.shape[0]}"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[name].kernel(q, k, v, sequences, scale, window)
@@ -175,7 +175,7 @@ def _sdpa_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 
 def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
-    """Compute sliding-window attention in blocks of ``window`` rows and fewer than ``2 * window`` columns."""
+    """Compute sliding-window attention in blocks of ``window`` queries and fewer than ``2 * window`` keys."""
     # The mask then has at most 2 · window² elements, instead of L² for the whole sequence.
     outs, length = [], q.shape[2]
     for start in range(0, length, window):
@@ -194,7 +194,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scal
 
 
 class Backend(NamedTuple):
-    """Attention kernel, and the device, dtypes and package that it requires; an empty field requires nothing."""
+    """Attention kernel, and the device, dtypes and package that it requires; an empty value means no requirement."""
 
     kernel: Kernel
     device: str = ""

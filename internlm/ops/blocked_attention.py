@@ -55,7 +55,7 @@ def blocked_attention(
 ) -> Tensor:
     """Compute causal attention within each sequence of ``runs``: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
 
-    ``scale`` and ``window`` are those of :func:`internlm.ops.attention`.
+    See :func:`internlm.ops.attention` for the meaning of ``scale`` and ``window``.
     """
     return _BlockedAttention.apply(q, k, v, runs, scale, window)
 
@@ -107,7 +107,7 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write the attention of some (sequence, group) pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
+    """Write the attention output of (sequence, kv group) pairs to ``out``: q [..., Q, L, D], k and v [..., 1, L, D]."""
     k, v = k.squeeze(-3), v.squeeze(-3)
     for rows, cols in _blocks(plan):
         # Scaling q costs R · D multiplications, scaling the scores R · S.
@@ -116,7 +116,10 @@ def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
-    """Write the gradients of some pairs to ``grads``; shapes as in :func:`_forward` (arXiv 2205.14135, app. B.2)."""
+    """Write dq, dk and dv of (sequence, kv group) pairs to ``grads`` (arXiv 2205.14135, app. B.2).
+
+    q, dout and dq have the shape [..., Q, L, D]; k, v, dk and dv have the shape [..., 1, L, D].
+    """
     (q, k, v), (dq, dk, dv) = qkv, grads
     k, v = k.squeeze(-3), v.squeeze(-3)
     sum_dk, sum_dv = _zeros(k, plan), _zeros(v, plan)
@@ -166,7 +169,7 @@ def _plan(q: Tensor, groups: int, run: EqualLengthRun, scale: float, window: int
 
 
 def _pairs(run: EqualLengthRun, plan: _Plan) -> Iterator[Pairs]:
-    """Yield the indices of the (sequence, kv group) pairs that each batched product computes."""
+    """Yield the indices of the (sequence, kv group) pairs that are computed together, batch by batch."""
     sequences, groups = range(run.sequences), range(plan.groups)
     if plan.together == 1:
         return itertools.product(sequences, groups)

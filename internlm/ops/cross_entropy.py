@@ -36,7 +36,7 @@ class TokenLoss(NamedTuple):
 
 
 class VocabShard(Protocol):
-    """Protocol of a vocabulary shard, with the two all-reduces of a sharded softmax."""
+    """Protocol for a vocabulary shard, with the two all-reduces that a sharded softmax needs."""
 
     first: int  # index of the first vocabulary entry of the shard
     columns: int  # vocabulary entries of the shard; further rows of the weight are padding
@@ -99,7 +99,7 @@ def cross_entropy(
         logits: Logits, [T, V].
         labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
         label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
-        grad_scale: Factor of ``loss_sum`` and of the gradient.
+        grad_scale: Factor that scales ``loss_sum`` and the gradient.
     """
     return TokenLoss(*_CrossEntropy.apply(logits, labels, label_smoothing, grad_scale))
 
@@ -181,7 +181,7 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
     Args:
         logits: Logits, [C, V]; overwritten.
         labels: Labels, [C].
-        valid: Mask, [C]; other rows have loss 0 and an undefined gradient.
+        valid: Mask of the tokens that have a loss, [C]. All others get loss 0 and an undefined gradient.
         smoothing: Label smoothing s.
 
     Returns:
@@ -202,10 +202,11 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
 def _sharded_losses_and_grad(
     logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float, vocab: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute :func:`_losses_and_grad` on the logits of one vocabulary shard (Megatron-LM, arXiv 1909.08053, sec. 3).
+    """Compute token losses and the logit gradient with the vocabulary split over ranks (arXiv 1909.08053, sec. 3).
 
-    It calls two all-reduces, of [C] and of at most [3, C] elements. The calls do not depend on the labels, so all ranks
-    call the same collectives.
+    Like :func:`_losses_and_grad`, but ``logits`` and their gradient cover only this rank's shard. There are two
+    all-reduces, of [C] and of at most [3, C] elements. They do not depend on the labels, so all ranks call the same
+    collectives.
     """
     local = labels - vocab.first
     # True on the rank that owns the label's entry; False on all ranks for an ignored label, which is negative.

@@ -1,10 +1,10 @@
-"""GEMMs without autograd: the three products of a linear layer, and a plain product.
+"""GEMMs without autograd: output, dx and dw of a linear layer, and a general matmul.
 
-Large fp32 products on the CPU use oneDNN, which is never much slower than the BLAS behind ``torch.mm``, and twice as
-fast on processors whose AVX-512 units that BLAS does not use. All other products use ``torch.mm``. Measurements are in
-``doc/performance.md``.
+Large unbatched fp32 GEMMs on the CPU use oneDNN. It is never much slower than the BLAS behind ``torch.mm``, and twice
+as fast on processors with AVX-512 if that BLAS does not use AVX-512. All other GEMMs use torch's own matmul.
+Measurements are in ``doc/performance.md``.
 
-Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for a plain product.
+Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for a general matmul.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a @ b``: [M, K], [K, N] -> [M, N], optionally batched; ``a`` may be a transposed view.
 
-    A batched product is one BLAS call. Products without a batch should have few distinct shapes, because oneDNN caches
-    a kernel per shape.
+    A batched matmul is one BLAS call. Unbatched inputs should have few distinct shapes, because oneDNN caches a kernel
+    per shape.
     """
     if a.dim() > 2:
         return torch.bmm(a, b)

@@ -19,8 +19,8 @@ from internlm.utils.dtype import wide
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] -> [T, H].
 
-    Half-precision inputs are computed in fp32 and rounded once. Only the arguments and one value per token are saved
-    for backward.
+    Half-precision inputs are normalised in fp32, and the result is rounded once. Only the arguments and one value per
+    token are saved for backward.
     """
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
@@ -34,7 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Compute ``(x - mean) / std * weight + bias`` over the last dimension (arXiv 1607.06450, eq. 4).
 
-    [T, H], [H], [H] -> [T, H], computed in the dtype of ``weight``, which may be wider than that of ``x``.
+    Shapes: [T, H], [H], [H] -> [T, H]. The computation runs in the dtype of ``weight``, which may be wider than that of
+    ``x``; the result has the dtype of ``x``.
     """
     return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
 

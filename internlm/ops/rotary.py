@@ -27,9 +27,9 @@ class RotaryScaling:
     Linear scaling divides positions by s = ``factor`` (position interpolation, Chen et al. 2023, arXiv 2306.15595).
 
     With ``dynamic_ntk``, positions are unchanged. Once a sequence of L tokens exceeds ``max_position``, the base
-    becomes base * (s * L / max_position - (s - 1)) ** (D / (D - 2)) (dynamic NTK scaling, Peng et al. 2023, arXiv
-    2309.00071, section 3): high frequencies, which distinguish neighbours, hardly change, and the lowest is stretched
-    to L.
+    becomes base * a ** (D / (D - 2)) with a = s * L / max_position - (s - 1) (dynamic NTK scaling, Peng et al. 2023,
+    arXiv 2309.00071, section 3): high frequencies, which distinguish neighbouring tokens, hardly change, and the lowest
+    frequency is divided by a.
     """
 
     base: float = 10000.0
@@ -151,7 +151,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor)
 
 
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Rotate neighbouring features as the real and imaginary parts of complex numbers, in one product."""
+    """Rotate pairs of neighbouring features by one complex multiplication."""
     dtype = wide(x.dtype)  # complex numbers of half precision have few kernels
     rotations = torch.complex(cos.to(dtype), sin.to(dtype))
     numbers = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))

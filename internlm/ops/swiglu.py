@@ -48,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split each tensor into blocks of rows, which on the CPU stay in the cache between operations."""
+    """Split each tensor into blocks of rows that fit into the CPU cache; on CUDA, each tensor is a single block."""
     tokens, features = tensors[0].shape
     rows = max(1, _BLOCK // features) if tensors[0].device.type == "cpu" else max(1, tokens)
     return (x.split(rows) for x in tensors)

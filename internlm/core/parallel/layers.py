@@ -24,13 +24,13 @@ from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entrop
 
 
 class ParallelEmbedding(nn.Module):
-    """Embedding table from token ids to vectors, split over ranks by the parallel modes.
+    """Embedding layer whose table of token vectors, [V, H], may be split over ranks.
 
     Args:
         vocab_size: Number of vocabulary entries, V.
         hidden_size: Hidden size, H.
         std: Standard deviation of the initial values.
-        grad_scale: Factor on the gradient of the table, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
+        grad_scale: Factor that scales the table's gradient, for stability (GLM-130B, arXiv 2210.02414, section 3.1).
         split_hidden: Whether mtp, msp and fsp split the table along H rather than V.
     """
 
@@ -54,7 +54,10 @@ class ParallelEmbedding(nn.Module):
 
 
 class ParallelNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension, whole on every rank."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension.
+
+    Its parameters are replicated on all ranks.
+    """
 
     def __init__(self, hidden_size: int, norm_type: NormType, eps: float) -> None:
         super().__init__()
@@ -72,15 +75,16 @@ class ParallelNorm(nn.Module):
 
 
 class ParallelHead(ParallelLinear):
-    """Head: linear from hidden states to logits (:meth:`logits`) or to token losses (:meth:`loss`).
+    """Output head that computes logits (:meth:`logits`) or token losses (:meth:`loss`) from hidden states.
 
-    The loss is computed for a few tokens at a time, so that the logits of all tokens never exist at once.
+    The loss is computed in chunks of tokens, so that the logits of all tokens never exist at once.
 
     Args:
         hidden_size: Hidden size, H.
         vocab_size: Number of vocabulary entries, V.
         init: Distribution of the initial values.
-        parallel_output: Whether :meth:`logits` returns this rank's logits. False: it gathers those of all ranks.
+        parallel_output: Whether :meth:`logits` returns only the logits of this rank's vocabulary shard. False: it
+            gathers the logits of all ranks.
     """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
@@ -105,7 +109,7 @@ class ParallelHead(ParallelLinear):
             x: Hidden states, [tokens of this rank, H].
             labels: Labels, int64 [tokens whose loss this rank computes]; −100 is ignored.
             label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
-            grad_scale: Factor on the sum of the losses, and hence on the gradient.
+            grad_scale: Factor that scales the sum of the losses, and hence the gradient.
         """
         # This method bypasses the module's forward, whose hook would wait for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:

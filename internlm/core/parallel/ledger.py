@@ -4,15 +4,15 @@ The ledger counts the minimum number of bytes that a rank must send, independent
 tensor of N bytes over n ranks (Chan et al. 2007, "Collective communication: theory, practice, and experience", table
 II):
 
-=================  ===========================================
-all-gather         (n − 1) · N / n, with N of the gathered tensor
-reduce-scatter     (n − 1) · N / n, with N of the reduced tensor
+=================  ===========================================================
+all-gather         (n − 1) · N / n, where N is the size of the gathered tensor
+reduce-scatter     (n − 1) · N / n, where N is the size of the reduced tensor
 all-reduce         2 · (n − 1) · N / n
 all-to-all         (n − 1) · N / n
 broadcast          N on the root, else 0
 reduce             0 on the root, else N
 send               N
-=================  ===========================================
+=================  ===========================================================
 """
 
 from __future__ import annotations

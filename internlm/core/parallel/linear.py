@@ -89,7 +89,7 @@ class ParallelLinear(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """Autograd function of ``before`` followed by the linear and its communication."""
+    """Autograd function of a parallel linear: optional input function, matmul, communication and bias."""
 
     @staticmethod
     def forward(
@@ -121,7 +121,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``x`` as a leaf, and ``before(x)`` with its graph; without ``before``, return ``x`` twice."""
+    """Recompute ``before(x)`` with a graph, and return ``x`` as a leaf and the result.
+
+    Without ``before``, return ``x`` twice.
+    """
     if before is None:
         return x, x
     with torch.enable_grad():

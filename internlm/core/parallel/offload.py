@@ -1,12 +1,12 @@
 """Offloading: keep tensors saved for backward in host memory until the backward pass reads them.
 
-It applies to the first blocks of each chunk; ``model.cpu_offloading`` is their number:
+It applies to the first ``model.cpu_offloading`` blocks of each pipeline chunk:
 
 1. During the forward pass of a block, the tensors that autograd saves are recorded.
 2. After it, a side stream starts to copy them to the host. After the forward pass of the next block, the originals are
    freed, once the copies are complete.
-3. When the backward pass of a block begins, the copies of its tensors to the device have been started already, and the
-   copies for the previous block are started.
+3. When the backward pass of a block begins, its tensors are already being copied back to the device, and the copies
+   for the preceding block are started.
 
 Hence the device holds the saved tensors of at most two offloaded blocks. Each storage is copied once, as a whole, for
 any number of saved views. On the CPU, streams are no-ops and copies are synchronous.
@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 
 class ChunkOffload:
-    """Offloading of the first ``count`` of ``blocks`` blocks in a chunk, reused by successive forward passes."""
+    """Offloading of the tensors that the first ``count`` blocks of a pipeline chunk save for backward.
+
+    The chunk has ``blocks`` blocks in total. One instance serves all forward passes of the chunk, one after another.
+    """
 
     def __init__(self, blocks: int, count: int) -> None:
         self.blocks, self.count = blocks, count
@@ -59,7 +62,7 @@ class ChunkOffload:
         return output
 
     def _run_next(self, compute: Callable[[], T]) -> T:
-        """Run the first block that is not offloaded; its backward pass prefetches tensors of the last offloaded one."""
+        """Run the first block without offloading; its backward pass prefetches the last offloaded block's tensors."""
         output = compute()
         gradient = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         last = self._last
@@ -69,7 +72,7 @@ class ChunkOffload:
         return output
 
     def _end(self) -> None:
-        """Free the originals of the last offloaded block; afterwards only the graph refers to its saved tensors."""
+        """Free the device storages of the last offloaded block, and drop the reference to its saved tensors."""
         if self._last is not None:
             self._last.free_originals()
             self._last = None
@@ -131,7 +134,7 @@ class _Saved:
         return self.tensors[-1]
 
     def unpack(self, saved: _SavedTensor | Tensor) -> Tensor:
-        """Return the tensor for an object from :meth:`pack`, on the device; prefetch those of the previous block."""
+        """Return the device tensor for an object that :meth:`pack` returned; prefetch the previous block's tensors."""
         if isinstance(saved, Tensor):
             return saved
         self.fetch()
@@ -155,7 +158,7 @@ class _Saved:
                 storage.host.copy_(storage.original, non_blocking=True)
 
     def free_originals(self) -> None:
-        """Free the originals; kernels launched later can reuse their memory once the copies are complete."""
+        """Free all device storages; later kernels can reuse their memory once the copies to the host are complete."""
         self._wait()
         for storage in self.storages.values():
             storage.original = None

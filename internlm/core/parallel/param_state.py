@@ -33,13 +33,13 @@ class ParamState:
     """State attached to one parameter: placement, compute dtype, main gradient and callbacks."""
 
     placement: ParamPlacement | None = None
-    """Global shape, this rank's shard, and the mode over which the gradient is a partial sum."""
+    """Global shape, this rank's shard, and the mode over whose group the gradient must be summed."""
     compute_dtype: torch.dtype | None = None
     """Dtype to compute in; None: the dtype in which the parameter is stored."""
     main_grad: Tensor | None = None
     """Tensor of the parameter's shape in which gradients are accumulated."""
     on_grad_ready: Callable[[], None] | None = None
-    """Callback after each accumulation of a gradient, and when autograd has finished with the parameter."""
+    """Callback that runs after each gradient accumulation, and when autograd has finished with the parameter."""
     wait_for_all_gather: Callable[[], None] | None = None
     """Callback that blocks until the all-gather of the parameter's last update has completed."""
 
@@ -55,7 +55,7 @@ def _state(parameter: Tensor) -> ParamState:
 
 
 def _own_state(parameter: Tensor) -> ParamState:
-    """Return the state of ``parameter``, for writing; it is created by the first write."""
+    """Return the state of ``parameter``, for writing; attach an empty state if there is none."""
     if not hasattr(parameter, _ATTRIBUTE):
         setattr(parameter, _ATTRIBUTE, ParamState())
     return _state(parameter)
@@ -115,9 +115,9 @@ def placement_of(parameter: nn.Parameter, name: str = "weight") -> ParamPlacemen
         raise UserError(
             Problem(
                 f"model parameter '{name}'",
-                "has no ParamPlacement, which reduction, sharding and checkpoints need",
-                "Build it from the layers of internlm.core.parallel, or call place_replicated(module) on a module "
-                "that every rank holds whole",
+                "has no ParamPlacement, which gradient reduction, sharding and checkpoints need",
+                "Build its module from the layers of internlm.core.parallel, or call place_replicated(module) if "
+                "every rank holds the whole module",
             )
         )
     return placement
@@ -191,7 +191,8 @@ def set_compute_dtype(parameter: Tensor, dtype: torch.dtype) -> None:
 def wait_for_all_gather(parameter: Tensor) -> Tensor:
     """Block until the all-gather of the last update of ``parameter`` has completed, and return ``parameter``.
 
-    Only code that bypasses the forward of the parameter's module needs this: the optimizer's forward hooks also wait.
+    Only code that bypasses the forward of the parameter's module must call this: for all other code, a forward hook
+    of the optimizer waits.
     """
     wait = _state(parameter).wait_for_all_gather
     if wait is not None:

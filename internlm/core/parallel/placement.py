@@ -90,7 +90,7 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class ParamPlacement:
-    """Global shape of a parameter, this rank's shard, and the mode over which its gradient is a partial sum."""
+    """Placement of a parameter: global shape, this rank's shard, and the mode over which its gradient is summed."""
 
     global_shape: tuple[int, ...]
     init: Init | None
@@ -99,7 +99,7 @@ class ParamPlacement:
     shard: ShardSpec | None = None
     """How the parameter is split; None: every rank holds the whole parameter."""
     partial_over: ParallelMode | None = None
-    """Mode over whose group the gradient must still be summed after backward, apart from data parallelism."""
+    """Mode over whose group the gradient is summed in addition to the data-parallel reduction; None: no such mode."""
     is_matrix: bool = True
     """False for norms and biases, so that weight decay can exclude them."""
     is_hidden: bool = False
@@ -155,7 +155,7 @@ class ParamPlacement:
 
     @property
     def _range(self) -> tuple[int, int]:
-        """Range of the flattened global tensor that this rank holds, if its shard consists of rows or is whole."""
+        """Range of the flattened global tensor that this rank holds; defined if ``shard`` is None or splits rows."""
         total, size = math.prod(self.global_shape), math.prod(self.local_shape)
         first = min(self.shard.index * size, total) if self.shard else 0
         return first, min(first + size, total)

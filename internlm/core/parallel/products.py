@@ -2,7 +2,7 @@
 
 The gradient of the weight, dw, can be deferred until after the backward pass: the previous pipeline stage waits only
 for dx, so dw can fill the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). A deferred gradient is a closure
-over the two factors of its product, so autograd needs no second pass.
+over dy and the input, so autograd needs no second pass.
 
 Shapes: T tokens, I input features, O output features.
 """
@@ -28,7 +28,7 @@ _tasks: list[Task] | None = None
 
 @contextmanager
 def deferring() -> Iterator[list[Task]]:
-    """Defer weight gradients: collect those of backward passes within the block as tasks in the yielded list."""
+    """Defer the weight gradients of backward passes within the block; yield the list that collects them as tasks."""
     global _tasks
     outer, _tasks = _tasks, []
     try:
@@ -50,7 +50,7 @@ def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tenso
     """Compute the output y = x · Wᵀ of a linear.
 
     Returns:
-        y, [tokens of the output, O], and the gathered input of the product, [T, I].
+        y, [tokens of the output, O], and the gathered input, [T, I].
     """
     gathered = comm.gather_input(x).wait()
     matrix = comm.gather_weight(weight)
@@ -73,15 +73,15 @@ def gradients(
     Args:
         dy: Gradient of the output, [T, O], as returned by ``comm.gather_grad_output``.
         x: Input of the layer, [tokens of this rank, I].
-        gathered: Input of the product, [T, I], if it was saved for backward. None: gather ``x`` again.
+        gathered: Gathered input, [T, I], if it was saved for backward. None: gather ``x`` again.
         weight: Weight of the layer, as this rank holds it.
         comm: Communicator of the layer.
         needs_x: Whether dx is needed.
         needs_weight: Whether dw is needed.
 
     Returns:
-        dx, [tokens of this rank, I], and dw, of the shape of ``weight``; None for one that is not needed. dw is also
-        None if the weight has a main gradient, to which dw is added now or by a task of :func:`deferring`.
+        dx, [tokens of this rank, I], and dw, of the shape of ``weight``; None for a gradient that is not needed. dw is
+        also None if the weight has a main gradient: dw is then added to it, now or by a task of :func:`deferring`.
     """
     gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
     tasks = deferred_tasks(weight) if needs_weight else None

@@ -11,8 +11,8 @@ The tensor mode and the *role* of a layer, its function in a decoder, determine 
 ``replicated`` vectors that every rank holds whole: norms, biases of row linears
 =============  =====================================================================================
 
-Layers read the :class:`Sharding`, and models the :class:`StageLayers`, of the enclosing :func:`building` block. As with
-torch's default dtype and device, models need no arguments for this.
+The context manager :func:`building` sets the :class:`Sharding` that layers read, and the :class:`StageLayers` that
+models read. Like torch's default dtype and device, they are not passed as arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StageLayers:
 
     @classmethod
     def whole(cls, layers: int) -> StageLayers:
-        """Return the assignment without a pipeline: all ``layers`` layers of a model in one chunk."""
+        """Return the stage layers of a model without a pipeline: all ``layers`` layers in one chunk."""
         return cls(layers, (range(layers),))
 
     def is_first(self, chunk: int) -> bool:
@@ -148,13 +148,13 @@ class Sharding:
         partial sum over the weight group, whose ranks hold different tokens or samples.
 
         Do not use this placement for a vector that a rank applies to its own heads or features, such as that of a
-        QK-norm: its gradient is a partial sum over the tensor group also under mtp, for which ``partial_over`` is None.
+        QK-norm: its gradient is a partial sum over the tensor group even under mtp, but ``partial_over`` is then None.
         """
         partial = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, "isp": ParallelMode.WEIGHT}
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
 
     def foreign(self, shape: tuple[int, ...], is_matrix: bool) -> ParamPlacement:
-        """Return the placement of a parameter whose module is not parallel, such as one of ``torch.nn``.
+        """Return the placement of a parameter whose module is not a parallel layer, such as ``torch.nn.Linear``.
 
         Every rank holds the whole parameter and applies it to all tokens from its loader. Under mtp, msp and fsp these
         tokens, and hence the gradient, are the same on all ranks of the tensor group. The parameter keeps its values.
@@ -173,7 +173,7 @@ _current: tuple[Sharding, StageLayers | None] = Sharding(), None
 
 
 def current_sharding() -> Sharding:
-    """Return the sharding of the enclosing :func:`building` block; outside of any, that of a single rank."""
+    """Return the sharding set by the enclosing :func:`building` context; by default, the sharding of a single rank."""
     return _current[0]
 
 
@@ -198,7 +198,7 @@ def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Ite
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Mark every parameter of ``module`` without a placement as replicated on all ranks, and return ``module``.
+    """Mark all parameters of ``module`` that have no placement as replicated on all ranks, and return ``module``.
 
     The values are unchanged. The module must process all tokens from the loader. Under msp and fsp, a module between
     parallel layers processes only some of them: use a layer such as :class:`ParallelNorm` instead.

@@ -69,14 +69,14 @@ class FspColumn(Communicator):
     """Communicator of a column linear under fsp, whose input is split along the sequence.
 
     The input is all-gathered in forward and again in backward; its gradient is reduce-scattered. The second all-gather
-    overlaps with the product for the input's gradient, which does not use the input.
+    overlaps with the matmul that computes dx, which does not use the input.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
-        """Return the number of tokens after the all-gather."""
+        """Return the number of output tokens, ``tokens`` times the group size, since the input is all-gathered."""
         return tokens * self.group.size
 
     def gather_input(self, x: Tensor) -> Pending:
@@ -101,7 +101,7 @@ class SequenceRow(Communicator):
         self.group = group
 
     def output_tokens(self, tokens: int) -> int:
-        """Return the number of tokens after the reduce-scatter."""
+        """Return the number of output tokens, ``tokens`` / group size, since the output is reduce-scattered."""
         return tokens // self.group.size
 
     def reduce_output(self, y: Tensor) -> Tensor:
@@ -211,13 +211,13 @@ class VocabEmbedding(EmbeddingCommunicator):
 
 
 class HiddenEmbedding(EmbeddingCommunicator):
-    """Communicator of an embedding split over the hidden size; ``combine`` joins each vector from all ranks."""
+    """Communicator of an embedding split over the hidden size; ``combine`` concatenates the columns of all ranks."""
 
     def __init__(self, group: Group, combine: Callable[[Tensor, Group], Tensor]) -> None:
         self.group, self.combine = group, combine
 
     def embed(self, ids: Tensor, weight: Tensor, lookup: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Look up ``ids``, [T], in this rank's columns and join those of all ranks: [T, H] or [T / n, H]."""
+        """Look up ``ids``, [T], in this rank's columns and combine the columns of all ranks: [T, H] or [T / n, H]."""
         return self.combine(lookup(ids, weight), self.group)
 
 
@@ -226,12 +226,12 @@ class HiddenEmbedding(EmbeddingCommunicator):
 
 
 def all_reduce_embedding(x: Tensor, group: Group) -> Tensor:
-    """Sum the vectors of a table split over the vocabulary, for mtp: [T, H] → [T, H]."""
+    """All-reduce the vectors from a table split over the vocabulary, for mtp: [T, H] → [T, H]."""
     return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
 
 
 def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
-    """Join the vectors of a table split over the hidden size, for mtp: [T, H / n] → [T, H]."""
+    """All-gather the columns from a table split over the hidden size, for mtp: [T, H / n] → [T, H]."""
 
     def slice_own(dx: Tensor) -> Tensor:
         return dx.chunk(group.size, 1)[group.rank].contiguous()
@@ -240,12 +240,15 @@ def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Sum the vectors of a table split over the vocabulary, for msp and fsp: [T, H] → [T / n, H]."""
+    """Reduce-scatter the vectors from a table split over the vocabulary, for msp and fsp: [T, H] → [T / n, H]."""
     return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
 
 
 def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
-    """Join the vectors of a table split over the hidden size, for msp and fsp: [T, H / n] → [T / n, H]."""
+    """Exchange the columns of all tokens for the whole vectors of this rank's tokens: [T, H / n] → [T / n, H].
+
+    Used for an embedding table split over the hidden size, under msp and fsp.
+    """
 
     def to_tokens(x: Tensor) -> Tensor:
         received = all_to_all(x.view(group.size, -1, x.shape[1]), group)  # [n, T / n, H / n]

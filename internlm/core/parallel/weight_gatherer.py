@@ -1,12 +1,12 @@
-"""All-gather of weights under isp: gather a weight before a product, release it afterwards, and prefetch the next.
+"""All-gather of weights under isp: gather a weight before each matmul, release it afterwards, and prefetch the next.
 
 Linears are indexed in the order in which they run, so the indices of one block are consecutive. A forward pass acquires
 the weights of a chunk in ascending order (a model without a pipeline is one chunk), a backward pass in descending
 order. Before the backward pass of a recomputed block, its weights are acquired in ascending order once more. A
 prefetched weight is used in the same pass or released at its end, so that the weight does not change in between.
 
-The gatherer queries autograd whether a product is recomputed, and registers a callback for the end of a backward pass.
-Module hooks do not give the same guarantees:
+The gatherer detects a recomputation by checking whether autograd is running a backward pass, and registers a callback
+for the end of the backward pass. Module hooks would be less reliable:
 
 - A hook cannot distinguish a forward pass from a recomputation without state kept between hooks, and an exception
   between two hooks would leave that state wrong for the next pass.
@@ -36,7 +36,7 @@ LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 @dataclass(frozen=True)
 class Overlap:
-    """Settings of the weight prefetch, from ``parallel.weight`` in the config."""
+    """Settings for overlapping weight communication with computation, from ``parallel.weight`` in the config."""
 
     enabled: bool = False
     per_layer: bool = True
@@ -77,13 +77,13 @@ class WeightGatherer:
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def acquire(self, index: int, backward: bool) -> Tensor:
-        """Return the whole weight of a linear, [O, I], and start to prefetch the next.
+        """Return the whole weight of a linear, [O, I], and start to prefetch the next weight.
 
         Each weight must be released before it is acquired again.
 
         Args:
             index: Index of the linear.
-            backward: True for the product of the input's gradient, False for the forward product.
+            backward: True for the matmul that computes dx, False for the forward matmul.
         """
         if not backward and not in_backward() and not self._same_chunk(index, index - 1):
             self._begin_forward()
@@ -94,13 +94,13 @@ class WeightGatherer:
         return whole[: self.linears[index].rows]
 
     def release(self, index: int) -> None:
-        """Return the buffer of the whole weight of linear ``index`` to the memory pool or to the allocator."""
+        """Release the gathered weight of linear ``index``, and return its buffer to the memory pool if enabled."""
         buffer = self._in_use.pop(index)
         if self.overlap.memory_pool:
             self.pool.setdefault(buffer.shape, []).append(buffer)
 
     def before_attention(self, block: int) -> None:
-        """Prefetch the block after ``block`` if its all-gathers are launched at the attention kernel."""
+        """Prefetch the weights of the block after ``block`` if prefetching is set to start at the attention kernel."""
         if self.overlap.enabled and self.overlap.per_layer and not in_backward():
             self._prefetch(self._next_block(block, LAUNCH_POSITIONS["attn"]))
 
@@ -156,7 +156,7 @@ class WeightGatherer:
         """Start to reduce-scatter the gradient of a whole weight, and pass this rank's rows to ``deliver``.
 
         With overlap, the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
-        products in between. There are two exceptions, which are delivered immediately: a gradient deferred by a
+        matmuls in between. There are two exceptions, which are delivered immediately: a gradient deferred by a
         zero-bubble schedule, which is computed after the backward pass, and a gradient without a main gradient, which
         must be returned to autograd.
 
@@ -178,7 +178,7 @@ class WeightGatherer:
         return None
 
     def _begin_forward(self) -> None:
-        """Discard the state of a pass that raised: gathered weights, which may be outdated, and a pending gradient."""
+        """Discard what is left of a pass that raised an exception: possibly outdated weights and a pending gradient."""
         self._delivery = None
         self._release_all()
 
@@ -188,7 +188,7 @@ class WeightGatherer:
             self._delivery = None
 
     def _end_backward(self) -> None:
-        """Deliver the last gradient, and release prefetched weights that no product has used."""
+        """Deliver the last gradient, and release prefetched weights that were not used."""
         # Registered by every product; all calls but the first are no-ops.
         self._deliver()
         self._release_all()
