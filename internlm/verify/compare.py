@@ -1,6 +1,7 @@
-"""Compare the records of several ranks with the record of one process. Pure: no processes, no input or output.
+"""Compare the training records of several ranks with the record of one process. Pure: no processes, no I/O.
 
-Tensors and metrics must agree within :data:`LIMITS`, and the ledgers of the ranks with the traffic formula.
+Tensors and metrics must agree within :data:`LIMITS`. The traffic in the ledger of each rank must equal the result of
+the traffic formula.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from internlm.verify.tensors import Disagreement, ModuleTrace, assemble, relativ
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Largest allowed relative differences; for tensors, in the L2 norm.
+    """Largest allowed relative differences from the one-process reference; for tensors, in the L2 norm.
 
-    Values that several ranks store must be bitwise equal on them, whatever the limits.
+    Values that several ranks store must be bitwise equal on these ranks, whatever the limits.
     """
 
     first_loss: float
     first_norm: float
-    """Limit of the global gradient norm in the first step."""
+    """Limit for the global gradient norm in the first step."""
     losses: float
-    """Limit of the loss after the first step."""
+    """Limit for the loss of each step after the first."""
     norms: float
-    """Limit of the gradient norm after the first step."""
+    """Limit for the global gradient norm of each step after the first."""
     gradients: float
-    """Limit of each gradient in the first step."""
+    """Limit for each gradient in the first step."""
     parameters: float
-    """Limit of each parameter after the last step."""
+    """Limit for each parameter after the last step."""
     modules: float
-    """Difference above which a module is reported. It is not part of the verdict: an error of an output that matters
-    also shows in the loss and the gradients."""
+    """Limit above which the report names a module. It does not affect the verdict: a relevant error in the output of a
+    module also shows in the loss and the gradients."""
 
 
 def _limits(
@@ -74,11 +75,11 @@ LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficError:
-    """Collective whose calls or bytes in a rank's ledger differ from the formula."""
+    """Collective whose calls or bytes in a rank's ledger differ from the traffic formula."""
 
     rank: int
     step: int
-    """Index of the step, counted from 1."""
+    """Index of the step, counted from 1; with ``overlap_sync_param``, 1 stands for all steps together."""
     mode: str
     collective: str
     counted: Entry
@@ -92,7 +93,7 @@ class TrafficError:
 
 
 def compare_traffic(config: Config, records: Sequence[RankRecord]) -> list[TrafficError] | None:
-    """Return the differences between the ranks' ledgers and the formula; None if the model has no formula."""
+    """Return the differences between the ranks' ledgers and the traffic formula; None if the model has no formula."""
     try:
         return [error for rank in range(len(records)) for error in _traffic_errors(config, rank, records)]
     except NoCostFormulaError:
@@ -125,7 +126,7 @@ GRADIENT, PARAMETER = "gradient of", "parameter"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Difference of one metric or tensor between the two runs; nan is never within a limit."""
+    """Difference of one metric or tensor between several ranks and one process; NaN is never within the limit."""
 
     name: str
     difference: float
@@ -145,21 +146,24 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Outcome of a comparison, with the rows of tensors sorted by difference, the largest first."""
+    """Result of comparing a run on several ranks with the run of one process.
+
+    The rows of tensors are sorted by difference, the largest first.
+    """
 
     losses: list[Row]
     norms: list[Row]
     sums: list[Row]
-    """Rows of summed loss, correct predictions and valid tokens in the first step: the largest difference over data-set
-    types. After that step, rounding of parameters may change which vocabulary entry a token predicts."""
+    """Rows for summed loss, correct predictions and valid tokens, with the largest difference of any data-set type.
+    Only the first step is compared: later, rounding of parameters may change which vocabulary entry is predicted."""
     gradients: list[Row]
     parameters: list[Row]
     forward: ModuleTrace
-    """Outputs of modules in the first micro-batch of each data-parallel rank."""
+    """Differences of module outputs in the first micro-batch of each data-parallel rank."""
     backward: ModuleTrace
-    """Gradients of those outputs."""
+    """Differences of the gradients of module outputs in the first micro-batch of each data-parallel rank."""
     shared: int
-    """Number of tensors that several ranks store."""
+    """Number of gradients and parameters with elements that several ranks store."""
     disagreements: list[Disagreement]
     holes: list[str]
     """Names of tensors with elements that no rank stores."""
@@ -192,9 +196,9 @@ def compare(config: Config, reference: RankRecord, ranks: Sequence[RankRecord]) 
 
     Args:
         config: Config of the ranks.
-        reference: Record of one process, with a pass for each data-parallel rank (``parts`` of
+        reference: Record of one process, whose ``passes`` has one entry for each data-parallel rank (see ``parts`` of
             :func:`internlm.verify.run.run_rank`).
-        ranks: Records by rank.
+        ranks: Record of each rank.
     """
     limits = LIMITS[str(config.model.dtype)]
     gradients, parameters = assemble([r.gradients for r in ranks]), assemble([r.parameters for r in ranks])
@@ -252,7 +256,7 @@ def _sum_rows(sums: Sequence[Sequence[float]], references: Sequence[Sequence[flo
 def _tensor_rows(
     prefix: str, tensors: Mapping[str, Tensor], references: Mapping[str, Tensor], limit: float
 ) -> list[Row]:
-    """Return one row per tensor, the worst first; a tensor that only one run has differs by infinity."""
+    """Return one row per tensor, the worst first; the difference of a tensor that only one run has is inf."""
     rows = []
     for name in {**references, **tensors}:
         both = name in tensors and name in references
@@ -262,7 +266,7 @@ def _tensor_rows(
 
 
 def _metric_disagreements(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]:
-    """Yield metrics that are not equal on all ranks, although each is reduced over all of them."""
+    """Yield each metric that is not equal on all ranks, although it is reduced over all of them."""
     metrics = (
         ("loss", [r.losses for r in ranks]),
         ("gradient norm", [r.norms for r in ranks]),

@@ -55,10 +55,10 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _heads(config: Config) -> tuple[int, int]:
-    """Return the number of key/value heads, and of query heads per key/value head.
+    """Return the debug size's number of key/value heads, and of query heads per key/value head.
 
-    Both are as small as the tensor size allows, but more than one if the config has more than one: grouped-query
-    attention must stay grouped.
+    The tensor size divides their product. A number that is more than one in ``config`` stays more than one, so that
+    grouped-query attention stays grouped.
     """
     kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size
     queries = config.model.num_attention_heads // kv_heads
@@ -197,7 +197,7 @@ def default_world_size(config: Config) -> int:
 
 
 def reference_of(config: Config, data_size: int) -> Config:
-    """Return the resolved config of one process with the same model and global batch.
+    """Return the resolved config for one process, with the model and the global batch of ``config``.
 
     Args:
         config: Resolved config of the ranks.

@@ -1,6 +1,7 @@
-"""Gloo ranks on this machine: processes that are started once, run functions on request, and are always ended.
+"""Local CPU processes that form a gloo group and run functions on request.
 
 ``internlm verify`` starts new processes for each run (:func:`run_world`); the tests reuse processes for many calls.
+All processes exit when they are closed, or with their parent.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ STACK_TIMEOUT = 2.0
 
 
 class RankError(Exception):
-    """Failure of a rank that raised or died; the message holds the traceback of the rank that failed first."""
+    """Error for a rank that raised an exception or died; the message contains the traceback of the first failure."""
 
     def __init__(self, message: str, user_error: UserError | None = None) -> None:
         super().__init__(message)
@@ -53,7 +54,7 @@ class RankError(Exception):
 
 
 class RankTimeoutError(RankError):
-    """Failure of ranks that did not finish in time; the message holds the stacks of all ranks."""
+    """Error for ranks that did not finish in time; the message contains the stacks of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
 
     Args:
         world_size: Number of ranks.
-        function: Function of a module, called as ``function(rank, world_size, *args)``.
+        function: Module-level function, called as ``function(rank, world_size, *args)``.
         args: Further arguments. Arguments and results are pickled.
         timeout: Timeout in seconds. All processes have exited when the call returns or raises.
 
@@ -94,7 +95,7 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
 class RankProcesses:
     """Processes of one gloo group, with a connection to each of them.
 
-    Each call starts clean: with the given environment, a fresh seed, no global context and a new default process
+    Each call starts clean: with the given environment, a fixed seed, no global context and a new default process
     group; all groups of the previous call are destroyed. After a failed call, the processes must be closed.
     """
 
@@ -175,7 +176,7 @@ class RankProcesses:
         return reply
 
     def _stacks(self) -> str:
-        """Return the Python stacks of all threads of every rank that still runs."""
+        """Return the Python stacks of all threads of every rank that is still running."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, signal.SIGUSR1)

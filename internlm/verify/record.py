@@ -16,7 +16,7 @@ Offsets: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TensorShards:
-    """Slices of one logical tensor that a rank stores, by their offsets in it."""
+    """Slices of one logical tensor that a rank stores, by their offsets in the tensor."""
 
     shape: tuple[int, ...]
     slices: dict[Offsets, Tensor]
@@ -28,7 +28,7 @@ ShardsByName: TypeAlias = dict[str, TensorShards]
 
 @dataclass
 class Pass:
-    """Module outputs in one micro-batch, in the order in which the modules returned, and their gradients."""
+    """Module outputs of one micro-batch, in the order in which the modules returned, and the outputs' gradients."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """Ranks of a process within its data, tensor, pipeline and zero groups."""
+    """Ranks of a process within its data, tensor, pipeline and ZeRO-1 groups."""
 
     data: int
     tensor: int
@@ -59,7 +59,7 @@ class RankRecord:
     parameters: ShardsByName
     """Parameters after the last step."""
     passes: list[Pass]
-    """One pass for each watched micro-batch of the first step."""
+    """Module outputs and their gradients for each recorded micro-batch of the first step."""
     traffic: list[Traffic]
     """Traffic of each step."""
     tokens: list[list[int]]
@@ -67,7 +67,7 @@ class RankRecord:
     types: int
     """Number of data-set types."""
     peak_in_flight: int
-    """Largest number of micro-batches whose activations were stored at once."""
+    """Largest number of (chunk, micro-batch) pairs whose activations were stored at once."""
 
 
 def add_shards(
@@ -96,7 +96,7 @@ def add_shards(
 
 
 def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:
-    """Return the records by data-parallel rank, then by pipeline stage, in the order of their tensor ranks."""
+    """Group the records by data-parallel rank, then by pipeline stage; each group is in the order of tensor ranks."""
     grouped: dict[int, dict[int, list[RankRecord]]] = {}
     for record in sorted(records, key=lambda record: astuple(record.coordinates)):
         at = record.coordinates

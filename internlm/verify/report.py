@@ -1,4 +1,4 @@
-"""Format a report as text for people, or as JSON with every number."""
+"""Format the report of a comparison as text, or as JSON with all numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORST = 5
 
 
 def heading(plan: Plan) -> str:
-    """Return one line that describes both runs."""
+    """Return a one-line heading with the model, dtype, seed, number of ranks and parallel layout."""
     config, sizes = plan.config, sizes_of(plan.config, plan.world_size)
     sizes_by_name = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
     layout = ", ".join(
@@ -43,7 +43,7 @@ def _pipeline(config: Config) -> Iterator[str]:
 
 
 def as_text(report: Report) -> str:
-    """Format the worst rows of each table and the verdict, at most a page."""
+    """Format a report as text of at most a page: the worst rows of each table, and the verdict."""
     return "\n".join(_lines(report))
 
 

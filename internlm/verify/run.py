@@ -42,7 +42,7 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
         calls: Micro-batch of each forward call of the model.
 
     Yields:
-        One pass for each of ``micro_batches``, filled as the model runs.
+        One :class:`~internlm.verify.record.Pass` for each of ``micro_batches``, filled as the model runs.
     """
     watch = _Watch(micro_batches, calls)
     handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
@@ -65,10 +65,11 @@ def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Watch:
-    """State of the hooks; if a module is called several times in one pass, the first call counts.
+    """State of the hooks that record module outputs and their gradients.
 
-    A checkpointed layer is called again in the backward pass, and so is a norm that a linear recomputes. The gradient
-    of the output comes from whichever of the calls is differentiated.
+    If a module is called several times for one micro-batch, the output of the first call is recorded: a checkpointed
+    layer is called again in the backward pass, and so is a norm that a linear recomputes. The gradient of the output
+    comes from whichever of the calls is differentiated.
     """
 
     def __init__(self, micro_batches: Iterable[int], calls: Iterable[int]) -> None:
@@ -102,7 +103,7 @@ class _Watch:
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors of a module's output that can be compared element by element.
+    """Yield (name, tensor) for each tensor in a module's output that can be compared element by element.
 
     Scalars are left out, since they may be partial sums, and so are boolean and integer tensors.
     """
@@ -132,8 +133,9 @@ def run_rank(
         config: Resolved config, or a dict of config keys.
         seed: Seed of parameters and data.
         steps: Number of steps to train.
-        parts: Number of equal parts of the first step's micro-batches; modules are watched in the first micro-batch of
-            each. For one process, it is the number of data-parallel ranks, whose first micro-batches these are.
+        parts: Number of equal parts into which the micro-batches of the first step are split; module outputs are
+            recorded in the first micro-batch of each part. For the one-process reference, pass the number of
+            data-parallel ranks, so that each part contains the micro-batches of one of these ranks.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))

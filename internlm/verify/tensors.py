@@ -1,7 +1,7 @@
 """Assemble and compare the tensors of several ranks. Pure functions.
 
-:func:`assemble` builds logical tensors from the shards of all ranks, :func:`trace_modules` compares the outputs of
-modules and finds the first that differs.
+:func:`assemble` builds logical tensors from the shards of all ranks; :func:`trace_modules` compares the outputs of
+modules and finds the first module that differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Disagreement:
     """First rank whose values differ from those of a lower rank."""
     elements: int
     largest: float
-    """Largest difference of an element."""
+    """Largest absolute difference of an element."""
 
     def __str__(self) -> str:
         where = f"rank {self.rank} differs from a lower rank"
@@ -78,12 +78,12 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
-    # A nan that all ranks have is a failure of the run, which the loss shows, not a disagreement.
+    # A NaN that all ranks have is a failure of the run, which the loss shows, not a disagreement.
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
-    """Join the shards of one module's output, by rank of a tensor group, into tensors of ``shape``.
+    """Join the shards of one module's output, one per rank of a tensor group, into tensors of ``shape``.
 
     Returns:
         All shards if each has the full shape; one tensor if they are split along one axis; else an empty list.
@@ -100,12 +100,12 @@ def join_shards(shards: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
 
 
 def relative(value: float, reference: float) -> float:
-    """Return |value − reference| / |reference|: 0 if both are equal, infinite if only the reference is zero."""
+    """Return |value − reference| / |reference|: 0 if both are equal, inf if only the reference is zero."""
     return 0.0 if value == reference else abs(value - reference) / abs(reference) if reference else math.inf
 
 
 def relative_l2(tensor: Tensor, reference: Tensor) -> float:
-    """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm; infinite if the shapes differ."""
+    """Return ‖tensor − reference‖ / ‖reference‖ in the L2 norm; inf if the shapes differ."""
     if tensor.shape != reference.shape:
         return math.inf
     # In fp64, since norms of half-precision tensors overflow, and the comparison must not add rounding of its own.
@@ -118,9 +118,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class ModuleTrace:
-    """Relative difference of each module's tensors, in the order of the reference run.
+    """Relative difference of each module's tensors between several ranks and the reference run.
 
-    The difference of a module whose tensors cannot be compared is None.
+    Modules are listed in the order in which they returned in the reference run. The difference of a module whose
+    tensors cannot be compared is None.
     """
 
     limit: float
@@ -133,7 +134,7 @@ class ModuleTrace:
 
     @property
     def first(self) -> str | None:
-        """First module whose difference exceeds the limit or is nan."""
+        """First module whose difference exceeds the limit or is NaN."""
         return next((name for name in self.compared if not self._of(name) <= self.limit), None)
 
     @property
@@ -145,7 +146,7 @@ class ModuleTrace:
 
     @property
     def worst(self) -> float:
-        """Largest difference of a module."""
+        """Largest difference of any module that could be compared."""
         return max(map(self._of, self.compared), default=0.0)
 
     def _of(self, name: str) -> float:
@@ -157,11 +158,11 @@ class ModuleTrace:
 def trace_modules(
     reference: RankRecord, ranks: Sequence[RankRecord], tensors_of: Callable[[Pass], Tensors], limit: float
 ) -> ModuleTrace:
-    """Compare the module outputs, or their gradients, in the watched micro-batches.
+    """Compare the module outputs of several ranks, or the outputs' gradients, with those of the reference run.
 
     Args:
-        reference: Record with a pass for each data-parallel rank of ``ranks``, in their order.
-        ranks: Records with one pass each, which holds the modules of the rank's pipeline stage.
+        reference: Record of one process, with one pass for each data-parallel rank, in the order of these ranks.
+        ranks: Record of each rank, with one pass, which contains the modules of the rank's pipeline stage.
         tensors_of: Function that returns the outputs or the gradients of a pass.
         limit: Relative difference above which a module is reported as different.
     """
@@ -192,5 +193,5 @@ def _difference(name: str, wanted: Sequence[Tensors], found: Sequence[Sequence[S
         differences += [relative_l2(whole, tensors[name]) for whole in wholes]
         if not wholes:
             return None
-    # max() would lose a nan, which is the worst difference.
+    # max() would lose a NaN, which is the worst difference.
     return next((difference for difference in differences if math.isnan(difference)), max(differences))

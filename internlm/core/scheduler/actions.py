@@ -2,7 +2,7 @@
 
 =====  =======================================================================================================
 ``F``  forward of a chunk for a micro-batch
-``B``  backward: gradient of the chunk's input and, unless the table has a W for them, of its weights
+``B``  backward: gradients of the chunk's input and, if no W computes them, of its weights
 ``W``  gradients of the chunk's weights, deferred to fill idle time (Zero Bubble, arXiv 2401.10241, sec. 2)
 =====  =======================================================================================================
 
@@ -39,7 +39,7 @@ class Action(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Identity of a tensor sent between adjacent virtual stages: hidden states (F) or their gradient (B)."""
+    """Identifier of a tensor passed between adjacent virtual stages: hidden states (F) or their gradient (B)."""
 
     type: ActionType
     virtual: int  # receiving virtual stage
@@ -54,7 +54,7 @@ class Message(NamedTuple):
 def input_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
     """Return the message that ``action`` on ``rank`` takes as input, if any.
 
-    W, F of the first virtual stage and B of the last take no message: the result is None.
+    The result is None for W, for F of the first virtual stage, and for B of the last.
     """
     virtual = layout.virtual(rank, action.chunk)
     first = virtual == 0 and action.type == FORWARD
@@ -67,7 +67,7 @@ def input_message(layout: StageLayout, rank: int, action: Action) -> Message | N
 def output_message(layout: StageLayout, rank: int, action: Action) -> Message | None:
     """Return the message that ``action`` on ``rank`` produces, if any.
 
-    W, F of the last virtual stage and B of the first produce no message: the result is None.
+    The result is None for W, for F of the last virtual stage, and for B of the first.
     """
     if action.type == WEIGHT:
         return None
@@ -79,7 +79,7 @@ def output_message(layout: StageLayout, rank: int, action: Action) -> Message | 
 
 @dataclass(frozen=True)
 class Table:
-    """Pipeline schedule: the actions of each rank, ``actions[rank]``, in execution order."""
+    """Action table of a pipeline schedule: ``actions[rank]`` contains the actions of a rank in execution order."""
 
     schedule: str  # name of the schedule: one of SCHEDULES, or the name of a CSV file
     stage_layout: StageLayout
@@ -88,7 +88,7 @@ class Table:
 
     @cached_property
     def _deferred(self) -> frozenset[tuple[int, int, int]]:
-        """Set of the (rank, chunk, micro-batch) of every W."""
+        """Set with the (rank, chunk, micro-batch) triple of every W."""
         return frozenset(
             (rank, action.chunk, action.micro_batch)
             for rank, row in enumerate(self.actions)

@@ -48,7 +48,7 @@ class _Outgoing:
 
 
 class Channels:
-    """Channels of this rank to and from other stages.
+    """Point-to-point channels between this rank and the other stages of its pipeline.
 
     Args:
         stage: Group of this rank's pipeline.
@@ -75,20 +75,20 @@ class Channels:
 
     # -- receiving ----------------------------------------------------------------------------------------------------
     def post_receive(self, source: int, message: Message, spec: TensorSpec | None) -> None:
-        """Queue the receive of the next message of a channel, and post it if its shape is known.
+        """Queue a receive on the channel from ``source``, and post it if the shape of the message is known.
 
-        Receives of a channel are posted in order, so one without ``spec`` also delays those queued after it.
+        The receives of a channel are posted in order: a receive without ``spec`` delays all receives queued after it.
 
         Args:
             source: Sending stage.
             message: Message to receive.
-            spec: Shape and dtype of the tensor. None: both arrive in a header, and :meth:`receive` posts the receive.
+            spec: Shape and dtype of the tensor. None: a header with both precedes the tensor.
         """
         self._receiving[source].append(_Incoming(message, spec))
         self._post_known(source)
 
     def receive(self, source: int, message: Message) -> Tensor:
-        """Wait for a message queued by :meth:`post_receive`, and return its tensor."""
+        """Wait for ``message``, whose receive :meth:`post_receive` has queued, and return its tensor."""
         # Receives of earlier messages must be posted first, since the channel matches them in order.
         for incoming in self._receiving[source]:
             if incoming.work is None:
@@ -137,7 +137,7 @@ class Channels:
             target: Receiving stage.
             message: Message to send.
             tensor: Tensor of the message.
-            declared: Whether the receiver can compute shape and dtype. False: send a header with both first.
+            declared: Whether the receiver can compute the tensor's shape and dtype. False: send both in a header first.
         """
         # gloo and NCCL require contiguous tensors.
         tensor = tensor.contiguous()

@@ -1,10 +1,10 @@
-"""Computation of F, B and W on a rank: forward and backward of one chunk of the model for one micro-batch.
+"""Computation of F, B and W actions: forward, backward and weight gradients of a chunk for one micro-batch.
 
 A model that can be split into stages has an attribute ``stage_layers`` (a
 :class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes the keywords ``chunk``, the index of a
 chunk, and ``hidden``, the output of the previous chunk (None for the first). Every chunk but the last returns its
 hidden states as one tensor; the last returns the output of the whole model. If the model has a method
-``hidden_like(inputs)`` that returns shape and dtype of the hidden states, stages send no header with both.
+``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MicroBatches:
         return {key: self._on_device(tensor) for key, tensor in self.host_inputs(index).items()}
 
     def host_inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the inputs of the model for micro-batch ``index`` on the host: shapes are read without a host sync."""
+        """Return the inputs of the model for micro-batch ``index``, by name, on the host."""
         return {key: self._batch[key][index] for key in MODEL_INPUTS if key in self._batch}
 
     def labels(self, index: int) -> Tensor:
@@ -65,7 +65,7 @@ class MicroBatches:
 
 @dataclass
 class InFlight:
-    """State of one (chunk, micro-batch) pair between its F and its last backward action."""
+    """State kept for one (chunk, micro-batch) pair from its F to its last action, B or W."""
 
     hidden: Tensor | None  # input of the chunk; its gradient is sent back
     edge: GradientEdge | None  # graph node of the output; the output itself is freed once it has been sent
@@ -75,7 +75,7 @@ class InFlight:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Settings of the computation of one step."""
+    """Options of :class:`Compute` for one step."""
 
     types: int  # number of data-set types
     device: torch.device
@@ -102,7 +102,10 @@ class Compute:
         self.outputs: dict[int, Tensor] = {}
 
     def hidden_spec(self, index: int) -> TensorSpec | None:
-        """Return shape and dtype of a micro-batch's hidden states; None if the model has no ``hidden_like``."""
+        """Return the shape and dtype of the hidden states of micro-batch ``index``.
+
+        The result is None if the model has no ``hidden_like``.
+        """
         hidden_like = getattr(self.model, "hidden_like", None)
         return hidden_like(self.micro_batches.host_inputs(index)) if hidden_like else None
 
@@ -123,7 +126,7 @@ class Compute:
         return declared is not None
 
     def forward(self, chunk: int, index: int, hidden: Tensor | None) -> Tensor | None:
-        """Run forward of a chunk for micro-batch ``index``.
+        """Run the forward pass of a chunk for micro-batch ``index``.
 
         Args:
             chunk: Index of the chunk on this rank.
@@ -164,14 +167,14 @@ def keep_in_flight(hidden: Tensor | None, output: Tensor) -> InFlight:
 
 
 def backward(state: InFlight, grad_output: Tensor, defer: bool) -> Tensor | None:
-    """Run backward of a chunk and return the gradient of its input, or None for the first chunk.
+    """Run the backward pass of a chunk and return the gradient of its input, or None for the first chunk.
 
-    Gradients of parameters are accumulated.
+    The gradients of the parameters are accumulated.
 
     Args:
         state: State of the chunk and micro-batch; its input and graph are released.
         grad_output: Gradient of the chunk's output.
-        defer: Whether to leave the products of the weight gradients to :func:`weight_gradients`.
+        defer: Whether to defer the weight gradients to :func:`weight_gradients`.
     """
     hidden, edge = state.hidden, state.edge
     state.hidden = state.edge = None

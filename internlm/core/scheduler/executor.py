@@ -20,7 +20,7 @@ class Executor:
     """Runs the steps of one rank's plan in order, receives their inputs and sends their outputs.
 
     Messages between two chunks of this rank do not pass through a channel. ``peak_in_flight`` is the largest number of
-    (chunk, micro-batch) pairs in flight, that is between F and their last backward action.
+    (chunk, micro-batch) pairs in flight, that is, between their F and their last action (B or W).
 
     Args:
         steps: Plan of this rank.
@@ -41,7 +41,7 @@ class Executor:
         }
 
     def run(self, records: list[Record] | None = None) -> None:
-        """Run all steps, and append the times of each to ``records`` if given.
+        """Run all steps of the plan, and append the times of each action to ``records`` if given.
 
         With ``records``, the device is synchronised before and after every action.
         """

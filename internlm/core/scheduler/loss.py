@@ -1,4 +1,4 @@
-"""Loss of a micro-batch, for any model, and the sums that a step reports."""
+"""Loss of a micro-batch, for any model, and the sums of losses, correct predictions and valid tokens over a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 class StepResult:
     """Result of one step: mean loss, sums by data-set type and, if requested, outputs."""
 
-    #: Mean loss over the valid tokens of the global batch, equal on every rank; nan if no loss was computed.
+    #: Mean loss over the valid tokens of the global batch, equal on every rank; NaN if no loss was computed.
     loss: float
     #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each data-set type, over all
     #: ranks.

@@ -1,12 +1,12 @@
-"""Plan of one rank, derived from the table: its actions, with the sends and receives around each. Pure.
+"""Plan of one rank, derived from the action table: its actions, with the sends and receives around each. Pure.
 
 A table lists no transfers: they follow from its actions. The receive of a message from another rank is posted **before
-the action during which the message arrives in a simulation** in which all actions have the same duration. Then no
-schedule that can be simulated deadlocks, whatever the real durations, even if a sender blocks until its message is
-received (as NCCL and gloo may for large messages). Proof: among the actions that have not run, take the one that ends
-first in the simulation. The actions before it on its rank have run. Its input was sent by an action that ended earlier,
-so the input has arrived. The receiver of its output has run all actions that ended earlier, so the receive is posted.
-Hence the action can run.
+the action during which the message arrives in a simulation** in which all actions have the same duration. Then a
+schedule whose simulation completes never deadlocks, whatever the real durations, even if a sender blocks until its
+message is received (as NCCL and gloo may for large messages). Proof: among the actions that have not run, take the one
+that ends first in the simulation. The actions before it on its rank have run. Its input was sent by an action that
+ended earlier, so the input has arrived. The receiver of its output has run all actions that ended earlier, so the
+receive is posted. Hence the action can run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make_plan(table: Table, rank: int) -> tuple[Step, ...]:
     """Return the plan of ``rank``: its steps, in the order of ``table``.
 
     Raises:
-        ScheduleError: ``table`` is incomplete, out of order or deadlocks.
+        ScheduleError: ``table`` is incomplete or out of order, or deadlocks.
     """
     timeline = simulate(table, Costs.uniform(table.stage_layout.virtual_stages))
     receives = _receives(timeline, rank)

@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Position of this rank in its pipeline, with its channels."""
+    """Pipeline of this rank: process group, number of chunks, channels and custom action table."""
 
     group: Group = NO_PIPELINE
     chunks: int = 1
@@ -55,14 +55,14 @@ class TrainingStep:
 
 
 class Scheduler:
-    """Runs the micro-batches of a step in the order of the schedule's table.
+    """Runs the micro-batches of a step in the order of the schedule's action table.
 
     Args:
         criterion: Runs the model and returns the loss of a micro-batch.
         types: Number of data-set types.
         data_group: Group of this stage's ranks whose tokens make up the global batch.
         device: Device to which micro-batches are copied.
-        pipeline: Position of this rank in its pipeline. None: no pipeline.
+        pipeline: Pipeline of this rank. None: no pipeline.
         dropout_key: Dropout RNG key of this rank, without step and micro-batch.
     """
 
@@ -88,9 +88,9 @@ class Scheduler:
         self._plans: dict[tuple[int, bool], tuple[Step, ...]] = {}
 
     def table(self, micro_batches: int, backward: bool = True) -> Table:
-        """Return the table of a step of ``micro_batches`` micro-batches.
+        """Return the action table for a step with ``micro_batches`` micro-batches.
 
-        Without ``backward``, the table is that of the built-in schedule, with F only.
+        If ``backward`` is False, return the F actions of the built-in schedule, even if there is a custom table.
 
         Raises:
             ScheduleError: The schedule does not allow these sizes, or the custom table is invalid.
@@ -109,7 +109,7 @@ class Scheduler:
         return_output_label: bool = False,
         training: TrainingStep | None = None,
     ) -> StepResult:
-        """Run the next batch forward, and backward unless ``forward_only``.
+        """Run the forward pass of the next batch, and the backward pass unless ``forward_only`` is set.
 
         Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
         micro-batches and ranks.
@@ -156,7 +156,7 @@ class Scheduler:
         return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
 
     def _result(self, compute: Compute, return_loss: bool) -> StepResult:
-        """Return the result, with the sums all-reduced: only the stage with the head computes them."""
+        """Return the result of the step, with sums all-reduced over the data-parallel ranks and the stages."""
         indices = sorted(compute.outputs)
         outputs = [compute.outputs[index] for index in indices]
         labels = [compute.micro_batches.labels(index) for index in indices]
@@ -209,7 +209,7 @@ class ZeroBubblePipelineScheduler(Scheduler):
 
 
 class ZeroBubblePipelineVShapeScheduler(Scheduler):
-    """ZB-V scheduler: two chunks per rank in a V, with deferred weight gradients (arXiv 2405.15362)."""
+    """ZB-V scheduler: two chunks per rank, assigned in a V shape, with deferred weight gradients (arXiv 2405.15362)."""
 
     schedule = "zbv"
 

@@ -46,9 +46,9 @@ class StageLayout:
 
 
 def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
-    """Return the number of layers of each virtual stage, as evenly as possible.
+    """Split the layers as evenly as possible, and return the number of layers of each virtual stage.
 
-    The remaining layers go to the virtual stages just before the last, one each, because the last also holds the head.
+    The virtual stages just before the last get the extra layers, one each, because the last also holds the head.
     """
     assert layers >= virtual_stages
     size, remainder = divmod(layers, virtual_stages)
@@ -57,9 +57,9 @@ def uniform_partition(layers: int, virtual_stages: int) -> list[int]:
 
 
 def balanced_partition(costs: Sequence[float], virtual_stages: int, first: float = 0.0, last: float = 0.0) -> list[int]:
-    """Return layer counts, by virtual stage, that minimise the largest cost of a virtual stage.
+    """Return layer counts, one for each virtual stage, that minimise the cost of the most expensive virtual stage.
 
-    The minimum is exact. Among the partitions with the smallest maximum, the one with the largest minimum is chosen;
+    The result is optimal. Among the optimal partitions, one whose cheapest virtual stage costs the most is chosen;
     ties prefer fewer layers in the first virtual stages. Every virtual stage has at least one layer.
 
     Args:
@@ -105,7 +105,11 @@ def _best_partition(
 
     @cache
     def rest(stage: int, start: int) -> tuple[float, int]:
-        """Return the value of the stages from ``stage`` on, and the end of ``stage``, which begins at ``start``."""
+        """Assign the layers from ``start`` on to the virtual stages from ``stage`` on, in the best way.
+
+        Returns:
+            The value of the best assignment, and the end of ``stage`` in it.
+        """
         if stage == virtual_stages - 1:
             return value(stage, start, layers), layers
         stops = range(start + 1, layers - (virtual_stages - 1 - stage) + 1)

@@ -1,8 +1,8 @@
-"""Tables of the built-in schedules, and tables in CSV files.
+"""Generate the action tables of the built-in pipeline schedules; read and write action tables as CSV files.
 
-The actions of a rank, a row of the table, are generated from phases, pairs of (pattern, repeats). Each letter of a
-pattern stands for the next action of its type and is skipped if none is left. Hence one list of phases (warm-up,
-steady, cool-down) fits any number of micro-batches.
+A row of a table contains the actions of one rank. It is generated from phases, each a pair (pattern, repeats). Each
+letter of a pattern stands for the next action of its type and is skipped if none is left. Hence one list of phases
+(warm-up, steady, cool-down) fits any number of micro-batches.
 
 =======  ==============================================================
 F, B, W  forward, backward and weight gradient of chunk 0
@@ -45,12 +45,12 @@ _MODES: dict[str, ScheduleName] = {"GPIPE": "gpipe", "1F1B": "1f1b", "ZBH1": "zb
 
 
 def schedule_of(mode: str, chunks: int) -> ScheduleName:
-    """Return the schedule for ``parallel.pipeline.mode``: 1F1B with several chunks is interleaved."""
+    """Return the schedule name for ``parallel.pipeline.mode``; for 1F1B with several chunks, it is ``interleaved``."""
     return "interleaved" if mode == "1F1B" and chunks > 1 else _MODES[mode]
 
 
 def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> Table:
-    """Return the table of a built-in schedule.
+    """Return the action table of a built-in schedule.
 
     Args:
         schedule: Name of the schedule, one of :data:`SCHEDULES`.
@@ -72,7 +72,7 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
     ]
     if not found and required_chunks not in (None, chunks):
         message = f"expected chunks = {required_chunks}, got {chunks}"
-        found = [Problem(f"schedule {schedule}", message, "Change the chunks or the schedule")]
+        found = [Problem(f"schedule {schedule}", message, "Change the number of chunks or the schedule")]
     if found:
         raise ScheduleError(*found)
     rows = tuple(tuple(row(rank, stages, chunks, micro_batches)) for rank in range(stages))
@@ -86,14 +86,14 @@ def stage_layout_of(schedule: str, stages: int, chunks: int) -> StageLayout:
 
 # -- rows of one rank -------------------------------------------------------------------------------------------------
 def _gpipe(i: int, p: int, v: int, m: int) -> Row:
-    """Return all forwards, then all backwards (GPipe, arXiv 1811.06965)."""
+    """Return the actions of rank i: all forwards, then all backwards (GPipe, arXiv 1811.06965)."""
     return _row((("F", m), ("B", m)), _actions(m))
 
 
 def _1f1b(i: int, p: int, v: int, m: int) -> Row:
-    """Return a row with each backward as early as possible (PipeDream-Flush, arXiv 2006.09503).
+    """Return the actions of rank i, each backward as early as possible (1F1B or PipeDream-Flush, arXiv 2006.09503).
 
-    A backward frees the activations of its micro-batch before the next forward. With one stage, the row is gradient
+    A backward frees the activations of its micro-batch before the next forward. With one stage, this is gradient
     accumulation: F0 B0 F1 B1 …
     """
     # Warm-up: p − i forwards until the first gradient arrives. Cool-down: repeats in which no F is left.
@@ -101,10 +101,10 @@ def _1f1b(i: int, p: int, v: int, m: int) -> Row:
 
 
 def _interleaved(i: int, p: int, v: int, m: int) -> Row:
-    """Return 1F1B with v chunks per rank, which fill the pipeline in 1/v of the time (arXiv 2104.04473, sec. 2.2).
+    """Return the actions of rank i for interleaved 1F1B with v chunks per rank (arXiv 2104.04473, sec. 2.2).
 
-    Micro-batches run in rounds of p. Each round passes through chunk 0, then chunk 1, and so on; backward starts with
-    the last chunk.
+    With v chunks per rank, filling the pipeline takes 1/v of the time. Micro-batches run in rounds of p. Each round
+    passes through chunk 0, then chunk 1, and so on; backward starts with the last chunk.
     """
     # An incomplete last round is generated as a complete one, and its surplus is removed: actions of different
     # micro-batches do not depend on one another, so a table that can run can also run with fewer micro-batches.
@@ -119,16 +119,16 @@ def _interleaved(i: int, p: int, v: int, m: int) -> Row:
 
 
 def _zbh1(i: int, p: int, v: int, m: int) -> Row:
-    """Return 1F1B with each W deferred by i micro-batches (ZB-H1, arXiv 2401.10241, sec. 2.1).
+    """Return the actions of rank i for 1F1B with W deferred by i micro-batches (ZB-H1, arXiv 2401.10241, sec. 2.1).
 
-    Every rank then has p micro-batches in flight, and the deferred W fill the idle time of 1F1B's cool-down.
+    Every rank then has p micro-batches in flight, and the deferred W actions fill the idle time of 1F1B's cool-down.
     """
     # BF i times: i deferred W keep p micro-batches in flight on every rank.
     return _row((("F", p - i), ("BF", i), ("BWF", m), ("W", m)), _actions(m))
 
 
 def _zbv(i: int, p: int, v: int, m: int) -> Row:
-    """Return a row of two chunks in a V (V-ZB of arXiv 2405.15362; ZB-V of arXiv 2401.10241, sec. 6).
+    """Return the actions of rank i for ZB-V, two chunks per rank in a V shape (arXiv 2405.15362; 2401.10241, sec. 6).
 
     No rank idles between its first and its last action if F, B and W take equal time. The last virtual stage is on rank
     0, so the first backward starts on the rank of the first forward.
@@ -152,7 +152,7 @@ _ROWS: dict[str, tuple[Callable[[int, int, int, int], Row], int | None]] = {
 
 
 def _actions(m: int) -> dict[str, Row]:
-    """Return iterators over the m actions of each letter, in the order of micro-batches."""
+    """Return, for each letter of a pattern, an iterator over its actions for micro-batches 0 … m − 1."""
     return {
         letter: iter([Action(_action_type(letter), j, int(letter.islower())) for j in range(m)]) for letter in "FBWfbw"
     }
@@ -185,13 +185,15 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
     """Read a schedule from a CSV file and validate it.
 
     Args:
-        path: CSV file in the format at the top of this file; its name is the name of the schedule.
+        path: CSV file, in the format that :mod:`internlm.core.scheduler.table` describes. The name of the file becomes
+            the name of the schedule.
         stages: Expected number of ranks of the pipeline.
         chunks: Expected number of chunks per rank.
         micro_batches: Expected number of micro-batches of a step.
 
     Raises:
-        ScheduleError: The file cannot be read, cells are not actions, or the table cannot run; lists all problems.
+        ScheduleError: The file cannot be read, cells are not actions, or the table cannot run. The error lists all
+            problems.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V
@@ -226,7 +228,7 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
         # Spreadsheet programs write a byte order mark at the start of UTF-8 files.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ScheduleError(Problem(str(path), f"cannot be read ({error.strerror})", "Name a readable file")) from None
+        raise ScheduleError(Problem(str(path), f"cannot be read ({error.strerror})", "Use a readable file")) from None
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 text (at byte {error.start})"
         raise ScheduleError(Problem(str(path), message, "Save the file as CSV in UTF-8")) from None

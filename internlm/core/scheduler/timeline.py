@@ -68,7 +68,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Simulated or measured run of a table."""
+    """Start and end of every action of a pipeline schedule, simulated or measured."""
 
     table: Table
     costs: Costs
@@ -79,18 +79,18 @@ class Timeline:
 
     @property
     def end(self) -> float:
-        """Makespan: the end of the last action, with the start of the first at 0."""
+        """Makespan: time from 0, the start of the timeline, to the end of the last action."""
         return max(row[-1].end for row in self.spans)
 
     @property
     def bubble(self) -> float:
-        """Bubble fraction, 0 to 1: mean share of the time until :attr:`end` in which a rank is idle."""
+        """Bubble fraction, 0 to 1: share of the makespan for which a rank is idle, averaged over ranks."""
         busy = sum(span.end - span.start for row in self.spans for span in row)
         return 1 - busy / (len(self.spans) * self.end)
 
 
 def peak_in_flight(table: Table, rank: int) -> int:
-    """Return the peak number of activations in flight on ``rank``, see :class:`Timeline`.
+    """Return the largest number of (chunk, micro-batch) pairs whose activations ``rank`` stores at once.
 
     A rank runs one action at a time, so the peak depends on the order of its actions, not on their durations.
     """
@@ -106,7 +106,7 @@ def peak_in_flight(table: Table, rank: int) -> int:
 
 # -- measured ---------------------------------------------------------------------------------------------------------
 class Record(NamedTuple):
-    """Times of one executed action, in seconds of this machine's monotonic clock.
+    """Times of one executed action, in seconds on this machine's monotonic clock.
 
     The rank waited for the action's input from ``begin`` to ``ready``, computed until ``end`` and sent the output until
     ``sent``.
@@ -140,7 +140,10 @@ def measured_timeline(table: Table, records: Records) -> Timeline:
 
 
 def measured_costs(table: Table, records: Records) -> Costs:
-    """Return median durations by virtual stage, in seconds; without a W, B includes the weight gradients."""
+    """Return the median durations, in seconds, of the actions by virtual stage and of the transfers of a real step.
+
+    The duration of B includes the weight gradients unless a W computes them.
+    """
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for rank, row in enumerate(records):
         for record in row:
@@ -177,7 +180,7 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
 
 
 def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
-    """Return the overhead of each action of ``rank``: seconds until the next, less compute and transfers."""
+    """Return the overhead of each action of ``rank``: seconds until the next action, minus compute and transfers."""
     layout, next_begins = table.stage_layout, [*(record.begin for record in records[1:]), records[-1].sent]
     spent = []
     for record, next_begin in zip(records, next_begins, strict=True):

@@ -26,7 +26,7 @@ _LISTED = 4
 
 
 class ScheduleError(UserError):
-    """Problems of a pipeline schedule."""
+    """Error for a pipeline schedule that is invalid, or whose file cannot be read or written."""
 
     same_on_all_ranks = True
 
@@ -110,7 +110,7 @@ class _Wait(NamedTuple):
 
 
 class _Simulation:
-    """Simulated run of a table: each rank advances until it blocks, and resumes once the needed action has run."""
+    """Simulation of an action table: each rank runs until it blocks, and resumes once the needed action has run."""
 
     def __init__(self, table: Table, costs: Costs) -> None:
         self.table, self.costs = table, costs
@@ -153,7 +153,7 @@ def _source(table: Table, rank: int, action: Action) -> tuple[int, Action] | Non
 
 
 def _deadlock(blocked: dict[int, _Wait]) -> Problem:
-    """Return the problem of a deadlock: a cycle of waits, found by following them from rank to rank."""
+    """Return a problem that describes a deadlock: the cycle found by following the waits from rank to rank."""
     chain = [next(iter(blocked.values()))]
     while (wait := blocked[chain[-1].source]) not in chain:
         chain.append(wait)

@@ -181,10 +181,10 @@ def test_interleaving_holds_what_its_warm_up_brings(p: int, v: int, m: int) -> N
     [
         (("1F1B ", 2, 1, 2), "schedule: '1F1B ' is unknown. Did you mean '1f1b'?"),
         (("spiral", 2, 1, 2), "Known: 1f1b, gpipe, interleaved, zbh1, zbv."),
-        (("zbv", 2, 1, 2), "schedule zbv: expected chunks = 2, got 1. Change the chunks or the schedule"),
-        (("zbh1", 2, 2, 2), "schedule zbh1: expected chunks = 1, got 2. Change the chunks or the schedule"),
-        (("gpipe", 2, 3, 2), "schedule gpipe: expected chunks = 1, got 3. Change the chunks or the schedule"),
-        (("1f1b", 2, 2, 2), "schedule 1f1b: expected chunks = 1, got 2. Change the chunks or the schedule"),
+        (("zbv", 2, 1, 2), "schedule zbv: expected chunks = 2, got 1. Change the number of chunks or the schedule"),
+        (("zbh1", 2, 2, 2), "schedule zbh1: expected chunks = 1, got 2. Change the number of chunks or the schedule"),
+        (("gpipe", 2, 3, 2), "schedule gpipe: expected chunks = 1, got 3. Change the number of chunks or the schedule"),
+        (("1f1b", 2, 2, 2), "schedule 1f1b: expected chunks = 1, got 2. Change the number of chunks or the schedule"),
         (
             ("1f1b", 0, 1, 0),
             "schedule 1f1b: number of stages must be at least 1, got 0. Use a positive number\n"
