@@ -48,7 +48,10 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
 
 
 def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem if ``model.dtype`` differs, since only half-precision runs save main parameters."""
+    """Yield a problem if the ``model.dtype`` of the run differs from that of the checkpoint.
+
+    The dtype determines the optimizer state: only half-precision runs save main parameters.
+    """
     then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
     if torch_dtype(then) != torch_dtype(wanted):
         what = f"{wanted!r}, but {folder} was saved with {then!r}"
@@ -56,7 +59,10 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each difference in the data, the seed or the :data:`ROWS` keys, which determine the rows."""
+    """Yield a problem for each difference between checkpoint and run that changes the rows of the training data.
+
+    The rows are determined by the data set, the seed and the config keys in :data:`ROWS`.
+    """
     if saved.get("data") != now.get("data"):
         what = (
             f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
@@ -107,10 +113,10 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) 
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Yield a problem for each optimizer state that only the checkpoint has, of parameters that this run trains too.
+    """Yield a problem for each optimizer state of a trained parameter that the checkpoint has, but this run lacks.
 
-    Ignoring such a state would load the other moments into an optimizer that uses them differently: Lion's momentum and
-    AdamW's first moment have the same name.
+    If such a state were ignored, the remaining moments would be loaded into an optimizer that uses them differently:
+    Lion's momentum and AdamW's first moment have the same name.
     """
     states: dict[str, set[str]] = {}
     for name in metadata.state_dict_metadata:
@@ -123,5 +129,5 @@ def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Ite
         if left := sorted(name for name in names & trained if f"optimizer/{state}/{name}" not in wanted):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             what = f"saved for {left[0]!r}{more}, but this run has no such state"
-            todo = f"Restore the saved optimizer and use_fp32_norm. {FROM_WEIGHTS}"
+            todo = f"Restore the saved values of optimizer and use_fp32_norm. {FROM_WEIGHTS}"
             yield Problem(f"{folder}: optimizer/{state}", what, todo)

@@ -79,7 +79,7 @@ LogicalTensors: TypeAlias = dict[str, LogicalTensor]
 
 
 def model_tensors(model: nn.Module) -> LogicalTensors:
-    """Return this rank's parameter shards and the persistent buffers of ``model`` as ``model/<name>``."""
+    """Return this rank's parameter shards and the persistent buffers of ``model``, keyed by ``model/<name>``."""
     tensors: LogicalTensors = {}
     for name, parameter, placement in placed_parameters(model):
         tensors[f"model/{name}"] = tensor = LogicalTensor(placement.global_shape, compute_dtype(parameter))
@@ -91,7 +91,7 @@ def model_tensors(model: nn.Module) -> LogicalTensors:
 
 
 def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
-    """Return the optimizer state that this rank owns as ``optimizer/<state>/<name>``.
+    """Return the optimizer state that this rank owns, keyed by ``optimizer/<state>/<name>``.
 
     The states are the moments and, if main parameters are wider than model parameters, ``main``. Each state has the
     global shape of its parameter, not that of ZeRO's flat shard, so that a run with another number of ranks or other
@@ -108,7 +108,7 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
 
 
 def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield the name of each state of a param group, and the state's tensors, one for each tensor of the shard."""
+    """Yield each state of a param group: its name, and its tensors in the order of ``group.main_shards``."""
     for name, state in optimizer.state_of(group).items():
         yield name, group.split(state)
     if group.has_main:

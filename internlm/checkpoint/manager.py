@@ -47,7 +47,7 @@ STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
-    """Protocol of the progress counters of a run, which a checkpoint saves and restores."""
+    """Protocol for the progress counters of a run, which are saved in a checkpoint and restored from it."""
 
     step: int
 
@@ -59,7 +59,7 @@ class Resumable(Protocol):
 
 
 class Sampler(Protocol):
-    """Protocol of a resumable sampler."""
+    """Protocol for a data sampler that can resume at a saved position."""
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``."""
@@ -74,7 +74,7 @@ class CheckpointManager:
     It saves every ``checkpoint_every`` steps and at ``total_steps``.
 
     Args:
-        config: The ``ckpt`` section.
+        config: The ``ckpt`` section of the config.
         model: Model of this rank, with a placement for each parameter.
         optimizer: Optimizer of ``model``.
         streams: Random streams of this rank.
@@ -145,7 +145,10 @@ class CheckpointManager:
         return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
 
     def _random_tensors(self) -> LogicalTensors:
-        """Return this rank's RNG states as ``rng/<rank>/<stream>``; no other content depends on the rank."""
+        """Return this rank's RNG states, keyed by ``rng/<rank>/<stream>``.
+
+        No other tensor of a checkpoint belongs to a particular rank.
+        """
         return {
             f"rng/{dist.get_rank()}/{name}": LogicalTensor.whole(value)
             for name, value in self.streams.state_dict().items()
@@ -284,9 +287,9 @@ class CheckpointManager:
         known: set[str],
         wanted: set[CheckpointContent],
     ) -> Iterator[Problem]:
-        """Yield problems of the config, or if there are none, problems of the tensors.
+        """Compare the config of the checkpoint and, if it matches, the tensors; yield a problem for each difference.
 
-        If the architecture differs, nearly every tensor differs too, so tensors are not reported then.
+        Tensors are not compared if the architecture differs, because then nearly every tensor differs too.
 
         Args:
             source: Checkpoint folder, for error messages.
@@ -331,7 +334,7 @@ def load_weights(model: nn.Module, source: Path) -> None:
     """Load the parameters and buffers of ``model`` from a checkpoint, without a process group.
 
     Args:
-        model: Model on this process alone, with a placement for each parameter.
+        model: Unsharded model, with a placement for each parameter.
         source: Checkpoint folder ``step-N``.
 
     Raises:

@@ -54,7 +54,7 @@ def read_tensors(source: Path, reader: SafeReader, tensors: LogicalTensors, *, c
         source: Checkpoint folder, for the error.
         reader: Reader of the checkpoint.
         tensors: Tensors to read.
-        collective: All ranks call this; otherwise this process reads alone, without a process group.
+        collective: True if all ranks call this function; False if this process reads alone, without a process group.
 
     Raises:
         CheckpointError: A rank cannot read. Raised on all ranks if ``collective``.
@@ -85,7 +85,10 @@ class PlainWriter(dcp.FileSystemWriter):
     """DCP writer whose metadata contains no path of the machine that wrote it."""
 
     def storage_meta(self) -> StorageMeta:
-        """Return storage metadata without the folder's path, whose class the reader would have to allow."""
+        """Return storage metadata without the path of the checkpoint folder.
+
+        The path would be pickled as a ``pathlib`` object, which :class:`SafeReader` refuses.
+        """
         return StorageMeta(save_id=self.save_id)
 
 
@@ -116,17 +119,17 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(f"refused a reference to {module}.{name}, which no checkpoint needs")
 
 
 def _checked(metadata: Any) -> Metadata:
     """Return ``metadata`` after checking its type, and that it names only files directly in the checkpoint folder."""
     if not isinstance(metadata, Metadata):
-        raise ValueError("it does not contain DCP metadata")
+        raise ValueError(f"expected DCP metadata, got {type(metadata).__name__}")
     # Compare names rather than resolved paths: a name without separators cannot leave the folder by .. or a root.
     for info in (metadata.storage_data or {}).values():
         if info.relative_path != Path(info.relative_path).name:
-            raise ValueError(f"it names the file {info.relative_path!r}, outside the checkpoint")
+            raise ValueError(f"expected a file name without folders, got {info.relative_path!r}")
     return metadata
 
 
@@ -148,7 +151,7 @@ class LogicalSavePlanner(DefaultSavePlanner):
 
 
 class LogicalLoadPlanner(DefaultLoadPlanner):
-    """DCP planner that reads into the slices of logical tensors, however these were sliced when written."""
+    """DCP planner that reads into the slices of logical tensors, whatever slices the checkpoint contains."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -2,7 +2,8 @@
 
 The rows of an endless sequence are divided into *batches*, counted from 0. Each batch takes ``micro_batches ·
 data_size`` rows, even if it is skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
-contiguous range of a batch, so the rows of a step do not depend on the number of ranks.
+contiguous range of a batch, so a step uses the same rows on any number of ranks, provided that the global batch size
+is unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from internlm.config.schema.fields import Rampup
 
 
 class Position(NamedTuple):
-    """Data position of a run before ``step``: the next batch that is not consumed, and its first global row."""
+    """Data position before ``step``: the indices of the next unused batch and of its first row."""
 
     step: int = 0
     batch: int = 0
@@ -43,7 +44,7 @@ class BatchPlan:
         return self._size(self._batch(step))
 
     def rows(self, step: int, data_rank: int) -> range:
-        """Return the global rows that ``step`` uses on ``data_rank``."""
+        """Return the indices of the rows that data-parallel rank ``data_rank`` reads in ``step``."""
         batch = self._batch(step)
         size = self._size(batch)
         first = self._first_row(batch) + data_rank * size

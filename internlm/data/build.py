@@ -55,7 +55,7 @@ def build_valid_loaders(
     Args:
         data: The ``data`` section of the config.
         vocab_size: Exclusive upper bound of the token ids.
-        seed: Seed of the run; random validation samples use another one, derived from it.
+        seed: Seed of the run; random validation samples are drawn with ``seed + 1``.
         replica: Position of this rank among the data-parallel ranks.
         sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 
@@ -84,7 +84,10 @@ def build_valid_loaders(
 
 
 def row_shape(data: DataConfig) -> RowShape:
-    """Return the sizes and the packing layout of a row; only packed data uses ``pack_sample_into_one``."""
+    """Return the sizes and the packing layout of a row, as set in the ``data`` section of a config.
+
+    ``pack_sample_into_one`` has an effect only if ``use_packed_dataset`` is set.
+    """
     if not data.use_packed_dataset:
         layout = PackingLayout.PADDED
     else:

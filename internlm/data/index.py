@@ -26,7 +26,7 @@ from internlm.utils.logger import get_logger
 
 VERSION = 1
 CACHE_NAME = ".internlm_index.npy"
-REMAKE = "Recreate both files with `internlm tokenize`"
+REMAKE = "Recreate the .bin and .bin.meta files with `internlm tokenize`"
 # Bounds of a plausible .meta, checked without reading the .bin: the least and the most bytes of a token (a digit and a
 # comma; a sign, 19 digits, a comma and blanks), and the most bytes of a line besides its tokens.
 LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
@@ -65,7 +65,7 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
 
     Args:
         folder: Root folder of the ``.bin`` files.
-        min_length: Minimum number of samples of a file; smaller files are left out.
+        min_length: Minimum number of samples in a file; files with fewer samples are ignored.
         cache_folder: Folder of the cached table; None: ``folder`` itself.
 
     Raises:
@@ -117,7 +117,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """Build the table, int64 [3, 1 + N]: offsets, lengths and file ids; column 0 is reserved for the seal."""
+    """Build the table of the index, int64 [3, 1 + N], with rows of byte offsets, token counts and file ids.
+
+    Column 0 is left empty for the key and the checksum of the cached table.
+    """
     columns = [np.zeros((3, 1), np.int64)]
     for file_id, file in enumerate(files):
         meta = read_meta(file)
@@ -145,7 +148,8 @@ def read_meta(file: DataFile) -> np.ndarray:
         what = f"sample {row} at byte {offsets[row]} cannot have {lengths[row]} tokens in {sizes[row]} bytes"
         raise _disagree(file, what)
     if not _last_line_is_whole(file, offsets):
-        raise _disagree(file, f"the last of its {len(meta)} samples is not a complete line at the end of the file")
+        what = f"the last sample (sample {len(meta) - 1}) does not end where the file ends"
+        raise _disagree(file, what if len(meta) else "it lists no samples, but the file is not empty")
     return meta
 
 

@@ -90,11 +90,11 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
 def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
     """Split the rows of a batch along the sequence, and return this rank's shard.
 
-    Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences are first joined to
+    Attention needs the boundaries of whole rows, so ``cu_seqlens`` is not split. Padded sequences are first joined into
     packed rows of P = B · S tokens.
 
     Returns:
-        ``(batch, labels)`` as from :func:`collate`, with tensors [M, P / number of shards].
+        ``(batch, labels)`` as returned by :func:`collate`, but with tensors [M, P / number of shards].
     """
     if sequence_shard.size == 1:
         return batch
@@ -171,8 +171,8 @@ class TrainLoader:
 class ValidLoader:
     """Loader of the validation batches of one data-parallel rank: one pass over one data-set type, in order.
 
-    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. Missing rows
-    of the last batches are rows of padding, in which every label is ignored.
+    Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. If the
+    rows run out, the last batches are completed with padding rows, in which every label is ignored.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class RowShape:
 
 
 class Epoch(NamedTuple):
-    """Epoch (one pass over the samples): their order, and the number of tokens that are used of each."""
+    """One epoch (pass over the samples): the order of the samples, and the number of tokens used from each."""
 
     order: np.ndarray  # [N] sample indices
     lengths: np.ndarray  # [N] tokens used of each sample, in that order
@@ -142,7 +142,7 @@ class ValidRows:
 
 
 def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
-    """Find the spans of a row that is a range of the epoch's token stream."""
+    """Find the sample spans of a row in the packed and windows layouts, where a row is a range of one token stream."""
     start = index * shape.packed_length
     stop = min(start + shape.packed_length, int(epoch.ends[-1]))
     if start >= stop:
@@ -158,7 +158,7 @@ def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]
 
 
 def _padded_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
-    """Find the spans of a row that has one sample per sequence."""
+    """Find the sample spans of a row in the padded layout, where each sequence contains one sample."""
     row = slice(index * shape.micro_bsz, (index + 1) * shape.micro_bsz)
     samples = zip(epoch.order[row].tolist(), epoch.lengths[row].tolist(), strict=True)
     return [SampleSpan(sample, length, 0, length, i * shape.seq_len) for i, (sample, length) in enumerate(samples)]
@@ -188,7 +188,7 @@ def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tup
 
 
 def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
-    """Return a boundary at the start of every span, and every ``seq_len`` tokens within spans and padding."""
+    """Return sequence boundaries at the start of every span, and every ``seq_len`` tokens within spans and padding."""
     filled = sum(span.stop - span.begin for span in spans)
     bounds = [*(span.at for span in spans), filled, shape.packed_length]
     starts = [start for begin, stop in pairwise(bounds) for start in range(begin, stop, shape.seq_len)]
@@ -196,7 +196,7 @@ def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
 
 
 def _window_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
-    """Return boundaries every ``seq_len`` tokens, independent of the samples."""
+    """Return sequence boundaries every ``seq_len`` tokens, regardless of where samples begin."""
     return list(range(0, shape.packed_length + 1, shape.seq_len))
 
 

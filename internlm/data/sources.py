@@ -15,14 +15,17 @@ LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat i
 
 
 class SampleSource(Protocol):
-    """Protocol of a random-access sample source; every method is a pure function of the data set."""
+    """Protocol for a random-access sample source; every method is a pure function of the data set."""
 
     types: list[str]  # names of the data-set types
     lengths: np.ndarray  # [N] int64, tokens per sample
     type_ids: np.ndarray  # [N] index into types
 
     def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length]; a negative id -t is input id t, ignored as a label."""
+        """Return the token ids of a sample, int64 [length].
+
+        A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label.
+        """
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
@@ -37,7 +40,10 @@ class Purpose(IntEnum):
 
 
 def raw_numbers(count: int, seed: int, purpose: Purpose, index: int = 0) -> np.ndarray:
-    """Draw uniform uint64 numbers, [count], from stream (seed, purpose, index); equal in all versions of NumPy."""
+    """Draw uniform uint64 numbers, [count], from the random stream (seed, purpose, index).
+
+    The numbers do not depend on the version of NumPy.
+    """
     # NumPy promises stable bit streams, but not stable distributions (NEP 19). If an upgrade changed the order of
     # samples, a resumed run would repeat some samples and miss others.
     stream = np.random.SeedSequence(seed, spawn_key=(purpose, index))
@@ -108,5 +114,5 @@ class OneType:
         return self._source.read(int(self._samples[sample]))
 
     def fingerprint(self) -> str:
-        """Return the fingerprint of the underlying source, with all its types."""
+        """Return the fingerprint of the underlying source, which covers the samples of all its types."""
         return self._source.fingerprint()

@@ -29,10 +29,10 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
             inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
             if not inside:
                 what = f"contains no text file (supported: {KNOWN})"
-                raise DataError(Problem(str(path), what, "Set --text_input_path to text files or their folder"))
+                raise DataError(Problem(str(path), what, "Pass text files or their folder as --text_input_path"))
             found += inside
         elif not path.is_file():
-            todo = "Set --text_input_path to existing files or folders"
+            todo = "Pass existing files or folders as --text_input_path"
             raise DataError(Problem(str(path), "no such file or folder", todo))
         elif path.suffix not in _READERS:
             raise DataError(
@@ -53,7 +53,7 @@ def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterat
     Args:
         files: Files of supported types.
         text_key: Key of the text in a record of .json, .jsonl and .parquet files.
-        whole_file: Yield a .txt file as one sample, instead of each line.
+        whole_file: Yield each .txt file as one sample, instead of one sample per line.
 
     Raises:
         DataError: A file cannot be read, or a record has no text.
@@ -120,7 +120,7 @@ def _text_of(record: object, text_key: str, where: str) -> str | None:
     text = record[text_key]
     if text is not None and not isinstance(text, str):
         what = f"expected a string at key '{text_key}', got {type(text).__name__}"
-        raise DataError(Problem(where, what, "Set --text_key to the key of the text"))
+        raise DataError(Problem(where, what, "Pass the key of the text as --text_key"))
     return text
 
 
@@ -139,7 +139,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
         column_type = schema.field(text_key).type
         if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
             what = f"expected strings in column '{text_key}', got {column_type}"
-            raise DataError(Problem(str(file), what, "Set --text_key to the column of the text"))
+            raise DataError(Problem(str(file), what, "Pass the column of the text as --text_key"))
         # In batches: a parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()
@@ -147,7 +147,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
 
 def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
     known = ", ".join(f"'{key}'" for key in keys)
-    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Set --text_key to one of these keys"))
+    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Pass one of these keys as --text_key"))
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {

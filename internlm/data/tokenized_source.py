@@ -23,12 +23,12 @@ OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets
 class TokenizedSource:
     """Sample source over a tree of ``.bin`` and ``.bin.meta`` files; first-level sub-folders name the data-set types.
 
-    If a file changes while it is in use, :meth:`read` raises an error that names the file and the sample; it never
-    returns other tokens.
+    If a file changes while it is in use, :meth:`read` raises an error that names the file and the sample, instead of
+    returning changed tokens.
 
     Args:
         folder: Root folder of the tree.
-        min_length: Minimum number of samples of a file; smaller files are left out.
+        min_length: Minimum number of samples in a file; files with fewer samples are ignored.
         vocab_size: Exclusive upper bound of the token ids.
         cache_folder: Folder of the cached index; None: ``folder`` itself.
 

@@ -28,7 +28,7 @@ CHUNKS_AHEAD = 4  # per worker
 
 
 class Recipe(NamedTuple):
-    """Recipe that converts a text into token ids: a tokenizer, and special tokens around each sample."""
+    """Recipe for converting texts into token ids: a tokenizer, and special tokens around each sample."""
 
     tokenizer_path: str
     before: tuple[int, ...]  # ids put before each sample
@@ -121,7 +121,7 @@ def _encode_all(texts: Iterable[str], recipe: Recipe, workers: int) -> Iterator[
 
 
 def encode_chunk(recipe: Recipe, texts: list[str]) -> Chunk:
-    """Tokenize a list of texts, and encode them for the output files; runs in a worker process."""
+    """Tokenize a list of texts, and encode the samples for the ``.bin`` and ``.meta`` files."""
     encode = _tokenizer(recipe.tokenizer_path).encode
     samples = [[*recipe.before, *encode(text), *recipe.after] for text in texts]
     lines = [json.dumps({"tokens": tokens}, separators=(",", ":")).encode() + b"\n" for tokens in samples]

@@ -13,7 +13,7 @@ KINDS = "Pass a sentencepiece .model, a tokenizer.json, or a folder that contain
 
 
 class Tokenizer(Protocol):
-    """Protocol of a tokenizer that neither adds nor drops special tokens."""
+    """Protocol for a tokenizer that neither adds nor drops special tokens."""
 
     vocab_size: int  # exclusive upper bound of the token ids
     bos_id: int | None  # id of the token that begins a text; None if the tokenizer has none
@@ -34,7 +34,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             tokenizer.model.
 
     Raises:
-        DataError: ``path`` contains no tokenizer, or it cannot be read.
+        DataError: ``path`` contains no tokenizer, or the tokenizer cannot be read.
         UserError: The package that reads the tokenizer is not installed.
     """
     given = Path(path)

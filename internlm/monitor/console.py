@@ -18,7 +18,7 @@ def is_terminal() -> bool:
 
 
 class LogLine:
-    """Writer of one full line of metrics per step to the log."""
+    """Metrics writer that logs one full line per step."""
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Log the metrics of ``step`` as one full line."""
@@ -29,7 +29,7 @@ class LogLine:
 
 
 class Terminal:
-    """Writer of a progress bar, and of one short line per step above the bar.
+    """Metrics writer that shows a progress bar, and prints one short line per step above it.
 
     Args:
         total_steps: Number of steps of the run.

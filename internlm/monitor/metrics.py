@@ -1,4 +1,4 @@
-"""Metrics of a run: tokens per device and second, and writers of each step's metrics.
+"""Metrics of a run: throughput, and writers of each step's metrics.
 
 A writer that fails, for example on a full disk, is removed with one warning, and training continues.
 """
@@ -23,7 +23,7 @@ Metrics = Mapping[str, float | int]
 
 
 class Throughput:
-    """Meter of the tokens per device and second (tgs), over several windows of steps.
+    """Throughput meter: tokens per device per second, over several windows of steps.
 
     Args:
         devices: Number of devices that share the tokens of a step.
@@ -48,7 +48,12 @@ class Throughput:
         self._recent.append((tokens, seconds))
 
     def metrics(self) -> dict[str, float]:
-        """Return the tgs of the last step, of the last 10 and 50 steps and of the run, and means of each step's tgs."""
+        """Return the throughput over several windows of steps, in tokens per device per second (tgs).
+
+        ``tgs_all`` covers the whole run, and ``last_tgs_1``, ``last_tgs_10`` and ``last_tgs_50`` cover the last 1, 10
+        and 50 steps. ``tgs_avg`` and ``tgs_SMA`` are means of the throughputs of single steps, over the whole run and
+        over the last 100 steps.
+        """
         rates = [self._rate(*step) for step in self._recent]
         return {
             "tgs/last_tgs_1": rates[-1],
@@ -69,7 +74,7 @@ class Throughput:
 
 # -- writers ----------------------------------------------------------------------------------------------------------
 class Writer(Protocol):
-    """Protocol of a writer of metrics to one destination."""
+    """Protocol for a writer of metrics to one destination."""
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of ``step``."""
@@ -79,7 +84,7 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """Writer of one JSON object per step, appended to a file; inf and nan are written as strings."""
+    """Writer of one JSON object per step, appended to a file; inf and NaN are written as strings."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +106,7 @@ class LogFile:
 
     Args:
         path: File to append to.
-        write_metrics: Write the full line of metrics too, because the console does not log it.
+        write_metrics: Also write the full line of metrics. Set it if the console does not log this line.
     """
 
     def __init__(self, path: Path, write_metrics: bool) -> None:

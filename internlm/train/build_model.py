@@ -33,7 +33,7 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
         model_type: Registered name of the model type; default: ``model_type`` of the config.
         deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device.
             :func:`initialize_model_and_parallel_communicator` then allocates and initialises this rank's shards only.
-            Not for scripts that set parameter values before that call.
+            Do not set it in a script that sets parameter values before that call.
 
     Raises:
         ConfigError: The attention backend is not available, or the model was not built for this rank's stage.

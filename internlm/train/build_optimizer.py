@@ -28,7 +28,7 @@ def initialize_optimizer(
 
     Args:
         model: Initialised model with attached communicators.
-        isp_communicator: Unused, because layers hold their communicators; accepted for published scripts.
+        isp_communicator: Ignored, because layers hold their communicators; existing InternEvo scripts pass it.
 
     Returns:
         The optimizer, the beta2 schedule and the learning-rate schedule.

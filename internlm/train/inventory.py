@@ -1,8 +1,8 @@
-"""Parameter inventory of a pipeline stage, listed from a model for the formulas of ``internlm.costs``.
+"""Parameter inventory of a pipeline stage: the parameter shards of a model, as input to the cost formulas.
 
-During a run, the run's own model is listed. Before a run, the registered model is built on the meta device with the
-shardings of the layout. Building it allocates no memory and needs no process group, and takes only as long as creating
-the modules of one stage, whatever the number of ranks.
+During a run, the inventory lists the run's own model. Before a run, it lists the registered model, which is built on
+the meta device with the shardings of the layout. Building it allocates no memory and needs no process group, and takes
+only as long as creating the modules of one stage, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
         stage: Index of the pipeline stage.
 
     Raises:
-        NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
+        NoCostFormulaError: ``config.model_type`` is not registered, or the model cannot be built on the meta device.
     """
     register_model_initializer()
     name = config.model_type
@@ -117,7 +117,7 @@ def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
     """Return the memory plan of each pipeline stage, for its rank that needs the most memory.
 
     Raises:
-        NoCostFormulaError: No model is registered as ``config.model_type``, or it cannot be built on the meta device.
+        NoCostFormulaError: ``config.model_type`` is not registered, or the model cannot be built on the meta device.
     """
     stages = range(config.parallel.pipeline.size)
     return [memory_plan(build_inventory(config, world_size, stage)) for stage in stages]

@@ -1,4 +1,4 @@
-"""Parallelization of a model, in six numbered steps from building it to materialising its shards."""
+"""Parallelisation of a model, in six numbered steps from building it to materialising its shards."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def initialize_model_and_parallel_communicator(
     """Prepare ``model`` for parallel training with the global config.
 
     Args:
-        model: Model to prepare; default: that of :func:`create_model`. Copies of a parameter on several ranks get the
-            values of the first of these ranks.
+        model: Model to prepare; default: the model that :func:`create_model` builds. Copies of a parameter on several
+            ranks get the values of the first of these ranks.
 
     Returns:
         The prepared model, and its weight gatherer for :func:`initialize_optimizer`: None unless isp splits weights.
@@ -68,7 +68,7 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     offloading, compile, materialise.
 
     Args:
-        model: Model to prepare; default: that of :func:`create_model`.
+        model: Model to prepare; default: the model that :func:`create_model` builds.
 
     Returns:
         The prepared model.

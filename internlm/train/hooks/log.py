@@ -37,7 +37,7 @@ class LogMemoryPlan(Hook):
 
 
 def _plans(model: nn.Module) -> dict[int, Plan]:
-    """Return memory plans by stage; for a user's own model only that of this rank's stage."""
+    """Return the memory plan of each stage; for a user's own model, return the plan of this rank's stage only."""
     own = _own_inventory(model)
     if own.spec is None:  # other stages are built from the registered model, which may differ from this one
         return {own.stage: memory_plan(own)}
@@ -91,7 +91,9 @@ class ReportTraffic(Hook):
 
 
 class LogMetrics(Hook):
-    """Hook that writes the metrics of each step, on the logging rank, in the order of the published log line.
+    """Hook that writes the metrics of each step; it is added on the logging rank only.
+
+    Keys of the original InternEvo log line come first, in its order.
 
     Args:
         config: Config of the run.
@@ -151,7 +153,12 @@ class LogMetrics(Hook):
 
 
 def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
-    """Return accuracy, perplexity and loss, in total and per type, from a step's ``sums``, [3, types]."""
+    """Return the accuracy, perplexity and loss of a step, and the accuracy, tokens and loss of each data-set type.
+
+    Args:
+        sums: Summed losses, correct predictions and tokens of the step by data-set type, [3, types].
+        types: Names of the data-set types.
+    """
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)
     metrics: dict[str, float | int] = {

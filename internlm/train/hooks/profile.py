@@ -23,9 +23,10 @@ RECORDED = 3
 
 
 class RecordPipeline(Hook):
-    """Hook that records one pipeline step, and draws it as measured and as simulated with the measured costs.
+    """Hook that records one training step of the pipeline, and draws its measured and its simulated timeline.
 
-    Writes ``pipeline.html``, and ``pipeline-trace.json`` for Perfetto or chrome://tracing.
+    The simulation uses the measured costs of the actions. The hook writes ``pipeline.html``, and
+    ``pipeline-trace.json`` for Perfetto or chrome://tracing.
 
     Args:
         stages: Group of the stages of this rank's pipeline.
@@ -73,11 +74,11 @@ class RecordPipeline(Hook):
 
 
 class ProfileRun(Hook):
-    """Hook that writes a torch profiler trace of a few steps, and a report of measured beside planned memory.
+    """Hook that writes a torch profiler trace of a few steps, and a report that compares measured and planned memory.
 
     Args:
         folder: Folder of the trace and of ``memory-rank<rank>.txt``.
-        rank: Rank that is profiled.
+        rank: Rank of this process, part of the file names.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:

@@ -154,7 +154,7 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
         (write_parquet, "", "'id', 'text'"),
     ):
         path = write(tmp_path)
-        said = f"{path}{where}: has no key 'body', only {keys}. Set --text_key to one of these keys"
+        said = f"{path}{where}: has no key 'body', only {keys}. Pass one of these keys as --text_key"
         assert error_of(path, sentencepiece_model, *wrong) == said
 
 
@@ -228,4 +228,4 @@ def test_the_script(tmp_path: Path, sentencepiece_model: Path) -> None:
 
     failed = run_script("--text_input_path", str(tmp_path / "none"), *arguments)
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith(f"{tmp_path}/none: no such file or folder. Set --text_input_path to ")
+    assert failed.stderr.startswith(f"{tmp_path}/none: no such file or folder. Pass existing files ")

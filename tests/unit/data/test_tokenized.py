@@ -176,14 +176,14 @@ TWO = [[1, 2, 3], [4]]
         ([(0, 3), (22, -1)], "sample 1 at byte 22 cannot have -1 tokens in 16 bytes"),
         ([(-1, 3), (22, 1)], "sample 0 at byte -1 cannot have 3 tokens in 23 bytes"),
         ([(0, 3), (38, 0)], "sample 1 at byte 38 cannot have 0 tokens in 0 bytes"),
-        ([(0, 3)], "the last of its 1 samples is not a complete line at the end of the file"),
-        ([], "the last of its 0 samples is not a complete line at the end of the file"),
+        ([(0, 3)], "the last sample (sample 0) does not end where the file ends"),
+        ([], "it lists no samples, but the file is not empty"),
     ],
 )
 def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said: str) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     write_meta(file, rows)
-    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Recreate both")
+    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Recreate the")
 
 
 def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
