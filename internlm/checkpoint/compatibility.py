@@ -1,4 +1,4 @@
-"""Checks that a checkpoint is compatible with the run that loads it, made before any state is changed.
+"""Compatibility checks between a checkpoint and the run that loads it, made before any state is changed.
 
 Each function yields one :class:`Problem` per difference, so that all differences are reported together.
 """

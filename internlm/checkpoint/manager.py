@@ -187,7 +187,7 @@ class CheckpointManager:
         ``load_ckpt_info``.
 
         Returns:
-            Message that names the loaded checkpoint, for the log.
+            Message for the log: the loaded checkpoint, or that there is none.
 
         Raises:
             CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable.

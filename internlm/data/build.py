@@ -23,7 +23,7 @@ def build_train_loader(
     Args:
         data: The ``data`` section of the config; if its ``train_folder`` is None, the samples are random.
         vocab_size: Exclusive upper bound of the token ids.
-        seed: Seed of shuffling and of random samples.
+        seed: Seed for shuffling and for random samples.
         replica: Position of this rank among the data-parallel ranks.
         sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 

@@ -32,7 +32,7 @@ class SampleSource(Protocol):
 
 
 class Purpose(IntEnum):
-    """Purpose of a random stream; streams are independent, so drawing more from one does not shift another."""
+    """Purpose of a random stream; streams are independent, so drawing from one stream does not advance the others."""
 
     ORDER = 0  # order of the samples in an epoch
     LENGTHS = 1  # lengths of random samples
@@ -57,7 +57,7 @@ class RandomSource:
     ``fixed_length`` every sample has exactly ``seq_len`` tokens instead, drawn uniformly and independently.
 
     Args:
-        seed: Seed of lengths and tokens.
+        seed: Seed for the lengths and the tokens.
         vocab_size: Exclusive upper bound of the token ids.
         seq_len: Maximum number of tokens of a sample.
         fixed_length: Draw ``seq_len`` uniform tokens for every sample.
