@@ -58,7 +58,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
     a = arguments
     table = _table(a)
     if not (a.forward or a.backward or a.weight):
-        raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Set at least one of them above 0"))
+        raise UserError(Problem("--forward, --backward, --weight", "all are 0", "Pass at least one value above 0"))
     costs = Costs.uniform(table.stage_layout.virtual_stages, a.forward, a.backward, a.weight, a.transfer)
     timelines = [("", simulate(table, costs))]
     if a.write_csv:
@@ -73,7 +73,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
 
 
 def _table(a: argparse.Namespace) -> Table:
-    """Build the schedule table from the config and the options; options take precedence."""
+    """Build the action table of the schedule from the config and the options; options take precedence."""
     schedule, csv, stages, chunks, micro_batches = a.kind, a.csv, a.stages, a.chunks, a.micro_batches
     if a.config:
         config = load_config(a.config, a.set, a.world, a.device)
@@ -84,14 +84,14 @@ def _table(a: argparse.Namespace) -> Table:
             schedule = schedule_of(pipeline.mode, config.model.num_chunks)
             csv = Path(pipeline.table) if pipeline.table else None
     elif a.set or a.world:
-        raise ConfigError(Problem("internlm schedule", "--set and --world need a config", "Name a config file"))
+        raise ConfigError(Problem("internlm schedule", "--set and --world need a config", "Pass a config file"))
     if not (schedule or csv) or not stages or not micro_batches:
-        todo = "Name a config file, or give --kind (or --csv), --stages and --micro-batches"
+        todo = "Pass a config file, or --kind (or --csv), --stages and --micro-batches"
         raise ConfigError(Problem("internlm schedule", "no schedule is given", todo))
     pairs = stages * (chunks or 1) * micro_batches
     if pairs > MOST_PAIRS:
         what = f"{pairs} pairs of virtual stage and micro-batch are more than the maximum {MOST_PAIRS}"
-        raise UserError(Problem("--stages, --chunks, --micro-batches", what, "Lower one of these"))
+        raise UserError(Problem("--stages, --chunks, --micro-batches", what, "Lower one of them"))
     if csv:
         return read_table(csv, stages, chunks or 1, micro_batches)
     return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)
@@ -101,7 +101,7 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Give a writable path")) from None
+        raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Pass a writable path")) from None
 
 
 # -- tokenize ---------------------------------------------------------------------------------------------------------

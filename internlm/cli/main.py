@@ -38,7 +38,7 @@ COMMANDS = (
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
     Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),
-    Command("verify", "compare several ranks with one", parsers.verify, "internlm.cli.commands:verify"),
+    Command("verify", "compare a multi-rank with a single-rank run", parsers.verify, "internlm.cli.commands:verify"),
 )
 
 

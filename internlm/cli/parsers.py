@@ -130,7 +130,7 @@ def schedule(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenize(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``internlm tokenize``, spelt with underscores as in the published tool."""
+    """Add the arguments of ``internlm tokenize``, whose names have underscores for compatibility with older scripts."""
     parser.description = (
         "Turn text files into a tokenized .bin file and its .bin.meta, to be put below data.train_folder."
     )

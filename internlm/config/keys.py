@@ -61,7 +61,7 @@ def is_section(key: str) -> bool:
 
 
 def is_free_dict(key: str) -> bool:
-    """Return True if ``key`` is a dict that may have any names, such as ``model.moe_layer_kwargs``."""
+    """Return True if ``key`` holds a dict with arbitrary keys, such as ``model.moe_layer_kwargs``."""
     return key in fields() and get_origin(fields()[key].annotation) is dict
 
 
@@ -73,7 +73,10 @@ def children(section: str) -> list[str]:
 
 
 def is_of_list(key: str) -> bool:
-    """Return True if ``key`` is a field of list items, which cannot be set without the whole list."""
+    """Return True if ``key`` is a field of the items of a list, such as ``optimizer.param_groups.pattern``.
+
+    Such a key cannot be set by itself, only as part of the whole list.
+    """
     section = fields().get(key.rpartition(".")[0])
     return section is not None and get_origin(section.annotation) is tuple
 

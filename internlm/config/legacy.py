@@ -92,7 +92,7 @@ def _drop_ignored(config: NestedDict, findings: Findings) -> None:
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
-    """Remove ``sequence_parallel``, which the tensor-parallel mode implies.
+    """Remove ``parallel.sequence_parallel``, whose value the tensor-parallel mode implies.
 
     All modes but mtp split sequences. If no mode is given, True sets msp and False sets mtp.
     """
@@ -124,7 +124,7 @@ def _respell_values(config: NestedDict) -> None:
 
 
 def _drop_unset(config: NestedDict) -> None:
-    """Remove keys that are None although the schema does not accept None for them: this means "not set"."""
+    """Remove every key that is None although the schema does not accept None for it; such a key counts as not set."""
     for key in keys.fields():
         if get(config, key, ABSENT) is None and not keys.takes_none(key):
             pop(config, key)

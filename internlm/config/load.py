@@ -36,7 +36,7 @@ def load_file(path: str | Path) -> NestedDict:
     """Execute a config file and return its config keys with their values.
 
     Config keys are the lower-case names at the top level, and ``JOB_NAME``. UPPER_CASE names, names with a leading
-    underscore, modules, functions and classes are the file's own and are left out.
+    underscore, modules, functions and classes are not config keys and are left out.
 
     Raises:
         ConfigError: The file is missing, is not Python, or fails when executed.
@@ -62,7 +62,7 @@ def _is_config_key(name: str, value: Any) -> bool:
 def _read(path: Path) -> bytes:
     # A checkpoint folder or a YAML file would give a syntax error that explains nothing.
     if path.suffix != ".py" and os.path.exists(path):
-        raise ConfigError(Problem(str(path), "not a Python file", "Give a config file that ends in .py"))
+        raise ConfigError(Problem(str(path), "not a Python file", "Pass a config file that ends in .py"))
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -90,11 +90,11 @@ def _compile(path: Path, source: bytes) -> CodeType:
         todo = f"Check with: python -m py_compile {path}"
         raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", todo)) from None
     except ValueError as error:  # null bytes, before Python 3.12
-        raise ConfigError(Problem(str(path), str(error), "Give a Python source file")) from None
+        raise ConfigError(Problem(str(path), str(error), "Pass a Python source file")) from None
 
 
 def _failure(path: Path, error: BaseException) -> Problem:
-    """Convert an exception of the executed file to a problem at the innermost traceback line within the file."""
+    """Convert an exception raised by a config file to a problem at the innermost traceback line in that file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", f"For the traceback, run: python {path}")
 
@@ -156,7 +156,7 @@ def _is_known(key: str) -> bool:
 
 
 def _suggestion(key: str) -> str:
-    """Suggest a key of the same name in another section, or the most similar key of the same section."""
+    """Suggest known keys for the unknown ``key``: its name in other sections, or a similar key in its own section."""
     section, _, _ = key.rpartition(".")
     if section and not keys.is_section(section):
         return did_you_mean(key, keys.fields())

@@ -36,7 +36,7 @@ _TYPE_NAMES = {
 
 
 def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
-    """Convert a pydantic error to problems, and also return the set of invalid keys."""
+    """Convert pydantic's ``ValidationError`` to problems, and also return the set of invalid keys."""
     by_key: dict[str, list[Any]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key(detail), []).append(detail)
@@ -46,7 +46,10 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
 
 
 def _key(detail: Any) -> str:
-    """Return the dotted key of a pydantic error: the longest known prefix of its location, or the unknown key."""
+    """Return the dotted key of ``detail``, an entry of ``ValidationError.errors()``.
+
+    This is the longest known prefix of the location or, for an unknown key, the whole location.
+    """
     # pydantic's location also holds indices of lists and tags of unions, which are not part of a key.
     location = [name for name in detail["loc"] if isinstance(name, str)]
     if detail["type"] in (UNKNOWN, BAD_NAME):
@@ -81,13 +84,13 @@ def _problem(key: str, details: Iterable[Any]) -> Problem:
     if detail["type"] in (UNKNOWN, BAD_NAME):
         return Problem(key, "unknown key", _where_it_belongs(key))
     if detail["type"] == MISSING:
-        return Problem(key, f"missing ({keys.meaning(key)})", f"Give {_wanted(key)}")
+        return Problem(key, f"missing ({keys.meaning(key)})", f"Set it to {_wanted(key)}")
     short = reprlib.repr(value)
     if _is_other_text(detail):
-        return Problem(key, f"{short} is unknown", f"Give {keys.expected(key)}")
+        return Problem(key, f"{short} is unknown", f"Set it to {keys.expected(key)}")
     if detail["type"] in OUT_OF_RANGE:
-        return Problem(key, f"{short} is {OUT_OF_RANGE[detail['type']]}", f"Give {keys.expected(key)}")
-    return Problem(key, f"{short} is {_type_name(value)}", f"Give {_wanted(key)}")
+        return Problem(key, f"{short} is {OUT_OF_RANGE[detail['type']]}", f"Set it to {keys.expected(key)}")
+    return Problem(key, f"{short} is {_type_name(value)}", f"Set it to {_wanted(key)}")
 
 
 def _wanted(key: str) -> str:
@@ -97,7 +100,7 @@ def _wanted(key: str) -> str:
 
 
 def _where_it_belongs(key: str) -> str:
-    """Suggest keys of the same name in other sections, or the most similar name in the same section."""
+    """Suggest keys with the name of the unknown ``key`` in other sections, or a similar name in its own section."""
     section, _, name = key.rpartition(".")
     todo = belongs_elsewhere(key)
     if section:
@@ -107,7 +110,7 @@ def _where_it_belongs(key: str) -> str:
 
 
 def belongs_elsewhere(key: str) -> str:
-    """Suggest keys of the same name in other sections.
+    """Suggest keys that have the name of the unknown ``key`` but are in other sections.
 
     Returns:
         The suggestion, or an empty string if there is no such key. The string is also empty if there are several and

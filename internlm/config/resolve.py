@@ -39,10 +39,10 @@ OVERLAPS = (f"{ZERO}.overlap_sync_grad", f"{ZERO}.overlap_sync_param")
 
 @dataclass(frozen=True)
 class Derivation:
-    """Default value that is computed from other keys.
+    """Computation of the default of the key ``target`` from other keys.
 
-    If the key ``target`` is not given, it is set to ``value(config, run)`` unless that is None. ``reads`` names the
-    keys and the :class:`RunInfo` fields that ``value`` reads.
+    If ``target`` is not given, it is set to the result of ``value(config, run)``; None leaves it unset. ``reads`` names
+    the keys and the :class:`RunInfo` fields that ``value`` reads.
     """
 
     target: str

@@ -50,8 +50,10 @@ class NoEffect:
 
 
 NO_EFFECT = (
-    NoEffect("model.mlp_layer_fusion", "gate and up projection are always one GEMM", lambda fused: not fused),
-    NoEffect("model.enable_qkv_fusion", "query, key and value projection are always one GEMM", lambda fused: not fused),
+    NoEffect("model.mlp_layer_fusion", "gate and up projections are always one GEMM", lambda fused: not fused),
+    NoEffect(
+        "model.enable_qkv_fusion", "query, key and value projections are always one GEMM", lambda fused: not fused
+    ),
     NoEffect("ckpt.async_upload", "checkpoints are saved synchronously"),
     NoEffect("ckpt.oss_snapshot_freq", "no snapshots are saved between checkpoints"),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),

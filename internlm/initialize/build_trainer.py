@@ -31,7 +31,7 @@ def initialize_trainer(
     criterion: TokenCrossEntropy | None = None,
     types: int = 1,
 ) -> Trainer:
-    """Build a :class:`Trainer` with the scheduler of the global config.
+    """Build a :class:`Trainer` with the scheduler that the global config selects.
 
     Args:
         model: Initialised model with its communicators.
@@ -83,7 +83,7 @@ def _check_agreement(table: Table) -> None:
 
 
 def _channels(schedule: str) -> Channels:
-    """Open the channels to and from the stages before and after this one.
+    """Open the channels to and from the previous and next pipeline stages.
 
     In an interleaved schedule the last stage sends to the first, which holds the next chunk.
     """

@@ -109,7 +109,7 @@ def read_slurm_environment(environment: Mapping[str, str], host: str | None, por
     try:
         first_host = expand_host_list(environment["SLURM_JOB_NODELIST"])[0]
     except ValueError as error:
-        raise LaunchError(Problem("SLURM_JOB_NODELIST", str(error), "Give rank 0's host with --host")) from None
+        raise LaunchError(Problem("SLURM_JOB_NODELIST", str(error), "Pass rank 0's host with --host")) from None
     return ProcessInfo(
         rank=_integer(environment, "SLURM_PROCID"),
         world_size=_integer(environment, "SLURM_NPROCS"),
@@ -131,7 +131,7 @@ def check_process(process: ProcessInfo) -> None:
             raise LaunchError(Problem(name, message, HOW_TO_START))
     if process.port not in range(1, 2**16):
         message = f"expected a port from 1 to 65535, got {process.port}"
-        raise LaunchError(Problem("port", message, "Start with torchrun --standalone, or give --port"))
+        raise LaunchError(Problem("port", message, "Start with torchrun --standalone, or pass a valid --port"))
 
 
 def _require_variables(names: Sequence[str], environment: Mapping[str, str]) -> None:

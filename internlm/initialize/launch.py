@@ -165,7 +165,7 @@ def _check_arguments(backend: str, seed: int) -> None:
 def _check_devices(process: ProcessInfo) -> None:
     devices = accelerator.device_count()
     if devices is not None and process.local_rank >= devices:
-        message = f"must be less than the number of devices on this machine, {devices}, got {process.local_rank}"
+        message = f"must be less than the number of devices on this machine ({devices}), got {process.local_rank}"
         raise LaunchError(Problem("LOCAL_RANK", message, f"Start at most {devices} processes per machine"))
 
 
@@ -186,7 +186,7 @@ def _check_agreement(config: Config, seed: int) -> None:
     for setting in own:
         values = [of_rank[setting] for of_rank in all_ranks]
         if len(set(values)) > 1:
-            todo = "Give every rank the same file, overrides and seed"
+            todo = "Pass the same config file, overrides and seed on every rank"
             problems.append(Problem(setting, f"differs between ranks ({format_by_rank(values)})", todo))
     if problems:
         raise ConfigError(*problems)
@@ -196,7 +196,7 @@ def _check_agreement(config: Config, seed: int) -> None:
 def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequence[str]) -> Config:
     """Resolve and check the config; ``process`` is None if the world size is unknown."""
     if config is None:  # the default of --config
-        raise ConfigError(Problem("--config", "not given", "Name a config file, such as configs/demo.py"))
+        raise ConfigError(Problem("--config", "not given", "Pass a config file, such as configs/demo.py"))
     keys = config.model_dump() if isinstance(config, Config) else config
     world_size = process.world_size if process else None
     result = resolve(keys, overrides, world_size=world_size, device_type=accelerator.device_type())
@@ -223,7 +223,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         # torch has no exception class for a port in use.
         in_use = "EADDRINUSE" in str(error)
         message = "is in use" if in_use else f"cannot be reached ({str(error).splitlines()[0]})"
-        todo = "Choose another port with --port" if in_use else "Check --host and --port, and that rank 0 runs"
+        todo = "Choose another port with --port" if in_use else "Check --host and --port, and that rank 0 is running"
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
         atexit.register(_leave)
@@ -247,7 +247,7 @@ def _leave() -> None:
     """Destroy gloo's process groups before the interpreter ends.
 
     The threads of a group end with the last reference to it; a thread that frees a tensor while the interpreter shuts
-    down aborts the process. With NCCL, this call would block until every other rank makes it too, and a failed rank
+    down aborts the process. NCCL groups are not destroyed: this would block until all ranks do so, and a failed rank
     never does.
     """
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Rules that relate config keys: one function each, in tables that list the keys each function reads."""
+"""Consistency rules across config keys: one function per rule, in tables that list the keys each function reads."""
 
 from internlm.config.rules.parallel_rules import RULES as PARALLEL_RULES
 from internlm.config.rules.rule import Rule as Rule

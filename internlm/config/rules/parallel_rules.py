@@ -14,7 +14,10 @@ MODE = "parallel.tensor.mode"
 
 
 def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the tensor size divides the heads and kv heads; under isp it may be a multiple of the kv heads."""
+    """Check that the numbers of query and key/value heads are divisible by the tensor-parallel size.
+
+    Under isp, the size may also be a multiple of the number of key/value heads.
+    """
     size, heads, kv_heads = config.parallel.tensor.size, config.model.num_attention_heads, config.model.kv_heads
     isp = config.parallel.tensor.mode == "isp"
     # isp: the all-to-all around attention moves whole heads (DeepSpeed-Ulysses, arXiv 2309.14509).
@@ -25,14 +28,18 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
 
 
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the tensor size divides the feed-forward width and, if it is split too, the hidden size."""
+    """Check that every split width of the model is divisible by the tensor-parallel size.
+
+    The feed-forward width is always split, the hidden size only if the embedding is split along it. Under isp, any
+    width is valid.
+    """
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
     # isp shards the rows of each weight and pads the last shard, so any size is valid.
     if mode == "isp":
         return
     if model.intermediate_size % size:
         what = f"the feed-forward width {model.intermediate_size} is not divisible by {size}"
-        yield Problem(TENSOR, what, f"Make model.multiple_of a multiple of {size}")
+        yield Problem(TENSOR, what, f"Set model.multiple_of to a multiple of {size}")
     # A tied embedding is also the output head, which is always split over the (padded) vocabulary.
     if model.embed_split_hidden and not model.tie_word_embeddings and model.hidden_size % size:
         what = f"model.hidden_size = {model.hidden_size}, over which the embedding is split, is not divisible by {size}"
@@ -48,12 +55,12 @@ def every_stage_has_layers(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def world_size_is_divisible(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the world size is divisible by pipeline size · tensor size."""
+    """Check that the world size is divisible by ``pipeline.size`` · ``tensor.size``."""
     yield from _world_problem(config, run, "tensor", config.parallel.tensor.size)
 
 
 def world_size_is_divisible_by_weight(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that, under isp, the world size is divisible by pipeline size · weight size."""
+    """Check that, under isp, the world size is divisible by ``pipeline.size`` · ``weight.size``."""
     if config.parallel.tensor.mode == "isp" and config.parallel.weight.size > 1:
         yield from _world_problem(config, run, "weight", config.parallel.weight.size)
 
@@ -87,12 +94,15 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
     sizes = {"weight": config.parallel.weight.size, "expert_weight": config.parallel.expert_weight.size}
     for name, size in sizes.items():
         if size > 1 and mode != "isp":
-            what = f"{size}, but weight parallelism needs parallel.tensor.mode = 'isp', not {mode!r}"
+            what = f"{size} requires parallel.tensor.mode = 'isp', got {mode!r}"
             yield Problem(f"parallel.{name}.size", what, "Set the mode to 'isp', or the size to 1")
 
 
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that there are at least as many micro-batches as stages; if interleaved, a multiple of the stages."""
+    """Check that a step has at least one micro-batch per pipeline stage.
+
+    The interleaved schedule also requires that the number of stages divides the number of micro-batches.
+    """
     count, stages = config.data.micro_num, config.parallel.pipeline.size
     # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of one micro-batch per stage.
     interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
@@ -108,10 +118,10 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that no batch-size warm-up is set with a schedule table, which has a fixed number of micro-batches."""
+    """Check that batch-size warm-up is not combined with a custom schedule, which fixes the number of micro-batches."""
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
-        what = f"{ramp!r} changes the number of micro-batches, but parallel.pipeline.table is made for {count}"
+        what = f"{ramp!r} changes the number of micro-batches, which parallel.pipeline.table fixes at {count}"
         yield Problem("data.rampup_batch_size", what, "Remove one of the two keys")
 
 
@@ -126,7 +136,7 @@ def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that an explicit partition has one count per virtual stage, and that the counts add up to all layers."""
+    """Check that an explicit partition has one layer count per virtual stage and adds up to ``num_layers``."""
     partition, layers = config.parallel.pipeline.partition, config.model.num_layers
     if isinstance(partition, str):
         return
@@ -134,16 +144,17 @@ def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
     where, counts = "parallel.pipeline.partition", list(partition)
     if len(partition) != stages * chunks:
         what = f"expected pipeline.size · num_chunks = {stages} · {chunks} layer counts, got {len(counts)}: {counts}"
-        yield Problem(where, what, "Give one count per stage and chunk")
+        yield Problem(where, what, "Set one layer count per virtual stage")
     if min(partition, default=1) < 1:
-        yield Problem(where, f"{counts} has a virtual stage without layers", "Give every stage at least 1 layer")
+        todo = "Give every virtual stage at least 1 layer"
+        yield Problem(where, f"{counts} has a virtual stage without layers", todo)
     if sum(partition) != layers:
         what = f"{counts} adds up to {sum(counts)}, but model.num_layers = {layers}"
         yield Problem(where, what, f"Make the counts add up to {layers}, or change model.num_layers")
 
 
 def sequence_divides(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the tensor size divides the sequence length under msp, fsp and isp, which split sequences."""
+    """Check that the sequence length is divisible by ``tensor.size`` under msp, fsp and isp, which split sequences."""
     length, tensor = config.data.seq_len, config.parallel.tensor
     if tensor.mode != "mtp" and length % tensor.size:
         what = f"{length} is not divisible by parallel.tensor.size = {tensor.size}, over which {tensor.mode} splits it"
@@ -151,10 +162,10 @@ def sequence_divides(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that 2D sequence parallelism runs under isp, with head size · context size = tensor size."""
+    """Check that 2D sequence parallelism is used under isp only, with head_size · context_size = ``tensor.size``."""
     grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
     if grid.enable and tensor.mode != "isp":
-        what = f"needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
+        what = f"requires parallel.tensor.mode = 'isp', got {tensor.mode!r}"
         yield Problem("parallel.sequence_2D", what, "Set the mode to 'isp', or sequence_2D.enable to False")
     product = grid.head_size * grid.context_size
     if grid.enable and product != tensor.size:

@@ -1,4 +1,4 @@
-"""Types and helpers shared by all rules: the rule, the run info, and formatting of numbers in messages."""
+"""Types and helpers shared by all config rules: ``Rule``, ``RunInfo``, and formatting of numbers in messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICE_TYPE = "device_type"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Run info outside the config: world size and device type.
+    """Properties of a run that its config does not contain: world size and device type.
 
     None means unknown: rules and derivations that read the field are skipped.
     """

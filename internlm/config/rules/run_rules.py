@@ -49,7 +49,10 @@ def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``cpu_offloading`` is at most ``num_layers``; a model chunk with fewer blocks offloads all of them."""
+    """Check that ``cpu_offloading`` is at most ``num_layers``.
+
+    A model chunk may have fewer than ``cpu_offloading`` blocks; the activations of all its blocks are then offloaded.
+    """
     offloaded, layers = config.model.cpu_offloading, config.model.num_layers
     if offloaded > layers:
         what = f"{offloaded} is more than num_layers = {layers}"
@@ -59,7 +62,7 @@ def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
 def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that ``checkpoint`` is not ``selective`` for compiled blocks: the compiler chooses what they save."""
     if (config.model.compile, config.model.checkpoint) == (True, "selective"):
-        what = "'selective' has no effect with model.compile = True, where the compiler chooses the saved activations"
+        what = "'selective' has no effect with model.compile = True: the compiler chooses the saved activations"
         yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
 
 
@@ -118,7 +121,7 @@ def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
             re.compile(pattern)
         except re.error as error:
             what = f"{error.pattern!r} is not a valid regular expression ({error})"
-            yield Problem("optimizer.param_groups", what, "Escape special characters, such as \\( for a bracket")
+            yield Problem("optimizer.param_groups", what, "Escape special characters, such as \\( for a parenthesis")
 
 
 def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -131,11 +134,11 @@ def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that a folder and an interval are given if checkpoints are saved."""
-    ckpt = config.ckpt
+    ckpt, what = config.ckpt, "missing, but ckpt.enable_save_ckpt is True"
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
-        yield Problem("ckpt.save_ckpt_folder", "missing, but ckpt.enable_save_ckpt is True", "Give a folder")
+        yield Problem("ckpt.save_ckpt_folder", what, "Set it to a folder")
     if ckpt.enable_save_ckpt and ckpt.checkpoint_every is None:
-        yield Problem("ckpt.checkpoint_every", "missing, but ckpt.enable_save_ckpt is True", "Give a number of steps")
+        yield Problem("ckpt.checkpoint_every", what, "Set it to a number of steps")
 
 
 def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -143,7 +146,7 @@ def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
     alert = config.monitor.alert
     if alert.enable_feishu_alert and not alert.feishu_alert_address:
         what = "missing, but monitor.alert.enable_feishu_alert is True"
-        yield Problem("monitor.alert.feishu_alert_address", what, "Give the address of a webhook")
+        yield Problem("monitor.alert.feishu_alert_address", what, "Set it to the URL of a webhook")
 
 
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:

@@ -36,12 +36,12 @@ class ModelConfig(Section):
     max_position_embeddings: Count = 2048
     """Context length that the model is designed for, in tokens. Dynamic NTK scaling starts beyond it."""
     num_chunks: Count = 1
-    """Number of model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV has 2."""
+    """Number of model chunks (virtual stages) per pipeline rank. More than 1 makes 1F1B interleaved; ZBV needs 2."""
     # bool is listed because pydantic, in strict mode, accepts True neither as a fraction nor as a string.
     checkpoint: bool | Fraction | Literal["selective"] = False
     """Activation checkpointing (recompute). True: all blocks; False: none; a fraction: that share of the blocks,
     spread evenly (0.5: every second block); ``selective``: in every block, save the outputs of the weight GEMMs and
-    recompute the rest. Recompute of all blocks costs about a third more compute."""
+    recompute the rest. Recomputing all blocks costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
     """Number of leading blocks of each model chunk whose saved activations are offloaded to host memory until the
     backward pass. Saves device memory, at the cost of two copies per activation."""
@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """Compile each block with ``torch.compile``. The first steps take longer."""
     dtype: Dtype | None = None
     """Dtype of parameters and activations. Default: ``torch.bfloat16`` on CUDA, ``torch.float32`` on the CPU.
-    ``torch.tf32`` is float32 with TF32 matrix products allowed; ``torch.float16`` uses the loss scale of
+    ``torch.tf32`` is float32 with TF32 matmuls allowed; ``torch.float16`` uses the loss scale of
     ``grad_scaler``."""
     norm_type: NormType = "rmsnorm"
     """Normalisation: RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450)."""
@@ -62,7 +62,8 @@ class ModelConfig(Section):
     apply_post_layer_norm: bool = False
     """Normalise after each residual sum (post-norm) instead of before each sub-layer (pre-norm)."""
     no_bias: bool | None = None
-    """True: no projection has a bias. Default: set by the model type."""
+    """Omit the biases of all projections, whatever ``qkv_bias``, ``o_bias`` and ``mlp_bias`` are. False or None: these
+    three keys decide."""
     qkv_bias: bool | None = None
     """Whether the query/key/value projection has a bias. Default: set by the model type."""
     o_bias: bool | None = None
@@ -74,7 +75,8 @@ class ModelConfig(Section):
     use_flash_attn: bool = True
     """Allow the flash-attn kernels. If they are not allowed or not installed, other kernels are used."""
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel. ``auto`` chooses the fastest available one; for any other, the run fails if it is missing."""
+    """Attention kernel. ``auto`` chooses the fastest available kernel. The run fails if a kernel chosen by name is not
+    available."""
     parallel_output: bool = True
     """Keep the logits split over the tensor group instead of gathering them for the loss."""
     embed_split_hidden: bool = True
@@ -89,7 +91,7 @@ class ModelConfig(Section):
     rope_base: Positive = 10000.0
     """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False
-    """Raise the rotary base with the sequence length beyond ``max_position_embeddings`` (dynamic NTK scaling)."""
+    """Increase the rotary base for sequences longer than ``max_position_embeddings`` (dynamic NTK scaling)."""
     rope_scaling_factor: Positive = 1.0
     """Divisor of the positions (linear scaling, arXiv 2306.15595), or the factor of dynamic NTK scaling."""
     use_sliding_window: bool = False
@@ -97,9 +99,9 @@ class ModelConfig(Section):
     sliding_window: Count | None = None
     """Width of the attention window in tokens."""
     mlp_layer_fusion: bool = True
-    """Compute gate and up projection as one GEMM."""
+    """Compute the gate and up projections as one GEMM."""
     enable_qkv_fusion: bool = True
-    """Compute query, key and value projection as one GEMM."""
+    """Compute the query, key and value projections as one GEMM."""
     norm_head: bool = False
     """Normalise each row of the output head's weight (Baichuan 2, arXiv 2309.10305)."""
     # Makes the initial variance of the residual stream independent of depth.

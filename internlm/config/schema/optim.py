@@ -39,7 +39,7 @@ class AdamConfig(Section):
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay: each step multiplies parameters by 1 − lr · ``weight_decay``."""
     decay_norm_and_bias: bool = True
-    """Apply weight decay also to norm weights and biases."""
+    """Apply weight decay to norm weights and biases too."""
 
 
 class ParamGroupConfig(Section):
@@ -75,7 +75,7 @@ class OptimizerConfig(Section):
 
 
 class LRSchedulerConfig(Section):
-    """Learning-rate schedule: zero for ``init_steps``, then linear warm-up, then decay to ``eta_min``."""
+    """Settings of the learning-rate schedule: zero for ``init_steps``, linear warm-up, then decay to ``eta_min``."""
 
     total_steps: Count | None = None
     """Length of the schedule in steps. Default: ``data.total_steps``."""
@@ -95,43 +95,44 @@ class LRSchedulerConfig(Section):
 
 
 class Beta2SchedulerConfig(Section):
-    """Schedule of AdamW's beta2: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
+    """Settings of the schedule of AdamW's beta2: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
 
     init_beta2: Decay | None = None
     """Lower bound of beta2. Default: ``adam.adam_beta2``."""
     c: Finite | None = None
-    """Exponent c. Default: ``adam.adam_beta2_c``."""
+    """Exponent c of the schedule 1 − step^(−c). Default: ``adam.adam_beta2_c``."""
     cur_iter: LastStep = -1
     """Step of the schedule that precedes the first step of the run. −1: start at the beginning of the schedule."""
 
 
 class HybridZeroConfig(Section):
-    """ZeRO optimizer: buckets, overlap of communication and compute, gradient clipping."""
+    """Settings of the ZeRO optimizer: buckets, overlap of communication and compute, gradient clipping."""
 
     overlap_sync_grad: bool = False
     """Reduce each bucket of gradients as soon as it is complete, while the backward pass continues."""
     overlap_sync_param: bool = False
-    """All-gather the buckets of updated parameters during the next forward pass, one bucket ahead of their use."""
+    """All-gather the updated parameters of each block during the next forward pass, while the preceding block runs."""
     reduce_bucket_size: Count | None = None
-    """Largest number of elements reduced in one collective. Default: 512 Mi elements, 16 Mi with either overlap."""
+    """Largest number of elements reduced in one collective. Default: 16 Mi elements with ``overlap_sync_grad`` or
+    ``overlap_sync_param``, else 512 Mi."""
     all_gather_size: Count | None = None
     """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. A bucket is reduced
     and all-gathered as a whole, so the smaller of the two sizes applies."""
     clip_grad_norm: NonNegative = 0.0
     """Maximum global gradient norm: gradients of a larger norm are scaled down to it. 0: no clipping."""
     use_split_tensor_optim: bool = True
-    """Shard buckets evenly by elements. False: shard by whole parameters, which Muon always requires."""
+    """Shard buckets evenly by elements. False: shard them by whole parameters, as buckets of Muon always are."""
     # bfloat16 has 8 significant bits: sums over many micro-batches lose small terms.
     fp32_grad_accum: bool = True
-    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: in the parameter's dtype, with
-    half the memory and less precision."""
+    """Accumulate the gradients of bfloat16 and float16 parameters in float32. False: accumulate them in the
+    parameter's dtype, which halves their memory but loses precision."""
     # A loss scale falls from its initial value to 1 in about 16 skipped steps; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
     """Number of consecutive steps skipped for a non-finite gradient norm after which the run stops with an error."""
 
 
 class FP16Config(Section):
-    """Dynamic loss scale of float16."""
+    """Settings of the dynamic loss scale for float16."""
 
     initial_scale: Positive = 2**16
     """Loss scale at the start."""
@@ -142,22 +143,23 @@ class FP16Config(Section):
 
 
 class GradScalerConfig(Section):
-    """Loss scale, used with ``model.dtype = "torch.float16"`` only; otherwise it is 1."""
+    """Settings of the loss scale for ``model.dtype = "torch.float16"``. With other dtypes, the loss scale is 1."""
 
     fp16: FP16Config = FP16Config()
-    """Dynamic loss scale of float16."""
+    """Settings of the dynamic loss scale for float16."""
     growth_factor: MoreThanOne = 2
     """Factor by which the loss scale grows."""
     backoff_factor: Shrinking = 0.5
-    """Factor by which an overflow lowers the loss scale; see ``hysteresis``."""
+    """Factor by which the loss scale is multiplied after an overflow; see ``hysteresis``."""
     max_scale: Positive = 2**24
     """Largest loss scale."""
     hysteresis: Count = 2
-    """Number of overflows since the last growth that lowers the loss scale; every further one lowers it again."""
+    """Number of overflows after which the loss scale is lowered, counted since it last grew. Every further overflow
+    lowers it again."""
 
 
 class LossConfig(Section):
-    """Token cross-entropy, averaged over the valid tokens of the global batch."""
+    """Settings of the loss: token cross-entropy, averaged over the valid tokens of the global batch."""
 
     label_smoothing: Decay = 0.0
     """Probability mass spread evenly over the vocabulary (arXiv 1512.00567)."""

@@ -13,7 +13,7 @@ LaunchPlace = Literal["wqkv", "attn", "wo", "w1"]
 
 
 class Zero1Config(Section):
-    """Sharding of the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
+    """Settings for sharding the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
 
     size: int = -1
     """Number of ranks over which the optimizer state is sharded. 0 or less: the whole data group (under isp, the
@@ -24,23 +24,23 @@ class Zero1Config(Section):
 
 
 class TensorConfig(Section):
-    """Splitting of each layer over a tensor group."""
+    """Settings of tensor parallelism, which splits each layer over a group of ranks."""
 
     size: Count = 1
     """Number of ranks in a tensor group."""
     mode: TensorMode = "mtp"
-    """Tensor-parallel mode. ``mtp``: Megatron tensor parallelism (arXiv 1909.08053). ``msp``: with sequence parallelism
-    (arXiv 2205.05198). ``fsp``: as msp, but the backward pass gathers the input again instead of saving it. ``isp``:
-    sequence-parallel activations with sharded weights (arXiv 2401.09149)."""
+    """Tensor-parallel mode. ``mtp``: Megatron tensor parallelism (arXiv 1909.08053). ``msp``: mtp with sequence
+    parallelism (arXiv 2205.05198). ``fsp``: msp that saves only this rank's shard of each input and gathers the whole
+    input again in the backward pass. ``isp``: sequence-parallel activations with sharded weights (arXiv 2401.09149)."""
 
 
 class PipelineConfig(Section):
-    """Splitting of the model's layers into pipeline stages."""
+    """Settings of pipeline parallelism, which splits the layers of the model into stages."""
 
     size: Count = 1
     """Number of pipeline stages."""
     interleaved_overlap: bool = False
-    """Overlap sends and receives with compute in the interleaved schedule; all other schedules always do."""
+    """Overlap sends and receives with compute in the interleaved schedule; all other schedules always overlap them."""
     mode: PipelineMode = "1F1B"
     """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
     ``ZBV`` (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
@@ -54,7 +54,7 @@ class PipelineConfig(Section):
 
 
 class WeightConfig(Section):
-    """Sharding of weights under isp, and its overlap with compute."""
+    """Settings for sharding weights under isp, and for overlapping their all-gathers with compute."""
 
     size: Count = 1
     """Number of ranks over which each weight is sharded. More than 1 needs ``parallel.tensor.mode = "isp"``."""
@@ -64,13 +64,13 @@ class WeightConfig(Section):
     """All-gather into a fixed set of buffers instead of allocating memory for every all-gather."""
     # Late enough to hold the weights of two blocks only briefly, early enough to hide the all-gather behind the MLP.
     launch_allgather_before: LaunchPlace = "wo"
-    """Module of a block before which the all-gather of the next block is launched."""
+    """Launch the all-gather of the next block's weights before this module of the current block runs."""
     forward_overlap_per: Literal["layer", "module"] = "layer"
     """Unit of prefetching in the forward pass: a block (``layer``) or one linear (``module``)."""
 
 
 class ExpertConfig(Section):
-    """Distribution of experts over ranks."""
+    """Settings of expert parallelism, which distributes experts over ranks."""
 
     size: int = -1
     """Number of ranks over which the experts are distributed. −1: min(data · tensor, ``model.num_experts``)."""
@@ -79,16 +79,16 @@ class ExpertConfig(Section):
 
 
 class PlacementStrategy(Section):
-    """Order of the ranks of a two-dimensional sequence group."""
+    """Settings for the order of ranks in two-dimensional sequence parallelism."""
 
     head_first: bool = True
-    """True: consecutive ranks form the groups that split the heads. False: those that split the context."""
+    """True: consecutive ranks split the heads. False: consecutive ranks split the context."""
     interleaved: bool = False
     """Interleave the ranks of the context groups."""
 
 
 class Sequence2DConfig(Section):
-    """Attention split over heads and context at once."""
+    """Settings of two-dimensional sequence parallelism, which splits attention over heads and context; needs isp."""
 
     enable: bool = False
     """Enable two-dimensional sequence parallelism."""
@@ -99,26 +99,26 @@ class Sequence2DConfig(Section):
     window_size: Count = 1
     """Number of ranks in an inner ring of a context group."""
     device_placement_strategy: PlacementStrategy = PlacementStrategy()
-    """Order of the ranks."""
+    """Settings for the order of ranks in two-dimensional sequence parallelism."""
 
 
 class ParallelConfig(Section):
-    """Sizes of parallel groups: world = data · pipeline · tensor; under isp also weight-data · pipeline · weight."""
+    """Settings of parallel groups. World size = data · pipeline · tensor (isp: or weight-data · pipeline · weight)."""
 
     zero1: Zero1Config = Zero1Config()
-    """Sharding of the optimizer state."""
+    """Settings for sharding the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
     tensor: TensorConfig = TensorConfig()
-    """Splitting of each layer over a tensor group."""
+    """Settings of tensor parallelism, which splits each layer over a group of ranks."""
     pipeline: PipelineConfig = PipelineConfig()
-    """Splitting of the layers into pipeline stages."""
+    """Settings of pipeline parallelism, which splits the layers of the model into stages."""
     weight: WeightConfig = WeightConfig()
     """Sharding of weights; needs isp."""
     expert: ExpertConfig = ExpertConfig()
-    """Distribution of experts."""
+    """Settings of expert parallelism, which distributes experts over ranks."""
     expert_weight: WeightConfig = WeightConfig()
     """Sharding of the weights of experts; needs isp."""
     # Not much shorter: the first step may compile and read data for minutes.
     timeout: Positive = 1800.0
     """Timeout of process groups in seconds. The run ends if a rank does not join a collective within this time."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)
-    """Two-dimensional sequence parallelism; needs isp."""
+    """Settings of two-dimensional sequence parallelism, which splits attention over heads and context; needs isp."""

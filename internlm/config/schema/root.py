@@ -23,7 +23,7 @@ CheckpointContent = Literal["model", "sampler", "optimizer", "scheduler", "all"]
 
 
 class DataConfig(Section):
-    """Data sets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
+    """Settings of data sets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
 
     seq_len: Annotated[int, Field(ge=2)]
     """Sequence length in tokens. Longer samples are split. At least 2, since the first token is never a label."""
@@ -32,7 +32,7 @@ class DataConfig(Section):
     total_steps: Count
     """Number of optimizer steps of the run."""
     type: Literal["tokenized", "streaming"] = "tokenized"
-    """``tokenized``: token files made beforehand. ``streaming``: text, tokenized while training."""
+    """Form of the data. ``tokenized``: token files. ``streaming``: text that is tokenized during training."""
     micro_num: Count = 1
     """Number of micro-batches per step on each data-parallel rank (gradient accumulation)."""
     valid_micro_num: Count | None = None
@@ -61,7 +61,7 @@ class DataConfig(Section):
     empty_cache_and_diag_interval: CountOrZero = 0
     """Steps between releases of cached device memory and checks for slow ranks. 0: never."""
     diag_outlier_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
-    """A rank whose forward and backward passes take longer than this times the mean is reported as slow."""
+    """Multiple of the mean forward and backward time of all ranks above which a rank is reported as slow."""
     use_shm: bool = False
     """Store one index of the data files per machine, in shared memory."""
     shm_path: str = "/dev/shm/metacache"
@@ -81,7 +81,7 @@ class DataConfig(Section):
 
 
 class LoadInfo(Section):
-    """Checkpoint that a run starts from."""
+    """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
     path: str
     """Checkpoint folder: ``local:FOLDER`` or a plain path."""
@@ -92,7 +92,7 @@ class LoadInfo(Section):
 
 
 class CkptConfig(Section):
-    """Checkpoints: saving and resuming."""
+    """Settings for saving checkpoints and resuming from them."""
 
     enable_save_ckpt: bool = False
     """Save checkpoints."""
@@ -107,9 +107,9 @@ class CkptConfig(Section):
     async_upload: bool = False
     """Write checkpoints in the background."""
     async_upload_tmp_folder: str | None = None
-    """Local folder for checkpoints until they are in ``save_ckpt_folder``."""
+    """Local folder that holds checkpoints until they are uploaded to ``save_ckpt_folder``."""
     oss_snapshot_freq: CountOrZero = 0
-    """Steps between snapshots, which overwrite one another. 0: none."""
+    """Steps between snapshots; each snapshot overwrites the previous one. 0: no snapshots."""
     stop_file_path: str | None = None
     """Path of a file polled for a step number at which to save and stop."""
     enable_internevo2hf_ckpt: bool = False
@@ -117,12 +117,12 @@ class CkptConfig(Section):
 
 
 class AlertConfig(Section):
-    """Alerts at the start, end or failure of a run."""
+    """Settings of alerts at the start, end or failure of a run."""
 
     enable_feishu_alert: bool = False
     """Send alerts to the webhook at ``feishu_alert_address``."""
     feishu_alert_address: str | None = None
-    """URL of the webhook."""
+    """URL of the webhook that alerts are sent to."""
     light_monitor_address: str | None = None
     """URL of a webhook for heartbeats."""
     alert_file_path: str | None = None
@@ -130,19 +130,19 @@ class AlertConfig(Section):
 
 
 class TensorboardConfig(Section):
-    """TensorBoard writer."""
+    """Settings of the TensorBoard writer."""
 
     queue_max_length: Count = 10
     """Number of scalars that are buffered before they are written to disk."""
 
 
 class MonitorConfig(Section):
-    """Alerts and TensorBoard."""
+    """Settings for monitoring: alerts and the TensorBoard writer."""
 
     alert: AlertConfig = AlertConfig()
-    """Alerts."""
+    """Settings of alerts at the start, end or failure of a run."""
     tensorboard: TensorboardConfig = TensorboardConfig()
-    """TensorBoard writer."""
+    """Settings of the TensorBoard writer."""
 
 
 class Config(Section):
@@ -159,23 +159,23 @@ class Config(Section):
     model_type: str = "INTERNLM"
     """Registered model type, such as ``INTERNLM2`` or ``LLAMA2``."""
     parallel: ParallelConfig = ParallelConfig()
-    """Parallel groups."""
+    """Settings of parallel groups. World size = data · pipeline · tensor (isp: or weight-data · pipeline · weight)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
-    """Learning-rate schedule."""
+    """Settings of the learning-rate schedule: zero for ``init_steps``, linear warm-up, then decay to ``eta_min``."""
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
-    """Schedule of AdamW's beta2."""
+    """Settings of the schedule of AdamW's beta2: max(``init_beta2``, 1 − step^(−c)), constant for c ≤ 0."""
     hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()
-    """ZeRO buckets, overlap, gradient clipping."""
+    """Settings of the ZeRO optimizer: buckets, overlap of communication and compute, gradient clipping."""
     grad_scaler: GradScalerConfig = GradScalerConfig()
-    """Loss scale of float16."""
+    """Settings of the loss scale for ``model.dtype = "torch.float16"``. With other dtypes, the loss scale is 1."""
     loss: LossConfig = LossConfig()
-    """Loss function."""
+    """Settings of the loss: token cross-entropy, averaged over the valid tokens of the global batch."""
     ckpt: CkptConfig = CkptConfig()
-    """Checkpoints: saving and resuming."""
+    """Settings for saving checkpoints and resuming from them."""
     monitor: MonitorConfig = MonitorConfig()
-    """Alerts and TensorBoard."""
+    """Settings for monitoring: alerts and the TensorBoard writer."""
     use_fp32_norm: bool = False
     """Keep the weights of norms in float32 and compute norms in float32, whatever ``model.dtype`` is."""
     reduce_comm_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] | None = None

@@ -114,7 +114,8 @@ def test_none_means_not_set() -> None:
 
 
 def test_none_for_a_key_that_is_needed() -> None:
-    assert problems_of({"adam.lr": None}) == ["adam.lr: missing (Peak learning rate). Give a number of more than 0"]
+    message = "adam.lr: missing (Peak learning rate). Set it to a number of more than 0"
+    assert problems_of({"adam.lr": None}) == [message]
 
 
 def test_ignored_key_is_reported() -> None:

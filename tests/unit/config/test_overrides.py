@@ -102,7 +102,7 @@ def test_malformed(text: str) -> None:
         ("moddle={}", "--set moddle: unknown key. Did you mean 'model'?"),
         ("model.num_layers.x=2", "--set model.num_layers.x: unknown key. Did you mean 'model.num_layers'?"),
         ("data.packed_length=8", "data.packed_length: this key is deprecated and no longer read. Remove it: "),
-        ("data.micro_num=two", "data.micro_num: 'two' is a string. Give an integer of at least 1"),
+        ("data.micro_num=two", "data.micro_num: 'two' is a string. Set it to an integer of at least 1"),
     ],
 )
 def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:

@@ -160,7 +160,7 @@ def test_wrong_torch_environments(environment: dict[str, str], message: str) -> 
         (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: expected an integer, got '8x'. Start with: "),
         (
             SLURM | {"SLURM_JOB_NODELIST": "gpu[003-"},
-            "SLURM_JOB_NODELIST: 'gpu[003-' has unbalanced brackets. Give rank 0's host with --host",
+            "SLURM_JOB_NODELIST: 'gpu[003-' has unbalanced brackets. Pass rank 0's host with --host",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_environments_that_make_no_sense(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"config": None}, "--config: not given. Name a config file"),
+        ({"config": None}, "--config: not given. Pass a config file"),
         ({"config": "missing.py"}, "missing.py: "),
         ({"backend": "glo"}, "--backend: 'glo' is not available here. Use "),
         ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available here. Use "),

@@ -65,8 +65,8 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
     ("arguments", "expected"),
     [
         (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Pass one of gpipe, 1f1b, "),
-        (["--kind", "zbv"], "internlm schedule: no schedule is given. Name a config file, or give --kind (or --csv), "),
-        (FOUR_BY_EIGHT, "internlm schedule: no schedule is given. Name a config file"),
+        (["--kind", "zbv"], "internlm schedule: no schedule is given. Pass a config file, or --kind (or --csv), "),
+        (FOUR_BY_EIGHT, "internlm schedule: no schedule is given. Pass a config file"),
         (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
         (["--kind", "zbv", "--stages", "0"], "internlm schedule: argument --stages: expected an integer of at least"),
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: expected an integer of at"),
@@ -87,7 +87,7 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
         (["--kind", "1f1b", *FOUR_BY_EIGHT, "--stagse", "2"], "--stagse: unknown argument. Did you mean '--stages'?"),
         (
             ["--kind", "1f1b", *FOUR_BY_EIGHT, "--forward", "0", "--backward", "0", "--weight", "0"],
-            "--forward, --backward, --weight: all are 0. Set at least one of them above 0",
+            "--forward, --backward, --weight: all are 0. Pass at least one value above 0",
         ),
     ],
 )
