@@ -5,10 +5,13 @@ VENV ?= .venv
 DEVICE ?=
 DEMO_STEPS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
 # torch comes first and is a constraint of everything else, so that no other requirement brings in another build of it.
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements/torch.txt
+# Each process runs whole files, so that tests of a file share what they compute, and the longest files come first.
+PYTEST := $(PY) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 DOC := doc/_build/html
 
 .DEFAULT_GOAL := help
@@ -23,10 +26,10 @@ demo: $(VENV)/.installed-runtime ## Train a small model on this machine: DEMO_ST
 	$(PY) tools/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS)) $(if $(DEVICE),--device $(DEVICE))
 
 test: $(VENV)/.installed-test ## Run the tests: PYTEST_ARGS="-k pool -x"
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test ## Run the tests and their widest sweeps
-	$(PY) -m pytest --wide $(PYTEST_ARGS)
+	$(PYTEST) --wide $(PYTEST_ARGS)
 	@echo "commit $$(git rev-parse --short HEAD): note it and the line above in doc/testing.md"
 
 test-gpu: $(VENV)/.installed-test ## Run the tests that need a CUDA device

@@ -13,6 +13,8 @@ from tests.dist.tiny import TINY, share_of_batch
 from tests.harness.pool import run_ranks
 
 STEPS = 2
+#: Most micro-batches of a rank without a pipeline: enough to accumulate gradients.
+MOST_MICRO_BATCHES = 2
 
 _references: dict[tuple[Any, ...], RankRecord] = {}
 
@@ -39,7 +41,8 @@ def verify(
 
 def plan_of(ranks: int, overrides: Sequence[str], *, steps: int = STEPS, dtype: str = "float64") -> Plan:
     """Resolve :data:`TINY` with ``overrides``, of which ``data.micro_num`` replaces the share of the global batch."""
-    return make_plan(TINY, (share_of_batch(ranks, overrides), *overrides), ranks, steps=steps, dtype=dtype)
+    share = share_of_batch(ranks, overrides, MOST_MICRO_BATCHES)
+    return make_plan(TINY, (share, *overrides), ranks, steps=steps, dtype=dtype)
 
 
 def reference(plan: Plan, function: Run = run) -> RankRecord:

@@ -70,13 +70,12 @@ MIXED = {
     "zbv": Place(2, "isp, overlapped", 2, 2),
 }
 
-#: Rows of the widest sweep only. Eight stages are for the schedules with the longest warm-up; layouts within a stage
-#: are divided among schedules that send alike.
+#: Rows of the widest sweep only. Eight stages are for the schedule with the longest warm-up; layouts within a stage are
+#: divided among schedules that send alike.
 WIDE = {
-    *((kind, Place(8, "whole")) for kind in ("gpipe", "zbh1", "own")),
-    *((kind, Place(2, tensor)) for kind in ("gpipe", "zbh1") for tensor in ("fsp", "isp", "isp, weights alone")),
-    *((kind, Place(2, tensor)) for kind in ("1f1b", "interleaved") for tensor in ("mtp", "isp", "isp, weights alone")),
-    *((kind, Place(2, tensor)) for kind in ("zbv", "own") for tensor in ("fsp", "isp")),
+    *((kind, Place(8, "whole")) for kind in KINDS if kind != "zbv"),
+    *((kind, Place(2, tensor)) for kind in KINDS for tensor in ("mtp", "fsp", "isp")),
+    *((kind, Place(2, "isp, weights alone")) for kind in KINDS if kind != "own"),
 }
 
 VOCABULARY = "model.vocab_size=67"

@@ -20,8 +20,8 @@ from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.verify.record import RankRecord
 from internlm.verify.tensors import relative_l2
-from tests.dist.oracle import plan_of, reference, verify
-from tests.dist.tiny import MICRO_BATCHES, TINY, TOTAL_STEPS
+from tests.dist.oracle import MOST_MICRO_BATCHES, plan_of, reference, verify
+from tests.dist.tiny import TINY, TOTAL_STEPS
 from tests.dist.whole_runs import assert_same_tensors, whole_tensors
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
@@ -147,14 +147,14 @@ def test_recomputing_gives_the_same_bits() -> None:
 
 
 def _plain_loop(rank: int, world_size: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    initialize_distributed_env(TINY, overrides=(f"data.micro_num={MICRO_BATCHES}",))
+    initialize_distributed_env(TINY, overrides=(f"data.micro_num={MOST_MICRO_BATCHES}",))
     model, (loader, _) = create_model(), build_train_loader_with_data_type()
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=gpc.config.adam.weight_decay)
     losses, norms = [], []
     for step, (batch, labels) in enumerate(loader):
         adam.param_groups[0]["lr"] = gpc.config.adam.lr * (1 + math.cos(math.pi * step / TOTAL_STEPS)) / 2
         logits = [
-            model(batch["input_ids"][i], batch["cu_seqlens"][i], batch["indexes"][i]) for i in range(MICRO_BATCHES)
+            model(batch["input_ids"][i], batch["cu_seqlens"][i], batch["indexes"][i]) for i in range(MOST_MICRO_BATCHES)
         ]
         loss = F.cross_entropy(torch.cat(logits), labels.flatten())  # the mean over labels that aren't -100
         adam.zero_grad()

@@ -237,7 +237,7 @@ def test_a_users_own_model_has_a_plan_but_for_its_activations(model_type: str, o
     overrides = (f"model_type={model_type}", *overrides)
     inventory = build_inventory(load_config(SMALL, overrides, 2, "cpu"), 2)
     for rank, (text, plan, held) in enumerate(run_ranks(2, _logged, overrides)):
-        assert text.endswith("there is no formula for those of this model")
+        assert text.endswith("which have no formula for this model")
         assert plan == memory_plan(inventory, zero_rank=rank)
         assert held == {row: plan[row] for row in held}
         assert plan.keys() - held.keys() == {REDUCTION}

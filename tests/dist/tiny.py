@@ -55,11 +55,15 @@ def build_plain(model: ModelConfig) -> nn.Module:
     return place_replicated(Plain(model.vocab_size, model.hidden_size))
 
 
-def share_of_batch(world_size: int, overrides: Sequence[str]) -> str:
+def share_of_batch(world_size: int, overrides: Sequence[str], largest: int = MICRO_BATCHES) -> str:
     """Return the override that gives each rank its share of the global batch.
 
-    Ranks of a tensor group share theirs, and so do the stages of a pipeline.
+    Ranks of a tensor group share theirs, and so do the stages of a pipeline. Without a pipeline, a rank takes at most
+    ``largest`` micro-batches, so the global batch is smaller if there are few data-parallel ranks.
     """
     given = dict(text.split("=", 1) for text in overrides)
     sharing = math.prod(int(given.get(f"parallel.{axis}.size", 1)) for axis in ("tensor", "pipeline"))
-    return f"data.micro_num={max(MICRO_BATCHES * sharing // world_size, 1)}"
+    micro_batches = max(MICRO_BATCHES * sharing // world_size, 1)
+    if "parallel.pipeline.size" not in given:
+        micro_batches = min(micro_batches, largest)
+    return f"data.micro_num={micro_batches}"
