@@ -26,7 +26,7 @@ COMMON = ("model.num_layers=4", "model.vocab_size=67", "model_type=INTERNLM", "m
 
 def _overrides(folder: Path, layout: str) -> tuple[int, list[str]]:
     ranks, own = LAYOUTS[layout]
-    return ranks, saving(folder, *COMMON, *own)
+    return ranks, saving(folder, *COMMON, *own, total=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""However the optimizer's state is shared, sent and overlapped, and whichever rule updates the parameters: after five
+"""However the optimizer's state is shared, sent and overlapped, and whichever rule updates the parameters: after three
 steps with clipping they are those of one process, and what was sent is that of the formula."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.dist.oracle import verify
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
 
-STEPS = 5
+STEPS = 3
 
 #: Ranks and overrides.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {

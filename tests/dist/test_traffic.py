@@ -227,8 +227,9 @@ def test_every_layout(layout: Layout) -> None:
     _assert_formula_holds(layout)
 
 
-#: All cases of a layout run together, so that one layout costs as much as its cases. fsp sends what msp does and more.
-EVERY_CASE = [pytest.param(layout, marks=[pytest.mark.wide] if layout.mode == "msp" else []) for layout in FEW]
+#: All cases of a layout run together, so that one layout costs as much as its cases. fsp sends what msp does and more;
+#: test_parallel.py compares the traffic of most cases under mtp.
+EVERY_CASE = [pytest.param(layout, marks=[pytest.mark.wide] if layout.mode in ("mtp", "msp") else []) for layout in FEW]
 
 
 @pytest.mark.parametrize("layout", EVERY_CASE, ids=str)
@@ -256,7 +257,13 @@ def test_padding_of_weights_in_flat_buffers() -> None:
     _assert_formula_holds(Layout("isp", 1, 4, 2), sizes)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES, ids=str)
+#: What these add to a pipeline alone and to the other layouts is left to the widest sweep.
+WIDE = Pipeline(2, Layout("msp", 2)), Pipeline(2, Layout("isp", 1, 2)), Pipeline(2, Layout("isp", 2, 1))
+
+
+@pytest.mark.parametrize(
+    "pipeline", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in PIPELINES], ids=str
+)
 def test_every_schedule(pipeline: Pipeline) -> None:
     for case in SCHEDULES.values():
         _assert_formula_holds(pipeline, case, SCHEDULES)

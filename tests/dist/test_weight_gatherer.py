@@ -27,7 +27,7 @@ from tests.dist.isp_ranks import (
 )
 from tests.harness.pool import run_ranks
 
-STEPS, MICRO_BATCHES = 3, 2
+STEPS, MICRO_BATCHES = 2, 2
 RECOMPUTE = {"nothing": 0.0, "the first layer": 0.5, "all": 1.0}
 
 

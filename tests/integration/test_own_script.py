@@ -67,7 +67,7 @@ def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Pa
     assert job.stderr.count("exitcode  : 143") == 2, job.stderr
     assert job.left_behind == 0
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
-    assert _run(tmp_path, data).returncode == 0
+    assert script_on_pool(NAME, 2, CONFIG, tmp_path, *_overrides(data)).returncode == 0
     assert _log(tmp_path) == _log(straight)
 
 

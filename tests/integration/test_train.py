@@ -83,7 +83,6 @@ ROWS = {
             "data.use_packed_dataset=False", "enable_tb=True", "model.checkpoint=0.5", "data.valid_every=4",
             "data.valid_max_batches=2",
         ),
-        launched=True,
         options=("--profiling", "--seed", "7"),
         files=(
             "train.log", "trace-rank0.json", "trace-rank1.json", "memory-rank0.txt", "memory-rank1.txt",
@@ -100,6 +99,7 @@ ROWS = {
             "model.num_layers=1",
         ),
         types=("cn", "en"),
+        launched=True,
     ),
     "a pipeline, drawn": Row(
         config="llama2",
