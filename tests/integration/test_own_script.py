@@ -1,4 +1,4 @@
-"""A script with a user's own model, trained, told to stop, and resumed."""
+"""A script with a user's own model: trained, stopped by a signal, and started anew."""
 
 from __future__ import annotations
 
@@ -59,16 +59,15 @@ def test_it_learns(straight: Path) -> None:
     assert [path.name for path in (straight / "ckpts").iterdir()] == ["step-20"]
 
 
-def test_sigterm_to_one_rank_and_resume(straight: Path, data: Path, tmp_path: Path) -> None:
-    """Every rank saves and exits with 143; the log of both parts is that of the straight run, bit by bit."""
+def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None:
+    """Every rank saves and exits with 143; until then the log is that of the straight run, bit by bit."""
     job = _run(tmp_path, data, "--signal_step", "7")
     assert job.returncode == 1
     assert "SIGTERM on rank 1: stopping after step 8, exiting 143" in job.stderr
     assert job.stderr.count("exitcode  : 143") == 2, job.stderr
     assert job.left_behind == 0
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
-    assert script_on_pool(NAME, 2, CONFIG, tmp_path, *_overrides(data)).returncode == 0
-    assert _log(tmp_path) == _log(straight)
+    assert _log(tmp_path) == _log(straight)[:8]
 
 
 def test_a_job_that_is_started_anew_goes_on(straight: Path, data: Path, tmp_path: Path) -> None:
