@@ -75,7 +75,7 @@ LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficError:
-    """Collective whose calls or bytes in a rank's ledger differ from the traffic formula."""
+    """Difference between a rank's ledger and the traffic formula, in the calls or bytes of one collective."""
 
     rank: int
     step: int
@@ -266,7 +266,7 @@ def _tensor_rows(
 
 
 def _metric_disagreements(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]:
-    """Yield each metric that is not equal on all ranks, although it is reduced over all of them."""
+    """Yield a disagreement for each metric that differs between ranks, although it is reduced over all of them."""
     metrics = (
         ("loss", [r.losses for r in ranks]),
         ("gradient norm", [r.norms for r in ranks]),

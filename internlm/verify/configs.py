@@ -1,6 +1,6 @@
 """Configs of a comparison: one for several ranks, one for a single process with the same model and global batch.
 
-:func:`debug_size` shrinks the sizes of a config and keeps its ratios and choices.
+:func:`debug_size` shrinks the model, the batch and the number of steps of a config, and keeps its parallel sizes.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Plan:
     config: Config
     world_size: int
     data_size: int
-    """Number of ranks that read different samples."""
+    """Data-parallel size: number of ranks that read different samples."""
     reference: Config
     steps: int
     seed: int
@@ -214,5 +214,5 @@ def _scaled(rampup: Rampup, factor: int) -> str:
 
 
 def as_overrides(values: Values) -> list[str]:
-    """Format values by key as ``KEY=VALUE`` overrides."""
+    """Format a mapping of config keys to values as ``KEY=VALUE`` overrides."""
     return [f"{key}={value!r}" for key, value in values.items()]

@@ -1,7 +1,7 @@
 """Local CPU processes that form a gloo group and run functions on request.
 
 ``internlm verify`` starts new processes for each run (:func:`run_world`); the tests reuse processes for many calls.
-All processes exit when they are closed, or with their parent.
+All processes exit on :meth:`RankProcesses.close`, or when their parent exits.
 """
 
 from __future__ import annotations

@@ -78,15 +78,17 @@ def add_shards(
     flat: Tensor,
     begin: int = 0,
 ) -> None:
-    """Add copies of ``slices`` of the logical tensor ``name`` to ``shards``.
+    """Copy slices of a logical tensor from a flat buffer, and add the copies to ``shards``.
+
+    The values of each slice are ``flat[begin + slice.start : begin + slice.stop]``.
 
     Args:
         shards: Shards to add to, changed in place.
-        name: Logical name.
-        shape: Global shape.
-        slices: Slices whose ``start`` and ``stop`` are positions in ``flat`` minus ``begin``.
-        flat: Flattened values, [N].
-        begin: Position in ``flat`` of element 0 of the slices; negative if that element is not in ``flat``.
+        name: Logical name of the tensor.
+        shape: Global shape of the tensor.
+        slices: Slices of the tensor to add.
+        flat: Buffer that contains the values of the slices, [N].
+        begin: Value to add to ``start`` and ``stop`` of a slice to get its range in ``flat``; it may be negative.
     """
     of_tensor = shards.setdefault(name, TensorShards(shape, {}))
     for part in slices:

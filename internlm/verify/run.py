@@ -1,4 +1,4 @@
-"""Train some steps on one rank, as a user's script would, and record them for a comparison.
+"""Train a few steps on one rank, as a user's script would, and record them for a comparison.
 
 Hooks record the outputs of modules in the forward pass, and the gradients of those outputs in the backward pass.
 """

@@ -1,6 +1,7 @@
-"""Pipeline schedules: tables of actions, their validation, and the executor that runs any table.
+"""Pipeline schedules: action tables, their validation, and the executor that runs them.
 
-The names below are imported on first use, so that the command line lists and draws schedules without importing torch.
+The names below are imported on first use, so that the command line can list and draw schedules without importing
+torch.
 """
 
 from typing import TYPE_CHECKING

@@ -88,7 +88,7 @@ class Channels:
         self._post_known(source)
 
     def receive(self, source: int, message: Message) -> Tensor:
-        """Wait for ``message``, whose receive :meth:`post_receive` has queued, and return its tensor."""
+        """Wait for the receive of ``message`` that :meth:`post_receive` queued, and return the received tensor."""
         # Receives of earlier messages must be posted first, since the channel matches them in order.
         for incoming in self._receiving[source]:
             if incoming.work is None:
@@ -131,12 +131,12 @@ class Channels:
 
     # -- sending ------------------------------------------------------------------------------------------------------
     def send(self, target: int, message: Message, tensor: Tensor, declared: bool) -> None:
-        """Send the tensor of a message.
+        """Send a tensor to another stage.
 
         Args:
             target: Receiving stage.
-            message: Message to send.
-            tensor: Tensor of the message.
+            message: Identifier of the tensor.
+            tensor: Tensor to send.
             declared: Whether the receiver can compute the tensor's shape and dtype. False: send both in a header first.
         """
         # gloo and NCCL require contiguous tensors.

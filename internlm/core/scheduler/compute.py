@@ -85,10 +85,11 @@ class ComputeOptions:
 
 
 class Compute:
-    """Runs the chunks of a model on the micro-batches of one step.
+    """Forward computation of a model's chunks, for the micro-batches of one step.
 
-    The last chunk adds to ``sums`` ([3, types], see :class:`internlm.core.scheduler.loss.StepResult`) and stores its
-    results in ``outputs``, by micro-batch, if ``keep_outputs`` is set.
+    The forward pass of the last chunk adds the losses, correct predictions and valid tokens to ``sums`` ([3, types],
+    see :class:`internlm.core.scheduler.loss.StepResult`). With ``keep_outputs``, it also stores the model's output in
+    ``outputs``, by micro-batch.
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class Compute:
         """Compare the hidden states of micro-batch ``index`` with the shape and dtype that the model declares.
 
         Returns:
-            True if the model declares both (``hidden_like``).
+            True if the model declares a shape and a dtype, that is, if it has a method ``hidden_like``.
 
         Raises:
-            UserError: ``hidden`` has another shape or dtype, so it would not fit the receiver's buffer.
+            UserError: ``hidden`` does not have the declared shape and dtype, so it would not fit the receiver's buffer.
         """
         declared, actual = self.hidden_spec(index), (tuple(hidden.shape), hidden.dtype)
         if declared is not None and (tuple(declared[0]), declared[1]) != actual:

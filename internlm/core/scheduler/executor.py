@@ -17,7 +17,7 @@ from internlm.core.scheduler.timeline import Record
 
 
 class Executor:
-    """Runs the steps of one rank's plan in order, receives their inputs and sends their outputs.
+    """Executor of one rank's plan: for each step, receive the input, run the action and send the output.
 
     Messages between two chunks of this rank do not pass through a channel. ``peak_in_flight`` is the largest number of
     (chunk, micro-batch) pairs in flight, that is, between their F and their last action (B or W).

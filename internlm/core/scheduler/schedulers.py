@@ -55,15 +55,15 @@ class TrainingStep:
 
 
 class Scheduler:
-    """Runs the micro-batches of a step in the order of the schedule's action table.
+    """Base class of the schedulers, which run the micro-batches of a step in the order of an action table.
 
     Args:
-        criterion: Runs the model and returns the loss of a micro-batch.
+        criterion: Callable that runs the model on a micro-batch and returns the token losses.
         types: Number of data-set types.
-        data_group: Group of this stage's ranks whose tokens make up the global batch.
+        data_group: Group of the ranks of this stage that hold different tokens of the global batch.
         device: Device to which micro-batches are copied.
         pipeline: Pipeline of this rank. None: no pipeline.
-        dropout_key: Dropout RNG key of this rank, without step and micro-batch.
+        dropout_key: Dropout RNG key of this rank; the step and the micro-batch are set before each forward.
     """
 
     schedule: ClassVar[ScheduleName]
@@ -93,7 +93,8 @@ class Scheduler:
         If ``backward`` is False, return the F actions of the built-in schedule, even if there is a custom table.
 
         Raises:
-            ScheduleError: The schedule does not allow these sizes, or the custom table is invalid.
+            ScheduleError: The schedule does not support the number of stages, chunks or micro-batches, or the custom
+                table is invalid.
         """
         standard = partial(make_table, self.schedule, self.pipeline.group.size, self.pipeline.chunks)
         if not backward:
@@ -111,8 +112,8 @@ class Scheduler:
     ) -> StepResult:
         """Run the forward pass of the next batch, and the backward pass unless ``forward_only`` is set.
 
-        Gradients are those of the mean loss over the valid tokens of the *global* batch, summed (not averaged) over
-        micro-batches and ranks.
+        For backward, the token losses are divided by the number of valid tokens of the *global* batch. Gradients must
+        therefore be summed, not averaged, over micro-batches and ranks.
 
         Args:
             engine: Object whose ``model`` is run.
@@ -120,7 +121,7 @@ class Scheduler:
             forward_only: Whether to skip backward.
             return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels are not read.
             return_output_label: Whether to keep outputs and labels in the result.
-            training: Settings of a step with backward; by default those of ``TrainingStep()``.
+            training: Settings of a training step (default: ``TrainingStep()``).
         """
         training = training or TrainingStep()
         micro_batches = MicroBatches(*next(data_iter), self.device)
@@ -169,9 +170,9 @@ class Scheduler:
         return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)
 
     def _attributing_peer_failure(self) -> AbstractContextManager[None]:
-        """Convert a failure within the block into an error that names the lost peer.
+        """Convert a failure in the ``with`` block into an error that names the lost peer.
 
-        Another stage may hang in the middle of the step.
+        A collective over all stages at the end of a step fails if any stage has hung or died during the step.
         """
         if self.pipeline.channels is None:
             return nullcontext()

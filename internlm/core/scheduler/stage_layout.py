@@ -105,10 +105,10 @@ def _best_partition(
 
     @cache
     def rest(stage: int, start: int) -> tuple[float, int]:
-        """Assign the layers from ``start`` on to the virtual stages from ``stage`` on, in the best way.
+        """Find the best assignment of the layers ≥ ``start`` to the virtual stages ≥ ``stage``.
 
         Returns:
-            The value of the best assignment, and the end of ``stage`` in it.
+            The value of this assignment, and the end (exclusive) of the layers that it assigns to ``stage``.
         """
         if stage == virtual_stages - 1:
             return value(stage, start, layers), layers

@@ -59,7 +59,8 @@ def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> T
         micro_batches: Number of micro-batches of a step.
 
     Raises:
-        ScheduleError: The name is unknown, or the schedule does not allow the sizes.
+        ScheduleError: The name is unknown, or the schedule does not support the number of stages, chunks or
+            micro-batches.
     """
     if schedule not in SCHEDULES:
         raise ScheduleError(Problem("schedule", f"{schedule!r} is unknown", did_you_mean(schedule, SCHEDULES)))
@@ -103,8 +104,8 @@ def _1f1b(i: int, p: int, v: int, m: int) -> Row:
 def _interleaved(i: int, p: int, v: int, m: int) -> Row:
     """Return the actions of rank i for interleaved 1F1B with v chunks per rank (arXiv 2104.04473, sec. 2.2).
 
-    With v chunks per rank, filling the pipeline takes 1/v of the time. Micro-batches run in rounds of p. Each round
-    passes through chunk 0, then chunk 1, and so on; backward starts with the last chunk.
+    Filling the pipeline takes 1/v of the time that it takes with one chunk per rank. Micro-batches run in rounds of p.
+    Each round passes through chunk 0, then chunk 1, and so on; backward starts with the last chunk.
     """
     # An incomplete last round is generated as a complete one, and its surplus is removed: actions of different
     # micro-batches do not depend on one another, so a table that can run can also run with fewer micro-batches.
@@ -192,8 +193,8 @@ def read_table(path: Path, stages: int, chunks: int, micro_batches: int) -> Tabl
         micro_batches: Expected number of micro-batches of a step.
 
     Raises:
-        ScheduleError: The file cannot be read, cells are not actions, or the table cannot run. The error lists all
-            problems.
+        ScheduleError: The file cannot be read, cells are not actions, or the table cannot be executed. The error lists
+            all problems.
     """
     lines = _lines(path)
     v_shaped = bool(lines) and "".join(lines[0][1]).upper() == _V

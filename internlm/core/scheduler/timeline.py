@@ -140,9 +140,10 @@ def measured_timeline(table: Table, records: Records) -> Timeline:
 
 
 def measured_costs(table: Table, records: Records) -> Costs:
-    """Return the median durations, in seconds, of the actions by virtual stage and of the transfers of a real step.
+    """Return the median durations of the actions and transfers of a real step, in seconds.
 
-    The duration of B includes the weight gradients unless a W computes them.
+    Actions are grouped by type and virtual stage. The duration of B includes the weight gradients unless a W computes
+    them.
     """
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
     for rank, row in enumerate(records):
@@ -180,7 +181,10 @@ def _transfers(table: Table, records: Records) -> Iterator[float]:
 
 
 def overheads(table: Table, rank: int, records: Sequence[Record]) -> list[float]:
-    """Return the overhead of each action of ``rank``: seconds until the next action, minus compute and transfers."""
+    """Return the overhead of each action of ``rank``, in seconds.
+
+    The overhead is the time between the ``begin`` of an action and that of the next one, minus compute and transfers.
+    """
     layout, next_begins = table.stage_layout, [*(record.begin for record in records[1:]), records[-1].sent]
     spent = []
     for record, next_begin in zip(records, next_begins, strict=True):
