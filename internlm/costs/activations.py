@@ -91,7 +91,7 @@ def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: 
 
 
 def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dict[str, int]]) -> dict[str, int]:
-    """Return the bytes, by tensor, of one chunk, or their sums over all chunks if ``chunk`` is None."""
+    """Return ``tensors(chunk)``, the bytes of a chunk by tensor; if ``chunk`` is None, sum them over all chunks."""
     by_chunk = [tensors(index) for index in (s.chunks if chunk is None else [chunk])]
     return {name: sum(sizes[name] for sizes in by_chunk) for name in by_chunk[0]}
 
@@ -254,9 +254,10 @@ def gathered(s: Symbols) -> int:
 
 
 def token_ids(s: Symbols) -> int:
-    """Return the bytes of the token ids, 8·T (isp: 8·T/t), and of the mask of this rank's vocabulary entries, T.
+    """Return the bytes that the embedding lookup saves: token ids, 8·T (isp: 8·T/t), and possibly a mask, T.
 
-    Only an embedding that is split by vocabulary entries has the mask.
+    Only an embedding that is split by vocabulary entries has the mask, which marks the tokens whose entries other ranks
+    hold.
     """
     if s.mode == "isp":
         return 8 * s.S

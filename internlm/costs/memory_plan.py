@@ -29,7 +29,7 @@ TOTAL = "total"
 
 
 def optimizer_row(state: str) -> str:
-    """Return the row name of an optimizer state, such as ``exp_avg``."""
+    """Return the name of the memory plan's row for an optimizer state: ``optimizer: exp_avg`` for ``exp_avg``."""
     return f"optimizer: {state}"
 
 

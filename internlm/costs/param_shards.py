@@ -1,8 +1,8 @@
 """Inventory of the parameters on a rank, and their layout in the optimizer's flat buffers.
 
-``internlm.train.inventory`` lists the parameters of a model that is built, with the layout's shardings, on the meta
-device. The list comes from the model, not from a formula, so the inventory covers users' own models too. Symbols:
-:mod:`internlm.costs.symbols`.
+``internlm.train.inventory`` lists the parameters of a sharded model: the model of the run or, before a run, a model
+built on the meta device. The list comes from the model, not from a formula, so the inventory covers users' own models
+too. Symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ParamShard:
     dtype: torch.dtype
     """Compute dtype of the parameter."""
     rows: int
-    """Number of rows, padding of the placement included; ``fully_shard`` splits along this axis."""
+    """Number of rows, with padding rows if ``placement`` splits unevenly; ``fully_shard`` splits along this axis."""
     width: int
     """Number of elements of a row."""
     block: str = ""
@@ -63,7 +63,7 @@ class ParamShard:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInventory:
-    """Parameters on each rank of one pipeline stage, in model order, and their layout."""
+    """Inventory of the parameters that each rank of one pipeline stage holds, in model order."""
 
     config: Config
     """Resolved config."""
@@ -71,7 +71,7 @@ class ParamInventory:
     stage: int
     shards: tuple[ParamShard, ...]
     spec: DecoderSpec | None
-    """Spec of the built-in decoder. None: another model, whose activations and collectives have no formula."""
+    """Spec of the built-in decoder; None for other models, whose activations and collectives have no formula."""
 
     @cached_property
     def groups(self) -> GroupSymbols:
@@ -114,7 +114,7 @@ class ParamInventory:
 
 
 class FlatBuffer(NamedTuple):
-    """Parameters of one param group, in model order, and their layout in one flat buffer."""
+    """Flat buffer of one param group: its parameters, in model order, and their layout in the buffer."""
 
     shards: Sequence[ParamShard]
     layout: Layout

@@ -71,7 +71,7 @@ class GroupSymbols:
 
     @property
     def shares_parameters(self) -> bool:
-        """Whether the zero group shards parameters and gradients too (ZeRO stage 3, ``parallel.zero1.fsdp``)."""
+        """Whether parameters and gradients are sharded like optimizer states (ZeRO-3, ``parallel.zero1.fsdp``)."""
         return self.config.parallel.zero1.fsdp and self.z.size > 1
 
     @property

@@ -86,8 +86,8 @@ def micro_batch(inventory: ParamInventory, tokens: int, device_type: str) -> Pas
 def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
     """Return the collectives of a chunk in one micro-batch.
 
-    Every chunk has those of positions, blocks and stage messages. The first chunk of the model also has those of the
-    embedding, and the last chunk those of the head and the loss.
+    The result covers positions, blocks and stage messages. For the first chunk of the model it also covers the
+    embedding, and for the last chunk the head and the loss.
     """
     layers, one = len(s.stage_layers.chunks[chunk]), block(s)
     # Recomputing a block repeats all products, and so all collectives, of its forward pass. Weight gradients that the
@@ -124,7 +124,7 @@ def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
 
 
 def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
-    """Return the collectives of an optimizer step: gradients, norm, parameters.
+    """Return the collectives of the four phases of an optimizer step.
 
     1. Gradients, for each bucket: reduce-scatter over z of B·c, and all-reduce over r of (B/z)·c. Partial sums
        (``partial_over``) are all-reduced in (B/z)·g over t (isp: w), or, for a tied embedding, over the first and the
@@ -135,10 +135,10 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
 
     If each parameter has one owner, a reduce to and a broadcast from each owner replace the reduce-scatter and the
     all-gather. For an owner of N elements of the bucket, every other rank sends N·c in the reduce, and the owner sends
-    N·e in the broadcast. In step 1, the number of elements that this rank owns replaces B/z.
+    N·e in the broadcast. In phase 1, the number of elements that this rank owns replaces B/z.
 
     FSDP units have no buckets: :func:`fsdp_units` returns their reduce-scatters and all-gathers, and the optimizer step
-    has only the all-reduces of 1 and 2.
+    has only the all-reduces of phases 1 and 2.
     """
     s = inventory.groups
     calls = calls_on(s.z, AR, 16) + calls_on(s.split, AR, 8) + calls_on(s.p, AR, 8)

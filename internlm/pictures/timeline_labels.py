@@ -1,6 +1,7 @@
 """Labels of timelines for all pictures: headings, metrics, action names, units and ticks.
 
-All timelines of a picture share the time axis and its unit: the unit of the costs, or seconds.
+All timelines of a picture share one time axis. Times in seconds are labelled in s, ms or µs. Simulated times without a
+unit are labelled with plain numbers.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def shortest_labelled(timelines: Sequence[Titled]) -> float:
 
 
 def ticks(end: float, most: int) -> Iterator[float]:
-    """Yield at most ``most`` + 1 round times, from 0 to ``end``."""
+    """Yield the times of the axis ticks: round numbers from 0 to ``end``, at most ``most`` + 1 of them."""
     # Steps of 1, 2 or 5 times a power of ten, which are easy to read.
     least = end / most
     power = 10.0 ** math.floor(math.log10(least))

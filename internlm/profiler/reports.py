@@ -107,5 +107,5 @@ class StepTrace:
         self._profile.step()
 
     def stop(self) -> None:
-        """Stop the profiler, and write the trace if the run ends within the traced steps."""
+        """Stop the profiler; if it is still tracing, write the trace of the steps so far."""
         self._profile.stop()

@@ -63,11 +63,11 @@ class LaunchError(UserError):
 
 
 class DataError(UserError):
-    """Missing, unreadable or malformed data file or folder."""
+    """Error for a missing, unreadable or malformed data file or folder."""
 
 
 class CheckpointError(UserError):
-    """Missing, unusable or unwritable checkpoint."""
+    """Error for a missing, unusable or unwritable checkpoint."""
 
 
 class LostPeerError(RuntimeError):
@@ -82,7 +82,10 @@ _STOPPED = "a rank stopped by a user's error"
 
 
 def report(error: UserError) -> None:
-    """Print the problems of ``error`` to stderr, one per line, on one of the ranks that found the same problems."""
+    """Print the problems of ``error`` to stderr, one per line, unless another rank prints the same problems.
+
+    A rank that prints nothing waits for two seconds, so that the other rank can print before torchrun ends the job.
+    """
     _count_in_store(_STOPPED, 1)
     if not _is_reporting_rank(error):
         time.sleep(_GRACE_SECONDS)

@@ -37,7 +37,7 @@ class Registry:
         """Return the callable registered under ``module_name``.
 
         Raises:
-            ConfigError: Nothing is registered under that name; the error suggests the nearest one.
+            ConfigError: No callable is registered under that name; the error suggests the nearest name.
         """
         if module_name not in self._modules:
             raise ConfigError(

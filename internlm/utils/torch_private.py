@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Base class and registration of objects that are passed to a custom operator without being traced by the compiler.
-# Replacement: the public names under torch.library, once opaque objects leave their beta.
+# Use the public names under torch.library instead once opaque objects leave their beta.
 from torch._library.opaque_object import register_opaque_type as register_opaque_type
 from torch._opaque_base import OpaqueBase as OpaqueBase
 
@@ -30,8 +30,9 @@ def in_backward() -> bool:
     """Return True if the calling thread runs within a backward pass of autograd.
 
     A matmul of the forward computation that runs within a backward pass belongs to a recomputed block. Module hooks
-    cannot detect this: they run in both passes, and if a pass raises, no hook marks its end. Replacement: a public
-    function that returns the current graph task.
+    cannot detect this: they run in both passes, and if a pass raises, no hook marks its end.
+
+    Remove this function once torch has a public function that returns the current graph task.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
@@ -40,7 +41,9 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Queue ``callback`` to run at the end of the current backward pass; it is dropped if the pass raises.
 
     FSDP2 queues a callback in the same way. A ``register_full_backward_hook`` on the first block would not do, because
-    it never runs if that block is frozen. Replacement: a public callback of the autograd engine.
+    it never runs if that block is frozen.
+
+    Remove this function once the autograd engine has a public callback for the end of a backward pass.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
@@ -51,8 +54,9 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` with oneDNN: [M, K], [N, K] → [M, N].
 
-    ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused. Replacement:
-    a public switch that routes float32 matmuls on the CPU to oneDNN.
+    ``torch.mm`` in float32 calls the BLAS that torch was built with, which may leave AVX-512 units unused.
+
+    Remove this function once torch has a public switch that routes float32 matmuls on the CPU to oneDNN.
     """
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y
@@ -61,15 +65,15 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
 def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
     """Compute the gradient of a softmax over the last dimension from its output ``probs``, in one kernel.
 
-    All tensors have the shape [..., N]. Replacement:
-    ``probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True))``, with three passes over memory.
+    All tensors have the shape [..., N]. If torch removes its private function, compute
+    ``probs * (dprobs - (dprobs * probs).sum(-1, keepdim=True))``, which takes three passes over memory.
     """
     dscores: Tensor = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
     return dscores
 
 
 # Kernels over lists of tensors: on CUDA, one launch for all parameters of a group instead of one per parameter. Only
-# the unary ones (abs, exp, …) are documented. Replacement: a loop over the list, with the same results.
+# the unary ones (abs, exp, …) are documented. If torch removes the others, loop over the list: the results are equal.
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
@@ -85,7 +89,7 @@ def default_store() -> dist.Store:
     """Return the rendezvous store of the default process group.
 
     The store works even if collectives do not: after a peer failure, ranks exchange their observations through it.
-    Replacement: a ``TCPStore`` of our own, on a separate port.
+    If torch removes its private function, open a separate ``TCPStore`` on another port.
 
     Raises:
         ValueError: There is no process group.
@@ -95,7 +99,7 @@ def default_store() -> dist.Store:
 
 
 #: Classes and functions that the pickled metadata of ``torch.distributed.checkpoint`` refers to, by module and name.
-#: An allow-list keeps a checkpoint from running code. Replacement: metadata in a format without code.
+#: An allow-list keeps a checkpoint from running code. A metadata format without code would need no such list.
 CHECKPOINT_METADATA_NAMES = frozenset(
     {
         ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -126,8 +130,8 @@ _disabled: dict[str, Callable[..., Any]] = {}
 def uncompiled(reason: str) -> Callable[[F], F]:
     """Decorate a function that ``torch.compile`` must not trace; the graph breaks there with ``reason``.
 
-    ``torch.compiler.disable`` does the same, but imports the compiler when the function is defined. Replacement:
-    that decorator, once its import is lazy.
+    ``torch.compiler.disable`` does the same, but imports the compiler when the function is defined. Use it
+    instead once that import is lazy.
     """
 
     def decorate(function: F) -> F:
@@ -149,7 +153,7 @@ def prepare_compiler() -> None:
 
     Exclude the :func:`uncompiled` functions from tracing, and enable ``nested_graph_breaks``: after a break within a
     nested call, such as a layer, tracing resumes in that call, so that the rest of the block stays in one graph.
-    Replacement: ``nested_graph_breaks`` as the default or as an option of ``torch.compile``.
+    Remove the private setting once nested graph breaks are the default or an option of ``torch.compile``.
     """
     torch._dynamo.config.nested_graph_breaks = True
     for name, (function, reason) in _uncompiled.items():
@@ -159,7 +163,7 @@ def prepare_compiler() -> None:
 def compile_counters() -> MutableMapping[str, Counter[str]]:
     """Return the compiler's counters: ``["stats"]["unique_graphs"]``, and ``["graph_break"]`` by reason.
 
-    Replacement: public statistics of ``torch.compiler``.
+    Remove this function once ``torch.compiler`` has public counters.
     """
     from torch._dynamo.utils import counters  # loads the compiler
 
@@ -169,7 +173,7 @@ def compile_counters() -> MutableMapping[str, Counter[str]]:
 def compiler_failure(error: Exception) -> Exception | None:
     """Return the cause if the compiler's backend failed, such as a missing C++ compiler; None for other errors.
 
-    Replacement: a public exception class of ``torch.compiler``.
+    Remove this function once ``torch.compiler`` has a public exception class for this failure.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # loads the compiler
 
@@ -180,8 +184,8 @@ def adopt_sharded_parameters(module: torch.nn.Module) -> None:
     """Make a ``fully_shard`` unit use its sharded parameters after their memory was replaced; no-op for other modules.
 
     Uses ``FSDPModule._get_fsdp_state``, ``_fsdp_param_groups`` and ``FSDPParam.reset_sharded_param``, which torch calls
-    in the first forward pass only. Replacement: a public function for this reset. Tested by tests/dist/test_fsdp.py,
-    since a process group is needed.
+    in the first forward pass only. Remove this function once torch has a public function for this reset. Tested by
+    tests/dist/test_fsdp.py, since a process group is needed.
     """
     get_state: Any = getattr(module, "_get_fsdp_state", None)
     for group in get_state()._fsdp_param_groups if get_state else ():
