@@ -72,8 +72,8 @@ class TrainerBuilder:
         model: Model to pass to :func:`~internlm.train.initialize_model_and_parallel_communicator`.
         train_dl: Loader of the training data.
         val_dls: Loaders of the validation data by data-set type; default: no validation.
-        config: Config as passed to ``initialize_distributed_env``. The run always uses the resolved config, with
-            overrides; a :class:`~internlm.config.Config` passed here must equal it.
+        config: Config as passed to ``initialize_distributed_env``. The run always uses the resolved config,
+            overrides included; a :class:`~internlm.config.Config` passed here must equal it.
         keywords: Fields of :class:`TrainerOptions`, and built-in command-line arguments, which are ignored.
 
     Raises:

@@ -57,7 +57,10 @@ def generate(
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Raise if ``model`` is split: ranks would sample different tokens, or the first chunk would return no logits."""
+    """Raise a ``UserError`` if ``model`` is split over ranks or into pipeline chunks.
+
+    Ranks that share a model would sample different tokens, and the first of several chunks returns no logits.
+    """
     layers = getattr(model, "stage_layers", None)
     has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
     is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL

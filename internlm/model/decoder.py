@@ -208,9 +208,9 @@ class Decoder(nn.Module):
             input_ids: Token ids: packed [T] with ``cu_seqlens``, or [B, S] without.
             cu_seqlens: Cumulative lengths of the packed sequences, [sequences + 1].
             indexes: Position of each token in its sequence, [T]; default: counted from the start of each sequence.
-            labels: Labels of the shape of ``input_ids``; -100 is ignored.
+            labels: Labels, of the same shape as ``input_ids``; tokens with label -100 are ignored.
             label_smoothing: Label smoothing of the cross-entropy (arXiv 1512.00567, section 7).
-            grad_scale: Factor on ``loss_sum`` of the result.
+            grad_scale: Factor that scales ``loss_sum`` of the result, and the gradients.
             chunk: Index of the chunk of this pipeline stage to run.
             hidden: Output of the previous chunk, [T, H]; None for the first chunk of the model.
 
@@ -278,7 +278,7 @@ class Decoder(nn.Module):
 
 
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:
-    """Return the boundaries of the sequences, which attention does not cross."""
+    """Return the boundaries of the sequences in ``input_ids``; attention does not cross them."""
     if cu_seqlens is not None:
         return PackedSequences.from_cu_seqlens(cu_seqlens)
     batch, seq_len = input_ids.shape

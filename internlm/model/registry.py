@@ -12,7 +12,7 @@ model_initializer = MODEL_INITIALIZER
 
 
 def register_model_initializer() -> None:
-    """Register the built-in model types, except names that are already registered."""
+    """Register the built-in model types, except those whose names are already registered."""
     for name, family in FAMILIES.items():
         if name not in model_initializer:  # a user's own type takes precedence
             model_initializer.register_module(name, FamilyBuilder(family))

@@ -9,9 +9,10 @@ bucket. With two ranks (``|`` separates shards, ``‖`` separates buckets, ``·`
 Sharding by element needs hardly any padding, and one collective per bucket. Sharding by parameter keeps each matrix
 whole on one rank, as Muon requires, but the shards of a bucket differ in length.
 
-The model's parameters become views of ``values``, and their accumulated gradients become views of ``grads``. If the
-dtype of ``values`` is at least float32, the main parameters are this rank's shard of it, otherwise a float32 copy of
-that shard. Reduced gradients are stored likewise, in the shard of ``grads`` or in a float32 copy.
+The model's parameters become views of one flat buffer, ``values``, and their accumulated gradients become views of
+another, ``grads``. If the dtype of ``values`` is at least float32, a rank's main parameters are its shard of
+``values``, otherwise a float32 copy of that shard. Likewise, its reduced gradients are stored in its shard of ``grads``
+or in a float32 copy of that shard.
 """
 
 from __future__ import annotations
@@ -150,7 +151,10 @@ def _by_parameter(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
 
 
 def _fill_buckets(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Group consecutive parameters into buckets of at most ``limit`` elements; return the indices in each bucket."""
+    """Group consecutive parameters into buckets of at most ``limit`` elements; return the indices in each bucket.
+
+    A parameter of more than ``limit`` elements gets a bucket of its own.
+    """
     buckets: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -177,7 +181,7 @@ class BucketEntry:
 
 
 class FlatParamGroup(ParamGroup):
-    """Param group in flat buffers, of which each rank of the zero group owns a shard."""
+    """Param group stored in flat buffers; each rank of the zero group owns a shard of them."""
 
     def __init__(
         self,
@@ -210,7 +214,7 @@ class FlatParamGroup(ParamGroup):
 
     @torch.no_grad()
     def _move_into_buffers(self) -> None:
-        """Move every parameter into ``values``, of which it becomes a view."""
+        """Copy each parameter into the flat buffer ``values``, and make the parameter a view of that buffer."""
         for entry in self.entries:
             parameter, where = entry.named.parameter, slice(entry.start, entry.stop)
             view = self.values[where].view_as(parameter)

@@ -1,14 +1,15 @@
 """Reduction of gradients: each rank gets the summed gradients of the elements that it owns.
 
-A bucket passes through three stages, each over a different process group:
+A bucket is reduced over up to three process groups, one after the other:
 
-1. *zero group*: reduce-scatter, which sums the gradients of each rank's shard.
-2. *replicas* of the shard: all-reduce.
-3. ranks with *partial sums* (``partial_over`` of the placement, for example norms under msp): all-reduce.
+1. *zero group*: a reduce-scatter, or one reduce per shard if the shards differ in length. Each rank gets the sum of the
+   gradients of its shard.
+2. *replicas* of the shard: an all-reduce.
+3. ranks with *partial sums* (``partial_over`` of the placement, for example norms under msp): an all-reduce.
 
 Buckets are reduced from the last layer to the first, as a backward pass completes them, in the same order on every
-rank. With overlap, stage 1 of a bucket is launched in the backward pass of the last micro-batch, once the gradients of
-this bucket and of all earlier buckets are ready.
+rank. With overlap, the reduction of a bucket over the zero group is launched in the backward pass of the last
+micro-batch, once the gradients of this bucket and of all earlier buckets are ready.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class GradReadyTracker:
 
     The number of accumulations into a parameter's gradient in a step depends only on the model and on the number of
     micro-batches (tied weights, recompute and deferred gradients included). The first step with a given number of
-    micro-batches counts them; in later steps a parameter is ready when its count is reached. If a parameter gets no
-    gradient, its bucket and the buckets after it are reduced at the end of the step.
+    micro-batches counts the accumulations; in later steps a parameter is ready when its count is reached. If a
+    parameter gets no gradient, its bucket and the buckets after it are reduced at the end of the step.
     """
 
     def __init__(self, buckets: Sequence[Sequence[BucketEntry]], on_bucket_ready: Callable[[int], None]) -> None:
@@ -71,7 +72,7 @@ class GradReadyTracker:
     def end_step(self) -> None:
         """Store the accumulation counts of the step.
 
-        All buckets are being reduced, so a gradient accumulated before the next step raises an error.
+        Until the next step, accumulating a gradient raises an error, because the buckets are being reduced.
         """
         if self._micro_batches:
             self._learned.setdefault(self._micro_batches, self._counts)
@@ -100,10 +101,10 @@ class GradReadyTracker:
 
 
 class BucketReduction:
-    """Reduction of one bucket, in three stages, to the summed gradients of this rank's shard of the bucket."""
+    """Reduction of one bucket over up to three process groups; this rank gets the summed gradients of its shard."""
 
     def __init__(self, bucket: GroupBucket, process_groups: ProcessGroups, dtype: torch.dtype | None) -> None:
-        """Launch stage 1, the reduction inside the zero group.
+        """Launch the reduction over the zero group.
 
         Args:
             bucket: Bucket whose gradients are complete.
@@ -130,13 +131,16 @@ class BucketReduction:
             pending.release_if_completed()
 
     def begin_replicas(self) -> None:
-        """Launch stage 2, the all-reduce over the replicas of the shard."""
+        """Wait for the reduction over the zero group, then launch the all-reduce over the replicas of the shard."""
         self.finish()
         if self._sent_shard.numel():
             self._pending = [begin_all_reduce(self._sent_shard, self.process_groups.replica)]
 
     def begin_partial(self) -> None:
-        """Copy the sum to the group's gradients; if it is a partial sum, launch stage 3, an all-reduce."""
+        """Wait for the all-reduce over replicas, then launch the all-reduce over ranks with partial sums, if any.
+
+        In between, the result of the first all-reduce is copied to the ``grad_shards`` of the group.
+        """
         self.finish()
         if self._sent_shard.data_ptr() != self._shard.data_ptr():
             self._shard.copy_(self._sent_shard)
@@ -187,7 +191,7 @@ class GradReducer:
             self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """Launch the reduction of the remaining buckets; all gradients must be complete."""
+        """Launch the reduction of every bucket, unless it is launched already; all gradients must be complete."""
         if self._tracker:
             self._tracker.end_step()
         for index in range(len(self.begun), len(self.buckets)):
@@ -196,10 +200,10 @@ class GradReducer:
     def reduce(self) -> None:
         """Reduce all gradients, which must be complete, into the ``grad_shards`` of their groups."""
         self.begin()
-        # Stage by stage over all buckets, so that the collectives of a stage overlap one another.
-        for stage in (BucketReduction.begin_replicas, BucketReduction.begin_partial, BucketReduction.finish):
+        # Over all buckets before the next process group, so that the collectives of one group overlap one another.
+        for advance in (BucketReduction.begin_replicas, BucketReduction.begin_partial, BucketReduction.finish):
             for reduction in self.begun:
-                stage(reduction)
+                advance(reduction)
         self.begin_step(None)
 
     def _begin(self, index: int) -> None:
@@ -209,7 +213,9 @@ class GradReducer:
 
 
 class FullyShardedReducer:
-    """Reducer of gradients over replicas and partial sums, after ``fully_shard`` has reduced them in the zero group.
+    """Reducer of the gradients of fully sharded parameters, over replicas and over ranks with partial sums.
+
+    Before that, ``fully_shard`` has reduced these gradients inside the zero group.
 
     Args:
         groups: Param groups of this rank.

@@ -79,7 +79,10 @@ class LossScale:
 
 
 def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
-    """Return the name of this rank's first parameter, in model order, with an inf or NaN gradient, or None."""
+    """Return the name of the first parameter with an inf or NaN in its gradient on this rank; None if all are finite.
+
+    The first parameter is the first in model order.
+    """
     # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
     suspects = [group for group in groups if not _is_finite(group.grads)]
     found = [

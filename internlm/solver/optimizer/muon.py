@@ -32,9 +32,9 @@ ADJUST: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """Approximate the nearest matrix with orthonormal rows or columns by Newton-Schulz iterations: [O, I] → [O, I].
+    """Approximate the semi-orthogonal matrix nearest to ``matrix`` by Newton-Schulz iterations: [O, I] → [O, I].
 
-    The singular values of the result are between about 0.7 and 1.2.
+    The rows or columns of the result are nearly orthonormal: its singular values are between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
     # Iterate on the transpose of a tall matrix: its Gram matrix is the smaller one.

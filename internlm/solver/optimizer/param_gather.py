@@ -72,7 +72,7 @@ class ParamGatherer:
         self.wait_for_block(block)
 
     def wait_for_block(self, block: int) -> None:
-        """Block until the parameters of ``block`` are up to date, and launch the all-gather of the next block."""
+        """Wait until the parameters of ``block`` are up to date, and launch the all-gathers of the next block."""
         if self.ready < len(self.buckets):
             self._wait(self._needed[block])
             # The maximum over all blocks so far: earlier blocks may have been skipped, or share a bucket with this one.
@@ -94,7 +94,7 @@ class ParamGatherer:
             raise UserError(Problem(where, message, "Call optimizer.gather_parameters() on all ranks first"))
 
     def begin(self) -> None:
-        """Launch the all-gathers after an update, and block until those of the eager buckets are complete."""
+        """Gather the eager buckets after an update, and launch the all-gathers of the first block's buckets."""
         if self.zero.size > 1:
             self.begun = self.ready = 0
             self._begin(max([self.eager, *self._needed[:1]]))  # those of the first block overlap with the wait below

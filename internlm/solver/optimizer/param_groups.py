@@ -65,7 +65,7 @@ class ParamGroupKey:
     weight_decay: float = 0.0
     lr_scale: float = 1.0
     split_over: ParallelMode | None = None
-    """Parallel mode whose group splits the parameters; None if they are whole."""
+    """Parallel mode over whose group the parameters are split; None if they are whole."""
     partial_over: ParallelMode | None = None
     """Parallel mode over whose group partial gradients must be summed; None if gradients are not partial."""
 
@@ -137,7 +137,7 @@ class ShardSlice:
     name: str
     placement: ParamPlacement
     start: int
-    """Index of the first element in the parameter's flattened local tensor; ``stop`` is one past the last."""
+    """Index of the slice's first element in the parameter's flattened local tensor; ``stop`` is one past its last."""
     stop: int
     index: int
     """Index of the tensor in ``main_shards`` and ``grad_shards``; the slice is elements [lo, hi) of this tensor."""
@@ -163,7 +163,7 @@ class ParamGroup:
 
     @property
     def has_main(self) -> bool:
-        """Whether main parameters are a separate copy, because they are wider than model parameters."""
+        """Whether main parameters are a separate copy, because the compute dtype is narrower than float32."""
         return self.key.dtype != self.main_dtype
 
     @property

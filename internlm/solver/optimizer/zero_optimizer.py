@@ -5,7 +5,7 @@ sharded (the zero group). A step has five phases:
 
 1. **Reduce** gradients into shards inside the zero group, then over the replicas of each shard, then over ranks with
    partial sums (``grad_reduce.py``).
-2. **Measure** the global gradient norm over all pipeline stages, in which every logical element counts once.
+2. **Measure** the global gradient norm over all pipeline stages; every logical element counts once.
 3. **Decide**: if the norm is inf or NaN, all ranks skip the step (``loss_scale.py``).
 4. **Update** this rank's shard from clipped gradients, by the update rule of each group (``update_rules.py``,
    ``muon.py``), and copy main parameters to model parameters.
@@ -59,7 +59,7 @@ class OptimizerStep:
 
 
 class HybridZeroOptimizer:
-    """ZeRO optimizer over flat buffers, which owns the memory of parameters and gradients.
+    """ZeRO optimizer that moves the parameters and gradients of a model into its own flat buffers.
 
     The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then reduces gradients and gathers
     parameters inside the zero group. The sum of gradients over all data-parallel ranks must be the gradient of the
@@ -69,9 +69,9 @@ class HybridZeroOptimizer:
     Args:
         model: Model whose parameters have placements, and their final dtype and device.
         adam: Hyperparameters of the update rules, such as eps and weight decay.
-        config: Settings of buckets, overlap and gradient clipping.
+        config: Settings for buckets, overlap and gradient clipping.
         process_groups: Process groups to communicate over; default: groups of one rank.
-        optimizer: Settings of the update rule and of individual param groups; default: AdamW.
+        optimizer: Settings for the update rule and for individual param groups; default: AdamW.
         loss_scale: Loss scale for float16 training; default: 1.
         reduce_dtype: Dtype in which gradients are sent; default: the dtype in which they are accumulated.
 
@@ -223,7 +223,7 @@ class HybridZeroOptimizer:
         return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
 
     def _is_copy(self, group: ParamGroup) -> bool:
-        """Return whether ``group`` holds the last stage's copy of a tied embedding, which the first stage counts."""
+        """Return whether ``group`` is the last stage's copy of a tied embedding, which the norm does not count."""
         return group.key.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
     def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
@@ -247,11 +247,12 @@ class HybridZeroOptimizer:
     def copy_model_to_main_params(self) -> None:
         """Copy model parameters to main parameters, for code that sets model parameters itself.
 
-        Without this copy, the next update in half precision would overwrite the new values.
+        Half-precision parameters have separate main parameters, so without this copy the next update would overwrite
+        the new values.
 
         Raises:
-            UserError: A parameter all-gather is still running (``overlap_sync_param``), so it may have overwritten new
-                values. Call :meth:`gather_parameters` before setting parameters.
+            UserError: A parameter all-gather is not complete (``overlap_sync_param``) and may overwrite the new values.
+                Call :meth:`gather_parameters` before setting parameters.
         """
         self._gatherer.require_all("optimizer.copy_model_to_main_params()")
         for group in self.groups:
