@@ -4,7 +4,7 @@ The groups of a mode are slices of ``arange(world)``, reshaped to a grid. The ra
 alternative grids, listed with the fastest-varying mode first::
 
     ordinary   tensor, data
-    weight     weight, weight-data              (isp: the same ranks, by shards of the weights)
+    weight     weight, weight-data              (for isp)
     expert     expert-tensor, expert, expert-data
 
 The pipeline varies slowest in each grid. Tensor varies fastest because its collectives are on the critical path of
@@ -146,5 +146,5 @@ class Layout:
 
 
 def _along(grid: np.ndarray, axis: int) -> np.ndarray:
-    """Return all lines of ``grid`` along ``axis``: [lines, members]."""
+    """Return all one-dimensional slices of ``grid`` along ``axis``, one per row: [slices, length of the axis]."""
     return np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])

@@ -65,7 +65,7 @@ class ParallelContext:
         )
 
     def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
-        """Return the process group of ``ranks`` for ``use``, created on the first call.
+        """Return the process group of ``ranks`` for the purpose ``use``, and create it on the first call.
 
         Only the members create a group, which avoids a global barrier per group. Each rank is in one group of a mode,
         and all ranks create the groups in the same order of modes, so they cannot deadlock.
@@ -202,7 +202,11 @@ class ParallelContext:
         return self.is_last_rank(ParallelMode.PIPELINE)
 
     def is_no_pp_or_last_stage(self) -> bool:
-        """Return whether this rank computes the loss: on the last stage, or on the first in a V-shaped schedule."""
+        """Return whether this rank computes the loss.
+
+        The loss is computed on the last pipeline stage. In a V-shaped schedule, it is computed on the first stage,
+        which holds both the first and the last layers of the model.
+        """
         v_shaped = self.config.parallel.pipeline.mode == "ZBV"
         return self.is_pipeline_first_stage() if v_shaped else self.is_pipeline_last_stage()
 

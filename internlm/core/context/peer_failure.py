@@ -32,7 +32,7 @@ def attributing_peer_failure(stage: Group, peer: int, operation: str, timeout: t
     Args:
         stage: Pipeline group of this rank.
         peer: Pipeline stage that the ``with`` block waits for, or :data:`ALL`.
-        operation: Operation of ``peer`` that did not complete, such as ``"send …"``, for the error message.
+        operation: Operation that ``peer`` did not complete, such as ``"end the step"``, for the error message.
         timeout: Timeout of the process group. A wait that lasted at least this long indicates a silent peer; a shorter
             wait indicates a dead peer.
 

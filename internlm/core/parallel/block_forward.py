@@ -50,7 +50,10 @@ class BlockForward:
         return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield inputs and parameters of the block that stay on the device anyway: offloading would free no memory."""
+        """Yield the inputs and parameters of the block that are not offloaded.
+
+        They stay on the device in any case, so offloading them would free no memory.
+        """
         first, *others = tensors_of((args, kwargs))
         yield from others  # all blocks share them: rotary tables, sequence boundaries
         if first.requires_grad and first.is_leaf:

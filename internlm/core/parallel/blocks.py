@@ -1,8 +1,8 @@
 """Blocks: the repeated layers of a model, declared by the model itself.
 
-FSDP units, lazy parameter all-gathers, isp's weight prefetch, activation checkpointing, offloading and
-``torch.compile`` work block by block. A model declares its blocks in a ``blocks()`` method; a model without one has
-no blocks.
+Full sharding, lazy parameter all-gathers, isp's weight prefetch, activation checkpointing, offloading and
+``torch.compile`` are applied block by block. A model declares its blocks in a ``blocks()`` method; a model without
+this method has no blocks.
 """
 
 from __future__ import annotations

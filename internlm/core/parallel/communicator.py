@@ -1,8 +1,9 @@
 """Communicators: hooks that exchange tensors with other ranks before and after a layer's computation.
 
-The classes here are the identity (no-op) communicators, for layers that are whole on each rank. A parallel mode
-consists of small subclasses, one per role of a layer, that override the hooks they need. A communicator is attached to
-each layer (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one process.
+The classes here are the identity (no-op) communicators, for layers that are not split over ranks. A tensor mode is
+implemented by small subclasses, one for each role of a layer, that override the hooks they need. A communicator is
+attached to each layer (:mod:`internlm.core.parallel.attach`), so models with different layouts can coexist in one
+process.
 
 Shapes: T tokens of this rank, P tokens in the matmuls (T unless a hook gathers tokens), I input and O output features
 of the matmuls, H hidden size, V vocabulary entries, G kv heads, Q query heads per kv head, D head dimension.
@@ -100,7 +101,7 @@ class HeadCommunicator(Communicator):
         return logits
 
     def real_logits(self, logits: Tensor) -> Tensor:
-        """Drop the columns of this rank's logits, [T, V], that belong to padding of the vocabulary."""
+        """Drop the columns of vocabulary padding from this rank's logits, [T, V of this rank]."""
         return logits
 
 

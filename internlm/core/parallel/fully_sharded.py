@@ -4,10 +4,12 @@ See Rajbhandari et al. 2020, arXiv 1910.02054, section 5.3. A *unit* is a declar
 outside of blocks is one more unit, the root. Each of n ranks holds ⌈rows / n⌉ consecutive rows of every parameter; the
 last ranks may hold fewer or none.
 
-1. Before the forward pass of a unit, its parameters are all-gathered; after it, they are freed.
-2. Before its backward pass, they are all-gathered again. Those of the root are kept from forward to backward.
-3. After its backward pass, its gradients are reduce-scattered, and each rank adds the result to the gradient of its
+1. Before the forward pass of a unit, its parameters are all-gathered; after the forward pass, they are freed.
+2. Before the backward pass of the unit, its parameters are all-gathered again.
+3. After the backward pass, its gradients are reduce-scattered, and each rank adds the result to the gradient of its
    shard. This happens in every micro-batch, so that unsharded gradients exist for only one unit at a time.
+
+The root is an exception: its parameters stay gathered between forward and backward.
 
 If the compute dtype is float16 or bfloat16, parameters are stored in float32 and rounded before the all-gather.
 """
@@ -92,10 +94,10 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 class LocalShard(NamedTuple):
-    """Flat view of the elements of a parameter that this rank stores, and the index of the first one.
+    """Flat view of this rank's elements of a parameter, with the index of the first element.
 
-    ``start`` is an index into the flattened shard that the parameter's placement describes; ``fully_shard`` splits this
-    shard further.
+    The index, ``start``, counts from the beginning of the flattened shard that the parameter's placement describes.
+    ``fully_shard`` splits this shard over ranks.
     """
 
     flat: Tensor
@@ -103,7 +105,7 @@ class LocalShard(NamedTuple):
 
 
 def local_shard(parameter: Tensor) -> LocalShard:
-    """Return a flat view of this rank's shard of ``parameter``: all of its elements unless it is fully sharded."""
+    """Return a flat view of this rank's elements of ``parameter``: all, unless ``parameter`` is fully sharded."""
     parameter = parameter.detach()
     if not isinstance(parameter, DTensor):
         return LocalShard(parameter.view(-1), 0)

@@ -4,14 +4,14 @@ The generator is counter-based: any element can be drawn without the elements be
 "Parallel random numbers: as easy as 1, 2, 3"):
 
 1. SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"): the i-th output of a
-   generator with state ``key`` is a mix of the bits of key + (i + 1)·γ. The key is a hash of seed and name, i the index
-   of the element in the flattened logical tensor.
+   generator with state ``key`` is a mix of the bits of key + (i + 1)·γ, with γ = 2⁶⁴ / golden ratio. The key is a hash
+   of seed and name, i the index of the element in the flattened logical tensor.
 2. Box and Muller (1958): the upper 31 bits give a number u and a radius r = √(−2·ln u), the lower 32 bits an angle θ;
    r·sin θ is standard normal.
 
-All float operations are correctly rounded by IEEE 754 (+, −, ×, ÷, √), and each is a separate pass, so that none are
-fused. Hence a value depends neither on the vector length of the processor nor on the position within a chunk. The
-logarithms and sines of vector libraries do not guarantee this.
+All float operations are correctly rounded by IEEE 754 (+, −, ×, ÷, √), and each is a separate NumPy call, so that no
+two are fused into one instruction. Hence a value depends neither on the processor's SIMD width nor on which elements
+are drawn together. The logarithms and sines of vector libraries do not guarantee this.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     Values are drawn in float32, at most :data:`CHUNK` at a time, and rounded to the compute dtype of the parameter.
 
     Args:
-        parameter: Parameter with a placement. If the placement has no distribution, its values are unchanged.
+        parameter: Parameter with a placement. If the placement has no distribution, the parameter is unchanged.
         name: Logical name, the same in every layout.
         seed: Seed of the run.
     """
@@ -129,9 +129,9 @@ def normal_chunks(
 def _counters(key: int, shape: tuple[int, ...], tensor_slice: TensorSlice, out: UInt64) -> Iterator[int]:
     """For each chunk, write the counters of its elements to ``out`` and yield their number.
 
-    The counter of element i is key + (i + 1)·γ, with γ = ``_GAMMA``. A run is a contiguous range of elements that
-    spans the trailing axes that the slice covers fully, and the axis before them. A chunk is part of a run, or several
-    runs.
+    The counter of element i is key + (i + 1)·γ, with γ = ``_GAMMA``. The slice consists of contiguous segments, each of
+    which spans the trailing axes that the slice covers fully, and the axis before them. A chunk is part of one segment,
+    or several whole segments.
     """
     axis, length = len(shape), 1
     while axis > 0:
@@ -142,11 +142,11 @@ def _counters(key: int, shape: tuple[int, ...], tensor_slice: TensorSlice, out: 
     strides = [math.prod(shape[later + 1 :]) for later in range(len(shape))]
     first = sum(offset * stride for offset, stride in zip(tensor_slice.offsets, strides, strict=True))
     ramp = np.arange(min(length, CHUNK), dtype=np.uint64) * np.uint64(_GAMMA)
-    runs = math.prod(tensor_slice.sizes[:axis])
-    runs_at_once = max(1, CHUNK // length)
-    for run in range(0, runs, runs_at_once):
-        begins = np.zeros(min(runs_at_once, runs - run), np.uint64)
-        positions = np.unravel_index(np.arange(run, run + len(begins)), tensor_slice.sizes[:axis]) if axis else ()
+    segments = math.prod(tensor_slice.sizes[:axis])
+    at_once = max(1, CHUNK // length)  # segments per chunk
+    for index in range(0, segments, at_once):
+        begins = np.zeros(min(at_once, segments - index), np.uint64)
+        positions = np.unravel_index(np.arange(index, index + len(begins)), tensor_slice.sizes[:axis]) if axis else ()
         for position, stride in zip(positions, strides, strict=False):
             begins += position.astype(np.uint64) * np.uint64(stride * _GAMMA & _MASK)
         for column in range(0, length, CHUNK):

@@ -64,7 +64,7 @@ class IspLinear(Communicator):
 
 
 class TokensHead(HeadCommunicator):
-    """Communicator of a head whose weight is whole on every rank and whose input is split over the tensor group."""
+    """Communicator of a head whose weight is replicated and whose input is split by tokens over the tensor group."""
 
     def __init__(self, tensor: Group) -> None:
         self.tensor = tensor
@@ -80,7 +80,7 @@ class TokensHead(HeadCommunicator):
 
 
 class IspHead(IspLinear, TokensHead):
-    """Communicator of a head with its weight split over the weight group and its input over the tensor group."""
+    """Communicator of a head under isp: the weight is split over the weight group, tokens over the tensor group."""
 
     def __init__(self, gatherer: WeightGatherer, index: int, tensor: Group) -> None:
         IspLinear.__init__(self, gatherer, index)
@@ -167,7 +167,10 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Change the split from heads to tokens: [T, query heads of this rank · D] → [T / n, G · Q · D]."""
+        """Exchange all tokens of this rank's heads for all heads of this rank's tokens, after the attention kernel.
+
+        [T, query heads of this rank · D] → [T / n, G · Q · D].
+        """
         tokens = heads.shape[0] // self.group.size
 
         def to_tokens(heads: Tensor) -> Tensor:
@@ -193,7 +196,10 @@ def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
 
 
 def _sum_kv_heads(dqkv: Tensor) -> Tensor:
-    """Join the query heads and sum the r gradients of each kv head: [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D]."""
+    """Join the query heads and sum the gradients of the copies: the backward of :func:`_repeat_kv_heads`.
+
+    [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D].
+    """
     if dqkv.shape[2] == 1:
         return dqkv.squeeze(2)
     return torch.cat([dqkv[:, :, :, :-2].flatten(2, 3), dqkv[:, :, :, -2:].sum(2)], 2)
