@@ -1,6 +1,6 @@
 """InternEvo: a framework for pretraining large language models.
 
-The subpackages and entry points below are imported on first use.
+Subpackages and entry points are imported on first use.
 """
 
 from internlm.utils.lazy import lazy_exports

@@ -64,9 +64,8 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     The rows are determined by the data set, the seed and the config keys in :data:`ROWS`.
     """
     if saved.get("data") != now.get("data"):
-        what = (
-            f"its data changed since {folder} was saved (fingerprint {saved.get('data')} then, {now.get('data')} now)"
-        )
+        fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
+        what = f"the data changed after {folder} was saved ({fingerprints})"
         yield Problem("data.train_folder", what, f"Restore the old data, {WITHOUT_SAMPLER}")
     then, wanted = saved["config"]["data"], now["config"]["data"]
     fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
@@ -93,7 +92,7 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
-    """Yield a problem for each requested tensor that the checkpoint lacks or has in another shape."""
+    """Yield a problem for each requested tensor that the checkpoint lacks or stores with a different shape."""
     for name, tensor in wanted.items():
         found = metadata.state_dict_metadata.get(name)
         todo = FROM_WEIGHTS if name.startswith("optimizer/") else "Use the config of the checkpoint"
@@ -105,7 +104,7 @@ def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> 
 
 
 def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Yield a problem for each parameter of the checkpoint that the model has on no rank."""
+    """Yield a problem for each parameter or buffer of the checkpoint that does not exist in the model on any rank."""
     for name in metadata.state_dict_metadata:
         # Optimizer state, which frozen parameters do not have, is checked by other_states.
         if name.startswith("model/") and name not in wanted:
@@ -113,10 +112,10 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) 
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
-    """Yield a problem for each optimizer state of a trained parameter that the checkpoint has, but this run lacks.
+    """Yield a problem for each optimizer state, such as a moment, that the checkpoint contains and this run lacks.
 
-    If such a state were ignored, the remaining moments would be loaded into an optimizer that uses them differently:
-    Lion's momentum and AdamW's first moment have the same name.
+    Only parameters that this run trains are checked. If a state were ignored, the remaining moments would be loaded
+    into an optimizer that uses them differently: Lion's momentum and AdamW's first moment have the same name.
     """
     states: dict[str, set[str]] = {}
     for name in metadata.state_dict_metadata:

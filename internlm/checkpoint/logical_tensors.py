@@ -1,8 +1,8 @@
 """Logical tensors: checkpoint content that is independent of the parallel layout.
 
 A :class:`LogicalTensor` has a global shape and the slices of this rank. It implements the protocol by which
-``torch.distributed.checkpoint`` (DCP) finds the slices to write and the memory to read into, so any layout can read
-what another one wrote.
+``torch.distributed.checkpoint`` (DCP) finds the slices to write and the memory to read into, so a checkpoint can
+be loaded with a parallel layout other than the one that it was saved with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Offsets: TypeAlias = tuple[int, ...]
 
 
 class LogicalTensor:
-    """Logical tensor: its global shape, and this rank's slices of it, keyed by their offsets.
+    """Tensor of a checkpoint: the global shape, and the slices that this rank holds, keyed by their offsets.
 
     Slices are written in ``dtype``, but may have a wider dtype in memory: between steps, a fully sharded half-precision
     model has only its fp32 main parameters.
@@ -116,7 +116,10 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
 
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
-    """Add slices that are views of ``flat``, the elements of the flattened local tensor from ``start`` on."""
+    """Add the elements of ``flat`` to ``tensor``, as slices that are views of ``flat``.
+
+    ``flat`` contains the elements of the flattened local tensor from index ``start`` on.
+    """
     # A flat range consists of up to 2 · dim - 1 boxes: partial first row, whole rows, partial last row, recursively.
     for box in placement.slices(start, start + len(flat)):
         tensor.add(box.offsets, flat[box.start - start : box.stop - start].view(box.sizes))

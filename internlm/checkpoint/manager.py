@@ -287,16 +287,16 @@ class CheckpointManager:
         known: set[str],
         wanted: set[CheckpointContent],
     ) -> Iterator[Problem]:
-        """Compare the config of the checkpoint and, if it matches, the tensors; yield a problem for each difference.
+        """Compare the config and the tensors of the checkpoint with those of the run; yield a problem per difference.
 
-        Tensors are not compared if the architecture differs, because then nearly every tensor differs too.
+        Tensors are compared only if the configs match: with another architecture, nearly every tensor would differ.
 
         Args:
             source: Checkpoint folder, for error messages.
             saved: Content of the checkpoint's state file.
             metadata: Metadata of the checkpoint's tensors.
             tensors: Tensors that this rank loads.
-            known: Names of the tensors that any rank loads.
+            known: Names of the tensors that at least one rank loads.
             wanted: Content to load.
         """
         then, now = saved["config"], self.run_info["config"]

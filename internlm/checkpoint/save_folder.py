@@ -97,6 +97,6 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     except (ValueError, TypeError) as error:  # not JSON, or JSON of another shape
         raise CheckpointError(Problem(str(file), f"cannot be read ({error!r})", "Choose another checkpoint")) from None
     if newer:
-        what = f"expected a format of at most {FORMAT}, got {state['format']}"
+        what = f"expected a format version of at most {FORMAT}, got {state['format']}"
         raise CheckpointError(Problem(str(folder), what, "Update InternEvo"))
     return state

@@ -123,7 +123,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _checked(metadata: Any) -> Metadata:
-    """Return ``metadata`` after checking its type, and that it names only files directly in the checkpoint folder."""
+    """Check the type of ``metadata``, and that it refers only to files directly in the checkpoint folder; return it."""
     if not isinstance(metadata, Metadata):
         raise ValueError(f"expected DCP metadata, got {type(metadata).__name__}")
     # Compare names rather than resolved paths: a name without separators cannot leave the folder by .. or a root.
@@ -169,6 +169,6 @@ class LogicalLoadPlanner(DefaultLoadPlanner):
         return tensor
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse an entry that is not a tensor, which the default planner would unpickle."""
+        """Raise an error for an entry that is a pickled object; the default planner would unpickle it."""
         name = read_item.dest_index.fqn
         raise CheckpointError(Problem(name, "expected a tensor, got a pickled object", "Choose another checkpoint"))

@@ -84,8 +84,8 @@ class BatchPlan:
         return min(self.micro_num, start + increment * (batch // every))
 
     def _size_before(self, batch: int) -> int:
-        """Return the number of micro-batches before ``batch`` on each data-parallel rank, in closed form."""
-        # With a loop over the batches, each lookup would take time proportional to the step.
+        """Return the total number of micro-batches in the batches before ``batch``, on each data-parallel rank."""
+        # In closed form: with a loop over the batches, each lookup would take time proportional to the step.
         if self.rampup is None:
             return self.micro_num * batch
         start, increment, every = self.rampup

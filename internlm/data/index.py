@@ -4,7 +4,7 @@ A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and 
 2] of byte offset and token count). The index joins all ``.meta`` arrays into one table, cached in a file, so that the
 next start need not read them again. The table is memory-mapped, so the processes of one machine share its memory.
 
-N: number of samples in all files.
+Shapes: N samples in all files together.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def read_meta(file: DataFile) -> np.ndarray:
 
 
 def _disagree(file: DataFile, what: str) -> DataError:
-    return DataError(Problem(str(file.meta), f"disagrees with {file.path.name} of {file.size} bytes: {what}", REMAKE))
+    return DataError(Problem(str(file.meta), f"does not match {file.path.name} ({file.size} bytes): {what}", REMAKE))
 
 
 def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:

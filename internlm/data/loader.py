@@ -1,6 +1,6 @@
 """Data loaders: the batches of a run as tensors, prefetched by threads.
 
-M: micro-batches, P: packed_length, B: micro_bsz, S: seq_len, C: sequence boundaries of a row.
+Shapes: M micro-batches, P = packed_length, B = micro_bsz, S = seq_len, C sequence boundaries in a row.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
 
 
 def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Yield the results of ``work`` for all ``items`` in order, computed by ``pool``.
+    """Call ``work`` in ``pool`` for each item, and yield the results in the order of ``items``.
 
-    An exception of ``work`` is raised in place of the item's result, after all earlier results.
+    An exception that ``work`` raises for an item is re-raised after the results of all earlier items.
 
     Args:
-        pool: Executor of ``work``.
-        work: Function of one item.
-        items: Items, possibly endless.
+        pool: Executor that runs ``work``.
+        work: Function that is called with one item at a time.
+        items: Finite or infinite iterable of items.
         ahead: Maximum number of items that are submitted before their results are needed.
     """
     remaining = iter(items)
@@ -52,9 +52,9 @@ def in_order(pool: Executor, work: Callable[[Item], Result], items: Iterable[Ite
 
 
 def read_ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield the results of ``work`` for all ``items`` in order, prefetched by ``workers`` threads (0: no prefetching).
+    """Yield ``work(item)`` for each item, in order, prefetched by ``workers`` threads (0: no prefetching).
 
-    The threads stop when the iterator is exhausted, closed or garbage-collected, or when an item fails.
+    The threads stop when the iterator is exhausted, closed or garbage-collected, or when ``work`` raises an exception.
     """
     if not workers:
         yield from map(work, items)
@@ -72,8 +72,8 @@ def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
 
     Returns:
         ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, a list of M
-        int32 tensors [C]; and ``labels``, int64 [M, P]. In the padded layout the shapes are [M, B, S], without
-        ``cu_seqlens``.
+        int32 tensors [C]; and ``labels``, int64 [M, P]. In the padded layout the tensors are [M, B, S], and
+        there is no ``cu_seqlens``.
     """
     padded = shape.layout is PackingLayout.PADDED
     size = (len(rows), shape.micro_bsz, shape.seq_len) if padded else (len(rows), shape.packed_length)

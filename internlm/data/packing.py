@@ -4,7 +4,7 @@ A row is made in three steps: (1) find the sample spans that it contains, (2) fi
 the sequence boundaries, which attention does not cross and which determine ``cu_seqlens`` and the positions. Layouts
 differ only in (1) and (3).
 
-N: samples of an epoch, P: packed_length = seq_len · micro_bsz, C: sequence boundaries of a row.
+Shapes: N samples in an epoch, P = packed_length = seq_len · micro_bsz, C sequence boundaries in a row.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _padded_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]
 
 
 def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fill the input ids, labels and type ids of a row, each [P]."""
+    """Return the input ids, labels and type ids of a row, each [P]."""
     input_ids = np.full(shape.packed_length, PAD, np.int64)
     labels = np.full(shape.packed_length, IGNORED, np.int64)
     type_ids = np.zeros(shape.packed_length, np.int64)

@@ -1,6 +1,6 @@
 """Sample sources: their protocol, a source of random samples, and a view of one data-set type.
 
-N: samples of the source.
+Shapes: N samples in the source.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RandomSource:
 
 
 class OneType:
-    """Sample source that selects the samples of one data-set type from another source, in the same order."""
+    """Sample source that contains only the samples of one data-set type of another source, in their original order."""
 
     def __init__(self, source: SampleSource, type_name: str) -> None:
         self._source = source

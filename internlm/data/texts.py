@@ -68,7 +68,7 @@ def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterat
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``("file:line", text)`` for each line, without the line end."""
+    """Yield ``("file:line", text)`` for each line, without the line ending."""
     with file.open("rb") as stream:
         # Binary lines end at \n only. Text mode would also split at a lone \r, and str.splitlines at U+2028, which JSON
         # strings may contain.

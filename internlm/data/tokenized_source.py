@@ -1,6 +1,6 @@
 """Sample source that reads a folder of tokenized files and checks each sample as it is read.
 
-N: samples of the source.
+Shapes: N samples in the source.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class TokenizedSource:
         """Return the token ids of a sample, int64 [length].
 
         Raises:
-            DataError: The file changed since it was indexed, or contains a token id outside the vocabulary.
+            DataError: The file has changed since it was indexed, the sample is damaged, or a token id is outside the
+                vocabulary.
         """
         tokens = self._parse(sample, self._line(sample))
         if len(tokens) != self.lengths[sample]:
@@ -69,7 +70,7 @@ class TokenizedSource:
         return tokens
 
     def fingerprint(self) -> str:
-        """Return a digest of file names, sizes and sample tables, which is the same for a copy of the folder."""
+        """Return a digest of the file names, the file sizes and the index; a copy of the folder has the same digest."""
         digest = hashlib.blake2b(digest_size=16)
         # Names and sizes, not paths and modification times: a copy of the data has the same fingerprint.
         digest.update(json.dumps([file[1:3] for file in self._index.files]).encode())

@@ -1,6 +1,7 @@
 """Convert texts into tokenized files.
 
-``X.bin`` contains one JSON line per sample, ``X.bin.meta`` a NumPy array [samples, 2] of byte offset and token count.
+``X.bin`` contains one JSON line per sample; ``X.bin.meta`` contains a NumPy array [samples, 2] of byte offset and token
+count.
 """
 
 from __future__ import annotations

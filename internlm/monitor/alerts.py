@@ -100,7 +100,12 @@ def _send_once(event: str, details: str = "") -> None:
 
 
 def internevo_monitor(job_name: str = "internlm", alert: AlertConfig | None = None) -> Callable[[F], F]:
-    """Decorate a main function so that it runs within :func:`initialize_monitor_manager`."""
+    """Return a decorator that runs a main function within :func:`initialize_monitor_manager`, which sends alerts.
+
+    Args:
+        job_name: Prefix of the messages.
+        alert: Webhook and file of the alerts; default: none.
+    """
 
     def decorate(main: F) -> F:
         @functools.wraps(main)

@@ -43,7 +43,7 @@ def _replica() -> GroupPosition:
 
 
 def _sequence_shard() -> GroupPosition:
-    """Return this rank's position among the ranks that load the same rows, each rank a different sequence shard."""
+    """Return this rank's position in the group whose ranks load different sequence shards of the same rows."""
     if gpc.config.parallel.tensor.mode != "isp":
         return ALONE  # msp and fsp split the sequence inside the model, after the embedding
     return GroupPosition(gpc.get_local_rank(ParallelMode.TENSOR), gpc.get_world_size(ParallelMode.TENSOR))

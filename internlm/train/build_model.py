@@ -149,4 +149,5 @@ def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
 def _check_attention(backend: str, dtype: torch.dtype) -> None:
     reason = "" if backend == "auto" else why_unavailable(backend, accelerator.device_type(), dtype)
     if reason:
-        raise ConfigError(Problem("model.attention_backend", f"'{backend}' cannot be used: {reason}", "Use 'auto'"))
+        what = f"'{backend}' cannot be used: {reason}"
+        raise ConfigError(Problem("model.attention_backend", what, "Set it to 'auto'"))

@@ -81,7 +81,7 @@ def compiled_so_far() -> Compiled:
 
 
 def _reason(text: str) -> str:
-    """Extract the ``torch.compiler.disable`` reason from a graph-break message; without one, return the first line."""
+    """Return the reason passed to ``torch.compiler.disable`` in a graph-break message, or else its first line."""
     # The lines after the first are explanations and hints, too long for a log.
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

@@ -1,8 +1,8 @@
 """Parameter inventory of a pipeline stage: the parameter shards of a model, as input to the cost formulas.
 
-During a run, the inventory lists the run's own model. Before a run, it lists the registered model, which is built on
-the meta device with the shardings of the layout. Building it allocates no memory and needs no process group, and takes
-only as long as creating the modules of one stage, whatever the number of ranks.
+During a run, the inventory describes the model that is trained. Before a run, it describes the model registered as
+``model_type``, built on the meta device with the sharding of the parallel layout. This build allocates no memory, needs
+no process group, and takes only as long as creating the modules of one stage, whatever the number of ranks.
 """
 
 from __future__ import annotations

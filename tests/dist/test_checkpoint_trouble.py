@@ -82,7 +82,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         ("model.dtype=torch.float32", "model.dtype: 'torch.float32', but {} was saved with 'torch.float64'"),
         ("optimizer.type=Lion", "{}: optimizer/exp_avg_sq: saved for 'embedding.weight' and "),
         ("data.micro_bsz=1", "data.micro_bsz: 1, but {} was saved with 2"),
-        ("data.fixed_random_dataset_seqlen=True", "data.train_folder: its data changed since {} was saved"),
+        ("data.fixed_random_dataset_seqlen=True", "data.train_folder: the data changed after {} was saved"),
     ]
     for override, expected in rows:
         message = _assert_refused(tmp_path, override)
@@ -142,7 +142,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: 0 bytes, its index says"),
     "half a state": (_cut("state.json", 0.5), "state.json: cannot be read"),
     "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
-    "a newer format": (lambda newest: _rewrite_state(newest, format=7), "step-2: expected a format of at most 1, got"),
+    "a newer format": (
+        lambda newest: _rewrite_state(newest, format=7),
+        "step-2: expected a format version of at most 1, got",
+    ),
 }
 
 

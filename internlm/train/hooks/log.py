@@ -27,7 +27,7 @@ log = get_logger()
 
 
 class LogMemoryPlan(Hook):
-    """Hook that logs the memory plan of the stage that needs the most memory, before the first step."""
+    """Hook that logs, before the first step, the memory plan of the pipeline stage that needs the most memory."""
 
     def before_run(self, trainer: Trainer) -> None:
         """Log the memory plan, or a warning if it cannot be computed."""
@@ -70,14 +70,14 @@ def _attempt(make: Callable[[], T], otherwise: T) -> T:
 
 
 class ReportTraffic(Hook):
-    """Hook that logs this rank's collectives and the bytes that they sent, after the last step (``--ledger``)."""
+    """Hook of ``--ledger`` that logs, after the last step, this rank's collectives and the bytes that the rank sent."""
 
     def __init__(self) -> None:
         self.before = LEDGER.snapshot()
         self.steps = 0
 
     def before_run(self, trainer: Trainer) -> None:
-        """Snapshot the ledger, to exclude the traffic of building the model and of resuming."""
+        """Take a snapshot of the communication ledger, to exclude the traffic of building the model and of resuming."""
         self.before = LEDGER.snapshot()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -93,7 +93,7 @@ class ReportTraffic(Hook):
 class LogMetrics(Hook):
     """Hook that writes the metrics of each step; it is added on the logging rank only.
 
-    Keys of the original InternEvo log line come first, in its order.
+    The keys of the original InternEvo log line come first, in their original order.
 
     Args:
         config: Config of the run.

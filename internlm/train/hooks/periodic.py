@@ -30,11 +30,11 @@ class SaveCheckpoints(Hook):
 
 
 class Validate(Hook):
-    """Hook that validates every ``every`` steps and after the last step; 0 disables it.
+    """Hook that runs the validation every ``every`` steps and after the last step (never if ``every`` is 0).
 
     Args:
         loaders: Validation loaders by data-set type.
-        every: Number of steps between validations, or 0.
+        every: Number of steps between validations; 0: no validation.
         total_steps: Last step of the run.
         writer: Writer of the metrics; None on ranks that do not log.
     """
@@ -45,7 +45,7 @@ class Validate(Hook):
         self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Validate if a validation is due."""
+        """Run the validation if one is due after this step."""
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
             metrics = evaluate(trainer, self.loaders)
@@ -54,7 +54,7 @@ class Validate(Hook):
 
 
 class Upkeep(Hook):
-    """Hook that releases cached device memory and reports slow ranks every ``every`` steps; 0 disables it.
+    """Hook that releases cached device memory and reports slow ranks every ``every`` steps (never if ``every`` is 0).
 
     A rank is slow if its forward and backward passes take more than ``outlier_ratio`` times the mean over all ranks.
     """
@@ -64,7 +64,7 @@ class Upkeep(Hook):
         self.seconds = 0.0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Add the time of the step; if due, release memory and report slow ranks."""
+        """Add up the forward and backward times; every ``every`` steps, release memory and report slow ranks."""
         self.seconds += report.fwd_bwd_time
         if self.every and trainer.state.step % self.every == 0:
             # Not every step, because the next step must allocate the released memory again.

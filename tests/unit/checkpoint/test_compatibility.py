@@ -89,7 +89,7 @@ def test_the_same_samples() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "start"),
     [
-        ("data", "def", "data.train_folder: its data changed since step-1 was saved (fingerprint abc then, def now). "),
+        ("data", "def", "data.train_folder: the data changed after step-1 was saved (fingerprint abc then, def now). "),
         ("seed", 2, "--seed: 2, but step-1 was saved with 1; "),
         ("config__data__seq_len", 16, "data.seq_len: 16, but step-1 was saved with 8; "),
         ("config__data__micro_bsz", 1, "data.micro_bsz: 1, but step-1 was saved with 2; "),

@@ -85,7 +85,7 @@ def test_a_save_that_was_cut_off_before_its_mark(tmp_path: Path) -> None:
 
 def test_a_newer_format(tmp_path: Path) -> None:
     complete(tmp_path, '{"format": 99}')
-    assert problem_of(tmp_path) == f"{tmp_path}: expected a format of at most 1, got 99. Update InternEvo"
+    assert problem_of(tmp_path) == f"{tmp_path}: expected a format version of at most 1, got 99. Update InternEvo"
 
 
 @pytest.mark.parametrize(

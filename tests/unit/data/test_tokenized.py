@@ -183,7 +183,7 @@ TWO = [[1, 2, 3], [4]]
 def test_meta_and_bin_disagree(tmp_path: Path, rows: list[tuple[int, int]], said: str) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     write_meta(file, rows)
-    assert error_of(tmp_path).startswith(f"{file}.meta: disagrees with x.bin of 38 bytes: {said}. Recreate the")
+    assert error_of(tmp_path).startswith(f"{file}.meta: does not match x.bin (38 bytes): {said}. Recreate the")
 
 
 def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_bin_with_far_more_bytes_than_its_tokens_need(tmp_path: Path) -> None:
 def test_a_truncated_bin(tmp_path: Path, kept: int) -> None:
     file = write_bin(tmp_path / "x.bin", TWO)
     os.truncate(file, kept)
-    assert f"{file}.meta: disagrees with x.bin of {kept} bytes" in error_of(tmp_path)
+    assert f"{file}.meta: does not match x.bin ({kept} bytes)" in error_of(tmp_path)
 
 
 def npy(header: str) -> bytes:
