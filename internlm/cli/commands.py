@@ -37,7 +37,7 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     """Print the memory plan of each pipeline stage.
 
     Raises:
-        UserError: The config cannot run, or its model cannot be built to count its parameters.
+        UserError: The config is invalid or unsupported, or its model cannot be built to count its parameters.
     """
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
@@ -53,7 +53,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
     """Simulate and print a pipeline schedule, and write the requested files.
 
     Raises:
-        UserError: The schedule cannot run, an option is missing, or a file cannot be written.
+        UserError: The config or schedule is invalid, an option is missing, or a file cannot be written.
     """
     a = arguments
     table = _table(a)
@@ -87,10 +87,11 @@ def _table(a: argparse.Namespace) -> Table:
         raise ConfigError(Problem("internlm schedule", "--set and --world need a config", "Pass a config file"))
     if not (schedule or csv) or not stages or not micro_batches:
         todo = "Pass a config file, or --kind (or --csv), --stages and --micro-batches"
-        raise ConfigError(Problem("internlm schedule", "no schedule is given", todo))
+        what = "the schedule, number of stages or number of micro-batches is missing"
+        raise ConfigError(Problem("internlm schedule", what, todo))
     pairs = stages * (chunks or 1) * micro_batches
     if pairs > MOST_PAIRS:
-        what = f"{pairs} pairs of virtual stage and micro-batch are more than the maximum {MOST_PAIRS}"
+        what = f"{pairs} pairs of virtual stage and micro-batch exceed the maximum of {MOST_PAIRS}"
         raise UserError(Problem("--stages, --chunks, --micro-batches", what, "Lower one of them"))
     if csv:
         return read_table(csv, stages, chunks or 1, micro_batches)

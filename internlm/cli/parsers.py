@@ -37,7 +37,8 @@ def duration(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (number == 0 or SHORTEST <= number <= LONGEST):  # false for nan too
-        raise argparse.ArgumentTypeError(f"expected 0 or a time from {SHORTEST:g} to {LONGEST:g}, got {text!r}")
+        bounds = f"{SHORTEST:g} to {LONGEST:g}"
+        raise argparse.ArgumentTypeError(f"expected 0 or a number from {bounds} (in any unit of time), got {text!r}")
     return number
 
 
@@ -170,8 +171,8 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
 def verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm verify``."""
     parser.description = (
-        "Train some steps on several processes of this machine (CPU), and the same model on one, from one seed and one "
-        "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
+        "Train a few steps on several processes of this machine (CPU), and the same model on one, from one seed and "
+        "one global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
         "Exit code: 0 if both agree, 1 if they differ or a process failed, 2 for a mistake in config or arguments."
     )
     add = parser.add_argument

@@ -23,7 +23,7 @@ def show_config(arguments: argparse.Namespace) -> None:
 
 
 def _obstacles(config: Config) -> list[str]:
-    """Return the problems that prevent this version from running ``config``, but not from printing it."""
+    """Return one message for each setting of ``config`` that this version does not support."""
     try:
         check_runnable(config)
     except ConfigError as error:

@@ -94,7 +94,7 @@ def _compile(path: Path, source: bytes) -> CodeType:
 
 
 def _failure(path: Path, error: BaseException) -> Problem:
-    """Convert an exception raised by a config file to a problem at the innermost traceback line in that file."""
+    """Convert an exception raised in a config file to a problem located at that file's innermost traceback line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", f"For the traceback, run: python {path}")
 

@@ -48,7 +48,7 @@ def schema_problems(error: ValidationError) -> tuple[list[Problem], set[str]]:
 def _key(detail: Any) -> str:
     """Return the dotted key of ``detail``, an entry of ``ValidationError.errors()``.
 
-    This is the longest known prefix of the location or, for an unknown key, the whole location.
+    For an unknown key, join all names in ``detail["loc"]``; otherwise, join the longest prefix that is a known key.
     """
     # pydantic's location also holds indices of lists and tags of unions, which are not part of a key.
     location = [name for name in detail["loc"] if isinstance(name, str)]
@@ -100,7 +100,10 @@ def _wanted(key: str) -> str:
 
 
 def _where_it_belongs(key: str) -> str:
-    """Suggest keys with the name of the unknown ``key`` in other sections, or a similar name in its own section."""
+    """Suggest another section for the unknown ``key``, or a similar name in its own section.
+
+    For a top-level name, also explain how to name a variable that is not a config key.
+    """
     section, _, name = key.rpartition(".")
     todo = belongs_elsewhere(key)
     if section:
@@ -110,11 +113,11 @@ def _where_it_belongs(key: str) -> str:
 
 
 def belongs_elsewhere(key: str) -> str:
-    """Suggest keys that have the name of the unknown ``key`` but are in other sections.
+    """Suggest another section for the unknown ``key``, such as ``data.seq_len`` for ``model.seq_len``.
 
     Returns:
-        The suggestion, or an empty string if there is no such key. The string is also empty if there are several and
-        ``key``'s own section has a similar name.
+        The suggestion. Empty if no section has a key of this name, or if several do and the section of ``key`` has a
+        similar name.
     """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]

@@ -11,7 +11,7 @@ ABSENT = object()
 
 
 def plain(value: Any) -> Any:
-    """Copy ``value`` with mappings converted to new dicts, recursively, and paths to strings."""
+    """Copy ``value``, recursively converting mappings to dicts and path objects to strings."""
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     # The schema is strict: for a path it accepts a string, but no path object.

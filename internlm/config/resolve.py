@@ -104,7 +104,7 @@ def load_config(
 ) -> Config:
     """Resolve a config, log its warnings, and return the config.
 
-    Arguments and errors are those of :func:`resolve`.
+    See :func:`resolve` for the arguments and errors.
     """
     resolved = resolve(source, overrides, world_size, device_type)
     for warning in resolved.warnings:
@@ -122,7 +122,7 @@ def resolve(
 
     Args:
         source: Path of a Python config file, which is executed, or a dict of config keys.
-        overrides: Strings ``"key=value"``; a later one replaces an earlier one.
+        overrides: Strings ``"key=value"``. If a key occurs more than once, the last value applies.
         world_size: Number of processes. None: skip the checks that depend on it.
         device_type: ``"cpu"`` or ``"cuda"``. None: skip the derivations and checks that depend on it.
 

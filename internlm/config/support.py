@@ -102,7 +102,7 @@ def check_runnable(config: Config) -> None:
         if key in given and given[key] not in supported
     ]
     problems += [
-        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not available", "Use a local path")
+        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not supported", "Use a local path")
         for key in LOCAL_FOLDERS
         if REMOTE.match(given.get(key) or "")
     ]

@@ -103,10 +103,10 @@ def _channels(schedule: str) -> Channels:
 
 
 def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:
-    """Return the pairs of neighbouring stages in lists in which each stage occurs at most once.
+    """Return the pairs of neighbouring stages as lists of disjoint pairs.
 
-    Creating a process group blocks until both of its ranks join. If the groups are created in this order, the groups of
-    one list are created concurrently.
+    Creating a process group blocks until both of its ranks join. The pairs of a list have no rank in common, so their
+    groups are created concurrently.
     """
     lists = [[(rank, rank + 1) for rank in range(first, stages - 1, 2)] for first in (0, 1)]
     lists.append([(stages - 1, 0)] if ring and stages > 2 else [])

@@ -36,13 +36,16 @@ class ProcessInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitProcess:
-    """Ranks and address that take precedence over the launcher's variables. None: read the launcher's variable."""
+    """Ranks and host that take precedence over the launcher's variables, and a port in case the launcher sets none.
+
+    None: read the launcher's variable.
+    """
 
     rank: int | None = None
     world_size: int | None = None
     local_rank: int | None = None
     host: str | None = None
-    port: int = 8888  # used if the launcher sets no port
+    port: int = 8888
 
 
 def find_process(
@@ -52,8 +55,8 @@ def find_process(
 
     Args:
         environment: Environment variables of the process.
-        launcher: Launcher whose variables are read. None: detect it.
-        explicit: Values that replace variables.
+        launcher: Launcher whose variables are read. None: ``"torch"`` if ``explicit`` has a rank; otherwise, detect it.
+        explicit: Ranks and host that take precedence over the launcher's variables.
 
     Raises:
         LaunchError: A variable is missing or malformed.
@@ -138,8 +141,8 @@ def _require_variables(names: Sequence[str], environment: Mapping[str, str]) -> 
     missing = [name for name in names if name not in environment]
     if missing:
         present = [name for name in names if name in environment]
-        only = f" (only {', '.join(present)})" if present else ""
-        raise LaunchError(Problem(", ".join(missing), f"not set{only}", HOW_TO_START))
+        others = f" (set: {', '.join(present)})" if present else ""
+        raise LaunchError(Problem(", ".join(missing), f"not set{others}", HOW_TO_START))
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

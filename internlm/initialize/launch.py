@@ -84,14 +84,16 @@ def initialize_distributed_env(
         seed: Seed of initial values, data order and dropout.
         host: Address of rank 0, instead of the launcher's.
         backend: Backend of ``torch.distributed``; default: nccl on CUDA, gloo on CPU.
-        overrides: Strings ``"key=value"``.
+        overrides: Config overrides as strings ``"key=value"``.
         rank: Rank of this process, instead of the launcher's.
         world_size: Number of processes, instead of the launcher's.
         local_rank: Rank on this machine, instead of the launcher's.
 
     Raises:
-        ConfigError: The config is invalid (raised before any process group exists), or the ranks' configs differ.
-        LaunchError: torch is too old, the launcher's variables are missing or wrong, or rank 0 cannot be reached.
+        ConfigError: The config, backend or seed is invalid (raised before any process group exists), or the ranks have
+            different configs or seeds.
+        LaunchError: torch is too old, the launcher's variables are missing or wrong, the machine has fewer devices than
+            processes, or rank 0 cannot be reached.
     """
     explicit = ExplicitProcess(rank=rank, world_size=world_size, local_rank=local_rank, host=host, port=master_port)
     try:
@@ -155,7 +157,7 @@ def _check_arguments(backend: str, seed: int) -> None:
     for name in names:
         if not dist.is_backend_available(name):
             todo = f"Use {accelerator.default_backend()}"
-            problems.append(Problem("--backend", f"{name!r} is not available here", todo))
+            problems.append(Problem("--backend", f"{name!r} is not available in this build of torch", todo))
     if seed < 0:
         problems.append(Problem("--seed", f"must be at least 0, got {seed}", "Choose another seed"))
     if problems:

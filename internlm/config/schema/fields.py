@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Base class of config sections: frozen, without unknown keys, and without conversion between types.
+    """Base class of config sections, which are frozen, reject unknown keys and validate types strictly.
 
-    The string ``"2"`` is not accepted for the number 2, for example. The string beneath a field is its documentation.
+    For example, the string ``"2"`` is not converted to a number. The string beneath a field is its documentation.
     """
 
     model_config = ConfigDict(

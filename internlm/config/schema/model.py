@@ -23,7 +23,7 @@ class ModelConfig(Section):
     num_attention_heads: Count
     """Number of query heads."""
     vocab_size: Count
-    """Number of vocabulary entries; every token id of the data must be smaller."""
+    """Number of vocabulary entries. All token ids in the data must be less than this number."""
     num_kv_attention_heads: Count | None = None
     """Number of key/value heads, for grouped-query attention (arXiv 2305.13245). Default: ``num_attention_heads``."""
     head_dim: Count | None = None
@@ -44,7 +44,7 @@ class ModelConfig(Section):
     recompute the rest. Recomputing all blocks costs about a third more compute."""
     cpu_offloading: CountOrZero = 0
     """Number of leading blocks of each model chunk whose saved activations are offloaded to host memory until the
-    backward pass. Saves device memory, at the cost of two copies per activation."""
+    backward pass. Saves device memory, at the cost of copying each activation to the host and back."""
     drop_rate: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     """Dropout probability on the outputs of embedding, attention and feed-forward layers."""
     dropout_selective_checkpoint: bool = True
@@ -93,7 +93,8 @@ class ModelConfig(Section):
     use_dynamic_ntk_rope: bool = False
     """Increase the rotary base for sequences longer than ``max_position_embeddings`` (dynamic NTK scaling)."""
     rope_scaling_factor: Positive = 1.0
-    """Divisor of the positions (linear scaling, arXiv 2306.15595), or the factor of dynamic NTK scaling."""
+    """Divisor of the positions (linear scaling, arXiv 2306.15595). With ``use_dynamic_ntk_rope``: factor of the
+    dynamic NTK scaling."""
     use_sliding_window: bool = False
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None

@@ -119,7 +119,7 @@ class HybridZeroConfig(Section):
     """Largest number of elements all-gathered in one collective. Default: ``reduce_bucket_size``. A bucket is reduced
     and all-gathered as a whole, so the smaller of the two sizes applies."""
     clip_grad_norm: NonNegative = 0.0
-    """Maximum global gradient norm: gradients of a larger norm are scaled down to it. 0: no clipping."""
+    """Maximum global gradient norm. If it is exceeded, all gradients are scaled down to this norm. 0: no clipping."""
     use_split_tensor_optim: bool = True
     """Shard buckets evenly by elements. False: shard them by whole parameters, as buckets of Muon always are."""
     # bfloat16 has 8 significant bits: sums over many micro-batches lose small terms.
@@ -128,7 +128,7 @@ class HybridZeroConfig(Section):
     parameter's dtype, which halves their memory but loses precision."""
     # A loss scale falls from its initial value to 1 in about 16 skipped steps; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
-    """Number of consecutive steps skipped for a non-finite gradient norm after which the run stops with an error."""
+    """Stop with an error after this many consecutive steps have been skipped because of a non-finite gradient norm."""
 
 
 class FP16Config(Section):

@@ -30,8 +30,9 @@ class TensorConfig(Section):
     """Number of ranks in a tensor group."""
     mode: TensorMode = "mtp"
     """Tensor-parallel mode. ``mtp``: Megatron tensor parallelism (arXiv 1909.08053). ``msp``: mtp with sequence
-    parallelism (arXiv 2205.05198). ``fsp``: msp that saves only this rank's shard of each input and gathers the whole
-    input again in the backward pass. ``isp``: sequence-parallel activations with sharded weights (arXiv 2401.09149)."""
+    parallelism (arXiv 2205.05198). ``fsp``: like msp, but each rank saves only its shard of each input and
+    gathers the whole input again in the backward pass. ``isp``: sequence-parallel activations with sharded weights
+    (arXiv 2401.09149)."""
 
 
 class PipelineConfig(Section):
@@ -103,7 +104,7 @@ class Sequence2DConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Settings of parallel groups. World size = data · pipeline · tensor (isp: or weight-data · pipeline · weight)."""
+    """Settings of parallel groups. World size = data · pipeline · tensor; isp: also weight-data · pipeline · weight."""
 
     zero1: Zero1Config = Zero1Config()
     """Settings for sharding the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""

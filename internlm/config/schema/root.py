@@ -26,7 +26,8 @@ class DataConfig(Section):
     """Settings of data sets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
 
     seq_len: Annotated[int, Field(ge=2)]
-    """Sequence length in tokens. Longer samples are split. At least 2, since the first token is never a label."""
+    """Sequence length in tokens. Longer samples are split or, if ``use_packed_dataset`` is False, truncated. At least
+    2, since the first token is never a label."""
     micro_bsz: Count
     """Number of sequences per micro-batch."""
     total_steps: Count
@@ -38,7 +39,7 @@ class DataConfig(Section):
     valid_micro_num: Count | None = None
     """Number of micro-batches per validation batch. Default: ``micro_num``."""
     valid_every: CountOrZero = 0
-    """Steps between validations; the last step is validated too. 0: never validate."""
+    """Steps between validations. The last step is followed by a validation too. 0: never validate."""
     valid_max_batches: Count | None = None
     """Largest number of validation batches per data-set type. Default: all."""
     pack_sample_into_one: bool = False
@@ -59,9 +60,9 @@ class DataConfig(Section):
     fixed_random_dataset_seqlen: bool = False
     """Random data: make every sample exactly ``seq_len`` tokens long."""
     empty_cache_and_diag_interval: CountOrZero = 0
-    """Steps between releases of cached device memory and checks for slow ranks. 0: never."""
+    """Interval in steps at which cached device memory is released and slow ranks are reported. 0: never."""
     diag_outlier_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
-    """Multiple of the mean forward and backward time of all ranks above which a rank is reported as slow."""
+    """Report a rank as slow if its forward and backward passes take more than this multiple of the mean over ranks."""
     use_shm: bool = False
     """Store one index of the data files per machine, in shared memory."""
     shm_path: str = "/dev/shm/metacache"
@@ -159,7 +160,7 @@ class Config(Section):
     model_type: str = "INTERNLM"
     """Registered model type, such as ``INTERNLM2`` or ``LLAMA2``."""
     parallel: ParallelConfig = ParallelConfig()
-    """Settings of parallel groups. World size = data · pipeline · tensor (isp: or weight-data · pipeline · weight)."""
+    """Settings of parallel groups. World size = data · pipeline · tensor; isp: also weight-data · pipeline · weight."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()

@@ -35,7 +35,7 @@ def test_defaults_run(device: str | None) -> None:
         (
             {"ckpt.save_ckpt_folder": "boto3:s3://bucket/x"},
             "ckpt.save_ckpt_folder: 'boto3:s3://bucket/x' is not a local folder; remote storage is not "
-            "available. Use a local path",
+            "supported. Use a local path",
         ),
     ],
 )

@@ -18,7 +18,7 @@ SINGLE_KEYS = [
     ({"model.num_layers": 4.0}, "model.num_layers: 4.0 is a float. Set it to an integer"),
     ({"model.num_layers": True}, "model.num_layers: True is a bool. Set it to an integer"),
     ({"model.hidden_size": [64]}, "model.hidden_size: [64] is of type list. Set it to an integer"),
-    ({"model.vocab_size": None}, "model.vocab_size: missing (Number of vocabulary entries; every token"),
+    ({"model.vocab_size": None}, "model.vocab_size: missing (Number of vocabulary entries). Set it to"),
     ({"model.checkpoint": 1.5}, "model.checkpoint: 1.5 is out of range. Set it to True or False, or a number of at"),
     ({"model.checkpoint": "all"}, "model.checkpoint: 'all' is unknown. Set it to True or False, or a number"),
     ({"model.drop_rate": 1.0}, "model.drop_rate: 1.0 is out of range. Set it to a number of at least 0"),

@@ -138,7 +138,7 @@ def test_torchs_port_may_come_from_the_command_line() -> None:
         ({}, "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR: not set. Start with: torchrun "),
         (
             without(TORCH, "WORLD_SIZE", "MASTER_PORT"),
-            "WORLD_SIZE: not set (only RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
+            "WORLD_SIZE: not set (set: RANK, LOCAL_RANK, MASTER_ADDR). Start with: torchrun ",
         ),
         (TORCH | {"RANK": "first"}, "RANK: expected an integer, got 'first'. Start with: torchrun "),
         (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT: expected an integer, got ''. Start with: torchrun "),
@@ -155,7 +155,7 @@ def test_wrong_torch_environments(environment: dict[str, str], message: str) -> 
     [
         (
             without(SLURM, "SLURM_JOB_NODELIST"),
-            "SLURM_JOB_NODELIST: not set (only SLURM_PROCID, SLURM_NPROCS, SLURM_LOCALID). Start with: ",
+            "SLURM_JOB_NODELIST: not set (set: SLURM_PROCID, SLURM_NPROCS, SLURM_LOCALID). Start with: ",
         ),
         (SLURM | {"SLURM_NPROCS": "8x"}, "SLURM_NPROCS: expected an integer, got '8x'. Start with: "),
         (
@@ -215,8 +215,8 @@ def test_environments_that_make_no_sense(
     [
         ({"config": None}, "--config: not given. Pass a config file"),
         ({"config": "missing.py"}, "missing.py: "),
-        ({"backend": "glo"}, "--backend: 'glo' is not available here. Use "),
-        ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available here. Use "),
+        ({"backend": "glo"}, "--backend: 'glo' is not available in this build of torch. Use "),
+        ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available in this build of torch. Use "),
         ({"seed": -1}, "--seed: must be at least 0, got -1. "),
         ({"overrides": ["adam.lr=0"]}, "adam.lr: "),
     ],

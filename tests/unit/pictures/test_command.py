@@ -13,6 +13,7 @@ from tests.unit.pictures.samples import simulated
 
 CONFIG = str(Path(__file__).parents[3] / "configs/demo.py")
 FOUR_BY_EIGHT = ["--stages", "4", "--micro-batches", "8"]
+MISSING_SIZES = "internlm schedule: the schedule, number of stages or number of micro-batches is missing. "
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +66,18 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
     ("arguments", "expected"),
     [
         (["--kind", "zbv1", *FOUR_BY_EIGHT], "--kind: 'zbv1' is unknown. Pass one of gpipe, 1f1b, "),
-        (["--kind", "zbv"], "internlm schedule: no schedule is given. Pass a config file, or --kind (or --csv), "),
-        (FOUR_BY_EIGHT, "internlm schedule: no schedule is given. Pass a config file"),
+        (["--kind", "zbv"], MISSING_SIZES + "Pass a config file, or --kind (or --csv), "),
+        (FOUR_BY_EIGHT, MISSING_SIZES + "Pass a config file"),
         (["--kind", "zbv", "--csv", "x", *FOUR_BY_EIGHT], "internlm schedule: argument --csv: not allowed with"),
         (["--kind", "zbv", "--stages", "0"], "internlm schedule: argument --stages: expected an integer of at least"),
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: expected an integer of at"),
         (
             ["--kind", "zbv", "--weight", "-1"],
-            "internlm schedule: argument --weight: expected 0 or a time from 1e-09 to 1e+09, got '-1'",
+            "internlm schedule: argument --weight: expected 0 or a number from 1e-09 to 1e+09 (in any unit of time), "
+            "got '-1'",
         ),
-        (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: expected 0 or a time from"),
-        (["--kind", "zbv", "--weight", "1e-320"], "internlm schedule: argument --weight: expected 0 or a time"),
+        (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: expected 0 or a number from"),
+        (["--kind", "zbv", "--weight", "1e-320"], "internlm schedule: argument --weight: expected 0 or a number"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: expected a number, got 'x'"),
         (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the folder of 'no/"),
         (
