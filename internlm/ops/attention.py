@@ -1,7 +1,7 @@
 """Causal attention within packed sequences: one function with a choice of several kernels.
 
 Shapes: T tokens of all sequences, N query heads, G key/value heads, Q = N / G query heads per group, D head
-dimension, L tokens of one sequence, B sequences of one run (consecutive sequences of equal length).
+dimension, L tokens of one sequence, B consecutive sequences of equal length.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
     return ""
 
 
-# -- kernels. FlashAttention accepts cu_seqlens; sdpa does not, so it is called once per run.
+# -- kernels. FlashAttention accepts cu_seqlens; sdpa does not, so it is called once per EqualLengthRun.
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
@@ -156,7 +156,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
-    # One call per run, because a block-diagonal mask of the whole row would take T² memory and time.
+    # One call per EqualLengthRun, because a block-diagonal mask of the whole row would take T² memory and time.
     outs = []
     for run in sequences.runs:
         tokens = slice(run.start, run.start + run.tokens)

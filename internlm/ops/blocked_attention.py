@@ -7,10 +7,11 @@ rescales nothing, and needs neither the log-sum-exp nor the output in the backwa
 backward pass recomputes the probabilities from q and k; only q, k and v are saved.
 
 Short sequences use batched GEMMs over as many (sequence, group) pairs as fit into the cache. Long sequences use one
-GEMM per pair, because oneDNN is faster only for GEMMs that are not batched (see ``gemm``).
+GEMM per pair, because oneDNN is faster than torch's own matmul only for unbatched GEMMs (see ``gemm``).
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
-sequence, B sequences of one run, n pairs of a sequence and a group, R rows of one block, S columns visible to it.
+sequence, B consecutive sequences of equal length, n pairs of a sequence and a group, R rows of one block, S columns
+visible to it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _SINGLE_WORK = 2**17  # Q * L * L per thread from which pairs are computed one a
 
 
 class EqualLengthRun(NamedTuple):
-    """Run of consecutive sequences that have equal length and can be computed as one batch."""
+    """Consecutive sequences of equal length, which can be computed as one batch."""
 
     start: int  # first token
     sequences: int
@@ -46,7 +47,7 @@ class EqualLengthRun(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in all sequences of the run."""
+        """Number of tokens in all sequences."""
         return self.sequences * self.length
 
 
@@ -193,7 +194,7 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
 
 
 def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
-    """View the tokens of a run by sequence and group: [T, heads, D] -> [B, G, heads / G, L, D]."""
+    """View the tokens of ``run`` by sequence, and their heads by kv group: [T, heads, D] -> [B, G, heads / G, L, D]."""
     x = x[run.start : run.start + run.tokens].unflatten(1, (plan.groups, -1)).unflatten(0, (run.sequences, run.length))
     return x.permute(0, 2, 3, 1, 4)
 

@@ -66,9 +66,9 @@ DEFAULT_OPTIONS = LossOptions()
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, options: LossOptions = DEFAULT_OPTIONS
 ) -> TokenLoss:
-    """Compute the cross entropy of ``softmax(x @ weight.T)`` against ``labels``.
+    """Compute the cross entropy of ``softmax(x @ weight.T)`` against ``labels``, as a sum and per token.
 
-    With ``options.vocab``, ``weight`` is this rank's shard, with the same number of rows on every rank. All other
+    If ``options.vocab`` is set, ``weight`` is this rank's shard, with the same number of rows on every rank. All other
     arguments and the result are the same on every rank. The gradient of ``x`` is then a partial sum, which the caller
     must sum over the ranks.
 
@@ -77,6 +77,10 @@ def linear_cross_entropy(
         weight: Output embedding, [V, H].
         labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
         options: Smoothing, scale, chunk size, vocabulary shard and gradient buffer.
+
+    Returns:
+        ``loss_sum`` (differentiable scalar, scaled by ``options.grad_scale``), ``token_loss`` and ``correct`` (each
+        [T]).
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # else needs_input_grad is True and gradients are computed
@@ -93,13 +97,16 @@ def linear_cross_entropy(
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, grad_scale: float = 1.0
 ) -> TokenLoss:
-    """Compute the cross entropy of ``softmax(logits)`` against ``labels``.
+    """Compute the cross entropy of ``softmax(logits)`` against ``labels``, as a sum and per token.
 
     Args:
         logits: Logits, [T, V].
         labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
         label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
         grad_scale: Factor that scales ``loss_sum`` and the gradient.
+
+    Returns:
+        ``loss_sum`` (differentiable scalar, scaled by ``grad_scale``), ``token_loss`` and ``correct`` (each [T]).
     """
     return TokenLoss(*_CrossEntropy.apply(logits, labels, label_smoothing, grad_scale))
 

@@ -52,10 +52,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Call the fused backward kernel of layer normalisation with mean 0, and add back the term that it subtracts.
+        """Compute the gradients of RMSNorm with the fused backward kernel of layer normalisation, called with mean 0.
 
         With g = dout · weight and r = 1 / rms, layer normalisation has dx = r · (g - mean(g) - r² · x · mean(g · x)).
-        RMSNorm has the same dx without the term mean(g).
+        RMSNorm has the same dx without the term mean(g), so r · mean(g) is added back.
         """
         x, weight, inverse = ctx.saved_tensors
         wide_x, wide_dout, wide_weight = (t.to(inverse.dtype) for t in (x, dout, weight))

@@ -103,13 +103,17 @@ class ParallelHead(ParallelLinear):
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
 
     def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
-        """Compute the cross entropy of the logits of ``x`` against ``labels``.
+        """Compute the cross entropy of the logits of ``x`` against ``labels``, as a sum and per token.
 
         Args:
             x: Hidden states, [tokens of this rank, H].
             labels: Labels, int64 [tokens whose loss this rank computes]; −100 is ignored.
             label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
             grad_scale: Factor that scales the sum of the losses, and hence the gradient.
+
+        Returns:
+            ``loss_sum`` (differentiable scalar, scaled by ``grad_scale``), ``token_loss`` and ``correct`` (one entry
+            per label).
         """
         # This method bypasses the module's forward, whose hook would wait for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:

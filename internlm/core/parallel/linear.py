@@ -121,9 +121,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Recompute ``before(x)`` with a graph, and return ``x`` as a leaf and the result.
+    """Detach ``x`` and recompute ``before(x)`` with autograd enabled; return the detached ``x`` and the result.
 
-    Without ``before``, return ``x`` twice.
+    If ``before`` is None, return ``x`` twice.
     """
     if before is None:
         return x, x

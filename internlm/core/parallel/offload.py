@@ -62,7 +62,7 @@ class ChunkOffload:
         return output
 
     def _run_next(self, compute: Callable[[], T]) -> T:
-        """Run the first block without offloading; its backward pass prefetches the last offloaded block's tensors."""
+        """Run the first block that is not offloaded; its backward prefetches the tensors of the block before it."""
         output = compute()
         gradient = next((tensor for tensor in tensors_of(output) if tensor.requires_grad), None)
         last = self._last

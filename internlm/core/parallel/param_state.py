@@ -247,7 +247,11 @@ def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
-    """Add ``grad`` to the main gradient of ``parameter``; without one, return ``grad`` in the parameter's shape."""
+    """Add ``grad`` to the main gradient of ``parameter``.
+
+    Returns:
+        None if there is a main gradient, else ``grad`` in the shape of ``parameter``.
+    """
     target = main_grad_of(parameter)
     if target is None:
         return grad.view_as(parameter)

@@ -1,4 +1,4 @@
-"""The three matrix products of a linear (output, dx and dw), each with the hooks of its communicator.
+"""The three matmuls of a linear layer (output, dx and dw), and the communication around each.
 
 The gradient of the weight, dw, can be deferred until after the backward pass: the previous pipeline stage waits only
 for dx, so dw can fill the bubbles of a pipeline (Qi et al. 2023, arXiv 2401.10241). A deferred gradient is a closure

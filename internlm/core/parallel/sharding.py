@@ -198,7 +198,7 @@ def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Ite
 
 
 def place_replicated(module: nn.Module) -> nn.Module:
-    """Mark all parameters of ``module`` that have no placement as replicated on all ranks, and return ``module``.
+    """Mark the parameters of ``module`` as replicated on all ranks, unless they have a placement; return ``module``.
 
     The values are unchanged. The module must process all tokens from the loader. Under msp and fsp, a module between
     parallel layers processes only some of them: use a layer such as :class:`ParallelNorm` instead.

@@ -1,11 +1,11 @@
 """Communicators of mtp, msp and fsp, the modes that split weights over the tensor group.
 
-mtp: tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Activations between the linears are whole
-on every rank.
+mtp: tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, section 3). The residual stream is replicated on all
+ranks of the group.
 
 msp and fsp: tensor parallelism with sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
-Activations between the linears are split along the sequence. For backward, msp saves the gathered input of a column
-linear, whereas fsp gathers it again.
+The residual stream is split along the sequence. For backward, msp saves the gathered input of a column linear, whereas
+fsp gathers it again.
 
 Shapes: n ranks in the tensor group, T tokens of the whole packed sequence, H hidden size, V vocabulary entries.
 """
@@ -138,7 +138,7 @@ class SplitVocab:
 
 
 class SplitHead(HeadCommunicator):
-    """Communicator of a head split over the vocabulary, whose input is whole on every rank (mtp)."""
+    """Communicator of a head split over the vocabulary, whose input is replicated on every rank (mtp)."""
 
     def __init__(self, group: Group, placement: ParamPlacement) -> None:
         self.group = group
@@ -226,12 +226,12 @@ class HiddenEmbedding(EmbeddingCommunicator):
 
 
 def all_reduce_embedding(x: Tensor, group: Group) -> Tensor:
-    """All-reduce the vectors from a table split over the vocabulary, for mtp: [T, H] → [T, H]."""
+    """All-reduce the partial outputs of a vocabulary-parallel embedding, for mtp: [T, H] → [T, H]."""
     return exchange(x, lambda x: all_reduce(x, group), lambda dx: dx)
 
 
 def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
-    """All-gather the columns from a table split over the hidden size, for mtp: [T, H / n] → [T, H]."""
+    """All-gather the output columns of an embedding split over the hidden size, for mtp: [T, H / n] → [T, H]."""
 
     def slice_own(dx: Tensor) -> Tensor:
         return dx.chunk(group.size, 1)[group.rank].contiguous()
@@ -240,7 +240,7 @@ def all_gather_hidden(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Reduce-scatter the vectors from a table split over the vocabulary, for msp and fsp: [T, H] → [T / n, H]."""
+    """Reduce-scatter the partial outputs of a vocabulary-parallel embedding, for msp and fsp: [T, H] → [T / n, H]."""
     return exchange(x, lambda x: reduce_scatter(x, group), lambda dx: all_gather(dx, group))
 
 

@@ -157,8 +157,8 @@ class WeightGatherer:
 
         With overlap, the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
         matmuls in between. There are two exceptions, which are delivered immediately: a gradient deferred by a
-        zero-bubble schedule, which is computed after the backward pass, and a gradient without a main gradient, which
-        must be returned to autograd.
+        zero-bubble schedule, which is computed after the backward pass, and the gradient of a weight without a main
+        gradient, which must be returned to autograd.
 
         Args:
             index: Index of the linear.
