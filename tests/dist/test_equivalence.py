@@ -84,7 +84,7 @@ def test_a_users_model_in_bf16() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.wide)])
 def test_a_hundred_steps(dtype: str) -> None:
-    report, _ = verify(2, ("data.total_steps=100", "data.micro_num=1", "adam.lr=3e-3"), steps=100, dtype=dtype)
+    report, _ = verify(2, ("data.total_steps=100", "adam.lr=3e-3"), steps=100, dtype=dtype)
     assert [row for row in report.losses if not row.passed] == []
     losses = [row.reference or 0 for row in report.losses]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])  # it does learn, so the comparison means something
