@@ -131,7 +131,7 @@ def _drop_unset(config: NestedDict) -> None:
 
 
 def _dtype_name(value: Any) -> Any:
-    """Replace a ``torch.dtype`` with its name, and ``torch.half`` with ``torch.float16``."""
+    """Convert a ``torch.dtype`` to its name, and the name ``"torch.half"`` to ``"torch.float16"``."""
     # Compared by name, so that this package does not import torch.
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         value = str(value)

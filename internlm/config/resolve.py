@@ -39,7 +39,7 @@ OVERLAPS = (f"{ZERO}.overlap_sync_grad", f"{ZERO}.overlap_sync_param")
 
 @dataclass(frozen=True)
 class Derivation:
-    """Computation of the default of the key ``target`` from other keys.
+    """Default of the key ``target``, computed from other keys and properties of the run.
 
     If ``target`` is not given, it is set to the result of ``value(config, run)``; None leaves it unset. ``reads`` names
     the keys and the :class:`RunInfo` fields that ``value`` reads.
@@ -162,7 +162,7 @@ def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
 
 
 def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
-    """Set derived values in ``raw`` and return their keys; add keys that cannot be derived to ``unusable``."""
+    """Set derived values in ``raw`` and return their keys; if a key cannot be derived, add it to ``unusable``."""
     config, derived = _partial(Config, raw), set()
     for derivation in DERIVATIONS:
         # A key with value None counts as not given.

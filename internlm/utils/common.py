@@ -25,7 +25,7 @@ class FriendlyParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` in the form of a :class:`Problem` of this command, and exit with code 2."""
+        """Print ``message`` as a :class:`Problem` whose ``where`` is this command, and exit with code 2."""
         self._refuse([Problem(self.prog, message, f"See: {self.prog} --help")])
 
     def _refuse(self, problems: list[Problem]) -> NoReturn:

@@ -24,7 +24,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Set the default dtype of new tensors to ``dtype`` within the context."""
+    """Set the default dtype of new tensors to ``dtype`` in the ``with`` block."""
     outer = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

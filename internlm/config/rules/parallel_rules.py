@@ -84,7 +84,7 @@ def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Probl
     data, rest = divmod(run.world_size or 1, parallel.pipeline.size * inner)
     # Another rule reports a remainder. A second problem would report the same mistake twice.
     if size > 0 and not rest and data % size:
-        what = f"the {group} group of {data} ranks is not divisible by {size}"
+        what = f"the {group} group size {data} is not divisible by {size}"
         yield Problem("parallel.zero1.size", what, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
 
 

@@ -129,7 +129,7 @@ class ModelConfig(Section):
     moe_type: Literal["GShard", "Dropless"] = "GShard"
     """Mixture-of-experts layer: ``GShard`` drops tokens beyond an expert's capacity, ``Dropless`` drops none."""
     moe_layer_kwargs: dict[str, bool | int | float | str | None] = Field(default={})
-    """Further settings of the mixture-of-experts layer."""
+    """Dict of settings of the mixture-of-experts layer that have no config key."""
 
     @property
     def recomputed_layers(self) -> int:

@@ -43,15 +43,15 @@ class PipelineConfig(Section):
     interleaved_overlap: bool = False
     """Overlap sends and receives with compute in the interleaved schedule; all other schedules always overlap them."""
     mode: PipelineMode = "1F1B"
-    """Schedule: ``1F1B`` (interleaved where ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
+    """Schedule: ``1F1B`` (interleaved if ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
     ``ZBV`` (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
     partition: PartitionRule | tuple[int, ...] = "uniform"
-    """Assignment of layers to the size · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or
+    """Assignment of layers to the ``size`` · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or
     ``flops`` (minimise the largest stage, with embedding and head counted), or explicit layer counts in the order of
     the model."""
     table: str | None = None
     """Path of a CSV file with a custom schedule; ``internlm schedule --csv`` checks and draws it. ``mode`` still
-    decides how layers are laid out on ranks (ZBV: in a V)."""
+    determines which virtual stages each rank holds."""
 
 
 class WeightConfig(Section):
@@ -65,16 +65,17 @@ class WeightConfig(Section):
     """All-gather into a fixed set of buffers instead of allocating memory for every all-gather."""
     # Late enough to hold the weights of two blocks only briefly, early enough to hide the all-gather behind the MLP.
     launch_allgather_before: LaunchPlace = "wo"
-    """Launch the all-gather of the next block's weights before this module of the current block runs."""
+    """Module of the current block before which the all-gather of the next block's weights is launched."""
     forward_overlap_per: Literal["layer", "module"] = "layer"
-    """Unit of prefetching in the forward pass: a block (``layer``) or one linear (``module``)."""
+    """Unit of prefetching in the forward pass: a whole block (``layer``) or a single linear layer (``module``)."""
 
 
 class ExpertConfig(Section):
     """Settings of expert parallelism, which distributes experts over ranks."""
 
     size: int = -1
-    """Number of ranks over which the experts are distributed. −1: min(data · tensor, ``model.num_experts``)."""
+    """Number of ranks over which the experts are distributed. −1: ``model.num_experts``, but at most
+    the product of the data-parallel and tensor-parallel sizes."""
     no_tp: bool = False
     """Do not split experts over the tensor group."""
 
@@ -98,13 +99,13 @@ class Sequence2DConfig(Section):
     context_size: Count = 1
     """Number of ranks that split the context."""
     window_size: Count = 1
-    """Number of ranks in an inner ring of a context group."""
+    """Number of ranks per inner ring of double-ring attention in a context group (LoongTrain, arXiv 2406.18485)."""
     device_placement_strategy: PlacementStrategy = PlacementStrategy()
     """Settings for the order of ranks in two-dimensional sequence parallelism."""
 
 
 class ParallelConfig(Section):
-    """Settings of parallel groups. World size = data · pipeline · tensor; isp: also weight-data · pipeline · weight."""
+    """Settings of parallelism. World size = data · pipeline · tensor; isp: also = weight-data · pipeline · weight."""
 
     zero1: Zero1Config = Zero1Config()
     """Settings for sharding the optimizer state (ZeRO stage 1, arXiv 1910.02054)."""
@@ -113,11 +114,11 @@ class ParallelConfig(Section):
     pipeline: PipelineConfig = PipelineConfig()
     """Settings of pipeline parallelism, which splits the layers of the model into stages."""
     weight: WeightConfig = WeightConfig()
-    """Sharding of weights; needs isp."""
+    """Settings for sharding weights under isp, and for overlapping their all-gathers with compute."""
     expert: ExpertConfig = ExpertConfig()
     """Settings of expert parallelism, which distributes experts over ranks."""
     expert_weight: WeightConfig = WeightConfig()
-    """Sharding of the weights of experts; needs isp."""
+    """Settings for sharding expert weights; needs isp."""
     # Not much shorter: the first step may compile and read data for minutes.
     timeout: Positive = 1800.0
     """Timeout of process groups in seconds. The run ends if a rank does not join a collective within this time."""

@@ -23,7 +23,7 @@ CheckpointContent = Literal["model", "sampler", "optimizer", "scheduler", "all"]
 
 
 class DataConfig(Section):
-    """Settings of data sets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
+    """Settings of datasets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
 
     seq_len: Annotated[int, Field(ge=2)]
     """Sequence length in tokens. Longer samples are split or, if ``use_packed_dataset`` is False, truncated. At least
@@ -41,11 +41,12 @@ class DataConfig(Section):
     valid_every: CountOrZero = 0
     """Steps between validations. The last step is followed by a validation too. 0: never validate."""
     valid_max_batches: Count | None = None
-    """Largest number of validation batches per data-set type. Default: all."""
+    """Largest number of validation batches per dataset type. Default: all."""
     pack_sample_into_one: bool = False
     """Attend across samples within each window of ``seq_len`` tokens. False: attend within one sample only."""
     use_packed_dataset: bool = True
-    """Pack samples into rows without padding. False: one sample per sequence, truncated or padded to ``seq_len``."""
+    """Pack samples without padding into micro-batches of ``seq_len`` · ``micro_bsz`` tokens. False: one sample per
+    sequence, truncated or padded to ``seq_len``."""
     skip_batches: str = ""
     """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
     rampup_batch_size: str = ""
@@ -54,7 +55,7 @@ class DataConfig(Section):
     min_length: CountOrZero = 0
     """Minimum number of samples in a data file; smaller files are left out."""
     train_folder: str | None = None
-    """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a data-set type. None: random data."""
+    """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a dataset type. None: random data."""
     valid_folder: str | None = None
     """Folder of files to validate on. None: no validation, or random data if ``train_folder`` is None too."""
     fixed_random_dataset_seqlen: bool = False
@@ -77,7 +78,7 @@ class DataConfig(Section):
 
     @property
     def packed_length(self) -> int:
-        """Number of tokens in one row: ``seq_len`` · ``micro_bsz``."""
+        """Number of tokens in one micro-batch: ``seq_len`` · ``micro_bsz``."""
         return self.seq_len * self.micro_bsz
 
 
@@ -150,19 +151,19 @@ class Config(Section):
     """Resolved, validated and frozen config, made by :func:`internlm.config.load_config`."""
 
     model: ModelConfig
-    """Shape of the network."""
+    """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values."""
     data: DataConfig
-    """Data sets and batches."""
+    """Settings of datasets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
     adam: AdamConfig
-    """Learning rate, betas, weight decay."""
+    """Learning rate, betas and weight decay of all optimizers, named as in AdamW (arXiv 1711.05101)."""
     JOB_NAME: str = "internlm"
     """Name of the run. Its log, metrics and traces are written below ``{log_folder}/{JOB_NAME}/``."""
     model_type: str = "INTERNLM"
     """Registered model type, such as ``INTERNLM2`` or ``LLAMA2``."""
     parallel: ParallelConfig = ParallelConfig()
-    """Settings of parallel groups. World size = data · pipeline · tensor; isp: also weight-data · pipeline · weight."""
+    """Settings of parallelism. World size = data · pipeline · tensor; isp: also = weight-data · pipeline · weight."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Update rule."""
+    """Update rule and its settings. Learning rate, betas and weight decay are in ``adam``."""
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
     """Settings of the learning-rate schedule: zero for ``init_steps``, linear warm-up, then decay to ``eta_min``."""
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
@@ -188,6 +189,6 @@ class Config(Section):
     enable_tb: bool = True
     """Write TensorBoard records."""
     tensorboard_folder: str | None = None
-    """Folder of TensorBoard records. Default: beside the other records of the run."""
+    """Folder of TensorBoard records. Default: ``tensorboards`` in the folder of the run."""
     log_folder: str = "RUN"
     """Parent folder of the records of all runs; each run writes to ``{JOB_NAME}/{time of launch}/``."""

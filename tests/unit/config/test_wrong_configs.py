@@ -38,7 +38,10 @@ SINGLE_KEYS = [
     ({"parallel.overlap": 1}, "Set parallel.weight.overlap or parallel.expert_weight.overlap instead"),
     ({"model.type": "x"}, "model.type: unknown key. Did you mean 'dtype'?"),
     ({"micro_num": 4}, "micro_num: unknown key. Set data.micro_num instead."),
-    ({"data": None}, "data: missing (Data sets and batches). Set it to a dict with seq_len, micro_bsz, total_steps"),
+    (
+        {"data": None},
+        "data: missing (Settings of datasets and batches). Set it to a dict with seq_len, micro_bsz, total_steps",
+    ),
     ({"data.micro_num": 0}, "data.micro_num: 0 is out of range"),
     ({"data.diag_outlier_ratio": 0.5}, "data.diag_outlier_ratio: 0.5 is out of range. Set it to a number of at least"),
     ({"data.type": "megatron"}, "data.type: 'megatron' is unknown. Set it to one of 'tokenized', 'streaming'"),
@@ -282,12 +285,12 @@ WITH_FACTS = [
     (
         {"parallel": {"zero1": 3, "tensor": 2}},
         {"world_size": 8},
-        "parallel.zero1.size: the data group of 4 ranks is not divisible by 3. Use one of 1, 2, 4, or -1",
+        "parallel.zero1.size: the data group size 4 is not divisible by 3. Use one of 1, 2, 4, or -1",
     ),
     (
         {"parallel": {"zero1": 4, "tensor": {"size": 2, "mode": "isp"}, "weight": 4}},
         {"world_size": 8},
-        "parallel.zero1.size: the weight-data group of 2 ranks is not divisible by 4",
+        "parallel.zero1.size: the weight-data group size 2 is not divisible by 4",
     ),
 ]
 
