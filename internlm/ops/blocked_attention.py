@@ -65,7 +65,7 @@ class _Plan(NamedTuple):
     """Plan for the attention of one :class:`EqualLengthRun`: sizes of its batches and blocks."""
 
     groups: int
-    together: int  # pairs per batched product
+    together: int  # pairs per batched matmul
     rows: int  # rows of a block
     padded: int  # tokens of a sequence, including padding
     scale: float
@@ -202,7 +202,8 @@ def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
 def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
     """Select q, k or v of (sequence, kv group) pairs: [T, heads, D] -> [n, heads / G, L, D], without n for one pair.
 
-    A single pair is padded with zeros. Padded keys come after all real tokens, so the causal mask hides them.
+    A single pair is padded with zeros to a multiple of ``gemm.TOKEN_MULTIPLE`` tokens. Padded keys come after all real
+    tokens, so the causal mask hides them.
     """
     x = _view(x, run, plan)[pairs]
     if plan.together > 1:
@@ -223,5 +224,5 @@ def _put(block: Tensor, target: Tensor, rows: slice) -> None:
 
 
 def _zeros(x: Tensor, plan: _Plan) -> Tensor:
-    """Create zeros of the shape of ``x``, [..., L, D], in the memory order of the results of ``gemm.matmul``."""
+    """Create zeros like ``x``, [..., L, D], but in the memory layout in which ``gemm.matmul`` returns its result."""
     return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

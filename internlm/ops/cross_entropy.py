@@ -4,7 +4,7 @@ The logits of a micro-batch are its largest tensor by far: T · V elements, wher
 fused version computes logits and their gradient chunk by chunk, so that the logits never exist as a whole and are
 never recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
 
-Shapes: T tokens, H hidden size, V vocabulary entries (of a shard: rows of its weight), C tokens of one chunk.
+Shapes: T tokens, C tokens of one chunk, H hidden size, V vocabulary entries (for a shard: the rows of its weight).
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the loss and correctness of each token, and the gradient of the summed loss with respect to the logits.
+    """Compute token losses, correct predictions, and the gradient of the summed loss with respect to the logits.
 
     With smoothing s the target is 1 - s at the label plus s / V everywhere (Szegedy et al. 2016, arXiv 1512.00567,
     section 7), so the loss is logsumexp - (1 - s) · label logit - s · mean logit, and its gradient is softmax - target.
@@ -192,7 +192,7 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
         smoothing: Label smoothing s.
 
     Returns:
-        Losses [C], correctness [C] and gradient [C, V], which reuses the memory of ``logits``.
+        Losses [C], correct predictions (bool [C]) and gradient [C, V], which reuses the memory of ``logits``.
     """
     targets = labels.where(valid, 0)[:, None]
     label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)

@@ -93,9 +93,9 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying the smaller factor in transposed order.
+    """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying ``a`` or ``b`` in transposed order, whichever costs less.
 
-    If ``b`` is copied, the result is a transposed view. The comparison of sizes includes the cost of reading this view.
+    If ``b`` is copied, the result is a transposed view; the cost of copying ``b`` includes that of reading this view.
     """
     a, b = _pad_tokens(a), _pad_tokens(b)
     if a.numel() <= b.numel() + a.shape[1] * b.shape[1]:

@@ -64,10 +64,10 @@ class Ledger:
         return later
 
 
-def sum_traffic(traffics: Iterable[Traffic]) -> Traffic:
-    """Sum the calls and bytes of all ``traffics`` by mode and collective."""
+def sum_traffic(records: Iterable[Traffic]) -> Traffic:
+    """Sum the calls and bytes of several :data:`Traffic` records by mode and collective."""
     total: dict[tuple[ParallelMode, Collective], Entry] = {}
-    for traffic in traffics:
+    for traffic in records:
         for key, entry in traffic.items():
             before = total.get(key, Entry())
             total[key] = Entry(before.calls + entry.calls, before.sent + entry.sent)

@@ -149,7 +149,7 @@ class _Saved:
 
     # -- to the host and back -----------------------------------------------------------------------------------------
     def start_copies(self) -> None:
-        """Start to copy every storage to the host."""
+        """Start copying all saved storages to the host."""
         with self._on_side_stream():
             for storage in self.storages.values():
                 assert storage.original is not None
@@ -165,7 +165,7 @@ class _Saved:
         self.storages.clear()
 
     def fetch(self) -> None:
-        """Start to copy all tensors back to the device; later calls are no-ops."""
+        """Start copying all saved tensors back to the device; later calls are no-ops."""
         if not self.is_fetched:
             self.is_fetched = True
             self._copy_back(self.tensors)
@@ -190,7 +190,7 @@ class _Saved:
         self.event = side.record_event()
 
     def _wait(self) -> None:
-        """Make the compute stream wait for the copies."""
+        """Make the compute stream wait for the copies last launched by :meth:`_on_side_stream`."""
         torch.get_device_module(self.device).current_stream().wait_event(self.event)
 
 

@@ -67,7 +67,7 @@ _on_meta = False
 
 @contextmanager
 def deferred_memory() -> Iterator[None]:
-    """Create parameters of parallel layers on the meta device within the block.
+    """Create parameters of parallel layers on the meta device in the ``with`` block.
 
     Their initial values depend on seed and logical name only, so memory can be allocated after the shards of this rank
     are final. Other modules draw their values when they are built, so their parameters stay on the default device.
@@ -83,7 +83,7 @@ def deferred_memory() -> Iterator[None]:
 def place(placement: ParamPlacement) -> nn.Parameter:
     """Create an uninitialised parameter with the local shape of ``placement`` and the default dtype.
 
-    The parameter is on the default device, or on the meta device within :func:`deferred_memory`.
+    The parameter is on the default device, or on the meta device in a :func:`deferred_memory` context.
     """
     parameter = nn.Parameter(torch.empty(placement.local_shape, device="meta" if _on_meta else None))
     set_placement(parameter, placement)
@@ -263,8 +263,8 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
 def _on_accumulated(parameter: Tensor) -> None:
     """Add ``parameter.grad`` to the main gradient if autograd has allocated a separate tensor for it.
 
-    Autograd does so if ``parameter.grad`` was None: because the main gradient has a wider dtype, or because a user has
-    set it to None.
+    Autograd allocates one if ``parameter.grad`` was None, either because the main gradient has a wider dtype or because
+    a user has set ``parameter.grad`` to None.
     """
     grad, main_grad = parameter.grad, main_grad_of(parameter)
     assert main_grad is not None, "the hook is registered by attach_main_grad"

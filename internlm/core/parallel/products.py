@@ -28,7 +28,10 @@ _tasks: list[Task] | None = None
 
 @contextmanager
 def deferring() -> Iterator[list[Task]]:
-    """Defer the weight gradients of backward passes within the block; yield the list that collects them as tasks."""
+    """Defer the weight gradients of backward passes in the ``with`` block, and yield the list of deferred tasks.
+
+    Each task computes one weight gradient.
+    """
     global _tasks
     outer, _tasks = _tasks, []
     try:
@@ -85,8 +88,8 @@ def gradients(
     """
     gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
     tasks = deferred_tasks(weight) if needs_weight else None
-    # Each collective starts before the product that hides it: the gather of the input before the product for dx, the
-    # reduction of dx before the product for dw.
+    # Each collective starts before the matmul that hides it: the gather of the input before the matmul for dx, the
+    # reduction of dx before the matmul for dw.
     pending_input = gather(kept) if needs_weight and tasks is None else None
     pending_dx = _grad_input(dy, weight, comm) if needs_x else None
     dw = _grad_weight(weight, dy, pending_input.wait(), comm) if pending_input else None

@@ -141,11 +141,11 @@ class Sharding:
         return self.replicated(shape, init)
 
     def replicated(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
-        """Return the placement of a vector over the hidden dimension, such as a norm's weight, replicated on all ranks.
+        """Return the placement of a replicated vector over the hidden dimension, such as a norm's weight.
 
-        Each rank applies the vector to its own tokens. Under msp and fsp, which split a sequence over the tensor group,
-        the gradient of each rank is a partial sum over this group (arXiv 2205.05198, section 4.2). Under isp it is a
-        partial sum over the weight group, whose ranks hold different tokens or samples.
+        Every rank holds the whole vector and applies it to its own tokens. Under msp and fsp, which split a sequence
+        over the tensor group, the gradient of each rank is a partial sum over this group (arXiv 2205.05198, section
+        4.2). Under isp it is a partial sum over the weight group, whose ranks hold different tokens or samples.
 
         Do not use this placement for a vector that a rank applies to its own heads or features, such as that of a
         QK-norm: its gradient is a partial sum over the tensor group even under mtp, but ``partial_over`` is then None.
@@ -188,7 +188,7 @@ def current_stage_layers(layers: int) -> StageLayers:
 
 @contextmanager
 def building(sharding: Sharding, stage_layers: StageLayers | None = None) -> Iterator[None]:
-    """Set the sharding and the stage layers of all models and layers that are built within the block."""
+    """Set the sharding and the stage layers of all models and layers that are built in the ``with`` block."""
     global _current
     outer, _current = _current, (sharding, stage_layers)
     try:

@@ -47,7 +47,7 @@ class MtpColumn(Communicator):
 
     def reduce_grad_input(self, dx: Tensor) -> Pending:
         """Start the all-reduce of dx, [T, H]: each rank has only the term from its own output features."""
-        # It overlaps with the product for the weight's gradient.
+        # It overlaps with the matmul for the weight's gradient.
         return begin_all_reduce(dx, self.group)
 
 
@@ -245,9 +245,9 @@ def reduce_scatter_tokens(x: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
-    """Exchange the columns of all tokens for the whole vectors of this rank's tokens: [T, H / n] → [T / n, H].
+    """All-to-all, from this rank's columns of all tokens to all columns of this rank's tokens: [T, H / n] → [T / n, H].
 
-    Used for an embedding table split over the hidden size, under msp and fsp.
+    Applied under msp and fsp to the output of an embedding split over the hidden size.
     """
 
     def to_tokens(x: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def all_to_all_tokens(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather_columns(x: Tensor, group: Group) -> Tensor:
-    """Concatenate the columns of all ranks: [T, C] → [T, n · C]."""
+    """All-gather columns and concatenate them: [T, C] → [T, n · C], with C columns per rank."""
     gathered = all_gather(x, group).view(group.size, *x.shape)  # [n, T, C]
     return torch.cat(gathered.unbind(0), 1)
 

@@ -77,7 +77,7 @@ class WeightGatherer:
 
     # -- weights ------------------------------------------------------------------------------------------------------
     def acquire(self, index: int, backward: bool) -> Tensor:
-        """Return the whole weight of a linear, [O, I], and start to prefetch the next weight.
+        """Return the whole weight of a linear, [O, I], and start prefetching the next weight.
 
         Each weight must be released before it is acquired again.
 
@@ -94,7 +94,7 @@ class WeightGatherer:
         return whole[: self.linears[index].rows]
 
     def release(self, index: int) -> None:
-        """Release the gathered weight of linear ``index``, and return its buffer to the memory pool if enabled."""
+        """Release the gathered weight of linear ``index``; its buffer returns to the memory pool, if there is one."""
         buffer = self._in_use.pop(index)
         if self.overlap.memory_pool:
             self.pool.setdefault(buffer.shape, []).append(buffer)
@@ -153,7 +153,7 @@ class WeightGatherer:
 
     # -- gradients ----------------------------------------------------------------------------------------------------
     def reduce(self, index: int, dw: Tensor, deliver: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-        """Start to reduce-scatter the gradient of a whole weight, and pass this rank's rows to ``deliver``.
+        """Start the reduce-scatter of a whole weight's gradient, and pass this rank's rows to ``deliver``.
 
         With overlap, the rows are delivered with the next gradient, so that the reduce-scatter overlaps with the
         matmuls in between. There are two exceptions, which are delivered immediately: a gradient deferred by a
@@ -189,7 +189,7 @@ class WeightGatherer:
 
     def _end_backward(self) -> None:
         """Deliver the last gradient, and release prefetched weights that were not used."""
-        # Registered by every product; all calls but the first are no-ops.
+        # Registered several times per backward pass; all calls but the first are no-ops.
         self._deliver()
         self._release_all()
 
