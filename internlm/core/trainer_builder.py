@@ -40,9 +40,9 @@ class TrainerOptions:
     ledger: bool = False
     """Log the bytes sent, by parallel mode and collective, at the end of the run."""
     pipeline_trace: bool = False
-    """Draw one pipeline step, as measured and as simulated."""
+    """Draw the pipeline timeline of one training step, as measured and as simulated."""
     dataset_types: Sequence[str] | None = None
-    """Names of the data-set types by which metrics are split; None: the types of the training loader."""
+    """Names of the dataset types by which metrics are split; None: the types of the training loader."""
     extra_hooks: Sequence[Hook] = ()
     """Hooks that run after the metrics are logged and before a checkpoint is saved."""
 
@@ -71,7 +71,7 @@ class TrainerBuilder:
     Args:
         model: Model to pass to :func:`~internlm.train.initialize_model_and_parallel_communicator`.
         train_dl: Loader of the training data.
-        val_dls: Loaders of the validation data by data-set type; default: no validation.
+        val_dls: Loaders of the validation data by dataset type; default: no validation.
         config: Config as passed to ``initialize_distributed_env``. The run always uses the resolved config,
             overrides included; a :class:`~internlm.config.Config` passed here must equal it.
         keywords: Fields of :class:`TrainerOptions`, and built-in command-line arguments, which are ignored.

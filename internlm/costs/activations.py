@@ -132,8 +132,8 @@ def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
     """Return the bytes, by tensor, of the received hidden states that a chunk keeps on the device despite offloading.
 
-    They take S·H·e, as the input of the chunk's first layer. The result is empty if that layer is not offloaded, or is
-    the first layer of the model.
+    They are the input of the chunk's first layer, and take S·H·e. The result is empty if that layer is not offloaded,
+    or is the first layer of the model.
     """
     offloaded, _ = _offloaded_and_not(s, chunk)
     # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.

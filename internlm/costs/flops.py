@@ -14,7 +14,7 @@ from internlm.core.parallel.sharding import Role
 
 
 class LinearShape(NamedTuple):
-    """Role of a linear (see :mod:`internlm.core.parallel.sharding`), and shape of its weight, [outputs, inputs]."""
+    """Shape [outputs, inputs] of a linear's weight, and role of the linear (:mod:`internlm.core.parallel.sharding`)."""
 
     role: Role
     inputs: int

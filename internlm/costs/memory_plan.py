@@ -3,7 +3,7 @@
 The measurements of ``internlm.profiler`` have rows of the same names, so that plan and measurement can be compared.
 Mixed precision keeps fp32 main parameters and states (Micikevicius et al. 2018, arXiv 1710.03740), which ZeRO shards
 over the zero group (Rajbhandari et al. 2020, arXiv 1910.02054, section 3). Symbols: :mod:`internlm.costs.symbols`; here
-e and g are those of each param group, because ``use_fp32_norm`` gives norms another dtype.
+e and g differ between param groups, because ``use_fp32_norm`` gives norms another dtype.
 """
 
 from __future__ import annotations

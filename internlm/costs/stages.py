@@ -86,7 +86,7 @@ def table_of(config: Config) -> Table:
 
 
 def own_table(config: Config) -> Callable[[int], Table] | None:
-    """Return a function that reads the user's own action table, or None if ``parallel.pipeline.table`` is not set.
+    """Return a function that reads the user's own action table; None if ``parallel.pipeline.table`` is not set.
 
     The function takes the number of micro-batches, and raises :class:`ScheduleError` if the file is invalid or does not
     match the config.

@@ -45,7 +45,7 @@ class NoCostFormulaError(UserError):
     same_on_all_ranks = True
 
     def __init__(self, model_type: str, reason: str, todo: str = "") -> None:
-        measure = "Measure your own model instead: train.py --profiling"
+        measure = "Run train.py --profiling to measure your own model instead"
         super().__init__(
             Problem("model_type", f"no cost formula for {model_type!r}, {reason}", f"{todo} {measure}".lstrip())
         )
@@ -53,7 +53,10 @@ class NoCostFormulaError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSymbols:
-    """Symbols that are defined for any model: the parallel groups, without process-group handles."""
+    """Symbols of the parallel groups, which are defined for any model.
+
+    The groups have a size, but no process-group handle.
+    """
 
     config: Config
     # Formulas need only the sizes of groups, so the costs of a large layout are computed in one process.
@@ -81,7 +84,7 @@ class GroupSymbols:
 
 
 def group_symbols(config: Config, world_size: int) -> GroupSymbols:
-    """Return the group sizes of a resolved ``config`` on ``world_size`` ranks."""
+    """Return the symbols of the parallel groups for a resolved ``config`` on ``world_size`` ranks."""
     sizes = sizes_of(config, world_size)
     ranks_of_stage = world_size // sizes.pipeline
     return GroupSymbols(
@@ -170,5 +173,5 @@ class Symbols(GroupSymbols):
 
 
 def rows_per_rank(rows: int, group: Group) -> int:
-    """Return ⌈rows/n⌉, the rows on each of the n ranks of ``group`` after padding to equal shards."""
+    """Return the number of rows on each rank of ``group``, after padding ``rows`` to equal shards."""
     return -(-rows // group.size)

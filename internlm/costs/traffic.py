@@ -50,7 +50,7 @@ def expected_traffic(
         inventory: Parameters of the rank's pipeline stage.
         tokens: Number of tokens in the loss, K, of each micro-batch: on the CPU those whose label is not ignored,
             elsewhere all. By default all tokens of ``micro_num`` micro-batches.
-        types: Number of data-set types.
+        types: Number of dataset types.
         device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
         forward_only: Count a validation step instead of a training step.
         zero_rank: Rank within the zero group, which matters if each parameter has one owner.
@@ -70,7 +70,7 @@ def scalars(s: GroupSymbols, types: int) -> list[Call]:
     """Return the all-reduces of a step's scalars.
 
     They take 8 bytes over d for the number of valid tokens, and 3·types·8 bytes over d and then over p for loss,
-    correct predictions and tokens by data-set type.
+    correct predictions and tokens by dataset type.
     """
     sums = 3 * types * 8
     return calls_on(s.d, AR, 8) + calls_on(s.d, AR, sums) + calls_on(s.p, AR, sums)
@@ -105,9 +105,10 @@ def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
 
 
 def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
-    """Return the sends of a chunk in one micro-batch: hidden states to the next virtual stage, gradients back.
+    """Return the sends of a chunk in one micro-batch, to the next and the previous virtual stage.
 
-    Each takes S·H·e. Adjacent virtual stages on the same rank pass tensors in memory and send nothing.
+    Hidden states are sent to the next virtual stage, gradients to the previous one; each takes S·H·e. Adjacent virtual
+    stages on the same rank pass tensors in memory and send nothing.
     """
 
     def send_to(virtual: int) -> list[Call]:
@@ -124,7 +125,7 @@ def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
 
 
 def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
-    """Return the collectives of the four phases of an optimizer step.
+    """Return the collectives of an optimizer step, for gradients, norm, Muon and parameters.
 
     1. Gradients, for each bucket: reduce-scatter over z of B·c, and all-reduce over r of (B/z)·c. Partial sums
        (``partial_over``) are all-reduced in (B/z)·g over t (isp: w), or, for a tied embedding, over the first and the
@@ -134,11 +135,11 @@ def optimizer(inventory: ParamInventory, zero_rank: int = 0) -> list[Call]:
     4. Parameters, for each bucket: all-gather over z of B·e.
 
     If each parameter has one owner, a reduce to and a broadcast from each owner replace the reduce-scatter and the
-    all-gather. For an owner of N elements of the bucket, every other rank sends N·c in the reduce, and the owner sends
-    N·e in the broadcast. In phase 1, the number of elements that this rank owns replaces B/z.
+    all-gather. For an owner of m elements of the bucket, every other rank sends m·c in the reduce, and the owner sends
+    m·e in the broadcast. In the all-reduces of gradients, the number of elements that this rank owns replaces B/z.
 
     FSDP units have no buckets: :func:`fsdp_units` returns their reduce-scatters and all-gathers, and the optimizer step
-    has only the all-reduces of phases 1 and 2.
+    has only the all-reduces of gradients and norm.
     """
     s = inventory.groups
     calls = calls_on(s.z, AR, 16) + calls_on(s.split, AR, 8) + calls_on(s.p, AR, 8)

@@ -43,7 +43,7 @@ class PassCalls(NamedTuple):
 
 
 def calls_on(group: Group, collective: Collective, nbytes: int) -> list[Call]:
-    """Return one collective on a tensor of ``nbytes`` bytes over ``group``, or no call for a group of one rank.
+    """Return a list with one collective over ``group`` on ``nbytes`` bytes; empty if the group has one rank.
 
     The bytes sent are the lower bound over all algorithms (Chan et al. 2007, table II), as the ledger counts them.
     """

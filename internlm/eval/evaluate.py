@@ -1,4 +1,4 @@
-"""Evaluate a model on held-out data, by data-set type and in total."""
+"""Evaluate a model on held-out data, by dataset type and in total."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
 
     Args:
         trainer: Trainer of the model. The model runs in evaluation mode and is set to training mode at the end.
-        loaders: Validation loaders by data-set type.
+        loaders: Validation loaders by dataset type.
 
     Returns:
-        ``valid/loss``, ``valid/acc`` and ``valid/perplexity`` in total, and with suffix ``/{type}`` for each data-set
+        ``valid/loss``, ``valid/acc`` and ``valid/perplexity`` in total, and with suffix ``/{type}`` for each dataset
         type.
     """
     trainer.eval()

@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         """Return a function that maps a layer index (None: the embedding) to the dropout of that layer.
 
         Args:
-            tokens: Number of tokens of the whole packed sequence.
+            tokens: Number of tokens of the packed row, including those that other ranks hold.
         """
         c = self.spec.config
         if not (c.drop_rate and self.training):

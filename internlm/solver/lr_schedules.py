@@ -33,7 +33,7 @@ class LRSchedule:
     warmup_steps: int = 0
     eta_min: float = 0.0
     first_step: int = 0
-    """Step of the schedule at which step 0 of the run starts."""
+    """Step of the schedule that corresponds to step 0 of the run."""
     shape: LRShape = "cosine"
     decay_steps: int = 0
     """Number of steps at the end of the schedule over which the shape ``wsd`` decays the learning rate."""

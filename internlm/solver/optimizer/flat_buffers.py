@@ -92,7 +92,7 @@ def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = F
     Args:
         sizes: Number of elements of each parameter.
         ranks: Size of the zero group.
-        limit: Maximum number of elements in a bucket, padding excluded. A bucket exceeds it only if it would otherwise
+        limit: Maximum number of elements in a bucket, padding excluded. A bucket is larger only if it would otherwise
             have fewer than :data:`ALIGNMENT` elements per rank or, with ``by_parameter``, split a parameter.
         by_parameter: Keep every parameter whole in one rank's shard, instead of sharding buckets evenly by element.
     """
@@ -109,7 +109,7 @@ def bucket_size(zero: HybridZeroConfig) -> int:
 
 
 def padded(numel: int, ranks: int) -> int:
-    """Round ``numel`` up, so that each of ``ranks`` equal shards is a multiple of :data:`ALIGNMENT`."""
+    """Round ``numel`` up, so that each of ``ranks`` equal shards has a multiple of :data:`ALIGNMENT` elements."""
     unit = ranks * ALIGNMENT
     return -(-numel // unit) * unit
 

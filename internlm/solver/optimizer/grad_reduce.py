@@ -191,7 +191,7 @@ class GradReducer:
             self._tracker.begin_step(micro_batches)
 
     def begin(self) -> None:
-        """Launch the reduction of every bucket, unless it is launched already; all gradients must be complete."""
+        """Launch the bucket reductions that have not been launched yet; all gradients must be complete."""
         if self._tracker:
             self._tracker.end_step()
         for index in range(len(self.begun), len(self.buckets)):
@@ -215,7 +215,7 @@ class GradReducer:
 class FullyShardedReducer:
     """Reducer of the gradients of fully sharded parameters, over replicas and over ranks with partial sums.
 
-    Before that, ``fully_shard`` has reduced these gradients inside the zero group.
+    ``fully_shard`` has already reduced these gradients inside the zero group.
 
     Args:
         groups: Param groups of this rank.

@@ -79,10 +79,7 @@ class LossScale:
 
 
 def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
-    """Return the name of the first parameter with an inf or NaN in its gradient on this rank; None if all are finite.
-
-    The first parameter is the first in model order.
-    """
+    """Return the name of the first parameter, in model order, with an inf or NaN gradient on this rank, or None."""
     # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
     suspects = [group for group in groups if not _is_finite(group.grads)]
     found = [

@@ -45,7 +45,7 @@ class ParamGatherer:
         self._needed: list[int] = []  # number of buckets that must be ready before each block runs
 
     def gather_lazily(self, model: nn.Module) -> None:
-        """Gather the parameters of each declared block before its forward pass, from the next update on."""
+        """Switch to lazy gathering: from the next update on, gather a block's parameters before its forward pass."""
         blocks = list(declared_blocks(model).values()) if self.zero.size > 1 and self.buckets else []
         if not blocks:
             return

@@ -46,7 +46,7 @@ class ProcessGroups:
 
     @property
     def by_split(self) -> Mapping[ParallelMode, Group]:
-        """Process groups in ``split``, keyed by parallel mode."""
+        """Process groups over which parameters are split or partial gradients are summed, by parallel mode."""
         return {group.mode: group for group in self.split}
 
     def of_partial(self, mode: ParallelMode) -> Group:

@@ -28,7 +28,10 @@ StateName = Literal["exp_avg", "exp_avg_sq", "momentum"]
 
 
 class UpdateRule:
-    """Base class of update rules; it allocates their state, and divides gradients before each update."""
+    """Base class of update rules.
+
+    It allocates the state of a rule, and divides gradients by the loss scale and clipping factor before each update.
+    """
 
     #: Names of the rule's state tensors.
     states: ClassVar[tuple[StateName, ...]]

@@ -180,7 +180,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (
             "model_type=LAMA2",
             "model_type: no cost formula for 'LAMA2', which is not registered. Did you mean 'LLAMA2'? "
-            "Measure your own model instead: train.py --profiling\n",
+            "Run train.py --profiling to measure your own model instead\n",
         ),
     ],
 )
