@@ -90,7 +90,7 @@ def _palette() -> Iterator[str]:
 
 
 def _smoothed(points: Points) -> Points:
-    """Return the exponential average of the losses, with the bias correction of Adam's moments."""
+    """Return the exponential moving average of the losses, with a bias correction as in Adam."""
     average, weight, smoothed = 0.0, 0.0, []
     for step, loss in points:
         average = SMOOTHING * average + (1 - SMOOTHING) * loss

@@ -32,7 +32,7 @@ _BLACK = 16
 
 
 class Column(NamedTuple):
-    """One character of a row, with its background as an index of the 256-colour palette."""
+    """One character of a row, with its background colour as an index into the 256-colour palette."""
 
     character: str = " "
     shade: int | None = None

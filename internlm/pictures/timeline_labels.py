@@ -36,7 +36,8 @@ class Clock(NamedTuple):
 def choose_clock(timelines: Sequence[Titled], seconds: bool) -> Clock:
     """Choose the unit of all times in a picture.
 
-    It is the largest of s, ms and µs that the longest timeline reaches, or none if times are not in ``seconds``.
+    If ``seconds`` is set, the unit is the largest of s, ms and µs that the longest timeline reaches. Otherwise, times
+    have no unit.
     """
     if not seconds:
         return Clock()

@@ -1,4 +1,4 @@
-"""Memory report of a rank (bytes held beside bytes planned), and torch traces of a few steps."""
+"""Memory report of a rank, with measured and planned bytes, and torch profiler traces of a few steps."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict
 def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mapping[str, int] | None = None) -> str:
     """Format a table of the bytes that this rank holds and the bytes that the memory plan expects, by row.
 
-    Further lines give the parameters of each child module, and the peak memory of the process and of CUDA.
+    Further lines give the bytes of each child module's parameters, and the peak memory of the process and of CUDA.
 
     Args:
         model: Model of this rank.
         optimizer: Optimizer of the model.
-        plan: Planned bytes by row; if None, the column has a dash in every line.
+        plan: Planned bytes by row; if None, the ``planned`` column contains only dashes.
     """
     measured, planned = held_between_steps(model, optimizer), plan or {}
     # Rows on one side only keep a line: activations are planned but not held between steps.

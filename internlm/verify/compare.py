@@ -79,7 +79,7 @@ class TrafficError:
 
     rank: int
     step: int
-    """Index of the step, counted from 1; with ``overlap_sync_param``, 1 stands for all steps together."""
+    """Index of the step, counted from 1. If ``overlap_sync_param`` is set, 1 stands for all steps together."""
     mode: str
     collective: str
     counted: Entry
@@ -159,9 +159,10 @@ class Report:
     gradients: list[Row]
     parameters: list[Row]
     forward: ModuleTrace
-    """Differences of module outputs in the first micro-batch of each data-parallel rank."""
+    """Differences of module outputs from the one-process run, in the first micro-batch of each data-parallel rank."""
     backward: ModuleTrace
-    """Differences of the gradients of module outputs in the first micro-batch of each data-parallel rank."""
+    """Differences of the gradients of module outputs from the one-process run, in the first micro-batch of each
+    data-parallel rank."""
     shared: int
     """Number of gradients and parameters with elements that several ranks store."""
     disagreements: list[Disagreement]

@@ -55,10 +55,10 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _heads(config: Config) -> tuple[int, int]:
-    """Return the debug size's number of key/value heads, and of query heads per key/value head.
+    """Return the number of key/value heads, and of query heads per key/value head, for :func:`debug_size`.
 
-    The tensor size divides their product. A number that is more than one in ``config`` stays more than one, so that
-    grouped-query attention stays grouped.
+    Their product is divisible by the tensor-parallel size. A number greater than one in ``config`` stays greater than
+    one, so that grouped-query attention stays grouped.
     """
     kv_heads, tensor = config.model.kv_heads, config.parallel.tensor.size
     queries = config.model.num_attention_heads // kv_heads

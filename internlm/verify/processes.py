@@ -124,7 +124,7 @@ class RankProcesses:
             raise
 
     def _rank_environment(self, rank: int, world_size: int) -> dict[str, str]:
-        """Return the environment variables that torchrun would set."""
+        """Return the environment variables of ``rank``: those of torchrun, the network interface and the device."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         numbers = {key: str(value) for key, value in {**ranks, "MASTER_PORT": self._store.port}.items()}
         return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"}
@@ -162,7 +162,8 @@ class RankProcesses:
             raise RankError(text, failed[first].user_error)
         if waiting:
             hung = ", ".join(map(str, sorted(waiting.values())))
-            text = f"rank {hung} of {len(self.processes)}: did not finish within {timeout:g} s"
+            noun = "rank" if len(waiting) == 1 else "ranks"
+            text = f"{noun} {hung} of {len(self.processes)}: did not finish within {timeout:g} s"
             raise RankTimeoutError(f"{text}\n{self._stacks()}")
         return [replies[rank].result for rank in sorted(replies)]
 
@@ -226,9 +227,9 @@ def _answer(call: bytes, rank: int, world_size: int, environment: dict[str, str]
 
 
 def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dict[str, str]) -> None:
-    """Destroy the global context and the process groups of the last call, and create a new default group.
+    """Destroy the global context and the process groups of the previous call, and create a new default group.
 
-    Done before a call and not after one: a group must not be closed while a slower rank still reads from it.
+    This is done before a call, not after it, because a group must not be closed while a slower rank reads from it.
     """
     gpc.destroy()
     if dist.is_initialized():

@@ -34,10 +34,10 @@ from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByNa
 
 @contextmanager
 def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int]) -> Iterator[list[Pass]]:
-    """Record the module outputs of ``model`` within the context, and the gradients of those outputs.
+    """Record the outputs of the modules of ``model`` in the ``with`` block, and the gradients of those outputs.
 
     Args:
-        model: Model; if it has chunks, it is called with a keyword ``chunk``.
+        model: Model to record. A model with several chunks must be called with the keyword ``chunk``.
         micro_batches: Micro-batches to record.
         calls: Micro-batch of each forward call of the model.
 
@@ -56,9 +56,10 @@ def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for each module that is not within a compiled block.
+    """Yield (name, module) for each module of ``model`` that is not inside a compiled block.
 
-    Compiled code does not call the modules within its block, and hooks on them would change the compiled code.
+    A compiled block inlines the modules inside it instead of calling them, and hooks on them would change the
+    compiled code.
     """
     blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))

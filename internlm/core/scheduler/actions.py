@@ -88,7 +88,7 @@ class Table:
 
     @cached_property
     def _deferred(self) -> frozenset[tuple[int, int, int]]:
-        """Set with the (rank, chunk, micro-batch) triple of every W."""
+        """Return the set of (rank, chunk, micro-batch) triples that have a W."""
         return frozenset(
             (rank, action.chunk, action.micro_batch)
             for rank, row in enumerate(self.actions)

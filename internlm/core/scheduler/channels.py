@@ -174,7 +174,7 @@ class Channels:
     def _attributing(
         self, peer: int, message: Message, verb: Literal["send", "receive"]
     ) -> AbstractContextManager[None]:
-        """Convert a failure within the block into a ``LostPeerError`` that names the lost peer."""
+        """Convert a failure in the ``with`` block into a ``LostPeerError`` that names the lost peer."""
         return attributing_peer_failure(self.stage, peer, f"{verb} {_format_message(message)}", self.timeout)
 
 

@@ -88,8 +88,8 @@ class Compute:
     """Forward computation of a model's chunks, for the micro-batches of one step.
 
     The forward pass of the last chunk adds the losses, correct predictions and valid tokens to ``sums`` ([3, types],
-    see :class:`internlm.core.scheduler.loss.StepResult`). With ``keep_outputs``, it also stores the model's output in
-    ``outputs``, by micro-batch.
+    see :class:`internlm.core.scheduler.loss.StepResult`). If ``options.keep_outputs`` is set, it also stores the
+    model's output in ``outputs``, by micro-batch.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Compute:
         return hidden_like(self.micro_batches.host_inputs(index)) if hidden_like else None
 
     def check_hidden(self, index: int, hidden: Tensor) -> bool:
-        """Compare the hidden states of micro-batch ``index`` with the shape and dtype that the model declares.
+        """Check the hidden states of micro-batch ``index`` against the shape and dtype that the model declares.
 
         Returns:
             True if the model declares a shape and a dtype, that is, if it has a method ``hidden_like``.

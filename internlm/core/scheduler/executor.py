@@ -1,4 +1,4 @@
-"""Executor: runs the plan of one rank, for any schedule."""
+"""Execution of one rank's plan, for any pipeline schedule."""
 
 from __future__ import annotations
 

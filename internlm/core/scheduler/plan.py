@@ -21,7 +21,7 @@ from internlm.core.scheduler.validate import simulate
 
 
 class Receive(NamedTuple):
-    """Receive of a message that another rank sends to a chunk of this rank."""
+    """Receive to post: the sending stage, the message, and the chunk of this rank that takes it as input."""
 
     source: int
     message: Message

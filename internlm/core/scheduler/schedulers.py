@@ -28,7 +28,7 @@ Batch = tuple[dict[str, Any], Tensor]
 
 
 class Engine(Protocol):
-    """Protocol of an object with a ``model`` attribute, such as a trainer."""
+    """Protocol for an object with a ``model`` attribute, such as a trainer."""
 
     model: nn.Module
 
@@ -151,8 +151,8 @@ class Scheduler:
     def _grad_scale(self, micro_batches: MicroBatches) -> float:
         """Return 1 / (number of valid tokens of the global batch).
 
-        Tokens are counted before the first backward, so gradients need no division after accumulation, and depend
-        neither on accumulation nor on the layout.
+        The tokens are counted before the first backward, so the accumulated gradients need no division. For a
+        given global batch, they depend neither on the number of micro-batches nor on the parallel layout.
         """
         return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
 

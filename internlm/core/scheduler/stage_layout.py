@@ -63,10 +63,10 @@ def balanced_partition(costs: Sequence[float], virtual_stages: int, first: float
     ties prefer fewer layers in the first virtual stages. Every virtual stage has at least one layer.
 
     Args:
-        costs: Cost of each layer, in the unit of ``first`` and ``last``.
+        costs: Cost of each layer, such as its FLOPs or its number of parameters.
         virtual_stages: Number of virtual stages.
-        first: Additional cost of the first virtual stage, for the embedding.
-        last: Additional cost of the last virtual stage, for the head.
+        first: Additional cost of the first virtual stage, for the embedding, in the unit of ``costs``.
+        last: Additional cost of the last virtual stage, for the head, in the unit of ``costs``.
     """
     assert len(costs) >= virtual_stages
 
