@@ -83,7 +83,7 @@ def _main(arguments: Sequence[str] | None) -> int | None:
 
 
 def _stdout_is_closed() -> bool:
-    """Return True if stdout is a pipe whose reader has closed it."""
+    """Return whether stdout is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

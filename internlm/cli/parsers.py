@@ -9,7 +9,7 @@ from pathlib import Path
 
 #: Names of the schedules, repeated from ``core/scheduler/table.py``, which imports torch. A test compares both.
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv")
-#: Bounds of a duration other than 0, in any unit of time.
+#: Bounds of a duration other than 0, in the unit of time that the user chooses.
 LONGEST = 1e9
 SHORTEST = 1e-9
 
@@ -31,14 +31,19 @@ def seed(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Parse a duration in any unit of time: 0, or a number from :data:`SHORTEST` to :data:`LONGEST`."""
+    """Parse the duration of a simulated action or send: 0, or a number from :data:`SHORTEST` to :data:`LONGEST`.
+
+    The user chooses the unit of time, which must be the same for all durations.
+    """
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (number == 0 or SHORTEST <= number <= LONGEST):  # false for nan too
         bounds = f"{SHORTEST:g} to {LONGEST:g}"
-        raise argparse.ArgumentTypeError(f"expected 0 or a number from {bounds} (in any unit of time), got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected 0 or a number from {bounds} (all times in one unit of your choice), got {text!r}"
+        )
     return number
 
 

@@ -35,11 +35,11 @@ def initialize_trainer(
 
     Args:
         model: Initialised model with its communicators.
-        optimizer: Optimizer made by :func:`~internlm.train.initialize_optimizer`, which makes the schedules too.
-        lr_scheduler: Function from step to learning rate.
-        beta2_scheduler: Function from step to beta2.
+        optimizer: Optimizer built by :func:`~internlm.train.initialize_optimizer`, which also builds both schedules.
+        lr_scheduler: Learning-rate schedule, a function of the step.
+        beta2_scheduler: Schedule of Adam's beta2, a function of the step.
         criterion: Loss function; default: cross-entropy with the config's label smoothing.
-        types: Number of data-set types that metrics are split by.
+        types: Number of dataset types by which metrics are split.
 
     Raises:
         UserError: The custom schedule is invalid, or differs between ranks.

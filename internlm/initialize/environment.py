@@ -38,7 +38,7 @@ class ProcessInfo:
 class ExplicitProcess:
     """Ranks and host that take precedence over the launcher's variables, and a port in case the launcher sets none.
 
-    None: read the launcher's variable.
+    A field that is None is read from the launcher's variable.
     """
 
     rank: int | None = None

@@ -145,13 +145,13 @@ class ParallelContext:
         return Group.of(mode, self._groups[mode])
 
     def pair_of_stages(self, use: str, pairs: Sequence[tuple[int, int]]) -> Group:
-        """Return the group of the pair of stages that contains this rank, or of this rank alone if no pair does.
+        """Return the group of this rank's pair of stages; on stages that are in no pair, a group of this rank alone.
 
         All ranks must call this with the same arguments.
 
         Args:
             use: Purpose of the groups; a pair has a separate group for each purpose.
-            pairs: Disjoint pairs of stages of a pipeline.
+            pairs: Pairs of pipeline stages; each stage is in at most one pair.
         """
         ranks = self._ranks[ParallelMode.PIPELINE]
         own = next((pair for pair in pairs if self.get_local_rank(ParallelMode.PIPELINE) in pair), None)

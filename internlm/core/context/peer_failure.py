@@ -74,8 +74,8 @@ def _find_lost_peer(ranks: Sequence[int], rank: int, peer: int, fate: str) -> tu
         fate: State of ``peer`` as observed by this rank, ``"silent"`` or ``"gone"``.
 
     Returns:
-        Global rank of the lost peer, and its fate as observed by the rank that waited for it. The rank is None if none
-        was found, for example because the waits form a cycle.
+        Global rank of the lost peer, and its fate as observed by the rank that waited for it. The global rank is
+        None if no lost peer was found, for example because the waits form a cycle.
     """
     try:
         waits = _exchange_waits(ranks, rank, peer, fate)

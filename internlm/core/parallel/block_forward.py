@@ -50,9 +50,9 @@ class BlockForward:
         return checkpoint(self.compute, *args, use_reentrant=False, preserve_rng_state=restores, **kwargs)
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield the inputs and parameters of the block that are not offloaded.
+        """Yield the tensors to exclude from offloading: the parameters of the block and some of its inputs.
 
-        They stay on the device in any case, so offloading them would free no memory.
+        These tensors stay on the device in any case, so offloading them would free no memory.
         """
         first, *others = tensors_of((args, kwargs))
         yield from others  # all blocks share them: rotary tables, sequence boundaries
@@ -68,8 +68,8 @@ def checkpoint_and_offload_blocks(model: nn.Module, recomputes: Callable[[int], 
     Args:
         model: Model that declares blocks. Its attribute ``stage_layers`` assigns them to chunks; without it, they form
             one chunk.
-        recomputes: Function of the index of a block in the whole model: True if the block saves only its inputs and is
-            recomputed in backward (arXiv 1604.06174).
+        recomputes: Function from the index of a block in the whole model to whether the block saves only its inputs
+            and is recomputed in backward (arXiv 1604.06174).
         offloaded: Number of blocks at the start of each chunk whose saved tensors are offloaded to host memory.
     """
     for indexes, blocks in _chunks(model):

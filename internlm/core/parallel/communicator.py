@@ -42,7 +42,7 @@ class Communicator:
         return Pending(x)
 
     def gather_weight(self, weight: Tensor, backward: bool = False) -> Tensor:
-        """Return the weight matrix for a matmul, [O, I], all-gathered if ``splits_weight``.
+        """Return the weight as a matrix for a matmul, [O, I]; all-gather it first if ``splits_weight`` is True.
 
         Args:
             weight: Weight of the layer, as this rank holds it.
@@ -126,7 +126,7 @@ class AttentionCommunicator:
     """Communicator of attention: hooks before and after the attention kernel."""
 
     def to_heads(self, qkv: Tensor) -> Tensor:
-        """Exchange all heads of this rank's tokens for all tokens of this rank's heads.
+        """Redistribute q, k and v by an all-to-all, so that this rank holds its own heads of all tokens.
 
         Args:
             qkv: Fused q, k and v, [T, G, Q + 2, D].
@@ -138,7 +138,7 @@ class AttentionCommunicator:
         return qkv
 
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Exchange all tokens of this rank's heads for all heads of this rank's tokens, after the attention kernel.
+        """Redistribute the attention output by an all-to-all, so that this rank holds all heads of its own tokens.
 
         Args:
             heads: Attention output, [tokens of all ranks, query heads of this rank · D].
@@ -150,7 +150,7 @@ class AttentionCommunicator:
 
 
 class ModelCommunicator:
-    """Communicator of a model: hooks outside of its layers."""
+    """Communicator of a model: hooks that belong to no single layer."""
 
     def whole_positions(self, positions: Tensor) -> Tensor:
         """Gather the positions of all tokens that attention reads: [T] → [tokens in attention]."""

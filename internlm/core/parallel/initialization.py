@@ -43,10 +43,10 @@ _MASK = 2**64 - 1
 def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Parameter]:
     """Allocate all meta parameters of ``model`` on ``device``, draw their initial values, and return them.
 
-    Parameters keep their identity, so ties, placements and communicators that refer to them stay valid.
+    Parameters keep their identity, so tied weights stay tied, and placements and communicators stay valid.
 
     Raises:
-        UserError: A parameter on the meta device has no distribution of initial values.
+        UserError: The placement of a parameter on the meta device specifies no initial values.
     """
     deferred = [(name, parameter) for name, parameter, _ in placed_parameters(model) if parameter.is_meta]
     for name, parameter in deferred:
@@ -65,7 +65,7 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Pa
 
 
 def initialize_parameters(module: nn.Module, seed: int) -> None:
-    """Draw the initial values of every parameter of ``module`` whose placement has a distribution."""
+    """Draw the initial values of every parameter of ``module`` whose placement specifies them."""
     for name, parameter, _ in placed_parameters(module):
         draw(parameter, name, seed)
 
@@ -77,7 +77,7 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     Values are drawn in float32, at most :data:`CHUNK` at a time, and rounded to the compute dtype of the parameter.
 
     Args:
-        parameter: Parameter with a placement. If the placement has no distribution, the parameter is unchanged.
+        parameter: Parameter with a placement. If the placement specifies no initial values, the parameter is unchanged.
         name: Logical name, the same in every layout.
         seed: Seed of the run.
     """

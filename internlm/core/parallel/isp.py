@@ -95,7 +95,10 @@ class IspHead(IspLinear, TokensHead):
 
 
 class _WholeWeight(torch.autograd.Function):
-    """All-gather of the head's weight; backward reduce-scatters its gradient and adds it to the main gradient."""
+    """Autograd function that all-gathers the head's weight, and reduce-scatters its gradient in backward.
+
+    The reduced gradient is added to the main gradient if there is one.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, comm: IspHead) -> Tensor:
@@ -141,7 +144,7 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_heads(self, qkv: Tensor) -> Tensor:
-        """Exchange all heads of this rank's tokens for all tokens of this rank's heads.
+        """Redistribute q, k and v by an all-to-all, so that this rank holds its own heads of all tokens.
 
         Args:
             qkv: Fused q, k and v, [T / n, G, Q + 2, D].
@@ -167,7 +170,7 @@ class IspAttention(AttentionCommunicator):
 
     @uncompiled("ranks exchange tokens and heads")
     def to_tokens(self, heads: Tensor) -> Tensor:
-        """Exchange all tokens of this rank's heads for all heads of this rank's tokens, after the attention kernel.
+        """Redistribute the attention output by an all-to-all, so that this rank holds all heads of its own tokens.
 
         [T, query heads of this rank · D] → [T / n, G · Q · D].
         """
@@ -196,7 +199,9 @@ def _repeat_kv_heads(qkv: Tensor, repeats: int) -> Tensor:
 
 
 def _sum_kv_heads(dqkv: Tensor) -> Tensor:
-    """Join the query heads and sum the gradients of the copies: the backward of :func:`_repeat_kv_heads`.
+    """Sum the gradients of the copies of each kv head: the backward of :func:`_repeat_kv_heads`.
+
+    The gradients of the query heads, which were divided among the copies, are concatenated.
 
     [T, G, r, Q / r + 2, D] → [T, G, Q + 2, D].
     """

@@ -73,8 +73,8 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
         (["--kind", "zbv", "--stages", "two"], "internlm schedule: argument --stages: expected an integer of at"),
         (
             ["--kind", "zbv", "--weight", "-1"],
-            "internlm schedule: argument --weight: expected 0 or a number from 1e-09 to 1e+09 (in any unit of time), "
-            "got '-1'",
+            "internlm schedule: argument --weight: expected 0 or a number from 1e-09 to 1e+09 (all times in one unit "
+            "of your choice), got '-1'",
         ),
         (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: expected 0 or a number from"),
         (["--kind", "zbv", "--weight", "1e-320"], "internlm schedule: argument --weight: expected 0 or a number"),
