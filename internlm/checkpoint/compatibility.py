@@ -61,7 +61,7 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each difference between checkpoint and run that changes the rows of the training data.
 
-    The rows are determined by the data set, the seed and the config keys in :data:`ROWS`.
+    The rows are determined by the dataset, the seed and the config keys in :data:`ROWS`.
     """
     if saved.get("data") != now.get("data"):
         fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
@@ -88,7 +88,8 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
         path = folder / name
         size = path.stat().st_size if path.is_file() else 0
         if size < end:
-            yield Problem(str(path), f"{size} bytes, its index says {end}", "Choose an older checkpoint")
+            what = f"expected at least {end} bytes according to .metadata, got {size}"
+            yield Problem(str(path), what, "Choose an older checkpoint")
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
@@ -108,7 +109,8 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) 
     for name in metadata.state_dict_metadata:
         # Optimizer state, which frozen parameters do not have, is checked by other_states.
         if name.startswith("model/") and name not in wanted:
-            yield Problem(f"{folder}: {name}", "the model has no such parameter", "Use the config of the checkpoint")
+            what = "the model has no such parameter or buffer"
+            yield Problem(f"{folder}: {name}", what, "Use the config of the checkpoint")
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:

@@ -116,7 +116,7 @@ def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple
 
 
 def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, start: int) -> None:
-    """Add the elements of ``flat`` to ``tensor``, as slices that are views of ``flat``.
+    """Append slices that cover ``flat`` to the slices of ``tensor``; the new slices are views of ``flat``.
 
     ``flat`` contains the elements of the flattened local tensor from index ``start`` on.
     """
@@ -126,10 +126,10 @@ def _add_slices(tensor: LogicalTensor, placement: ParamPlacement, flat: Tensor, 
 
 
 def without_rounded(tensors: LogicalTensors) -> LogicalTensors:
-    """Drop half-precision model parameters if their main parameters are loaded too, into the same memory.
+    """Return ``tensors`` without the model parameters that would be read into the memory of their main parameters.
 
-    In a fully sharded model, ``model/w`` and ``optimizer/main/w`` share memory, and the order in which DCP reads them
-    is undefined.
+    In a fully sharded half-precision model, ``model/w`` and ``optimizer/main/w`` share memory, and the order in which
+    DCP reads them is undefined.
     """
     return {
         name: tensor

@@ -183,8 +183,8 @@ class CheckpointManager:
     def try_resume_training(self, state: Resumable) -> str:
         """Load the checkpoint that the config selects, if any; collective.
 
-        With ``auto_resume``, the newest complete checkpoint in ``save_ckpt_folder`` takes precedence over
-        ``load_ckpt_info``.
+        If ``ckpt.auto_resume`` is set, the newest complete checkpoint in ``ckpt.save_ckpt_folder`` takes precedence
+        over ``ckpt.load_ckpt_info``.
 
         Returns:
             Message for the log: the loaded checkpoint, or that there is none.

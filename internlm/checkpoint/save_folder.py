@@ -71,7 +71,8 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         needed: Keys that must be present.
 
     Raises:
-        CheckpointError: ``folder`` is not a complete checkpoint, has a newer format, or lacks a key.
+        CheckpointError: ``folder`` is not a complete checkpoint, its format is newer than :data:`FORMAT`, or a needed
+            key is missing.
     """
     if not folder.is_dir():
         existing = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"

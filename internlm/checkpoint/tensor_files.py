@@ -68,7 +68,7 @@ def read_tensors(source: Path, reader: SafeReader, tensors: LogicalTensors, *, c
 
 
 def _causes(error: CheckpointException) -> str:
-    """Format the causes of failure, each once, with the first of the ranks that report it."""
+    """Format each distinct cause of failure once, with the first rank that reports it and the number of others."""
     ranks: dict[str, list[int]] = {}
     for rank, failure in error.failures.items():
         ranks.setdefault(str(failure[0]), []).append(rank)
@@ -123,7 +123,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _checked(metadata: Any) -> Metadata:
-    """Check the type of ``metadata``, and that it refers only to files directly in the checkpoint folder; return it."""
+    """Return ``metadata`` after checking that it is DCP metadata whose files lie directly in the checkpoint folder."""
     if not isinstance(metadata, Metadata):
         raise ValueError(f"expected DCP metadata, got {type(metadata).__name__}")
     # Compare names rather than resolved paths: a name without separators cannot leave the folder by .. or a root.

@@ -28,7 +28,7 @@ def build_train_loader(
         sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 
     Returns:
-        The loader, and the names of the data-set types.
+        The loader, and the names of the dataset types.
 
     Raises:
         DataError: ``train_folder`` is missing, or a file in it is damaged.
@@ -50,7 +50,7 @@ def build_train_loader(
 def build_valid_loaders(
     data: DataConfig, vocab_size: int, seed: int, replica: GroupPosition, sequence_shard: GroupPosition = ALONE
 ) -> dict[str, ValidLoader]:
-    """Build the validation loaders of one data-parallel rank, one for each data-set type.
+    """Build the validation loaders of one data-parallel rank, one for each dataset type.
 
     Args:
         data: The ``data`` section of the config.
@@ -60,7 +60,7 @@ def build_valid_loaders(
         sequence_shard: Position of this rank among the ranks that split rows along the sequence.
 
     Returns:
-        Loaders by data-set type of ``valid_folder``. If neither ``valid_folder`` nor ``train_folder`` is set: one
+        Loaders by dataset type of ``valid_folder``. If neither ``valid_folder`` nor ``train_folder`` is set: one
         loader of random samples. If only ``train_folder`` is set: no loader.
 
     Raises:

@@ -86,7 +86,7 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
 
 
 def find_files(folder: Path) -> list[DataFile]:
-    """Return all ``.bin`` files under ``folder``, sorted by relative name.
+    """Return all ``.bin`` files under ``folder``, sorted by their path relative to ``folder``.
 
     Raises:
         DataError: The folder is missing, contains no ``.bin`` file, or a ``.bin`` file has no ``.meta``.

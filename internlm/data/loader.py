@@ -152,7 +152,7 @@ class TrainLoader:
         return self.plan.position(step)
 
     def fingerprint(self) -> str:
-        """Return a digest of the data set; a saved data position is valid only for the same digest."""
+        """Return a digest of the dataset; a saved data position is valid only for the same digest."""
         return self._rows.source.fingerprint()
 
     def read(self, step: int) -> Batch:
@@ -169,7 +169,7 @@ class TrainLoader:
 
 
 class ValidLoader:
-    """Loader of the validation batches of one data-parallel rank: one pass over one data-set type, in order.
+    """Loader of the validation batches of one data-parallel rank: one pass over one dataset type, in order.
 
     Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. If the
     rows run out, the last batches are completed with padding rows, in which every label is ignored.

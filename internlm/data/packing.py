@@ -56,7 +56,10 @@ class Epoch(NamedTuple):
 
 
 class SampleSpan(NamedTuple):
-    """Span of a row: tokens [``begin``, ``stop``) of a sample with ``length`` tokens, placed at offset ``at``."""
+    """Part of a sample in a row: tokens [``begin``, ``stop``) of the sample, placed at offset ``at`` of the row.
+
+    ``length`` is the number of tokens that the epoch uses from the sample.
+    """
 
     sample: int
     length: int
@@ -71,7 +74,7 @@ class Row(NamedTuple):
     input_ids: np.ndarray  # [P] int64
     labels: np.ndarray  # [P] int64, the next token or IGNORED
     indexes: np.ndarray  # [P] int64, position within the sequence
-    type_ids: np.ndarray  # [P] int64, data-set type
+    type_ids: np.ndarray  # [P] int64, dataset type
     cu_seqlens: np.ndarray  # [C] int32, sequence boundaries: 0, ..., P
 
 

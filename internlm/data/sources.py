@@ -1,4 +1,4 @@
-"""Sample sources: their protocol, a source of random samples, and a view of one data-set type.
+"""Sample sources: their protocol, a source of random samples, and a view of one dataset type.
 
 Shapes: N samples in the source.
 """
@@ -15,9 +15,9 @@ LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat i
 
 
 class SampleSource(Protocol):
-    """Protocol for a random-access sample source; every method is a pure function of the data set."""
+    """Protocol for a random-access sample source; every method is a pure function of the dataset."""
 
-    types: list[str]  # names of the data-set types
+    types: list[str]  # names of the dataset types
     lengths: np.ndarray  # [N] int64, tokens per sample
     type_ids: np.ndarray  # [N] index into types
 
@@ -53,15 +53,15 @@ def raw_numbers(count: int, seed: int, purpose: Purpose, index: int = 0) -> np.n
 class RandomSource:
     """Source of random samples, reproducible from the seed.
 
-    Each sample repeats a short pattern in which small ids are more frequent, so that a model can learn something. With
-    ``fixed_length`` every sample has exactly ``seq_len`` tokens instead, drawn uniformly and independently.
+    Each sample repeats a short pattern in which small ids are more frequent, so that a model can learn something. If
+    ``fixed_length`` is set, each sample instead has exactly ``seq_len`` tokens, drawn uniformly and independently.
 
     Args:
         seed: Seed for the lengths and the tokens.
         vocab_size: Exclusive upper bound of the token ids.
         seq_len: Maximum number of tokens of a sample.
         fixed_length: Draw ``seq_len`` uniform tokens for every sample.
-        type_name: Name of the single data-set type.
+        type_name: Name of the single dataset type.
         samples: Number of samples.
     """
 
@@ -100,7 +100,7 @@ class RandomSource:
 
 
 class OneType:
-    """Sample source that contains only the samples of one data-set type of another source, in their original order."""
+    """Sample source that contains only the samples of one dataset type of another source, in their original order."""
 
     def __init__(self, source: SampleSource, type_name: str) -> None:
         self._source = source

@@ -131,7 +131,7 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
         table = parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         todo = "Convert the file, or correct its suffix"
-        raise DataError(Problem(str(file), f"is not a parquet file ({error})", todo)) from error
+        raise DataError(Problem(str(file), f"is not a Parquet file ({error})", todo)) from error
     with table:
         schema = table.schema_arrow
         if text_key not in schema.names:
@@ -139,8 +139,8 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
         column_type = schema.field(text_key).type
         if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
             what = f"expected strings in column '{text_key}', got {column_type}"
-            raise DataError(Problem(str(file), what, "Pass the column of the text as --text_key"))
-        # In batches: a parquet file may be larger than memory.
+            raise DataError(Problem(str(file), what, "Pass the name of the text column as --text_key"))
+        # In batches: a Parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()
 

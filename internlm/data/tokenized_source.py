@@ -21,7 +21,7 @@ OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets
 
 
 class TokenizedSource:
-    """Sample source over a tree of ``.bin`` and ``.bin.meta`` files; first-level sub-folders name the data-set types.
+    """Sample source over a tree of ``.bin`` and ``.bin.meta`` files; first-level sub-folders name the dataset types.
 
     If a file changes while it is in use, :meth:`read` raises an error that names the file and the sample, instead of
     returning changed tokens.
@@ -66,7 +66,7 @@ class TokenizedSource:
             raise self._error(sample, what, REMAKE)
         if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
             what = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
-            raise self._error(sample, what, "Wrong tokenizer? Tokenize with the tokenizer of the model")
+            raise self._error(sample, what, "Tokenize the texts with the tokenizer of the model")
         return tokens
 
     def fingerprint(self) -> str:

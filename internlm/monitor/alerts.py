@@ -71,7 +71,7 @@ def _append(path: Path, text: str) -> None:
 def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
     """Send alerts when the ``with`` block starts, ends, or raises an exception, each once per job.
 
-    Within the block, :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert`` by default.
+    In the ``with`` block, :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert`` by default.
 
     Args:
         job_name: Prefix of the messages.

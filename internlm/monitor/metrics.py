@@ -38,7 +38,7 @@ class Throughput:
         self._recent: deque[tuple[int, float]] = deque(maxlen=SMA_WINDOW)
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Count a step that processed ``tokens``, over all devices, in ``seconds``."""
+        """Add a step in which all devices together processed ``tokens`` tokens in ``seconds`` seconds."""
         self.tokens += tokens
         self.seconds += seconds
         self.steps += 1
@@ -106,7 +106,7 @@ class LogFile:
 
     Args:
         path: File to append to.
-        write_metrics: Also write the full line of metrics. Set it if the console does not log this line.
+        write_metrics: Also write the metrics of each step as one line. Set it if the console writer does not log them.
     """
 
     def __init__(self, path: Path, write_metrics: bool) -> None:
@@ -117,7 +117,7 @@ class LogFile:
         log.addHandler(self._handler)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write the full line of metrics, unless the console's writer already logs it."""
+        """Write the metrics of ``step`` as one line, unless the console writer already logs them."""
         if self._write_metrics:
             line = format_line(metrics)
             self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))

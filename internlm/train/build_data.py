@@ -13,7 +13,7 @@ def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
     """Build this rank's training loader from the global config.
 
     Returns:
-        The loader, and the names of the data-set types.
+        The loader, and the names of the dataset types.
 
     Raises:
         DataError: ``data.train_folder`` is missing, or a file in it is damaged.
@@ -22,10 +22,10 @@ def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
 
 
 def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:
-    """Build this rank's validation loaders from the global config, one for each data-set type.
+    """Build this rank's validation loaders from the global config, one for each dataset type.
 
     Returns:
-        Loaders by data-set type; empty if only ``data.train_folder`` is set.
+        Loaders by dataset type; empty if only ``data.train_folder`` is set.
 
     Raises:
         DataError: ``data.valid_folder`` is missing, or a file in it is damaged.

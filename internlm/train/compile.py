@@ -81,7 +81,7 @@ def compiled_so_far() -> Compiled:
 
 
 def _reason(text: str) -> str:
-    """Return the reason passed to ``torch.compiler.disable`` in a graph-break message, or else its first line."""
+    """Return the reason for ``torch.compiler.disable`` in a graph-break message, or else the message's first line."""
     # The lines after the first are explanations and hints, too long for a log.
     given = re.search(r"\(reason: (.*)\)", text)
     return given[1] if given else text.splitlines()[0]

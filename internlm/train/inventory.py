@@ -114,7 +114,7 @@ def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) 
 
 
 def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
-    """Return the memory plan of each pipeline stage, for its rank that needs the most memory.
+    """Return one memory plan per pipeline stage, computed for the stage's rank that needs the most memory.
 
     Raises:
         NoCostFormulaError: ``config.model_type`` is not registered, or the model cannot be built on the meta device.

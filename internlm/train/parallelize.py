@@ -89,8 +89,8 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
 def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:
     """Attach communicators to ``model``, and under ``parallel.zero1.fsdp`` shard its parameters.
 
-    These are steps 2 and 5 of :func:`initialize_model_and_parallel_communicator`. With data parallelism alone, every
-    layer is whole and keeps its identity communicator.
+    These are steps 2 and 5 of :func:`initialize_model_and_parallel_communicator`. With data parallelism alone, no
+    layer is split, and each keeps its identity communicator.
 
     Returns:
         The weight gatherer of isp if it splits weights, otherwise None.

@@ -136,10 +136,10 @@ def _cut(name: str, part: float) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (lambda newest: (newest / ".metadata").unlink(), ".metadata: cannot be read"),
     "half an index": (_cut(".metadata", 0.5), ".metadata: cannot be read"),
-    "half a shard": (_cut("__0_0.distcp", 0.5), "bytes, its index says"),
-    "nearly a shard": (_cut("__1_0.distcp", 0.99), "bytes, its index says"),
-    "an empty shard": (_cut("__1_0.distcp", 0), "__1_0.distcp: 0 bytes, its index says"),
-    "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: 0 bytes, its index says"),
+    "half a shard": (_cut("__0_0.distcp", 0.5), "bytes according to .metadata, got"),
+    "nearly a shard": (_cut("__1_0.distcp", 0.99), "bytes according to .metadata, got"),
+    "an empty shard": (_cut("__1_0.distcp", 0), "__1_0.distcp: expected at least "),
+    "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: expected at least "),
     "half a state": (_cut("state.json", 0.5), "state.json: cannot be read"),
     "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
     "a newer format": (

@@ -42,7 +42,7 @@ def test_a_bad_sample_in_the_middle_of_a_run(tmp_path: Path) -> None:
     write_bin(tmp_path / "data" / "en" / "a.bin", [[1, 2, 3, 4]] * 300 + [[1, 999, 3, 4]] + [[5, 6, 7, 8]] * 300)
     job = train(2, DEBUG, tmp_path, f"data.train_folder={tmp_path / 'data'}")
     assert job.stderr.count("a.bin:301 (sample 300, byte ") == 1, job.stderr
-    assert "contains token 999, but model.vocab_size is 256. Wrong tokenizer?" in job.stderr
+    assert "contains token 999, but model.vocab_size is 256. Tokenize the texts with the tokenizer" in job.stderr
     assert "/internlm/" not in job.stderr, job.stderr  # no traceback, of the rank that lost its peer either
     assert "exitcode  : 2 " in job.stderr
     assert (job.returncode, job.left_behind) == (1, 0)

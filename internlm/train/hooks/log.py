@@ -97,7 +97,7 @@ class LogMetrics(Hook):
 
     Args:
         config: Config of the run.
-        types: Names of the data-set types.
+        types: Names of the dataset types.
         world_size: Number of ranks, each with its own device.
         data_size: Size of the data group, whose ranks read different tokens.
         writer: Writer of the metrics to all destinations.
@@ -153,11 +153,11 @@ class LogMetrics(Hook):
 
 
 def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
-    """Return the accuracy, perplexity and loss of a step, and the accuracy, tokens and loss of each data-set type.
+    """Return the accuracy, perplexity and loss of a step, and the accuracy, tokens and loss of each dataset type.
 
     Args:
-        sums: Summed losses, correct predictions and tokens of the step by data-set type, [3, types].
-        types: Names of the data-set types.
+        sums: Summed losses, correct predictions and tokens of the step by dataset type, [3, types].
+        types: Names of the dataset types.
     """
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)

@@ -25,7 +25,7 @@ class SaveCheckpoints(Hook):
         self.manager = manager
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Save a checkpoint if one is due."""
+        """Save a checkpoint if one is due after this step, or if the run stops after it."""
         self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
 
 
@@ -33,7 +33,7 @@ class Validate(Hook):
     """Hook that runs the validation every ``every`` steps and after the last step (never if ``every`` is 0).
 
     Args:
-        loaders: Validation loaders by data-set type.
+        loaders: Validation loaders by dataset type.
         every: Number of steps between validations; 0: no validation.
         total_steps: Last step of the run.
         writer: Writer of the metrics; None on ranks that do not log.

@@ -1,4 +1,4 @@
-"""Hooks of ``--pipeline-trace`` (a step of the pipeline, measured and simulated) and ``--profiling`` (torch traces)."""
+"""Hooks of ``--pipeline-trace`` (measured and simulated timeline of a step) and ``--profiling`` (profiler traces)."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ log = get_logger()
 class StopOnSignal(Hook):
     """Hook that stops all ranks after the current step if any rank receives SIGTERM or SIGINT.
 
-    Signals are caught within :meth:`listening`; a second signal exits at once. This hook must come before the hook that
-    saves checkpoints, which reads ``stop_requested``. Every rank exits with 128 + the signal number.
+    Signals are caught in the ``with`` block of :meth:`listening`; a second signal exits at once. Every rank exits with
+    128 + the signal number. This hook must come before the hook that saves checkpoints, because the latter reads
+    ``trainer.stop_requested``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class StopOnSignal(Hook):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch signals within the ``with`` block."""
+        """Catch SIGTERM and SIGINT in the ``with`` block."""
         previous = {signum: signal.signal(signum, self._catch) for signum in SIGNALS}
         try:
             yield

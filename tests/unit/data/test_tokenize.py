@@ -168,7 +168,7 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
         ("a.json", b'[{"text": "ok"}, 3]', ", record 1: expected a JSON object, got int"),
         ("a.txt", b"ok\n\xff\xff\n", ":2: is not valid UTF-8 (invalid start byte)"),
         ("a.txt", b"\n  \n", "--text_input_path: contains no text to tokenize"),
-        ("a.parquet", b"ok", "is not a parquet file"),
+        ("a.parquet", b"ok", "is not a Parquet file"),
         ("a.pdf", b"ok", "a.pdf: file type '.pdf' is not supported (supported: .txt, .jsonl, .json, .parquet)"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_token_outside_the_vocabulary(tmp_path: Path) -> None:
     file = write_bin(tmp_path / "x.bin", [[1], [2, -VOCAB, 3]])
     assert error_of(tmp_path) == (
         f"{file}:2 (sample 1, byte 16): contains token 100, but model.vocab_size is 100. "
-        "Wrong tokenizer? Tokenize with the tokenizer of the model"
+        "Tokenize the texts with the tokenizer of the model"
     )
 
 
