@@ -45,7 +45,7 @@ MISTAKES = (
         name="mtp: the gradient of a column's input is not summed",
         file="core/parallel/tensor_parallel.py",
         old=(
-            "        # It overlaps with the product for the weight's gradient.\n"
+            "        # It overlaps with the matmul for the weight's gradient.\n"
             "        return begin_all_reduce(dx, self.group)"
         ),
         new="        return Pending(dx)",
@@ -115,7 +115,10 @@ MISTAKES = (
     Mistake(
         name="isp: with overlap the last gradient is never delivered",
         file="core/parallel/weight_gatherer.py",
-        old=("        # Registered by every product; all calls but the first are no-ops.\n        self._deliver()\n"),
+        old=(
+            "        # Registered several times per backward pass; all calls but the first are no-ops.\n"
+            "        self._deliver()\n"
+        ),
         new="",
         tests=("tests/dist/test_parallel.py", "-k", "overlap"),
     ),
