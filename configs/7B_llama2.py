@@ -9,7 +9,7 @@ model_type = "LLAMA2"
 SEQ_LEN = 4096
 TOTAL_STEPS = 50000
 
-# None: random data, for a first try. Else a folder tree of X.bin and X.bin.meta, its first level the data-set types.
+# None: random data, for a first try. Else a folder tree of X.bin and X.bin.meta, its first level the dataset types.
 TRAIN_FOLDER = None
 VALID_FOLDER = None
 

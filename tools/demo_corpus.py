@@ -1,6 +1,6 @@
 """Make data for a first run from the sources of Python's standard library, which every machine has.
 
-Two data-set types: ``code`` (.py files, one sample each) and ``en`` (their docstrings, one sample each). One file in
+Two dataset types: ``code`` (.py files, one sample each) and ``en`` (their docstrings, one sample each). One file in
 twenty is held out for validation, with its docstrings. A tokenizer is trained on the others. The same version of Python
 gives the same data.
 """

@@ -297,7 +297,7 @@ class CheckpointManager:
             metadata: Metadata of the checkpoint's tensors.
             tensors: Tensors that this rank loads.
             known: Names of the tensors that at least one rank loads.
-            wanted: Content to load.
+            wanted: Parts of the checkpoint to load, such as "model" and "optimizer".
         """
         then, now = saved["config"], self.run_info["config"]
         problems = list(compatibility.other_architecture(source, then, now))

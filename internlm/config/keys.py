@@ -56,12 +56,12 @@ def fields() -> dict[str, FieldInfo]:
 
 
 def is_section(key: str) -> bool:
-    """Return True if ``key`` is a section rather than a value."""
+    """Return whether ``key`` is a section rather than a value."""
     return key in fields() and section_of(fields()[key].annotation) is not None
 
 
 def is_free_dict(key: str) -> bool:
-    """Return True if ``key`` holds a dict with arbitrary keys, such as ``model.moe_layer_kwargs``."""
+    """Return whether ``key`` holds a dict with arbitrary keys, such as ``model.moe_layer_kwargs``."""
     return key in fields() and get_origin(fields()[key].annotation) is dict
 
 
@@ -73,7 +73,7 @@ def children(section: str) -> list[str]:
 
 
 def is_of_list(key: str) -> bool:
-    """Return True if ``key`` is a field of the items of a list, such as ``optimizer.param_groups.pattern``.
+    """Return whether ``key`` is a field of the items of a list, such as ``optimizer.param_groups.pattern``.
 
     Such a key cannot be set by itself, only as part of the whole list.
     """
@@ -82,7 +82,7 @@ def is_of_list(key: str) -> bool:
 
 
 def takes_none(key: str) -> bool:
-    """Return True if ``key`` accepts None."""
+    """Return whether ``key`` accepts None."""
     return NoneType in get_args(fields()[key].annotation)
 
 

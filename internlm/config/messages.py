@@ -72,7 +72,7 @@ def _section(key: str) -> str:
 
 
 def _is_other_text(detail: Any) -> bool:
-    """Return True if the value is a string that is not one of the accepted choices."""
+    """Return whether the value is a string that is not one of the accepted choices."""
     return detail["type"] == UNKNOWN_CHOICE and isinstance(detail["input"], str)
 
 

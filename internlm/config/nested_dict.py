@@ -62,5 +62,5 @@ def with_sections(key: str) -> Iterator[str]:
 
 
 def within(key: str, others: frozenset[str] | set[str]) -> bool:
-    """Return True if ``key`` or a section that contains it is in ``others``."""
+    """Return whether ``key`` or a section that contains it is in ``others``."""
     return any(candidate in others for candidate in with_sections(key))

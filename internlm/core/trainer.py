@@ -103,7 +103,7 @@ class Hook:
         """Run before the batch of a step is fetched."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Run after the update of a step; ``trainer.state`` already counts this step."""
+        """Run after the optimizer step, when ``trainer.state`` already counts the step."""
 
     def after_run(self, trainer: Trainer) -> None:
         """Run once after the last step, even if the run stops early or fails."""

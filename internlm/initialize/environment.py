@@ -25,7 +25,7 @@ HOW_TO_START = (
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
-    """Ranks of this process, and the address at which rank 0 listens."""
+    """Global and local rank of this process, the world size, and the rendezvous address on rank 0."""
 
     rank: int
     world_size: int

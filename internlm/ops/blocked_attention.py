@@ -54,7 +54,7 @@ class EqualLengthRun(NamedTuple):
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, runs: tuple[EqualLengthRun, ...], scale: float, window: int | None
 ) -> Tensor:
-    """Compute causal attention within each sequence of ``runs``: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D].
+    """Compute causal attention within each sequence of ``runs``: [T, N, D], [T, G, D], [T, G, D] → [T, N, D].
 
     See :func:`internlm.ops.attention` for the meaning of ``scale`` and ``window``.
     """
@@ -140,7 +140,7 @@ def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
 
 
 def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tensor:
-    """Compute the attention probabilities of a block from scaled q: [..., Q * R, D], [..., S, D] -> [..., Q * R, S]."""
+    """Compute the attention probabilities of a block from scaled q: [..., Q * R, D], [..., S, D] → [..., Q * R, S]."""
     scores = gemm.matmul(q, k.mT)
     size = rows.stop - rows.start
     by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
@@ -194,13 +194,13 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
 
 
 def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
-    """View the tokens of ``run`` by sequence, and their heads by kv group: [T, heads, D] -> [B, G, heads / G, L, D]."""
+    """View the tokens of ``run`` by sequence, and their heads by kv group: [T, heads, D] → [B, G, heads / G, L, D]."""
     x = x[run.start : run.start + run.tokens].unflatten(1, (plan.groups, -1)).unflatten(0, (run.sequences, run.length))
     return x.permute(0, 2, 3, 1, 4)
 
 
 def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
-    """Select q, k or v of (sequence, kv group) pairs: [T, heads, D] -> [n, heads / G, L, D], without n for one pair.
+    """Select q, k or v of (sequence, kv group) pairs: [T, heads, D] → [n, heads / G, L, D], without n for one pair.
 
     A single pair is padded with zeros to a multiple of ``gemm.TOKEN_MULTIPLE`` tokens. Padded keys come after all real
     tokens, so the causal mask hides them.
@@ -212,7 +212,7 @@ def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
 
 
 def _block(x: Tensor, rows: slice) -> Tensor:
-    """Stack the rows of all heads of a pair into one GEMM operand: [..., heads, L, D] -> [..., heads * R, D]."""
+    """Stack R of the L rows of each head into a GEMM operand: [..., heads, L, D] → [..., heads * R, D]."""
     return x[..., rows, :].flatten(-3, -2)
 
 

@@ -25,14 +25,14 @@ _BLOCK_ELEMENTS = 2**22
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``x @ weight.T``: [T, I], [O, I] -> [T, O]."""
+    """Compute ``x @ weight.T``: [T, I], [O, I] → [T, O]."""
     if not _onednn_pays(x, weight.shape[0]):
         return torch.mm(x, weight.t())
     return _onednn(_pad_tokens(x), weight)[: x.shape[0]]
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """Compute the gradient of :func:`linear` with respect to its input, ``dy @ weight``: [T, O], [O, I] -> [T, I]."""
+    """Compute the gradient of :func:`linear` with respect to its input, ``dy @ weight``: [T, O], [O, I] → [T, I]."""
     return linear(dy, weight.t())
 
 
@@ -59,7 +59,7 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a @ b``: [M, K], [K, N] -> [M, N], optionally batched; ``a`` may be a transposed view.
+    """Compute ``a @ b``: [M, K], [K, N] → [M, N], optionally batched; ``a`` may be a transposed view.
 
     A batched matmul is one BLAS call. Unbatched inputs should have few distinct shapes, because oneDNN caches a kernel
     per shape.
@@ -86,14 +86,14 @@ def _onednn_pays(left: Tensor, columns: int) -> bool:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a @ b.T``: [M, K], [N, K] -> [M, N]; a transposed ``a`` is copied, a transposed ``b`` is not."""
+    """Compute ``a @ b.T``: [M, K], [N, K] → [M, N]; a transposed ``a`` is copied, a transposed ``b`` is not."""
     if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
         b = b.contiguous()
     return onednn_linear(a, b)
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a.T @ b``: [K, M], [K, N] -> [M, N], copying ``a`` or ``b`` in transposed order, whichever costs less.
+    """Compute ``a.T @ b``: [K, M], [K, N] → [M, N], copying ``a`` or ``b`` in transposed order, whichever costs less.
 
     If ``b`` is copied, the result is a transposed view; the cost of copying ``b`` includes that of reading this view.
     """

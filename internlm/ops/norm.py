@@ -17,7 +17,7 @@ from internlm.utils.dtype import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] -> [T, H].
+    """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] → [T, H].
 
     Half-precision inputs are normalised in fp32, and the result is rounded once. Only the arguments and one value per
     token are saved for backward.

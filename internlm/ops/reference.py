@@ -15,19 +15,19 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute RMSNorm over the last dimension: [T, H], [H] -> [T, H]."""
+    """Compute RMSNorm over the last dimension: [T, H], [H] → [T, H]."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Compute layer normalisation over the last dimension: [T, H], [H], [H] -> [T, H]."""
+    """Compute layer normalisation over the last dimension: [T, H], [H], [H] → [T, H]."""
     centred = x - x.mean(-1, keepdim=True)
     out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight
     return out if bias is None else out + bias
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate every head by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
+    """Rotate every head by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] → [T, N, D]."""
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
     a, b = pairs.unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -42,7 +42,7 @@ def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute ``silu(gate) * up``: [T, 2, F] -> [T, F]."""
+    """Compute ``silu(gate) * up``: [T, 2, F] → [T, F]."""
     gate, up = gate_up.unbind(1)
     return gate * torch.sigmoid(gate) * up
 
@@ -55,7 +55,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Compute causal attention within each (start, end) of ``bounds``: [T, N, D], [T, G, D], [T, G, D] -> [T, N, D]."""
+    """Compute causal attention within each (start, end) of ``bounds``: [T, N, D], [T, G, D], [T, G, D] → [T, N, D]."""
     per_group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(per_group, 1), v.repeat_interleave(per_group, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -73,5 +73,5 @@ def attention(
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the cross entropy of each token, 0 if its label is -100: [T, V], [T] -> [T]."""
+    """Compute the cross entropy of each token, 0 if its label is -100: [T, V], [T] → [T]."""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing, ignore_index=-100)

@@ -73,7 +73,7 @@ def rotary_table(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate every head of ``x`` by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] -> [T, N, D]."""
+    """Rotate every head of ``x`` by the angles of its token: [T, N, D], [T, D / 2], [T, D / 2] → [T, N, D]."""
     return _ApplyRotary.apply(x, cos, sin, interleaved)
 
 

@@ -27,9 +27,10 @@ def initialize_model_and_parallel_communicator(
 ) -> tuple[nn.Module, WeightGatherer | None]:
     """Prepare ``model`` for parallel training with the global config.
 
+    Parameters that several ranks hold are broadcast from the first of these ranks.
+
     Args:
-        model: Model to prepare; default: the model that :func:`create_model` builds. Copies of a parameter on several
-            ranks get the values of the first of these ranks.
+        model: Model to prepare; default: the model that :func:`create_model` builds.
 
     Returns:
         The prepared model, and its weight gatherer for :func:`initialize_optimizer`: None unless isp splits weights.

@@ -95,7 +95,7 @@ def report(error: UserError) -> None:
 
 
 def _is_reporting_rank(error: UserError) -> bool:
-    """Return True if this rank prints ``error``.
+    """Return whether this rank prints ``error``.
 
     If there is a process group, the first rank that found the error prints it. Otherwise rank 0 prints the errors that
     all ranks find, and any other error is printed where it occurs.
@@ -134,7 +134,7 @@ def _loaded_distributed() -> ModuleType | None:
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Return True if a collective, a send or a receive failed because another rank exited or does not respond."""
+    """Return whether a collective, a send or a receive failed because another rank exited or does not respond."""
     dist = _loaded_distributed()
     if dist is not None and isinstance(error, dist.DistError):
         return True

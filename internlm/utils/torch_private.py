@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def in_backward() -> bool:
-    """Return True if the calling thread runs within a backward pass of autograd.
+    """Return whether the calling thread runs within a backward pass of autograd.
 
     A matmul of the forward computation that runs within a backward pass belongs to a recomputed block. Module hooks
     cannot detect this: they run in both passes, and if a pass raises, no hook marks its end.

@@ -1,4 +1,4 @@
-"""Compare the training records of several ranks with the record of one process. Pure: no processes, no I/O.
+"""Comparison of the training records of several ranks with the record of one process.
 
 Tensors and metrics must agree within :data:`LIMITS`. The traffic in the ledger of each rank must equal the result of
 the traffic formula.
@@ -126,7 +126,7 @@ GRADIENT, PARAMETER = "gradient of", "parameter"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Difference of one metric or tensor between several ranks and one process; NaN is never within the limit."""
+    """Difference in one metric or tensor between a parallel run and a run of one process; NaN exceeds every limit."""
 
     name: str
     difference: float
@@ -137,7 +137,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """True if the difference is within the limit."""
+        """Whether the difference is within the limit."""
         return self.difference <= self.limit
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ class Report:
     losses: list[Row]
     norms: list[Row]
     sums: list[Row]
-    """Rows for summed loss, correct predictions and valid tokens, with the largest difference of any data-set type.
+    """Rows for summed loss, correct predictions and valid tokens, with the largest difference of any dataset type.
     Only the first step is compared: later, rounding of parameters may change which vocabulary entry is predicted."""
     gradients: list[Row]
     parameters: list[Row]
@@ -188,7 +188,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True if no check failed."""
+        """Whether all checks passed."""
         return not self.failures
 
 
@@ -250,7 +250,7 @@ def _sum_rows(sums: Sequence[Sequence[float]], references: Sequence[Sequence[flo
     for name, values, wanted in zip(SUMMED, sums, references, strict=True):
         differences = [relative(value, reference) for value, reference in zip(values, wanted, strict=True)]
         worst = next(filter(math.isnan, differences), max(differences))
-        rows.append(Row(name=f"{name} by data-set type, step 1", difference=worst, limit=limit))
+        rows.append(Row(name=f"{name} by dataset type, step 1", difference=worst, limit=limit))
     return rows
 
 
@@ -271,7 +271,7 @@ def _metric_disagreements(ranks: Sequence[RankRecord]) -> Iterator[Disagreement]
     metrics = (
         ("loss", [r.losses for r in ranks]),
         ("gradient norm", [r.norms for r in ranks]),
-        ("sums over data-set types", [[sum(map(sum, r.sums))] for r in ranks]),
+        ("sums over dataset types", [[sum(map(sum, r.sums))] for r in ranks]),
     )
     for name, by_rank in metrics:
         for step, values in enumerate(zip(*by_rank, strict=True), 1):

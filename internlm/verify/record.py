@@ -65,7 +65,7 @@ class RankRecord:
     tokens: list[list[int]]
     """Number of labels that count in the loss, by step and micro-batch."""
     types: int
-    """Number of data-set types."""
+    """Number of dataset types."""
     peak_in_flight: int
     """Largest number of (chunk, micro-batch) pairs whose activations were stored at once."""
 

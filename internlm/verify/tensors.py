@@ -1,4 +1,4 @@
-"""Assemble and compare the tensors of several ranks. Pure functions.
+"""Functions that assemble and compare the tensors of several ranks.
 
 :func:`assemble` builds logical tensors from the shards of all ranks; :func:`trace_modules` compares the outputs of
 modules and finds the first module that differs.

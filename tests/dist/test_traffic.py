@@ -296,7 +296,7 @@ def test_several_chunks_without_a_pipeline() -> None:
 
 @pytest.mark.parametrize("layout", [*FEW, Pipeline(2, Layout("mtp", 1)), Pipeline(2, Layout("msp", 2))], ids=str)
 def test_ignored_labels(tmp_path: Path, layout: Layout | Pipeline) -> None:
-    """Two data-set types; two of three samples have no valid label, so that some micro-batches have no loss."""
+    """Two dataset types; two of three samples have no valid label, so that some micro-batches have no loss."""
     for name, offset in (("cn", 0), ("en", 7)):
         samples = [[(offset + i * j) % 63 + 1 for j in range(4 + i % 12)] for i in range(24)]
         write_bin(tmp_path / name / "a.bin", [[-t for t in s] if i % 3 else s for i, s in enumerate(samples)])

@@ -95,7 +95,7 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
     for name, size in sizes.items():
         if size > 1 and mode != "isp":
             what = f"{size} requires parallel.tensor.mode = 'isp', got {mode!r}"
-            yield Problem(f"parallel.{name}.size", what, "Set the mode to 'isp', or the size to 1")
+            yield Problem(f"parallel.{name}.size", what, "Set parallel.tensor.mode to 'isp', or the size to 1")
 
 
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -166,7 +166,7 @@ def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Pro
     grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
     if grid.enable and tensor.mode != "isp":
         what = f"requires parallel.tensor.mode = 'isp', got {tensor.mode!r}"
-        yield Problem("parallel.sequence_2D", what, "Set the mode to 'isp', or sequence_2D.enable to False")
+        yield Problem("parallel.sequence_2D.enable", what, "Set it to False, or parallel.tensor.mode to 'isp'")
     product = grid.head_size * grid.context_size
     if grid.enable and product != tensor.size:
         formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"

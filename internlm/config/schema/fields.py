@@ -43,7 +43,7 @@ class Rampup(NamedTuple):
 
 
 def parse_rampup(text: str) -> Rampup | None:
-    """Parse batch-size warm-up, ``"start increment every"``; return None for an empty string.
+    """Parse a batch-size ramp-up, ``"start increment every"``; return None for an empty string.
 
     Raises:
         ValueError: ``text`` is neither empty nor three integers of at least 1.

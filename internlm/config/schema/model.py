@@ -138,7 +138,7 @@ class ModelConfig(Section):
         return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
 
     def recomputes(self, layer: int) -> bool:
-        """Return True if block ``layer`` of the whole model, counted from 0, is recomputed in the backward pass.
+        """Return whether block ``layer`` of the whole model, counted from 0, is recomputed in the backward pass.
 
         Recomputed blocks are spread evenly, so that each pipeline stage gets its share.
         """

@@ -41,7 +41,7 @@ class ChunkOffload:
         """Run one block, offload its saved tensors if ``position`` < ``count``, and return its output.
 
         Args:
-            position: Index of the block in the chunk, at most ``count``.
+            position: Index of the block in the chunk. Blocks after index ``count`` run without this method.
             compute: Function that runs the block.
             device: Device on which the block runs.
             kept: Tensors that are not offloaded, since they stay on the device in any case.

@@ -89,7 +89,10 @@ class FspColumn(Communicator):
 
 
 class MspColumn(FspColumn):
-    """Communicator of a column linear under msp: as under fsp, but the gathered input is saved for backward."""
+    """Communicator of a column linear under msp: all-gathers the input, and saves the gathered input for backward.
+
+    Under fsp, backward gathers the input again instead.
+    """
 
     keeps_gathered_input = True
 

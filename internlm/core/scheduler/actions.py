@@ -1,4 +1,4 @@
-"""Actions of a pipeline schedule, the messages between them, and the table that orders them. Pure.
+"""Actions of a pipeline schedule, the messages between them, and the table that orders them.
 
 =====  =======================================================================================================
 ``F``  forward of a chunk for a micro-batch
@@ -97,7 +97,7 @@ class Table:
         )
 
     def defers_weight(self, rank: int, action: Action) -> bool:
-        """Return True if ``action``, a B of ``rank``, leaves the weight gradients to a W."""
+        """Return whether ``action``, a B of ``rank``, leaves the weight gradients to a W."""
         return (rank, action.chunk, action.micro_batch) in self._deferred
 
     def forward_only(self) -> Table:

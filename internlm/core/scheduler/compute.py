@@ -51,7 +51,7 @@ class MicroBatches:
         return self._on_device(self._labels[index])
 
     def type_ids(self, index: int) -> Tensor:
-        """Return the data-set type of each token of micro-batch ``index``, shaped like its labels."""
+        """Return the dataset type of each token of micro-batch ``index``, shaped like its labels."""
         return self._on_device(self._batch["type_ids"][index])
 
     def valid_tokens(self) -> Tensor:
@@ -77,7 +77,7 @@ class InFlight:
 class ComputeOptions:
     """Options of :class:`Compute` for one step."""
 
-    types: int  # number of data-set types
+    types: int  # number of dataset types
     device: torch.device
     grad_scale: float | None  # factor on the sum of the token losses; None: no loss
     keep_outputs: bool = False

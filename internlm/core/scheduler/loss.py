@@ -19,11 +19,11 @@ LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one step: mean loss, sums by data-set type and, if requested, outputs."""
+    """Result of one step: mean loss, sums by dataset type and, if requested, outputs."""
 
     #: Mean loss over the valid tokens of the global batch, equal on every rank; NaN if no loss was computed.
     loss: float
-    #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each data-set type, over all
+    #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each dataset type, over all
     #: ranks.
     sums: Tensor
     #: Outputs and labels of each micro-batch, if requested; in a pipeline, only on the rank with the head.
@@ -37,7 +37,10 @@ class StepResult:
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:
-    """Return zeros for the sums of a step (see :class:`StepResult`), [3, types], float64."""
+    """Return zeros in which a step sums its losses and token counts by dataset type, [3, types], float64.
+
+    :class:`StepResult` describes the rows.
+    """
     # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts needs.
     return torch.zeros(3, types, dtype=torch.float64, device=device)
 
@@ -49,7 +52,7 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
         result: Token losses and correct predictions of the micro-batch, [T].
         labels: Labels, [T] or any shape with T elements; −100 is ignored.
         type_ids: Data-set type of each token, shaped like ``labels``.
-        types: Number of data-set types.
+        types: Number of dataset types.
     """
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]

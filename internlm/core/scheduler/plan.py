@@ -1,4 +1,4 @@
-"""Plan of one rank, derived from the action table: its actions, with the sends and receives around each. Pure.
+"""Plan of one rank, derived from the action table: its actions, with the sends and receives around each.
 
 A table lists no transfers: they follow from its actions. The receive of a message from another rank is posted **before
 the action during which the message arrives in a simulation** in which all actions have the same duration. Then a

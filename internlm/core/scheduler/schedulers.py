@@ -59,7 +59,7 @@ class Scheduler:
 
     Args:
         criterion: Callable that runs the model on a micro-batch and returns the token losses.
-        types: Number of data-set types.
+        types: Number of dataset types.
         data_group: Group of the ranks of this stage that hold different tokens of the global batch.
         device: Device to which micro-batches are copied.
         pipeline: Pipeline of this rank. None: no pipeline.

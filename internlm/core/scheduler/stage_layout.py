@@ -1,4 +1,4 @@
-"""Stage layout: assignment of virtual stages to ranks, and of layers to virtual stages. Pure.
+"""Stage layout: assignment of virtual stages to ranks, and of layers to virtual stages.
 
 A model is split into virtual stages 0 … S − 1, in the order of its layers. Each rank of a pipeline, a *stage*, holds
 one or several virtual stages, its *chunks*: S = stages · chunks (Megatron's interleaving, arXiv 2104.04473, sec. 2.2).

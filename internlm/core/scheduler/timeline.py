@@ -1,4 +1,4 @@
-"""Timelines of a schedule: costs, starts and ends of its actions, simulated or measured. Pure.
+"""Timelines of a schedule: costs, starts and ends of its actions, simulated or measured.
 
 A simulation (:mod:`internlm.core.scheduler.validate`) and the records of a real step both result in a
 :class:`Timeline`, so that they can be drawn and compared on one time axis.

@@ -1,4 +1,4 @@
-"""Validation of a schedule by simulation: whether its action table can be executed, and when each action runs. Pure.
+"""Validation of a schedule by simulation: whether its action table can be executed, and when each action runs.
 
 An action starts when its rank has ended the previous action of its row, and its input has arrived:
 

@@ -54,7 +54,7 @@ def test_another_loss_fails(loss: float) -> None:
     report = _compare(_record(0, loss=loss), _record(1, loss=loss))
     assert [failure.split(":")[0] for failure in report.failures] == [
         "loss of step 1",
-        "summed loss by data-set type, step 1",
+        "summed loss by dataset type, step 1",
     ]
     found = json.loads(as_json(PLAN, report), parse_constant=lambda text: pytest.fail(text))
     assert found["passed"] is False
@@ -64,10 +64,10 @@ def test_another_loss_fails(loss: float) -> None:
 def test_wrong_predictions_or_tokens_of_a_data_set_type_fail() -> None:
     ranks = [replace(_record(rank), sums=[[32.0], [4.0], [16.0]]) for rank in range(2)]
     assert [row.name for row in _compare(*ranks).rows if not row.passed] == [
-        "correct predictions by data-set type, step 1"
+        "correct predictions by dataset type, step 1"
     ]
     ranks[1] = replace(ranks[1], sums=[[32.0], [5.0], [16.0]])
-    assert [found.name for found in _compare(*ranks).disagreements] == ["sums over data-set types of step 1"]
+    assert [found.name for found in _compare(*ranks).disagreements] == ["sums over dataset types of step 1"]
 
 
 def test_ranks_that_disagree_fail() -> None:
