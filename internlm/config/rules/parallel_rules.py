@@ -166,7 +166,7 @@ def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Pro
     grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
     if grid.enable and tensor.mode != "isp":
         what = f"requires parallel.tensor.mode = 'isp', got {tensor.mode!r}"
-        yield Problem("parallel.sequence_2D.enable", what, "Set it to False, or parallel.tensor.mode to 'isp'")
+        yield Problem("parallel.sequence_2D", what, "Set enable to False, or parallel.tensor.mode to 'isp'")
     product = grid.head_size * grid.context_size
     if grid.enable and product != tensor.size:
         formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"
