@@ -50,7 +50,7 @@ def duration(text: str) -> float:
 def file_to_write(text: str) -> Path:
     """Parse the path of a file to write, in a folder that exists."""
     if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
+        raise argparse.ArgumentTypeError(f"the parent folder of {text!r} does not exist")
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected a file, got the folder {text!r}")
     return Path(text)

@@ -116,8 +116,8 @@ def belongs_elsewhere(key: str) -> str:
     """Suggest another section for the unknown ``key``, such as ``data.seq_len`` for ``model.seq_len``.
 
     Returns:
-        The suggestion. Empty if no section has a key of this name, or if several do and the section of ``key`` has a
-        similar name.
+        The suggestion. Empty if no section has a key of this name, or if several do and ``key`` resembles another key
+        of its own section, which makes a typo likely.
     """
     section, _, name = key.rpartition(".")
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]

@@ -8,11 +8,11 @@ wqkv, wo, w13 and w2:
 overlap=False                   one weight
 overlap, forward, per "module"  two neighbouring weights
 overlap, forward, per "layer"   all weights of the next block (or the head), and those of the current block from
-                                ``launch_allgather_before`` on; only one of these in the first block, which is not
-                                prefetched
+                                ``launch_allgather_before`` on; the first block is not prefetched, so only one of
+                                its weights is held at a time
 overlap, backward               two neighbouring weights
-overlap, recomputed block       w2, wqkv and wo, then w2, wo and w13, in the first backward pass, which cannot predict
-                                the recomputation; later, wqkv of this block and wqkv of the next block
+overlap, recomputed block       first backward pass, before the order of recomputation is recorded: w2, wqkv and wo,
+                                then w2, wo and w13; later passes: wqkv of this block and wqkv of the next block
 ==============================  ======================================================================================
 
 With ``memory_pool``, the pool keeps as many buffers of each shape as were ever held at once. The embedding has a buffer

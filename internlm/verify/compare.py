@@ -148,7 +148,7 @@ class Row:
 class Report:
     """Result of comparing a run on several ranks with the run of one process.
 
-    The rows of tensors are sorted by difference, the largest first.
+    ``gradients`` and ``parameters`` have a row per tensor, sorted by difference, the largest first.
     """
 
     losses: list[Row]
