@@ -8,12 +8,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 #: Examples of a property, without and with ``--wide``.
 EXAMPLES, MANY_EXAMPLES = 50, 300
+TESTS = Path(__file__).parent
+#: Folder whose tests run on ranks. They keep all cores busy; two at a time take more than twice as long.
+RANKS_FOLDER = TESTS / "dist"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the widest sweeps, unless they are asked for, and skip what needs CUDA where there is none."""
+    """Group tests for xdist, deselect the widest sweeps unless asked for, and skip what needs CUDA without it."""
+    for item in items:
+        alone = RANKS_FOLDER if RANKS_FOLDER in item.path.parents else item.path
+        item.add_marker(pytest.mark.xdist_group(str(alone.relative_to(TESTS))))
     if not config.getoption("--wide"):
         wide = [item for item in items if item.get_closest_marker("wide")]
         config.hook.pytest_deselected(items=wide)
