@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("session")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group tests for xdist, deselect the widest sweeps unless asked for, and skip what needs CUDA without it."""
     for item in items:
