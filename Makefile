@@ -10,8 +10,8 @@ TEST_PROCESSES ?= 2
 PY := $(VENV)/bin/python
 # torch comes first and is a constraint of everything else, so that no other requirement brings in another build of it.
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements/torch.txt
-# tests/conftest.py groups the tests; a group is run by one process, and the largest group comes first.
-PYTEST := $(PY) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadgroup --no-loadscope-reorder
+# What each process runs is decided in tests/conftest.py.
+PYTEST := $(PY) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadscope --no-loadscope-reorder
 DOC := doc/_build/html
 
 .DEFAULT_GOAL := help

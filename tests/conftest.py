@@ -8,16 +8,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 #: Examples of a property, without and with ``--wide``.
 EXAMPLES, MANY_EXAMPLES = 50, 300
-TESTS = Path(__file__).parent
-#: Folder whose tests run on ranks. They keep all cores busy; two at a time take more than twice as long.
-RANKS_FOLDER = TESTS / "dist"
+#: Tests on ranks, which keep all cores busy: two at a time take more than twice as long.
+ON_RANKS = "tests/dist/"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,12 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("session")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group tests for xdist, deselect the widest sweeps unless asked for, and skip what needs CUDA without it."""
-    for item in items:
-        alone = RANKS_FOLDER if RANKS_FOLDER in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(str(alone.relative_to(TESTS))))
+    """Deselect the widest sweeps, unless they are asked for, and skip what needs CUDA where there is none."""
     if not config.getoption("--wide"):
         wide = [item for item in items if item.get_closest_marker("wide")]
         config.hook.pytest_deselected(items=wide)
@@ -50,6 +46,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Return the scheduler of ``--dist=loadscope``: one process runs the tests on ranks, others the other files."""
+    return _RanksTogether(config, log)
+
+
+class _RanksTogether(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return ON_RANKS if nodeid.startswith(ON_RANKS) else nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session", autouse=True)
