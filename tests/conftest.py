@@ -18,6 +18,11 @@ from xdist.scheduler import LoadScopeScheduling
 EXAMPLES, MANY_EXAMPLES = 50, 300
 #: Tests on ranks, which keep all cores busy: two at a time take more than twice as long.
 ON_RANKS = "tests/dist/"
+#: Those among them with few ranks, or with ranks that mostly wait.
+LIGHT = tuple(
+    f"{ON_RANKS}test_{name}.py"
+    for name in ("checkpoint_trouble", "compile", "lost_stage", "pool", "resume", "verify", "vocab_parallel")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,13 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Return the scheduler of ``--dist=loadscope``: one process runs the tests on ranks, others the other files."""
+    """Return the scheduler of ``--dist=loadscope``: one process runs most tests on ranks, others the other files."""
     return _RanksTogether(config, log)
 
 
 class _RanksTogether(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        return ON_RANKS if nodeid.startswith(ON_RANKS) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return ON_RANKS if file.startswith(ON_RANKS) and file not in LIGHT else file
 
 
 @pytest.fixture(scope="session", autouse=True)
