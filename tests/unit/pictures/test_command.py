@@ -79,7 +79,7 @@ def test_the_schedule_of_a_config_and_options_over_it(capsys: pytest.CaptureFixt
         (["--kind", "zbv", "--weight", "nan"], "internlm schedule: argument --weight: expected 0 or a number from"),
         (["--kind", "zbv", "--weight", "1e-320"], "internlm schedule: argument --weight: expected 0 or a number"),
         (["--kind", "zbv", "--weight", "x"], "internlm schedule: argument --weight: expected a number, got 'x'"),
-        (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the folder of 'no/"),
+        (["--kind", "zbv", "--svg", "no/where.svg"], "internlm schedule: argument --svg: the parent folder of 'no/"),
         (
             ["--kind", "zbv", *FOUR_BY_EIGHT, "--svg", "."],
             "internlm schedule: argument --svg: expected a file, got the folder '.'",
