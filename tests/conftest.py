@@ -21,7 +21,16 @@ ON_RANKS = "tests/dist/"
 #: Those among them with few ranks, or with ranks that mostly wait.
 LIGHT = tuple(
     f"{ON_RANKS}test_{name}.py"
-    for name in ("checkpoint_trouble", "compile", "lost_stage", "pool", "resume", "verify", "vocab_parallel")
+    for name in (
+        "checkpoint_trouble",
+        "compile",
+        "equivalence",
+        "lost_stage",
+        "pool",
+        "resume",
+        "verify",
+        "vocab_parallel",
+    )
 )
 
 
