@@ -147,6 +147,8 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
 
 def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
     known = ", ".join(f"'{key}'" for key in keys)
+    if not known:
+        return DataError(Problem(where, f"has no key '{text_key}', nor any other", "Remove the empty record"))
     return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Pass one of these keys as --text_key"))
 
 

@@ -163,6 +163,7 @@ def test_the_text_key_is_absent(tmp_path: Path, sentencepiece_model: Path) -> No
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": "not', ":2: is not valid JSON"),
         ("a.jsonl", b'{"text": "ok"}\n["text"]', ":2: expected a JSON object, got list"),
+        ("a.jsonl", b'{"text": "ok"}\n{}', ":2: has no key 'text', nor any other. Remove the empty record"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": 3}', ":2: expected a string at key 'text', got int"),
         ("a.json", b'{"text": "ok"}\n{"text": "ok"}', "is not valid JSON (Extra data"),
         ("a.json", b'[{"text": "ok"}, 3]', ", record 1: expected a JSON object, got int"),
