@@ -47,7 +47,7 @@ class DataFile(NamedTuple):
 
     @property
     def type_name(self) -> str:
-        """Data-set type: the first-level sub-folder, or ``default`` for a file directly in the folder."""
+        """Dataset type: the first-level sub-folder, or ``default`` for a file directly in the folder."""
         return self.name.split("/")[0] if "/" in self.name else "default"
 
 

@@ -72,7 +72,10 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """Tokenizer read from a Hugging Face ``tokenizer.json``; ``tokenizer_config.json`` beside it names bos and eos."""
+    """Tokenizer of a Hugging Face ``tokenizer.json``.
+
+    The bos and eos tokens are read from ``tokenizer_config.json`` in the same folder.
+    """
 
     def __init__(self, file: Path) -> None:
         tokenizers = require("tokenizers", f"tokenizer {file}", "pip install tokenizers")

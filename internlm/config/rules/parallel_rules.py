@@ -118,7 +118,7 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that batch-size warm-up is not combined with a custom schedule, which fixes the number of micro-batches."""
+    """Check that batch-size ramp-up is not combined with a custom schedule, which fixes the number of micro-batches."""
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
         what = f"{ramp!r} changes the number of micro-batches, which parallel.pipeline.table fixes at {count}"

@@ -76,7 +76,7 @@ def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
 
 
 def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that batch-size warm-up is well-formed and starts at no more than ``micro_num``."""
+    """Check that batch-size ramp-up is well-formed and starts at no more than ``micro_num``."""
     data = config.data
     try:
         rampup = parse_rampup(data.rampup_batch_size)
@@ -84,7 +84,7 @@ def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]
         yield Problem("data.rampup_batch_size", str(error), "Example: '2 2 100' starts at 2 and adds 2 every 100 steps")
         return
     if rampup and rampup.start > data.micro_num:
-        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where warm-up ends"
+        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where the ramp-up ends"
         yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
 
 

@@ -35,7 +35,7 @@ Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # coefficient 
 
 
 class Rampup(NamedTuple):
-    """Batch-size warm-up: ``start`` micro-batches per step, then ``increment`` more after every ``every`` steps."""
+    """Batch-size ramp-up: ``start`` micro-batches per step, then ``increment`` more after every ``every`` steps."""
 
     start: int
     increment: int

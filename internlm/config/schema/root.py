@@ -50,7 +50,7 @@ class DataConfig(Section):
     skip_batches: str = ""
     """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
     rampup_batch_size: str = ""
-    """Batch-size warm-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
+    """Batch-size ramp-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
     ``increment`` more after each ``every`` steps, up to ``micro_num``."""
     min_length: CountOrZero = 0
     """Minimum number of samples in a data file; smaller files are left out."""

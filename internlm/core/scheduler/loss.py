@@ -51,7 +51,7 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
     Args:
         result: Token losses and correct predictions of the micro-batch, [T].
         labels: Labels, [T] or any shape with T elements; −100 is ignored.
-        type_ids: Data-set type of each token, shaped like ``labels``.
+        type_ids: Dataset type of each token, shaped like ``labels``.
         types: Number of dataset types.
     """
     valid = labels.flatten() != -100
