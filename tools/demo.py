@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from internlm import accelerator
-from internlm.accelerator.device import DEVICE_VARIABLE
+from internlm.accelerator import DEVICE_VARIABLE
 from internlm.checkpoint import load_weights
 from internlm.checkpoint.save_folder import is_complete, steps_in
 from internlm.config import load_config

@@ -78,8 +78,8 @@ MISTAKES = (
     Mistake(
         name="the loss is divided by this rank's valid tokens",
         file="core/scheduler/schedulers.py",
-        old="int(all_reduce(micro_batches.valid_tokens(), self.data_group))",
-        new="int(micro_batches.valid_tokens())",
+        old="all_reduce(micro_batches.valid_tokens(), self.data_group).clamp",
+        new="micro_batches.valid_tokens().clamp",
     ),
     Mistake(
         name="the last micro-batch is dropped",

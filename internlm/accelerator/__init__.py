@@ -1,5 +1,6 @@
-"""Device functions that differ between CUDA and CPU."""
+"""Devices: the only package that names device types, and through which all copies between host and device go."""
 
+from internlm.accelerator.clock import Mark as Mark
 from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend
 from internlm.accelerator.device import device_count as device_count
@@ -9,3 +10,16 @@ from internlm.accelerator.device import empty_cache as empty_cache
 from internlm.accelerator.device import peak_memory as peak_memory
 from internlm.accelerator.device import set_device as set_device
 from internlm.accelerator.device import synchronize as synchronize
+from internlm.accelerator.kinds import DEVICE_VARIABLE as DEVICE_VARIABLE
+from internlm.accelerator.kinds import KINDS as KINDS
+from internlm.accelerator.kinds import DeviceKind as DeviceKind
+from internlm.accelerator.kinds import device_kind as device_kind
+from internlm.accelerator.kinds import kind_of as kind_of
+from internlm.accelerator.kinds import pretending as pretending
+from internlm.accelerator.transfer import HostValues as HostValues
+from internlm.accelerator.transfer import host_reads as host_reads
+from internlm.accelerator.transfer import is_host as is_host
+from internlm.accelerator.transfer import pinned as pinned
+from internlm.accelerator.transfer import read_together as read_together
+from internlm.accelerator.transfer import to_device as to_device
+from internlm.accelerator.transfer import to_host as to_host

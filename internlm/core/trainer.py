@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
-from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
+from internlm.solver.optimizer import SKIPPED, HybridZeroOptimizer, OptimizerStep
 from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -28,22 +27,43 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-@dataclass
 class TrainState:
-    """Progress counters of a run, saved in every checkpoint."""
+    """Progress counters of a run, saved in every checkpoint.
 
-    step: int = 0  # number of steps done
-    num_consumed_tokens: int = 0  # over all ranks, padding included
-    inf_nan_skip_batches: int = 0  # steps skipped because of a non-finite gradient
+    Args:
+        step: Number of steps done.
+        num_consumed_tokens: Number of tokens in these steps, over all ranks, padding included.
+        inf_nan_skip_batches: Number of steps skipped because of a non-finite gradient.
+    """
+
+    def __init__(self, step: int = 0, num_consumed_tokens: int = 0, inf_nan_skip_batches: int = 0) -> None:
+        self.step, self.num_consumed_tokens = step, num_consumed_tokens
+        self._skipped = inf_nan_skip_batches
+        self._last_update: OptimizerStep | None = None
+
+    @property
+    def inf_nan_skip_batches(self) -> int:
+        """Number of steps skipped because of a non-finite gradient, the last one read from the device if need be."""
+        if self._last_update is not None:
+            self._skipped += not self._last_update.updated
+            self._last_update = None
+        return self._skipped
+
+    def count_step(self, update: OptimizerStep) -> None:
+        """Count a step with the given result, without waiting for the device to compute it."""
+        if self._last_update is not None:
+            self._skipped += bool(self._last_update.host_outcome.read_arrived()[SKIPPED])
+        self._last_update = update
+        self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters by name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in ("step", "num_consumed_tokens", "inf_nan_skip_batches")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters from a result of :meth:`state_dict`."""
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+        self.step, self.num_consumed_tokens = state["step"], state["num_consumed_tokens"]
+        self._skipped, self._last_update = state["inf_nan_skip_batches"], None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +100,11 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Results and times of one training step, for hooks."""
+    """Results and times of one training step, for hooks.
+
+    Results and times of the device are read when they are used first, which is a host sync; :meth:`read` reads all of
+    them at once.
+    """
 
     step: int  # counted from 0
     result: StepResult
@@ -88,9 +112,25 @@ class StepReport:
     shape: BatchShape
     lr: float
     beta2: float
-    fwd_bwd_time: float  # seconds
     data_time: float  # seconds spent waiting for the batch
-    step_time: float  # seconds from fetching the batch to the end of the update
+    start: accelerator.Mark  # before the batch is fetched
+    fetched: accelerator.Mark  # before the first forward pass
+    computed: accelerator.Mark  # after the last backward pass
+    end: accelerator.Mark  # after the update
+
+    def read(self) -> None:
+        """Read the results of the step from the device, with one host sync."""
+        accelerator.read_together(self.result.host_sums, self.update.host_outcome, why="metrics of a step")
+
+    @property
+    def fwd_bwd_time(self) -> float:
+        """Seconds of the forward and backward passes."""
+        return self.computed.seconds_since(self.fetched)
+
+    @property
+    def step_time(self) -> float:
+        """Seconds from fetching the batch to the end of the update."""
+        return self.end.seconds_since(self.start)
 
 
 class Hook:
@@ -157,7 +197,7 @@ class Trainer:
             Loss and metrics of the step.
         """
         training = TrainingStep(
-            step=self.state.step, loss_scale=self.optimizer.loss_scale.scale, after_backward=after_backward
+            step=self.state.step, loss_scale=self.optimizer.loss_scale.tensor, after_backward=after_backward
         )
         return self.scheduler.forward_backward_step(self, data_iter, training=training, **options)
 
@@ -171,9 +211,8 @@ class Trainer:
             UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
-        self.state.step += 1
-        self.state.inf_nan_skip_batches += not update.updated
-        if update.skipped_in_a_row >= self.optimizer.config.max_skipped_steps:
+        self.state.count_step(update)
+        if update.is_last_chance and not update.updated:
             raise UserError(_too_many_skipped_steps(self.state.step - 1, update))
         return update
 
@@ -185,18 +224,15 @@ class Trainer:
             UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
         # Read the step before self.step() increments it.
-        step, start = self.state.step, time.perf_counter()
+        step, start = self.state.step, accelerator.Mark()
         batch = next(batches)
-        fetched = time.perf_counter()
+        fetched = accelerator.Mark()
         # From the number of micro-batches, the optimizer derives when the gradients of a bucket are complete.
         self.optimizer.begin_step(micro_batches=len(batch[1]))
         result = self.execute_schedule(iter([batch]), after_backward=self.optimizer.begin_reduction)
-        # The device is asynchronous: without synchronisation before each clock reading, the times would be those of the
-        # kernel launches.
-        accelerator.synchronize()
-        computed = time.perf_counter()
+        computed = accelerator.Mark()
         update = self.step()
-        accelerator.synchronize()
+        end = accelerator.Mark()
         shape = BatchShape.of(batch[0])
         self.state.num_consumed_tokens += shape.tokens * self.scheduler.data_group.size
         return StepReport(
@@ -206,9 +242,11 @@ class Trainer:
             shape=shape,
             lr=self.lr_schedule(step),
             beta2=self.beta2_schedule(step),
-            fwd_bwd_time=computed - fetched,
-            data_time=fetched - start,
-            step_time=time.perf_counter() - start,
+            data_time=fetched.host_time - start.host_time,
+            start=start,
+            fetched=fetched,
+            computed=computed,
+            end=end,
         )
 
     def fit(self, loader: Loader, total_steps: int, hooks: Sequence[Hook] = ()) -> TrainState:

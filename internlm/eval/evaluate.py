@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from internlm.accelerator import to_host
 from internlm.core.scheduler.loss import CORRECT, LOSS, TOKENS
 from internlm.core.trainer import Batch, Trainer
 
@@ -25,22 +26,26 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
         type.
     """
     trainer.eval()
-    totals = {name: _totals(trainer, loader) for name, loader in loaders.items()}
+    by_loader = [_totals(trainer, loader) for loader in loaders.values()]
     trainer.train()
-    metrics = _metrics("", torch.stack(list(totals.values())).sum(0)) if totals else {}
-    for name, sums in totals.items():
+    if not by_loader:
+        return {}
+    # Read once, after the last batch, so that the device never waits for the host.
+    totals = to_host(torch.stack(by_loader), "validation")
+    metrics = _metrics("", totals.sum(0))
+    for name, sums in zip(loaders, totals, strict=True):
         metrics |= _metrics(f"/{name}", sums)
     return metrics
 
 
 def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
-    """Return the sums of loss, correct predictions and valid tokens over a loader, [3]."""
+    """Return the sums of loss, correct predictions and valid tokens over a loader, [3], on the device."""
     # Sums rather than means, because batches differ in their number of valid tokens; in fp64, because the number of
     # batches is unlimited.
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.scheduler.device)
     for batch in loader:
         result = trainer.execute_schedule(iter([batch]), forward_only=True)
-        sums += result.sums.sum(1).cpu()
+        sums += result.sums.sum(1)
     return sums
 
 

@@ -152,6 +152,7 @@ class Decoder(nn.Module):
 
     role = "model"
     communicator: ModelCommunicator = IDENTITY_MODEL
+    host_inputs = ("cu_seqlens",)
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         *,
         label_smoothing: float = 0.0,
-        grad_scale: float = 1.0,
+        grad_scale: Tensor | float = 1.0,
         chunk: int = 0,
         hidden: Tensor | None = None,
     ) -> Tensor | TokenLoss:
@@ -206,11 +207,13 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: Token ids: packed [T] with ``cu_seqlens``, or [B, S] without.
-            cu_seqlens: Cumulative lengths of the packed sequences, [sequences + 1].
+            cu_seqlens: Cumulative lengths of the packed sequences, [sequences + 1], best on the host: Python needs
+                their values.
             indexes: Position of each token in its sequence, [T]; default: counted from the start of each sequence.
             labels: Labels, of the same shape as ``input_ids``; tokens with label -100 are ignored.
             label_smoothing: Label smoothing of the cross-entropy (arXiv 1512.00567, section 7).
-            grad_scale: Factor that scales ``loss_sum`` of the result, and the gradients.
+            grad_scale: Factor that scales ``loss_sum`` of the result, and the gradients; a scalar on the device, or a
+                number.
             chunk: Index of the chunk of this pipeline stage to run.
             hidden: Output of the previous chunk, [T, H]; None for the first chunk of the model.
 
@@ -280,7 +283,7 @@ class Decoder(nn.Module):
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:
     """Return the boundaries of the sequences in ``input_ids``; attention does not cross them."""
     if cu_seqlens is not None:
-        return PackedSequences.from_cu_seqlens(cu_seqlens)
+        return PackedSequences.from_cu_seqlens(cu_seqlens, input_ids.device)
     batch, seq_len = input_ids.shape
     return PackedSequences.uniform(batch, seq_len, input_ids.device)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internlm.accelerator import is_host, to_device, to_host
 from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
 from internlm.ops.blocked_attention import EqualLengthRun, blocked_attention
@@ -33,10 +34,16 @@ class PackedSequences:
     runs: tuple[EqualLengthRun, ...]
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> PackedSequences:
-        """Create boundaries from cumulative lengths, [sequences + 1], starting at 0; empty sequences are dropped."""
-        # Host sync on CUDA: Python needs the lengths to group equal ones.
-        bounds = cu_seqlens.tolist()
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, device: torch.device | None = None) -> PackedSequences:
+        """Create boundaries from cumulative lengths, starting at 0; empty sequences are dropped.
+
+        Args:
+            cu_seqlens: Cumulative lengths, [sequences + 1]. Python needs their values to group sequences of equal
+                length, so a tensor on an accelerator costs a host sync.
+            device: Device of the queries; default: that of ``cu_seqlens``.
+        """
+        host = cu_seqlens if is_host(cu_seqlens) else to_host(cu_seqlens, "cu_seqlens on the device")
+        bounds = host.tolist()
         lengths = [end - start for start, end in pairwise(bounds) if end > start]
         runs, start = [], 0
         for length, equal in groupby(lengths):
@@ -44,8 +51,9 @@ class PackedSequences:
             runs.append(EqualLengthRun(start, count, length))
             start += count * length
         if len(lengths) + 1 != len(bounds):
-            cu_seqlens = torch.tensor([0, *accumulate(lengths)], device=cu_seqlens.device)
-        return cls(cu_seqlens.to(torch.int32), max(lengths, default=0), tuple(runs))
+            host = torch.tensor([0, *accumulate(lengths)])
+        on_device = to_device(host.to(torch.int32), cu_seqlens.device if device is None else device)
+        return cls(on_device, max(lengths, default=0), tuple(runs))
 
     @classmethod
     def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:

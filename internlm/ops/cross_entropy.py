@@ -54,7 +54,7 @@ class LossOptions:
     """Options of :func:`linear_cross_entropy`."""
 
     label_smoothing: float = 0.0
-    grad_scale: float = 1.0  # factor of loss_sum and of all gradients
+    grad_scale: Tensor | float = 1.0  # factor of loss_sum and of all gradients; a scalar on the device, or a number
     chunk_tokens: int | None = None  # tokens of one chunk. None: default_chunk_tokens
     vocab: VocabShard | None = None  # shard of a vocabulary that is split over ranks
     main_grad: Tensor | None = None  # [V, H]; the gradient of the weight is added to it rather than returned
@@ -95,7 +95,7 @@ def linear_cross_entropy(
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, grad_scale: float = 1.0
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, grad_scale: Tensor | float = 1.0
 ) -> TokenLoss:
     """Compute the cross entropy of ``softmax(logits)`` against ``labels``, as a sum and per token.
 
@@ -103,7 +103,7 @@ def cross_entropy(
         logits: Logits, [T, V].
         labels: Labels, int64 [T]; :data:`IGNORED` tokens have no loss and no gradient.
         label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
-        grad_scale: Factor that scales ``loss_sum`` and the gradient.
+        grad_scale: Factor that scales ``loss_sum`` and the gradient; a scalar on the device, or a number.
 
     Returns:
         ``loss_sum`` (differentiable scalar, scaled by ``grad_scale``), ``token_loss`` and ``correct`` (each [T]).
@@ -141,9 +141,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
         ctx.save_for_backward(dx, dweight)
-        ctx.main_grad, ctx.dtype, ctx.grad_scale = main_grad, grad_dtype(weight), options.grad_scale
+        ctx.main_grad, ctx.dtype = main_grad, grad_dtype(weight)
+        ctx.grad_scale = _scalar(options.grad_scale, token_loss.dtype)
         ctx.mark_non_differentiable(token_loss, correct)
-        return token_loss.sum() * options.grad_scale, token_loss, correct
+        return token_loss.sum() * ctx.grad_scale, token_loss, correct
 
     @staticmethod
     @once_differentiable
@@ -161,15 +162,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, grad_scale: float
+        ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, grad_scale: Tensor | float
     ) -> tuple[Tensor, Tensor, Tensor]:
         valid = labels != IGNORED
         own = logits.to(wide(logits.dtype), copy=True)  # overwritten below; the caller keeps its logits
         token_loss, correct, dlogits = _losses_and_grad(own, labels, valid, smoothing)
         ctx.save_for_backward(dlogits.to(logits.dtype), valid)
-        ctx.grad_scale = grad_scale
+        ctx.grad_scale = _scalar(grad_scale, token_loss.dtype)
         ctx.mark_non_differentiable(token_loss, correct)
-        return token_loss.sum() * grad_scale, token_loss, correct
+        return token_loss.sum() * ctx.grad_scale, token_loss, correct
 
     @staticmethod
     @once_differentiable
@@ -241,6 +242,11 @@ def default_chunk_tokens(device_type: str, rows: int) -> int:
         return 2048
     # Multiples of 64, for which oneDNN has cached kernels; its GEMMs are slow below 128.
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
+
+
+def _scalar(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """Convert a scalar tensor to ``dtype``, in which a number would be applied too."""
+    return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
 def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:

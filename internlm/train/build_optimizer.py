@@ -88,4 +88,4 @@ def _groups(config: Config) -> ProcessGroups:
 
 def _loss_scale(config: Config) -> LossScale:
     """Return a dynamic loss scale for float16, in which small gradients underflow; otherwise a constant 1."""
-    return LossScale.dynamic(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()
+    return LossScale(config.grad_scaler) if config.model.dtype == "torch.float16" else LossScale()

@@ -74,13 +74,10 @@ def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
 
 # Kernels over lists of tensors: on CUDA, one launch for all parameters of a group instead of one per parameter. Only
 # the unary ones (abs, exp, …) are documented. If torch removes the others, loop over the list: the results are equal.
-foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
 foreach_lerp = torch._foreach_lerp
-foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_
-foreach_sign_ = torch._foreach_sign_
 
 # -- torch.distributed ------------------------------------------------------------------------------------------------
 

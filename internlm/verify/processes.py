@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from internlm.accelerator.device import DEVICE_VARIABLE
+from internlm.accelerator import DEVICE_VARIABLE
 from internlm.core.context import global_context as gpc
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import COMPILER_MODULE

@@ -181,8 +181,8 @@ def test_one_rank_is_perturbed() -> None:
 
 @planted
 def loss_counts_own_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
-    def own(self: Scheduler, micro_batches: MicroBatches) -> float:
-        return 1 / int(micro_batches.valid_tokens())
+    def own(self: Scheduler, micro_batches: MicroBatches) -> Tensor:
+        return 1 / micro_batches.valid_tokens().double()
 
     patch.setattr(Scheduler, "_grad_scale", own)
 

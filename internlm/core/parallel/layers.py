@@ -102,14 +102,17 @@ class ParallelHead(ParallelLinear):
         comm = self.communicator
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
 
-    def loss(self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: float = 1.0) -> TokenLoss:
+    def loss(
+        self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: Tensor | float = 1.0
+    ) -> TokenLoss:
         """Compute the cross entropy of the logits of ``x`` against ``labels``, as a sum and per token.
 
         Args:
             x: Hidden states, [tokens of this rank, H].
             labels: Labels, int64 [tokens whose loss this rank computes]; −100 is ignored.
             label_smoothing: Probability mass of the target that is spread evenly over the vocabulary.
-            grad_scale: Factor that scales the sum of the losses, and hence the gradient.
+            grad_scale: Factor that scales the sum of the losses, and hence the gradient; a scalar on the device, or a
+                number.
 
         Returns:
             ``loss_sum`` (differentiable scalar, scaled by ``grad_scale``), ``token_loss`` and ``correct`` (one entry

@@ -5,11 +5,14 @@ A model that can be split into stages has an attribute ``stage_layers`` (a
 chunk, and ``hidden``, the output of the previous chunk (None for the first). Every chunk but the last returns its
 hidden states as one tensor; the last returns the output of the whole model. If the model has a method
 ``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header.
+
+Inputs are on the device, except those that the model names in an attribute ``host_inputs``: a model that reads the
+values of ``cu_seqlens`` in Python would otherwise wait for the device in every forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from internlm.accelerator import to_device
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
 from internlm.core.parallel.sharding import StageLayers
@@ -30,17 +34,29 @@ MODEL_INPUTS = ("input_ids", "cu_seqlens", "indexes")
 
 
 class MicroBatches:
-    """Micro-batches of a step, each copied to the device on access."""
+    """Micro-batches of a step, each copied to the device on access.
 
-    def __init__(self, batch: Mapping[str, Any], labels: Tensor, device: torch.device) -> None:
-        self._batch, self._labels, self._device = batch, labels, device
+    Args:
+        batch: Inputs of all micro-batches, on the host.
+        labels: Labels of all micro-batches, on the host.
+        device: Device of the model.
+        host_inputs: Names of the inputs that the model reads on the host.
+    """
+
+    def __init__(
+        self, batch: Mapping[str, Any], labels: Tensor, device: torch.device, host_inputs: Collection[str] = ()
+    ) -> None:
+        self._batch, self._labels, self._device, self._host_inputs = batch, labels, device, host_inputs
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the inputs of the model for micro-batch ``index``, by name, on the device."""
-        return {key: self._on_device(tensor) for key, tensor in self.host_inputs(index).items()}
+        """Return the inputs of the model for micro-batch ``index``, by name, each on the side that the model reads."""
+        return {
+            key: tensor if key in self._host_inputs else self._on_device(tensor)
+            for key, tensor in self.host_inputs(index).items()
+        }
 
     def host_inputs(self, index: int) -> dict[str, Tensor]:
         """Return the inputs of the model for micro-batch ``index``, by name, on the host."""
@@ -59,8 +75,8 @@ class MicroBatches:
         return self._on_device((self._labels != -100).sum())
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        # With pinned host memory, the copy overlaps with the compute of the previous micro-batch.
-        return tensor.to(self._device, non_blocking=True)
+        # The copy overlaps with the compute of the previous micro-batch.
+        return to_device(tensor, self._device)
 
 
 @dataclass
@@ -79,7 +95,7 @@ class ComputeOptions:
 
     types: int  # number of dataset types
     device: torch.device
-    grad_scale: float | None  # factor on the sum of the token losses; None: no loss
+    grad_scale: Tensor | None  # factor on the sum of the token losses, a scalar on the device; None: no loss
     keep_outputs: bool = False
     dropout_key: DropoutKey = field(default_factory=DropoutKey)  # key of the step, without micro-batch
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from internlm.accelerator import HostValues
 from internlm.core.parallel.communicator import IDENTITY_HEAD, HeadCommunicator
 from internlm.ops import TokenLoss, cross_entropy
 from internlm.utils.errors import Problem, UserError
@@ -17,23 +18,38 @@ from internlm.utils.errors import Problem, UserError
 LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """Result of one step: mean loss, sums by dataset type and, if requested, outputs."""
+    """Result of one step: mean loss, sums by dataset type and, if requested, outputs.
 
-    #: Mean loss over the valid tokens of the global batch, equal on every rank; NaN if no loss was computed.
-    loss: float
-    #: [3, types], float64: sum of token losses, correct predictions and valid tokens of each dataset type, over all
-    #: ranks.
-    sums: Tensor
-    #: Outputs and labels of each micro-batch, if requested; in a pipeline, only on the rank with the head.
-    outputs: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
+    The sums stay on the device until ``loss`` or ``valid_tokens`` is used for the first time, which is a host sync.
+
+    Args:
+        sums: [3, types], float64: sum of token losses, correct predictions and valid tokens of each dataset type, over
+            all ranks.
+        outputs: Outputs of each micro-batch, if requested; in a pipeline, only on the rank with the head.
+        labels: Labels of each micro-batch, if requested.
+        has_loss: Whether a loss was computed. False: ``loss`` is NaN.
+    """
+
+    def __init__(
+        self, sums: Tensor, outputs: Sequence[Tensor] = (), labels: Sequence[Tensor] = (), has_loss: bool = True
+    ) -> None:
+        self.sums, self.outputs, self.labels, self.has_loss = sums, list(outputs), list(labels), has_loss
+        self.host_sums = HostValues(sums, "loss")
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean loss over the valid tokens of the global batch, equal on every rank; NaN if no loss was computed."""
+        if not self.has_loss:
+            return float("nan")
+        sums = self.host_sums.read()
+        tokens = sums[TOKENS].sum()
+        return float(sums[LOSS].sum() / tokens) if tokens else 0.0
 
     @property
     def valid_tokens(self) -> int:
         """Number of labels other than −100, over all ranks."""
-        return int(self.sums[TOKENS].sum())
+        return int(self.host_sums.read()[TOKENS].sum())
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:
@@ -57,7 +73,8 @@ def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]
     # A product with one-hot types replaces scatter_add, which is not deterministic on CUDA.
-    return columns @ F.one_hot(type_ids.flatten(), types).double()
+    one_hot = type_ids.flatten()[:, None] == torch.arange(types, device=type_ids.device)  # [T, types]
+    return columns @ one_hot.double()
 
 
 class TokenCrossEntropy:
@@ -80,15 +97,16 @@ class TokenCrossEntropy:
         if not self.takes_labels:
             _check_logits(model)
 
-    def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor, grad_scale: float) -> TokenLoss:
+    def __call__(self, inputs: Mapping[str, Tensor], labels: Tensor, grad_scale: Tensor | float) -> TokenLoss:
         """Run the model and return its token losses.
 
         Args:
             inputs: Inputs of the model, by name.
             labels: Label of each token; −100 is ignored.
-            grad_scale: Factor on ``loss_sum`` of the result, but not on its ``token_loss``.
+            grad_scale: Factor on ``loss_sum`` of the result, but not on its ``token_loss``; a scalar tensor on the
+                device, or a number.
         """
-        options = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
         if self.takes_labels:
             result: TokenLoss = self.model(**inputs, labels=labels, **options)
             return result

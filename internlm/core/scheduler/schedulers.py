@@ -19,7 +19,7 @@ from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, ComputeOptions, MicroBatches
 from internlm.core.scheduler.executor import Executor
-from internlm.core.scheduler.loss import LOSS, TOKENS, StepResult, TokenCrossEntropy
+from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy
 from internlm.core.scheduler.plan import Step, make_plan
 from internlm.core.scheduler.table import ScheduleName, make_table
 from internlm.core.scheduler.timeline import Record
@@ -49,7 +49,7 @@ class TrainingStep:
     """Settings of one training step."""
 
     step: int = 0  # index of the step, part of the dropout RNG key
-    loss_scale: float = 1.0  # factor on the gradients
+    loss_scale: Tensor | float = 1.0  # factor on the gradients; a scalar on the device, or a number
     #: Called when this rank's gradients are complete, while other stages may still compute their gradients.
     after_backward: Callable[[], None] | None = None
 
@@ -124,7 +124,8 @@ class Scheduler:
             training: Settings of a training step (default: ``TrainingStep()``).
         """
         training = training or TrainingStep()
-        micro_batches = MicroBatches(*next(data_iter), self.device)
+        host_inputs = getattr(engine.model, "host_inputs", ())
+        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs)
         backward = not forward_only and return_loss
         options = ComputeOptions(
             types=self.types,
@@ -148,13 +149,13 @@ class Scheduler:
             self._plans[key] = make_plan(self.table(*key), self.pipeline.group.rank)
         return self._plans[key]
 
-    def _grad_scale(self, micro_batches: MicroBatches) -> float:
-        """Return 1 / (number of valid tokens of the global batch).
+    def _grad_scale(self, micro_batches: MicroBatches) -> Tensor:
+        """Return 1 / (number of valid tokens of the global batch), as a float64 scalar on the device.
 
         The tokens are counted before the first backward, so the accumulated gradients need no division. For a
         given global batch, they depend neither on the number of micro-batches nor on the parallel layout.
         """
-        return 1.0 / max(int(all_reduce(micro_batches.valid_tokens(), self.data_group)), 1)
+        return all_reduce(micro_batches.valid_tokens(), self.data_group).clamp(min=1).double().reciprocal()
 
     def _result(self, compute: Compute, return_loss: bool) -> StepResult:
         """Return the result of the step, with sums all-reduced over the data-parallel ranks and the stages."""
@@ -162,12 +163,11 @@ class Scheduler:
         outputs = [compute.outputs[index] for index in indices]
         labels = [compute.micro_batches.labels(index) for index in indices]
         if not return_loss:
-            return StepResult(float("nan"), compute.sums, outputs, labels)
+            return StepResult(compute.sums, outputs, labels, has_loss=False)
         with self._attributing_peer_failure():
             # All other stages add zeros, so the all-reduce broadcasts from the stage with the head, whichever it is.
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
-        tokens = sums[TOKENS].sum()
-        return StepResult(float(sums[LOSS].sum() / tokens) if tokens else 0.0, sums, outputs, labels)
+        return StepResult(sums, outputs, labels)
 
     def _attributing_peer_failure(self) -> AbstractContextManager[None]:
         """Convert a failure in the ``with`` block into an error that names the lost peer.

@@ -1,4 +1,4 @@
-"""Loss scale for float16 training, and the check for non-finite gradients.
+"""Loss scale for float16 training, the check for non-finite gradients, and the outcome of a step.
 
 The loss is multiplied by the scale before the backward pass, and gradients are divided by it after, so that small
 gradients do not vanish in float16 (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2). A step whose gradient
@@ -11,76 +11,127 @@ overflows is reset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from internlm.accelerator import HostValues, to_device, to_host
 from internlm.config.schema import GradScalerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup
 
 
-@dataclass(kw_only=True)
 class LossScale:
-    """Loss scale, adjusted after each step; with the default values it stays 1."""
+    """Loss scale, adjusted after each step; without a config it is constantly 1.
 
-    scale: float = 1.0
-    growth_interval: int = 1
-    growth_factor: float = 1.0
-    backoff_factor: float = 1.0
-    min_scale: float = 1.0
-    max_scale: float = 1.0
-    hysteresis: int = 1
-    good_steps: int = 0
-    """Number of steps in a row without overflow."""
-    overflows: int = 0
-    """Number of overflows since the scale last grew."""
+    The scale and its counters stay on the device, so that no step waits for the host to adjust them.
 
-    @classmethod
-    def dynamic(cls, config: GradScalerConfig) -> LossScale:
-        """Create the dynamic loss scale for float16 training from the config."""
-        fp16 = config.fp16
-        return cls(
-            scale=fp16.initial_scale,
-            growth_interval=fp16.growth_interval,
-            growth_factor=config.growth_factor,
-            backoff_factor=config.backoff_factor,
-            min_scale=fp16.min_scale,
-            max_scale=config.max_scale,
-            hysteresis=config.hysteresis,
-        )
+    Args:
+        config: Settings of the dynamic loss scale for float16 training. None: the scale is 1 and does not change.
+    """
 
-    def update(self, overflow: bool) -> None:
+    def __init__(self, config: GradScalerConfig | None = None) -> None:
+        self.config = config
+        #: Scale, steps in a row without overflow, and overflows since the scale last grew: [3], float64.
+        self._state = torch.tensor([config.fp16.initial_scale if config else 1.0, 0, 0], dtype=torch.float64)
+
+    def to(self, device: torch.device) -> None:
+        """Move the scale and its counters to ``device``."""
+        self._state = to_device(self._state, device)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Scale of the next step, a float64 scalar on the device; later updates do not change the tensor."""
+        return self._state[0]
+
+    @property
+    def scale(self) -> float:
+        """Scale of the next step, read from the device."""
+        return self.state_dict()["scale"]
+
+    def update(self, overflow: Tensor) -> None:
         """Adjust the scale after a step.
 
         Args:
-            overflow: Whether the gradient norm of the step was inf or NaN.
+            overflow: Whether the gradient norm of the step was inf or NaN, a bool scalar.
         """
-        if overflow:
-            self.good_steps = 0
-            self.overflows += 1
-            if self.overflows >= self.hysteresis:
-                self.scale = max(self.scale * self.backoff_factor, self.min_scale)
+        if self.config is None:
             return
-        self.good_steps += 1
-        if self.good_steps >= self.growth_interval:
-            # The count of overflows is reset only here, so that overflows between two growths add up.
-            self.good_steps = self.overflows = 0
-            self.scale = min(self.scale * self.growth_factor, self.max_scale)
+        config, fp16 = self.config, self.config.fp16
+        scale, good_steps, overflows = self._state
+        # Without overflow: grow after enough steps. The count of overflows is reset only here, so that overflows
+        # between two growths add up.
+        grows = good_steps + 1 >= fp16.growth_interval
+        grown = torch.stack([(scale * config.growth_factor).clamp(max=config.max_scale), *self._state.new_zeros(2)])
+        kept = torch.stack([scale, good_steps + 1, overflows])
+        # With overflow: back off, from the hysteresis-th on.
+        backs_off = overflows + 1 >= config.hysteresis
+        smaller = (scale * config.backoff_factor).clamp(min=fp16.min_scale)
+        after_overflow = torch.stack([scale.where(~backs_off, smaller), good_steps * 0, overflows + 1])
+        self._state = after_overflow.where(overflow, grown.where(grows, kept))
 
     def state_dict(self) -> dict[str, float]:
         """Return the state for a checkpoint: the scale and both counters."""
-        return {key: value for key, value in asdict(self).items() if key in ("scale", "good_steps", "overflows")}
+        scale, good_steps, overflows = to_host(self._state, "loss scale").tolist()
+        return {"scale": scale, "good_steps": int(good_steps), "overflows": int(overflows)}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore the state that :meth:`state_dict` returned."""
-        self.scale = state["scale"]
-        self.good_steps, self.overflows = int(state["good_steps"]), int(state["overflows"])
+        values = [state["scale"], state["good_steps"], state["overflows"]]
+        self._state = to_device(torch.tensor(values, dtype=torch.float64), self._state.device)
+
+
+# Entries of an outcome.
+NORM, SKIPPED, SCALE, SKIPPED_IN_A_ROW, UPDATES = range(5)
+
+
+class OptimizerStep:
+    """Result of one optimizer step.
+
+    It stays on the device until one of its properties is used for the first time, which is a host sync.
+
+    Args:
+        outcome: [5], float64: gradient norm, whether the step was skipped, loss scale, number of steps skipped in a
+            row, and number of updates so far.
+        is_last_chance: Whether the run ends if this step was skipped.
+        nonfinite_gradient: Name of this rank's first parameter with an inf or NaN gradient; only searched if skipping
+            this step ends the run.
+    """
+
+    def __init__(self, outcome: Tensor, is_last_chance: bool = False, nonfinite_gradient: str | None = None) -> None:
+        self.host_outcome = HostValues(outcome, "gradient norm")
+        self.is_last_chance, self.nonfinite_gradient = is_last_chance, nonfinite_gradient
+
+    @property
+    def updated(self) -> bool:
+        """Whether the parameters were updated; False if the step was skipped."""
+        return not self.host_outcome.read()[SKIPPED]
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm before clipping; inf or NaN if the step was skipped."""
+        return float(self.host_outcome.read()[NORM])
+
+    @property
+    def loss_scale(self) -> float:
+        """Loss scale by which the loss of this step was multiplied."""
+        return float(self.host_outcome.read()[SCALE])
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Number of steps skipped in a row, including this one."""
+        return int(self.host_outcome.read()[SKIPPED_IN_A_ROW])
+
+    @property
+    def updates(self) -> int:
+        """Number of steps so far that were not skipped."""
+        return int(self.host_outcome.read()[UPDATES])
 
 
 def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
     """Return the name of the first parameter, in model order, with an inf or NaN gradient on this rank, or None."""
     # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
+    # It is called only before a step that may end the run.
     suspects = [group for group in groups if not _is_finite(group.grads)]
     found = [
         (position, name) for group in suspects for position, name, grad in group.gradients() if not _is_finite(grad)
@@ -89,4 +140,4 @@ def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return bool(to_host(tensor.isfinite().all(), "search for a non-finite gradient"))

@@ -17,8 +17,8 @@ from torch import Tensor
 from internlm.core.parallel.collectives import all_gather
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer.param_groups import ParamGroup
-from internlm.solver.optimizer.update_rules import UpdateRule
-from internlm.utils.torch_private import foreach_lerp, foreach_lerp_, foreach_mul_
+from internlm.solver.optimizer.update_rules import UpdateRule, replace_unless
+from internlm.utils.torch_private import foreach_lerp, foreach_mul_
 
 #: Coefficients of the quintic x → a·x + b·x³ + c·x⁵, which pulls singular values towards 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -52,17 +52,20 @@ class Muon(UpdateRule):
 
     states = ("momentum",)
 
-    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
-        o, momentum = self.optimizer, group.split(self._states[group]["momentum"])
-        foreach_lerp_(momentum, group.grad_shards, 1 - o.momentum)
-        direction = foreach_lerp(group.grad_shards, momentum, o.momentum) if o.nesterov else momentum
-        foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
+    def _update(self, group: ParamGroup, lr: float, beta2: float, skip: Tensor) -> None:
+        o, momenta = self.optimizer, group.split(self._states[group]["momentum"])
+        for momentum, grad in zip(momenta, group.grad_shards, strict=True):
+            replace_unless(skip, momentum, torch.lerp(momentum, grad, 1 - o.momentum))
+        direction = foreach_lerp(group.grad_shards, momenta, o.momentum) if o.nesterov else momenta
+        # Decay by 1 in a skipped step.
+        foreach_mul_(group.main_shards, (1 - lr * group.key.weight_decay * (~skip).double()))
         for matrix in group.shard_slices():
             placement, where = matrix.placement, slice(matrix.lo, matrix.hi)
             whole = orthogonal(self._gather_matrix(direction[matrix.index][where], placement), o.ns_steps)
             own = placement.shard_of(whole.contiguous().view(placement.global_shape)).reshape(-1)
             main = group.main_shards[matrix.index][where][: own.numel()]  # without padding
-            main.add_(own, alpha=-lr * ADJUST[o.adjust_lr](*placement.matrix_shape))
+            rate = lr * ADJUST[o.adjust_lr](*placement.matrix_shape)
+            replace_unless(skip, main, torch.add(main, own, alpha=-rate))
 
     def _gather_matrix(self, shard: Tensor, placement: ParamPlacement) -> Tensor:
         """Gather the whole matrix [O, I] from this rank's flat ``shard`` and those of its peers."""

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from internlm.config.schema import AdamConfig, OptimizerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups
-from internlm.utils.torch_private import (
-    foreach_add_,
-    foreach_div_,
-    foreach_lerp,
-    foreach_lerp_,
-    foreach_mul_,
-    foreach_sign_,
-)
+from internlm.utils.torch_private import foreach_div_
 
 #: Names of optimizer state, which checkpoints use too.
 StateName = Literal["exp_avg", "exp_avg_sq", "momentum"]
@@ -31,6 +24,8 @@ class UpdateRule:
     """Base class of update rules.
 
     It allocates the state of a rule, and divides gradients by the loss scale and clipping factor before each update.
+    Whether a step is skipped is known on the device only, so a rule computes new values in any case, and a skipped step
+    keeps the old ones.
     """
 
     #: Names of the rule's state tensors.
@@ -58,22 +53,29 @@ class UpdateRule:
         """Set the number of updates done before a resume; rules without bias correction ignore it."""
 
     @torch.no_grad()
-    def update(self, lr: float, beta2: float, divisor: float) -> None:
+    def update(self, lr: float, beta2: float, divisor: Tensor, skip: Tensor) -> None:
         """Divide the gradients by ``divisor``, and update all main parameters from them.
 
         Args:
             lr: Learning rate, which each group multiplies by its ``lr_scale``.
             beta2: Decay rate of the second moment, or of Lion's momentum; Muon does not use it.
-            divisor: Loss scale times the factor by which clipping reduces the gradient norm (1: no clipping).
+            divisor: Loss scale times the factor by which clipping reduces the gradient norm (1: no clipping), a float64
+                scalar.
+            skip: Whether parameters and state keep their values, a bool scalar.
         """
         for group in self.groups:
-            if divisor != 1.0:
-                foreach_div_(group.grad_shards, divisor)
-            self._update(group, lr * group.key.lr_scale, beta2)
+            foreach_div_(group.grad_shards, divisor)
+            self._update(group, lr * group.key.lr_scale, beta2, skip)
 
-    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
+    def _update(self, group: ParamGroup, lr: float, beta2: float, skip: Tensor) -> None:
         """Update the main parameters of ``group`` from its gradients, which are already divided."""
         raise NotImplementedError
+
+
+def replace_unless(skip: Tensor, target: Tensor, values: Tensor) -> None:
+    """Copy ``values`` to ``target``, unless the bool scalar ``skip`` is true."""
+    # A product with 0 or 1 instead would let the inf or NaN of a skipped step through.
+    torch.where(skip, target, values, out=target)
 
 
 class AdamW(UpdateRule):
@@ -112,17 +114,18 @@ class AdamW(UpdateRule):
             state["step"].fill_(count)
 
     @torch.no_grad()
-    def update(self, lr: float, beta2: float, divisor: float) -> None:
-        """Divide the gradients by ``divisor``, and update all main parameters from them."""
+    def update(self, lr: float, beta2: float, divisor: Tensor, skip: Tensor) -> None:
+        """Divide the gradients by ``divisor``, and update all main parameters from them, unless ``skip`` is true."""
         # The kernel divides gradients while it reads them, which saves a pass over memory. But it accepts the divisor
         # in float32 only, which is not precise enough for float64 parameters.
         double = any(group.main_dtype == torch.float64 for group in self.groups)
         for group, options in zip(self.groups, self.fused.param_groups, strict=True):
             options["lr"], options["betas"] = lr * group.key.lr_scale, (self.adam.adam_beta1, beta2)
-            if double and divisor != 1.0:
+            if double:
                 foreach_div_(group.grad_shards, divisor)
-        scale = None if double or divisor == 1.0 else torch.tensor(divisor, device=self.groups[0].grads.device)
-        self.fused.grad_scale = scale  # type: ignore[attr-defined]
+        self.fused.grad_scale = None if double else divisor.float()  # type: ignore[attr-defined]
+        # With ``found_inf`` of 1, the kernel writes nothing, and the count of updates does not change.
+        self.fused.found_inf = skip.float()  # type: ignore[attr-defined]
         self.fused.step()
 
 
@@ -134,11 +137,10 @@ class Lion(UpdateRule):
 
     states = ("exp_avg",)
 
-    def _update(self, group: ParamGroup, lr: float, beta2: float) -> None:
-        momentum = group.split(self._states[group]["exp_avg"])
-        direction = foreach_lerp(momentum, group.grad_shards, 1 - self.adam.adam_beta1)
-        foreach_sign_(direction)
-        foreach_mul_(group.main_shards, 1 - lr * group.key.weight_decay)
-        foreach_add_(group.main_shards, direction, alpha=-lr)
-        # After the update, unlike Adam: the direction weighs the new gradient more than the stored momentum does.
-        foreach_lerp_(momentum, group.grad_shards, 1 - beta2)
+    def _update(self, group: ParamGroup, lr: float, beta2: float, skip: Tensor) -> None:
+        momenta, decay = group.split(self._states[group]["exp_avg"]), 1 - lr * group.key.weight_decay
+        for main, momentum, grad in zip(group.main_shards, momenta, group.grad_shards, strict=True):
+            direction = torch.lerp(momentum, grad, 1 - self.adam.adam_beta1).sign_()
+            replace_unless(skip, main, torch.add(main * decay, direction, alpha=-lr))
+            # After the update, unlike Adam: the direction weighs the new gradient more than the stored momentum does.
+            replace_unless(skip, momentum, torch.lerp(momentum, grad, 1 - beta2))

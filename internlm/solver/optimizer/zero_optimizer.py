@@ -6,7 +6,8 @@ sharded (the zero group). A step has five phases:
 1. **Reduce** gradients into shards inside the zero group, then over the replicas of each shard, then over ranks with
    partial sums (``grad_reduce.py``).
 2. **Measure** the global gradient norm over all pipeline stages; every logical element counts once.
-3. **Decide**: if the norm is inf or NaN, all ranks skip the step (``loss_scale.py``).
+3. **Decide**: if the norm is inf or NaN, all ranks skip the step (``loss_scale.py``). The decision stays on the device:
+   phases 4 and 5 run in any case, and keep all values as they are.
 4. **Update** this rank's shard from clipped gradients, by the update rule of each group (``update_rules.py``,
    ``muon.py``), and copy main parameters to model parameters.
 5. **Gather** the model parameters inside the zero group (``param_gather.py``).
@@ -16,14 +17,13 @@ sharded (the zero group). A step has five phases:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from internlm.accelerator import to_device
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.config.schema.optim import OptimizerName
 from internlm.core.context.layout import ParallelMode
@@ -31,7 +31,13 @@ from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.param_state import named_parameters
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup, FullyShardedParamGroup
 from internlm.solver.optimizer.grad_reduce import FullyShardedReducer, GradReducer
-from internlm.solver.optimizer.loss_scale import LossScale, first_nonfinite_gradient
+from internlm.solver.optimizer.loss_scale import (
+    SKIPPED_IN_A_ROW,
+    UPDATES,
+    LossScale,
+    OptimizerStep,
+    first_nonfinite_gradient,
+)
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
 from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups, build_param_groups
@@ -40,22 +46,6 @@ from internlm.utils.errors import Problem, UserError
 
 #: Update rules by their name in configs.
 UPDATE_RULES: dict[OptimizerName, type[UpdateRule]] = {"AdamW": AdamW, "Lion": Lion, "Muon": Muon}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerStep:
-    """Result of one optimizer step."""
-
-    updated: bool
-    """Whether the parameters were updated; False if the step was skipped."""
-    grad_norm: float
-    """Global gradient norm before clipping; inf or NaN if the step was skipped."""
-    loss_scale: float = 1.0
-    """Loss scale by which the loss of this step was multiplied."""
-    skipped_in_a_row: int = 0
-    """Number of steps skipped in a row, including this one."""
-    nonfinite_gradient: str | None = None
-    """Name of this rank's first parameter with an inf or NaN gradient; only set if skipping this step ends the run."""
 
 
 class HybridZeroOptimizer:
@@ -93,8 +83,6 @@ class HybridZeroOptimizer:
     ) -> None:
         self.config, self.process_groups = config or HybridZeroConfig(), process_groups or ProcessGroups()
         self.loss_scale = loss_scale or LossScale()
-        self.updates = 0
-        self.skipped_in_a_row = 0
         optimizer, zero = optimizer or OptimizerConfig(), self.process_groups.zero
 
         # Group the parameters, then move them into flat buffers, except those that fully_shard has sharded already.
@@ -127,6 +115,10 @@ class HybridZeroOptimizer:
             for name, rule in UPDATE_RULES.items()
             if any(group.key.rule == name for group in self.groups)
         ]
+        self.device = self.groups[0].grads.device
+        self.loss_scale.to(self.device)
+        self.last_step = self._step_with_counts(updates=0, skipped_in_a_row=0)
+        self._is_last_chance = self._ends_if_skipped()
         self._gatherer = ParamGatherer(flat, zero)
         if self.config.overlap_sync_param:
             self._gatherer.gather_lazily(model)
@@ -141,18 +133,31 @@ class HybridZeroOptimizer:
         Raises:
             UserError: The parameters were moved to other memory after the optimizer was created.
         """
+        self._is_last_chance = self._ends_if_skipped()
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
         for group in self.groups:
             group.begin_step()
 
-    @property
-    def _is_last_chance(self) -> bool:
-        """Whether the run ends if this step is skipped.
+    def _ends_if_skipped(self) -> bool:
+        """Return whether the run ends if the next step is skipped.
 
         The gradients of such a step are checked before they are reduced, because a NaN in a sum cannot be attributed to
         one rank.
         """
-        return self.skipped_in_a_row + 1 >= self.config.max_skipped_steps
+        # The outcome of the last step may still be on its way to the host: ask for it only if it could matter.
+        if self._skipped_before_last + 2 < self.config.max_skipped_steps:
+            return False
+        return self.last_step.skipped_in_a_row + 1 >= self.config.max_skipped_steps
+
+    @property
+    def updates(self) -> int:
+        """Number of steps so far that were not skipped."""
+        return self.last_step.updates
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Number of steps skipped in a row up to now."""
+        return self.last_step.skipped_in_a_row
 
     def zero_grad(self) -> None:
         """Set gradients to zero; equivalent to :meth:`begin_step` with an unknown number of micro-batches."""
@@ -175,8 +180,12 @@ class HybridZeroOptimizer:
             beta2: Decay rate of the second moment in this step.
 
         Returns:
-            Result of the step. If its ``updated`` is False, parameters and optimizer state have not changed.
+            Result of the step, which is still on the device. If its ``updated`` is False, parameters and optimizer
+            state have not changed.
         """
+        # The device has all of this step's forward and backward passes in its queue, so this does not let it idle.
+        before = self.last_step.host_outcome.read_arrived()
+        self._skipped_before_last = int(before[SKIPPED_IN_A_ROW])
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
         nonfinite = first_nonfinite_gradient(self.groups) if self._is_last_chance else None
@@ -184,34 +193,43 @@ class HybridZeroOptimizer:
         # 1. Reduce.
         self._reducer.reduce()
 
-        # 2. Measure; the host sync of the step is in here.
-        scale = self.loss_scale.scale
+        # 2. Measure.
+        scale = self.loss_scale.tensor
         norm = self._global_norm() / scale
 
         # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
-        finite = math.isfinite(norm)
-        self.loss_scale.update(overflow=not finite)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        skip = ~norm.isfinite()
+        self.loss_scale.update(overflow=skip)
+        self.last_step = OptimizerStep(self._outcome(norm, skip, scale), self._is_last_chance, nonfinite)
+        self.last_step.host_outcome.begin_copy()
 
-        if finite:
-            # 4. Update.
-            self._update(lr, beta2, norm, scale)
-            # 5. Gather.
-            self._gatherer.begin()
-        return OptimizerStep(
-            updated=finite,
-            grad_norm=norm,
-            loss_scale=scale,
-            skipped_in_a_row=self.skipped_in_a_row,
-            nonfinite_gradient=nonfinite,
-        )
+        # 4. Update.
+        self._update(lr, beta2, norm, scale, skip)
 
-    def _global_norm(self) -> float:
-        """Return the L2 norm of all gradients; each logical element counts once, whatever the parallel layout."""
+        # 5. Gather.
+        self._gatherer.begin()
+        return self.last_step
+
+    def _outcome(self, norm: Tensor, skip: Tensor, scale: Tensor) -> Tensor:
+        """Return the outcome of a step (see :class:`OptimizerStep`), which continues the counts of the last step."""
+        counts = self.last_step.host_outcome.tensor
+        skipped_in_a_row = (counts[SKIPPED_IN_A_ROW] + 1) * skip
+        return torch.stack([norm, skip.double(), scale, skipped_in_a_row, counts[UPDATES] + ~skip])
+
+    def _step_with_counts(self, updates: int, skipped_in_a_row: int) -> OptimizerStep:
+        """Return the result of an earlier step with these counts."""
+        self._skipped_before_last = skipped_in_a_row
+        counts = torch.tensor([0, skipped_in_a_row > 0, 1, skipped_in_a_row, updates], dtype=torch.float64)
+        step = OptimizerStep(to_device(counts, self.device))
+        step.host_outcome.set(counts)
+        return step
+
+    def _global_norm(self) -> Tensor:
+        """Return the L2 norm of all gradients, a float64 scalar; each logical element counts once in any layout."""
         # One sum per mode: the ranks of its group hold different elements of split parameters, but equal copies of
         # whole parameters.
         modes = [None, *self.process_groups.by_split]
-        squares = torch.zeros(len(modes), dtype=torch.float64, device=self.groups[0].grads.device)
+        squares = torch.zeros(len(modes), dtype=torch.float64, device=self.device)
         for group in self.groups:
             if not self._is_copy(group):
                 squares[modes.index(group.key.split_over)] += sum_of_squares(group.grad_shards)
@@ -220,21 +238,20 @@ class HybridZeroOptimizer:
             if mode is not None:
                 # Add zero times the sum of whole parameters: a nan in it may be on one rank only, and must reach all.
                 all_reduce(square.add_(squares[0] * 0), self.process_groups.by_split[mode])
-        return math.sqrt(all_reduce(squares.sum(), self.process_groups.pipeline).item())
+        return all_reduce(squares.sum(), self.process_groups.pipeline).sqrt()
 
     def _is_copy(self, group: ParamGroup) -> bool:
         """Return whether ``group`` is the last stage's copy of a tied embedding, which the norm does not count."""
         return group.key.partial_over is ParallelMode.PIPELINE and self.process_groups.ends.rank > 0
 
-    def _update(self, lr: float, beta2: float, norm: float, scale: float) -> None:
+    def _update(self, lr: float, beta2: float, norm: Tensor, scale: Tensor, skip: Tensor) -> None:
         clip = self.config.clip_grad_norm
         # One divisor for unscaling and clipping, so that gradients are read once; 1e-6 as in torch's clip_grad_norm_.
-        divisor = scale * (max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0)
+        divisor = scale * ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else scale
         for rule in self.rules:
-            rule.update(lr, beta2, divisor)
+            rule.update(lr, beta2, divisor, skip)
         for group in self.groups:
             group.copy_main_to_model_params()
-        self.updates += 1
 
     # -- parameters that are read or set from outside -----------------------------------------------------------------
     def gather_parameters(self) -> None:
@@ -279,7 +296,7 @@ class HybridZeroOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that :meth:`state_dict` returned."""
-        self.updates, self.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
+        self.last_step = self._step_with_counts(state["updates"], state["skipped_in_a_row"])
         self.loss_scale.load_state_dict(state["loss_scale"])
         for rule in self.rules:
             rule.set_updates(self.updates)
@@ -295,7 +312,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         if tensor.numel()
     ]
     norms = [torch.linalg.vector_norm(row_norms, dtype=torch.float64) for row_norms in rows]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)  # a constant
 
 
 def _row_length(numel: int) -> int:

@@ -115,6 +115,7 @@ class LogMetrics(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write the metrics of the step."""
+        report.read()
         tokens = report.shape.tokens * self.data_size
         self.throughput.add(tokens, report.step_time)
         # Padding counts here, as in the published metrics; ``real_tgs`` counts valid tokens only.
@@ -141,7 +142,7 @@ class LogMetrics(Hook):
                 "smallest_batch": report.shape.smallest_batch,
                 "adam_beta2": report.beta2,
                 "fwd_bwd_time": report.fwd_bwd_time,
-                **_metrics(report.result.sums, self.types),
+                **_metrics(report.result.host_sums.read(), self.types),
                 "model_tflops": per_device * self.model_flops / 1e12,
                 "data_time": report.data_time,
             },

@@ -61,22 +61,25 @@ class Upkeep(Hook):
 
     def __init__(self, every: int, outlier_ratio: float, device: torch.device) -> None:
         self.every, self.outlier_ratio, self.device = every, outlier_ratio, device
-        self.seconds = 0.0
+        self._marks: list[tuple[accelerator.Mark, accelerator.Mark]] = []
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Add up the forward and backward times; every ``every`` steps, release memory and report slow ranks."""
-        self.seconds += report.fwd_bwd_time
-        if self.every and trainer.state.step % self.every == 0:
+        if not self.every:
+            return
+        self._marks.append((report.fetched, report.computed))  # added up later, when the device has reached them
+        if trainer.state.step % self.every == 0:
             # Not every step, because the next step must allocate the released memory again.
             accelerator.empty_cache()
-            self._report_slow_ranks()
-            self.seconds = 0.0
+            self._report_slow_ranks(sum(end.seconds_since(start) for start, end in self._marks))
+            self._marks.clear()
 
-    def _report_slow_ranks(self) -> None:
+    def _report_slow_ranks(self, seconds: float) -> None:
         # An all-gather, by an all-reduce of a vector with one entry per rank: every backend implements all-reduce.
         all_seconds = torch.zeros(dist.get_world_size(), device=self.device)
-        all_seconds[dist.get_rank()] = self.seconds
+        all_seconds[dist.get_rank()] = seconds
         dist.all_reduce(all_seconds)
+        all_seconds = accelerator.to_host(all_seconds, "search for slow ranks")
         mean = all_seconds.mean()
         slow = (all_seconds > self.outlier_ratio * mean).nonzero().flatten().tolist()
         if slow and dist.get_rank() == 0:

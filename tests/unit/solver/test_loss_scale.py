@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,14 +14,14 @@ from internlm.solver.optimizer import LossScale
 
 def scale_of(**keys: float) -> LossScale:
     fp16 = FP16Config(initial_scale=keys.pop("initial", 16.0), min_scale=4, growth_interval=3)
-    return LossScale.dynamic(GradScalerConfig(fp16=fp16, max_scale=64, **keys))
+    return LossScale(GradScalerConfig(fp16=fp16, max_scale=64, **keys))
 
 
 def after(scale: LossScale, events: str) -> list[float]:
     """The scale after each event: ``.`` a good step, ``!`` an overflow."""
     scales = []
     for event in events:
-        scale.update(overflow=event == "!")
+        scale.update(overflow=torch.tensor(event == "!"))
         scales.append(scale.scale)
     return scales
 

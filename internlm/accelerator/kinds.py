@@ -1,0 +1,91 @@
+"""Kinds of devices: what each kind can do, and which one this process uses.
+
+This package is the only place that names device types. Other code asks for a capability, such as ``is_host``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Environment variable that disables accelerators when set to ``cpu``.
+DEVICE_VARIABLE = "INTERNLM_DEVICE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceKind:
+    """Kind of device, with what code may rely on when tensors are on it."""
+
+    name: str
+    """Device type, as in ``torch.device(name)``."""
+    backend: str
+    """Default backend of ``torch.distributed``."""
+    is_host: bool = False
+    """Whether tensors are in host memory, so that reading them needs no copy, and kernels run when they are called."""
+
+    @property
+    def module(self) -> ModuleType:
+        """Torch's module for this kind, such as ``torch.cuda``."""
+        module: ModuleType = torch.get_device_module(self.name)
+        return module
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of this kind in host memory, waiting until it has been computed."""
+        return tensor if self.is_host else tensor.cpu()
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Return a host tensor in memory that devices of this kind can read without blocking the host."""
+        return tensor if self.is_host or tensor.is_pinned() else tensor.pin_memory()
+
+    def begin_copy(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Start to copy a tensor of this kind to host memory; return the copy, and an event after it."""
+        host = torch.empty_like(tensor, device=CPU.name, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = self.module.Event()
+        event.record()
+        return host, event
+
+
+CPU = DeviceKind(name="cpu", backend="gloo", is_host=True)
+CUDA = DeviceKind(name="cuda", backend="nccl")
+
+#: Known kinds by device type. A tensor on any other type, such as ``meta``, is treated like one on an accelerator.
+KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+
+_pretended: DeviceKind | None = None
+
+
+def device_kind() -> DeviceKind:
+    """Return the kind of device on which this process computes.
+
+    It is CUDA if a CUDA device is available and ``INTERNLM_DEVICE`` is not ``cpu``, else the CPU.
+    """
+    if _pretended is not None:
+        return _pretended
+    wanted = os.environ.get(DEVICE_VARIABLE, "")
+    return CUDA if wanted != CPU.name and torch.cuda.is_available() else CPU
+
+
+def kind_of(device: torch.device | str) -> DeviceKind:
+    """Return the kind of ``device``."""
+    name = torch.device(device).type
+    return KINDS.get(name) or DeviceKind(name=name, backend="")
+
+
+@contextmanager
+def pretending(kind: DeviceKind) -> Iterator[None]:
+    """Use ``kind`` as the device kind of this process within the ``with`` block."""
+    global _pretended
+    outer, _pretended = _pretended, kind
+    KINDS[kind.name] = kind
+    try:
+        yield
+    finally:
+        _pretended = outer

@@ -1,0 +1,124 @@
+"""Copies between host and device.
+
+On an accelerator, kernels are queued and run later. Reading a value on the host waits until the queue is empty, after
+which the device idles until the host has queued new kernels: a *host sync*. All such reads go through :func:`to_host`
+or :class:`HostValues`, which count them, so that tests can state the reads of a training step.
+
+A copy to the device does not block only if the host memory is pinned, which :func:`to_device` ensures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.accelerator.kinds import kind_of
+
+_reads: Counter[str] = Counter()
+
+
+def host_reads() -> Counter[str]:
+    """Return the number of host syncs of this process so far, by reason."""
+    return Counter(_reads)
+
+
+def count_host_sync(why: str) -> None:
+    """Count a host sync, for :func:`host_reads`."""
+    _reads[why] += 1
+
+
+def is_host(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is in host memory."""
+    return kind_of(tensor.device).is_host
+
+
+def to_host(tensor: Tensor, why: str) -> Tensor:
+    """Return ``tensor`` in host memory, waiting until it has been computed (a host sync).
+
+    Args:
+        tensor: Tensor to read. On the CPU, it is returned itself.
+        why: Reason of the read, under which it is counted.
+    """
+    count_host_sync(why)
+    return kind_of(tensor.device).read(tensor.detach())
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on ``device``, without blocking the host."""
+    if tensor.device == device or kind_of(device).is_host:
+        return tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor in memory from which ``device`` can copy it without blocking the host.
+
+    Pinning takes a copy, so it is best done by a thread that prepares data. A pinned tensor is returned itself, and so
+    is every tensor if ``device`` is the CPU.
+    """
+    return kind_of(device).pin(tensor)
+
+
+class HostValues:
+    """Values of a small device tensor, read on the host when they are first needed, and then kept.
+
+    Args:
+        tensor: Tensor that is not modified later.
+        why: Reason under which the read is counted.
+    """
+
+    def __init__(self, tensor: Tensor, why: str) -> None:
+        self.tensor, self.why = tensor, why
+        self._values: Tensor | None = None
+        self._copy: tuple[Tensor, Any] | None = None  # destination on the host, and the event after the copy
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the host has the values."""
+        return self._values is not None
+
+    def read(self) -> Tensor:
+        """Return the values, with a host sync if they have not been read before."""
+        if self._values is None:
+            self._values = to_host(self.tensor, self.why)
+        return self._values
+
+    def set(self, values: Tensor) -> None:
+        """Set the values, which the host knows already."""
+        self._values = values
+
+    def begin_copy(self) -> None:
+        """Start to copy the values to the host, for :meth:`read_arrived`."""
+        kind = kind_of(self.tensor.device)
+        if self._values is None and not kind.is_host:
+            self._copy = kind.begin_copy(self.tensor)
+
+    def read_arrived(self) -> Tensor:
+        """Return the values that :meth:`begin_copy` started to copy, once the copy has completed.
+
+        This is no host sync if the device has been given other work since: it goes on with that work.
+        """
+        if self._values is None and self._copy is not None:
+            host, event = self._copy
+            event.synchronize()
+            self._values, self._copy = host, None
+        return self.tensor if self._values is None else self._values
+
+
+def read_together(*values: HostValues, why: str) -> None:
+    """Read several values with one host sync; those that have been read before are not read again.
+
+    Args:
+        values: Values to read, whose tensors have the same dtype.
+        why: Reason under which the read is counted.
+    """
+    unread = [value for value in values if not value.is_read]
+    if not unread:
+        return
+    flat = to_host(torch.cat([value.tensor.flatten() for value in unread]), why)
+    parts = flat.split([value.tensor.numel() for value in unread])
+    for value, part in zip(unread, parts, strict=True):
+        value.set(part.view(value.tensor.shape))
