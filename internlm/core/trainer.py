@@ -60,6 +60,9 @@ class TrainState:
         """Return the counters by name."""
         return {name: getattr(self, name) for name in ("step", "num_consumed_tokens", "inf_nan_skip_batches")}
 
+    def __repr__(self) -> str:
+        return f"TrainState({', '.join(f'{name}={value}' for name, value in self.state_dict().items())})"
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counters from a result of :meth:`state_dict`."""
         self.step, self.num_consumed_tokens = state["step"], state["num_consumed_tokens"]
