@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
+from internlm.config.schema.fields import floor_share
 from internlm.config.schema.optim import LRShape
 
 #: Decay factors, from 1 at the peak to 0 at ``eta_min``. Arguments: the elapsed fraction of the steps after warm-up,
@@ -59,11 +60,11 @@ class LRSchedule:
             peak=adam.lr,
             total_steps=lr.total_steps,
             init_steps=lr.init_steps,
-            warmup_steps=int(lr.total_steps * lr.warmup_ratio),
+            warmup_steps=floor_share(lr.warmup_ratio, lr.total_steps),
             eta_min=lr.eta_min,
             first_step=lr.last_epoch + 1,  # last_epoch is -1 in a run from the start, as in torch's schedulers
             shape=lr.type,
-            decay_steps=int(lr.total_steps * lr.decay_ratio),
+            decay_steps=floor_share(lr.decay_ratio, lr.total_steps),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from internlm.config.rules.rule import Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
-from internlm.config.schema.fields import parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import floor_share, parse_rampup, parse_skip_batches
 from internlm.utils.errors import Problem
 
 
@@ -94,8 +94,8 @@ def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
     ratios = {"warmup_ratio": schedule.warmup_ratio, "decay_ratio": schedule.decay_ratio}
     if schedule.type != "wsd":
         del ratios["decay_ratio"]
-    # Rounded down, as the schedule itself rounds.
-    steps = [schedule.init_steps, *(int(total * ratio) for ratio in ratios.values())]
+    # Rounded as the schedule itself rounds.
+    steps = [schedule.init_steps, *(floor_share(ratio, total) for ratio in ratios.values())]
     if sum(steps) > total:
         terms = " + ".join(["init_steps", *(f"{name} · total_steps" for name in ratios)])
         what = f"{terms} = {' + '.join(map(str, steps))} steps is more than total_steps = {total}"

@@ -1,7 +1,8 @@
-"""Base class of config sections, bounded number types, and parsers of settings that are written as text."""
+"""Base class of config sections, bounded number types, and functions that parse or round settings."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +33,14 @@ MoreThanOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Shrinking = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # factor of a decrease
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # coefficient of an exponential average
+
+
+def floor_share(ratio: float, total: int) -> int:
+    """Return ⌊ratio · total⌋ for the number that the float ``ratio`` stands for, such as 0.29 or 1/3."""
+    # The float nearest to 0.29 is less than 0.29: 100 · 0.29 is 28.999…, and its floor would be 28. A ratio of two
+    # integers, and every decimal number is one, is found again by division, which IEEE 754 rounds correctly.
+    nearest = round(ratio * total)
+    return nearest if total and nearest / total == ratio else math.floor(ratio * total)
 
 
 class Rampup(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section
+from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section, floor_share
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 NormType = Literal["rmsnorm", "layernorm"]
@@ -91,7 +91,8 @@ class ModelConfig(Section):
     rope_base: Positive = 10000.0
     """Base θ of the rotary frequencies (RoPE, arXiv 2104.09864)."""
     use_dynamic_ntk_rope: bool = False
-    """Increase the rotary base for sequences longer than ``max_position_embeddings`` (dynamic NTK scaling)."""
+    """Increase the rotary base for sequences longer than ``max_position_embeddings`` (dynamic NTK scaling). Each packed
+    sequence has the base of its own length."""
     rope_scaling_factor: Positive = 1.0
     """Divisor of the positions (linear scaling, arXiv 2306.15595). With ``use_dynamic_ntk_rope``: factor of the
     dynamic NTK scaling."""
@@ -134,8 +135,8 @@ class ModelConfig(Section):
     @property
     def recomputed_layers(self) -> int:
         """Number of fully recomputed blocks, which save only their input for the backward pass."""
-        # int() rounds down, and turns True and False into all and none.
-        return 0 if self.checkpoint == "selective" else int(self.checkpoint * self.num_layers)
+        # True and False are the ratios 1 and 0: all and none.
+        return 0 if self.checkpoint == "selective" else floor_share(self.checkpoint, self.num_layers)
 
     def recomputes(self, layer: int) -> bool:
         """Return whether block ``layer`` of the whole model, counted from 0, is recomputed in the backward pass.

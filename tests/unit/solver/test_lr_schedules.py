@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -117,6 +119,30 @@ def test_learning_rate_from_a_config() -> None:
         shape="cosine",
         decay_steps=10,
     )
+
+
+@pytest.mark.parametrize("total", [100, 200, 300, 400, 500, 600, 700, 800, 900])
+def test_steps_are_the_floor_of_the_decimal_ratio(total: int) -> None:
+    """Not of the nearest float: 100 · 0.29 is 28.999… in floating point."""
+    for hundredths in range(101):
+        ratio = float(Decimal(hundredths) / 100)
+        config = LRSchedulerConfig(total_steps=total, warmup_ratio=ratio, decay_ratio=ratio, type="wsd")
+        schedule = LRSchedule.from_config(config, AdamConfig(lr=1.0))
+        expected = math.floor(Decimal(repr(ratio)) * total)
+        assert (schedule.warmup_steps, schedule.decay_steps) == (expected, expected), ratio
+
+
+@pytest.mark.parametrize("steps", range(0, 301, 7))
+def test_a_ratio_that_was_computed_from_steps_gives_these_steps(steps: int) -> None:
+    config = LRSchedulerConfig(total_steps=300, warmup_ratio=steps / 300)
+    assert LRSchedule.from_config(config, AdamConfig(lr=1.0)).warmup_steps == steps
+
+
+@given(st.floats(0, 1), st.integers(1, 10**6))
+def test_any_ratio_is_rounded_down_once_its_own_rounding_is_allowed_for(ratio: float, total: int) -> None:
+    config = LRSchedulerConfig(total_steps=total, warmup_ratio=ratio)
+    steps = LRSchedule.from_config(config, AdamConfig(lr=1.0)).warmup_steps
+    assert steps <= Fraction(ratio) * total * (1 + Fraction(1, 2**52)) < steps + 1 + Fraction(1, 2**20)
 
 
 @pytest.mark.parametrize(
