@@ -275,7 +275,7 @@ class Decoder(nn.Module):
                 dynamic_ntk=c.use_dynamic_ntk_rope,
                 max_position=c.max_position_embeddings,
             ),
-            seq_len=sequences.max_seqlen,
+            runs=sequences.runs,
             dtype=self.dtype,
         )
 

@@ -9,7 +9,9 @@ Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import reference
+from internlm.ops.blocked_attention import EqualLengthRun
 from internlm.utils.dtype import wide
 
 
@@ -45,7 +48,7 @@ def rotary_table(
     positions: Tensor,
     dim: int,
     scaling: RotaryScaling = UNSCALED,
-    seq_len: int | None = None,
+    runs: Sequence[EqualLengthRun] = (),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines of the rotation angles at ``positions``.
@@ -54,22 +57,31 @@ def rotary_table(
         positions: Token positions, [T].
         dim: Head dimension D.
         scaling: Base and scaling of the frequencies.
-        seq_len: Sequence length L for dynamic NTK scaling. None: the largest position + 1 (a host sync).
+        runs: Sequences to which the T tokens belong, in order; default: one sequence. Only dynamic NTK scaling uses
+            them: each sequence has the base that it would have alone.
         dtype: Dtype of the result.
 
     Returns:
         Cosines and sines, each [T, D / 2].
     """
-    base, factor = scaling.base, scaling.factor
-    if scaling.dynamic_ntk:
-        length = seq_len if seq_len is not None else int(positions.max()) + 1
-        stretch = factor * length / scaling.max_position - (factor - 1)
-        base *= max(stretch, 1.0) ** (dim / (dim - 2))
-        factor = 1.0
     # Computed in fp64: an fp32 angle at position 10⁶ has an error of 0.03 rad.
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    angles = torch.outer(positions.double() / factor, base**-exponents)  # [T, dim / 2]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    if scaling.dynamic_ntk:
+        runs = runs or [EqualLengthRun(0, 1, len(positions))]
+        # Neighbours with the same base, such as all sequences of at most ``max_position`` tokens, are computed at once.
+        by_base = groupby(runs, lambda run: _ntk_base(scaling, dim, run.length))
+        bases = [(base, sum(run.tokens for run in neighbours)) for base, neighbours in by_base]
+        parts = positions.double().split([tokens for _, tokens in bases])
+    else:
+        bases, parts = [(scaling.base, len(positions))], (positions.double() / scaling.factor,)
+    angles = torch.cat([torch.outer(part, base**-exponents) for part, (base, _) in zip(parts, bases, strict=True)])
+    return angles.cos().to(dtype), angles.sin().to(dtype)  # [T, D / 2]
+
+
+def _ntk_base(scaling: RotaryScaling, dim: int, length: int) -> float:
+    """Return the base of a sequence of ``length`` tokens under dynamic NTK scaling."""
+    stretch = scaling.factor * length / scaling.max_position - (scaling.factor - 1)
+    return float(scaling.base * max(stretch, 1.0) ** (dim / (dim - 2)))
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

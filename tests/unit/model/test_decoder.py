@@ -79,6 +79,13 @@ def test_given_positions_are_used() -> None:
     assert not close(model(ids, cu_seqlens=BOUNDS, indexes=indexes * 2), plain)
 
 
+def test_dynamic_ntk_scales_a_short_document_beside_a_long_one_as_if_it_were_alone() -> None:
+    model, ids = decoder(use_dynamic_ntk_rope=True, rope_scaling_factor=2.0, max_position_embeddings=64), tokens(220)
+    packed = model(ids, cu_seqlens=torch.tensor([0, 20, 220]))
+    assert close(packed[:20], model(ids[None, :20])[0])
+    assert close(packed[20:], model(ids[None, 20:])[0])
+
+
 def test_a_token_sees_none_that_follow() -> None:
     model, ids = decoder(), tokens(1, 12)
     changed = ids.clone()
@@ -113,6 +120,12 @@ def test_recompute_leaves_gradients_bitwise_equal(checkpoint: bool | float, twic
     found = trained(model, labels, ids, cu_seqlens=BOUNDS)
     assert [runs[block.attention] for block in model.layers.values()] == [1 + (number in twice) for number in range(4)]
     assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_a_share_of_the_layers_is_rounded_as_a_decimal_number() -> None:
+    """100 · 0.29 is 28.999… in floating point."""
+    config = decoder().spec.config.model_copy(update={"num_layers": 100, "checkpoint": 0.29})
+    assert config.recomputed_layers == 29
 
 
 def test_without_gradients_nothing_is_kept_for_recompute() -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from internlm.ops import RotaryScaling, apply_rotary, reference, rotary_table, split_qkv_rotary
+from internlm.ops import PackedSequences, RotaryScaling, apply_rotary, reference, rotary_table, split_qkv_rotary
 from tests.unit.ops.parity import assert_parity, randn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -97,10 +98,21 @@ def test_dynamic_ntk_changes_nothing_up_to_the_longest_position() -> None:
     torch.testing.assert_close(scaled, rotary_table(positions, 8))
 
 
-@pytest.mark.parametrize("seq_len", [64, None])
-def test_dynamic_ntk_grows_the_base_beyond(seq_len: int | None) -> None:
+def test_dynamic_ntk_grows_the_base_beyond() -> None:
     positions = torch.arange(64)
-    scaled = rotary_table(positions, 8, RotaryScaling(factor=2.0, dynamic_ntk=True, max_position=16), seq_len=seq_len)
+    scaled = rotary_table(positions, 8, RotaryScaling(factor=2.0, dynamic_ntk=True, max_position=16))
     torch.testing.assert_close(
         scaled, rotary_table(positions, 8, RotaryScaling(base=10000.0 * (2 * 64 / 16 - 1) ** (8 / 6)))
     )
+
+
+def test_each_packed_sequence_has_the_dynamic_ntk_base_of_its_own_length() -> None:
+    """Bit by bit as if it were alone, whatever lies beside it: shorter, as long, longer, and up to the limit."""
+    scaling, lengths = RotaryScaling(factor=2.0, dynamic_ntk=True, max_position=16), [20, 64, 64, 3, 16, 20, 17]
+    sequences = PackedSequences.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    alone = [rotary_table(torch.arange(length), 8, scaling) for length in lengths]
+    for packed, parts in zip(
+        rotary_table(positions, 8, scaling, sequences.runs), zip(*alone, strict=True), strict=True
+    ):
+        assert torch.equal(packed, torch.cat(parts))
