@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
+# The same kernels on all processors, and no measurement at the start of a run.
+os.environ["INTERNLM_CPU_KERNELS"] = "gemm=onednn,grad_weight=float32,attention=blocked"
 
 import sys
 from collections.abc import Iterator

@@ -34,6 +34,7 @@ from internlm.config.schema import CkptConfig
 from internlm.config.schema.root import CheckpointContent
 from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
+from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
@@ -162,6 +163,7 @@ class CheckpointManager:
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
+            "cpu_kernels": kernels_of_job(),
             **self.run_info,
         }
         save_folder.write_durably(target / save_folder.STATE_FILE, save_folder.to_text(content))
@@ -324,6 +326,8 @@ class CheckpointManager:
             state.load_state_dict(saved["train_state"])
         if "sampler" in wanted:
             self.sampler.resume(Position(*saved["sampler"]))
+        if wanted == ALL:
+            resume_kernels(saved.get("cpu_kernels", {}))
         self.last_saved = state.step if wanted == ALL else -1  # a just loaded checkpoint need not be saved again
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:

@@ -20,7 +20,9 @@ from internlm import accelerator
 from internlm.config import Config, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
 from internlm.initialize.environment import ExplicitProcess, Launcher, ProcessInfo, check_process, find_process
+from internlm.ops.cpu.kernel_start import check_request, choose_kernels
 from internlm.utils.common import FriendlyParser
+from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
 
@@ -106,6 +108,7 @@ def initialize_distributed_env(
     _check_torch()
     backend = backend or accelerator.default_backend()
     _check_arguments(backend, seed)
+    check_request()
     check_process(process)
     resolved = _resolve(config, process, overrides)
     _check_devices(process)
@@ -113,6 +116,9 @@ def initialize_distributed_env(
     accelerator.set_device(process.local_rank)
     _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
+    if accelerator.device_type() == "cpu":
+        assert resolved.model.dtype is not None, "the resolver fills model.dtype"
+        choose_kernels(torch_dtype(resolved.model.dtype))
     # Python's and NumPy's generators are seeded for users' code; the framework draws from its own streams only.
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -19,7 +19,8 @@ from torch import Tensor
 from internlm.accelerator import is_host, to_device, to_host
 from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
-from internlm.ops.blocked_attention import EqualLengthRun, blocked_attention
+from internlm.ops.cpu.blocked_attention import EqualLengthRun, blocked_attention
+from internlm.ops.cpu.kernel_choice import kernel_for
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.lazy import why_missing
 from internlm.utils.torch_private import uncompiled
@@ -98,7 +99,8 @@ def attention(
         sequences: Sequence boundaries, for T tokens in total.
         scale: Factor by which q · kᵀ is multiplied; by default D ** -0.5.
         window: Number of most recent tokens, including the token itself, that each token attends to. None: all.
-        backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype.
+        backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype, on
+            the CPU the one that is faster on its type of processor.
 
     Returns:
         Attention output, [T, N, D].
@@ -110,6 +112,8 @@ def attention(
     name: str = backend
     if backend == "auto":
         name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
+        if name == "blocked":
+            name = kernel_for("attention", "float32", sequences.max_seqlen)
     elif reason := why_unavailable(backend, device, dtype):
         raise ConfigError(Problem("model.attention_backend", reason, "Set it to 'auto'"))
     assert sequences.tokens == q.shape[0], f"expected q with {sequences.tokens} tokens, got {q.shape[0]}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from internlm.ops import reference
-from internlm.ops.blocked_attention import EqualLengthRun
+from internlm.ops.cpu.blocked_attention import EqualLengthRun
 from internlm.utils.dtype import wide
 
 

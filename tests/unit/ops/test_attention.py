@@ -45,7 +45,7 @@ def assert_equals_reference(backend: str, lengths: list[int], *inputs: Tensor, *
 @pytest.fixture
 def pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send short sequences the way of long ones."""
-    monkeypatch.setattr("internlm.ops.blocked_attention._SINGLE_WORK", 0)
+    monkeypatch.setattr("internlm.ops.cpu.blocked_attention._SINGLE_WORK", 0)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
@@ -81,7 +81,7 @@ def test_memory_layout_does_not_matter(head_major: bool) -> None:
 
 @pytest.mark.parametrize("scores", [1, 64 * 40, 64 * 40 * 5])
 def test_any_number_of_pairs_may_go_together(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("internlm.ops.blocked_attention._SCORES", scores)
+    monkeypatch.setattr("internlm.ops.cpu.blocked_attention._SCORES", scores)
     lengths = [40] * 5
     assert_equals_reference("blocked", lengths, *inputs_of(lengths, 6, 3))
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from internlm.ops import gemm
+from internlm.ops.cpu import cpu_gemm
 from tests.unit.ops.parity import TOLERANCE, randn, relative_error
 
 SHAPES = [(256, 64, 192), (200, 96, 320), (2, 512, 2048), (1, 3, 2), (70, 512, 64), (4096, 64, 64)]  # T, I, O
@@ -20,13 +21,13 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def onednn_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes (M, K, N) of the products that go through oneDNN."""
     shapes: list[tuple[int, ...]] = []
-    genuine = gemm._onednn
+    genuine = cpu_gemm._onednn
 
     def recording(a: Tensor, b: Tensor) -> Tensor:
         shapes.append((*a.shape, b.shape[0]))
         return genuine(a, b)
 
-    monkeypatch.setattr(gemm, "_onednn", recording)
+    monkeypatch.setattr(cpu_gemm, "_onednn", recording)
     return shapes
 
 
@@ -65,8 +66,8 @@ def test_matmul_of_matrices_and_of_batches(transposed: bool) -> None:
     a, b = values(3, 192, 128), values(3, 128, 256, seed=1)
     if transposed:
         a = a.mT.contiguous().mT
-    assert relative_error(gemm.matmul(a, b), a.double() @ b.double()) < TOLERANCE[torch.float32]
-    assert relative_error(gemm.matmul(a[0], b[0]), a[0].double() @ b[0].double()) < TOLERANCE[torch.float32]
+    assert relative_error(cpu_gemm.matmul(a, b), a.double() @ b.double()) < TOLERANCE[torch.float32]
+    assert relative_error(cpu_gemm.matmul(a[0], b[0]), a[0].double() @ b[0].double()) < TOLERANCE[torch.float32]
 
 
 def test_weights_with_gaps_between_their_rows() -> None:

@@ -7,7 +7,7 @@ rescales nothing, and needs neither the log-sum-exp nor the output in the backwa
 backward pass recomputes the probabilities from q and k; only q, k and v are saved.
 
 Short sequences use batched GEMMs over as many (sequence, group) pairs as fit into the cache. Long sequences use one
-GEMM per pair, because oneDNN is faster than torch's own matmul only for unbatched GEMMs (see ``gemm``).
+GEMM per pair, because oneDNN is faster than torch's own matmul only for unbatched GEMMs (see ``cpu_gemm``).
 
 Shapes: T tokens, N query heads, G key/value heads, Q = N / G query heads per group, D head dimension; L tokens of one
 sequence, B consecutive sequences of equal length, n pairs of a sequence and a group, R rows of one block, S columns
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from internlm.ops import gemm
+from internlm.ops.cpu import cpu_gemm
 from internlm.utils.torch_private import softmax_backward
 
 # Indices (sequence, kv group) of one pair, or slices of such indices for several pairs.
@@ -113,7 +113,7 @@ def _forward(plan: _Plan, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     for rows, cols in _blocks(plan):
         # Scaling q costs R · D multiplications, scaling the scores R · S.
         probs = _probs(_block(q, rows) * plan.scale, k[..., cols, :], rows, cols, plan)
-        _put(gemm.matmul(probs, v[..., cols, :]), out, rows)
+        _put(cpu_gemm.matmul(probs, v[..., cols, :]), out, rows)
 
 
 def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
@@ -128,12 +128,12 @@ def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
         block_q, block_dout = _block(q, rows) * plan.scale, _block(dout, rows).contiguous()
         block_k = k[..., cols, :]
         probs = _probs(block_q, block_k, rows, cols, plan)
-        dprobs = gemm.matmul(block_dout, v[..., cols, :].mT)
+        dprobs = cpu_gemm.matmul(block_dout, v[..., cols, :].mT)
         dscores = softmax_backward(dprobs, probs)
         # Not `sum_dv[...] += x`, which would also copy the slice onto itself.
-        sum_dv[..., cols, :].add_(gemm.matmul(probs.mT, block_dout))
-        sum_dk[..., cols, :].add_(gemm.matmul(dscores.mT, block_q))  # block_q includes the scale
-        _put(gemm.matmul(dscores, block_k).mul_(plan.scale), dq, rows)
+        sum_dv[..., cols, :].add_(cpu_gemm.matmul(probs.mT, block_dout))
+        sum_dk[..., cols, :].add_(cpu_gemm.matmul(dscores.mT, block_q))  # block_q includes the scale
+        _put(cpu_gemm.matmul(dscores, block_k).mul_(plan.scale), dq, rows)
     everything = slice(0, plan.padded)
     _put(sum_dk, dk, everything)
     _put(sum_dv, dv, everything)
@@ -141,7 +141,7 @@ def _backward(plan: _Plan, qkv: QKV, dout: Tensor, grads: QKV) -> None:
 
 def _probs(q: Tensor, k: Tensor, rows: slice, cols: slice, plan: _Plan) -> Tensor:
     """Compute the attention probabilities of a block from scaled q: [..., Q * R, D], [..., S, D] → [..., Q * R, S]."""
-    scores = gemm.matmul(q, k.mT)
+    scores = cpu_gemm.matmul(q, k.mT)
     size = rows.stop - rows.start
     by_head = scores.unflatten(-2, (-1, size))  # [..., Q, R, S]
     # Rows and columns end at the same token, so only the last R columns, the diagonal block, need the causal mask.
@@ -161,10 +161,10 @@ def _causal_bias(dtype: torch.dtype) -> Tensor:
 def _plan(q: Tensor, groups: int, run: EqualLengthRun, scale: float, window: int | None) -> _Plan:
     length, per_group = run.length, q.shape[1] // groups
     window = window if window is not None and window < length else None
-    if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and gemm.onednn_serves(q):
+    if per_group * length * length >= _SINGLE_WORK * torch.get_num_threads() and cpu_gemm.onednn_serves(q):
         rows = _ROWS_SINGLE if per_group == 1 else _ROWS_SINGLE // 2  # the heads of a group share a GEMM
         # Padding limits the number of shapes, because oneDNN compiles a kernel for each.
-        return _Plan(groups, 1, rows, length + -length % gemm.TOKEN_MULTIPLE, scale, window)
+        return _Plan(groups, 1, rows, length + -length % cpu_gemm.TOKEN_MULTIPLE, scale, window)
     together = max(2, _SCORES // (per_group * _ROWS * length))
     return _Plan(groups, together, _ROWS, length, scale, window)
 
@@ -187,7 +187,7 @@ def _blocks(plan: _Plan) -> Iterator[tuple[slice, slice]]:
     for start in range(0, plan.padded, plan.rows):
         end = min(start + plan.rows, plan.padded)
         first = 0 if plan.window is None else max(0, start - plan.window + 1)
-        yield slice(start, end), slice(first - first % gemm.TOKEN_MULTIPLE, end)
+        yield slice(start, end), slice(first - first % cpu_gemm.TOKEN_MULTIPLE, end)
 
 
 # -- conversion between the layout of the model, [T, heads, D], and that of a block
@@ -202,7 +202,7 @@ def _view(x: Tensor, run: EqualLengthRun, plan: _Plan) -> Tensor:
 def _take(x: Tensor, run: EqualLengthRun, pairs: Pairs, plan: _Plan) -> Tensor:
     """Select q, k or v of (sequence, kv group) pairs: [T, heads, D] → [n, heads / G, L, D], without n for one pair.
 
-    A single pair is padded with zeros to a multiple of ``gemm.TOKEN_MULTIPLE`` tokens. Padded keys come after all real
+    A single pair is padded with zeros to a multiple of ``TOKEN_MULTIPLE`` tokens. Padded keys come after all real
     tokens, so the causal mask hides them.
     """
     x = _view(x, run, plan)[pairs]
@@ -224,5 +224,5 @@ def _put(block: Tensor, target: Tensor, rows: slice) -> None:
 
 
 def _zeros(x: Tensor, plan: _Plan) -> Tensor:
-    """Create zeros like ``x``, [..., L, D], but in the memory layout in which ``gemm.matmul`` returns its result."""
+    """Create zeros like ``x``, [..., L, D], but in the memory layout in which ``matmul`` returns its result."""
     return torch.zeros_like(x) if plan.together > 1 else x.new_zeros(x.shape[::-1]).mT

@@ -1,0 +1,160 @@
+"""GEMMs of a linear layer on the CPU, by oneDNN or by torch's own BLAS as the table of kernels says.
+
+Shapes: T tokens, I input features, O output features; [M, K] @ [K, N] for a general matmul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internlm.accelerator import is_host
+from internlm.ops.cpu.kernel_choice import kernel_for
+from internlm.utils.torch_private import onednn_linear
+
+# oneDNN compiles (about 1 ms) and caches (about 0.5 MB) a kernel per shape, so the number of tokens, which may vary
+# from call to call, is padded to a multiple of this.
+TOKEN_MULTIPLE = 64
+# Number of multiply-adds below which oneDNN is slower: its calls have an overhead of 15 us, those of torch.mm 4 us.
+_LEAST_WORK = 2**20
+# Elements of one block of a weight gradient; bounds the memory of the temporary product.
+_BLOCK_ELEMENTS = 2**22
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``x @ weight.T``: [T, I], [O, I] → [T, O]."""
+    return LINEAR[_kernel("linear", x, weight.shape[0])](x, weight)
+
+
+def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``dy @ weight``: [T, O], [O, I] → [T, I]."""
+    return LINEAR[_kernel("grad_input", dy, weight.shape[1])](dy, weight.t())
+
+
+def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
+    """Compute ``out += dy.T @ x`` in place, or overwrite ``out``: [O, I], [T, O], [T, I]; ``out`` may be wider."""
+    if out.dtype == dy.dtype:
+        GRAD_WEIGHT[_kernel("grad_weight", dy, x.shape[1])](out, dy, x, accumulate)
+        return
+    kernel = "float32"
+    if (out.dtype, dy.dtype) == (torch.float32, torch.bfloat16):
+        kernel = kernel_for("grad_weight", "bfloat16", dy.numel() * x.shape[1])
+    WIDE_GRAD_WEIGHT[kernel](out, dy, x, accumulate)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a @ b``: [M, K], [K, N] → [M, N], optionally batched; ``a`` may be a transposed view.
+
+    A batched matmul is one BLAS call. Unbatched inputs should have few distinct shapes, because oneDNN caches a kernel
+    per shape.
+    """
+    if a.dim() > 2:
+        return torch.bmm(a, b)
+    if _kernel("linear", a, b.shape[1]) == "torch":
+        return torch.mm(a, b)
+    return _onednn(a, b.t()) if a.stride(1) == 1 else _transposed_product(a.t(), b)
+
+
+def onednn_serves(x: Tensor) -> bool:
+    """Return whether oneDNN supports the dtype and device of ``x``."""
+    return (
+        x.dtype == torch.float32
+        and is_host(x)
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _kernel(operation: str, left: Tensor, columns: int) -> str:
+    work = left.numel() * columns
+    if work < _LEAST_WORK or not onednn_serves(left):
+        return "torch"
+    return kernel_for(operation, "float32", work)
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+def _torch_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t())
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return _onednn(_pad_tokens(x), weight)[: x.shape[0]]
+
+
+def _torch_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
+    out.addmm_(dy.t(), x, beta=int(accumulate))
+
+
+def _onednn_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
+    _by_blocks(out, dy, lambda columns: _transposed_product(columns, x), accumulate)
+
+
+def _converted_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
+    wide_x = x.to(out.dtype)
+    _by_blocks(out, dy, lambda columns: torch.mm(columns.t().to(out.dtype), wide_x), accumulate)
+
+
+def _bf16_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
+    """Multiply in bfloat16, sum in float32, and do not round the result.
+
+    ``torch.mm`` cannot return float32 from bfloat16 factors on the CPU. So the factors are widened, and oneDNN is
+    allowed to multiply float32 factors in bfloat16, to which it converts them back without an error.
+    """
+    onednn: Any = torch.backends.mkldnn  # its settings have no type stubs
+    settings = onednn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        out.addmm_(dy.t().to(out.dtype), x.to(out.dtype), beta=int(accumulate))
+    finally:
+        settings.fp32_precision = before
+
+
+#: Kernels by name: ``x @ weight.T``, ``out (+)= dy.T @ x``, and the latter with a wider ``out``.
+LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"onednn": _onednn_linear, "torch": _torch_linear}
+GRAD_WEIGHT: dict[str, Callable[[Tensor, Tensor, Tensor, bool], None]] = {
+    "onednn": _onednn_grad_weight,
+    "torch": _torch_grad_weight,
+}
+WIDE_GRAD_WEIGHT: dict[str, Callable[[Tensor, Tensor, Tensor, bool], None]] = {
+    "float32": _converted_grad_weight,
+    "bfloat16": _bf16_grad_weight,
+}
+
+
+# -- parts of kernels -------------------------------------------------------------------------------------------------
+def _by_blocks(out: Tensor, dy: Tensor, product: Callable[[Tensor], Tensor], accumulate: bool) -> None:
+    """Add ``product(columns of dy)`` to the rows of ``out``, block by block, or overwrite them."""
+    # These products cannot add to their output; blocks bound the size of the temporary.
+    rows = max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // out.shape[1])
+    for block, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
+        if accumulate:
+            block.add_(product(columns))
+        else:
+            block.copy_(product(columns))
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a @ b.T``: [M, K], [N, K] → [M, N]; a transposed ``a`` is copied, a transposed ``b`` is not."""
+    if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
+        b = b.contiguous()
+    return onednn_linear(a, b)
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a.T @ b``: [K, M], [K, N] → [M, N], copying ``a`` or ``b`` in transposed order, whichever costs less.
+
+    If ``b`` is copied, the result is a transposed view; the cost of copying ``b`` includes that of reading this view.
+    """
+    a, b = _pad_tokens(a), _pad_tokens(b)
+    if a.numel() <= b.numel() + a.shape[1] * b.shape[1]:
+        return _onednn(a.t(), b.t())
+    return _onednn(b.t(), a.t()).t()
+
+
+def _pad_tokens(x: Tensor) -> Tensor:
+    surplus = -x.shape[0] % TOKEN_MULTIPLE
+    return F.pad(x, (0, 0, 0, surplus)) if surplus else x
