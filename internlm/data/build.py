@@ -10,6 +10,8 @@ from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.packing import PackingLayout, RowShape, TrainRows, ValidRows
 from internlm.data.sources import OneType, RandomSource, SampleSource
 from internlm.data.tokenized_source import TokenizedSource
+from internlm.utils.errors import DataError, Problem, first_of_all_ranks
+from internlm.utils.logger import get_logger
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200
@@ -36,7 +38,7 @@ def build_train_loader(
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
-        source = _tokenized(data, data.train_folder, vocab_size)
+        source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
     plan = BatchPlan(
         micro_num=data.micro_num,
         data_size=replica.size,
@@ -64,10 +66,10 @@ def build_valid_loaders(
         loader of random samples. If only ``train_folder`` is set: no loader.
 
     Raises:
-        DataError: ``valid_folder`` is missing, or a file in it is damaged.
+        DataError: ``valid_folder`` is missing, a file in it is damaged, or ``min_length`` leaves no sample of a type.
     """
     if data.valid_folder is not None:
-        source: SampleSource = _tokenized(data, data.valid_folder, vocab_size)
+        source: SampleSource = _tokenized_valid(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
         # Another seed than that of training: validation on training samples would measure memorisation.
         fixed = data.fixed_random_dataset_seqlen
@@ -95,6 +97,19 @@ def row_shape(data: DataConfig) -> RowShape:
     return RowShape(data.seq_len, data.micro_bsz, layout)
 
 
-def _tokenized(data: DataConfig, folder: str, vocab_size: int) -> TokenizedSource:
+def _tokenized_valid(data: DataConfig, folder: str, vocab_size: int) -> TokenizedSource:
+    source = _tokenized(data, "data.valid_folder", folder, vocab_size)
+    if source.emptied_types:
+        what = f"{data.min_length} leaves no sample of the dataset type {source.emptied_types[0]!r} in {folder}"
+        raise DataError(Problem("data.min_length", what, "Lower it, or remove the folder of this type"))
+    return source
+
+
+def _tokenized(data: DataConfig, key: str, folder: str, vocab_size: int) -> TokenizedSource:
     cache_folder = data.shm_path if data.use_shm else None
-    return TokenizedSource(folder.removeprefix("local:"), data.min_length, vocab_size, cache_folder)
+    source = TokenizedSource(folder.removeprefix("local:"), data.min_length, vocab_size, cache_folder)
+    if source.dropped and first_of_all_ranks(f"samples dropped: {key}"):
+        every = source.dropped + len(source.lengths)
+        short = f"{source.dropped} of {every} samples have fewer than data.min_length = {data.min_length} tokens"
+        get_logger().info(f"{key}: {short} and are dropped")
+    return source

@@ -1,10 +1,10 @@
-"""Index of a folder of tokenized files: the file, byte offset and token count of each sample.
+"""Index of a folder of tokenized files: the file, byte range and token count of each sample.
 
 A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
 2] of byte offset and token count). The index joins all ``.meta`` arrays into one table, cached in a file, so that the
 next start need not read them again. The table is memory-mapped, so the processes of one machine share its memory.
 
-Shapes: N samples in all files together.
+Shapes: N samples in all files together, without those that are too short.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import numpy as np
 from internlm.utils.errors import DataError, Problem
 from internlm.utils.logger import get_logger
 
-VERSION = 1
+VERSION = 2
 CACHE_NAME = ".internlm_index.npy"
+DROPPED = (2, 0)  # entry of the cached table with the number of dropped samples
 REMAKE = "Recreate the .bin and .bin.meta files with `internlm tokenize`"
 # Bounds of a plausible .meta, checked without reading the .bin: the least and the most bytes of a token (a digit and a
 # comma; a sign, 19 digits, a comma and blanks), and the most bytes of a line besides its tokens.
@@ -52,12 +53,14 @@ class DataFile(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Index of all samples: the file, byte offset and token count of each, grouped by file."""
+    """Index of all samples, grouped by file."""
 
     files: list[DataFile]
     offsets: np.ndarray  # [N] int64, byte offset in the file, ascending within a file
     lengths: np.ndarray  # [N] int64, tokens
     file_ids: np.ndarray  # [N] int64, index into files
+    sizes: np.ndarray  # [N] int64, bytes of the line
+    dropped: int  # number of samples that are too short
 
 
 def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Index:
@@ -65,7 +68,7 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
 
     Args:
         folder: Root folder of the ``.bin`` files.
-        min_length: Minimum number of samples in a file; files with fewer samples are ignored.
+        min_length: Minimum number of tokens in a sample; shorter samples are dropped.
         cache_folder: Folder of the cached table; None: ``folder`` itself.
 
     Raises:
@@ -82,14 +85,16 @@ def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Inde
         table = _store(cache, key, _build(files, min_length))
     if not (table[1, 1:] > 1).any():  # a sample of one token has no label
         raise DataError(_nothing_left(folder, files, min_length))
-    return Index(files, *np.asarray(table)[:, 1:])
+    offsets, lengths, file_ids, sizes = np.asarray(table)[:, 1:]
+    return Index(files, offsets, lengths, file_ids, sizes, int(table[DROPPED]))
 
 
 def find_files(folder: Path) -> list[DataFile]:
     """Return all ``.bin`` files under ``folder``, sorted by their path relative to ``folder``.
 
     Raises:
-        DataError: The folder is missing, contains no ``.bin`` file, or a ``.bin`` file has no ``.meta``.
+        DataError: The folder is missing, contains no ``.bin`` file, a ``.bin`` file has no ``.meta``, or the name of a
+            dataset type has control characters.
     """
     if not folder.is_dir():
         todo = "Set data.train_folder or data.valid_folder to an existing folder"
@@ -98,6 +103,9 @@ def find_files(folder: Path) -> list[DataFile]:
     if not paths:
         raise DataError(Problem(str(folder), "contains no .bin file", "Create one with `internlm tokenize`"))
     files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
+    if garbled := [file for file in files if not file.type_name.isprintable()]:
+        what = f"the folder {garbled[0].type_name!r}, which names a dataset type, has control characters in its name"
+        raise DataError(Problem(str(folder), what, "Rename it"))
     if lonely := [file for file in files if not file.meta.is_file()]:
         raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
     return files
@@ -117,16 +125,23 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """Build the table of the index, int64 [3, 1 + N], with rows of byte offsets, token counts and file ids.
+    """Build the table of the index, int64 [4, 1 + N], with rows of byte offsets, token counts, file ids and line sizes.
 
-    Column 0 is left empty for the key and the checksum of the cached table.
+    Column 0 has room for the key and the checksum of the cached table, and has the number of dropped samples.
     """
-    columns = [np.zeros((3, 1), np.int64)]
+    columns, dropped = [np.zeros((4, 1), np.int64)], 0
     for file_id, file in enumerate(files):
-        meta = read_meta(file)
-        if len(meta) >= min_length:
-            columns.append(np.vstack([meta.T, np.full(len(meta), file_id)]))
+        offsets, lengths = read_meta(file).T
+        samples = np.vstack([offsets, lengths, np.full_like(offsets, file_id), _line_sizes(file, offsets)])
+        long_enough = lengths >= min_length
+        columns.append(samples[:, long_enough])
+        dropped += int(np.count_nonzero(~long_enough))
+    columns[0][DROPPED[0]] = dropped
     return np.ascontiguousarray(np.concatenate(columns, axis=1))
+
+
+def _line_sizes(file: DataFile, offsets: np.ndarray) -> np.ndarray:
+    return np.diff(offsets, append=file.size)
 
 
 def read_meta(file: DataFile) -> np.ndarray:
@@ -138,9 +153,9 @@ def read_meta(file: DataFile) -> np.ndarray:
     Raises:
         DataError: The ``.meta`` is not an integer array of this shape, or does not match the ``.bin``.
     """
-    meta = _open_meta(file.meta)
+    meta = open_meta(file.meta)
     offsets, lengths = meta[:, 0], meta[:, 1]
-    sizes = np.diff(offsets, append=file.size)
+    sizes = _line_sizes(file, offsets)
     wrong = (offsets < 0) | (sizes < 1) | (sizes < LEAST_BYTES * lengths) | (sizes > MOST_BYTES * lengths + MOST_EXTRA)
     wrong |= (lengths < 0) | (lengths > file.size)
     if wrong.any():
@@ -166,7 +181,12 @@ def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
     return b"\n" not in line and line.endswith(b"}")
 
 
-def _open_meta(path: Path) -> np.ndarray:
+def open_meta(path: Path) -> np.ndarray:
+    """Read a ``.meta`` without comparing it with its ``.bin``: int64 [samples, 2].
+
+    Raises:
+        DataError: It is missing, or not an integer array of this shape.
+    """
     # np.load can unpickle object arrays, and allocates any size that a forged header declares. open_memmap does
     # neither.
     try:
@@ -181,16 +201,17 @@ def _open_meta(path: Path) -> np.ndarray:
 
 
 def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Problem:
-    largest = max(len(read_meta(file)) for file in files)
-    if largest < min_length:
-        what = f"all {len(files)} files have fewer samples than data.min_length = {min_length} (the largest: {largest})"
-        return Problem(str(folder), what, f"Set data.min_length to at most {largest}")
+    longest = max((int(read_meta(file)[:, 1].max(initial=0)) for file in files), default=0)
+    if 1 < longest < min_length:
+        what = f"all samples have fewer tokens than data.min_length = {min_length} (the longest: {longest})"
+        return Problem(str(folder), what, f"Set data.min_length to at most {longest}")
     what = f"its {len(files)} .bin files contain no sample of two or more tokens"
     todo = "Check the source texts, then recreate the .bin and .bin.meta files with `internlm tokenize`"
     return Problem(str(folder), what, todo)
 
 
-# -- cached table. Column 0 is the seal: the digest of names, sizes and times, and a checksum of the other columns.
+# -- cached table. Column 0 is the seal: the digest of names, sizes and times, a checksum of the other columns, and the
+# -- number of dropped samples.
 
 
 def _digest(*parts: object) -> int:
@@ -210,7 +231,7 @@ def _load(path: Path, key: int) -> np.ndarray | None:
         table = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError):
         return None
-    fits = table.dtype == np.int64 and table.ndim == 2 and table.shape[0] == 3 and table.shape[1] >= 1
+    fits = table.dtype == np.int64 and table.ndim == 2 and table.shape[0] == 4 and table.shape[1] >= 1
     return table if fits and table[0, 0] == key and table[1, 0] == _checksum(table) else None
 
 

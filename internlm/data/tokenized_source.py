@@ -9,12 +9,13 @@ import functools
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from internlm.data.index import REMAKE, DataFile, open_index
+from internlm.data.index import REMAKE, DataFile, open_index, open_meta
 from internlm.utils.errors import DataError, Problem
 
 OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets of the process groups share
@@ -28,7 +29,7 @@ class TokenizedSource:
 
     Args:
         folder: Root folder of the tree.
-        min_length: Minimum number of samples in a file; files with fewer samples are ignored.
+        min_length: Minimum number of tokens in a sample; shorter samples are dropped.
         vocab_size: Exclusive upper bound of the token ids.
         cache_folder: Folder of the cached index; None: ``folder`` itself.
 
@@ -39,12 +40,15 @@ class TokenizedSource:
     def __init__(self, folder: str, min_length: int, vocab_size: int, cache_folder: str | None = None) -> None:
         self._vocab_size = vocab_size
         self._index = open_index(Path(folder), min_length, Path(cache_folder) if cache_folder else None)
+        self.dropped = self._index.dropped
         # Plain reads rather than a memory map: truncating a file kills a process that has mapped it (SIGBUS), while a
         # read returns too few bytes. A file that leaves this cache is closed once no thread is reading it any more.
         self._open = functools.lru_cache(OPEN_FILES)(_open)
         self.lengths = self._index.lengths  # [N]
         used = np.unique(self._index.file_ids)
         self.types = sorted({self._index.files[i].type_name for i in used})
+        #: Dataset types that ``min_length`` leaves without a sample.
+        self.emptied_types = sorted({file.type_name for file in self._index.files if file.size} - set(self.types))
         type_of_file = np.zeros(len(self._index.files), np.int16)
         for i in used:
             type_of_file[i] = self.types.index(self._index.files[i].type_name)
@@ -74,7 +78,7 @@ class TokenizedSource:
         digest = hashlib.blake2b(digest_size=16)
         # Names and sizes, not paths and modification times: a copy of the data has the same fingerprint.
         digest.update(json.dumps([file[1:3] for file in self._index.files]).encode())
-        for column in self._index[1:]:
+        for column in (self._index.offsets, self._index.lengths, self._index.file_ids):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
@@ -83,10 +87,7 @@ class TokenizedSource:
 
     def _line(self, sample: int) -> bytes:
         """Read the bytes of a sample, and check that the file has not changed since it was indexed."""
-        _, offsets, _, file_ids = self._index
-        file, offset = self._file(sample), int(offsets[sample])
-        last = sample + 1 == len(offsets) or file_ids[sample + 1] != file_ids[sample]
-        size = (file.size if last else int(offsets[sample + 1])) - offset
+        file, offset, size = self._file(sample), int(self._index.offsets[sample]), int(self._index.sizes[sample])
         try:
             stream = self._open(file.path)
             stat = os.fstat(stream.fileno())  # of the open file: detects a replaced file of the same name
@@ -111,10 +112,17 @@ class TokenizedSource:
         return tokens.astype(np.int64, copy=False)
 
     def _error(self, sample: int, what: str, todo: str) -> DataError:
-        file_ids = self._index.file_ids
-        row = sample - int(np.searchsorted(file_ids, file_ids[sample]))
+        row = self._row(sample)
         where = f"{self._file(sample).path}:{row + 1} (sample {row}, byte {self._index.offsets[sample]})"
         return DataError(Problem(where, what, todo))
+
+    def _row(self, sample: int) -> int:
+        """Return the row of a sample in its file, in which samples that are too short count too."""
+        file_ids = self._index.file_ids
+        if self.dropped:
+            with suppress(DataError):  # a .meta that was removed since
+                return int(np.searchsorted(open_meta(self._file(sample).meta)[:, 0], self._index.offsets[sample]))
+        return sample - int(np.searchsorted(file_ids, file_ids[sample]))
 
 
 def _open(path: Path) -> BinaryIO:

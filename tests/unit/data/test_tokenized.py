@@ -45,10 +45,27 @@ def test_samples_lie_in_the_order_of_the_names(folder: Path) -> None:
     assert [source.types[i] for i in source.type_ids] == ["cn", "en", "en", "en", "default"]
 
 
-def test_files_of_few_samples_are_left_out(folder: Path) -> None:
+def test_samples_of_few_tokens_are_dropped_and_counted(folder: Path) -> None:
+    write_bin(folder / "en/b.bin", [[1], [1, 2, 3], [4], [5, 6]])
     source = opened(folder, min_length=2)
-    assert all_samples(source) == [[1, 2, 3], [4]]
-    assert source.types == ["en"]
+    assert all_samples(source) == [[7, 8, 9, 10], [5, -6], [1, 2, 3], [5, 6]]
+    assert (source.types, source.emptied_types, source.dropped) == (["cn", "en"], ["default"], 3)
+    again = opened(folder, min_length=2)  # from the kept index
+    assert (again.dropped, again.fingerprint()) == (3, source.fingerprint())
+    assert opened(folder).fingerprint() != source.fingerprint()
+
+
+def test_a_damaged_line_is_counted_with_the_dropped_ones(tmp_path: Path) -> None:
+    write_bin(tmp_path / "x.bin", [[1, 2], [9], [3, 4], [5, VOCAB]])
+    with pytest.raises(DataError, match=r"x\.bin:4 \(sample 3, byte 54\): contains token 100"):
+        all_samples(opened(tmp_path, min_length=2))
+
+
+def test_a_type_name_with_control_characters_is_refused(tmp_path: Path) -> None:
+    write_bin(tmp_path / "e\nn" / "x.bin", [[1, 2]])
+    assert "the folder 'e\\nn', which names a dataset type, has control characters in its name. Rename it" in error_of(
+        tmp_path
+    )
 
 
 def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -154,7 +171,8 @@ def test_all_missing_metas_are_named(folder: Path) -> None:
 
 def test_all_samples_filtered_out(folder: Path) -> None:
     said = error_of(folder, min_length=5)
-    assert "all 4 files have fewer samples than data.min_length = 5 (the largest: 2)" in said
+    assert "all samples have fewer tokens than data.min_length = 5 (the longest: 4)" in said
+    assert said.endswith("Set data.min_length to at most 4")
 
 
 def test_nothing_but_empty_samples(tmp_path: Path) -> None:
