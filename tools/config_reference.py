@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from internlm.config import keys, legacy, support
+from internlm.config import foreign, keys, legacy, support
 from internlm.config.resolve import DERIVATIONS
 
 PAGE = Path(__file__).parent.parent / "doc" / "config.md"
@@ -75,11 +75,20 @@ def _compact(value: Any) -> str:
 def _old_spellings() -> Iterator[str]:
     yield "### Old spellings\n"
     short = [(f"`{section} = 2`", f"`{section} = dict({key}=2)`") for section, key in legacy.SHORT_FORMS.items()]
-    renamed = [(f"`{old}`", f"`{new}`") for old, new in legacy.RENAMED.items()]
-    removed = [(f"`{key}`", f"an error. {todo}") for key, todo in legacy.REMOVED.items()]
-    ignored = [(f"`{key}`", f"ignored: {reason}") for key, reason in legacy.IGNORED.items()]
+    renamed = [
+        (f"`{old} = True`", f"`{new.key} = {new.convert(True)}`") if new.convert(True) is not True
+        else (f"`{old}`", f"`{new.key}`")
+        for old, new in legacy.RENAMED.items()
+    ]  # fmt: skip
+    removed = [
+        (f"`{key}`", f"ignored beside `{foreign.LOAD_INFO}`, or if it names the save folder; else an error. {todo}")
+        for key, todo in foreign.OLD_LOAD_KEYS.items()
+    ]
     flag = [(f"`{legacy.SEQUENCE_PARALLEL}`", "dropped: it follows from the mode; `True` without a mode means msp")]
-    yield from _table(("written", "read as"), short + renamed + flag + ignored + removed)
+    dtypes = [(f"`model.dtype = {name!r}`", f"`{dtype}`") for name, dtype in legacy.DTYPES.items()]
+    yield from _table(("written", "read as"), short + renamed + flag + dtypes + removed)
+    yield "These keys are ignored, with a warning if their value asks for something:\n"
+    yield from _table(("key", "why it has no effect"), [(f"`{row.key}`", row.reason) for row in foreign.IGNORED])
 
 
 def _not_available() -> Iterator[str]:
@@ -89,6 +98,10 @@ def _not_available() -> Iterator[str]:
         (f"`{key}`", ", ".join(f"`{value!r}`" for value in values)) for key, values in support.SUPPORTED_VALUES.items()
     ]
     yield from _table(("key", "values that run"), supported)
+    yield "It also refuses these keys, unless their value asks for nothing:\n"
+    yield from _table(("key", "missing feature"), [(f"`{row.key}`", row.feature) for row in foreign.MISSING])
+    types = ", ".join(f"`{name}`" for name in support.MISSING_TYPES)
+    yield f"and these model types, unless a script registers one of the name: {types}.\n"
     yield "These keys are accepted, with a warning, and have no effect yet:\n"
     yield from _table(("key", "what happens"), [(f"`{row.key}`", row.instead) for row in support.NO_EFFECT])
     yield "These keys have no effect, since the feature of the other key is not available yet:\n"

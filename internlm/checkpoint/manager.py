@@ -113,8 +113,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: A rank cannot write.
         """
-        every = self.config.checkpoint_every
-        due = force or state.step == self.total_steps or (every is not None and state.step % every == 0)
+        every = self.config.checkpoint_every  # None or 0: only the last step
+        due = force or state.step == self.total_steps or bool(every and state.step % every == 0)
         # A signal may force a save of the step that was just saved on schedule.
         if not (due and self.config.enable_save_ckpt) or state.step == self.last_saved:
             return False

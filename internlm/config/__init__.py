@@ -8,4 +8,5 @@ from internlm.config.resolve import Resolved as Resolved
 from internlm.config.resolve import load_config as load_config
 from internlm.config.resolve import resolve as resolve
 from internlm.config.schema import Config as Config
+from internlm.config.support import check_registered as check_registered
 from internlm.config.support import check_runnable as check_runnable

@@ -81,9 +81,20 @@ def is_of_list(key: str) -> bool:
     return section is not None and get_origin(section.annotation) is tuple
 
 
+def takes(key: str, value_type: type) -> bool:
+    """Return whether ``key`` accepts values of ``value_type``: bool, int, float, str or ``NoneType``."""
+    annotation = fields()[key].annotation
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return value_type in map(_without_bounds, alternatives)
+
+
 def takes_none(key: str) -> bool:
     """Return whether ``key`` accepts None."""
-    return NoneType in get_args(fields()[key].annotation)
+    return takes(key, NoneType)
+
+
+def _without_bounds(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def expected(key: str) -> str:
@@ -103,7 +114,7 @@ def _in_words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> st
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         # Bounds of ``Annotated[int, Field(ge=1)]`` lie in the metadata of its Field.
-        return _in_words(arguments[0], [bound for field in arguments[1:] for bound in field.metadata])
+        return _in_words(arguments[0], [bound for field in arguments[1:] for bound in getattr(field, "metadata", ())])
     if origin in (Union, UnionType):
         return ", or ".join(_in_words(argument) for argument in arguments)
     if origin is Literal:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from internlm.config import keys
+from internlm.config.foreign import (
+    FOREIGN_KEYS,
+    OLD_LOAD_KEYS,
+    Findings,
+    drop_foreign_keys,
+    drop_old_load_keys,
+)
 from internlm.config.nested_dict import ABSENT, NestedDict, get, pop, put
 from internlm.utils.errors import Problem
 
@@ -20,41 +28,41 @@ SHORT_FORMS = {
     "parallel.expert_weight": "size",
 }
 
-#: Map from the old name of a renamed key to its current name.
-RENAMED = {"model.moe_gate_k": "model.top_k"}
 
-#: Map from a removed key to the advice in the error message.
-REMOVED = {
-    "data.packed_length": "Remove it: it is always seq_len · micro_bsz",
-    "ckpt.load_ckpt_folder": "Set ckpt.load_ckpt_info = dict(path=..., content=('all',))",
-    "ckpt.load_model_only_folder": "Set ckpt.load_ckpt_info = dict(path=..., content=('model',))",
-    "moe": "Set model.num_experts and model.top_k, and other settings in model.moe_layer_kwargs",
-    "generation": "Remove it: a training config has no generation settings",
+def _same(value: Any) -> Any:
+    return value
+
+
+def _inverse(value: Any) -> Any:
+    return not value if isinstance(value, bool) else value
+
+
+class NewName(NamedTuple):
+    """Current name of a renamed key, and the function that converts a value of the old key."""
+
+    key: str
+    convert: Callable[[Any], Any] = _same
+
+
+#: Map from the old name of a renamed key to its current name.
+RENAMED = {
+    "model.moe_gate_k": NewName("model.top_k"),
+    "model.adapt_hf": NewName("model.qk_interleaved", _inverse),
+    "data.gradient_accumulation": NewName("data.micro_num"),
+    "hybrid_zero_optimizer.zero_overlap_communication": NewName("hybrid_zero_optimizer.overlap_sync_grad"),
 }
 
-#: Map from an ignored key to the reason why ignoring it does not change the results.
-# An error for these keys would reject existing configs without need.
-IGNORED = {"metric_dtype": "metrics are always computed in float32"}
-
 SEQUENCE_PARALLEL = "parallel.sequence_parallel"
-OLD_KEYS = frozenset({*RENAMED, *REMOVED, *IGNORED, SEQUENCE_PARALLEL})
-
-
-@dataclass
-class Findings:
-    """Problems and warnings that :func:`normalise` found."""
-
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+OLD_KEYS = frozenset({*RENAMED, *OLD_LOAD_KEYS, *FOREIGN_KEYS, SEQUENCE_PARALLEL})
 
 
 def normalise(config: NestedDict, findings: Findings) -> None:
-    """Replace old spellings in ``config`` in place, and append problems and warnings to ``findings``. Idempotent."""
+    """Replace old spellings in ``config`` in place, and record what was found in ``findings``. Idempotent."""
     # Expand short forms first: the other steps read keys within the expanded sections.
     _expand_short_forms(config)
     _rename(config, findings)
-    _refuse_removed(config, findings)
-    _drop_ignored(config, findings)
+    drop_foreign_keys(config, findings)
+    drop_old_load_keys(config, findings)
     _drop_sequence_parallel(config, findings)
     _respell_values(config)
     _drop_unset(config)
@@ -70,25 +78,16 @@ def _expand_short_forms(config: NestedDict) -> None:
 def _rename(config: NestedDict, findings: Findings) -> None:
     for old, new in RENAMED.items():
         value = pop(config, old)
-        if value is ABSENT:
+        if value is ABSENT or value is None:
             continue
-        if get(config, new, ABSENT) is not ABSENT:
-            what = f"given together with its new name: {old} = {value!r}, {new} = {get(config, new)!r}"
-            findings.problems.append(Problem(old, what, f"Remove {old}"))
+        current, value = get(config, new.key), new.convert(value)
+        if current is None:
+            put(config, new.key, value)
+        elif current == value:
+            findings.ignore(old, f"the old name of {new.key}")
         else:
-            put(config, new, value)
-
-
-def _refuse_removed(config: NestedDict, findings: Findings) -> None:
-    for key, todo in REMOVED.items():
-        if pop(config, key) is not ABSENT:
-            findings.problems.append(Problem(key, "this key is deprecated and no longer read", todo))
-
-
-def _drop_ignored(config: NestedDict, findings: Findings) -> None:
-    for key, reason in IGNORED.items():
-        if pop(config, key) is not ABSENT:
-            findings.warnings.append(f"{key}: ignored, {reason}")
+            what = f"contradicts its new name: it means {new.key} = {value!r}, but {new.key} = {current!r}"
+            findings.problems.append(Problem(old, what, f"Remove {old}"))
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
@@ -124,18 +123,35 @@ def _respell_values(config: NestedDict) -> None:
 
 
 def _drop_unset(config: NestedDict) -> None:
-    """Remove every key that is None although the schema does not accept None for it; such a key counts as not set."""
-    for key in keys.fields():
-        if get(config, key, ABSENT) is None and not keys.takes_none(key):
+    """Remove keys that are not set: None where the schema does not accept it, and False where it is the default 0."""
+    for key, field in keys.fields().items():
+        value = get(config, key, ABSENT)
+        off = value is False and not keys.takes(key, bool) and not field.default
+        if off or (value is None and not keys.takes_none(key)):
             pop(config, key)
 
 
+#: Short names of dtypes, as other programs and command lines spell them.
+DTYPES = {
+    "bf16": "torch.bfloat16",
+    "fp16": "torch.float16",
+    "half": "torch.float16",
+    "fp32": "torch.float32",
+    "float": "torch.float32",
+    "fp64": "torch.float64",
+    "double": "torch.float64",
+}
+
+
 def _dtype_name(value: Any) -> Any:
-    """Convert a ``torch.dtype`` to its name, and the name ``"torch.half"`` to ``"torch.float16"``."""
+    """Convert a ``torch.dtype``, or a name such as ``"bf16"`` or ``"torch.half"``, to the name in the schema."""
     # Compared by name, so that this package does not import torch.
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         value = str(value)
-    return "torch.float16" if value == "torch.half" else value
+    if not isinstance(value, str):
+        return value
+    name = value.lower().removeprefix("torch.")
+    return DTYPES.get(name, f"torch.{name}" if name in ("bfloat16", "float16", "float32", "float64", "tf32") else value)
 
 
 def _upper(value: Any) -> Any:
@@ -153,13 +169,32 @@ def _list_as_tuple(value: Any) -> Any:
 
 
 def _batch_list(value: Any) -> Any:
-    """Convert batch numbers to a string, since ``--set`` parses ``7`` as an int and ``1,5`` as a tuple."""
+    """Convert batch numbers, such as ``7`` or ``(1, 5)``, to a string."""
     batches = value if isinstance(value, (tuple, list)) else [value]
     return ",".join(map(str, batches)) if all(type(batch) is int for batch in batches) else value
 
 
+def _unset_if_zero(value: Any) -> Any:
+    return None if value == 0 else value
+
+
+def _interval(value: Any) -> Any:
+    """Convert an infinite interval to 0, which means the last step only."""
+    return 0 if value == math.inf else value
+
+
+#: Keys whose value 0 asks for the default, although it is not in the range of the key.
+UNSET_BY_ZERO = (
+    "data.valid_micro_num",
+    "hybrid_zero_optimizer.all_gather_size",
+    "hybrid_zero_optimizer.reduce_bucket_size",
+    "model.num_experts",
+    "model.sliding_window",
+    "model.top_k",
+)
+
 #: Map from a key to the function that converts old spellings of its value.
-RESPELLED = {
+RESPELLED: dict[str, Callable[[Any], Any]] = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,
     "parallel.pipeline.partition": _list_as_tuple,
@@ -167,4 +202,6 @@ RESPELLED = {
     "model.dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,
     "ckpt.load_ckpt_info.content": _as_tuple,
+    "ckpt.checkpoint_every": _interval,
+    **dict.fromkeys(UNSET_BY_ZERO, _unset_if_zero),
 }

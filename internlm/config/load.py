@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from internlm.config import keys
 from internlm.config.legacy import OLD_KEYS, RENAMED
 from internlm.config.messages import belongs_elsewhere
-from internlm.config.nested_dict import NestedDict, plain, put
+from internlm.config.nested_dict import NestedDict, plain, put, within
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
 #: Type of the object that ``from __future__ import annotations`` binds in a file.
@@ -49,14 +49,26 @@ def load_file(path: str | Path) -> NestedDict:
         exec(code, namespace)
     except (Exception, SystemExit) as error:  # any exception that the file raises is an error in the file
         raise ConfigError(_failure(path, error)) from None
-    return {name: plain(value) for name, value in namespace.items() if _is_config_key(name, value)}
+    return from_mapping({name: value for name, value in namespace.items() if not _is_tool(name, value)})
 
 
-def _is_config_key(name: str, value: Any) -> bool:
-    if name in UPPER_CASE_KEYS:
-        return True
-    own = name.startswith("_") or name.isupper()
-    return not own and not callable(value) and not isinstance(value, (ModuleType, FUTURE))
+def from_mapping(mapping: Mapping[str, Any]) -> NestedDict:
+    """Return the config keys of ``mapping``, copied; UPPER_CASE names and names with a leading underscore are left out.
+
+    Raises:
+        ConfigError: A dict contains itself, or a key is not a string.
+    """
+    return {name: value for name, value in plain(mapping).items() if name in UPPER_CASE_KEYS or not _is_own(name)}
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("_") or name.isupper()
+
+
+def _is_tool(name: str, value: Any) -> bool:
+    """Return whether a name of a file is a module, a function or a class, or one that Python itself has set."""
+    own = _is_own(name) and name not in UPPER_CASE_KEYS
+    return own or callable(value) or isinstance(value, (ModuleType, FUTURE))
 
 
 def _read(path: Path) -> bytes:
@@ -101,16 +113,21 @@ def _failure(path: Path, error: BaseException) -> Problem:
 
 # -- overrides --------------------------------------------------------------------------------------------------------
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``"a.b=c"`` into key and value; a value that is not a Python literal stays a string.
+    """Split ``"a.b=c"`` into key and value.
+
+    The value is parsed as a Python literal. It stays a string if it is none, or if the key takes a string.
 
     Raises:
         ValueError: ``text`` has no ``=``, or its dotted key has an empty part.
     """
     key, equals, value = text.partition("=")
-    key = key.strip()
+    key, value = key.strip(), value.strip()
     if not equals or not all(key.split(".")):
         raise ValueError(f"expected KEY=VALUE, got {text!r}")
-    return key, _literal_or_text(value.strip())
+    literal = _literal_or_text(value)
+    if literal is None or isinstance(literal, str):
+        return key, literal
+    return key, value if key in keys.fields() and keys.takes(key, str) else literal
 
 
 def _literal_or_text(text: str) -> Any:
@@ -137,11 +154,16 @@ def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list
     for text in overrides:
         try:
             key, value = parse_override(text)
+            value = plain(value, key)
         except ValueError as error:
             problems.append(Problem(OPTION, str(error), "Example: --set model.num_layers=4"))
             continue
+        except ConfigError as error:
+            problems += error.problems
+            continue
         # Renamed keys are set under their new names; other old spellings are normalised afterwards.
-        key = RENAMED.get(key, key)
+        if key in RENAMED:
+            key, value = RENAMED[key].key, RENAMED[key].convert(value)
         if _is_known(key):
             put(config, key, value)
             done.add(key)
@@ -152,7 +174,7 @@ def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list
 
 def _is_known(key: str) -> bool:
     section, _, _ = key.rpartition(".")
-    return key in keys.fields() or key in OLD_KEYS or keys.is_free_dict(section)
+    return key in keys.fields() or within(key, OLD_KEYS) or keys.is_free_dict(section)
 
 
 def _suggestion(key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ UNKNOWN = "extra_forbidden"
 MISSING = "missing"
 BAD_NAME = "invalid_key"
 UNKNOWN_CHOICE = "literal_error"
+BAD_PATH = "value_error"
 
 #: Map from pydantic's error types for out-of-range values of an accepted type to the text of the message.
 OUT_OF_RANGE = {
@@ -23,6 +24,24 @@ OUT_OF_RANGE = {
     **dict.fromkeys(
         ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short"), "out of range"
     ),
+}
+
+#: Map from names that other programs use to the keys of this one.
+SYNONYMS = {
+    **dict.fromkeys(("batch_size", "micro_batch_size"), ("data.micro_bsz", "data.micro_num")),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps"), ("data.micro_num",)),
+    **dict.fromkeys(("seq_length", "max_seq_len", "sequence_length"), ("data.seq_len",)),
+    **dict.fromkeys(("max_steps", "num_steps", "train_steps", "train_iters"), ("data.total_steps",)),
+    **dict.fromkeys(("n_layer", "n_layers", "num_hidden_layers"), ("model.num_layers",)),
+    **dict.fromkeys(("num_heads", "n_head", "n_heads"), ("model.num_attention_heads",)),
+    **dict.fromkeys(("num_kv_heads", "n_kv_heads", "num_key_value_heads"), ("model.num_kv_attention_heads",)),
+    **dict.fromkeys(("hidden_dim", "dim", "d_model", "n_embd", "embed_dim"), ("model.hidden_size",)),
+    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "intermediate_size"), ("model.mlp_ratio",)),
+    "rope_theta": ("model.rope_base",),
+    "learning_rate": ("adam.lr",),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_iters"), ("lr_scheduler.warmup_ratio",)),
+    **dict.fromkeys(("min_lr", "lr_min"), ("lr_scheduler.eta_min",)),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm"), ("hybrid_zero_optimizer.clip_grad_norm",)),
 }
 
 _TYPE_NAMES = {
@@ -60,11 +79,12 @@ def _key(detail: Any) -> str:
 
 
 def _implied_by_typos(by_key: dict[str, list[Any]]) -> set[str]:
-    """Return the missing keys that are present under a misspelt name; only the misspelt name is reported."""
+    """Return the missing keys that are present under another name; only the other name is reported."""
     missing = [key for key, details in by_key.items() if details[0]["type"] == MISSING]
     unknown = [key for key, details in by_key.items() if details[0]["type"] == UNKNOWN]
     candidates = {typo: [key for key in missing if _section(key) == _section(typo)] for typo in unknown}
-    return {key for typo in unknown for key in difflib.get_close_matches(typo, candidates[typo], n=1, cutoff=0.8)}
+    typos = {key for typo in unknown for key in difflib.get_close_matches(typo, candidates[typo], n=1, cutoff=0.8)}
+    return typos | {key for name in unknown for key in SYNONYMS.get(name.rpartition(".")[2], ()) if key in missing}
 
 
 def _section(key: str) -> str:
@@ -86,6 +106,8 @@ def _problem(key: str, details: Iterable[Any]) -> Problem:
     if detail["type"] == MISSING:
         return Problem(key, f"missing ({keys.meaning(key)})", f"Set it to {_wanted(key)}")
     short = reprlib.repr(value)
+    if detail["type"] == BAD_PATH:
+        return Problem(key, f"{short}: {detail['ctx']['error']}", "Correct the path")
     if _is_other_text(detail):
         return Problem(key, f"{short} is unknown", f"Set it to {keys.expected(key)}")
     if detail["type"] in OUT_OF_RANGE:
@@ -113,18 +135,25 @@ def _where_it_belongs(key: str) -> str:
 
 
 def belongs_elsewhere(key: str) -> str:
-    """Suggest another section for the unknown ``key``, such as ``data.seq_len`` for ``model.seq_len``.
+    """Suggest other keys for the unknown ``key``, such as ``data.seq_len`` for ``model.seq_len``.
 
     Returns:
-        The suggestion. Empty if no section has a key of this name, or if several do and ``key`` resembles another key
-        of its own section, which makes a typo likely.
+        The suggestion, with the meaning of the keys. Empty if no section has a key of this name or meaning, or if
+        several do and ``key`` resembles another key of its own section, which makes a typo likely.
     """
     section, _, name = key.rpartition(".")
+    if name in SYNONYMS:
+        return _instead(SYNONYMS[name])
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
     # ``type`` and ``size`` exist in many sections: a typo within this one is more likely.
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):
         return ""
-    return f"Set {' or '.join(namesakes)} instead" if namesakes else ""
+    return _instead(namesakes) if namesakes else ""
+
+
+def _instead(others: Sequence[str]) -> str:
+    meanings = [keys.meaning(others[0])] if len(others) == 1 else [f"{key}: {keys.meaning(key)}" for key in others]
+    return f"Set {' or '.join(others)} instead ({'; '.join(meanings)})"
 
 
 def _type_name(value: Any) -> str:

@@ -6,16 +6,33 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from internlm.utils.errors import ConfigError, Problem
+
 NestedDict = dict[str, Any]
 ABSENT = object()
 
 
-def plain(value: Any) -> Any:
-    """Copy ``value``, recursively converting mappings to dicts and path objects to strings."""
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    # The schema is strict: for a path it accepts a string, but no path object.
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def plain(value: Any, where: str = "", outer: tuple[int, ...] = ()) -> Any:
+    """Copy ``value``, recursively converting mappings to dicts and path objects to strings.
+
+    Args:
+        value: Value of any type.
+        where: Dotted key of the value, for errors.
+        outer: Identities of the mappings that contain the value.
+
+    Raises:
+        ConfigError: A dict contains itself, or a key is not a string.
+    """
+    if not isinstance(value, Mapping):
+        # The schema is strict: for a path it accepts a string, but no path object.
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if id(value) in outer:
+        raise ConfigError(Problem(where, "is the dict that contains it", "Remove the key, or copy the inner dict"))
+    if strangers := [key for key in value if not isinstance(key, str)]:
+        what = f"contains the key {strangers[0]!r}, which is not a string"
+        raise ConfigError(Problem(where or "config", what, "Write keys as strings"))
+    prefix = f"{where}." if where else ""
+    return {key: plain(inner, f"{prefix}{key}", (*outer, id(value))) for key, inner in value.items()}
 
 
 def get(nested: Any, key: str, default: Any = None) -> Any:

@@ -6,8 +6,8 @@
 4. *Derive* defaults that follow from other values.
 5. *Check* the rules across keys.
 
-All problems found in phases 2 to 5 are reported together. Rules that read an invalid key are
-skipped, so that one mistake gives one message.
+All problems found in phases 2 to 5 are reported together, unless the config needs a feature that does not exist: then
+only this is reported. Rules that read an invalid key are skipped, so that one mistake gives one message.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from internlm.config import nested_dict
+from internlm.config.foreign import Findings, drop_unset_load_info
 from internlm.config.keys import section_of, values
-from internlm.config.legacy import Findings, normalise
-from internlm.config.load import apply_overrides, load_file
+from internlm.config.legacy import normalise
+from internlm.config.load import apply_overrides, from_mapping, load_file
 from internlm.config.messages import schema_problems
 from internlm.config.nested_dict import NestedDict
 from internlm.config.rules import ALL_RULES, RunInfo
 from internlm.config.rules.rule import DEVICE_TYPE
 from internlm.config.schema import Config
 from internlm.config.schema.fields import Section
-from internlm.config.support import warnings_about
+from internlm.config.support import unsupported, warnings_about
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
 
@@ -60,6 +61,10 @@ def _dtype(config: Config, run: RunInfo) -> str:
     return "torch.bfloat16" if run.device_type == "cuda" else "torch.float32"
 
 
+def _saves(config: Config, run: RunInfo) -> bool | None:
+    return True if config.ckpt.save_ckpt_folder and config.ckpt.checkpoint_every is not None else None
+
+
 def _bucket_size(config: Config, run: RunInfo) -> int:
     """Return the given bucket size in elements, or the default: 16 Mi with overlap, 512 Mi without.
 
@@ -79,6 +84,7 @@ DERIVATIONS = (
         "model.num_chunks", ("parallel.pipeline.mode",), lambda c, _: 2 if c.parallel.pipeline.mode == "ZBV" else None
     ),
     Derivation("model.dtype", (DEVICE_TYPE,), _dtype),
+    Derivation("ckpt.enable_save_ckpt", ("ckpt.save_ckpt_folder", "ckpt.checkpoint_every"), _saves),
     Derivation(f"{ZERO}.reduce_bucket_size", OVERLAPS, _bucket_size),
     Derivation(f"{ZERO}.all_gather_size", (*OVERLAPS, f"{ZERO}.reduce_bucket_size"), _bucket_size),
     Derivation("lr_scheduler.total_steps", ("data.total_steps",), lambda c, _: c.data.total_steps),
@@ -132,24 +138,27 @@ def resolve(
     Raises:
         ConfigError: The config is invalid; every problem is listed.
     """
-    raw = load_file(source) if isinstance(source, (str, Path)) else nested_dict.plain(source)
+    raw = load_file(source) if isinstance(source, (str, Path)) else from_mapping(source)
     findings = Findings()
     # Normalise the file first, so that its keys have the names that overrides are applied to; then again, since
     # overrides may use old spellings too.
     normalise(raw, findings)
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
+    drop_unset_load_info(raw, findings)
     problems, failed = _validate(raw)
     run = RunInfo(world_size, device_type)
     unusable = failed | run.unknown()
     derived = _derive(raw, run, unusable)
     problems += _check(raw, run, unusable)
-    if findings.problems or problems:
-        raise ConfigError(*findings.problems, *problems)
+    if findings.missing or findings.problems or problems:
+        # A config for a feature that does not exist cannot be mended key by key: name the feature alone.
+        missing = [*findings.missing, *unsupported(lambda key: nested_dict.get(raw, key), failed)]
+        raise ConfigError(*(missing or [*findings.problems, *problems]))
     # Validate again: derived values were filled in after the first validation.
     config = Config.model_validate(raw)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
-    return Resolved(config, sources, findings.warnings + warnings_about(config))
+    return Resolved(config, sources, warnings_about(config, findings.ignored))
 
 
 def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:

@@ -8,13 +8,14 @@ either read somewhere or listed here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from internlm.config import keys
 from internlm.config.schema import Config, OptimizerConfig
-from internlm.utils.errors import ConfigError, Problem
+from internlm.utils.errors import ConfigError, Problem, known_names
+from internlm.utils.registry import MODEL_INITIALIZER
 
 #: Supported values by key; other values need a feature that is not available yet.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -29,6 +30,16 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
     "ckpt.stop_file_path": (None,),
     "ckpt.enable_internevo2hf_ckpt": (False,),
+}
+
+#: Built-in model types. A test compares them with ``internlm.model.families``, which imports torch.
+MODEL_TYPES = ("INTERNLM", "INTERNLM2", "INTERNLM2_PUBLIC", "LLAMA", "LLAMA2")
+
+#: Model types of published configs that are not built in, with what they need. A script may register its own.
+MISSING_TYPES = {
+    **dict.fromkeys(("INTERNLM_MoE", "MIXTRALMOE", "QWEN2MOE", "QWEN3MOE"), "a model with experts"),
+    **dict.fromkeys(("INTERNLM3", "LLAMA3", "QWEN2", "QWEN3", "BAICHUAN2", "GEMMA"), "a model family"),
+    "LLAVA": "a multimodal model",
 }
 
 #: Keys of folders that must be local.
@@ -96,11 +107,7 @@ def check_runnable(config: Config) -> None:
         ConfigError: The config has unsupported settings; every one is listed.
     """
     given = dict(keys.values(config))
-    problems = [
-        Problem(key, f"{given[key]!r} is not available in this version", _use(supported))
-        for key, supported in SUPPORTED_VALUES.items()
-        if key in given and given[key] not in supported
-    ]
+    problems = unsupported(given.get)
     problems += [
         Problem(key, f"{given[key]!r} is not a local folder; remote storage is not supported", "Use a local path")
         for key in LOCAL_FOLDERS
@@ -108,6 +115,39 @@ def check_runnable(config: Config) -> None:
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def unsupported(value_of: Callable[[str], Any], invalid: Collection[str] = ()) -> list[Problem]:
+    """Return one problem for each value that needs a feature which is not available.
+
+    Args:
+        value_of: Function that returns the value of a dotted key, or None if it is not set.
+        invalid: Keys that failed validation, which are left out.
+    """
+    problems, model_type = [], value_of("model_type")
+    if model_type in MISSING_TYPES and model_type not in MODEL_INITIALIZER:
+        what = f"{model_type!r}, {MISSING_TYPES[model_type]} that is not available in this version"
+        todo = f"{known_names(MODEL_TYPES)} Register a model of your own before initialize_distributed_env"
+        problems.append(Problem("model_type", what, todo))
+    values = {key: value_of(key) for key in SUPPORTED_VALUES if key not in invalid}
+    problems += [
+        Problem(key, f"{value!r} is not available in this version", _use(SUPPORTED_VALUES[key]))
+        for key, value in values.items()
+        if value is not None and value not in SUPPORTED_VALUES[key]
+    ]
+    return problems
+
+
+def check_registered(config: Config) -> None:
+    """Check that ``config.model_type`` is built in or registered.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    known = {*MODEL_TYPES, *MODEL_INITIALIZER}
+    if config.model_type not in known:
+        todo = f"{known_names(known)} A model of your own is known only to the script that registers it"
+        raise ConfigError(Problem("model_type", f"nothing is registered as {config.model_type!r}", todo))
 
 
 def _use(supported: tuple[Any, ...]) -> str:
@@ -170,11 +210,17 @@ DUBIOUS_SETTINGS = (
 )
 
 
-def warnings_about(config: Config) -> list[str]:
-    """Return warnings: one about all settings without effect in this version, and one per dubious setting."""
+def warnings_about(config: Config, ignored: Sequence[str] = ()) -> list[str]:
+    """Return warnings: one about all settings without effect in this version, and one per dubious setting.
+
+    Args:
+        config: Resolved config.
+        ignored: Keys without a field in the schema that were dropped, each with the reason.
+    """
     given = dict(keys.values(config))
     idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.requested(given[row.key])]
-    warnings = [f"No effect in this version: {', '.join(idle)}"] if idle else []
+    without_effect = ", ".join([*ignored, *idle])
+    warnings = [f"No effect in this version: {without_effect}"] if without_effect else []
     for setting in DUBIOUS_SETTINGS:
         changed = [key for key in setting.keys if given[key] != keys.fields()[key].default]
         if changed and setting.applies(config):

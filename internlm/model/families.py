@@ -22,6 +22,7 @@ FAMILIES = {
     "INTERNLM": Family(qkv_bias=True, o_bias=True),  # arXiv 2403.17297, section 2: the first generation
     "INTERNLM2": Family(),  # arXiv 2403.17297: grouped queries, fused wqkv, no biases
     "INTERNLM2_PUBLIC": Family(),
+    "LLAMA": Family(),  # as users call LLAMA2
     "LLAMA2": Family(),  # arXiv 2307.09288
 }
 

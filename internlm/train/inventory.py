@@ -25,7 +25,7 @@ from internlm.model.decoder import Decoder
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.train.build_model import widen_norms
 from internlm.utils.dtype import default_dtype, torch_dtype
-from internlm.utils.errors import did_you_mean
+from internlm.utils.errors import known_names
 
 #: Inventories by config hash, world size, stage and registered function. ``verify`` needs the same few in each step of
 #: each rank, and the log needs that of each stage.
@@ -47,7 +47,7 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
     register_model_initializer()
     name = config.model_type
     if name not in model_initializer:
-        raise NoCostFormulaError(name, "which is not registered", did_you_mean(name, model_initializer))
+        raise NoCostFormulaError(name, "which is not registered", known_names(model_initializer))
     key = config_hash(config), world_size, stage, model_initializer.get_module(name)
     if key not in _CACHE:
         # Drop all entries: most runs need only a few, and building an inventory again is cheap.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -18,8 +19,11 @@ class FriendlyParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse ``args`` (default: the command line); the error for an unknown argument suggests the nearest flag."""
+        words = sys.argv[1:] if args is None else list(args)
+        if problems := list(_blanks_around_equals(words)):
+            self._refuse(problems)
         # argparse itself would report unknown arguments without a suggestion.
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
         return parsed
@@ -53,6 +57,14 @@ class FriendlyParser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 chosen = action.choices.get(getattr(parsed, action.dest, ""))
                 yield from chosen._known_flags(parsed) if chosen else ()
+
+
+def _blanks_around_equals(words: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each ``KEY = VALUE`` in ``words``, which argparse would take for three arguments."""
+    for before, word, after in zip(words, words[1:], [*words[2:], ""], strict=False):
+        if word.startswith("=") and not before.startswith("-"):
+            joined = f"{before}={after}" if word == "=" else f"{before}{word}"
+            yield Problem(f"{before} {word}", "has blanks around '='", f"Write {joined}")
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:

@@ -201,4 +201,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     by_folded = {candidate.casefold(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
-    return f"Did you mean '{by_folded[nearest[0]]}'?" if nearest else f"Known: {', '.join(known)}."
+    return f"Did you mean '{by_folded[nearest[0]]}'?" if nearest else known_names(known)
+
+
+def known_names(known: Iterable[str]) -> str:
+    """List the known names, where the nearest one would mislead."""
+    return f"Known: {', '.join(sorted(known))}."

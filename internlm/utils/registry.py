@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from internlm.utils.errors import ConfigError, Problem, did_you_mean
+from internlm.utils.errors import ConfigError, Problem, known_names
 
 
 class Registry:
@@ -37,14 +37,12 @@ class Registry:
         """Return the callable registered under ``module_name``.
 
         Raises:
-            ConfigError: No callable is registered under that name; the error suggests the nearest name.
+            ConfigError: No callable is registered under that name; the error lists the known names.
         """
         if module_name not in self._modules:
-            raise ConfigError(
-                Problem(
-                    self.name, f"nothing is registered as {module_name!r}", did_you_mean(module_name, self._modules)
-                )
-            )
+            # Names such as INTERNLM2 and INTERNLM3 are similar, but mean different models: suggest none.
+            what = f"nothing is registered as {module_name!r}"
+            raise ConfigError(Problem(self.name, what, known_names(self._modules)))
         return self._modules[module_name]
 
     def __contains__(self, module_name: object) -> bool:

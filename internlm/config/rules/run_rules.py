@@ -32,6 +32,13 @@ def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
         )
 
 
+def dynamic_ntk_has_frequencies(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that ``head_dim`` is more than 2 for dynamic NTK scaling, whose exponent is head_dim / (head_dim - 2)."""
+    if (config.model.use_dynamic_ntk_rope, config.model.head_dim) == (True, 2):
+        what = "True requires model.head_dim of at least 4, got 2: a single frequency cannot be scaled"
+        yield Problem("model.use_dynamic_ntk_rope", what, "Set it to False, or use wider heads")
+
+
 def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that each key/value head serves the same number of query heads."""
     heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
@@ -152,8 +159,8 @@ def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that the job name is a valid folder name: the run writes to a folder of this name."""
     name = config.JOB_NAME
-    # "." and ".." are folders too, and a slash would lead to another folder.
-    if not name.strip(".") or set(name) & set("/\\\0"):
+    # "." and ".." are folders too, a slash would lead to another folder, and control characters garble every log.
+    if not name.strip(".") or set(name) & set("/\\") or not name.isprintable():
         yield Problem("JOB_NAME", f"{name!r} is not a valid folder name", "Use letters, digits, '-' and '_'")
 
 
@@ -162,6 +169,7 @@ LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")
 RULES = (
     Rule(at("model", "hidden_size", "num_attention_heads", "head_dim"), heads_divide_hidden_size),
     Rule(at("model", "head_dim"), head_dim_is_even),
+    Rule(at("model", "head_dim", "use_dynamic_ntk_rope"), dynamic_ntk_has_frequencies),
     Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
     Rule(at("model", "num_experts", "top_k"), experts_suffice),
     Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),

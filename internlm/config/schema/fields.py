@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -41,6 +43,26 @@ def floor_share(ratio: float, total: int) -> int:
     # integers, and every decimal number is one, is found again by division, which IEEE 754 rounds correctly.
     nearest = round(ratio * total)
     return nearest if total and nearest / total == ratio else math.floor(ratio * total)
+
+
+def expand_path(text: str) -> str:
+    """Expand a leading ``~`` and environment variables in a path, which may begin with ``local:``.
+
+    Raises:
+        ValueError: An environment variable is not set, or the home folder is unknown.
+    """
+    protocol = "local:" if text.startswith("local:") else ""
+    path = os.path.expanduser(os.path.expandvars(text.removeprefix(protocol)))
+    # expandvars and expanduser leave what they do not know. A folder of such a name would be a surprise.
+    if unset := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"the environment variable {unset[1].strip('{}')} is not set")
+    if path.startswith("~"):
+        raise ValueError(f"the home folder {path.partition('/')[0]} is unknown")
+    return protocol + path
+
+
+#: Path of a file or a folder.
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 class Rampup(NamedTuple):

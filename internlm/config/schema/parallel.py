@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from internlm.config.schema.fields import Count, Positive, Section
+from internlm.config.schema.fields import Count, PathText, Positive, Section
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
 PipelineMode = Literal["1F1B", "ZBH1", "ZBV", "GPIPE"]
@@ -49,7 +49,7 @@ class PipelineConfig(Section):
     """Assignment of layers to the ``size`` · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or
     ``flops`` (minimise the largest stage, with embedding and head counted), or explicit layer counts in the order of
     the model."""
-    table: str | None = None
+    table: PathText | None = None
     """Path of a CSV file with a custom schedule; ``internlm schedule --csv`` checks and draws it. ``mode`` still
     determines which virtual stages each rank holds."""
 

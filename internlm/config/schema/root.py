@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.fields import Count, CountOrZero, Section
+from internlm.config.schema.fields import Count, CountOrZero, PathText, Section
 from internlm.config.schema.model import ModelConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -32,8 +32,9 @@ class DataConfig(Section):
     """Number of sequences per micro-batch."""
     total_steps: Count
     """Number of optimizer steps of the run."""
-    type: Literal["tokenized", "streaming"] = "tokenized"
-    """Form of the data. ``tokenized``: token files. ``streaming``: text that is tokenized during training."""
+    type: Literal["tokenized", "streaming", "megatron", "mocked"] = "tokenized"
+    """Form of the data. ``tokenized``: token files, or random data without ``train_folder``. ``streaming``: text that
+    is tokenized during training. ``megatron``: Megatron-LM's files. ``mocked``: batches recorded elsewhere."""
     micro_num: Count = 1
     """Number of micro-batches per step on each data-parallel rank (gradient accumulation)."""
     valid_micro_num: Count | None = None
@@ -53,10 +54,10 @@ class DataConfig(Section):
     """Batch-size ramp-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
     ``increment`` more after each ``every`` steps, up to ``micro_num``."""
     min_length: CountOrZero = 0
-    """Minimum number of samples in a data file; smaller files are left out."""
-    train_folder: str | None = None
+    """Minimum number of tokens in a sample; shorter samples are dropped. Random data is not affected."""
+    train_folder: PathText | None = None
     """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a dataset type. None: random data."""
-    valid_folder: str | None = None
+    valid_folder: PathText | None = None
     """Folder of files to validate on. None: no validation, or random data if ``train_folder`` is None too."""
     fixed_random_dataset_seqlen: bool = False
     """Random data: make every sample exactly ``seq_len`` tokens long."""
@@ -66,12 +67,12 @@ class DataConfig(Section):
     """Report a rank as slow if its forward and backward passes take more than this multiple of the mean over ranks."""
     use_shm: bool = False
     """Store one index of the data files per machine, in shared memory."""
-    shm_path: str = "/dev/shm/metacache"
+    shm_path: PathText = "/dev/shm/metacache"
     """Folder in shared memory that holds the index."""
     # Threads: parsing a row takes about a millisecond, and threads need no second copy of torch.
     num_worker: CountOrZero = 4
     """Number of threads that read batches ahead. 0: read in the training loop."""
-    tokenizer_path: str | None = None
+    tokenizer_path: PathText | None = None
     """Tokenizer of streamed data: a sentencepiece ``.model`` or a Hugging Face tokenizer folder."""
     content_name: str = "text"
     """Column of streamed data that holds the text."""
@@ -85,7 +86,7 @@ class DataConfig(Section):
 class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
-    path: str
+    path: PathText
     """Checkpoint folder: ``local:FOLDER`` or a plain path."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
@@ -97,22 +98,23 @@ class CkptConfig(Section):
     """Settings for saving checkpoints and resuming from them."""
 
     enable_save_ckpt: bool = False
-    """Save checkpoints."""
-    save_ckpt_folder: str | None = None
+    """Save checkpoints. Default: True if ``save_ckpt_folder`` and ``checkpoint_every`` are given, else False."""
+    save_ckpt_folder: PathText | None = None
     """Folder that checkpoints are saved in: ``local:FOLDER`` or a plain path."""
-    checkpoint_every: Count | None = None
-    """Steps between checkpoints. The last step is always saved."""
+    checkpoint_every: CountOrZero | None = None
+    """Steps between checkpoints. The last step is always saved. 0: save only the last step."""
     load_ckpt_info: LoadInfo | None = None
-    """Checkpoint to start from if there is no checkpoint to resume from."""
+    """Checkpoint to start from if there is no checkpoint to resume from. Ignored if its ``path`` is None, or ends in
+    the placeholder ``xxxx``."""
     auto_resume: bool = True
     """Continue from the newest complete checkpoint in ``save_ckpt_folder``."""
     async_upload: bool = False
     """Write checkpoints in the background."""
-    async_upload_tmp_folder: str | None = None
+    async_upload_tmp_folder: PathText | None = None
     """Local folder that holds checkpoints until they are uploaded to ``save_ckpt_folder``."""
     oss_snapshot_freq: CountOrZero = 0
     """Steps between snapshots; each snapshot overwrites the previous one. 0: no snapshots."""
-    stop_file_path: str | None = None
+    stop_file_path: PathText | None = None
     """Path of a file polled for a step number at which to save and stop."""
     enable_internevo2hf_ckpt: bool = False
     """Save checkpoints in the Hugging Face format too."""
@@ -127,7 +129,7 @@ class AlertConfig(Section):
     """URL of the webhook that alerts are sent to."""
     light_monitor_address: str | None = None
     """URL of a webhook for heartbeats."""
-    alert_file_path: str | None = None
+    alert_file_path: PathText | None = None
     """File that alerts are appended to. None: no file."""
 
 
@@ -188,7 +190,7 @@ class Config(Section):
     """Let cuDNN time its kernels and choose the fastest."""
     enable_tb: bool = True
     """Write TensorBoard records."""
-    tensorboard_folder: str | None = None
+    tensorboard_folder: PathText | None = None
     """Folder of TensorBoard records. Default: ``tensorboards`` in the folder of the run."""
-    log_folder: str = "RUN"
+    log_folder: PathText = "RUN"
     """Parent folder of the records of all runs; each run writes to ``{JOB_NAME}/{time of launch}/``."""

@@ -43,9 +43,19 @@ def test_prints_lists_of_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert group == {"pattern": "norm", "lr_scale": 1.0, "weight_decay": 0.0, "type": None}
 
 
-def test_says_what_this_version_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "model.norm_head=True"])
-    assert "warning: model.norm_head: True is not available in this version. Use False\n" in capsys.readouterr().err
+def test_refuses_what_a_start_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("config", str(ROOT / "configs/7B_isp_sft.py"), "--set", "model.norm_head=True") == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "model.norm_head: True is not available in this version. Use False\n")
+
+
+@pytest.mark.parametrize("name", ["INTERNLM3", "internlm2", "MY_MODEL"])
+def test_model_types_that_are_not_registered_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("config", SFT, "--set", f"model_type={name}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("model_type: ")
+    assert repr(name) in line
+    assert "Known: INTERNLM, INTERNLM2, INTERNLM2_PUBLIC, LLAMA, LLAMA2." in line
 
 
 def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +76,8 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
         (["config", SFT, "--device", "gpu"], "--device: 'gpu' is unknown. Pass one of cpu, cuda"),
         (["config", SFT, "--world", "0"], "internlm config: argument --world: expected an integer of at least 1"),
         (["config", SFT, "another.py"], "another.py: unknown argument. See: internlm --help"),
+        (["config", SFT, "--set", "adam.lr", "=", "3"], "adam.lr =: has blanks around '='. Write adam.lr=3"),
+        (["config", SFT, "--set", "adam.lr", "=3"], "adam.lr =3: has blanks around '='. Write adam.lr=3"),
         (["config"], "internlm config: the following arguments are required: CONFIG. See: internlm config --help"),
         ([], "internlm: the following arguments are required: COMMAND. See: internlm --help"),
     ],

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from internlm.config import Config, load_config, resolve
-from internlm.config.legacy import Findings, normalise
+from internlm.config.foreign import Findings
+from internlm.config.legacy import normalise
 from internlm.config.nested_dict import plain
 from tests.unit.config.samples import BUSIEST, config_of, problems_of
 
@@ -53,7 +54,7 @@ def test_renamed_key() -> None:
 
 def test_renamed_key_beside_its_new_name() -> None:
     assert problems_of({"model.moe_gate_k": 1, "model.top_k": 2}) == [
-        "model.moe_gate_k: given together with its new name: model.moe_gate_k = 1, model.top_k = 2. "
+        "model.moe_gate_k: contradicts its new name: it means model.top_k = 1, but model.top_k = 2. "
         "Remove model.moe_gate_k"
     ]
 
@@ -120,7 +121,7 @@ def test_none_for_a_key_that_is_needed() -> None:
 
 def test_ignored_key_is_reported() -> None:
     assert resolve(config_of({"metric_dtype": "fp32"})).warnings == [
-        "metric_dtype: ignored, metrics are always computed in float32"
+        "No effect in this version: metric_dtype (metrics are always computed in float32)"
     ]
 
 

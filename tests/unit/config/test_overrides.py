@@ -101,7 +101,7 @@ def test_malformed(text: str) -> None:
         ("model.type=1", "--set model.type: unknown key. Did you mean 'model.dtype'?"),
         ("moddle={}", "--set moddle: unknown key. Did you mean 'model'?"),
         ("model.num_layers.x=2", "--set model.num_layers.x: unknown key. Did you mean 'model.num_layers'?"),
-        ("data.packed_length=8", "data.packed_length: this key is deprecated and no longer read. Remove it: "),
+        ("model.gate_k=8", "--set model.gate_k: unknown key. Did you mean 'model.top_k'?"),
         ("data.micro_num=two", "data.micro_num: 'two' is a string. Set it to an integer of at least 1"),
     ],
 )

@@ -21,7 +21,7 @@ TABLES = {
     "rules": [key for rule in ALL_RULES for key in rule.reads],
     "derivations": [key for row in DERIVATIONS for key in (row.target, *row.reads)],
     "short forms": [f"{section}.{key}" for section, key in SHORT_FORMS.items()],
-    "renamed": list(RENAMED.values()),
+    "renamed": [new.key for new in RENAMED.values()],
     "respelled": list(RESPELLED),
     "dubious settings": [key for setting in DUBIOUS_SETTINGS for key in setting.keys],
     "supported values": [*SUPPORTED_VALUES, *LOCAL_FOLDERS],
