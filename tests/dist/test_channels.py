@@ -14,7 +14,8 @@ from internlm.core.context.group import Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.ledger import LEDGER, Entry
 from internlm.core.scheduler.actions import Message
-from internlm.core.scheduler.channels import Channels
+from internlm.core.scheduler.channels import Channels, _header
+from internlm.utils.errors import UserError
 from tests.harness.pool import run_ranks
 
 CPU = torch.device("cpu")
@@ -48,6 +49,23 @@ def message(number: int, kind: str = "F") -> Message:
 
 def form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(tensor.shape), tensor.dtype
+
+
+# -- headers
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        (torch.ones(2, dtype=torch.int32), "hidden states of the model: expected a dtype among torch.float32, torch."),
+        (torch.ones([1] * 9), "hidden states of the model: expected at most 8 dimensions, got 9. Flatten some of them"),
+    ],
+    ids=["integers", "nine dimensions"],
+)
+def test_what_a_header_cannot_describe_is_refused(hidden: Tensor, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _header(hidden)
+    assert str(caught.value).startswith(message)
 
 
 # -- order

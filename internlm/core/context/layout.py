@@ -47,8 +47,8 @@ class ParallelSizes:
     ``zero1`` ≤ 0 means the size of the data group (of the weight-data group under isp); ``expert`` ≤ 0 means 1.
 
     Raises:
-        ValueError: The world size is not divisible by the pipeline size times the tensor, weight or expert size, or the
-            data size (the weight-data size under isp) is not divisible by the ZeRO-1 size.
+        ValueError: A size is less than 1, the world size is not divisible by the pipeline size times the tensor, weight
+            or expert size, or the data size (the weight-data size under isp) is not divisible by the ZeRO-1 size.
     """
 
     world: int
@@ -61,8 +61,11 @@ class ParallelSizes:
     isp: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("world", "tensor", "pipeline", "weight", "expert_tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} size must be at least 1, got {getattr(self, name)}")
         for name, group in (("tensor", self.tensor), ("weight", self.weight), ("expert", self._expert_group)):
-            if group < 1 or self.world % (self.pipeline * group):
+            if self.world % (self.pipeline * group):
                 raise ValueError(
                     f"world size {self.world} is not divisible by pipeline {self.pipeline} x {name} {group} = "
                     f"{self.pipeline * group}"

@@ -22,6 +22,7 @@ from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.scheduler.actions import FORWARD, Message
 from internlm.core.scheduler.compute import TensorSpec
+from internlm.utils.errors import Problem, UserError
 
 #: A header consists of the index of the dtype in this tuple, the number of dimensions, and the sizes, padded to
 #: ``_MAX_DIMENSIONS``.
@@ -179,7 +180,20 @@ class Channels:
 
 
 def _header(tensor: Tensor) -> Tensor:
-    assert tensor.dim() <= _MAX_DIMENSIONS, f"hidden states: at most {_MAX_DIMENSIONS} dimensions, got {tensor.dim()}"
+    """Encode shape and dtype of the hidden states ``tensor`` as an int64 tensor.
+
+    Raises:
+        UserError: A header cannot describe the tensor.
+    """
+    problems = []
+    if tensor.dtype not in _DTYPES:
+        message = f"expected a dtype among {', '.join(map(str, _DTYPES))}, got {tensor.dtype}"
+        problems.append(Problem("hidden states of the model", message, "Return them in model.dtype"))
+    if tensor.dim() > _MAX_DIMENSIONS:
+        message = f"expected at most {_MAX_DIMENSIONS} dimensions, got {tensor.dim()}"
+        problems.append(Problem("hidden states of the model", message, "Flatten some of them"))
+    if problems:
+        raise UserError(*problems)
     sizes = [*tensor.shape, *[0] * (_MAX_DIMENSIONS - tensor.dim())]
     return torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *sizes], device=tensor.device)
 

@@ -181,6 +181,11 @@ WRONG = {
     "world size 8 is not divisible by pipeline 2 x tensor 8 = 16": dict(world=8, pipeline=2, tensor=8),
     "world size 8 is not divisible by pipeline 1 x weight 3 = 3": dict(world=8, weight=3),
     "world size 8 is not divisible by pipeline 1 x expert 6 = 6": dict(world=8, expert=3, expert_tensor=2),
+    "pipeline size must be at least 1, got 0": dict(world=8, pipeline=0),
+    "tensor size must be at least 1, got 0": dict(world=8, tensor=0),
+    "weight size must be at least 1, got -2": dict(world=8, weight=-2),
+    "world size must be at least 1, got 0": dict(world=0),
+    "expert_tensor size must be at least 1, got 0": dict(world=8, expert_tensor=0),
     "data group size 4 is not divisible by zero1 size 3": dict(world=8, tensor=2, zero1=3),
     "weight-data group size 2 is not divisible by zero1 size 4": dict(world=8, weight=4, zero1=4, isp=True),
 }
