@@ -179,8 +179,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("model.num_experts=4", "model.num_experts: 4 is not available in this version. Use 1\n"),
         (
             "model_type=LAMA2",
-            "model_type: no cost formula for 'LAMA2', which is not registered. Did you mean 'LLAMA2'? "
-            "Run train.py --profiling to measure your own model instead\n",
+            "model_type: no cost formula for 'LAMA2', which is not registered. "
+            "Known: INTERNLM, INTERNLM2, INTERNLM2_PUBLIC, LLAMA, LLAMA2",
         ),
     ],
 )
@@ -191,4 +191,5 @@ def test_command_refuses_what_a_run_refuses(
     file.write_text(CONFIG)
     with pytest.raises(SystemExit) as caught:
         main(["memory", str(file), "--world", "1", "--set", override])
-    assert (caught.value.code, capsys.readouterr().err) == (2, expected)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(expected)

@@ -55,16 +55,16 @@ def test_registering_the_same_again_does_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "hint"),
-    [("LAMA2", "Did you mean 'LLAMA2'?"), ("llama2", "Did you mean 'LLAMA2'?"), ("GPT", "Known: INTERNLM, LLAMA2.")],
+    "asked",
+    ["LAMA2", "llama2", "GPT"],
 )
-def test_an_unknown_name_is_told_with_the_nearest(asked: str, hint: str) -> None:
+def test_an_unknown_name_is_told_with_the_known_ones(asked: str) -> None:
     registry = Registry("model_type")
     for name in ("LLAMA2", "INTERNLM"):
         registry.register_module(name, Model)
     with pytest.raises(ConfigError) as caught:
         registry.get_module(asked)
-    assert str(caught.value) == f"model_type: nothing is registered as {asked!r}. {hint}"
+    assert str(caught.value) == f"model_type: nothing is registered as {asked!r}. Known: INTERNLM, LLAMA2."
 
 
 def test_there_is_one_registry_of_models() -> None:

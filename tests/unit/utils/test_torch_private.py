@@ -93,13 +93,10 @@ def test_the_gradient_of_a_softmax_is_that_of_autograd() -> None:
 
 #: Arguments after the first list, and what happens to one element.
 FOREACH = {
-    "foreach_add_": (lambda other: (other,), {"alpha": -0.5}, lambda x, y: x - 0.5 * y),
     "foreach_copy_": (lambda other: (other,), {}, lambda x, y: y),
     "foreach_div_": (lambda other: (4.0,), {}, lambda x, y: x / 4.0),
     "foreach_lerp": (lambda other: (other, 0.25), {}, lambda x, y: x + 0.25 * (y - x)),
-    "foreach_lerp_": (lambda other: (other, 0.25), {}, lambda x, y: x + 0.25 * (y - x)),
     "foreach_mul_": (lambda other: (0.5,), {}, lambda x, y: x * 0.5),
-    "foreach_sign_": (lambda other: (), {}, lambda x, y: x.sign()),
 }
 
 
