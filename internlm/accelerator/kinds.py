@@ -1,13 +1,11 @@
 """Kinds of devices: what each kind can do, and which one this process uses.
 
-This package is the only place that names device types. Other code asks for a capability, such as ``is_host``.
+Code should ask for a capability, such as ``is_host``, rather than compare device types.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -59,16 +57,12 @@ CUDA = DeviceKind(name="cuda", backend="nccl")
 #: Known kinds by device type. A tensor on any other type, such as ``meta``, is treated like one on an accelerator.
 KINDS = {kind.name: kind for kind in (CPU, CUDA)}
 
-_pretended: DeviceKind | None = None
-
 
 def device_kind() -> DeviceKind:
     """Return the kind of device on which this process computes.
 
     It is CUDA if a CUDA device is available and ``INTERNLM_DEVICE`` is not ``cpu``, else the CPU.
     """
-    if _pretended is not None:
-        return _pretended
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     return CUDA if wanted != CPU.name and torch.cuda.is_available() else CPU
 
@@ -77,15 +71,3 @@ def kind_of(device: torch.device | str) -> DeviceKind:
     """Return the kind of ``device``."""
     name = torch.device(device).type
     return KINDS.get(name) or DeviceKind(name=name, backend="")
-
-
-@contextmanager
-def pretending(kind: DeviceKind) -> Iterator[None]:
-    """Use ``kind`` as the device kind of this process within the ``with`` block."""
-    global _pretended
-    outer, _pretended = _pretended, kind
-    KINDS[kind.name] = kind
-    try:
-        yield
-    finally:
-        _pretended = outer

@@ -50,16 +50,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on ``device``, without blocking the host."""
     if tensor.device == device or kind_of(device).is_host:
         return tensor.to(device)
-    return pinned(tensor, device).to(device, non_blocking=True)
-
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a host tensor in memory from which ``device`` can copy it without blocking the host.
-
-    Pinning takes a copy, so it is best done by a thread that prepares data. A pinned tensor is returned itself, and so
-    is every tensor if ``device`` is the CPU.
-    """
-    return kind_of(device).pin(tensor)
+    return kind_of(device).pin(tensor).to(device, non_blocking=True)
 
 
 class HostValues:

@@ -16,7 +16,7 @@ from internlm.utils.errors import Problem
 
 @dataclass
 class Findings:
-    """What the normalisation of a config found."""
+    """Findings of the normalisation of a config."""
 
     problems: list[Problem] = field(default_factory=list)
     missing: list[Problem] = field(default_factory=list)
@@ -43,7 +43,10 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Missing:
-    """Key that asks for a missing ``feature``, unless ``asks_nothing(value)``; ``todo`` says what to do instead."""
+    """Key that asks for a feature that is not available.
+
+    ``asks_nothing(value)`` is True for values that do not need ``feature``; ``todo`` says what to do instead.
+    """
 
     key: str
     feature: str

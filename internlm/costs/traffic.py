@@ -42,9 +42,7 @@ def expected_traffic(
     forward_only: bool = False,
     zero_rank: int = 0,
 ) -> Traffic:
-    """Return the traffic that a rank's ledger must hold after one step of the decoder.
-
-    The step must update parameters: a skipped step does not gather them.
+    """Return the traffic that a rank's ledger must hold after one step of the decoder, skipped or not.
 
     Args:
         inventory: Parameters of the rank's pipeline stage.

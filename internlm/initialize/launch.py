@@ -116,9 +116,8 @@ def initialize_distributed_env(
     accelerator.set_device(process.local_rank)
     _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
-    if accelerator.device_type() == "cpu":
-        assert resolved.model.dtype is not None, "the resolver fills model.dtype"
-        choose_kernels(torch_dtype(resolved.model.dtype))
+    if accelerator.device_kind().is_host:
+        choose_kernels(torch_dtype(str(resolved.model.dtype)))
     # Python's and NumPy's generators are seeded for users' code; the framework draws from its own streams only.
     random.seed(seed)
     np.random.seed(seed % 2**32)

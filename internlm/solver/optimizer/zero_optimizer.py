@@ -144,7 +144,8 @@ class HybridZeroOptimizer:
         The gradients of such a step are checked before they are reduced, because a NaN in a sum cannot be attributed to
         one rank.
         """
-        # The outcome of the last step may still be on its way to the host: ask for it only if it could matter.
+        # The outcome of the last step may still be on its way to the host, and waiting for it is a host sync: ask for
+        # it only if it could matter. With a limit of 1 or 2, that is in every step.
         if self._skipped_before_last + 2 < self.config.max_skipped_steps:
             return False
         return self.last_step.skipped_in_a_row + 1 >= self.config.max_skipped_steps
@@ -312,7 +313,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         if tensor.numel()
     ]
     norms = [torch.linalg.vector_norm(row_norms, dtype=torch.float64) for row_norms in rows]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)  # a constant
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
 def _row_length(numel: int) -> int:

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
+from internlm.accelerator import host_reads
+from internlm.config.schema import AdamConfig, GradScalerConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
 from internlm.core.trainer import Trainer
-from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.solver.optimizer import HybridZeroOptimizer, LossScale
 from internlm.utils.errors import UserError
 from tests.unit.model.samples import decoder, tokens
 
@@ -178,11 +179,12 @@ def test_zero_grad_forgets_a_reduction_too() -> None:
 # -- a step that is left out
 
 
-@pytest.fixture
-def trainer(alone: Group) -> Trainer:
+@pytest.fixture(params=["AdamW", "Lion", "Muon"])
+def trainer(request: pytest.FixtureRequest, alone: Group) -> Trainer:
     """A trainer that has done one good step."""
     model = decoder(dtype=torch.float32)
-    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0))
+    rule = OptimizerConfig(type=request.param)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0), optimizer=rule)
     schedule = NonPipelineScheduler(TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
     trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
     trainer.train_step(batch_iterator())
@@ -235,6 +237,30 @@ def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(trainer: Trainer) -> 
     assert all(value.isfinite().all() for value in everything(trainer).values())
     assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (3, 1)
     assert trainer.optimizer.updates == 2
+
+
+# -- what the host reads
+
+
+@pytest.mark.parametrize("scaler", [None, GradScalerConfig()], ids=["constant scale", "dynamic scale"])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_the_host_reads_a_step_once_and_only_when_asked(
+    micro_batches: int, scaler: GradScalerConfig | None, alone: Group
+) -> None:
+    model = decoder(dtype=torch.float32)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0), loss_scale=LossScale(scaler))
+    schedule = NonPipelineScheduler(TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
+    trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
+    ids, labels = tokens(micro_batches, 1, 8), tokens(micro_batches, 1, 8, seed=4)
+    batch = {"input_ids": ids, "type_ids": torch.zeros_like(ids)}, labels
+    before = host_reads()
+    reports = [trainer.train_step(iter([batch])) for _ in range(3)]
+    assert host_reads() == before
+    reports[-1].read()
+    assert reports[-1].result.loss > 0
+    assert reports[-1].update.updated
+    assert reports[-1].update.grad_norm > 0
+    assert host_reads() - before == {"metrics of a step": 1}
 
 
 # -- what others do to the model
