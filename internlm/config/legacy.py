@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from internlm.config import keys
 from internlm.config.foreign import (
     FOREIGN_KEYS,
+    LOAD_INFO,
     OLD_LOAD_KEYS,
     Findings,
     drop_foreign_keys,
@@ -127,7 +128,8 @@ def _drop_unset(config: NestedDict) -> None:
     for key, field in keys.fields().items():
         value = get(config, key, ABSENT)
         off = value is False and not keys.takes(key, bool) and not field.default
-        if off or (value is None and not keys.takes_none(key)):
+        # A path of None unsets the whole section, but an override may still give a path.
+        if off or (value is None and not keys.takes_none(key) and key != f"{LOAD_INFO}.path"):
             pop(config, key)
 
 
