@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from internlm.accelerator.kinds import CPU, KINDS, DeviceKind
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.core.parallel import place_replicated
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
+from internlm.train.hooks.stop import REPEAT_SECONDS
 from internlm.verify.record import ShardsByName
 from tests.dist.tiny import TINY, Plain
 from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
@@ -152,10 +155,11 @@ def test_a_bad_gradient_on_one_rank(
 
 
 class _Signal(Hook):
-    """Send this process a signal, on one rank, somewhere in one step; ``times`` times."""
+    """Send this process a signal, on one rank, somewhere in one step; ``times`` times, ``apart`` seconds."""
 
-    def __init__(self, number: int, rank: int, step: int, where: str, times: int = 1) -> None:
-        self.number, self.rank, self.step, self.where, self.times = number, rank, step, where, times
+    def __init__(self, number: int, rank: int, step: int, where: str, times: int = 1, apart: float = 0) -> None:
+        self.number, self.rank, self.step, self.where = number, rank, step, where
+        self.times, self.apart = times, apart
 
     def before_run(self, trainer: Trainer) -> None:
         trainer.model.register_forward_pre_hook(lambda model, inputs: self._reached("forward", trainer, model.training))
@@ -173,7 +177,8 @@ class _Signal(Hook):
         here = (where, trainer.state.step, os.environ["RANK"]) == (self.where, self.step, str(self.rank))
         if here and really:
             self.step = -1
-            for _ in range(self.times):
+            for repeat in range(self.times):
+                time.sleep(self.apart if repeat else 0)
                 os.kill(os.getpid(), self.number)
 
 
@@ -218,11 +223,48 @@ def test_a_signal_to_one_rank(number: int, where: str, step: int, last: int, str
 
 def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     straight = fit(1, saving(tmp_path / "straight", every=3, total=8))
-    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[_Signal(signal.SIGINT, 0, 4, "before", times=2)])
+    twice = _Signal(signal.SIGINT, 0, 4, "before", times=2, apart=REPEAT_SECONDS + 0.1)
+    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[twice])
     assert stopped.message == "exit 130"
     assert _saved_steps(tmp_path) == ["step-3"]
     resumed = fit(1, saving(tmp_path, every=3, total=8))
     assert stopped.log[:3] + resumed.log == straight.log
+
+
+def test_signals_in_quick_succession_are_one_request(tmp_path: Path) -> None:
+    """As where a rank receives one from whoever ends the job, and another from its launcher."""
+    repeated = _Signal(signal.SIGTERM, 1, 4, "before", times=3, apart=0.01)
+    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[repeated])
+    assert stopped.message == "exit 143"
+    assert _saved_steps(tmp_path) == ["step-3", "step-5"]
+
+
+class _Accelerator(DeviceKind):
+    """The CPU, treated as if reading a tensor of the current step were a host sync."""
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def begin_copy(self, tensor: Tensor) -> tuple[Tensor, torch.Event]:
+        return tensor.clone(), torch.Event("cpu")
+
+
+class _OnAccelerator(Hook):
+    def before_run(self, trainer: Trainer) -> None:
+        KINDS["cpu"] = _Accelerator(name="cpu", backend="gloo")
+
+    def after_run(self, trainer: Trainer) -> None:
+        KINDS["cpu"] = CPU
+
+
+def test_on_an_accelerator_a_signal_is_read_one_step_later(tmp_path: Path) -> None:
+    hooks = [_OnAccelerator(), _Signal(signal.SIGTERM, 1, 3, "before")]
+    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=hooks)
+    assert stopped.message == "exit 143"
+    assert _saved_steps(tmp_path) == ["step-3", "step-5"]
 
 
 def test_a_signal_after_the_last_step(tmp_path: Path) -> None:

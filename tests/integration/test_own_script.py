@@ -70,6 +70,16 @@ def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None
     assert _log(tmp_path) == _log(straight)[:8]
 
 
+def test_sigterm_to_the_launcher_and_a_rank_in_the_same_second(straight: Path, data: Path, tmp_path: Path) -> None:
+    """The launcher passes it on, so one rank receives two, and the other one: a single request."""
+    job = _run(tmp_path, data, "--signal_step", "7", "--send_to_launcher")
+    assert job.returncode == 1
+    assert job.stderr.count("stopping after step 8, exiting 143") == 1, job.stderr
+    assert job.left_behind == 0
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
+    assert _log(tmp_path) == _log(straight)[:8]
+
+
 def test_a_job_that_is_started_anew_goes_on(straight: Path, data: Path, tmp_path: Path) -> None:
     """The launcher keeps its store, in which the dead have left their addresses. The rank that is left logs a line."""
     job = _run(tmp_path, data, "--signal_step", "7", "--send", "9", every=5, launcher=("--max-restarts=1",))

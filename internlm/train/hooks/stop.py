@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,25 +12,35 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from internlm.accelerator import HostValues, is_host
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.utils.logger import get_logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Seconds after the first signal in which further signals belong to the same request: whoever ends a job may signal the
+#: launcher and the ranks, and the launcher passes its own signal on to the ranks.
+REPEAT_SECONDS = 3.0
 log = get_logger()
 
 
 class StopOnSignal(Hook):
-    """Hook that stops all ranks after the current step if any rank receives SIGTERM or SIGINT.
+    """Hook that stops all ranks if any rank receives SIGTERM or SIGINT.
 
-    Signals are caught in the ``with`` block of :meth:`listening`; a second signal exits at once. Every rank exits with
-    128 + the signal number. This hook must come before the hook that saves checkpoints, because the latter reads
-    ``trainer.stop_requested``.
+    Signals are caught in the ``with`` block of :meth:`listening`. A signal more than :data:`REPEAT_SECONDS` after the
+    first one exits at once. Every rank exits with 128 + the signal number. This hook must come before the hook that
+    saves checkpoints, because the latter reads ``trainer.stop_requested``.
+
+    After every step, an all-reduce gives all ranks the signals caught so far. On the CPU, its result is read at once.
+    On an accelerator, reading it would let the device idle, so it is read one step later, when the device has the work
+    of that step: a run stops after the step in which a signal arrives on the CPU, and one step later on an accelerator.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.caught = 0
         self.agreed = 0
+        self._first_caught = 0.0  # time of the first signal
+        self._exchanged: HostValues | None = None  # result of the last exchange that was not read
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,19 +55,25 @@ class StopOnSignal(Hook):
                 signal.signal(signum, signal.SIG_IGN if self.agreed else handler)
 
     def _catch(self, signum: int, frame: FrameType | None) -> None:
-        # A second signal means that the user does not want to wait for the step and the checkpoint.
-        if self.caught:
+        now = time.monotonic()
+        if not self.caught:
+            self.caught, self._first_caught = signum, now
+        elif now - self._first_caught > REPEAT_SECONDS:
+            # The user does not want to wait for the step and the checkpoint.
             sys.exit(128 + signum)
-        self.caught = signum
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Exchange signals with all ranks, and request a stop if any rank received one."""
         # Signal and rank are packed into one integer, so that one all-reduce (max) gives every rank both.
-        flag = torch.tensor(
-            [self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0], device=self.device
-        )
+        packed = self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0
+        flag = torch.full((), packed, device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self.agreed, rank = divmod(int(flag), dist.get_world_size())
+        exchanged = HostValues(flag, "signals")
+        exchanged.begin_copy()
+        arrived, self._exchanged = exchanged if is_host(flag) else self._exchanged, exchanged
+        if arrived is None:
+            return
+        self.agreed, rank = divmod(int(arrived.read_arrived()), dist.get_world_size())
         if self.agreed:
             trainer.stop_requested = True
             if dist.get_rank() == 0:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 from torch import nn
 
@@ -34,15 +35,18 @@ def build_next_token(model):
 
 
 class SendSignal(Hook):
-    """Asks one rank to stop, once a job."""
+    """Asks one rank to stop, or its launcher and then the rank, once a job."""
 
-    def __init__(self, rank, step, number):
+    def __init__(self, rank, step, number, launcher):
         self.rank, self.step, self.number = rank, step, number
+        self.receivers = [os.getppid(), os.getpid()] if launcher else [os.getpid()]
 
     def before_step(self, trainer):
         started_anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if (gpc.get_global_rank(), trainer.state.step) == (self.rank, self.step) and not started_anew:
-            os.kill(os.getpid(), self.number)
+            for receiver in self.receivers:
+                os.kill(receiver, self.number)
+                time.sleep(0.5 if receiver != os.getpid() else 0)  # the launcher signals its ranks meanwhile
 
 
 @exit_on_user_error
@@ -50,6 +54,7 @@ def main():
     parser = get_default_parser()
     parser.add_argument("--signal_step", type=int, default=-1, help="step in which rank 1 gets a signal")
     parser.add_argument("--send", type=int, default=signal.SIGTERM, help="which one")
+    parser.add_argument("--send_to_launcher", action="store_true", help="whether the launcher gets one before")
     args = parser.parse_args()
     initialize_distributed_env(
         config=args.config, launcher=args.launcher, master_port=args.port, seed=args.seed, overrides=args.set
@@ -64,7 +69,7 @@ def main():
         config=args.config,
         profiling=args.profiling,
         dataset_types=dataset_types,
-        extra_hooks=[SendSignal(1, args.signal_step, args.send)],
+        extra_hooks=[SendSignal(1, args.signal_step, args.send, args.send_to_launcher)],
     ).fit()
 
 
