@@ -271,6 +271,44 @@ MISTAKES = (
         new="return 0 <= other < len(self.linears)",
         tests=("tests/dist/test_traffic.py",),
     ),
+    Mistake(
+        name="fp16: gradients are clipped before they are unscaled",
+        file="solver/optimizer/zero_optimizer.py",
+        old="((norm + 1e-6) / clip)",
+        new="((norm * scale + 1e-6) / clip)",
+        tests=("tests/unit/solver/test_zero_optimizer.py",),
+    ),
+    Mistake(
+        name="AdamW decays a group with its own learning rate twice",
+        file="solver/optimizer/update_rules.py",
+        old="            if double:\n",
+        new=(
+            '            options["weight_decay"] = group.key.weight_decay * (1 if group.key.lr_scale == 1 else 2)\n'
+            "            if double:\n"
+        ),
+        tests=("tests/unit/solver/test_update_rules.py",),
+    ),
+    Mistake(
+        name="a resumed run draws dropout masks as from its first step",
+        file="core/trainer.py",
+        old="step=self.state.step, loss_scale=",
+        new='step=next(vars(self).setdefault("_steps", iter(range(10**9)))), loss_scale=',
+        tests=("tests/dist/test_resume.py", "-k", "2-mid-epoch"),
+    ),
+    Mistake(
+        name="gradients are taken for complete as with the first number of micro-batches",
+        file="solver/optimizer/grad_reduce.py",
+        old="self._learned.get(micro_batches, {})",
+        new="next(iter(self._learned.values()), {})",
+        tests=("tests/unit/solver/test_zero_optimizer.py",),
+    ),
+    Mistake(
+        name="dropout of the embedding is not rescaled",
+        file="model/decoder.py",
+        old='drop_in(None)("embedding", self.embedding(input_ids.flatten()))',
+        new='drop_in(None)("embedding", self.embedding(input_ids.flatten()) * (1 - self.spec.config.drop_rate))',
+        tests=("tests/unit/model/test_decoder.py",),
+    ),
 )
 
 

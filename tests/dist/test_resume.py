@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _overrides(data: str, folder: Path, every: int) -> list[str]:
     schedules = ["lr_scheduler.warmup_ratio=0.5", "adam.adam_beta2_c=0.8"]
-    more = [f"data.train_folder={data}", "model.dtype=torch.float32", *schedules]
+    more = [f"data.train_folder={data}", "model.dtype=torch.float32", "model.drop_rate=0.1", *schedules]
     return saving(folder, *more, every=every, total=TOTAL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internlm.core.context.layout import ParallelMode
+from internlm.core.parallel.dropout import Dropout, DropoutKey, dropout_key_scope
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.model.decoder import Block, Decoder
@@ -100,6 +102,28 @@ def test_attention_kernels_agree(backend: str) -> None:
     ids = tokens(18)
     one, other = decoder(attention_backend=backend, **GQA), decoder(**GQA)
     assert close(one(ids, cu_seqlens=BOUNDS), other(ids, cu_seqlens=BOUNDS))
+
+
+# -- dropout
+
+
+def test_dropout_is_a_mask_and_a_factor_after_the_embedding_and_both_branches() -> None:
+    """Against plain products, in the same places of a model that has no dropout."""
+    rate, ids, labels, key = 0.25, tokens(1, 18), tokens(1, 18, seed=4), DropoutKey(seed=5, step=3)
+    with dropout_key_scope(key):
+        dropped = trained(decoder(drop_rate=rate), labels, ids)
+    model, dropout = decoder(), Dropout(rate, False, key, 18)
+
+    def plain(layer: int | None, position: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        mask = dropout.mask(layer, position, torch.Size([18, 32]), ids.device)
+        return lambda module, inputs, x: x * mask / (1 - rate)
+
+    model.embedding.register_forward_hook(plain(None, "embedding"))
+    for index, block in enumerate(model.layers.values()):
+        block.attention.register_forward_hook(plain(index, "attention"))
+        block.feed_forward.register_forward_hook(plain(index, "feed_forward"))
+    for name, grad in trained(model, labels, ids).items():
+        assert close(dropped[name], grad), name
 
 
 # -- recompute

@@ -80,6 +80,17 @@ def test_orthogonal(shape: tuple[int, int]) -> None:
     assert 0.6 < values.diag().min() <= values.diag().max() < 1.3
 
 
+def test_adamw_with_a_factor_on_its_learning_rate_is_torchs() -> None:
+    ours, plain = trained(group={"type": "AdamW", "weight_decay": 0.2, "lr_scale": 0.5}), Matrices()
+    adamw = torch.optim.AdamW(plain.weights, lr=5e-3, betas=(0.8, 0.9), eps=ADAM.adam_eps, weight_decay=0.2)
+    for step in range(STEPS):
+        for weight, gradient in zip(plain.weights, gradients(plain, step), strict=True):
+            weight.grad = gradient
+        adamw.step()
+    for one, other in zip(ours.weights, plain.weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
 def test_lion_is_its_formula() -> None:
     ours, plain = trained(group={"type": "Lion", "weight_decay": 0.2}), Matrices()
     momenta = [torch.zeros_like(weight) for weight in plain.weights]

@@ -95,6 +95,20 @@ def test_float32_steps_are_torchs_too() -> None:
         assert (one - other).abs().max() <= 1e-5
 
 
+def test_clipping_under_a_loss_scale_is_that_of_the_true_gradients() -> None:
+    """Adam's updates hardly depend on the scale of gradients, but its moments do."""
+    moments = []
+    for scale in (1.0, 1024.0):
+        model, (ids, labels) = decoder(), next(batches())
+        scaler = GradScalerConfig(fp16={"initial_scale": scale})  # type: ignore[arg-type]
+        optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.5), loss_scale=LossScale(scaler))
+        (loss_of(model, ids, labels) * scale).backward()
+        assert optimizer.step(1e-2, 0.95).grad_norm > 0.5
+        moments.append([optimizer.state_of(group)["exp_avg"] for group in optimizer.groups])
+    for one, other in zip(*moments, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
 def test_tied_and_frozen_parameters() -> None:
     adam = AdamConfig(lr=1e-2, weight_decay=0.1)
     ours, theirs = (decoder(tie_word_embeddings=True) for _ in range(2))
@@ -162,6 +176,21 @@ def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes() -> None:
                 optimizer.begin_reduction()
             assert optimizer.step(1e-2, 0.95).updated
             assert optimizer._reducer.begun == []
+    assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
+
+
+def test_the_number_of_micro_batches_may_change_from_step_to_step() -> None:
+    """As under a ramp-up of the batch size: with overlap, when a gradient is ready depends on it."""
+    models = [decoder() for _ in range(2)]
+    for overlap, model in enumerate(models):
+        zero = clipping(0.5, overlap_sync_grad=bool(overlap), reduce_bucket_size=2000)
+        optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), zero)
+        for micro_batches in (1, 1, 2, 2, 3, 1, 2):
+            optimizer.begin_step(micro_batches)
+            for index in range(micro_batches):
+                loss_of(model, tokens(2, 8, seed=10 + index), tokens(2, 8, seed=20 + index)).backward()
+            optimizer.begin_reduction()
+            assert optimizer.step(1e-2, 0.95).updated
     assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
 
 
