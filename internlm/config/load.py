@@ -41,6 +41,15 @@ def load_file(path: str | Path) -> NestedDict:
     Raises:
         ConfigError: The file is missing, is not Python, or fails when executed.
     """
+    return from_mapping(execute_file(path))
+
+
+def execute_file(path: str | Path) -> NestedDict:
+    """Execute a config file and return its config keys and variables: all names but modules, functions and classes.
+
+    Raises:
+        ConfigError: The file is missing, is not Python, or fails when executed.
+    """
     path = Path(path)
     code = _compile(path, _read(path))
     # Any name but ``__main__``, so that an ``if __name__ == "__main__":`` block of the file does not run.
@@ -49,7 +58,11 @@ def load_file(path: str | Path) -> NestedDict:
         exec(code, namespace)
     except (Exception, SystemExit) as error:  # any exception that the file raises is an error in the file
         raise ConfigError(_failure(path, error)) from None
-    return from_mapping({name: value for name, value in namespace.items() if not _is_tool(name, value)})
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and not callable(value) and not isinstance(value, (ModuleType, FUTURE))
+    }
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> NestedDict:
@@ -58,17 +71,31 @@ def from_mapping(mapping: Mapping[str, Any]) -> NestedDict:
     Raises:
         ConfigError: A dict contains itself, or a key is not a string.
     """
-    return {name: value for name, value in plain(mapping).items() if name in UPPER_CASE_KEYS or not _is_own(name)}
+    # Variables are left out first: they may be of any type.
+    given = {name: value for name, value in mapping.items() if name in UPPER_CASE_KEYS or not _is_own(name)}
+    copied: NestedDict = plain(given, outer=(id(mapping),))
+    return copied
 
 
-def _is_own(name: str) -> bool:
-    return name.startswith("_") or name.isupper()
+def variables_of(mapping: Mapping[str, Any]) -> NestedDict:
+    """Return the variables among the names of a config file: UPPER_CASE names with plain values."""
+    own = {name: value for name, value in mapping.items() if isinstance(name, str) and name.isupper()}
+    return {name: plain(value) for name, value in own.items() if name not in UPPER_CASE_KEYS and _is_plain(value)}
 
 
-def _is_tool(name: str, value: Any) -> bool:
-    """Return whether a name of a file is a module, a function or a class, or one that Python itself has set."""
-    own = _is_own(name) and name not in UPPER_CASE_KEYS
-    return own or callable(value) or isinstance(value, (ModuleType, FUTURE))
+def _is_plain(value: Any, depth: int = 8) -> bool:
+    """Return whether ``value`` consists of numbers, strings, None, lists, tuples and dicts."""
+    # A config is compared, copied and sent to other processes; other values might support none of these. The depth is
+    # limited because a list may contain itself.
+    if isinstance(value, Mapping):
+        return depth > 0 and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, (str, int, float, os.PathLike))
+
+
+def _is_own(name: Any) -> bool:
+    return isinstance(name, str) and (name.startswith("_") or name.isupper())
 
 
 def _read(path: Path) -> bytes:

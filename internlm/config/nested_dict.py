@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from internlm.utils.compat import DictAccess
 from internlm.utils.errors import ConfigError, Problem
 
 NestedDict = dict[str, Any]
@@ -13,7 +14,7 @@ ABSENT = object()
 
 
 def plain(value: Any, where: str = "", outer: tuple[int, ...] = ()) -> Any:
-    """Copy ``value``, recursively converting mappings to dicts and path objects to strings.
+    """Copy ``value``, recursively converting mappings and config sections to dicts and path objects to strings.
 
     Args:
         value: Value of any type.
@@ -23,7 +24,7 @@ def plain(value: Any, where: str = "", outer: tuple[int, ...] = ()) -> Any:
     Raises:
         ConfigError: A dict contains itself, or a key is not a string.
     """
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (Mapping, DictAccess)):
         # The schema is strict: for a path it accepts a string, but no path object.
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if id(value) in outer:

@@ -23,7 +23,7 @@ from internlm.config import nested_dict
 from internlm.config.foreign import Findings, drop_unset_load_info
 from internlm.config.keys import section_of, values
 from internlm.config.legacy import normalise
-from internlm.config.load import apply_overrides, from_mapping, load_file
+from internlm.config.load import apply_overrides, execute_file, from_mapping, variables_of
 from internlm.config.messages import schema_problems
 from internlm.config.nested_dict import NestedDict
 from internlm.config.rules import ALL_RULES, RunInfo
@@ -118,6 +118,9 @@ def load_config(
     return resolved.config
 
 
+Config.resolver = load_config
+
+
 def resolve(
     source: str | Path | Mapping[str, Any],
     overrides: Iterable[str] = (),
@@ -127,7 +130,7 @@ def resolve(
     """Resolve a config file or dict into a validated config.
 
     Args:
-        source: Path of a Python config file, which is executed, or a dict of config keys.
+        source: Path of a Python config file, which is executed, or a dict of config keys and UPPER_CASE variables.
         overrides: Strings ``"key=value"``. If a key occurs more than once, the last value applies.
         world_size: Number of processes. None: skip the checks that depend on it.
         device_type: ``"cpu"`` or ``"cuda"``. None: skip the derivations and checks that depend on it.
@@ -138,7 +141,8 @@ def resolve(
     Raises:
         ConfigError: The config is invalid; every problem is listed.
     """
-    raw = load_file(source) if isinstance(source, (str, Path)) else from_mapping(source)
+    names = execute_file(source) if isinstance(source, (str, Path)) else source
+    raw = from_mapping(names)
     findings = Findings()
     # Normalise the file first, so that its keys have the names that overrides are applied to; then again, since
     # overrides may use old spellings too.
@@ -157,6 +161,7 @@ def resolve(
         raise ConfigError(*(missing or [*findings.problems, *problems]))
     # Validate again: derived values were filled in after the first validation.
     config = Config.model_validate(raw)
+    config._variables = variables_of(names)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
     return Resolved(config, sources, warnings_about(config, findings.ignored))
 

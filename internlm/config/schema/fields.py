@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from internlm.utils.compat import DictAccess, frozen
 
-class Section(BaseModel):
+
+class Section(DictAccess, BaseModel):  # type: ignore[misc]  # __iter__ yields keys, as that of a dict
     """Base class of config sections, which are frozen, reject unknown keys and validate types strictly.
 
     For example, the string ``"2"`` is not converted to a number. The string beneath a field is its documentation.
@@ -23,6 +25,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),  # pydantic reserves names that begin with model_, such as our model_type
     )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):  # pydantic's error would not say where to set it instead
+            raise frozen(name, value)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise frozen(name)
 
 
 Count = Annotated[int, Field(ge=1)]

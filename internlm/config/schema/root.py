@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from internlm.config.schema.fields import Count, CountOrZero, PathText, Section
 from internlm.config.schema.model import ModelConfig
@@ -150,7 +152,51 @@ class MonitorConfig(Section):
 
 
 class Config(Section):
-    """Resolved, validated and frozen config, made by :func:`internlm.config.load_config`."""
+    """Resolved, validated and frozen config, made by :func:`internlm.config.load_config`.
+
+    ``Config(a_dict)`` and ``Config.from_file(path)`` resolve a dict or a config file, as existing scripts write it.
+
+    Raises:
+        ConfigError: The config is invalid; every problem is listed.
+    """
+
+    #: Function that resolves a dict or a file. Set by :mod:`internlm.config.resolve`, which needs this class.
+    resolver: ClassVar[Callable[[Mapping[str, Any] | str | Path], Config]]
+    _variables: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, source: Mapping[str, Any] | None = None, /, **keys: Any) -> None:
+        if source is not None:
+            resolved = Config.resolver({**source, **keys})
+            keys = resolved.model_dump()
+        super().__init__(**keys)
+        if source is not None:
+            self._variables = resolved.variables
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Resolve a config file.
+
+        Raises:
+            ConfigError: The config is invalid; every problem is listed.
+        """
+        return cls.resolver(path)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the config file: its UPPER_CASE names with plain values, which are no config keys."""
+        return dict(self._variables)
+
+    def keys(self) -> list[str]:
+        """Return the names of all config keys at the top level, and of the config file's variables."""
+        return [*super().keys(), *self._variables]
+
+    if not TYPE_CHECKING:  # a type checker would accept every name
+
+        def __getattr__(self, name: str) -> Any:
+            # Not for private names: pydantic sets them after it has created the object.
+            if not name.startswith("_") and name in self._variables:
+                return self._variables[name]
+            return super().__getattr__(name)
 
     model: ModelConfig
     """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values."""

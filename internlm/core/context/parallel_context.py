@@ -15,6 +15,7 @@ from internlm.config.schema import Config
 from internlm.core.context.group import Group
 from internlm.core.context.layout import Layout, ParallelMode, ParallelSizes
 from internlm.core.context.random import RandomStreams, mode_seeds
+from internlm.utils.errors import Problem, UserError
 
 
 def sizes_of(config: Config, world_size: int) -> ParallelSizes:
@@ -103,19 +104,22 @@ class ParallelContext:
     @property
     def config(self) -> Config:
         """Resolved config of this run."""
-        assert self._config is not None, "call internlm.initialize.initialize_distributed_env first"
+        if self._config is None:
+            raise _not_initialized("config")
         return self._config
 
     @property
     def layout(self) -> Layout:
         """Rank layout of this run."""
-        assert self._layout is not None, "call internlm.initialize.initialize_distributed_env first"
+        if self._layout is None:
+            raise _not_initialized("layout")
         return self._layout
 
     @property
     def random_streams(self) -> RandomStreams:
         """Random streams of this rank."""
-        assert self._streams is not None, "call internlm.initialize.initialize_distributed_env first"
+        if self._streams is None:
+            raise _not_initialized("random_streams")
         return self._streams
 
     @property
@@ -177,6 +181,14 @@ class ParallelContext:
         """Return the rank of this process within its ``mode`` group."""
         return self._ranks[mode].index(self._rank)
 
+    # Names of existing scripts for the sizes of this rank's groups.
+    tensor_parallel_size = property(lambda self: self.get_world_size(ParallelMode.TENSOR))
+    weight_parallel_size = property(lambda self: self.get_world_size(ParallelMode.WEIGHT))
+    data_parallel_size = property(lambda self: self.get_world_size(ParallelMode.DATA))
+    pipeline_parallel_size = property(lambda self: self.get_world_size(ParallelMode.PIPELINE))
+    zero1_parallel_size = property(lambda self: self.get_world_size(ParallelMode.ZERO1))
+    expert_parallel_size = property(lambda self: self.get_world_size(ParallelMode.EXPERT))
+
     def is_first_rank(self, mode: ParallelMode) -> bool:
         """Return whether this rank is the first of its group of ``mode``."""
         return self.get_local_rank(mode) == 0
@@ -220,6 +232,11 @@ class ParallelContext:
             and self.is_first_rank(ParallelMode.TENSOR)
             and self.is_pipeline_last_stage()
         )
+
+
+def _not_initialized(name: str) -> UserError:
+    todo = "Call internlm.initialize.initialize_distributed_env first"
+    return UserError(Problem(f"global_context.{name}", "is not set before the process groups exist", todo))
 
 
 #: Context of this process.

@@ -1,0 +1,118 @@
+"""Idioms of existing InternEvo scripts: mix-ins for other spellings, and errors that name a replacement.
+
+A mix-in gives another spelling of something that exists, such as ``gpc.config["model"]`` for ``gpc.config.model``. A
+name that cannot exist here raises :class:`ReplacedNameError`, whose message says what to use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NoReturn
+
+from internlm.utils.errors import Problem, UserError
+
+
+class ReplacedNameError(UserError, AttributeError):
+    """Error for a name of InternEvo that does not exist here; the message names the replacement.
+
+    It is an ``AttributeError``, so that ``hasattr`` and ``getattr`` with a default treat the name as absent.
+    """
+
+
+class FrozenConfigError(UserError, TypeError):
+    """Error for an attempt to change a config after it was resolved."""
+
+
+class ReplacedNames:
+    """Mix-in that raises :class:`ReplacedNameError` for the names in ``replaced``."""
+
+    #: Map from absent names to what to use instead.
+    replaced: ClassVar[Mapping[str, str]] = {}
+
+    # Python calls it only for attributes that it has not found.
+    def __getattr__(self, name: str) -> Any:
+        if name in self.replaced:
+            where = f"{type(self).__name__}.{name}"
+            raise ReplacedNameError(Problem(where, "does not exist in this project", self.replaced[name]))
+        inherited = getattr(super(), "__getattr__", None)  # that of nn.Module finds parameters and sub-modules
+        if inherited is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return inherited(name)
+
+
+class DictAccess:
+    """Mix-in that makes the fields of an object readable as those of a dict, and refuses every change.
+
+    ``section["key"]``, ``section.get("key", default)``, ``"key" in section``, ``**section`` and ``dict(section)`` work
+    as with a dict. Properties of the class can be read by name too, but are not among :meth:`keys`.
+    """
+
+    def keys(self) -> list[str]:
+        """Return the names of all fields."""
+        return list(vars(self))
+
+    def values(self) -> list[Any]:
+        """Return the values of all fields."""
+        return [self[name] for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Return all fields as pairs (name, value)."""
+        return [(name, self[name]) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of the field ``name``, or ``default`` if there is no such field."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self.keys() or name in self._properties())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    @classmethod
+    def _properties(cls) -> set[str]:
+        """Return the names of the properties that subclasses of this mix-in define."""
+        own = [base for base in cls.__mro__ if issubclass(base, DictAccess)]
+        return {name for base in own for name, value in vars(base).items() if isinstance(value, property)}
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+    def __setitem__(self, name: str, value: Any) -> NoReturn:
+        raise frozen(name, value)
+
+    def __delitem__(self, name: str) -> NoReturn:
+        raise frozen(name)
+
+    def update(self, *changes: Any, **more: Any) -> NoReturn:
+        """Refuse to change the object."""
+        raise frozen(", ".join([*(name for change in changes for name in dict(change)), *more]))
+
+    def setdefault(self, name: str, value: Any = None) -> Any:
+        """Return the value of an existing field ``name``; refuse to add one."""
+        if name not in self:
+            raise frozen(name, value)
+        return self[name]
+
+    def pop(self, name: str, *default: Any) -> NoReturn:
+        """Refuse to change the object."""
+        raise frozen(name)
+
+
+def frozen(name: str, *value: Any) -> FrozenConfigError:
+    """Return the error for changing the config key ``name``, to ``value`` if one is given."""
+    change = f"cannot be set to {value[0]!r}" if value else "cannot be changed or removed"
+    todo = (
+        "Set it in the config file, with --set KEY=VALUE or with initialize_distributed_env(overrides=['KEY=VALUE']); "
+        "keep values that are no config keys in variables of the script"
+    )
+    return FrozenConfigError(Problem(f"config key {name}", f"{change}, because a resolved config is frozen", todo))
