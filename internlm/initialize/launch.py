@@ -7,6 +7,8 @@ import atexit
 import gc
 import os
 import random
+import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +29,10 @@ from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_r
 from internlm.utils.logger import get_logger
 
 OLDEST_TORCH = (2, 13)
+
+_CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
+#: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
+_SECONDS_BEFORE_WARNING = 10.0
 
 ConfigLike = str | Path | dict[str, Any] | Config
 
@@ -69,6 +75,7 @@ def initialize_distributed_env(
     launcher: Launcher | None = None,
     master_port: int = 8888,
     seed: int = 1024,
+    args_check: bool = True,
     *,
     host: str | None = None,
     backend: str | None = None,
@@ -84,6 +91,7 @@ def initialize_distributed_env(
         launcher: ``"torch"`` or ``"slurm"``. None: detect it.
         master_port: Port of rank 0 if the launcher sets none.
         seed: Seed of initial values, data order and dropout.
+        args_check: Ignored, because the config is always checked; existing InternEvo scripts pass it.
         host: Address of rank 0, instead of the launcher's.
         backend: Backend of ``torch.distributed``; default: nccl on CUDA, gloo on CPU.
         overrides: Config overrides as strings ``"key=value"``.
@@ -204,7 +212,7 @@ def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequenc
     """Resolve and check the config; ``process`` is None if the world size is unknown."""
     if config is None:  # the default of --config
         raise ConfigError(Problem("--config", "not given", "Pass a config file, such as configs/demo.py"))
-    keys = config.model_dump() if isinstance(config, Config) else config
+    keys = {**config.model_dump(), **config.variables} if isinstance(config, Config) else config
     world_size = process.world_size if process else None
     result = resolve(keys, overrides, world_size=world_size, device_type=accelerator.device_type())
     check_runnable(result.config)
@@ -225,29 +233,68 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         MASTER_ADDR=process.host, MASTER_PORT=str(process.port),
     )  # fmt: skip
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **_store_of_attempt(process, timeout))
+        store = _make_store(process, timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout),
+            store=store,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
     except dist.DistError as error:
         # torch has no exception class for a port in use.
         in_use = "EADDRINUSE" in str(error)
         message = "is in use" if in_use else f"cannot be reached ({str(error).splitlines()[0]})"
-        todo = "Choose another port with --port" if in_use else "Check --host and --port, and that rank 0 is running"
+        todo = "Choose another port with --port" if in_use else _CHECK_RANK_0
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
         atexit.register(_leave)
 
 
-def _store_of_attempt(process: ProcessInfo, timeout: float) -> dict[str, Any]:
-    """Return ``init_process_group`` arguments that give each attempt of a job its own store.
+def _make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
+    """Connect to the store of the job, which rank 0 or torchrun's agent hosts.
 
     torchrun keeps one store through all restarts of a job (``--max-restarts``). After a restart, this store still holds
-    the addresses of ranks that have died.
+    the addresses of ranks that have died, so each attempt gets a separate key prefix.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    limit = timedelta(seconds=timeout)
-    job_store = dist.TCPStore(process.host, process.port, process.world_size, is_master=False, timeout=limit)
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", job_store)
-    return {"store": store, "rank": process.rank, "world_size": process.world_size}
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = process.rank == 0 and not agent_hosts
+    if not hosts:
+        _wait_until_reachable(process.host, process.port, timeout.total_seconds())
+    # Rank 0 reaches its own store by the loopback interface, even if the other ranks' address for it is wrong.
+    address = "localhost" if hosts else process.host
+    store: dist.Store = dist.TCPStore(
+        address, process.port, process.world_size, is_master=hosts, timeout=timeout, multi_tenant=hosts
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}", store) if agent_hosts else store
+
+
+def _wait_until_reachable(host: str, port: int, timeout: float) -> None:
+    """Block until rank 0's store accepts connections.
+
+    torch would wait as well, but print two C++ stack traces for each failed attempt.
+
+    Raises:
+        LaunchError: No connection is possible within ``timeout`` seconds.
+    """
+    deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
+    while True:
+        try:
+            # A host that drops packets answers nothing; an attempt of minutes would delay the warning.
+            limit = min(max(deadline - time.monotonic(), 0.1), _SECONDS_BEFORE_WARNING)
+            socket.create_connection((host, port), timeout=limit).close()
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
+            reason = getattr(error, "strerror", None) or str(error)
+        now = time.monotonic()
+        if now >= deadline:
+            problem = Problem(f"{host}:{port}", f"cannot be reached within {timeout:g} s ({reason})", _CHECK_RANK_0)
+            raise LaunchError(problem)
+        if now >= warn_at:
+            warn_at = deadline  # once
+            get_logger().warning(f"waiting for rank 0 at {host}:{port} ({reason})")
+        time.sleep(min(0.2, deadline - now))
 
 
 def _leave() -> None:

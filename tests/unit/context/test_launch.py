@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -256,32 +257,59 @@ def test_a_port_in_use(busy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message == f"127.0.0.1:{busy_port}: is in use. Choose another port with --port"
 
 
-@pytest.mark.parametrize(
-    ("rank", "message"),
-    [("0", "cannot be reached (Timed out after"), ("1", "cannot be reached (The client socket has timed out")],
-    ids=["rank 0 waits in vain", "rank 0 is not there"],
-)
-def test_a_rank_that_never_comes(rank: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _free_port() -> str:
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
-        port = str(finder.getsockname()[1])
-    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}
+        return str(finder.getsockname()[1])
+
+
+UNREACHABLE: dict[str, tuple[str, str, str]] = {
+    "rank 0 waits in vain": ("0", "127.0.0.1", "cannot be reached (Timed out after"),
+    "rank 0 waits in vain, with an address that is wrong": ("0", "host.invalid", "cannot be reached (Timed out after"),
+    "rank 0 is not there": ("1", "127.0.0.1", "cannot be reached within 0.5 s (Connection refused). Check --host"),
+    "no such host": ("1", "host.invalid", "cannot be reached within 0.5 s (Name or service not known). Check --host"),
+    "no host name": ("1", "a" * 70, "cannot be reached within 0.5 s ("),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_a_rank_that_never_comes(case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    rank, host, message = UNREACHABLE[case]
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": _free_port()}
     problems = problems_of_launch(monkeypatch, environment, overrides=["parallel.timeout=0.5"])
-    assert problems.startswith(f"127.0.0.1:{port}: {message}")
+    assert problems.startswith(f"{host}:{environment['MASTER_PORT']}: {message}")
+    assert len(problems.splitlines()) == 1
+    assert "frame #" not in capfd.readouterr().err  # no C++ stack traces around that line
+
+
+def test_a_long_wait_for_rank_0_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "_SECONDS_BEFORE_WARNING", 0.1)
+    port = int(_free_port())
+    monkeypatch.setattr(launch.get_logger(), "propagate", True)
+    with pytest.raises(LaunchError):
+        launch._wait_until_reachable("127.0.0.1", port, 1.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for rank 0 at 127.0.0.1:{port} (Connection refused)"
+    ]
 
 
 def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps the store through all of them."""
     whole = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    process = ProcessInfo(rank=0, world_size=2, local_rank=0, host="127.0.0.1", port=whole.port)
-    assert launch._store_of_attempt(process, 5.0) == {}
+    process = ProcessInfo(rank=0, world_size=1, local_rank=0, host="127.0.0.1", port=whole.port)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     seen = []
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        given = launch._store_of_attempt(process, 5.0)
-        assert (given["rank"], given["world_size"]) == (0, 2)
-        seen.append(given["store"].check(["address"]))
-        given["store"].set("address", attempt)
+        store = launch._make_store(process, timedelta(seconds=5))
+        seen.append(store.check(["address"]))
+        store.set("address", attempt)
     assert seen == [False, False]
-    assert given["store"].get("address") == b"1"
+    assert store.get("address") == b"1"
+
+
+def test_a_published_launch_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the keyword for a check that is always made, which finds what is wrong all the same."""
+    assert problems_of_launch(monkeypatch, {"RANK": "3"}, args_check=False).startswith("rank: must be at least 0")
