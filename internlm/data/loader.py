@@ -6,10 +6,10 @@ Shapes: M micro-batches, P = packed_length, B = micro_bsz, S = seq_len, C sequen
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import PackingLayout, Row, RowShape, TrainRows, ValidRows
+from internlm.utils.compat import ReplacedNames
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -115,7 +116,86 @@ def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
 # -- loaders
 
 
-class TrainLoader:
+class _RowLoader:
+    """Base class of loaders: the batches of a range of steps, prefetched by ``num_worker`` threads.
+
+    ``dataset``, ``collate_fn`` and ``batch_sampler`` are views with the names of ``torch.utils.data.DataLoader``, for
+    scripts that read them.
+    """
+
+    def __init__(
+        self,
+        rows: TrainRows | ValidRows,
+        plan: BatchPlan,
+        data_rank: int,
+        num_worker: int,
+        sequence_shard: GroupPosition,
+    ) -> None:
+        self.plan = plan
+        self._rows, self._data_rank, self._sequence_shard = rows, data_rank, sequence_shard
+        self._num_worker = num_worker
+
+    def steps(self) -> range:
+        """Return the steps whose batches iteration yields."""
+        raise NotImplementedError
+
+    def read(self, step: int) -> Batch:
+        """Read the batch of ``step``."""
+        return self.collate_fn([self._rows[row] for row in self.plan.rows(step, self._data_rank)])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return read_ahead(self.read, self.steps(), self._num_worker)
+
+    def __len__(self) -> int:
+        """Return the number of batches that iteration yields."""
+        return len(self.steps())
+
+    @property
+    def dataset(self) -> TrainRows | ValidRows:
+        """Packed rows by index; its length is the number of rows in an epoch."""
+        return self._rows
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[Row]], Batch]:
+        """Function that makes the batch of this rank from rows."""
+        return lambda rows: split_rows(collate(rows, self._rows.shape), self._sequence_shard)
+
+    @property
+    def batch_sampler(self) -> BatchSampler:
+        """Indices of the rows of each batch."""
+        return BatchSampler(self.plan, self._data_rank, self.steps())
+
+
+class BatchSampler(ReplacedNames):
+    """Read-only view of the rows that a loader reads: iterating yields the row indices of each batch.
+
+    Args:
+        plan: Plan of the loader.
+        data_rank: Data-parallel rank whose rows are listed.
+        steps: Steps of the batches.
+    """
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "state_dict": "Use train_dl.position(step), which a checkpoint saves",
+        "load_state_dict": "Use train_dl.resume(position), or train_dl.seek(step)",
+    }
+
+    def __init__(self, plan: BatchPlan, data_rank: int, steps: range) -> None:
+        self._plan, self._data_rank, self._steps = plan, data_rank, steps
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows of a batch, which are its micro-batches, after the batch-size ramp-up."""
+        return self._plan.micro_num
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self._plan.rows(step, self._data_rank)) for step in self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+class TrainLoader(_RowLoader):
     """Loader of the training batches of one data-parallel rank, from a start step to ``total_steps``.
 
     Iterating yields the batch of each step (see :func:`collate` and :func:`split_rows`), prefetched by ``num_worker``
@@ -132,11 +212,9 @@ class TrainLoader:
         num_worker: int,
         sequence_shard: GroupPosition = ALONE,
     ) -> None:
-        self.plan = plan
-        self.types = rows.source.types
-        self._rows, self._data_rank, self._sequence_shard = rows, data_rank, sequence_shard
-        self._total_steps, self._num_worker = total_steps, num_worker
-        self._start = 0
+        super().__init__(rows, plan, data_rank, num_worker, sequence_shard)
+        self.types, self._fingerprint = rows.source.types, rows.source.fingerprint
+        self._total_steps, self._start = total_steps, 0
 
     def seek(self, step: int) -> None:
         """Set the step at which iteration begins."""
@@ -153,22 +231,14 @@ class TrainLoader:
 
     def fingerprint(self) -> str:
         """Return a digest of the dataset; a saved data position is valid only for the same digest."""
-        return self._rows.source.fingerprint()
+        return self._fingerprint()
 
-    def read(self, step: int) -> Batch:
-        """Read the batch of ``step``."""
-        rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
-        return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return read_ahead(self.read, range(self._start, self._total_steps), self._num_worker)
-
-    def __len__(self) -> int:
-        """Return the number of steps from the start step to the end of the run."""
-        return max(0, self._total_steps - self._start)
+    def steps(self) -> range:
+        """Return the steps from the start step to the end of the run."""
+        return range(self._start, self._total_steps)
 
 
-class ValidLoader:
+class ValidLoader(_RowLoader):
     """Loader of the validation batches of one data-parallel rank: one pass over one dataset type, in order.
 
     Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. If the
@@ -184,18 +254,10 @@ class ValidLoader:
         num_worker: int,
         sequence_shard: GroupPosition = ALONE,
     ) -> None:
-        self._rows, self._plan, self._data_rank = rows, plan, data_rank
-        self._num_worker, self._sequence_shard = num_worker, sequence_shard
+        super().__init__(rows, plan, data_rank, num_worker, sequence_shard)
         batches = -(-len(rows) // (plan.micro_num * plan.data_size))
         self._batches = batches if max_batches is None else min(batches, max_batches)
 
-    def read(self, index: int) -> Batch:
-        """Read the batch at ``index``."""
-        rows = [self._rows[row] for row in self._plan.rows(index, self._data_rank)]
-        return split_rows(collate(rows, self._rows.shape), self._sequence_shard)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return read_ahead(self.read, range(self._batches), self._num_worker)
-
-    def __len__(self) -> int:
-        return self._batches
+    def steps(self) -> range:
+        """Return the indices of the batches."""
+        return range(self._batches)

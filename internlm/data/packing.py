@@ -118,6 +118,10 @@ class TrainRows:
         self._epoch = functools.lru_cache(2)(functools.partial(make_epoch, source.lengths, shape, seed))
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Return the number of rows in an epoch."""
+        return self.per_epoch
+
     def __getitem__(self, index: int) -> Row:
         """Return row ``index``, counted from 0 over all epochs."""
         epoch_index, row = divmod(index, self.per_epoch)

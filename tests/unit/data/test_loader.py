@@ -13,7 +13,7 @@ from internlm.config.schema import DataConfig
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, TrainLoader, ValidLoader
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, UserError
 from tests.unit.data.files import write_bin
 
 SIZES: dict[str, Any] = {"seq_len": 16, "micro_bsz": 2, "micro_num": 3, "total_steps": 20, "num_worker": 0}
@@ -230,3 +230,32 @@ def test_the_index_may_lie_in_shared_memory(folder: str, tmp_path_factory: pytes
     shm = tmp_path_factory.mktemp("shm") / "metacache"
     train(train_folder=f"local:{folder}", use_shm=True, shm_path=str(shm))
     assert len(list(shm.iterdir())) == 1
+
+
+# -- names of torch's DataLoader
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dataset_sampler_and_collate_fn_make_the_batches_of_the_loader(rank: int) -> None:
+    loader = train(rank, 2, total_steps=4)
+    loader.seek(1)
+    batches = [loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler]
+    assert same(batches, list(loader))
+    assert (len(loader.batch_sampler), loader.batch_sampler.batch_size) == (3, 3)
+
+
+def test_a_dataset_has_the_rows_of_an_epoch(folder: str) -> None:
+    loader = train(train_folder=folder)
+    assert len(loader.dataset) == loader.dataset.per_epoch > 0
+    held_out = valid(valid_folder=folder, micro_num=1)["code"]
+    assert len(list(held_out.batch_sampler)) == len(held_out)
+    assert len(held_out.dataset) == sum(len(labels) for _, labels in held_out) == 15
+
+
+def test_the_views_of_a_loader_cannot_be_set() -> None:
+    loader = train()
+    for name in ("dataset", "collate_fn", "batch_sampler"):
+        with pytest.raises(AttributeError):
+            setattr(loader, name, None)
+    with pytest.raises(UserError, match=r"BatchSampler\.load_state_dict: does not exist .*\. Use train_dl\.resume"):
+        loader.batch_sampler.load_state_dict({})
