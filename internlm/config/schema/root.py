@@ -151,10 +151,20 @@ class MonitorConfig(Section):
     """Settings of the TensorBoard writer."""
 
 
-class Config(Section):
+class _ResolvedFromDict(type(Section)):  # type: ignore[misc]  # pydantic's metaclass
+    """Metaclass that makes ``Config(a_dict)`` resolve the dict, as existing scripts write it.
+
+    An ``__init__`` of the class would do so too, but would make pydantic validate JSON by the rules for Python objects.
+    """
+
+    def __call__(cls, source: Mapping[str, Any] | None = None, /, **keys: Any) -> Any:
+        return super().__call__(**keys) if source is None else cls.resolver({**source, **keys})
+
+
+class Config(Section, metaclass=_ResolvedFromDict):
     """Resolved, validated and frozen config, made by :func:`internlm.config.load_config`.
 
-    ``Config(a_dict)`` and ``Config.from_file(path)`` resolve a dict or a config file, as existing scripts write it.
+    ``Config(a_dict)`` and ``Config.from_file(path)`` resolve a dict or a config file.
 
     Raises:
         ConfigError: The config is invalid; every problem is listed.
@@ -163,14 +173,6 @@ class Config(Section):
     #: Function that resolves a dict or a file. Set by :mod:`internlm.config.resolve`, which needs this class.
     resolver: ClassVar[Callable[[Mapping[str, Any] | str | Path], Config]]
     _variables: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    def __init__(self, source: Mapping[str, Any] | None = None, /, **keys: Any) -> None:
-        if source is not None:
-            resolved = Config.resolver({**source, **keys})
-            keys = resolved.model_dump()
-        super().__init__(**keys)
-        if source is not None:
-            self._variables = resolved.variables
 
     @classmethod
     def from_file(cls, path: str | Path) -> Config:
