@@ -34,6 +34,11 @@ class DeviceKind:
         module: ModuleType = torch.get_device_module(self.name)
         return module
 
+    @property
+    def adds_wide_products(self) -> bool:
+        """Whether ``torch.addmm`` can add a product of half-precision factors to a float32 matrix (``out_dtype``)."""
+        return not self.is_host and torch.version.hip is None  # torch has no such kernel on the CPU and for ROCm
+
     def read(self, tensor: Tensor) -> Tensor:
         """Return a tensor of this kind in host memory, waiting until it has been computed."""
         return tensor if self.is_host else tensor.cpu()

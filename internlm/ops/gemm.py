@@ -11,11 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from internlm.accelerator import is_host
+from internlm.accelerator import is_host, kind_of
 from internlm.ops.cpu import cpu_gemm
-
-# Elements of one block of a weight gradient; bounds the memory of the temporary product.
-_BLOCK_ELEMENTS = 2**22
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -39,15 +36,10 @@ def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool 
     """
     if is_host(out):
         cpu_gemm.accumulate_grad_weight(out, dy, x, accumulate)
-        return
-    if out.dtype == dy.dtype:
+    elif out.dtype == dy.dtype:
         out.addmm_(dy.t(), x, beta=int(accumulate))
-        return
-    # A mixed-dtype product cannot add to its output; blocks bound the size of the temporary.
-    rows = max(1, _BLOCK_ELEMENTS // out.shape[1])
-    for block, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
-        product = torch.mm(columns.t(), x, out_dtype=out.dtype)  # tensor cores sum in fp32; do not round the result
-        if accumulate:
-            block.add_(product)
-        else:
-            block.copy_(product)
+    elif kind_of(out.device).adds_wide_products:
+        # Tensor cores sum in fp32, and add to the fp32 gradient without a rounded or temporary product.
+        torch.addmm(out, dy.t(), x, out_dtype=out.dtype, beta=int(accumulate), out=out)
+    else:
+        out.addmm_(dy.t().to(out.dtype), x.to(out.dtype), beta=int(accumulate))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internlm import accelerator
-from internlm.ops import PackedSequences, attention, why_unavailable
+from internlm.ops import PackedSequences, attention, gemm, why_unavailable
 from tests.harness.launch import torchrun
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +36,17 @@ def test_attention_equals_reference(backend: str, kv_heads: int) -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2)
     for x, y in zip(inputs, doubles, strict=True):
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_weight_gradient_is_added_in_float32(dtype: torch.dtype, accumulate: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, dy = (torch.randn(1000, size, device="cuda", generator=generator).to(dtype) for size in (292, 1001))
+    out = torch.randn(1001 * 292 + 1, device="cuda", generator=generator)[1:].view(1001, 292)  # not aligned
+    exact = dy.double().t() @ x.double() + (out.double() if accumulate else 0)
+    gemm.accumulate_grad_weight(out, dy, x, accumulate)
+    assert ((out - exact).norm() / exact.norm()).item() < 1e-5
 
 
 def test_accelerator_finds_the_device() -> None:

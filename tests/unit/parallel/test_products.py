@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from internlm.config.schema import ModelConfig
 from internlm.core.parallel import ParallelLinear, ParallelNorm
 from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.products import deferring
+from internlm.model.families import FAMILIES, FamilyBuilder
 from internlm.ops import swiglu
 from internlm.utils.dtype import default_dtype
 from tests.unit.model.samples import decoder, tokens
@@ -134,3 +140,33 @@ def test_an_error_ends_the_block() -> None:
         raise ValueError("broken off")
     model(inputs()).sum().backward()
     assert (main_grad_of(model.up.weight) != 1).any()
+
+
+class Calls(TorchDispatchMode):
+    """Within it, ``count`` has the number of calls of each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func).removeprefix("aten.")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_computes_one_product_per_linear_and_role_at_the_sizes_of_a_7b_model() -> None:
+    layers, linears, tokens, chunk = 2, 4, 4096, 2048
+    config = ModelConfig(
+        num_layers=layers, hidden_size=4096, num_attention_heads=32, num_kv_attention_heads=8, vocab_size=92544
+    )
+    # Tensors without memory, which are treated like those of an accelerator.
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        model = FamilyBuilder(FAMILIES["INTERNLM2"])(config)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+    for parameter in model.parameters():
+        attach_main_grad(parameter, torch.empty_like(parameter, dtype=torch.float32))
+    with Calls() as calls:
+        model(ids, labels=ids).loss_sum.backward()
+    of_head = tokens // chunk
+    assert calls.count["mm.default"] == 2 * (layers * linears + of_head)  # outputs and input gradients
+    assert calls.count["addmm.dtype_out"] == layers * linears + of_head  # weight gradients, added to those in float32
