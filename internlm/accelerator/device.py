@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,27 @@ def device_memory() -> int | None:
     """Return the total memory of the current device in bytes; None on CPU, where processes share the memory."""
     kind = device_kind()
     return None if kind.is_host else int(kind.module.get_device_properties(current_device()).total_memory)
+
+
+def free_memory() -> int | None:
+    """Return how many bytes this process may still allocate on its device; None if that is not known.
+
+    On CPU, the processes of a machine share its memory in equal parts.
+    """
+    kind = device_kind()
+    if not kind.is_host:
+        if not hasattr(kind.module, "mem_get_info"):
+            return None
+        # PyTorch keeps memory that it freed, and allocates from it first.
+        unused = kind.module.memory_reserved() - kind.module.memory_allocated()
+        return int(kind.module.mem_get_info(current_device())[0] + unused)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    size = {name: int(rest.split()[0]) * 2**10 for name, _, rest in (line.partition(":") for line in lines)}
+    # By the total, since the other processes may have allocated their part already, or not yet.
+    return min(size["MemAvailable"], size["MemTotal"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def set_device(local_rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from internlm import accelerator
@@ -12,16 +13,17 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.context.random import derived_seed
-from internlm.core.parallel import ParallelNorm
 from internlm.core.parallel.blocks import declared_blocks
 from internlm.core.parallel.initialization import initialize_parameters
+from internlm.core.parallel.layers import widen_norms
 from internlm.core.parallel.param_state import deferred_memory
 from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers, building
 from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
 from internlm.model.registry import is_built_in, model_initializer, register_model_initializer
 from internlm.ops import why_unavailable
-from internlm.utils.dtype import default_dtype, torch_dtype, wide
+from internlm.train.memory_check import check_memory
+from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
 
@@ -36,7 +38,8 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
             Do not set it in a script that sets parameter values before that call.
 
     Raises:
-        ConfigError: The attention backend is not available, or the model was not built for this rank's stage.
+        ConfigError: The attention backend is not available, the run needs more memory than is free, or the model was
+            not built for this rank's stage.
     """
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
@@ -44,6 +47,8 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
     # Without fsdp a rank keeps all the memory that it allocates here, so deferring would save none. A user's function
     # may read or move the parameters that it creates, so these must not be on the meta device.
     deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
+    if name == config.model_type:
+        check_memory(config, dist.get_world_size(), gpc.get_local_rank(ParallelMode.PIPELINE))
     model = build_model(config, gpc.seed, name, sharding, own_stage_layers(), deferred=deferred)
     check_stage(model, name)
     _warn_of_keys_without_effect(model, name)
@@ -92,13 +97,6 @@ def build_model(
     if not deferred:
         initialize_parameters(model, seed)
     return model
-
-
-def widen_norms(model: nn.Module) -> None:
-    """Convert norm weights to at least float32, whatever the dtype of the other parameters."""
-    for module in model.modules():
-        if isinstance(module, ParallelNorm):
-            module.to(wide(module.weight.dtype))
 
 
 def own_stage_layers() -> StageLayers:

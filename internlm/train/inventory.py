@@ -17,13 +17,13 @@ from internlm.config import Config, config_hash
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel import ParallelLinear
 from internlm.core.parallel.blocks import containing_block, declared_blocks
+from internlm.core.parallel.layers import widen_norms
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.costs import NoCostFormulaError, ParamInventory, ParamShard, Plan, memory_plan
 from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
 from internlm.model.registry import model_initializer, register_model_initializer
-from internlm.train.build_model import widen_norms
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import known_names
 

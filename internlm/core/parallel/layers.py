@@ -21,6 +21,7 @@ from internlm.core.parallel.param_state import main_grad_of, place, wait_for_all
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
+from internlm.utils.dtype import wide
 
 
 class ParallelEmbedding(nn.Module):
@@ -72,6 +73,13 @@ class ParallelNorm(nn.Module):
         if self.norm_type == "rmsnorm":
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def widen_norms(model: nn.Module) -> None:
+    """Convert norm weights to at least float32, whatever the dtype of the other parameters."""
+    for module in model.modules():
+        if isinstance(module, ParallelNorm):
+            module.to(wide(module.weight.dtype))
 
 
 class ParallelHead(ParallelLinear):

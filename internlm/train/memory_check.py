@@ -1,0 +1,51 @@
+"""Memory check before a model is built: the memory plan of this rank against the memory that is free."""
+
+from __future__ import annotations
+
+from internlm import accelerator
+from internlm.config import Config
+from internlm.costs import NoCostFormulaError, ParamInventory, memory_plan
+from internlm.costs.memory_plan import format_bytes
+from internlm.train.inventory import build_inventory
+from internlm.utils.errors import ConfigError, Problem
+
+#: A plan may exceed the free memory by this factor: it is exact for parameters, but not for activations.
+TOLERANCE = 1.1
+TODO = "Use more ranks, a smaller model or smaller micro-batches; internlm memory prints the plan row by row"
+
+
+def check_memory(config: Config, world_size: int, stage: int) -> None:
+    """Check that the free memory suffices for a rank of pipeline stage ``stage``.
+
+    Without this check, an allocator fails in the middle of building the model, or the system kills the process. A model
+    that cannot be built on the meta device is not checked.
+
+    Raises:
+        ConfigError: The memory does not suffice, or the sizes of the model are too large for any tensor.
+    """
+    free = accelerator.free_memory()
+    if free is None:
+        return
+    try:
+        inventory = build_inventory(config, world_size, stage)
+    except NoCostFormulaError as error:
+        if "overflow" in str(error):
+            what = "a parameter has more bytes than a 64-bit integer can count"
+            raise ConfigError(Problem("model", what, "Use a smaller model")) from None
+        return
+    # Parameters first: the layout of the flat buffers has an entry per bucket, which is itself too large for a model
+    # of absurd size.
+    smallest = _parameters(inventory)
+    needed = smallest if smallest > free * TOLERANCE else sum(memory_plan(inventory).values())
+    if needed > free * TOLERANCE:
+        what = f"a rank needs {format_bytes(needed)} of memory, but only {format_bytes(free)} are free"
+        raise ConfigError(Problem("model", what, TODO))
+
+
+def _parameters(inventory: ParamInventory) -> int:
+    """Return the bytes of all parameters of a rank, without padding and optimizer states."""
+    groups = inventory.groups
+    return sum(
+        (shard.numel_per_rank(groups.z) if groups.shares_parameters else shard.numel) * shard.dtype.itemsize
+        for shard in inventory.shards
+    )
