@@ -5,6 +5,7 @@ VENV ?= .venv
 DEVICE ?=
 DEMO_STEPS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
@@ -16,7 +17,7 @@ DOC := doc/_build/html
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-gpu check docs clean
+.PHONY: help demo test test-all test-gpu check bench-profile docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,6 +42,9 @@ check: $(VENV)/.installed-test ## Lint, formatting, types, layers, spelling
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/codespell
+
+bench-profile: $(VENV)/.installed-runtime ## Show where a step's time goes: BENCH_ARGS="--dtype bfloat16 --threads 1"
+	$(PY) -m bench.profile $(BENCH_ARGS)
 
 docs: $(VENV)/.installed-docs ## Build the documentation into doc/_build/html
 	$(PY) -m sphinx -W --keep-going -q doc $(DOC)

@@ -1,22 +1,25 @@
-"""Measure the floor of a training step: the time of its matrix products, each alone, in this process."""
+"""Measure the floor of a training step: the time of its GEMMs, each alone and with its fastest kernel."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from internlm.config.schema import ModelConfig
-from internlm.ops import gemm
+from internlm.ops.cpu import cpu_gemm
 
+ROLES = ("forward", "input gradient", "weight gradient")
 REPEATS = 5
 Gemm = Callable[[], object]
 
 
-def products(model: ModelConfig) -> list[tuple[int, int, int]]:
-    """Return input features, output features and number of layers of every kind of linear layer."""
+def linear_layers(model: ModelConfig) -> list[tuple[int, int, int]]:
+    """Return input features, output features and the number of linear layers of each shape."""
     hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
     inner, layers = model.intermediate_size, model.num_layers
     return [
@@ -28,44 +31,50 @@ def products(model: ModelConfig) -> list[tuple[int, int, int]]:
     ]
 
 
-def floor_seconds(model: ModelConfig, tokens: int, plain: bool) -> float:
-    """Measure the three products of every linear layer; return the sum of their median seconds.
+def floor_seconds(model: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Time the three GEMMs of every linear layer.
 
     Args:
-        model: the ``model`` section.
-        tokens: tokens of a step.
-        plain: use ``torch.mm``, as a model in plain torch does, rather than :mod:`internlm.ops.gemm`.
+        model: Section ``model`` of the config.
+        tokens: Tokens of a step.
+        dtype: Dtype of the factors; weight gradients are float32.
+
+    Returns:
+        Seconds of a step by role, with the fastest kernel for each shape.
     """
-    return sum(
-        count * sum(map(_seconds, _three(tokens, inputs, outputs, plain))) for inputs, outputs, count in products(model)
+    seconds = dict.fromkeys(ROLES, 0.0)
+    for inputs, outputs, count in linear_layers(model):
+        for role, kernels in _kernels(tokens, inputs, outputs, dtype).items():
+            seconds[role] += count * min(_in_turns(kernels))
+    return seconds
+
+
+def _kernels(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, list[Gemm]]:
+    """Return the kernels of one linear layer by role, with their operands."""
+    x, weight, dy = (
+        torch.randn(*shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
-
-
-def _three(tokens: int, inputs: int, outputs: int, plain: bool) -> list[Gemm]:
-    """Return the products for the output, the gradient of the input and the gradient of the weight."""
-    x, weight, dy = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     grad = torch.zeros(outputs, inputs)
-    if plain:
-        return [lambda: torch.mm(x, weight.t()), lambda: torch.mm(dy, weight), lambda: torch.mm(dy.t(), x, out=grad)]
-    return [
-        lambda: gemm.linear(x, weight),
-        lambda: gemm.grad_input(dy, weight),
-        lambda: gemm.accumulate_grad_weight(grad, dy, x),
-    ]
+    wide = dtype == torch.float32
+    products = cpu_gemm.LINEAR.values() if wide else [_mm]
+    sums = (cpu_gemm.GRAD_WEIGHT if wide else cpu_gemm.WIDE_GRAD_WEIGHT).values()
+    factors = ((x, weight), (dy, weight.t()), (grad, dy, x, True))
+    return {
+        role: [partial(kernel, *operands) for kernel in kernels]
+        for role, kernels, operands in zip(ROLES, (products, products, sums), factors, strict=True)
+    }
 
 
-def _seconds(product: Gemm) -> float:
-    product()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        product()
-        times.append(time.perf_counter() - start)
-    return median(times)
+def _mm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t())
 
 
-def gemm_flops_per_second(plain: bool) -> float:
-    """Measure the machine's fp32 rate by a product of [2048, 2048] matrices."""
-    n = 2048
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / _seconds(lambda: torch.mm(a, b.t()) if plain else gemm.linear(a, b))
+def _in_turns(functions: list[Gemm]) -> list[float]:
+    """Run functions in turns; return the median seconds of each, without its first run."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(1 + REPEATS):
+        for function, times in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return [median(times[1:]) for times in seconds]

@@ -39,6 +39,12 @@ def processor_type(cpuinfo: Path = _CPUINFO) -> str:
     return " ".join([*names, *(name for name in _INSTRUCTION_SETS if name in available), _capability()])
 
 
+def processor_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Return the name that the processor gives itself, such as ``"AMD EPYC 9555 64-Core Processor"``, for reports."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def has_bf16(processor: str) -> bool:
     """Return whether ``processor`` multiplies bfloat16 matrices in hardware."""
     return not _BF16_INSTRUCTIONS.isdisjoint(processor.split())

@@ -86,6 +86,12 @@ def test_processor_type_of_this_machine_is_read_from_cpuinfo(tmp_path: Path) -> 
     assert processor.processor_type(tmp_path / "missing")
 
 
+def test_processor_name_for_reports_is_that_of_cpuinfo(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9555\n")
+    assert processor.processor_name(tmp_path / "cpuinfo") == "AMD EPYC 9555"
+    assert processor.processor_name(tmp_path / "missing")
+
+
 # -- the user's choice
 
 
