@@ -146,7 +146,7 @@ def check_registered(config: Config) -> None:
     """
     known = {*MODEL_TYPES, *MODEL_INITIALIZER}
     if config.model_type not in known:
-        todo = f"{known_names(known)} A model of your own is known only to the script that registers it"
+        todo = f"{known_names(known)} A script registers a model of its own before initialize_distributed_env"
         raise ConfigError(Problem("model_type", f"nothing is registered as {config.model_type!r}", todo))
 
 

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from internlm import accelerator
-from internlm.config import Config, check_runnable, config_hash, resolve
+from internlm.config import Config, check_registered, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
 from internlm.initialize.environment import ExplicitProcess, Launcher, ProcessInfo, check_process, find_process
+from internlm.ops import why_unavailable
 from internlm.ops.cpu.kernel_start import check_request, choose_kernels
 from internlm.utils.common import FriendlyParser
 from internlm.utils.dtype import torch_dtype
@@ -119,6 +120,8 @@ def initialize_distributed_env(
     check_request()
     check_process(process)
     resolved = _resolve(config, process, overrides)
+    check_registered(resolved)
+    _check_attention(resolved)
     _check_devices(process)
     # NCCL binds a communicator to the device that is current when its group is made.
     accelerator.set_device(process.local_rank)
@@ -182,6 +185,13 @@ def _check_devices(process: ProcessInfo) -> None:
     if devices is not None and process.local_rank >= devices:
         message = f"must be less than the number of devices on this machine ({devices}), got {process.local_rank}"
         raise LaunchError(Problem("LOCAL_RANK", message, f"Start at most {devices} processes per machine"))
+
+
+def _check_attention(config: Config) -> None:
+    backend, dtype = config.model.attention_backend, torch_dtype(str(config.model.dtype))
+    # The config was checked for the device and the dtype already, but not for the package that the kernel needs.
+    if backend != "auto" and (reason := why_unavailable(backend, accelerator.device_type(), dtype)):
+        raise ConfigError(Problem("model.attention_backend", reason, "Set it to 'auto'"))
 
 
 def _check_agreement(config: Config, seed: int) -> None:

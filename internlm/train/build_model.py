@@ -21,7 +21,6 @@ from internlm.core.parallel.sharding import GroupPosition, Sharding, StageLayers
 from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
 from internlm.model.registry import is_built_in, model_initializer, register_model_initializer
-from internlm.ops import why_unavailable
 from internlm.train.memory_check import check_memory
 from internlm.utils.dtype import default_dtype, torch_dtype
 from internlm.utils.errors import ConfigError, Problem
@@ -38,8 +37,7 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
             Do not set it in a script that sets parameter values before that call.
 
     Raises:
-        ConfigError: The attention backend is not available, the run needs more memory than is free, or the model was
-            not built for this rank's stage.
+        ConfigError: The run needs more memory than is free, or the model was not built for this rank's stage.
     """
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
@@ -75,13 +73,12 @@ def build_model(
         deferred: Leave the parameters of parallel layers on the meta device, without values.
 
     Raises:
-        ConfigError: The attention backend is not available.
+        ConfigError: No model type of this name is registered.
     """
     register_model_initializer()
     build = model_initializer.get_module(model_type or config.model_type)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
     dtype = torch_dtype(config.model.dtype)
-    _check_attention(config.model.attention_backend, dtype)
     # TF32 is a precision of float32 matrix products, not a dtype: parameters are float32.
     if config.model.dtype == "torch.tf32":
         torch.set_float32_matmul_precision("high")
@@ -142,10 +139,3 @@ def _warn_of_keys_without_effect(model: nn.Module, name: str) -> None:
     keys = ", ".join(f"model.{key}" for key, is_ignored in ignored.items() if is_ignored)
     if keys:
         get_logger().warning(f"{keys}: ignored, unless the model {name!r} implements this itself")
-
-
-def _check_attention(backend: str, dtype: torch.dtype) -> None:
-    reason = "" if backend == "auto" else why_unavailable(backend, accelerator.device_type(), dtype)
-    if reason:
-        what = f"'{backend}' cannot be used: {reason}"
-        raise ConfigError(Problem("model.attention_backend", what, "Set it to 'auto'"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from internlm.config.rules.rule import Rule, RunInfo, at, divisors, listed
+from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
 from internlm.config.schema.fields import floor_share, parse_rampup, parse_skip_batches
 from internlm.utils.errors import Problem
@@ -71,6 +71,16 @@ def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> I
     if (config.model.compile, config.model.checkpoint) == (True, "selective"):
         what = "'selective' has no effect with model.compile = True: the compiler chooses the saved activations"
         yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
+
+
+def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that an attention kernel chosen by name supports the device and the dtype."""
+    backend, dtype, device = config.model.attention_backend, config.model.dtype, run.device_type
+    on_host, dtypes = ATTENTION_NEEDS.get(backend, (device == "cpu", (dtype,)))
+    if on_host != (device == "cpu") or dtype not in dtypes:
+        where = "the CPU" if on_host else "a CUDA device"
+        what = f"{backend!r} requires {where} and {' or '.join(map(str, dtypes))}, got {device} and {dtype}"
+        yield Problem("model.attention_backend", what, "Set it to 'auto'")
 
 
 # -- data, optimizer, checkpoints, alerts ------------------------------------------------------------------------------
@@ -164,6 +174,15 @@ def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]
         yield Problem("JOB_NAME", f"{name!r} is not a valid folder name", "Use letters, digits, '-' and '_'")
 
 
+HALF = ("torch.float16", "torch.bfloat16")
+#: Whether an attention kernel runs on the CPU or on accelerators, and the values of ``model.dtype`` that it supports.
+#: Kernels that support everything are left out. A test compares the table with ``internlm.ops``, which imports torch.
+ATTENTION_NEEDS: dict[str, tuple[bool, tuple[str | None, ...]]] = {
+    "flash": (False, HALF),
+    "varlen": (False, HALF),
+    "blocked": (True, ("torch.float32", "torch.tf32", "torch.float64")),
+}
+
 LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")
 
 RULES = (
@@ -174,6 +193,7 @@ RULES = (
     Rule(at("model", "num_experts", "top_k"), experts_suffice),
     Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
     Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
+    Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),

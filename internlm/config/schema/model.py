@@ -75,8 +75,8 @@ class ModelConfig(Section):
     use_flash_attn: bool = True
     """Allow the flash-attn kernels. If they are not allowed or not installed, other kernels are used."""
     attention_backend: AttentionBackend = "auto"
-    """Attention kernel. ``auto`` chooses the fastest available kernel. The run fails if a kernel chosen by name is not
-    available."""
+    """Attention kernel. ``auto`` chooses the fastest available kernel. A kernel chosen by name is refused before the
+    run starts if it does not support the device or the dtype, or is not installed."""
     parallel_output: bool = True
     """Keep the logits split over the tensor group instead of gathering them for the loss."""
     embed_split_hidden: bool = True

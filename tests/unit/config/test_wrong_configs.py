@@ -282,6 +282,18 @@ OF_MISSING_FEATURES = [
 
 WITH_FACTS = [
     (
+        {"model.attention_backend": "varlen", "model.dtype": "torch.float32"},
+        {"device_type": "cuda"},
+        "model.attention_backend: 'varlen' requires a CUDA device and torch.float16 or torch.bfloat16, got cuda and "
+        "torch.float32. Set it to 'auto'",
+    ),
+    (
+        {"model.attention_backend": "blocked"},
+        {"device_type": "cuda"},
+        "model.attention_backend: 'blocked' requires the CPU and torch.float32 or torch.tf32 or torch.float64, got "
+        "cuda and torch.bfloat16. Set it to 'auto'",
+    ),
+    (
         {"parallel": {"tensor": 2, "pipeline": 2}},
         {"world_size": 6},
         "parallel: world size 6 is not divisible by pipeline.size · tensor.size = 2 · 2 = 4. Start a multiple of 4",

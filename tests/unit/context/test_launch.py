@@ -220,6 +220,15 @@ def test_environments_that_make_no_sense(
         ({"backend": "cpu:gloo,cuda:ncl"}, "--backend: 'ncl' is not available in this build of torch. Use "),
         ({"seed": -1}, "--seed: must be at least 0, got -1. "),
         ({"overrides": ["adam.lr=0"]}, "adam.lr: "),
+        (
+            {"overrides": ["model_type=INTERNLM4"]},
+            "model_type: nothing is registered as 'INTERNLM4'. Known: INTERNLM, ",
+        ),
+        (
+            {"overrides": ["model.attention_backend=flash", "model.dtype=bf16"]},
+            "model.attention_backend: 'flash' requires a CUDA device and torch.float16 or torch.bfloat16, got cpu and "
+            "torch.bfloat16. Set it to 'auto'",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from internlm.config.rules.run_rules import ATTENTION_NEEDS
 from internlm.ops import PackedSequences, attention, reference, why_unavailable
+from internlm.ops.attention import BACKENDS
+from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError
 from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error, saved_for_backward
 
@@ -162,6 +165,13 @@ def test_backends_of_half_precision_say_so() -> None:
     assert "torch.float16 or torch.bfloat16" in why_unavailable("varlen", "cuda", torch.float32)
     assert "torch.float32 or torch.float64" in why_unavailable("blocked", "cpu", torch.bfloat16)
     assert why_unavailable("reference", "cuda", torch.float32) == ""
+
+
+def test_the_config_refuses_the_kernels_that_cannot_serve() -> None:
+    for backend, kernel in BACKENDS.items():
+        on_host, dtypes = ATTENTION_NEEDS.get(backend, (False, ()))
+        assert {torch_dtype(str(dtype)) for dtype in dtypes} == set(kernel.dtypes)
+        assert kernel.device == ("cpu" if on_host else "cuda" if backend in ATTENTION_NEEDS else "")
 
 
 def test_neighbours_of_equal_length_make_a_run() -> None:
