@@ -77,9 +77,9 @@ MISTAKES = (
     ),
     Mistake(
         name="the loss is divided by this rank's valid tokens",
-        file="core/scheduler/schedulers.py",
-        old="all_reduce(micro_batches.valid_tokens(), self.data_group).clamp",
-        new="micro_batches.valid_tokens().clamp",
+        file="core/scheduler/loss.py",
+        old="all_reduce(valid_tokens.sum(), data_group).clamp",
+        new="valid_tokens.sum().clamp",
     ),
     Mistake(
         name="the last micro-batch is dropped",

@@ -57,21 +57,27 @@ def expected_traffic(
         NoCostFormulaError: The model is not the built-in decoder.
     """
     s = inventory.symbols
-    calls = scalars(s, types)
-    for count in tokens if tokens is not None else [s.T] * s.config.data.micro_num:
+    tokens = tokens if tokens is not None else [s.T] * s.config.data.micro_num
+    calls = scalars(s, types, len(tokens))
+    for count in tokens:
         passes = micro_batch(inventory, count, device_type)
         calls += passes.forward if forward_only else passes.forward + passes.backward
     return count_calls(calls if forward_only else calls + optimizer(inventory, zero_rank))
 
 
-def scalars(s: GroupSymbols, types: int) -> list[Call]:
+def scalars(s: GroupSymbols, types: int, micro_num: int) -> list[Call]:
     """Return the all-reduces of a step's scalars.
 
-    They take 8 bytes over d for the number of valid tokens, and 3·types·8 bytes over d and then over p for loss,
-    correct predictions and tokens by dataset type.
+    They take 8 bytes over d for the number of valid tokens, and 4·types·8 bytes over d and then over p for loss,
+    correct predictions, tokens and weighted loss by dataset type. An average by micro-batches takes 16 bytes over d,
+    and first micro_num·8 bytes over the ranks that split a row of isp.
     """
-    sums = 3 * types * 8
-    return calls_on(s.d, AR, 8) + calls_on(s.d, AR, sums) + calls_on(s.p, AR, sums)
+    sums = 4 * types * 8
+    if s.config.loss.average == "token":
+        counts = calls_on(s.d, AR, 8)
+    else:
+        counts = (calls_on(s.t, AR, 8 * micro_num) if s.mode == "isp" else []) + calls_on(s.d, AR, 16)
+    return counts + calls_on(s.d, AR, sums) + calls_on(s.p, AR, sums)
 
 
 def micro_batch(inventory: ParamInventory, tokens: int, device_type: str) -> PassCalls:

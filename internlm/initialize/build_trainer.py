@@ -11,6 +11,7 @@ from torch import nn
 from internlm import accelerator
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.context.group import Group
 from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import Table
@@ -53,13 +54,20 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
     mode = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     tokens, device = gpc.group(mode), accelerator.current_device()
     config, chunks = gpc.config.parallel.pipeline, gpc.config.model.num_chunks
+    micro_batch_group = None
+    if gpc.config.loss.average == "micro_batch":
+        # isp alone splits a row before it is read; msp and fsp do so inside the model, whose loss has all tokens.
+        isp = mode is ParallelMode.ISP_DATA
+        micro_batch_group = gpc.group(ParallelMode.TENSOR) if isp else Group(ParallelMode.TENSOR)
     dropout_key = DropoutKey(
         seed=gpc.seed,
         data_rank=gpc.get_local_rank(ParallelMode.DATA),
         tensor_rank=gpc.get_local_rank(ParallelMode.TENSOR),
     )
     if config.size * chunks == 1:
-        return NonPipelineScheduler(criterion, types, tokens, device, dropout_key=dropout_key)
+        return NonPipelineScheduler(
+            criterion, types, tokens, device, dropout_key=dropout_key, micro_batch_group=micro_batch_group
+        )
     schedule = schedule_of(config.mode, chunks)
     pipeline = Pipeline(
         gpc.group(ParallelMode.PIPELINE),
@@ -67,7 +75,7 @@ def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
         _channels(schedule) if config.size > 1 else None,
         own_table(gpc.config),
     )
-    scheduler = SCHEDULERS[schedule](criterion, types, tokens, device, pipeline, dropout_key)
+    scheduler = SCHEDULERS[schedule](criterion, types, tokens, device, pipeline, dropout_key, micro_batch_group)
     _check_agreement(scheduler.table(gpc.config.data.micro_num))  # also refuses an invalid table before the run
     return scheduler
 

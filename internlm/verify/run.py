@@ -20,6 +20,7 @@ from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic, sum_traffic
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters
 from internlm.core.scheduler.actions import FORWARD
+from internlm.core.scheduler.loss import WEIGHTED
 from internlm.core.trainer import StepReport, Trainer
 from internlm.data.loader import Batch, TrainLoader
 from internlm.initialize.build_trainer import initialize_trainer
@@ -155,7 +156,7 @@ def run_rank(
     return RankRecord(
         coordinates=RankCoordinates(*map(gpc.get_local_rank, COORDINATES)),
         losses=[report.result.loss for report in reports],
-        sums=reports[0].result.sums.tolist(),
+        sums=reports[0].result.sums[:WEIGHTED].tolist(),  # the losses are compared themselves
         norms=[report.update.grad_norm for report in reports],
         gradients=gradients,
         parameters=_parameters(model),

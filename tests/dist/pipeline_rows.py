@@ -94,7 +94,7 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "samples": {
         "packed": (),
-        "unpacked": ("data.use_packed_dataset=False",),
+        "unpacked": ("data.use_packed_dataset=False", "loss.average=micro_batch"),
         "lopsided": ("data.train_folder={lopsided}", "data.use_packed_dataset=False", "data.micro_bsz=1"),
     },
     "layers": {

@@ -40,6 +40,7 @@ SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), (
 CASES: dict[str, tuple[str, ...]] = {
     "unpacked": ("data.use_packed_dataset=False",),
     "windows across samples": ("data.pack_sample_into_one=True",),
+    "means of micro-batches": ("loss.average=micro_batch",),
     "label smoothing": ("loss.label_smoothing=0.1",),
     "a vocabulary that no size divides": ("model.vocab_size=67", "loss.label_smoothing=0.1"),
     "an embedding split by words": ("model.embed_split_hidden=False", "model.vocab_size=67"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import internlm.verify.run
@@ -181,10 +182,11 @@ def test_one_rank_is_perturbed() -> None:
 
 @planted
 def loss_counts_own_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
-    def own(self: Scheduler, micro_batches: MicroBatches) -> Tensor:
-        return 1 / micro_batches.valid_tokens().double()
+    def own(self: Scheduler, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
+        counts = micro_batches.valid_tokens().double()
+        return torch.ones_like(counts), counts.sum()
 
-    patch.setattr(Scheduler, "_grad_scale", own)
+    patch.setattr(Scheduler, "_token_weights", own)
 
 
 def test_loss_counts_own_tokens() -> None:

@@ -159,8 +159,15 @@ class GradScalerConfig(Section):
 
 
 class LossConfig(Section):
-    """Settings of the loss: token cross-entropy, averaged over the valid tokens of the global batch."""
+    """Settings of the loss. Tokens with label −100 have none."""
 
+    # The loss of accumulated gradients should be that of one large batch, hence not the mean of means.
+    average: Literal["token", "micro_batch"] = "token"
+    """Average that training minimises and logs as ``loss``. ``token``: mean over the valid tokens of the global batch.
+    ``micro_batch``: mean over the micro-batches of the global batch of the mean over the valid tokens of each, as in
+    older versions of InternEvo, so that a token in a micro-batch with few valid tokens counts more. Micro-batches
+    without valid tokens are left out. Neither depends on the parallel layout. ``loss_from_metric``, ``perplexity`` and
+    validation losses are means over tokens with both."""
     label_smoothing: Decay = 0.0
     """Probability mass spread evenly over the vocabulary (arXiv 1512.00567)."""
     moe_loss_coeff: NonNegative = 0.1

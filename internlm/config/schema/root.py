@@ -223,7 +223,7 @@ class Config(Section, metaclass=_ResolvedFromDict):
     grad_scaler: GradScalerConfig = GradScalerConfig()
     """Settings of the loss scale for ``model.dtype = "torch.float16"``. With other dtypes, the loss scale is 1."""
     loss: LossConfig = LossConfig()
-    """Settings of the loss: token cross-entropy, averaged over the valid tokens of the global batch."""
+    """Cross-entropy: its average and smoothing."""
     ckpt: CkptConfig = CkptConfig()
     """Settings for saving checkpoints and resuming from them."""
     monitor: MonitorConfig = MonitorConfig()

@@ -71,8 +71,8 @@ class MicroBatches:
         return self._on_device(self._batch["type_ids"][index])
 
     def valid_tokens(self) -> Tensor:
-        """Return the number of labels other than −100 in all micro-batches, as a scalar on the device."""
-        return self._on_device((self._labels != -100).sum())
+        """Return the number of labels other than −100 in each micro-batch, [micro-batches], on the device."""
+        return self._on_device((self._labels != -100).flatten(1).sum(1))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         # The copy overlaps with the compute of the previous micro-batch.
@@ -95,7 +95,9 @@ class ComputeOptions:
 
     types: int  # number of dataset types
     device: torch.device
-    grad_scale: Tensor | None  # factor on the sum of the token losses, a scalar on the device; None: no loss
+    #: Weight of the token losses of each micro-batch, [micro-batches], on the device; None: no loss.
+    token_weights: Tensor | None = None
+    grad_scale: Tensor | float = 1.0  # factor on the weighted sum of the token losses; a scalar on the device
     keep_outputs: bool = False
     dropout_key: DropoutKey = field(default_factory=DropoutKey)  # key of the step, without micro-batch
 
@@ -103,7 +105,7 @@ class ComputeOptions:
 class Compute:
     """Forward computation of a model's chunks, for the micro-batches of one step.
 
-    The forward pass of the last chunk adds the losses, correct predictions and valid tokens to ``sums`` ([3, types],
+    The forward pass of the last chunk adds the losses, correct predictions and valid tokens to ``sums`` ([4, types],
     see :class:`internlm.core.scheduler.loss.StepResult`). If ``options.keep_outputs`` is set, it also stores the
     model's output in ``outputs``, by micro-batch.
     """
@@ -166,11 +168,12 @@ class Compute:
             return self._loss(inputs, index)
 
     def _loss(self, inputs: dict[str, Any], index: int) -> Tensor | None:
-        if self.options.grad_scale is None:
+        if self.options.token_weights is None:
             return None
         labels = self.micro_batches.labels(index)
-        result = self.criterion(inputs, labels, self.options.grad_scale)
-        self.sums += sums_by_type(result, labels, self.micro_batches.type_ids(index), self.options.types)
+        weight = self.options.token_weights[index]
+        result = self.criterion(inputs, labels, self.options.grad_scale * weight)
+        self.sums += sums_by_type(result, labels, self.micro_batches.type_ids(index), self.options.types, weight)
         return result.loss_sum
 
 

@@ -1,4 +1,4 @@
-"""Loss of a micro-batch, for any model, and the sums of losses, correct predictions and valid tokens over a step."""
+"""Loss of a micro-batch, for any model; weights of its tokens, and sums over a step for the metrics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from internlm.accelerator import HostValues
+from internlm.core.context.group import Group
+from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.communicator import IDENTITY_HEAD, HeadCommunicator
 from internlm.ops import TokenLoss, cross_entropy
 from internlm.utils.errors import Problem, UserError
 
-LOSS, CORRECT, TOKENS = range(3)  # rows of the sums
+LOSS, CORRECT, TOKENS, WEIGHTED = range(4)  # rows of the sums
 
 
 class StepResult:
@@ -24,8 +26,8 @@ class StepResult:
     The sums stay on the device until ``loss`` or ``valid_tokens`` is used for the first time, which is a host sync.
 
     Args:
-        sums: [3, types], float64: sum of token losses, correct predictions and valid tokens of each dataset type, over
-            all ranks.
+        sums: [4, types], float64: sum of token losses, correct predictions, valid tokens, and sum of token losses times
+            the weights of their micro-batches, for each dataset type, over all ranks.
         outputs: Outputs of each micro-batch, if requested; in a pipeline, only on the rank with the head.
         labels: Labels of each micro-batch, if requested.
         has_loss: Whether a loss was computed. False: ``loss`` is NaN.
@@ -39,12 +41,12 @@ class StepResult:
 
     @cached_property
     def loss(self) -> float:
-        """Mean loss over the valid tokens of the global batch, equal on every rank; NaN if no loss was computed."""
+        """Loss that the step minimises, averaged as ``loss.average`` says, equal on every rank; NaN if not computed."""
         if not self.has_loss:
             return float("nan")
         sums = self.host_sums.read()
         tokens = sums[TOKENS].sum()
-        return float(sums[LOSS].sum() / tokens) if tokens else 0.0
+        return float(sums[WEIGHTED].sum() / tokens) if tokens else 0.0
 
     @property
     def valid_tokens(self) -> int:
@@ -53,28 +55,57 @@ class StepResult:
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:
-    """Return zeros in which a step sums its losses and token counts by dataset type, [3, types], float64.
+    """Return zeros in which a step sums its losses and token counts by dataset type, [4, types], float64.
 
     :class:`StepResult` describes the rows.
     """
     # Float64: a sum of a million token losses in fp32 loses the digits that a comparison of layouts needs.
-    return torch.zeros(3, types, dtype=torch.float64, device=device)
+    return torch.zeros(4, types, dtype=torch.float64, device=device)
 
 
-def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int) -> Tensor:
-    """Return the sums of one micro-batch (see :class:`StepResult`), [3, types], float64.
+def sums_by_type(result: TokenLoss, labels: Tensor, type_ids: Tensor, types: int, weight: Tensor) -> Tensor:
+    """Return the sums of one micro-batch (see :class:`StepResult`), [4, types], float64.
 
     Args:
         result: Token losses and correct predictions of the micro-batch, [T].
         labels: Labels, [T] or any shape with T elements; −100 is ignored.
         type_ids: Dataset type of each token, shaped like ``labels``.
         types: Number of dataset types.
+        weight: Weight of the token losses of this micro-batch, a float64 scalar.
     """
     valid = labels.flatten() != -100
     columns = torch.stack([result.token_loss, result.correct & valid, valid]).double()  # [3, T]
     # A product with one-hot types replaces scatter_add, which is not deterministic on CUDA.
     one_hot = type_ids.flatten()[:, None] == torch.arange(types, device=type_ids.device)  # [T, types]
-    return columns @ one_hot.double()
+    sums = columns @ one_hot.double()
+    return torch.cat([sums, sums[LOSS, None] * weight])
+
+
+def token_weights(
+    valid_tokens: Tensor, data_group: Group, micro_batch_group: Group | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of token losses, with which the loss is the sum of weight · token loss over N.
+
+    The loss is the mean over the N valid tokens of the global batch, so all weights are 1. Or, with a
+    ``micro_batch_group``, it is the mean over the M micro-batches that have valid tokens of the mean over the n valid
+    tokens of each, so the weight of a token is N / (M · n). Collective over both groups.
+
+    Args:
+        valid_tokens: Number of valid labels that this rank holds of each micro-batch, [micro-batches].
+        data_group: Ranks that hold different tokens of the global batch.
+        micro_batch_group: Ranks that hold different tokens of the same micro-batches.
+
+    Returns:
+        Weight of each micro-batch, [micro-batches], and N (at least 1), a scalar; both float64.
+    """
+    if micro_batch_group is None:
+        total = all_reduce(valid_tokens.sum(), data_group).clamp(min=1).double()
+        return torch.ones(len(valid_tokens), dtype=torch.float64, device=valid_tokens.device), total
+    whole = all_reduce(valid_tokens.clone(), micro_batch_group).clamp(min=1).double()
+    # The shares of all ranks in a micro-batch add up to 1.
+    counts = torch.stack([valid_tokens.sum().double(), (valid_tokens / whole).sum()])
+    total, micro_batches = all_reduce(counts, data_group).clamp(min=1)
+    return total / (micro_batches * whole), total
 
 
 class TokenCrossEntropy:

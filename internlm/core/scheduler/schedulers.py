@@ -19,7 +19,7 @@ from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, ComputeOptions, MicroBatches
 from internlm.core.scheduler.executor import Executor
-from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy
+from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy, token_weights
 from internlm.core.scheduler.plan import Step, make_plan
 from internlm.core.scheduler.table import ScheduleName, make_table
 from internlm.core.scheduler.timeline import Record
@@ -64,6 +64,9 @@ class Scheduler:
         device: Device to which micro-batches are copied.
         pipeline: Pipeline of this rank. None: no pipeline.
         dropout_key: Dropout RNG key of this rank; the step and the micro-batch are set before each forward.
+        micro_batch_group: Ranks that hold different tokens of the same micro-batches. If given, the loss is the mean
+            over micro-batches of their mean losses (``loss.average = "micro_batch"``). None: the loss is the mean over
+            the valid tokens of the global batch.
     """
 
     schedule: ClassVar[ScheduleName]
@@ -76,9 +79,10 @@ class Scheduler:
         device: torch.device,
         pipeline: Pipeline | None = None,
         dropout_key: DropoutKey | None = None,
+        micro_batch_group: Group | None = None,
     ) -> None:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
-        self.dropout_key = dropout_key or DropoutKey()
+        self.dropout_key, self.micro_batch_group = dropout_key or DropoutKey(), micro_batch_group
         self.pipeline = pipeline or Pipeline()
         #: List to which steps with backward append a record of each action; None: record nothing.
         self.records: list[Record] | None = None
@@ -112,8 +116,8 @@ class Scheduler:
     ) -> StepResult:
         """Run the forward pass of the next batch, and the backward pass unless ``forward_only`` is set.
 
-        For backward, the token losses are divided by the number of valid tokens of the *global* batch. Gradients must
-        therefore be summed, not averaged, over micro-batches and ranks.
+        The denominators of the loss are those of the *global* batch (see :func:`token_weights`), and they are known
+        before the first backward. Gradients must therefore be summed, not averaged, over micro-batches and ranks.
 
         Args:
             engine: Object whose ``model`` is run.
@@ -130,10 +134,13 @@ class Scheduler:
         options = ComputeOptions(
             types=self.types,
             device=self.device,
-            grad_scale=training.loss_scale * self._grad_scale(micro_batches) if return_loss else None,
             keep_outputs=return_output_label,
             dropout_key=replace(self.dropout_key, step=training.step),
         )
+        if return_loss:
+            weights, valid_tokens = self._token_weights(micro_batches)
+            grad_scale = training.loss_scale * valid_tokens.reciprocal()
+            options = replace(options, token_weights=weights, grad_scale=grad_scale)
         compute = Compute(engine.model, self.criterion, micro_batches, options)
         executor = Executor(self._plan(len(micro_batches), backward), compute, self.pipeline.channels, backward)
         executor.run(self.records if backward else None)
@@ -149,13 +156,9 @@ class Scheduler:
             self._plans[key] = make_plan(self.table(*key), self.pipeline.group.rank)
         return self._plans[key]
 
-    def _grad_scale(self, micro_batches: MicroBatches) -> Tensor:
-        """Return 1 / (number of valid tokens of the global batch), as a float64 scalar on the device.
-
-        The tokens are counted before the first backward, so the accumulated gradients need no division. For a
-        given global batch, they depend neither on the number of micro-batches nor on the parallel layout.
-        """
-        return all_reduce(micro_batches.valid_tokens(), self.data_group).clamp(min=1).double().reciprocal()
+    def _token_weights(self, micro_batches: MicroBatches) -> tuple[Tensor, Tensor]:
+        """Return the weight of each micro-batch and the valid tokens of the global batch (:func:`token_weights`)."""
+        return token_weights(micro_batches.valid_tokens(), self.data_group, self.micro_batch_group)
 
     def _result(self, compute: Compute, return_loss: bool) -> StepResult:
         """Return the result of the step, with sums all-reduced over the data-parallel ranks and the stages."""

@@ -157,7 +157,7 @@ def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
     """Return the accuracy, perplexity and loss of a step, and the accuracy, tokens and loss of each dataset type.
 
     Args:
-        sums: Summed losses, correct predictions and tokens of the step by dataset type, [3, types].
+        sums: Summed losses, correct predictions and tokens of the step by dataset type, [4, types].
         types: Names of the dataset types.
     """
     loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))

@@ -15,6 +15,7 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
+from internlm.core.scheduler.loss import LOSS
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline, TrainingStep
 from internlm.core.scheduler.table import make_table, read_table, write_table
 from internlm.core.scheduler.timeline import Record
@@ -62,6 +63,28 @@ def test_every_schedule_runs_on_one_stage_too(schedule: str) -> None:
     expected = simple.forward_backward_step(Engine(reference), batches())
     found = scheduler_of(schedule, model).forward_backward_step(Engine(model), batches())
     torch.testing.assert_close(found.sums, expected.sums, rtol=1e-12, atol=0)
+    for name, gradient in gradients(reference).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_loss_may_be_the_mean_of_the_means_of_micro_batches(empty: bool) -> None:
+    """Against torch's; a micro-batch without valid tokens has no mean."""
+    reference, model = decoder(), decoder()
+    inputs, labels = next(batches())
+    if empty:
+        labels[1] = -100
+    means = [
+        nn.functional.cross_entropy(reference(ids).flatten(0, 1), label.flatten())
+        for ids, label in zip(inputs["input_ids"], labels, strict=True)
+        if (label != -100).any()
+    ]
+    expected = torch.stack(means).mean()
+    expected.backward()
+    scheduler = NonPipelineScheduler(TokenCrossEntropy(model), 1, DATA, CPU, micro_batch_group=DATA)
+    found = scheduler.forward_backward_step(Engine(model), iter([(inputs, labels)]))
+    assert found.loss == pytest.approx(expected.item(), rel=1e-12)
+    assert found.loss != pytest.approx(float(found.sums[LOSS].sum() / found.valid_tokens), rel=1e-4) or empty
     for name, gradient in gradients(reference).items():
         torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-9, atol=1e-12)
 
