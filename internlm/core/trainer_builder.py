@@ -126,7 +126,7 @@ class TrainerBuilder:
             SystemExit: SIGTERM or SIGINT stopped the run; the exit code is 128 + the signal number.
             UserError: The checkpoint cannot be loaded or saved, or too many steps in a row were skipped.
         """
-        alerts = initialize_monitor_manager(self.config.JOB_NAME, self.config.monitor.alert)
+        alerts = initialize_monitor_manager(self.config.JOB_NAME, alert=self.config.monitor.alert)
         with self.stop.listening(), alerts:
             self.checkpoints.try_resume_training(self.trainer.state)
             state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer))

@@ -5,7 +5,6 @@ If a webhook or the file fails, a warning is logged and training continues.
 
 from __future__ import annotations
 
-import functools
 import json
 import traceback
 import urllib.request
@@ -14,14 +13,13 @@ from contextlib import contextmanager
 from datetime import datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeVar
 
 from internlm.config.schema import AlertConfig
 from internlm.utils.errors import UserError, first_of_all_ranks
 from internlm.utils.logger import get_logger
 
-F = TypeVar("F", bound=Callable[..., Any])
 TIMEOUT_SECONDS = 5
+NO_NAME = "internlm"
 log = get_logger()
 
 #: Job name and alert addresses of the run, set within :func:`initialize_monitor_manager`.
@@ -39,13 +37,19 @@ def send_alert_message(address: str | None = None, title: str | None = None, mes
     Returns:
         Whether the webhook accepted the alert. Failures are logged, never raised.
     """
-    job, alert = _current or ("internlm", AlertConfig())
-    address = address or (alert.feishu_alert_address if alert.enable_feishu_alert else None)
+    job, alert = _current or (NO_NAME, AlertConfig())
+    address = address or _webhook(alert)
     text = f"[{title or job}] {message}"
     if alert.alert_file_path:
         _append(Path(alert.alert_file_path), text)
-    if not address:
-        return False
+    return _post(address, text) if address else False
+
+
+def _webhook(alert: AlertConfig) -> str | None:
+    return alert.feishu_alert_address if alert.enable_feishu_alert else None
+
+
+def _post(address: str, text: str) -> bool:
     # The message format of Feishu (Lark) bots.
     body = json.dumps({"msg_type": "text", "content": {"text": text}}).encode()
     try:
@@ -68,51 +72,67 @@ def _append(path: Path, text: str) -> None:
 
 
 @contextmanager
-def initialize_monitor_manager(job_name: str, alert: AlertConfig | None = None) -> Iterator[None]:
-    """Send alerts when the ``with`` block starts, ends, or raises an exception, each once per job.
+def initialize_monitor_manager(
+    job_name: str | None = None, alert_address: str | None = None, *, alert: AlertConfig | None = None
+) -> Iterator[None]:
+    """Send alerts when the ``with`` block starts, ends, or raises an exception, each once per job and destination.
 
-    In the ``with`` block, :func:`send_alert_message` uses ``job_name`` and the addresses in ``alert`` by default.
+    In the ``with`` block, :func:`send_alert_message` uses ``job_name`` and the same destinations by default.
 
     Args:
-        job_name: Prefix of the messages.
+        job_name: Prefix of the messages; default: ``"internlm"``.
+        alert_address: URL of a webhook, instead of the one in ``alert``.
         alert: Webhook and file of the alerts; default: none.
     """
-    global _current
-    previous, _current = _current, (job_name, alert or AlertConfig())
-    try:
+    alert = alert or AlertConfig()
+    if alert_address:
+        alert = alert.model_copy(update={"enable_feishu_alert": True, "feishu_alert_address": alert_address})
+    with _destinations(job_name or NO_NAME, alert):
         _send_once("started")
-        yield
+        with alerting_failures():
+            yield
         _send_once("ended")
-    # The message of a UserError says what to do, so its alert needs no traceback.
-    except UserError as error:
-        _send_once("stopped", f": {error}")
-        raise
-    except Exception:
-        _send_once("failed", f":\n{traceback.format_exc()}")
-        raise
+
+
+@contextmanager
+def _destinations(job_name: str, alert: AlertConfig) -> Iterator[None]:
+    """Send the alerts of the ``with`` block to the destinations in ``alert``."""
+    global _current
+    previous, _current = _current, (job_name, alert)
+    try:
+        yield
     finally:
         _current = previous
 
 
-def _send_once(event: str, details: str = "") -> None:
-    if first_of_all_ranks(f"alert: {event}"):  # many ranks may raise the same failure
-        send_alert_message(message=event + details)
-
-
-def internevo_monitor(job_name: str = "internlm", alert: AlertConfig | None = None) -> Callable[[F], F]:
-    """Return a decorator that runs a main function within :func:`initialize_monitor_manager`, which sends alerts.
+@contextmanager
+def alerting_failures(destinations: Callable[[], tuple[str, AlertConfig] | None] = lambda: _current) -> Iterator[None]:
+    """Send an alert if the ``with`` block raises an exception, once per job and destination, and re-raise it.
 
     Args:
-        job_name: Prefix of the messages.
-        alert: Webhook and file of the alerts; default: none.
+        destinations: Function that returns the job name and the destinations, called after the exception; default:
+            those of the enclosing :func:`initialize_monitor_manager`.
     """
+    try:
+        yield
+    except Exception as error:
+        # The message of a UserError says what to do, so its alert needs no traceback.
+        details = (
+            ("stopped", f": {error}") if isinstance(error, UserError) else ("failed", f":\n{traceback.format_exc()}")
+        )
+        with _destinations(*(destinations() or (NO_NAME, AlertConfig()))):
+            _send_once(*details)
+        raise
 
-    def decorate(main: F) -> F:
-        @functools.wraps(main)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with initialize_monitor_manager(job_name, alert):
-                return main(*args, **kwargs)
 
-        return wrapper  # type: ignore[return-value]
+def _send_once(event: str, details: str = "") -> None:
+    """Send an alert to each destination, unless this or another rank has sent it there.
 
-    return decorate
+    Many ranks may raise the same failure, and a script's own monitor may enclose that of the run.
+    """
+    job, alert = _current or (NO_NAME, AlertConfig())
+    webhook, file, text = _webhook(alert), alert.alert_file_path, f"[{job}] {event}{details}"
+    if file and first_of_all_ranks(f"alert to {file}: {event}"):
+        _append(Path(file), text)
+    if webhook and first_of_all_ranks(f"alert to {webhook}: {event}"):
+        _post(webhook, text)

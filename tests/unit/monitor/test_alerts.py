@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from internlm.config.schema import AlertConfig
-from internlm.monitor import alerts, initialize_monitor_manager, internevo_monitor, send_alert_message
+from internlm.monitor import alerts, initialize_monitor_manager, send_alert_message
 from internlm.utils.errors import DataError, Problem
 
 
@@ -69,21 +69,21 @@ def test_without_an_address_nothing_is_sent() -> None:
 
 
 def test_the_run_says_whom_to_tell(webhook: Webhook) -> None:
-    with initialize_monitor_manager("7b", config_for(webhook)):
+    with initialize_monitor_manager("7b", alert=config_for(webhook)):
         assert send_alert_message(message="hello")
     assert webhook.texts == ["[7b] started", "[7b] hello", "[7b] ended"]
     assert not send_alert_message(message="the run is over")
 
 
 def test_an_address_that_is_not_switched_on_gets_nothing(webhook: Webhook) -> None:
-    with initialize_monitor_manager("7b", AlertConfig(feishu_alert_address=webhook.address)):
+    with initialize_monitor_manager("7b", alert=AlertConfig(feishu_alert_address=webhook.address)):
         assert not send_alert_message(message="hello")
     assert webhook.texts == []
 
 
 def test_alerts_are_appended_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "alerts.txt"
-    with initialize_monitor_manager("7b", AlertConfig(alert_file_path=str(path))):
+    with initialize_monitor_manager("7b", alert=AlertConfig(alert_file_path=str(path))):
         send_alert_message(message="hello")
     lines = path.read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", "", line) for line in lines] == [
@@ -148,31 +148,28 @@ def test_a_dead_or_senseless_address(address: str) -> None:
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    with initialize_monitor_manager("7b", AlertConfig(alert_file_path=str(tmp_path))):
+    with initialize_monitor_manager("7b", alert=AlertConfig(alert_file_path=str(tmp_path))):
         assert not send_alert_message(message="hello")
 
 
 # -- the monitor
 
 
-def test_a_decorated_main_function_tells_of_its_start_and_end(webhook: Webhook) -> None:
-    @internevo_monitor("7b", config_for(webhook))
-    def main(a: int, *, b: int) -> int:
-        """Says what it does."""
-        return a + b
-
-    assert main(1, b=2) == 3
-    assert main.__doc__ == "Says what it does."
-    assert webhook.texts == ["[7b] started", "[7b] ended"]
+def test_the_start_and_the_end_are_sent_to_an_address(webhook: Webhook) -> None:
+    """With the keywords of existing scripts."""
+    with initialize_monitor_manager(job_name="7b", alert_address=webhook.address):
+        assert send_alert_message(message="hello")
+    with initialize_monitor_manager("another", None):
+        assert not send_alert_message(message="hello")
+    assert webhook.texts == ["[7b] started", "[7b] hello", "[7b] ended"]
 
 
 def test_an_exception_is_sent_with_its_traceback_and_raised(webhook: Webhook) -> None:
-    @internevo_monitor("7b", config_for(webhook))
-    def main() -> None:
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        initialize_monitor_manager("7b", alert=config_for(webhook)),
+    ):
         raise RuntimeError("a bug")
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()
     started, failed = webhook.texts
     assert started == "[7b] started"
     assert failed.startswith("[7b] failed:\nTraceback (most recent call last):")
@@ -180,17 +177,13 @@ def test_an_exception_is_sent_with_its_traceback_and_raised(webhook: Webhook) ->
 
 
 def test_a_users_mistake_is_sent_without_traceback(webhook: Webhook) -> None:
-    @internevo_monitor("7b", config_for(webhook))
-    def main() -> None:
+    with pytest.raises(DataError), initialize_monitor_manager("7b", alert=config_for(webhook)):
         raise DataError(Problem("data.train_folder", "no such folder", "Check the path"))
-
-    with pytest.raises(DataError):
-        main()
     assert webhook.texts[1:] == ["[7b] stopped: data.train_folder: no such folder. Check the path"]
 
 
 def test_an_inner_run_tells_its_own_people(webhook: Webhook) -> None:
-    with initialize_monitor_manager("outer", config_for(webhook)):
+    with initialize_monitor_manager("outer", alert=config_for(webhook)):
         with initialize_monitor_manager("inner"):
             send_alert_message(message="to nobody")
         send_alert_message(message="back")
@@ -199,5 +192,5 @@ def test_an_inner_run_tells_its_own_people(webhook: Webhook) -> None:
 
 def test_a_dead_webhook_does_not_stop_a_run() -> None:
     dead = AlertConfig(enable_feishu_alert=True, feishu_alert_address="http://127.0.0.1:1")
-    with initialize_monitor_manager("7b", dead):
+    with initialize_monitor_manager("7b", alert=dead):
         pass
