@@ -80,8 +80,8 @@ class CheckpointManager:
         optimizer: Optimizer of ``model``.
         streams: Random streams of this rank.
         total_steps: Last step of the run, which is always saved.
-        run_info: JSON-serialisable entries, saved with each checkpoint and compared on loading: the resolved
-            ``config``, the fingerprint of the ``data`` and the ``seed``.
+        run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
+            the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
         sampler: Training loader, whose data position is saved and restored.
     """
 
@@ -100,6 +100,8 @@ class CheckpointManager:
         self.sampler = sampler
         self.root = save_folder.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.last_saved = -1
+        self.resumed_folder: str | None = None
+        """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
@@ -164,6 +166,7 @@ class CheckpointManager:
             "sampler": self.sampler.position(state.step),
             "world_size": dist.get_world_size(),
             "cpu_kernels": kernels_of_job(),
+            "save_folder": self._own_root(),
             **self.run_info,
         }
         save_folder.write_durably(target / save_folder.STATE_FILE, save_folder.to_text(content))
@@ -198,7 +201,10 @@ class CheckpointManager:
             self._on_first_rank(self._prepare_root)
         newest = self._newest() if self.config.auto_resume else None
         if newest is not None:
-            self.load(newest, state, ("all",))
+            saved = self.load(newest, state, ("all",))
+            # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
+            if saved.get("save_folder") == self._own_root():
+                self.resumed_folder = saved.get("run_folder")
             message = f"resumed from {newest} at step {state.step}"
         elif self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
@@ -210,6 +216,9 @@ class CheckpointManager:
         if state.step >= self.total_steps and dist.get_rank() == 0:
             log.warning(f"already at step {state.step}, and data.total_steps is {self.total_steps}: nothing to train")
         return message
+
+    def _own_root(self) -> str:
+        return str(self.root.resolve()) if self.root else ""
 
     def _newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None; collective."""
@@ -240,13 +249,16 @@ class CheckpointManager:
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
             )
 
-    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> None:
+    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> dict[str, Any]:
         """Load ``content`` from the checkpoint folder ``source``; collective.
 
         Args:
             source: Checkpoint folder ``step-N``.
             state: Progress counters to restore.
             content: Content to load; "all" includes the random streams.
+
+        Returns:
+            Content of the checkpoint's state file.
 
         Raises:
             CheckpointError: On some rank, ``source`` is damaged or does not match the run. Raised on all ranks, before
@@ -275,6 +287,7 @@ class CheckpointManager:
             tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
         read_tensors(source, reader, without_rounded(tensors))
         self._restore(saved, tensors, state, wanted)
+        return saved
 
     def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
         tensors = model_tensors(self.model) if "model" in wanted else {}

@@ -112,7 +112,6 @@ class TrainerBuilder:
             },
             sampler=train_dl,
         )
-        self.folder = _new_folder(Path(self.config.log_folder) / self.config.JOB_NAME)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
         self._val_dls = val_dls or {}
 
@@ -129,14 +128,17 @@ class TrainerBuilder:
         alerts = initialize_monitor_manager(self.config.JOB_NAME, alert=self.config.monitor.alert)
         with self.stop.listening(), alerts:
             self.checkpoints.try_resume_training(self.trainer.state)
-            state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer))
+            parent = Path(self.config.log_folder) / self.config.JOB_NAME
+            folder = _run_folder(parent.resolve(), self.checkpoints.resumed_folder)
+            self.checkpoints.run_info["run_folder"] = str(folder)
+            state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer, folder))
         if self.stop.exit_code and state.step < self.config.data.total_steps:
             raise SystemExit(self.stop.exit_code)
         return state
 
-    def _hooks(self, trainer: Trainer) -> list[Hook]:
-        """Return the hooks in the order in which they run after a step."""
-        data, writer = self.config.data, self._writer(trainer.state.step)
+    def _hooks(self, trainer: Trainer, folder: Path) -> list[Hook]:
+        """Return the hooks in the order in which they run after a step; they write to ``folder``."""
+        data, writer = self.config.data, self._writer(folder, trainer.state.step)
         world, data_size = dist.get_world_size(), trainer.scheduler.data_group.size
         return [
             *([hooks.LogMemoryPlan()] if writer else []),
@@ -147,38 +149,49 @@ class TrainerBuilder:
             self.stop,
             hooks.SaveCheckpoints(self.checkpoints),
             *([hooks.ReportTraffic()] if self.options.ledger and writer else []),
-            *([self._recorder()] if self.options.pipeline_trace else []),
-            *([hooks.ProfileRun(self.folder, dist.get_rank())] if self.options.profiling else []),
+            *([self._recorder(folder)] if self.options.pipeline_trace else []),
+            *([hooks.ProfileRun(folder, dist.get_rank())] if self.options.profiling else []),
         ]
 
-    def _recorder(self) -> hooks.RecordPipeline:
+    def _recorder(self, folder: Path) -> hooks.RecordPipeline:
         """Return the hook that draws the pipeline; only the logging rank writes the drawing."""
-        folder = self.folder if gpc.is_rank_for_log() else None
-        return hooks.RecordPipeline(gpc.group(ParallelMode.PIPELINE), folder)
+        return hooks.RecordPipeline(gpc.group(ParallelMode.PIPELINE), folder if gpc.is_rank_for_log() else None)
 
-    def _writer(self, first_step: int) -> MetricsWriter | None:
+    def _writer(self, folder: Path, first_step: int) -> MetricsWriter | None:
         """Return the metrics writer on the logging rank, None on other ranks."""
         if not gpc.is_rank_for_log():
             return None
         config = self.config
-        tensorboard = Path(config.tensorboard_folder or self.folder / "tensorboards") if config.enable_tb else None
+        tensorboard = Path(config.tensorboard_folder or folder / "tensorboards") if config.enable_tb else None
         queue = config.monitor.tensorboard.queue_max_length
         return open_writers(
-            self.folder, tensorboard, queue, config.data.total_steps, first_step, devices=dist.get_world_size()
+            folder, tensorboard, queue, config.data.total_steps, first_step, devices=dist.get_world_size()
         )
 
 
-def _new_folder(parent: Path) -> Path:
-    """Create a new folder in ``parent`` for this run, named after the time on rank 0; return its path on all ranks."""
-    chosen = [_claim(parent) if dist.get_rank() == 0 else None]
+def _run_folder(parent: Path, resumed: str | None) -> Path:
+    """Return the folder of this run's records on all ranks: that of the resumed run, or a new one in ``parent``.
+
+    Args:
+        parent: Absolute path of the folder of all runs of this name.
+        resumed: Absolute path of the records of the resumed run, if there is one.
+    """
+    chosen = [_choose(parent, resumed) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, src=0)
     assert chosen[0] is not None
     return chosen[0]
 
 
+def _choose(parent: Path, resumed: str | None) -> Path:
+    # Another log_folder or JOB_NAME asks for other records.
+    if resumed and Path(resumed).parent == parent and Path(resumed).is_dir():
+        return Path(resumed)
+    return _claim(parent)
+
+
 def _claim(parent: Path) -> Path:
     """Create a folder in ``parent`` named after the current time; append a number if the name is taken."""
-    name = folder = parent / time.strftime("%b%d_%H-%M-%S")
+    name = folder = parent / time.strftime("%Y-%m-%dT%H-%M-%S")  # names that sort by time
     others = 0
     while True:
         try:

@@ -136,14 +136,20 @@ class _LogFileHandler(logging.FileHandler):
 
 
 class TensorBoard:
-    """Writer of metrics to TensorBoard, as scalars."""
+    """Writer of metrics to TensorBoard, as scalars.
 
-    def __init__(self, folder: Path, queue: int) -> None:
+    Args:
+        folder: Folder of the event files.
+        queue: Number of scalars that are buffered.
+        first_step: Step at which a resumed run begins; earlier records of this and later steps are hidden.
+    """
+
+    def __init__(self, folder: Path, queue: int, first_step: int = 0) -> None:
         require("tensorboard", "enable_tb", "pip install tensorboard")
         # Imported here because TensorBoard is optional, and takes a second to import.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), max_queue=queue)
+        self._writer = SummaryWriter(str(folder), max_queue=queue, purge_step=first_step or None)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Add a scalar for each metric."""
@@ -203,7 +209,7 @@ def open_writers(
         lambda: JsonLines(folder / "metrics.jsonl"),
     ]
     if tensorboard is not None:
-        makers.append(lambda: TensorBoard(tensorboard, tb_queue))
+        makers.append(lambda: TensorBoard(tensorboard, tb_queue, first_step))
     return MetricsWriter([writer for writer in map(_opened, makers) if writer is not None])
 
 

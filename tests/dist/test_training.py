@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -229,6 +231,17 @@ def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     assert _saved_steps(tmp_path) == ["step-3"]
     resumed = fit(1, saving(tmp_path, every=3, total=8))
     assert stopped.log[:3] + resumed.log == straight.log
+    (records,) = (tmp_path / "logs" / "internlm").iterdir()
+    lines = [json.loads(line) for line in (records / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(len(stopped.log)), *range(3, 8)]
+
+
+def test_a_variation_from_copied_checkpoints_has_records_of_its_own(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, total=2))
+    shutil.copytree(tmp_path / "ckpts", tmp_path / "copy")
+    fit(1, saving(tmp_path, f"ckpt.save_ckpt_folder={tmp_path / 'copy'}", total=3))
+    first, second = sorted((tmp_path / "logs" / "internlm").iterdir())
+    assert [path.read_text().count("tgs_all") for path in (first / "metrics.jsonl", second / "metrics.jsonl")] == [2, 1]
 
 
 def test_signals_in_quick_succession_are_one_request(tmp_path: Path) -> None:

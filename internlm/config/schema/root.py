@@ -241,4 +241,5 @@ class Config(Section, metaclass=_ResolvedFromDict):
     tensorboard_folder: PathText | None = None
     """Folder of TensorBoard records. Default: ``tensorboards`` in the folder of the run."""
     log_folder: PathText = "RUN"
-    """Parent folder of the records of all runs; each run writes to ``{JOB_NAME}/{time of launch}/``."""
+    """Parent folder of the records of all runs; each run writes to ``{JOB_NAME}/{time of launch}/``, and a resumed run
+    to the folder of the run that it continues."""

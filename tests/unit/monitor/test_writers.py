@@ -91,6 +91,16 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5), (4, math.inf)]
 
 
+def test_a_resumed_run_replaces_the_steps_that_it_trains_again(tmp_path: Path) -> None:
+    for first_step, loss in ((0, 1.0), (2, 5.0)):
+        writer = TensorBoard(tmp_path, queue=10, first_step=first_step)
+        for step in range(first_step, 4):
+            writer.write(step, {"loss": loss})
+        writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 1.0), (2, 5.0), (3, 5.0)]
+
+
 def test_the_log_line(log: pytest.LogCaptureFixture) -> None:
     LogLine().write(3, {"step": 3, "loss": 2.123456789, "lr": 1e-5, "grad_norm": math.nan, "tokens": 12345678})
     assert log.messages == ["step=3 loss=2.12346 lr=1e-05 grad_norm=nan tokens=12345678"]
