@@ -115,3 +115,29 @@ def test_failure_names_the_line_and_the_cause(tmp_path: Path, code: str, cause: 
 def test_failure_within_a_function_names_the_innermost_line_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "def half(x):\n    return x / 0\n\ndata = dict(seq_len=half(2))\n")
     assert failure(path).startswith(f"{path}:2: ZeroDivisionError")
+
+
+def test_a_config_builds_on_others(tmp_path: Path) -> None:
+    """As with the published form; a change of one config is not seen by another that builds on the same files."""
+    base = tmp_path / "configs" / "_base_" / "models"
+    base.mkdir(parents=True)
+    write(
+        base, "VOCAB_SIZE = 64\nmodel = dict(num_layers=2, sizes=[1, dict(a=1)], vocab_size=VOCAB_SIZE)\n", "small.py"
+    )
+    read = "from internlm.utils.utils import read_base\nwith read_base():\n    from configs._base_.{} import *\n"
+    write(base.parent, read.format("models.small") + "model.update(num_layers=3)\n", "deeper.py")
+    first = write(tmp_path / "configs", read.format("deeper") + "model['sizes'][1].update(a=VOCAB_SIZE)\n")
+    second = write(tmp_path / "configs", read.format("models.small") + "data = dict(seq_len=VOCAB_SIZE)\n", "other.py")
+    for _ in range(2):
+        assert load_file(first) == {"model": {"num_layers": 3, "sizes": [1, {"a": 64}], "vocab_size": 64}}
+        assert load_file(second) == {
+            "model": {"num_layers": 2, "sizes": [1, {"a": 1}], "vocab_size": 64},
+            "data": {"seq_len": 64},
+        }
+
+
+def test_a_base_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    read = "from internlm.utils.utils import read_base\nwith read_base():\n    from configs._base_.nothing import *\n"
+    assert failure(write(tmp_path, read)).startswith(
+        f"{tmp_path}/run.py:3: ModuleNotFoundError: No module named 'confi"
+    )
