@@ -29,6 +29,7 @@ LIGHT = tuple(
         "equivalence",
         "lost_stage",
         "pool",
+        "published_families",
         "resume",
         "verify",
         "vocab_parallel",
