@@ -17,7 +17,7 @@ from tests.dist.oracle import plan_of, reference
 from tests.harness.pool import run_ranks
 
 ATTENTION, EXCHANGE = "attention depends on the sequence boundaries", "ranks exchange tokens and heads"
-MASKS = "masks are drawn by generators of their own"
+MASKS = "the key of a mask changes with every step and micro-batch"
 
 #: Ranks, overrides, and of one block the graphs and the breaks.
 ROWS: dict[str, tuple[int, tuple[str, ...], Compiled]] = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from internlm import accelerator
+from internlm.core.parallel.dropout import keep_mask
 from internlm.ops import PackedSequences, attention, gemm, why_unavailable
 from tests.harness.launch import torchrun
 
@@ -47,6 +48,11 @@ def test_weight_gradient_is_added_in_float32(dtype: torch.dtype, accumulate: boo
     exact = dy.double().t() @ x.double() + (out.double() if accumulate else 0)
     gemm.accumulate_grad_weight(out, dy, x, accumulate)
     assert ((out - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_dropout_masks_are_those_of_the_cpu() -> None:
+    masks = [keep_mask(2**63 - 5, range(7, 1007), 1001, 6554, torch.device(device)) for device in ("cuda", "cpu")]
+    assert torch.equal(masks[0].cpu(), masks[1])
 
 
 def test_accelerator_finds_the_device() -> None:

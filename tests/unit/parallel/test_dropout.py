@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from internlm.core.parallel.dropout import Dropout, DropoutKey, current_dropout_key, dropout_key_scope
+from internlm.core.parallel.dropout import (
+    VALUES,
+    Dropout,
+    DropoutKey,
+    current_dropout_key,
+    dropout_key_scope,
+    keep_mask,
+)
 from internlm.utils.errors import UserError
 
 TOKENS, WIDTH = 64, 32
@@ -28,6 +35,67 @@ def test_a_part_is_dropped_and_the_rest_scaled_up() -> None:
     y = dropout()(0, "attention", ones())
     assert set(y.unique().tolist()) == {0.0, 1 / 0.75}
     assert (y == 0).double().mean() == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 1 - 1e-9])
+def test_the_expectation_stays_at_any_rate(rate: float) -> None:
+    """The rate is rounded, and the factor follows it."""
+    drop = dropout(rate=rate)
+    kept = 1 - drop.dropped_values / VALUES
+    assert kept == pytest.approx(1 - rate, abs=2**-16)
+    assert kept * drop.scale == pytest.approx(1, rel=1e-12)
+    y = drop(0, "attention", ones())
+    assert (y != 0).double().mean() == pytest.approx(kept, abs=0.03)
+    assert set(y.unique().tolist()) <= {0.0, drop.scale}
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_masks_are_their_formula_in_pythons_own_integers(width: int) -> None:
+    """Hence they are the same on all devices."""
+    mask = keep_mask(SEED, range(3, 20), width, 20000, torch.device("cpu"))
+    assert mask.tolist() == [[_keeps(row, column) for column in range(width)] for row in range(3, 20)]
+
+
+SEED = 2**63 - 12345
+
+
+def _keeps(row: int, column: int) -> bool:
+    x = (_split_mix(2 * row) | 1) * (_split_mix(2 * (column // 4) + 1) | 1)
+    x = _added_upper(_added_upper(x) * 0xD6E8FEB86659FD93)
+    value = x >> 16 * (column % 4) & 0xFFFF
+    return (value ^ 0x8000) >= 20000  # signed values are compared
+
+
+def _added_upper(x: int) -> int:
+    """Its upper half is a signed number."""
+    upper = (x & U64) >> 32
+    return (x + upper - (upper >> 31 << 32)) & U64
+
+
+U64 = 2**64 - 1
+
+
+def _split_mix(index: int) -> int:
+    x = (SEED + (index + 1) * 0x9E3779B97F4A7C15) & U64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & U64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & U64
+    return x ^ x >> 31
+
+
+def test_elements_of_a_mask_are_independent() -> None:
+    """Means of rows and columns, and products of neighbours and of the corners of rectangles, are as by chance."""
+    rate, size = 0.25, 1024
+    x = keep_mask(7, range(size), size, int(rate * VALUES), torch.device("cpu")).double() - (1 - rate)
+    x = x / (rate * (1 - rate)) ** 0.5  # mean 0, variance 1
+    assert abs(x.sum()) < 4 * size
+    for means in (x.mean(0), x.mean(1)):
+        assert (means.square().mean() * size).item() == pytest.approx(1, abs=0.2)
+    for down, right in ((0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 4), (4, 4), (64, 128)):
+        here, there = x[: size - down, : size - right], x[down:, right:]
+        corners = x[: size - down, right:] * x[down:, : size - right]
+        assert abs((here * there).sum()) < 4 * size
+        if down and right:
+            assert abs((here * there * corners).sum()) < 4 * size
 
 
 @pytest.mark.parametrize("keeps_masks", [False, True])
