@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import torch
 
+from internlm.accelerator import device_kind
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import PackingLayout, Row, RowShape, TrainRows, ValidRows
@@ -113,6 +114,14 @@ def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
     return {**split, "cu_seqlens": cu_seqlens}, local(labels)
 
 
+def pin_batch(batch: Batch) -> Batch:
+    """Return ``batch`` in pinned memory, from which copies to the device do not block; on the CPU, ``batch`` itself."""
+    pin = device_kind().pin
+    fields, labels = batch
+    pinned = {name: list(map(pin, field)) if isinstance(field, list) else pin(field) for name, field in fields.items()}
+    return pinned, pin(labels)
+
+
 # -- loaders
 
 
@@ -141,7 +150,8 @@ class _RowLoader:
 
     def read(self, step: int) -> Batch:
         """Read the batch of ``step``."""
-        return self.collate_fn([self._rows[row] for row in self.plan.rows(step, self._data_rank)])
+        batch = self.collate_fn([self._rows[row] for row in self.plan.rows(step, self._data_rank)])
+        return pin_batch(batch)  # here, since pinning copies: a thread that reads ahead does it during earlier steps
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, self.steps(), self._num_worker)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from internlm.accelerator import to_device
 from internlm.core.parallel.communicator import IDENTITY_MODEL
 from internlm.core.parallel.param_state import has_placement, placement_of
 from internlm.utils.errors import Problem, UserError
@@ -49,7 +50,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     tokens = list(prompt)
     for _ in range(new_tokens):
-        logits = model(torch.tensor([tokens], device=device))[0, -1].float()  # [V]
+        logits = model(to_device(torch.tensor([tokens]), device))[0, -1].float()  # [V]
         tokens.append(_draw(logits, temperature, top_p, generator))
         if tokens[-1] == stop:
             break

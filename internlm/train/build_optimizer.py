@@ -7,6 +7,7 @@ import re
 import torch
 from torch import nn
 
+from internlm.accelerator import to_device, to_host
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
@@ -60,14 +61,15 @@ def _refuse_patterns_without_parameters(model: nn.Module, patterns: list[str]) -
     names = [name for name, *_ in placed_parameters(model)]
     # Summed over stages, because a pattern may match parameters of another stage only.
     matches = torch.tensor([sum(bool(re.search(pattern, name)) for name in names) for pattern in patterns])
-    total = all_reduce(matches.to(next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE)).tolist()
+    total = all_reduce(to_device(matches, next(model.parameters()).device), gpc.group(ParallelMode.PIPELINE))
+    counts = to_host(total, "parameters of optimizer.param_groups").tolist()
     problems = [
         Problem(
             "optimizer.param_groups",
             f"pattern {pattern!r} matches no parameter",
             f"Correct it to match names such as {names[0]!r}",
         )
-        for pattern, count in zip(patterns, total, strict=True)
+        for pattern, count in zip(patterns, counts, strict=True)
         if not count
     ]
     if problems:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from internlm.accelerator import to_device, to_host
 from internlm.core.context.group import Group
 from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
@@ -120,7 +121,9 @@ class Channels:
     def _receive_header(self, source: int, message: Message) -> TensorSpec:
         header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self.device)
         self._wait(self._irecv(header, source, message), source, message, "send")
-        dtype, dimensions, *sizes = header.tolist()  # a host sync; models that declare ``hidden_like`` avoid it
+        dtype, dimensions, *sizes = to_host(
+            header, "shape of hidden states"
+        ).tolist()  # models with ``hidden_like`` need no header
         return tuple(sizes[:dimensions]), _DTYPES[dtype]
 
     def _irecv(self, buffer: Tensor, source: int, message: Message) -> dist.Work:
@@ -195,7 +198,7 @@ def _header(tensor: Tensor) -> Tensor:
     if problems:
         raise UserError(*problems)
     sizes = [*tensor.shape, *[0] * (_MAX_DIMENSIONS - tensor.dim())]
-    return torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *sizes], device=tensor.device)
+    return to_device(torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *sizes]), tensor.device)
 
 
 def _format_message(message: Message) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from internlm.accelerator import DeviceKind
 from internlm.config.schema import DataConfig
 from internlm.core.parallel.sharding import ALONE, GroupPosition
+from internlm.data import loader as loader_file
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, TrainLoader, ValidLoader
 from internlm.utils.errors import DataError, UserError
@@ -212,6 +216,34 @@ def test_random_validation_differs_from_training() -> None:
 
 def test_no_validation_without_a_folder_beside_one_for_training(folder: str) -> None:
     assert valid(train_folder=folder) == {}
+
+
+# -- pinned memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pinning(DeviceKind):
+    """Kind that pins a tensor by copying it, and records the copy and the thread."""
+
+    pinned: dict[int, str] = field(default_factory=dict)
+    copies: list[torch.Tensor] = field(default_factory=list)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.copies.append(tensor.clone())
+        self.pinned[id(self.copies[-1])] = threading.current_thread().name
+        return self.copies[-1]
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_packed_dataset": False}])
+def test_all_tensors_of_a_batch_are_pinned_by_the_threads_that_read_ahead(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(train(total_steps=3, num_worker=0, **keys))
+    kind = Pinning(name="cuda", backend="nccl")
+    monkeypatch.setattr(loader_file, "device_kind", lambda: kind)
+    batches = list(train(total_steps=3, num_worker=2, **keys))
+    assert same(batches, expected)
+    assert all(kind.pinned[id(tensor)].startswith("internlm-data") for tensor in flat(batches))
 
 
 # -- errors
