@@ -81,6 +81,7 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
         pipe.send(RankResult(peak_rss_bytes()))
         return
     from bench.ours import Ours
+    from internlm.core.scheduler.timeline import Record
 
     ours = Ours(setup.tokens, setup.overrides, rank, setup.world, port, setup.data_size, setup.micro_num)
     scheduler, steps, sent = ours.trainer.scheduler, [], []
@@ -88,7 +89,8 @@ def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
     def step() -> None:
         scheduler.records = []
         ours.step()
-        steps.append(scheduler.records)
+        # Host times, since all processes of this machine read one clock, and a CPU runs a kernel when it is called.
+        steps.append([Record(m.action, *(mark.host_time for mark in m[1:])) for m in scheduler.records])
         sent.append(ours.sent)
 
     _turns(pipe, step)

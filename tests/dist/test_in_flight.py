@@ -16,7 +16,7 @@ from internlm.config import load_config
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.scheduler.compute import InFlight
-from internlm.core.scheduler.timeline import Record
+from internlm.core.scheduler.executor import ActionMarks
 from internlm.costs.activations import kept_after_each_action, peak_saved, saved_for_backward
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
@@ -64,7 +64,7 @@ def _tensors_of(kept: InFlight) -> Iterator[Tensor]:
         yield from (argument for argument in task.args if isinstance(argument, Tensor))
 
 
-class Watch(list[Record]):
+class Watch(list[ActionMarks]):
     """Records of a scheduler that measure the bytes of activations kept after each action."""
 
     def __init__(self, model: Decoder, shared: set[int]) -> None:
@@ -90,7 +90,7 @@ class Watch(list[Record]):
 
         return made
 
-    def append(self, record: Record) -> None:
+    def append(self, record: ActionMarks) -> None:
         in_flight = [thing for thing in gc.get_objects() if type(thing) is InFlight]
         tensors = [tensor for kept in in_flight for tensor in _tensors_of(kept)] + [
             saved.tensor for saved in self.saved

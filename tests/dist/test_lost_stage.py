@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from internlm.core.scheduler.timeline import Record
+from internlm.core.scheduler.executor import ActionMarks
 from internlm.data import build_train_loader_with_data_type
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
@@ -32,13 +32,13 @@ STOPS: dict[str, Callable[[], object]] = {
 }
 
 
-class StopAfter(list[Record]):
+class StopAfter(list[ActionMarks]):
     """Stops its process after so many actions."""
 
     def __init__(self, actions: int, stop: Callable[[], object]) -> None:
         self.actions, self.stop = actions, stop
 
-    def append(self, record: Record) -> None:
+    def append(self, record: ActionMarks) -> None:
         super().append(record)
         if len(self) == self.actions:
             self.stop()

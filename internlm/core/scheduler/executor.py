@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from internlm import accelerator
-from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Message
+from internlm.accelerator import Mark
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Message
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, InFlight, backward, keep_in_flight, weight_gradients
 from internlm.core.scheduler.plan import Receive, Step
 from internlm.core.scheduler.timeline import Record
+
+
+class ActionMarks(NamedTuple):
+    """Marks of one executed action on the compute stream, as the times of a :class:`Record`."""
+
+    action: Action
+    begin: Mark
+    ready: Mark
+    end: Mark
+    sent: Mark
+
+    def record(self, start: Mark) -> Record:
+        """Return the times in seconds since ``start``; call this after the step, since it waits for the device."""
+        return Record(self.action, *(mark.seconds_since(start) for mark in self[1:]))
 
 
 class Executor:
@@ -40,31 +54,36 @@ class Executor:
             WEIGHT: self._weight,
         }
 
-    def run(self, records: list[Record] | None = None) -> None:
-        """Run all steps of the plan, and append the times of each action to ``records`` if given.
-
-        With ``records``, the device is synchronised before and after every action.
-        """
-        now = _no_clock if records is None else _clock
+    def run(self, records: list[ActionMarks] | None = None) -> None:
+        """Run all steps of the plan, and append the marks of each action to ``records`` if given."""
         with torch.set_grad_enabled(self.backward):
             for step in self.steps:
-                record = self._run_step(step, now)
-                if records is not None:
-                    records.append(record)
+                if records is None:
+                    self._run_step(step)
+                else:
+                    records.append(self._run_marked(step))
             if self.channels:
                 self.channels.flush()
 
-    def _run_step(self, step: Step, now: Callable[[], float]) -> Record:
-        begin = now()
+    def _run_step(self, step: Step, mark: Callable[[], object] = lambda: None) -> None:
+        """Run one step; call ``mark`` before it, when its input is there, after its action, and after the send."""
+        mark()
         # Post receives first: the plan is free of deadlock only if they are posted before the action runs.
         for receive in step.receives:
             self._post_receive(receive)
         received = self._receive(step)
-        ready = now()
+        mark()
         result = self._run[step.action.type](step, received)
-        end = now()
+        mark()
         self._send(step, result)
-        return Record(step.action, begin, ready, end, now())
+        mark()
+
+    def _run_marked(self, step: Step) -> ActionMarks:
+        # Marks, since a synchronisation of the device would also wait for receives that were posted ahead, whose
+        # senders wait for this rank.
+        marks: list[Mark] = []
+        self._run_step(step, lambda: marks.append(Mark()))
+        return ActionMarks(step.action, *marks)
 
     # -- actions ------------------------------------------------------------------------------------------------------
     def _forward(self, step: Step, hidden: Tensor | None) -> Tensor | None:
@@ -123,12 +142,3 @@ class Executor:
         else:
             declared = step.output.type == BACKWARD or self.compute.check_hidden(step.action.micro_batch, result)
             self.channels.send(step.target, step.output, result, declared)
-
-
-def _clock() -> float:
-    accelerator.synchronize()  # the device is asynchronous: without this, the clock measures kernel launches
-    return time.perf_counter()
-
-
-def _no_clock() -> float:
-    return 0.0

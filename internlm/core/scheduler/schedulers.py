@@ -18,11 +18,10 @@ from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, ComputeOptions, MicroBatches
-from internlm.core.scheduler.executor import Executor
+from internlm.core.scheduler.executor import ActionMarks, Executor
 from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy, token_weights
 from internlm.core.scheduler.plan import Step, make_plan
 from internlm.core.scheduler.table import ScheduleName, make_table
-from internlm.core.scheduler.timeline import Record
 
 Batch = tuple[dict[str, Any], Tensor]
 
@@ -84,8 +83,8 @@ class Scheduler:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
         self.dropout_key, self.micro_batch_group = dropout_key or DropoutKey(), micro_batch_group
         self.pipeline = pipeline or Pipeline()
-        #: List to which steps with backward append a record of each action; None: record nothing.
-        self.records: list[Record] | None = None
+        #: List to which steps with backward append the marks of each action; None: record nothing.
+        self.records: list[ActionMarks] | None = None
         #: Largest number of (chunk, micro-batch) pairs in flight during the last step.
         self.peak_in_flight = 0
         # A plan depends only on the number of micro-batches and on ``backward``, and requires a simulation.

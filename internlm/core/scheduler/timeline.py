@@ -106,7 +106,7 @@ def peak_in_flight(table: Table, rank: int) -> int:
 
 # -- measured ---------------------------------------------------------------------------------------------------------
 class Record(NamedTuple):
-    """Times of one executed action, in seconds on this machine's monotonic clock.
+    """Times of one executed action, in seconds since a moment that is the same on all ranks.
 
     The rank waited for the action's input from ``begin`` to ``ready``, computed until ``end`` and sent the output until
     ``sent``.
@@ -117,10 +117,6 @@ class Record(NamedTuple):
     ready: float
     end: float
     sent: float
-
-    def relative_to(self, start: float) -> Record:
-        """Return the record with times counted from ``start``."""
-        return Record(self.action, self.begin - start, self.ready - start, self.end - start, self.sent - start)
 
 
 Records: TypeAlias = Sequence[Sequence[Record]]  # by rank; all times count from the same moment

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch.distributed as dist
 
+from internlm.accelerator import Mark
 from internlm.core.context.group import Group
 from internlm.core.scheduler.timeline import Record, Timeline, measured_timeline
 from internlm.core.scheduler.validate import simulate
@@ -35,7 +35,8 @@ class RecordPipeline(Hook):
 
     def __init__(self, stages: Group, folder: Path | None) -> None:
         self.stages, self.folder = stages, folder
-        self.steps, self.start = 0, 0.0
+        self.steps = 0
+        self.start: Mark | None = None
 
     def before_step(self, trainer: Trainer) -> None:
         """Start recording before step :data:`RECORDED` of this run."""
@@ -43,13 +44,13 @@ class RecordPipeline(Hook):
         if self.steps == RECORDED:
             trainer.scheduler.records = []
             dist.barrier(self.stages.handle)  # common origin of time for all stages
-            self.start = time.perf_counter()
+            self.start = Mark()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Gather the records of all stages after the recorded step, and draw the pipeline."""
-        if trainer.scheduler.records is None:
+        if trainer.scheduler.records is None or self.start is None:
             return
-        own = [record.relative_to(self.start) for record in trainer.scheduler.records]
+        own = [marks.record(self.start) for marks in trainer.scheduler.records]
         trainer.scheduler.records = None
         # Clocks of different machines differ, so times are relative to the barrier.
         records: list[list[Record]] = [[]] * self.stages.size

@@ -18,7 +18,6 @@ from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
 from internlm.core.scheduler.loss import LOSS
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline, TrainingStep
 from internlm.core.scheduler.table import make_table, read_table, write_table
-from internlm.core.scheduler.timeline import Record
 from tests.unit.model.samples import decoder, tokens
 
 CPU = torch.device("cpu")
@@ -117,7 +116,8 @@ def test_records_tell_every_action_in_order() -> None:
     scheduler = scheduler_of("interleaved", model)
     scheduler.records = []
     scheduler.forward_backward_step(Engine(model), batches())
-    records: list[Record] = scheduler.records
+    start = scheduler.records[0].begin
+    records = [marks.record(start) for marks in scheduler.records]
     assert tuple(each.action for each in records) == make_table("interleaved", 1, 2, MICRO_BATCHES).actions[0]
     moments = [moment for each in records for moment in each[1:]]
     assert moments == sorted(moments)

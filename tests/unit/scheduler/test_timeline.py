@@ -85,8 +85,3 @@ def test_handing_on_to_another_rank_is_no_overhead_but_to_oneself_it_is() -> Non
         first = recorded(simulate(table, Costs.uniform(2 * stages)))[0][0]
         found[stages] = overheads(table, 0, [first._replace(sent=first.end + SPENT)])
     assert found == {1: [SPENT], 2: [0.0]}
-
-
-def test_clocks_count_from_a_moment() -> None:
-    record = Record(make_table("1f1b", 1, 1, 1).actions[0][0], 5.0, 6.0, 7.0, 8.0)
-    assert record.relative_to(4.0) == Record(record.action, 1.0, 2.0, 3.0, 4.0)
