@@ -14,6 +14,7 @@ from typing import NamedTuple
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, WEIGHT, Action, Table
 from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import make_table, schedule_of, stage_layout_of
+from tests.dist.tiny import DYNAMIC_NTK
 
 #: By schedule: its mode, and with how many chunks it is tried. ``own`` is a table in a file, drawn at random.
 KINDS: dict[str, list[tuple[str, int]]] = {
@@ -113,6 +114,7 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "overlapped": ("hybrid_zero_optimizer.overlap_sync_grad=True", "parallel.pipeline.interleaved_overlap=True"),
     },
     "micro-batches": {"p": (), "2p": (), "p + 1": ()},
+    "rotary base": {"one": (), "of each document": DYNAMIC_NTK},
 }
 
 

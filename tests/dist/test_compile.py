@@ -14,6 +14,7 @@ from internlm.verify.compare import compare
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist.oracle import plan_of, reference
+from tests.dist.tiny import DYNAMIC_NTK
 from tests.harness.pool import run_ranks
 
 ATTENTION, EXCHANGE = "attention depends on the sequence boundaries", "ranks exchange tokens and heads"
@@ -30,7 +31,7 @@ ROWS: dict[str, tuple[int, tuple[str, ...], Compiled]] = {
         2,
         (
             *("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=2"),
-            *("parallel.weight.overlap=True", "model.checkpoint=0.5"),
+            *("parallel.weight.overlap=True", "model.checkpoint=0.5", *DYNAMIC_NTK),
         ),
         Compiled(4, {EXCHANGE: 2, ATTENTION: 1}),
     ),

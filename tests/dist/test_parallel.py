@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.dist.oracle import verify
+from tests.dist.tiny import DYNAMIC_NTK
 
 MULTI_HEAD = "model.num_kv_attention_heads=4"
 OVERLAP = ("parallel.weight.overlap=True",)
@@ -54,6 +55,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "not clipped": ("hybrid_zero_optimizer.clip_grad_norm=0",),
     "optimizer state whole": ("parallel.zero1.size=1",),
     "a user's own model": ("model_type=PLAIN",),
+    "a rotary base for each document": DYNAMIC_NTK,
 }
 
 

@@ -34,6 +34,10 @@ TINY: dict[str, Any] = {
 }
 
 
+#: Overrides by which documents of one row have different rotary bases.
+DYNAMIC_NTK = ("model.use_dynamic_ntk_rope=True", "model.rope_scaling_factor=2.0", "model.max_position_embeddings=5")
+
+
 class Plain(nn.Module):
     """A model of torch's own modules; each token predicts the next one."""
 
