@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass, field
@@ -291,3 +292,29 @@ def test_the_views_of_a_loader_cannot_be_set() -> None:
             setattr(loader, name, None)
     with pytest.raises(UserError, match=r"BatchSampler\.load_state_dict: does not exist .*\. Use train_dl\.resume"):
         loader.batch_sampler.load_state_dict({})
+
+
+def test_min_length_never_empties_a_type_of_the_validation_data(tmp_path: Path) -> None:
+    """A type that is silently absent would look like one that was never asked for."""
+    write_bin(tmp_path / "en" / "a.bin", [[1] * 60, [2] * 10])
+    write_bin(tmp_path / "cn" / "a.bin", [[3] * 49, [4] * 20])
+    folder = str(tmp_path)
+    assert sorted(valid(valid_folder=folder, min_length=49)) == ["cn", "en"]
+    with pytest.raises(DataError) as caught:
+        valid(valid_folder=folder, min_length=50)
+    assert str(caught.value) == (
+        f"data.min_length: 50 leaves no sample of the dataset type 'cn' in {folder}. "
+        "Lower it, or remove the folder of this type"
+    )
+
+
+def test_the_number_of_samples_that_are_dropped_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="internlm")
+    write_bin(tmp_path / "a.bin", [[1] * 60, [2] * 10, [3] * 49])
+    train(train_folder=str(tmp_path), min_length=50)
+    assert caplog.messages == [
+        "data.train_folder: 2 of 3 samples have fewer than data.min_length = 50 tokens and are dropped"
+    ]
