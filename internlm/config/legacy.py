@@ -202,6 +202,7 @@ RESPELLED: dict[str, Callable[[Any], Any]] = {
     "parallel.pipeline.partition": _list_as_tuple,
     "optimizer.param_groups": _list_as_tuple,
     "model.dtype": _dtype_name,
+    "optimizer.ns_dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,
     "ckpt.load_ckpt_info.content": _as_tuple,
     "ckpt.checkpoint_every": _interval,

@@ -173,7 +173,13 @@ def _uses_muon(optimizer: OptimizerConfig) -> bool:
     return "Muon" in (optimizer.type, *(group.type for group in optimizer.param_groups))
 
 
-MUON_KEYS = ("optimizer.momentum", "optimizer.nesterov", "optimizer.ns_steps", "optimizer.adjust_lr")
+MUON_KEYS = (
+    "optimizer.momentum",
+    "optimizer.nesterov",
+    "optimizer.ns_steps",
+    "optimizer.ns_dtype",
+    "optimizer.adjust_lr",
+)
 
 DUBIOUS_SETTINGS = (
     DubiousSetting(

@@ -67,6 +67,11 @@ class OptimizerConfig(Section):
     """Use Nesterov momentum in Muon."""
     ns_steps: Count = 5
     """Number of Newton-Schulz iterations with which Muon orthogonalises an update."""
+    # Rounding to bfloat16 makes updates differ between layouts by more than the order of sums does.
+    ns_dtype: Literal["torch.float32", "torch.tf32", "torch.bfloat16"] | None = None
+    """Dtype of the Newton-Schulz matmuls. ``torch.tf32`` is float32 with TF32 matmuls on devices that have them, and
+    ``torch.bfloat16`` is what torch's Muon uses; both are several times faster on a GPU. Default: the dtype of the main
+    parameters, which is at least float32."""
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor on Muon's learning rate for a matrix [O, I]. ``match_rms_adamw``: 0.2·√max(O, I), which suits a learning
     rate tuned for AdamW (arXiv 2502.16982); ``original``: √max(1, O/I)."""

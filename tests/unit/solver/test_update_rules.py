@@ -70,6 +70,25 @@ def test_muon_is_torchs(nesterov: bool, adjust_lr: str) -> None:
         assert (one - other).norm() < 0.03 * (other - before).norm()
 
 
+def test_muon_may_compute_its_products_in_bfloat16() -> None:
+    """The update is then rounded to it, and near to that of float32."""
+    matrix = Matrices().weights[0].detach()
+    rounded, exact = orthogonal(matrix, 5, "torch.bfloat16"), orthogonal(matrix, 5)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 1e-3 < ((rounded - exact).norm() / exact.norm()).item() < 3e-2
+    half, whole = (trained(group={"type": "Muon"}, ns_dtype=dtype) for dtype in ("torch.bfloat16", None))
+    for one, other in zip(half.weights, whole.weights, strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < (one - other).norm() < 0.03 * other.norm()
+
+
+def test_tf32_is_for_the_products_of_muon_alone() -> None:
+    """On the CPU, it is float32."""
+    matrix = Matrices().weights[1].detach()
+    assert torch.equal(orthogonal(matrix, 5, "torch.tf32"), orthogonal(matrix, 5))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize("shape", [(8, 24), (40, 16), (16, 16), (1, 5)])
 def test_orthogonal(shape: tuple[int, int]) -> None:
     """Singular values come near to 1, singular vectors stay."""
