@@ -40,7 +40,7 @@ def initialize_trainer(
         lr_scheduler: Learning-rate schedule, a function of the step.
         beta2_scheduler: Schedule of Adam's beta2, a function of the step.
         criterion: Loss function; default: cross-entropy with the config's label smoothing.
-        types: Number of dataset types by which metrics are split.
+        types: Number of dataset types by which metrics are split; 1: all tokens count as one type.
 
     Raises:
         UserError: The custom schedule is invalid, or differs between ranks.

@@ -7,7 +7,7 @@ name that cannot exist here raises :class:`ReplacedNameError`, whose message say
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from internlm.utils.errors import Problem, UserError
 
@@ -38,6 +38,53 @@ class ReplacedNames:
         if inherited is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return inherited(name)
+
+
+class AsTuple:
+    """Mix-in of results that unpack, and have items, like the tuple that :meth:`as_tuple` returns."""
+
+    def as_tuple(self) -> tuple[Any, ...]:
+        """Return the values that the object unpacks to."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.as_tuple())
+
+    def __getitem__(self, index: int) -> Any:
+        return self.as_tuple()[index]
+
+    def __len__(self) -> int:
+        return len(self.as_tuple())
+
+
+class Progress(Protocol):
+    """Protocol for an object that counts the steps of a run."""
+
+    step: int
+
+
+class FollowsRun(ReplacedNames):
+    """Mix-in of a schedule, a function of the step, that returns its value in the last step of a run."""
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "step": "Remove the call: trainer.step() takes the value of each step from the schedule",
+        "state_dict": "Remove the call: a schedule is a function of the step, which checkpoints save",
+        "load_state_dict": "Remove the call: a schedule is a function of the step, which checkpoints save",
+    }
+    _progress: Progress | None = None
+
+    def __call__(self, step: int) -> float:
+        """Return the value in ``step``, counted from 0."""
+        raise NotImplementedError
+
+    def follow(self, progress: Progress) -> None:
+        """Take the number of steps done from ``progress`` from now on."""
+        object.__setattr__(self, "_progress", progress)  # the schedules are frozen dataclasses
+
+    def last_value(self) -> float:
+        """Return the value in the last step; in the first step if no step has been done."""
+        done = self._progress.step if self._progress else 0
+        return self(max(done - 1, 0))
 
 
 class DictAccess:
@@ -87,25 +134,29 @@ class DictAccess:
         return {name for base in own for name, value in vars(base).items() if isinstance(value, property)}
 
     # -- changes ------------------------------------------------------------------------------------------------------
+    def refuse(self, name: str, *value: Any) -> UserError:
+        """Return the error for changing the field ``name``, to ``value`` if one is given."""
+        return frozen(name, *value)
+
     def __setitem__(self, name: str, value: Any) -> NoReturn:
-        raise frozen(name, value)
+        raise self.refuse(name, value)
 
     def __delitem__(self, name: str) -> NoReturn:
-        raise frozen(name)
+        raise self.refuse(name)
 
     def update(self, *changes: Any, **more: Any) -> NoReturn:
         """Refuse to change the object."""
-        raise frozen(", ".join([*(name for change in changes for name in dict(change)), *more]))
+        raise self.refuse(", ".join([*(name for change in changes for name in dict(change)), *more]))
 
     def setdefault(self, name: str, value: Any = None) -> Any:
         """Return the value of an existing field ``name``; refuse to add one."""
         if name not in self:
-            raise frozen(name, value)
+            raise self.refuse(name, value)
         return self[name]
 
     def pop(self, name: str, *default: Any) -> NoReturn:
         """Refuse to change the object."""
-        raise frozen(name)
+        raise self.refuse(name)
 
 
 def frozen(name: str, *value: Any) -> FrozenConfigError:

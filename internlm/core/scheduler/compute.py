@@ -24,7 +24,7 @@ from internlm.accelerator import to_device
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
 from internlm.core.parallel.sharding import StageLayers
-from internlm.core.scheduler.loss import TokenCrossEntropy, sums_by_type, zero_sums
+from internlm.core.scheduler.loss import TokenCrossEntropy, checking_forward, sums_by_type, zero_sums
 from internlm.utils.errors import Problem, UserError
 
 #: Shape and dtype of a tensor.
@@ -41,12 +41,27 @@ class MicroBatches:
         labels: Labels of all micro-batches, on the host.
         device: Device of the model.
         host_inputs: Names of the inputs that the model reads on the host.
+        types: Number of dataset types; with 1, all tokens are of one type, whatever their ``type_ids`` are.
+
+    Raises:
+        UserError: A dataset type of the batch is not below ``types``.
     """
 
     def __init__(
-        self, batch: Mapping[str, Any], labels: Tensor, device: torch.device, host_inputs: Collection[str] = ()
+        self,
+        batch: Mapping[str, Any],
+        labels: Tensor,
+        device: torch.device,
+        host_inputs: Collection[str] = (),
+        types: int = 1,
     ) -> None:
         self._batch, self._labels, self._device, self._host_inputs = batch, labels, device, host_inputs
+        # The tokens of a missing type would be left out of the loss that is logged.
+        if types > 1 and "type_ids" in batch and (largest := int(batch["type_ids"].max())) >= types:
+            message = f"contain type {largest}, but the trainer was built for {types} dataset types"
+            todo = f"Pass types={largest + 1} to initialize_trainer, the number of types in the data"
+            raise UserError(Problem("type_ids of the batch", message, todo))
+        self._type_ids = batch["type_ids"] if types > 1 and "type_ids" in batch else torch.zeros_like(labels)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -68,7 +83,7 @@ class MicroBatches:
 
     def type_ids(self, index: int) -> Tensor:
         """Return the dataset type of each token of micro-batch ``index``, shaped like its labels."""
-        return self._on_device(self._batch["type_ids"][index])
+        return self._on_device(self._type_ids[index])
 
     def valid_tokens(self) -> Tensor:
         """Return the number of labels other than −100 in each micro-batch, [micro-batches], on the device."""
@@ -160,12 +175,16 @@ class Compute:
             inputs |= {"chunk": chunk, "hidden": hidden}
         with dropout_key_scope(replace(self.dropout_key, micro_index=index)):
             if not self.stage_layers.is_last(chunk):
-                output: Tensor = self.model(**inputs)
-                return output
+                return self._run_model(inputs)
             if self.options.keep_outputs:
                 with torch.no_grad():
-                    self.outputs[index] = self.model(**inputs)
+                    self.outputs[index] = self._run_model(inputs)
             return self._loss(inputs, index)
+
+    def _run_model(self, inputs: Mapping[str, Any]) -> Tensor:
+        with checking_forward(self.model, inputs):
+            output: Tensor = self.model(**inputs)
+        return output
 
     def _loss(self, inputs: dict[str, Any], index: int) -> Tensor | None:
         if self.options.token_weights is None:

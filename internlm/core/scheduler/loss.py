@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +16,16 @@ from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.communicator import IDENTITY_HEAD, HeadCommunicator
 from internlm.ops import TokenLoss, cross_entropy
+from internlm.utils.compat import AsTuple
 from internlm.utils.errors import Problem, UserError
 
 LOSS, CORRECT, TOKENS, WEIGHTED = range(4)  # rows of the sums
 
 
-class StepResult:
+class StepResult(AsTuple):
     """Result of one step: mean loss, sums by dataset type and, if requested, outputs.
 
+    It unpacks to ``(outputs, labels, loss)``, each None if not requested. There, ``loss`` is a scalar on the device.
     The sums stay on the device until ``loss`` or ``valid_tokens`` is used for the first time, which is a host sync.
 
     Args:
@@ -38,6 +41,11 @@ class StepResult:
     ) -> None:
         self.sums, self.outputs, self.labels, self.has_loss = sums, list(outputs), list(labels), has_loss
         self.host_sums = HostValues(sums, "loss")
+
+    def as_tuple(self) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
+        """Return ``(outputs, labels, loss)``, without a host sync."""
+        loss = self.sums[WEIGHTED].sum() / self.sums[TOKENS].sum().clamp(min=1)
+        return self.outputs or None, self.labels or None, loss if self.has_loss else None
 
     @cached_property
     def loss(self) -> float:
@@ -139,10 +147,43 @@ class TokenCrossEntropy:
         """
         options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
         if self.takes_labels:
-            result: TokenLoss = self.model(**inputs, labels=labels, **options)
+            with checking_forward(self.model, [*inputs, "labels", *options]):
+                result = self.model(**inputs, labels=labels, **options)
+            if not isinstance(result, TokenLoss):
+                todo = "Return one, or remove labels from the arguments and return logits"
+                raise _unexpected_output(self.model, "a TokenLoss (internlm.ops), since it takes labels", result, todo)
             return result
-        logits = self.model(**inputs)
+        with checking_forward(self.model, inputs):
+            logits = self.model(**inputs)
+        if not isinstance(logits, Tensor) or logits.shape[:-1].numel() != labels.numel():
+            expected = f"logits [{', '.join(map(str, labels.shape))}, vocabulary]"
+            raise _unexpected_output(self.model, expected, logits, "Return the logits of each token, as one tensor")
         return cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+
+
+@contextmanager
+def checking_forward(model: nn.Module, arguments: Collection[str]) -> Iterator[None]:
+    """Convert a TypeError in the ``with`` block into an error in words, if ``model`` does not take ``arguments``.
+
+    Raises:
+        UserError: ``model.forward`` does not take the keywords ``arguments``, or requires others.
+    """
+    try:
+        yield
+    except TypeError:
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(**dict.fromkeys(arguments))
+        except TypeError:
+            message = f"expected forward({', '.join(arguments)}), got forward{signature}"
+            todo = "Take the fields of a batch as keywords, those that the model does not need too"
+            raise UserError(Problem(f"{type(model).__name__}.forward", message, todo)) from None
+        raise
+
+
+def _unexpected_output(model: nn.Module, expected: str, output: object, todo: str) -> UserError:
+    got = f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    return UserError(Problem(f"{type(model).__name__}.forward", f"expected {expected}, got {got}", todo))
 
 
 def _check_logits(model: nn.Module) -> None:

@@ -128,7 +128,7 @@ class Scheduler:
         """
         training = training or TrainingStep()
         host_inputs = getattr(engine.model, "host_inputs", ())
-        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs)
+        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs, self.types)
         backward = not forward_only and return_loss
         options = ComputeOptions(
             types=self.types,

@@ -51,7 +51,7 @@ def compute_of(model: nn.Module, grad_scale: float | None = 1.0, wants_outputs: 
     options = ComputeOptions(types=2, device=CPU, keep_outputs=wants_outputs)
     if grad_scale is not None:
         options = replace(options, token_weights=torch.ones(3, dtype=torch.float64), grad_scale=grad_scale)
-    return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU), options)
+    return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU, types=2), options)
 
 
 def hidden_units(compute: Compute, number: int = 0) -> Tensor:
@@ -64,7 +64,7 @@ def hidden_units(compute: Compute, number: int = 0) -> Tensor:
 
 def test_micro_batches() -> None:
     inputs, labels = batch()
-    ours = MicroBatches(inputs, labels, CPU)
+    ours = MicroBatches(inputs, labels, CPU, types=2)
     assert len(ours) == 3
     assert ours.inputs(1).keys() == ours.host_inputs(1).keys() == {"input_ids", "cu_seqlens"}
     for number in range(3):
@@ -75,7 +75,82 @@ def test_micro_batches() -> None:
     assert ours.valid_tokens().sum() == 3 * LENGTH - 3
 
 
+def test_with_one_type_all_tokens_are_of_it() -> None:
+    """As for a trainer that was built without the number of types, on data of two."""
+    inputs, labels = batch()
+    for given in (inputs, {"input_ids": inputs["input_ids"]}):
+        assert not MicroBatches(given, labels, CPU).type_ids(1).any()
+
+
+def test_a_type_beyond_those_of_the_trainer_is_refused() -> None:
+    inputs, labels = batch()
+    inputs["type_ids"] = inputs["type_ids"] * 2
+    with pytest.raises(
+        UserError, match=r"^type_ids of the batch: contain type 2, .* for 2 dataset types\. Pass types=3"
+    ):
+        MicroBatches(inputs, labels, CPU, types=2)
+
+
 # -- forward
+
+
+class OneInput(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class LossInside(nn.Module):
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, labels: Tensor) -> Tensor:
+        return input_ids
+
+
+class OwnLoss(nn.Module):
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return input_ids.double().sum()
+
+
+class Tupled(nn.Module):
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros(LENGTH, 61), None
+
+
+class Pooled(nn.Module):
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return torch.zeros(1, 61)
+
+
+class Failing(nn.Module):
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        raise TypeError("a bug in the model")
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (
+            OneInput(),
+            UserError,
+            r"^OneInput\.forward: expected forward\(input_ids, cu_seqlens\), got forward\(x: .*\. Take ",
+        ),
+        (
+            LossInside(),
+            UserError,
+            r"^LossInside.*: expected forward\(.*, labels, label_smoothing, grad_scale\), got forward",
+        ),
+        (
+            OwnLoss(),
+            UserError,
+            r"^OwnLoss\.forward: expected a TokenLoss .*, got a tensor \[\]\. Return one, or remove ",
+        ),
+        (Tupled(), UserError, r"^Tupled\.forward: expected logits \[8, vocabulary\], got tuple\. Return the logits"),
+        (Pooled(), UserError, r"^Pooled\.forward: expected logits \[8, vocabulary\], got a tensor \[1, 61\]"),
+        (Failing(), TypeError, "^a bug in the model$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_forward_that_is_not_as_expected(model: nn.Module, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compute_of(model).forward(0, 1, None)
 
 
 def test_the_whole_model_is_not_told_of_chunks() -> None:
