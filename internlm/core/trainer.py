@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
 from internlm.solver.optimizer import SKIPPED, HybridZeroOptimizer, OptimizerStep
+from internlm.utils.compat import FollowsRun
 from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -49,6 +50,25 @@ class TrainState:
             self._last_update = None
         return self._skipped
 
+    @property
+    def batch_count(self) -> int:
+        """Number of batches read, one in each step."""
+        return self.step
+
+    @batch_count.setter
+    def batch_count(self, value: int) -> None:
+        if value != self.step:  # loops of existing scripts set it to the number that it has
+            raise _counted("batch_count", value)
+
+    @property
+    def step_count(self) -> int:
+        """Number of updates: the steps that were not skipped."""
+        return self.step - self.inf_nan_skip_batches
+
+    @step_count.setter
+    def step_count(self, value: int) -> None:
+        raise _counted("step_count", value)
+
     def count_step(self, update: OptimizerStep) -> None:
         """Count a step with the given result, without waiting for the device to compute it."""
         if self._last_update is not None:
@@ -67,6 +87,12 @@ class TrainState:
         """Restore the counters from a result of :meth:`state_dict`."""
         self.step, self.num_consumed_tokens = state["step"], state["num_consumed_tokens"]
         self._skipped, self._last_update = state["inf_nan_skip_batches"], None
+
+
+def _counted(name: str, value: int) -> UserError:
+    """Return the error for setting a counter of :class:`TrainState` to ``value``."""
+    todo = "Remove the assignment: trainer.step() counts the steps"
+    return UserError(Problem(f"train_state.{name}", f"cannot be set to {value}", todo))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +197,20 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.lr_schedule, self.beta2_schedule = lr_schedule, beta2_schedule
         self.state = state or TrainState()
+        for schedule in (lr_schedule, beta2_schedule):
+            if isinstance(schedule, FollowsRun):
+                schedule.follow(self.state)
         self.stop_requested = False
+
+    @property
+    def engine(self) -> Trainer:
+        """This trainer, which existing scripts reach by this name: it has the model and the optimizer."""
+        return self
+
+    @property
+    def schedule(self) -> Scheduler:
+        """Pipeline scheduler, by its name in existing scripts."""
+        return self.scheduler
 
     # -- one step -----------------------------------------------------------------------------------------------------
     def train(self) -> None:
@@ -187,22 +226,26 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def execute_schedule(
-        self, data_iter: Iterator[Batch], after_backward: Callable[[], None] | None = None, **options: bool
+        self, data_iter: Iterator[Batch] | Batch, after_backward: Callable[[], None] | None = None, **options: bool
     ) -> StepResult:
-        """Run the forward and backward passes of one step, on the next batch of ``data_iter``.
+        """Run the forward and backward passes of one step, on a batch or on the next batch of an iterator.
 
         Args:
-            data_iter: Iterator over batches. A batch is a pair (inputs, labels) with all micro-batches of a step.
+            data_iter: Batch, or iterator over batches. A batch is a pair (inputs, labels) with all micro-batches of a
+                step.
             after_backward: Function called when this rank's gradients are complete.
             options: Flags of :meth:`Scheduler.forward_backward_step`, such as ``forward_only``.
 
         Returns:
             Loss and metrics of the step.
+
+        Raises:
+            UserError: ``data_iter`` is neither a batch nor an iterator.
         """
         training = TrainingStep(
-            step=self.state.step, loss_scale=self.optimizer.loss_scale.tensor, after_backward=after_backward
+            step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
-        return self.scheduler.forward_backward_step(self, data_iter, training=training, **options)
+        return self.scheduler.forward_backward_step(self, _batches(data_iter), training=training, **options)
 
     def step(self) -> OptimizerStep:
         """Update the parameters with the learning rate and beta2 of this step, and count the step.
@@ -285,6 +328,22 @@ class Trainer:
         # After the last update, no forward pass waits for the overlapped all-gathers.
         self.optimizer.gather_parameters()
         return self.state
+
+
+def _batches(data: Any) -> Iterator[Batch]:
+    """Return an iterator over ``data``, which is a batch or an iterator over batches.
+
+    Raises:
+        UserError: ``data`` is neither.
+    """
+    if isinstance(data, Iterator):
+        return data
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Mapping):
+        return iter([(dict(data[0]), data[1])])
+    message = f"expected a batch (inputs, labels) or an iterator over batches, got {type(data).__name__}"
+    # A loader is not taken: it would begin with its first batch in each call.
+    todo = "Pass the batch of a loop over the loader, or the result of iter(loader), created once"
+    raise UserError(Problem("trainer.execute_schedule", message, todo))
 
 
 def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:

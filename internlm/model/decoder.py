@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from internlm.core.parallel.param_state import placement_of, set_placement
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import current_stage_layers
 from internlm.ops import PackedSequences, RotaryScaling, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
+from internlm.utils.compat import ReplacedNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +146,13 @@ class Block(nn.Module):
         return out
 
 
-class Decoder(nn.Module):
+class Decoder(ReplacedNames, nn.Module):
     """Decoder that maps token ids to logits or, given labels, to the loss of each token.
 
     The loss is computed without storing the logits of all tokens.
     """
 
+    replaced: ClassVar[Mapping[str, str]] = {"model": "Use the model itself, which nothing wraps"}
     role = "model"
     communicator: ModelCommunicator = IDENTITY_MODEL
     host_inputs = ("cu_seqlens",)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from internlm.config.schema import AdamConfig, Beta2SchedulerConfig, LRSchedulerConfig
 from internlm.config.schema.fields import floor_share
 from internlm.config.schema.optim import LRShape
+from internlm.utils.compat import FollowsRun
 
 #: Decay factors, from 1 at the peak to 0 at ``eta_min``. Arguments: the elapsed fraction of the steps after warm-up,
 #: and the fraction of these steps in which ``wsd`` decays.
@@ -24,7 +25,7 @@ SHAPES: dict[LRShape, Callable[[float, float], float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRSchedule:
+class LRSchedule(FollowsRun):
     """Learning-rate schedule: zero, linear warm-up to ``peak``, then decay to ``eta_min`` at ``total_steps``."""
 
     peak: float
@@ -52,6 +53,10 @@ class LRSchedule:
         left = SHAPES[self.shape](progress, min(self.decay_steps / length, 1.0))
         return self.eta_min + (self.peak - self.eta_min) * left
 
+    def get_last_lr(self) -> list[float]:
+        """Return the learning rate of the last update, in a list as torch's schedulers do."""
+        return [self.last_value()]
+
     @classmethod
     def from_config(cls, lr: LRSchedulerConfig, adam: AdamConfig) -> LRSchedule:
         """Create the schedule from the config's ``lr_scheduler`` and ``adam`` sections."""
@@ -69,7 +74,7 @@ class LRSchedule:
 
 
 @dataclass(frozen=True)
-class Beta2Schedule:
+class Beta2Schedule(FollowsRun):
     """Schedule of beta2: max(init, 1 − t^(−c)), t = 1, 2, … (arXiv 1804.04235, section 7.2); ``init`` if c ≤ 0."""
 
     init: float
@@ -81,6 +86,10 @@ class Beta2Schedule:
         if self.c <= 0:
             return self.init
         return max(self.init, 1 - (step + self.first_step + 1) ** -self.c)
+
+    def get_beta2(self) -> float:
+        """Return beta2 of the last update."""
+        return self.last_value()
 
     @classmethod
     def from_config(cls, beta2: Beta2SchedulerConfig, adam: AdamConfig) -> Beta2Schedule:

@@ -19,6 +19,7 @@ from torch import Tensor
 from internlm.accelerator import HostValues, to_device, to_host
 from internlm.config.schema import GradScalerConfig
 from internlm.solver.optimizer.param_groups import ParamGroup
+from internlm.utils.compat import AsTuple
 
 
 class LossScale:
@@ -85,8 +86,8 @@ class LossScale:
 NORM, SKIPPED, SCALE, SKIPPED_IN_A_ROW, UPDATES = range(5)
 
 
-class OptimizerStep:
-    """Result of one optimizer step.
+class OptimizerStep(AsTuple):
+    """Result of one optimizer step, which unpacks to ``(updated, grad_norm)``.
 
     It stays on the device until one of its properties is used for the first time, which is a host sync.
 
@@ -101,6 +102,10 @@ class OptimizerStep:
     def __init__(self, outcome: Tensor, is_last_chance: bool = False, nonfinite_gradient: str | None = None) -> None:
         self.host_outcome = HostValues(outcome, "gradient norm")
         self.is_last_chance, self.nonfinite_gradient = is_last_chance, nonfinite_gradient
+
+    def as_tuple(self) -> tuple[bool, float]:
+        """Return ``(updated, grad_norm)``."""
+        return self.updated, self.grad_norm
 
     @property
     def updated(self) -> bool:

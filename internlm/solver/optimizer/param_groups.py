@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.param_state import NamedParameter
 from internlm.core.parallel.placement import ParamPlacement
+from internlm.utils.compat import DictAccess
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem, UserError
 
@@ -143,6 +145,22 @@ class ShardSlice:
     """Index of the tensor in ``main_shards`` and ``grad_shards``; the slice is elements [lo, hi) of this tensor."""
     lo: int
     hi: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroupView(DictAccess):
+    """Settings of a param group, readable as an entry of ``param_groups`` of torch's optimizers."""
+
+    params: Sequence[Tensor]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def refuse(self, name: str, *value: Any) -> UserError:
+        """Return the error for changing the setting ``name``."""
+        todo = "Set it in the config, or pass a function of the step as lr_scheduler to initialize_trainer"
+        return UserError(Problem(f"optimizer.param_groups: {name}", "cannot be changed by a script", todo))
 
 
 class ParamGroup:

@@ -40,7 +40,7 @@ from internlm.solver.optimizer.loss_scale import (
 )
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
-from internlm.solver.optimizer.param_groups import ParamGroup, ProcessGroups, build_param_groups
+from internlm.solver.optimizer.param_groups import ParamGroup, ParamGroupView, ProcessGroups, build_param_groups
 from internlm.solver.optimizer.update_rules import AdamW, Lion, StateName, UpdateRule
 from internlm.utils.errors import Problem, UserError
 
@@ -54,7 +54,7 @@ class HybridZeroOptimizer:
     The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then reduces gradients and gathers
     parameters inside the zero group. The sum of gradients over all data-parallel ranks must be the gradient of the
     global batch: the loss must be divided by the valid tokens of the global batch, and multiplied by
-    ``loss_scale.scale``.
+    ``loss_scale``.
 
     Args:
         model: Model whose parameters have placements, and their final dtype and device.
@@ -82,11 +82,12 @@ class HybridZeroOptimizer:
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.config, self.process_groups = config or HybridZeroConfig(), process_groups or ProcessGroups()
-        self.loss_scale = loss_scale or LossScale()
+        self.scaler = loss_scale or LossScale()
+        self._adam, self._last_lr, self._last_beta2 = adam, adam.lr, adam.adam_beta2  # before the first update
         optimizer, zero = optimizer or OptimizerConfig(), self.process_groups.zero
 
         # Group the parameters, then move them into flat buffers, except those that fully_shard has sharded already.
-        by_key = build_param_groups(named_parameters(model), adam, optimizer)
+        by_key = self._by_key = build_param_groups(named_parameters(model), adam, optimizer)
         if not by_key:
             pipeline = self.process_groups.pipeline
             message = f"pipeline stage {pipeline.rank} (of {pipeline.size}) has no parameter with requires_grad=True"
@@ -116,7 +117,7 @@ class HybridZeroOptimizer:
             if any(group.key.rule == name for group in self.groups)
         ]
         self.device = self.groups[0].grads.device
-        self.loss_scale.to(self.device)
+        self.scaler.to(self.device)
         self.last_step = self._step_with_counts(updates=0, skipped_in_a_row=0)
         self._is_last_chance = self._ends_if_skipped()
         self._gatherer = ParamGatherer(flat, zero)
@@ -187,6 +188,7 @@ class HybridZeroOptimizer:
         # The device has all of this step's forward and backward passes in its queue, so this does not let it idle.
         before = self.last_step.host_outcome.read_arrived()
         self._skipped_before_last = int(before[SKIPPED_IN_A_ROW])
+        self._last_lr, self._last_beta2 = lr, beta2
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
         nonfinite = first_nonfinite_gradient(self.groups) if self._is_last_chance else None
@@ -195,12 +197,12 @@ class HybridZeroOptimizer:
         self._reducer.reduce()
 
         # 2. Measure.
-        scale = self.loss_scale.tensor
+        scale = self.scaler.tensor
         norm = self._global_norm() / scale
 
         # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
         skip = ~norm.isfinite()
-        self.loss_scale.update(overflow=skip)
+        self.scaler.update(overflow=skip)
         self.last_step = OptimizerStep(self._outcome(norm, skip, scale), self._is_last_chance, nonfinite)
         self.last_step.host_outcome.begin_copy()
 
@@ -254,6 +256,27 @@ class HybridZeroOptimizer:
         for group in self.groups:
             group.copy_main_to_model_params()
 
+    # -- settings that scripts read -----------------------------------------------------------------------------------
+    @property
+    def loss_scale(self) -> Tensor:
+        """Loss scale of the next step, a float64 scalar on the device."""
+        return self.scaler.tensor
+
+    @property
+    def param_groups(self) -> list[ParamGroupView]:
+        """Settings of each param group in the last update, as torch's optimizers show them; read-only."""
+        lr, betas = self._last_lr, (self._adam.adam_beta1, self._last_beta2)
+        return [
+            ParamGroupView(
+                params=[named.parameter for named in self._by_key[group.key]],
+                lr=lr * group.key.lr_scale,
+                betas=betas,
+                eps=self._adam.adam_eps,
+                weight_decay=group.key.weight_decay,
+            )
+            for group in self.groups
+        ]
+
     # -- parameters that are read or set from outside -----------------------------------------------------------------
     def gather_parameters(self) -> None:
         """Complete the parameter all-gathers that ``overlap_sync_param`` postpones.
@@ -293,12 +316,12 @@ class HybridZeroOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is not held in tensors: counters and the loss scale."""
         counts = {"updates": self.updates, "skipped_in_a_row": self.skipped_in_a_row}
-        return {**counts, "loss_scale": self.loss_scale.state_dict()}
+        return {**counts, "loss_scale": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that :meth:`state_dict` returned."""
         self.last_step = self._step_with_counts(state["updates"], state["skipped_in_a_row"])
-        self.loss_scale.load_state_dict(state["loss_scale"])
+        self.scaler.load_state_dict(state["loss_scale"])
         for rule in self.rules:
             rule.set_updates(self.updates)
 

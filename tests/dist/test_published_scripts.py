@@ -1,0 +1,186 @@
+"""Idioms of published training scripts, one by one, on one trainer after two steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.trainer import Trainer
+from internlm.data import build_train_loader_with_data_type
+from internlm.data.loader import TrainLoader
+from internlm.initialize import initialize_distributed_env, initialize_trainer
+from internlm.model.builder import create_model
+from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
+from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.utils.errors import UserError
+from tests.dist.tiny import TINY
+from tests.harness.pool import run_ranks
+
+PUBLISHED = {
+    **TINY,
+    "VOCAB_SIZE": 64,
+    "model": {**TINY["model"], "dtype": "torch.float16"},
+    "adam": {"lr": 1e-2, "adam_beta1": 0.8},
+    "lr_scheduler": {"warmup_ratio": 0.8, "total_steps": 5},
+    "beta2_scheduler": {"init_beta2": 0.0, "c": 0.5},
+    "grad_scaler": {"fp16": {"initial_scale": 8.0}},
+    "optimizer": {"param_groups": ({"pattern": "embedding", "lr_scale": 0.5, "weight_decay": 0.0},)},
+}
+
+
+class Run(NamedTuple):
+    """What the scripts have at hand, after two steps."""
+
+    trainer: Trainer
+    loader: TrainLoader
+    lr_scheduler: LRSchedule
+    beta2_scheduler: Beta2Schedule
+    unpacked: tuple[Any, Any, Any]  # of the last execute_schedule
+    update: tuple[bool, float]  # of the last step
+
+    @property
+    def optimizer(self) -> Any:
+        return self.trainer.optimizer
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+
+def _run() -> Run:
+    initialize_distributed_env(PUBLISHED)
+    model, isp_communicator = initialize_model_and_parallel_communicator(create_model())
+    loader, _ = build_train_loader_with_data_type()
+    optimizer, beta2_scheduler, lr_scheduler = initialize_optimizer(model, isp_communicator)
+    trainer = initialize_trainer(model, optimizer, lr_scheduler, beta2_scheduler)
+    assert (lr_scheduler.get_last_lr(), optimizer.param_groups[0]["betas"]) == ([1e-2 / 4], (0.8, 0.95))
+    batches = iter(loader)
+    for data in (next(batches), batches):  # a batch, or an iterator over batches
+        trainer.zero_grad()
+        result = trainer.execute_schedule(data, forward_only=False, return_loss=True, return_output_label=False)
+        _, _, loss = result
+        assert loss.item() == pytest.approx(result.loss, rel=1e-12)
+        success, grad_norm = trainer.step()
+    return Run(trainer, loader, lr_scheduler, beta2_scheduler, tuple(result), (success, grad_norm))
+
+
+READS: dict[str, tuple[Callable[[Run], Any], Any]] = {
+    "gpc.config['model']": (lambda r: gpc.config["model"]["hidden_size"], 32),
+    "gpc.config.get": (lambda r: gpc.config.get("nothing", 3), 3),
+    "gpc.config.VOCAB_SIZE": (lambda r: gpc.config.VOCAB_SIZE, 64),
+    "in gpc.config.model": (lambda r: ("num_layers" in gpc.config.model, "x" in gpc.config.model), (True, False)),
+    "gpc.tensor_parallel_size": (lambda r: gpc.tensor_parallel_size, 1),
+    "gpc.weight_parallel_size": (lambda r: gpc.weight_parallel_size, 1),
+    "gpc.data_parallel_size": (lambda r: gpc.data_parallel_size, 1),
+    "gpc.pipeline_parallel_size": (lambda r: gpc.pipeline_parallel_size, 1),
+    "gpc.zero1_parallel_size": (lambda r: gpc.zero1_parallel_size, 1),
+    "gpc.get_world_size": (lambda r: gpc.get_world_size(ParallelMode.DATA), 1),
+    "len(train_dl.dataset)": (lambda r: len(r.loader.dataset) > 0, True),
+    "train_dl.collate_fn": (lambda r: r.loader.collate_fn([r.loader.dataset[0]])[1].shape, (1, 32)),
+    "train_dl.batch_sampler": (lambda r: (len(r.loader.batch_sampler), r.loader.batch_sampler.batch_size), (5, 1)),
+    "lr_scheduler.get_last_lr()": (lambda r: r.lr_scheduler.get_last_lr(), [1e-2 * 2 / 4]),
+    "beta2_scheduler.get_beta2()": (lambda r: r.beta2_scheduler.get_beta2(), 1 - 2**-0.5),
+    "optimizer.param_groups[i]['lr']": (
+        lambda r: sorted(group["lr"] for group in r.optimizer.param_groups),
+        [1e-2 / 4, 1e-2 * 2 / 4],
+    ),
+    "optimizer.param_groups[i]['betas']": (
+        lambda r: {group["betas"] for group in r.optimizer.param_groups},
+        {(0.8, 1 - 2**-0.5)},
+    ),
+    "optimizer.param_groups[i].get": (
+        lambda r: sorted(group.get("weight_decay", 1) for group in r.optimizer.param_groups),
+        [0.0, 0.01],
+    ),
+    "optimizer.param_groups[i]['params']": (
+        lambda r: {p for group in r.optimizer.param_groups for p in group["params"]} == set(r.model.parameters()),
+        True,
+    ),
+    "optimizer.loss_scale": (
+        lambda r: (type(r.optimizer.loss_scale), r.optimizer.loss_scale.item()),
+        (torch.Tensor, 8.0),
+    ),
+    "trainer.engine": (
+        lambda r: (r.trainer.engine.model is r.model, r.trainer.engine.optimizer is r.optimizer),
+        (True, True),
+    ),
+    "trainer.schedule": (lambda r: r.trainer.schedule is r.trainer.scheduler, True),
+    "train_state.batch_count": (lambda r: (r.trainer.state.batch_count, r.trainer.state.step_count), (2, 2)),
+    "_, _, loss = execute_schedule": (lambda r: r.unpacked[:2], (None, None)),
+    "loss.item()": (lambda r: (r.unpacked[2].shape, 4 < r.unpacked[2].item() < 4.4), ((), True)),
+    "success, grad_norm = step": (lambda r: (r.update[0], r.update[1] > 0), (True, True)),
+    "hasattr(model, 'model')": (lambda r: hasattr(r.model, "model"), False),
+}
+
+
+def _assign(target: Any, name: str, value: Any) -> None:
+    setattr(target, name, value)
+
+
+REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
+    "gpc.config.model.num_layers = 8": (
+        lambda r: _assign(gpc.config.model, "num_layers", 8),
+        r"^config key num_layers: cannot be set to 8, because a resolved config is frozen\. Set it in the config file",
+    ),
+    "gpc.config['x'] = 8": (lambda r: gpc.config.__setitem__("x", 8), "^config key x: cannot be set to 8"),
+    "model.model": (lambda r: r.model.model, r"^Decoder\.model: does not exist in this project\. Use the model itself"),
+    "lr_scheduler.step()": (
+        lambda r: r.lr_scheduler.step(),
+        r"^LRSchedule\.step: does not exist in this project\. Remove the call: trainer\.step\(\) ",
+    ),
+    "beta2_scheduler.state_dict()": (lambda r: r.beta2_scheduler.state_dict(), r"^Beta2Schedule\.state_dict: does not"),
+    "optimizer.param_groups[0]['lr'] = 1": (
+        lambda r: r.optimizer.param_groups[0].__setitem__("lr", 1),
+        r"^optimizer\.param_groups: lr: cannot be changed by a script\. .* as lr_scheduler to initialize_trainer$",
+    ),
+    "train_state.step_count += 1": (
+        lambda r: _assign(r.trainer.state, "step_count", 3),
+        r"^train_state\.step_count: cannot be set to 3\. Remove the assignment: trainer\.step\(\) counts the steps$",
+    ),
+    "train_state.batch_count = 7": (lambda r: _assign(r.trainer.state, "batch_count", 7), r"^train_state\.batch_count"),
+    "train_dl.batch_sampler.state_dict()": (
+        lambda r: r.loader.batch_sampler.state_dict(),
+        r"^BatchSampler\.state_dict: does not exist in this project\. Use train_dl\.position\(step\)",
+    ),
+    "execute_schedule(train_dl)": (
+        lambda r: r.trainer.execute_schedule(r.loader),
+        r"^trainer\.execute_schedule: expected a batch \(inputs, labels\) or an iterator .*, got TrainLoader\. Pass ",
+    ),
+}
+
+
+def _idioms(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    run = _run()
+    run.trainer.state.batch_count = 2  # what it is: no error
+    found: dict[str, Any] = {}
+    for idiom, (read, _) in READS.items():
+        found[idiom] = read(run)
+    messages = {}
+    for idiom, (use, _) in REPLACED.items():
+        with pytest.raises(UserError) as caught:
+            use(run)
+        messages[idiom] = str(caught.value)
+    return found, messages
+
+
+@pytest.fixture(scope="module")
+def idioms() -> tuple[dict[str, Any], dict[str, str]]:
+    return run_ranks(1, _idioms)[0]
+
+
+@pytest.mark.parametrize("idiom", READS)
+def test_an_idiom_reads(idiom: str, idioms: tuple[dict[str, Any], dict[str, str]]) -> None:
+    expected = READS[idiom][1]
+    assert idioms[0][idiom] == (pytest.approx(expected, rel=1e-12) if isinstance(expected, (float, list)) else expected)
+
+
+@pytest.mark.parametrize("idiom", REPLACED)
+def test_what_cannot_work_names_its_replacement(idiom: str, idioms: tuple[dict[str, Any], dict[str, str]]) -> None:
+
+    assert re.search(REPLACED[idiom][1], idioms[1][idiom]), idioms[1][idiom]
