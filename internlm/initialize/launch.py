@@ -132,9 +132,22 @@ def initialize_distributed_env(
     # Python's and NumPy's generators are seeded for users' code; the framework draws from its own streams only.
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.backends.cudnn.deterministic = resolved.cudnn_deterministic
+    _set_determinism(resolved.cudnn_deterministic)
     torch.backends.cudnn.benchmark = resolved.cudnn_benchmark
     gpc.initialize(resolved, seed)
+
+
+def _set_determinism(wanted: bool) -> None:
+    """Ask torch, cuDNN, cuBLAS and FlashAttention for deterministic kernels, if wanted."""
+    torch.backends.cudnn.deterministic = wanted
+    if not wanted:  # leave alone what a script has asked for itself
+        return
+    # Not only cuDNN: on a GPU, the backward pass of attention adds gradients in any order unless this is set.
+    torch.use_deterministic_algorithms(True)
+    # Every torch.empty would be filled, at the cost of a kernel.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # The algorithms of cuBLAS depend on its workspace; torch refuses matmuls without this variable.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def launch_from_torch(

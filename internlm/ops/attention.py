@@ -143,9 +143,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: f
     from flash_attn import flash_attn_varlen_func  # imported here, because it is optional
 
     cu, longest, left = sequences.cu_seqlens, sequences.max_seqlen, _left_window(window)
-    return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=(left, 0)
-    )
+    # Torch's own kernels look at this switch themselves.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = {"softmax_scale": scale, "causal": True, "window_size": (left, 0), "deterministic": deterministic}
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, **options)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:

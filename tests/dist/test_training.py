@@ -244,6 +244,25 @@ def test_a_variation_from_copied_checkpoints_has_records_of_its_own(tmp_path: Pa
     assert [path.read_text().count("tgs_all") for path in (first / "metrics.jsonl", second / "metrics.jsonl")] == [2, 1]
 
 
+class _Deterministic(Hook):
+    """Find deterministic kernels asked for, and ask for the usual ones at the end."""
+
+    def before_run(self, trainer: Trainer) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+
+    def after_run(self, trainer: Trainer) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_kernels_are_enough_for_training() -> None:
+    """Torch raises an error for an operation that has none; dropout, recompute and both kinds of linears have one."""
+    overrides = ["model.drop_rate=0.1", "model.checkpoint=0.5", "model_type=INTERNLM", "data.total_steps=2"]
+    found = fit(1, [*overrides, "cudnn_deterministic=True"], hooks=[_Deterministic()])
+    assert len(found.log) == 2
+    assert found.log == fit(1, overrides).log
+
+
 def test_signals_in_quick_succession_are_one_request(tmp_path: Path) -> None:
     """As where a rank receives one from whoever ends the job, and another from its launcher."""
     repeated = _Signal(signal.SIGTERM, 1, 4, "before", times=3, apart=0.01)

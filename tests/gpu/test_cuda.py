@@ -39,6 +39,25 @@ def test_attention_equals_reference(backend: str, kv_heads: int) -> None:
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa"])
+def test_attention_backward_is_deterministic_if_asked(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := why_unavailable(backend, "cuda", torch.bfloat16):
+        pytest.skip(reason)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    sequences = PackedSequences.uniform(2, 4096, "cuda")
+    inputs = [
+        torch.randn(8192, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
+    ]
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(5):
+            found.append(torch.autograd.grad(attention(*inputs, sequences, backend=backend).square().sum(), inputs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(again, found[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_weight_gradient_is_added_in_float32(dtype: torch.dtype, accumulate: bool) -> None:

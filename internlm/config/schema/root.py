@@ -233,7 +233,9 @@ class Config(Section, metaclass=_ResolvedFromDict):
     reduce_comm_dtype: Literal["torch.float32", "torch.bfloat16", "torch.float16"] | None = None
     """Dtype in which gradients are sent and summed. Default: the dtype of the gradient buffer."""
     cudnn_deterministic: bool = False
-    """Use deterministic cuDNN kernels only."""
+    """Use deterministic kernels only, so that a run on GPUs can be repeated bit by bit: those of cuDNN and cuBLAS, and
+    the slower backward pass of FlashAttention. An operation without one raises an error
+    (``torch.use_deterministic_algorithms``)."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its kernels and choose the fastest."""
     enable_tb: bool = True
