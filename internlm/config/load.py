@@ -208,6 +208,7 @@ def _suggestion(key: str) -> str:
     """Suggest known keys for the unknown ``key``: its name in other sections, or a similar key in its own section."""
     section, _, _ = key.rpartition(".")
     if section and not keys.is_section(section):
-        return did_you_mean(key, keys.fields())
-    inside = [f"{section}.{child}" for child in keys.children(section)] if section else keys.fields()
-    return belongs_elsewhere(key) or did_you_mean(key, inside)
+        return did_you_mean(key, keys.fields(), keys.children(""))
+    if not section:
+        return belongs_elsewhere(key) or did_you_mean(key, keys.fields(), keys.children(""))
+    return belongs_elsewhere(key) or did_you_mean(key, [f"{section}.{child}" for child in keys.children(section)])

@@ -29,9 +29,11 @@ OUT_OF_RANGE = {
 #: Map from names that other programs use to the keys of this one.
 SYNONYMS = {
     **dict.fromkeys(("batch_size", "micro_batch_size"), ("data.micro_bsz", "data.micro_num")),
+    **dict.fromkeys(("global_batch_size", "train_batch_size"), ("data.micro_bsz", "data.micro_num")),
     **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps"), ("data.micro_num",)),
     **dict.fromkeys(("seq_length", "max_seq_len", "sequence_length"), ("data.seq_len",)),
     **dict.fromkeys(("max_steps", "num_steps", "train_steps", "train_iters"), ("data.total_steps",)),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "num_train_epochs"), ("data.total_steps",)),
     **dict.fromkeys(("n_layer", "n_layers", "num_hidden_layers"), ("model.num_layers",)),
     **dict.fromkeys(("num_heads", "n_head", "n_heads"), ("model.num_attention_heads",)),
     **dict.fromkeys(("num_kv_heads", "n_kv_heads", "num_key_value_heads"), ("model.num_kv_attention_heads",)),
@@ -41,8 +43,15 @@ SYNONYMS = {
     "learning_rate": ("adam.lr",),
     **dict.fromkeys(("warmup", "warmup_steps", "warmup_iters"), ("lr_scheduler.warmup_ratio",)),
     **dict.fromkeys(("min_lr", "lr_min"), ("lr_scheduler.eta_min",)),
-    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm"), ("hybrid_zero_optimizer.clip_grad_norm",)),
+    **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), ("parallel.tensor.size",)),
+    **dict.fromkeys(("pp", "pp_size", "pipeline_parallel_size"), ("parallel.pipeline.size",)),
+    **dict.fromkeys(
+        ("grad_clip", "clip_grad", "max_grad_norm", "gradient_clipping"), ("hybrid_zero_optimizer.clip_grad_norm",)
+    ),
 }
+
+#: Names of settings that are arguments of the command line, not config keys.
+OPTIONS = frozenset({"seed", "launcher", "port", "backend", "profiling"})
 
 _TYPE_NAMES = {
     bool: "a bool",
@@ -144,6 +153,8 @@ def belongs_elsewhere(key: str) -> str:
     section, _, name = key.rpartition(".")
     if name in SYNONYMS:
         return _instead(SYNONYMS[name])
+    if name in OPTIONS:
+        return f"Pass --{name} on the command line instead"
     namesakes = [known for known in keys.fields() if known.rpartition(".")[2] == name and not keys.is_of_list(known)]
     # ``type`` and ``size`` exist in many sections: a typo within this one is more likely.
     if len(namesakes) > 1 and difflib.get_close_matches(name, keys.children(section)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from internlm.config import check_registered, check_runnable, resolve
+from internlm.config import check_registered, check_runnable, keys, resolve
 from internlm.config.support import MODEL_TYPES
 from internlm.model.families import FAMILIES
 from internlm.utils.errors import ConfigError
@@ -120,13 +121,34 @@ def test_an_old_key_that_contradicts_the_new_one_is_refused() -> None:
         ("model.n_layers", "model.num_layers"),
         ("model.hidden_dim", "model.hidden_size"),
         ("lr_scheduler.warmup_steps", "lr_scheduler.warmup_ratio"),
+        ("warmup_steps", "lr_scheduler.warmup_ratio"),
+        ("num_heads", "model.num_attention_heads"),
+        ("n_layers", "model.num_layers"),
+        ("hidden_dim", "model.hidden_size"),
+        ("global_batch_size", "data.micro_bsz or data.micro_num"),
+        ("num_epochs", "data.total_steps"),
+        ("tp_size", "parallel.tensor.size"),
     ],
 )
 def test_names_of_other_programs_suggest_the_key_with_its_meaning(key: str, named: str) -> None:
     (problem,) = problems_of({key: 1})
-    assert problem.startswith(f"{key}: unknown key. Set {named} ")
-    assert problem.index("(") < problem.index(")")
-    assert "Did you mean" not in problem
+    (same,) = map(str, found({}, [f"{key}=1"]))
+    for text, where in ((problem, key), (same, f"--set {key}")):
+        assert text.startswith(f"{where}: unknown key. Set {named} ")
+        assert text.index("(") < text.index(")")
+        assert "Did you mean" not in text
+
+
+def test_names_of_options_suggest_the_option() -> None:
+    (problem,) = map(str, found({}, ["seed=1"]))
+    assert problem == "--set seed: unknown key. Pass --seed on the command line instead"
+
+
+def test_a_name_like_no_other_lists_the_sections_alone() -> None:
+    for name in ("xyzzy", "xyzzy.a"):
+        (problem,) = map(str, found({}, [f"{name}=1"]))
+        assert problem.startswith(f"--set {name}: unknown key. Known: JOB_NAME, adam, beta2_scheduler, ")
+        assert "adam.lr" not in problem
 
 
 # -- input ------------------------------------------------------------------------------------------------------------
@@ -161,10 +183,11 @@ def test_dynamic_ntk_needs_more_than_one_frequency() -> None:
     assert not found({"model.head_dim": 4, "model.use_dynamic_ntk_rope": True})
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["data.train_folder", "ckpt.save_ckpt_folder", "log_folder", "tensorboard_folder", "monitor.alert.alert_file_path"],
-)
+#: Every key whose name says that it is a path.
+PATHS = [key for key in keys.fields() if re.search(r"folder$|path$|\.table$", key)]
+
+
+@pytest.mark.parametrize("key", PATHS)
 def test_paths_are_expanded_by_one_rule(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RUNS", "/somewhere")
