@@ -39,6 +39,11 @@ class DeviceKind:
         """Whether ``torch.addmm`` can add a product of half-precision factors to a float32 matrix (``out_dtype``)."""
         return not self.is_host and torch.version.hip is None  # torch has no such kernel on the CPU and for ROCm
 
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Compute capability of the current device, such as (8, 0); None if kernels have no such limit."""
+        return torch.cuda.get_device_capability() if self is CUDA else None
+
     def read(self, tensor: Tensor) -> Tensor:
         """Return a tensor of this kind in host memory, waiting until it has been computed."""
         return tensor if self.is_host else tensor.cpu()

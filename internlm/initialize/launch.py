@@ -201,9 +201,12 @@ def _check_devices(process: ProcessInfo) -> None:
 
 
 def _check_attention(config: Config) -> None:
-    backend, dtype = config.model.attention_backend, torch_dtype(str(config.model.dtype))
-    # The config was checked for the device and the dtype already, but not for the package that the kernel needs.
-    if backend != "auto" and (reason := why_unavailable(backend, accelerator.device_type(), dtype)):
+    model = config.model
+    backend, dtype = model.attention_backend, torch_dtype(str(model.dtype))
+    # The config was checked for the type of the device and the dtype already, but not for the package that the kernel
+    # needs, nor for its limits.
+    reason = why_unavailable(backend, accelerator.device_type(), dtype, model.head_size) if backend != "auto" else ""
+    if reason:
         raise ConfigError(Problem("model.attention_backend", reason, "Set it to 'auto'"))
 
 

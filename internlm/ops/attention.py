@@ -6,7 +6,6 @@ dimension, L tokens of one sequence, B consecutive sequences of equal length.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.accelerator import is_host, to_device, to_host
+from internlm.accelerator import is_host, kind_of, to_device, to_host
 from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
 from internlm.ops.cpu.blocked_attention import EqualLengthRun, blocked_attention
@@ -99,37 +98,39 @@ def attention(
         sequences: Sequence boundaries, for T tokens in total.
         scale: Factor by which q · kᵀ is multiplied; by default D ** -0.5.
         window: Number of most recent tokens, including the token itself, that each token attends to. None: all.
-        backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device and dtype, on
-            the CPU the one that is faster on its type of processor.
+        backend: Name of the kernel; ``auto`` selects the first of :data:`BACKENDS` that supports device, dtype and head
+            dimension, on the CPU the one that is faster on its type of processor.
 
     Returns:
         Attention output, [T, N, D].
 
     Raises:
-        ConfigError: ``backend`` is unknown, or does not support this device and dtype.
+        ConfigError: ``backend`` is unknown, or does not support this device, dtype and head dimension.
     """
-    device, dtype = q.device.type, q.dtype
+    device, dtype, head_dim = q.device.type, q.dtype, q.shape[-1]
     name: str = backend
     if backend == "auto":
-        name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype))
+        name = next(name for name in BACKENDS if not why_unavailable(name, device, dtype, head_dim))
         if name == "blocked":
             name = kernel_for("attention", "float32", sequences.max_seqlen)
-    elif reason := why_unavailable(backend, device, dtype):
+    elif reason := why_unavailable(backend, device, dtype, head_dim):
         raise ConfigError(Problem("model.attention_backend", reason, "Set it to 'auto'"))
     assert sequences.tokens == q.shape[0], f"expected q with {sequences.tokens} tokens, got {q.shape[0]}"
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else scale
     return BACKENDS[name].kernel(q, k, v, sequences, scale, window)
 
 
-def why_unavailable(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """Return the reason why ``backend`` cannot be used with a device and dtype; an empty string if it can."""
+def why_unavailable(backend: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the reason why ``backend`` does not support a device, dtype and head dimension; empty if it does."""
     if backend not in BACKENDS:
         return f"{backend!r} is unknown, expected one of {', '.join(BACKENDS)}"
-    known = BACKENDS[backend]
-    if known.device and device_type != known.device:
-        return f"{backend!r} expected tensors on {known.device}, got {device_type}"
+    known, kind = BACKENDS[backend], kind_of(device_type)
+    if known.on_host is not None and kind.is_host != known.on_host:
+        return f"{backend!r} expected tensors on {'the CPU' if known.on_host else 'a GPU'}, got {device_type}"
     if known.dtypes and dtype not in known.dtypes:
         return f"{backend!r} expected tensors of {' or '.join(map(str, known.dtypes))}, got {dtype}"
+    if known.limits and (reason := known.limits.why_exceeded(kind.compute_capability, head_dim)):
+        return f"{backend!r} {reason}"
     if known.package and (reason := why_missing(known.package)):
         return f"{backend!r} needs the package '{known.package}', which cannot be imported ({reason})"
     return ""
@@ -176,15 +177,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: fl
         heads = [
             x[tokens].unflatten(0, (run.sequences, run.length)).transpose(1, 2) for x in (q, k, v)
         ]  # [B, heads, L, D]
-        kernel = _sdpa_causal
-        if window is not None and window < run.length:
-            kernel = functools.partial(_sdpa_window, window=window)
-        outs.append(kernel(*heads, scale=scale).transpose(1, 2).flatten(0, 1))
+        if window is None or window >= run.length:
+            out = _fused(*heads, scale=scale)
+        else:
+            out = _sdpa_window(*heads, scale=scale, window=window)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
-def _sdpa_causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+def _fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Call torch's kernel, causal unless there is a mask: [B, N, L, D], [B, G, L, D], [B, G, L, D] → [B, N, L, D]."""
+    kind, head_dim, is_masked = kind_of(q.device), q.shape[-1], mask is not None
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and not kind.is_host and not groups_heads(kind.compute_capability, q.dtype, head_dim, is_masked):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        is_grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=not is_masked, scale=scale, enable_gqa=is_grouped
+    )
+
+
+def groups_heads(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, masked: bool) -> bool:
+    """Return whether torch has a kernel for grouped queries on a GPU that does not store all L × L scores.
+
+    FlashAttention is one, within its limits. The memory-efficient kernel, for all other cases, needs a key and value
+    head for each query head.
+    """
+    return dtype in HALF and not masked and not VARLEN_LIMITS.why_exceeded(capability, head_dim)
 
 
 def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
@@ -196,9 +215,7 @@ def _sdpa_window(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) 
         distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
         visible = (distance >= 0) & (distance < window)
         block = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        outs.append(
-            F.scaled_dot_product_attention(*block, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        )
+        outs.append(_fused(*block, scale=scale, mask=visible))
     return torch.cat(outs, 2)
 
 
@@ -206,22 +223,45 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scal
     return reference.attention(q, k, v, sequences.bounds, scale, window)
 
 
+class Limits(NamedTuple):
+    """Least compute capability, and head dimensions, of a kernel."""
+
+    capability: tuple[int, int] = (0, 0)
+    most: int | None = None
+    multiple: int = 1
+
+    def why_exceeded(self, capability: tuple[int, int] | None, head_dim: int) -> str:
+        """Return which limit a GPU of ``capability`` (None: has all) or ``head_dim`` exceeds; empty if none."""
+        if capability is not None and capability < self.capability:
+            least, got = (f"sm_{major}{minor}" for major, minor in (self.capability, capability))
+            return f"needs a GPU of compute capability {least} or later, got {got}"
+        if self.most is not None and head_dim > self.most:
+            return f"expected a head dimension of at most {self.most}, got {head_dim}"
+        if head_dim % self.multiple:
+            return f"expected a head dimension divisible by {self.multiple}, got {head_dim}"
+        return ""
+
+
 class Backend(NamedTuple):
-    """Attention kernel, and the device, dtypes and package that it requires; an empty value means no requirement."""
+    """Attention kernel, and the device, dtypes, package and limits that it requires; by default no requirement."""
 
     kernel: Kernel
-    device: str = ""
+    on_host: bool | None = None  # on the CPU, or on a GPU
     dtypes: tuple[torch.dtype, ...] = ()
     package: str = ""
+    limits: Limits | None = None
 
 
 HALF = (torch.float16, torch.bfloat16)
+#: Limits of FlashAttention-2. The flash-attn package pads other head dimensions to a multiple of 8; torch does not.
+FLASH_LIMITS = Limits((8, 0), 256)
+VARLEN_LIMITS = Limits((8, 0), 256, 8)
 
 #: Backends in the order in which ``auto`` tries them, the fastest first.
 BACKENDS: dict[str, Backend] = {
-    "flash": Backend(_flash, "cuda", HALF, "flash_attn"),
-    "varlen": Backend(_varlen, "cuda", HALF, "torch.nn.attention.varlen"),
-    "blocked": Backend(_blocked, "cpu", (torch.float32, torch.float64)),
+    "flash": Backend(_flash, False, HALF, "flash_attn", FLASH_LIMITS),
+    "varlen": Backend(_varlen, False, HALF, "torch.nn.attention.varlen", VARLEN_LIMITS),
+    "blocked": Backend(_blocked, True, (torch.float32, torch.float64)),
     "sdpa": Backend(_sdpa),
     "reference": Backend(_reference),
 }

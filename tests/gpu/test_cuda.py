@@ -20,7 +20,7 @@ LENGTHS = [3, 64, 17, 200, 1]
 @pytest.mark.parametrize("backend", ["flash", "varlen", "sdpa", "auto"])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_attention_equals_reference(backend: str, kv_heads: int) -> None:
-    if backend != "auto" and (reason := why_unavailable(backend, "cuda", torch.bfloat16)):
+    if backend != "auto" and (reason := why_unavailable(backend, "cuda", torch.bfloat16, 64)):
         pytest.skip(reason)
     torch.manual_seed(0)
     total = sum(LENGTHS)

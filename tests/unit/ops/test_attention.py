@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from internlm.accelerator import DeviceKind
 from internlm.config.rules.run_rules import ATTENTION_NEEDS
 from internlm.ops import PackedSequences, attention, reference, why_unavailable
-from internlm.ops.attention import BACKENDS
+from internlm.ops.attention import BACKENDS, FLASH_LIMITS, VARLEN_LIMITS, Limits, groups_heads
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError
 from tests.unit.ops.parity import LargestTensor, assert_parity, randn, relative_error, saved_for_backward
@@ -149,29 +153,83 @@ def test_auto_on_cpu_is_blocked_in_fp32_and_fused_in_half() -> None:
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("flash", "'flash' expected tensors on cuda, got cpu"),
-        ("varlen", "'varlen' expected tensors on cuda, got cpu"),
+        ("flash", "'flash' expected tensors on a GPU, got cpu"),
+        ("varlen", "'varlen' expected tensors on a GPU, got cpu"),
         ("spda", "'spda' is unknown, expected one of flash, varlen, blocked, sdpa, reference"),
     ],
 )
 def test_unavailable_backends_say_why(backend: str, reason: str) -> None:
-    assert why_unavailable(backend, "cpu", torch.float32) == reason
+    assert why_unavailable(backend, "cpu", torch.float32, 64) == reason
     with pytest.raises(ConfigError) as error:
         attention(*inputs_of([2], 1, 1), sequences_of([2]), backend=backend)
     assert reason in str(error.value)
 
 
 def test_backends_of_half_precision_say_so() -> None:
-    assert "torch.float16 or torch.bfloat16" in why_unavailable("varlen", "cuda", torch.float32)
-    assert "torch.float32 or torch.float64" in why_unavailable("blocked", "cpu", torch.bfloat16)
-    assert why_unavailable("reference", "cuda", torch.float32) == ""
+    assert "torch.float16 or torch.bfloat16" in why_unavailable("varlen", "cuda", torch.float32, 64)
+    assert "torch.float32 or torch.float64" in why_unavailable("blocked", "cpu", torch.bfloat16, 64)
+    assert why_unavailable("reference", "cuda", torch.float32, 64) == ""
 
 
 def test_the_config_refuses_the_kernels_that_cannot_serve() -> None:
     for backend, kernel in BACKENDS.items():
         on_host, dtypes = ATTENTION_NEEDS.get(backend, (False, ()))
         assert {torch_dtype(str(dtype)) for dtype in dtypes} == set(kernel.dtypes)
-        assert kernel.device == ("cpu" if on_host else "cuda" if backend in ATTENTION_NEEDS else "")
+        assert kernel.on_host == (on_host if backend in ATTENTION_NEEDS else None)
+
+
+@pytest.mark.parametrize(
+    ("limits", "capability", "head_dim", "reason"),
+    [
+        (FLASH_LIMITS, (8, 0), 100, ""),
+        (FLASH_LIMITS, (9, 0), 256, ""),
+        (FLASH_LIMITS, (7, 5), 64, "needs a GPU of compute capability sm_80 or later, got sm_75"),
+        (FLASH_LIMITS, (9, 0), 264, "expected a head dimension of at most 256, got 264"),
+        (VARLEN_LIMITS, (10, 0), 128, ""),
+        (VARLEN_LIMITS, (7, 0), 128, "needs a GPU of compute capability sm_80 or later, got sm_70"),
+        (VARLEN_LIMITS, (8, 6), 100, "expected a head dimension divisible by 8, got 100"),
+    ],
+)
+def test_flash_attention_has_limits(limits: Limits, capability: tuple[int, int], head_dim: int, reason: str) -> None:
+    assert limits.why_exceeded(capability, head_dim) == reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "masked", "grouped"),
+    [
+        ((8, 0), torch.bfloat16, 64, False, True),
+        ((8, 0), torch.bfloat16, 64, True, False),
+        ((8, 0), torch.float32, 64, False, False),
+        ((7, 5), torch.float16, 64, False, False),
+        ((9, 0), torch.bfloat16, 512, False, False),
+    ],
+)
+def test_grouped_queries_stay_grouped_only_where_a_fused_kernel_of_a_gpu_takes_them(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, masked: bool, grouped: bool
+) -> None:
+    assert groups_heads(capability, dtype, head_dim, masked) is grouped
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_keys_and_values_that_are_expanded_for_a_gpu_give_the_same_attention(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, sequences = inputs_of([5, 5, 7], 4, 2), sequences_of([5, 5, 7])
+    heads: list[list[int]] = []
+    genuine = F.scaled_dot_product_attention
+
+    def recording(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        heads.append([x.shape[1] for x in (q, k, v)])
+        return genuine(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    monkeypatch.setattr(
+        import_module("internlm.ops.attention"), "kind_of", lambda _: DeviceKind(name="gpu", backend="")
+    )
+    expanded = attention(*inputs, sequences, backend="sdpa", window=window)
+    assert heads
+    assert all(numbers == [4, 4, 4] for numbers in heads)
+    assert relative_error(expanded, reference.attention(*inputs, sequences.bounds, window=window)) < 1e-12
 
 
 def test_neighbours_of_equal_length_make_a_run() -> None:
