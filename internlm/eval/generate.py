@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from internlm.accelerator import to_device
+from internlm.core.parallel import ParallelEmbedding
 from internlm.core.parallel.communicator import IDENTITY_MODEL
 from internlm.core.parallel.param_state import has_placement, placement_of
 from internlm.utils.errors import Problem, UserError
@@ -32,7 +35,7 @@ def generate(
 
     Args:
         model: Model that is not split over ranks or into chunks.
-        prompt: Token ids of the prompt.
+        prompt: Token ids of the prompt, at least one.
         new_tokens: Maximum number of tokens to sample.
         temperature: Divisor of the logits; 0 selects the most probable token.
         top_p: Sample from the smallest set of most probable tokens with at least this total probability.
@@ -43,18 +46,51 @@ def generate(
         The sampled token ids, without the prompt, including ``stop`` if it was sampled.
 
     Raises:
-        UserError: The model is split over ranks or into chunks.
+        UserError: The model is split over ranks or into chunks, or an argument is out of its range.
     """
     _check_whole(model)
+    tokens = _checked(prompt, _vocabulary(model))
+    ranges = [("new_tokens", new_tokens, math.inf), ("temperature", temperature, math.inf), ("top_p", top_p, 1.0)]
+    problems = [_out_of_range(name, value, largest) for name, value, largest in ranges if not 0 <= value <= largest]
+    if problems:
+        raise UserError(*problems)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    tokens = list(prompt)
     for _ in range(new_tokens):
         logits = model(to_device(torch.tensor([tokens]), device))[0, -1].float()  # [V]
         tokens.append(_draw(logits, temperature, top_p, generator))
         if tokens[-1] == stop:
             break
     return tokens[len(prompt) :]
+
+
+def _checked(prompt: Sequence[int], vocabulary: int | None) -> list[int]:
+    """Return the token ids of ``prompt`` as a new list.
+
+    Raises:
+        UserError: ``prompt`` is empty, or has an id outside the ``vocabulary``.
+    """
+    if not len(prompt):
+        todo = "Begin with at least one token, such as the tokenizer's start token"
+        raise UserError(Problem("generate(prompt=…)", "is empty", todo))
+    for index, token in enumerate(prompt):
+        if not isinstance(token, (int, np.integer)) or not 0 <= token < (vocabulary or math.inf):
+            ids = f"an id from 0 to {vocabulary - 1}" if vocabulary else "an id of at least 0"
+            message = f"expected {ids} at index {index}, got {token!r}"
+            raise UserError(Problem("generate(prompt=…)", message, "Use the tokenizer that the model was trained with"))
+    return [int(token) for token in prompt]
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the number of rows of the model's first embedding, or None if it has none."""
+    embeddings = (module for module in model.modules() if isinstance(module, (nn.Embedding, ParallelEmbedding)))
+    found = next(embeddings, None)
+    return None if found is None else found.weight.shape[0]
+
+
+def _out_of_range(name: str, value: float, largest: float) -> Problem:
+    limits = "at least 0" if largest == math.inf else f"from 0 to {largest:g}"
+    return Problem(f"generate({name}=…)", f"must be {limits}, got {value}", "Correct the argument")
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -76,6 +112,8 @@ def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: tor
     """Sample one token id from ``logits`` [V]."""
     if temperature == 0:
         return int(logits.argmax())
+    if logits.isnan().any():
+        raise UserError(Problem("generate(model=…)", "its logits are NaN", "Check the checkpoint and the dtype"))
     probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
     outside = probabilities.cumsum(0) - probabilities >= top_p
     probabilities[1:][outside[1:]] = 0.0  # keep the most probable token for any top_p

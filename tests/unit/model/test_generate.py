@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from internlm.eval import generate
+from internlm.utils.errors import UserError
 from tests.unit.model.samples import VOCAB, decoder
 
 PROMPT = [3, 1, 4]
@@ -69,6 +73,42 @@ def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> 
     """Probabilities 4 : 1 become 4 ** (1 / temperature) : 1."""
     tokens = generate(Fixed(0.2, 0.8), [0], 1000, temperature=temperature)
     assert sum(tokens) / 1000 == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, r"^generate\(prompt=…\): is empty\. Begin with at least one token"),
+        (
+            {"prompt": [3, VOCAB]},
+            rf"^generate\(prompt=…\): expected an id from 0 to {VOCAB - 1} at index 1, got {VOCAB}\.",
+        ),
+        ({"prompt": [-1, 3]}, rf"^generate\(prompt=…\): expected an id from 0 to {VOCAB - 1} at index 0, got -1\."),
+        ({"prompt": "text"}, "at index 0, got 't'. Use the tokenizer that the model was trained with$"),
+        ({"prompt": [1.5]}, r"at index 0, got 1\.5\. Use"),
+        ({"temperature": -0.1}, r"^generate\(temperature=…\): must be at least 0, got -0\.1\. Correct the argument$"),
+        ({"temperature": float("nan")}, r"^generate\(temperature=…\): must be at least 0, got nan\."),
+        ({"top_p": 1.5}, r"^generate\(top_p=…\): must be from 0 to 1, got 1\.5\."),
+        ({"new_tokens": -1}, r"^generate\(new_tokens=…\): must be at least 0, got -1\."),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(decoder(), **{"prompt": PROMPT, "new_tokens": 2, **arguments})
+
+
+def test_ids_of_a_model_without_embedding_are_not_limited() -> None:
+    assert generate(Fixed(0.0, 1.0), [10**9], 2) == [1, 1]
+
+
+def test_ids_may_be_those_of_numpy() -> None:
+    assert generate(decoder(), np.array(PROMPT), 3) == generate(decoder(), PROMPT, 3)
+
+
+def test_a_model_whose_logits_are_nan_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^generate\(model=…\): its logits are NaN\. "):
+        generate(Fixed(float("nan"), 1.0), [0], 2)
 
 
 def test_gradients_are_not_recorded() -> None:
