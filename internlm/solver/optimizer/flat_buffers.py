@@ -31,12 +31,15 @@ from internlm.core.parallel.fully_sharded import local_shard, set_grad
 from internlm.core.parallel.param_state import NamedParameter, attach_main_grad
 from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
+from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.torch_private import foreach_copy_
 
 ALIGNMENT = 64  # elements, so that a shard of any dtype starts on a cache line
 
 # Elements. Without overlap, small buckets gain nothing, and each costs the latency of a collective.
 _DEFAULT_BUCKET_SIZE = 2**29
+#: Most shards of all buckets together; more take minutes and gigabytes to list.
+MOST_SHARDS = 10**7
 
 
 # -- layout: pure arithmetic ------------------------------------------------------------------------------------------
@@ -95,6 +98,9 @@ def lay_out(sizes: Sequence[int], ranks: int, limit: int, by_parameter: bool = F
         limit: Maximum number of elements in a bucket, padding excluded. A bucket is larger only if it would otherwise
             have fewer than :data:`ALIGNMENT` elements per rank or, with ``by_parameter``, split a parameter.
         by_parameter: Keep every parameter whole in one rank's shard, instead of sharding buckets evenly by element.
+
+    Raises:
+        ConfigError: The buckets are far too small for the model.
     """
     return _by_parameter(sizes, ranks, limit) if by_parameter else _by_element(sizes, ranks, limit)
 
@@ -123,6 +129,10 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
     unit = ranks * ALIGNMENT
     units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
+    if count * ranks > MOST_SHARDS:
+        what = f"{limit} splits {sum(sizes)} elements into {count} buckets"
+        todo = "Use larger buckets, or a smaller model"
+        raise ConfigError(Problem("hybrid_zero_optimizer.reduce_bucket_size", what, todo))
     ends = [units * index // count * unit for index in range(count + 1)]
     buckets = (Bucket(tuple(range(start, stop + 1, (stop - start) // ranks))) for start, stop in pairwise(ends))
     return Layout(tuple(starts), tuple(buckets))

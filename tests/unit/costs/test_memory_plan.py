@@ -181,6 +181,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "model_type=LAMA2",
             "model_type: no cost formula for 'LAMA2', which is not registered. Known: ",
         ),
+        ("model.hidden_size=400000000", "hybrid_zero_optimizer.reduce_bucket_size: 536870912 splits "),
     ],
 )
 def test_command_refuses_what_a_run_refuses(

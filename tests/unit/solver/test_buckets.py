@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.solver.optimizer.flat_buffers import ALIGNMENT, Layout, lay_out, padded
+from internlm.utils.errors import ConfigError
 
 SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=30)
 SHARDS = st.integers(1, 9)
@@ -85,3 +86,13 @@ def test_examples(by_parameter: bool, starts: tuple[int, ...], bounds: list[tupl
     sizes = [100, 200, 40] if not by_parameter else [100, 180, 40]
     layout = lay_out(sizes, 2, 10**6, by_parameter)
     assert (layout.starts, [bucket.bounds for bucket in layout.buckets]) == (starts, bounds)
+
+
+def test_buckets_far_too_small_for_the_model_are_refused() -> None:
+    """As where a hidden size has three zeros too many: a list of them would fill the memory."""
+    with pytest.raises(ConfigError) as caught:
+        lay_out([6 * 10**15], 8, 2**24)
+    assert str(caught.value) == (
+        "hybrid_zero_optimizer.reduce_bucket_size: 16777216 splits 6000000000000000 elements into 357627869 buckets. "
+        "Use larger buckets, or a smaller model"
+    )
