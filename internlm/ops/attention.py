@@ -172,17 +172,20 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int | None) -> Tensor:
     # One call per EqualLengthRun, because a block-diagonal mask of the whole row would take T² memory and time.
     outs = []
-    for run in sequences.runs:
-        tokens = slice(run.start, run.start + run.tokens)
-        heads = [
-            x[tokens].unflatten(0, (run.sequences, run.length)).transpose(1, 2) for x in (q, k, v)
-        ]  # [B, heads, L, D]
+    sizes = [run.tokens for run in sequences.runs]
+    for run, *qkv in zip(sequences.runs, *(_split_tokens(x, sizes) for x in (q, k, v)), strict=True):
+        heads = [x.unflatten(0, (run.sequences, run.length)).transpose(1, 2) for x in qkv]  # [B, heads, L, D]
         if window is None or window >= run.length:
             out = _fused(*heads, scale=scale)
         else:
             out = _sdpa_window(*heads, scale=scale, window=window)
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _split_tokens(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    # The gradient of a split writes all tokens once, that of a slice for each slice. One part needs neither.
+    return x.split(sizes) if len(sizes) > 1 else (x,)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
