@@ -35,6 +35,10 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
 #: Work from which a case is large: multiply-adds of a GEMM, tokens of the longest sequence. Smaller cases take little
 #: of a step, so they are not measured, and their kernels are the same on all processors.
 LARGE = {"linear": 2**25, "grad_input": 2**25, "grad_weight": 2**25, "attention": 256}
+#: Kernels that run hundreds of short parallel regions. With several threads, if another process keeps one of the cores
+#: busy, each region waits for a thread to get its turn, and the whole takes ten times as long. So nothing but the
+#: user's own choice selects them for several threads, however fast they are on an idle machine.
+COLLAPSING = frozenset({("attention", "blocked")})
 #: Short names in ``INTERNLM_CPU_KERNELS`` for several operations.
 _GROUPS = {"gemm": ("linear", "grad_input", "grad_weight")}
 MEASURE, RULE = "measure", "rule"
@@ -95,15 +99,23 @@ def _rule(case: Case, processor_type: str) -> str:
     default, other = KERNELS[case.operation, case.dtype]
     words = processor_type.split()
     if case.operation == "attention":
-        # The blocked kernel runs hundreds of short parallel regions. If another process keeps one of the cores busy,
-        # each region waits for a thread to get its turn, and the whole takes ten times as long.
-        return other if case.threaded or (case.large and _mkl_is_wide(words)) else default
+        return other if may_collapse(case) or (case.large and _mkl_is_wide(words)) else default
     if not case.large:
         return default
     if case.dtype == "bfloat16":
         return other if processor.has_bf16(processor_type) else default
     # oneDNN computes the output without a copy, so it is as fast as MKL or faster.
     return other if _mkl_is_wide(words) and case.operation != "linear" else default
+
+
+def may_collapse(case: Case) -> bool:
+    """Return whether a kernel of this case is much slower on a busy machine."""
+    return case.threaded and any((case.operation, kernel) in COLLAPSING for kernel in _kernels_of(case))
+
+
+def collapses(table: Table) -> bool:
+    """Return whether ``table`` selects a kernel that is much slower on a busy machine."""
+    return any(case.threaded and (case.operation, kernel) in COLLAPSING for case, kernel in table.items())
 
 
 def _mkl_is_wide(words: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,18 @@ def _determine(own_type: str, dtype: torch.dtype) -> tuple[dict[kernel_choice.Ca
         return table, f"{processor.KERNELS_VARIABLE}={requested}"
     if not torch.backends.mkldnn.is_available():
         return table, "torch was built without oneDNN"
-    path, key = processor.cache_folder() / _FILE, f"{own_type}, torch {torch.__version__}, {dtype}"
+    path, threads = processor.cache_folder() / _FILE, torch.get_num_threads()
+    key = f"{own_type}, torch {torch.__version__}, {dtype}, {threads} thread{'s' * (threads != 1)}"
     cached = _read(path)
     known = kernel_choice.from_plain(cached.get(key))
-    if known is not None:
+    if known is not None and not kernel_choice.collapses(known):
         return dict(known), f"from {path}"
+    start = time.perf_counter()
     table |= measure(table, dtype)
+    seconds = time.perf_counter() - start
     # Read again: another job may have added its own entry since.
     _write(path, {**_read(path), key: kernel_choice.to_plain(table)})
-    return table, f"measured, kept in {path}"
+    return table, f"measured in {seconds:.1f} s, kept in {path}"
 
 
 def _warn_of_emulation(own_type: str, dtype: torch.dtype) -> None:

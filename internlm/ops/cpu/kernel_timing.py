@@ -2,7 +2,7 @@
 
 All kernels of a case run in turns on one thread, and each counts with its shortest CPU time. CPU time and turns make
 the result the same on a busy machine. Where two kernels are nearly as fast, the rule decides, so that two machines of
-one type agree.
+one type agree. The rule also decides the cases that are left when :data:`LIMIT` has passed.
 
 Shapes: T tokens, I input features, O output features; L tokens of a sequence, N heads, D head dimension.
 """
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from internlm.ops.cpu import cpu_gemm
 from internlm.ops.cpu.blocked_attention import EqualLengthRun, blocked_attention
-from internlm.ops.cpu.kernel_choice import CASES, KERNELS, Case, Table
+from internlm.ops.cpu.kernel_choice import CASES, KERNELS, Case, Table, may_collapse
 
 Run = Callable[[], object]
 
 #: Another kernel than the rule's must take less than this share of its time.
 _MARGIN = 0.93
 _REPEATS, _SECONDS = 6, 0.4  # of a case: repeats, and the time after which none begins
+#: Seconds after which no further repeat begins, all cases together.
+LIMIT = 2.0
 _TOKENS, _SHAPES = 1024, ((512, 1408), (1408, 512))  # T; I and O of the GEMMs whose times are summed
 _LENGTH, _HEADS, _DIM = 512, 8, 64  # L, N and D of attention
 _SMALL = 256  # rows and columns of the products that show whether bfloat16 is emulated
@@ -39,20 +42,26 @@ def measure(fallback: Table, dtype: torch.dtype) -> Table:
     Args:
         fallback: Table of the rule, which decides where the difference is small.
         dtype: Dtype of the run's parameters.
+
+    Returns:
+        The measured cases; without those that were left when :data:`LIMIT` had passed.
     """
     name = str(dtype).removeprefix("torch.")
     chosen: dict[Case, str] = {}
+    end = time.perf_counter() + LIMIT
     with _one_thread():
         for operation, case_dtype in KERNELS:
             if case_dtype != name:
                 continue
             runs = _runs(operation, dtype)
-            seconds = dict(zip(runs, shortest(list(runs.values())), strict=True))
-            # A GEMM is one parallel region whatever its kernel, so the result holds for several threads too. Attention
-            # by blocks is many, and not measured with several threads: see ``rule``.
-            threads = (False,) if operation == "attention" else (False, True)
+            times = shortest(list(runs.values()), end)
+            if times is None:
+                break
+            seconds = dict(zip(runs, times, strict=True))
+            # A GEMM is one parallel region whatever its kernel, so the result holds for several threads too. Of
+            # attention it does not: see ``COLLAPSING``.
             for case in CASES:
-                if case[:2] == (operation, name) and case.large and case.threaded in threads:
+                if case[:2] == (operation, name) and case.large and not may_collapse(case):
                     chosen[case] = _preferred(fallback[case], seconds)
     return chosen
 
@@ -61,21 +70,32 @@ def bf16_slowdown() -> float:
     """Measure the time of a product in bfloat16, relative to one in float32."""
     factors = [torch.ones(_SMALL, _SMALL, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     with _one_thread():
-        wide, half = shortest([partial(torch.mm, factor, factor) for factor in factors])
-    return half / wide
+        times = shortest([partial(torch.mm, factor, factor) for factor in factors])
+    assert times is not None, "there is no limit"
+    return times[1] / times[0]
 
 
-def shortest(runs: list[Run]) -> list[float]:
-    """Run functions in turns, and return the shortest CPU time of each in seconds, without its first run."""
-    best, start = [float("inf")] * len(runs), time.perf_counter()
-    for run in runs:
-        run()  # oneDNN compiles its kernel
-    for repeat in range(_REPEATS):
+def shortest(runs: list[Run], end: float = inf) -> list[float] | None:
+    """Run functions in turns, and return the shortest CPU time of each in seconds, without its first run.
+
+    Args:
+        runs: Functions to time.
+        end: Value of ``time.perf_counter`` from which on no run begins.
+
+    Returns:
+        Seconds by function; None if ``end`` came before each had run twice.
+    """
+    best, start = [inf] * len(runs), time.perf_counter()
+    for repeat in range(-1, _REPEATS):
         for index, run in enumerate(runs):
+            now = time.perf_counter()
+            if now > end:
+                return best if repeat > 0 else None
             before = time.thread_time()
             run()
-            best[index] = min(best[index], time.thread_time() - before)
-        if repeat and time.perf_counter() - start > _SECONDS:
+            if repeat >= 0:  # in its first run oneDNN compiles a kernel
+                best[index] = min(best[index], time.thread_time() - before)
+        if repeat > 0 and time.perf_counter() - start > _SECONDS:
             break
     return best
 

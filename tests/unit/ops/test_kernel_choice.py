@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,9 +71,19 @@ def test_small_cases_have_the_same_kernels_everywhere(processor_type: str) -> No
 
 
 @pytest.mark.parametrize("processor_type", [XEON, ZEN, ARM])
-def test_attention_on_several_threads_has_few_parallel_regions(processor_type: str) -> None:
-    threaded = {kernel for case, kernel in rule(processor_type).items() if case[0] == "attention" and case.threaded}
-    assert threaded == {"sdpa"}
+@pytest.mark.parametrize("fastest", [0, 1])
+@pytest.mark.usefixtures("alone")
+def test_no_choice_picks_a_kernel_that_collapses_on_a_busy_machine(
+    processor_type: str, fastest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever kernel wins the measurement on an idle machine, attention on several threads has few regions."""
+    times = [2.0 - fastest, 1.0 + fastest]
+    monkeypatch.setattr(kernel_timing, "shortest", lambda runs, end: times[: len(runs)])
+    by_rule = rule(processor_type)
+    for table in (by_rule, {**by_rule, **kernel_timing.measure(by_rule, torch.float32)}):
+        assert {kernel for case, kernel in table.items() if case[0] == "attention" and case.threaded} == {"sdpa"}
+        assert not kernel_choice.collapses(table)
+    assert kernel_choice.collapses({**by_rule, **forced("attention=blocked")})
 
 
 def test_processor_type_of_this_machine_is_read_from_cpuinfo(tmp_path: Path) -> None:
@@ -154,8 +165,24 @@ def test_the_rule_decides_between_kernels_that_are_nearly_as_fast() -> None:
 
 def test_the_slower_function_has_the_longer_time() -> None:
     small, large = torch.ones(8, 8), torch.ones(512, 512)
-    short, long = kernel_timing.shortest([lambda: small @ small, lambda: large @ large])
-    assert 0 <= short < long
+    times = kernel_timing.shortest([lambda: small @ small, lambda: large @ large])
+    assert times is not None
+    assert 0 <= times[0] < times[1]
+
+
+def test_a_limit_ends_the_measurement_and_the_rule_decides_what_is_left(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    first = lambda: calls.append("first")  # noqa: E731
+    second = lambda: (calls.append("second"), time.sleep(0.02))  # noqa: E731
+    assert kernel_timing.shortest([first, second], time.perf_counter() + 0.01) is None
+    assert calls == ["first", "second"]
+    assert kernel_timing.shortest([first], time.perf_counter() + 10.0) is not None
+    monkeypatch.setattr(kernel_timing, "LIMIT", 0.0)
+    assert kernel_timing.measure(rule(ZEN), torch.float32) == {}
+    kernel_start.choose_kernels(torch.float32)
+    assert kernel_choice.current() == rule(processor.processor_type())
 
 
 def test_a_measurement_leaves_threads_and_random_numbers_alone(alone: Path) -> None:
@@ -193,8 +220,8 @@ def test_a_choice_is_measured_once_and_then_read(alone: Path, caplog: pytest.Log
     caplog.set_level(logging.INFO)
     kernel_start.choose_kernels(torch.float32)
     (key,) = json.loads(alone.read_text())
-    assert key == f"{processor.processor_type()}, torch {torch.__version__}, torch.float32"
-    other = {str(case): KERNELS[case[:2]][1] for case in CASES}
+    assert key == f"{processor.processor_type()}, torch {torch.__version__}, torch.float32, 1 thread"
+    other = {str(case): KERNELS[case[:2]][1] for case in CASES}  # sdpa
     alone.write_text(json.dumps({key: other}))
     kernel_start.choose_kernels(torch.float32)
     assert to_plain(kernel_choice.current()) == other
@@ -202,7 +229,27 @@ def test_a_choice_is_measured_once_and_then_read(alone: Path, caplog: pytest.Log
     kernel_start.choose_kernels(torch.bfloat16)  # not in the file yet
     assert len(json.loads(alone.read_text())) == 2
     sources = [message.partition("(")[2].partition(";")[0] for message in caplog.messages]
-    assert sources == [f"measured, kept in {alone}", f"from {alone}", f"measured, kept in {alone}"]
+    measured = [source.replace(f", kept in {alone}", "").split() for source in sources if source != f"from {alone}"]
+    assert [(words[:2], words[3:]) for words in measured] == [(["measured", "in"], ["s"])] * 2
+    assert all(0 <= float(words[2]) <= kernel_timing.LIMIT + 1 for words in measured)
+    assert sources[1] == f"from {alone}"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_each_number_of_threads_has_its_own_entry_without_kernels_that_collapse(alone: Path) -> None:
+    torch.set_num_threads(3)
+    try:
+        kernel_start.choose_kernels(torch.float32)
+        (key,) = json.loads(alone.read_text())
+        assert key.endswith(", torch.float32, 3 threads")
+        alone.write_text(json.dumps({key: to_plain({**rule(ZEN), **forced("attention=blocked")})}))
+        kernel_start.choose_kernels(torch.float32)
+        assert not kernel_choice.collapses(kernel_choice.current())
+        torch.set_num_threads(2)
+        kernel_start.choose_kernels(torch.float32)
+        assert len(json.loads(alone.read_text())) == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\0"])
