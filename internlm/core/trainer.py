@@ -201,6 +201,7 @@ class Trainer:
             if isinstance(schedule, FollowsRun):
                 schedule.follow(self.state)
         self.stop_requested = False
+        self._last_sums: accelerator.HostValues | None = None  # of the last call of execute_schedule
 
     @property
     def engine(self) -> Trainer:
@@ -245,7 +246,9 @@ class Trainer:
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
-        return self.scheduler.forward_backward_step(self, _batches(data_iter), training=training, **options)
+        result = self.scheduler.forward_backward_step(self, _batches(data_iter), training=training, **options)
+        self._last_sums = result.host_sums
+        return result
 
     def step(self) -> OptimizerStep:
         """Update the parameters with the learning rate and beta2 of this step, and count the step.
@@ -258,8 +261,12 @@ class Trainer:
         """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
         self.state.count_step(update)
-        if update.is_last_chance and not update.updated:
-            raise UserError(_too_many_skipped_steps(self.state.step - 1, update))
+        if update.is_last_chance:
+            # The decision needs a host sync. Read the loss too, so that logging the step does not need another one.
+            unread = [update.host_outcome] if self._last_sums is None else [self._last_sums, update.host_outcome]
+            accelerator.read_together(*unread, why="metrics of a step")
+            if not update.updated:
+                raise UserError(_too_many_skipped_steps(self.state.step - 1, update))
         return update
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -351,10 +358,11 @@ def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
 
     Collective: all ranks skip the same steps, so all of them call this function.
     """
-    names: list[str | None] = [update.nonfinite_gradient]
+    nonfinite_gradient = update.local_gradients.first_nonfinite() if update.local_gradients else None
+    names = [nonfinite_gradient]
     if dist.is_initialized():
         names *= dist.get_world_size()
-        dist.all_gather_object(names, update.nonfinite_gradient)
+        dist.all_gather_object(names, nonfinite_gradient)
     nonfinite = [(rank, name) for rank, name in enumerate(names) if name]
     if nonfinite:
         where = f"first in {nonfinite[0][1]} on rank {nonfinite[0][0]}"

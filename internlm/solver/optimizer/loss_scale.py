@@ -82,6 +82,23 @@ class LossScale:
         self._state = to_device(torch.tensor(values, dtype=torch.float64), self._state.device)
 
 
+class LocalGradientCheck:
+    """Check of each parameter's gradient on this rank, before it is reduced; its result stays on the device.
+
+    A NaN in a sum over ranks could not be attributed to one of them.
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup]) -> None:
+        gradients = sorted((gradient for group in groups for gradient in group.gradients()), key=lambda found: found[0])
+        self.names = [name for _, name, _ in gradients]
+        self._is_finite = torch.stack([grad.isfinite().all() for *_, grad in gradients])
+
+    def first_nonfinite(self) -> str | None:
+        """Return the first parameter, in model order, with an inf or NaN gradient, or None (a host sync)."""
+        is_finite = to_host(self._is_finite, "search for a non-finite gradient").tolist()
+        return next((name for name, finite in zip(self.names, is_finite, strict=True) if not finite), None)
+
+
 # Entries of an outcome.
 NORM, SKIPPED, SCALE, SKIPPED_IN_A_ROW, UPDATES = range(5)
 
@@ -94,14 +111,17 @@ class OptimizerStep(AsTuple):
     Args:
         outcome: [5], float64: gradient norm, whether the step was skipped, loss scale, number of steps skipped in a
             row, and number of updates so far.
-        is_last_chance: Whether the run ends if this step was skipped.
-        nonfinite_gradient: Name of this rank's first parameter with an inf or NaN gradient; only searched if skipping
-            this step ends the run.
+        local_gradients: Check of this rank's gradients; only made if the run ends if this step was skipped.
     """
 
-    def __init__(self, outcome: Tensor, is_last_chance: bool = False, nonfinite_gradient: str | None = None) -> None:
+    def __init__(self, outcome: Tensor, local_gradients: LocalGradientCheck | None = None) -> None:
         self.host_outcome = HostValues(outcome, "gradient norm")
-        self.is_last_chance, self.nonfinite_gradient = is_last_chance, nonfinite_gradient
+        self.local_gradients = local_gradients
+
+    @property
+    def is_last_chance(self) -> bool:
+        """Whether the run ends if this step was skipped."""
+        return self.local_gradients is not None
 
     def as_tuple(self) -> tuple[bool, float]:
         """Return ``(updated, grad_norm)``."""
@@ -131,18 +151,3 @@ class OptimizerStep(AsTuple):
     def updates(self) -> int:
         """Number of steps so far that were not skipped."""
         return int(self.host_outcome.read()[UPDATES])
-
-
-def first_nonfinite_gradient(groups: Sequence[ParamGroup]) -> str | None:
-    """Return the name of the first parameter, in model order, with an inf or NaN gradient on this rank, or None."""
-    # Whole buffers first: if all gradients are finite, this costs a host sync per group instead of one per parameter.
-    # It is called only before a step that may end the run.
-    suspects = [group for group in groups if not _is_finite(group.grads)]
-    found = [
-        (position, name) for group in suspects for position, name, grad in group.gradients() if not _is_finite(grad)
-    ]
-    return min(found)[1] if found else None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(to_host(tensor.isfinite().all(), "search for a non-finite gradient"))

@@ -34,9 +34,9 @@ from internlm.solver.optimizer.grad_reduce import FullyShardedReducer, GradReduc
 from internlm.solver.optimizer.loss_scale import (
     SKIPPED_IN_A_ROW,
     UPDATES,
+    LocalGradientCheck,
     LossScale,
     OptimizerStep,
-    first_nonfinite_gradient,
 )
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
@@ -146,7 +146,7 @@ class HybridZeroOptimizer:
         one rank.
         """
         # The outcome of the last step may still be on its way to the host, and waiting for it is a host sync: ask for
-        # it only if it could matter. With a limit of 1 or 2, that is in every step.
+        # it only if it could matter. With a limit of 1 or 2, that is in every step, unless the step has been logged.
         if self._skipped_before_last + 2 < self.config.max_skipped_steps:
             return False
         return self.last_step.skipped_in_a_row + 1 >= self.config.max_skipped_steps
@@ -191,7 +191,7 @@ class HybridZeroOptimizer:
         self._last_lr, self._last_beta2 = lr, beta2
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
-        nonfinite = first_nonfinite_gradient(self.groups) if self._is_last_chance else None
+        local_gradients = LocalGradientCheck(self.groups) if self._is_last_chance else None
 
         # 1. Reduce.
         self._reducer.reduce()
@@ -203,7 +203,7 @@ class HybridZeroOptimizer:
         # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
         skip = ~norm.isfinite()
         self.scaler.update(overflow=skip)
-        self.last_step = OptimizerStep(self._outcome(norm, skip, scale), self._is_last_chance, nonfinite)
+        self.last_step = OptimizerStep(self._outcome(norm, skip, scale), local_gradients)
         self.last_step.host_outcome.begin_copy()
 
         # 4. Update.

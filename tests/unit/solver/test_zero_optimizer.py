@@ -292,6 +292,26 @@ def test_the_host_reads_a_step_once_and_only_when_asked(
     assert host_reads() - before == {"metrics of a step": 1}
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_step_that_may_end_the_run_is_read_once_too(limit: int, alone: Group) -> None:
+    """Whether it does is not known before; the loss comes with it."""
+    model = decoder(dtype=torch.float32)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(1.0, max_skipped_steps=limit))
+    schedule = NonPipelineScheduler(TokenCrossEntropy(model), 1, alone, torch.device("cpu"))
+    trainer = Trainer(model, optimizer, schedule, lambda _: 1e-2, lambda _: 0.95)
+    for _ in range(3):
+        before = host_reads()
+        report = trainer.train_step(batch_iterator())
+        report.read()
+        assert report.result.loss > 0
+        assert host_reads() - before == {"metrics of a step": 1}
+    model.embedding.weight.register_hook(poison(math.nan))
+    for _ in range(limit - 1):
+        trainer.train_step(batch_iterator())
+    with pytest.raises(UserError, match=rf"{limit} steps in a row .* \(first in embedding.weight on rank 0\)"):
+        trainer.train_step(batch_iterator())
+
+
 # -- what others do to the model
 
 
