@@ -42,6 +42,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[ParallelMode, Groups]]] = {
         {"tensor": {"size": 2, "mode": "isp"}, "weight": 4},
         {Mode.TENSOR: NEIGHBOURS, Mode.WEIGHT: ALL, Mode.WEIGHT_DATA: EACH, Mode.ZERO1: EACH, Mode.DATA: EVEN_AND_ODD},
     ),
+    "isp, weights and sequences over the same ranks": (
+        {"tensor": {"size": 2, "mode": "isp"}, "weight": 2},
+        {Mode.TENSOR: NEIGHBOURS, Mode.WEIGHT: NEIGHBOURS, Mode.WEIGHT_DATA: EVEN_AND_ODD},
+    ),
 }
 
 
@@ -61,6 +65,11 @@ def _groups(rank: int, world_size: int, parallel: dict[str, Any]) -> dict[Parall
         assert ranks.index(following) == (group.rank() + 1) % len(ranks), mode
         assert ranks.index(preceding) == (group.rank() - 1) % len(ranks), mode
     found = {mode: context.get_ranks_in_group(mode) for mode in ParallelMode}
+    # Groups of the same ranks share a communicator; only the weights of isp have one of their own.
+    handles = {mode: context.get_group(mode) for mode, ranks in found.items() if len(ranks) > 1}
+    if Mode.WEIGHT in handles:
+        assert handles.pop(Mode.WEIGHT) is not handles.get(Mode.TENSOR)
+    assert len(set(handles.values())) == len({tuple(found[mode]) for mode in handles})
     context.destroy()
     assert not context.initialized
     return found

@@ -59,11 +59,21 @@ class ParallelContext:
         self._layout = Layout(sizes_of(config, dist.get_world_size()))
         for mode in ParallelMode:
             self._ranks[mode] = self._layout.group_of(self._rank, mode)
-            self._groups[mode] = self._group(tuple(self._ranks[mode]))
+            self._groups[mode] = self._group(tuple(self._ranks[mode]), self._use_of(mode))
         local = self.get_local_rank
         self._streams = RandomStreams(
             mode_seeds(seed, local(ParallelMode.DATA), local(ParallelMode.PIPELINE), local(ParallelMode.TENSOR))
         )
+
+    def _use_of(self, mode: ParallelMode) -> str:
+        """Return the purpose of the group of ``mode``: groups of the same ranks are one group, but for isp's weights.
+
+        A communicator of NCCL runs its collectives one after another. If the weight group has the same ranks as the
+        tensor group, the all-to-all of attention would therefore queue behind the gathers of weights that are
+        prefetched.
+        """
+        shared = mode is ParallelMode.WEIGHT and self._ranks[mode] == self._ranks[ParallelMode.TENSOR]
+        return "weights" if shared and len(self._ranks[mode]) > 1 else ""
 
     def _group(self, ranks: tuple[int, ...], use: str = "") -> dist.ProcessGroup:
         """Return the process group of ``ranks`` for the purpose ``use``, and create it on the first call.
