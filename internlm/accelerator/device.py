@@ -22,7 +22,7 @@ def default_backend() -> str:
 
 
 def device_count() -> int | None:
-    """Return the number of devices of this machine; None on CPU, where processes share the cores."""
+    """Return the number of devices visible to this process; None on CPU, where processes share the cores."""
     kind = device_kind()
     return None if kind.is_host else int(kind.module.device_count())
 
@@ -54,11 +54,11 @@ def free_memory() -> int | None:
     return min(size["MemAvailable"], size["MemTotal"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def set_device(local_rank: int) -> None:
-    """Make device ``local_rank`` of this machine the current device; a no-op on CPU."""
+def set_device(index: int) -> None:
+    """Make device ``index`` of those visible to this process the current device; a no-op on CPU."""
     kind = device_kind()
     if not kind.is_host:
-        kind.module.set_device(local_rank)
+        kind.module.set_device(index)
 
 
 def current_device() -> torch.device:

@@ -44,6 +44,12 @@ class DeviceKind:
         """Compute capability of the current device, such as (8, 0); None if kernels have no such limit."""
         return torch.cuda.get_device_capability() if self is CUDA else None
 
+    def device_id(self) -> str | None:
+        """Return an identifier of the current device, different from that of any other; None if it has none."""
+        if self is not CUDA:
+            return None
+        return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
     def read(self, tensor: Tensor) -> Tensor:
         """Return a tensor of this kind in host memory, waiting until it has been computed."""
         return tensor if self.is_host else tensor.cpu()

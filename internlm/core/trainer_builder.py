@@ -19,7 +19,7 @@ from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.initialize.build_trainer import initialize_trainer
-from internlm.initialize.launch import ConfigLike
+from internlm.initialize.launch import ConfigLike, leave_at_exit
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
 from internlm.train import hooks
 from internlm.train.build_optimizer import initialize_optimizer
@@ -132,6 +132,7 @@ class TrainerBuilder:
             folder = _run_folder(parent.resolve(), self.checkpoints.resumed_folder)
             self.checkpoints.run_info["run_folder"] = str(folder)
             state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer, folder))
+        leave_at_exit()
         if self.stop.exit_code and state.step < self.config.data.total_steps:
             raise SystemExit(self.stop.exit_code)
         return state

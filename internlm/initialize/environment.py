@@ -137,6 +137,24 @@ def check_process(process: ProcessInfo) -> None:
         raise LaunchError(Problem("port", message, "Start with torchrun --standalone, or pass a valid --port"))
 
 
+def device_index(local_rank: int, devices: int | None) -> int:
+    """Return the index of this process's device among the ``devices`` that are visible to it (None: no accelerator).
+
+    It is the local rank, or 0 if only one device is visible: launchers such as ``srun --gpus-per-task=1`` give each
+    process a device of its own.
+
+    Raises:
+        LaunchError: Several devices are visible, but fewer than processes on this machine.
+    """
+    if devices is None or devices == 1:
+        return 0
+    if local_rank >= devices:
+        message = f"must be less than the number of visible devices ({devices}), got {local_rank}"
+        todo = f"Start at most {devices} processes per machine, or make exactly one device visible to each process"
+        raise LaunchError(Problem("LOCAL_RANK", message, todo))
+    return local_rank
+
+
 def _require_variables(names: Sequence[str], environment: Mapping[str, str]) -> None:
     missing = [name for name in names if name not in environment]
     if missing:

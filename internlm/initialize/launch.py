@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import gc
 import os
 import random
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,25 @@ import torch.distributed as dist
 from internlm import accelerator
 from internlm.config import Config, check_registered, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
-from internlm.initialize.environment import ExplicitProcess, Launcher, ProcessInfo, check_process, find_process
+from internlm.initialize.environment import (
+    ExplicitProcess,
+    Launcher,
+    ProcessInfo,
+    check_process,
+    device_index,
+    find_process,
+)
 from internlm.ops import why_unavailable
 from internlm.ops.cpu.kernel_start import check_request, choose_kernels
 from internlm.utils.common import FriendlyParser
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
+from internlm.utils.torch_private import default_store
 
 OLDEST_TORCH = (2, 13)
+#: Collectives that the flight recorder keeps for each rank.
+RECORDED_COLLECTIVES = 2000
 
 _CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
 #: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
@@ -104,7 +115,7 @@ def initialize_distributed_env(
         ConfigError: The config, backend or seed is invalid (raised before any process group exists), or the ranks have
             different configs or seeds.
         LaunchError: torch is too old, the launcher's variables are missing or wrong, the machine has fewer devices than
-            processes, or rank 0 cannot be reached.
+            processes, rank 0 cannot be reached, or NCCL would connect several ranks on one device.
     """
     explicit = ExplicitProcess(rank=rank, world_size=world_size, local_rank=local_rank, host=host, port=master_port)
     try:
@@ -122,10 +133,10 @@ def initialize_distributed_env(
     resolved = _resolve(config, process, overrides)
     check_registered(resolved)
     _check_attention(resolved)
-    _check_devices(process)
     # NCCL binds a communicator to the device that is current when its group is made.
-    accelerator.set_device(process.local_rank)
+    accelerator.set_device(device_index(process.local_rank, accelerator.device_count()))
     _join(process, backend, resolved.parallel.timeout)
+    _check_device_is_not_shared(process, backend)
     _check_agreement(resolved, seed)
     if accelerator.device_kind().is_host:
         choose_kernels(torch_dtype(str(resolved.model.dtype)))
@@ -193,11 +204,34 @@ def _check_arguments(backend: str, seed: int) -> None:
         raise ConfigError(*problems)
 
 
-def _check_devices(process: ProcessInfo) -> None:
-    devices = accelerator.device_count()
-    if devices is not None and process.local_rank >= devices:
-        message = f"must be less than the number of devices on this machine ({devices}), got {process.local_rank}"
-        raise LaunchError(Problem("LOCAL_RANK", message, f"Start at most {devices} processes per machine"))
+def _check_device_is_not_shared(process: ProcessInfo, backend: str) -> None:
+    """Check that no two ranks use the same device, if NCCL connects them."""
+    device = accelerator.device_kind().device_id()
+    if device is not None and "nccl" in backend:
+        check_devices_differ(default_store(), process.rank, process.world_size, device)
+
+
+def check_devices_differ(store: dist.Store, rank: int, world_size: int, device: str) -> None:
+    """Check that every rank has a device of its own; all ranks call this, each with the identifier of its device.
+
+    Raises:
+        LaunchError: Two ranks have the same device. It is raised on all ranks, since NCCL would block those that have a
+            device of their own.
+    """
+    # By the store, since a collective would fail for the very reason that is checked here.
+    key, shared = f"internlm/device/{device}", "internlm/device/shared"
+    if store.add(key, 1) == 1:
+        store.set(f"{key}/rank", str(rank))
+    else:
+        other = store.get(f"{key}/rank").decode()
+        store.set(shared, f"ranks {other} and {rank} both use {device}")
+    if store.add("internlm/device/checked", 1) == world_size:
+        store.set("internlm/device/all", "")
+    store.wait(["internlm/device/all"])
+    if store.check([shared]):
+        todo = "Start at most one process per GPU, and make another GPU visible to each, or pass --backend gloo"
+        message = f"{store.get(shared).decode()}, but NCCL refuses several ranks on one device"
+        raise LaunchError(Problem("CUDA_VISIBLE_DEVICES", message, todo))
 
 
 def _check_attention(config: Config) -> None:
@@ -259,6 +293,8 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         MASTER_ADDR=process.host, MASTER_PORT=str(process.port),
     )  # fmt: skip
     try:
+        if "nccl" in backend:
+            _record_collectives(os.environ)
         store = _make_store(process, timedelta(seconds=timeout))
         dist.init_process_group(
             backend,
@@ -274,7 +310,18 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         todo = "Choose another port with --port" if in_use else _CHECK_RANK_0
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
-        atexit.register(_leave)
+        leave_at_exit()
+
+
+def _record_collectives(environment: MutableMapping[str, str]) -> None:
+    """Switch on torch's flight recorder, which keeps the last collectives and writes them when one has timed out.
+
+    Under NCCL a wait returns at once, so that only the watchdog of the process group finds a lost peer. Settings of the
+    user are kept.
+    """
+    if not environment.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
+        environment["TORCH_FR_BUFFER_SIZE"] = str(RECORDED_COLLECTIVES)
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def _make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
@@ -323,13 +370,18 @@ def _wait_until_reachable(host: str, port: int, timeout: float) -> None:
         time.sleep(min(0.2, deadline - now))
 
 
-def _leave() -> None:
-    """Destroy gloo's process groups before the interpreter ends.
+@functools.cache  # registered once: handlers that a script registers later may still use the groups
+def leave_at_exit() -> None:
+    """Destroy the process groups when the interpreter ends.
 
-    The threads of a group end with the last reference to it; a thread that frees a tensor while the interpreter shuts
-    down aborts the process. NCCL groups are not destroyed: this would block until all ranks do so, and a failed rank
-    never does.
+    The threads of a gloo group end with the last reference to it; a thread that frees a tensor while the interpreter
+    shuts down aborts the process, so gloo's groups are always destroyed. NCCL's are destroyed after a successful run
+    only: this blocks until all ranks do so, and a failed rank never does.
     """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gpc.destroy()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -322,3 +324,67 @@ def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytes
 def test_a_published_launch_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the keyword for a check that is always made, which finds what is wrong all the same."""
     assert problems_of_launch(monkeypatch, {"RANK": "3"}, args_check=False).startswith("rank: must be at least 0")
+
+
+# -- devices
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "devices", "index"),
+    [(0, None, 0), (3, None, 0), (0, 8, 0), (7, 8, 7), (0, 1, 0), (5, 1, 0)],
+)
+def test_a_process_takes_the_device_of_its_local_rank_or_the_only_one(
+    local_rank: int, devices: int | None, index: int
+) -> None:
+    assert variables.device_index(local_rank, devices) == index
+
+
+@pytest.mark.parametrize(("local_rank", "devices"), [(2, 2), (8, 4), (0, 0)])
+def test_more_processes_than_devices_are_refused(local_rank: int, devices: int) -> None:
+    with pytest.raises(LaunchError, match=rf"visible devices \({devices}\), got {local_rank}\. Start at"):
+        variables.device_index(local_rank, devices)
+
+
+@pytest.mark.parametrize(
+    ("devices", "refused"),
+    [
+        (["a", "b", "c"], ""),
+        (["a", "b", "b"], r"ranks (1 and 2|2 and 1) both use b, but NCCL refuses several ranks on one device"),
+        (["a"] * 3, r"ranks \d and \d both use a, but NCCL refuses several ranks on one device"),
+    ],
+)
+def test_all_ranks_refuse_a_device_that_two_of_them_share(devices: list[str], refused: str) -> None:
+    store = dist.HashStore()
+
+    def check(rank: int) -> str:
+        try:
+            launch.check_devices_differ(store, rank, len(devices), devices[rank])
+        except LaunchError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        messages = list(pool.map(check, range(len(devices))))
+    if refused:
+        assert all(re.match(f"CUDA_VISIBLE_DEVICES: {refused}", message) for message in messages)
+    else:
+        assert messages == [""] * len(devices)
+
+
+# -- the flight recorder
+
+
+@pytest.mark.parametrize(
+    ("environment", "added"),
+    [
+        ({}, {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}),
+        ({"TORCH_FR_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, {}),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "10"}, {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}),
+    ],
+)
+def test_the_flight_recorder_is_on_unless_the_user_has_set_it(
+    environment: dict[str, str], added: dict[str, str]
+) -> None:
+    recorded = dict(environment)
+    launch._record_collectives(recorded)
+    assert recorded == {**environment, **added}
