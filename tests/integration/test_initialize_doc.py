@@ -29,7 +29,7 @@ OVERRIDES = ("model_type=MY_MODEL", "data.total_steps=4", "model.checkpoint=True
 )
 def test_a_model_of_ones_own_trains(ranks: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "script.py"
-    file.write_text(block("class MyModel") + block("def main():"))
+    file.write_text(block("class MyModel") + block("    TrainerBuilder("))
     job = script_on_pool(str(file), ranks, "configs/debug/llama2.py", tmp_path, *OVERRIDES, *overrides)
     assert job.returncode == 0, job.stderr
     assert "ignored, unless the model" not in job.stderr
@@ -51,5 +51,22 @@ def test_the_config_is_valid(tmp_path: Path) -> None:
     assert (config.model_type, config.model.num_layers, config.adam.lr) == ("INTERNLM", 32, 1e-4)
 
 
+#: The workers of the pool share one screen, so the loop prints to a file.
+LOGGING = """
+def log(*words):
+    with open("log", "a") as file:
+        print(*words, file=file)
+
+"""
+
+
+def test_a_loop_of_ones_own_trains(tmp_path: Path) -> None:
+    file = tmp_path / "script.py"
+    file.write_text(LOGGING + block("    for batch in train_dl:").replace(" print(", " log("))
+    job = script_on_pool(str(file), 2, "configs/debug/llama2.py", tmp_path, "data.total_steps=4", "data.micro_num=1")
+    assert job.returncode == 0, job.stderr
+    assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == ["1", "2", "3", "4"]
+
+
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
