@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -73,10 +75,13 @@ def build_model(
         deferred: Leave the parameters of parallel layers on the meta device, without values.
 
     Raises:
-        ConfigError: No model type of this name is registered.
+        ConfigError: No model type of this name is registered, or its function does not take the config's section
+            ``model`` and return a module.
     """
     register_model_initializer()
-    build = model_initializer.get_module(model_type or config.model_type)
+    name = model_type or config.model_type
+    build = model_initializer.get_module(name)
+    _check_takes_section(name, build)
     assert config.model.dtype is not None, "the resolver fills model.dtype"
     dtype = torch_dtype(config.model.dtype)
     # TF32 is a precision of float32 matrix products, not a dtype: parameters are float32.
@@ -89,11 +94,29 @@ def build_model(
     with randomness, default_dtype(dtype), device, building(sharding or Sharding(), stage_layers), memory:
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
+    if not isinstance(model, nn.Module):
+        what = f"the function of {name!r} returned {type(model).__name__}, which is no module"
+        raise ConfigError(Problem("model_type", what, "Return an nn.Module"))
     if config.use_fp32_norm:
         widen_norms(model)
     if not deferred:
         initialize_parameters(model, seed)
     return model
+
+
+def _check_takes_section(name: str, build: Callable[..., nn.Module]) -> None:
+    """Check that ``build`` can be called with one argument.
+
+    Raises:
+        ConfigError: It takes none, or requires others.
+    """
+    signature = inspect.signature(build)
+    try:
+        signature.bind(None)
+    except TypeError:
+        what = f"expected a function of one argument for {name!r}, the config's section model, got {signature}"
+        todo = "Take the section, and read such values as config.hidden_size from it"
+        raise ConfigError(Problem("model_type", what, todo)) from None
 
 
 def own_stage_layers() -> StageLayers:
