@@ -12,6 +12,7 @@ from internlm.accelerator.device import peak_memory as peak_memory
 from internlm.accelerator.device import set_device as set_device
 from internlm.accelerator.device import synchronize as synchronize
 from internlm.accelerator.kinds import DEVICE_VARIABLE as DEVICE_VARIABLE
+from internlm.accelerator.kinds import HOST as HOST
 from internlm.accelerator.kinds import DeviceKind as DeviceKind
 from internlm.accelerator.kinds import device_kind as device_kind
 from internlm.accelerator.kinds import kind_of as kind_of

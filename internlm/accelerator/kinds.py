@@ -70,6 +70,9 @@ class DeviceKind:
 CPU = DeviceKind(name="cpu", backend="gloo", is_host=True)
 CUDA = DeviceKind(name="cuda", backend="nccl")
 
+#: Device of host memory.
+HOST = torch.device(CPU.name)
+
 #: Known kinds by device type. A tensor on any other type, such as ``meta``, is treated like one on an accelerator.
 KINDS = {kind.name: kind for kind in (CPU, CUDA)}
 

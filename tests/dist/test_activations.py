@@ -244,15 +244,17 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> tuple[Counter[str], in
         time.sleep(0.01)
         held = {at: size for at, size in _storages().items() if at in held}
     stores = [each for each in gc.get_objects() if type(each) is _Storage]
-    host = {_at(each.host): each.host.nbytes for each in stores if each.host is not None}
+    parts = [part for each in stores for part in each.host]
+    host = {_at(part) for part in parts}
+    host_bytes = sum(part.nbytes for part in parts)
     others = {*saved, *host, _at(output)}
-    del output, stores
+    del output, stores, parts
     _wait_for_the_graph_to_go()
     others |= _storages().keys()
     by_module: Counter[str] = Counter()
     for name, size in saved.values():
         by_module[name] += size
-    return by_module, sum(host.values()), sum(size for at, size in held.items() if at not in others)
+    return by_module, host_bytes, sum(size for at, size in held.items() if at not in others)
 
 
 def _wait_for_the_graph_to_go() -> None:

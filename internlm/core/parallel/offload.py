@@ -10,21 +10,29 @@ It applies to the first ``model.cpu_offloading`` blocks of each pipeline chunk:
 
 Hence the device holds the saved tensors of at most two offloaded blocks. Each storage is copied once, as a whole, for
 any number of saved views. On the CPU, streams are no-ops and copies are synchronous.
+
+The host memory of a block comes in segments of :data:`SEGMENT_BYTES`, and a storage may span several of them: torch's
+allocator of pinned memory rounds each allocation up to a power of two, which would waste up to half of it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from internlm.accelerator import HOST, kind_of
+
 T = TypeVar("T")
+
+#: Bytes of a segment of host memory, a power of two. Only the last segment of a block is smaller, and rounded up.
+SEGMENT_BYTES = 2**25
 
 
 class ChunkOffload:
@@ -95,7 +103,7 @@ class _Storage:
     """Storage of saved tensors: on the device, on the host, or both."""
 
     original: Tensor | None  # as bytes
-    host: Tensor | None = None
+    host: list[Tensor] = field(default_factory=list)  # consecutive parts of the bytes, each within one segment
 
 
 @dataclass(eq=False)
@@ -150,12 +158,13 @@ class _Saved:
     # -- to the host and back -----------------------------------------------------------------------------------------
     def start_copies(self) -> None:
         """Start copying all saved storages to the host."""
+        storages = [(storage, storage.original) for storage in self.storages.values() if storage.original is not None]
+        sizes = [original.nbytes for _, original in storages]
         with self._on_side_stream():
-            for storage in self.storages.values():
-                assert storage.original is not None
-                # Only pinned memory is copied without blocking the host.
-                storage.host = torch.empty_like(storage.original, device="cpu", pin_memory=self.device.type != "cpu")
-                storage.host.copy_(storage.original, non_blocking=True)
+            for (storage, original), host in zip(storages, host_memory(sizes, self.device), strict=True):
+                storage.host = host
+                for part, source in zip(host, _split_like(original, host), strict=True):
+                    part.copy_(source, non_blocking=True)
 
     def free_originals(self) -> None:
         """Free all device storages; later kernels can reuse their memory once the copies to the host are complete."""
@@ -173,10 +182,12 @@ class _Saved:
     def _copy_back(self, tensors: Iterable[_SavedTensor]) -> None:
         # Allocate outside of the side stream: the caching allocator can then reuse the memory on the compute stream as
         # soon as it is freed, without waiting for events.
-        data = {saved.storage: torch.empty_like(_host(saved.storage), device=self.device) for saved in tensors}
+        storages = dict.fromkeys(saved.storage for saved in tensors)
+        data = {storage: _new_bytes(sum(part.nbytes for part in storage.host), self.device) for storage in storages}
         with self._on_side_stream():
             for storage, buffer in data.items():
-                buffer.copy_(_host(storage), non_blocking=True)
+                for part, target in zip(storage.host, _split_like(buffer, storage.host), strict=True):
+                    target.copy_(part, non_blocking=True)
         for saved in tensors:
             saved.rebuild(data[saved.storage])
 
@@ -208,6 +219,28 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _host(storage: _Storage) -> Tensor:
-    assert storage.host is not None
-    return storage.host
+def host_memory(sizes: Sequence[int], device: torch.device) -> Iterator[list[Tensor]]:
+    """Allocate host memory for storages of ``sizes`` bytes, from which copies to ``device`` do not block the host.
+
+    Yields:
+        For each storage, its parts as uint8 tensors, in order; each part is within one segment.
+    """
+    pinned = not kind_of(device).is_host
+    starts = range(0, sum(sizes), SEGMENT_BYTES)
+    segments = [_new_bytes(min(SEGMENT_BYTES, sum(sizes) - start), HOST, pinned) for start in starts]
+    start = 0
+    for size in sizes:
+        parts, end = [], start + size
+        while start < end:
+            index, offset = divmod(start, SEGMENT_BYTES)
+            parts.append(segments[index][offset : offset + end - start])
+            start += parts[-1].nbytes
+        yield parts
+
+
+def _split_like(data: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    return data.split([part.nbytes for part in parts])
+
+
+def _new_bytes(size: int, device: torch.device, pinned: bool = False) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)

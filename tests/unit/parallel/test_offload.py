@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from internlm.core.parallel import offload
 from internlm.core.parallel.offload import ChunkOffload, _Saved, _SavedTensor
 
 Block = Callable[[Tensor], Tensor]
@@ -42,10 +43,10 @@ class Noted(torch.autograd.Function):
 
 
 def run(blocks: list[Block], x: Tensor, count: int, shared: list[Tensor] | None = None) -> Tensor:
-    offload = ChunkOffload(len(blocks), count)
+    chunk = ChunkOffload(len(blocks), count)
     for position, block in enumerate(blocks):
         compute = partial(block, x)
-        x = offload.run(position, compute, x.device, shared or []) if position <= count else compute()
+        x = chunk.run(position, compute, x.device, shared or []) if position <= count else compute()
     return x
 
 
@@ -81,7 +82,7 @@ def test_gradients_are_the_same_bits(count: int) -> None:
 def test_views_of_one_storage_are_copied_once() -> None:
     y = run([views], start(), 1)
     stores = {id(each.storage): each.storage for each in parked()}
-    sizes = [store.host.nbytes for store in stores.values() if store.host is not None]
+    sizes = [sum(part.nbytes for part in store.host) for store in stores.values()]
     assert len(parked()) > len(stores)
     assert sorted(sizes)[-2:] == [8 * SIZE * SIZE] * 2  # y, and its exponential at the most: x was sent
     assert all(store.original is None for store in stores.values())
@@ -141,6 +142,29 @@ def test_a_graph_may_be_run_twice() -> None:
     y = run([torch.sin, torch.exp], x, 2).sum()
     first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_host_memory_comes_in_segments_that_are_filled_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SEGMENT_BYTES", 64)
+    sizes = [100, 1, 27, 64, 8, 0, 5]
+    storages = list(offload.host_memory(sizes, torch.device("cpu")))
+    assert [sum(part.nbytes for part in parts) for parts in storages] == sizes
+    segments = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for p in storages for part in p}
+    assert list(segments.values()) == [64, 64, 64, 13]
+    pieces = [(part.untyped_storage().data_ptr(), part.storage_offset(), part.nbytes) for p in storages for part in p]
+    assert len({(at, offset + i) for at, offset, size in pieces for i in range(size)}) == sum(sizes)  # no overlap
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tensors_that_span_segments_come_back_as_they_were(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for segment in (offload.SEGMENT_BYTES, 8 * SIZE + 1):  # the second cuts every tensor, within its elements
+        monkeypatch.setattr(offload, "SEGMENT_BYTES", segment)
+        x = start()
+        run([torch.sin, views, torch.exp, torch.sin], x, count).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0] is not None
+    assert torch.equal(*gradients)
 
 
 def test_nothing_is_offloaded_without_gradients() -> None:
