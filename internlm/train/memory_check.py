@@ -29,7 +29,7 @@ def check_memory(config: Config, world_size: int, stage: int) -> None:
     try:
         inventory = build_inventory(config, world_size, stage)
     except NoCostFormulaError as error:
-        if "overflow" in str(error):
+        if "overflow" in str(error).lower():
             what = "a parameter has more bytes than a 64-bit integer can count"
             raise ConfigError(Problem("model", what, "Use a smaller model")) from None
         return

@@ -128,7 +128,12 @@ VISION = {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024, "hidden_siz
 
 #: Changes to the shared sections by dotted key, of dense families, which train.
 DENSE: dict[str, dict[str, Any]] = {
-    "without a model type": {"ckpt.load_ckpt_folder": "local:llm_ckpts/", "generation": GENERATION},
+    "without a model type": {
+        "ckpt.load_ckpt_folder": "local:llm_ckpts/",
+        "generation": GENERATION,
+        "hybrid_zero_optimizer.zero_overlap_communication": True,
+        "hybrid_zero_optimizer.use_apex_adam": False,
+    },
     "INTERNLM": {
         "model_type": "INTERNLM",
         "ckpt.load_ckpt_folder": "local:llm_ckpts/",

@@ -28,8 +28,9 @@ def test_what_needs_more_memory_than_is_free_is_refused(override: str) -> None:
         check_memory(load_config(TINY, [override], 1, "cpu"), world_size=1, stage=0)
 
 
-def test_sizes_beyond_64_bits_are_refused() -> None:
-    config = load_config(TINY, ["model.hidden_size=4000000000"], 1, "cpu")
+@pytest.mark.parametrize("override", ["model.hidden_size=4000000000", "model.mlp_ratio=1e300"])
+def test_sizes_beyond_64_bits_are_refused(override: str) -> None:
+    config = load_config(TINY, [override], 1, "cpu")
     with pytest.raises(ConfigError, match=r"^model: a parameter has more bytes than a 64-bit integer can count\. Use"):
         check_memory(config, world_size=1, stage=0)
 
