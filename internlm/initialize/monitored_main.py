@@ -12,7 +12,7 @@ import torch.distributed as dist
 from internlm.config.schema import AlertConfig
 from internlm.core.context import global_context as gpc
 from internlm.monitor.alerts import alerting_failures
-from internlm.utils.errors import exit_on_user_error
+from internlm.utils.errors import exit_on_user_error, report_uncaught_user_errors
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +26,8 @@ def internevo_monitor(feishu_alert: bool = True, clean_run: bool = True) -> Call
     Args:
         feishu_alert: Whether to send an alert if the function raises an exception.
         clean_run: Whether to end the process cleanly: after an error that the user can fix, print it in one line and
-            exit with code 2; after success, destroy the process groups.
+            exit with code 2; after success, destroy the process groups. Errors outside of the function are printed in
+            one line too, since published scripts call ``initialize_distributed_env`` before it.
     """
 
     def decorate(main: F) -> F:
@@ -39,7 +40,10 @@ def internevo_monitor(feishu_alert: bool = True, clean_run: bool = True) -> Call
                 gpc.destroy()
             return result
 
-        return exit_on_user_error(wrapper) if clean_run else wrapper  # type: ignore[return-value]
+        if not clean_run:
+            return wrapper  # type: ignore[return-value]
+        report_uncaught_user_errors()
+        return exit_on_user_error(wrapper)  # type: ignore[return-value]
 
     return decorate
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 EXIT_USER_ERROR = 2
@@ -173,6 +173,22 @@ def exit_on_user_error(main: F) -> F:
             sys.exit(EXIT_LOST_PEER)
 
     return wrapper  # type: ignore[return-value]
+
+
+def report_uncaught_user_errors() -> None:
+    """Print a :class:`UserError` that no code catches without a traceback, in the whole process; its exit code is 1.
+
+    For scripts in which some calls are outside of the function that :func:`exit_on_user_error` decorates.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, UserError):
+            report(error)
+        else:
+            previous(kind, error, traceback)
+
+    sys.excepthook = hook
 
 
 def format_by_rank(values: Sequence[object]) -> str:

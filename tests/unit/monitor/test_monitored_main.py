@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from internlm.monitor import internevo_monitor
-from internlm.utils.errors import DataError, Problem
+from internlm.utils.errors import ConfigError, DataError, Problem
 
 
 def test_a_decorated_function_keeps_its_name_and_result() -> None:
@@ -39,3 +41,18 @@ def test_any_other_exception_keeps_its_traceback() -> None:
 
     with pytest.raises(RuntimeError, match="a bug"):
         main()
+
+
+@pytest.mark.parametrize("clean_run", [True, False])
+def test_a_users_mistake_outside_of_the_function_is_one_line_too(
+    clean_run: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published scripts read the config before they call the function."""
+    traceback = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: traceback.append(error))
+    internevo_monitor(clean_run=clean_run)(print)
+    for error in (ConfigError(Problem("adam.lr", "is nan", "Set it")), RuntimeError("a bug")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == ("adam.lr: is nan. Set it\n" if clean_run else "")
+    assert [str(error) for _, error, _ in traceback][-1] == "a bug"
+    assert len(traceback) == (1 if clean_run else 2)
