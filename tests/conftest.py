@@ -27,6 +27,7 @@ LIGHT = tuple(
         "checkpoint_trouble",
         "compile",
         "equivalence",
+        "host_reads",
         "lost_stage",
         "pool",
         "published_families",

@@ -183,6 +183,7 @@ class _Log(Hook):
         self.draws = (torch.rand(()).item(), from_tensor_stream)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        report.read()
         self.log.append((report.step, report.result.loss, report.update.grad_norm, *self.draws))
 
 

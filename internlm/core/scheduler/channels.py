@@ -121,9 +121,7 @@ class Channels:
     def _receive_header(self, source: int, message: Message) -> TensorSpec:
         header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self.device)
         self._wait(self._irecv(header, source, message), source, message, "send")
-        dtype, dimensions, *sizes = to_host(
-            header, "shape of hidden states"
-        ).tolist()  # models with ``hidden_like`` need no header
+        dtype, dimensions, *sizes = to_host(header, "shape of hidden states").tolist()
         return tuple(sizes[:dimensions]), _DTYPES[dtype]
 
     def _irecv(self, buffer: Tensor, source: int, message: Message) -> dist.Work:

@@ -4,7 +4,8 @@ A model that can be split into stages has an attribute ``stage_layers`` (a
 :class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes the keywords ``chunk``, the index of a
 chunk, and ``hidden``, the output of the previous chunk (None for the first). Every chunk but the last returns its
 hidden states as one tensor; the last returns the output of the whole model. If the model has a method
-``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header.
+``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header. Other
+models send headers until the shape for inputs of a shape is learned (:class:`LearnedSpecs`).
 
 Inputs are on the device, except those that the model names in an attribute ``host_inputs``: a model that reads the
 values of ``cu_seqlens`` in Python would otherwise wait for the device in every forward pass.
@@ -12,7 +13,7 @@ values of ``cu_seqlens`` in Python would otherwise wait for the device in every 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from internlm.accelerator import to_device
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
 from internlm.core.parallel.sharding import StageLayers
+from internlm.core.scheduler.actions import Message
 from internlm.core.scheduler.loss import TokenCrossEntropy, checking_forward, sums_by_type, zero_sums
 from internlm.utils.errors import Problem, UserError
 
@@ -94,6 +96,34 @@ class MicroBatches:
         return to_device(tensor, self._device)
 
 
+class LearnedSpecs:
+    """Shapes and dtypes of the hidden states of a model without ``hidden_like``, as they were in the first step.
+
+    Sender and receiver of a message must agree whether a header precedes it. Hence both learn from all messages of a
+    step, and only when the step ends: from then on, a message needs no header if the first step with such inputs had
+    one spec for all of them. Its key is the virtual stage that receives it, and the shape of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], TensorSpec | None] = {}  # None: more than one
+        self._seen: dict[tuple[int, ...], set[TensorSpec]] = {}  # in this step
+
+    def known(self, key: tuple[int, ...]) -> TensorSpec | None:
+        """Return the spec of a message without header; None if a header precedes it."""
+        return self._known.get(key)
+
+    def note(self, key: tuple[int, ...], hidden: Tensor) -> None:
+        """Note the spec of a message that was sent or received."""
+        if key not in self._known:
+            self._seen.setdefault(key, set()).add((tuple(hidden.shape), hidden.dtype))
+
+    def end_step(self) -> None:
+        """Learn from the messages of the step."""
+        for key, specs in self._seen.items():
+            self._known[key] = next(iter(specs)) if len(specs) == 1 else None
+        self._seen.clear()
+
+
 @dataclass
 class InFlight:
     """State kept for one (chunk, micro-batch) pair from its F to its last action, B or W."""
@@ -115,6 +145,7 @@ class ComputeOptions:
     grad_scale: Tensor | float = 1.0  # factor on the weighted sum of the token losses; a scalar on the device
     keep_outputs: bool = False
     dropout_key: DropoutKey = field(default_factory=DropoutKey)  # key of the step, without micro-batch
+    learned_specs: LearnedSpecs = field(default_factory=LearnedSpecs)  # from earlier steps
 
 
 class Compute:
@@ -135,29 +166,43 @@ class Compute:
         self.sums = zero_sums(options.types, options.device)
         self.outputs: dict[int, Tensor] = {}
 
-    def hidden_spec(self, index: int) -> TensorSpec | None:
-        """Return the shape and dtype of the hidden states of micro-batch ``index``.
+    def hidden_spec(self, message: Message) -> TensorSpec | None:
+        """Return the shape and dtype of the hidden states ``message``.
 
-        The result is None if the model has no ``hidden_like``.
+        The result is None if a header precedes them: the model has no ``hidden_like``, and they are not learned yet.
         """
-        hidden_like = getattr(self.model, "hidden_like", None)
-        return hidden_like(self.micro_batches.host_inputs(index)) if hidden_like else None
+        inputs, hidden_like = self.micro_batches.host_inputs(message.micro_batch), self._hidden_like
+        return self.options.learned_specs.known(_key(message, inputs)) if hidden_like is None else hidden_like(inputs)
 
-    def check_hidden(self, index: int, hidden: Tensor) -> bool:
-        """Check the hidden states of micro-batch ``index`` against the shape and dtype that the model declares.
+    def check_hidden(self, message: Message, hidden: Tensor) -> bool:
+        """Check the hidden states ``message`` against the shape and dtype that the receiver expects.
 
         Returns:
-            True if the model declares a shape and a dtype, that is, if it has a method ``hidden_like``.
+            True if the receiver expects a shape and a dtype. False: it needs a header.
 
         Raises:
-            UserError: ``hidden`` does not have the declared shape and dtype, so it would not fit the receiver's buffer.
+            UserError: ``hidden`` does not have the expected shape and dtype, so it would not fit the receiver's buffer.
         """
-        declared, actual = self.hidden_spec(index), (tuple(hidden.shape), hidden.dtype)
-        if declared is not None and (tuple(declared[0]), declared[1]) != actual:
-            message = f"expected {actual} (the hidden states that forward returned), got {declared}"
+        expected, actual = self.hidden_spec(message), (tuple(hidden.shape), hidden.dtype)
+        if expected is not None and (tuple(expected[0]), expected[1]) != actual:
+            name = type(self.model).__name__
+            if self._hidden_like is None:
+                text = f"expected hidden states {expected}, as in earlier steps with inputs of this shape, got {actual}"
+                todo = f"Give {name} a method hidden_like(inputs) that returns their shape and dtype"
+                raise UserError(Problem(f"{name}.forward", text, todo))
+            text = f"expected {actual} (the hidden states that forward returned), got {expected}"
             todo = "Return the shape and dtype of the hidden states, or remove hidden_like"
-            raise UserError(Problem(f"{type(self.model).__name__}.hidden_like", message, todo))
-        return declared is not None
+            raise UserError(Problem(f"{name}.hidden_like", text, todo))
+        return expected is not None
+
+    def note_hidden(self, message: Message, hidden: Tensor) -> None:
+        """Note the shape and dtype of the hidden states ``message``, for later steps."""
+        if self._hidden_like is None:
+            self.options.learned_specs.note(_key(message, self.micro_batches.host_inputs(message.micro_batch)), hidden)
+
+    @property
+    def _hidden_like(self) -> Callable[[dict[str, Tensor]], TensorSpec] | None:
+        return getattr(self.model, "hidden_like", None)
 
     def forward(self, chunk: int, index: int, hidden: Tensor | None) -> Tensor | None:
         """Run the forward pass of a chunk for micro-batch ``index``.
@@ -194,6 +239,11 @@ class Compute:
         result = self.criterion(inputs, labels, self.options.grad_scale * weight)
         self.sums += sums_by_type(result, labels, self.micro_batches.type_ids(index), self.options.types, weight)
         return result.loss_sum
+
+
+def _key(message: Message, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the key under which the spec of ``message`` is learned."""
+    return (message.virtual, *inputs["input_ids"].shape)
 
 
 def keep_in_flight(hidden: Tensor | None, output: Tensor) -> InFlight:

@@ -64,6 +64,7 @@ class Executor:
                     records.append(self._run_marked(step))
             if self.channels:
                 self.channels.flush()
+        self.compute.options.learned_specs.end_step()
 
     def _run_step(self, step: Step, mark: Callable[[], object] = lambda: None) -> None:
         """Run one step; call ``mark`` before it, when its input is there, after its action, and after the send."""
@@ -120,7 +121,7 @@ class Executor:
         assert self.channels is not None
         source, message, chunk = receive
         if message.type == FORWARD:
-            spec = self.compute.hidden_spec(message.micro_batch)
+            spec = self.compute.hidden_spec(message)
         else:  # a gradient has the shape and dtype of the output that this rank sent
             spec = self._in_flight[chunk, message.micro_batch].output_spec
         self.channels.post_receive(source, message, spec)
@@ -131,7 +132,10 @@ class Executor:
         if step.input in self._local_messages:
             return self._local_messages.pop(step.input)
         assert self.channels is not None
-        return self.channels.receive(step.source, step.input)
+        received = self.channels.receive(step.source, step.input)
+        if step.input.type == FORWARD:
+            self.compute.note_hidden(step.input, received)
+        return received
 
     def _send(self, step: Step, result: Tensor | None) -> None:
         if step.output is None:
@@ -140,5 +144,7 @@ class Executor:
         if self.channels is None or step.target == self.channels.stage.rank:
             self._local_messages[step.output] = result
         else:
-            declared = step.output.type == BACKWARD or self.compute.check_hidden(step.action.micro_batch, result)
-            self.channels.send(step.target, step.output, result, declared)
+            expected = step.output.type == BACKWARD or self.compute.check_hidden(step.output, result)
+            self.channels.send(step.target, step.output, result, expected)
+            if step.output.type == FORWARD:
+                self.compute.note_hidden(step.output, result)

@@ -17,7 +17,7 @@ from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
-from internlm.core.scheduler.compute import Compute, ComputeOptions, MicroBatches
+from internlm.core.scheduler.compute import Compute, ComputeOptions, LearnedSpecs, MicroBatches
 from internlm.core.scheduler.executor import ActionMarks, Executor
 from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy, token_weights
 from internlm.core.scheduler.plan import Step, make_plan
@@ -85,6 +85,7 @@ class Scheduler:
         self.pipeline = pipeline or Pipeline()
         #: List to which steps with backward append the marks of each action; None: record nothing.
         self.records: list[ActionMarks] | None = None
+        self._learned_specs = LearnedSpecs()
         #: Largest number of (chunk, micro-batch) pairs in flight during the last step.
         self.peak_in_flight = 0
         # A plan depends only on the number of micro-batches and on ``backward``, and requires a simulation.
@@ -135,6 +136,7 @@ class Scheduler:
             device=self.device,
             keep_outputs=return_output_label,
             dropout_key=replace(self.dropout_key, step=training.step),
+            learned_specs=self._learned_specs,
         )
         if return_loss:
             weights, valid_tokens = self._token_weights(micro_batches)

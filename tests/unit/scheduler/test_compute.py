@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
+from internlm.core.scheduler.actions import FORWARD, Message
 from internlm.core.scheduler.compute import (
     Compute,
     ComputeOptions,
     InFlight,
+    LearnedSpecs,
     MicroBatches,
     backward,
     keep_in_flight,
@@ -54,8 +56,13 @@ def compute_of(model: nn.Module, grad_scale: float | None = 1.0, wants_outputs: 
     return Compute(model, TokenCrossEntropy(model), MicroBatches(*batch(), CPU, types=2), options)
 
 
+def to_next(number: int) -> Message:
+    """Hidden states for virtual stage 1."""
+    return Message(FORWARD, 1, number)
+
+
 def hidden_units(compute: Compute, number: int = 0) -> Tensor:
-    shape, dtype = compute.hidden_spec(number)
+    shape, dtype = compute.hidden_spec(to_next(number))
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(number)).requires_grad_()
 
 
@@ -161,8 +168,8 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
             return torch.eye(61, dtype=torch.float64)[input_ids]
 
     compute = compute_of(Plain(), wants_outputs=True)
-    assert not compute.check_hidden(0, torch.zeros(3))
-    assert compute.hidden_spec(0) is None
+    assert not compute.check_hidden(to_next(0), torch.zeros(3))
+    assert compute.hidden_spec(to_next(0)) is None
     loss = compute.forward(0, 1, None)
     assert loss is not None
     assert loss.shape == ()
@@ -172,10 +179,42 @@ def test_the_whole_model_is_not_told_of_chunks() -> None:
 def test_hidden_units_of_another_form_than_foretold_are_not_sent() -> None:
     compute = compute_of(stage_layers(range(2)))
     good = hidden_units(compute)
-    assert compute.check_hidden(0, good)
+    assert compute.check_hidden(to_next(0), good)
     for bad in (good[:-1], good.float()):
         with pytest.raises(UserError, match=r"^\w+\.hidden_like: expected .* \(the hidden states .*, got "):
-            compute.check_hidden(0, bad)
+            compute.check_hidden(to_next(0), bad)
+
+
+def test_shapes_are_learned_from_whole_steps() -> None:
+    """Never within one: the receiver posts its receives before it sees the first message."""
+    specs, shape = LearnedSpecs(), (1, 8)
+    for length in (4, 4):
+        specs.note((1, *shape), torch.zeros(length, 2))
+        specs.note((2, *shape), torch.zeros(length + len(specs._seen), 2))
+        assert specs.known((1, *shape)) is specs.known((2, *shape)) is None
+    specs.note((2, *shape), torch.zeros(9, 2))
+    specs.end_step()
+    assert specs.known((1, *shape)) == ((4, 2), torch.float32)
+    assert specs.known((2, *shape)) is None  # two shapes
+    specs.note((2, *shape), torch.zeros(9, 2))
+    specs.end_step()
+    assert specs.known((2, *shape)) is None
+    assert specs.known((1, 1, 9)) is None
+
+
+def test_hidden_units_of_another_form_than_learned_are_not_sent() -> None:
+    class Plain(nn.Module):
+        pass
+
+    options = ComputeOptions(types=2, device=CPU)
+    compute = Compute(Plain(), TokenCrossEntropy(decoder()), MicroBatches(*batch(), CPU), options)
+    compute.note_hidden(to_next(1), torch.zeros(3))
+    compute.options.learned_specs.end_step()
+    assert compute.check_hidden(to_next(1), torch.zeros(3))
+    with pytest.raises(
+        UserError, match=r"^Plain.forward: expected hidden states \(\(3,\), torch.float32\), as in earlier"
+    ):
+        compute.check_hidden(to_next(1), torch.zeros(4))
 
 
 def test_sums_are_those_of_the_last_chunk_by_type() -> None:
