@@ -5,12 +5,17 @@ from internlm.accelerator.device import current_device as current_device
 from internlm.accelerator.device import default_backend as default_backend
 from internlm.accelerator.device import device_count as device_count
 from internlm.accelerator.device import device_memory as device_memory
+from internlm.accelerator.device import device_rng_state as device_rng_state
 from internlm.accelerator.device import device_type as device_type
 from internlm.accelerator.device import empty_cache as empty_cache
+from internlm.accelerator.device import fork_rng as fork_rng
 from internlm.accelerator.device import free_memory as free_memory
 from internlm.accelerator.device import peak_memory as peak_memory
+from internlm.accelerator.device import profiler_activities as profiler_activities
 from internlm.accelerator.device import set_device as set_device
+from internlm.accelerator.device import set_device_rng_state as set_device_rng_state
 from internlm.accelerator.device import synchronize as synchronize
+from internlm.accelerator.kinds import CPU as CPU
 from internlm.accelerator.kinds import DEVICE_VARIABLE as DEVICE_VARIABLE
 from internlm.accelerator.kinds import HOST as HOST
 from internlm.accelerator.kinds import DeviceKind as DeviceKind

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from internlm.accelerator.kinds import device_kind
 
@@ -88,3 +92,30 @@ def peak_memory() -> int:
     if not kind.is_host:
         return int(kind.module.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB
+
+
+# -- random generator of the device -----------------------------------------------------------------------------------
+def fork_rng() -> AbstractContextManager[None]:
+    """Return a context manager that restores the states of torch's generators at its end: CPU and current device."""
+    kind = device_kind()
+    if kind.is_host:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[current_device()], device_type=kind.name)
+
+
+def device_rng_state() -> dict[str, Tensor]:
+    """Return the state of the device's generator by device type; empty on CPU, whose generator is torch's default."""
+    kind = device_kind()
+    return {} if kind.is_host else {kind.name: kind.module.get_rng_state()}
+
+
+def set_device_rng_state(states: Mapping[str, Tensor]) -> None:
+    """Restore a result of :func:`device_rng_state`; a no-op if ``states`` has none for this type of device."""
+    kind = device_kind()
+    if not kind.is_host and kind.name in states:
+        kind.module.set_rng_state(states[kind.name])
+
+
+def profiler_activities() -> list[ProfilerActivity]:
+    """Return what a profiler must record: the host, and the kernels of the device."""
+    return [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not device_kind().is_host)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from internlm.accelerator import HOST
 from internlm.core.parallel.ledger import Traffic
 from internlm.costs.param_shards import FlatBuffer, ParamInventory, ParamShard, partial_sum_group, reduced_itemsize
 from internlm.costs.symbols import GroupSymbols, Symbols
@@ -38,7 +39,7 @@ def expected_traffic(
     tokens: Sequence[int] | None = None,
     *,
     types: int = 1,
-    device_type: str = "cpu",
+    device_type: str = HOST.type,
     forward_only: bool = False,
     zero_rank: int = 0,
 ) -> Traffic:
@@ -49,7 +50,7 @@ def expected_traffic(
         tokens: Number of tokens in the loss, K, of each micro-batch: on the CPU those whose label is not ignored,
             elsewhere all. By default all tokens of ``micro_num`` micro-batches.
         types: Number of dataset types.
-        device_type: ``"cpu"`` or ``"cuda"``, which decides the chunk size of the loss.
+        device_type: Type of the device, which decides the chunk size of the loss.
         forward_only: Count a validation step instead of a training step.
         zero_rank: Rank within the zero group, which matters if each parameter has one owner.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from internlm.accelerator import kind_of
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import Collective, Ledger, Traffic
@@ -181,7 +182,7 @@ def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
     """
     if s.mode == "isp":
         return []
-    chunk = default_chunk_tokens(device_type, rows_per_rank(s.V, s.t))
+    chunk = default_chunk_tokens(kind_of(device_type).is_host, rows_per_rank(s.V, s.t))
     sums = 3 if s.config.loss.label_smoothing else 2
     lengths = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
     return [call for length in lengths for rows in (1, sums) for call in calls_on(s.t, AR, rows * length * s.g)]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internlm.accelerator import is_host, kind_of, to_device, to_host
+from internlm.accelerator import HOST, is_host, kind_of, to_device, to_host
 from internlm.config.schema.model import AttentionBackend
 from internlm.ops import reference
 from internlm.ops.cpu.blocked_attention import EqualLengthRun, blocked_attention
@@ -56,7 +56,7 @@ class PackedSequences:
         return cls(on_device, max(lengths, default=0), tuple(runs))
 
     @classmethod
-    def uniform(cls, batch: int, seq_len: int, device: torch.device | str = "cpu") -> PackedSequences:
+    def uniform(cls, batch: int, seq_len: int, device: torch.device | str = HOST) -> PackedSequences:
         """Create the boundaries of ``batch`` sequences with ``seq_len`` tokens each."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seq_len
         return cls(cu_seqlens, seq_len, (EqualLengthRun(0, batch, seq_len),))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.accelerator import is_host
 from internlm.ops import gemm
 from internlm.utils.dtype import grad_dtype, wide
 
@@ -84,7 +85,7 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # else needs_input_grad is True and gradients are computed
-    if x.device.type != "cpu":  # counting ignored tokens would need a host sync
+    if not is_host(x):  # counting ignored tokens would need a host sync
         return TokenLoss(*_LinearCrossEntropy.apply(x, weight, labels, options))
     # On the CPU the GEMMs dominate, so tokens without a loss (padding, prompts) are left out.
     (kept,) = torch.where(labels != IGNORED)
@@ -119,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_and_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
             _losses_and_grad if options.vocab is None else partial(_sharded_losses_and_grad, vocab=options.vocab)
         )
-        chunk = options.chunk_tokens or default_chunk_tokens(x.device.type, weight.shape[0])
+        chunk = options.chunk_tokens or default_chunk_tokens(is_host(x), weight.shape[0])
         main_grad, smoothing = options.main_grad, options.label_smoothing
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_x else None  # [T, H]
@@ -236,9 +237,9 @@ def _sharded_losses_and_grad(
     return (top + sum_exp.log() - wanted).where(valid, 0.0), (label_logit >= top) & valid, probs
 
 
-def default_chunk_tokens(device_type: str, rows: int) -> int:
-    """Return the default number of tokens per chunk for a weight of ``rows`` rows."""
-    if device_type != "cpu":
+def default_chunk_tokens(on_host: bool, rows: int) -> int:
+    """Return the default number of tokens per chunk for a weight of ``rows`` rows, on the CPU or on a device."""
+    if not on_host:
         return 2048
     # Multiples of 64, for which oneDNN has cached kernels; its GEMMs are slow below 128.
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))

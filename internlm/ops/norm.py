@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.accelerator import is_host
 from internlm.ops import reference
 from internlm.utils.dtype import wide
 
@@ -26,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # The compiler fuses the plain formula better than it could a custom autograd function.
         width = wide(x.dtype)
         return reference.rms_norm(x.to(width), weight.to(width), eps).to(x.dtype)
-    if x.device.type == "cuda" and x.dtype == weight.dtype:
+    if not is_host(x) and x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # one fused kernel per pass; many small ones on the CPU
     return _RMSNorm.apply(x, weight, eps)
 

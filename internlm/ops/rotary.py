@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.accelerator import is_host
 from internlm.ops import reference
 from internlm.ops.cpu.blocked_attention import EqualLengthRun
 from internlm.utils.dtype import wide
@@ -148,7 +149,7 @@ class _SplitQKVRotary(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
     """Rotate ``x`` and write the result to ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
     # One head at a time on the CPU: a head fits into the cache, and is read and written several times.
-    if x.device.type == "cpu" and x.dim() > 2:
+    if is_host(x) and x.dim() > 2:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head)
         return

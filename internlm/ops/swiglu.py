@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from internlm.accelerator import is_host
 from internlm.ops import reference
 
 _BLOCK = 2**17  # elements of one tensor's block: 512 KiB in fp32, so the blocks of one pass fit into the cache
@@ -48,7 +49,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split each tensor into blocks of rows that fit into the CPU cache; on CUDA, each tensor is a single block."""
+    """Split each tensor into blocks of rows that fit into the CPU cache; on a device, each tensor is a single block."""
     tokens, features = tensors[0].shape
-    rows = max(1, _BLOCK // features) if tensors[0].device.type == "cpu" else max(1, tokens)
+    rows = max(1, _BLOCK // features) if is_host(tensors[0]) else max(1, tokens)
     return (x.split(rows) for x in tensors)

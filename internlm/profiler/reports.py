@@ -6,10 +6,10 @@ import resource
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
+from internlm import accelerator
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.costs.memory_plan import GRADIENTS, MAIN, PARAMETERS, TOTAL, format_bytes, optimizer_row
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -59,8 +59,8 @@ def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mappin
     rows += [(f"{PARAMETERS} of {name}", _module_bytes(module), None) for name, module in model.named_children()]
     rows += [("peak of the process", peak_rss_bytes(), None)]
     # Allocated rather than reserved memory: the plan has no row for the caching allocator's fragmentation.
-    if torch.cuda.is_available():
-        rows += [("peak of CUDA", torch.cuda.max_memory_allocated(), None)]
+    if not accelerator.device_kind().is_host:
+        rows += [("peak of the device", accelerator.peak_memory(), None)]
     lines = [f"{'held':>12} {'planned':>12}"]
     lines += [f"{format_bytes(held):>12} {format_bytes(expected):>12}  {row}" for row, held, expected in rows]
     return "\n".join(lines) + "\n"
@@ -90,9 +90,8 @@ class StepTrace:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"trace-rank{rank}.json"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = profile(
-            activities=activities,
+            activities=accelerator.profiler_activities(),
             schedule=schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self._path)),
             record_shapes=True,

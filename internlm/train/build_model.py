@@ -89,7 +89,7 @@ def build_model(
         torch.set_float32_matmul_precision("high")
     device = accelerator.current_device()
     # Fork the generators, so that building a model does not advance those of the caller.
-    randomness = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    randomness = accelerator.fork_rng()
     memory = deferred_memory() if deferred else nullcontext()
     with randomness, default_dtype(dtype), device, building(sharding or Sharding(), stage_layers), memory:
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values

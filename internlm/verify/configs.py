@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm.accelerator import CPU
 from internlm.config import Config, check_runnable, resolve
 from internlm.config.schema.fields import Rampup, parse_rampup
 from internlm.core.context.parallel_context import sizes_of
@@ -172,12 +173,12 @@ def make_plan(
     """
     # Resolve several times: the debug sizes depend on resolved sizes, and the default world size on the debug sizes.
     common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
-    config = resolve(source, common, device_type="cpu").config
+    config = resolve(source, common, device_type=CPU.name).config
     if shrink:
         common = [*as_overrides(debug_size(config)), *common]
-        config = resolve(source, common, device_type="cpu").config
+        config = resolve(source, common, device_type=CPU.name).config
     world_size = world_size or default_world_size(config)
-    config = resolve(source, common, world_size, "cpu").config
+    config = resolve(source, common, world_size, CPU.name).config
     check_runnable(config)
     if steps > config.data.total_steps:
         message = f"must be at most data.total_steps = {config.data.total_steps}, got {steps}"
@@ -206,7 +207,7 @@ def reference_of(config: Config, data_size: int) -> Config:
     rampup = parse_rampup(config.data.rampup_batch_size)
     batch = {"data.micro_num": config.data.micro_num * data_size}
     ramp = {"data.rampup_batch_size": _scaled(rampup, data_size)} if rampup else {}
-    return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, "cpu").config
+    return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, CPU.name).config
 
 
 def _scaled(rampup: Rampup, factor: int) -> str:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from internlm.accelerator import DEVICE_VARIABLE
+from internlm.accelerator import CPU, DEVICE_VARIABLE
 from internlm.core.context import global_context as gpc
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import COMPILER_MODULE
@@ -127,7 +127,7 @@ class RankProcesses:
         """Return the environment variables of ``rank``: those of torchrun, the network interface and the device."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         numbers = {key: str(value) for key, value in {**ranks, "MASTER_PORT": self._store.port}.items()}
-        return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: "cpu"}
+        return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: CPU.name}
 
     def run(self, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
         """Call ``function(rank, world_size, *args)`` on every rank and return the results by rank.

@@ -25,6 +25,15 @@ MOST_PARAMETERS = 7
 LAZY_IMPORTS = 8
 COMMENTS_PER_CODE_LINE = 0.05
 
+DEVICE_TYPES = {"cpu", "cuda", "hip", "xpu", "npu", "mps"}
+TORCH_MODULES = ("torch", "torch.version", "torch.backends")
+#: Files outside of ``accelerator/`` that name a device type, and why.
+NAMING_DEVICES = {
+    "cli/parsers.py": "what a user types; it must not import torch",
+    "config/resolve.py": "what a user has named; it must not import torch",
+    "config/rules/run_rules.py": "what a user has named; it must not import torch",
+}
+
 #: Functions whose longer signature is published, and why.
 LONG_SIGNATURES = {
     "initialize/launch.py: initialize_distributed_env": "scripts call it",
@@ -132,6 +141,36 @@ def test_few_imports_of_the_package_hide_in_functions() -> None:
         if module.partition(".")[0] == "internlm"
     }
     assert len(lazy) <= LAZY_IMPORTS, f"move some to the top of their files: {sorted(lazy)}"
+
+
+def names_of_devices(text: str) -> set[str]:
+    """Device types that code names, as a string or as a module of torch; docstrings and comments may name any."""
+    nodes = list(ast.walk(ast.parse(text)))
+    strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    modules = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) in TORCH_MODULES}
+    return DEVICE_TYPES & strings | {f"torch.{name}" for name in DEVICE_TYPES & modules}
+
+
+def test_only_the_accelerator_package_names_device_types() -> None:
+    naming = {name for name, text in sources().items() if names_of_devices(text)}
+    outside = {name for name in naming if not name.startswith("accelerator/")}
+    assert naming - outside
+    assert not outside - NAMING_DEVICES.keys(), "ask for a capability of internlm.accelerator.DeviceKind instead"
+    assert not NAMING_DEVICES.keys() - outside, "name no device: remove them from NAMING_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("x.device.type == 'cuda'", {"cuda"}),
+        ("torch.empty(1, device='cpu')", {"cpu"}),
+        ("torch.cuda.synchronize()", {"torch.cuda"}),
+        ("torch.version.hip", {"torch.hip"}),
+        ("def f():\n    'Like torch.cuda.'\n    return is_host(x)  # not 'cpu'\n", set()),
+    ],
+)
+def test_names_of_devices_are_found(text: str, names: set[str]) -> None:
+    assert names_of_devices(text) == names
 
 
 def test_code_has_comments_on_why() -> None:

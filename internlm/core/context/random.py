@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from internlm.accelerator import device_rng_state, set_device_rng_state
 from internlm.core.context.layout import ParallelMode
 
 
@@ -58,17 +59,14 @@ class RandomStreams:
         self._current = mode
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the generator state of each stream, and of the CUDA generator if CUDA is available."""
+        """Return the generator state of each stream, and of the device if it has one."""
         self._states[self._current] = torch.get_rng_state()
         states = {mode.value: state.clone() for mode, state in self._states.items()}
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
+        return states | device_rng_state()
 
     def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
         """Restore every stream from ``states``, a result of :meth:`state_dict`."""
         for mode in self._states:
             self._states[mode] = states[mode.value].clone()
         torch.set_rng_state(self._states[self._current])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
+        set_device_rng_state(states)

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
+from internlm import accelerator
 from internlm.core.context.layout import ParallelMode
 from internlm.core.context.random import RandomStreams, derived_seed, mode_seeds
 
@@ -122,3 +124,16 @@ def test_a_saved_state_is_a_copy() -> None:
     draw(source, TENSOR)
     torch.rand(1)
     assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_gpus_leaves_them_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(accelerator.DEVICE_VARIABLE, "cpu")
+    assert accelerator.device_type() == "cpu"
+    assert accelerator.device_rng_state() == {}
+    assert accelerator.profiler_activities() == [ProfilerActivity.CPU]
+    streams = RandomStreams({ParallelMode.DATA: 1, ParallelMode.TENSOR: 2})
+    assert "cuda" not in streams.state_dict()
+    streams.load_state_dict({**streams.state_dict(), "cuda": torch.empty(0, dtype=torch.uint8)})
+    with accelerator.fork_rng():
+        torch.manual_seed(3)
