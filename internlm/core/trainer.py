@@ -337,16 +337,17 @@ class Trainer:
         return self.state
 
 
-def _batches(data: Any) -> Iterator[Batch]:
+def _batches(data: Iterator[Batch] | Batch) -> Iterator[Batch]:
     """Return an iterator over ``data``, which is a batch or an iterator over batches.
 
     Raises:
         UserError: ``data`` is neither.
     """
-    if isinstance(data, Iterator):
+    if isinstance(data, (tuple, list)):
+        if len(data) == 2 and isinstance(data[0], Mapping):
+            return iter([(data[0], data[1])])
+    elif hasattr(data, "__next__"):
         return data
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Mapping):
-        return iter([(dict(data[0]), data[1])])
     message = f"expected a batch (inputs, labels) or an iterator over batches, got {type(data).__name__}"
     # A loader is not taken: it would begin with its first batch in each call.
     todo = "Pass the batch of a loop over the loader, or the result of iter(loader), created once"

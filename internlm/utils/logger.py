@@ -26,4 +26,5 @@ def get_logger(name: str = NAME) -> logging.Logger:
         root.setLevel(os.environ.get("INTERNLM_LOG_LEVEL", "INFO").upper())
         # Otherwise, if users add a handler to the root logger later, each line would be printed twice.
         root.propagate = False
-    return logging.getLogger(name)
+    # A child, so that a script's get_logger(__file__) logs to the same places.
+    return root if name == NAME else root.getChild(name.removeprefix(f"{NAME}."))

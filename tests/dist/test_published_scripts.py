@@ -129,6 +129,10 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         r"^config key num_layers: cannot be set to 8, because a resolved config is frozen\. Set it in the config file",
     ),
     "gpc.config['x'] = 8": (lambda r: gpc.config.__setitem__("x", 8), "^config key x: cannot be set to 8"),
+    "optimizer.backward(loss)": (
+        lambda r: r.optimizer.backward(r.unpacked[2]),
+        r"^HybridZeroOptimizer\.backward: does not exist in this project\. Use trainer\.execute_schedule",
+    ),
     "model.model": (lambda r: r.model.model, r"^Decoder\.model: does not exist in this project\. Use the model itself"),
     "lr_scheduler.step()": (
         lambda r: r.lr_scheduler.step(),

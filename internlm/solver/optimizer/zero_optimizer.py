@@ -18,7 +18,7 @@ sharded (the zero group). A step has five phases:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,14 @@ from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
 from internlm.solver.optimizer.param_groups import ParamGroup, ParamGroupView, ProcessGroups, build_param_groups
 from internlm.solver.optimizer.update_rules import AdamW, Lion, StateName, UpdateRule
+from internlm.utils.compat import ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
 #: Update rules by their name in configs.
 UPDATE_RULES: dict[OptimizerName, type[UpdateRule]] = {"AdamW": AdamW, "Lion": Lion, "Muon": Muon}
 
 
-class HybridZeroOptimizer:
+class HybridZeroOptimizer(ReplacedNames):
     """ZeRO optimizer that moves the parameters and gradients of a model into its own flat buffers.
 
     The parameters of a fully sharded model stay in their own memory; ``fully_shard`` then reduces gradients and gathers
@@ -69,6 +70,14 @@ class HybridZeroOptimizer:
         ConfigError: A pattern of ``optimizer.param_groups`` assigns Muon to a parameter that is not a matrix.
         UserError: A parameter has no placement, or no parameter is trainable.
     """
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "backward": "Use trainer.execute_schedule, which runs forward and backward with the loss scale",
+        "clip_grad_norm": "Set hybrid_zero_optimizer.clip_grad_norm, by which step() clips",
+        "grad_scaler": "Use optimizer.loss_scale",
+        "add_param_group": "Set optimizer.param_groups in the config",
+        "state": "Use optimizer.state_of(group) for each group in optimizer.groups",
+    }
 
     def __init__(
         self,
@@ -264,7 +273,7 @@ class HybridZeroOptimizer:
 
     @property
     def param_groups(self) -> list[ParamGroupView]:
-        """Settings of each param group in the last update, as torch's optimizers show them; read-only."""
+        """Settings of each param group in the last update (before the first: in the config), as in torch; read-only."""
         lr, betas = self._last_lr, (self._adam.adam_beta1, self._last_beta2)
         return [
             ParamGroupView(

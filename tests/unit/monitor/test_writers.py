@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from internlm.monitor.console import LogLine
 from internlm.monitor.metrics import JsonLines, Metrics, MetricsWriter, TensorBoard, open_writers
+from internlm.utils.logger import get_logger
 
 METRICS = {"step": 3, "loss": 2.5, "acc/en": 0.1}
 
@@ -233,3 +234,15 @@ def test_a_full_disk_under_the_log_file_gives_one_warning(tmp_path: Path) -> Non
     assert done.stderr.count("cannot be written and is switched off") == 1
     assert "Traceback" not in done.stderr
     assert full_lines(done.stderr) == 3
+
+
+def test_a_script_logs_to_the_same_places() -> None:
+    logger = get_logger("/home/user/train.py")
+    assert logger is not get_logger()
+    assert logger.getEffectiveLevel() == get_logger().getEffectiveLevel()
+    parents = []
+    while logger is not None:
+        parents.append(logger)
+        logger = logger.parent  # type: ignore[assignment]
+    assert get_logger() in parents
+    assert get_logger("internlm.data") is get_logger("data")
