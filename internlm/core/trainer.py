@@ -38,6 +38,9 @@ class TrainState:
     """
 
     def __init__(self, step: int = 0, num_consumed_tokens: int = 0, inf_nan_skip_batches: int = 0) -> None:
+        if not isinstance(step, int):  # existing scripts pass the config and the sampler
+            todo = "Use trainer.state, which counts the steps, or TrainState() for counters of the script"
+            raise UserError(Problem("TrainState", f"expected a number of steps, got {type(step).__name__}", todo))
         self.step, self.num_consumed_tokens = step, num_consumed_tokens
         self._skipped = inf_nan_skip_batches
         self._last_update: OptimizerStep | None = None

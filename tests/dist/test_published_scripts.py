@@ -11,7 +11,7 @@ import torch
 
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.trainer import Trainer
+from internlm.core.trainer import Trainer, TrainState
 from internlm.data import build_train_loader_with_data_type
 from internlm.data.loader import TrainLoader
 from internlm.initialize import initialize_distributed_env, initialize_trainer
@@ -146,6 +146,10 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
     "train_state.step_count += 1": (
         lambda r: _assign(r.trainer.state, "step_count", 3),
         r"^train_state\.step_count: cannot be set to 3\. Remove the assignment: trainer\.step\(\) counts the steps$",
+    ),
+    "TrainState(gpc.config, batch_sampler)": (
+        lambda r: TrainState(gpc.config, r.loader.batch_sampler),  # type: ignore[arg-type]
+        r"^TrainState: expected a number of steps, got Config\. Use trainer\.state, which counts the steps",
     ),
     "train_state.batch_count = 7": (lambda r: _assign(r.trainer.state, "batch_count", 7), r"^train_state\.batch_count"),
     "train_dl.batch_sampler.state_dict()": (

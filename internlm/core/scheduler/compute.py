@@ -46,7 +46,7 @@ class MicroBatches:
         types: Number of dataset types; with 1, all tokens are of one type, whatever their ``type_ids`` are.
 
     Raises:
-        UserError: A dataset type of the batch is not below ``types``.
+        UserError: The batch has no ``input_ids`` or no labels, or a dataset type is not below ``types``.
     """
 
     def __init__(
@@ -57,6 +57,10 @@ class MicroBatches:
         host_inputs: Collection[str] = (),
         types: int = 1,
     ) -> None:
+        if "input_ids" not in batch or not isinstance(labels, Tensor):
+            got = f"({{{', '.join(batch)}}}, {type(labels).__name__})"
+            todo = "Pass what a loader yields; without labels of your own, set all of them to -100"
+            raise UserError(Problem("batch", f"expected ({{input_ids, …}}, labels as a tensor), got {got}", todo))
         self._batch, self._labels, self._device, self._host_inputs = batch, labels, device, host_inputs
         # The tokens of a missing type would be left out of the loss that is logged.
         if types > 1 and "type_ids" in batch and (largest := int(batch["type_ids"].max())) >= types:

@@ -89,6 +89,15 @@ def test_with_one_type_all_tokens_are_of_it() -> None:
         assert not MicroBatches(given, labels, CPU).type_ids(1).any()
 
 
+def test_a_batch_without_inputs_or_labels_is_refused() -> None:
+    inputs, labels = batch()
+    for given in (({"ids": labels}, labels), (inputs, None)):
+        with pytest.raises(
+            UserError, match=r"^batch: expected \(\{input_ids, …\}, labels as a tensor\), got \(\{.*\}, "
+        ):
+            MicroBatches(*given, CPU)
+
+
 def test_a_type_beyond_those_of_the_trainer_is_refused() -> None:
     inputs, labels = batch()
     inputs["type_ids"] = inputs["type_ids"] * 2
