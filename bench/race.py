@@ -19,35 +19,6 @@ from bench.yardsticks import YARDSTICKS, Yardstick
 WARMUP = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """One side of a race, run by this framework."""
-
-    overrides: tuple[str, ...] = ()
-    world: int = 2  # processes of one thread each
-    data_size: int = 1  # ranks that read different sequences
-    micro_num: int = 1
-    sequences: int = 4  # of a step
-    yardstick: str = "bench-30M"
-
-    @property
-    def tokens(self) -> Yardstick:
-        """The yardstick with the sequences of this side."""
-        return replace(YARDSTICKS[self.yardstick], micro_bsz=self.sequences)
-
-
-@dataclass(frozen=True)
-class Transformers(Setup):
-    """One side, run by ``transformers`` in one process of two threads."""
-
-    world: int = 1
-
-
-@dataclass(frozen=True)
-class DDP(Setup):
-    """One side: our model under torch's ``DistributedDataParallel``."""
-
-
 @dataclass
 class RankResult:
     """Measurements that a rank sends after its last step."""
@@ -58,44 +29,87 @@ class RankResult:
     peak_in_flight: int = 0
 
 
-def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
-    """Run one process of one side: a step for each message, its seconds as the reply; at the end the measurements."""
-    # Imports are here, because each process needs those of its side only, and they count in its resident memory.
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One side of a race, run by this framework."""
 
-    from internlm.profiler.reports import peak_rss_bytes
+    overrides: tuple[str, ...] = ()
+    world: int = 2  # processes
+    threads: int = 1  # of a process
+    data_size: int = 1  # ranks that read different sequences
+    micro_num: int = 1
+    sequences: int | None = None  # of a step; None: as many as the yardstick has
+    yardstick: str = "bench-30M"
 
-    if isinstance(setup, Transformers):
-        from bench.transformers_peer import Transformers as Peer
+    @property
+    def tokens(self) -> Yardstick:
+        """The yardstick with the sequences of this side."""
+        yardstick = YARDSTICKS[self.yardstick]
+        return replace(yardstick, micro_bsz=self.sequences or yardstick.micro_bsz)
 
-        torch.set_num_threads(2)
-        peer = Peer(setup.tokens)
-        _turns(pipe, peer.step)
-        pipe.send(RankResult(peak_rss_bytes()))
-        return
-    torch.set_num_threads(1)
-    if isinstance(setup, DDP):
+    # Imports are in the methods, because each process needs those of its side only, and they count in its memory.
+    def run(self, rank: int, port: int, pipe: Connection) -> RankResult:
+        """Take turns on one rank, then return its measurements."""
+        from bench.ours import Ours
+
+        ours = Ours(self.tokens, self.overrides, rank, self.world, port, self.data_size, self.micro_num)
+        scheduler, steps, sent = ours.trainer.scheduler, [], []
+
+        def step() -> None:
+            scheduler.records = []
+            ours.step()
+            steps.append(scheduler.records)
+            sent.append(ours.sent)
+
+        _turns(pipe, step)
+        per_step = (sent[-1] - sent[0]) // max(len(sent) - 1, 1)  # the first step may send more than the others
+        return RankResult(peak_rss(), per_step, steps[WARMUP:], scheduler.peak_in_flight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformers(Setup):
+    """One side, run by ``transformers``: one process of two threads, or two under ``DistributedDataParallel``."""
+
+    world: int = 1
+    threads: int = 2
+    dtype: str = "float32"
+    compiled: bool = False
+
+    def run(self, rank: int, port: int, pipe: Connection) -> RankResult:
+        """Take turns on one rank, then return its measurements."""
+        from bench import transformers_peer as peer
+
+        if self.world > 1:
+            peer.join(rank, self.world, port)
+        _turns(pipe, peer.Transformers(self.tokens, self.dtype, self.compiled).step)
+        return RankResult(peak_rss())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDP(Setup):
+    """One side: our model under torch's ``DistributedDataParallel``."""
+
+    def run(self, rank: int, port: int, pipe: Connection) -> RankResult:
+        """Take turns on one rank, then return its measurements."""
         from bench.ddp_peer import Ddp
 
-        _turns(pipe, Ddp(setup.tokens, rank, setup.world, port).step)
-        pipe.send(RankResult(peak_rss_bytes()))
-        return
-    from bench.ours import Ours
-    from internlm.core.scheduler.timeline import Record
+        _turns(pipe, Ddp(self.tokens, rank, self.world, port).step)
+        return RankResult(peak_rss())
 
-    ours = Ours(setup.tokens, setup.overrides, rank, setup.world, port, setup.data_size, setup.micro_num)
-    scheduler, steps, sent = ours.trainer.scheduler, [], []
 
-    def step() -> None:
-        scheduler.records = []
-        ours.step()
-        # Host times, since all processes of this machine read one clock, and a CPU runs a kernel when it is called.
-        steps.append([Record(m.action, *(mark.host_time for mark in m[1:])) for m in scheduler.records])
-        sent.append(ours.sent)
+def peak_rss() -> int:
+    """Return the peak of this process's resident memory in bytes."""
+    from internlm.profiler.reports import peak_rss_bytes
 
-    _turns(pipe, step)
-    per_step = (sent[-1] - sent[0]) // max(len(sent) - 1, 1)  # the first step may send more than the others
-    pipe.send(RankResult(peak_rss_bytes(), per_step, steps[WARMUP:], scheduler.peak_in_flight))
+    return peak_rss_bytes()
+
+
+def _rank(setup: Setup, rank: int, port: int, pipe: Connection) -> None:
+    """Run one process of one side: a step for each message, its seconds as the reply; at the end the measurements."""
+    import torch
+
+    torch.set_num_threads(setup.threads)
+    pipe.send(setup.run(rank, port, pipe))
 
 
 def _turns(pipe: Connection, step: Any) -> None:
@@ -147,11 +161,20 @@ class Side:
         """Tokens per second, by the median time of a step."""
         return self.setup.tokens.tokens / self.step_seconds
 
+    def ratio_by_turn(self, other: Side) -> list[float]:
+        """Return how many times as long ``other`` took as this side, turn by turn."""
+        return [theirs / ours for ours, theirs in zip(self.seconds[WARMUP:], other.seconds[WARMUP:], strict=True)]
+
+    @property
+    def peak_rss(self) -> int:
+        """Largest peak of resident memory of a rank, in bytes."""
+        return max(result.peak_rss for result in self.ended)
+
     def metrics(self) -> dict[str, Any]:
         """Return speed, memory and traffic."""
         return {
             "tokens_per_second": round(self.tokens_per_second, 1),
-            "peak_rss_mb_per_rank": round(max(result.peak_rss for result in self.ended) / 2**20),
+            "peak_rss_mb_per_rank": round(self.peak_rss / 2**20),
             "sent_mb_per_step": round(self.ended[0].sent / 2**20, 2),
         }
 

@@ -140,16 +140,18 @@ class _SplitQKVRotary(torch.autograd.Function):
         tokens, groups, dim = dk.shape
         dq = dq.unflatten(1, (groups, -1))
         dqkv = dq.new_empty(tokens, groups, dq.shape[2] + 2, dim)
-        _rotate(dq, cos, -sin, ctx.interleaved, dqkv[:, :, :-2])
-        _rotate(dk, cos, -sin, ctx.interleaved, dqkv[:, :, -2])
+        back = -sin
+        _rotate(dq, cos, back, ctx.interleaved, dqkv[:, :, :-2])
+        _rotate(dk, cos, back, ctx.interleaved, dqkv[:, :, -2])
         dqkv[:, :, -1].copy_(dv)
         return dqkv, None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
     """Rotate ``x`` and write the result to ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
-    # One head at a time on the CPU: a head fits into the cache, and is read and written several times.
-    if is_host(x) and x.dim() > 2:
+    # One head at a time on a core: a head fits into its cache, and is read and written several times. With several
+    # threads, each operation on a head would be a parallel region of its own: see ``ops.swiglu``.
+    if is_host(x) and x.dim() > 2 and torch.get_num_threads() == 1:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head)
         return

@@ -49,7 +49,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split each tensor into blocks of rows that fit into the CPU cache; on a device, each tensor is a single block."""
+    """Split each tensor into blocks of rows that fit into the cache of a CPU core; elsewhere, one block is everything.
+
+    With several threads, every operation on a block would be a parallel region, which waits for the slowest thread. On
+    a machine with other work, hundreds of short regions take ten times as long as a few.
+    """
     tokens, features = tensors[0].shape
-    rows = max(1, _BLOCK // features) if is_host(tensors[0]) else max(1, tokens)
+    by_blocks = is_host(tensors[0]) and torch.get_num_threads() == 1
+    rows = max(1, _BLOCK // features) if by_blocks else max(1, tokens)
     return (x.split(rows) for x in tensors)
