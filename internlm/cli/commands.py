@@ -41,7 +41,7 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     """
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
-    plans = plans_of_stages(config, arguments.world)
+    plans = plans_of_stages(config, arguments.world, arguments.device)
     # The job may run on another machine. If this machine has devices of the same type, assume their memory.
     device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
     print(f"Memory plan of the rank with the most memory in each stage, of {arguments.world} ranks")

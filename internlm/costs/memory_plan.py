@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from internlm.accelerator import HOST, kind_of
 from internlm.costs.activations import peak_saved
+from internlm.costs.device_buffers import logits_of_chunk, nccl_buffers
 from internlm.costs.gather_buffers import gather_buffers
 from internlm.costs.param_shards import ParamInventory
 from internlm.solver.optimizer.param_groups import ParamGroupKey
@@ -25,6 +27,8 @@ MAIN = "main parameters"
 REDUCTION = "reduction buffers"
 GATHER = "gather buffers"
 ACTIVATIONS = "activations"
+LOGITS = "logits of a chunk"
+NCCL = "buffers of NCCL"
 TOTAL = "total"
 
 
@@ -37,7 +41,13 @@ def optimizer_row(state: str) -> str:
 Plan: TypeAlias = dict[str, int]
 
 
-def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, tokens: int | None = None) -> Plan:
+def memory_plan(
+    inventory: ParamInventory,
+    *,
+    zero_rank: int | None = None,
+    tokens: int | None = None,
+    device_type: str = HOST.type,
+) -> Plan:
     """Return the memory plan of a rank in the inventory's pipeline stage, as bytes by row.
 
     ====================  =====================================================================================
@@ -48,6 +58,8 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
     reduction buffers     N·c, if gradients are accumulated in another dtype: all buckets may be in flight
     gather buffers        :func:`~internlm.costs.gather_buffers.gather_buffers`
     activations           :func:`~internlm.costs.activations.peak_saved`
+    logits of a chunk     :func:`~internlm.costs.device_buffers.logits_of_chunk`, on an accelerator only
+    buffers of NCCL       :func:`~internlm.costs.device_buffers.nccl_buffers`, on an accelerator that uses NCCL
     ====================  =====================================================================================
 
     If the zero group shards parameters (``zero1.fsdp``), no rank has a flat buffer of the whole group. Parameters then
@@ -59,6 +71,7 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
             have no formula, and their rows are left out.
         zero_rank: Rank within the zero group; by default the rank that holds the most bytes.
         tokens: Number of tokens of a micro-batch that take part in the loss; by default all.
+        device_type: Type of the device. On the CPU, logits count as memory of the process.
     """
     groups = _group_numels(inventory)
     ranks = range(inventory.groups.z.size) if zero_rank is None else [zero_rank]
@@ -67,6 +80,11 @@ def memory_plan(inventory: ParamInventory, *, zero_rank: int | None = None, toke
     if inventory.spec is not None:
         plan[GATHER] = gather_buffers(inventory)
         plan[ACTIVATIONS] = peak_saved(inventory.config, inventory.world_size, tokens, stage=inventory.stage)
+    kind = kind_of(device_type)
+    if inventory.spec is not None and not kind.is_host:
+        plan[LOGITS] = logits_of_chunk(inventory.symbols, device_type, tokens)
+    if kind.backend == "nccl":
+        plan[NCCL] = nccl_buffers(inventory.config, inventory.world_size, inventory.stage)
     return plan
 
 

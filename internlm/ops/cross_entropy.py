@@ -136,11 +136,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = gemm.linear(x[rows], weight).to(token_loss.dtype)  # [C, V]
             token_loss[rows], correct[rows], dlogits = losses_and_grad(logits, labels[rows], valid, smoothing)
             dlogits = dlogits.to(x.dtype)
+            del logits  # before the products, which need the gradient in the dtype of x only
             # Ignored rows are zeroed in [C, H] products rather than in dlogits, which is V / H times as large.
             if dx is not None:
                 torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
             if dweight is not None:
                 gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
+            del dlogits  # before the logits of the next chunk exist
         ctx.save_for_backward(dx, dweight)
         ctx.main_grad, ctx.dtype = main_grad, grad_dtype(weight)
         ctx.grad_scale = _scalar(options.grad_scale, token_loss.dtype)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from internlm.accelerator import HOST
 from internlm.config import Config, config_hash
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel import ParallelLinear
@@ -113,11 +114,11 @@ def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) 
     return ParamInventory(config=config, world_size=world_size, stage=stage, shards=tuple(shards), spec=spec)
 
 
-def plans_of_stages(config: Config, world_size: int) -> list[Plan]:
+def plans_of_stages(config: Config, world_size: int, device_type: str = HOST.type) -> list[Plan]:
     """Return one memory plan per pipeline stage, computed for the stage's rank that needs the most memory.
 
     Raises:
         NoCostFormulaError: ``config.model_type`` is not registered, or the model cannot be built on the meta device.
     """
     stages = range(config.parallel.pipeline.size)
-    return [memory_plan(build_inventory(config, world_size, stage)) for stage in stages]
+    return [memory_plan(build_inventory(config, world_size, stage), device_type=device_type) for stage in stages]

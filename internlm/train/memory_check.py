@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from internlm import accelerator
 from internlm.config import Config
-from internlm.costs import NoCostFormulaError, ParamInventory, memory_plan
+from internlm.costs import NoCostFormulaError, ParamInventory, Plan, memory_plan
 from internlm.costs.memory_plan import format_bytes
 from internlm.train.inventory import build_inventory
 from internlm.utils.errors import ConfigError, Problem
@@ -36,10 +36,14 @@ def check_memory(config: Config, world_size: int, stage: int) -> None:
     # Parameters first: the layout of the flat buffers has an entry per bucket, which is itself too large for a model
     # of absurd size.
     smallest = _parameters(inventory)
-    needed = smallest if smallest > free * TOLERANCE else sum(memory_plan(inventory).values())
+    needed = smallest if smallest > free * TOLERANCE else sum(_plan(inventory).values())
     if needed > free * TOLERANCE:
         what = f"a rank needs {format_bytes(needed)} of memory, but only {format_bytes(free)} are free"
         raise ConfigError(Problem("model", what, TODO))
+
+
+def _plan(inventory: ParamInventory) -> Plan:
+    return memory_plan(inventory, device_type=accelerator.device_type())
 
 
 def _parameters(inventory: ParamInventory) -> int:

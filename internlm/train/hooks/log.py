@@ -38,21 +38,21 @@ class LogMemoryPlan(Hook):
 
 def _plans(model: nn.Module) -> dict[int, Plan]:
     """Return the memory plan of each stage; for a user's own model, return the plan of this rank's stage only."""
-    own = _own_inventory(model)
+    own, device = _own_inventory(model), accelerator.device_type()
     if own.spec is None:  # other stages are built from the registered model, which may differ from this one
-        return {own.stage: memory_plan(own)}
+        return {own.stage: memory_plan(own, device_type=device)}
     others = [stage for stage in range(own.groups.p.size) if stage != own.stage]
     inventories = [own, *(build_inventory(own.config, own.world_size, stage) for stage in others)]
     return {
-        inventory.stage: memory_plan(inventory)
+        inventory.stage: memory_plan(inventory, device_type=device)
         for inventory in sorted(inventories, key=lambda inventory: inventory.stage)
     }
 
 
 def own_plan(model: nn.Module) -> Plan:
     """Return the memory plan of this rank; empty if it cannot be computed."""
-    zero_rank = gpc.get_local_rank(ParallelMode.ZERO1)
-    return _attempt(lambda: memory_plan(_own_inventory(model), zero_rank=zero_rank), {})
+    zero_rank, device = gpc.get_local_rank(ParallelMode.ZERO1), accelerator.device_type()
+    return _attempt(lambda: memory_plan(_own_inventory(model), zero_rank=zero_rank, device_type=device), {})
 
 
 def _own_inventory(model: nn.Module) -> ParamInventory:

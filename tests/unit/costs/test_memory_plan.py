@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from internlm.cli.main import main
 from internlm.config import Config, load_config
 from internlm.costs import format_plans, format_worst_plan, memory_plan
 from internlm.costs.activations import peak_saved
+from internlm.costs.device_buffers import NCCL_BYTES, communicators
+from internlm.ops import linear_cross_entropy
 from internlm.train.inventory import build_inventory, plans_of_stages
 
 HIDDEN, VOCAB = 64, 128
@@ -26,6 +32,7 @@ KEYS: dict[str, Any] = dict(
 )
 ALL = 3 * BLOCK + 2 * EMBEDDING + HIDDEN  # and the last norm; a multiple of the padding
 MB, GB = 2**20, 2**30
+HEADS = "model.num_attention_heads=2"
 
 
 def resolved(*overrides: str, world: int = 1) -> Config:
@@ -120,6 +127,89 @@ def test_stages_have_plans_of_their_own() -> None:
         2 * (BLOCK + EMBEDDING), 2 * BLOCK, 2 * (BLOCK + EMBEDDING + HIDDEN)
     ]  # fmt: skip
     assert first["activations"] > middle["activations"]
+
+
+# -- on an accelerator
+
+
+def test_an_accelerator_needs_the_logits_of_a_chunk_and_the_buffers_of_nccl() -> None:
+    on_cpu, on_gpu = plan(world=4), plan(world=4, device_type="cuda")
+    added = {"logits of a chunk": 16 * VOCAB * (2 + 4), "buffers of NCCL": NCCL_BYTES}
+    assert on_gpu == {**on_cpu, **added}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "logits"),
+    [
+        ((), 16 * VOCAB * (2 + 4)),
+        (("model.dtype=torch.float32",), 16 * VOCAB * 4),
+        (("data.seq_len=4096",), 2048 * VOCAB * (2 + 4)),
+        (("parallel.tensor.size=2", HEADS), 16 * VOCAB // 2 * (2 + 4)),
+        (("parallel.tensor.size=2", "parallel.tensor.mode=isp", HEADS), 8 * VOCAB * (2 + 4)),
+    ],
+)
+def test_a_chunk_of_logits_by_hand(overrides: tuple[str, ...], logits: int) -> None:
+    assert plan(*overrides, world=2, device_type="cuda")["logits of a chunk"] == logits
+
+
+def test_only_the_stage_of_the_head_has_logits() -> None:
+    pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
+    assert [stage["logits of a chunk"] > 0 for stage in plans_of_stages(pipeline, 3, "cuda")] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        ((), 1, [0]),
+        ((), 8, [1]),
+        (("parallel.zero1.size=2",), 8, [3]),  # all ranks, those of a state, its replicas
+        (("parallel.tensor.size=2", HEADS), 8, [3]),  # all, tensor, data
+        (("parallel.pipeline.size=4", "data.micro_num=4", "model.num_layers=4"), 4, [3, 5, 5, 3]),  # all, and 2 a side
+        (("parallel.tensor={'size': 2, 'mode': 'isp'}", "parallel.weight.size=2", HEADS), 8, [4]),  # and weights
+    ],
+)
+def test_communicators_are_counted(overrides: tuple[str, ...], world: int, expected: list[int]) -> None:
+    config = resolved(*overrides, world=world)
+    assert [communicators(config, world, stage) for stage in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_on_a_device_needs_no_more_than_the_logits_of_a_chunk(dtype: torch.dtype) -> None:
+    tokens, hidden, vocab = 3 * 2048, 16, 4096
+    x = torch.empty(tokens, hidden, device="meta", dtype=dtype, requires_grad=True)
+    weight = torch.empty(vocab, hidden, device="meta", dtype=dtype, requires_grad=True)
+    labels = torch.empty(tokens, device="meta", dtype=torch.int64)
+    with LiveBytes() as live:
+        linear_cross_entropy(x, weight, labels)
+    size = 2048 * vocab * (4 if dtype == torch.float32 else 2 + 4)
+    kept = x.nbytes + 4 * weight.numel() + 5 * tokens  # gradients, losses and correct predictions
+    assert 1 <= (live.peak - kept) / size < 1.01
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, ``peak`` is the largest number of bytes in tensors that were made within it and not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
+        self.given: set[int] = set()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {storage_of(tensor) for tensor in self.tensors.values()}
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.given |= {storage_of(leaf) for leaf in leaves} - known
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and storage_of(leaf) not in self.given:
+                self.tensors[id(leaf)] = leaf
+        sizes = {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in self.tensors.values()}
+        self.peak = max(self.peak, sum(sizes.values()))
+        return out
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 # -- as text

@@ -1,0 +1,79 @@
+"""Formulas of memory that a run needs on an accelerator beside what it holds: logits of a chunk, buffers of NCCL.
+
+======================  ==============================================================================================
+logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); in float32 C·⌈V/t⌉·g, as nothing is converted
+buffers of NCCL         :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate
+======================  ==============================================================================================
+
+C is the number of tokens of a chunk of the loss. Other symbols: :mod:`internlm.costs.symbols`.
+"""
+
+from __future__ import annotations
+
+from internlm.accelerator import kind_of
+from internlm.config import Config
+from internlm.core.context import ParallelMode
+from internlm.core.context.layout import Layout
+from internlm.core.context.parallel_context import sizes_of
+from internlm.costs.symbols import Symbols, rows_per_rank
+from internlm.ops.cross_entropy import default_chunk_tokens
+
+#: Channels that NCCL opens for a communicator on machines with NVLink; ``NCCL_MAX_CTAS`` limits them.
+NCCL_CHANNELS = 16
+#: Bytes of the buffer of a channel in one direction, NCCL's default of ``NCCL_BUFFSIZE``.
+NCCL_BUFFER = 2**22
+#: Bytes of the buffers of a communicator.
+NCCL_BYTES = 2 * NCCL_CHANNELS * NCCL_BUFFER
+
+#: Modes whose groups run collectives in a training step; NCCL connects the ranks of a group at its first collective.
+_USED = (
+    ParallelMode.GLOBAL,
+    ParallelMode.DATA,
+    ParallelMode.TENSOR,
+    ParallelMode.PIPELINE,
+    ParallelMode.ZERO1,
+    ParallelMode.ZERO1_REPLICA,
+    ParallelMode.WEIGHT,
+    ParallelMode.WEIGHT_DATA,
+    ParallelMode.ISP_DATA,
+)
+
+
+def logits_of_chunk(s: Symbols, device_type: str, tokens: int | None = None) -> int:
+    """Return the peak bytes of the logits of one chunk of the loss; 0 on a stage without the head.
+
+    They exist in e bytes an element, as the matmul returns them, and in g bytes, in which the loss is computed; their
+    gradient then exists in both. Neither survives the chunk.
+
+    Args:
+        s: Symbols of the stage.
+        device_type: Type of the device, which decides the size of a chunk.
+        tokens: Number of tokens in the loss, K; by default all tokens of a micro-batch.
+    """
+    if not s.stage_layers.has_head:
+        return 0
+    rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
+    chunk = min(default_chunk_tokens(kind_of(device_type).is_host, rows), labels if tokens is None else tokens)
+    return chunk * rows * (s.g + s.e if s.e < s.g else s.g)
+
+
+def nccl_buffers(config: Config, world_size: int, stage: int) -> int:
+    """Return the estimated bytes of NCCL's buffers on a rank of pipeline stage ``stage``."""
+    return communicators(config, world_size, stage) * NCCL_BYTES
+
+
+def communicators(config: Config, world_size: int, stage: int) -> int:
+    """Return the number of communicators of more than one rank that a rank of pipeline stage ``stage`` uses.
+
+    Groups of the same ranks share one, except that isp's weights have their own. Each direction between two
+    neighbouring stages has one.
+    """
+    layout, parallel = Layout(sizes_of(config, world_size)), config.parallel
+    stages = parallel.pipeline.size
+    rank = layout.group_of(0, ParallelMode.PIPELINE)[stage]
+    groups = {mode: tuple(layout.group_of(rank, mode)) for mode in _USED}
+    own_of_weights = len(groups[ParallelMode.WEIGHT]) > 1 and groups[ParallelMode.WEIGHT] == groups[ParallelMode.TENSOR]
+    has_ring = config.parallel.pipeline.mode == "1F1B" and config.model.num_chunks > 1 and stages > 2
+    neighbours = 2 if has_ring else (stage > 0) + (stage < stages - 1)
+    ends = config.model.tie_word_embeddings and stages > 1 and stage in (0, stages - 1)
+    return len({ranks for ranks in groups.values() if len(ranks) > 1}) + own_of_weights + 2 * neighbours + ends
