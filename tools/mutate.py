@@ -82,6 +82,13 @@ MISTAKES = (
         new="valid_tokens.sum().clamp",
     ),
     Mistake(
+        name="isp: the mean of a micro-batch is that of this rank's tokens",
+        file="core/scheduler/loss.py",
+        old="whole = all_reduce(valid_tokens.clone(), micro_batch_group)",
+        new="whole = valid_tokens",
+        tests=("tests/dist/test_parallel.py", "-k", "means_of_micro_batches"),
+    ),
+    Mistake(
         name="the last micro-batch is dropped",
         file="core/scheduler/compute.py",
         old="return len(self._labels)\n",

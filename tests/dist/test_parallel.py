@@ -41,7 +41,6 @@ SAMPLES: list[Layout] = [("mtp", 2, 1, 4), ("msp", 2, 1, 4), ("fsp", 2, 1, 2), (
 CASES: dict[str, tuple[str, ...]] = {
     "unpacked": ("data.use_packed_dataset=False",),
     "windows across samples": ("data.pack_sample_into_one=True",),
-    "means of micro-batches": ("loss.average=micro_batch",),
     "label smoothing": ("loss.label_smoothing=0.1",),
     "a vocabulary that no size divides": ("model.vocab_size=67", "loss.label_smoothing=0.1"),
     "an embedding split by words": ("model.embed_split_hidden=False", "model.vocab_size=67"),
@@ -55,6 +54,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "not clipped": ("hybrid_zero_optimizer.clip_grad_norm=0",),
     "optimizer state whole": ("parallel.zero1.size=1",),
     "a user's own model": ("model_type=PLAIN",),
+    "means of micro-batches": ("loss.average=micro_batch",),
     "a rotary base for each document": DYNAMIC_NTK,
 }
 
@@ -106,6 +106,15 @@ def test_every_case(case: str, layout: Layout) -> None:
 @pytest.mark.parametrize(("family", "layout"), [*zip(["INTERNLM2", "INTERNLM"] * 2, SAMPLES, strict=True)], ids=str)
 def test_float32(family: str, layout: Layout) -> None:
     assert_equal(layout, (f"model_type={family}",), "float32")
+
+
+def test_means_of_micro_batches_whose_rows_are_split() -> None:
+    """Their valid tokens are counted over the ranks that share a row."""
+    report, records = verify(4, (*overrides_of(SAMPLES[3]), "loss.average=micro_batch", "data.micro_num=3"))
+    assert report.failures == []
+    counts = [sum(row) for row in zip(*(record.tokens[0] for record in records), strict=True)]
+    assert len(set(counts)) > 1
+    assert any(len({record.tokens[0][row] for record in records}) > 1 for row in range(3))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
