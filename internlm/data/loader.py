@@ -142,7 +142,7 @@ class _RowLoader:
     ) -> None:
         self.plan = plan
         self._rows, self._data_rank, self._sequence_shard = rows, data_rank, sequence_shard
-        self._num_worker = num_worker
+        self.num_worker = num_worker
 
     def steps(self) -> range:
         """Return the steps whose batches iteration yields."""
@@ -154,7 +154,7 @@ class _RowLoader:
         return pin_batch(batch)  # here, since pinning copies: a thread that reads ahead does it during earlier steps
 
     def __iter__(self) -> Iterator[Batch]:
-        return read_ahead(self.read, self.steps(), self._num_worker)
+        return read_ahead(self.read, self.steps(), self.num_worker)
 
     def __len__(self) -> int:
         """Return the number of batches that iteration yields."""

@@ -33,7 +33,18 @@ def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:
     return build_valid_loaders(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
-get_train_data_loader = build_train_loader_with_data_type
+def get_train_data_loader(num_worker: int | None = None) -> tuple[TrainLoader, list[str]]:
+    """Build this rank's training loader as :func:`build_train_loader_with_data_type` does, by its older name.
+
+    Args:
+        num_worker: Number of threads that read batches ahead; default: ``data.num_worker`` of the config.
+    """
+    loader, types = build_train_loader_with_data_type()
+    if num_worker is not None:
+        loader.num_worker = num_worker
+    return loader, types
+
+
 get_validation_data_loader = build_valid_loader_with_data_type
 
 

@@ -17,7 +17,7 @@ from internlm.data.loader import TrainLoader
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
-from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train import get_train_data_loader, initialize_model_and_parallel_communicator, initialize_optimizer
 from internlm.utils.errors import UserError
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
@@ -84,6 +84,7 @@ READS: dict[str, tuple[Callable[[Run], Any], Any]] = {
     "len(train_dl.dataset)": (lambda r: len(r.loader.dataset) > 0, True),
     "train_dl.collate_fn": (lambda r: r.loader.collate_fn([r.loader.dataset[0]])[1].shape, (1, 32)),
     "train_dl.batch_sampler": (lambda r: (len(r.loader.batch_sampler), r.loader.batch_sampler.batch_size), (5, 1)),
+    "get_train_data_loader(num_worker=2)": (lambda r: get_train_data_loader(num_worker=2)[0].num_worker, 2),
     "lr_scheduler.get_last_lr()": (lambda r: r.lr_scheduler.get_last_lr(), [1e-2 * 2 / 4]),
     "beta2_scheduler.get_beta2()": (lambda r: r.beta2_scheduler.get_beta2(), 1 - 2**-0.5),
     "optimizer.param_groups[i]['lr']": (
