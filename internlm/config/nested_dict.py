@@ -16,19 +16,25 @@ ABSENT = object()
 def plain(value: Any, where: str = "", outer: tuple[int, ...] = ()) -> Any:
     """Copy ``value``, recursively converting mappings and config sections to dicts and path objects to strings.
 
+    Items of lists and tuples are converted too.
+
     Args:
         value: Value of any type.
         where: Dotted key of the value, for errors.
-        outer: Identities of the mappings that contain the value.
+        outer: Identities of the containers that contain the value.
 
     Raises:
-        ConfigError: A dict contains itself, or a key is not a string.
+        ConfigError: A dict or a list contains itself, or a key is not a string.
     """
-    if not isinstance(value, (Mapping, DictAccess)):
+    if not isinstance(value, (Mapping, DictAccess, list, tuple)):
         # The schema is strict: for a path it accepts a string, but no path object.
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if id(value) in outer:
-        raise ConfigError(Problem(where, "is the dict that contains it", "Remove the key, or copy the inner dict"))
+        kind = "list" if isinstance(value, list) else "dict"
+        raise ConfigError(Problem(where, f"is the {kind} that contains it", f"Remove it, or copy the inner {kind}"))
+    if isinstance(value, (list, tuple)):
+        items = (plain(item, where, (*outer, id(value))) for item in value)
+        return list(items) if isinstance(value, list) else tuple(items)
     if strangers := [key for key in value if not isinstance(key, str)]:
         what = f"contains the key {strangers[0]!r}, which is not a string"
         raise ConfigError(Problem(where or "config", what, "Write keys as strings"))

@@ -46,8 +46,13 @@ class FriendlyParser(argparse.ArgumentParser):
         self._refuse([Problem(where, f"{str(value)!r} is unknown", todo)])
 
     def _unknown_argument(self, word: str, parsed: argparse.Namespace) -> Problem:
-        flag = word.partition("=")[0]
-        todo = did_you_mean(flag, self._known_flags(parsed)) if flag.startswith("-") else f"See: {self.prog} --help"
+        flag, equals, _ = word.partition("=")
+        if flag.startswith("-"):
+            todo = did_you_mean(flag, self._known_flags(parsed))
+        elif equals and "--set" in self._known_flags(parsed):
+            todo = f"Write --set {word}: each override needs its own --set"
+        else:
+            todo = f"See: {self.prog} --help"
         return Problem(flag, "unknown argument", todo)
 
     def _known_flags(self, parsed: argparse.Namespace) -> Iterator[str]:
@@ -65,6 +70,8 @@ def _blanks_around_equals(words: Sequence[str]) -> Iterator[Problem]:
         if word.startswith("=") and not before.startswith("-"):
             joined = f"{before}={after}" if word == "=" else f"{before}{word}"
             yield Problem(f"{before} {word}", "has blanks around '='", f"Write {joined}")
+        elif before == "--set" and word.endswith("=") and after and not after.startswith("-"):
+            yield Problem(f"{word} {after}", "has blanks around '='", f"Write {word}{after}")
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:

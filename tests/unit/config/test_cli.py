@@ -79,6 +79,11 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
         (["config", SFT, "another.py"], "another.py: unknown argument. See: internlm --help"),
         (["config", SFT, "--set", "adam.lr", "=", "3"], "adam.lr =: has blanks around '='. Write adam.lr=3"),
         (["config", SFT, "--set", "adam.lr", "=3"], "adam.lr =3: has blanks around '='. Write adam.lr=3"),
+        (["config", SFT, "--set", "adam.lr=", "3"], "adam.lr= 3: has blanks around '='. Write adam.lr=3"),
+        (
+            ["config", SFT, "--set", "adam.lr=3", "data.micro_num=2"],
+            "data.micro_num: unknown argument. Write --set data.micro_num=2: each override needs its own --set",
+        ),
         (["config"], "internlm config: the following arguments are required: CONFIG. See: internlm config --help"),
         ([], "internlm: the following arguments are required: COMMAND. See: internlm --help"),
     ],

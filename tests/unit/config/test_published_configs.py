@@ -160,8 +160,22 @@ def test_a_key_that_is_not_a_string_is_refused() -> None:
 def test_a_dict_that_contains_itself_is_refused() -> None:
     config = config_of({})
     config["model"]["inner"] = config["model"]
-    with pytest.raises(ConfigError, match=r"^model\.inner: is the dict that contains it\. Remove the key, or copy"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.inner: is the dict that contains it\. Remove it, or copy the inner"
+    ):
         resolve(config)
+
+
+def test_lists_are_searched_too() -> None:
+    group: dict[Any, Any] = {"pattern": "norm", 5: 6}
+    with pytest.raises(ConfigError, match=r"^optimizer\.param_groups: contains the key 5, which is not a string\."):
+        resolve(config_of({}) | {"optimizer": {"param_groups": [group]}})
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(
+        ConfigError, match=r"^optimizer\.param_groups: is the list that contains it\. Remove it, or copy"
+    ):
+        resolve(config_of({}) | {"optimizer": {"param_groups": endless}})
 
 
 @pytest.mark.parametrize("text", ["2026", "1_1", "1e3", "True", "[1]"])
