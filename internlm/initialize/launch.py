@@ -132,11 +132,10 @@ def initialize_distributed_env(
     check_process(process)
     resolved = _resolve(config, process, overrides)
     check_registered(resolved)
-    _check_attention(resolved)
     # NCCL binds a communicator to the device that is current when its group is made.
     accelerator.set_device(device_index(process.local_rank, accelerator.device_count()))
+    _check_attention(resolved)  # after that, since it reads the capability of the current device
     _join(process, backend, resolved.parallel.timeout)
-    _check_device_is_not_shared(process, backend)
     _check_agreement(resolved, seed)
     if accelerator.device_kind().is_host:
         choose_kernels(torch_dtype(str(resolved.model.dtype)))
@@ -311,6 +310,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
         leave_at_exit()
+    _check_device_is_not_shared(process, backend)
 
 
 def _record_collectives(environment: MutableMapping[str, str]) -> None:

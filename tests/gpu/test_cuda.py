@@ -10,6 +10,7 @@ import torch
 
 from internlm import accelerator
 from internlm.core.parallel.dropout import keep_mask
+from internlm.core.parallel.offload import host_memory
 from internlm.ops import PackedSequences, attention, gemm, why_unavailable
 from tests.harness.launch import torchrun
 
@@ -78,7 +79,31 @@ def test_accelerator_finds_the_device() -> None:
     assert accelerator.device_type() == "cuda"
     assert accelerator.default_backend() == "nccl"
     assert accelerator.device_count() == torch.cuda.device_count()
+    kind = accelerator.device_kind()
+    assert kind.compute_capability == torch.cuda.get_device_capability()
+    assert kind.device_id() == str(torch.cuda.get_device_properties(0).uuid)
     assert accelerator.device_memory() == pytest.approx(torch.cuda.mem_get_info()[1], rel=0.05)
+
+
+def test_marks_measure_the_work_of_the_device() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    start = accelerator.Mark()
+    for _ in range(20):
+        x @ x
+    end = accelerator.Mark()
+    assert end.seconds_since(start) > 20 * 2 * 4096**3 / 2e15  # no GPU computes that many operations a second
+
+
+def test_host_memory_of_offloading_is_pinned() -> None:
+    (parts,) = host_memory([3 * 2**25 + 5], torch.device("cuda"))
+    assert [part.nbytes for part in parts] == [2**25] * 3 + [5]
+    assert all(part.is_pinned() for part in parts)
+
+
+def test_copies_to_the_device_do_not_block_and_arrive() -> None:
+    numbers = torch.arange(2**20)
+    assert accelerator.to_device(numbers, torch.device("cuda", 0)).cpu().equal(numbers)
+    assert accelerator.device_kind().pin(numbers).is_pinned()
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32", "torch.bfloat16"])

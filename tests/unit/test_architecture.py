@@ -147,8 +147,9 @@ def names_of_devices(text: str) -> set[str]:
     """Device types that code names, as a string or as a module of torch; docstrings and comments may name any."""
     nodes = list(ast.walk(ast.parse(text)))
     strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    devices = {text.partition(":")[0] for text in strings}  # also "cuda:1"
     modules = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) in TORCH_MODULES}
-    return DEVICE_TYPES & strings | {f"torch.{name}" for name in DEVICE_TYPES & modules}
+    return DEVICE_TYPES & devices | {f"torch.{name}" for name in DEVICE_TYPES & modules}
 
 
 def test_only_the_accelerator_package_names_device_types() -> None:
@@ -164,6 +165,7 @@ def test_only_the_accelerator_package_names_device_types() -> None:
     [
         ("x.device.type == 'cuda'", {"cuda"}),
         ("torch.empty(1, device='cpu')", {"cpu"}),
+        ("torch.device('cuda:1')", {"cuda"}),
         ("torch.cuda.synchronize()", {"torch.cuda"}),
         ("torch.version.hip", {"torch.hip"}),
         ("def f():\n    'Like torch.cuda.'\n    return is_host(x)  # not 'cpu'\n", set()),
