@@ -15,6 +15,8 @@ from internlm.core.scheduler.table import make_table, read_table, schedule_of, w
 from internlm.core.scheduler.timeline import Costs
 from internlm.core.scheduler.validate import simulate
 from internlm.costs import format_plans
+from internlm.costs.activations import peak_on_host
+from internlm.costs.memory_plan import ACTIVATIONS, format_bytes
 from internlm.data.texts import find_texts, read_texts
 from internlm.data.tokenized_writer import make_recipe, tokenize_texts
 from internlm.train.inventory import plans_of_stages
@@ -46,6 +48,9 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
     print(f"Memory plan of the rank with the most memory in each stage, of {arguments.world} ranks")
     print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))], device_memory))
+    if config.model.cpu_offloading and ACTIVATIONS in plans[0]:
+        offloaded = [peak_on_host(config, arguments.world, stage=stage) for stage in range(len(plans))]
+        print(f"In host memory, by offloading: {', '.join(map(format_bytes, offloaded))}")
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ Symbols: :mod:`internlm.costs.symbols`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from internlm.config import Config
-from internlm.core.scheduler.actions import BACKWARD, FORWARD
+from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
 
@@ -320,6 +320,29 @@ def kept_after_each_action(config: Config, world_size: int, tokens: int | None =
     chunks = range(table.stage_layout.chunks)
     saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=c).values()) for c in chunks]
     deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
+    return _after_each_action(table, stage, saved, deferred)
+
+
+def peak_on_host(config: Config, world_size: int, *, stage: int = 0) -> int:
+    """Return the peak bytes of tensors that a rank of ``stage`` has offloaded to host memory.
+
+    Arguments and exceptions are those of :func:`saved_for_backward`.
+    """
+    table = table_of(config)
+    chunks = range(table.stage_layout.chunks)
+    offloaded = [sum(saved_on_host(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
+    return max(_after_each_action(table, stage, offloaded, [0] * len(chunks)))
+
+
+def _after_each_action(table: Table, stage: int, forward: Sequence[int], deferred: Sequence[int]) -> list[int]:
+    """Return the bytes that a rank of ``stage`` holds after each action.
+
+    Args:
+        table: Table of actions.
+        stage: Pipeline stage of the rank.
+        forward: Bytes that F adds for a micro-batch, by chunk.
+        deferred: Bytes to which a B that defers weight gradients reduces them, by chunk.
+    """
     in_flight: dict[tuple[int, int], int] = {}
     totals = []
     # F adds a pair. A B that defers weight gradients replaces the pair's tensors by those for W. The last action frees
@@ -327,7 +350,7 @@ def kept_after_each_action(config: Config, world_size: int, tokens: int | None =
     for action in table.actions[stage]:
         pair = action.chunk, action.micro_batch
         if action.type == FORWARD:
-            in_flight[pair] = saved[action.chunk]
+            in_flight[pair] = forward[action.chunk]
         elif action.type == BACKWARD and table.defers_weight(stage, action):
             in_flight[pair] = deferred[action.chunk]
         else:

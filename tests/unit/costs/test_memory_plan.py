@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from internlm.cli.main import main
 from internlm.config import Config, load_config
 from internlm.costs import format_plans, format_worst_plan, memory_plan
-from internlm.costs.activations import peak_saved
+from internlm.costs.activations import peak_on_host, peak_saved, saved_on_host
 from internlm.costs.device_buffers import NCCL_BYTES, communicators
 from internlm.ops import linear_cross_entropy
 from internlm.train.inventory import build_inventory, plans_of_stages
@@ -261,6 +262,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["memory", str(file), "--world", "3", *stages])
     assert caught.value.code == 2
+
+
+def test_offloaded_tensors_wait_on_the_host_for_all_micro_batches_in_flight() -> None:
+    keys = "parallel.pipeline.size=3", "data.micro_num=4", "model.cpu_offloading=1"
+    config = resolved(*keys, world=3)
+    one = [sum(saved_on_host(config, 3, stage=stage).values()) for stage in range(3)]
+    assert min(one) > 0
+    # 1F1B: the first of three stages has three micro-batches in flight, the last has one.
+    assert [peak_on_host(config, 3, stage=stage) for stage in range(3)] == [3 * one[0], 2 * one[1], one[2]]
+
+
+def test_the_command_names_the_host_memory_of_offloading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG)
+    main(["memory", str(file), "--world", "1"])
+    assert "host memory" not in capsys.readouterr().out
+    main(["memory", str(file), "--world", "1", "--set", "model.cpu_offloading=1"])
+    assert re.search(r"\nIn host memory, by offloading: \d.* [MG]iB\n$", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
