@@ -10,6 +10,7 @@ block-diagonal mask. (Its path without a mask needs flash-attn, which needs CUDA
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class Transformers:
             DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
         )
         if compiled:
+            # A cache of its own: a run that was killed while it compiled leaves broken files in the shared one.
+            self._cache = tempfile.TemporaryDirectory()
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = self._cache.name
             self.model = torch.compile(self.model)
 
     def step(self) -> float:
