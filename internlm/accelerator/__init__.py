@@ -15,12 +15,14 @@ from internlm.accelerator.device import profiler_activities as profiler_activiti
 from internlm.accelerator.device import set_device as set_device
 from internlm.accelerator.device import set_device_rng_state as set_device_rng_state
 from internlm.accelerator.device import synchronize as synchronize
+from internlm.accelerator.device import with_values as with_values
 from internlm.accelerator.kinds import CPU as CPU
 from internlm.accelerator.kinds import DEVICE_VARIABLE as DEVICE_VARIABLE
 from internlm.accelerator.kinds import HOST as HOST
 from internlm.accelerator.kinds import DeviceKind as DeviceKind
 from internlm.accelerator.kinds import device_kind as device_kind
 from internlm.accelerator.kinds import kind_of as kind_of
+from internlm.accelerator.kinds import pretending as pretending
 from internlm.accelerator.transfer import HostValues as HostValues
 from internlm.accelerator.transfer import host_reads as host_reads
 from internlm.accelerator.transfer import is_host as is_host

@@ -72,6 +72,11 @@ def current_device() -> torch.device:
     return torch.device(kind.name) if kind.is_host else torch.device(kind.name, kind.module.current_device())
 
 
+def with_values() -> AbstractContextManager[None]:
+    """Return a context manager within which host tensors have values, also in a dry run."""
+    return device_kind().with_values()
+
+
 def synchronize() -> None:
     """Block until the device has finished all queued work; a no-op on CPU."""
     kind = device_kind()

@@ -6,6 +6,8 @@ Code should ask for a capability, such as ``is_host``, rather than compare devic
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,6 +27,8 @@ class DeviceKind:
     """Device type, as in ``torch.device(name)``."""
     backend: str
     """Default backend of ``torch.distributed``."""
+    has_values: bool = True
+    """Whether tensors have memory and values; False in a dry run."""
     is_host: bool = False
     """Whether tensors are in host memory, so that reading them needs no copy, and kernels run when they are called."""
 
@@ -54,9 +58,17 @@ class DeviceKind:
         """Return a tensor of this kind in host memory, waiting until it has been computed."""
         return tensor if self.is_host else tensor.cpu()
 
+    def write(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Copy a host tensor to a device of this kind, without blocking the host."""
+        return tensor.to(device) if self.is_host else self.pin(tensor).to(device, non_blocking=True)
+
     def pin(self, tensor: Tensor) -> Tensor:
         """Return a host tensor in memory that devices of this kind can read without blocking the host."""
         return tensor if self.is_host or tensor.is_pinned() else tensor.pin_memory()
+
+    def with_values(self) -> AbstractContextManager[None]:
+        """Return a context manager within which host tensors have values, also in a dry run."""
+        return nullcontext()
 
     def begin_copy(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Start to copy a tensor of this kind to host memory; return the copy, and an event after it."""
@@ -74,7 +86,20 @@ CUDA = DeviceKind(name="cuda", backend="nccl")
 HOST = torch.device(CPU.name)
 
 #: Known kinds by device type. A tensor on any other type, such as ``meta``, is treated like one on an accelerator.
-KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+_KINDS = {kind.name: kind for kind in (CPU, CUDA)}
+_pretended: DeviceKind | None = None
+
+
+@contextmanager
+def pretending(kind: DeviceKind) -> Iterator[None]:
+    """Compute on devices of ``kind`` within the ``with`` block, whatever this machine has."""
+    global _pretended, _KINDS
+    before = _pretended, _KINDS
+    _pretended, _KINDS = kind, {**_KINDS, kind.name: kind}
+    try:
+        yield
+    finally:
+        _pretended, _KINDS = before
 
 
 def device_kind() -> DeviceKind:
@@ -82,6 +107,8 @@ def device_kind() -> DeviceKind:
 
     It is CUDA if a CUDA device is available and ``INTERNLM_DEVICE`` is not ``cpu``, else the CPU.
     """
+    if _pretended is not None:
+        return _pretended
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     return CUDA if wanted != CPU.name and torch.cuda.is_available() else CPU
 
@@ -89,4 +116,4 @@ def device_kind() -> DeviceKind:
 def kind_of(device: torch.device | str) -> DeviceKind:
     """Return the kind of ``device``."""
     name = torch.device(device).type
-    return KINDS.get(name) or DeviceKind(name=name, backend="")
+    return _KINDS.get(name) or DeviceKind(name=name, backend="")

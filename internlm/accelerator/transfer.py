@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internlm.accelerator.kinds import kind_of
+from internlm.accelerator.kinds import device_kind, kind_of
 
 _reads: Counter[str] = Counter()
 
@@ -48,9 +48,7 @@ def to_host(tensor: Tensor, why: str) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on ``device``, without blocking the host."""
-    if tensor.device == device or kind_of(device).is_host:
-        return tensor.to(device)
-    return kind_of(device).pin(tensor).to(device, non_blocking=True)
+    return tensor if tensor.device == device else kind_of(device).write(tensor, device)
 
 
 class HostValues:
@@ -63,7 +61,7 @@ class HostValues:
 
     def __init__(self, tensor: Tensor, why: str) -> None:
         self.tensor, self.why = tensor, why
-        self._values: Tensor | None = None
+        self._values: Any = None
         self._copy: tuple[Tensor, Any] | None = None  # destination on the host, and the event after the copy
 
     @property
@@ -71,13 +69,13 @@ class HostValues:
         """Whether the host has the values."""
         return self._values is not None
 
-    def read(self) -> Tensor:
-        """Return the values, with a host sync if they have not been read before."""
+    def read(self) -> Any:
+        """Return the values like ``tensor.tolist()``; a host sync if they have not been read before."""
         if self._values is None:
-            self._values = to_host(self.tensor, self.why)
+            self._values = to_host(self.tensor, self.why).tolist()
         return self._values
 
-    def set(self, values: Tensor) -> None:
+    def set(self, values: list[Any]) -> None:
         """Set the values, which the host knows already."""
         self._values = values
 
@@ -87,7 +85,7 @@ class HostValues:
         if self._values is None and not kind.is_host:
             self._copy = kind.begin_copy(self.tensor)
 
-    def read_arrived(self) -> Tensor:
+    def read_arrived(self) -> Any:
         """Return the values that :meth:`begin_copy` started to copy, once the copy has completed.
 
         This is no host sync if the device has been given other work since: it goes on with that work.
@@ -95,8 +93,8 @@ class HostValues:
         if self._values is None and self._copy is not None:
             host, event = self._copy
             event.synchronize()
-            self._values, self._copy = host, None
-        return self.tensor if self._values is None else self._values
+            self._values, self._copy = host.tolist(), None
+        return self.tensor.tolist() if self._values is None else self._values
 
 
 def read_together(*values: HostValues, why: str) -> None:
@@ -110,6 +108,7 @@ def read_together(*values: HostValues, why: str) -> None:
     if not unread:
         return
     flat = to_host(torch.cat([value.tensor.flatten() for value in unread]), why)
-    parts = flat.split([value.tensor.numel() for value in unread])
-    for value, part in zip(unread, parts, strict=True):
-        value.set(part.view(value.tensor.shape))
+    with device_kind().with_values():
+        parts = flat.split([value.tensor.numel() for value in unread])
+        for value, part in zip(unread, parts, strict=True):
+            value.set(part.view(value.tensor.shape).tolist())

@@ -35,6 +35,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
+    Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
     Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),

@@ -30,6 +30,11 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def rank(text: str) -> int:
+    """Parse a rank, an integer of at least 0."""
+    return seed(text)
+
+
 def duration(text: str) -> float:
     """Parse the duration of a simulated action or send: 0, or a number from :data:`SHORTEST` to :data:`LONGEST`.
 
@@ -106,6 +111,27 @@ def memory(parser: argparse.ArgumentParser) -> None:
         world_required=True,
         default_device="cuda",
     )
+
+
+def dryrun(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm dryrun``."""
+    parser.description = (
+        "Run the training path of single ranks on a pretended device, without a GPU, without the memory of the model "
+        "and without other processes. Print memory, traffic, FLOPs, kernels and host syncs beside their formulas. "
+        "Exit code: 0 if all agree, 1 if they differ or a step would stall a device, 2 for a mistake in config or "
+        "arguments."
+    )
+    add = parser.add_argument
+    add_config(parser)
+    add("--world", type=count, metavar="N", required=True, help="number of processes")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=rank, action="append", metavar="R", help="rank to run (default: 0); repeatable")
+    which.add_argument("--stages", action="store_true", help="run the first rank of each pipeline stage")
+    add(
+        "--steps", type=count, default=2, metavar="K", help="steps; counts are those of the last (default: %(default)s)"
+    )
+    add("--seed", type=seed, default=1024, help="seed of the run (default: %(default)s)")
+    add("--json", type=file_to_write, metavar="FILE", help="write all numbers to FILE")
 
 
 def schedule(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -119,7 +120,8 @@ class BatchShape:
             counts, largest_length = [micro_bsz] * micro_num, seq_len
         else:  # on the host, so no host sync
             counts = [len(cu_seqlens) - 1 for cu_seqlens in boundaries]
-            largest_length = max(int(cu_seqlens.diff().max()) for cu_seqlens in boundaries)
+            lengths = [end - start for cu_seqlens in boundaries for start, end in pairwise(cu_seqlens.tolist())]
+            largest_length = max(lengths)
         return cls(
             micro_num=len(ids),
             tokens=ids.numel(),

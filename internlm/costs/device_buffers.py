@@ -1,7 +1,9 @@
-"""Formulas of memory that a run needs on an accelerator beside what it holds: logits of a chunk, buffers of NCCL.
+"""Formulas of memory that a run needs on an accelerator beside what it holds: transients, and buffers of NCCL.
 
 ======================  ==============================================================================================
 logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); in float32 C·⌈V/t⌉·g, as nothing is converted
+gradients of a block    4·T·F·e/t + S·H·e, with T·H·e under msp and fsp, plus what a block saves and is recomputed
+transients              the larger of these two; on the stage with the head, less what head and loss saved
 buffers of NCCL         :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate
 ======================  ==============================================================================================
 
@@ -15,6 +17,7 @@ from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
 from internlm.core.context.parallel_context import sizes_of
+from internlm.costs.activations import attention_output, block, kernel, loss, norm
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
 
@@ -55,6 +58,30 @@ def logits_of_chunk(s: Symbols, device_type: str, tokens: int | None = None) -> 
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     chunk = min(default_chunk_tokens(kind_of(device_type).is_host, rows), labels if tokens is None else tokens)
     return chunk * rows * (s.g + s.e if s.e < s.g else s.g)
+
+
+def gradients_of_block(s: Symbols) -> int:
+    """Return the peak bytes of the gradients in the backward pass of one block; 0 on a stage without layers.
+
+    The peak is at SwiGLU: its recomputed output, the gradients of its output, gate and up, and that of the block. A
+    recomputed block also holds again what it would have saved.
+    """
+    if not s.layers:
+        return 0
+    saved = 0
+    if any(s.recomputed(chunk) for chunk in s.chunks):
+        saved = sum(block(s).values()) - s.S * s.H * s.e  # its input is saved in any case
+    elif s.spec.recomputes_attention:
+        saved = attention_output(s) + kernel(s)
+    gathered = s.T * s.H * s.e if s.mode in ("msp", "fsp") and s.t.size > 1 else 0  # the gradient of w2's output
+    return 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.e + gathered + saved
+
+
+def transients(s: Symbols, device_type: str, tokens: int | None = None) -> int:
+    """Return the peak bytes that the computation itself needs; see :func:`logits_of_chunk` for the arguments."""
+    # Before the backward pass of a block, what head and loss saved has been freed.
+    freed = sum(loss(s, tokens).values()) + norm(s) if s.stage_layers.has_head else 0
+    return max(logits_of_chunk(s, device_type, tokens), gradients_of_block(s) - freed)
 
 
 def nccl_buffers(config: Config, world_size: int, stage: int) -> int:

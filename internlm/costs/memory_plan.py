@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from internlm.accelerator import HOST, kind_of
 from internlm.costs.activations import peak_saved
-from internlm.costs.device_buffers import logits_of_chunk, nccl_buffers
+from internlm.costs.device_buffers import nccl_buffers, transients
 from internlm.costs.gather_buffers import gather_buffers
 from internlm.costs.param_shards import ParamInventory
 from internlm.solver.optimizer.param_groups import ParamGroupKey
@@ -27,7 +27,7 @@ MAIN = "main parameters"
 REDUCTION = "reduction buffers"
 GATHER = "gather buffers"
 ACTIVATIONS = "activations"
-LOGITS = "logits of a chunk"
+TRANSIENTS = "transients"
 NCCL = "buffers of NCCL"
 TOTAL = "total"
 
@@ -58,7 +58,7 @@ def memory_plan(
     reduction buffers     N·c, if gradients are accumulated in another dtype: all buckets may be in flight
     gather buffers        :func:`~internlm.costs.gather_buffers.gather_buffers`
     activations           :func:`~internlm.costs.activations.peak_saved`
-    logits of a chunk     :func:`~internlm.costs.device_buffers.logits_of_chunk`, on an accelerator only
+    transients            :func:`~internlm.costs.device_buffers.transients`, on an accelerator only
     buffers of NCCL       :func:`~internlm.costs.device_buffers.nccl_buffers`, on an accelerator that uses NCCL
     ====================  =====================================================================================
 
@@ -71,7 +71,7 @@ def memory_plan(
             have no formula, and their rows are left out.
         zero_rank: Rank within the zero group; by default the rank that holds the most bytes.
         tokens: Number of tokens of a micro-batch that take part in the loss; by default all.
-        device_type: Type of the device. On the CPU, logits count as memory of the process.
+        device_type: Type of the device. On the CPU, transients count as memory of the process.
     """
     groups = _group_numels(inventory)
     ranks = range(inventory.groups.z.size) if zero_rank is None else [zero_rank]
@@ -82,7 +82,7 @@ def memory_plan(
         plan[ACTIVATIONS] = peak_saved(inventory.config, inventory.world_size, tokens, stage=inventory.stage)
     kind = kind_of(device_type)
     if inventory.spec is not None and not kind.is_host:
-        plan[LOGITS] = logits_of_chunk(inventory.symbols, device_type, tokens)
+        plan[TRANSIENTS] = transients(inventory.symbols, device_type, tokens)
     if kind.backend == "nccl":
         plan[NCCL] = nccl_buffers(inventory.config, inventory.world_size, inventory.stage)
     return plan

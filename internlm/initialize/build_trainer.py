@@ -84,7 +84,8 @@ def _check_agreement(table: Table) -> None:
     """Check that all ranks have the same schedule; otherwise unmatched sends and receives would block."""
     tables: list[str] = [""] * dist.get_world_size()
     digest = hashlib.sha256(repr(table.actions).encode()).hexdigest()
-    dist.all_gather_object(tables, f"SHA-256 {digest[:12]}")
+    with accelerator.with_values():
+        dist.all_gather_object(tables, f"SHA-256 {digest[:12]}")
     if len(set(tables)) > 1:
         message = f"differs between ranks ({format_by_rank(tables)})"
         raise ConfigError(Problem(table.schedule, message, "Copy the same file to all machines"))

@@ -126,8 +126,8 @@ class _SplitQKVRotary(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        tokens, groups, slots, dim = qkv.shape
-        q, k, v = (qkv.new_empty(groups, heads, tokens, dim).permute(2, 0, 1, 3) for heads in (slots - 2, 1, 1))
+        slots = qkv.shape[2]
+        q, k, v = (_new_heads(qkv, heads) for heads in (slots - 2, 1, 1))
         _rotate(qkv[:, :, :-2], cos, sin, interleaved, q)
         _rotate(qkv[:, :, -2:-1], cos, sin, interleaved, k)
         v.copy_(qkv[:, :, -1:])
@@ -145,6 +145,18 @@ class _SplitQKVRotary(torch.autograd.Function):
         _rotate(dk, cos, back, ctx.interleaved, dqkv[:, :, -2])
         dqkv[:, :, -1].copy_(dv)
         return dqkv, None, None, None
+
+
+def _new_heads(qkv: Tensor, heads: int) -> Tensor:
+    """Return a new tensor for ``heads`` heads of each group of ``qkv`` [T, G, Q + 2, D]; its shape is [T, G, heads, D].
+
+    In memory, heads come first on the CPU, whose kernels read one head at a time. The kernels of devices return their
+    output in the layout of the queries, and the next product needs it token by token.
+    """
+    tokens, groups, _, dim = qkv.shape
+    if is_host(qkv):
+        return qkv.new_empty(groups, heads, tokens, dim).permute(2, 0, 1, 3)
+    return qkv.new_empty(tokens, groups, heads, dim)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import profile, schedule
 
@@ -25,21 +26,25 @@ def held_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict
 
     Padding is included, and every storage is counted once: parameters are views of the optimizer's flat buffers.
     """
+    rows = {row: _storages(tensors) for row, tensors in tensors_between_steps(model, optimizer).items()}
+    # In float32 the main parameters are the parameters themselves, which the plan counts only once too.
+    rows[MAIN] = {storage: size for storage, size in rows[MAIN].items() if storage not in rows[PARAMETERS]}
+    return {row: sum(storages.values()) for row, storages in rows.items()}
+
+
+def tensors_between_steps(model: nn.Module, optimizer: HybridZeroOptimizer) -> dict[str, list[Tensor]]:
+    """Return the tensors that this rank holds between two steps, by row of the memory plan."""
     groups = optimizer.groups
-    # Storages by address rather than tensors: many parameters are views of one flat buffer, whose padding counts too.
-    parameters = _storages(local_shard(parameter).flat for parameter in model.parameters())
     rows = {
-        PARAMETERS: parameters,
-        GRADIENTS: _storages(grad for group in groups for grad in (group.grads, *group.grad_shards)),
-        MAIN: _storages(part for group in groups for part in group.main_shards),
+        PARAMETERS: [local_shard(parameter).flat for parameter in model.parameters()],
+        GRADIENTS: [grad for group in groups for grad in (group.grads, *group.grad_shards)],
+        MAIN: [part for group in groups for part in group.main_shards],
     }
-    # Groups with the same rule share a row, as in the plan, so their storages are merged by the name of the state.
+    # Groups with the same rule share a row, as in the plan.
     for group in groups:
         for name, tensor in optimizer.state_of(group).items():
-            rows.setdefault(optimizer_row(name), {}).update(_storages([tensor]))
-    # In float32 the main parameters are the parameters themselves, which the plan counts only once too.
-    rows[MAIN] = {address: size for address, size in rows[MAIN].items() if address not in parameters}
-    return {row: sum(storages.values()) for row, storages in rows.items()}
+            rows.setdefault(optimizer_row(name), []).append(tensor)
+    return rows
 
 
 def memory_report(model: nn.Module, optimizer: HybridZeroOptimizer, plan: Mapping[str, int] | None = None) -> str:
@@ -70,10 +75,10 @@ def _module_bytes(module: nn.Module) -> int:
     return sum(local_shard(parameter).flat.nbytes for parameter in module.parameters())
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of the storages of ``tensors``, keyed by address."""
+def _storages(tensors: Iterable[Tensor]) -> dict[torch.UntypedStorage, int]:
+    """Return the bytes of the storages of ``tensors``: many are views of one flat buffer, whose padding counts too."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage: storage.nbytes() for storage in storages}
 
 
 WAIT, WARMUP, ACTIVE = 1, 1, 3  # steps: the first fills caches, the second absorbs the profiler's own start-up

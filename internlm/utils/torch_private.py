@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 # Use the public names under torch.library instead once opaque objects leave their beta.
 from torch._library.opaque_object import register_opaque_type as register_opaque_type
 from torch._opaque_base import OpaqueBase as OpaqueBase
+
+# Base class of modes that see each operator, which torch documents but has in a private module.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +82,81 @@ foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
 foreach_lerp = torch._foreach_lerp
 foreach_mul_ = torch._foreach_mul_
+
+# -- dry runs ---------------------------------------------------------------------------------------------------------
+
+
+def register_python_device(name: str, module: object) -> None:
+    """Register a device type without kernels, on which fake tensors can be.
+
+    If torch removes its experimental function, register the device's hooks and guard as its C++ extensions do.
+    """
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(name, backend_module=module)
+    # An operator with a kernel of its own is called as it is; without, torch replaces it by many small operators.
+    library = torch.library.Library("aten", "IMPL")
+    for operator in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+        library.impl(operator, _never_called, "PrivateUse1")
+    _libraries.append(library)
+
+
+_libraries: list[torch.library.Library] = []  # a library that is freed removes its kernels
+
+
+def _never_called(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("fake tensors do not call kernels")
+
+
+@contextmanager
+def fake_tensors() -> Iterator[Any]:
+    """Make all tensors that are created in the ``with`` block fake: they have shape, dtype and device, but no values.
+
+    The context manager returns the mode, for :func:`call_uncached`.
+
+    Fake tensors are private, but are what ``torch.export`` is built on. If their class moves, import it from there.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = torch._C._only_lift_cpu_tensors()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) then calls operators that modes see
+        try:
+            yield mode
+        finally:
+            torch._C._set_only_lift_cpu_tensors(before)
+
+
+def call_uncached(mode: Any, operator: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator without the cache of the mode, which would keep a storage among its arguments alive.
+
+    Call the operator itself once the cache leaves out such operators.
+    """
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        return operator(*args, **kwargs)
+    finally:
+        mode.cache_enabled = before
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Make tensors that are created in the ``with`` block real again, inside :func:`fake_tensors`."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
+def join_fake_group(rank: int, world_size: int) -> None:
+    """Make a default process group whose collectives send nothing and leave their outputs as they are.
+
+    torch offers it for tests. If it is removed, derive a class from ``torch.distributed.ProcessGroup``.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
 
 # -- torch.distributed ------------------------------------------------------------------------------------------------
 

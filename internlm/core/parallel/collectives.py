@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import LEDGER
+from internlm.utils.same_memory import same_memory
 
 
 class Work(Protocol):
@@ -71,7 +72,7 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
         shard: Output, [rows, …], which may be a view of ``whole``. None: allocate a tensor.
     """
     if group.size == 1:
-        return Pending(whole if shard is None or shard.data_ptr() == whole.data_ptr() else shard.copy_(whole))
+        return Pending(whole if shard is None or same_memory(shard, whole) else shard.copy_(whole))
     if shard is None:
         shard = whole.new_empty(whole.shape[0] // group.size, *whole.shape[1:])
     LEDGER.record(group.mode, "reduce-scatter", (group.size - 1) * shard.nbytes)
@@ -90,7 +91,7 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
         whole: Output, [n · rows, …], of which ``shard`` may be a view. None: allocate a tensor.
     """
     if group.size == 1:
-        return Pending(shard if whole is None or shard.data_ptr() == whole.data_ptr() else whole.copy_(shard))
+        return Pending(shard if whole is None or same_memory(shard, whole) else whole.copy_(shard))
     if whole is None:
         whole = shard.new_empty(shard.shape[0] * group.size, *shard.shape[1:])
     LEDGER.record(group.mode, "all-gather", (group.size - 1) * shard.nbytes)
@@ -234,6 +235,6 @@ class WorkList:
 def gloo_all_gather(whole: Tensor, shard: Tensor, group: dist.ProcessGroup | None, rank: int, ranks: int) -> WorkList:
     """Start an all-gather of ``shard`` into ``whole`` on gloo, implemented as one broadcast from each rank."""
     slices = whole.view(ranks, *shard.shape)
-    if slices[rank].data_ptr() != shard.data_ptr():
+    if not same_memory(slices[rank], shard):
         slices[rank].copy_(shard)
     return WorkList([dist.broadcast(slices[i], group=group, group_src=i, async_op=True) for i in range(ranks)])

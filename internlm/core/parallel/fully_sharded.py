@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from internlm.accelerator import device_type
+from internlm.accelerator import device_type, with_values
 from internlm.core.context.group import Group
 from internlm.core.parallel.blocks import containing_block, declared_blocks
 from internlm.core.parallel.ledger import LEDGER, Collective
@@ -66,13 +67,15 @@ def shard_fully(
         raise ConfigError(Problem("parallel.zero1.fsdp", f"True, but parameter {problem}", todo))
     _make_matrices(model)
     assert group.handle is not None, "fully_shard needs a process group"
-    mesh = DeviceMesh.from_group(group.handle, device_type())  # parameters may be on the meta device
+    with with_values():
+        mesh = DeviceMesh.from_group(group.handle, device_type())  # parameters may be on the meta device
     policy = MixedPrecisionPolicy(dtype, grad_dtype, cast_forward_inputs=False)
     for unit in (*declared_blocks(model).values(), model):
         for parameter in _unsharded(unit):
             parameter.data = parameter.data.to(wide(dtype))  # main parameters; the policy rounds them to dtype
         _configure(fully_shard(unit, mesh=mesh, mp_policy=policy), group, grad_dtype, reduce_dtype or grad_dtype)
     model.register_forward_hook(_reshard_root)
+    _keep_host_inputs(model)
     for name, parameter in model.named_parameters():
         set_placement(parameter, placements[name])  # fully_shard has created new parameters
         set_compute_dtype(parameter, dtype)
@@ -122,6 +125,28 @@ def set_grad(parameter: Tensor, flat: Tensor) -> None:
     parameter.grad = DTensor.from_local(
         local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+@dataclass(frozen=True)
+class _HostInput:
+    """Input that stays on the host."""
+
+    tensor: Tensor
+
+
+def _keep_host_inputs(model: nn.Module) -> None:
+    """Keep the inputs that the model reads on the host there: ``fully_shard`` copies all tensors to the device."""
+    names = getattr(model, "host_inputs", ())
+
+    def hide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = {name: _HostInput(kwargs[name]) for name in names if kwargs.get(name) is not None}
+        return args, {**kwargs, **hidden}
+
+    def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {key: value.tensor if isinstance(value, _HostInput) else value for key, value in kwargs.items()}
+
+    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)  # before the hook of fully_shard
+    model.register_forward_pre_hook(show, with_kwargs=True)  # after it
 
 
 def _unshardable(model: nn.Module, dtype: torch.dtype) -> str | None:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from internlm.accelerator import kind_of
 from internlm.core.context.random import derived_seed
 from internlm.core.parallel.fully_sharded import adopt_new_shards, local_shard
 from internlm.core.parallel.param_state import compute_dtype, placed_parameters, placement_of
@@ -77,12 +78,13 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     Values are drawn in float32, at most :data:`CHUNK` at a time, and rounded to the compute dtype of the parameter.
 
     Args:
-        parameter: Parameter with a placement. If the placement specifies no initial values, the parameter is unchanged.
+        parameter: Parameter with a placement. It is unchanged if the placement specifies no initial values, or in a dry
+            run.
         name: Logical name, the same in every layout.
         seed: Seed of the run.
     """
     placement = placement_of(parameter, name)
-    if placement.init is None:
+    if placement.init is None or not kind_of(parameter.device).has_values:
         return
     flat, start = local_shard(parameter)
     key = derived_seed(seed, "parameter", name)

@@ -58,7 +58,7 @@ class ChunkOffload:
             self._last = None  # an exception may have ended the previous pass
         if position == self.count:
             return self._run_next(compute)
-        saved = _Saved(device, {_storage_ptr(tensor) for tensor in kept}, self._last)
+        saved = _Saved(device, {_storage_id(tensor) for tensor in kept}, self._last)
         with saved_tensors_hooks(saved.pack, saved.unpack):
             output = compute()
         if self._last is not None:
@@ -126,14 +126,14 @@ class _Saved:
     def __init__(self, device: torch.device, kept: set[int], previous: _Saved | None) -> None:
         self.device, self.kept, self.previous = device, kept, previous
         self.tensors: list[_SavedTensor] = []
-        self.storages: dict[int, _Storage] = {}  # by address, which is unique while the originals are alive
+        self.storages: dict[int, _Storage] = {}  # by id, which is unique while the originals are alive
         self.is_fetched = False
         self.event: Any = None
 
     # -- autograd's hooks ---------------------------------------------------------------------------------------------
     def pack(self, tensor: Tensor) -> _SavedTensor | Tensor:
         """Return the object that autograd saves instead of ``tensor``; ``tensor`` itself if it is not offloaded."""
-        pointer = _storage_ptr(tensor)
+        pointer = _storage_id(tensor)
         if pointer in self.kept:
             return tensor
         storage = self.storages.setdefault(pointer, _Storage(_bytes_of(tensor)))
@@ -210,8 +210,8 @@ def _side_stream(device: torch.device) -> Any:
     return torch.get_device_module(device).Stream()
 
 
-def _storage_ptr(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage_id(tensor: Tensor) -> int:
+    return id(tensor.untyped_storage())  # torch keeps the object as long as the memory; a dry run has no addresses
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from internlm.core.parallel.placement import ParamPlacement
 from internlm.ops import gemm
 from internlm.utils.dtype import grad_dtype
 from internlm.utils.errors import Problem, UserError
+from internlm.utils.same_memory import same_memory
 
 _ATTRIBUTE = "param_state"
 
@@ -268,8 +269,8 @@ def _on_accumulated(parameter: Tensor) -> None:
     """
     grad, main_grad = parameter.grad, main_grad_of(parameter)
     assert main_grad is not None, "the hook is registered by attach_main_grad"
-    # Compared by address: autograd may replace the tensor object and keep the memory.
-    if grad is not None and grad.data_ptr() != main_grad.data_ptr():
+    # Compared by memory: autograd may replace the tensor object and keep the memory.
+    if grad is not None and not same_memory(grad, main_grad):
         main_grad.add_(grad)
         parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None
     _grad_has_grown(parameter)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.accelerator import to_device
+from internlm.accelerator import to_device, with_values
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
 from internlm.core.parallel.sharding import StageLayers
@@ -67,7 +67,7 @@ class MicroBatches:
             message = f"contain type {largest}, but the trainer was built for {types} dataset types"
             todo = f"Pass types={largest + 1} to initialize_trainer, the number of types in the data"
             raise UserError(Problem("type_ids of the batch", message, todo))
-        self._type_ids = batch["type_ids"] if types > 1 and "type_ids" in batch else torch.zeros_like(labels)
+        self._type_ids = batch["type_ids"] if types > 1 and "type_ids" in batch else None
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -89,11 +89,15 @@ class MicroBatches:
 
     def type_ids(self, index: int) -> Tensor:
         """Return the dataset type of each token of micro-batch ``index``, shaped like its labels."""
+        if self._type_ids is None:
+            return torch.zeros(self._labels[index].shape, dtype=torch.int64, device=self._device)
         return self._on_device(self._type_ids[index])
 
     def valid_tokens(self) -> Tensor:
         """Return the number of labels other than −100 in each micro-batch, [micro-batches], on the device."""
-        return self._on_device((self._labels != -100).flatten(1).sum(1))
+        with with_values():  # the labels are on the host
+            count = (self._labels != -100).flatten(1).sum(1)
+        return self._on_device(count)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         # The copy overlaps with the compute of the previous micro-batch.

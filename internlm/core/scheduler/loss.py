@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -53,13 +54,13 @@ class StepResult(AsTuple):
         if not self.has_loss:
             return float("nan")
         sums = self.host_sums.read()
-        tokens = sums[TOKENS].sum()
-        return float(sums[WEIGHTED].sum() / tokens) if tokens else 0.0
+        tokens = sum(sums[TOKENS])
+        return math.fsum(sums[WEIGHTED]) / tokens if tokens else 0.0
 
     @property
     def valid_tokens(self) -> int:
         """Number of labels other than −100, over all ranks."""
-        return int(self.host_sums.read()[TOKENS].sum())
+        return int(sum(self.host_sums.read()[TOKENS]))
 
 
 def zero_sums(types: int, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from internlm.solver.optimizer.flat_buffers import (
 )
 from internlm.solver.optimizer.param_groups import ProcessGroups
 from internlm.utils.errors import Problem, UserError
+from internlm.utils.same_memory import same_memory
 
 
 class GradReadyTracker:
@@ -142,7 +143,7 @@ class BucketReduction:
         In between, the result of the first all-reduce is copied to the ``grad_shards`` of the group.
         """
         self.finish()
-        if self._sent_shard.data_ptr() != self._shard.data_ptr():
+        if not same_memory(self._sent_shard, self._shard):
             self._shard.copy_(self._sent_shard)
         mode = self.group.key.partial_over
         if mode is not None and self._shard.numel():

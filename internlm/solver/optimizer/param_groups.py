@@ -26,6 +26,7 @@ from internlm.core.parallel.placement import ParamPlacement
 from internlm.utils.compat import DictAccess
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem, UserError
+from internlm.utils.same_memory import same_memory
 
 #: Zero group of a rank that holds the whole optimizer state.
 ALONE = Group(ParallelMode.ZERO1)
@@ -217,7 +218,7 @@ class ParamGroup:
         """
         # Checking one parameter saves time in each step, and suffices, because model.to() and .half() move all of them.
         name, parameter, memory = self._first_parameter()
-        if local_shard(parameter).flat.data_ptr() != memory.data_ptr():
+        if not same_memory(local_shard(parameter).flat, memory):
             message = f"{name!r} was moved out of the optimizer's buffer, so updates do not reach it"
             raise UserError(Problem("model", message, "Call model.to() or .half() before creating the optimizer"))
         self.grads.zero_()

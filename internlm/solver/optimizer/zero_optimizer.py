@@ -231,9 +231,9 @@ class HybridZeroOptimizer(ReplacedNames):
     def _step_with_counts(self, updates: int, skipped_in_a_row: int) -> OptimizerStep:
         """Return the result of an earlier step with these counts."""
         self._skipped_before_last = skipped_in_a_row
-        counts = torch.tensor([0, skipped_in_a_row > 0, 1, skipped_in_a_row, updates], dtype=torch.float64)
-        step = OptimizerStep(to_device(counts, self.device))
-        step.host_outcome.set(counts)
+        outcome = [0.0, float(skipped_in_a_row > 0), 1.0, float(skipped_in_a_row), float(updates)]
+        step = OptimizerStep(to_device(torch.tensor(outcome, dtype=torch.float64), self.device))
+        step.host_outcome.set(outcome)
         return step
 
     def _global_norm(self) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from internlm import accelerator
 from internlm.config import Config
@@ -153,14 +153,14 @@ class LogMetrics(Hook):
         self.writer.close()
 
 
-def _metrics(sums: Tensor, types: Sequence[str]) -> dict[str, float | int]:
+def _metrics(sums: Sequence[Sequence[float]], types: Sequence[str]) -> dict[str, float | int]:
     """Return the accuracy, perplexity and loss of a step, and the accuracy, tokens and loss of each dataset type.
 
     Args:
         sums: Summed losses, correct predictions and tokens of the step by dataset type, [4, types].
         types: Names of the dataset types.
     """
-    loss, correct, tokens = (sums[row].tolist() for row in (LOSS, CORRECT, TOKENS))
+    loss, correct, tokens = (sums[row] for row in (LOSS, CORRECT, TOKENS))
     mean = sum(loss) / max(sum(tokens), 1)
     metrics: dict[str, float | int] = {
         "acc": sum(correct) / max(sum(tokens), 1),

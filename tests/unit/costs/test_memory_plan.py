@@ -16,7 +16,8 @@ from internlm.cli.main import main
 from internlm.config import Config, load_config
 from internlm.costs import format_plans, format_worst_plan, memory_plan
 from internlm.costs.activations import peak_on_host, peak_saved, saved_on_host
-from internlm.costs.device_buffers import NCCL_BYTES, communicators
+from internlm.costs.device_buffers import NCCL_BYTES, communicators, gradients_of_block, logits_of_chunk
+from internlm.costs.symbols import Symbols
 from internlm.ops import linear_cross_entropy
 from internlm.train.inventory import build_inventory, plans_of_stages
 
@@ -135,7 +136,8 @@ def test_stages_have_plans_of_their_own() -> None:
 
 def test_an_accelerator_needs_the_logits_of_a_chunk_and_the_buffers_of_nccl() -> None:
     on_cpu, on_gpu = plan(world=4), plan(world=4, device_type="cuda")
-    added = {"logits of a chunk": 16 * VOCAB * (2 + 4), "buffers of NCCL": NCCL_BYTES}
+    assert on_gpu.pop("transients") > 0
+    added = {"buffers of NCCL": NCCL_BYTES}
     assert on_gpu == {**on_cpu, **added}
 
 
@@ -150,12 +152,41 @@ def test_an_accelerator_needs_the_logits_of_a_chunk_and_the_buffers_of_nccl() ->
     ],
 )
 def test_a_chunk_of_logits_by_hand(overrides: tuple[str, ...], logits: int) -> None:
-    assert plan(*overrides, world=2, device_type="cuda")["logits of a chunk"] == logits
+    assert logits_of_chunk(Symbols.of(resolved(*overrides, world=2), 2), "cuda") == logits
 
 
 def test_only_the_stage_of_the_head_has_logits() -> None:
     pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
-    assert [stage["logits of a chunk"] > 0 for stage in plans_of_stages(pipeline, 3, "cuda")] == [False, False, True]
+    stages = [Symbols.of(pipeline, 3, stage) for stage in range(3)]
+    assert [logits_of_chunk(s, "cuda") > 0 for s in stages] == [False, False, True]
+
+
+ROW = 16 * HIDDEN * 2  # bytes of the hidden states of a row
+GATE_UP = 2 * 16 * 256 * 2
+SAVED = 2 * ROW + 3 * ROW + ROW + GATE_UP + 4 * 16  # inputs, q, k and v, attention's output and sums, gate and up
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        ((), 1, 2 * GATE_UP + ROW),
+        (("model.checkpoint=True",), 1, 2 * GATE_UP + ROW + SAVED - ROW),
+        (("model.checkpoint=selective",), 1, 2 * GATE_UP + ROW + ROW + 4 * 16),
+        (("parallel.tensor.size=2", HEADS), 2, GATE_UP + ROW),
+        (("parallel.tensor.size=2", "parallel.tensor.mode=msp", HEADS), 2, GATE_UP + ROW // 2 + ROW),
+        (("parallel.tensor.size=2", "parallel.tensor.mode=isp", HEADS), 2, GATE_UP + ROW // 2),
+    ],
+)
+def test_gradients_of_a_block_by_hand(overrides: tuple[str, ...], world: int, expected: int) -> None:
+    config = load_config(KEYS, (*overrides, "model.attention_backend=varlen"), world, "cuda")
+    assert gradients_of_block(Symbols.of(config, world)) == expected
+
+
+def test_the_larger_transient_counts() -> None:
+    few, many = (plan(f"model.vocab_size={size}", device_type="cuda")["transients"] for size in (16, 4096))
+    s = Symbols.of(resolved("model.vocab_size=16"), 1)
+    assert few == gradients_of_block(s) - 16 * (4 * HIDDEN + 2 * HIDDEN + 2 * HIDDEN) - 16 * 4
+    assert many == 16 * 4096 * (2 + 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Dry run: the training path of one rank of any world, without devices, memory or other ranks."""

@@ -1,0 +1,265 @@
+"""Dry runs of single ranks: all figures equal their formulas, and what would stall a device is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internlm.accelerator import to_host
+from internlm.accelerator.pretended import NAME
+from internlm.cli.main import main
+from internlm.core.parallel.ledger import Entry
+from internlm.dryrun.call_order import Event, order_problems
+from internlm.dryrun.findings import problems
+from internlm.dryrun.one_rank import DryRun, dry_config, run_rank
+from internlm.model import decoder
+from internlm.utils.errors import UserError
+from internlm.utils.torch_private import in_backward
+
+SMALL: dict[str, Any] = dict(
+    model_type="INTERNLM2",
+    model=dict(
+        num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=32000, mlp_ratio=8 / 3, multiple_of=64
+    ),
+    data=dict(seq_len=2048, micro_bsz=2, micro_num=1, total_steps=4),
+    adam=dict(lr=1e-3),
+    hybrid_zero_optimizer=dict(clip_grad_norm=1.0),
+    parallel=dict(zero1=dict(size=-1)),
+)
+
+
+def stages(size: int, *more: str) -> tuple[str, ...]:
+    return (f"parallel.pipeline.size={size}", f"data.micro_num={size}", *more)
+
+
+def split_over(mode: str, tensor: int, weight: int = 1) -> tuple[str, ...]:
+    sizes = f"parallel.tensor.size={tensor}", f"parallel.weight.size={weight}"
+    return (f"parallel.tensor.mode={mode}", *sizes)
+
+
+ISP = (*split_over("isp", 2, 4), "parallel.weight.overlap=True")
+FSDP = "parallel.zero1.fsdp=True"
+
+#: World, rank, and overrides. The dtype is bfloat16, as everywhere on a GPU.
+LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "zero over 8": (8, 0, ()),
+    "replicas, overlapped": (
+        512,
+        511,
+        ("parallel.zero1.size=8", "hybrid_zero_optimizer.overlap_sync_param=True", "data.micro_num=2"),
+    ),
+    "fp16, padded rows": (8, 3, ("model.dtype=torch.float16", "data.use_packed_dataset=False")),
+    "fp32": (8, 1, ("model.dtype=torch.float32",)),
+    "muon": (8, 5, ("optimizer.type=Muon",)),
+    "lion, all recomputed": (64, 63, ("optimizer.type=Lion", "model.checkpoint=True")),
+    "offloaded": (8, 2, ("model.cpu_offloading=2",)),
+    "selective, dropout": (8, 2, ("model.checkpoint=selective", "model.drop_rate=0.1")),
+    "fsdp": (8, 7, (FSDP,)),
+    "fsdp, replicas": (16, 9, (FSDP, "parallel.zero1.size=4")),
+    "mtp": (1024, 517, split_over("mtp", 8)),
+    "msp": (16, 3, split_over("msp", 4)),
+    "fsp": (16, 3, split_over("fsp", 4)),
+    "isp": (64, 5, ISP),
+    "isp, pool, one tensor rank": (8, 5, (*split_over("isp", 1, 8), "parallel.weight.overlap=True")),
+    "1F1B, first stage": (64, 0, stages(4)),
+    "1F1B, middle stage of msp": (4096, 2050, (*stages(4, "model.checkpoint=0.5"), *split_over("msp", 2))),
+    "1F1B, last stage, tied": (8, 7, (*stages(2), "model.tie_word_embeddings=True")),
+    "interleaved": (8, 0, stages(2, "model.num_chunks=2")),
+    "ZB-H1 of isp": (32, 31, (*stages(2, "parallel.pipeline.mode=ZBH1"), *ISP)),
+    "ZB-V": (8, 4, stages(2, "parallel.pipeline.mode=ZBV", "model.num_chunks=2")),
+}
+
+
+def dry(world: int, rank: int, *overrides: str, steps: int = 2) -> DryRun:
+    keys = ("model.dtype=torch.bfloat16", *overrides)
+    return run_rank(dry_config(SMALL, keys, world), world, rank, steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_agrees_with_its_formulas(layout: str) -> None:
+    world, rank, overrides = LAYOUTS[layout]
+    run = dry(world, rank, *overrides)
+    assert problems([run]) == []
+    assert run.traffic  # the comparison was not empty
+    assert run.host_reads == {"metrics of a step": 1}
+    assert run.has_attention_kernel == (layout != "fp32")
+
+
+def test_host_syncs_and_kernels_by_number_of_micro_batches() -> None:
+    one, two = dry(8, 0), dry(8, 0, "data.micro_num=2")
+    assert one.host_reads == two.host_reads
+    # Of 4 layers wqkv, wo, w13 and w2, and of the head two chunks of tokens: each forward and for both gradients. And
+    # the sums by dataset type.
+    products = 3 * (4 * 4 + 2) + 1
+    assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
+
+
+def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order() -> None:
+    overrides = (*stages(2, "hybrid_zero_optimizer.overlap_sync_param=True"), *split_over("msp", 2))
+    runs = [dry(8, rank, *overrides) for rank in (0, 1, 2, 4)]
+    assert problems(runs) == []
+    groups = {event.group for run in runs for event in run.events}
+    assert {(0, 1), (0, 2), (0, 4)} < groups
+
+
+# -- the order of collectives
+
+
+def _all_reduce(*ranks: int) -> Event:
+    return Event(ranks, "all-reduce", 8)
+
+
+def test_collectives_in_different_orders_are_named() -> None:
+    whole, pair = _all_reduce(0, 1, 2), _all_reduce(0, 1)
+    assert order_problems({0: [whole, pair], 1: [whole, pair], 2: [whole]}) == []
+    assert order_problems({0: [whole, pair], 1: [pair, whole]}) == [
+        "ranks 0 and 1, collectives: number 0 is all-reduce of 8 bytes over ranks 0, 1, 2 on one and "
+        "all-reduce of 8 bytes over ranks 0, 1 on the other"
+    ]
+    assert order_problems({0: [whole], 2: [whole, whole]}) == [
+        "ranks 0 and 2, collectives: 1 on one and 2 on the other"
+    ]
+
+
+def test_transfers_are_compared_by_direction() -> None:
+    there, back = Event((0, 1), "transfer", 4), Event((1, 0), "transfer", 4)
+    assert order_problems({0: [there, back], 1: [back, there]}) == []
+    (problem,) = order_problems({0: [there], 1: [Event((0, 1), "transfer", 8)]})
+    assert problem.startswith("ranks 0 and 1, transfers from 0 to 1: number 0 is transfer of 4 bytes")
+
+
+# -- faults
+
+
+def _reads_a_value(x: Tensor) -> None:
+    if x.sum() > 0:
+        x.add_(1)
+
+
+def _copies_to_the_host(x: Tensor) -> None:
+    x.detach().cpu()
+
+
+def _computes_on_the_host(x: Tensor) -> None:
+    torch.ones(3)
+
+
+def _copies_a_host_tensor(x: Tensor) -> None:
+    if not in_backward():
+        torch.tensor([1.0, 2.0], device=x.device)
+
+
+def _reads_twice(x: Tensor) -> None:
+    to_host(x.detach(), "a second look")
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (_reads_a_value, "reads a value of a device tensor (.item(), int(), if)"),
+        (_copies_to_the_host, "copies a device tensor to the host (aten::_to_copy). Use accelerator.to_host"),
+        (_computes_on_the_host, "computes on the host (aten::ones). Create the tensor on the device"),
+        (_copies_a_host_tensor, "copies a host tensor with a blocking copy. Use accelerator.to_device"),
+        (_reads_twice, "a step waits more than once for the device: a second look (8), metrics of a step (1)"),
+    ],
+)
+def test_a_planted_fault_is_named(
+    plant: Callable[[Tensor], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swiglu = decoder.swiglu
+
+    def planted(x: Tensor, *arguments: Any) -> Tensor:
+        plant(x)
+        return swiglu(x, *arguments)
+
+    monkeypatch.setattr(decoder, "swiglu", planted)
+    found = [line for line in problems([dry(8, 0, steps=1)]) if message in line]
+    assert len(found) == 1
+    if plant is not _reads_twice:
+        line = plant.__code__.co_firstlineno + 1 + (plant is _copies_a_host_tensor)
+        assert found[0].startswith(f"rank 0: tests/unit/dryrun/test_dryrun.py:{line}: ")
+
+
+def _needs_values(x: Tensor) -> None:
+    x.nonzero()
+
+
+def test_an_operator_that_needs_values_ends_the_dry_run_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    swiglu = decoder.swiglu
+
+    def planted(x: Tensor, *arguments: Any) -> Tensor:
+        _needs_values(x)
+        return swiglu(x, *arguments)
+
+    monkeypatch.setattr(decoder, "swiglu", planted)
+    line = _needs_values.__code__.co_firstlineno + 1
+    with pytest.raises(UserError, match=rf"^tests/unit/dryrun/test_dryrun\.py:{line}: cannot run without values \("):
+        dry(8, 0, steps=1)
+
+
+def test_wrong_traffic_and_memory_are_named() -> None:
+    run = dry(8, 0, steps=1)
+    assert run.expected is not None
+    key = next(iter(run.expected))
+    run.expected = {**run.expected, key: Entry(1, 2)}
+    run.plan = {**run.plan, "parameters": 3, "activations": 4}
+    first, second, third, fourth = problems([run])
+    assert first.endswith(f"parameters take {run.held['parameters']} bytes, 3 by formula")
+    assert second.startswith("rank 0: activations take ")
+    assert third.startswith("rank 0: the peak is ")
+    assert fourth.endswith(", by formula 1 calls, 2 bytes")
+
+
+def test_tensors_of_other_tests_are_not_on_the_pretended_device() -> None:
+    dry(8, 0, steps=1)
+    assert torch.ones(2).device.type != NAME
+    assert type(torch.ones(2)) is Tensor
+
+
+# -- the command
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "small.py"
+    file.write_text("".join(f"{name} = {value!r}\n" for name, value in SMALL.items()))
+    return file
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.json"
+    overrides = [argument for pair in stages(2) for argument in ("--set", pair)]
+    assert main(["dryrun", str(config), "--world", "8", "--stages", "--json", str(file), *overrides]) == 0
+    text = capsys.readouterr().out
+    assert "rank 0 of 8, stage 0" in text
+    assert "rank 4 of 8, stage 1" in text
+    assert text.endswith("Everything agrees with its formula\n")
+    written = json.loads(file.read_text())
+    assert [run["stage"] for run in written["runs"]] == [0, 1]
+    assert written["problems"] == []
+    for run in written["runs"]:
+        assert run["traffic"] == run["expected"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "8", "--rank", "8"], "--rank: 8 is not a rank of the run. Pass a rank below --world, 8"),
+        (["--world", "8", "--set", "parallel.tensor.size=3"], "parallel.tensor.size"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    arguments: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["dryrun", str(config), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
