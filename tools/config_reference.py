@@ -81,7 +81,11 @@ def _old_spellings() -> Iterator[str]:
         for old, new in legacy.RENAMED.items()
     ]  # fmt: skip
     removed = [
-        (f"`{key}`", f"ignored beside `{foreign.LOAD_INFO}`, or if it names the save folder; else an error. {todo}")
+        (
+            f"`{key}`",
+            f"ignored beside a `{foreign.LOAD_INFO}` with a path, if its path is a placeholder, or if it is the save "
+            f"folder and `ckpt.auto_resume` is `True`; else an error. {todo}",
+        )
         for key, todo in foreign.OLD_LOAD_KEYS.items()
     ]
     flag = [(f"`{legacy.SEQUENCE_PARALLEL}`", "dropped: it follows from the mode; `True` without a mode means msp")]

@@ -129,11 +129,14 @@ OLD_LOAD_KEYS = {
 PLACEHOLDER = "xxxx"
 
 
-def drop_old_load_keys(config: NestedDict, findings: Findings) -> None:
-    """Remove the old keys of a checkpoint to load.
+def drop_unset_checkpoints(config: NestedDict, findings: Findings) -> None:
+    """Remove ``ckpt.load_ckpt_info`` if it has no checkpoint, then the old keys of a checkpoint to load.
 
-    They are ignored if the current form or a resumed run replaces them; otherwise they are a problem.
+    The old keys are ignored if ``ckpt.load_ckpt_info`` or a resumed run replaces them; otherwise they are a problem.
+    Overrides must have been applied, since they may set the path or ``ckpt.auto_resume``.
     """
+    _drop_unset_load_info(config, findings)
+    resumes = get(config, "ckpt.auto_resume") is not False
     for key, todo in OLD_LOAD_KEYS.items():
         folder = pop(config, key)
         if folder is ABSENT or not folder:
@@ -142,14 +145,14 @@ def drop_old_load_keys(config: NestedDict, findings: Findings) -> None:
             findings.ignore(key, f"{LOAD_INFO} says what is loaded")
         elif is_placeholder(folder):
             findings.ignore(key, "its path is a placeholder")
-        elif _normal(folder) == _normal(get(config, "ckpt.save_ckpt_folder")):
-            findings.ignore(key, "a run continues from ckpt.save_ckpt_folder, if ckpt.auto_resume is True")
+        elif resumes and _normal(folder) == _normal(get(config, "ckpt.save_ckpt_folder")):
+            findings.ignore(key, "a run continues from ckpt.save_ckpt_folder, since ckpt.auto_resume is True")
         else:
             findings.problems.append(Problem(key, "this key is deprecated and no longer read", todo))
 
 
-def drop_unset_load_info(config: NestedDict, findings: Findings) -> None:
-    """Remove ``ckpt.load_ckpt_info`` if its path is None or a placeholder: there is no checkpoint to load."""
+def _drop_unset_load_info(config: NestedDict, findings: Findings) -> None:
+    """Remove ``ckpt.load_ckpt_info`` if its path is None or a placeholder."""
     info = get(config, LOAD_INFO)
     if not isinstance(info, dict) or "path" not in info:
         return

@@ -13,7 +13,6 @@ from internlm.config.foreign import (
     OLD_LOAD_KEYS,
     Findings,
     drop_foreign_keys,
-    drop_old_load_keys,
 )
 from internlm.config.nested_dict import ABSENT, NestedDict, get, pop, put
 from internlm.utils.errors import Problem
@@ -63,7 +62,6 @@ def normalise(config: NestedDict, findings: Findings) -> None:
     _expand_short_forms(config)
     _rename(config, findings)
     drop_foreign_keys(config, findings)
-    drop_old_load_keys(config, findings)
     _drop_sequence_parallel(config, findings)
     _respell_values(config)
     _drop_unset(config)

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from internlm.config import nested_dict
-from internlm.config.foreign import Findings, drop_unset_load_info
+from internlm.config.foreign import Findings, drop_unset_checkpoints
 from internlm.config.keys import section_of, values
 from internlm.config.legacy import normalise
 from internlm.config.load import apply_overrides, execute_file, from_mapping, variables_of
@@ -149,7 +149,7 @@ def resolve(
     normalise(raw, findings)
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
-    drop_unset_load_info(raw, findings)
+    drop_unset_checkpoints(raw, findings)
     problems, failed = _validate(raw)
     run = RunInfo(world_size, device_type)
     unusable = failed | run.unknown()

@@ -6,6 +6,7 @@ SEQ_LEN = 32
 model_type = "INTERNLM2"
 ckpt = dict(
     enable_save_ckpt=False,
+    save_ckpt_folder="local:ckpts",
     load_ckpt_folder="local:ckpts/",
     load_ckpt_info=dict(path="local:ckpts/xxxx", content=("model",), ckpt_type="internevo"),
     auto_resume=True,

@@ -125,6 +125,37 @@ def test_ignored_key_is_reported() -> None:
     ]
 
 
+OLD_FOLDER = "ckpt.load_ckpt_folder"
+NOT_READ = "ckpt.load_ckpt_folder: this key is deprecated and no longer read. Set ckpt.load_ckpt_info = dict(path=..., "
+
+
+@pytest.mark.parametrize(
+    "info", [None, {"path": None, "content": ("model",)}, {"path": "local:x/xxxx", "content": ("model",)}]
+)
+def test_an_old_key_of_a_checkpoint_is_refused_where_nothing_else_names_one(info: dict[str, Any] | None) -> None:
+    changes = {OLD_FOLDER: "local:old/500", "ckpt.load_ckpt_info": info}
+    (problem,) = problems_of(changes)
+    assert problem.startswith(NOT_READ)
+    (problem,) = problems_of({OLD_FOLDER: "local:runs", "ckpt.save_ckpt_folder": "runs/", "ckpt.auto_resume": False})
+    assert problem.startswith(NOT_READ)
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "reason"),
+    [
+        ({"ckpt.load_ckpt_info": {"path": "local:new/500"}}, [], "ckpt.load_ckpt_info says"),
+        ({"ckpt.load_ckpt_info": {"path": "x/xxxx"}}, ["ckpt.load_ckpt_info.path=new/500"], "ckpt.load_ckpt_info says"),
+        ({"ckpt.save_ckpt_folder": "old/500/"}, [], "a run continues from"),
+        ({"ckpt.save_ckpt_folder": "old/500", "ckpt.auto_resume": False}, ["ckpt.auto_resume=True"], "a run continues"),
+    ],
+)
+def test_an_old_key_of_a_checkpoint_is_ignored_where_another_replaces_it(
+    changes: dict[str, Any], overrides: list[str], reason: str
+) -> None:
+    (warning,) = resolve(config_of({OLD_FOLDER: "local:old/500", **changes}), overrides).warnings
+    assert f"ckpt.load_ckpt_folder ({reason}" in warning
+
+
 @pytest.mark.parametrize("changes", [BUSIEST, {"parallel": {"tensor": 2, "sequence_parallel": True}}])
 def test_normalising_twice_changes_nothing_more(changes: dict[str, Any]) -> None:
     once = config_of(changes)

@@ -25,7 +25,7 @@ def test_dense_families_resolve_with_one_warning(family: str) -> None:
     (warning,) = resolved.warnings
     assert "ckpt.load_ckpt_info (its path 'local:llm_ckpts/xxxx' is a placeholder)" in warning
     assert ("generation (settings of text generation" in warning) == ("generation" in DENSE[family])
-    assert ("ckpt.load_ckpt_folder (ckpt.load_ckpt_info says" in warning) == ("ckpt.load_ckpt_folder" in DENSE[family])
+    assert ("ckpt.load_ckpt_folder (a run continues" in warning) == ("ckpt.load_ckpt_folder" in DENSE[family])
     assert resolved.config.ckpt.load_ckpt_info is None
     assert not resolved.config.ckpt.enable_save_ckpt
 
