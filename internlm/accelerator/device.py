@@ -14,6 +14,9 @@ from torch.profiler import ProfilerActivity
 
 from internlm.accelerator.kinds import device_kind
 
+#: Folder of the cgroup (v2) of a container, which limits its memory.
+CGROUP = Path("/sys/fs/cgroup")
+
 
 def device_type() -> str:
     """Return the device type on which this process computes, such as ``"cuda"``."""
@@ -54,8 +57,23 @@ def free_memory() -> int | None:
     except OSError:  # not Linux
         return None
     size = {name: int(rest.split()[0]) * 2**10 for name, _, rest in (line.partition(":") for line in lines)}
+    total, free = size["MemTotal"], size["MemAvailable"]
+    if (limit := _cgroup_limit()) is not None:
+        total, free = min(total, limit[0]), min(free, limit[1])
     # By the total, since the other processes may have allocated their part already, or not yet.
-    return min(size["MemAvailable"], size["MemTotal"] // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(free, total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _cgroup_limit() -> tuple[int, int] | None:
+    """Return the memory limit of this container and how much of it is free, in bytes; None without a limit."""
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return None
+    # Cached files count as used, but the kernel drops them where memory is short.
+    cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+    return limit, max(limit - used + cached, 0)
 
 
 def set_device(index: int) -> None:

@@ -48,7 +48,8 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
     # may read or move the parameters that it creates, so these must not be on the meta device.
     deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
     if name == config.model_type:
-        check_memory(config, dist.get_world_size(), gpc.get_local_rank(ParallelMode.PIPELINE))
+        stage, zero_rank = gpc.get_local_rank(ParallelMode.PIPELINE), gpc.get_local_rank(ParallelMode.ZERO1)
+        check_memory(config, dist.get_world_size(), stage, zero_rank)
     model = build_model(config, gpc.seed, name, sharding, own_stage_layers(), deferred=deferred)
     check_stage(model, name)
     _warn_of_keys_without_effect(model, name)
@@ -95,8 +96,8 @@ def build_model(
         torch.manual_seed(derived_seed(seed, "model"))  # for models that draw their own values
         model: nn.Module = build(config.model)
     if not isinstance(model, nn.Module):
-        what = f"the function of {name!r} returned {type(model).__name__}, which is no module"
-        raise ConfigError(Problem("model_type", what, "Return an nn.Module"))
+        message = f"the function of {name!r} returned {type(model).__name__}, which is no module"
+        raise ConfigError(Problem("model_type", message, "Return an nn.Module"))
     if config.use_fp32_norm:
         widen_norms(model)
     if not deferred:
@@ -114,9 +115,9 @@ def _check_takes_section(name: str, build: Callable[..., nn.Module]) -> None:
     try:
         signature.bind(None)
     except TypeError:
-        what = f"expected a function of one argument for {name!r}, the config's section model, got {signature}"
+        message = f"expected a function of one argument for {name!r}, the config's section model, got {signature}"
         todo = "Take the section, and read such values as config.hidden_size from it"
-        raise ConfigError(Problem("model_type", what, todo)) from None
+        raise ConfigError(Problem("model_type", message, todo)) from None
 
 
 def own_stage_layers() -> StageLayers:
@@ -139,9 +140,9 @@ def check_stage(model: nn.Module, name: str) -> None:
         return
     if getattr(model, "stage_layers", None) != expected:
         sizes = f"parallel.pipeline.size={gpc.config.parallel.pipeline.size}, model.num_chunks={len(expected.chunks)}"
-        what = f"{name!r} was not built for {sizes}: its stage_layers differ from those of this rank"
+        message = f"{name!r} was not built for {sizes}: its stage_layers differ from those of this rank"
         todo = "Build it with internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and "
-        raise ConfigError(Problem("model_type", what, f"{todo}model.num_chunks to 1"))
+        raise ConfigError(Problem("model_type", message, f"{todo}model.num_chunks to 1"))
 
 
 def _position(mode: ParallelMode) -> GroupPosition:

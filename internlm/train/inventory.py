@@ -72,6 +72,9 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
         except Exception as error:  # any, such as that of a user's function that reads values, which meta tensors lack
             reason = f"which cannot be built on the meta device: {error!r}"
             raise NoCostFormulaError(config.model_type, reason) from error
+    if not isinstance(model, nn.Module):
+        reason = f"whose function returned {type(model).__name__}, which is no module"
+        raise NoCostFormulaError(config.model_type, reason, "Return an nn.Module.")
     if config.use_fp32_norm:
         widen_norms(model)
     return model

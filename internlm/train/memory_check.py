@@ -14,8 +14,10 @@ TOLERANCE = 1.1
 TODO = "Use more ranks, a smaller model or smaller micro-batches; internlm memory prints the plan row by row"
 
 
-def check_memory(config: Config, world_size: int, stage: int) -> None:
+def check_memory(config: Config, world_size: int, stage: int, zero_rank: int | None = None) -> None:
     """Check that the free memory suffices for a rank of pipeline stage ``stage``.
+
+    ``zero_rank`` is its rank within the zero group; by default the rank that holds the most bytes.
 
     Without this check, an allocator fails in the middle of building the model, or the system kills the process. A model
     that cannot be built on the meta device is not checked.
@@ -30,20 +32,20 @@ def check_memory(config: Config, world_size: int, stage: int) -> None:
         inventory = build_inventory(config, world_size, stage)
     except NoCostFormulaError as error:
         if "overflow" in str(error).lower():
-            what = "a parameter has more bytes than a 64-bit integer can count"
-            raise ConfigError(Problem("model", what, "Use a smaller model")) from None
+            message = "a parameter has more bytes than a 64-bit integer can count"
+            raise ConfigError(Problem("model", message, "Use a smaller model")) from None
         return
     # Parameters first: the layout of the flat buffers has an entry per bucket, which is itself too large for a model
     # of absurd size.
     smallest = _parameters(inventory)
-    needed = smallest if smallest > free * TOLERANCE else sum(_plan(inventory).values())
+    needed = smallest if smallest > free * TOLERANCE else sum(_plan(inventory, zero_rank).values())
     if needed > free * TOLERANCE:
-        what = f"a rank needs {format_bytes(needed)} of memory, but only {format_bytes(free)} are free"
-        raise ConfigError(Problem("model", what, TODO))
+        message = f"a rank needs {format_bytes(needed)} of memory, but only {format_bytes(free)} are free"
+        raise ConfigError(Problem("model", message, TODO))
 
 
-def _plan(inventory: ParamInventory) -> Plan:
-    return memory_plan(inventory, device_type=accelerator.device_type())
+def _plan(inventory: ParamInventory, zero_rank: int | None) -> Plan:
+    return memory_plan(inventory, zero_rank=zero_rank, device_type=accelerator.device_type())
 
 
 def _parameters(inventory: ParamInventory) -> int:

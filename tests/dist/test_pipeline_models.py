@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from internlm.config.schema import ModelConfig
 from internlm.core.parallel import current_stage_layers, place_replicated
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
-from internlm.utils.errors import ConfigError
+from internlm.utils.errors import UserError
 from internlm.utils.registry import MODEL_INITIALIZER
 from internlm.verify.record import RankRecord
 from tests.dist.oracle import run
 from tests.dist.test_pipeline import assert_equal
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
+from tests.unit.train.test_build_model import MISTAKES
 
 
 class Chain(nn.Module):
@@ -96,7 +98,7 @@ def test_a_users_model(model_type: str, mode: str, chunks: int) -> None:
 
 def _refused(rank: int, world_size: int, overrides: list[str]) -> str:
     initialize_distributed_env(TINY, overrides=overrides)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         create_model()
     return str(caught.value)
 
@@ -110,3 +112,16 @@ def test_a_model_that_cannot_be_split(more: str) -> None:
         "stage_layers differ from those of this rank. Build it with "
         "internlm.core.parallel.current_stage_layers, or set parallel.pipeline.size and model.num_chunks to 1"
     }
+
+
+def _refused_function(rank: int, world_size: int, mistake: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_INITIALIZER._modules, "OWN", MISTAKES[mistake][0])
+        return _refused(rank, world_size, ["model_type=OWN"])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_registered_function_that_does_not_suit(mistake: str) -> None:
+    """Also where the memory that its model needs is computed first."""
+    (message,) = run_ranks(1, _refused_function, mistake)
+    assert re.search(MISTAKES[mistake][1], message)
