@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -124,10 +124,15 @@ class TrainRows:
 
     def __getitem__(self, index: int) -> Row:
         """Return row ``index``, counted from 0 over all epochs."""
+        _check_index(index)
         epoch_index, row = divmod(index, self.per_epoch)
         with self._lock:  # lru_cache alone would let every waiting thread shuffle the same epoch
             epoch = self._epoch(epoch_index)
         return make_row(self.source, epoch, self.shape, row)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""
+        return map(self.__getitem__, range(len(self)))
 
 
 class ValidRows:
@@ -142,7 +147,16 @@ class ValidRows:
         return self._count
 
     def __getitem__(self, index: int) -> Row:
+        _check_index(index)
         return make_row(self.source, self._epoch, self.shape, index)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def _check_index(index: int) -> None:
+    if index < 0:
+        raise IndexError(f"rows are counted from 0, got index {index}")
 
 
 # -- (1) spans

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -119,6 +121,9 @@ def numbered(lengths: list[int]) -> ListSource:
     return ListSource(*([100 * s + 1 + i for i in range(length)] for s, length in enumerate(lengths)))
 
 
+SHORT, LINES = numbered([5, 2]), RowShape(4, 1, PackingLayout.PACKED)
+
+
 @given(lengths_of_samples, shapes, st.integers(0, 2))
 def test_an_epoch_holds_each_token_once_with_the_next_as_label(lengths: list[int], shape: RowShape, epoch: int) -> None:
     source = numbered(lengths)
@@ -157,6 +162,14 @@ def test_packed_attention_never_crosses_a_sample(lengths: list[int], shape: RowS
         for begin, end in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
             steps = np.diff(row.input_ids[begin:end])
             assert (steps == 1).all() or (row.input_ids[begin:end] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [TrainRows(SHORT, LINES, seed=1), ValidRows(SHORT, LINES)], ids=["train", "valid"])
+def test_rows_are_iterated_once_and_counted_from_0(rows: TrainRows | ValidRows) -> None:
+    tokens = [row.input_ids.tolist() for row in itertools.islice(rows, 10)]
+    assert tokens == [rows[index].input_ids.tolist() for index in range(2)]
+    with pytest.raises(IndexError, match=r"^rows are counted from 0, got index -1$"):
+        rows[-1]
 
 
 def test_epochs_are_shuffled_each_in_its_own_way() -> None:
