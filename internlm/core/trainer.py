@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
 from internlm.solver.optimizer import SKIPPED, HybridZeroOptimizer, OptimizerStep
-from internlm.utils.compat import FollowsRun
+from internlm.utils.compat import FollowsRun, ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -29,7 +29,7 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-class TrainState:
+class TrainState(ReplacedNames):
     """Progress counters of a run, saved in every checkpoint.
 
     Args:
@@ -37,6 +37,11 @@ class TrainState:
         num_consumed_tokens: Number of tokens in these steps, over all ranks, padding included.
         inf_nan_skip_batches: Number of steps skipped because of a non-finite gradient.
     """
+
+    replaced: ClassVar[Mapping[str, str]] = {
+        "num_consumed_samples_in_epoch": "Remove the line: train_dl.position(step) is the data position of a "
+        "step, which checkpoints save; num_consumed_tokens counts the tokens",
+    }
 
     def __init__(self, step: int = 0, num_consumed_tokens: int = 0, inf_nan_skip_batches: int = 0) -> None:
         if not isinstance(step, int):  # existing scripts pass the config and the sampler
@@ -53,6 +58,10 @@ class TrainState:
             self._skipped += not self._last_update.updated
             self._last_update = None
         return self._skipped
+
+    @inf_nan_skip_batches.setter
+    def inf_nan_skip_batches(self, value: int) -> None:
+        raise _counted("inf_nan_skip_batches", value)
 
     @property
     def batch_count(self) -> int:

@@ -45,7 +45,16 @@ def get_train_data_loader(num_worker: int | None = None) -> tuple[TrainLoader, l
     return loader, types
 
 
-get_validation_data_loader = build_valid_loader_with_data_type
+def get_validation_data_loader(num_worker: int | None = None) -> dict[str, ValidLoader]:
+    """Build this rank's validation loaders as :func:`build_valid_loader_with_data_type` does, by its older name.
+
+    Args:
+        num_worker: Number of threads that read batches ahead; default: ``data.num_worker`` of the config.
+    """
+    loaders = build_valid_loader_with_data_type()
+    for loader in loaders.values():
+        loader.num_worker = loader.num_worker if num_worker is None else num_worker
+    return loaders
 
 
 def _replica() -> GroupPosition:

@@ -88,6 +88,30 @@ def test_groups_of_one_rank() -> None:
     assert found == {mode: [0] for mode in ParallelMode}
 
 
+def _sizes(rank: int, world_size: int) -> list[tuple[int, ...]]:
+    """Sizes of the groups, by the names that published scripts read, in one layout after another."""
+    sizes = []
+    for layout in SIZES:
+        initialize_distributed_env(TINY, overrides=("model.num_layers=4", "data.micro_num=4", *layout))
+        data, pipeline = gpc.data_parallel_size, gpc.pipeline_parallel_size
+        sizes.append((gpc.tensor_parallel_size, gpc.weight_parallel_size, data, pipeline, gpc.zero1_parallel_size))
+        gpc.destroy()
+    return sizes
+
+
+#: Overrides, and the sizes of the groups of tensor, weight, data, pipeline and zero. No two groups have equal sizes in
+#: all layouts.
+SIZES: dict[tuple[str, ...], tuple[int, int, int, int, int]] = {
+    ("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=4"): (2, 4, 2, 1, 1),
+    ("parallel.zero1.size=2",): (1, 1, 4, 1, 2),
+    ("parallel.pipeline.size=2",): (1, 1, 2, 2, 2),
+}
+
+
+def test_sizes_by_their_published_names() -> None:
+    assert run_ranks(4, _sizes) == [list(SIZES.values())] * 4
+
+
 def _look_ups(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[bool, bool]:
     """Whether this rank computes the loss, and whether it writes the log."""
     initialize_distributed_env(TINY, overrides=("model.num_layers=4", "data.micro_num=4", *overrides))

@@ -17,7 +17,12 @@ from internlm.data.loader import TrainLoader
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
-from internlm.train import get_train_data_loader, initialize_model_and_parallel_communicator, initialize_optimizer
+from internlm.train import (
+    get_train_data_loader,
+    get_validation_data_loader,
+    initialize_model_and_parallel_communicator,
+    initialize_optimizer,
+)
 from internlm.utils.errors import UserError
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
@@ -75,16 +80,15 @@ READS: dict[str, tuple[Callable[[Run], Any], Any]] = {
     "gpc.config.get": (lambda r: gpc.config.get("nothing", 3), 3),
     "gpc.config.VOCAB_SIZE": (lambda r: gpc.config.VOCAB_SIZE, 64),
     "in gpc.config.model": (lambda r: ("num_layers" in gpc.config.model, "x" in gpc.config.model), (True, False)),
-    "gpc.tensor_parallel_size": (lambda r: gpc.tensor_parallel_size, 1),
-    "gpc.weight_parallel_size": (lambda r: gpc.weight_parallel_size, 1),
-    "gpc.data_parallel_size": (lambda r: gpc.data_parallel_size, 1),
-    "gpc.pipeline_parallel_size": (lambda r: gpc.pipeline_parallel_size, 1),
-    "gpc.zero1_parallel_size": (lambda r: gpc.zero1_parallel_size, 1),
     "gpc.get_world_size": (lambda r: gpc.get_world_size(ParallelMode.DATA), 1),
     "len(train_dl.dataset)": (lambda r: len(r.loader.dataset) > 0, True),
     "train_dl.collate_fn": (lambda r: r.loader.collate_fn([r.loader.dataset[0]])[1].shape, (1, 32)),
     "train_dl.batch_sampler": (lambda r: (len(r.loader.batch_sampler), r.loader.batch_sampler.batch_size), (5, 1)),
     "get_train_data_loader(num_worker=2)": (lambda r: get_train_data_loader(num_worker=2)[0].num_worker, 2),
+    "get_validation_data_loader(num_worker=2)": (
+        lambda r: {loader.num_worker for loader in get_validation_data_loader(num_worker=2).values()},
+        {2},
+    ),
     "lr_scheduler.get_last_lr()": (lambda r: r.lr_scheduler.get_last_lr(), [1e-2 * 2 / 4]),
     "beta2_scheduler.get_beta2()": (lambda r: r.beta2_scheduler.get_beta2(), 1 - 2**-0.5),
     "optimizer.param_groups[i]['lr']": (
@@ -147,6 +151,14 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
     "train_state.step_count += 1": (
         lambda r: _assign(r.trainer.state, "step_count", 3),
         r"^train_state\.step_count: cannot be set to 3\. Remove the assignment: trainer\.step\(\) counts the steps$",
+    ),
+    "train_state.inf_nan_skip_batches += 1": (
+        lambda r: _assign(r.trainer.state, "inf_nan_skip_batches", r.trainer.state.inf_nan_skip_batches + 1),
+        r"^train_state\.inf_nan_skip_batches: cannot be set to 1\. Remove the assignment: trainer\.step\(\) counts ",
+    ),
+    "train_state.num_consumed_samples_in_epoch += 1": (
+        lambda r: r.trainer.state.num_consumed_samples_in_epoch,
+        r"^TrainState\.num_consumed_samples_in_epoch: does not exist in this project\. Remove the line: train_dl\.posi",
     ),
     "TrainState(gpc.config, batch_sampler)": (
         lambda r: TrainState(gpc.config, r.loader.batch_sampler),  # type: ignore[arg-type]
