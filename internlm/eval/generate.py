@@ -19,7 +19,7 @@ from internlm.utils.errors import Problem, UserError
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | torch.Tensor,
     new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -35,7 +35,7 @@ def generate(
 
     Args:
         model: Model that is not split over ranks or into chunks.
-        prompt: Token ids of the prompt, at least one.
+        prompt: Token ids of the prompt, at least one; a tensor has shape [number of tokens].
         new_tokens: Maximum number of tokens to sample.
         temperature: Divisor of the logits; 0 selects the most probable token.
         top_p: Sample from the smallest set of most probable tokens with at least this total probability.
@@ -64,7 +64,7 @@ def generate(
     return tokens[len(prompt) :]
 
 
-def _checked(prompt: Sequence[int], vocabulary: int | None) -> list[int]:
+def _checked(prompt: Sequence[int] | torch.Tensor, vocabulary: int | None) -> list[int]:
     """Return the token ids of ``prompt`` as a new list.
 
     Raises:
@@ -73,19 +73,22 @@ def _checked(prompt: Sequence[int], vocabulary: int | None) -> list[int]:
     if not len(prompt):
         todo = "Begin with at least one token, such as the tokenizer's start token"
         raise UserError(Problem("generate(prompt=…)", "is empty", todo))
-    for index, token in enumerate(prompt):
+    ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+    for index, token in enumerate(ids):
         if not isinstance(token, (int, np.integer)) or not 0 <= token < (vocabulary or math.inf):
-            ids = f"an id from 0 to {vocabulary - 1}" if vocabulary else "an id of at least 0"
-            message = f"expected {ids} at index {index}, got {token!r}"
+            expected = f"an id from 0 to {vocabulary - 1}" if vocabulary else "an id of at least 0"
+            message = f"expected {expected} at index {index}, got {token!r}"
             raise UserError(Problem("generate(prompt=…)", message, "Use the tokenizer that the model was trained with"))
-    return [int(token) for token in prompt]
+    return [int(token) for token in ids]
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """Return the number of rows of the model's first embedding, or None if it has none."""
-    embeddings = (module for module in model.modules() if isinstance(module, (nn.Embedding, ParallelEmbedding)))
-    found = next(embeddings, None)
-    return None if found is None else found.weight.shape[0]
+    """Return the number of rows of the model's only embedding, or None if it has none, or several.
+
+    One of several may embed positions, and nothing distinguishes it from that of the tokens.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, ParallelEmbedding))]
+    return embeddings[0].weight.shape[0] if len(embeddings) == 1 else None
 
 
 def _out_of_range(name: str, value: float, largest: float) -> Problem:

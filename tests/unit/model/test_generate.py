@@ -106,6 +106,18 @@ def test_ids_may_be_those_of_numpy() -> None:
     assert generate(decoder(), np.array(PROMPT), 3) == generate(decoder(), PROMPT, 3)
 
 
+def test_the_prompt_may_be_a_tensor() -> None:
+    assert generate(decoder(), torch.tensor(PROMPT), 3) == generate(decoder(), PROMPT, 3)
+    with pytest.raises(UserError, match=rf"^generate\(prompt=…\): expected an id .* at index 0, got \[{PROMPT[0]}, "):
+        generate(decoder(), torch.tensor([PROMPT]), 3)
+
+
+def test_an_embedding_of_positions_does_not_limit_the_ids() -> None:
+    model = Fixed(0.0, 1.0)
+    model.positions, model.tokens = nn.Embedding(4, 2), nn.Embedding(100, 2)
+    assert generate(model, [50], 2) == [1, 1]
+
+
 def test_a_model_whose_logits_are_nan_is_refused() -> None:
     with pytest.raises(UserError, match=r"^generate\(model=…\): its logits are NaN\. "):
         generate(Fixed(float("nan"), 1.0), [0], 2)
