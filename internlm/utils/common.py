@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -20,12 +21,14 @@ class FriendlyParser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse ``args`` (default: the command line); the error for an unknown argument suggests the nearest flag."""
         words = sys.argv[1:] if args is None else list(args)
-        if problems := list(_blanks_around_equals(words)):
+        # KEY= may also be an empty value, followed by the config file.
+        if problems := [problem for problem, after in _blanks_around_equals(words) if not os.path.isfile(after)]:
             self._refuse(problems)
         # argparse itself would report unknown arguments without a suggestion.
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            self._refuse([self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
+            problems = [problem for problem, _ in _blanks_around_equals(words)]
+            self._refuse(problems or [self._unknown_argument(word, parsed) for word in _flags_or_all(unknown)])
         return parsed
 
     def error(self, message: str) -> NoReturn:
@@ -64,14 +67,17 @@ class FriendlyParser(argparse.ArgumentParser):
                 yield from chosen._known_flags(parsed) if chosen else ()
 
 
-def _blanks_around_equals(words: Sequence[str]) -> Iterator[Problem]:
-    """Yield a problem for each ``KEY = VALUE`` in ``words``, which argparse would take for three arguments."""
+def _blanks_around_equals(words: Sequence[str]) -> Iterator[tuple[Problem, str]]:
+    """Yield a problem for each ``KEY = VALUE`` in ``words``, and the word that may be a file after an empty value.
+
+    argparse would take ``KEY = VALUE`` for three arguments.
+    """
     for before, word, after in zip(words, words[1:], [*words[2:], ""], strict=False):
         if word.startswith("=") and not before.startswith("-"):
             joined = f"{before}={after}" if word == "=" else f"{before}{word}"
-            yield Problem(f"{before} {word}", "has blanks around '='", f"Write {joined}")
+            yield Problem(f"{before} {word}", "has blanks around '='", f"Write {joined}"), ""
         elif before == "--set" and word.endswith("=") and after and not after.startswith("-"):
-            yield Problem(f"{word} {after}", "has blanks around '='", f"Write {word}{after}")
+            yield Problem(f"{word} {after}", "has blanks around '='", f"Write {word}{after}"), after
 
 
 def _flags_or_all(unknown: list[str]) -> list[str]:

@@ -94,6 +94,13 @@ def test_wrong_command_lines(arguments: list[str], expected: str, capsys: pytest
     assert line.startswith(expected)
 
 
+def test_an_empty_value_may_be_followed_by_the_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config", "--set", "data.skip_batches=", SFT])
+    assert json.loads(capsys.readouterr().out)["data"]["skip_batches"] == {"value": "", "source": "override"}
+    assert exit_code("config", SFT, "--set", "data.skip_batches=", SFT) == 2
+    assert capsys.readouterr().err.startswith(f"data.skip_batches= {SFT}: has blanks around '='. Write data.skip_")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--version") == 0
     assert capsys.readouterr().out == f"internlm {internlm.__version__}\n"
