@@ -39,7 +39,7 @@ def evaluate(trainer: Trainer, loaders: Mapping[str, Iterable[Batch]]) -> dict[s
 
 
 def _totals(trainer: Trainer, loader: Iterable[Batch]) -> torch.Tensor:
-    """Return the sums of loss, correct predictions and valid tokens over a loader, [4], on the device."""
+    """Return the four sums of a step's result (see :class:`StepResult`) over a loader, [4], on the device."""
     # Sums rather than means, because batches differ in their number of valid tokens; in fp64, because the number of
     # batches is unlimited.
     sums = torch.zeros(4, dtype=torch.float64, device=trainer.scheduler.device)

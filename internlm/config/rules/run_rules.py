@@ -18,8 +18,8 @@ def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     # head_dim is None if it is not given and cannot be derived. A given head_dim need not divide the hidden size: Gemma
     # and Qwen3 have such models.
     if model.head_dim is None:
-        what = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
-        yield Problem("model.hidden_size", what, "Change one of the two, or set model.head_dim")
+        message = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
+        yield Problem("model.hidden_size", message, "Change one of the two, or set model.head_dim")
 
 
 def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -35,16 +35,16 @@ def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
 def dynamic_ntk_has_frequencies(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that ``head_dim`` is more than 2 for dynamic NTK scaling, whose exponent is head_dim / (head_dim - 2)."""
     if (config.model.use_dynamic_ntk_rope, config.model.head_dim) == (True, 2):
-        what = "True requires model.head_dim of at least 4, got 2: a single frequency cannot be scaled"
-        yield Problem("model.use_dynamic_ntk_rope", what, "Set it to False, or use wider heads")
+        message = "True requires model.head_dim of at least 4, got 2: a single frequency cannot be scaled"
+        yield Problem("model.use_dynamic_ntk_rope", message, "Set it to False, or use wider heads")
 
 
 def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that each key/value head serves the same number of query heads."""
     heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
     if heads % kv_heads:
-        what = f"num_attention_heads = {heads} is not divisible by {kv_heads}"
-        yield Problem("model.num_kv_attention_heads", what, f"Use one of {listed(divisors(heads))}")
+        message = f"num_attention_heads = {heads} is not divisible by {kv_heads}"
+        yield Problem("model.num_kv_attention_heads", message, f"Use one of {listed(divisors(heads))}")
 
 
 def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -62,15 +62,15 @@ def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
     """
     offloaded, layers = config.model.cpu_offloading, config.model.num_layers
     if offloaded > layers:
-        what = f"{offloaded} is more than num_layers = {layers}"
-        yield Problem("model.cpu_offloading", what, f"Use at most {layers}")
+        message = f"{offloaded} is more than num_layers = {layers}"
+        yield Problem("model.cpu_offloading", message, f"Use at most {layers}")
 
 
 def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that ``checkpoint`` is not ``selective`` for compiled blocks: the compiler chooses what they save."""
     if (config.model.compile, config.model.checkpoint) == (True, "selective"):
-        what = "'selective' has no effect with model.compile = True: the compiler chooses the saved activations"
-        yield Problem("model.checkpoint", what, "Use True, False or a fraction, or set model.compile to False")
+        message = "'selective' has no effect with model.compile = True: the compiler chooses the saved activations"
+        yield Problem("model.checkpoint", message, "Use True, False or a fraction, or set model.compile to False")
 
 
 def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -79,8 +79,8 @@ def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
     on_host, dtypes = ATTENTION_NEEDS.get(backend, (device == "cpu", (dtype,)))
     if on_host != (device == "cpu") or dtype not in dtypes:
         where = "the CPU" if on_host else "a CUDA device"
-        what = f"{backend!r} requires {where} and {' or '.join(map(str, dtypes))}, got {device} and {dtype}"
-        yield Problem("model.attention_backend", what, "Set it to 'auto'")
+        message = f"{backend!r} requires {where} and {' or '.join(map(str, dtypes))}, got {device} and {dtype}"
+        yield Problem("model.attention_backend", message, "Set it to 'auto'")
 
 
 # -- data, optimizer, checkpoints, alerts ------------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]
         yield Problem("data.rampup_batch_size", str(error), "Example: '2 2 100' starts at 2 and adds 2 every 100 steps")
         return
     if rampup and rampup.start > data.micro_num:
-        what = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where the ramp-up ends"
-        yield Problem("data.rampup_batch_size", what, f"Start at {data.micro_num} or less")
+        message = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where the ramp-up ends"
+        yield Problem("data.rampup_batch_size", message, f"Start at {data.micro_num} or less")
 
 
 def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -115,8 +115,8 @@ def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
     steps = [schedule.init_steps, *(floor_share(ratio, total) for ratio in ratios.values())]
     if sum(steps) > total:
         terms = " + ".join(["init_steps", *(f"{name} · total_steps" for name in ratios)])
-        what = f"{terms} = {' + '.join(map(str, steps))} steps is more than total_steps = {total}"
-        yield Problem("lr_scheduler", what, f"Lower {' or '.join(['init_steps', *ratios])}")
+        message = f"{terms} = {' + '.join(map(str, steps))} steps is more than total_steps = {total}"
+        yield Problem("lr_scheduler", message, f"Lower {' or '.join(['init_steps', *ratios])}")
 
 
 def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -125,8 +125,9 @@ def loss_scale_keeps_its_bounds(config: Config, run: RunInfo) -> Iterator[Proble
     smallest, first, largest = scaler.fp16.min_scale, scaler.fp16.initial_scale, scaler.max_scale
     # bfloat16 has the exponent range of float32 and needs no loss scale.
     if dtype == "torch.float16" and not smallest <= first <= largest:
-        what = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
-        yield Problem("grad_scaler", what, f"Set grad_scaler.fp16.initial_scale to a value in [{smallest}, {largest}]")
+        message = f"fp16.initial_scale = {first} is not between fp16.min_scale = {smallest} and max_scale = {largest}"
+        todo = f"Set grad_scaler.fp16.initial_scale to a value in [{smallest}, {largest}]"
+        yield Problem("grad_scaler", message, todo)
 
 
 def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -137,33 +138,33 @@ def patterns_compile(config: Config, run: RunInfo) -> Iterator[Problem]:
         try:
             re.compile(pattern)
         except re.error as error:
-            what = f"{error.pattern!r} is not a valid regular expression ({error})"
-            yield Problem("optimizer.param_groups", what, "Escape special characters, such as \\( for a parenthesis")
+            message = f"{error.pattern!r} is not a valid regular expression ({error})"
+            yield Problem("optimizer.param_groups", message, "Escape special characters, such as \\( for a parenthesis")
 
 
 def gradients_fit(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that gradients are not reduced in float16 without a loss scale: small ones would underflow."""
     dtype = config.model.dtype
     if config.reduce_comm_dtype == "torch.float16" and dtype != "torch.float16":
-        what = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would underflow"
-        yield Problem("reduce_comm_dtype", what, "Use torch.bfloat16, or remove the key")
+        message = f"torch.float16, but model.dtype = {dtype} has no loss scale, so small gradients would underflow"
+        yield Problem("reduce_comm_dtype", message, "Use torch.bfloat16, or remove the key")
 
 
 def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that a folder and an interval are given if checkpoints are saved."""
-    ckpt, what = config.ckpt, "missing, but ckpt.enable_save_ckpt is True"
+    ckpt, message = config.ckpt, "missing, but ckpt.enable_save_ckpt is True"
     if ckpt.enable_save_ckpt and not ckpt.save_ckpt_folder:
-        yield Problem("ckpt.save_ckpt_folder", what, "Set it to a folder")
+        yield Problem("ckpt.save_ckpt_folder", message, "Set it to a folder")
     if ckpt.enable_save_ckpt and ckpt.checkpoint_every is None:
-        yield Problem("ckpt.checkpoint_every", what, "Set it to a number of steps")
+        yield Problem("ckpt.checkpoint_every", message, "Set it to a number of steps")
 
 
 def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that the address of a webhook is given if alerts are enabled."""
     alert = config.monitor.alert
     if alert.enable_feishu_alert and not alert.feishu_alert_address:
-        what = "missing, but monitor.alert.enable_feishu_alert is True"
-        yield Problem("monitor.alert.feishu_alert_address", what, "Set it to the URL of a webhook")
+        message = "missing, but monitor.alert.enable_feishu_alert is True"
+        yield Problem("monitor.alert.feishu_alert_address", message, "Set it to the URL of a webhook")
 
 
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:

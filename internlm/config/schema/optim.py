@@ -164,7 +164,7 @@ class GradScalerConfig(Section):
 
 
 class LossConfig(Section):
-    """Settings of the loss. Tokens with label −100 have none."""
+    """Settings of the loss. Tokens with label −100 are left out."""
 
     # The loss of accumulated gradients should be that of one large batch, hence not the mean of means.
     average: Literal["token", "micro_batch"] = "token"

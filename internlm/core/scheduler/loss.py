@@ -50,7 +50,7 @@ class StepResult(AsTuple):
 
     @cached_property
     def loss(self) -> float:
-        """Loss that the step minimises, averaged as ``loss.average`` says, equal on every rank; NaN if not computed."""
+        """Loss that the step minimises, the average by ``loss.average``, equal on every rank; NaN if not computed."""
         if not self.has_loss:
             return float("nan")
         sums = self.host_sums.read()
