@@ -9,7 +9,7 @@ from internlm.config import Config, check_runnable
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
 from internlm.core.context.parallel_context import sizes_of
-from internlm.dryrun.findings import as_json, as_text, problems
+from internlm.dryrun.findings import as_json, as_text, not_compared, problems
 from internlm.dryrun.one_rank import dry_config, run_rank
 from internlm.utils.errors import Problem, UserError
 
@@ -32,7 +32,9 @@ def dry_run(arguments: argparse.Namespace) -> int:
     found = problems(runs)
     if arguments.json:
         Path(arguments.json).write_text(as_json(runs), encoding="utf-8")
-    print("\n".join(found) or "Everything agrees with its formula")
+    skipped = [line for run in runs for line in not_compared(run)]
+    agreement = "Everything that was compared agrees" if skipped else "Everything agrees with its formula"
+    print("\n".join([*skipped, *(found or [agreement])]))
     return EXIT_DIFFERENT if found else 0
 
 

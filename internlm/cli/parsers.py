@@ -23,16 +23,11 @@ def count(text: str) -> int:
     return int(text)
 
 
-def seed(text: str) -> int:
+def natural(text: str) -> int:
     """Parse an integer of at least 0."""
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
     return int(text)
-
-
-def rank(text: str) -> int:
-    """Parse a rank, an integer of at least 0."""
-    return seed(text)
 
 
 def duration(text: str) -> float:
@@ -124,13 +119,13 @@ def dryrun(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_config(parser)
     add("--world", type=count, metavar="N", required=True, help="number of processes")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--rank", type=rank, action="append", metavar="R", help="rank to run (default: 0); repeatable")
-    which.add_argument("--stages", action="store_true", help="run the first rank of each pipeline stage")
-    add(
-        "--steps", type=count, default=2, metavar="K", help="steps; counts are those of the last (default: %(default)s)"
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument(
+        "--rank", type=natural, action="append", metavar="R", help="rank to run (default: 0); repeatable"
     )
-    add("--seed", type=seed, default=1024, help="seed of the run (default: %(default)s)")
+    ranks.add_argument("--stages", action="store_true", help="run the first rank of each pipeline stage")
+    add("--steps", type=count, default=2, metavar="K", help="steps; figures are of the last (default: %(default)s)")
+    add("--seed", type=natural, default=1024, help="seed of the run (default: %(default)s)")
     add("--json", type=file_to_write, metavar="FILE", help="write all numbers to FILE")
 
 
@@ -222,7 +217,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
         default="float64",
         help="dtype of parameters and activations (default: %(default)s)",
     )
-    add("--seed", type=seed, default=1024, help="seed of parameters and data (default: %(default)s)")
+    add("--seed", type=natural, default=1024, help="seed of parameters and data (default: %(default)s)")
     add("--debug-size", action="store_true", help="shrink model and data, keep the architecture; data are random")
     add(
         "--timeout",

@@ -2,7 +2,8 @@
 
 ======================  ==============================================================================================
 logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); in float32 C·⌈V/t⌉·g, as nothing is converted
-gradients of a block    4·T·F·e/t + S·H·e, with T·H·e under msp and fsp, plus what a block saves and is recomputed
+gradients of a block    4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of dropout if that is
+                        more; plus what a recomputed block would save
 transients              the larger of these two; on the stage with the head, less what head and loss saved
 buffers of NCCL         :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate
 ======================  ==============================================================================================
@@ -64,7 +65,8 @@ def gradients_of_block(s: Symbols) -> int:
     """Return the peak bytes of the gradients in the backward pass of one block; 0 on a stage without layers.
 
     The peak is at SwiGLU: its recomputed output, the gradients of its output, gate and up, and that of the block. A
-    recomputed block also holds again what it would have saved.
+    recomputed block also holds again what it would have saved. A mask of dropout, with its random numbers, may take
+    more.
     """
     if not s.layers:
         return 0
@@ -74,7 +76,9 @@ def gradients_of_block(s: Symbols) -> int:
     elif s.spec.recomputes_attention:
         saved = attention_output(s) + kernel(s)
     gathered = s.T * s.H * s.e if s.mode in ("msp", "fsp") and s.t.size > 1 else 0  # the gradient of w2's output
-    return 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.e + gathered + saved
+    gradients = 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.e + gathered
+    masks = 5 * s.S * s.H if s.config.model.drop_rate else 0  # random numbers of 16 bits as int64, and the mask
+    return max(gradients, masks) + saved
 
 
 def transients(s: Symbols, device_type: str, tokens: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """Collectives of a rank in the order in which it calls them, and the comparison of this order between ranks.
 
 NCCL runs the collectives of a communicator in the order of the calls. Two ranks that call the collectives of a group,
-or of two groups that both belong to, in different orders wait for each other forever.
+or of two groups that both belong to, in different orders may wait for each other forever, or mix up their data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMES = {
 TRANSFER = "transfer"
 
 
-class Event(NamedTuple):
+class Call(NamedTuple):
     """Call of a collective, or of one end of a point-to-point transfer."""
 
     group: tuple[int, ...]
@@ -44,7 +44,7 @@ class Event(NamedTuple):
         return f"{self.name} of {self.nbytes} bytes over ranks {_short(self.group)}"
 
 
-def event_of(func: Any, args: Sequence[Any], rank: int) -> Event:
+def call_of(func: Any, args: Sequence[Any], rank: int) -> Call:
     """Describe the call of an operator of the namespace ``c10d`` by ``rank``."""
     named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
     ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(named["process_group"])))
@@ -52,10 +52,10 @@ def event_of(func: Any, args: Sequence[Any], rank: int) -> Event:
     name = _NAMES.get(name, name)
     nbytes = sum(tensor.nbytes for value in args for tensor in _tensors(value))
     if name == "send":
-        return Event((rank, ranks[named["dst"]]), TRANSFER, nbytes)
+        return Call((rank, ranks[named["dst"]]), TRANSFER, nbytes)
     if name == "receive":
-        return Event((ranks[named["src"]], rank), TRANSFER, nbytes)
-    return Event(ranks, name, nbytes)
+        return Call((ranks[named["src"]], rank), TRANSFER, nbytes)
+    return Call(ranks, name, nbytes)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -64,7 +64,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def order_problems(events: Mapping[int, Sequence[Event]]) -> list[str]:
+def order_problems(events: Mapping[int, Sequence[Call]]) -> list[str]:
     """Return a line for each pair of ranks whose common collectives differ, or are ordered differently.
 
     Transfers of a pair are compared by direction: pipeline schedules order a send and a receive freely, because each
@@ -76,25 +76,25 @@ def order_problems(events: Mapping[int, Sequence[Event]]) -> list[str]:
     problems = []
     for pair in combinations(sorted(events), 2):
         one, other = pair
-        for what, group in (
+        for title, group in (
             ("collectives", None),
             (f"transfers from {one} to {other}", (one, other)),
             (f"transfers from {other} to {one}", (other, one)),
         ):
             first, second = (_common(events[rank], pair, group) for rank in pair)
             if first != second:
-                problems.append(f"ranks {one} and {other}, {what}: {_first_difference(first, second)}")
+                problems.append(f"ranks {one} and {other}, {title}: {_first_difference(first, second)}")
     return problems
 
 
-def _common(events: Sequence[Event], pair: tuple[int, int], transfer: tuple[int, int] | None) -> list[Event]:
+def _common(events: Sequence[Call], pair: tuple[int, int], transfer: tuple[int, int] | None) -> list[Call]:
     """Return the collectives that concern both ranks of ``pair``, or the transfers of one direction."""
     if transfer is not None:
         return [event for event in events if event.name == TRANSFER and event.group == transfer]
     return [event for event in events if event.name != TRANSFER and set(pair) <= set(event.group)]
 
 
-def _first_difference(first: Sequence[Event], second: Sequence[Event]) -> str:
+def _first_difference(first: Sequence[Call], second: Sequence[Call]) -> str:
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return f"number {index} is {a} on one and {b} on the other"

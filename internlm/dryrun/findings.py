@@ -26,6 +26,16 @@ def problems(runs: Sequence[DryRun]) -> list[str]:
     return lines + order_problems({run.rank: run.events for run in runs})
 
 
+def not_compared(run: DryRun) -> list[str]:
+    """Return a line for each comparison that was left out, with its reason."""
+    lines = []
+    if not run.has_attention_kernel:
+        lines.append("activations, peak and FLOP, because attention does not run as one operator here")
+    if run.expected is None or ACTIVATIONS not in run.plan:
+        lines.append("activations, traffic and FLOP, because the model has no formulas")
+    return [f"rank {run.rank}: not compared: {line}" for line in lines]
+
+
 def _memory_problems(run: DryRun) -> Iterator[str]:
     for row, planned in run.plan.items():
         if row in _WITHIN_STEP:
@@ -65,7 +75,7 @@ def _sync_problems(run: DryRun) -> Iterator[str]:
         reads = ", ".join(f"{why} ({count})" for why, count in sorted(run.host_reads.items()))
         yield f"a step waits more than once for the device: {reads}"
     for fault, count in run.faults.items():
-        yield f"{fault} ({count} times)"
+        yield f"{fault} ({count} times in all steps)"
 
 
 _CHECKS: Sequence[Callable[[DryRun], Iterator[str]]] = (
@@ -130,6 +140,7 @@ def as_json(runs: Sequence[DryRun]) -> str:
 def _plain(run: DryRun) -> dict[str, Any]:
     record = {name: value for name, value in vars(run).items() if name != "events"}
     for name in ("traffic", "expected"):
-        traffic = getattr(run, name) or {}
-        record[name] = {f"{mode.value} {collective}": list(entry) for (mode, collective), entry in traffic.items()}
+        traffic = getattr(run, name)
+        if traffic is not None:
+            record[name] = {f"{mode.value} {collective}": list(entry) for (mode, collective), entry in traffic.items()}
     return record

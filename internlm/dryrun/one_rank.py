@@ -32,21 +32,28 @@ from internlm.costs import NoCostFormulaError, Plan, expected_traffic, memory_pl
 from internlm.costs.memory_plan import ACTIVATIONS
 from internlm.costs.rank_flops import product_flops
 from internlm.data.loader import TrainLoader
-from internlm.dryrun.call_order import TRANSFER, Event
+from internlm.dryrun.call_order import TRANSFER, Call
 from internlm.dryrun.watch import DeviceWatch, place_of
 from internlm.initialize.build_trainer import initialize_trainer
 from internlm.initialize.launch import initialize_distributed_env
+from internlm.ops.attention import why_unavailable
 from internlm.profiler.reports import held_between_steps, tensors_between_steps
 from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.inventory import inventory_of
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
+from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem, UserError
-from internlm.utils.torch_private import fake_tensors, in_backward, join_fake_group
+from internlm.utils.torch_private import errors_of_fake_tensors, fake_tensors, in_backward, join_fake_group
 
-#: Overrides that keep files out of a dry run.
-NO_FILES = ("data.train_folder=None", "data.valid_folder=None", "ckpt.enable_save_ckpt=False")
+#: Overrides that keep files out of a dry run, and give all steps as many micro-batches as the formulas have.
+OVERRIDES = (
+    "data.train_folder=None",
+    "data.valid_folder=None",
+    "ckpt.enable_save_ckpt=False",
+    "data.rampup_batch_size=",
+)
 #: Number of messages between stages that a rank may hold at once: received and to be sent, in both directions.
 MESSAGES = 4
 BUFFERS = "buffers"
@@ -55,7 +62,7 @@ BUFFERS = "buffers"
 
 @dataclass(kw_only=True)
 class DryRun:
-    """Record of a rank's dry run; counts are those of its last step."""
+    """Record of a rank's dry run; counts without another note are those of its last step."""
 
     rank: int
     stage: int
@@ -65,7 +72,7 @@ class DryRun:
     held: Plan = field(default_factory=dict)
     """Bytes between steps, and of activations at their peak, by row of the memory plan."""
     plan: Plan = field(default_factory=dict)
-    """The same by formula."""
+    """Bytes by formula, by row of the memory plan."""
     peak: Mapping[str, int] = field(default_factory=dict)
     """Bytes at the peak of the step, by category."""
     peak_place: str = ""
@@ -73,18 +80,18 @@ class DryRun:
     traffic: Traffic = field(default_factory=dict)
     """Calls and bytes, by parallel mode and collective."""
     expected: Traffic | None = None
-    """The same by formula; None for a model without formulas."""
+    """Calls and bytes by formula; None for a model without formulas."""
     flops: Mapping[str, int] = field(default_factory=dict)
     """Floating-point operations, by operator."""
     expected_flops: float | None = None
-    """Their sum by formula; None for a model without formulas."""
+    """Floating-point operations by formula; None for a model without formulas."""
     kernels: Mapping[str, int] = field(default_factory=dict)
     """Number of kernels, by operator."""
     host_reads: Counter[str] = field(default_factory=Counter)
     """Number of host syncs, by reason."""
     faults: Mapping[str, int] = field(default_factory=dict)
     """Number of occurrences of each fault in all steps."""
-    events: Sequence[Event] = ()
+    events: Sequence[Call] = ()
     """Collectives of all steps, in order."""
     message_bytes: int = 0
     """Size of the messages between stages that may be held at once; no formula has them."""
@@ -101,7 +108,14 @@ def dry_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str],
     Raises:
         ConfigError: The config is invalid.
     """
-    return load_config(source, (*overrides, *NO_FILES), world_size, CUDA.name)
+    config = load_config(source, (*overrides, *OVERRIDES), world_size, CUDA.name)
+    # varlen saves what flash saves, and can be pretended without the package flash-attn.
+    dtype, head_dim = torch_dtype(str(config.model.dtype)), config.model.head_size
+    with pretended_device():
+        if config.model.attention_backend in ("auto", "flash") and not why_unavailable("varlen", NAME, dtype, head_dim):
+            backend = "model.attention_backend=varlen"
+            config = load_config(source, (*overrides, *OVERRIDES, backend), world_size, CUDA.name)
+    return config
 
 
 def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int = 1024) -> DryRun:
@@ -142,7 +156,7 @@ def _step(trainer: Trainer, batches: Iterator[Batch], watch: DeviceWatch, record
     start, sent, reads = time.perf_counter(), LEDGER.snapshot(), accelerator.host_reads()
     try:
         trainer.train_step(batches).read()
-    except RuntimeError as error:  # of an operator that needs values, such as nonzero, or that torch cannot pretend
+    except errors_of_fake_tensors() as error:  # of an operator that needs values, such as nonzero
         message = f"cannot run without values ({str(error).splitlines()[0]})"
         todo = "Compute on the device, with shapes that do not depend on values"
         raise UserError(Problem(place_of(error), message, todo)) from error
@@ -169,12 +183,12 @@ def _conclude(record: DryRun, trainer: Trainer, watch: DeviceWatch, types: int) 
 
 
 def _watch(trainer: Trainer, watch: DeviceWatch) -> DeviceWatch:
-    """Tell ``watch`` which tensors exist between steps, and when activations are complete; return it."""
+    """Register the tensors that exist between steps, and what marks activations as complete; return ``watch``."""
     for row, tensors in tensors_between_steps(trainer.model, trainer.optimizer).items():
         watch.memory.see_all(tensors, row)
     gc.collect()
-    others = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
-    watch.memory.see_all([each for each in others if not each.is_meta], BUFFERS)
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    watch.memory.see_all((tensor for tensor in tensors if not tensor.is_meta), BUFFERS)
 
     def keep(*_: object) -> None:
         if not in_backward():  # a recomputed block saves nothing for later

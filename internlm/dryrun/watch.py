@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import internlm
 from internlm.accelerator.pretended import NAME, in_host_memory
 from internlm.costs.memory_plan import GATHER, REDUCTION, TRANSIENTS
-from internlm.dryrun.call_order import Event, event_of
+from internlm.dryrun.call_order import Call, call_of
 from internlm.dryrun.device_memory import DeviceMemory
 from internlm.utils.torch_private import TorchDispatchMode, call_uncached
 
@@ -63,7 +63,7 @@ class DeviceWatch(TorchDispatchMode):
         """Floating-point operations of matrix products, by operator."""
         self.in_update = False
         """Whether the optimizer is computing, whose products, Muon's, no formula of the model has."""
-        self.events: list[Event] = []
+        self.events: list[Call] = []
         self.faults: Counter[str] = Counter()
         """Number of occurrences of each fault, with the line of code."""
 
@@ -76,13 +76,13 @@ class DeviceWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator, and record it."""
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
+        if any(issubclass(argument_type, DTensor) for argument_type in types):
             return NotImplemented  # DTensor calls the operators of its local tensors, which come here
         if func.namespace == "prim" or in_host_memory():
             return func(*args, **kwargs)
         name = func._schema.name
         if func.namespace == "c10d":
-            self.events.append(event_of(func, args, self.rank))
+            self.events.append(call_of(func, args, self.rank))
             return func(*args, **kwargs)
         if name in _READS and any(_on_device(tensor) for tensor in args if isinstance(tensor, Tensor)):
             self._fault("reads a value of a device tensor (.item(), int(), if)")
@@ -111,7 +111,7 @@ class DeviceWatch(TorchDispatchMode):
         self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, before: Sequence[bool]
     ) -> None:
         outputs = out if isinstance(out, (list, tuple)) else [out]
-        tensors = [each for each in outputs if isinstance(each, Tensor)]
+        tensors = [output for output in outputs if isinstance(output, Tensor)]
         for tensor in tensors:
             self.memory.see(tensor)
         after = [_on_device(tensor) for tensor in tensors]
@@ -133,8 +133,8 @@ class DeviceWatch(TorchDispatchMode):
             left, right = (args[index] for index in _PRODUCTS[name])
             self.flops[name] += 2 * left.numel() * right.shape[-1]
 
-    def _fault(self, what: str) -> None:
-        self.faults[f"{place()}: {what}"] += 1
+    def _fault(self, message: str) -> None:
+        self.faults[f"{place()}: {message}"] += 1
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:

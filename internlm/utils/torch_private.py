@@ -148,6 +148,21 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
+def errors_of_fake_tensors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of operators that cannot run without values.
+
+    Like the class of fake tensors, they are private.
+    """
+    from torch._subclasses import fake_tensor
+
+    return (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedOperatorException,
+        NotImplementedError,  # of a kernel that the pretended device lacks
+    )
+
+
 def join_fake_group(rank: int, world_size: int) -> None:
     """Make a default process group whose collectives send nothing and leave their outputs as they are.
 

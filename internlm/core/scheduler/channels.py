@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm.accelerator import to_device, to_host
+from internlm.accelerator import device_kind, to_device, to_host
 from internlm.core.context.group import Group
 from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
@@ -119,6 +119,9 @@ class Channels:
         incoming.work = self._irecv(incoming.buffer, source, incoming.message)
 
     def _receive_header(self, source: int, message: Message) -> TensorSpec:
+        if not device_kind().has_values:
+            todo = "Give the model a method hidden_like"
+            raise UserError(Problem("model", "a dry run cannot receive hidden states whose shape is unknown", todo))
         header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self.device)
         self._wait(self._irecv(header, source, message), source, message, "send")
         dtype, dimensions, *sizes = to_host(header, "shape of hidden states").tolist()

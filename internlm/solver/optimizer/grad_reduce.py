@@ -118,13 +118,14 @@ class BucketReduction:
         self._pending: list[Pending] = []
         whole = group.grads[bounds[0] : bounds[-1]]
         sent = whole.to(dtype or whole.dtype)  # no copy if the dtypes are equal
-        shards = [sent[start - bounds[0] : stop - bounds[0]] for start, stop in pairwise(bounds)]
-        self._sent_shard = shards[group.rank]
+        # Only the slices that are used: a group of a thousand ranks has as many.
+        shards = [slice(start - bounds[0], stop - bounds[0]) for start, stop in pairwise(bounds)]
+        self._sent_shard = sent[shards[group.rank]]
         if bucket.bucket.is_even:
             self._pending = [begin_reduce_scatter(sent, process_groups.zero, self._sent_shard)]
         else:
-            owned = [(rank, shard) for rank, shard in enumerate(shards) if shard.numel()]
-            self._pending = [begin_reduce(shard, process_groups.zero, rank) for rank, shard in owned]
+            owned = [(rank, shard) for rank, shard in enumerate(shards) if shard.stop > shard.start]
+            self._pending = [begin_reduce(sent[shard], process_groups.zero, rank) for rank, shard in owned]
 
     def release_if_completed(self) -> None:
         """Free the temporary buffers of collectives that have completed."""
