@@ -188,7 +188,8 @@ def _watch(trainer: Trainer, watch: DeviceWatch) -> DeviceWatch:
         watch.memory.see_all(tensors, row)
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
-    watch.memory.see_all((tensor for tensor in tensors if not tensor.is_meta), BUFFERS)
+    # Those of an earlier dry run may be alive if it has failed.
+    watch.memory.see_all((tensor for tensor in tensors if getattr(tensor, "fake_mode", None) is watch.fakes), BUFFERS)
 
     def keep(*_: object) -> None:
         if not in_backward():  # a recomputed block saves nothing for later

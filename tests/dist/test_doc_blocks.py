@@ -212,7 +212,8 @@ def test_a_command_of_the_docs_runs(command: str, tmp_path: Path, monkeypatch: p
     assert not main(arguments)
 
 
-def test_a_schedule_is_drawn_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_schedule_is_drawn_as_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # set in the processes of pytest-xdist
     page = ROOT / "doc" / "pipeline.md"
     _, *arguments = shlex.split(blocks("bash", page)[0].splitlines()[0])
     assert not main(arguments)

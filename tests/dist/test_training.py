@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.accelerator.kinds import CPU, KINDS, DeviceKind
+from internlm.accelerator import kinds
+from internlm.accelerator.kinds import CPU, DeviceKind
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.core.parallel import place_replicated
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -286,10 +287,10 @@ class _Accelerator(DeviceKind):
 
 class _OnAccelerator(Hook):
     def before_run(self, trainer: Trainer) -> None:
-        KINDS["cpu"] = _Accelerator(name="cpu", backend="gloo")
+        kinds._KINDS["cpu"] = _Accelerator(name="cpu", backend="gloo")
 
     def after_run(self, trainer: Trainer) -> None:
-        KINDS["cpu"] = CPU
+        kinds._KINDS["cpu"] = CPU
 
 
 def test_on_an_accelerator_a_signal_is_read_one_step_later(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "internlm"
-ASSEMBLY = ("train/", "initialize/", "cli/", "verify/", "core/trainer_builder.py", "core/context/")
+ASSEMBLY = ("train/", "initialize/", "cli/", "verify/", "dryrun/", "core/trainer_builder.py", "core/context/")
 
 
 def _names_it(file: Path) -> bool:

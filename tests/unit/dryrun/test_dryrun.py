@@ -1,18 +1,24 @@
-"""Dry runs of single ranks: all figures equal their formulas, and what would stall a device is named."""
+"""Dry runs of single ranks: all figures equal their formulas, and what would stall a device is named.
+
+They run in a process of their own: the first backward pass of a process fixes for which devices autograd has threads.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from internlm.accelerator import to_host
-from internlm.accelerator.pretended import NAME
+from internlm.accelerator import device_type, to_host
 from internlm.cli.main import main
 from internlm.core.parallel.ledger import Entry
 from internlm.dryrun.call_order import Call, order_problems
@@ -21,6 +27,8 @@ from internlm.dryrun.one_rank import DryRun, dry_config, run_rank
 from internlm.model import decoder
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import in_backward
+
+T = TypeVar("T")
 
 SMALL: dict[str, Any] = dict(
     model_type="INTERNLM2",
@@ -86,23 +94,55 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
 }
 
 
-def dry(world: int, rank: int, *overrides: str, steps: int = 2) -> DryRun:
+class Apart:
+    """Process that runs dry runs."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return self.pool.submit(function, *arguments).result(timeout=120)
+
+    def dry(self, world: int, rank: int, *overrides: str, steps: int = 2) -> DryRun:
+        return self.call(_dry, world, rank, overrides, steps)
+
+    def command(self, *arguments: str) -> tuple[Any, str, str]:
+        """Return the exit code of ``internlm dryrun``, and what it printed."""
+        return self.call(_command, arguments)
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+        yield Apart(pool)
+
+
+def _dry(world: int, rank: int, overrides: Sequence[str], steps: int) -> DryRun:
     keys = ("model.dtype=torch.bfloat16", *overrides)
     return run_rank(dry_config(SMALL, keys, world), world, rank, steps)
 
 
+def _command(arguments: Sequence[str]) -> tuple[Any, str, str]:
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            code: Any = main(["dryrun", *arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, out.getvalue(), err.getvalue()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_agrees_with_its_formulas(layout: str) -> None:
+def test_every_layout_agrees_with_its_formulas(layout: str, apart: Apart) -> None:
     world, rank, overrides = LAYOUTS[layout]
-    run = dry(world, rank, *overrides)
+    run = apart.dry(world, rank, *overrides)
     assert problems([run]) == []
     assert run.traffic  # the comparison was not empty
     assert run.host_reads == {"metrics of a step": 1}
     assert run.has_attention_kernel == (layout != "fp32")
 
 
-def test_host_syncs_and_kernels_by_number_of_micro_batches() -> None:
-    one, two = dry(8, 0), dry(8, 0, "data.micro_num=2")
+def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None:
+    one, two = apart.dry(8, 0), apart.dry(8, 0, "data.micro_num=2")
     assert one.host_reads == two.host_reads
     # Of 4 layers wqkv, wo, w13 and w2, and of the head two chunks of tokens: each forward and for both gradients. And
     # the sums by dataset type.
@@ -110,9 +150,9 @@ def test_host_syncs_and_kernels_by_number_of_micro_batches() -> None:
     assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
 
 
-def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order() -> None:
+def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order(apart: Apart) -> None:
     overrides = (*stages(2, "hybrid_zero_optimizer.overlap_sync_param=True"), *split_over("msp", 2))
-    runs = [dry(8, rank, *overrides) for rank in (0, 1, 2, 4)]
+    runs = [apart.dry(8, rank, *overrides) for rank in (0, 1, 2, 4)]
     assert problems(runs) == []
     groups = {event.group for run in runs for event in run.events}
     assert {(0, 1), (0, 2), (0, 4)} < groups
@@ -179,51 +219,39 @@ def _reads_twice(x: Tensor) -> None:
         (_reads_twice, "a step waits more than once for the device: a second look (8), metrics of a step (1)"),
     ],
 )
-def test_a_planted_fault_is_named(
-    plant: Callable[[Tensor], None], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    swiglu = decoder.swiglu
-
-    def planted(x: Tensor, *arguments: Any) -> Tensor:
-        plant(x)
-        return swiglu(x, *arguments)
-
-    monkeypatch.setattr(decoder, "swiglu", planted)
-    found = [line for line in problems([dry(8, 0, steps=1)]) if message in line]
+def test_a_planted_fault_is_named(plant: Callable[[Tensor], None], message: str, apart: Apart) -> None:
+    found = [line for line in problems([apart.call(_dry_with, plant)]) if message in line]
     assert len(found) == 1
     if plant is not _reads_twice:
         line = plant.__code__.co_firstlineno + 1 + (plant is _copies_a_host_tensor)
         assert found[0].startswith(f"rank 0: tests/unit/dryrun/test_dryrun.py:{line}: ")
 
 
+def _dry_with(plant: Callable[[Tensor], None]) -> DryRun:
+    """Run a step in which ``plant`` is called before each SwiGLU."""
+    swiglu = decoder.swiglu
+
+    def planted(x: Tensor, *arguments: Any) -> Tensor:
+        plant(x)
+        return swiglu(x, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "swiglu", planted)
+        return _dry(8, 0, (), 1)
+
+
 def _needs_values(x: Tensor) -> None:
     x.nonzero()
 
 
-def test_what_cannot_be_compared_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dryrun", str(config), "--world", "8", "--steps", "1", "--set", "model.attention_backend=sdpa"]) == 0
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last == [
-        "rank 0: not compared: activations, peak and FLOP, because attention does not run as one operator here",
-        "Everything that was compared agrees",
-    ]
-
-
-def test_an_operator_that_needs_values_ends_the_dry_run_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    swiglu = decoder.swiglu
-
-    def planted(x: Tensor, *arguments: Any) -> Tensor:
-        _needs_values(x)
-        return swiglu(x, *arguments)
-
-    monkeypatch.setattr(decoder, "swiglu", planted)
+def test_an_operator_that_needs_values_ends_the_dry_run_in_words(apart: Apart) -> None:
     line = _needs_values.__code__.co_firstlineno + 1
     with pytest.raises(UserError, match=rf"^tests/unit/dryrun/test_dryrun\.py:{line}: cannot run without values \("):
-        dry(8, 0, steps=1)
+        apart.call(_dry_with, _needs_values)
 
 
-def test_wrong_traffic_and_memory_are_named() -> None:
-    run = dry(8, 0, steps=1)
+def test_wrong_traffic_and_memory_are_named(apart: Apart) -> None:
+    run = apart.dry(8, 0, steps=1)
     assert run.expected is not None
     key = next(iter(run.expected))
     run.expected = {**run.expected, key: Entry(1, 2)}
@@ -235,10 +263,14 @@ def test_wrong_traffic_and_memory_are_named() -> None:
     assert fourth.endswith(", by formula 1 calls, 2 bytes")
 
 
-def test_tensors_of_other_tests_are_not_on_the_pretended_device() -> None:
-    dry(8, 0, steps=1)
-    assert torch.ones(2).device.type != NAME
-    assert type(torch.ones(2)) is Tensor
+def test_the_process_is_as_before(apart: Apart) -> None:
+    assert apart.call(_afterwards) == ("cpu", Tensor, "cpu")
+
+
+def _afterwards() -> tuple[str, type, str]:
+    _dry(8, 0, (), 1)
+    tensor = torch.ones(2)
+    return tensor.device.type, type(tensor), device_type()
 
 
 # -- the command
@@ -251,21 +283,28 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_command_prints_a_table_and_writes_json(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_and_writes_json(config: Path, tmp_path: Path, apart: Apart) -> None:
     file = tmp_path / "out.json"
     overrides = [argument for pair in stages(2) for argument in ("--set", pair)]
-    assert main(["dryrun", str(config), "--world", "8", "--stages", "--json", str(file), *overrides]) == 0
-    text = capsys.readouterr().out
+    code, text, _ = apart.command(str(config), "--world", "8", "--stages", "--json", str(file), *overrides)
+    assert (code, text.splitlines()[-1]) == (0, "Everything agrees with its formula")
     assert "rank 0 of 8, stage 0" in text
     assert "rank 4 of 8, stage 1" in text
-    assert text.endswith("Everything agrees with its formula\n")
     written = json.loads(file.read_text())
     assert [run["stage"] for run in written["runs"]] == [0, 1]
     assert written["problems"] == []
     for run in written["runs"]:
         assert run["traffic"] == run["expected"] != {}
+
+
+def test_what_cannot_be_compared_is_said(config: Path, apart: Apart) -> None:
+    arguments = "--world", "8", "--steps", "1", "--set", "model.attention_backend=sdpa"
+    code, text, _ = apart.command(str(config), *arguments)
+    assert code == 0
+    assert text.splitlines()[-2:] == [
+        "rank 0: not compared: activations, peak and FLOP, because attention does not run as one operator here",
+        "Everything that was compared agrees",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,10 +314,7 @@ def test_the_command_prints_a_table_and_writes_json(
         (["--world", "8", "--set", "parallel.tensor.size=3"], "parallel.tensor.size"),
     ],
 )
-def test_mistakes_end_with_one_line(
-    arguments: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["dryrun", str(config), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_end_with_one_line(arguments: list[str], message: str, config: Path, apart: Apart) -> None:
+    code, _, text = apart.command(str(config), *arguments)
+    assert code == 2
+    assert message in text
