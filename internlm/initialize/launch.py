@@ -45,6 +45,8 @@ RECORDED_COLLECTIVES = 2000
 _CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
 #: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
 _SECONDS_BEFORE_WARNING = 10.0
+#: Key in rank 0's store that counts the ranks that have connected to it.
+_JOINED = "ranks that joined"
 
 ConfigLike = str | Path | dict[str, Any] | Config
 
@@ -337,10 +339,41 @@ def _make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
     # Rank 0 reaches its own store by the loopback interface, even if the other ranks' address for it is wrong.
     address = "localhost" if hosts else process.host
     store: dist.Store = dist.TCPStore(
-        address, process.port, process.world_size, is_master=hosts, timeout=timeout, multi_tenant=hosts
+        address,
+        process.port,
+        process.world_size,
+        is_master=hosts,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=hosts,
     )
+    if not agent_hosts:
+        store.add(_JOINED, 1)
+    if hosts:
+        _wait_until_joined(store, process, timeout.total_seconds())
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt-{attempt}", store) if agent_hosts else store
+
+
+def _wait_until_joined(store: dist.Store, process: ProcessInfo, timeout: float) -> None:
+    """Block until all ranks have connected to the store that this rank hosts.
+
+    torch would wait as well, but log nothing meanwhile.
+
+    Raises:
+        LaunchError: A rank has not connected within ``timeout`` seconds.
+    """
+    where, size = f"{process.host}:{process.port}", process.world_size
+    deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
+    while (joined := store.add(_JOINED, 0)) < size:
+        now = time.monotonic()
+        if now >= deadline:
+            message = f"only {joined} of {size} ranks joined within {timeout:g} s"
+            raise LaunchError(Problem(where, message, "Check --host and --port, and that every rank is running"))
+        if now >= warn_at:
+            warn_at = deadline  # once
+            get_logger().warning(f"waiting at {where}: only {joined} of {size} ranks joined")
+        time.sleep(min(0.05, deadline - now))
 
 
 def _wait_until_reachable(host: str, port: int, timeout: float) -> None:

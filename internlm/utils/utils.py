@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -32,13 +33,33 @@ def _base_of(names: dict[str, Any]) -> Iterator[None]:
     # Last, so that no folder that happens to lie above a config file hides a package.
     sys.path += [os.getcwd(), *map(str, Path(os.path.abspath(names.get("__file__", ""))).parents)]
     importlib.invalidate_caches()
-    before = set(names)
+    searched, before, modules = set(sys.path) - set(path), dict(names), set(sys.modules)
     try:
         yield
     finally:
         sys.path[:] = path
-    # Python imports a file once. Copies keep what this config changes from the next config that builds on the file.
-    names |= {name: _copy(value) for name, value in names.items() if name not in before}
+        _forget(modules, {*searched, os.getcwd()})
+    # Copies keep what this config changes from another file of the same block that imports the same names.
+    names |= {name: _copy(value) for name, value in names.items() if value is not before.get(name)}
+
+
+def _forget(earlier: set[str], folders: set[str]) -> None:
+    """Forget the modules from ``folders`` that are not among the ``earlier`` ones.
+
+    Python imports a module once: a config of another folder would get the files of this one. Modules of installed
+    packages stay, since not all of them can be imported twice.
+    """
+    new = {name for name in sys.modules if name not in earlier}
+    found = {name for name in new if "." not in name and folders.intersection(_folders_of(sys.modules[name]))}
+    for name in new:
+        if name.partition(".")[0] in found:
+            del sys.modules[name]
+
+
+def _folders_of(module: ModuleType) -> list[str]:
+    """Return the folders in which Python finds the top-level ``module``."""
+    places = getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""]
+    return [os.path.dirname(place) for place in places]
 
 
 def _copy(value: Any) -> Any:

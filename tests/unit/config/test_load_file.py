@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,36 @@ def test_a_config_builds_on_others(tmp_path: Path) -> None:
             "model": {"num_layers": 2, "sizes": [1, {"a": 1}], "vocab_size": 64},
             "data": {"seq_len": 64},
         }
+
+
+def test_a_base_may_redefine_a_name_of_the_config(tmp_path: Path) -> None:
+    folder = tmp_path / "bases"
+    folder.mkdir()
+    write(folder, "model = dict(num_layers=2)\n", "base.py")
+    read = "from internlm.utils.utils import read_base\nmodel = {}\nwith read_base():\n    from bases.base import *\n{}"
+    deeper = write(folder, read.format("{}", "model.update(num_layers=3)\n"), "deeper.py")
+    top = read.format("{}", "with read_base():\n    from bases.deeper import model as other\n")
+    first = write(tmp_path, top + "model.update(hidden_size=8)\n")
+    for _ in range(2):
+        assert load_file(deeper) == {"model": {"num_layers": 3}}
+        assert load_file(first) == {
+            "model": {"num_layers": 2, "hidden_size": 8},
+            "other": {"num_layers": 3},
+        }
+
+
+def test_each_folder_has_its_own_bases(tmp_path: Path) -> None:
+    """Also where the names of their modules are equal; a package that a base imports is imported once."""
+    read = "from internlm.utils.utils import read_base\nwith read_base():\n    from same_name.base import *\n"
+    found = []
+    for layers in (1, 2):
+        folder = tmp_path / str(layers) / "same_name"
+        folder.mkdir(parents=True)
+        write(folder, f"import torch\nmodel = dict(num_layers={layers})\n", "base.py")
+        found.append(load_file(write(folder.parent, read)))
+    assert found == [{"model": {"num_layers": 1}}, {"model": {"num_layers": 2}}]
+    assert not any(name.startswith("same_name") for name in sys.modules)
+    assert "torch" in sys.modules
 
 
 def test_a_base_that_does_not_exist_is_named(tmp_path: Path) -> None:

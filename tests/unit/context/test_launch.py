@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -275,8 +277,8 @@ def _free_port() -> str:
 
 
 UNREACHABLE: dict[str, tuple[str, str, str]] = {
-    "rank 0 waits in vain": ("0", "127.0.0.1", "cannot be reached (Timed out after"),
-    "rank 0 waits in vain, with an address that is wrong": ("0", "host.invalid", "cannot be reached (Timed out after"),
+    "rank 0 waits in vain": ("0", "127.0.0.1", "only 1 of 2 ranks joined within 0.5 s. Check --host and --port, and "),
+    "rank 0 waits in vain, with an address that is wrong": ("0", "host.invalid", "only 1 of 2 ranks joined within "),
     "rank 0 is not there": ("1", "127.0.0.1", "cannot be reached within 0.5 s (Connection refused). Check --host"),
     "no such host": ("1", "host.invalid", "cannot be reached within 0.5 s (Name or service not known). Check --host"),
     "no host name": ("1", "a" * 70, "cannot be reached within 0.5 s ("),
@@ -303,6 +305,22 @@ def test_a_long_wait_for_rank_0_is_logged_once(
         launch._wait_until_reachable("127.0.0.1", port, 1.0)
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for rank 0 at 127.0.0.1:{port} (Connection refused)"
+    ]
+
+
+def test_a_long_wait_of_rank_0_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "_SECONDS_BEFORE_WARNING", 0.1)
+    monkeypatch.setattr(launch.get_logger(), "propagate", True)
+    process = ProcessInfo(rank=0, world_size=3, local_rank=0, host="127.0.0.1", port=int(_free_port()))
+    other = threading.Thread(target=launch._make_store, args=(replace(process, rank=1), timedelta(seconds=5)))
+    other.start()
+    with pytest.raises(LaunchError, match=r"only 2 of 3 ranks joined within 1 s\."):
+        launch._make_store(process, timedelta(seconds=1))
+    other.join()
+    assert [record.getMessage() for record in caplog.records if "ranks joined" in record.getMessage()] == [
+        f"waiting at 127.0.0.1:{process.port}: only 2 of 3 ranks joined"
     ]
 
 
