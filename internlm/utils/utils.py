@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
@@ -33,33 +33,36 @@ def _base_of(names: dict[str, Any]) -> Iterator[None]:
     # Last, so that no folder that happens to lie above a config file hides a package.
     sys.path += [os.getcwd(), *map(str, Path(os.path.abspath(names.get("__file__", ""))).parents)]
     importlib.invalidate_caches()
-    searched, before, modules = set(sys.path) - set(path), dict(names), set(sys.modules)
+    # While one config file imports another, the modules of the outer one are in use.
+    if getattr(sys.modules.get(names.get("__name__", "")), "__dict__", None) is not names:
+        _forget_others()
+    before, modules = dict(names), set(sys.modules)
     try:
         yield
+        _imported.update({name: _places(name) for name in set(sys.modules) - modules if "." not in name})
     finally:
         sys.path[:] = path
-        _forget(modules, {*searched, os.getcwd()})
-    # Copies keep what this config changes from another file of the same block that imports the same names.
+    # Python imports a file once. Copies keep what this config changes from the next config that builds on the file.
     names |= {name: _copy(value) for name, value in names.items() if value is not before.get(name)}
 
 
-def _forget(earlier: set[str], folders: set[str]) -> None:
-    """Forget the modules from ``folders`` that are not among the ``earlier`` ones.
+#: Map from a top-level module that a config file imported first to the places where Python found it.
+_imported: dict[str, list[str]] = {}
 
-    Python imports a module once: a config of another folder would get the files of this one. Modules of installed
-    packages stay, since not all of them can be imported twice.
-    """
-    new = {name for name in sys.modules if name not in earlier}
-    found = {name for name in new if "." not in name and folders.intersection(_folders_of(sys.modules[name]))}
-    for name in new:
-        if name.partition(".")[0] in found:
+
+def _forget_others() -> None:
+    """Forget modules of earlier config files that are now found elsewhere, so that each folder has its own bases."""
+    for top in [name for name, places in _imported.items() if places and _places(name) != places]:
+        del _imported[top]
+        for name in [name for name in sys.modules if name.partition(".")[0] == top]:
             del sys.modules[name]
 
 
-def _folders_of(module: ModuleType) -> list[str]:
-    """Return the folders in which Python finds the top-level ``module``."""
-    places = getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""]
-    return [os.path.dirname(place) for place in places]
+def _places(name: str) -> list[str]:
+    """Return the file, or the folders, in which ``sys.path`` has the top-level module ``name``; empty if in none."""
+    spec = PathFinder.find_spec(name)
+    # A folder may be in sys.path more than once.
+    return [] if spec is None else list(dict.fromkeys(spec.submodule_search_locations or [str(spec.origin)]))
 
 
 def _copy(value: Any) -> Any:

@@ -154,17 +154,25 @@ def test_a_base_may_redefine_a_name_of_the_config(tmp_path: Path) -> None:
 
 
 def test_each_folder_has_its_own_bases(tmp_path: Path) -> None:
-    """Also where the names of their modules are equal; a package that a base imports is imported once."""
+    """Also where the names of their modules are equal; within a folder a module is imported once."""
     read = "from internlm.utils.utils import read_base\nwith read_base():\n    from same_name.base import *\n"
-    found = []
+    runs = []
     for layers in (1, 2):
         folder = tmp_path / str(layers) / "same_name"
         folder.mkdir(parents=True)
-        write(folder, f"import torch\nmodel = dict(num_layers={layers})\n", "base.py")
-        found.append(load_file(write(folder.parent, read)))
-    assert found == [{"model": {"num_layers": 1}}, {"model": {"num_layers": 2}}]
-    assert not any(name.startswith("same_name") for name in sys.modules)
-    assert "torch" in sys.modules
+        write(folder, f"import wave\nmodel = dict(num_layers={layers})\n", "base.py")
+        runs.append(write(folder.parent, read))
+    inner = tmp_path / "1" / "inner" / "same_name"
+    inner.mkdir(parents=True)
+    write(inner, "model = dict(num_layers=3)\n", "base.py")
+    runs.append(write(inner.parent, read))
+    for index in (0, 1, 0, 2, 1, 2, 0):
+        assert load_file(runs[index]) == {"model": {"num_layers": index + 1}}
+    once = sys.modules["same_name.base"], sys.modules["wave"]
+    load_file(runs[0])
+    assert once == (sys.modules["same_name.base"], sys.modules["wave"])
+    with pytest.raises(ConfigError, match="No module named 'same_name'"):
+        load_file(write(tmp_path, read))
 
 
 def test_a_base_that_does_not_exist_is_named(tmp_path: Path) -> None:
