@@ -33,7 +33,7 @@ T = TypeVar("T")
 SMALL: dict[str, Any] = dict(
     model_type="INTERNLM2",
     model=dict(
-        num_layers=4, hidden_size=2048, num_attention_heads=16, vocab_size=32000, mlp_ratio=8 / 3, multiple_of=64
+        num_layers=2, hidden_size=2048, num_attention_heads=16, vocab_size=32000, mlp_ratio=8 / 3, multiple_of=64
     ),
     data=dict(seq_len=2048, micro_bsz=2, micro_num=1, total_steps=4),
     adam=dict(lr=1e-3),
@@ -43,7 +43,8 @@ SMALL: dict[str, Any] = dict(
 
 
 def stages(size: int, *more: str) -> tuple[str, ...]:
-    return (f"parallel.pipeline.size={size}", f"data.micro_num={size}", *more)
+    layers = f"model.num_layers={max(size, 4)}"
+    return (f"parallel.pipeline.size={size}", f"data.micro_num={size}", layers, *more)
 
 
 def split_over(mode: str, tensor: int, weight: int = 1) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "fp32": (8, 1, ("model.dtype=torch.float32",)),
     "muon": (8, 5, ("optimizer.type=Muon",)),
     "lion, all recomputed": (64, 63, ("optimizer.type=Lion", "model.checkpoint=True")),
-    "offloaded": (8, 2, ("model.cpu_offloading=2",)),
+    "offloaded": (8, 2, ("model.cpu_offloading=1",)),
     "selective, dropout": (8, 2, ("model.checkpoint=selective", "model.drop_rate=0.1")),
     "fsdp": (8, 7, (FSDP,)),
     "fsdp, replicas": (16, 9, (FSDP, "parallel.zero1.size=4")),
@@ -144,9 +145,9 @@ def test_every_layout_agrees_with_its_formulas(layout: str, apart: Apart) -> Non
 def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None:
     one, two = apart.dry(8, 0), apart.dry(8, 0, "data.micro_num=2")
     assert one.host_reads == two.host_reads
-    # Of 4 layers wqkv, wo, w13 and w2, and of the head two chunks of tokens: each forward and for both gradients. And
+    # Of 2 layers wqkv, wo, w13 and w2, and of the head two chunks of tokens: each forward and for both gradients. And
     # the sums by dataset type.
-    products = 3 * (4 * 4 + 2) + 1
+    products = 3 * (2 * 4 + 2) + 1
     assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
 
 
@@ -216,7 +217,7 @@ def _reads_twice(x: Tensor) -> None:
         (_copies_to_the_host, "copies a device tensor to the host (aten::_to_copy). Use accelerator.to_host"),
         (_computes_on_the_host, "computes on the host (aten::ones). Create the tensor on the device"),
         (_copies_a_host_tensor, "copies a host tensor with a blocking copy. Use accelerator.to_device"),
-        (_reads_twice, "a step waits more than once for the device: a second look (8), metrics of a step (1)"),
+        (_reads_twice, "a step waits more than once for the device: a second look (4), metrics of a step (1)"),
     ],
 )
 def test_a_planted_fault_is_named(plant: Callable[[Tensor], None], message: str, apart: Apart) -> None:
