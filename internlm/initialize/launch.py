@@ -389,8 +389,11 @@ def _wait_until_reachable(host: str, port: int, timeout: float) -> None:
         try:
             # A host that drops packets answers nothing; an attempt of minutes would delay the warning.
             limit = min(max(deadline - time.monotonic(), 0.1), _SECONDS_BEFORE_WARNING)
-            socket.create_connection((host, port), timeout=limit).close()
-            return
+            with socket.create_connection((host, port), timeout=limit) as connection:
+                # The system may choose the port itself as the source of the connection, which then meets itself.
+                if connection.getsockname() != connection.getpeername():
+                    return
+            reason = "nobody listens"
         except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
             reason = getattr(error, "strerror", None) or str(error)
         now = time.monotonic()

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import runpy
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -89,13 +88,6 @@ def _run_script(rank: int, world_size: int, args: Sequence[str], folder: Path) -
             os.dup2(screen, 2)
             os.close(screen)
     return 0
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def records(folder: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launch import Job
-from tests.integration.jobs import ROOT, free_port, metrics, records, script, script_on_pool
+from tests.harness.ports import free_port
+from tests.integration.jobs import ROOT, metrics, records, script, script_on_pool
 from tests.unit.data.files import write_bin
 
 #: Figures of a step that don't depend on time.

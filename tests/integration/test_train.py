@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.integration.jobs import ROOT, debug_losses, free_port, lines, metrics, records, train, train_on_pool
+from tests.harness.ports import free_port
+from tests.integration.jobs import ROOT, debug_losses, lines, metrics, records, train, train_on_pool
 from tests.unit.data.files import write_bin
 
 #: What a step logs, in this order; ``{type}`` stands for each type of data.
