@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,14 +91,14 @@ def profile_step(ours: Ours, steps: int) -> StepProfile:
     seconds = [_timed(ours.step) for _ in range(steps)]
     with _named_ranges(ours), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         profiled = sum(_timed(ours.step) for _ in range(PROFILED)) / PROFILED
-    by_kind: Counter[str] = Counter()
+    by_kind: defaultdict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for event in profiler.events() or []:
         if _is_outermost_operator(event):
             kind = _kind(event)
-            by_kind[kind] += event.cpu_time_total / 1e6 / PROFILED  # type: ignore[assignment]
+            by_kind[kind] += event.cpu_time_total / 1e6 / PROFILED
             calls[kind] += 1
-    by_kind[REST] = profiled - sum(by_kind.values())  # type: ignore[assignment]
+    by_kind[REST] = profiled - sum(by_kind.values())
     per_step = Counter({kind: count // PROFILED for kind, count in calls.items()})
     return StepProfile(seconds=median(seconds), profiled_seconds=profiled, by_kind=dict(by_kind), calls=per_step)
 

@@ -71,7 +71,7 @@ def draw_schedule(arguments: argparse.Namespace) -> None:
     # Files first: output that is cut off by ``| head`` must not leave them unwritten.
     for path, draw in ((a.svg, pictures.svg), (a.html, pictures.html), (a.trace, pictures.chrome_trace)):
         if path:
-            _write(path, draw(timelines))
+            write_file(path, draw(timelines))
     width = shutil.get_terminal_size((WIDTH_OF_FILES, 0)).columns
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(pictures.text(timelines, width, coloured), end="")
@@ -103,7 +103,12 @@ def _table(a: argparse.Namespace) -> Table:
     return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` to a file that the user has named.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -144,5 +149,5 @@ def verify(arguments: argparse.Namespace) -> int:
     report = compare(plan.config, alone, ranks)
     print(as_text(report))
     if a.json:
-        _write(a.json, as_json(plan, report))
+        write_file(a.json, as_json(plan, report))
     return 0 if report.passed else EXIT_DIFFERENT

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from internlm.cli.commands import EXIT_DIFFERENT, write_file
 from internlm.config import Config, check_runnable
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
@@ -12,8 +12,6 @@ from internlm.core.context.parallel_context import sizes_of
 from internlm.dryrun.findings import as_json, as_text, not_compared, problems
 from internlm.dryrun.one_rank import dry_config, run_rank
 from internlm.utils.errors import Problem, UserError
-
-EXIT_DIFFERENT = 1
 
 
 def dry_run(arguments: argparse.Namespace) -> int:
@@ -31,7 +29,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
         print(as_text(runs[-1]), end="\n\n", flush=True)
     found = problems(runs)
     if arguments.json:
-        Path(arguments.json).write_text(as_json(runs), encoding="utf-8")
+        write_file(arguments.json, as_json(runs))
     skipped = [line for run in runs for line in not_compared(run)]
     agreement = "Everything that was compared agrees" if skipped else "Everything agrees with its formula"
     print("\n".join([*skipped, *(found or [agreement])]))

@@ -31,7 +31,6 @@ _OWN = tuple(str(Path(_PACKAGE) / name) for name in ("dryrun", "accelerator", "u
 #: Categories of the storages that a file makes, by the end of its path.
 _MADE_IN = {
     "core/parallel/weight_gatherer.py": GATHER,
-    "core/parallel/weight_pool.py": GATHER,
     "_fully_shard/_fsdp_param_group.py": GATHER,
     "solver/optimizer/grad_reduce.py": REDUCTION,
 }

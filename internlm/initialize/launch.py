@@ -141,12 +141,16 @@ def initialize_distributed_env(
     _check_agreement(resolved, seed)
     if accelerator.device_kind().is_host:
         choose_kernels(torch_dtype(str(resolved.model.dtype)))
-    # Python's and NumPy's generators are seeded for users' code; the framework draws from its own streams only.
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    _seed_generators(seed)
     _set_determinism(resolved.cudnn_deterministic)
     torch.backends.cudnn.benchmark = resolved.cudnn_benchmark
     gpc.initialize(resolved, seed)
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed Python's and NumPy's generators for users' code; the framework draws from its own streams only."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_determinism(wanted: bool) -> None:
