@@ -54,8 +54,8 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
     """
     then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
     if torch_dtype(then) != torch_dtype(wanted):
-        what = f"{wanted!r}, but {folder} was saved with {then!r}"
-        yield Problem("model.dtype", what, f"Restore the saved value. {FROM_WEIGHTS}")
+        message = f"{wanted!r}, but {folder} was saved with {then!r}"
+        yield Problem("model.dtype", message, f"Restore the saved value. {FROM_WEIGHTS}")
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
@@ -65,14 +65,14 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     """
     if saved.get("data") != now.get("data"):
         fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
-        what = f"the data changed after {folder} was saved ({fingerprints})"
-        yield Problem("data.train_folder", what, f"Restore the old data, {WITHOUT_SAMPLER}")
+        message = f"the data changed after {folder} was saved ({fingerprints})"
+        yield Problem("data.train_folder", message, f"Restore the old data, {WITHOUT_SAMPLER}")
     then, wanted = saved["config"]["data"], now["config"]["data"]
     fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
     for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
         if old != new:
-            what = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
-            yield Problem(name, what, f"Restore the saved value, {WITHOUT_SAMPLER}")
+            message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
+            yield Problem(name, message, f"Restore the saved value, {WITHOUT_SAMPLER}")
 
 
 # -- tensors and files
@@ -88,8 +88,8 @@ def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
         path = folder / name
         size = path.stat().st_size if path.is_file() else 0
         if size < end:
-            what = f"expected at least {end} bytes according to .metadata, got {size}"
-            yield Problem(str(path), what, "Choose an older checkpoint")
+            message = f"expected at least {end} bytes according to .metadata, got {size}"
+            yield Problem(str(path), message, "Choose an older checkpoint")
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:
@@ -109,8 +109,8 @@ def unexpected_tensors(folder: str, metadata: Metadata, wanted: Container[str]) 
     for name in metadata.state_dict_metadata:
         # Optimizer state, which frozen parameters do not have, is checked by other_states.
         if name.startswith("model/") and name not in wanted:
-            what = "the model has no such parameter or buffer"
-            yield Problem(f"{folder}: {name}", what, "Use the config of the checkpoint")
+            message = "the model has no such parameter or buffer"
+            yield Problem(f"{folder}: {name}", message, "Use the config of the checkpoint")
 
 
 def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Iterator[Problem]:
@@ -129,6 +129,6 @@ def other_states(folder: str, metadata: Metadata, wanted: Container[str]) -> Ite
     for state, names in states.items():
         if left := sorted(name for name in names & trained if f"optimizer/{state}/{name}" not in wanted):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            what = f"saved for {left[0]!r}{more}, but this run has no such state"
+            message = f"saved for {left[0]!r}{more}, but this run has no such state"
             todo = f"Restore the saved values of optimizer and use_fp32_norm. {FROM_WEIGHTS}"
-            yield Problem(f"{folder}: optimizer/{state}", what, todo)
+            yield Problem(f"{folder}: optimizer/{state}", message, todo)

@@ -76,16 +76,16 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """
     if not folder.is_dir():
         existing = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"
-        what = f"no such checkpoint ({folder.parent} has {existing})"
-        raise CheckpointError(Problem(str(folder), what, "Pass the path of an existing step-N folder"))
+        message = f"no such checkpoint ({folder.parent} has {existing})"
+        raise CheckpointError(Problem(str(folder), message, "Pass the path of an existing step-N folder"))
     if not (folder / STATE_FILE).is_file():
         # Rank 0 writes the state after all tensors, so tensor files without it are an interrupted save.
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
-        what = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
-        raise CheckpointError(Problem(str(folder), what, "Choose a complete step-N folder"))
+        message = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
+        raise CheckpointError(Problem(str(folder), message, "Choose a complete step-N folder"))
     if not is_complete(folder):
-        what = f"unfinished: the commit mark {COMMIT_FILE} is missing"
-        raise CheckpointError(Problem(str(folder), what, "Choose an older checkpoint"))
+        message = f"unfinished: the commit mark {COMMIT_FILE} is missing"
+        raise CheckpointError(Problem(str(folder), message, "Choose an older checkpoint"))
     file = folder / STATE_FILE
     try:
         state: dict[str, Any] = json.loads(file.read_text())
@@ -93,11 +93,11 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         # A newer format may have other keys: report the format rather than a missing key.
         _ = newer or [state[key] for key in needed]
     except KeyError as error:
-        what = f"has no key {error}: another version wrote it, or it was edited"
-        raise CheckpointError(Problem(str(file), what, "Choose another checkpoint")) from None
+        message = f"has no key {error}: another version wrote it, or it was edited"
+        raise CheckpointError(Problem(str(file), message, "Choose another checkpoint")) from None
     except (ValueError, TypeError) as error:  # not JSON, or JSON of another shape
         raise CheckpointError(Problem(str(file), f"cannot be read ({error!r})", "Choose another checkpoint")) from None
     if newer:
-        what = f"expected a format version of at most {FORMAT}, got {state['format']}"
-        raise CheckpointError(Problem(str(folder), what, "Update InternEvo"))
+        message = f"expected a format version of at most {FORMAT}, got {state['format']}"
+        raise CheckpointError(Problem(str(folder), message, "Update InternEvo"))
     return state

@@ -92,12 +92,12 @@ def _table(a: argparse.Namespace) -> Table:
         raise ConfigError(Problem("internlm schedule", "--set and --world need a config", "Pass a config file"))
     if not (schedule or csv) or not stages or not micro_batches:
         todo = "Pass a config file, or --kind (or --csv), --stages and --micro-batches"
-        what = "the schedule, number of stages or number of micro-batches is missing"
-        raise ConfigError(Problem("internlm schedule", what, todo))
+        message = "the schedule, number of stages or number of micro-batches is missing"
+        raise ConfigError(Problem("internlm schedule", message, todo))
     pairs = stages * (chunks or 1) * micro_batches
     if pairs > MOST_PAIRS:
-        what = f"{pairs} pairs of virtual stage and micro-batch exceed the maximum of {MOST_PAIRS}"
-        raise UserError(Problem("--stages, --chunks, --micro-batches", what, "Lower one of them"))
+        message = f"{pairs} pairs of virtual stage and micro-batch exceed the maximum of {MOST_PAIRS}"
+        raise UserError(Problem("--stages, --chunks, --micro-batches", message, "Lower one of them"))
     if csv:
         return read_table(csv, stages, chunks or 1, micro_batches)
     return make_table(schedule, stages, chunks or (2 if schedule in ("interleaved", "zbv") else 1), micro_batches)

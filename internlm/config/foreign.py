@@ -102,9 +102,9 @@ def drop_foreign_keys(config: NestedDict, findings: Findings) -> None:
     for missing in MISSING:
         value = pop(config, missing.key)
         if value is not ABSENT and not missing.asks_nothing(value):
-            what = f"{_short(value)} asks for {missing.feature}, which is not available in this version"
+            message = f"{_short(value)} asks for {missing.feature}, which is not available in this version"
             # One problem per feature: a config of such a model has several of its keys.
-            requested.setdefault(missing.feature, Problem(missing.key, what, missing.todo))
+            requested.setdefault(missing.feature, Problem(missing.key, message, missing.todo))
     findings.missing += requested.values()
     for ignored in IGNORED:
         value = pop(config, ignored.key)

@@ -85,8 +85,8 @@ def _rename(config: NestedDict, findings: Findings) -> None:
         elif current == value:
             findings.ignore(old, f"the old name of {new.key}")
         else:
-            what = f"contradicts its new name: it means {new.key} = {value!r}, but {new.key} = {current!r}"
-            findings.problems.append(Problem(old, what, f"Remove {old}"))
+            message = f"contradicts its new name: it means {new.key} = {value!r}, but {new.key} = {current!r}"
+            findings.problems.append(Problem(old, message, f"Remove {old}"))
 
 
 def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
@@ -107,8 +107,8 @@ def _drop_sequence_parallel(config: NestedDict, findings: Findings) -> None:
     elif mode is None:
         put(config, mode_key, "msp" if flag else "mtp")
     elif flag != (mode != "mtp"):
-        what = f"{flag} contradicts {mode_key} = {mode!r}"
-        findings.problems.append(Problem(SEQUENCE_PARALLEL, what, f"Remove it: {mode_key} implies its value"))
+        message = f"{flag} contradicts {mode_key} = {mode!r}"
+        findings.problems.append(Problem(SEQUENCE_PARALLEL, message, f"Remove it: {mode_key} implies its value"))
 
 
 def _respell_values(config: NestedDict) -> None:

@@ -107,15 +107,15 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
     except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise ConfigError(Problem(str(path), what, "Check the path and its permissions")) from None
+        message = f"cannot be read ({error.strerror})"
+        raise ConfigError(Problem(str(path), message, "Check the path and its permissions")) from None
 
 
 def _missing(path: Path) -> Problem:
     folder = path.parent
     if not folder.is_dir():
-        what = f"no such file: the folder {folder.resolve()} does not exist"
-        return Problem(str(path), what, "Correct the path")
+        message = f"no such file: the folder {folder.resolve()} does not exist"
+        return Problem(str(path), message, "Correct the path")
     siblings = [file.name for file in folder.glob("*.py")]
     todo = did_you_mean(path.name, siblings) if siblings else f"Correct the path: {folder.resolve()} has no .py file"
     return Problem(str(path), "no such file", todo)

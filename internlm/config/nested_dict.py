@@ -36,8 +36,8 @@ def plain(value: Any, where: str = "", outer: tuple[int, ...] = ()) -> Any:
         items = (plain(item, where, (*outer, id(value))) for item in value)
         return list(items) if isinstance(value, list) else tuple(items)
     if strangers := [key for key in value if not isinstance(key, str)]:
-        what = f"contains the key {strangers[0]!r}, which is not a string"
-        raise ConfigError(Problem(where or "config", what, "Write keys as strings"))
+        message = f"contains the key {strangers[0]!r}, which is not a string"
+        raise ConfigError(Problem(where or "config", message, "Write keys as strings"))
     prefix = f"{where}." if where else ""
     return {key: plain(inner, f"{prefix}{key}", (*outer, id(value))) for key, inner in value.items()}
 

@@ -126,9 +126,9 @@ def unsupported(value_of: Callable[[str], Any], invalid: Collection[str] = ()) -
     """
     problems, model_type = [], value_of("model_type")
     if model_type in MISSING_TYPES and model_type not in MODEL_INITIALIZER:
-        what = f"{model_type!r}, {MISSING_TYPES[model_type]} that is not available in this version"
+        message = f"{model_type!r}, {MISSING_TYPES[model_type]} that is not available in this version"
         todo = f"{known_names(MODEL_TYPES)} Register a model of your own before initialize_distributed_env"
-        problems.append(Problem("model_type", what, todo))
+        problems.append(Problem("model_type", message, todo))
     values = {key: value_of(key) for key in SUPPORTED_VALUES if key not in invalid}
     problems += [
         Problem(key, f"{value!r} is not available in this version", _use(SUPPORTED_VALUES[key]))

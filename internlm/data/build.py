@@ -100,8 +100,8 @@ def row_shape(data: DataConfig) -> RowShape:
 def _tokenized_valid(data: DataConfig, folder: str, vocab_size: int) -> TokenizedSource:
     source = _tokenized(data, "data.valid_folder", folder, vocab_size)
     if source.emptied_types:
-        what = f"{data.min_length} leaves no sample of the dataset type {source.emptied_types[0]!r} in {folder}"
-        raise DataError(Problem("data.min_length", what, "Lower it, or remove the folder of this type"))
+        message = f"{data.min_length} leaves no sample of the dataset type {source.emptied_types[0]!r} in {folder}"
+        raise DataError(Problem("data.min_length", message, "Lower it, or remove the folder of this type"))
     return source
 
 

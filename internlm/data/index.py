@@ -104,8 +104,8 @@ def find_files(folder: Path) -> list[DataFile]:
         raise DataError(Problem(str(folder), "contains no .bin file", "Create one with `internlm tokenize`"))
     files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
     if garbled := [file for file in files if not file.type_name.isprintable()]:
-        what = f"the folder {garbled[0].type_name!r}, which names a dataset type, has control characters in its name"
-        raise DataError(Problem(str(folder), what, "Rename it"))
+        message = f"the folder {garbled[0].type_name!r}, which names a dataset type, has control characters in its name"
+        raise DataError(Problem(str(folder), message, "Rename it"))
     if lonely := [file for file in files if not file.meta.is_file()]:
         raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
     return files
@@ -160,16 +160,16 @@ def read_meta(file: DataFile) -> np.ndarray:
     wrong |= (lengths < 0) | (lengths > file.size)
     if wrong.any():
         row = int(wrong.argmax())
-        what = f"sample {row} at byte {offsets[row]} cannot have {lengths[row]} tokens in {sizes[row]} bytes"
-        raise _disagree(file, what)
+        message = f"sample {row} at byte {offsets[row]} cannot have {lengths[row]} tokens in {sizes[row]} bytes"
+        raise _disagree(file, message)
     if not _last_line_is_whole(file, offsets):
-        what = f"the last sample (sample {len(meta) - 1}) does not end where the file ends"
-        raise _disagree(file, what if len(meta) else "it lists no samples, but the file is not empty")
+        message = f"the last sample (sample {len(meta) - 1}) does not end where the file ends"
+        raise _disagree(file, message if len(meta) else "it lists no samples, but the file is not empty")
     return meta
 
 
-def _disagree(file: DataFile, what: str) -> DataError:
-    return DataError(Problem(str(file.meta), f"does not match {file.path.name} ({file.size} bytes): {what}", REMAKE))
+def _disagree(file: DataFile, message: str) -> DataError:
+    return DataError(Problem(str(file.meta), f"does not match {file.path.name} ({file.size} bytes): {message}", REMAKE))
 
 
 def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
@@ -192,22 +192,22 @@ def open_meta(path: Path) -> np.ndarray:
     try:
         meta = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OverflowError, OSError) as error:
-        what = f"is not a plain NumPy array of byte offsets and token counts ({error})"
-        raise DataError(Problem(str(path), what, f"Pickled arrays are refused. {REMAKE}")) from error
+        message = f"is not a plain NumPy array of byte offsets and token counts ({error})"
+        raise DataError(Problem(str(path), message, f"Pickled arrays are refused. {REMAKE}")) from error
     if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
-        what = f"expected integers of shape [samples, 2], got {meta.dtype} of shape {list(meta.shape)}"
-        raise DataError(Problem(str(path), what, REMAKE))
+        message = f"expected integers of shape [samples, 2], got {meta.dtype} of shape {list(meta.shape)}"
+        raise DataError(Problem(str(path), message, REMAKE))
     return np.array(meta, np.int64)
 
 
 def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Problem:
     longest = max((int(read_meta(file)[:, 1].max(initial=0)) for file in files), default=0)
     if 1 < longest < min_length:
-        what = f"all samples have fewer tokens than data.min_length = {min_length} (the longest: {longest})"
-        return Problem(str(folder), what, f"Set data.min_length to at most {longest}")
-    what = f"its {len(files)} .bin files contain no sample of two or more tokens"
+        message = f"all samples have fewer tokens than data.min_length = {min_length} (the longest: {longest})"
+        return Problem(str(folder), message, f"Set data.min_length to at most {longest}")
+    message = f"its {len(files)} .bin files contain no sample of two or more tokens"
     todo = "Check the source texts, then recreate the .bin and .bin.meta files with `internlm tokenize`"
-    return Problem(str(folder), what, todo)
+    return Problem(str(folder), message, todo)
 
 
 # -- cached table. Column 0 is the seal: the digest of names, sizes and times, a checksum of the other columns, and the

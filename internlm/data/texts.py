@@ -28,8 +28,8 @@ def find_texts(paths: Iterable[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
             if not inside:
-                what = f"contains no text file (supported: {KNOWN})"
-                raise DataError(Problem(str(path), what, "Pass text files or their folder as --text_input_path"))
+                message = f"contains no text file (supported: {KNOWN})"
+                raise DataError(Problem(str(path), message, "Pass text files or their folder as --text_input_path"))
             found += inside
         elif not path.is_file():
             todo = "Pass existing files or folders as --text_input_path"
@@ -63,8 +63,8 @@ def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterat
         try:
             yield from (text for text in reader(file, text_key) if text and not text.isspace())
         except OSError as error:
-            what = f"cannot be read ({error.strerror or error})"
-            raise DataError(Problem(str(file), what, "Check the file and its permissions")) from error
+            message = f"cannot be read ({error.strerror or error})"
+            raise DataError(Problem(str(file), message, "Check the file and its permissions")) from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
@@ -119,8 +119,8 @@ def _text_of(record: object, text_key: str, where: str) -> str | None:
         raise _no_such_key(where, text_key, record)
     text = record[text_key]
     if text is not None and not isinstance(text, str):
-        what = f"expected a string at key '{text_key}', got {type(text).__name__}"
-        raise DataError(Problem(where, what, "Pass the key of the text as --text_key"))
+        message = f"expected a string at key '{text_key}', got {type(text).__name__}"
+        raise DataError(Problem(where, message, "Pass the key of the text as --text_key"))
     return text
 
 
@@ -138,8 +138,8 @@ def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
             raise _no_such_key(str(file), text_key, schema.names)
         column_type = schema.field(text_key).type
         if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
-            what = f"expected strings in column '{text_key}', got {column_type}"
-            raise DataError(Problem(str(file), what, "Pass the name of the text column as --text_key"))
+            message = f"expected strings in column '{text_key}', got {column_type}"
+            raise DataError(Problem(str(file), message, "Pass the name of the text column as --text_key"))
         # In batches: a Parquet file may be larger than memory.
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             yield from batch.column(0).to_pylist()

@@ -66,11 +66,11 @@ class TokenizedSource:
         """
         tokens = self._parse(sample, self._line(sample))
         if len(tokens) != self.lengths[sample]:
-            what = f"expected {self.lengths[sample]} tokens as in {self._file(sample).meta.name}, got {len(tokens)}"
-            raise self._error(sample, what, REMAKE)
+            message = f"expected {self.lengths[sample]} tokens as in {self._file(sample).meta.name}, got {len(tokens)}"
+            raise self._error(sample, message, REMAKE)
         if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
-            what = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
-            raise self._error(sample, what, "Tokenize the texts with the tokenizer of the model")
+            message = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
+            raise self._error(sample, message, "Tokenize the texts with the tokenizer of the model")
         return tokens
 
     def fingerprint(self) -> str:
@@ -95,26 +95,26 @@ class TokenizedSource:
         except OSError as error:
             raise self._error(sample, f"cannot be read ({error.strerror})", "Restore the file and resume") from error
         if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns) or len(line) != size:
-            what = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} bytes now)"
-            raise self._error(sample, what, "Restore the original file, or start a new run")
+            message = f"the file has changed since it was opened ({file.size} bytes then, {stat.st_size} bytes now)"
+            raise self._error(sample, message, "Restore the original file, or start a new run")
         return line
 
     def _parse(self, sample: int, line: bytes) -> np.ndarray:
         try:
             tokens = np.asarray(json.loads(line)["tokens"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            what = f'is not a JSON line {{"tokens": [...]}} ({type(error).__name__}: {error})'
-            raise self._error(sample, what, REMAKE) from error
+            message = f'is not a JSON line {{"tokens": [...]}} ({type(error).__name__}: {error})'
+            raise self._error(sample, message, REMAKE) from error
         # NumPy would silently turn [1, 2.5] into floats and [1, "2"] into strings.
         if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind != "i"):
-            what = f"expected a list of integers as tokens, got {tokens.dtype} of shape {list(tokens.shape)}"
-            raise self._error(sample, what, REMAKE)
+            message = f"expected a list of integers as tokens, got {tokens.dtype} of shape {list(tokens.shape)}"
+            raise self._error(sample, message, REMAKE)
         return tokens.astype(np.int64, copy=False)
 
-    def _error(self, sample: int, what: str, todo: str) -> DataError:
+    def _error(self, sample: int, message: str, todo: str) -> DataError:
         row = self._row(sample)
         where = f"{self._file(sample).path}:{row + 1} (sample {row}, byte {self._index.offsets[sample]})"
-        return DataError(Problem(where, what, todo))
+        return DataError(Problem(where, message, todo))
 
     def _row(self, sample: int) -> int:
         """Return the row of a sample in its file, in which samples that are too short count too."""

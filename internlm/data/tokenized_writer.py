@@ -92,8 +92,8 @@ def tokenize_texts(texts: Iterable[str], output: Path, recipe: Recipe, workers: 
         DataError: There are no samples, or ``output`` lacks the suffix ``.bin`` or cannot be written.
     """
     if output.suffix != ".bin":
-        what = f"expected suffix '.bin', got {output.suffix!r}"
-        raise DataError(Problem(str(output), what, f"Rename the output to {output.name}.bin"))
+        message = f"expected suffix '.bin', got {output.suffix!r}"
+        raise DataError(Problem(str(output), message, f"Rename the output to {output.name}.bin"))
     sizes, counts = array("q"), array("q")
     with _both_or_none(output) as (bin_file, meta_file):
         with bin_file.open("xb") as stream:

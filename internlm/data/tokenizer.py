@@ -41,8 +41,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     files = [given / "tokenizer.json", given / "tokenizer.model"] if given.is_dir() else [given]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        what = "contains no tokenizer.json or tokenizer.model" if given.exists() else "no such file or folder"
-        raise DataError(Problem(path, what, KINDS))
+        message = "contains no tokenizer.json or tokenizer.model" if given.exists() else "no such file or folder"
+        raise DataError(Problem(path, message, KINDS))
     try:
         return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
     except UserError:

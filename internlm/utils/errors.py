@@ -29,14 +29,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake, formatted as ``<where>: <what>. <todo>``."""
+    """One mistake, formatted as ``<where>: <message>. <todo>``."""
 
     where: str  # config key, file, flag or variable
-    what: str  # what is wrong, with the values
+    message: str  # what is wrong, with the values
     todo: str = ""  # what to do
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}".rstrip(".")
+        text = f"{self.where}: {self.message}".rstrip(".")
         return f"{text}. {self.todo}" if self.todo else text
 
 

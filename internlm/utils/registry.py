@@ -41,8 +41,8 @@ class Registry:
         """
         if module_name not in self._modules:
             # Names such as INTERNLM2 and INTERNLM3 are similar, but mean different models: suggest none.
-            what = f"nothing is registered as {module_name!r}"
-            raise ConfigError(Problem(self.name, what, known_names(self._modules)))
+            message = f"nothing is registered as {module_name!r}"
+            raise ConfigError(Problem(self.name, message, known_names(self._modules)))
         return self._modules[module_name]
 
     def __contains__(self, module_name: object) -> bool:

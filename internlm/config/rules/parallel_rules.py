@@ -22,9 +22,13 @@ def tensor_size_divides_heads(config: Config, run: RunInfo) -> Iterator[Problem]
     isp = config.parallel.tensor.mode == "isp"
     # isp: the all-to-all around attention moves whole heads (DeepSpeed-Ulysses, arXiv 2309.14509).
     if heads % size or (kv_heads % size and not (isp and size % kv_heads == 0)):
-        what = f"num_attention_heads = {heads} and num_kv_attention_heads = {kv_heads} are not both divisible by {size}"
+        message = (
+            f"num_attention_heads = {heads} and num_kv_attention_heads = {kv_heads} are not both divisible by {size}"
+        )
         repeated = [kv_heads * n for n in divisors(heads // kv_heads)] if isp else []
-        yield Problem(TENSOR, what, f"Use one of {listed(sorted({*divisors(math.gcd(heads, kv_heads)), *repeated}))}")
+        yield Problem(
+            TENSOR, message, f"Use one of {listed(sorted({*divisors(math.gcd(heads, kv_heads)), *repeated}))}"
+        )
 
 
 def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -38,20 +42,22 @@ def tensor_size_divides_widths(config: Config, run: RunInfo) -> Iterator[Problem
     if mode == "isp":
         return
     if model.intermediate_size % size:
-        what = f"the feed-forward width {model.intermediate_size} is not divisible by {size}"
-        yield Problem(TENSOR, what, f"Set model.multiple_of to a multiple of {size}")
+        message = f"the feed-forward width {model.intermediate_size} is not divisible by {size}"
+        yield Problem(TENSOR, message, f"Set model.multiple_of to a multiple of {size}")
     # A tied embedding is also the output head, which is always split over the (padded) vocabulary.
     if model.embed_split_hidden and not model.tie_word_embeddings and model.hidden_size % size:
-        what = f"model.hidden_size = {model.hidden_size}, over which the embedding is split, is not divisible by {size}"
-        yield Problem(TENSOR, what, "Set model.embed_split_hidden to False")
+        message = (
+            f"model.hidden_size = {model.hidden_size}, over which the embedding is split, is not divisible by {size}"
+        )
+        yield Problem(TENSOR, message, "Set model.embed_split_hidden to False")
 
 
 def every_stage_has_layers(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that every chunk of every pipeline stage holds at least one layer."""
     layers, stages, chunks = config.model.num_layers, config.parallel.pipeline.size, config.model.num_chunks
     if layers < stages * chunks:
-        what = f"{layers} is less than pipeline.size · num_chunks = {stages} · {chunks} = {stages * chunks}"
-        yield Problem("model.num_layers", what, "Use more layers, fewer stages or fewer chunks")
+        message = f"{layers} is less than pipeline.size · num_chunks = {stages} · {chunks} = {stages * chunks}"
+        yield Problem("model.num_layers", message, "Use more layers, fewer stages or fewer chunks")
 
 
 def world_size_is_divisible(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -69,10 +75,10 @@ def _world_problem(config: Config, run: RunInfo, name: str, size: int) -> Iterat
     # The rule is skipped without a world size; ``or 1`` satisfies the type checker.
     stages, world = config.parallel.pipeline.size, run.world_size or 1
     if world % (stages * size):
-        what = (
+        message = (
             f"world size {world} is not divisible by pipeline.size · {name}.size = {stages} · {size} = {stages * size}"
         )
-        yield Problem("parallel", what, f"Start a multiple of {stages * size} processes, or change the sizes")
+        yield Problem("parallel", message, f"Start a multiple of {stages * size} processes, or change the sizes")
 
 
 def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -84,8 +90,8 @@ def zero_size_divides_data_group(config: Config, run: RunInfo) -> Iterator[Probl
     data, rest = divmod(run.world_size or 1, parallel.pipeline.size * inner)
     # Another rule reports a remainder. A second problem would report the same mistake twice.
     if size > 0 and not rest and data % size:
-        what = f"the {group} group size {data} is not divisible by {size}"
-        yield Problem("parallel.zero1.size", what, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
+        message = f"the {group} group size {data} is not divisible by {size}"
+        yield Problem("parallel.zero1.size", message, f"Use one of {listed(divisors(data))}, or -1 for the whole group")
 
 
 def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -94,8 +100,8 @@ def weight_needs_isp(config: Config, run: RunInfo) -> Iterator[Problem]:
     sizes = {"weight": config.parallel.weight.size, "expert_weight": config.parallel.expert_weight.size}
     for name, size in sizes.items():
         if size > 1 and mode != "isp":
-            what = f"{size} requires parallel.tensor.mode = 'isp', got {mode!r}"
-            yield Problem(f"parallel.{name}.size", what, "Set parallel.tensor.mode to 'isp', or the size to 1")
+            message = f"{size} requires parallel.tensor.mode = 'isp', got {mode!r}"
+            yield Problem(f"parallel.{name}.size", message, "Set parallel.tensor.mode to 'isp', or the size to 1")
 
 
 def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -113,16 +119,18 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
             "data.micro_num", f"{count} is less than parallel.pipeline.size = {stages}", f"Use at least {stages}"
         )
     elif interleaved and count % stages:
-        what = f"{count} is not divisible by parallel.pipeline.size = {stages}, which the interleaved schedule requires"
-        yield Problem("data.micro_num", what, f"Use a multiple of {stages}, or model.num_chunks = 1")
+        message = (
+            f"{count} is not divisible by parallel.pipeline.size = {stages}, which the interleaved schedule requires"
+        )
+        yield Problem("data.micro_num", message, f"Use a multiple of {stages}, or model.num_chunks = 1")
 
 
 def table_has_one_size(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that batch-size ramp-up is not combined with a custom schedule, which fixes the number of micro-batches."""
     table, ramp, count = config.parallel.pipeline.table, config.data.rampup_batch_size, config.data.micro_num
     if table is not None and ramp:
-        what = f"{ramp!r} changes the number of micro-batches, which parallel.pipeline.table fixes at {count}"
-        yield Problem("data.rampup_batch_size", what, "Remove one of the two keys")
+        message = f"{ramp!r} changes the number of micro-batches, which parallel.pipeline.table fixes at {count}"
+        yield Problem("data.rampup_batch_size", message, "Remove one of the two keys")
 
 
 def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -131,8 +139,8 @@ def chunks_fit_schedule(config: Config, run: RunInfo) -> Iterator[Problem]:
     # The V of ZB-V (arXiv 2401.10241, section 6) goes down through the ranks and up again, hence two chunks.
     expected = {"ZBV": 2, "ZBH1": 1, "GPIPE": 1}.get(mode, chunks)
     if chunks != expected:
-        what = f"expected {expected} for the schedule {mode}, got {chunks}"
-        yield Problem("model.num_chunks", what, "Remove it")
+        message = f"expected {expected} for the schedule {mode}, got {chunks}"
+        yield Problem("model.num_chunks", message, "Remove it")
 
 
 def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -143,35 +151,37 @@ def partition_is_complete(config: Config, run: RunInfo) -> Iterator[Problem]:
     stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
     where, counts = "parallel.pipeline.partition", list(partition)
     if len(partition) != stages * chunks:
-        what = f"expected pipeline.size · num_chunks = {stages} · {chunks} layer counts, got {len(counts)}: {counts}"
-        yield Problem(where, what, "Set one layer count per virtual stage")
+        message = f"expected pipeline.size · num_chunks = {stages} · {chunks} layer counts, got {len(counts)}: {counts}"
+        yield Problem(where, message, "Set one layer count per virtual stage")
     if min(partition, default=1) < 1:
         todo = "Give every virtual stage at least 1 layer"
         yield Problem(where, f"{counts} has a virtual stage without layers", todo)
     if sum(partition) != layers:
-        what = f"{counts} adds up to {sum(counts)}, but model.num_layers = {layers}"
-        yield Problem(where, what, f"Make the counts add up to {layers}, or change model.num_layers")
+        message = f"{counts} adds up to {sum(counts)}, but model.num_layers = {layers}"
+        yield Problem(where, message, f"Make the counts add up to {layers}, or change model.num_layers")
 
 
 def sequence_divides(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that the sequence length is divisible by ``tensor.size`` under msp, fsp and isp, which split sequences."""
     length, tensor = config.data.seq_len, config.parallel.tensor
     if tensor.mode != "mtp" and length % tensor.size:
-        what = f"{length} is not divisible by parallel.tensor.size = {tensor.size}, over which {tensor.mode} splits it"
-        yield Problem("data.seq_len", what, f"Use a multiple of {tensor.size}")
+        message = (
+            f"{length} is not divisible by parallel.tensor.size = {tensor.size}, over which {tensor.mode} splits it"
+        )
+        yield Problem("data.seq_len", message, f"Use a multiple of {tensor.size}")
 
 
 def sequence_2d_fills_tensor_group(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that 2D sequence parallelism is used under isp only, with head_size · context_size = ``tensor.size``."""
     grid, tensor = config.parallel.sequence_2D, config.parallel.tensor
     if grid.enable and tensor.mode != "isp":
-        what = f"requires parallel.tensor.mode = 'isp', got {tensor.mode!r}"
-        yield Problem("parallel.sequence_2D", what, "Set enable to False, or parallel.tensor.mode to 'isp'")
+        message = f"requires parallel.tensor.mode = 'isp', got {tensor.mode!r}"
+        yield Problem("parallel.sequence_2D", message, "Set enable to False, or parallel.tensor.mode to 'isp'")
     product = grid.head_size * grid.context_size
     if grid.enable and product != tensor.size:
         formula = f"head_size · context_size = {grid.head_size} · {grid.context_size} = {product}"
-        what = f"{formula} is not equal to tensor.size = {tensor.size}"
-        yield Problem("parallel.sequence_2D", what, "Change head_size or context_size")
+        message = f"{formula} is not equal to tensor.size = {tensor.size}"
+        yield Problem("parallel.sequence_2D", message, "Change head_size or context_size")
 
 
 def fsdp_excludes_other_sharding(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -196,8 +206,8 @@ def experts_divide(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that each rank of an expert group holds the same number of experts."""
     experts, size = config.model.num_experts, config.parallel.expert.size
     if experts > 1 and size > 0 and experts % size:
-        what = f"model.num_experts = {experts} is not divisible by {size}"
-        yield Problem("parallel.expert.size", what, f"Use one of {listed(divisors(experts))}, or -1")
+        message = f"model.num_experts = {experts} is not divisible by {size}"
+        yield Problem("parallel.expert.size", message, f"Use one of {listed(divisors(experts))}, or -1")
 
 
 HEADS = at("model", "num_attention_heads", "num_kv_attention_heads")

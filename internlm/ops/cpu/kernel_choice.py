@@ -140,8 +140,8 @@ def forced(value: str) -> Table:
         found = [case for case in CASES if case.operation in _GROUPS.get(name, (name,)) and kernel in _kernels_of(case)]
         if not found:
             known = "; ".join(f"{operation}={'|'.join(names)}" for (operation, _), names in KERNELS.items())
-            what = f"{entry!r} names no operation and kernel"
-            raise ConfigError(Problem(processor.KERNELS_VARIABLE, what, f"Known: measure; rule; {known}"))
+            message = f"{entry!r} names no operation and kernel"
+            raise ConfigError(Problem(processor.KERNELS_VARIABLE, message, f"Known: measure; rule; {known}"))
         table |= dict.fromkeys(found, kernel)
     return table
 

@@ -130,9 +130,9 @@ def _by_element(sizes: Sequence[int], ranks: int, limit: int) -> Layout:
     units = max(padded(starts.pop(), ranks) // unit, 1)
     count = -(-units // max(limit // unit, 1))
     if count * ranks > MOST_SHARDS:
-        what = f"{limit} splits {sum(sizes)} elements into {count} buckets"
+        message = f"{limit} splits {sum(sizes)} elements into {count} buckets"
         todo = "Use larger buckets, or a smaller model"
-        raise ConfigError(Problem("hybrid_zero_optimizer.reduce_bucket_size", what, todo))
+        raise ConfigError(Problem("hybrid_zero_optimizer.reduce_bucket_size", message, todo))
     ends = [units * index // count * unit for index in range(count + 1)]
     buckets = (Bucket(tuple(range(start, stop + 1, (stop - start) // ranks))) for start, stop in pairwise(ends))
     return Layout(tuple(starts), tuple(buckets))

@@ -49,7 +49,7 @@ def test_any_text_parses_or_is_malformed(text: str) -> None:
 @given(st.sampled_from([*keys.fields(), "parallel.sequence_parallel", "moe", "model.moe_layer_kwargs.x"]), LITERALS)
 def test_any_value_at_any_key_resolves_or_is_reported(key: str, value: Any) -> None:
     problems = found({}, [f"{key}={value!r}"], world_size=8, device_type="cpu")
-    assert all(problem.where and problem.what and problem.todo for problem in problems)
+    assert all(problem.where and problem.message and problem.todo for problem in problems)
 
 
 def test_later_overrides_win() -> None:

@@ -71,7 +71,7 @@ def test_a_planted_mistake_is_found(table: Table, data: st.DataObject) -> None:
         rows = (*table.actions[:rank], tuple(wrong), *table.actions[rank + 1 :])
         found = problems(Table(table.schedule, table.stage_layout, table.micro_batches, rows))
         assert {problem.where for problem in found} == {f"rank {rank}"}
-        assert any(word in problem.what for problem in found)
+        assert any(word in problem.message for problem in found)
 
 
 @pytest.mark.parametrize(
