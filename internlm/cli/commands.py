@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from internlm import accelerator, pictures
-from internlm.config import check_runnable, load_config
+from internlm.config import Config, check_runnable, load_config
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.table import make_table, read_table, schedule_of, write_table
 from internlm.core.scheduler.timeline import Costs
@@ -31,6 +31,8 @@ from internlm.verify.run import run_rank
 WIDTH_OF_FILES = 120
 #: Maximum number of pairs of virtual stage and micro-batch in a drawn schedule.
 MOST_PAIRS = 100_000
+#: Maximum number of such pairs in a memory plan, whose time is proportional to it.
+MOST_PLANNED_PAIRS = 1_000_000
 EXIT_DIFFERENT = 1
 
 
@@ -39,10 +41,12 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     """Print the memory plan of each pipeline stage.
 
     Raises:
-        UserError: The config is invalid or unsupported, or its model cannot be built to count its parameters.
+        UserError: The config is invalid or unsupported, its pipeline has too many actions for a plan, or its model
+            cannot be built to count its parameters.
     """
     config = load_config(arguments.config, arguments.set, arguments.world, arguments.device)
     check_runnable(config)
+    _check_pairs(config)
     plans = plans_of_stages(config, arguments.world, arguments.device)
     # The job may run on another machine. If this machine has devices of the same type, assume their memory.
     device_memory = accelerator.device_memory() if accelerator.device_type() == arguments.device else None
@@ -51,6 +55,15 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     if config.model.cpu_offloading and ACTIVATIONS in plans[0]:
         offloaded = [peak_on_host(config, arguments.world, stage=stage) for stage in range(len(plans))]
         print(f"In host memory, by offloading: {', '.join(map(format_bytes, offloaded))}")
+
+
+def _check_pairs(config: Config) -> None:
+    """Raise if the plans of all stages would take minutes."""
+    pairs = config.parallel.pipeline.size * config.model.num_chunks * config.data.micro_num
+    if pairs > MOST_PLANNED_PAIRS:
+        message = f"{pairs} pairs of virtual stage and micro-batch exceed the maximum of {MOST_PLANNED_PAIRS} of a plan"
+        where = "parallel.pipeline.size, model.num_chunks, data.micro_num"
+        raise UserError(Problem(where, message, "Lower one of them with --set"))
 
 
 # -- schedule ---------------------------------------------------------------------------------------------------------

@@ -73,10 +73,12 @@ def memory_plan(
         tokens: Number of tokens of a micro-batch that take part in the loss; by default all.
         device_type: Type of the device. On the CPU, transients count as memory of the process.
     """
-    groups = _group_numels(inventory)
-    ranks = range(inventory.groups.z.size) if zero_rank is None else [zero_rank]
-    by_rank = [_model_and_optimizer(inventory, groups, rank) for rank in ranks]
-    plan = max(by_rank, key=lambda rows: sum(rows.values()))
+    ranks = _ranks_with_most(inventory) if zero_rank is None else [zero_rank]
+    groups = _group_numels(inventory, ranks)
+    # Ranks that own equally many elements of each param group have equal plans: one plan is enough for all of them.
+    shares = dict.fromkeys(zip(*(group.owned for group in groups), strict=True)) or {(): None}
+    by_share = [_model_and_optimizer(inventory, groups, share) for share in shares]
+    plan = max(by_share, key=lambda rows: sum(rows.values()))
     if inventory.spec is not None:
         plan[GATHER] = gather_buffers(inventory)
         plan[ACTIVATIONS] = peak_saved(inventory.config, inventory.world_size, tokens, stage=inventory.stage)
@@ -88,17 +90,23 @@ def memory_plan(
     return plan
 
 
+def _ranks_with_most(inventory: ParamInventory) -> Sequence[int]:
+    """Return the ranks of the zero group among which is the one that holds the most bytes."""
+    # fully_shard gives the first rank at least as many rows of each parameter as any other rank.
+    return range(1 if inventory.groups.shares_parameters else inventory.groups.z.size)
+
+
 class GroupNumel(NamedTuple):
-    """Numbers of elements of a param group: allocated on every rank, and owned by each rank of the zero group."""
+    """Numbers of elements of a param group: allocated on every rank, and owned by each of several ranks."""
 
     key: ParamGroupKey
     allocated: int
     owned: Sequence[int]
 
 
-def _group_numels(inventory: ParamInventory) -> list[GroupNumel]:
+def _group_numels(inventory: ParamInventory, ranks: Sequence[int]) -> list[GroupNumel]:
+    """Return the numbers of elements of each param group; ``ranks`` are those of the zero group that are wanted."""
     zero = inventory.groups.z
-    ranks = range(zero.size)
     if not inventory.groups.shares_parameters:
         layouts = [(key, buffer.layout) for key, buffer in inventory.flat_buffers.items()]
         return [GroupNumel(key, layout.numel, [layout.owned(rank) for rank in ranks]) for key, layout in layouts]
@@ -112,11 +120,14 @@ def _group_numels(inventory: ParamInventory) -> list[GroupNumel]:
     ]
 
 
-def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel], zero_rank: int) -> Plan:
-    """Return the rows of the memory plan for parameters, gradients and optimizer states on one rank."""
+def _model_and_optimizer(inventory: ParamInventory, groups: Iterable[GroupNumel], share: Sequence[int]) -> Plan:
+    """Return the rows of the memory plan for parameters, gradients and optimizer states on one rank.
+
+    ``share`` is the number of elements that the rank owns of each param group.
+    """
     rows = Counter(dict.fromkeys((PARAMETERS, GRADIENTS, MAIN), 0))
-    for key, allocated, owned in groups:
-        rows.update(_group_rows(inventory, key, allocated, owned[zero_rank]))
+    for group, owned in zip(groups, share, strict=True):
+        rows.update(_group_rows(inventory, group.key, group.allocated, owned))
     zero, sharded = inventory.groups.z, inventory.groups.shares_parameters
     for shard in inventory.shards:
         if not shard.trainable:  # frozen: no flat buffer, no gradient, no optimizer state

@@ -15,6 +15,7 @@ from torch import nn
 
 from internlm.accelerator import HOST
 from internlm.config import Config, config_hash
+from internlm.config.schema import ModelConfig
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.parallel import ParallelLinear
 from internlm.core.parallel.blocks import containing_block, declared_blocks
@@ -26,7 +27,7 @@ from internlm.costs.stages import stage_layers_of
 from internlm.model.decoder import Decoder
 from internlm.model.registry import model_initializer, register_model_initializer
 from internlm.utils.dtype import default_dtype, torch_dtype
-from internlm.utils.errors import known_names
+from internlm.utils.errors import ConfigError, Problem, known_names
 
 #: Inventories by config hash, world size, stage and registered function. ``verify`` needs the same few in each step of
 #: each rank, and the log needs that of each stage.
@@ -44,6 +45,7 @@ def build_inventory(config: Config, world_size: int, stage: int = 0) -> ParamInv
 
     Raises:
         NoCostFormulaError: ``config.model_type`` is not registered, or the model cannot be built on the meta device.
+        ConfigError: The sizes of the model are too large for any tensor.
     """
     register_model_initializer()
     name = config.model_type
@@ -70,6 +72,7 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
             with building(sharding, stage_layers_of(config, stage)):
                 model: nn.Module = build(config.model)
         except Exception as error:  # any, such as that of a user's function that reads values, which meta tensors lack
+            _check_sizes(config.model, error)
             reason = f"which cannot be built on the meta device: {error!r}"
             raise NoCostFormulaError(config.model_type, reason) from error
     if not isinstance(model, nn.Module):
@@ -78,6 +81,16 @@ def _build_on_meta(config: Config, world_size: int, stage: int) -> nn.Module:
     if config.use_fp32_norm:
         widen_norms(model)
     return model
+
+
+def _check_sizes(model: ModelConfig, error: Exception) -> None:
+    """Raise :class:`ConfigError` if ``error`` is torch's for a size, or a number of bytes, of more than 64 bits."""
+    if "overflow" not in str(error).lower():
+        return
+    names = ("hidden_size", "vocab_size", "mlp_ratio", "num_attention_heads", "head_dim")
+    value, name = max((getattr(model, name) or 0, name) for name in names)
+    message = f"{value} makes a parameter with more bytes than a 64-bit integer can count"
+    raise ConfigError(Problem(f"model.{name}", message, "Use a smaller model")) from None
 
 
 def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) -> ParamInventory:

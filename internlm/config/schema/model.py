@@ -16,7 +16,7 @@ AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "blocked", "refere
 class ModelConfig(Section):
     """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values."""
 
-    num_layers: Count
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of decoder blocks in the whole model."""
     hidden_size: Count
     """Width of the residual stream."""

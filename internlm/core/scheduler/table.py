@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias, cast, get_args
 
@@ -49,6 +50,8 @@ def schedule_of(mode: str, chunks: int) -> ScheduleName:
     return "interleaved" if mode == "1F1B" and chunks > 1 else _MODES[mode]
 
 
+# Cached: the memory plan of each stage of a pipeline needs the same table.
+@lru_cache(maxsize=8)
 def make_table(schedule: str, stages: int, chunks: int, micro_batches: int) -> Table:
     """Return the action table of a built-in schedule.
 

@@ -122,6 +122,14 @@ def test_gather_buffers_hold_the_weights_that_overlap(overrides: tuple[str, ...]
     assert plan(*isp, *overrides, world=2)["gather buffers"] == 2 * elements
 
 
+def test_a_million_ranks_take_no_longer_than_the_few_that_differ() -> None:
+    """A plan of each of them would take a minute, under fsdp several."""
+    world = 1_000_000
+    rows = 3 * (3 * HIDDEN + 256 + 2) + 2 * HIDDEN + 1  # the first rank has a row of each parameter
+    assert plan("parallel.zero1.fsdp=True", world=world)["parameters"] == 4 * rows
+    assert plan(world=world)["main parameters"] == 4 * 64  # the padding of a shard
+
+
 def test_stages_have_plans_of_their_own() -> None:
     pipeline = resolved("parallel.pipeline.size=3", "data.micro_num=3", world=3)
     first, middle, last = plans_of_stages(pipeline, 3)
@@ -322,6 +330,15 @@ def test_the_command_names_the_host_memory_of_offloading(tmp_path: Path, capsys:
             "model_type: no cost formula for 'LAMA2', which is not registered. Known: ",
         ),
         ("model.hidden_size=400000000", "hybrid_zero_optimizer.reduce_bucket_size: 536870912 splits "),
+        ("model.hidden_size=1000000000000", "model.hidden_size: 1000000000000 makes a parameter with more bytes than "),
+        (
+            "model.num_layers=100000",
+            "model.num_layers: 100000 is out of range. Set it to an integer of at least 1 and ",
+        ),
+        (
+            "data.micro_num=1000001",
+            "parallel.pipeline.size, model.num_chunks, data.micro_num: 1000001 pairs of virtual ",
+        ),
     ],
 )
 def test_command_refuses_what_a_run_refuses(

@@ -33,11 +33,21 @@ def test_what_needs_more_memory_than_is_free_is_refused(override: str) -> None:
         check_memory(load_config(TINY, [override], 1, "cpu"), world_size=1, stage=0)
 
 
-@pytest.mark.parametrize("override", ["model.hidden_size=4000000000", "model.mlp_ratio=1e300"])
-def test_sizes_beyond_64_bits_are_refused(override: str) -> None:
-    config = load_config(TINY, [override], 1, "cpu")
-    with pytest.raises(ConfigError, match=r"^model: a parameter has more bytes than a 64-bit integer can count\. Use"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.hidden_size", "4000000000"),
+        ("model.hidden_size", "1000000000000"),
+        ("model.vocab_size", "10000000000000000000"),
+        ("model.mlp_ratio", "1e+300"),
+    ],
+)
+def test_sizes_beyond_64_bits_are_refused(key: str, value: str) -> None:
+    config = load_config(TINY, [f"{key}={value}"], 1, "cpu")
+    with pytest.raises(ConfigError) as caught:
         check_memory(config, world_size=1, stage=0)
+    message = f"{key}: {value} makes a parameter with more bytes than a 64-bit integer can count. Use a smaller model"
+    assert str(caught.value) == message
 
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
