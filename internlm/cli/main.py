@@ -11,7 +11,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import internlm
 from internlm.cli import parsers
@@ -71,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             if sys.stdout is not None:  # None if the process was started with stdout closed
                 sys.stdout.flush()  # here, where a closed pipe can be handled, rather than when the interpreter exits
     except BrokenPipeError:
-        if not _stdout_is_closed():
+        closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed_pipe(stream)]
+        if not closed:
             raise  # another pipe, such as one to a worker process
-        # The reader, such as ``head``, has closed the pipe. Python flushes stdout once more at exit: discard that.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as ``head``, has closed the pipe. Python flushes once more at exit: discard that.
+        for stream in closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_CLOSED_PIPE
 
 
@@ -83,8 +85,8 @@ def _main(arguments: Sequence[str] | None) -> int | None:
     return run(get_parser().parse_args(arguments))
 
 
-def _stdout_is_closed() -> bool:
-    """Return whether stdout is a pipe whose reader has closed it."""
+def _is_closed_pipe(stream: TextIO) -> bool:
+    """Return whether ``stream`` is a pipe whose reader has closed it."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported
+    poll.register(stream.fileno(), 0)  # POLLERR and POLLHUP are always reported
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -15,7 +15,7 @@ from typing import Any
 
 from internlm.config import keys
 from internlm.config.legacy import OLD_KEYS, RENAMED
-from internlm.config.messages import belongs_elsewhere
+from internlm.config.messages import belongs_elsewhere, known_at_top_level
 from internlm.config.nested_dict import NestedDict, plain, put, within
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 
@@ -208,7 +208,7 @@ def _suggestion(key: str) -> str:
     """Suggest known keys for the unknown ``key``: its name in other sections, or a similar key in its own section."""
     section, _, _ = key.rpartition(".")
     if section and not keys.is_section(section):
-        return did_you_mean(key, keys.fields(), keys.children(""))
+        return did_you_mean(key, keys.fields(), known_at_top_level())
     if not section:
-        return belongs_elsewhere(key) or did_you_mean(key, keys.fields(), keys.children(""))
+        return belongs_elsewhere(key) or did_you_mean(key, keys.fields(), known_at_top_level())
     return belongs_elsewhere(key) or did_you_mean(key, [f"{section}.{child}" for child in keys.children(section)])

@@ -139,8 +139,16 @@ def _where_it_belongs(key: str) -> str:
     todo = belongs_elsewhere(key)
     if section:
         return todo or did_you_mean(name, keys.children(section))
-    todo = f"{todo}." if todo else did_you_mean(name, keys.children(section))
+    todo = f"{todo}." if todo else did_you_mean(name, keys.children(""), known_at_top_level())
     return f"{todo} Write names of your own in UPPER_CASE or with a leading underscore"
+
+
+def known_at_top_level() -> str:
+    """List the sections of the config, then its other keys."""
+    by_kind: dict[bool, list[str]] = {True: [], False: []}
+    for name in sorted(keys.children("")):
+        by_kind[keys.is_section(name)].append(name)
+    return f"Known sections: {', '.join(by_kind[True])}. Known keys: {', '.join(by_kind[False])}."
 
 
 def belongs_elsewhere(key: str) -> str:

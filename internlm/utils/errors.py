@@ -212,12 +212,15 @@ def _format_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def did_you_mean(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
-    """Suggest the known name nearest to ``name`` ("Did you mean 'x'?"), or list ``listed`` (default: ``known``)."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Suggest the known name nearest to ``name`` ("Did you mean 'x'?").
+
+    If there is none, return ``otherwise``, by default a list of all known names.
+    """
     known = sorted(known)
     by_folded = {candidate.casefold(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
-    return f"Did you mean '{by_folded[nearest[0]]}'?" if nearest else known_names(listed or known)
+    return f"Did you mean '{by_folded[nearest[0]]}'?" if nearest else otherwise or known_names(known)
 
 
 def known_names(known: Iterable[str]) -> str:

@@ -168,6 +168,15 @@ def test_a_closed_pipe_ends_the_command_quietly(arguments: list[str], code: int)
     assert (done.returncode, done.stderr) == (code, "")
 
 
+def test_a_closed_pipe_of_errors_ends_the_command_too() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "internlm", "config", "no_such_file.py"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (EXIT_CLOSED_PIPE, b"")
+
+
 def test_all_commands_that_take_a_config_take_it_alike(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("config", "memory", "schedule", "verify"):
         assert exit_code(command, "--help") == 0

@@ -147,7 +147,8 @@ def test_names_of_options_suggest_the_option() -> None:
 def test_a_name_like_no_other_lists_the_sections_alone() -> None:
     for name in ("xyzzy", "xyzzy.a"):
         (problem,) = map(str, found({}, [f"{name}=1"]))
-        assert problem.startswith(f"--set {name}: unknown key. Known: JOB_NAME, adam, beta2_scheduler, ")
+        assert problem.startswith(f"--set {name}: unknown key. Known sections: adam, beta2_scheduler, ")
+        assert ", parallel. Known keys: JOB_NAME, cudnn_benchmark, " in problem
         assert "adam.lr" not in problem
 
 
