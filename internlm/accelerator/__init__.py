@@ -23,6 +23,7 @@ from internlm.accelerator.kinds import DeviceKind as DeviceKind
 from internlm.accelerator.kinds import device_kind as device_kind
 from internlm.accelerator.kinds import kind_of as kind_of
 from internlm.accelerator.kinds import pretending as pretending
+from internlm.accelerator.kinds import why_no_device as why_no_device
 from internlm.accelerator.transfer import HostValues as HostValues
 from internlm.accelerator.transfer import host_reads as host_reads
 from internlm.accelerator.transfer import is_host as is_host

@@ -113,6 +113,17 @@ def device_kind() -> DeviceKind:
     return CUDA if wanted != CPU.name and torch.cuda.is_available() else CPU
 
 
+def why_no_device(name: str) -> str:
+    """Return the reason why this process cannot compute on devices of type ``name``; empty if it can."""
+    if name in (CPU.name, device_kind().name):
+        return ""
+    if os.environ.get(DEVICE_VARIABLE) == CPU.name:
+        return f"{DEVICE_VARIABLE} is {CPU.name!r}"
+    if name == CUDA.name and not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"no {name} device is visible to this process"
+
+
 def kind_of(device: torch.device | str) -> DeviceKind:
     """Return the kind of ``device``."""
     name = torch.device(device).type

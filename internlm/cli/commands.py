@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from internlm import accelerator, pictures
@@ -22,7 +23,7 @@ from internlm.data.tokenized_writer import make_recipe, tokenize_texts
 from internlm.train.inventory import plans_of_stages
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.verify.compare import compare
-from internlm.verify.configs import make_plan
+from internlm.verify.configs import Devices, make_plan
 from internlm.verify.processes import RankError, run_world
 from internlm.verify.report import as_json, as_text, heading
 from internlm.verify.run import run_rank
@@ -148,14 +149,17 @@ def verify(arguments: argparse.Namespace) -> int:
     """Compare a run on several processes with a run on one, print the report, and return the exit code.
 
     Raises:
-        UserError: The config or an option is invalid.
+        UserError: The config or an option is invalid, or this machine has too few devices.
     """
     a = arguments
-    plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, seed=a.seed, shrink=a.debug_size)
+    devices = Devices.of_this_machine(a.device)
+    plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, shrink=a.debug_size, devices=devices)
+    plan = replace(plan, seed=a.seed)
     print(heading(plan), flush=True)
     try:
-        (alone,) = run_world(1, run_rank, (plan.reference, plan.seed, plan.steps, plan.data_size), a.timeout)
-        ranks = run_world(plan.world_size, run_rank, (plan.config, plan.seed, plan.steps), a.timeout)
+        reference = plan.reference, plan.seed, plan.steps, plan.data_size
+        (alone,) = run_world(1, run_rank, reference, a.timeout, a.device)
+        ranks = run_world(plan.world_size, run_rank, (plan.config, plan.seed, plan.steps), a.timeout, a.device)
     except RankError as error:
         print(error, file=sys.stderr)
         return EXIT_DIFFERENT

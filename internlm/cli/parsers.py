@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 #: Names of the schedules, repeated from ``core/scheduler/table.py``, which imports torch. A test compares both.
@@ -74,11 +73,10 @@ def add_run(
     *,
     world_required: bool = False,
     default_device: str | None = None,
-    devices: Sequence[str] = ("cpu", "cuda"),
 ) -> None:
     """Add ``--world`` and ``--device``, with ``world`` and ``device`` as their help texts."""
     parser.add_argument("--world", type=count, metavar="N", required=world_required, help=world)
-    parser.add_argument("--device", choices=devices, default=default_device, help=device)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help=device)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -197,8 +195,8 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
 def verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm verify``."""
     parser.description = (
-        "Train a few steps on several processes of this machine (CPU), and the same model on one, from one seed and "
-        "one global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
+        "Train a few steps on several processes of this machine, and the same model on one, from one seed and one "
+        "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
         "Exit code: 0 if both agree, 1 if they differ or a process failed, 2 for a mistake in config or arguments."
     )
     add = parser.add_argument
@@ -206,9 +204,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
     add_run(
         parser,
         "number of processes (default: twice the smallest that the parallel sizes allow)",
-        "device of both runs; only the CPU is available",
+        "device of both runs: cpu, connected by gloo, or cuda, a GPU for each process, connected by NCCL (default: "
+        "%(default)s)",
         default_device="cpu",
-        devices=("cpu",),
     )
     add("--steps", type=count, default=3, metavar="K", help="steps to train (default: %(default)s)")
     add(

@@ -39,6 +39,8 @@ from internlm.utils.logger import get_logger
 from internlm.utils.torch_private import default_store
 
 OLDEST_TORCH = (2, 13)
+#: Variable of cuBLAS, and its values for which torch's matmuls on a GPU are deterministic.
+CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 #: Collectives that the flight recorder keeps for each rank.
 RECORDED_COLLECTIVES = 2000
 
@@ -136,6 +138,7 @@ def initialize_distributed_env(
     check_registered(resolved)
     # NCCL binds a communicator to the device that is current when its group is made.
     accelerator.set_device(device_index(process.local_rank, accelerator.device_count()))
+    check_determinism(resolved)
     _check_attention(resolved)  # after that, since it reads the capability of the current device
     _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
@@ -163,7 +166,7 @@ def _set_determinism(wanted: bool) -> None:
     # Every torch.empty would be filled, at the cost of a kernel.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # The algorithms of cuBLAS depend on its workspace; torch refuses matmuls without this variable.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
 
 
 def launch_from_torch(
@@ -237,6 +240,20 @@ def check_devices_differ(store: dist.Store, rank: int, world_size: int, device: 
         todo = "Start at most one process per GPU, and make another GPU visible to each, or pass --backend gloo"
         message = f"{store.get(shared).decode()}, but NCCL refuses several ranks on one device"
         raise LaunchError(Problem("CUDA_VISIBLE_DEVICES", message, todo))
+
+
+def check_determinism(config: Config) -> None:
+    """Check that a run that asks for deterministic kernels can have them.
+
+    Raises:
+        ConfigError: The user has set another workspace of cuBLAS, with which torch refuses all matmuls on a GPU.
+    """
+    workspace = os.environ.get(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])
+    wanted = config.cudnn_deterministic and not accelerator.device_kind().is_host
+    if wanted and workspace not in DETERMINISTIC_WORKSPACES:
+        expected = " or ".join(DETERMINISTIC_WORKSPACES)
+        message = f"expected {expected} with cudnn_deterministic=True, got {workspace!r}"
+        raise ConfigError(Problem(CUBLAS_WORKSPACE, message, "Unset it, or set cudnn_deterministic=False"))
 
 
 def _check_attention(config: Config) -> None:

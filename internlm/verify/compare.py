@@ -67,7 +67,7 @@ _HALF = _limits(1e-6, losses=1e-3, norms=1e-2, gradients=1e-5, parameters=5e-2, 
 LIMITS = {
     "torch.float64": _limits(1e-12, losses=1e-10, norms=1e-10, gradients=1e-11, parameters=1e-10, modules=1e-11),
     "torch.float32": _SINGLE,
-    "torch.tf32": _SINGLE,  # the CPU computes it in float32
+    "torch.tf32": _HALF,  # products have 10 bits of mantissa, as in float16; the CPU computes it in float32
     "torch.bfloat16": _HALF,
     "torch.float16": _HALF,
 }

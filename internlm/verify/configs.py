@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm.accelerator import CPU
+from internlm import accelerator
+from internlm.accelerator import CPU, kind_of
 from internlm.config import Config, check_runnable, resolve
 from internlm.config.schema.fields import Rampup, parse_rampup
 from internlm.core.context.parallel_context import sizes_of
@@ -115,6 +116,10 @@ OFF: Values = {
     "enable_tb": False,
 }
 
+#: Default values on accelerators, where kernels may otherwise add gradients in any order: ranks with the same inputs
+#: would differ in the last bits.
+ON_ACCELERATORS: Values = {"cudnn_deterministic": True}
+
 #: Values for one process without parallelism or compilation.
 ALONE: Values = {
     "parallel.tensor.size": 1,
@@ -144,7 +149,31 @@ class Plan:
     """Data-parallel size: number of ranks that read different samples."""
     reference: Config
     steps: int
-    seed: int
+    seed: int = 1024
+    device_type: str = CPU.name
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Type of the devices on which the processes of a comparison compute, and their number."""
+
+    type: str = CPU.name
+    count: int | None = None
+    """Number of devices of this machine, each for one process; None on the CPU, whose cores processes share."""
+
+    @classmethod
+    def of_this_machine(cls, device_type: str) -> Devices:
+        """Find the devices of ``device_type`` that this process can use.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if reason := accelerator.why_no_device(device_type):
+            raise ConfigError(Problem("--device", f"{device_type!r} cannot be used: {reason}", f"Use {CPU.name!r}"))
+        return cls(device_type, None if kind_of(device_type).is_host else accelerator.device_count())
+
+
+HOST_CORES = Devices()
 
 
 def make_plan(
@@ -154,10 +183,10 @@ def make_plan(
     *,
     steps: int = 3,
     dtype: str = "float64",
-    seed: int = 1024,
     shrink: bool = False,
+    devices: Devices = HOST_CORES,
 ) -> Plan:
-    """Resolve a config for several CPU ranks and for one process.
+    """Resolve a config for several ranks of this machine and for one process.
 
     Args:
         source: Path of a config file, or a dict of config keys.
@@ -165,49 +194,64 @@ def make_plan(
         world_size: Number of ranks (default: :func:`default_world_size`).
         steps: Number of steps to train.
         dtype: Dtype name of parameters and activations.
-        seed: Seed of parameters and data.
         shrink: Whether to shrink the config (:func:`debug_size`).
+        devices: Devices on which all processes compute.
 
     Raises:
-        ConfigError: The config is invalid, or does not fit the world size or the steps.
+        ConfigError: The config is invalid, or does not fit the devices, the world size or the steps.
     """
     # Resolve several times: the debug sizes depend on resolved sizes, and the default world size on the debug sizes.
-    common = [*as_overrides({"model.dtype": f"torch.{dtype}"}), *overrides, *as_overrides(OFF)]
-    config = resolve(source, common, device_type=CPU.name).config
+    defaults = {"model.dtype": f"torch.{dtype}", **({} if kind_of(devices.type).is_host else ON_ACCELERATORS)}
+    common = [*as_overrides(defaults), *overrides, *as_overrides(OFF)]
+    config = resolve(source, common, device_type=devices.type).config
     if shrink:
         common = [*as_overrides(debug_size(config)), *common]
-        config = resolve(source, common, device_type=CPU.name).config
-    world_size = world_size or default_world_size(config)
-    config = resolve(source, common, world_size, CPU.name).config
+        config = resolve(source, common, device_type=devices.type).config
+    world_size = world_size or default_world_size(config, devices.count)
+    if devices.count is not None and world_size > devices.count:
+        message = f"{world_size} processes need a device each, but this machine has {devices.count} ({devices.type})"
+        todo = f"Lower it or the parallel sizes, or use --device {CPU.name}"
+        raise ConfigError(Problem("--world", message, todo))
+    config = resolve(source, common, world_size, devices.type).config
     check_runnable(config)
     if steps > config.data.total_steps:
         message = f"must be at most data.total_steps = {config.data.total_steps}, got {steps}"
         raise ConfigError(Problem("--steps", message, "Lower --steps or raise data.total_steps"))
     data_size = sizes_of(config, world_size).data
-    reference = reference_of(config, data_size)
-    return Plan(config=config, world_size=world_size, data_size=data_size, reference=reference, steps=steps, seed=seed)
+    return Plan(
+        config=config,
+        world_size=world_size,
+        data_size=data_size,
+        reference=reference_of(config, data_size, devices.type),
+        steps=steps,
+        device_type=devices.type,
+    )
 
 
-def default_world_size(config: Config) -> int:
-    """Return the smallest valid world size, doubled for data parallelism unless that exceeds ``MANY_RANKS``."""
+def default_world_size(config: Config, devices: int | None = None) -> int:
+    """Return the smallest valid world size, doubled for data parallelism unless that is more than the devices.
+
+    Without ``devices`` it is doubled up to ``MANY_RANKS``.
+    """
     parallel = config.parallel
     isp = parallel.tensor.mode == "isp"
     sharing_state = (parallel.weight.size if isp else parallel.tensor.size) * max(parallel.zero1.size, 1)
     smallest = parallel.pipeline.size * math.lcm(parallel.tensor.size, sharing_state)
-    return 2 * smallest if 2 * smallest <= MANY_RANKS else smallest
+    return 2 * smallest if 2 * smallest <= (MANY_RANKS if devices is None else devices) else smallest
 
 
-def reference_of(config: Config, data_size: int) -> Config:
+def reference_of(config: Config, data_size: int, device_type: str = CPU.name) -> Config:
     """Return the resolved config for one process, with the model and the global batch of ``config``.
 
     Args:
         config: Resolved config of the ranks.
         data_size: Number of data-parallel ranks of ``config``.
+        device_type: Type of the device of the process.
     """
     rampup = parse_rampup(config.data.rampup_batch_size)
     batch = {"data.micro_num": config.data.micro_num * data_size}
     ramp = {"data.rampup_batch_size": _scaled(rampup, data_size)} if rampup else {}
-    return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, CPU.name).config
+    return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, device_type).config
 
 
 def _scaled(rampup: Rampup, factor: int) -> str:

@@ -1,4 +1,4 @@
-"""Local CPU processes that form a gloo group and run functions on request.
+"""Local processes that form a process group, of gloo or NCCL, and run functions on request.
 
 ``internlm verify`` starts new processes for each run (:func:`run_world`); the tests reuse processes for many calls.
 All processes exit on :meth:`RankProcesses.close`, or when their parent exits.
@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +28,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from internlm.accelerator import CPU, DEVICE_VARIABLE
+from internlm import accelerator
+from internlm.accelerator import CPU, DEVICE_VARIABLE, kind_of
 from internlm.core.context import global_context as gpc
+from internlm.initialize.environment import device_index
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import COMPILER_MODULE
 
@@ -65,14 +68,17 @@ class _Reply:
     when: float = 0.0  # monotonic seconds, one clock for all processes; a rank that died counts as the first to fail
 
 
-def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
-    """Call a function on every rank of a new gloo group of CPU processes.
+def run_world(
+    world_size: int, function: Callable[..., T], args: Sequence[Any], timeout: float, device_type: str = CPU.name
+) -> list[T]:
+    """Call a function on every rank of a new process group.
 
     Args:
         world_size: Number of ranks.
         function: Module-level function, called as ``function(rank, world_size, *args)``.
         args: Further arguments. Arguments and results are pickled.
         timeout: Timeout in seconds. All processes have exited when the call returns or raises.
+        device_type: Type of the devices on which the ranks compute, one device for each rank.
 
     Returns:
         Results by rank.
@@ -81,7 +87,7 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
         UserError: A rank raised a UserError.
         RankError: A rank raised another exception, died, or did not finish in time.
     """
-    ranks = RankProcesses(world_size)
+    ranks = RankProcesses(world_size, device_type=device_type)
     try:
         return ranks.run(function, args, timeout)
     except RankError as error:
@@ -93,17 +99,17 @@ def run_world(world_size: int, function: Callable[..., T], args: Sequence[Any], 
 
 
 class RankProcesses:
-    """Processes of one gloo group, with a connection to each of them.
+    """Processes of one process group, with a connection to each of them.
 
-    Each call starts clean: with the given environment, a fixed seed, no global context and a new default process
-    group; all groups of the previous call are destroyed. After a failed call, the processes must be closed.
+    The group has the default backend of the devices: gloo on the CPU, NCCL on GPUs. Each call starts clean: with the
+    given environment, a fixed seed, no global context and a new default process group; all groups of the previous call
+    are destroyed. After a failed call, the processes must be closed.
     """
 
-    def __init__(self, world_size: int, environment: Mapping[str, str] | None = None) -> None:
-        # Fork from a server that has imported torch: the import takes seconds per process. This process itself must not
-        # be forked: a child would inherit the locks of its threads.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+    def __init__(
+        self, world_size: int, environment: Mapping[str, str] | None = None, device_type: str = CPU.name
+    ) -> None:
+        context = _start_method(device_type)
         self.processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -113,7 +119,8 @@ class RankProcesses:
         try:
             for rank, stack_file in enumerate(self._stack_files):
                 ours, theirs = context.Pipe()
-                args = (rank, world_size, common | self._rank_environment(rank, world_size), theirs, stack_file)
+                own = self._rank_environment(rank, world_size, device_type)
+                args = (rank, world_size, common | own, theirs, stack_file)
                 process = context.Process(target=_serve, args=args, name=f"rank-{rank}", daemon=True)
                 process.start()
                 theirs.close()  # so that the end of the process is the end of the connection
@@ -123,11 +130,11 @@ class RankProcesses:
             self.close()
             raise
 
-    def _rank_environment(self, rank: int, world_size: int) -> dict[str, str]:
+    def _rank_environment(self, rank: int, world_size: int, device_type: str) -> dict[str, str]:
         """Return the environment variables of ``rank``: those of torchrun, the network interface and the device."""
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         numbers = {key: str(value) for key, value in {**ranks, "MASTER_PORT": self._store.port}.items()}
-        return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: CPU.name}
+        return {**numbers, "MASTER_ADDR": HOST, "GLOO_SOCKET_IFNAME": "lo", DEVICE_VARIABLE: device_type}
 
     def run(self, function: Callable[..., T], args: Sequence[Any], timeout: float) -> list[T]:
         """Call ``function(rank, world_size, *args)`` on every rank and return the results by rank.
@@ -197,6 +204,17 @@ class RankProcesses:
         self._folder.cleanup()
 
 
+def _start_method(device_type: str) -> ForkServerContext | SpawnContext:
+    # An accelerator cannot be used in a process that was forked after the driver was called, as an import may do.
+    if not kind_of(device_type).is_host:
+        return multiprocessing.get_context("spawn")
+    # Fork from a server that has imported torch: the import takes seconds per process. This process itself must not be
+    # forked: a child would inherit the locks of its threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 # -- a rank
 def _serve(rank: int, world_size: int, environment: dict[str, str], connection: Connection, stack_file: Path) -> None:
     """Run calls until the parent closes the connection or exits."""
@@ -237,7 +255,9 @@ def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dic
     os.environ.clear()
     os.environ.update(environment)
     torch.manual_seed(SEED)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    # Before the group: NCCL connects the devices that are current when a group is first used.
+    accelerator.set_device(device_index(rank, accelerator.device_count()))
+    dist.init_process_group(accelerator.default_backend(), store=store, rank=rank, world_size=world_size)
 
 
 def _die_with_parent() -> None:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from internlm.accelerator import to_host
 from internlm.core.parallel.ledger import Traffic
 from internlm.core.parallel.placement import TensorSlice
 
@@ -70,6 +71,12 @@ class RankRecord:
     """Largest number of (chunk, micro-batch) pairs whose activations were stored at once."""
 
 
+def host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy of ``tensor`` in host memory, which can be sent to another process."""
+    # A copy also of a host tensor: buffers go on changing, and pickling a view would send its whole storage.
+    return to_host(tensor, "record of a comparison").clone()
+
+
 def add_shards(
     shards: ShardsByName,
     name: str,
@@ -92,9 +99,8 @@ def add_shards(
     """
     of_tensor = shards.setdefault(name, TensorShards(shape, {}))
     for part in slices:
-        # A copy: the buffers go on changing, and pickling a view would send its whole storage.
         values = flat[begin + part.start : begin + part.stop]
-        of_tensor.slices[part.offsets] = values.view(part.sizes).detach().clone()
+        of_tensor.slices[part.offsets] = host_copy(values.view(part.sizes))
 
 
 def by_sample(records: Iterable[RankRecord]) -> Mapping[int, Mapping[int, list[RankRecord]]]:

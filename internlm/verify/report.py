@@ -19,7 +19,7 @@ WORST = 5
 
 
 def heading(plan: Plan) -> str:
-    """Return a one-line heading with the model, dtype, seed, number of ranks and parallel layout."""
+    """Return a one-line heading with the model, dtype, seed, device, number of ranks and parallel layout."""
     config, sizes = plan.config, sizes_of(plan.config, plan.world_size)
     sizes_by_name = {"tensor": sizes.tensor, "weight": sizes.weight, "zero1": sizes.zero}
     layout = ", ".join(
@@ -30,7 +30,7 @@ def heading(plan: Plan) -> str:
         ]
     )
     batches = f"{plan.data_size} x {config.data.micro_num} micro-batches"
-    model = f"{config.model_type}, {config.model.dtype}, seed {plan.seed}"
+    model = f"{config.model_type}, {config.model.dtype}, seed {plan.seed}, on {plan.device_type}"
     return f"{model}: {plan.world_size} ranks ({layout}; {batches}) against one process"
 
 
@@ -105,6 +105,7 @@ def as_json(plan: Plan, report: Report) -> str:
         "data_size": plan.data_size,
         "steps": plan.steps,
         "seed": plan.seed,
+        "device": plan.device_type,
         "config": plan.config.model_dump(mode="json"),
     }
     found = asdict(report)

@@ -30,7 +30,7 @@ from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
-from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards
+from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards, host_copy
 
 
 @contextmanager
@@ -93,7 +93,7 @@ class _Watch:
     def _note(self, name: str, output: Any) -> None:
         for key, tensor in tensors_in(output, name):
             if self._forward:
-                self._current.outputs.setdefault(key, tensor.detach().clone())
+                self._current.outputs.setdefault(key, host_copy(tensor))
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._differentiated, self._current, key))
 
@@ -101,7 +101,7 @@ class _Watch:
         # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
         # belong to the micro-batch of this gradient.
         self._current = its_pass
-        its_pass.gradients.setdefault(key, gradient.detach().clone())
+        its_pass.gradients.setdefault(key, host_copy(gradient))
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from internlm import accelerator
 from internlm.utils.errors import DataError, Problem
 from internlm.verify.processes import RankError, RankTimeoutError, run_world
 from tests.harness.launch import run_job, torchrun
@@ -159,6 +160,16 @@ def test_a_world_answers_by_rank_and_ends() -> None:
     before = _children()
     assert run_world(3, _sum_of_ranks, (1.0,), 60) == [3.0, 3.0, 3.0]
     assert _children() == before
+
+
+def _where(rank: int, world_size: int) -> tuple[str, str, str]:
+    return dist.get_backend(), str(accelerator.current_device()), os.environ["INTERNLM_DEVICE"]
+
+
+def test_a_world_of_an_accelerator_has_its_backend_and_device() -> None:
+    """Where there is none, the processes are started in the same way, and compute on the CPU."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert run_world(1, _where, (), 60, "cuda") == [(accelerator.default_backend(), device, "cuda")]
 
 
 def test_a_world_raises_the_error_that_a_user_can_fix() -> None:

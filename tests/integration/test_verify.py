@@ -98,6 +98,13 @@ def test_a_typo_in_the_config(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert error.count("model.hiden_size: unknown key. Did you mean 'hidden_size'?") == 1, error
 
 
+def test_a_device_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("INTERNLM_DEVICE", "cpu")
+    code, error = _refused(capfd, DEBUG, "--device", "cuda")
+    assert code == 2
+    assert error == "--device: 'cuda' cannot be used: INTERNLM_DEVICE is 'cpu'. Use 'cpu'\n"
+
+
 def test_a_mistake_that_a_rank_finds(capfd: pytest.CaptureFixture[str]) -> None:
     code, error = _refused(capfd, DEBUG, "--set", "data.train_folder=nowhere")
     assert code == 2

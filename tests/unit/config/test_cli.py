@@ -73,7 +73,7 @@ def test_problems_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[st
         (["config", SFT, "--wrld", "8"], "--wrld: unknown argument. Did you mean '--world'?"),
         (["config", SFT, "--world-size=8"], "--world-size: unknown argument. Did you mean '--world'?"),
         (["memory", SFT, "--sett", "a=1", "--world", "8"], "--sett: unknown argument. Did you mean '--set'?"),
-        (["verify", SFT, "--device", "cuda"], "--device: 'cuda' is unknown. Pass one of cpu"),
+        (["verify", SFT, "--device", "tpu"], "--device: 'tpu' is unknown. Pass one of cpu, cuda"),
         (["config", SFT, "--device", "gpu"], "--device: 'gpu' is unknown. Pass one of cpu, cuda"),
         (["config", SFT, "--world", "0"], "internlm config: argument --world: expected an integer of at least 1"),
         (["config", SFT, "another.py"], "another.py: unknown argument. See: internlm --help"),

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from internlm import accelerator
+from internlm.accelerator import DeviceKind, pretending
+from internlm.config import load_config
 from internlm.initialize import environment as variables
 from internlm.initialize import get_default_parser, initialize_distributed_env, launch
 from internlm.initialize.environment import ProcessInfo, detect_launcher
@@ -385,6 +389,31 @@ def test_all_ranks_refuse_a_device_that_two_of_them_share(devices: list[str], re
         assert all(re.match(f"CUDA_VISIBLE_DEVICES: {refused}", message) for message in messages)
     else:
         assert messages == [""] * len(devices)
+
+
+def test_the_reason_why_a_device_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator.why_no_device("cpu") == ""
+    assert ("torch" in accelerator.why_no_device("cuda")) is not torch.backends.cuda.is_built()
+    with pretending(DeviceKind(name="sim", backend="fake")):
+        assert accelerator.why_no_device("sim") == ""
+    monkeypatch.setenv(accelerator.DEVICE_VARIABLE, "cpu")
+    assert accelerator.why_no_device("cuda") == "INTERNLM_DEVICE is 'cpu'"
+
+
+@pytest.mark.parametrize(("workspace", "wanted", "refused"), [
+    (":0:0", True, True), (":4096:8", True, False), (":16:8", True, False), (":0:0", False, False),
+])  # fmt: skip
+def test_deterministic_kernels_need_a_workspace_of_cublas(
+    workspace: str, wanted: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config({**SMALLEST, "cudnn_deterministic": wanted}, device_type="cpu")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    expected = r"CUBLAS_WORKSPACE_CONFIG: expected :4096:8 or :16:8 with cudnn_deterministic=True, got ':0:0'\. Unset"
+    outcome = pytest.raises(ConfigError, match=expected) if refused else nullcontext()
+    with pretending(DeviceKind(name="sim", backend="fake")), outcome:
+        launch.check_determinism(config)
+    monkeypatch.setenv(accelerator.DEVICE_VARIABLE, "cpu")
+    launch.check_determinism(config)  # the CPU has no cuBLAS
 
 
 # -- the flight recorder

@@ -46,7 +46,7 @@ def test_equal_records_pass() -> None:
     assert report.passed
     assert report.traffic is None  # of a model that nobody knows
     assert "PASS" in as_text(report).splitlines()[-1]
-    assert "2 ranks (mtp, zero1 2; 2 x 3 micro-batches)" in heading(PLAN)
+    assert "seed 1024, on cpu: 2 ranks (mtp, zero1 2; 2 x 3 micro-batches)" in heading(PLAN)
 
 
 @pytest.mark.parametrize("loss", [2.0 + 1e-10, math.nan, math.inf])

@@ -9,7 +9,7 @@ from internlm.config import Config, load_config
 from internlm.config.schema.fields import parse_rampup
 from internlm.config.schema.parallel import PipelineConfig
 from internlm.utils.errors import ConfigError
-from internlm.verify.configs import as_overrides, debug_size, default_world_size, make_plan
+from internlm.verify.configs import Devices, as_overrides, debug_size, default_world_size, make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = sorted(CONFIGS.glob("7B_*.py"))
@@ -91,6 +91,17 @@ def test_a_pipeline_shrinks(stages: int, mode: str, tmp_path: Path) -> None:
     assert shrunk("flops").parallel.pipeline.partition == "flops"
 
 
+def test_processes_on_gpus_have_one_each_and_deterministic_kernels() -> None:
+    plans = [make_plan(SMALL, devices=Devices("cuda", count)) for count in (1, 3, 16)]
+    assert [plan.world_size for plan in plans] == [1, 2, 2]
+    assert {plan.device_type for plan in plans} == {"cuda"}
+    assert all(plan.config.cudnn_deterministic and plan.reference.cudnn_deterministic for plan in plans)
+    assert plans[0].config.model.dtype == "torch.float64"
+    plan = make_plan(SMALL, ("cudnn_deterministic=False",), devices=Devices("cuda", 2))
+    assert not plan.config.cudnn_deterministic
+    assert not make_plan(SMALL).config.cudnn_deterministic
+
+
 def test_nothing_is_saved_or_told() -> None:
     keys = {
         **SMALL,
@@ -110,6 +121,18 @@ def test_nothing_is_saved_or_told() -> None:
         ({"overrides": ("parallel.tensor.size=2",), "world_size": 3}, "world size 3 is not divisible"),
         ({"steps": 6}, "--steps: must be at most data.total_steps = 5, got 6"),
         ({"overrides": ("model.residual_in_fp32=True",)}, "model.residual_in_fp32"),
+        (
+            {"world_size": 2, "devices": Devices("cuda", 1)},
+            r"--world: 2 processes need a device each, but this machine has 1 \(cuda\). Lower it",
+        ),
+        (
+            {"overrides": ("parallel.tensor.size=4",), "devices": Devices("cuda", 2)},
+            "--world: 4 processes need a device each, but this machine has 2",
+        ),
+        (
+            {"overrides": ("model.attention_backend=flash",), "devices": Devices("cuda", 2)},
+            "'flash' requires a CUDA device and torch.float16 or torch.bfloat16, got cuda and torch.float64",
+        ),
     ],
 )
 def test_mistakes(arguments: dict[str, Any], message: str) -> None:
