@@ -14,7 +14,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.sharding import ALONE, GroupPosition
-from internlm.data.loader import Batch, split_rows
+from internlm.data.loader import Batch, pin_batch, split_rows
 from internlm.initialize import initialize_distributed_env, initialize_trainer
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator, initialize_optimizer
@@ -95,4 +95,4 @@ class Ours:
         batch["type_ids"] = torch.zeros_like(batch["input_ids"])
         if self.yardstick.documents:
             batch["cu_seqlens"] = [torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()])]
-        return split_rows((batch, labels.view(shape)), self._sequence_shard)
+        return pin_batch(split_rows((batch, labels.view(shape)), self._sequence_shard))

@@ -1,9 +1,9 @@
-"""The two models that are timed, and their batches; doc/performance.md describes what they stand for."""
+"""Models that are timed, and their batches; doc/performance.md describes what they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Yardstick:
     seq_len: int
     micro_bsz: int
     documents: tuple[int, int] | None = None  # shortest and longest document of a packed row
+    model: dict[str, Any] = field(default_factory=lambda: LLAMA_30M)  # keys of its config
 
     @property
     def tokens(self) -> int:
@@ -42,7 +43,7 @@ class Yardstick:
         return dict(
             JOB_NAME=self.name,
             model_type="LLAMA2",
-            model=LLAMA_30M | dict(vocab_size=self.vocab_size),
+            model=self.model | dict(vocab_size=self.vocab_size),
             data=dict(
                 seq_len=self.seq_len,
                 micro_bsz=self.micro_bsz,
