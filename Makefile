@@ -33,8 +33,8 @@ test-all: $(VENV)/.installed-test ## Run the tests and their widest sweeps
 	$(PYTEST) --wide $(PYTEST_ARGS)
 	@echo "commit $$(git rev-parse --short HEAD): note it and the line above in doc/testing.md"
 
-test-gpu: $(VENV)/.installed-test ## Run the tests that need a CUDA device
-	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+test-gpu: $(VENV)/.installed-test ## Test on a CUDA device, in 10 minutes, and print a table
+	$(PY) -m pytest -m gpu tests/gpu --session-timeout=600 $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-test ## Lint, formatting, types, layers, spelling
 	$(PY) -m ruff check

@@ -16,6 +16,8 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.harness import gpu_table
+
 #: Examples of a property, without and with ``--wide``.
 EXAMPLES, MANY_EXAMPLES = 50, 300
 #: Tests on ranks, which keep all cores busy: two at a time take more than twice as long.
@@ -59,11 +61,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch  # only here: collecting a few pure tests should not take the seconds that it does
+    gpu_table.note_rows(marked)
+    from internlm.accelerator import why_no_device  # here: collecting a few pure tests should not import torch
 
-    if not torch.cuda.is_available():
+    if reason := why_no_device("cuda"):
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of what was shown on a GPU, after a run of these tests alone (``make test-gpu``)."""
+    if config.getoption("markexpr") != "gpu":
+        return
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    found = gpu_table.outcomes(report for report in reports if isinstance(report, pytest.TestReport))
+    terminalreporter.section("rows of doc/gpu.md")
+    for line in gpu_table.table(gpu_table.rows(), found):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

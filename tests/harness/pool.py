@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from internlm.accelerator import CPU
 from internlm.verify.processes import RankProcesses
 
 T = TypeVar("T")
@@ -18,27 +19,31 @@ T = TypeVar("T")
 #: What every call starts from: the environment of the test session before any test changed it.
 ENVIRONMENT = dict(os.environ)
 
-_pools: dict[int, RankProcesses] = {}
+_pools: dict[tuple[int, str], RankProcesses] = {}
 
 
-def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout: float = 60) -> list[T]:
-    """Call ``function(rank, world_size, *args)`` on every rank of a gloo group; return the results by rank.
+def run_ranks(
+    world_size: int, function: Callable[..., T], *args: Any, timeout: float = 60, device_type: str = CPU.name
+) -> list[T]:
+    """Call ``function(rank, world_size, *args)`` on every rank of a process group; return the results by rank.
 
     ``function`` is module-level: it travels by name, its arguments and result by pickle. ``timeout`` is in seconds.
     Raises :class:`RankError` if a rank raises or dies, :class:`RankTimeoutError` if one doesn't finish; then all ranks
     of the pool are killed.
     """
-    pool = _pools.get(world_size) or _pools.setdefault(world_size, RankProcesses(world_size, ENVIRONMENT))
+    key = world_size, device_type
+    pool = _pools.get(key) or _pools.setdefault(key, RankProcesses(world_size, ENVIRONMENT, device_type))
     try:
         return pool.run(function, args, timeout)
     except BaseException:
-        _pools.pop(world_size).close()
+        _pools.pop(key).close()
         raise
 
 
 def pids(world_size: int) -> list[int]:
-    """Return the process ids of the ranks that serve ``world_size``, in order; empty where none are up."""
-    return [process.pid or 0 for process in _pools[world_size].processes] if world_size in _pools else []
+    """Return the process ids of the CPU ranks that serve ``world_size``, in order; empty where none are up."""
+    pool = _pools.get((world_size, CPU.name))
+    return [process.pid or 0 for process in pool.processes] if pool else []
 
 
 def close_pools() -> None:
