@@ -96,6 +96,13 @@ def test_steps_with_too_large_a_loss_scale_are_skipped_without_a_host_sync(devic
     assert math.isfinite(run.losses[-1])
 
 
+@pytest.mark.gpu(SYNCS)
+def test_a_step_of_many_tokens_has_no_host_sync() -> None:
+    """Torch has another backward pass of an embedding from 3072 tokens on."""
+    run = trained("cuda", BF16, "data.seq_len=2048", "model.max_position_embeddings=2048")
+    assert run.losses[-1] < run.losses[0]
+
+
 @pytest.mark.gpu("pinned batches, and copies that do not block")
 def test_batches_are_pinned() -> None:
     assert trained("cuda", BF16).is_pinned
