@@ -36,6 +36,7 @@ from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
 from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
 from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.utils.compat import naming_current_call
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
 
@@ -85,6 +86,7 @@ class CheckpointManager:
         sampler: Training loader, whose data position is saved and restored.
     """
 
+    @naming_current_call("internlm.train.initialize_checkpoint_manager(model, optimizer, train_dl)")
     def __init__(
         self,
         config: CkptConfig,
@@ -104,13 +106,11 @@ class CheckpointManager:
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
 
     # -- saving -------------------------------------------------------------------------------------------------------
-    def try_save_checkpoint(self, state: Resumable, force: bool = False) -> bool:
+    # No result: loops of existing scripts end if it is true.
+    def try_save_checkpoint(self, state: Resumable, force: bool = False) -> None:
         """Save a checkpoint if one is due at this step, or if ``force`` is set.
 
         Collective: all ranks must call it in the same step.
-
-        Returns:
-            Whether a checkpoint was saved.
 
         Raises:
             CheckpointError: A rank cannot write.
@@ -118,10 +118,11 @@ class CheckpointManager:
         every = self.config.checkpoint_every  # None or 0: only the last step
         due = force or state.step == self.total_steps or bool(every and state.step % every == 0)
         # A signal may force a save of the step that was just saved on schedule.
-        if not (due and self.config.enable_save_ckpt) or state.step == self.last_saved:
-            return False
-        self.save(state)
-        return True
+        if due and self.config.enable_save_ckpt and state.step != self.last_saved:
+            self.save(state)
+
+    def wait_async_upload_finish(self) -> None:
+        """Do nothing, because a save is complete when its call returns; existing InternEvo scripts call it."""
 
     def save(self, state: Resumable) -> Path:
         """Write the checkpoint ``step-N`` and return its folder; collective.
@@ -185,11 +186,15 @@ class CheckpointManager:
             raise CheckpointError(Problem(str(self.root), failure[0], "Choose a writable folder with free space"))
 
     # -- loading ------------------------------------------------------------------------------------------------------
-    def try_resume_training(self, state: Resumable) -> str:
+    def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
         """Load the checkpoint that the config selects, if any; collective.
 
         If ``ckpt.auto_resume`` is set, the newest complete checkpoint in ``ckpt.save_ckpt_folder`` takes precedence
         over ``ckpt.load_ckpt_info``.
+
+        Args:
+            state: Counters to restore, ``trainer.state``.
+            current_time: Ignored; existing InternEvo scripts pass it.
 
         Returns:
             Message for the log: the loaded checkpoint, or that there is none.

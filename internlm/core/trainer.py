@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
-from internlm.solver.optimizer import SKIPPED, HybridZeroOptimizer, OptimizerStep
-from internlm.utils.compat import FollowsRun, ReplacedNames
+from internlm.core.train_state import TrainState as TrainState
+from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
+from internlm.utils.compat import FollowsRun, OlderResult
 from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -27,85 +28,6 @@ class Loader(Protocol):
         """Start the next iterator at the batch of ``step``."""
 
     def __iter__(self) -> Iterator[Batch]: ...
-
-
-class TrainState(ReplacedNames):
-    """Progress counters of a run, saved in every checkpoint.
-
-    Args:
-        step: Number of steps done.
-        num_consumed_tokens: Number of tokens in these steps, over all ranks, padding included.
-        inf_nan_skip_batches: Number of steps skipped because of a non-finite gradient.
-    """
-
-    replaced: ClassVar[Mapping[str, str]] = {
-        "num_consumed_samples_in_epoch": "Remove the line: train_dl.position(step) is the data position of a "
-        "step, which checkpoints save; num_consumed_tokens counts the tokens",
-    }
-
-    def __init__(self, step: int = 0, num_consumed_tokens: int = 0, inf_nan_skip_batches: int = 0) -> None:
-        if not isinstance(step, int):  # existing scripts pass the config and the sampler
-            todo = "Use trainer.state, which counts the steps, or TrainState() for counters of the script"
-            raise UserError(Problem("TrainState", f"expected a number of steps, got {type(step).__name__}", todo))
-        self.step, self.num_consumed_tokens = step, num_consumed_tokens
-        self._skipped = inf_nan_skip_batches
-        self._last_update: OptimizerStep | None = None
-
-    @property
-    def inf_nan_skip_batches(self) -> int:
-        """Number of steps skipped because of a non-finite gradient, the last one read from the device if need be."""
-        if self._last_update is not None:
-            self._skipped += not self._last_update.updated
-            self._last_update = None
-        return self._skipped
-
-    @inf_nan_skip_batches.setter
-    def inf_nan_skip_batches(self, value: int) -> None:
-        raise _counted("inf_nan_skip_batches", value)
-
-    @property
-    def batch_count(self) -> int:
-        """Number of batches read, one in each step."""
-        return self.step
-
-    @batch_count.setter
-    def batch_count(self, value: int) -> None:
-        if value != self.step:  # loops of existing scripts set it to the number that it has
-            raise _counted("batch_count", value)
-
-    @property
-    def step_count(self) -> int:
-        """Number of updates: the steps that were not skipped."""
-        return self.step - self.inf_nan_skip_batches
-
-    @step_count.setter
-    def step_count(self, value: int) -> None:
-        raise _counted("step_count", value)
-
-    def count_step(self, update: OptimizerStep) -> None:
-        """Count a step with the given result, without waiting for the device to compute it."""
-        if self._last_update is not None:
-            self._skipped += bool(self._last_update.host_outcome.read_arrived()[SKIPPED])
-        self._last_update = update
-        self.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters by name."""
-        return {name: getattr(self, name) for name in ("step", "num_consumed_tokens", "inf_nan_skip_batches")}
-
-    def __repr__(self) -> str:
-        return f"TrainState({', '.join(f'{name}={value}' for name, value in self.state_dict().items())})"
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counters from a result of :meth:`state_dict`."""
-        self.step, self.num_consumed_tokens = state["step"], state["num_consumed_tokens"]
-        self._skipped, self._last_update = state["inf_nan_skip_batches"], None
-
-
-def _counted(name: str, value: int) -> UserError:
-    """Return the error for setting a counter of :class:`TrainState` to ``value``."""
-    todo = "Remove the assignment: trainer.step() counts the steps"
-    return UserError(Problem(f"train_state.{name}", f"cannot be set to {value}", todo))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +114,7 @@ class Hook:
         """Run once after the last step, even if the run stops early or fails."""
 
 
-class Trainer:
+class Trainer(OlderResult):
     """Trainer of a model, with its optimizer, pipeline scheduler, and learning-rate and beta2 schedules.
 
     Call :meth:`zero_grad`, :meth:`execute_schedule` and :meth:`step` in a custom loop, or :meth:`fit` for the whole
@@ -216,6 +138,7 @@ class Trainer:
                 schedule.follow(self.state)
         self.stop_requested = False
         self._last_sums: accelerator.HostValues | None = None  # of the last call of execute_schedule
+        self._tokens = 0  # of the batches since the last update, over all ranks, padding included
 
     @property
     def engine(self) -> Trainer:
@@ -239,6 +162,7 @@ class Trainer:
     def zero_grad(self) -> None:
         """Set the gradients to zero."""
         self.optimizer.zero_grad()
+        self._tokens = 0
 
     def execute_schedule(
         self, data_iter: Iterator[Batch] | Batch, after_backward: Callable[[], None] | None = None, **options: bool
@@ -260,8 +184,11 @@ class Trainer:
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
-        result = self.scheduler.forward_backward_step(self, _batches(data_iter), training=training, **options)
+        batch = next(_batches(data_iter))
+        result = self.scheduler.forward_backward_step(self, iter([batch]), training=training, **options)
         self._last_sums = result.host_sums
+        if options.get("return_loss", True) and not options.get("forward_only", False):  # with a backward pass
+            self._tokens += batch[1].numel() * self.scheduler.data_group.size
         return result
 
     def step(self) -> OptimizerStep:
@@ -274,7 +201,8 @@ class Trainer:
             UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
         update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
-        self.state.count_step(update)
+        self.state.count_step(update, self._tokens)
+        self._tokens = 0
         if update.is_last_chance:
             # The decision needs a host sync. Read the loss too, so that logging the step does not need another one.
             unread = [update.host_outcome] if self._last_sums is None else [self._last_sums, update.host_outcome]
@@ -301,7 +229,6 @@ class Trainer:
         update = self.step()
         end = accelerator.Mark()
         shape = BatchShape.of(batch[0])
-        self.state.num_consumed_tokens += shape.tokens * self.scheduler.data_group.size
         return StepReport(
             step=step,
             result=result,

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm import accelerator
-from internlm.checkpoint import CheckpointManager
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
@@ -22,6 +21,7 @@ from internlm.initialize.build_trainer import initialize_trainer
 from internlm.initialize.launch import ConfigLike, leave_at_exit
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
 from internlm.train import hooks
+from internlm.train.build_checkpoints import initialize_checkpoint_manager
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.utils.errors import Problem, UserError, did_you_mean
@@ -99,19 +99,7 @@ class TrainerBuilder:
         model, isp_communicator = initialize_model_and_parallel_communicator(model)
         optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, isp_communicator)
         self.trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(self.types))
-        self.checkpoints = CheckpointManager(
-            self.config.ckpt,
-            model,
-            optimizer,
-            gpc.random_streams,
-            self.config.data.total_steps,
-            run_info={
-                "config": self.config.model_dump(mode="json"),
-                "data": train_dl.fingerprint(),
-                "seed": gpc.seed,
-            },
-            sampler=train_dl,
-        )
+        self.checkpoints = initialize_checkpoint_manager(model, optimizer, train_dl)
         self.stop = hooks.StopOnSignal(accelerator.current_device())
         self._val_dls = val_dls or {}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -20,10 +22,21 @@ from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline
 from internlm.core.scheduler.table import schedule_of
 from internlm.core.trainer import Trainer
 from internlm.costs.stages import own_table
+from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.utils.errors import ConfigError, Problem, format_by_rank
+from internlm.utils.compat import naming_current_call
+from internlm.utils.errors import ConfigError, Problem, UserError, format_by_rank
+
+CALL = "initialize_trainer(model, optimizer, lr_scheduler, beta2_scheduler)"
+#: Keywords of older versions, and what replaces them if they have a value; None: they are taken.
+OLDER_KEYWORDS = {
+    "train_dataloader": None,
+    "test_dataloader": None,
+    "scheduler_hooks": "Remove it: trainer.execute_schedule returns the loss and, on request, the outputs",
+}
 
 
+@naming_current_call(CALL)
 def initialize_trainer(
     model: nn.Module,
     optimizer: HybridZeroOptimizer,
@@ -31,6 +44,7 @@ def initialize_trainer(
     beta2_scheduler: Callable[[int], float],
     criterion: TokenCrossEntropy | None = None,
     types: int = 1,
+    **older: Any,
 ) -> Trainer:
     """Build a :class:`Trainer` with the scheduler that the global config selects.
 
@@ -41,12 +55,53 @@ def initialize_trainer(
         beta2_scheduler: Schedule of Adam's beta2, a function of the step.
         criterion: Loss function; default: cross-entropy with the config's label smoothing.
         types: Number of dataset types by which metrics are split; 1: all tokens count as one type.
+        older: Keywords of older versions of InternEvo. With ``train_dataloader`` (and ``test_dataloader``) the result
+            unpacks to (trainer, train_dataloader, test_dataloader, lr_scheduler). ``scheduler_hooks`` must be empty.
 
     Raises:
-        UserError: The custom schedule is invalid, or differs between ranks.
+        UserError: An argument has no meaning here, or is of the wrong kind; or the custom schedule is invalid, or
+            differs between ranks.
     """
-    criterion = criterion or TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
-    return Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
+    _check_older(older)
+    _check_schedules(lr_scheduler, beta2_scheduler)
+    if criterion is None:
+        criterion = TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
+    _check_criterion(criterion)
+    trainer = Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
+    if older.get("train_dataloader") is not None:
+        trainer.unpack_to(older["train_dataloader"], older.get("test_dataloader"), lr_scheduler)
+    return trainer
+
+
+def _check_older(keywords: Mapping[str, Any]) -> None:
+    problems = []
+    for name, value in keywords.items():
+        where = f"initialize_trainer({name}=...)"
+        if name not in OLDER_KEYWORDS:
+            problems.append(Problem(where, "unknown keyword", f"Call {CALL}"))
+        elif value and (todo := OLDER_KEYWORDS[name]):
+            problems.append(Problem(where, "does not exist in this version", todo))
+    if problems:
+        raise UserError(*problems)
+
+
+def _check_schedules(lr_scheduler: object, beta2_scheduler: object) -> None:
+    """Check that both schedules are functions of the step, and not each in the place of the other."""
+    todo = "initialize_optimizer returns (optimizer, beta2_scheduler, lr_scheduler)"
+    others = (("lr_scheduler", lr_scheduler, Beta2Schedule), ("beta2_scheduler", beta2_scheduler, LRSchedule))
+    for name, schedule, other in others:
+        if isinstance(schedule, (nn.Module, other)) or not callable(schedule):
+            message = f"expected a function of the step, got {type(schedule).__name__}"
+            raise UserError(Problem(f"initialize_trainer({name}=...)", message, f"{todo}; call {CALL}"))
+
+
+def _check_criterion(criterion: Any) -> None:
+    try:  # a module is called by its forward
+        inspect.signature(getattr(criterion, "forward", criterion)).bind("inputs", "labels", "grad_scale")
+    except TypeError:
+        message = f"expected a function of (inputs, labels, grad_scale), got {type(criterion).__name__}"
+        todo = "Omit it: the loss is the cross-entropy of tokens, with loss.label_smoothing of the config"
+        raise UserError(Problem("initialize_trainer(criterion=...)", message, todo)) from None
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:

@@ -11,6 +11,7 @@ __getattr__, __dir__ = lazy_exports(
         "initialize_parallel_communicator": _RECIPE,
         "initialize_model_and_parallel_communicator": _RECIPE,
         "initialize_optimizer": "internlm.train.build_optimizer",
+        "initialize_checkpoint_manager": "internlm.train.build_checkpoints",
         "build_inventory": "internlm.train.inventory",
         "get_train_data_loader": _DATA,
         "get_validation_data_loader": _DATA,

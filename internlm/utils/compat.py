@@ -6,10 +6,14 @@ name that cannot exist here raises :class:`ReplacedNameError`, whose message say
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NoReturn, Protocol
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from internlm.utils.errors import Problem, UserError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ReplacedNameError(UserError, AttributeError):
@@ -55,6 +59,41 @@ class AsTuple:
 
     def __len__(self) -> int:
         return len(self.as_tuple())
+
+
+class OlderResult:
+    """Mix-in of a trainer, which unpacks to what ``initialize_trainer`` returned in older versions of InternEvo."""
+
+    _older_result: tuple[Any, ...] | None = None
+
+    def unpack_to(self, *values: Any) -> None:
+        """Let the trainer unpack to itself, followed by ``values``."""
+        self._older_result = values
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._older_result is None:
+            todo = "Write trainer = initialize_trainer(...); trainer.engine and trainer.schedule are its parts"
+            raise UserError(Problem("initialize_trainer", "returns one object, which does not unpack", todo))
+        return iter((self, *self._older_result))
+
+
+def naming_current_call(call: str) -> Callable[[F], F]:
+    """Decorate a function, such that arguments that do not fit its signature raise an error that names ``call``."""
+
+    def decorate(function: F) -> F:
+        signature, name = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise UserError(Problem(name, str(error), f"Call {call}")) from None
+            return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
 
 
 class Progress(Protocol):

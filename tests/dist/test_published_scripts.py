@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from internlm.checkpoint import CheckpointManager
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Trainer, TrainState
@@ -120,6 +121,16 @@ READS: dict[str, tuple[Callable[[Run], Any], Any]] = {
     "_, _, loss = execute_schedule": (lambda r: r.unpacked[:2], (None, None)),
     "loss.item()": (lambda r: (r.unpacked[2].shape, 4 < r.unpacked[2].item() < 4.4), ((), True)),
     "success, grad_norm = step": (lambda r: (r.update[0], r.update[1] > 0), (True, True)),
+    "train_state.step_count += 1": (
+        lambda r: _count(r.trainer.state),
+        ({"step": 2, "num_consumed_tokens": 2 * 32, "inf_nan_skip_batches": 0}, 2, 4),
+    ),
+    "trainer, train_dl, _, lr_scheduler = initialize_trainer(train_dataloader=...)": (
+        lambda r: (
+            tuple(_trainer(r, train_dataloader=r.loader, scheduler_hooks=[]))[1:] == (r.loader, None, r.lr_scheduler)
+        ),
+        True,
+    ),
     "hasattr(model, 'model')": (lambda r: hasattr(r.model, "model"), False),
 }
 
@@ -148,23 +159,38 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         lambda r: r.optimizer.param_groups[0].__setitem__("lr", 1),
         r"^optimizer\.param_groups: lr: cannot be changed by a script\. .* as lr_scheduler to initialize_trainer$",
     ),
-    "train_state.step_count += 1": (
-        lambda r: _assign(r.trainer.state, "step_count", 3),
-        r"^train_state\.step_count: cannot be set to 3\. Remove the assignment: trainer\.step\(\) counts the steps$",
-    ),
-    "train_state.inf_nan_skip_batches += 1": (
-        lambda r: _assign(r.trainer.state, "inf_nan_skip_batches", r.trainer.state.inf_nan_skip_batches + 1),
-        r"^train_state\.inf_nan_skip_batches: cannot be set to 1\. Remove the assignment: trainer\.step\(\) counts ",
-    ),
-    "train_state.num_consumed_samples_in_epoch += 1": (
-        lambda r: r.trainer.state.num_consumed_samples_in_epoch,
-        r"^TrainState\.num_consumed_samples_in_epoch: does not exist in this project\. Remove the line: train_dl\.posi",
-    ),
     "TrainState(gpc.config, batch_sampler)": (
         lambda r: TrainState(gpc.config, r.loader.batch_sampler),  # type: ignore[arg-type]
         r"^TrainState: expected a number of steps, got Config\. Use trainer\.state, which counts the steps",
     ),
-    "train_state.batch_count = 7": (lambda r: _assign(r.trainer.state, "batch_count", 7), r"^train_state\.batch_count"),
+    "engine, scheduler = initialize_trainer(...)": (
+        lambda r: tuple(_trainer(r)),
+        r"^initialize_trainer: returns one object, which does not unpack\. Write trainer = ",
+    ),
+    "initialize_trainer(scheduler_hooks=[hook])": (
+        lambda r: _trainer(r, scheduler_hooks=[object()]),
+        r"^initialize_trainer\(scheduler_hooks=\.\.\.\): does not exist in this version\. Remove it: trainer",
+    ),
+    "initialize_trainer(criterion=CrossEntropyLoss())": (
+        lambda r: _trainer(r, criterion=torch.nn.CrossEntropyLoss()),
+        r"^initialize_trainer\(criterion=\.\.\.\): expected a function of \(inputs, labels, grad_scale\), got Cross",
+    ),
+    "initialize_trainer(data=...)": (
+        lambda r: _trainer(r, data=r.loader),
+        r"^initialize_trainer\(data=\.\.\.\): unknown keyword\. Call initialize_trainer\(model, opt",
+    ),
+    "initialize_trainer(model, optimizer)": (
+        lambda r: initialize_trainer(r.model, r.optimizer),  # type: ignore[call-arg]
+        r"^initialize_trainer: missing a required argument: 'lr_scheduler'\. Call initialize_trainer\(model, ",
+    ),
+    "initialize_trainer(model, optimizer, beta2_scheduler, lr_scheduler)": (
+        lambda r: initialize_trainer(r.model, r.optimizer, r.beta2_scheduler, r.lr_scheduler),
+        r"^initialize_trainer\(lr_scheduler=\.\.\.\): expected a function of the step, got Beta2Schedule\. ",
+    ),
+    "CheckpointManager(ckpt_config=...)": (
+        lambda r: CheckpointManager(ckpt_config=gpc.config.ckpt, model=r.model),  # type: ignore[call-arg]
+        r"^CheckpointManager: missing a required argument: 'config'\. Call internlm\.train\.initialize_checkpoint_",
+    ),
     "train_dl.batch_sampler.state_dict()": (
         lambda r: r.loader.batch_sampler.state_dict(),
         r"^BatchSampler\.state_dict: does not exist in this project\. Use train_dl\.position\(step\)",
@@ -176,9 +202,28 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
 }
 
 
+def _trainer(run: Run, **keywords: Any) -> Trainer:
+    return initialize_trainer(
+        run.model,
+        run.optimizer,
+        lr_scheduler=run.lr_scheduler,
+        beta2_scheduler=run.beta2_scheduler,
+        **keywords,
+    )
+
+
+def _count(state: TrainState) -> tuple[dict[str, int], int, int]:
+    """Count as a script does, beside the trainer."""
+    state.batch_count = 7
+    state.step_count += 1
+    state.inf_nan_skip_batches += 1
+    state.num_consumed_tokens += 64
+    state.num_consumed_samples_in_epoch += 4
+    return state.state_dict(), state.step_count, state.num_consumed_samples_in_epoch
+
+
 def _idioms(rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, str]]:
     run = _run()
-    run.trainer.state.batch_count = 2  # what it is: no error
     found: dict[str, Any] = {}
     for idiom, (read, _) in READS.items():
         found[idiom] = read(run)

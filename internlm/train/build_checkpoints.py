@@ -1,0 +1,35 @@
+"""Build the checkpoint manager of a run from the global config."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from internlm.checkpoint import CheckpointManager
+from internlm.core.context import global_context as gpc
+from internlm.data.loader import TrainLoader
+from internlm.solver.optimizer import HybridZeroOptimizer
+
+
+def initialize_checkpoint_manager(
+    model: nn.Module, optimizer: HybridZeroOptimizer, train_dl: TrainLoader
+) -> CheckpointManager:
+    """Build the checkpoint manager of a run, as the ``ckpt`` section of the global config says.
+
+    In a loop of a script, call ``try_resume_training(trainer.state)`` before iterating over ``train_dl``, and
+    ``try_save_checkpoint(trainer.state)`` after each step.
+
+    Args:
+        model: Model that :func:`~internlm.train.initialize_model_and_parallel_communicator` prepared.
+        optimizer: Optimizer of ``model``.
+        train_dl: Training loader, whose data position is saved and restored.
+    """
+    config = gpc.config
+    return CheckpointManager(
+        config.ckpt,
+        model,
+        optimizer,
+        gpc.random_streams,
+        config.data.total_steps,
+        run_info={"config": config.model_dump(mode="json"), "data": train_dl.fingerprint(), "seed": gpc.seed},
+        sampler=train_dl,
+    )
