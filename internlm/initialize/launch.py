@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from internlm import accelerator
+from internlm.accelerator.host_memory import keep_freed_memory
 from internlm.config import Config, check_registered, check_runnable, config_hash, resolve
 from internlm.core.context import global_context as gpc
 from internlm.initialize.environment import (
@@ -143,6 +144,7 @@ def initialize_distributed_env(
     _join(process, backend, resolved.parallel.timeout)
     _check_agreement(resolved, seed)
     if accelerator.device_kind().is_host:
+        keep_freed_memory()
         choose_kernels(torch_dtype(str(resolved.model.dtype)))
     _seed_generators(seed)
     _set_determinism(resolved.cudnn_deterministic)
