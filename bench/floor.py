@@ -1,21 +1,24 @@
-"""Measure the floor of a training step: the time of its GEMMs, each alone and with its fastest kernel."""
+"""Measure the floor of a training step: its GEMMs and attention, each alone and with its fastest kernel."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.yardsticks import Yardstick
+from internlm import ops
 from internlm.config.schema import ModelConfig
 from internlm.ops.cpu import cpu_gemm
+from internlm.ops.cpu.kernel_choice import KERNELS
 
 ROLES = ("forward", "input gradient", "weight gradient")
-REPEATS = 5
-Gemm = Callable[[], object]
+ATTENTION = "attention"
 
 
 def linear_layers(model: ModelConfig) -> list[tuple[int, int, int]]:
@@ -31,25 +34,49 @@ def linear_layers(model: ModelConfig) -> list[tuple[int, int, int]]:
     ]
 
 
-def floor_seconds(model: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """Time the three GEMMs of every linear layer.
+class Part(NamedTuple):
+    """Part of a step that is timed alone: kernels that compute the same, and how many times a step has it."""
+
+    role: str
+    count: int
+    kernels: list[Callable[[], object]]
+
+
+class Floor:
+    """Times of the GEMMs and of attention of a step, taken turn by turn.
 
     Args:
         model: Section ``model`` of the config.
-        tokens: Tokens of a step.
+        yardstick: Batches of the step.
         dtype: Dtype of the factors; weight gradients are float32.
-
-    Returns:
-        Seconds of a step by role, with the fastest kernel for each shape.
     """
-    seconds = dict.fromkeys(ROLES, 0.0)
-    for inputs, outputs, count in linear_layers(model):
-        for role, kernels in _kernels(tokens, inputs, outputs, dtype).items():
-            seconds[role] += count * min(_in_turns(kernels))
-    return seconds
+
+    def __init__(self, model: ModelConfig, yardstick: Yardstick, dtype: torch.dtype) -> None:
+        self._parts = [
+            Part(role, count, kernels)
+            for inputs, outputs, count in linear_layers(model)
+            for role, kernels in _gemms(yardstick.tokens, inputs, outputs, dtype).items()
+        ]
+        self._parts.append(Part(ATTENTION, model.num_layers, list(_attention(model, yardstick, dtype))))
+        self._seconds: list[list[list[float]]] = [[[] for _ in part.kernels] for part in self._parts]
+
+    def turn(self) -> None:
+        """Run and time each kernel once."""
+        for part, by_kernel in zip(self._parts, self._seconds, strict=True):
+            for kernel, seconds in zip(part.kernels, by_kernel, strict=True):
+                start = time.perf_counter()
+                kernel()
+                seconds.append(time.perf_counter() - start)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of a step by role: medians of all turns but the first, of the fastest kernels."""
+        total = dict.fromkeys((*ROLES, ATTENTION), 0.0)
+        for part, by_kernel in zip(self._parts, self._seconds, strict=True):
+            total[part.role] += part.count * min(median(seconds[1:]) for seconds in by_kernel)
+        return total
 
 
-def _kernels(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, list[Gemm]]:
+def _gemms(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, list[Callable[[], object]]]:
     """Return the kernels of one linear layer by role, with their operands."""
     x, weight, dy = (
         torch.randn(*shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
@@ -69,12 +96,15 @@ def _mm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t())
 
 
-def _in_turns(functions: list[Gemm]) -> list[float]:
-    """Run functions in turns; return the median seconds of each, without its first run."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(1 + REPEATS):
-        for function, times in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return [median(times[1:]) for times in seconds]
+def _attention(model: ModelConfig, yardstick: Yardstick, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """Yield the kernels of attention, forward and backward, in float32 each of the table's."""
+    _, lengths = next(yardstick.batches())
+    sequences = ops.PackedSequences.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0))
+    sizes = (model.num_attention_heads, model.kv_heads, model.kv_heads)
+    # Stored by head, as the rotary embedding leaves them.
+    heads = [torch.randn(n, yardstick.tokens, model.head_size).to(dtype).transpose(0, 1) for n in sizes]
+    inputs = [x.requires_grad_() for x in heads]
+    dout = torch.randn(inputs[0].shape).to(dtype)
+    for backend in KERNELS.get(("attention", str(dtype).removeprefix("torch.")), ("sdpa",)):
+        attend = partial(ops.attention, *inputs, sequences, backend=backend)
+        yield lambda attend=attend: torch.autograd.grad(attend(), inputs, dout)

@@ -104,8 +104,7 @@ def _rule(case: Case, processor_type: str) -> str:
         return default
     if case.dtype == "bfloat16":
         return other if processor.has_bf16(processor_type) else default
-    # oneDNN computes the output without a copy, so it is as fast as MKL or faster.
-    return other if _mkl_is_wide(words) and case.operation != "linear" else default
+    return other if _mkl_is_wide(words) else default
 
 
 def may_collapse(case: Case) -> bool:

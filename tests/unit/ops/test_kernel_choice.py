@@ -50,8 +50,8 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("processor_type", "large", "of_bf16"),
     [
-        (XEON, {"linear": "onednn", "grad_input": "torch", "grad_weight": "torch", "attention": "sdpa"}, "bfloat16"),
-        (OLD_XEON, {"linear": "onednn", "grad_input": "torch", "grad_weight": "torch", "attention": "sdpa"}, "float32"),
+        (XEON, dict.fromkeys(("linear", "grad_input", "grad_weight"), "torch") | {"attention": "sdpa"}, "bfloat16"),
+        (OLD_XEON, dict.fromkeys(("linear", "grad_input", "grad_weight"), "torch") | {"attention": "sdpa"}, "float32"),
         (ZEN, dict.fromkeys(("linear", "grad_input", "grad_weight"), "onednn") | {"attention": "blocked"}, "bfloat16"),
         (ARM, dict.fromkeys(("linear", "grad_input", "grad_weight"), "onednn") | {"attention": "blocked"}, "bfloat16"),
     ],
