@@ -67,6 +67,24 @@ class Foretold(Chain):
         return (*inputs["input_ids"].shape, len(weight)), weight.dtype
 
 
+class Growing(Chain):
+    """The same; what its chunks give has more rows in each step, which the next chunk ignores."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.forwards = 0
+
+    def hidden_like(self, inputs: dict[str, Tensor]) -> None:
+        """Unknown, whatever the inputs."""
+
+    def forward(self, input_ids: Tensor, *args: Any, hidden: Tensor | None = None, **options: Any) -> Tensor:
+        """Logits, or hidden units for the next chunk with a row more after every two forward passes."""
+        given = None if hidden is None else hidden[:, : input_ids.shape[1]]
+        x = super().forward(input_ids, *args, hidden=given, **options)
+        self.forwards += 1
+        return x if self.stage_layers.has_head else nn.functional.pad(x, (0, 0, 0, (self.forwards - 1) // 2))
+
+
 @MODEL_INITIALIZER.register_module(module_name="CHAIN")
 def build_chain(config: ModelConfig) -> nn.Module:
     """What a user registers."""
@@ -77,6 +95,12 @@ def build_chain(config: ModelConfig) -> nn.Module:
 def build_foretold(config: ModelConfig) -> nn.Module:
     """What a user registers."""
     return place_replicated(Foretold(config))
+
+
+@MODEL_INITIALIZER.register_module(module_name="GROWING")
+def build_growing(config: ModelConfig) -> nn.Module:
+    """What a user registers."""
+    return place_replicated(Growing(config))
 
 
 def _run(rank: int, world_size: int, *args: Any) -> RankRecord:
@@ -94,6 +118,11 @@ def test_a_users_model(model_type: str, mode: str, chunks: int) -> None:
         4,
         _run,
     )
+
+
+def test_hidden_states_whose_shape_varies() -> None:
+    sizes = ("parallel.pipeline.size=2", "model.num_layers=4", "data.micro_num=2")
+    assert_equal(["model_type=GROWING", *sizes, "data.use_packed_dataset=False"], 2, _run)
 
 
 def _refused(rank: int, world_size: int, overrides: list[str]) -> str:

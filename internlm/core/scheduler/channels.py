@@ -120,7 +120,7 @@ class Channels:
 
     def _receive_header(self, source: int, message: Message) -> TensorSpec:
         if not device_kind().has_values:
-            todo = "Give the model a method hidden_like"
+            todo = "Give the model a method hidden_like(inputs) that returns it"
             raise UserError(Problem("model", "a dry run cannot receive hidden states whose shape is unknown", todo))
         header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self.device)
         self._wait(self._irecv(header, source, message), source, message, "send")

@@ -4,8 +4,9 @@ A model that can be split into stages has an attribute ``stage_layers`` (a
 :class:`internlm.core.parallel.sharding.StageLayers`). Its ``forward`` takes the keywords ``chunk``, the index of a
 chunk, and ``hidden``, the output of the previous chunk (None for the first). Every chunk but the last returns its
 hidden states as one tensor; the last returns the output of the whole model. If the model has a method
-``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header. Other
-models send headers until the shape for inputs of a shape is learned (:class:`LearnedSpecs`).
+``hidden_like(inputs)`` that returns the shape and dtype of the hidden states, stages send them without a header; if it
+returns None, a header precedes each message. Models without this method send headers until the shape for inputs of a
+shape is learned (:class:`LearnedSpecs`).
 
 Inputs are on the device, except those that the model names in an attribute ``host_inputs``: a model that reads the
 values of ``cu_seqlens`` in Python would otherwise wait for the device in every forward pass.
@@ -177,7 +178,8 @@ class Compute:
     def hidden_spec(self, message: Message) -> TensorSpec | None:
         """Return the shape and dtype of the hidden states ``message``.
 
-        The result is None if a header precedes them: the model has no ``hidden_like``, and they are not learned yet.
+        The result is None if a header precedes them: ``hidden_like`` returned None, or the model has no such method and
+        they are not learned yet.
         """
         inputs, hidden_like = self.micro_batches.host_inputs(message.micro_batch), self._hidden_like
         return self.options.learned_specs.known(_key(message, inputs)) if hidden_like is None else hidden_like(inputs)
@@ -196,10 +198,10 @@ class Compute:
             name = type(self.model).__name__
             if self._hidden_like is None:
                 text = f"expected hidden states {expected}, as in earlier steps with inputs of this shape, got {actual}"
-                todo = f"Give {name} a method hidden_like(inputs) that returns their shape and dtype"
+                todo = f"Give {name} a method hidden_like(inputs) that returns their shape and dtype, or None if they vary"
                 raise UserError(Problem(f"{name}.forward", text, todo))
             text = f"expected {actual} (the hidden states that forward returned), got {expected}"
-            todo = "Return the shape and dtype of the hidden states, or remove hidden_like"
+            todo = "Return the shape and dtype of the hidden states, or None if they vary"
             raise UserError(Problem(f"{name}.hidden_like", text, todo))
         return expected is not None
 
@@ -209,7 +211,7 @@ class Compute:
             self.options.learned_specs.note(_key(message, self.micro_batches.host_inputs(message.micro_batch)), hidden)
 
     @property
-    def _hidden_like(self) -> Callable[[dict[str, Tensor]], TensorSpec] | None:
+    def _hidden_like(self) -> Callable[[dict[str, Tensor]], TensorSpec | None] | None:
         return getattr(self.model, "hidden_like", None)
 
     def forward(self, chunk: int, index: int, hidden: Tensor | None) -> Tensor | None:
