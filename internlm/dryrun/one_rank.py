@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,6 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.blocks import declared_blocks
 from internlm.core.parallel.ledger import LEDGER, Traffic
-from internlm.core.scheduler.executor import ActionMarks
 from internlm.core.trainer import Batch, Trainer
 from internlm.costs import NoCostFormulaError, Plan, expected_traffic, memory_plan
 from internlm.costs.memory_plan import ACTIVATIONS
@@ -99,7 +98,7 @@ class DryRun:
     @property
     def has_attention_kernel(self) -> bool:
         """Whether attention ran as one operator; else, as in float32, it needs more memory here than on a GPU."""
-        return any("attn" in name for name in self.kernels)
+        return any("attn" in name or "attention" in name for name in self.kernels)
 
 
 def dry_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str], world_size: int) -> Config:
@@ -198,30 +197,8 @@ def _watch(trainer: Trainer, watch: DeviceWatch) -> DeviceWatch:
     model: nn.Module = trainer.model
     for module in declared_blocks(model).values():
         module.register_forward_hook(keep)
-    step = trainer.optimizer.step
-
-    def watched_step(*arguments: Any, **options: Any) -> Any:
-        watch.in_update = True
-        try:
-            return step(*arguments, **options)
-        finally:
-            watch.in_update = False
-
-    trainer.optimizer.step = watched_step  # type: ignore[method-assign]
-    trainer.scheduler.records = _AfterActions(lambda: watch.memory.keep(ACTIVATIONS))
+    trainer.scheduler.after_action = watch.end_action
     return watch
-
-
-class _AfterActions(list[ActionMarks]):
-    """List of the marks of actions that calls a function after each action of the schedule."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        super().__init__()
-        self.function = function
-
-    def append(self, marks: ActionMarks) -> None:
-        """Call the function; the marks are not kept."""
-        self.function()
 
 
 def _read(loader: TrainLoader, steps: int) -> Iterator[Batch]:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 import internlm
 from internlm.accelerator.pretended import NAME, in_host_memory
-from internlm.costs.memory_plan import GATHER, REDUCTION, TRANSIENTS
+from internlm.core.scheduler.executor import ActionMarks
+from internlm.costs.memory_plan import ACTIVATIONS, GATHER, REDUCTION, TRANSIENTS
 from internlm.dryrun.call_order import Call, call_of
 from internlm.dryrun.device_memory import DeviceMemory
 from internlm.utils.torch_private import TorchDispatchMode, call_uncached
@@ -59,9 +60,8 @@ class DeviceWatch(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         """Number of kernels launched, by operator. Some operators launch several kernels, which count as one."""
         self.flops: Counter[str] = Counter()
-        """Floating-point operations of matrix products, by operator."""
-        self.in_update = False
-        """Whether the optimizer is computing, whose products, Muon's, no formula of the model has."""
+        """Floating-point operations of the matrix products of ended actions, by operator."""
+        self._flops_since_action: Counter[str] = Counter()
         self.events: list[Call] = []
         self.faults: Counter[str] = Counter()
         """Number of occurrences of each fault, with the line of code."""
@@ -70,7 +70,18 @@ class DeviceWatch(TorchDispatchMode):
         """Forget kernels, operations and the peak of earlier steps."""
         self.kernels.clear()
         self.flops.clear()
+        self._flops_since_action.clear()
         self.memory.start_peak()
+
+    def end_action(self, marks: ActionMarks) -> None:
+        """Count what an action of the schedule computed, and keeps for another action.
+
+        Products outside of actions are those of an optimizer, such as Muon, which no formula of the model has.
+        """
+        del marks
+        self.flops += self._flops_since_action
+        self._flops_since_action.clear()
+        self.memory.keep(ACTIVATIONS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator, and record it."""
@@ -128,9 +139,9 @@ class DeviceWatch(TorchDispatchMode):
             self._fault("copies a host tensor with a blocking copy. Use accelerator.to_device")
         if name not in _ALLOCATIONS:
             self.kernels[name] += 1
-        if name in _PRODUCTS and not self.in_update:
+        if name in _PRODUCTS:
             left, right = (args[index] for index in _PRODUCTS[name])
-            self.flops[name] += 2 * left.numel() * right.shape[-1]
+            self._flops_since_action[name] += 2 * left.numel() * right.shape[-1]
 
     def _fault(self, message: str) -> None:
         self.faults[f"{place()}: {message}"] += 1

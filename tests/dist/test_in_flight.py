@@ -64,11 +64,10 @@ def _tensors_of(kept: InFlight) -> Iterator[Tensor]:
         yield from (argument for argument in task.args if isinstance(argument, Tensor))
 
 
-class Watch(list[ActionMarks]):
-    """Records of a scheduler that measure the bytes of activations kept after each action."""
+class Watch:
+    """Measures the bytes of activations that are kept after each action."""
 
     def __init__(self, model: Decoder, shared: set[int]) -> None:
-        super().__init__()
         self.model, self.shared = model, shared
         self.saved: WeakSet[Saved] = WeakSet()
         self.tables: list[ref[Tensor]] = []
@@ -90,7 +89,7 @@ class Watch(list[ActionMarks]):
 
         return made
 
-    def append(self, record: ActionMarks) -> None:
+    def measure(self, marks: ActionMarks) -> None:
         in_flight = [thing for thing in gc.get_objects() if type(thing) is InFlight]
         tensors = [tensor for kept in in_flight for tensor in _tensors_of(kept)] + [
             saved.tensor for saved in self.saved
@@ -120,7 +119,8 @@ def _watch_case(overrides: Case) -> list[int]:
     trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))
     batch, _ = next(iter(loader))
     ids = batch["input_ids"]
-    watch = trainer.scheduler.records = Watch(model, {address(ids)})
+    watch = Watch(model, {address(ids)})
+    trainer.scheduler.after_action = watch.measure
     gc.collect()
     gc.freeze()
     with saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):

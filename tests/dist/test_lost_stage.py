@@ -32,15 +32,15 @@ STOPS: dict[str, Callable[[], object]] = {
 }
 
 
-class StopAfter(list[ActionMarks]):
+class StopAfter:
     """Stops its process after so many actions."""
 
     def __init__(self, actions: int, stop: Callable[[], object]) -> None:
-        self.actions, self.stop = actions, stop
+        self.left, self.stop = actions, stop
 
-    def append(self, record: ActionMarks) -> None:
-        super().append(record)
-        if len(self) == self.actions:
+    def __call__(self, marks: ActionMarks) -> None:
+        self.left -= 1
+        if not self.left:
             self.stop()
 
 
@@ -59,7 +59,7 @@ def _train(
     trainer.train_step(batches)
     start = time.monotonic()
     if rank == stage:
-        trainer.scheduler.records = StopAfter(actions, STOPS[fate])
+        trainer.scheduler.after_action = StopAfter(actions, STOPS[fate])
     try:
         trainer.train_step(batches)
     except LostPeerError as error:
@@ -129,7 +129,7 @@ def stop():
 class StopStageOne(Hook):
     def before_step(self, trainer):
         if dist.get_rank() == 1 and trainer.state.step == 1:
-            trainer.scheduler.records = StopAfter(2, stop)
+            trainer.scheduler.after_action = StopAfter(2, stop)
 
 
 @exit_on_user_error

@@ -166,7 +166,8 @@ def _measure(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[in
     gathering, reduction = _watch_gathering(model, gatherer), _watch_reduction(optimizer)
     batch, _ = next(iter(build_train_loader_with_data_type()[0]))
     ids = batch["input_ids"]
-    watch = trainer.scheduler.records = Watch(model, {address(ids)})
+    watch = Watch(model, {address(ids)})
+    trainer.scheduler.after_action = watch.measure
     gc.collect()
     gc.freeze()
     with saved_tensors_hooks(watch.pack, lambda saved: saved.tensor):

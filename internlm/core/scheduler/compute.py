@@ -198,7 +198,9 @@ class Compute:
             name = type(self.model).__name__
             if self._hidden_like is None:
                 text = f"expected hidden states {expected}, as in earlier steps with inputs of this shape, got {actual}"
-                todo = f"Give {name} a method hidden_like(inputs) that returns their shape and dtype, or None if they vary"
+                todo = (
+                    f"Give {name} a method hidden_like(inputs) that returns their shape and dtype, or None if they vary"
+                )
                 raise UserError(Problem(f"{name}.forward", text, todo))
             text = f"expected {actual} (the hidden states that forward returned), got {expected}"
             todo = "Return the shape and dtype of the hidden states, or None if they vary"

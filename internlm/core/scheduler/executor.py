@@ -54,14 +54,14 @@ class Executor:
             WEIGHT: self._weight,
         }
 
-    def run(self, records: list[ActionMarks] | None = None) -> None:
-        """Run all steps of the plan, and append the marks of each action to ``records`` if given."""
+    def run(self, after_action: Callable[[ActionMarks], None] | None = None) -> None:
+        """Run all steps of the plan, and call ``after_action``, if given, after each action."""
         with torch.set_grad_enabled(self.backward):
             for step in self.steps:
-                if records is None:
+                if after_action is None:
                     self._run_step(step)
                 else:
-                    records.append(self._run_marked(step))
+                    after_action(self._run_marked(step))
             if self.channels:
                 self.channels.flush()
         self.compute.options.learned_specs.end_step()

@@ -83,8 +83,8 @@ class Scheduler:
         self.criterion, self.types, self.data_group, self.device = criterion, types, data_group, device
         self.dropout_key, self.micro_batch_group = dropout_key or DropoutKey(), micro_batch_group
         self.pipeline = pipeline or Pipeline()
-        #: List to which steps with backward append the marks of each action; None: record nothing.
-        self.records: list[ActionMarks] | None = None
+        #: Called after each action of a step with backward; None: nothing is marked.
+        self.after_action: Callable[[ActionMarks], None] | None = None
         self._learned_specs = LearnedSpecs()
         #: Largest number of (chunk, micro-batch) pairs in flight during the last step.
         self.peak_in_flight = 0
@@ -144,7 +144,7 @@ class Scheduler:
             options = replace(options, token_weights=weights, grad_scale=grad_scale)
         compute = Compute(engine.model, self.criterion, micro_batches, options)
         executor = Executor(self._plan(len(micro_batches), backward), compute, self.pipeline.channels, backward)
-        executor.run(self.records if backward else None)
+        executor.run(self.after_action if backward else None)
         if backward:
             self.peak_in_flight = executor.peak_in_flight
             if training.after_backward is not None:

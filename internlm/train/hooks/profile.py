@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from internlm.accelerator import Mark
 from internlm.core.context.group import Group
+from internlm.core.scheduler.executor import ActionMarks
 from internlm.core.scheduler.timeline import Record, Timeline, measured_timeline
 from internlm.core.scheduler.validate import simulate
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -37,21 +38,23 @@ class RecordPipeline(Hook):
         self.stages, self.folder = stages, folder
         self.steps = 0
         self.start: Mark | None = None
+        self.actions: list[ActionMarks] = []
 
     def before_step(self, trainer: Trainer) -> None:
         """Start recording before step :data:`RECORDED` of this run."""
         self.steps += 1
         if self.steps == RECORDED:
-            trainer.scheduler.records = []
+            trainer.scheduler.after_action = self.actions.append
             dist.barrier(self.stages.handle)  # common origin of time for all stages
             self.start = Mark()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Gather the records of all stages after the recorded step, and draw the pipeline."""
-        if trainer.scheduler.records is None or self.start is None:
+        if self.start is None or not self.actions:
             return
-        own = [marks.record(self.start) for marks in trainer.scheduler.records]
-        trainer.scheduler.records = None
+        own = [marks.record(self.start) for marks in self.actions]
+        trainer.scheduler.after_action = None
+        self.actions.clear()
         # Clocks of different machines differ, so times are relative to the barrier.
         records: list[list[Record]] = [[]] * self.stages.size
         dist.all_gather_object(records, own, self.stages.handle)

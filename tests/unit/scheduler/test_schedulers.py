@@ -15,6 +15,7 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
 from internlm.core.scheduler import NonPipelineScheduler, Scheduler, TokenCrossEntropy
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Action, Table
+from internlm.core.scheduler.executor import ActionMarks
 from internlm.core.scheduler.loss import LOSS
 from internlm.core.scheduler.schedulers import SCHEDULERS, Pipeline, TrainingStep
 from internlm.core.scheduler.table import make_table, read_table, write_table
@@ -114,10 +115,10 @@ def test_without_backward_nothing_is_calls(options: dict[str, bool]) -> None:
 def test_records_tell_every_action_in_order() -> None:
     model = in_chunks(2)
     scheduler = scheduler_of("interleaved", model)
-    scheduler.records = []
+    actions: list[ActionMarks] = []
+    scheduler.after_action = actions.append
     scheduler.forward_backward_step(Engine(model), batches())
-    start = scheduler.records[0].begin
-    records = [marks.record(start) for marks in scheduler.records]
+    records = [marks.record(actions[0].begin) for marks in actions]
     assert tuple(each.action for each in records) == make_table("interleaved", 1, 2, MICRO_BATCHES).actions[0]
     moments = [moment for each in records for moment in each[1:]]
     assert moments == sorted(moments)
@@ -130,8 +131,9 @@ def test_a_table_of_ones_own_is_run(tmp_path: Path) -> None:
     model = decoder()
     pipeline = Pipeline(own_table=lambda micro_batches: read_table(tmp_path / "mine.csv", 1, 1, micro_batches))
     scheduler = SCHEDULERS["1f1b"](TokenCrossEntropy(model), 1, DATA, CPU, pipeline)
-    scheduler.records = []
+    actions: list[ActionMarks] = []
+    scheduler.after_action = actions.append
     scheduler.forward_backward_step(Engine(model), batches())
-    assert [each.action for each in scheduler.records] == row
+    assert [marks.action for marks in actions] == row
     assert scheduler.peak_in_flight == 3
     assert scheduler.forward_backward_step(Engine(model), batches(5), forward_only=True).valid_tokens == 5 * 16 - 5
