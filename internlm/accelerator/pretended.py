@@ -177,7 +177,9 @@ PRETENDED = PretendedKind(name=NAME, backend="fake", has_values=False)
 def pretended_device() -> Iterator[None]:
     """Compute on the pretended accelerator within the ``with`` block; tensors must be fake."""
     _register()
-    with pretending(PRETENDED):
+    # Autograd has threads for the devices that it found before the first backward pass of the process, which may have
+    # been another one. On the calling thread, backward passes also have a stack that names the line of the step.
+    with pretending(PRETENDED), torch.autograd.set_multithreading_enabled(False):
         yield
 
 
