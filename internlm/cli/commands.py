@@ -54,7 +54,10 @@ def estimate_memory(arguments: argparse.Namespace) -> None:
     print(f"Memory plan of the rank with the most memory in each stage, of {arguments.world} ranks")
     print(format_plans(plans, [f"stage {stage}" for stage in range(len(plans))], device_memory))
     if config.model.cpu_offloading and ACTIVATIONS in plans[0]:
-        offloaded = [peak_on_host(config, arguments.world, stage=stage) for stage in range(len(plans))]
+        offloaded = [
+            peak_on_host(config, arguments.world, stage=stage, device_type=arguments.device)
+            for stage in range(len(plans))
+        ]
         print(f"In host memory, by offloading: {', '.join(map(format_bytes, offloaded))}")
 
 

@@ -24,10 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from internlm.accelerator import HOST
 from internlm.config import Config
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
+from internlm.ops.attention import groups_heads
+from internlm.utils.dtype import torch_dtype
 
 TOKEN_IDS = "embedding: token ids"
 MASK = "embedding: mask of dropout"
@@ -52,7 +55,13 @@ GRAD_RESIDUAL = "block: gradients of residual outputs"
 
 
 def saved_for_backward(
-    config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, chunk: int | None = None
+    config: Config,
+    world_size: int,
+    tokens: int | None = None,
+    *,
+    stage: int = 0,
+    chunk: int | None = None,
+    device_type: str = HOST.type,
 ) -> dict[str, int]:
     """Return the bytes, by tensor, that a rank saves on the device from forward to backward of a micro-batch.
 
@@ -62,20 +71,28 @@ def saved_for_backward(
         tokens: Number of tokens that take part in the loss, K; by default all, as if no label were ignored.
         stage: Pipeline stage of the rank.
         chunk: Chunk of the stage; by default bytes are summed over all its chunks.
+        device_type: Type of the device, which decides the attention kernel.
 
     Raises:
         NoCostFormulaError: The model is not of a built-in family.
     """
-    s = Symbols.of(config, world_size, stage)
+    s = Symbols.of(config, world_size, stage, device_type=device_type)
     return _sum_over_chunks(s, chunk, lambda index: _saved_by_chunk(s, index, tokens))
 
 
-def saved_on_host(config: Config, world_size: int, *, stage: int = 0, chunk: int | None = None) -> dict[str, int]:
+def saved_on_host(
+    config: Config,
+    world_size: int,
+    *,
+    stage: int = 0,
+    chunk: int | None = None,
+    device_type: str = HOST.type,
+) -> dict[str, int]:
     """Return the bytes, by tensor, that a rank saves in host memory for a micro-batch (``model.cpu_offloading``).
 
     Arguments and exceptions are those of :func:`saved_for_backward`.
     """
-    s = Symbols.of(config, world_size, stage)
+    s = Symbols.of(config, world_size, stage, device_type=device_type)
     return _sum_over_chunks(s, chunk, lambda index: _offloaded_by_chunk(s, index))
 
 
@@ -227,25 +244,33 @@ def kernel(s: Symbols) -> int:
     """Return the bytes that the attention kernel saves besides queries, keys and values.
 
     The log-sum-exp of the attention scores takes g·T·G·Q/t bytes (Dao et al. 2022, arXiv 2205.14135, algorithm 1). The
-    attention output takes T·G·Q·D·e/t bytes, unless wo saves the same storage as its input:
+    attention output takes T·G·Q·D·e/t bytes, unless wo saves the same storage as its input. Where a kernel cannot group
+    query heads, keys and values are saved once per query head, which takes 2·T·(G·Q - max(G, t))·D·e/t more:
 
-    =============  ===========  =========================
-    kernel         log-sum-exp  output
-    =============  ===========  =========================
-    blocked        –            –
-    flash, varlen  yes          under isp, if t > 1
-    sdpa           yes          yes
-    =============  ===========  =========================
+    =============  ===========  =============================================  ==========================
+    kernel         log-sum-exp  output                                         keys and values, expanded
+    =============  ===========  =============================================  ==========================
+    blocked        –            –                                              –
+    flash, varlen  yes          under isp, if t > 1                            –
+    sdpa, CPU      yes          yes                                            –
+    sdpa, GPU      yes          if rows are packed, and under isp, if t > 1    in float32
+    =============  ===========  =============================================  ==========================
 
-    ``auto`` is counted as ``flash`` in half precision (a CUDA device is assumed), else as ``blocked`` (the CPU).
+    ``sdpa`` runs once for all sequences of a length; packed rows are assumed to have several lengths, whose outputs are
+    concatenated. ``auto`` is counted as ``flash`` in half precision (a CUDA device is assumed), else as ``blocked`` on
+    the CPU and as ``sdpa`` on a GPU.
     """
-    backend = s.spec.attention_backend
+    backend, model = s.spec.attention_backend, s.config.model
     if backend == "auto":
-        backend = "flash" if s.e < s.g else "blocked"
+        backend = "flash" if s.e < s.g else "blocked" if s.on_host else "sdpa"
     if backend == "blocked":
         return 0
-    copied = backend == "sdpa" or (s.mode == "isp" and s.t.size > 1)
-    return s.g * s.T * s.G * s.Q // s.t.size + copied * attention_output(s)
+    sums, copied, expanded = s.g * s.T * s.G * s.Q // s.t.size, s.mode == "isp" and s.t.size > 1, 0
+    if backend == "sdpa":
+        copied = copied or s.on_host or s.config.data.use_packed_dataset
+        if not s.on_host and not groups_heads(None, torch_dtype(str(model.dtype)), s.D, masked=False):
+            expanded = 2 * s.T * (s.G * s.Q - max(s.G, s.t.size)) * s.D * s.e // s.t.size
+    return sums + copied * attention_output(s) + expanded
 
 
 def gathered(s: Symbols) -> int:
@@ -302,35 +327,44 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
 # -- activations in flight
 
 
-def peak_saved(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> int:
+def peak_saved(
+    config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, device_type: str = HOST.type
+) -> int:
     """Return the peak bytes of saved tensors that a rank of ``stage`` holds between two actions of its schedule.
 
     Within an action the peak may be higher: gradients of activations, and tensors of a recomputed block, are not
     counted. Arguments and exceptions are those of :func:`saved_for_backward`.
     """
-    return max(kept_after_each_action(config, world_size, tokens, stage=stage))
+    return max(kept_after_each_action(config, world_size, tokens, stage=stage, device_type=device_type))
 
 
-def kept_after_each_action(config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0) -> list[int]:
+def kept_after_each_action(
+    config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, device_type: str = HOST.type
+) -> list[int]:
     """Return the bytes of saved tensors that a rank of ``stage`` holds after each action of its schedule, in order.
 
     Arguments and exceptions are those of :func:`saved_for_backward`.
     """
     table = table_of(config)
     chunks = range(table.stage_layout.chunks)
-    saved = [sum(saved_for_backward(config, world_size, tokens, stage=stage, chunk=c).values()) for c in chunks]
+    by_chunk = [
+        saved_for_backward(config, world_size, tokens, stage=stage, chunk=chunk, device_type=device_type)
+        for chunk in chunks
+    ]
+    saved = [sum(tensors.values()) for tensors in by_chunk]
     deferred = [sum(kept_for_weights(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
     return _after_each_action(table, stage, saved, deferred)
 
 
-def peak_on_host(config: Config, world_size: int, *, stage: int = 0) -> int:
+def peak_on_host(config: Config, world_size: int, *, stage: int = 0, device_type: str = HOST.type) -> int:
     """Return the peak bytes of tensors that a rank of ``stage`` has offloaded to host memory.
 
     Arguments and exceptions are those of :func:`saved_for_backward`.
     """
     table = table_of(config)
     chunks = range(table.stage_layout.chunks)
-    offloaded = [sum(saved_on_host(config, world_size, stage=stage, chunk=c).values()) for c in chunks]
+    by_chunk = [saved_on_host(config, world_size, stage=stage, chunk=c, device_type=device_type) for c in chunks]
+    offloaded = [sum(tensors.values()) for tensors in by_chunk]
     return max(_after_each_action(table, stage, offloaded, [0] * len(chunks)))
 
 

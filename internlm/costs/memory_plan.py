@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from internlm.accelerator import HOST, kind_of
@@ -81,10 +82,12 @@ def memory_plan(
     plan = max(by_share, key=lambda rows: sum(rows.values()))
     if inventory.spec is not None:
         plan[GATHER] = gather_buffers(inventory)
-        plan[ACTIVATIONS] = peak_saved(inventory.config, inventory.world_size, tokens, stage=inventory.stage)
+        plan[ACTIVATIONS] = peak_saved(
+            inventory.config, inventory.world_size, tokens, stage=inventory.stage, device_type=device_type
+        )
     kind = kind_of(device_type)
     if inventory.spec is not None and not kind.is_host:
-        plan[TRANSIENTS] = transients(inventory.symbols, device_type, tokens)
+        plan[TRANSIENTS] = transients(replace(inventory.symbols, on_host=False), device_type, tokens)
     if kind.backend == "nccl":
         plan[NCCL] = nccl_buffers(inventory.config, inventory.world_size, inventory.stage)
     return plan

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from internlm.accelerator import HOST, kind_of
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
@@ -107,6 +108,7 @@ class Symbols(GroupSymbols):
     stage: int
     stage_layout: StageLayout
     stage_layers: StageLayers  # layers of this stage, chunk by chunk
+    on_host: bool  # whether the device is the CPU, whose attention kernels save other tensors
     T: int
     S: int
     H: int
@@ -119,7 +121,14 @@ class Symbols(GroupSymbols):
     g: int
 
     @classmethod
-    def of(cls, config: Config, world_size: int, stage: int = 0, spec: DecoderSpec | None = None) -> Symbols:
+    def of(
+        cls,
+        config: Config,
+        world_size: int,
+        stage: int = 0,
+        spec: DecoderSpec | None = None,
+        device_type: str = HOST.type,
+    ) -> Symbols:
         """Return the symbols of ``stage`` for a resolved ``config`` on ``world_size`` ranks.
 
         Args:
@@ -127,6 +136,7 @@ class Symbols(GroupSymbols):
             world_size: Number of ranks of the run.
             stage: Pipeline stage.
             spec: Spec of the decoder; by default the spec of the family ``config.model_type``.
+            device_type: Type of the device.
 
         Raises:
             NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family.
@@ -144,6 +154,7 @@ class Symbols(GroupSymbols):
                 schedule_of(config.parallel.pipeline.mode, model.num_chunks), groups.p.size, model.num_chunks
             ),
             stage_layers=stage_layers_of(config, stage),
+            on_host=kind_of(device_type).is_host,
             T=tokens,
             # Sequence parallelism (msp, fsp, isp) splits the tokens between the layers, mtp keeps them whole.
             S=tokens if groups.mode == "mtp" else tokens // groups.t.size,
