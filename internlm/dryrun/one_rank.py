@@ -97,7 +97,7 @@ class DryRun:
 
     @property
     def has_attention_kernel(self) -> bool:
-        """Whether attention ran as one operator; else, as in float32, it needs more memory here than on a GPU."""
+        """Whether attention ran as one operator: else, it saves what no formula has."""
         return any("attn" in name or "attention" in name for name in self.kernels)
 
 
@@ -108,13 +108,16 @@ def dry_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str],
         ConfigError: The config is invalid.
     """
     config = load_config(source, (*overrides, *OVERRIDES), world_size, CUDA.name)
-    # varlen saves what flash saves, and can be pretended without the package flash-attn.
-    dtype, head_dim = torch_dtype(str(config.model.dtype)), config.model.head_size
+    model = config.model
     with pretended_device():
-        if config.model.attention_backend in ("auto", "flash") and not why_unavailable("varlen", NAME, dtype, head_dim):
-            backend = "model.attention_backend=varlen"
-            config = load_config(source, (*overrides, *OVERRIDES, backend), world_size, CUDA.name)
-    return config
+        no_varlen = why_unavailable("varlen", NAME, torch_dtype(str(model.dtype)), model.head_size)
+    if model.attention_backend == "auto":
+        backend = "sdpa" if no_varlen or not model.use_flash_attn else "varlen"
+    elif model.attention_backend == "flash" and not no_varlen:
+        backend = "varlen"  # it saves what flash saves, and can be pretended without the package flash-attn
+    else:
+        return config
+    return load_config(source, (*overrides, *OVERRIDES, f"model.attention_backend={backend}"), world_size, CUDA.name)
 
 
 def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int = 1024) -> DryRun:
@@ -155,8 +158,8 @@ def _step(trainer: Trainer, batches: Iterator[Batch], watch: DeviceWatch, record
     start, sent, reads = time.perf_counter(), LEDGER.snapshot(), accelerator.host_reads()
     try:
         trainer.train_step(batches).read()
-    except errors_of_fake_tensors() as error:  # of an operator that needs values, such as nonzero
-        message = f"cannot run without values ({str(error).splitlines()[0]})"
+    except errors_of_fake_tensors() as error:  # such as that of nonzero, which needs values
+        message = f"cannot run on the pretended device ({str(error).splitlines()[0]})"
         todo = "Compute on the device, with shapes that do not depend on values"
         raise UserError(Problem(place_of(error), message, todo)) from error
     record.step_seconds.append(time.perf_counter() - start)

@@ -24,11 +24,15 @@ from internlm.core.scheduler.executor import ActionMarks
 from internlm.costs.memory_plan import ACTIVATIONS, GATHER, REDUCTION, TRANSIENTS
 from internlm.dryrun.call_order import Call, call_of
 from internlm.dryrun.device_memory import DeviceMemory
+from internlm.ops import cpu as cpu_kernels
 from internlm.utils.torch_private import TorchDispatchMode, call_uncached
 
 _PACKAGE = str(Path(internlm.__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
-_OWN = tuple(str(Path(_PACKAGE) / name) for name in ("dryrun", "accelerator", "utils"))
+#: Folder of the kernels for the CPU, which a device must not reach.
+_CPU_KERNELS = str(Path(cpu_kernels.__file__).parent)
+#: Folders whose lines no report names, but their callers.
+_OWN = (_CPU_KERNELS, *(str(Path(_PACKAGE) / name) for name in ("dryrun", "accelerator", "utils")))
 #: Categories of the storages that a file makes, by the end of its path.
 _MADE_IN = {
     "core/parallel/weight_gatherer.py": GATHER,
@@ -135,6 +139,8 @@ class DeviceWatch(TorchDispatchMode):
             return
         if not any(before) and not any(after):
             return
+        if any(file.startswith(_CPU_KERNELS) for file, _ in _frames()):
+            self._fault("runs a kernel of internlm.ops.cpu on device tensors. Choose the kernel by their device")
         if name in _COPIES and not all(before) and not is_async:
             self._fault("copies a host tensor with a blocking copy. Use accelerator.to_device")
         if name not in _ALLOCATIONS:

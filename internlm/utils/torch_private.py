@@ -94,14 +94,38 @@ def register_python_device(name: str, module: object) -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(name, backend_module=module)
-    # An operator with a kernel of its own is called as it is; without, torch replaces it by many small operators.
+    # An operator with a kernel of its own is called as it is; without, torch replaces it by many small operators. Torch
+    # chooses the kernel of attention in C++, from devices that it has been built for.
     library = torch.library.Library("aten", "IMPL")
     for operator in ("_fused_rms_norm", "_fused_rms_norm_backward"):
         library.impl(operator, _never_called, "PrivateUse1")
+    library.impl("scaled_dot_product_attention", _attention_in_one_kernel, "AutogradPrivateUse1")
     _libraries.append(library)
 
 
 _libraries: list[torch.library.Library] = []  # a library that is freed removes its kernels
+
+
+def _attention_in_one_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Call the operator that CUDA would choose: FlashAttention, or for float32 or a mask the memory-efficient one."""
+    aten, qkv, scale = torch.ops.aten, (query, key, value), options.get("scale")
+    out: Tensor
+    if query.dtype == torch.float64:  # only plain operators serve it
+        out = aten._scaled_dot_product_attention_math(*qkv, attn_mask, dropout_p, is_causal, **options)[0]
+    elif attn_mask is None and query.dtype != torch.float32:
+        out = aten._scaled_dot_product_flash_attention(*qkv, dropout_p, is_causal, scale=scale)[0]
+    else:
+        efficient, saves_sums = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled()
+        out = efficient(*qkv, attn_mask, saves_sums, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 def _never_called(*arguments: Any, **options: Any) -> Any:
@@ -149,7 +173,7 @@ def real_tensors() -> Iterator[None]:
 
 
 def errors_of_fake_tensors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of operators that cannot run without values.
+    """Return the exceptions of operators that cannot run without values, or on these devices.
 
     Like the class of fake tensors, they are private.
     """
@@ -158,6 +182,7 @@ def errors_of_fake_tensors() -> tuple[type[Exception], ...]:
     return (
         fake_tensor.DataDependentOutputException,
         fake_tensor.DynamicOutputShapeException,
+        fake_tensor.FakeTensorDeviceMismatchError,
         fake_tensor.UnsupportedOperatorException,
         NotImplementedError,  # of a kernel that the pretended device lacks
     )
