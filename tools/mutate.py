@@ -90,7 +90,7 @@ MISTAKES = (
     ),
     Mistake(
         name="the last micro-batch is dropped",
-        file="core/scheduler/compute.py",
+        file="core/scheduler/micro_batches.py",
         old="return len(self._labels)\n",
         new="return max(len(self._labels) - 1, 1)\n",
     ),

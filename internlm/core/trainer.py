@@ -165,15 +165,23 @@ class Trainer(OlderResult):
         self._tokens = 0
 
     def execute_schedule(
-        self, data_iter: Iterator[Batch] | Batch, after_backward: Callable[[], None] | None = None, **options: bool
+        self,
+        data_iter: Iterator[Batch] | Batch,
+        *,
+        forward_only: bool = False,
+        return_loss: bool = True,
+        return_output_label: bool = False,
+        after_backward: Callable[[], None] | None = None,
     ) -> StepResult:
         """Run the forward and backward passes of one step, on a batch or on the next batch of an iterator.
 
         Args:
             data_iter: Batch, or iterator over batches. A batch is a pair (inputs, labels) with all micro-batches of a
                 step.
+            forward_only: Whether to skip backward.
+            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels are not read.
+            return_output_label: Whether to keep outputs and labels in the result.
             after_backward: Function called when this rank's gradients are complete.
-            options: Flags of :meth:`Scheduler.forward_backward_step`, such as ``forward_only``.
 
         Returns:
             Loss and metrics of the step.
@@ -185,9 +193,11 @@ class Trainer(OlderResult):
             step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
         batch = next(_batches(data_iter))
-        result = self.scheduler.forward_backward_step(self, iter([batch]), training=training, **options)
+        result = self.scheduler.forward_backward_step(
+            self, iter([batch]), forward_only, return_loss, return_output_label, training
+        )
         self._last_sums = result.host_sums
-        if options.get("return_loss", True) and not options.get("forward_only", False):  # with a backward pass
+        if return_loss and not forward_only:
             self._tokens += batch[1].numel() * self.scheduler.data_group.size
         return result
 
@@ -257,6 +267,7 @@ class Trainer(OlderResult):
         Raises:
             UserError: Too many steps in a row were skipped because of non-finite gradients.
         """
+        _check_loader(loader)
         loader.seek(self.state.step)
         batches = iter(loader)
         self.train()
@@ -276,6 +287,13 @@ class Trainer(OlderResult):
         # After the last update, no forward pass waits for the overlapped all-gathers.
         self.optimizer.gather_parameters()
         return self.state
+
+
+def _check_loader(loader: object) -> None:
+    if not hasattr(loader, "seek"):
+        message = f"expected a loader, got {type(loader).__name__}"
+        todo = "Pass that of build_train_loader_with_data_type; for other batches, write a loop of your own"
+        raise UserError(Problem("trainer.fit", message, todo))
 
 
 def _batches(data: Iterator[Batch] | Batch) -> Iterator[Batch]:

@@ -63,6 +63,10 @@ def initialize_trainer(
             differs between ranks.
     """
     _check_older(older)
+    if not isinstance(optimizer, HybridZeroOptimizer):
+        message = f"expected the optimizer of initialize_optimizer, got {type(optimizer).__name__}"
+        todo = "Choose the update rule by optimizer.type in the config"
+        raise UserError(Problem("initialize_trainer(optimizer=...)", message, todo))
     _check_schedules(lr_scheduler, beta2_scheduler)
     if criterion is None:
         criterion = TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
@@ -79,7 +83,7 @@ def _check_older(keywords: Mapping[str, Any]) -> None:
         where = f"initialize_trainer({name}=...)"
         if name not in OLDER_KEYWORDS:
             problems.append(Problem(where, "unknown keyword", f"Call {CALL}"))
-        elif value and (todo := OLDER_KEYWORDS[name]):
+        elif (todo := OLDER_KEYWORDS[name]) and value:
             problems.append(Problem(where, "does not exist in this version", todo))
     if problems:
         raise UserError(*problems)

@@ -162,6 +162,7 @@ class Decoder(ReplacedNames, nn.Module):
         c = spec.config
         self.spec, self.stage_layers = spec, current_stage_layers(c.num_layers)
         self.dtype = torch.get_default_dtype()  # dtype of activations
+        self.input_vocab_size = c.vocab_size  # a scheduler checks batches by it
         # A tied head uses the embedding's weight, so a stage with a head but no embedding needs a copy of it.
         has_table = self.stage_layers.has_head and c.tie_word_embeddings
         if self.stage_layers.has_embedding or has_table:

@@ -7,6 +7,7 @@ from internlm.core.context import global_context as gpc
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import TrainLoader, ValidLoader
+from internlm.utils.compat import naming_current_call
 
 
 def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
@@ -33,6 +34,7 @@ def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:
     return build_valid_loaders(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
 
 
+@naming_current_call("get_train_data_loader(num_worker); the config names the data and its packing")
 def get_train_data_loader(num_worker: int | None = None) -> tuple[TrainLoader, list[str]]:
     """Build this rank's training loader as :func:`build_train_loader_with_data_type` does, by its older name.
 
@@ -45,6 +47,7 @@ def get_train_data_loader(num_worker: int | None = None) -> tuple[TrainLoader, l
     return loader, types
 
 
+@naming_current_call("get_validation_data_loader(num_worker); the config names the data and its packing")
 def get_validation_data_loader(num_worker: int | None = None) -> dict[str, ValidLoader]:
     """Build this rank's validation loaders as :func:`build_valid_loader_with_data_type` does, by its older name.
 

@@ -19,7 +19,9 @@ from internlm.core.parallel.initialization import materialize
 from internlm.core.parallel.param_state import placed_parameters, placement_of, state_buffers
 from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS, Overlap, WeightGatherer
 from internlm.train.build_model import check_stage, create_model
+from internlm.utils.compat import naming_current_call
 from internlm.utils.dtype import torch_dtype, wide
+from internlm.utils.errors import Problem, UserError
 
 
 def initialize_model_and_parallel_communicator(
@@ -40,6 +42,7 @@ def initialize_model_and_parallel_communicator(
     """
     # 1. Build. Under fsdp, the parameters of parallel layers have a placement but no memory until step 6.
     model = create_model(deferred=True) if model is None else model
+    _check_is_module(model)
     check_stage(model, type(model).__name__)
     # Broadcast the values of allocated parameters while these are whole, before step 5 shards them.
     synchronize_parameters(model, [parameter for parameter in model.parameters() if not parameter.is_meta])
@@ -62,6 +65,7 @@ def initialize_model_and_parallel_communicator(
     return model, gatherer
 
 
+@naming_current_call("initialize_model(model)")
 def initialize_model(model: nn.Module | None = None) -> nn.Module:
     """Prepare ``model`` for training, without communicators and sharding.
 
@@ -78,6 +82,7 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
         ConfigError: The model was not built for this rank's pipeline stage, or has no blocks to compile.
     """
     model = create_model() if model is None else model
+    _check_is_module(model)
     check_stage(model, type(model).__name__)
     checkpoint_and_offload(model)
     compile_blocks(model)
@@ -85,6 +90,12 @@ def initialize_model(model: nn.Module | None = None) -> nn.Module:
     synchronize_parameters(model, list(model.parameters()))
     synchronize_buffers(model)
     return model
+
+
+def _check_is_module(model: object) -> None:
+    if not isinstance(model, nn.Module):  # in older versions, a list of chunks
+        message = f"expected one nn.Module, got {type(model).__name__}"
+        raise UserError(Problem("model", message, "Pass what create_model returns, which has all chunks of its stage"))
 
 
 def initialize_parallel_communicator(model: nn.Module) -> WeightGatherer | None:

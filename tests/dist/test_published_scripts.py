@@ -12,6 +12,7 @@ import torch
 from internlm.checkpoint import CheckpointManager
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
+from internlm.core.context.parallel_context import ParallelContext
 from internlm.core.trainer import Trainer, TrainState
 from internlm.data import build_train_loader_with_data_type
 from internlm.data.loader import TrainLoader
@@ -80,6 +81,9 @@ READS: dict[str, tuple[Callable[[Run], Any], Any]] = {
     "gpc.config['model']": (lambda r: gpc.config["model"]["hidden_size"], 32),
     "gpc.config.get": (lambda r: gpc.config.get("nothing", 3), 3),
     "gpc.config.VOCAB_SIZE": (lambda r: gpc.config.VOCAB_SIZE, 64),
+    "gpc.config.data.gradient_accumulation": (lambda r: gpc.config.data.gradient_accumulation, 1),
+    "gpc.config.parallel.sequence_parallel": (lambda r: gpc.config.parallel.get("sequence_parallel"), False),
+    "optimizer.zero_grad(set_to_none=True)": (lambda r: r.optimizer.zero_grad(set_to_none=True), None),
     "in gpc.config.model": (lambda r: ("num_layers" in gpc.config.model, "x" in gpc.config.model), (True, False)),
     "gpc.get_world_size": (lambda r: gpc.get_world_size(ParallelMode.DATA), 1),
     "len(train_dl.dataset)": (lambda r: len(r.loader.dataset) > 0, True),
@@ -187,6 +191,32 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         lambda r: initialize_trainer(r.model, r.optimizer, r.beta2_scheduler, r.lr_scheduler),
         r"^initialize_trainer\(lr_scheduler=\.\.\.\): expected a function of the step, got Beta2Schedule\. ",
     ),
+    "initialize_trainer(optimizer=AdamW(...))": (
+        lambda r: initialize_trainer(
+            r.model, torch.optim.AdamW(r.model.parameters()), r.lr_scheduler, r.beta2_scheduler
+        ),  # type: ignore[arg-type]
+        r"^initialize_trainer\(optimizer=\.\.\.\): expected the optimizer of initialize_optimizer, got AdamW\. Choose",
+    ),
+    "initialize_model_and_parallel_communicator([model])": (
+        lambda r: initialize_model_and_parallel_communicator([r.model]),  # type: ignore[arg-type]
+        r"^model: expected one nn\.Module, got list\. Pass what create_model returns",
+    ),
+    "get_train_data_loader(train_sampler=None)": (
+        lambda r: get_train_data_loader(num_worker=0, train_sampler=None),  # type: ignore[call-arg]
+        r"^get_train_data_loader: got an unexpected keyword argument 'train_sampler'\. Call get_train_data_load",
+    ),
+    "optimizer.step()": (
+        lambda r: r.optimizer.step(),
+        r"^HybridZeroOptimizer\.step: missing a required argument: 'lr'\. Call trainer\.step\(\), which passes ",
+    ),
+    "trainer.fit(batches)": (
+        lambda r: r.trainer.fit(iter(r.loader), 2),  # type: ignore[arg-type]
+        r"^trainer\.fit: expected a loader, got generator\. Pass that of build_train_loader_with_data_type; ",
+    ),
+    "gpc.get_world_size('data')": (
+        lambda r: gpc.get_world_size("data"),  # type: ignore[arg-type]
+        r"^global_context: expected a parallel mode, got 'data'\. Pass a ParallelMode, such as ParallelMode\.DATA$",
+    ),
     "CheckpointManager(ckpt_config=...)": (
         lambda r: CheckpointManager(ckpt_config=gpc.config.ckpt, model=r.model),  # type: ignore[call-arg]
         r"^CheckpointManager: missing a required argument: 'config'\. Call internlm\.train\.initialize_checkpoint_",
@@ -250,3 +280,21 @@ def test_an_idiom_reads(idiom: str, idioms: tuple[dict[str, Any], dict[str, str]
 def test_what_cannot_work_names_its_replacement(idiom: str, idioms: tuple[dict[str, Any], dict[str, str]]) -> None:
 
     assert re.search(REPLACED[idiom][1], idioms[1][idiom]), idioms[1][idiom]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config", lambda: ParallelContext().config),
+        ("the group DATA", lambda: ParallelContext().get_world_size(ParallelMode.DATA)),
+        ("the group DATA", lambda: ParallelContext().is_rank_for_log()),
+        ("the group TENSOR", lambda: ParallelContext().tensor_parallel_size),
+        ("the group ZERO1", lambda: ParallelContext().get_group(ParallelMode.ZERO1)),
+    ],
+)
+def test_a_context_that_is_read_too_early_names_the_call_to_make(name: str, read: Callable[[], Any]) -> None:
+    message = (
+        rf"^global_context: {name} is not set before the process groups exist\. Call .*initialize_distributed_env f"
+    )
+    with pytest.raises(UserError, match=message):
+        read()

@@ -22,7 +22,7 @@ from internlm.core.parallel.tensor_parallel import MtpColumn, MtpRow
 from internlm.core.scheduler import executor
 from internlm.core.scheduler.actions import BACKWARD, Message
 from internlm.core.scheduler.channels import Channels
-from internlm.core.scheduler.compute import MicroBatches
+from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup

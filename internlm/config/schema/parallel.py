@@ -124,3 +124,8 @@ class ParallelConfig(Section):
     """Timeout of process groups in seconds. The run ends if a rank does not join a collective within this time."""
     sequence_2D: Sequence2DConfig = Sequence2DConfig()  # noqa: N815 (the key's name in users' configs)
     """Settings of two-dimensional sequence parallelism, which splits attention over heads and context; needs isp."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between the linears are split along the sequence, by its older name."""
+        return self.tensor.mode != "mtp"

@@ -84,6 +84,11 @@ class DataConfig(Section):
         """Number of tokens in one micro-batch: ``seq_len`` · ``micro_bsz``."""
         return self.seq_len * self.micro_bsz
 
+    @property
+    def gradient_accumulation(self) -> int:
+        """Number of micro-batches of a step, by its older name."""
+        return self.micro_num
+
 
 class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""

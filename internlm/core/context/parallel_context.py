@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -44,8 +45,8 @@ class ParallelContext:
         self._config: Config | None = None
         self._layout: Layout | None = None
         self._streams: RandomStreams | None = None
-        self._ranks: dict[ParallelMode, list[int]] = {}
-        self._groups: dict[ParallelMode, dist.ProcessGroup] = {}
+        self._ranks: dict[ParallelMode, list[int]] = _ByMode()
+        self._groups: dict[ParallelMode, dist.ProcessGroup] = _ByMode()
         self._rank, self._seed = 0, 0
 
     # -- lifetime -----------------------------------------------------------------------------------------------------
@@ -244,9 +245,19 @@ class ParallelContext:
         )
 
 
+class _ByMode(dict[ParallelMode, Any]):
+    """Dict with an entry for each mode once the process groups exist."""
+
+    def __missing__(self, mode: object) -> Any:
+        if isinstance(mode, ParallelMode):
+            raise _not_initialized(f"the group {mode.name}")
+        todo = "Pass a ParallelMode, such as ParallelMode.DATA"
+        raise UserError(Problem("global_context", f"expected a parallel mode, got {mode!r}", todo))
+
+
 def _not_initialized(name: str) -> UserError:
     todo = "Call internlm.initialize.initialize_distributed_env first"
-    return UserError(Problem(f"global_context.{name}", "is not set before the process groups exist", todo))
+    return UserError(Problem("global_context", f"{name} is not set before the process groups exist", todo))
 
 
 #: Context of this process.

@@ -14,7 +14,7 @@ values of ``cu_seqlens`` in Python would otherwise wait for the device in every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -22,87 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from internlm.accelerator import to_device, with_values
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.products import Task, deferring
 from internlm.core.parallel.sharding import StageLayers
 from internlm.core.scheduler.actions import Message
 from internlm.core.scheduler.loss import TokenCrossEntropy, checking_forward, sums_by_type, zero_sums
+from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.utils.errors import Problem, UserError
 
 #: Shape and dtype of a tensor.
 TensorSpec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
-
-MODEL_INPUTS = ("input_ids", "cu_seqlens", "indexes")
-
-
-class MicroBatches:
-    """Micro-batches of a step, each copied to the device on access.
-
-    Args:
-        batch: Inputs of all micro-batches, on the host.
-        labels: Labels of all micro-batches, on the host.
-        device: Device of the model.
-        host_inputs: Names of the inputs that the model reads on the host.
-        types: Number of dataset types; with 1, all tokens are of one type, whatever their ``type_ids`` are.
-
-    Raises:
-        UserError: The batch has no ``input_ids`` or no labels, or a dataset type is not below ``types``.
-    """
-
-    def __init__(
-        self,
-        batch: Mapping[str, Any],
-        labels: Tensor,
-        device: torch.device,
-        host_inputs: Collection[str] = (),
-        types: int = 1,
-    ) -> None:
-        if "input_ids" not in batch or not isinstance(labels, Tensor):
-            got = f"({{{', '.join(batch)}}}, {type(labels).__name__})"
-            todo = "Pass what a loader yields; without labels of your own, set all of them to -100"
-            raise UserError(Problem("batch", f"expected ({{input_ids, …}}, labels as a tensor), got {got}", todo))
-        self._batch, self._labels, self._device, self._host_inputs = batch, labels, device, host_inputs
-        # The tokens of a missing type would be left out of the loss that is logged.
-        if types > 1 and "type_ids" in batch and (largest := int(batch["type_ids"].max())) >= types:
-            message = f"contain type {largest}, but the trainer was built for {types} dataset types"
-            todo = f"Pass types={largest + 1} to initialize_trainer, the number of types in the data"
-            raise UserError(Problem("type_ids of the batch", message, todo))
-        self._type_ids = batch["type_ids"] if types > 1 and "type_ids" in batch else None
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the inputs of the model for micro-batch ``index``, by name, each on the side that the model reads."""
-        return {
-            key: tensor if key in self._host_inputs else self._on_device(tensor)
-            for key, tensor in self.host_inputs(index).items()
-        }
-
-    def host_inputs(self, index: int) -> dict[str, Tensor]:
-        """Return the inputs of the model for micro-batch ``index``, by name, on the host."""
-        return {key: self._batch[key][index] for key in MODEL_INPUTS if key in self._batch}
-
-    def labels(self, index: int) -> Tensor:
-        """Return the labels of micro-batch ``index``, shaped like its ``input_ids``."""
-        return self._on_device(self._labels[index])
-
-    def type_ids(self, index: int) -> Tensor:
-        """Return the dataset type of each token of micro-batch ``index``, shaped like its labels."""
-        if self._type_ids is None:
-            return torch.zeros(self._labels[index].shape, dtype=torch.int64, device=self._device)
-        return self._on_device(self._type_ids[index])
-
-    def valid_tokens(self) -> Tensor:
-        """Return the number of labels other than −100 in each micro-batch, [micro-batches], on the device."""
-        with with_values():  # the labels are on the host
-            count = (self._labels != -100).flatten(1).sum(1)
-        return self._on_device(count)
-
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        # The copy overlaps with the compute of the previous micro-batch.
-        return to_device(tensor, self._device)
 
 
 class LearnedSpecs:

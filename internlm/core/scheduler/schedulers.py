@@ -17,9 +17,10 @@ from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
-from internlm.core.scheduler.compute import Compute, ComputeOptions, LearnedSpecs, MicroBatches
+from internlm.core.scheduler.compute import Compute, ComputeOptions, LearnedSpecs
 from internlm.core.scheduler.executor import ActionMarks, Executor
 from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy, token_weights
+from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.core.scheduler.plan import Step, make_plan
 from internlm.core.scheduler.table import ScheduleName, make_table
 
@@ -129,7 +130,8 @@ class Scheduler:
         """
         training = training or TrainingStep()
         host_inputs = getattr(engine.model, "host_inputs", ())
-        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs, self.types)
+        vocab_size = getattr(engine.model, "input_vocab_size", None)
+        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs, self.types, vocab_size)
         backward = not forward_only and return_loss
         options = ComputeOptions(
             types=self.types,

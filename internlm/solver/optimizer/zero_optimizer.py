@@ -42,7 +42,7 @@ from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
 from internlm.solver.optimizer.param_groups import ParamGroup, ParamGroupView, ProcessGroups, build_param_groups
 from internlm.solver.optimizer.update_rules import AdamW, Lion, StateName, UpdateRule
-from internlm.utils.compat import ReplacedNames
+from internlm.utils.compat import ReplacedNames, naming_current_call
 from internlm.utils.errors import Problem, UserError
 
 #: Update rules by their name in configs.
@@ -170,8 +170,11 @@ class HybridZeroOptimizer(ReplacedNames):
         """Number of steps skipped in a row up to now."""
         return self.last_step.skipped_in_a_row
 
-    def zero_grad(self) -> None:
-        """Set gradients to zero; equivalent to :meth:`begin_step` with an unknown number of micro-batches."""
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Set gradients to zero; equivalent to :meth:`begin_step` with an unknown number of micro-batches.
+
+        ``set_to_none`` is ignored, because gradients are views of flat buffers; loops for torch's optimizers pass it.
+        """
         self.begin_step()
 
     def begin_reduction(self) -> None:
@@ -182,6 +185,7 @@ class HybridZeroOptimizer(ReplacedNames):
         if self.config.overlap_sync_grad and not self._is_last_chance:
             self._reducer.begin()
 
+    @naming_current_call("trainer.step(), which passes the values of the step")
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> OptimizerStep:
         """Run the five phases of a step: reduce, measure, decide, update and gather.

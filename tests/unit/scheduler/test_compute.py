@@ -20,12 +20,12 @@ from internlm.core.scheduler.compute import (
     ComputeOptions,
     InFlight,
     LearnedSpecs,
-    MicroBatches,
     backward,
     keep_in_flight,
     weight_gradients,
 )
 from internlm.core.scheduler.loss import TokenCrossEntropy
+from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import UserError
 from tests.unit.model.samples import decoder, tokens
@@ -105,6 +105,79 @@ def test_a_type_beyond_those_of_the_trainer_is_refused() -> None:
         UserError, match=r"^type_ids of the batch: contain type 2, .* for 2 dataset types\. Pass types=3"
     ):
         MicroBatches(inputs, labels, CPU, types=2)
+
+
+IDS = torch.arange(8).view(1, 2, 4)  # [M, B, S]
+ROWS, BOUNDARIES = IDS.view(2, 4), torch.tensor([[0, 1, 4], [0, 2, 4]], dtype=torch.int32)
+
+#: Batch of a script, the field that is wrong, and the message.
+WRONG: dict[str, tuple[dict[str, Any], Tensor, str]] = {
+    "[B, S]": (
+        {"input_ids": IDS[0]},
+        IDS[0],
+        r"input_ids .*: expected \[micro_num, micro_bsz, seq_len\], or .* got \[2, 4\]",
+    ),
+    "[S]": ({"input_ids": IDS[0, 0]}, IDS[0, 0], r"input_ids of the batch: expected .* got \[4\]\. Make batches like "),
+    "no tokens": ({"input_ids": IDS[:, :, :0]}, IDS[:, :, :0], r"input_ids of the batch: .* got \[1, 2, 0\]"),
+    "floats": (
+        {"input_ids": IDS.float()},
+        IDS,
+        r"input_ids of the batch: expected a tensor of integers, got torch\.float32",
+    ),
+    "an array": (
+        {"input_ids": IDS.numpy()},
+        IDS,
+        r"input_ids of the batch: expected a tensor of integers, got ndarray",
+    ),
+    "labels of other rows": (
+        {"input_ids": IDS},
+        IDS[0],
+        r"labels of the batch: expected \[1, 2, 4\], .*, got \[2, 4\]",
+    ),
+    "an id too large": (
+        {"input_ids": IDS + 3},
+        IDS,
+        r"input_ids of the batch: have values from 3 to 10, but model\.vocab_",
+    ),
+    "a negative id": (
+        {"input_ids": IDS - 1},
+        IDS,
+        r"input_ids of the batch: have values from -1 to 6, but .* is 10\. Use",
+    ),
+    "a label too large": (
+        {"input_ids": IDS},
+        IDS + 3,
+        r"labels of the batch: have values from 3 to 10, but model\.vocab_",
+    ),
+    "a row without boundaries": (
+        {"input_ids": ROWS, "cu_seqlens": BOUNDARIES[:1]},
+        ROWS,
+        r"cu_seqlens .*: expected a tensor for each of the 2 micro-batches, got 1 of type Tensor",
+    ),
+    "boundaries as lists": (
+        {"input_ids": ROWS, "cu_seqlens": BOUNDARIES.tolist()},
+        ROWS,
+        r"cu_seqlens of the batch: expected a tensor for each of the 2 micro-batches, got 2 of type list",
+    ),
+    "boundaries of half a row": (
+        {"input_ids": ROWS, "cu_seqlens": BOUNDARIES[:, :2]},
+        ROWS,
+        r"cu_seqlens of the batch: expected 0, …, 4, the number of tokens in the row, got 0, …, 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_batch_that_a_decoder_cannot_take_is_refused(mistake: str) -> None:
+    inputs, labels, message = WRONG[mistake]
+    with pytest.raises(UserError, match=f"^{message}"):
+        MicroBatches(inputs, labels, CPU, vocab_size=10)
+
+
+@pytest.mark.parametrize("inputs", [{"input_ids": IDS}, {"input_ids": ROWS, "cu_seqlens": BOUNDARIES}])
+def test_a_batch_of_a_script_may_be_padded_or_packed(inputs: dict[str, Any]) -> None:
+    labels = torch.where(inputs["input_ids"] > 5, -100, inputs["input_ids"])
+    assert MicroBatches(inputs, labels, CPU, vocab_size=8).valid_tokens().sum() == 6
 
 
 # -- forward
