@@ -154,7 +154,11 @@ class DeviceWatch(TorchDispatchMode):
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
-        """Count storages that are resized within the ``with`` block, which no operator does."""
+        """Count storages that are resized within the ``with`` block.
+
+        ``fully_shard`` frees and allocates its gathered parameters in this way, for which torch has no operator and no
+        hook.
+        """
         resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> Any:

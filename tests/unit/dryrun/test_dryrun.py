@@ -22,12 +22,15 @@ from internlm.accelerator import device_type, to_host
 from internlm.cli.main import main
 from internlm.core.parallel.ledger import Entry
 from internlm.dryrun.call_order import Call, order_problems
-from internlm.dryrun.findings import problems
+from internlm.dryrun.findings import not_compared, problems
 from internlm.dryrun.one_rank import DryRun, dry_config, run_rank
 from internlm.model import decoder
 from internlm.ops.cpu import cpu_gemm
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import in_backward
+from tests.dist import test_pipeline_models as own_models
+
+assert own_models  # importing it registers models
 
 T = TypeVar("T")
 
@@ -165,6 +168,18 @@ def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order(apart: Apart
     assert problems(runs) == []
     groups = {event.group for run in runs for event in run.events}
     assert {(0, 1), (0, 2), (0, 4)} < groups
+
+
+def test_a_pipeline_of_ones_own_model(apart: Apart) -> None:
+    overrides = stages(2, "data.use_packed_dataset=False")
+    run = apart.dry(2, 1, "model_type=FORETOLD", *overrides)
+    assert problems([run]) == []
+    assert not_compared(run) == [
+        "rank 1: not compared: activations, peak, traffic and FLOP, because the model has no formulas"
+    ]
+    message = r"shape is unknown\. Give the model a method hidden_like\(inputs\) that returns it"
+    with pytest.raises(UserError, match=message):
+        apart.dry(2, 1, "model_type=CHAIN", *overrides)
 
 
 # -- the order of collectives
@@ -321,7 +336,7 @@ def test_what_cannot_be_compared_is_said(config: Path, apart: Apart) -> None:
     code, text, _ = apart.command(str(config), *arguments)
     assert code == 0
     assert text.splitlines()[-2:] == [
-        "rank 0: not compared: activations, peak and FLOP, because attention does not run as one operator here",
+        "rank 0: not compared: activations, peak and FLOP, because attention does not run as one operator",
         "Everything that was compared agrees",
     ]
 
