@@ -128,9 +128,13 @@ class CheckpointManager:
         """Write the checkpoint ``step-N`` and return its folder; collective.
 
         Raises:
-            CheckpointError: A rank cannot write. The unfinished folder is removed; older checkpoints are unchanged.
+            CheckpointError: A rank cannot write, or the config names no folder. The unfinished folder is removed; older
+                checkpoints are unchanged.
         """
-        assert self.root is not None, "the config check requires a folder if saving is enabled"
+        if self.root is None:
+            raise CheckpointError(
+                Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
+            )
         target = save_folder.step_folder(self.root, state.step)
         # With overlap_sync_param the all-gather of the last update may still be running.
         self.optimizer.gather_parameters()

@@ -8,6 +8,7 @@ from internlm.checkpoint import CheckpointManager
 from internlm.core.context import global_context as gpc
 from internlm.data.loader import TrainLoader
 from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.utils.errors import Problem, UserError
 
 
 def initialize_checkpoint_manager(
@@ -22,7 +23,14 @@ def initialize_checkpoint_manager(
         model: Model that :func:`~internlm.train.initialize_model_and_parallel_communicator` prepared.
         optimizer: Optimizer of ``model``.
         train_dl: Training loader, whose data position is saved and restored.
+
+    Raises:
+        UserError: ``train_dl`` is no training loader.
     """
+    if not isinstance(train_dl, TrainLoader):
+        message = f"expected a training loader, got {type(train_dl).__name__}"
+        todo = "Pass the loader itself, not an iterator over it: its position is saved"
+        raise UserError(Problem("initialize_checkpoint_manager(train_dl=...)", message, todo))
     config = gpc.config
     return CheckpointManager(
         config.ckpt,

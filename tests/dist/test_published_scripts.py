@@ -22,6 +22,7 @@ from internlm.solver.lr_schedules import Beta2Schedule, LRSchedule
 from internlm.train import (
     get_train_data_loader,
     get_validation_data_loader,
+    initialize_checkpoint_manager,
     initialize_model_and_parallel_communicator,
     initialize_optimizer,
 )
@@ -212,6 +213,14 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
     "trainer.fit(batches)": (
         lambda r: r.trainer.fit(iter(r.loader), 2),  # type: ignore[arg-type]
         r"^trainer\.fit: expected a loader, got generator\. Pass that of build_train_loader_with_data_type; ",
+    ),
+    "initialize_checkpoint_manager(model, optimizer, iter(train_dl))": (
+        lambda r: initialize_checkpoint_manager(r.model, r.optimizer, iter(r.loader)),  # type: ignore[arg-type]
+        r"^initialize_checkpoint_manager\(train_dl=\.\.\.\): expected a training loader, got generator\. Pass the",
+    ),
+    "ckpt_manager.save(train_state) without a folder": (
+        lambda r: initialize_checkpoint_manager(r.model, r.optimizer, r.loader).save(r.trainer.state),
+        r"^ckpt\.save_ckpt_folder: names no folder to save to\. Set it in the config$",
     ),
     "gpc.get_world_size('data')": (
         lambda r: gpc.get_world_size("data"),  # type: ignore[arg-type]
