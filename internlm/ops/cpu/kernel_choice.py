@@ -99,7 +99,8 @@ def _rule(case: Case, processor_type: str) -> str:
     default, other = KERNELS[case.operation, case.dtype]
     words = processor_type.split()
     if case.operation == "attention":
-        return other if may_collapse(case) or (case.large and _mkl_is_wide(words)) else default
+        # Of short sequences the blocks are too small to pay.
+        return other if may_collapse(case) or not case.large or _mkl_is_wide(words) else default
     if not case.large:
         return default
     if case.dtype == "bfloat16":
