@@ -117,7 +117,7 @@ class _ApplyRotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dout)
         # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x is not saved.
-        _rotate(dout, cos, -sin, ctx.interleaved, dx)
+        _rotate(dout, cos, sin, ctx.interleaved, dx, back=True)
         return dx, None, None, None
 
 
@@ -140,9 +140,8 @@ class _SplitQKVRotary(torch.autograd.Function):
         tokens, groups, dim = dk.shape
         dq = dq.unflatten(1, (groups, -1))
         dqkv = dq.new_empty(tokens, groups, dq.shape[2] + 2, dim)
-        back = -sin
-        _rotate(dq, cos, back, ctx.interleaved, dqkv[:, :, :-2])
-        _rotate(dk, cos, back, ctx.interleaved, dqkv[:, :, -2])
+        _rotate(dq, cos, sin, ctx.interleaved, dqkv[:, :, :-2], back=True)
+        _rotate(dk, cos, sin, ctx.interleaved, dqkv[:, :, -2], back=True)
         dqkv[:, :, -1].copy_(dv)
         return dqkv, None, None, None
 
@@ -159,22 +158,24 @@ def _new_heads(qkv: Tensor, heads: int) -> Tensor:
     return qkv.new_empty(tokens, groups, heads, dim)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor) -> None:
-    """Rotate ``x`` and write the result to ``out``, both [T, ..., D]; a negated ``sin`` negates the angles."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, back: bool = False) -> None:
+    """Rotate ``x``, or rotate it back, and write the result to ``out``, both [T, ..., D]."""
     # One head at a time on a core: a head fits into its cache, and is read and written several times. With several
     # threads, each operation on a head would be a parallel region of its own: see ``ops.swiglu``.
     if is_host(x) and x.dim() > 2 and torch.get_num_threads() == 1:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
-            _rotate(head, cos, sin, interleaved, out_head)
+            _rotate(head, cos, sin, interleaved, out_head, back)
         return
     for _ in range(x.dim() - 2):
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if interleaved:
-        _rotate_interleaved(x, cos, sin, out)
+        _rotate_interleaved(x, cos, -sin if back else sin, out)
         return
-    (x1, x2), (out1, out2) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+    halves, out_halves = x.unflatten(-1, (2, -1)), out.unflatten(-1, (2, -1))  # [T, ..., 2, D / 2]
+    torch.mul(halves, cos.unsqueeze(-2), out=out_halves)
+    (x1, x2), (out1, out2) = halves.unbind(-2), out_halves.unbind(-2)
+    out1.addcmul_(x2, sin, value=1 if back else -1)
+    out2.addcmul_(x1, sin, value=-1 if back else 1)
 
 
 def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck
 
 from internlm.ops import reference, swiglu
@@ -34,3 +37,43 @@ def test_saves_its_input_alone() -> None:
 
 def test_no_tokens() -> None:
     assert swiglu(torch.empty(0, 2, 8)).shape == (0, 8)
+
+
+class Recomputed(torch.autograd.Function):
+    """SwiGLU that is computed again in its backward pass, as a linear does with its input."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor | None:
+        with torch.enable_grad():
+            gate_up = ctx.saved_tensors[0].detach().requires_grad_()
+            swiglu(gate_up).backward(dout)
+        return gate_up.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_in_a_backward_pass_it_has_the_same_gradient_bit_by_bit(dtype: torch.dtype) -> None:
+    """Though it then keeps silu(gate), which its own backward pass would compute again."""
+    gate_up, dout = randn(130, 2, 4096, dtype=dtype), randn(130, 4096, dtype=dtype, seed=1).detach()
+    grads = [torch.autograd.grad(function(gate_up), gate_up, dout)[0] for function in (swiglu, Recomputed.apply)]
+    assert torch.equal(*grads)
+
+
+def test_a_second_backward_pass_finds_the_same_gradient() -> None:
+    gate_up, found = randn(3, 2, 4), list[Tensor]()
+
+    def again(_: Tensor) -> None:
+        with torch.enable_grad():
+            inner = gate_up.detach().requires_grad_()
+            out = swiglu(inner).sum()
+            found.extend(torch.autograd.grad(out, inner, retain_graph=True)[0] for _ in range(2))
+
+    hooked = gate_up * 1
+    hooked.register_hook(again)
+    hooked.sum().backward()
+    assert torch.equal(*found)
+    assert found[0].any()
