@@ -30,6 +30,7 @@ from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.attention import groups_heads
+from internlm.ops.cross_entropy import keeps_dlogits
 from internlm.utils.dtype import torch_dtype
 
 TOKEN_IDS = "embedding: token ids"
@@ -46,6 +47,7 @@ RECOMPUTED = "recomputed block: input"
 NORM = "final norm"
 LOSS_INPUT = "loss: gradient of its input"
 LOSS_WEIGHT = "loss: gradient of the head's weight"
+LOSS_LOGITS = "loss: its input and the gradient of the logits"
 
 NORMALISED = "block: normalised inputs"
 SWIGLU = "block: input of w2"
@@ -71,7 +73,7 @@ def saved_for_backward(
         tokens: Number of tokens that take part in the loss, K; by default all, as if no label were ignored.
         stage: Pipeline stage of the rank.
         chunk: Chunk of the stage; by default bytes are summed over all its chunks.
-        device_type: Type of the device, which decides the attention kernel.
+        device_type: Type of the device, which decides the attention kernel and what the loss saves.
 
     Raises:
         NoCostFormulaError: The model is not of a built-in family.
@@ -315,13 +317,26 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
 
     They save the gradients of the head, which are computed together with the loss, but neither its input nor the
     logits. The gradient of the input takes K·H·e, plus 8·K for token positions if some labels are ignored. The gradient
-    of the weight takes ⌈V/t⌉·H·g, under isp V·H·g.
+    of the weight takes ⌈V/t⌉·H·g, under isp V·H·g. An accelerator saves the input and the gradient of the logits
+    instead, K·(H + ⌈V/t⌉)·e, if they take no more memory (:func:`internlm.ops.cross_entropy.keeps_dlogits`).
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
     # Rows without a valid label are dropped before the head, and their positions restore them.
     positions = 8 * kept if kept < labels else 0
-    return {LOSS_INPUT: kept * s.H * s.e + positions, LOSS_WEIGHT: rows * s.H * s.g}
+    keeps = saves_logits_gradient(s, tokens)
+    return {
+        LOSS_INPUT: kept * s.H * s.e + positions,
+        LOSS_WEIGHT: (not keeps) * rows * s.H * s.g,
+        LOSS_LOGITS: keeps * kept * (s.H + rows) * s.e,
+    }
+
+
+def saves_logits_gradient(s: Symbols, tokens: int | None) -> bool:
+    """Return whether the loss saves its input and the gradient of the logits; see :func:`loss`."""
+    rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
+    dtype = torch_dtype(str(s.config.model.dtype))
+    return keeps_dlogits(s.on_host, dtype, labels if tokens is None else tokens, rows, s.H)
 
 
 # -- activations in flight

@@ -1,7 +1,8 @@
 """Formulas of memory that a run needs on an accelerator beside what it holds: transients, and buffers of NCCL.
 
 ======================  ==============================================================================================
-logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); in float32 C·⌈V/t⌉·g, as nothing is converted
+logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and
+                        where the loss saves the gradient of the logits, which then has its memory already
 gradients of a block    4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of dropout if that is
                         more; plus what a recomputed block would save
 transients              the larger of these two; on the stage with the head, less what head and loss saved
@@ -13,12 +14,11 @@ C is the number of tokens of a chunk of the loss. Other symbols: :mod:`internlm.
 
 from __future__ import annotations
 
-from internlm.accelerator import kind_of
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
 from internlm.core.context.parallel_context import sizes_of
-from internlm.costs.activations import attention_output, block, kernel, loss, norm
+from internlm.costs.activations import attention_output, block, kernel, loss, norm, saves_logits_gradient
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
 
@@ -43,22 +43,22 @@ _USED = (
 )
 
 
-def logits_of_chunk(s: Symbols, device_type: str, tokens: int | None = None) -> int:
+def logits_of_chunk(s: Symbols, tokens: int | None = None) -> int:
     """Return the peak bytes of the logits of one chunk of the loss; 0 on a stage without the head.
 
-    They exist in e bytes an element, as the matmul returns them, and in g bytes, in which the loss is computed; their
-    gradient then exists in both. Neither survives the chunk.
+    They exist in g bytes an element, in which the loss is computed; their gradient is then converted to e bytes.
+    Neither survives the chunk, unless the loss saves that gradient for all tokens.
 
     Args:
         s: Symbols of the stage.
-        device_type: Type of the device, which decides the size of a chunk.
         tokens: Number of tokens in the loss, K; by default all tokens of a micro-batch.
     """
     if not s.stage_layers.has_head:
         return 0
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
-    chunk = min(default_chunk_tokens(kind_of(device_type).is_host, rows), labels if tokens is None else tokens)
-    return chunk * rows * (s.g + s.e if s.e < s.g else s.g)
+    chunk = min(default_chunk_tokens(s.on_host, rows), labels if tokens is None else tokens)
+    converted = s.e < s.g and not saves_logits_gradient(s, tokens)
+    return chunk * rows * (s.g + converted * s.e)
 
 
 def gradients_of_block(s: Symbols) -> int:
@@ -81,11 +81,11 @@ def gradients_of_block(s: Symbols) -> int:
     return max(gradients, masks) + saved
 
 
-def transients(s: Symbols, device_type: str, tokens: int | None = None) -> int:
+def transients(s: Symbols, tokens: int | None = None) -> int:
     """Return the peak bytes that the computation itself needs; see :func:`logits_of_chunk` for the arguments."""
     # Before the backward pass of a block, what head and loss saved has been freed.
     freed = sum(loss(s, tokens).values()) + norm(s) if s.stage_layers.has_head else 0
-    return max(logits_of_chunk(s, device_type, tokens), gradients_of_block(s) - freed)
+    return max(logits_of_chunk(s, tokens), gradients_of_block(s) - freed)
 
 
 def nccl_buffers(config: Config, world_size: int, stage: int) -> int:

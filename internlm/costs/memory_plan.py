@@ -87,7 +87,7 @@ def memory_plan(
         )
     kind = kind_of(device_type)
     if inventory.spec is not None and not kind.is_host:
-        plan[TRANSIENTS] = transients(replace(inventory.symbols, on_host=False), device_type, tokens)
+        plan[TRANSIENTS] = transients(replace(inventory.symbols, on_host=False), tokens)
     if kind.backend == "nccl":
         plan[NCCL] = nccl_buffers(inventory.config, inventory.world_size, inventory.stage)
     return plan

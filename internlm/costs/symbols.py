@@ -108,7 +108,7 @@ class Symbols(GroupSymbols):
     stage: int
     stage_layout: StageLayout
     stage_layers: StageLayers  # layers of this stage, chunk by chunk
-    on_host: bool  # whether the device is the CPU, whose attention kernels save other tensors
+    on_host: bool  # whether the device is the CPU, whose attention kernels and loss save other tensors
     T: int
     S: int
     H: int

@@ -2,7 +2,8 @@
 
 The logits of a micro-batch are its largest tensor by far: T · V elements, whereas other activations have T · H. The
 fused version computes logits and their gradient chunk by chunk, so that the logits never exist as a whole and are
-never recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+never recomputed (as in Liger Kernel, arXiv 2410.10989, section 3.2). Their gradient exists as a whole only if it is no
+larger than what it replaces (:func:`keeps_dlogits`).
 
 Shapes: T tokens, C tokens of one chunk, H hidden size, V vocabulary entries (for a shard: the rows of its weight).
 """
@@ -59,6 +60,8 @@ class LossOptions:
     chunk_tokens: int | None = None  # tokens of one chunk. None: default_chunk_tokens
     vocab: VocabShard | None = None  # shard of a vocabulary that is split over ranks
     main_grad: Tensor | None = None  # [V, H]; the gradient of the weight is added to it rather than returned
+    adds: Callable[[], bool] = lambda: True  # called in backward; False: main_grad is overwritten rather than added to
+    keeps_dlogits: bool | None = None  # save the gradient of the logits rather than the weight's. None: keeps_dlogits
 
 
 DEFAULT_OPTIONS = LossOptions()
@@ -121,45 +124,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _losses_and_grad if options.vocab is None else partial(_sharded_losses_and_grad, vocab=options.vocab)
         )
         chunk = options.chunk_tokens or default_chunk_tokens(is_host(x), weight.shape[0])
-        main_grad, smoothing = options.main_grad, options.label_smoothing
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dx = torch.empty_like(x) if wants_x else None  # [T, H]
-        # Accumulated over chunks in at least fp32, or small contributions would be lost; and transposed, [H, V], so
-        # that no chunk needs a transposed copy of the logits.
-        sum_dtype = wide((weight if main_grad is None else main_grad).dtype)
-        dweight = weight.new_zeros(weight.shape[::-1], dtype=sum_dtype) if wants_weight else None
+        keeps = options.keeps_dlogits
+        if keeps is None:
+            keeps = keeps_dlogits(is_host(x), x.dtype, len(x), *weight.shape)
         token_loss = x.new_empty(len(x), dtype=wide(x.dtype))
         correct = torch.empty_like(labels, dtype=torch.bool)
+        grad_scale = _scalar(options.grad_scale, token_loss.dtype)
+        kept = x.new_empty(len(x), len(weight)) if keeps and wants_weight else None  # [T, V]
+        dx = torch.empty_like(x) if wants_x and kept is None else None  # [T, H]
+        # Accumulated over chunks in at least fp32, or small contributions would be lost; and transposed, [H, V], so
+        # that no chunk needs a transposed copy of the logits.
+        sum_dtype = wide((weight if options.main_grad is None else options.main_grad).dtype)
+        dweight = weight.new_empty(weight.shape[::-1], dtype=sum_dtype) if wants_weight and kept is None else None
+        if dweight is not None and not len(x):
+            dweight.zero_()
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             valid = labels[rows] != IGNORED
-            logits = gemm.linear(x[rows], weight).to(token_loss.dtype)  # [C, V]
-            token_loss[rows], correct[rows], dlogits = losses_and_grad(logits, labels[rows], valid, smoothing)
-            dlogits = dlogits.to(x.dtype)
+            logits = gemm.linear(x[rows], weight, token_loss.dtype)  # [C, V]
+            token_loss[rows], correct[rows], dlogits = losses_and_grad(
+                logits, labels[rows], valid, options.label_smoothing
+            )
             del logits  # before the products, which need the gradient in the dtype of x only
+            if kept is not None:  # the factor is applied before rounding, and zeroes ignored rows
+                torch.mul(dlogits, (valid * grad_scale)[:, None], out=kept[rows])
+            else:
+                dlogits = dlogits.to(x.dtype)
             # Ignored rows are zeroed in [C, H] products rather than in dlogits, which is V / H times as large.
             if dx is not None:
                 torch.mul(gemm.grad_input(dlogits, weight), valid[:, None], out=dx[rows])
             if dweight is not None:
-                gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits)
+                gemm.accumulate_grad_weight(dweight, x[rows] * valid[:, None], dlogits, accumulate=start > 0)
             del dlogits  # before the logits of the next chunk exist
-        ctx.save_for_backward(dx, dweight)
-        ctx.main_grad, ctx.dtype = main_grad, grad_dtype(weight)
-        ctx.grad_scale = _scalar(options.grad_scale, token_loss.dtype)
+        if kept is not None and wants_x:
+            dx = gemm.grad_input(kept, weight)  # here, because a gathered weight is released before backward
+        ctx.save_for_backward(dx, dweight, kept, None if kept is None else x)
+        ctx.main_grad, ctx.adds, ctx.dtype = options.main_grad, options.adds, grad_dtype(weight)
+        ctx.grad_scale, ctx.shape = grad_scale, weight.shape
         ctx.mark_non_differentiable(token_loss, correct)
-        return token_loss.sum() * ctx.grad_scale, token_loss, correct
+        return token_loss.sum() * grad_scale, token_loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ctx.saved_tensors
-        # The scales are applied last: multiplied into dlogits they could overflow or underflow in fp16.
-        factor = dloss * ctx.grad_scale
+        dx, weight_sum, dlogits, x = ctx.saved_tensors
+        # The scale of sums is applied last: multiplied into dlogits it could overflow or underflow in fp16.
+        factor = dloss if dlogits is not None else dloss * ctx.grad_scale
         if dx is not None:
-            dx = (dx.to(factor.dtype) * factor).to(dx.dtype)  # the factor may overflow in half precision
-        if dweight is not None:
-            dweight = _deliver(dweight.t(), factor, ctx.main_grad, ctx.dtype)
-        return dx, dweight, None, None
+            dx = _times(dx, factor)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        dweight, adds = ctx.main_grad, ctx.main_grad is not None and ctx.adds()
+        if dweight is None:
+            dweight = torch.empty(ctx.shape, dtype=ctx.dtype, device=dloss.device)
+        if dlogits is not None:
+            gemm.accumulate_grad_weight(dweight, dlogits, _times(x, factor), adds)
+        elif adds:
+            dweight.addcmul_(weight_sum.t(), factor.to(weight_sum.dtype))
+        else:
+            torch.mul(weight_sum.t(), factor.to(weight_sum.dtype), out=dweight)
+        return dx, dweight if ctx.main_grad is None else None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -199,11 +224,14 @@ def _losses_and_grad(logits: Tensor, labels: Tensor, valid: Tensor, smoothing: f
         Losses [C], correct predictions (bool [C]) and gradient [C, V], which reuses the memory of ``logits``.
     """
     targets = labels.where(valid, 0)[:, None]
-    label_logit, top = logits.gather(1, targets).squeeze(1), logits.amax(1)
+    label_logit = logits.gather(1, targets).squeeze(1)
+    # A second pass over the probabilities would cost a device more than an index does; on the CPU it is faster.
+    top, index = (logits.amax(1), None) if is_host(logits) else logits.max(1)
     wanted = label_logit if not smoothing else torch.lerp(label_logit, logits.mean(1), smoothing)
     probs = torch.softmax(logits, 1, out=logits)
     # The largest probability is exp(top - logsumexp), and at least 1 / V: stable, and one pass over [C, V] less.
-    logsumexp = top - probs.amax(1).log()
+    top_prob = probs.amax(1) if index is None else probs.gather(1, index[:, None]).squeeze(1)
+    logsumexp = top - top_prob.log()
     if smoothing:
         probs.sub_(smoothing / probs.shape[1])
     probs.scatter_add_(1, targets, probs.new_full(targets.shape, smoothing - 1))
@@ -247,15 +275,33 @@ def default_chunk_tokens(on_host: bool, rows: int) -> int:
     return min(512, max(128, _CHUNK_ELEMENTS // rows // 64 * 64))
 
 
+def keeps_dlogits(on_host: bool, dtype: torch.dtype, tokens: int, rows: int, hidden: int) -> bool:
+    """Return whether the loss saves the gradient of its logits for backward, rather than that of the weight.
+
+    It does on a device if that takes no more memory. One product then adds the gradient of the weight to the main
+    gradient, instead of one for each chunk that adds to a sum in fp32.
+
+    Args:
+        on_host: Whether the tensors are on the CPU, where chunks are so small that they stay in its caches.
+        dtype: Dtype of hidden states and weight. The range of fp16 is too small for a gradient that is already scaled.
+        tokens: Number of tokens.
+        rows: Number of rows of the weight.
+        hidden: Hidden size.
+    """
+    if on_host or dtype == torch.float16:
+        return False
+    # With the gradient of the weight, that of a chunk's logits exists beside it; with that of the logits, x is saved.
+    chunk = min(default_chunk_tokens(on_host, rows), tokens)
+    kept, weight_sum = tokens * (rows + hidden) * dtype.itemsize, rows * hidden * wide(dtype).itemsize
+    return kept <= weight_sum + chunk * rows * dtype.itemsize
+
+
 def _scalar(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """Convert a scalar tensor to ``dtype``, in which a number would be applied too."""
     return scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
-def _deliver(dweight: Tensor, factor: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Scale the weight's gradient by ``factor`` and add it to ``main_grad``; return it if ``main_grad`` is None."""
-    factor = factor.to(dweight.dtype)
-    if main_grad is None:
-        return torch.mul(dweight, factor, out=torch.empty(dweight.shape, dtype=dtype, device=dweight.device))
-    main_grad.addcmul_(dweight, factor)
-    return None
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply ``x`` by a scalar that may be wider, and which may overflow in half precision; round once."""
+    # A tensor of two dimensions decides in which dtype to multiply; a scalar would be rounded to that of x.
+    return torch.mul(x, factor.view(1, 1), out=torch.empty_like(x))

@@ -15,9 +15,20 @@ from internlm.accelerator import is_host, kind_of
 from internlm.ops.cpu import cpu_gemm
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``x @ weight.T``: [T, I], [O, I] → [T, O]."""
-    return cpu_gemm.linear(x, weight) if is_host(x) else torch.mm(x, weight.t())
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute ``x @ weight.T``: [T, I], [O, I] → [T, O].
+
+    Args:
+        x: Input, [T, I].
+        weight: Weight, [O, I].
+        dtype: Dtype of the result, that of ``x`` or wider; default: that of ``x``.
+    """
+    dtype = dtype or x.dtype
+    if is_host(x):
+        return cpu_gemm.linear(x, weight).to(dtype)
+    if dtype != x.dtype and kind_of(x.device).adds_wide_products:
+        return torch.mm(x, weight.t(), out_dtype=dtype)  # tensor cores sum in fp32, so nothing is rounded
+    return torch.mm(x, weight.t()).to(dtype)
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:

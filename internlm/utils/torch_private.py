@@ -82,6 +82,7 @@ foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
 foreach_lerp = torch._foreach_lerp
 foreach_mul_ = torch._foreach_mul_
+foreach_zero_ = torch._foreach_zero_
 
 # -- dry runs ---------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from internlm.costs.activations import (
     HEADS,
     KERNEL,
     LOSS_INPUT,
+    LOSS_LOGITS,
     LOSS_WEIGHT,
     MASK,
     MASKS,
@@ -78,6 +79,7 @@ SAVED_BY = {
     NORM: "norm",
     LOSS_INPUT: "",
     LOSS_WEIGHT: "",
+    LOSS_LOGITS: "",
 }
 
 

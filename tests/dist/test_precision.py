@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.core.parallel.param_state import main_grad_of
+from internlm.core.parallel.param_state import complete_main_grad, main_grad_of
 from internlm.core.trainer import Hook, StepReport, Trainer
 from tests.dist.oracle import verify
 from tests.dist.whole_runs import assert_goes_on, assert_same_tensors, fit, resume, saving
@@ -82,7 +82,9 @@ class Poison(Hook):
 
             def poisoned(micro_batches: int | None = None) -> None:
                 step(micro_batches)
-                main_grad_of(trainer.model.get_parameter(self.name)).view(-1)[3] = self.value
+                parameter = trainer.model.get_parameter(self.name)
+                complete_main_grad(parameter)
+                main_grad_of(parameter).view(-1)[3] = self.value
 
             trainer.optimizer.begin_step = poisoned  # type: ignore[method-assign]
 

@@ -5,6 +5,8 @@ Shapes: T tokens, H hidden size, V vocabulary entries.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ from internlm.core.parallel.communicator import (
     HeadCommunicator,
 )
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.param_state import main_grad_of, place, wait_for_all_gather
+from internlm.core.parallel.param_state import begin_accumulation, main_grad_of, place, wait_for_all_gather
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
@@ -137,5 +139,7 @@ class ParallelHead(ParallelLinear):
                     grad_scale=grad_scale,
                     vocab=self.communicator.vocab,
                     main_grad=main_grad_of(weight),
+                    # The parameter: a gathered weight has no main gradient, and would stay in memory until backward.
+                    adds=partial(begin_accumulation, self.weight),
                 ),
             )

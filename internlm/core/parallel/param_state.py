@@ -7,13 +7,16 @@ module reads and writes that attribute; all other code calls the functions below
 The optimizer attaches a *main gradient* to each parameter: a view of its flat gradient buffer that has the parameter's
 shape and the same or a wider dtype. Layers that compute a weight gradient themselves add it to the main gradient and
 return None to autograd. Without a main gradient (a model used without our optimizer) they return the weight gradient.
+
+At the start of a step the main gradient is marked as *stale*: the first gradient overwrites it. Setting it to zero and
+adding to it would write and read it once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -39,6 +42,8 @@ class ParamState:
     """Dtype to compute in; None: the dtype in which the parameter is stored."""
     main_grad: Tensor | None = None
     """Tensor of the parameter's shape in which gradients are accumulated."""
+    stale: set[Tensor] = field(default_factory=set)
+    """Parameters whose main gradient is still that of an earlier step, this one or not; shared by a param group."""
     on_grad_ready: Callable[[], None] | None = None
     """Callback that runs after each gradient accumulation, and when autograd has finished with the parameter."""
     wait_for_all_gather: Callable[[], None] | None = None
@@ -226,6 +231,44 @@ def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
     parameter.register_post_accumulate_grad_hook(_on_accumulated)
 
 
+def mark_stale(parameters: Iterable[nn.Parameter]) -> set[Tensor]:
+    """Mark the main gradients of ``parameters`` as those of an earlier step; their ``grad`` is None until the next.
+
+    Returns:
+        The set of those that are still stale.
+    """
+    stale: set[Tensor] = set(parameters)
+    for parameter in stale:
+        _own_state(parameter).stale = stale
+        parameter.grad = None
+    return stale
+
+
+def begin_accumulation(parameter: Tensor) -> bool:
+    """Return whether to add the next gradient to the main gradient of ``parameter``; False: overwrite it.
+
+    The caller must do so at once: from now on, the main gradient counts as one of this step.
+    """
+    state = _state(parameter)
+    adds = parameter not in state.stale
+    state.stale.discard(parameter)
+    if state.main_grad is not None and state.main_grad.dtype == parameter.dtype:
+        parameter.grad = state.main_grad  # autograd adds in place to a gradient that exists
+    return adds
+
+
+def complete_main_grad(parameter: nn.Parameter) -> None:
+    """Set the main gradient of ``parameter`` to ``parameter.grad``, or else to zero, if it has got no gradient yet."""
+    state = _state(parameter)
+    if parameter in state.stale and state.main_grad is not None:
+        grad = parameter.grad  # of a script that assigns one itself
+        begin_accumulation(parameter)
+        if grad is None:
+            state.main_grad.zero_()
+        else:
+            state.main_grad.copy_(grad)
+
+
 def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     """Add dyᵀ·x to the main gradient of ``parameter``; dy: [T, O], x: [T, I].
 
@@ -235,7 +278,7 @@ def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
     target = main_grad_of(parameter)
     if target is None:
         return weight_grad(dy, x, grad_dtype(parameter)).view_as(parameter)
-    gemm.accumulate_grad_weight(target.view(dy.shape[1], x.shape[1]), dy, x)
+    gemm.accumulate_grad_weight(target.view(dy.shape[1], x.shape[1]), dy, x, begin_accumulation(parameter))
     _grad_has_grown(parameter)
     return None
 
@@ -256,9 +299,16 @@ def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:
     target = main_grad_of(parameter)
     if target is None:
         return grad.view_as(parameter)
-    target.add_(grad.view_as(target))
+    _add(parameter, target, grad.view_as(target))
     _grad_has_grown(parameter)
     return None
+
+
+def _add(parameter: Tensor, main_grad: Tensor, grad: Tensor) -> None:
+    if begin_accumulation(parameter):
+        main_grad.add_(grad)
+    else:
+        main_grad.copy_(grad)
 
 
 def _on_accumulated(parameter: Tensor) -> None:
@@ -271,8 +321,8 @@ def _on_accumulated(parameter: Tensor) -> None:
     assert main_grad is not None, "the hook is registered by attach_main_grad"
     # Compared by memory: autograd may replace the tensor object and keep the memory.
     if grad is not None and not same_memory(grad, main_grad):
-        main_grad.add_(grad)
-        parameter.grad = main_grad if main_grad.dtype == parameter.dtype else None
+        parameter.grad = None
+        _add(parameter, main_grad, grad)
     _grad_has_grown(parameter)
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from internlm.config.schema import HybridZeroConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel.fully_sharded import local_shard, set_grad
-from internlm.core.parallel.param_state import NamedParameter, attach_main_grad
+from internlm.core.parallel.param_state import NamedParameter, attach_main_grad, complete_main_grad, mark_stale
 from internlm.solver.optimizer.param_groups import ALONE, ParamGroup, ParamGroupKey, ShardSlice
 from internlm.utils.dtype import wide
 from internlm.utils.errors import ConfigError, Problem
-from internlm.utils.torch_private import foreach_copy_
+from internlm.utils.torch_private import foreach_copy_, foreach_zero_
 
 ALIGNMENT = 64  # elements, so that a shard of any dtype starts on a cache line
 
@@ -212,6 +212,8 @@ class FlatParamGroup(ParamGroup):
         # Zeros, because padding takes part in collectives, the norm and the update like any other element.
         self.values = torch.zeros(self.layout.numel, dtype=key.dtype, device=device)
         self.grads = torch.zeros(self.layout.numel, dtype=grad_dtype, device=device)
+        self._stale: set[Tensor] = set()
+        self._padding = [self.grads[gap] for gap in self._gaps()]
         self._move_into_buffers()
         self.main_shards = self.shards_of(self.values)
         if self.has_main:
@@ -237,6 +239,29 @@ class FlatParamGroup(ParamGroup):
         for entry in self.entries:
             parameter = entry.named.parameter
             attach_main_grad(parameter, self.grads[entry.start : entry.stop].view_as(parameter))
+
+    def _begin_grads(self) -> None:
+        # The first gradient of each parameter overwrites that of the last step. No gradient overwrites the padding, but
+        # dividing by a norm of NaN may have.
+        self._stale = mark_stale(entry.named.parameter for entry in self.entries)
+        if self._padding:
+            foreach_zero_(self._padding)
+
+    def complete_grads(self, index: int | None = None) -> None:
+        """Set the gradients to zero that got none in this step, of the parameters in bucket ``index`` or of all."""
+        if self._stale:  # hardly ever
+            for entry in self.entries if index is None else self.entries_of(index):
+                complete_main_grad(entry.named.parameter)
+
+    def _gaps(self) -> Iterator[slice]:
+        """Yield the ranges of the flat buffers that belong to no parameter."""
+        end = 0
+        for entry in self._in_buffer_order:
+            if end < entry.start:
+                yield slice(end, entry.start)
+            end = max(end, entry.stop)
+        if end < self.layout.numel:
+            yield slice(end, self.layout.numel)
 
     @property
     def buckets(self) -> Sequence[Bucket]:

@@ -211,7 +211,9 @@ class GradReducer:
     def _begin(self, index: int) -> None:
         for reduction in self.begun:
             reduction.release_if_completed()
-        self.begun.append(BucketReduction(self.buckets[index], self.process_groups, self.dtype))
+        bucket = self.buckets[index]
+        bucket.group.complete_grads(bucket.index)
+        self.begun.append(BucketReduction(bucket, self.process_groups, self.dtype))
 
 
 class FullyShardedReducer:

@@ -211,7 +211,7 @@ class ParamGroup:
         raise NotImplementedError
 
     def begin_step(self) -> None:
-        """Set the gradients to zero, and check that the parameters are still in the group's memory.
+        """Begin new gradients, and check that the parameters are still in the group's memory.
 
         Raises:
             UserError: The parameters were moved to other memory after the group was created.
@@ -221,7 +221,14 @@ class ParamGroup:
         if not same_memory(local_shard(parameter).flat, memory):
             message = f"{name!r} was moved out of the optimizer's buffer, so updates do not reach it"
             raise UserError(Problem("model", message, "Call model.to() or .half() before creating the optimizer"))
+        self._begin_grads()
+
+    def _begin_grads(self) -> None:
+        """Forget the gradients of the last step."""
         self.grads.zero_()
+
+    def complete_grads(self) -> None:
+        """Set the gradients of all parameters to zero that got none in this step."""
 
     def _first_parameter(self) -> tuple[str, Tensor, Tensor]:
         """Return the name and tensor of the first parameter, and the memory that the group assigned to it."""

@@ -135,7 +135,7 @@ class HybridZeroOptimizer(ReplacedNames):
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, micro_batches: int | None = None) -> None:
-        """Set gradients to zero before the first micro-batch.
+        """Begin new gradients, before the first micro-batch; until it gets one, ``parameter.grad`` is None.
 
         Args:
             micro_batches: Number of micro-batches in the step; default: unknown, so nothing is reduced during backward.
@@ -171,7 +171,7 @@ class HybridZeroOptimizer(ReplacedNames):
         return self.last_step.skipped_in_a_row
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set gradients to zero; equivalent to :meth:`begin_step` with an unknown number of micro-batches.
+        """Begin new gradients; equivalent to :meth:`begin_step` with an unknown number of micro-batches.
 
         ``set_to_none`` is ignored, because gradients are views of flat buffers; loops for torch's optimizers pass it.
         """
@@ -204,7 +204,11 @@ class HybridZeroOptimizer(ReplacedNames):
         self._last_lr, self._last_beta2 = lr, beta2
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
-        local_gradients = LocalGradientCheck(self.groups) if self._is_last_chance else None
+        local_gradients = None
+        if self._is_last_chance:
+            for group in self.groups:
+                group.complete_grads()
+            local_gradients = LocalGradientCheck(self.groups)
 
         # 1. Reduce.
         self._reducer.reduce()

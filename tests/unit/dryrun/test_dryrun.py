@@ -156,9 +156,9 @@ def test_every_layout_agrees_with_its_formulas(layout: str, apart: Apart) -> Non
 def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None:
     one, two = apart.dry(8, 0), apart.dry(8, 0, "data.micro_num=2")
     assert one.host_reads == two.host_reads
-    # Of 2 layers wqkv, wo, w13 and w2, and of the head two chunks of tokens: each forward and for both gradients. And
-    # the sums by dataset type.
-    products = 3 * (2 * 4 + 2) + 1
+    # Of 2 layers wqkv, wo, w13 and w2: each forward and for both gradients. Of the head the logits of two chunks of
+    # tokens, and both gradients. And the sums by dataset type.
+    products = 3 * 2 * 4 + 2 + 2 + 1
     assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
 
 

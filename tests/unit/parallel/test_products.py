@@ -167,6 +167,6 @@ def test_a_device_computes_one_product_per_linear_and_role_at_the_sizes_of_a_7b_
         attach_main_grad(parameter, torch.empty_like(parameter, dtype=torch.float32))
     with Calls() as calls:
         model(ids, labels=ids).loss_sum.backward()
-    of_head = tokens // chunk
-    assert calls.count["mm.default"] == 2 * (layers * linears + of_head)  # outputs and input gradients
-    assert calls.count["addmm.dtype_out"] == layers * linears + of_head  # weight gradients, added to those in float32
+    assert calls.count["mm.default"] == 2 * layers * linears + 1  # outputs and input gradients
+    assert calls.count["mm.dtype"] == tokens // chunk  # logits in float32
+    assert calls.count["addmm.dtype_out"] == layers * linears + 1  # weight gradients, added to those in float32

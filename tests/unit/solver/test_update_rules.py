@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
 from internlm.config.schema.optim import OptimizerName
 from internlm.core.parallel import place_replicated
-from internlm.core.parallel.param_state import main_grad_of, named_parameters
+from internlm.core.parallel.param_state import add_grad, main_grad_of, named_parameters
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.muon import orthogonal
 from internlm.solver.optimizer.param_groups import build_param_groups
@@ -47,7 +47,7 @@ def trained(**options: Any) -> Matrices:
     for step in range(STEPS):
         optimizer.zero_grad()
         for weight, gradient in zip(model.weights, gradients(model, step), strict=True):
-            main_grad_of(weight).copy_(gradient)
+            add_grad(weight, gradient)
         optimizer.step(1e-2, 0.9)
     return model
 

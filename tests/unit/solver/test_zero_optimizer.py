@@ -164,6 +164,45 @@ def test_zero_grad_forgets() -> None:
     assert optimizer.step(0.0, 0.95).grad_norm == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_parameter_without_a_gradient_in_this_step_has_a_zero_one(overlap: bool) -> None:
+    """And not that of the last step; its grad is None until then, as after torch's zero_grad."""
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.0, overlap_sync_grad=overlap))
+    table, scale = model.embedding.weight, model.norm.weight
+    for used in (model.norm, nn.Identity()):
+        optimizer.begin_step(1)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        used(model.embedding(tokens(1, 8)[0])).square().sum().backward()
+        norm = optimizer.step(0.0, 0.95).grad_norm
+        assert norm == pytest.approx(torch.cat([table.grad.flatten(), scale.grad]).norm().item(), rel=1e-6)
+        assert scale.grad.any() == (used is model.norm)
+
+
+def test_a_script_may_assign_gradients_itself() -> None:
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.0))
+    for value in (3.0, 2.0):
+        optimizer.zero_grad()
+        model.norm.weight.grad = torch.full_like(model.norm.weight, value)
+        expected = value * model.norm.weight.numel() ** 0.5
+        assert optimizer.step(0.0, 0.95).grad_norm == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Lion", "Muon"])
+def test_a_step_after_one_without_a_finite_norm_is_as_if_it_had_not_been(rule: str) -> None:
+    """Its gradients, which are all NaN after the division by the norm, leave nothing in buffers or padding."""
+    models = [decoder() for _ in range(2)]
+    for poisoned, model in enumerate(models):
+        optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.5), optimizer=OptimizerConfig(type=rule))
+        for attempt in range(1 + poisoned):
+            is_bad = attempt < poisoned
+            optimizer.zero_grad()
+            (loss_of(model, *next(batches())) * (math.nan if is_bad else 1.0)).backward()
+            assert optimizer.step(1e-2, 0.95).updated == (not is_bad)
+    assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
+
+
 def test_a_reduction_that_was_begun_is_the_one_that_the_step_takes() -> None:
     models = [decoder() for _ in range(2)]
     zero = clipping(0.5, overlap_sync_grad=True)

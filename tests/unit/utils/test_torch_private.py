@@ -97,6 +97,7 @@ FOREACH = {
     "foreach_div_": (lambda other: (4.0,), {}, lambda x, y: x / 4.0),
     "foreach_lerp": (lambda other: (other, 0.25), {}, lambda x, y: x + 0.25 * (y - x)),
     "foreach_mul_": (lambda other: (0.5,), {}, lambda x, y: x * 0.5),
+    "foreach_zero_": (lambda other: (), {}, lambda x, y: x * 0),
 }
 
 
