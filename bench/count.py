@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.block_peer import PlainBlock, PlainModel
 from bench.yardsticks import LLAMA_30M
 from internlm import ops
-from internlm.accelerator.kinds import KINDS, DeviceKind
+from internlm.accelerator.kinds import DeviceKind, pretending
 from internlm.config.schema import AdamConfig, HybridZeroConfig, ModelConfig
-from internlm.core.parallel.param_state import attach_main_grad
+from internlm.core.parallel.param_state import attach_main_grad, mark_stale
 from internlm.model.decoder import Block, Decoder
 from internlm.model.families import FAMILIES, spec_of
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -131,7 +131,11 @@ class Launches(TorchDispatchMode):
         # What an operator in place or into ``out`` writes is among its arguments.
         outs = _tensors([x for key, x in kwargs.items() if key.startswith("out") and x is not (args or [0])[0]])
         written = _tensors(out) or _tensors([args[i] for i in _WRITTEN.get(name, (0,))])
+        if name == "_fused_adamw_" and kwargs.get("grad_scale") is not None:
+            written += _tensors(args[1])  # it stores the gradients that it has divided
         unread = [*outs, *_tensors([args[i] for i in _UNREAD.get(name, ())])]
+        if kwargs.get("beta") == 0:  # then addmm overwrites its first argument
+            unread += args[:1]
         # An argument that is also the output, or is given twice, is read once.
         distinct = {id(x): x for x in tensors}.values()
         read = [] if name.startswith(_FILLS) else [x for x in distinct if not any(x is y for y in unread)]
@@ -206,7 +210,7 @@ def count(run: Callable[[], object]) -> Launches:
 
 
 def our_block(model: ModelConfig, sequences: int, length: int) -> Callable[[], object]:
-    """Return forward and backward pass of our block, adding weight gradients to float32 sums."""
+    """Return forward and backward pass of our block, which writes weight gradients in float32."""
     with META:
         block = Block(spec_of(FAMILIES["LLAMA2"], model))
     for parameter in block.parameters():
@@ -216,11 +220,16 @@ def our_block(model: ModelConfig, sequences: int, length: int) -> Callable[[], o
     rotary = ops.rotary_table(torch.empty(tokens, device=META), model.head_size)
     x, dout = (torch.empty(tokens, model.hidden_size, device=META) for _ in range(2))
     x.requires_grad_()
-    return lambda: block(x, rotary, packed).backward(dout)
+
+    def step() -> None:
+        mark_stale(block.parameters())  # as at the start of a step
+        block(x, rotary, packed).backward(dout)
+
+    return step
 
 
 def plain_block(model: ModelConfig, sequences: int, length: int) -> Callable[[], object]:
-    """Return forward and backward pass of the plain block."""
+    """Return forward and backward pass of the plain block; in bfloat16, conversions belong to the step."""
     with META:
         block = PlainBlock(model)
     rotations = torch.empty(length, model.head_size // 2, dtype=torch.complex64, device=META)
@@ -247,7 +256,10 @@ def our_step(model: ModelConfig, sequences: int, length: int) -> Callable[[], ob
 def plain_step(model: ModelConfig, sequences: int, length: int) -> Callable[[], object]:
     """Return a step of the plain model: clipping and fused AdamW on float32 parameters, one kernel over all of them.
 
-    In bfloat16 the model computes with copies of these, and its gradients are converted for the update.
+    In bfloat16 it has the mixed precision of torch's ``fully_shard`` with its defaults, as on one rank: parameters are
+    float32, and each unit is converted when it is gathered, blocks for the forward and again for the backward pass, the
+    rest once; gradients are converted to float32 to be reduced. One kernel converts all of a unit. Collectives, and
+    copies to and from their buffers, are not counted.
     """
     with META:
         plain = PlainModel(model)
@@ -257,24 +269,35 @@ def plain_step(model: ModelConfig, sequences: int, length: int) -> Callable[[], 
     counts = [torch.empty((), dtype=torch.float32, device=META) for _ in held]
     ids = torch.empty(sequences, length, dtype=torch.int64, device=META)
     rotations = torch.empty(length, model.head_size // 2, dtype=torch.complex64, device=META)
+    blocks = [list(block.parameters()) for block in plain.blocks]
+    rest = [x for module in (plain.embedding, plain.norm, plain.output) for x in module.parameters()]
 
     @torch.no_grad()
-    def update() -> None:
-        grads = [x.grad for x in held if x.grad is not None]
+    def convert(unit: list[nn.Parameter]) -> None:
         if not is_wide:
-            wide = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
-            torch._foreach_copy_(wide, grads)
-            grads = wide
+            torch._foreach_copy_(unit, [torch.empty_like(x, dtype=torch.float32) for x in unit])
+
+    @torch.no_grad()
+    def reduced(unit: list[nn.Parameter]) -> list[Tensor]:
+        grads = [x.grad for x in unit if x.grad is not None]
+        if is_wide:
+            return grads
+        wide = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        torch._foreach_copy_(wide, grads)
+        return wide
+
+    @torch.no_grad()
+    def update(grads: list[Tensor]) -> None:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         rates = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
-        torch._fused_adamw_(held if is_wide else main, grads, sums, squares, [], counts, **rates)
-        if not is_wide:
-            torch._foreach_copy_(held, main)
+        torch._fused_adamw_(main, grads, sums, squares, [], counts, **rates)
 
     def step() -> None:
+        for unit in (rest, *blocks, *blocks):
+            convert(unit)
         plain(ids, ids, rotations).backward()
-        update()
+        update([grad for unit in (rest, *blocks) for grad in reduced(unit)])
         plain.zero_grad()
 
     return step
@@ -286,25 +309,29 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--operators", action="store_true", help="also print each operator's kernels and bytes")
     args = parser.parse_args()
-    KINDS[META.type] = MetaKind(name=META.type, backend="")
     print(
         "| sizes | part | kernels, ours | plain | ratio | MB, ours | plain | ratio |\n|---|---|--:|--:|--:|--:|--:|--:|"
     )
     details: list[str] = []
-    for name, (keys, sequences, length) in SIZES.items():
-        model = ModelConfig(**{**LLAMA_30M, **keys, "dtype": f"torch.{args.dtype}"})
-        for part, sides in {"layer": (our_block, plain_block), "step": (our_step, plain_step)}.items():
-            with default_dtype(getattr(torch, args.dtype)):
-                ours, plain = (count(side(model, sequences, length)) for side in sides)
-            kernels, moved = (ours.cost[i] / plain.cost[i] for i in range(2))
-            megabytes = [side.cost.bytes / 1e6 for side in (ours, plain)]
-            print(
-                f"| {name} | {part} | {ours.cost.kernels} | {plain.cost.kernels} | {kernels:.2f} "
-                f"| {megabytes[0]:.0f} | {megabytes[1]:.0f} | {moved:.2f} |"
-            )
-            details += [f"\n{name}, {part}", *_by_operator(ours, plain)]
+    for (name, part), (ours, plain) in counts(getattr(torch, args.dtype)):
+        kernels, moved = (ours.cost[i] / plain.cost[i] for i in range(2))
+        megabytes = [side.cost.bytes / 1e6 for side in (ours, plain)]
+        print(
+            f"| {name} | {part} | {ours.cost.kernels} | {plain.cost.kernels} | {kernels:.2f} "
+            f"| {megabytes[0]:.0f} | {megabytes[1]:.0f} | {moved:.2f} |"
+        )
+        details += [f"\n{name}, {part}", *_by_operator(ours, plain)]
     if args.operators:
         print("\n".join(details))
+
+
+def counts(dtype: torch.dtype) -> Iterator[tuple[tuple[str, str], list[Launches]]]:
+    """Yield what ours and the plain side launch, for each size and for a layer and a step."""
+    for name, (keys, sequences, length) in SIZES.items():
+        model = ModelConfig(**{**LLAMA_30M, **keys, "dtype": str(dtype)})
+        for part, sides in {"layer": (our_block, plain_block), "step": (our_step, plain_step)}.items():
+            with pretending(MetaKind(name=META.type, backend="")), default_dtype(dtype):
+                yield (name, part), [count(side(model, sequences, length)) for side in sides]
 
 
 def _by_operator(ours: Launches, plain: Launches) -> Iterator[str]:
