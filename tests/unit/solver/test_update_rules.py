@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig, ParamGroupConfig
 from internlm.config.schema.optim import OptimizerName
@@ -82,10 +83,27 @@ def test_muon_may_compute_its_products_in_bfloat16() -> None:
         assert 0 < (one - other).norm() < 0.03 * other.norm()
 
 
+class _Precisions(TorchDispatchMode):
+    """Record of the precision in which each product may be computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
 def test_tf32_is_for_the_products_of_muon_alone() -> None:
     """On the CPU, it is float32."""
     matrix = Matrices().weights[1].detach()
-    assert torch.equal(orthogonal(matrix, 5, "torch.tf32"), orthogonal(matrix, 5))
+    with _Precisions() as precisions:
+        allowed = orthogonal(matrix, 5, "torch.tf32")
+        exact = orthogonal(matrix, 5)
+    assert torch.equal(allowed, exact)
+    assert precisions.seen == 15 * ["high"] + 15 * ["highest"]
     assert torch.get_float32_matmul_precision() == "highest"
 
 
