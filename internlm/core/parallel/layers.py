@@ -81,7 +81,9 @@ def widen_norms(model: nn.Module) -> None:
     """Convert norm weights to at least float32, whatever the dtype of the other parameters."""
     for module in model.modules():
         if isinstance(module, ParallelNorm):
-            module.to(wide(module.weight.dtype))
+            for parameter in module.parameters():
+                # Not module.to, which replaces fake parameters and so loses their placement.
+                parameter.data = parameter.data.to(wide(parameter.dtype))
 
 
 class ParallelHead(ParallelLinear):

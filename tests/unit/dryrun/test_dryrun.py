@@ -70,7 +70,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "fp16, padded rows": (8, 3, ("model.dtype=torch.float16", "data.use_packed_dataset=False")),
     "fp32, grouped queries": (8, 1, ("model.dtype=torch.float32", "model.num_kv_attention_heads=4")),
     "sdpa, padded rows": (8, 1, ("model.attention_backend=sdpa", "data.use_packed_dataset=False")),
-    "muon": (8, 5, ("optimizer.type=Muon",)),
+    "muon, fp32 norms": (8, 5, ("optimizer.type=Muon", "use_fp32_norm=True")),
     "lion, all recomputed": (64, 63, ("optimizer.type=Lion", "model.checkpoint=True")),
     "offloaded": (8, 2, ("model.cpu_offloading=1",)),
     "selective, dropout": (8, 2, ("model.checkpoint=selective", "model.drop_rate=0.1")),
