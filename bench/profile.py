@@ -90,6 +90,7 @@ def main() -> None:
 def profile_step(ours: Ours, floor: Floor, steps: int) -> StepProfile:
     """Time steps without the profiler, in turns with the floor, then divide a few with it into kinds."""
     seconds = []
+    floor.turn()  # oneDNN compiles in its first
     for _ in range(steps):
         seconds.append(_timed(ours.step))
         floor.turn()

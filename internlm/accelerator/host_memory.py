@@ -21,10 +21,10 @@ _OPTIONS = {
 def keep_freed_memory() -> bool:
     """Let the allocator keep freed memory for the next tensors; return whether it does.
 
-    It does not where the user has set one of glibc's own variables (``MALLOC_TRIM_THRESHOLD_`` or
-    ``MALLOC_MMAP_THRESHOLD_``), and where the C library has no ``mallopt``.
+    It does not where the user has set one of glibc's own variables (``MALLOC_TRIM_THRESHOLD_``,
+    ``MALLOC_MMAP_THRESHOLD_`` or ``GLIBC_TUNABLES``), and where the C library has no ``mallopt``.
     """
-    if not os.environ.keys().isdisjoint(_OPTIONS):
+    if not os.environ.keys().isdisjoint(_OPTIONS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(option, value) for option, value in _OPTIONS.values())

@@ -179,7 +179,7 @@ class Trainer(OlderResult):
             data_iter: Batch, or iterator over batches. A batch is a pair (inputs, labels) with all micro-batches of a
                 step.
             forward_only: Whether to skip backward.
-            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels are not read.
+            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels may all be -100.
             return_output_label: Whether to keep outputs and labels in the result.
             after_backward: Function called when this rank's gradients are complete.
 

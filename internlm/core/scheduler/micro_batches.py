@@ -26,7 +26,7 @@ class MicroBatches:
         device: Device of the model.
         host_inputs: Names of the inputs that the model reads on the host.
         types: Number of dataset types; with 1, all tokens are of one type, whatever their ``type_ids`` are.
-        vocab_size: Vocabulary size of a decoder, whose batches are checked in full. None: a user's own model.
+        vocab_size: Vocabulary size of a decoder, whose batches are checked. None: a user's own model.
 
     Raises:
         UserError: The batch has no ``input_ids`` or no labels, a dataset type is not below ``types``, or shapes, types
@@ -51,12 +51,9 @@ class MicroBatches:
             if device_kind().has_values:
                 check_values(batch, labels, vocab_size)
         self._batch, self._labels, self._device, self._host_inputs = batch, labels, device, host_inputs
-        # The tokens of a missing type would be left out of the loss that is logged.
-        if types > 1 and "type_ids" in batch and (largest := int(batch["type_ids"].max())) >= types:
-            message = f"contain type {largest}, but the trainer was built for {types} dataset types"
-            todo = f"Pass types={largest + 1} to initialize_trainer, the number of types in the data"
-            raise UserError(Problem("type_ids of the batch", message, todo))
         self._type_ids = batch["type_ids"] if types > 1 and "type_ids" in batch else None
+        if self._type_ids is not None:
+            check_types(self._type_ids, labels, types)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -95,25 +92,27 @@ class MicroBatches:
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 LIKE_A_LOADER = "Make batches like those of the training loader"
+INTEGERS = (torch.int64, torch.int32)
 
 
 def check_shapes(batch: Mapping[str, Any], labels: Tensor) -> None:
     """Check that shapes and types of a batch are those that a decoder takes.
 
     Raises:
-        UserError: ``input_ids`` are not integers [M, T] with M ``cu_seqlens``, or [M, B, S] without, or the labels have
-            another number of elements.
+        UserError: ``input_ids`` are not integers [M, T] with M ``cu_seqlens``, or [M, B, S] without, or labels or
+            positions are not integers of the same shape.
     """
     ids, boundaries = batch["input_ids"], batch.get("cu_seqlens")
-    if not isinstance(ids, Tensor) or ids.is_floating_point():
-        got = str(ids.dtype) if isinstance(ids, Tensor) else type(ids).__name__
-        raise _refused("input_ids", f"expected a tensor of integers, got {got}")
+    _check_integers("input_ids", ids)
     shape = list(ids.shape)
     if ids.dim() != (3 if boundaries is None else 2) or not ids.numel():
         expected = "[micro_num, micro_bsz, seq_len], or [micro_num, tokens] with cu_seqlens"
         raise _refused("input_ids", f"expected {expected}, got {shape}{'' if boundaries is None else ' with them'}")
-    if len(labels) != len(ids) or labels.numel() != ids.numel():
-        raise _refused("labels", f"expected {shape}, as the input_ids have, got {list(labels.shape)}")
+    _check_integers("labels", labels, INTEGERS[:1])
+    for name, tensor in (("labels", labels), ("indexes", batch.get("indexes", labels))):
+        _check_integers(name, tensor)
+        if len(tensor) != len(ids) or tensor.numel() != ids.numel():
+            raise _refused(name, f"expected {shape}, as the input_ids have, got {list(tensor.shape)}")
     if boundaries is not None and (len(boundaries) != len(ids) or not all(isinstance(b, Tensor) for b in boundaries)):
         got = f"{len(boundaries)} of type {type(boundaries[0]).__name__}" if len(boundaries) else "none"
         raise _refused("cu_seqlens", f"expected a tensor for each of the {len(ids)} micro-batches, got {got}")
@@ -123,22 +122,64 @@ def check_values(batch: Mapping[str, Any], labels: Tensor, vocab_size: int) -> N
     """Check the values of a batch in host memory.
 
     Raises:
-        UserError: An input or a label is not in the vocabulary, or ``cu_seqlens`` do not cover their row.
+        UserError: An input or a label is not in the vocabulary, or ``cu_seqlens`` do not divide their row.
     """
-    for name, tensor, ignored in (("input_ids", batch["input_ids"], 0), ("labels", labels, -100)):
-        # A value between -100 and 0 beside -100 stays unseen here, for the sake of a single pass.
-        if is_host(tensor) and not torch.is_floating_point(tensor):
-            smallest, largest = (int(value) for value in tensor.aminmax())
-            if largest >= vocab_size or (smallest < 0 and smallest != ignored):
-                message = f"have values from {smallest} to {largest}, but model.vocab_size is {vocab_size}"
-                todo = "Use the tokenizer of the model, and -100 for labels to ignore"
-                raise UserError(Problem(f"{name} of the batch", message, todo))
-    tokens, boundaries = batch["input_ids"][0].numel(), batch.get("cu_seqlens")
-    for cu_seqlens in () if boundaries is None else boundaries:
-        # Under isp a rank has a shard of the row, but the boundaries of the whole row.
-        if is_host(cu_seqlens) and (int(cu_seqlens[0]) or int(cu_seqlens[-1]) % tokens or not int(cu_seqlens[-1])):
-            got = f"{int(cu_seqlens[0])}, …, {int(cu_seqlens[-1])}"
-            raise _refused("cu_seqlens", f"expected 0, …, {tokens}, the number of tokens in the row, got {got}")
+    for name, tensor in (("input_ids", batch["input_ids"]), ("labels", labels)):
+        if not is_host(tensor):
+            continue
+        smallest, largest = (int(value) for value in tensor.aminmax())
+        # A second pass only where a label is negative: is each of these -100?
+        ignores = tensor is labels and smallest == -100 and not ((tensor < 0) & (tensor != -100)).any()
+        if largest >= vocab_size or (smallest < 0 and not ignores):
+            message = f"have values from {smallest} to {largest}, but model.vocab_size is {vocab_size}"
+            if tensor is labels and smallest == -100 and largest < vocab_size:
+                message = "have negative values other than -100"
+            todo = "Use the tokenizer of the model, and -100 for labels to ignore"
+            raise UserError(Problem(f"{name} of the batch", message, todo))
+    for cu_seqlens in () if batch.get("cu_seqlens") is None else batch["cu_seqlens"]:
+        if is_host(cu_seqlens):
+            _check_boundaries(cu_seqlens, batch["input_ids"][0].numel())
+
+
+def check_types(type_ids: object, labels: Tensor, types: int) -> None:
+    """Check the dataset types of a batch; the tokens of a missing type would be left out of the loss that is logged.
+
+    Raises:
+        UserError: ``type_ids`` are not integers shaped like the labels, or not in 0, …, ``types`` - 1.
+    """
+    _check_integers("type_ids", type_ids)
+    assert isinstance(type_ids, Tensor)
+    if type_ids.numel() != labels.numel():
+        raise _refused("type_ids", f"expected {list(labels.shape)}, as the labels have, got {list(type_ids.shape)}")
+    if not device_kind().has_values:
+        return
+    smallest, largest = (int(value) for value in type_ids.aminmax())
+    if smallest < 0 or largest >= types:
+        wrong = smallest if smallest < 0 else largest
+        message = f"contain type {wrong}, but the trainer was built for {types} dataset types"
+        todo = f"Pass types={largest + 1} to initialize_trainer, the number of types in the data"
+        raise UserError(Problem("type_ids of the batch", message, LIKE_A_LOADER if smallest < 0 else todo))
+
+
+def _check_integers(name: str, value: object, dtypes: Collection[torch.dtype] = INTEGERS) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        got = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise _refused(name, f"expected a tensor of {' or '.join(map(str, dtypes))}, got {got}")
+
+
+def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Check the sequence boundaries of a packed row."""
+    _check_integers("cu_seqlens", cu_seqlens)
+    ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+    # Under isp a rank has a shard of the row, but the boundaries of the whole row.
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] < tokens or ends[-1] % tokens or ends != sorted(ends):
+        raise _refused("cu_seqlens", f"expected 0, …, {tokens} in ascending order, got {_shortened(cu_seqlens)}")
+
+
+def _shortened(tensor: Tensor) -> str:
+    values = [str(value) for value in tensor.flatten().tolist()]
+    listed = values if len(values) <= 8 else [*values[:4], "…", *values[-3:]]
+    return f"{', '.join(listed) or 'none'}{f' of shape {list(tensor.shape)}' if tensor.dim() != 1 else ''}"
 
 
 def _refused(name: str, message: str) -> UserError:

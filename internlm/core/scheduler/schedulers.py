@@ -124,7 +124,7 @@ class Scheduler:
             engine: Object whose ``model`` is run.
             data_iter: Iterator over (inputs, labels) of all micro-batches of a step.
             forward_only: Whether to skip backward.
-            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels are not read.
+            return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels may all be -100.
             return_output_label: Whether to keep outputs and labels in the result.
             training: Settings of a training step (default: ``TrainingStep()``).
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -98,12 +98,19 @@ def test_a_batch_without_inputs_or_labels_is_refused() -> None:
             MicroBatches(*given, CPU)
 
 
-def test_a_type_beyond_those_of_the_trainer_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids * 2, r"contain type 2, .* for 2 dataset types\. Pass types=3"),
+        (lambda ids: ids - 1, r"contain type -1, .* for 2 dataset types\. Make batches like"),
+        (lambda ids: ids[:, :-1], r"expected \[3, 8\], as the labels have, got \[3, 7\]"),
+        (lambda ids: ids.tolist(), r"expected a tensor of torch\.int64 or torch\.int32, got list"),
+    ],
+)
+def test_types_that_the_trainer_does_not_have_are_refused(change: Callable[[Tensor], object], message: str) -> None:
     inputs, labels = batch()
-    inputs["type_ids"] = inputs["type_ids"] * 2
-    with pytest.raises(
-        UserError, match=r"^type_ids of the batch: contain type 2, .* for 2 dataset types\. Pass types=3"
-    ):
+    inputs["type_ids"] = change(inputs["type_ids"])
+    with pytest.raises(UserError, match=rf"^type_ids of the batch: {message}"):
         MicroBatches(inputs, labels, CPU, types=2)
 
 
@@ -122,12 +129,12 @@ WRONG: dict[str, tuple[dict[str, Any], Tensor, str]] = {
     "floats": (
         {"input_ids": IDS.float()},
         IDS,
-        r"input_ids of the batch: expected a tensor of integers, got torch\.float32",
+        r"input_ids of the batch: expected a tensor of torch\.int64 or torch\.int32, got torch\.float32",
     ),
     "an array": (
         {"input_ids": IDS.numpy()},
         IDS,
-        r"input_ids of the batch: expected a tensor of integers, got ndarray",
+        r"input_ids of the batch: expected a tensor of torch\.int64 or torch\.int32, got ndarray",
     ),
     "labels of other rows": (
         {"input_ids": IDS},
@@ -162,7 +169,43 @@ WRONG: dict[str, tuple[dict[str, Any], Tensor, str]] = {
     "boundaries of half a row": (
         {"input_ids": ROWS, "cu_seqlens": BOUNDARIES[:, :2]},
         ROWS,
-        r"cu_seqlens of the batch: expected 0, …, 4, the number of tokens in the row, got 0, …, 1",
+        r"cu_seqlens of the batch: expected 0, …, 4 in ascending order, got 0, 1\.",
+    ),
+    "boundaries out of order": (
+        {"input_ids": ROWS, "cu_seqlens": [torch.tensor([0, 3, 2, 4])] * 2},
+        ROWS,
+        r"cu_seqlens of the batch: expected 0, …, 4 in ascending order, got 0, 3, 2, 4\.",
+    ),
+    "a boundary beyond the row": (
+        {"input_ids": ROWS, "cu_seqlens": [torch.tensor([0, 9, 4])] * 2},
+        ROWS,
+        r"cu_seqlens of the batch: expected 0, …, 4 in ascending order, got 0, 9, 4\.",
+    ),
+    "no boundaries": (
+        {"input_ids": ROWS, "cu_seqlens": [torch.tensor([], dtype=torch.int32)] * 2},
+        ROWS,
+        r"cu_seqlens of the batch: expected 0, …, 4 in ascending order, got none\.",
+    ),
+    "boundaries as fractions": (
+        {"input_ids": ROWS, "cu_seqlens": [torch.tensor([0.0, 4.0])] * 2},
+        ROWS,
+        r"cu_seqlens of the batch: expected a tensor of torch\.int64 or torch\.int32, got torch\.float32",
+    ),
+    "-1 beside -100": (
+        {"input_ids": IDS},
+        torch.where(IDS > 5, -100, torch.where(IDS > 3, -1, IDS)),
+        r"labels of the batch: have negative values other than -100",
+    ),
+    "labels as truth values": ({"input_ids": IDS}, IDS > 3, r"labels of the batch: expected a tensor of torch\.int64"),
+    "short integers": (
+        {"input_ids": IDS.short()},
+        IDS,
+        r"input_ids .*: expected a tensor of torch\.int64 or .* got .*16",
+    ),
+    "positions of another length": (
+        {"input_ids": IDS, "indexes": IDS[..., :-1]},
+        IDS,
+        r"indexes of the batch: expected \[.*\], as the input_ids have, got \[",
     ),
 }
 
