@@ -116,8 +116,8 @@ MISTAKES = (
     Mistake(
         name="isp: the gradient of the embedding is not summed",
         file="core/parallel/isp.py",
-        old="return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)",
-        new="return F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)).chunk(self.group.size)[self.group.rank]",
+        old="return reduce_scatter(pad_rows(dw, self.group), self.group)",
+        new="return pad_rows(dw, self.group).chunk(self.group.size)[self.group.rank]",
     ),
     Mistake(
         name="isp: with overlap the last gradient is never delivered",

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import LEDGER
@@ -131,6 +132,12 @@ def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
     received = torch.empty_like(slices, memory_format=torch.contiguous_format)
     work = dist.all_to_all_single(received, slices.contiguous(), group=group.handle, async_op=True)
     return Pending(received, work)
+
+
+def pad_rows(tensor: Tensor, group: Group) -> Tensor:
+    """Return ``tensor`` with rows of zeros at its end that make its rows a multiple of the group's size."""
+    surplus = -tensor.shape[0] % group.size
+    return F.pad(tensor, (0, 0, 0, surplus)) if surplus else tensor  # F.pad copies in any case
 
 
 # -- blocking collectives ---------------------------------------------------------------------------------------------

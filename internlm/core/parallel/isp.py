@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.collectives import all_gather, all_to_all, exchange, reduce_scatter
+from internlm.core.parallel.collectives import all_gather, all_to_all, exchange, pad_rows, reduce_scatter
 from internlm.core.parallel.communicator import (
     AttentionCommunicator,
     Communicator,
@@ -126,7 +125,7 @@ class IspEmbedding(EmbeddingCommunicator):
         return all_gather(weight, self.group)[: self.vocab_size]  # the last rows may be padding
 
     def _reduce(self, dw: Tensor) -> Tensor:
-        return reduce_scatter(F.pad(dw, (0, 0, 0, -self.vocab_size % self.group.size)), self.group)
+        return reduce_scatter(pad_rows(dw, self.group), self.group)
 
 
 # -- attention and positions ------------------------------------------------------------------------------------------

@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from internlm.core.context.group import Group
-from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_reduce_scatter
+from internlm.core.parallel.collectives import Pending, begin_all_gather, begin_reduce_scatter, pad_rows
 from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
 from internlm.utils.torch_private import at_end_of_backward, in_backward
 
@@ -169,7 +168,7 @@ class WeightGatherer:
             The result of ``deliver``, or None if it is called later.
         """
         linear = self.linears[index]
-        pending = begin_reduce_scatter(F.pad(dw, (0, 0, 0, -linear.rows % self.group.size)), self.group)
+        pending = begin_reduce_scatter(pad_rows(dw, self.group), self.group)
         if not self.overlap.enabled or not in_backward() or main_grad_of(linear.weight) is None:
             return deliver(pending.wait())
         self._deliver()

@@ -91,6 +91,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "fsp": (16, 3, split_over("fsp", 4)),
     "isp": (64, 5, ISP),
     "isp, pool, one tensor rank": (8, 5, (*split_over("isp", 1, 8), "parallel.weight.overlap=True")),
+    "isp, fewer kv heads than ranks": (8, 3, (*split_over("isp", 8, 8), "model.num_kv_attention_heads=4")),
     "1F1B, first stage": (64, 0, stages(4)),
     "1F1B, middle stage of msp": (4096, 2050, (*stages(4, "model.checkpoint=0.5"), *split_over("msp", 2))),
     "1F1B, last stage, tied": (8, 7, (*stages(2), "model.tie_word_embeddings=True")),
