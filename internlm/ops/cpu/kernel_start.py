@@ -70,6 +70,9 @@ def resume_kernels(recorded: dict[str, dict[str, str]]) -> None:
         return
     own_type = processor.processor_type()
     table = kernel_choice.from_plain(recorded.get(own_type))
+    if table is None and own_type in recorded:
+        _warn_once("the checkpoint records the CPU kernels of another version of this project")
+        return
     if table is None:
         _warn_once(f"the checkpoint was saved on another processor ({'; '.join(recorded)}; now {own_type})")
         return

@@ -305,6 +305,21 @@ def test_a_run_that_moves_to_another_processor_says_so(
     assert kernel_choice.current() == before
 
 
+def test_a_record_of_another_version_on_the_same_processor_says_so(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(processor.KERNELS_VARIABLE, "rule")
+    kernel_start.choose_kernels(torch.float32)
+    before, recorded = kernel_choice.current(), to_plain(rule(processor.processor_type()))
+    recorded.popitem()
+    kernel_start.resume_kernels({processor.processor_type(): recorded})
+    assert caplog.messages == [
+        "the checkpoint records the CPU kernels of another version of this project: the run continues with other "
+        "rounding errors, not bit by bit"
+    ]
+    assert kernel_choice.current() == before
+
+
 def test_forced_kernels_hold_in_a_resumed_run(
     alone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
