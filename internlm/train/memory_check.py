@@ -25,12 +25,12 @@ def check_memory(config: Config, world_size: int, stage: int, zero_rank: int | N
     Raises:
         ConfigError: The memory does not suffice, or the sizes of the model are too large for any tensor.
     """
+    try:
+        inventory = build_inventory(config, world_size, stage)  # also where no memory is limited: it checks the sizes
+    except NoCostFormulaError:
+        return
     free = accelerator.free_memory()
     if free is None:
-        return
-    try:
-        inventory = build_inventory(config, world_size, stage)
-    except NoCostFormulaError:
         return
     # Parameters first: the layout of the flat buffers has an entry per bucket, which is itself too large for a model
     # of absurd size.

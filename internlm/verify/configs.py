@@ -108,6 +108,8 @@ OFF: Values = {
     "ckpt.enable_save_ckpt": False,
     "ckpt.save_ckpt_folder": None,
     "ckpt.load_ckpt_info": None,
+    "ckpt.load_ckpt_folder": None,
+    "ckpt.load_model_only_folder": None,
     "monitor.alert.enable_feishu_alert": False,
     "monitor.alert.alert_file_path": None,
     "data.valid_every": 0,

@@ -347,6 +347,8 @@ def test_what_cannot_be_compared_is_said(config: Path, apart: Apart) -> None:
     [
         (["--world", "8", "--rank", "8"], "--rank: 8 is not a rank of the run. Pass a rank below --world, 8"),
         (["--world", "8", "--set", "parallel.tensor.size=3"], "parallel.tensor.size"),
+        (["--world", "2", "--set", f"model.hidden_size={2**62}"], f"model.hidden_size: {2**62} makes a parameter with"),
+        (["--world", "2", "--set", "model.mlp_ratio=1e300"], "model.mlp_ratio: 1e+300 makes a parameter with more"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments: list[str], message: str, config: Path, apart: Apart) -> None:

@@ -114,6 +114,14 @@ def test_nothing_is_saved_or_told() -> None:
     assert not config.enable_tb
 
 
+@pytest.mark.parametrize("key", ["load_ckpt_folder", "load_model_only_folder"])
+def test_the_folder_that_a_run_continues_from_is_not_loaded(key: str) -> None:
+    ckpt = {"save_ckpt_folder": "local:ckpts", key: "local:ckpts", "auto_resume": True}
+    config = make_plan({**SMALL, "ckpt": ckpt}).config
+    assert config.ckpt.save_ckpt_folder is None
+    assert config.ckpt.load_ckpt_info is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
