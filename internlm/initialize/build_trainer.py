@@ -63,10 +63,7 @@ def initialize_trainer(
             differs between ranks.
     """
     _check_older(older)
-    if not isinstance(optimizer, HybridZeroOptimizer):
-        message = f"expected the optimizer of initialize_optimizer, got {type(optimizer).__name__}"
-        todo = "Choose the update rule by optimizer.type in the config"
-        raise UserError(Problem("initialize_trainer(optimizer=...)", message, todo))
+    _check_parts(model, optimizer, types)
     _check_schedules(lr_scheduler, beta2_scheduler)
     if criterion is None:
         criterion = TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
@@ -89,23 +86,60 @@ def _check_older(keywords: Mapping[str, Any]) -> None:
         raise UserError(*problems)
 
 
+def _check_parts(model: object, optimizer: object, types: object) -> None:
+    if not isinstance(model, nn.Module):
+        message = f"expected one nn.Module, got {type(model).__name__}"
+        todo = "Pass the model that initialize_model_and_parallel_communicator returns"
+        raise UserError(Problem("initialize_trainer(model=...)", message, todo))
+    if not isinstance(optimizer, HybridZeroOptimizer):
+        message = f"expected the optimizer of initialize_optimizer, got {type(optimizer).__name__}"
+        todo = "Choose the update rule by optimizer.type in the config"
+        raise UserError(Problem("initialize_trainer(optimizer=...)", message, todo))
+    if isinstance(types, bool) or not isinstance(types, int) or types < 1:
+        message = f"expected a number of dataset types of at least 1, got {types!r}"
+        raise UserError(Problem("initialize_trainer(types=...)", message, "Pass len(dataset_types), or omit it"))
+
+
 def _check_schedules(lr_scheduler: object, beta2_scheduler: object) -> None:
     """Check that both schedules are functions of the step, and not each in the place of the other."""
     todo = "initialize_optimizer returns (optimizer, beta2_scheduler, lr_scheduler)"
     others = (("lr_scheduler", lr_scheduler, Beta2Schedule), ("beta2_scheduler", beta2_scheduler, LRSchedule))
     for name, schedule, other in others:
-        if isinstance(schedule, (nn.Module, other)) or not callable(schedule):
-            message = f"expected a function of the step, got {type(schedule).__name__}"
+        if isinstance(schedule, (type, nn.Module, other)) or not _takes(schedule, "step"):
+            message = f"expected a function of the step, got {_described(schedule)}"
             raise UserError(Problem(f"initialize_trainer({name}=...)", message, f"{todo}; call {CALL}"))
 
 
-def _check_criterion(criterion: Any) -> None:
-    try:  # a module is called by its forward
-        inspect.signature(getattr(criterion, "forward", criterion)).bind("inputs", "labels", "grad_scale")
-    except TypeError:
-        message = f"expected a function of (inputs, labels, grad_scale), got {type(criterion).__name__}"
+def _check_criterion(criterion: object) -> None:
+    function = getattr(criterion, "forward", criterion)  # a module is called by its forward
+    if isinstance(criterion, type) or not _takes(function, "inputs", "labels", "grad_scale"):
+        message = f"expected a function of (inputs, labels, grad_scale), got {_described(criterion)}"
         todo = "Omit it: the loss is the cross-entropy of tokens, with loss.label_smoothing of the config"
-        raise UserError(Problem("initialize_trainer(criterion=...)", message, todo)) from None
+        raise UserError(Problem("initialize_trainer(criterion=...)", message, todo))
+
+
+def _takes(function: object, *arguments: str) -> bool:
+    """Return whether ``function`` can be called with as many positional arguments as ``arguments`` has."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError):  # ValueError: a function without a signature, such as max
+        return False
+    return True
+
+
+def _described(value: object) -> str:
+    """Return a function or class by its name, with its signature if it has one; any other value by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = getattr(value, "__name__", None)
+    if name is None:
+        return type(value).__name__
+    try:
+        return f"{name}{inspect.signature(value)}"  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return str(name)
 
 
 def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:

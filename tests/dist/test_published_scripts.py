@@ -180,6 +180,34 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         lambda r: _trainer(r, criterion=torch.nn.CrossEntropyLoss()),
         r"^initialize_trainer\(criterion=\.\.\.\): expected a function of \(inputs, labels, grad_scale\), got Cross",
     ),
+    "initialize_trainer(criterion=CrossEntropyLoss)": (
+        lambda r: _trainer(r, criterion=torch.nn.CrossEntropyLoss),
+        r"^initialize_trainer\(criterion=\.\.\.\): expected a function of .*, got the class CrossEntropyLoss\. Omit it",
+    ),
+    "initialize_trainer(criterion=max)": (
+        lambda r: _trainer(r, criterion=max),
+        r"^initialize_trainer\(criterion=\.\.\.\): expected a function of .*, got max\. Omit it",
+    ),
+    "initialize_trainer(lr_scheduler=lambda: 1)": (
+        lambda r: initialize_trainer(r.model, r.optimizer, lambda: 1, r.beta2_scheduler),  # type: ignore[misc,arg-type]
+        r"^initialize_trainer\(lr_scheduler=\.\.\.\): expected a function of the step, got <lambda>\(\)\. ",
+    ),
+    "initialize_trainer(model=None)": (
+        lambda r: initialize_trainer(None, r.optimizer, r.lr_scheduler, r.beta2_scheduler),  # type: ignore[arg-type]
+        r"^initialize_trainer\(model=\.\.\.\): expected one nn\.Module, got NoneType\. Pass the model that ",
+    ),
+    "initialize_trainer(model=[model])": (
+        lambda r: initialize_trainer([r.model], r.optimizer, r.lr_scheduler, r.beta2_scheduler),  # type: ignore[arg-type]
+        r"^initialize_trainer\(model=\.\.\.\): expected one nn\.Module, got list\. ",
+    ),
+    "initialize_trainer(types=0)": (
+        lambda r: _trainer(r, types=0),
+        r"^initialize_trainer\(types=\.\.\.\): expected a number of dataset types of at least 1, got 0\. Pass len",
+    ),
+    "initialize_trainer(types=['a'])": (
+        lambda r: _trainer(r, types=["a"]),
+        r"^initialize_trainer\(types=\.\.\.\): expected a number of dataset types of at least 1, got \['a'\]\. ",
+    ),
     "initialize_trainer(data=...)": (
         lambda r: _trainer(r, data=r.loader),
         r"^initialize_trainer\(data=\.\.\.\): unknown keyword\. Call initialize_trainer\(model, opt",
