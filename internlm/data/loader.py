@@ -19,6 +19,7 @@ from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import PackingLayout, Row, RowShape, TrainRows, ValidRows
 from internlm.utils.compat import ReplacedNames
+from internlm.utils.errors import Problem, UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -211,6 +212,9 @@ class TrainLoader(_RowLoader):
     Iterating yields the batch of each step (see :func:`collate` and :func:`split_rows`), prefetched by ``num_worker``
     threads. A batch depends only on its step, so :meth:`seek` suffices to restart at a step. :meth:`resume` continues
     from a saved :class:`Position` even if the batch size or the skipped batches have changed since.
+
+    Raises:
+        UserError: An iterator is read on after :meth:`resume`.
     """
 
     def __init__(
@@ -234,6 +238,20 @@ class TrainLoader(_RowLoader):
         """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run."""
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._until_resumed(self.plan, super().__iter__())
+
+    def _until_resumed(self, plan: BatchPlan, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield ``batches``, which begin at a step of ``plan``; raise when the loader has another plan."""
+        while self.plan is plan:  # checked before reading: the other plan may not have the step
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+        message = "the run was resumed after this iterator was made, whose batches are those of other steps"
+        todo = "Resume before iter(train_dl): call ckpt_manager.try_resume_training(trainer.state) first"
+        raise UserError(Problem("train_dl", message, todo))
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``, to be saved in a checkpoint."""

@@ -127,6 +127,19 @@ def test_seeking_equals_going_straight_on(num_worker: int, settings: dict[str, s
         assert same(list(resumed), straight[start:])
 
 
+@pytest.mark.parametrize("num_worker", [0, 4])
+@pytest.mark.parametrize("read", [0, 1])
+def test_an_iterator_made_before_resuming_is_refused(num_worker: int, read: int) -> None:
+    loader = train(num_worker=num_worker)
+    batches = iter(loader)
+    for _ in range(read):
+        next(batches)
+    loader.resume(loader.position(2))
+    with pytest.raises(UserError, match=r"^train_dl: the run was resumed after .*\. Resume before iter\("):
+        next(batches)
+    assert len(list(loader)) == 18
+
+
 def test_the_data_goes_on_in_the_next_epoch(folder: str) -> None:
     """535 tokens, which is 17 rows of 32 and a few epochs in all, however the steps fall."""
     steps = list(train(train_folder=folder))
