@@ -8,6 +8,7 @@ recomputation, and with all keys of a sequence for each query.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 from statistics import median
@@ -19,6 +20,7 @@ from bench.ours import Ours
 from bench.yardsticks import Yardstick
 from internlm import accelerator
 from internlm.accelerator import processor
+from internlm.cli.parsers import count
 from internlm.costs.flops import model_flops_per_token
 from internlm.costs.memory_plan import format_bytes
 from internlm.train.hooks.log import own_plan
@@ -127,16 +129,27 @@ def measure(rank: int, world_size: int, model: Yardstick, steps: int, micro_batc
     )
 
 
+def _positive(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 @exit_on_user_error
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-1B")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--micro-batches", type=int, default=MICRO_BATCHES)
+    parser.add_argument("--steps", type=count, default=STEPS)
+    parser.add_argument("--micro-batches", type=count, default=MICRO_BATCHES)
     parser.add_argument(
-        "--peak-tflops", type=float, help="of dense bfloat16 products, for a device without a known one"
+        "--peak-tflops", type=_positive, help="of dense bfloat16 products, for a device without a known one"
     )
     args = parser.parse_args()
     devices = Devices.of_this_machine(args.device)

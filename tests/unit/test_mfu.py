@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.mfu import MODELS, Speed, peak_flops
+from bench.mfu import MODELS, Speed, main, peak_flops
 from internlm.config import load_config
 from internlm.costs.flops import block_weights, vocab_weights
 
@@ -37,6 +37,26 @@ def test_mfu_is_the_share_of_the_peak() -> None:
         "NVIDIA H200: 80000 tokens/s, 500 ms a step, peak memory 30.00 GiB (planned 27.00 GiB), 495 TFLOP/s, "
         "MFU 50.0% of 989.4 TFLOP/s"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--steps", "0", "an integer of at least 1"),
+        ("--micro-batches", "0", "an integer of at least 1"),
+        ("--peak-tflops", "0", "a number above 0"),
+        ("--peak-tflops", "nan", "a number above 0"),
+        ("--peak-tflops", "many", "a number above 0"),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(
+    option: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mfu", "--model", "tiny", "--device", "cpu", option, value])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert f"argument {option}: expected {expected}, got {value!r}" in capsys.readouterr().err
 
 
 def test_the_large_model_has_a_billion_parameters() -> None:
