@@ -187,12 +187,12 @@ class Trainer(OlderResult):
             Loss and metrics of the step.
 
         Raises:
-            UserError: ``data_iter`` is neither a batch nor an iterator.
+            UserError: ``data_iter`` is neither a batch nor an iterator, or an iterator without another batch.
         """
         training = TrainingStep(
             step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
-        batch = next(_batches(data_iter))
+        batch = _next_batch(_batches(data_iter), "trainer.execute_schedule")
         result = self.scheduler.forward_backward_step(
             self, iter([batch]), forward_only, return_loss, return_output_label, training
         )
@@ -226,11 +226,11 @@ class Trainer(OlderResult):
         """Run one training step: fetch a batch, run forward and backward passes, update the parameters.
 
         Raises:
-            UserError: Too many steps in a row were skipped because of non-finite gradients.
+            UserError: There is no batch, or too many steps in a row were skipped because of non-finite gradients.
         """
         # Read the step before self.step() increments it.
         step, start = self.state.step, accelerator.Mark()
-        batch = next(batches)
+        batch = _next_batch(batches, "trainer.train_step")
         fetched = accelerator.Mark()
         # From the number of micro-batches, the optimizer derives when the gradients of a bucket are complete.
         self.optimizer.begin_step(micro_batches=len(batch[1]))
@@ -265,7 +265,8 @@ class Trainer(OlderResult):
             Progress of the run at the end.
 
         Raises:
-            UserError: Too many steps in a row were skipped because of non-finite gradients.
+            UserError: The loader has too few batches, or too many steps in a row were skipped because of non-finite
+                gradients.
         """
         _check_loader(loader)
         loader.seek(self.state.step)
@@ -311,6 +312,19 @@ def _batches(data: Iterator[Batch] | Batch) -> Iterator[Batch]:
     # A loader is not taken: it would begin with its first batch in each call.
     todo = "Pass the batch of a loop over the loader, or the result of iter(loader), created once"
     raise UserError(Problem("trainer.execute_schedule", message, todo))
+
+
+def _next_batch(batches: Iterator[Batch], where: str) -> Batch:
+    """Return the next of ``batches``, for the function ``where`` that needs one.
+
+    Raises:
+        UserError: There is none. (StopIteration would silently end a loop around the caller.)
+    """
+    batch = next(batches, None)
+    if batch is None:
+        todo = "Pass a batch for each step; a training loader has one for each of data.total_steps"
+        raise UserError(Problem(where, "the iterator has no more batches", todo))
+    return batch
 
 
 def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:

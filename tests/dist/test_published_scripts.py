@@ -266,6 +266,14 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         lambda r: r.trainer.execute_schedule(r.loader),
         r"^trainer\.execute_schedule: expected a batch \(inputs, labels\) or an iterator .*, got TrainLoader\. Pass ",
     ),
+    "execute_schedule(iter([]))": (
+        lambda r: r.trainer.execute_schedule(iter([])),
+        r"^trainer\.execute_schedule: the iterator has no more batches\. Pass a batch for each step; ",
+    ),
+    "trainer.train_step(iter([]))": (
+        lambda r: r.trainer.train_step(iter([])),
+        r"^trainer\.train_step: the iterator has no more batches\. Pass a batch for each step; ",
+    ),
 }
 
 
