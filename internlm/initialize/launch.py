@@ -8,8 +8,6 @@ import functools
 import gc
 import os
 import random
-import socket
-import time
 from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +29,7 @@ from internlm.initialize.environment import (
     device_index,
     find_process,
 )
+from internlm.initialize.rendezvous import CHECK_RANK_0, make_store
 from internlm.ops import why_unavailable
 from internlm.ops.cpu.kernel_start import check_request, choose_kernels
 from internlm.utils.common import FriendlyParser
@@ -44,12 +43,6 @@ OLDEST_TORCH = (2, 13)
 CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 #: Collectives that the flight recorder keeps for each rank.
 RECORDED_COLLECTIVES = 2000
-
-_CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
-#: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
-_SECONDS_BEFORE_WARNING = 10.0
-#: Key in rank 0's store that counts the ranks that have connected to it.
-_JOINED = "ranks that joined"
 
 ConfigLike = str | Path | dict[str, Any] | Config
 
@@ -319,7 +312,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     try:
         if "nccl" in backend:
             _record_collectives(os.environ)
-        store = _make_store(process, timedelta(seconds=timeout))
+        store = make_store(process, timedelta(seconds=timeout))
         dist.init_process_group(
             backend,
             timeout=timedelta(seconds=timeout),
@@ -331,7 +324,7 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
         # torch has no exception class for a port in use.
         in_use = "EADDRINUSE" in str(error)
         message = "is in use" if in_use else f"cannot be reached ({str(error).splitlines()[0]})"
-        todo = "Choose another port with --port" if in_use else _CHECK_RANK_0
+        todo = "Choose another port with --port" if in_use else CHECK_RANK_0
         raise LaunchError(Problem(endpoint, message, todo)) from None
     if backend == "gloo":
         leave_at_exit()
@@ -347,86 +340,6 @@ def _record_collectives(environment: MutableMapping[str, str]) -> None:
     if not environment.keys() & {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"}:
         environment["TORCH_FR_BUFFER_SIZE"] = str(RECORDED_COLLECTIVES)
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def _make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
-    """Connect to the store of the job, which rank 0 or torchrun's agent hosts.
-
-    torchrun keeps one store through all restarts of a job (``--max-restarts``). After a restart, this store still holds
-    the addresses of ranks that have died, so each attempt gets a separate key prefix.
-    """
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = process.rank == 0 and not agent_hosts
-    if not hosts:
-        _wait_until_reachable(process.host, process.port, timeout.total_seconds())
-    # Rank 0 reaches its own store by the loopback interface, even if the other ranks' address for it is wrong.
-    address = "localhost" if hosts else process.host
-    store: dist.Store = dist.TCPStore(
-        address,
-        process.port,
-        process.world_size,
-        is_master=hosts,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=hosts,
-    )
-    if not agent_hosts:
-        store.add(_JOINED, 1)
-    if hosts:
-        _wait_until_joined(store, process, timeout.total_seconds())
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt-{attempt}", store) if agent_hosts else store
-
-
-def _wait_until_joined(store: dist.Store, process: ProcessInfo, timeout: float) -> None:
-    """Block until all ranks have connected to the store that this rank hosts.
-
-    torch would wait as well, but log nothing meanwhile.
-
-    Raises:
-        LaunchError: A rank has not connected within ``timeout`` seconds.
-    """
-    where, size = f"{process.host}:{process.port}", process.world_size
-    deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
-    while (joined := store.add(_JOINED, 0)) < size:
-        now = time.monotonic()
-        if now >= deadline:
-            message = f"only {joined} of {size} ranks joined within {timeout:g} s"
-            raise LaunchError(Problem(where, message, "Check --host and --port, and that every rank is running"))
-        if now >= warn_at:
-            warn_at = deadline  # once
-            get_logger().warning(f"waiting at {where}: only {joined} of {size} ranks joined")
-        time.sleep(min(0.05, deadline - now))
-
-
-def _wait_until_reachable(host: str, port: int, timeout: float) -> None:
-    """Block until rank 0's store accepts connections.
-
-    torch would wait as well, but print two C++ stack traces for each failed attempt.
-
-    Raises:
-        LaunchError: No connection is possible within ``timeout`` seconds.
-    """
-    deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
-    while True:
-        try:
-            # A host that drops packets answers nothing; an attempt of minutes would delay the warning.
-            limit = min(max(deadline - time.monotonic(), 0.1), _SECONDS_BEFORE_WARNING)
-            with socket.create_connection((host, port), timeout=limit) as connection:
-                # The system may choose the port itself as the source of the connection, which then meets itself.
-                if connection.getsockname() != connection.getpeername():
-                    return
-            reason = "nobody listens"
-        except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
-            reason = getattr(error, "strerror", None) or str(error)
-        now = time.monotonic()
-        if now >= deadline:
-            problem = Problem(f"{host}:{port}", f"cannot be reached within {timeout:g} s ({reason})", _CHECK_RANK_0)
-            raise LaunchError(problem)
-        if now >= warn_at:
-            warn_at = deadline  # once
-            get_logger().warning(f"waiting for rank 0 at {host}:{port} ({reason})")
-        time.sleep(min(0.2, deadline - now))
 
 
 @functools.cache  # registered once: handlers that a script registers later may still use the groups

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,7 +21,7 @@ from internlm import accelerator
 from internlm.accelerator import DeviceKind, pretending
 from internlm.config import load_config
 from internlm.initialize import environment as variables
-from internlm.initialize import get_default_parser, initialize_distributed_env, launch
+from internlm.initialize import get_default_parser, initialize_distributed_env, launch, rendezvous
 from internlm.initialize.environment import ProcessInfo, detect_launcher
 from internlm.initialize.launch import parse_args
 from internlm.utils.common import parse_args as common_parse_args
@@ -298,14 +298,44 @@ def test_a_rank_that_never_comes(case: str, monkeypatch: pytest.MonkeyPatch, cap
     assert "frame #" not in capfd.readouterr().err  # no C++ stack traces around that line
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"", None])
+def test_a_server_that_is_not_rank_0(
+    answer: bytes | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It answers something else, closes each connection or, with None, never answers."""
+    kept: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):  # closed below
+            while True:
+                kept.append(listener.accept()[0])
+                if answer is not None:
+                    kept[-1].sendall(answer)
+                    kept[-1].shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        port = listener.getsockname()[1]
+        environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+        problems = problems_of_launch(monkeypatch, environment, overrides=["parallel.timeout=0.5"])
+        listener.shutdown(socket.SHUT_RDWR)
+    assert problems == (
+        f"127.0.0.1:{port}: cannot be reached within 0.5 s (what listens there does not answer as rank 0 does). "
+        "Check --host and --port, and that rank 0 is running"
+    )
+    assert capfd.readouterr().err == ""
+    for connection in kept:
+        connection.close()
+
+
 def test_a_long_wait_for_rank_0_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "_SECONDS_BEFORE_WARNING", 0.1)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BEFORE_WARNING", 0.1)
     port = int(_free_port())
     monkeypatch.setattr(launch.get_logger(), "propagate", True)
     with pytest.raises(LaunchError):
-        launch._wait_until_reachable("127.0.0.1", port, 1.0)
+        rendezvous.connect("127.0.0.1", port, timedelta(seconds=1))
     assert [record.getMessage() for record in caplog.records] == [
         f"waiting for rank 0 at 127.0.0.1:{port} (Connection refused)"
     ]
@@ -314,13 +344,13 @@ def test_a_long_wait_for_rank_0_is_logged_once(
 def test_a_long_wait_of_rank_0_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "_SECONDS_BEFORE_WARNING", 0.1)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BEFORE_WARNING", 0.1)
     monkeypatch.setattr(launch.get_logger(), "propagate", True)
     process = ProcessInfo(rank=0, world_size=3, local_rank=0, host="127.0.0.1", port=int(_free_port()))
-    other = threading.Thread(target=launch._make_store, args=(replace(process, rank=1), timedelta(seconds=5)))
+    other = threading.Thread(target=rendezvous.make_store, args=(replace(process, rank=1), timedelta(seconds=5)))
     other.start()
     with pytest.raises(LaunchError, match=r"only 2 of 3 ranks joined within 2 s\."):
-        launch._make_store(process, timedelta(seconds=2))
+        rendezvous.make_store(process, timedelta(seconds=2))
     other.join()
     (message,) = (record.getMessage() for record in caplog.records if "ranks joined" in record.getMessage())
     assert re.fullmatch(rf"waiting at 127\.0\.0\.1:{process.port}: only [12] of 3 ranks joined", message)
@@ -334,7 +364,7 @@ def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytes
     seen = []
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        store = launch._make_store(process, timedelta(seconds=5))
+        store = rendezvous.make_store(process, timedelta(seconds=5))
         seen.append(store.check(["address"]))
         store.set("address", attempt)
     assert seen == [False, False]
