@@ -169,6 +169,11 @@ def _layers(s: Symbols, layers: range) -> dict[str, int]:
     return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
 
 
+def saved_by_layer(s: Symbols, layer: int) -> int:
+    """Return the bytes that the layer of index ``layer`` saves, on the device or offloaded."""
+    return sum(_layers(s, range(layer, layer + 1)).values())
+
+
 def _times(count: int, sizes: dict[str, int]) -> dict[str, int]:
     return {name: count * size for name, size in sizes.items()}
 

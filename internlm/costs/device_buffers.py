@@ -1,24 +1,43 @@
 """Formulas of memory that a run needs on an accelerator beside what it holds: transients, and buffers of NCCL.
 
-======================  ==============================================================================================
-logits of a chunk       C·⌈V/t⌉·(g + e), under isp C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and
-                        where the loss saves the gradient of the logits, which then has its memory already
-gradients of a block    4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of dropout if that is
-                        more; plus what a recomputed block would save
-transients              the larger of these two; on the stage with the head, less what head and loss saved
-buffers of NCCL         :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate
-======================  ==============================================================================================
+Transients are the bytes by which the peak within an action exceeds the most that is saved between two actions. Within
+an action, beside what its rank saved before:
 
-C is the number of tokens of a chunk of the loss. Other symbols: :mod:`internlm.costs.symbols`.
+==========================  ==========================================================================================
+F of the last chunk         what it saves, and the logits of a chunk of the loss: C·⌈V/t⌉·(g + e), under isp
+                            C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and where the loss saves the
+                            gradient of the logits, which then has its memory already
+B, at each layer            its gradients: 4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of
+                            dropout if that is more; plus what a recomputed layer would save. What head, loss and later
+                            layers saved has been freed; a B that defers weight gradients keeps their factors instead.
+                            If the layer, or the one before it, is offloaded, what it saved is back
+B of the first chunk        at its end, the gradient of the embedding, ⌈V/t⌉·H·e, and of its output
+==========================  ==========================================================================================
+
+Buffers of NCCL take :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate. C is the number of
+tokens of a chunk of the loss. Other symbols: :mod:`internlm.costs.symbols`.
 """
 
 from __future__ import annotations
 
+from internlm.accelerator import HOST
 from internlm.config import Config
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
 from internlm.core.context.parallel_context import sizes_of
-from internlm.costs.activations import attention_output, block, kernel, loss, norm, saves_logits_gradient
+from internlm.core.scheduler.actions import BACKWARD, FORWARD
+from internlm.costs.activations import (
+    attention_output,
+    block,
+    block_for_weights,
+    kept_after_each_action,
+    kernel,
+    loss,
+    norm,
+    saved_by_layer,
+    saves_logits_gradient,
+)
+from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
 
@@ -61,17 +80,15 @@ def logits_of_chunk(s: Symbols, tokens: int | None = None) -> int:
     return chunk * rows * (s.g + converted * s.e)
 
 
-def gradients_of_block(s: Symbols) -> int:
-    """Return the peak bytes of the gradients in the backward pass of one block; 0 on a stage without layers.
+def gradients_of_block(s: Symbols, layer: int) -> int:
+    """Return the peak bytes of the gradients in the backward pass of the layer of index ``layer``.
 
     The peak is at SwiGLU: its recomputed output, the gradients of its output, gate and up, and that of the block. A
     recomputed block also holds again what it would have saved. A mask of dropout, with its random numbers, may take
     more.
     """
-    if not s.layers:
-        return 0
     saved = 0
-    if any(s.recomputed(chunk) for chunk in s.chunks):
+    if s.config.model.recomputes(layer):
         saved = sum(block(s).values()) - s.S * s.H * s.e  # its input is saved in any case
     elif s.spec.recomputes_attention:
         saved = attention_output(s) + kernel(s)
@@ -81,11 +98,52 @@ def gradients_of_block(s: Symbols) -> int:
     return max(gradients, masks) + saved
 
 
-def transients(s: Symbols, tokens: int | None = None) -> int:
-    """Return the peak bytes that the computation itself needs; see :func:`logits_of_chunk` for the arguments."""
-    # Before the backward pass of a block, what head and loss saved has been freed.
-    freed = sum(loss(s, tokens).values()) + norm(s) if s.stage_layers.has_head else 0
-    return max(logits_of_chunk(s, tokens), gradients_of_block(s) - freed)
+def transients(
+    config: Config, world_size: int, tokens: int | None = None, *, stage: int = 0, device_type: str = HOST.type
+) -> int:
+    """Return the bytes by which the peak within an action exceeds :func:`~internlm.costs.activations.peak_saved`.
+
+    Arguments are those of :func:`~internlm.costs.activations.saved_for_backward`.
+    """
+    s, table = Symbols.of(config, world_size, stage, device_type=device_type), table_of(config)
+    kept = kept_after_each_action(config, world_size, tokens, stage=stage, device_type=device_type)
+    peaks = list(kept)
+    for action, before, after in zip(table.actions[stage], [0, *kept], kept, strict=False):
+        if action.type == FORWARD and s.stage_layers.is_last(action.chunk):
+            peaks.append(after + logits_of_chunk(s, tokens))
+        elif action.type == BACKWARD:
+            peaks.append(before + _backward_peak(s, action.chunk, tokens, table.defers_weight(stage, action)))
+            if s.stage_layers.is_first(action.chunk):
+                peaks.append(after + _vocab_gradient(s) + s.S * s.H * s.e)
+    return max(peaks) - max(kept)
+
+
+def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> int:
+    """Return the peak bytes in the backward pass of a chunk, beside those that are saved before it."""
+    layers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
+    held, peaks = 0, [0]
+    if s.stage_layers.is_last(chunk):
+        held -= sum(loss(s, tokens).values()) + norm(s)
+        peaks.append(held + (s.w.size > 1) * _vocab_gradient(s))  # else added to the main gradient at once
+    kept = defers * sum(block_for_weights(s).values())
+    for position, layer in reversed(list(enumerate(layers))):
+        # The layer before is fetched already.
+        fetched = sum(saved_by_layer(s, layers[index]) for index in (position - 1, position) if 0 <= index < offloaded)
+        peaks.append(held + fetched + gradients_of_block(s, layer))
+        held += kept - (position >= offloaded) * saved_by_layer(s, layer)
+    return max(peaks)
+
+
+def _vocab_gradient(s: Symbols) -> int:
+    """Return the bytes of the gradient of embedding or head before it is added to the main gradient.
+
+    Under isp it takes as much as the gathered weight did, whose buffer is counted and free by then; and more for the
+    reduced shard, and for a copy with padding.
+    """
+    if s.w.size == 1:
+        return rows_per_rank(s.V, s.split) * s.H * s.e
+    shard = rows_per_rank(s.V, s.w)
+    return (shard + (s.V % s.w.size > 0) * shard * s.w.size) * s.H * s.e
 
 
 def nccl_buffers(config: Config, world_size: int, stage: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from internlm.accelerator import HOST, kind_of
@@ -87,7 +86,9 @@ def memory_plan(
         )
     kind = kind_of(device_type)
     if inventory.spec is not None and not kind.is_host:
-        plan[TRANSIENTS] = transients(replace(inventory.symbols, on_host=False), tokens)
+        plan[TRANSIENTS] = transients(
+            inventory.config, inventory.world_size, tokens, stage=inventory.stage, device_type=device_type
+        )
     if kind.backend == "nccl":
         plan[NCCL] = nccl_buffers(inventory.config, inventory.world_size, inventory.stage)
     return plan

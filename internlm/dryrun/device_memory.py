@@ -44,7 +44,7 @@ class DeviceMemory:
         self.peak_total = 0
         self.peak_place = ""
         self.kept = 0
-        """Largest number of bytes that one call of :meth:`keep` found in its category."""
+        """Largest number of bytes that :meth:`end_action` found in its category."""
 
     def see(self, tensor: Tensor, category: str | None = None) -> None:
         """Count the storage of ``tensor``, if it is on the device; a storage that is known keeps its category."""
@@ -75,6 +75,10 @@ class DeviceMemory:
                 self._live[key] = live._replace(category=category)
                 self.held[TRANSIENTS] -= live.nbytes
                 self.held[category] += live.nbytes
+
+    def end_action(self, category: str) -> None:
+        """Do the same at the end of an action, when what ``category`` holds is kept for another action."""
+        self.keep(category)
         self.kept = max(self.kept, self.held[category])
 
     def start_peak(self) -> None:

@@ -85,7 +85,7 @@ class DeviceWatch(TorchDispatchMode):
         del marks
         self.flops += self._flops_since_action
         self._flops_since_action.clear()
-        self.memory.keep(ACTIVATIONS)
+        self.memory.end_action(ACTIVATIONS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run an operator, and record it."""

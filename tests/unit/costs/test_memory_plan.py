@@ -189,15 +189,18 @@ SAVED = 2 * ROW + 3 * ROW + ROW + GATE_UP + 4 * 16  # inputs, q, k and v, attent
 )
 def test_gradients_of_a_block_by_hand(overrides: tuple[str, ...], world: int, expected: int) -> None:
     config = load_config(KEYS, (*overrides, "model.attention_backend=varlen"), world, "cuda")
-    assert gradients_of_block(Symbols.of(config, world)) == expected
+    assert gradients_of_block(Symbols.of(config, world), 0) == expected
 
 
 def test_the_larger_transient_counts() -> None:
-    few, many = (plan(f"model.vocab_size={size}", device_type="cuda")["transients"] for size in (16, 4096))
+    sizes = (16, 1024, 4096)
+    few, many, most = (plan(f"model.vocab_size={size}", device_type="cuda")["transients"] for size in sizes)
     s = Symbols.of(resolved("model.vocab_size=16"), 1)
     freed = 16 * (2 * HIDDEN + 4) + 16 * 2 * HIDDEN + 16 * 2 * (HIDDEN + 16)  # of the norm, and of the loss
-    assert few == gradients_of_block(s) - freed
-    assert many == 16 * 4096 * 4
+    assert few == gradients_of_block(s, 0) - freed
+    assert many == 16 * 1024 * 4  # logits
+    saved = plan("model.vocab_size=4096", device_type="cuda")["activations"]
+    assert most == 4096 * HIDDEN * 2 + ROW - saved  # gradients of the embedding and of its output
 
 
 @pytest.mark.parametrize(

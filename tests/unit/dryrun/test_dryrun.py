@@ -73,6 +73,8 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "muon, fp32 norms": (8, 5, ("optimizer.type=Muon", "use_fp32_norm=True")),
     "lion, all recomputed": (64, 63, ("optimizer.type=Lion", "model.checkpoint=True")),
     "offloaded": (8, 2, ("model.cpu_offloading=1",)),
+    "offloaded, first of a stage's two layers": (8, 0, stages(2, "model.cpu_offloading=1")),
+    "offloaded, both layers of a stage": (8, 0, stages(2, "model.cpu_offloading=2")),
     "selective, dropout": (8, 2, ("model.checkpoint=selective", "model.drop_rate=0.1")),
     "fsdp": (8, 7, (FSDP,)),
     "fsdp, replicas": (16, 9, (FSDP, "parallel.zero1.size=4")),
@@ -97,6 +99,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "1F1B, last stage, tied": (8, 7, (*stages(2), "model.tie_word_embeddings=True")),
     "interleaved": (8, 0, stages(2, "model.num_chunks=2")),
     "ZB-H1 of isp": (32, 31, (*stages(2, "parallel.pipeline.mode=ZBH1"), *ISP)),
+    "ZB-H1, half recomputed": (8, 0, stages(2, "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5")),
     "ZB-V": (8, 4, stages(2, "parallel.pipeline.mode=ZBV", "model.num_chunks=2")),
 }
 
