@@ -129,6 +129,7 @@ class HybridZeroOptimizer(ReplacedNames):
         self.scaler.to(self.device)
         self.last_step = self._step_with_counts(updates=0, skipped_in_a_row=0)
         self._is_last_chance = self._ends_if_skipped()
+        self._are_gradients_used = False  # by an earlier step
         self._gatherer = ParamGatherer(flat, zero)
         if self.config.overlap_sync_param:
             self._gatherer.gather_lazily(model)
@@ -143,7 +144,7 @@ class HybridZeroOptimizer(ReplacedNames):
         Raises:
             UserError: The parameters were moved to other memory after the optimizer was created.
         """
-        self._is_last_chance = self._ends_if_skipped()
+        self._is_last_chance, self._are_gradients_used = self._ends_if_skipped(), False
         self._reducer.begin_step(None if self._is_last_chance else micro_batches)
         for group in self.groups:
             group.begin_step()
@@ -197,7 +198,15 @@ class HybridZeroOptimizer(ReplacedNames):
         Returns:
             Result of the step, which is still on the device. If its ``updated`` is False, parameters and optimizer
             state have not changed.
+
+        Raises:
+            UserError: No gradients were begun since the last step.
         """
+        if self._are_gradients_used:
+            message = "no new gradients were begun since the last step, whose gradients are still in the buffers"
+            todo = "Call trainer.zero_grad() or optimizer.zero_grad() in each step; model.zero_grad() is not enough"
+            raise UserError(Problem("optimizer.step", message, todo))
+        self._are_gradients_used = True
         # The device has all of this step's forward and backward passes in its queue, so this does not let it idle.
         before = self.last_step.host_outcome.read_arrived()
         self._skipped_before_last = int(before[SKIPPED_IN_A_ROW])

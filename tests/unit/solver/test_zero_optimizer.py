@@ -18,7 +18,7 @@ from internlm.accelerator import host_reads
 from internlm.config.schema import AdamConfig, GradScalerConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
-from internlm.core.parallel.param_state import placement_of
+from internlm.core.parallel.param_state import begin_accumulation, placement_of
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer import HybridZeroOptimizer, LossScale
@@ -154,6 +154,27 @@ def test_a_foreign_module_is_trained_once_it_is_placed() -> None:
     linear(torch.ones(1, 3)).sum().backward()
     assert optimizer.step(0.1, 0.95).grad_norm == pytest.approx(8**0.5)
     assert not torch.equal(linear.bias, before)
+
+
+@pytest.mark.parametrize("begin", ["nothing", "model.zero_grad"])
+def test_a_step_without_new_gradients_is_refused(begin: str) -> None:
+    """The gradients of the last step would count again, in some layouts."""
+    model = decoder()
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.0))
+    for step in range(2):
+        if begin == "model.zero_grad":
+            model.zero_grad()
+        loss_of(model, *next(batches())).backward()
+        if step == 0:
+            optimizer.step(1e-2, 0.95)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(
+        UserError, match=r"^optimizer\.step: no new gradients .*\. Call trainer\.zero_grad\(\) or optimizer"
+    ):
+        optimizer.step(1e-2, 0.95)
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.zero_grad()
+    assert optimizer.step(1e-2, 0.95).updated
 
 
 def test_zero_grad_forgets() -> None:
@@ -406,5 +427,8 @@ def test_a_step_calls_nothing_for_each_parameter(rule: str, dtype: torch.dtype) 
         config = OptimizerConfig(type=rule)
         optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), clipping(0.5), optimizer=config)
         optimizer.step(1e-2, 0.95)
+        optimizer.begin_step()
+        for parameter in model.parameters():
+            begin_accumulation(parameter)  # as a backward pass does
         found.append(calls_of(lambda optimizer=optimizer: optimizer.step(1e-2, 0.95)))
     assert found[0] == found[1]
