@@ -23,8 +23,8 @@ from internlm.utils.logger import get_logger
 CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
 #: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
 _SECONDS_BEFORE_WARNING = 10.0
-#: Seconds for which torch tries to connect to a store, and for which its last pause and try may exceed them.
-_SECONDS_OF_ATTEMPT, _SECONDS_OF_LAST_TRY = 1.0, 1.0
+#: Seconds for which torch tries to connect to a store, and by which its last, random pause may exceed them.
+_SECONDS_OF_ATTEMPT, _SECONDS_OF_LAST_TRY = 1.0, 2.0
 #: Key in rank 0's store that counts the ranks that have connected to it.
 _JOINED = "ranks that joined"
 
@@ -145,7 +145,7 @@ def _start_attempt(host: str, port: int, limit: float) -> Future[dist.Store]:
 
 @contextmanager
 def _without_stack_traces() -> Iterator[None]:
-    """Drop C++ warnings of the store, with their stack traces, from what is written to stderr in the block.
+    """Drop warnings of torch's C++ code, with their stack traces, from what is written to stderr in the block.
 
     Python code cannot set the log level of torch's C++ code after the import of torch.
     """
@@ -159,5 +159,5 @@ def _without_stack_traces() -> Iterator[None]:
             os.dup2(stderr.fileno(), 2)
             file.seek(0)
             text = file.read()
-            if b"TCPStore.cpp" not in text:
+            if b"[c10d]" not in text:
                 stderr.write(text)
