@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from internlm.monitor import internevo_monitor
 from internlm.utils.errors import ConfigError, DataError, Problem
@@ -17,6 +18,18 @@ def test_a_decorated_function_keeps_its_name_and_result() -> None:
         return a + b
 
     assert (main(1, b=2), main.__name__, main.__doc__) == (3, "main", "Add two numbers.")
+
+
+@pytest.mark.parametrize("clean_run", [True, False])
+def test_a_clean_run_ends_without_process_groups(clean_run: bool) -> None:
+    @internevo_monitor(clean_run=clean_run)
+    def main() -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    main()
+    assert dist.is_initialized() is not clean_run
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("clean_run", "raised"), [(True, SystemExit), (False, DataError)])
