@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from internlm import accelerator
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
 from internlm.core.train_state import TrainState as TrainState
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
-from internlm.utils.compat import FollowsRun, OlderResult
+from internlm.utils.compat import FollowsRun, OlderResult, ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
 Batch = tuple[dict[str, Any], Tensor]
@@ -114,12 +114,14 @@ class Hook:
         """Run once after the last step, even if the run stops early or fails."""
 
 
-class Trainer(OlderResult):
+class Trainer(ReplacedNames, OlderResult):
     """Trainer of a model, with its optimizer, pipeline scheduler, and learning-rate and beta2 schedules.
 
     Call :meth:`zero_grad`, :meth:`execute_schedule` and :meth:`step` in a custom loop, or :meth:`fit` for the whole
     loop.
     """
+
+    replaced: ClassVar[Mapping[str, str]] = {"backward": HybridZeroOptimizer.replaced["backward"]}
 
     def __init__(
         self,

@@ -194,6 +194,12 @@ class BatchSampler(ReplacedNames):
     def __init__(self, plan: BatchPlan, data_rank: int, steps: range) -> None:
         self._plan, self._data_rank, self._steps = plan, data_rank, steps
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            todo = "Remove the line: train_dl.seek(step) sets the step at which iteration begins"
+            raise UserError(Problem(f"batch_sampler.{name}", f"cannot be set to {value!r}, a view is read-only", todo))
+        super().__setattr__(name, value)
+
     @property
     def batch_size(self) -> int:
         """Number of rows of a batch, which are its micro-batches, after the batch-size ramp-up."""

@@ -262,6 +262,14 @@ REPLACED: dict[str, tuple[Callable[[Run], Any], str]] = {
         lambda r: r.loader.batch_sampler.state_dict(),
         r"^BatchSampler\.state_dict: does not exist in this project\. Use train_dl\.position\(step\)",
     ),
+    "train_dl.batch_sampler.batch_count = 3": (
+        lambda r: setattr(r.loader.batch_sampler, "batch_count", 3),
+        r"^batch_sampler\.batch_count: cannot be set to 3, a view is read-only\. Remove the line: train_dl\.seek",
+    ),
+    "trainer.engine.backward(loss)": (
+        lambda r: r.trainer.engine.backward(torch.ones(())),
+        r"^Trainer\.backward: does not exist in this project\. Use trainer\.execute_schedule, which runs forward and",
+    ),
     "execute_schedule(train_dl)": (
         lambda r: r.trainer.execute_schedule(r.loader),
         r"^trainer\.execute_schedule: expected a batch \(inputs, labels\) or an iterator .*, got TrainLoader\. Pass ",
