@@ -1,6 +1,6 @@
 """Run the training path of one rank on the pretended device, and record what it would do.
 
-Groups, model, loader, schedule and optimizer are those of a run; collectives go to a process group that sends nothing.
+Groups, model, loader, schedule, optimizer and the hooks of every step are those of a run; collectives go to a process group that sends nothing.
 Data are random, and nothing is read from or written to files.
 """
 
@@ -26,7 +26,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.blocks import declared_blocks
 from internlm.core.parallel.ledger import LEDGER, Traffic
-from internlm.core.trainer import Batch, Trainer
+from internlm.core.trainer import Batch, Hook, Trainer
 from internlm.costs import NoCostFormulaError, Plan, expected_traffic, memory_plan
 from internlm.costs.memory_plan import ACTIVATIONS
 from internlm.costs.rank_flops import product_flops
@@ -35,11 +35,13 @@ from internlm.dryrun.call_order import TRANSFER, Call
 from internlm.dryrun.watch import DeviceWatch, place_of
 from internlm.initialize.build_trainer import initialize_trainer
 from internlm.initialize.launch import initialize_distributed_env
+from internlm.monitor import MetricsWriter
 from internlm.ops.attention import why_unavailable
 from internlm.profiler.reports import held_between_steps, tensors_between_steps
 from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
+from internlm.train.hooks import LogMetrics, StopOnSignal
 from internlm.train.inventory import inventory_of
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.utils.dtype import torch_dtype
@@ -145,19 +147,29 @@ def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int =
         seconds = time.perf_counter() - start
         record = DryRun(rank=rank, stage=stage, world_size=world_size, build_seconds=seconds)
         watch = _watch(trainer, DeviceWatch(rank, fakes))
-        batches = _read(loader, steps)
+        batches, hooks = _read(loader, steps), _hooks(trainer, types)
         with watch.watching_resizes(), watch:
             for _ in range(steps):
-                _step(trainer, batches, watch, record)
+                _step(trainer, batches, hooks, watch, record)
         _conclude(record, trainer, watch, len(types))
     return record
 
 
-def _step(trainer: Trainer, batches: Iterator[Batch], watch: DeviceWatch, record: DryRun) -> None:
+def _hooks(trainer: Trainer, types: Sequence[str]) -> list[Hook]:
+    """Return the hooks that run after every step and write no file; metrics are read on each rank, and go nowhere."""
+    metrics = LogMetrics(gpc.config, types, dist.get_world_size(), trainer.scheduler.data_group.size, MetricsWriter([]))
+    return [metrics, StopOnSignal(accelerator.current_device())]
+
+
+def _step(
+    trainer: Trainer, batches: Iterator[Batch], hooks: Sequence[Hook], watch: DeviceWatch, record: DryRun
+) -> None:
     watch.start_step()
     start, sent, reads = time.perf_counter(), LEDGER.snapshot(), accelerator.host_reads()
     try:
-        trainer.train_step(batches).read()
+        report = trainer.train_step(batches)
+        for hook in hooks:
+            hook.after_step(trainer, report)
     except errors_of_fake_tensors() as error:  # such as that of nonzero, which needs values
         message = f"cannot run on the pretended device ({str(error).splitlines()[0]})"
         todo = "Compute on the device, with shapes that do not depend on values"

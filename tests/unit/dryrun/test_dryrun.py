@@ -166,6 +166,10 @@ def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None
     assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
 
 
+def test_the_exchange_of_signals_ends_each_step(apart: Apart) -> None:
+    assert apart.dry(8, 0).events[-1] == Call(tuple(range(8)), "all-reduce", 8)
+
+
 def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order(apart: Apart) -> None:
     overrides = (*stages(2, "hybrid_zero_optimizer.overlap_sync_param=True"), *split_over("msp", 2))
     runs = [apart.dry(8, rank, *overrides) for rank in (0, 1, 2, 4)]
