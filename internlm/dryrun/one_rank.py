@@ -1,7 +1,7 @@
 """Run the training path of one rank on the pretended device, and record what it would do.
 
-Groups, model, loader, schedule, optimizer and the hooks of every step are those of a run; collectives go to a process group that sends nothing.
-Data are random, and nothing is read from or written to files.
+Groups, model, loader, schedule, optimizer and the hooks of every step are those of a run; collectives go to a process
+group that sends nothing. Data are random, and nothing is read from or written to files.
 """
 
 from __future__ import annotations
