@@ -1,6 +1,7 @@
-"""Every Python block and every command of the docs runs as it is printed.
+"""Every Python block of the docs runs as it is printed.
 
-Those of doc/initialize.md run in tests/integration/test_initialize_doc.py.
+Those of doc/initialize.md run in tests/integration/test_initialize_doc.py. Commands are checked in
+tests/unit/test_doc_commands.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from internlm.cli.main import get_parser, main
 from internlm.config import check_runnable, load_config
 from internlm.core.parallel import attach
 from internlm.core.trainer_builder import TrainerBuilder
@@ -186,35 +185,3 @@ def test_a_step_and_weights_by_hand(tmp_path: Path) -> None:
 def test_every_python_block_runs() -> None:
     found = {(page.name, number) for page in PAGES for number in range(len(blocks("python", page)))}
     assert found - {("initialize.md", number) for number in range(7)} == HOW.keys()
-
-
-# -- commands
-
-
-def commands() -> list[str]:
-    text = "\n".join(block for page in PAGES for block in (*blocks("bash", page), *blocks("console", page)))
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line.removeprefix("$ ").partition("  #")[0].strip() for line in lines if re.match(r"(\$ )?internlm ", line)]
-
-
-@pytest.mark.parametrize("command", sorted(set(commands())))
-def test_a_command_of_the_docs_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that start processes or read data are parsed only."""
-    _, *arguments = shlex.split(command)
-    get_parser().parse_args(arguments)
-    if arguments[0] in ("dryrun", "verify", "tokenize"):
-        return
-    for name in ("first.py", "my.py"):
-        (tmp_path / name).write_text(REST)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "mine.csv").write_text(blocks("text", ROOT / "doc" / "pipeline.md")[1])
-    monkeypatch.chdir(tmp_path)
-    assert not main(arguments)
-
-
-def test_a_schedule_is_drawn_as_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # set in the processes of pytest-xdist
-    page = ROOT / "doc" / "pipeline.md"
-    _, *arguments = shlex.split(blocks("bash", page)[0].splitlines()[0])
-    assert not main(arguments)
-    assert capsys.readouterr().out.strip() == blocks("text", page)[0].strip()
