@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,6 +35,7 @@ from tests.dist import test_pipeline_models as own_models
 assert own_models  # importing it registers models
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[3]
 
 SMALL: dict[str, Any] = dict(
     model_type="INTERNLM2",
@@ -347,6 +350,36 @@ def test_what_cannot_be_compared_is_said(config: Path, apart: Apart) -> None:
         "rank 0: not compared: activations, peak and FLOP, because attention does not run as one operator",
         "Everything that was compared agrees",
     ]
+
+
+#: Runs the command, and prints the peak of its process: the kernel's ``ru_maxrss`` would begin with that of pytest.
+WITH_PEAK = r"""
+import re, sys
+from pathlib import Path
+from internlm.cli.main import main
+
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+sys.exit(code)
+"""
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("file", "layout"),
+    [
+        ("7B_internlm2.py", ("--world", "1024", "--rank", "517")),
+        ("7B_isp_sft.py", ("--world", "64", "--rank", "63", "--steps", "1")),
+    ],
+)
+def test_a_model_at_its_own_size_takes_no_more_than_2_gb(file: str, layout: tuple[str, ...]) -> None:
+    """Takes a minute: all operators of two steps of 32 layers run, if only for shapes."""
+    command = [sys.executable, "-c", WITH_PEAK, "dryrun", str(ROOT / "configs" / file), *layout]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *_, verdict, peak = run.stdout.splitlines()
+    assert verdict == "Everything agrees with its formula"
+    assert int(peak) * 2**10 <= 2 * 10**9
 
 
 @pytest.mark.parametrize(
