@@ -3,9 +3,14 @@
 Subpackages and entry points are imported on first use.
 """
 
+import sys
+
+from internlm.utils.compat import ReplacedModules
 from internlm.utils.lazy import lazy_exports
 
 __version__ = "0.1.0"
+
+sys.meta_path.append(ReplacedModules)
 
 __getattr__, __dir__ = lazy_exports(
     __name__,

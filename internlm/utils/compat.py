@@ -23,6 +23,13 @@ class ReplacedNameError(UserError, AttributeError):
     """
 
 
+class ReplacedImportError(UserError, ImportError):
+    """Error for the import of a module or name of InternEvo that does not exist here; it names the replacement.
+
+    It is no ``AttributeError``, in whose place ``from module import name`` would raise an error of its own.
+    """
+
+
 class FrozenConfigError(UserError, TypeError):
     """Error for an attempt to change a config after it was resolved."""
 
@@ -42,6 +49,35 @@ class ReplacedNames:
         if inherited is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return inherited(name)
+
+
+_LOSS = "Remove it: trainer.execute_schedule computes the loss; the section loss of the config has its settings"
+_METRICS = "Remove it: trainer.execute_schedule returns the loss, and trainer.fit() logs all metrics"
+#: Map from absent modules, and from absent names in modules, to what to use instead.
+REPLACED_IMPORTS: Mapping[str, str] = {
+    "internlm.model.losses": _LOSS,
+    "internlm.model.metrics": _METRICS,
+    "internlm.train.initialize_isp_communicator": "Use internlm.train.initialize_parallel_communicator",
+    "internlm.train.load_new_batch": "Use next(iterator): trainer.execute_schedule takes the batch of a loader",
+    "internlm.utils.common.get_current_device": "Use internlm.accelerator.current_device",
+    "internlm.utils.megatron_timers": "Remove it: trainer.fit() logs times, and the argument --profiling writes traces",
+    "internlm.utils.writer": "Remove it: trainer.fit() writes TensorBoard records, if enable_tb is set",
+}
+
+
+def refuse_replaced_import(name: str) -> None:
+    """Raise :class:`ReplacedImportError` if ``name``, with its module or packages, is in :data:`REPLACED_IMPORTS`."""
+    if name in REPLACED_IMPORTS:
+        raise ReplacedImportError(Problem(name, "does not exist in this project", REPLACED_IMPORTS[name]))
+
+
+class ReplacedModules:
+    """Finder of modules that finds none, but raises :class:`ReplacedImportError` for those that are replaced."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Refuse ``name`` if it is replaced; as the last of ``sys.meta_path`` it gets modules that do not exist."""
+        refuse_replaced_import(name)
 
 
 class AsTuple:

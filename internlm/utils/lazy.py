@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from internlm.utils.compat import refuse_replaced_import
 from internlm.utils.errors import Problem, UserError
 
 
@@ -29,6 +30,7 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str]
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
+            refuse_replaced_import(f"{package}.{name}")
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if not homes[name]:
             return importlib.import_module(f"{package}.{name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from internlm.utils.compat import REPLACED_IMPORTS, ReplacedImportError
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,6 +70,20 @@ def test_the_name_is_there(module: str, name: str) -> None:
     for _ in range(2):
         found = getattr(importlib.import_module(module), name)
         assert not isinstance(found, ModuleType)
+
+
+@pytest.mark.parametrize("name", REPLACED_IMPORTS)
+def test_the_import_of_an_absent_name_names_its_replacement(name: str) -> None:
+    module, _, last = name.rpartition(".")
+    expected = f"^{re.escape(name)}: does not exist in this project\\. {re.escape(REPLACED_IMPORTS[name])}$"
+    with pytest.raises(ReplacedImportError, match=expected):
+        exec(f"from {module} import {last}")
+    with pytest.raises(ImportError):
+        exec(f"from {module} import {last}2")
+    used = re.search(r"internlm\.[\w.]+", REPLACED_IMPORTS[name])
+    if used:
+        home, _, replacement = used[0].rpartition(".")
+        assert callable(getattr(importlib.import_module(home), replacement))
 
 
 def test_packages_are_attributes_after_a_plain_import() -> None:
