@@ -10,7 +10,8 @@ F of the last chunk         what it saves, and the logits of a chunk of the loss
 B, at each layer            its gradients: 4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of
                             dropout if that is more; plus what a recomputed layer would save. What head, loss and later
                             layers saved has been freed; a B that defers weight gradients keeps their factors instead.
-                            If the layer, or the one before it, is offloaded, what it saved is back
+                            If the layer, or the one before it, is offloaded, what it saved is back. Under
+                            ``zero1.fsdp`` the gradients of head and w2, V·H·g and H·F·g, wait for their reduction
 B of the first chunk        at its end, the gradient of the embedding, ⌈V/t⌉·H·e, and of its output
 ==========================  ==========================================================================================
 
@@ -121,15 +122,18 @@ def transients(
 def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> int:
     """Return the peak bytes in the backward pass of a chunk, beside those that are saved before it."""
     layers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
-    held, peaks = 0, [0]
+    held, peaks, unreduced = 0, [0], s.shares_parameters * s.H * s.g
     if s.stage_layers.is_last(chunk):
+        # fully_shard reduces the gradient of the head, which is in the root, at the end of the backward pass.
+        held += unreduced * rows_per_rank(s.V, s.split)
+        peaks.append(held)
         held -= sum(loss(s, tokens).values()) + norm(s)
         peaks.append(held + (s.w.size > 1) * _vocab_gradient(s))  # else added to the main gradient at once
     kept = defers * sum(block_for_weights(s).values())
     for position, layer in reversed(list(enumerate(layers))):
         # The layer before is fetched already.
         fetched = sum(saved_by_layer(s, layers[index]) for index in (position - 1, position) if 0 <= index < offloaded)
-        peaks.append(held + fetched + gradients_of_block(s, layer))
+        peaks.append(held + fetched + gradients_of_block(s, layer) + unreduced * s.F // s.t.size)  # of w2
         held += kept - (position >= offloaded) * saved_by_layer(s, layer)
     return max(peaks)
 

@@ -80,6 +80,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "offloaded, both layers of a stage": (8, 0, stages(2, "model.cpu_offloading=2")),
     "selective, dropout": (8, 2, ("model.checkpoint=selective", "model.drop_rate=0.1")),
     "fsdp": (8, 7, (FSDP,)),
+    "fsdp, offloaded": (8, 0, (FSDP, "model.cpu_offloading=2")),
     "fsdp, replicas": (16, 9, (FSDP, "parallel.zero1.size=4")),
     "parameter groups, ramp-up": (
         8,
