@@ -102,15 +102,15 @@ def check_shapes(batch: Mapping[str, Any], labels: Tensor) -> None:
         UserError: ``input_ids`` are not integers [M, T] with M ``cu_seqlens``, or [M, B, S] without, or labels or
             positions are not integers of the same shape.
     """
-    ids, boundaries = batch["input_ids"], batch.get("cu_seqlens")
-    _check_integers("input_ids", ids)
+    ids, boundaries = _integers("input_ids", batch["input_ids"]), batch.get("cu_seqlens")
     shape = list(ids.shape)
     if ids.dim() != (3 if boundaries is None else 2) or not ids.numel():
         expected = "[micro_num, micro_bsz, seq_len], or [micro_num, tokens] with cu_seqlens"
         raise _refused("input_ids", f"expected {expected}, got {shape}{'' if boundaries is None else ' with them'}")
-    _check_integers("labels", labels, INTEGERS[:1])
-    for name, tensor in (("labels", labels), ("indexes", batch.get("indexes", labels))):
-        _check_integers(name, tensor)
+    like_ids = {"labels": _integers("labels", labels, INTEGERS[:1])}
+    if batch.get("indexes") is not None:
+        like_ids["indexes"] = _integers("indexes", batch["indexes"])
+    for name, tensor in like_ids.items():
         if len(tensor) != len(ids) or tensor.numel() != ids.numel():
             raise _refused(name, f"expected {shape}, as the input_ids have, got {list(tensor.shape)}")
     if boundaries is not None and (len(boundaries) != len(ids) or not all(isinstance(b, Tensor) for b in boundaries)):
@@ -141,14 +141,13 @@ def check_values(batch: Mapping[str, Any], labels: Tensor, vocab_size: int) -> N
             _check_boundaries(cu_seqlens, batch["input_ids"][0].numel())
 
 
-def check_types(type_ids: object, labels: Tensor, types: int) -> None:
+def check_types(value: object, labels: Tensor, types: int) -> None:
     """Check the dataset types of a batch; the tokens of a missing type would be left out of the loss that is logged.
 
     Raises:
         UserError: ``type_ids`` are not integers shaped like the labels, or not in 0, …, ``types`` - 1.
     """
-    _check_integers("type_ids", type_ids)
-    assert isinstance(type_ids, Tensor)
+    type_ids = _integers("type_ids", value)
     if type_ids.numel() != labels.numel():
         raise _refused("type_ids", f"expected {list(labels.shape)}, as the labels have, got {list(type_ids.shape)}")
     if not device_kind().has_values:
@@ -161,15 +160,17 @@ def check_types(type_ids: object, labels: Tensor, types: int) -> None:
         raise UserError(Problem("type_ids of the batch", message, LIKE_A_LOADER if smallest < 0 else todo))
 
 
-def _check_integers(name: str, value: object, dtypes: Collection[torch.dtype] = INTEGERS) -> None:
+def _integers(name: str, value: object, dtypes: Collection[torch.dtype] = INTEGERS) -> Tensor:
+    """Return ``value``, the part ``name`` of a batch, if it is a tensor of one of ``dtypes``; raise otherwise."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         got = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
         raise _refused(name, f"expected a tensor of {' or '.join(map(str, dtypes))}, got {got}")
+    return value
 
 
 def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     """Check the sequence boundaries of a packed row."""
-    _check_integers("cu_seqlens", cu_seqlens)
+    _integers("cu_seqlens", cu_seqlens)
     ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
     # Under isp a rank has a shard of the row, but the boundaries of the whole row.
     if len(ends) < 2 or ends[0] != 0 or ends[-1] < tokens or ends[-1] % tokens or ends != sorted(ends):
