@@ -22,6 +22,7 @@ from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.core.trainer_builder import TrainerBuilder
 from internlm.data import build_train_loader_with_data_type, build_valid_loader_with_data_type
+from internlm.data.batch_plan import START, Position
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -46,12 +47,16 @@ class Rank:
     log: list[Entry] = field(default_factory=list)
     """Step, loss, gradient norm, and a random number from torch's own and from the tensor stream."""
     state: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Counters of the optimizer and its loss scale."""
     steps: list[int] = field(default_factory=list)
     """Updates that Adam counts, by group."""
     tensors: ShardsByName = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
     samples: list[Tensor] = field(default_factory=list)
     """Rows of the next steps."""
+    position: Position = START
+    """Data position of the current step."""
     message: str = ""
     """Message of resuming, or the error that ended the run."""
     warnings: list[str] = field(default_factory=list)
@@ -230,10 +235,12 @@ def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[
     return Rank(
         log=log,
         state=trainer.state.state_dict(),
+        optimizer=optimizer.state_dict(),
         steps=_updates(optimizer),
         tensors=shards_of({**model_tensors(trainer.model), **optimizer_tensors(optimizer)}),
         streams=gpc.random_streams.state_dict(),
         samples=[loader.read(index)[0]["input_ids"] for index in range(step, step + SAMPLES_OF)],
+        position=loader.position(step),
         message=str(message),
         warnings=warnings,
     )
