@@ -75,6 +75,37 @@ def expand_path(text: str) -> str:
 PathText = Annotated[str, AfterValidator(expand_path)]
 
 
+class ObjectAddress(NamedTuple):
+    """Address of a folder in an object store: its bucket, and the common prefix of its keys, without slashes around."""
+
+    bucket: str
+    prefix: str
+
+
+def parse_object_address(text: str) -> ObjectAddress | None:
+    """Parse ``s3://BUCKET/FOLDER``, which may begin with ``boto3:``; return None for a local folder.
+
+    Raises:
+        ValueError: The storage is unknown, or the address is malformed.
+    """
+    # One letter before the colon is a drive, not a protocol.
+    if text.startswith("local:") or not re.match(r"\w{2,}:", text):
+        return None
+    address = text.removeprefix("boto3:")
+    if not address.startswith("s3://"):
+        raise ValueError(f"expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got {text!r}")
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,255}", bucket):
+        raise ValueError(
+            f"expected s3://BUCKET/FOLDER with a bucket of letters, digits, '.', '-' and '_', got {text!r}"
+        )
+    parts = prefix.strip("/").split("/")
+    # HTTP clients would normalise such paths; the keys would differ from those that other tools show.
+    if prefix.strip("/") and not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"expected folder names without '//', '.' and '..', got {text!r}")
+    return ObjectAddress(bucket, "/".join(parts))
+
+
 class Rampup(NamedTuple):
     """Batch-size ramp-up: ``start`` micro-batches per step, then ``increment`` more after every ``every`` steps."""
 
