@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from internlm.checkpoint import compatibility, save_folder
+from internlm.checkpoint.foreign_folders import foreign_save_folder, names_in_local
 from internlm.checkpoint.logical_tensors import (
     LogicalTensor,
     LogicalTensors,
@@ -204,7 +205,8 @@ class CheckpointManager:
             Message for the log: the loaded checkpoint, or that there is none.
 
         Raises:
-            CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable.
+            CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable or
+                only holds checkpoints of another format.
         """
         if self.config.enable_save_ckpt:
             self._on_first_rank(self._prepare_root)
@@ -232,18 +234,23 @@ class CheckpointManager:
     def _newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None; collective."""
         # Rank 0 chooses for all ranks: on a network file system, a new folder may become visible at different times.
-        choice: list[str | None] = [None]
+        choice: list[Path | Problem | None] = [None]
 
         def choose() -> None:
-            for _, path in save_folder.steps_in(self.root) if self.root else ():
+            if self.root is None:
+                return
+            for _, path in save_folder.steps_in(self.root):
                 if save_folder.is_complete(path):
-                    choice[0] = str(path)
-                    break
+                    choice[0] = path
+                    return
                 log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
+            choice[0] = foreign_save_folder(str(self.root), names_in_local(self.root))
 
         self._on_first_rank(choose)
         dist.broadcast_object_list(choice, src=0)
-        return Path(choice[0]) if choice[0] else None
+        if isinstance(choice[0], Problem):
+            raise CheckpointError(choice[0])
+        return choice[0]
 
     def _prepare_root(self) -> None:
         """Create the save folder, check that it is writable, and warn if it contains another run's checkpoints."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from internlm.checkpoint.foreign_folders import foreign_source, names_in_local
 from internlm.utils.errors import CheckpointError, Problem
 
 # Format version of the state file; increased when older versions of the framework can no longer read it.
@@ -81,6 +82,9 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     if not (folder / STATE_FILE).is_file():
         # Rank 0 writes the state after all tensors, so tensor files without it are an interrupted save.
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+        foreign = foreign_source(str(folder), names_in_local(folder))
+        if foreign and not (unfinished and _STEP.fullmatch(folder.name)):
+            raise CheckpointError(foreign)
         message = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
         raise CheckpointError(Problem(str(folder), message, "Choose a complete step-N folder"))
     if not is_complete(folder):

@@ -89,6 +89,21 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         assert expected.format(source) in message
 
 
+def test_checkpoints_of_older_versions_are_not_taken_for_an_empty_folder(tmp_path: Path) -> None:
+    """Unless the run is not to resume, or has checkpoints of its own."""
+    root = tmp_path / "ckpts"
+    for step in (1, 2, 3):
+        (root / str(step)).mkdir(parents=True)
+        (root / str(step) / "model_tp0_pp0.pt").write_text("")
+    assert resume(2, saving(tmp_path)).message == (
+        f"{root}: holds no checkpoint of this version to resume from, but checkpoints in the format of older versions "
+        "of InternEvo (the newest: 3/, step 3). Choose another ckpt.save_ckpt_folder, or set ckpt.auto_resume=False "
+        "to start a new run in this one"
+    )
+    fit(2, saving(tmp_path, "ckpt.auto_resume=False"), 2)
+    assert resume(2, saving(tmp_path)).message == f"resumed from {root}/step-2 at step 2"
+
+
 @functools.cache
 def _fresh(*overrides: str) -> Outcome:
     """A run that has nothing to resume."""
