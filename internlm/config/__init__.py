@@ -1,6 +1,7 @@
 """Config of a run: a Python file, resolved into one typed, frozen, validated object."""
 
 from internlm.config.keys import config_hash as config_hash
+from internlm.config.keys import masked_dict as masked_dict
 from internlm.config.keys import to_json as to_json
 from internlm.config.keys import with_sources as with_sources
 from internlm.config.load import load_file as load_file

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from internlm.config import nested_dict
 from internlm.config.schema import Config
-from internlm.config.schema.fields import Section
+from internlm.config.schema.fields import Section, mask_of
+from internlm.utils.secrets import mask_urls_in
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -161,19 +164,42 @@ def to_json(config: Config, indent: int | None = None) -> str:
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=indent, separators=separators)
 
 
+def masked_dict(config: Config) -> dict[str, Any]:
+    """Return the config as a JSON-serialisable dict in which secrets, such as the token of a webhook, are masked.
+
+    Everything that is saved or printed takes this dict. Configs that differ in secrets only give equal dicts.
+    """
+    content: dict[str, Any] = config.model_dump(mode="json")
+    for key, value in values(config):
+        mask = mask_of(fields()[key])
+        if mask and isinstance(value, str):
+            nested_dict.put(content, key, mask(value))
+    return content
+
+
+def format_value(key: str, value: Any) -> str:
+    """Format a valid or invalid value of ``key`` for a message: shortened, with secrets masked."""
+    field = fields().get(key)
+    mask = mask_of(field) if field else None
+    if mask and isinstance(value, str):
+        return reprlib.repr(mask(value))
+    # A section, or a list in place of a text, may contain a secret anywhere.
+    return mask_urls_in(reprlib.repr(value)) if mask or is_section(key) else reprlib.repr(value)
+
+
 def config_hash(config: Config) -> str:
     """Return the SHA-256 of the canonical JSON in hexadecimal; configs with equal values have equal hashes."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
 def with_sources(config: Config, sources: Mapping[str, str]) -> dict[str, Any]:
-    """Return ``config`` as nested dicts in which each value is ``{"value": ..., "source": ...}``.
+    """Return ``config`` as nested dicts in which each value is ``{"value": ..., "source": ...}``, secrets masked.
 
     Args:
         config: Resolved config.
         sources: Map from the dotted key of each value to its source, as in :class:`~internlm.config.Resolved`.
     """
-    return _with_sources(config.model_dump(mode="json"), sources)
+    return _with_sources(masked_dict(config), sources)
 
 
 def _with_sources(nested: Mapping[str, Any], sources: Mapping[str, str], prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from internlm.config.legacy import OLD_KEYS, RENAMED
 from internlm.config.messages import belongs_elsewhere, known_at_top_level
 from internlm.config.nested_dict import NestedDict, plain, put, within
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
+from internlm.utils.secrets import mask_urls_in
 
 #: Type of the object that ``from __future__ import annotations`` binds in a file.
 FUTURE = type(annotations)
@@ -125,7 +126,7 @@ def _compile(path: Path, source: bytes) -> CodeType:
     try:
         return compile(source, str(path), "exec")
     except SyntaxError as error:
-        line = f"{error.text.strip()!r}: " if error.text else ""
+        line = f"{mask_urls_in(error.text.strip())!r}: " if error.text else ""
         todo = f"Check with: python -m py_compile {path}"
         raise ConfigError(Problem(f"{path}:{error.lineno or 1}", f"{line}{error.msg}", todo)) from None
     except ValueError as error:  # null bytes, before Python 3.12
@@ -135,7 +136,8 @@ def _compile(path: Path, source: bytes) -> CodeType:
 def _failure(path: Path, error: BaseException) -> Problem:
     """Convert an exception raised in a config file to a problem located at that file's innermost traceback line."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return Problem(f"{path}:{lines[-1]}", f"{type(error).__name__}: {error}", f"For the traceback, run: python {path}")
+    message = f"{type(error).__name__}: {mask_urls_in(str(error))}"
+    return Problem(f"{path}:{lines[-1]}", message, f"For the traceback, run: python {path}")
 
 
 # -- overrides --------------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not equals or not all(key.split(".")):
-        raise ValueError(f"expected KEY=VALUE, got {text!r}")
+        raise ValueError(f"expected KEY=VALUE, got {mask_urls_in(text)!r}")
     literal = _literal_or_text(value)
     if literal is None or isinstance(literal, str):
         return key, literal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -114,7 +113,7 @@ def _problem(key: str, details: Iterable[Any]) -> Problem:
         return Problem(key, "unknown key", _where_it_belongs(key))
     if detail["type"] == MISSING:
         return Problem(key, f"missing ({keys.meaning(key)})", f"Set it to {_wanted(key)}")
-    short = reprlib.repr(value)
+    short = keys.format_value(key, value)
     if detail["type"] == BAD_PATH:
         return Problem(key, f"{short}: {detail['ctx']['error']}", "Correct the path")
     if _is_other_text(detail):

@@ -16,6 +16,7 @@ from internlm.config import keys
 from internlm.config.schema import Config, OptimizerConfig
 from internlm.utils.errors import ConfigError, Problem, known_names
 from internlm.utils.registry import MODEL_INITIALIZER
+from internlm.utils.secrets import mask_credentials
 
 #: Supported values by key; other values need a feature that is not available yet.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -109,7 +110,11 @@ def check_runnable(config: Config) -> None:
     given = dict(keys.values(config))
     problems = unsupported(given.get)
     problems += [
-        Problem(key, f"{given[key]!r} is not a local folder; remote storage is not supported", "Use a local path")
+        Problem(
+            key,
+            f"{mask_credentials(given[key])!r} is not a local folder; remote storage is not supported",
+            "Use a local path",
+        )
         for key in LOCAL_FOLDERS
         if REMOTE.match(given.get(key) or "")
     ]

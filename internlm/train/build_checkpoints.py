@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from internlm.checkpoint import CheckpointManager
+from internlm.config import masked_dict
 from internlm.core.context import global_context as gpc
 from internlm.data.loader import TrainLoader
 from internlm.solver.optimizer import HybridZeroOptimizer
@@ -38,6 +39,6 @@ def initialize_checkpoint_manager(
         optimizer,
         gpc.random_streams,
         config.data.total_steps,
-        run_info={"config": config.model_dump(mode="json"), "data": train_dl.fingerprint(), "seed": gpc.seed},
+        run_info={"config": masked_dict(config), "data": train_dl.fingerprint(), "seed": gpc.seed},
         sampler=train_dl,
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from internlm.utils.errors import Problem, UserError
+from internlm.utils.secrets import mask_urls_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -236,7 +237,7 @@ class DictAccess:
 
 def frozen(name: str, *value: Any) -> FrozenConfigError:
     """Return the error for changing the config key ``name``, to ``value`` if one is given."""
-    change = f"cannot be set to {value[0]!r}" if value else "cannot be changed or removed"
+    change = f"cannot be set to {mask_urls_in(repr(value[0]))}" if value else "cannot be changed or removed"
     todo = (
         "Set it in the config file, with --set KEY=VALUE or with initialize_distributed_env(overrides=['KEY=VALUE']); "
         "keep values that are no config keys in variables of the script"

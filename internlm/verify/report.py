@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from internlm.config import Config
+from internlm.config import Config, masked_dict
 from internlm.core.context.parallel_context import sizes_of
 from internlm.verify.compare import Report, Row
 from internlm.verify.configs import Plan
@@ -106,7 +106,7 @@ def as_json(plan: Plan, report: Report) -> str:
         "steps": plan.steps,
         "seed": plan.seed,
         "device": plan.device_type,
-        "config": plan.config.model_dump(mode="json"),
+        "config": masked_dict(plan.config),
     }
     found = asdict(report)
     found["forward"]["first"], found["backward"]["first"] = report.forward.first, report.backward.first

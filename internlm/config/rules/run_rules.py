@@ -9,6 +9,7 @@ from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors,
 from internlm.config.schema import Config
 from internlm.config.schema.fields import floor_share, parse_rampup, parse_skip_batches
 from internlm.utils.errors import Problem
+from internlm.utils.secrets import is_web_address, mask_url
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
@@ -160,11 +161,13 @@ def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Proble
 
 
 def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the address of a webhook is given if alerts are enabled."""
-    alert = config.monitor.alert
-    if alert.enable_feishu_alert and not alert.feishu_alert_address:
-        message = "missing, but monitor.alert.enable_feishu_alert is True"
-        yield Problem("monitor.alert.feishu_alert_address", message, "Set it to the URL of a webhook")
+    """Check that the address of the webhook is an http or https URL, and is given if alerts are enabled."""
+    alert, key = config.monitor.alert, "monitor.alert.feishu_alert_address"
+    address, todo = alert.feishu_alert_address, "Set it to the http or https URL of a webhook"
+    if address and not is_web_address(address):
+        yield Problem(key, f"{mask_url(address)!r} is not an http or https URL", todo)
+    if alert.enable_feishu_alert and not address:
+        yield Problem(key, "missing, but monitor.alert.enable_feishu_alert is True", todo)
 
 
 def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]:

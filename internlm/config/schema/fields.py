@@ -5,11 +5,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from internlm.utils.compat import DictAccess, frozen
+from internlm.utils.secrets import mask_credentials, mask_url
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Marker of text fields that may hold a secret; ``mask`` is applied wherever a value is shown or saved."""
+
+    mask: Callable[[str], str]
+
+
+def mask_of(field: FieldInfo) -> Callable[[str], str] | None:
+    """Return the function that masks the secrets in values of ``field``; None if the field holds no secrets."""
+    # The markers of ``WebAddress | None`` are those of the first alternative.
+    alternatives = [marker for part in get_args(field.annotation) for marker in getattr(part, "__metadata__", ())]
+    return next((marker.mask for marker in [*field.metadata, *alternatives] if isinstance(marker, Masked)), None)
 
 
 class Section(DictAccess, BaseModel):  # type: ignore[misc]  # __iter__ yields keys, as that of a dict
@@ -33,6 +51,13 @@ class Section(DictAccess, BaseModel):  # type: ignore[misc]  # __iter__ yields k
 
     def __delattr__(self, name: str) -> None:
         raise frozen(name)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # Also for str(), and for sections within sections.
+        for name, value in super().__repr_args__():
+            field = type(self).model_fields.get(name or "")
+            mask = mask_of(field) if field else None
+            yield name, mask(value) if mask and isinstance(value, str) else value
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -71,8 +96,10 @@ def expand_path(text: str) -> str:
     return protocol + path
 
 
-#: Path of a file or a folder.
-PathText = Annotated[str, AfterValidator(expand_path)]
+#: Path of a file or a folder, or a URL, which may contain credentials.
+PathText = Annotated[str, AfterValidator(expand_path), Masked(mask_credentials)]
+#: URL of a webhook. Whoever has the token in its path can send messages.
+WebAddress = Annotated[str, Masked(mask_url)]
 
 
 class ObjectAddress(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from internlm.config.schema.fields import Count, CountOrZero, PathText, Section
+from internlm.config.schema.fields import Count, CountOrZero, PathText, Section, WebAddress
 from internlm.config.schema.model import ModelConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -132,9 +132,9 @@ class AlertConfig(Section):
 
     enable_feishu_alert: bool = False
     """Send alerts to the webhook at ``feishu_alert_address``."""
-    feishu_alert_address: str | None = None
-    """URL of the webhook that alerts are sent to."""
-    light_monitor_address: str | None = None
+    feishu_alert_address: WebAddress | None = None
+    """URL (http or https) of the webhook that alerts are sent to. Redirects are not followed."""
+    light_monitor_address: WebAddress | None = None
     """URL of a webhook for heartbeats."""
     alert_file_path: PathText | None = None
     """File that alerts are appended to. None: no file."""
