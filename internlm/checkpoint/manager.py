@@ -30,6 +30,7 @@ from internlm.checkpoint.logical_tensors import (
     optimizer_tensors,
     without_rounded,
 )
+from internlm.checkpoint.run_state import OptimizerCounters, RunState, TrainCounters, current_versions
 from internlm.checkpoint.tensor_files import SafeReader, read_tensors, write_tensors
 from internlm.config.schema import CkptConfig
 from internlm.config.schema.root import CheckpointContent
@@ -45,8 +46,6 @@ log = get_logger()
 
 #: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
 ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
-#: Keys of the state file that :meth:`CheckpointManager.load` reads.
-STATE_KEYS = ("config", "train_state", "optimizer", "sampler", "data", "seed")
 
 
 class Resumable(Protocol):
@@ -165,17 +164,18 @@ class CheckpointManager:
 
     def _commit(self, target: Path, state: Resumable) -> None:
         """Write the state file, then the commit mark, which exists only if all other files reached the disk."""
-        content = {
-            "format": save_folder.FORMAT,
-            "train_state": state.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.position(state.step),
-            "world_size": dist.get_world_size(),
-            "cpu_kernels": kernels_of_job(),
-            "save_folder": self._own_root(),
+        content = RunState(
+            format=save_folder.FORMAT,
+            train_state=TrainCounters(**state.state_dict()),
+            optimizer=OptimizerCounters(**self.optimizer.state_dict()),
+            sampler=list(self.sampler.position(state.step)),
+            world_size=dist.get_world_size(),
+            cpu_kernels=kernels_of_job(),
+            save_folder=self._own_root(),
+            versions=current_versions(),
             **self.run_info,
-        }
-        save_folder.write_durably(target / save_folder.STATE_FILE, save_folder.to_text(content))
+        )
+        save_folder.write_durably(target / save_folder.STATE_FILE, content.to_bytes().decode())
         save_folder.write_durably(target / save_folder.COMMIT_FILE, "")
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
@@ -214,8 +214,8 @@ class CheckpointManager:
         if newest is not None:
             saved = self.load(newest, state, ("all",))
             # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
-            if saved.get("save_folder") == self._own_root():
-                self.resumed_folder = saved.get("run_folder")
+            if saved.save_folder == self._own_root():
+                self.resumed_folder = saved.run_folder
             message = f"resumed from {newest} at step {state.step}"
         elif self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
@@ -265,7 +265,7 @@ class CheckpointManager:
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
             )
 
-    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> dict[str, Any]:
+    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> RunState:
         """Load ``content`` from the checkpoint folder ``source``; collective.
 
         Args:
@@ -289,10 +289,14 @@ class CheckpointManager:
         known = _names_on_all_ranks(tensors)
         # Every rank reads the metadata, which is small: a file system that differs between ranks is detected here.
         with _failing_together():
-            saved, metadata = save_folder.read_state(source, STATE_KEYS), reader.read_metadata()
+            saved, metadata = save_folder.read_state(source), reader.read_metadata()
             problems = [
                 *self._tensor_problems(str(source), saved, metadata, tensors, known, wanted),
-                *(compatibility.other_samples(str(source), saved, self.run_info) if "sampler" in wanted else ()),
+                *(
+                    compatibility.other_samples(str(source), saved.model_dump(), self.run_info)
+                    if "sampler" in wanted
+                    else ()
+                ),
                 *compatibility.damaged_files(source, metadata),
             ]
             if problems:
@@ -312,7 +316,7 @@ class CheckpointManager:
     def _tensor_problems(
         self,
         source: str,
-        saved: dict[str, Any],
+        saved: RunState,
         metadata: Metadata,
         tensors: LogicalTensors,
         known: set[str],
@@ -330,7 +334,7 @@ class CheckpointManager:
             known: Names of the tensors that at least one rank loads.
             wanted: Parts of the checkpoint to load, such as "model" and "optimizer".
         """
-        then, now = saved["config"], self.run_info["config"]
+        then, now = saved.config, self.run_info["config"]
         problems = list(compatibility.other_architecture(source, then, now))
         problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
         yield from problems
@@ -340,11 +344,11 @@ class CheckpointManager:
             yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
 
     def _restore(
-        self, saved: dict[str, Any], tensors: LogicalTensors, state: Resumable, wanted: set[CheckpointContent]
+        self, saved: RunState, tensors: LogicalTensors, state: Resumable, wanted: set[CheckpointContent]
     ) -> None:
         """Restore the state that was not read directly into the model and the optimizer."""
         if "optimizer" in wanted:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict(saved.optimizer.model_dump())
             if "model" not in wanted:
                 self.optimizer.copy_main_to_model_params()
         else:
@@ -352,11 +356,11 @@ class CheckpointManager:
             self.optimizer.copy_model_to_main_params()
         # Learning-rate schedules are functions of the step, so they have no state.
         if wanted & {"scheduler", "sampler"}:
-            state.load_state_dict(saved["train_state"])
+            state.load_state_dict(saved.train_state.model_dump())
         if "sampler" in wanted:
-            self.sampler.resume(Position(*saved["sampler"]))
+            self.sampler.resume(saved.position)
         if wanted == ALL:
-            resume_kernels(saved.get("cpu_kernels", {}))
+            resume_kernels(saved.cpu_kernels)
         self.last_saved = state.step if wanted == ALL else -1  # a just loaded checkpoint need not be saved again
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:

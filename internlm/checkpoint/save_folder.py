@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from internlm.checkpoint.foreign_folders import foreign_source, names_in_local
+from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
 from internlm.utils.errors import CheckpointError, Problem
 
 # Format version of the state file; increased when older versions of the framework can no longer read it.
@@ -59,22 +58,17 @@ def write_durably(path: Path, text: str) -> None:
         os.close(directory)
 
 
-def to_text(content: dict[str, Any]) -> str:
-    """Format ``content`` as indented JSON with sorted keys."""
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-
-def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+def read_state(folder: Path) -> RunState:
     """Read ``state.json`` of a complete checkpoint.
 
     Args:
         folder: Checkpoint folder ``step-N``.
-        needed: Keys that must be present.
 
     Raises:
-        CheckpointError: ``folder`` is not a complete checkpoint, its format is newer than :data:`FORMAT`, or a needed
-            key is missing.
+        CheckpointError: ``folder`` is not a complete checkpoint, its format is newer than :data:`FORMAT`, or its state
+            file is damaged.
     """
+    name = _STEP.fullmatch(folder.name)
     if not folder.is_dir():
         existing = ", ".join(path.name for _, path in steps_in(folder.parent)) or "no checkpoint"
         message = f"no such checkpoint ({folder.parent} has {existing})"
@@ -83,7 +77,7 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         # Rank 0 writes the state after all tensors, so tensor files without it are an interrupted save.
         unfinished = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
         foreign = foreign_source(str(folder), names_in_local(folder))
-        if foreign and not (unfinished and _STEP.fullmatch(folder.name)):
+        if foreign and not (unfinished and name):
             raise CheckpointError(foreign)
         message = f"unfinished: {STATE_FILE} is missing" if unfinished else f"not a checkpoint: it has no {STATE_FILE}"
         raise CheckpointError(Problem(str(folder), message, "Choose a complete step-N folder"))
@@ -91,17 +85,6 @@ def read_state(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         message = f"unfinished: the commit mark {COMMIT_FILE} is missing"
         raise CheckpointError(Problem(str(folder), message, "Choose an older checkpoint"))
     file = folder / STATE_FILE
-    try:
-        state: dict[str, Any] = json.loads(file.read_text())
-        newer = state["format"] > FORMAT
-        # A newer format may have other keys: report the format rather than a missing key.
-        _ = newer or [state[key] for key in needed]
-    except KeyError as error:
-        message = f"has no key {error}: another version wrote it, or it was edited"
-        raise CheckpointError(Problem(str(file), message, "Choose another checkpoint")) from None
-    except (ValueError, TypeError) as error:  # not JSON, or JSON of another shape
-        raise CheckpointError(Problem(str(file), f"cannot be read ({error!r})", "Choose another checkpoint")) from None
-    if newer:
-        message = f"expected a format version of at most {FORMAT}, got {state['format']}"
-        raise CheckpointError(Problem(str(folder), message, "Update InternEvo"))
-    return state
+    with file.open("rb") as opened:
+        text = opened.read(LARGEST_STATE + 1)
+    return parse_run_state(text, str(file), FORMAT, int(name[1]) if name else None)

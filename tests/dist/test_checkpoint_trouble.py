@@ -159,7 +159,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
     "a newer format": (
         lambda newest: _rewrite_state(newest, format=7),
-        "step-2: expected a format version of at most 1, got",
+        "step-2/state.json: expected a format version of at most 1, got 7. Update InternEvo",
     ),
 }
 
@@ -236,10 +236,13 @@ def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
     assert "contains step-2 of an earlier run, which is not resumed" in warnings[0]
 
 
-def test_a_state_that_lacks_something(tmp_path: Path) -> None:
-    fit(1, saving(tmp_path, total=2))
-    (tmp_path / "ckpts" / "step-2" / "state.json").write_text('{"format": 1}')
-    assert (
-        "state.json: has no key 'config': another version wrote it, or it was edited. Choose another checkpoint"
-        in fit(1, saving(tmp_path)).message
-    )
+def test_wrong_values_of_the_state_change_nothing(saved: Outcome, tmp_path: Path) -> None:
+    """All are listed."""
+    step_2 = tmp_path / "ckpts" / "step-2"
+    _rewrite_state(step_2, train_state={**saved.state, "step": -3}, sampler=[], seed="24")
+    problems = _assert_refused(tmp_path).splitlines()
+    assert [problem.removeprefix(f"{step_2}/state.json: ") for problem in problems] == [
+        "train_state.step: must be at least 0, got -3. Choose another checkpoint",
+        "sampler: expected 3 numbers, got []. Choose another checkpoint",
+        "seed: expected an integer, got '24'. Choose another checkpoint",
+    ]

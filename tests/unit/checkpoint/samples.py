@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -45,9 +46,33 @@ def write(target: Path, tensors: dict[str, LogicalTensor]) -> Path:
     return target
 
 
-def complete(target: Path, state: str = '{"format": 1}') -> Path:
-    """Make ``target`` a complete checkpoint."""
+def run_state(step: int = 3) -> dict[str, Any]:
+    """Return the content of a valid ``state.json`` of format 1."""
+    return {
+        "format": 1,
+        "config": {"model_type": "LLAMA2", "model": {"num_layers": 2}, "data": {"seq_len": 8}},
+        "train_state": {"step": step, "num_consumed_tokens": 96, "inf_nan_skip_batches": 1},
+        "optimizer": {
+            "updates": 2,
+            "skipped_in_a_row": 0,
+            "loss_scale": {"scale": 65536.0, "good_steps": 1, "overflows": 0},
+        },
+        "sampler": [step, 4, 16],
+        "data": "00ff",
+        "seed": 1024,
+        "world_size": 2,
+        "cpu_kernels": {"a processor": {"linear": "torch"}},
+        "save_folder": "/ckpts",
+        "run_folder": "/runs/1",
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def complete(target: Path, state: str | None = None) -> Path:
+    """Make ``target`` a complete checkpoint of format 1, of the step that its name says."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / save_folder.STATE_FILE).write_text(state)
+    step = target.name.removeprefix("step-")
+    valid = json.dumps(run_state(int(step) if step.isdigit() else 3))
+    (target / save_folder.STATE_FILE).write_text(valid if state is None else state)
     (target / save_folder.COMMIT_FILE).write_text("")
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from internlm.checkpoint import save_folder
 from internlm.checkpoint.save_folder import COMMIT_FILE, STATE_FILE, read_state
 from internlm.utils.errors import CheckpointError
-from tests.unit.checkpoint.samples import complete
+from tests.unit.checkpoint.samples import complete, run_state
 
 
 def problem_of(path: Path) -> str:
@@ -52,8 +53,20 @@ def test_a_durable_file_is_whole_and_leaves_nothing_beside_it(tmp_path: Path) ->
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    state = {"format": save_folder.FORMAT, "train_state": {"step": 3}, "data": None, "name": "modèle"}
-    assert read_state(complete(tmp_path, save_folder.to_text(state))) == state
+    assert read_state(complete(tmp_path / "step-3")).model_dump() == run_state(3)
+
+
+def test_a_state_of_another_step_is_refused(tmp_path: Path) -> None:
+    """Somebody has copied it from another checkpoint."""
+    complete(tmp_path / "step-3", json.dumps(run_state(4)))
+    assert problem_of(tmp_path / "step-3") == (
+        f"{tmp_path}/step-3/state.json: train_state.step: expected 3, as the folder is named, got 4. "
+        "Choose another checkpoint"
+    )
+
+
+def test_a_folder_that_was_renamed_is_read(tmp_path: Path) -> None:
+    assert read_state(complete(tmp_path / "best")).train_state.step == 3
 
 
 def test_not_there_says_what_is(tmp_path: Path) -> None:
@@ -83,21 +96,12 @@ def test_a_save_that_was_cut_off_before_its_mark(tmp_path: Path) -> None:
     assert problem_of(tmp_path) == f"{tmp_path}: {what}. Choose an older checkpoint"
 
 
-def test_a_newer_format(tmp_path: Path) -> None:
-    complete(tmp_path, '{"format": 99}')
-    assert problem_of(tmp_path) == f"{tmp_path}: expected a format version of at most 1, got 99. Update InternEvo"
+def test_a_damaged_state(tmp_path: Path) -> None:
+    complete(tmp_path, '{"format": 1, "train_st')
+    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: cannot be read (")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", '{"format": 1, "train_st', "[]", "1", "null", '{"format": "one"}', '{"format": null}', "{}", "\x00"],
-)
-def test_a_damaged_state(tmp_path: Path, text: str) -> None:
-    complete(tmp_path, text)
-    problem, file = problem_of(tmp_path), tmp_path / STATE_FILE
-    assert problem.startswith((f"{file}: cannot be read (", f"{file}: has no key 'format'"))
-
-
-def test_a_state_that_is_not_text(tmp_path: Path) -> None:
-    (complete(tmp_path) / STATE_FILE).write_bytes(b"\xff\xfe\x00")
-    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: cannot be read (UnicodeDecodeError")
+def test_of_a_large_file_only_the_start_is_read(tmp_path: Path) -> None:
+    with (complete(tmp_path) / STATE_FILE).open("wb") as file:
+        file.truncate(1 << 40)
+    assert problem_of(tmp_path).startswith(f"{tmp_path / STATE_FILE}: cannot be read (larger than 4194304 bytes). ")
