@@ -9,18 +9,29 @@ import errno
 import fcntl
 import os
 import re
-import shutil
-import stat
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
-from internlm.checkpoint.storage import MANIFEST
+from internlm.checkpoint.local_files import LocalFiles, LocalSink, LocalSource, split_file, sync_folder
+from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
 
 #: Suffixes of folders that a save or a deletion is working on: unfinished, replaced by a new save, being deleted.
 ATTEMPT, REPLACED, DELETING = ".tmp-", ".replaced-", ".deleting-"
-_UNPUBLISHED = re.compile(rf"(?P<checkpoint>.+)({re.escape(ATTEMPT)}|{re.escape(REPLACED)}|{re.escape(DELETING)})\w+")
+_SUFFIXES = "|".join(map(re.escape, (ATTEMPT, REPLACED, DELETING)))
+# Only names of checkpoints: a folder that a user called `notes.tmp-old` is not ours to delete.
+_UNPUBLISHED = re.compile(rf"(?P<checkpoint>(step|snapshot)-[0-9]+)({_SUFFIXES})[A-Za-z0-9_-]+/")
+# Small files that are being written. One of this age, in seconds, belongs to a process that died.
+_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+_STALE_PARTIAL = 3600.0
+#: File whose lock protects :meth:`LocalStorage.compare_and_swap`, and whose time shows the clock of a file server.
+LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+_SETTLE_SECONDS = 1.0
+# Errors of flock on file systems that have no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class LocalStorage:
@@ -30,27 +41,38 @@ class LocalStorage:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        # The folder itself may be a link: its owner chose it.
         self.root = Path(folder).expanduser().absolute()
         self.location = str(self.root)
+        self._files = LocalFiles(self.root)
 
     def path(self, name: str) -> str:
         """Return the full path of ``name``."""
-        return str(self.root / name)
+        return self._files.path(name)
 
     def prepare(self) -> None:
-        """Create the folder, and check that files can be created in it."""
+        """Create the folder, check that files can be created in it, and remove partial files of dead processes."""
+        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
-        probe = self.root / f".writable-{os.getpid()}"
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC))
-        probe.unlink(missing_ok=True)
+        for folder in missing:
+            descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_folder(descriptor)
+            finally:
+                os.close(descriptor)
+        probe = _partial(".writable")
+        os.close(self._files.open(probe, os.O_WRONLY | os.O_CREAT))
+        self._files.unlink(probe)
+        for name in filter(_PARTIAL.fullmatch, self.names()):
+            with suppress(OSError):  # another process may remove it, too
+                if self.age(name) > _STALE_PARTIAL:
+                    self._files.unlink(name)
 
     # -- files
 
     def names(self, folder: str = "") -> list[str]:
         """Return the sorted names in ``folder``; those of folders end with a slash."""
         try:
-            with self._folder(folder) as descriptor, os.scandir(descriptor) as entries:
+            with self._files.folder(folder) as descriptor, os.scandir(descriptor) as entries:
                 return sorted(
                     f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries
                 )
@@ -70,58 +92,59 @@ class LocalStorage:
 
     def open(self, name: str) -> LocalSource:
         """Open a regular file for reading."""
-        # Without O_NONBLOCK, opening a named pipe would block until somebody writes to it.
-        descriptor = self._open(name, os.O_RDONLY | os.O_NONBLOCK)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise OSError(errno.EINVAL, "expected a regular file", self.path(name))
-        return LocalSource(descriptor, status.st_size)
+        return LocalSource(self._files.open(name, os.O_RDONLY), self.path(name))
 
     def create(self, name: str) -> LocalSink:
         """Create a file, and its folders."""
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        return LocalSink(self._open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+        folder, _ = split_file(name)
+        self._files.make_folder(folder)
+        return LocalSink(self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), self.path(name))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file durably under another name, then rename it."""
-        partial = f"{name}.partial-{os.getpid()}"
+        folder, file = split_file(name)
+        partial = os.path.join(folder, _partial(f".{file}"))
         try:
             with self.create(partial) as sink:
                 sink.write(memoryview(data))
-            os.replace(self.root / partial, self.root / name)
+            self._files.rename(partial, name)
         except OSError:
-            (self.root / partial).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._files.unlink(partial)
             raise
-        self._sync_folder(os.path.dirname(name))
+        self._files.sync_folder(folder)
 
     def compare_and_swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
         """Replace the content ``old`` by ``new`` while holding a lock of the operating system."""
-        with self._locked(f".{name}.lock"):
-            try:
-                content: bytes | None = self.read(name, limit=1 << 20)
-            except FileNotFoundError:
-                content = None
-            if content != old:
+        with self._locked() as is_locked:
+            if self._compared(name) != old:
                 return False
-            if new is None:
-                (self.root / name).unlink(missing_ok=True)
-            else:
+            if new is not None:
                 self.write(name, new)
+            elif old is not None:
+                self._files.unlink(name)
+                self._files.sync_folder(split_file(name)[0])
+        if is_locked:
             return True
+        # Without locks another process may have read the old content, too, and write now. The last one wins.
+        time.sleep(_SETTLE_SECONDS)
+        return self._compared(name) == new
 
     def age(self, name: str) -> float:
         """Return the seconds since ``name`` was written, by the clock that sets the times of files."""
-        written = os.stat(self.root / name, follow_symlinks=False).st_mtime
-        # The clocks of a file server and of this host may differ, so a new file shows the server's time.
-        probe = self.root / f".clock-{os.getpid()}"
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
+        # An open file shows its present time; os.stat may show one that a client of a network file system cached.
+        descriptor = self._files.open(name, os.O_RDONLY)
         try:
-            os.write(descriptor, b"\n")
+            written = os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+        # The clocks of a file server and of this host may differ, so a file that is touched shows the server's time.
+        descriptor = self._files.open(LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            os.utime(descriptor)
             return os.fstat(descriptor).st_mtime - written
         finally:
             os.close(descriptor)
-            probe.unlink(missing_ok=True)
 
     # -- checkpoints
 
@@ -131,36 +154,42 @@ class LocalStorage:
 
     def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
         """Write the manifest into the folder of the attempt, and rename the folder to ``checkpoint``."""
+        split_file(checkpoint)
         folder = self.attempt_folder(checkpoint, attempt)
         with self.create(f"{folder}/{MANIFEST}") as sink:
             sink.write(memoryview(manifest))
-        self._sync_folder(folder)
+        self._files.sync_folder(folder)
         # No folder can be renamed onto one with files. The old one stays loadable until the new one is in its place.
         replaced = f"{checkpoint}{REPLACED}{attempt}"
         with suppress(FileNotFoundError):
-            os.rename(self.root / checkpoint, self.root / replaced)
-        os.rename(self.root / folder, self.root / checkpoint)
-        self._sync_folder("")
-        self.remove(replaced)
+            self._files.rename(checkpoint, replaced)
+        try:
+            self._files.rename(folder, checkpoint)
+        except OSError:
+            with suppress(OSError):
+                self._files.rename(replaced, checkpoint)
+            raise
+        self._files.sync_folder("")
+        # The save has succeeded: what cannot be removed now is one of the leftovers.
+        with suppress(OSError):
+            self.remove(replaced)
 
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Rename the folder, so that it is no checkpoint any more, and remove it."""
+        split_file(checkpoint)
         doomed = f"{checkpoint}{DELETING}{attempt}"
-        os.rename(self.root / checkpoint, self.root / doomed)
-        self._sync_folder("")
-        self.remove(doomed)
+        self._files.rename(checkpoint, doomed)
+        self._files.sync_folder("")
+        with suppress(OSError):
+            self.remove(doomed)
 
     def remove(self, folder: str) -> None:
         """Remove a folder with all of its files; of a symbolic link, remove the link."""
-        path = self.root / folder
-        if path.is_symlink() or path.is_file():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        self._files.remove(folder)
 
     def leftovers(self) -> dict[str, str]:
         """Return the folders whose suffix is that of an unfinished save or deletion."""
-        matches = ((name, _UNPUBLISHED.fullmatch(name.rstrip("/"))) for name in self.names())
+        matches = ((name, _UNPUBLISHED.fullmatch(name)) for name in self.names())
         return {name.rstrip("/"): match["checkpoint"] for name, match in matches if match}
 
     def free_bytes(self) -> int | None:
@@ -168,89 +197,50 @@ class LocalStorage:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
-    # -- descriptors
+    # -- compare and swap
 
-    @contextmanager
-    def _folder(self, folder: str) -> Iterator[int]:
-        """Open a folder below the root, without following links below the root."""
-        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _compared(self, name: str) -> bytes | None:
         try:
-            for part in filter(None, folder.split("/")):
-                outer = descriptor
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open(part, flags, dir_fd=outer)
-                os.close(outer)
-            yield descriptor
+            source = self.open(name)
+        except FileNotFoundError:
+            return None
+        try:
+            content = bytearray(COMPARED_BYTES)
+            return bytes(content[: source.read_into(0, memoryview(content))])
         finally:
-            os.close(descriptor)
-
-    def _open(self, name: str, flags: int) -> int:
-        folder, _, file = name.rpartition("/")
-        with self._folder(folder) as descriptor:
-            try:
-                return os.open(file, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=descriptor)
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    raise OSError(errno.ELOOP, "is a symbolic link", self.path(name)) from None
-                error.filename = self.path(name)
-                raise
-
-    def _sync_folder(self, folder: str) -> None:
-        # A rename or a new file changes the folder, which needs an fsync of its own.
-        with self._folder(folder) as descriptor:
-            os.fsync(descriptor)
+            source.close()
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold the exclusive lock of a file in the ``with`` block; the system releases it if the process dies."""
-        descriptor = self._open(name, os.O_RDWR | os.O_CREAT)
+    def _locked(self) -> Iterator[bool]:
+        """Hold an exclusive lock in the ``with`` block; yield False if the file system has none."""
+        descriptor = self._files.open(LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield _lock(descriptor, self.path(LOCK))
         finally:
             os.close(descriptor)
 
 
-class LocalSource:
-    """Regular file of a file system, open for reading."""
+def _lock(descriptor: int, path: str) -> bool:
+    """Lock an open file until it is closed; return False if its file system has no locks.
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor, self.size = descriptor, size
-
-    def read_into(self, position: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` from ``position`` on."""
-        filled = 0
-        while filled < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[filled:]], position + filled)
-            if count == 0:
-                break
-            filled += count
-        return filled
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
-
-
-class LocalSink:
-    """File of a file system that is being written; it is flushed to the disk when its ``with`` block ends."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def write(self, data: memoryview) -> None:
-        """Append ``data``; without a buffer, so that memory does not grow."""
-        while len(data):
-            data = data[os.write(self._descriptor, data) :]
-
-    def __enter__(self) -> LocalSink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    The system releases the lock of a process that dies. One that is stopped keeps it, so the wait for it is bounded.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
         try:
-            if kind is None:
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                message = f"another process has held its lock for {_LOCK_SECONDS:.0f} s"
+                raise OSError(errno.ETIMEDOUT, message, path) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return False
+            raise
+        time.sleep(0.01)
+
+
+def _partial(name: str) -> str:
+    """Return a name that no other process uses, for the file ``name`` while it is written."""
+    return f"{name}.partial-{secrets.token_hex(4)}"

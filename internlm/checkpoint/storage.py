@@ -18,6 +18,8 @@ from typing import Protocol
 
 #: File that marks a committed checkpoint, and that lists and verifies its other files.
 MANIFEST = "manifest.json"
+#: Bytes of a file that :meth:`Storage.compare_and_swap` compares; of a larger file, it compares the first ones.
+COMPARED_BYTES = 1 << 16
 
 
 class Source(Protocol):
