@@ -1,24 +1,22 @@
 """Alerts at the start, end or failure of a run, by webhook and file.
 
-If a webhook or the file fails, a warning is logged and training continues.
+If a webhook or the file fails, a warning is logged and training continues. Webhooks are called in the background
+(``webhook.py``).
 """
 
 from __future__ import annotations
 
-import json
 import traceback
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from http.client import HTTPException
 from pathlib import Path
 
 from internlm.config.schema import AlertConfig
+from internlm.monitor.webhook import SENDER
 from internlm.utils.errors import UserError, first_of_all_ranks
 from internlm.utils.logger import get_logger
 
-TIMEOUT_SECONDS = 5
 NO_NAME = "internlm"
 log = get_logger()
 
@@ -27,39 +25,26 @@ _current: tuple[str, AlertConfig] | None = None
 
 
 def send_alert_message(address: str | None = None, title: str | None = None, message: str = "") -> bool:
-    """Post an alert to a webhook, and append it to the run's alert file.
+    """Send an alert to a webhook in the background, and append it to the run's alert file.
 
     Args:
-        address: URL of the webhook; None: the webhook of the run.
+        address: URL (http or https) of the webhook; None: the webhook of the run.
         title: Prefix of the message; None: the job name.
         message: Text of the alert.
 
     Returns:
-        Whether the webhook accepted the alert. Failures are logged, never raised.
+        Whether the alert was queued for a webhook. Failures are logged, never raised.
     """
     job, alert = _current or (NO_NAME, AlertConfig())
     address = address or _webhook(alert)
     text = f"[{title or job}] {message}"
     if alert.alert_file_path:
         _append(Path(alert.alert_file_path), text)
-    return _post(address, text) if address else False
+    return SENDER.send(address, text) if address else False
 
 
 def _webhook(alert: AlertConfig) -> str | None:
     return alert.feishu_alert_address if alert.enable_feishu_alert else None
-
-
-def _post(address: str, text: str) -> bool:
-    # The message format of Feishu (Lark) bots.
-    body = json.dumps({"msg_type": "text", "content": {"text": text}}).encode()
-    try:
-        request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
-            return True
-    # ValueError: the address is not a URL. HTTPException: the response is not HTTP.
-    except (OSError, ValueError, HTTPException) as error:
-        log.warning(f"alert not delivered to {address}: {error}")
-        return False
 
 
 def _append(path: Path, text: str) -> None:
@@ -67,7 +52,7 @@ def _append(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         log.warning(f"alert not written to {path}: {error}")
 
 
@@ -77,7 +62,8 @@ def initialize_monitor_manager(
 ) -> Iterator[None]:
     """Send alerts when the ``with`` block starts, ends, or raises an exception, each once per job and destination.
 
-    In the ``with`` block, :func:`send_alert_message` uses ``job_name`` and the same destinations by default.
+    In the ``with`` block, :func:`send_alert_message` uses ``job_name`` and the same destinations by default. The end of
+    the block waits for alerts that have not been sent yet, for a bounded time.
 
     Args:
         job_name: Prefix of the messages; default: ``"internlm"``.
@@ -89,9 +75,12 @@ def initialize_monitor_manager(
         alert = alert.model_copy(update={"enable_feishu_alert": True, "feishu_alert_address": alert_address})
     with _destinations(job_name or NO_NAME, alert):
         _send_once("started")
-        with alerting_failures():
-            yield
-        _send_once("ended")
+        try:
+            with alerting_failures():
+                yield
+            _send_once("ended")
+        finally:
+            SENDER.flush()
 
 
 @contextmanager
@@ -122,6 +111,7 @@ def alerting_failures(destinations: Callable[[], tuple[str, AlertConfig] | None]
         )
         with _destinations(*(destinations() or (NO_NAME, AlertConfig()))):
             _send_once(*details)
+            SENDER.flush()
         raise
 
 
@@ -135,4 +125,4 @@ def _send_once(event: str, details: str = "") -> None:
     if file and first_of_all_ranks(f"alert to {file}: {event}"):
         _append(Path(file), text)
     if webhook and first_of_all_ranks(f"alert to {webhook}: {event}"):
-        _post(webhook, text)
+        SENDER.send(webhook, text)
