@@ -21,7 +21,8 @@ import torch
 from internlm import accelerator
 from internlm.accelerator import DEVICE_VARIABLE, processor
 from internlm.checkpoint import load_weights
-from internlm.checkpoint.save_folder import is_complete, steps_in
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.config import load_config
 from internlm.data.tokenizer import load_tokenizer
 from internlm.eval import generate
@@ -106,12 +107,13 @@ def picture(records: list[dict[str, Any]], entropy: dict[str, float]) -> Path:
 
 def samples(overrides: list[str]) -> str:
     """Sample continuations of a few prompts from the final checkpoint."""
-    checkpoint = next(path for _, path in steps_in(RUN / "checkpoints") if is_complete(path))
+    folder = RUN / "checkpoints"
+    newest = next(entry for entry in find_checkpoints(LocalStorage(folder)) if entry.is_committed)
     config = load_config(CONFIG, overrides, device_type=accelerator.device_type())
     model = build_model(config, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
-        load_weights(model, checkpoint)
+        load_weights(model, folder / newest.name)
     tokenizer = load_tokenizer(DATA / "tokenizer.model")
     texts = []
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")

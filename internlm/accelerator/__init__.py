@@ -25,6 +25,7 @@ from internlm.accelerator.kinds import kind_of as kind_of
 from internlm.accelerator.kinds import pretending as pretending
 from internlm.accelerator.kinds import why_no_device as why_no_device
 from internlm.accelerator.transfer import HostValues as HostValues
+from internlm.accelerator.transfer import host_buffer as host_buffer
 from internlm.accelerator.transfer import host_reads as host_reads
 from internlm.accelerator.transfer import is_host as is_host
 from internlm.accelerator.transfer import read_together as read_together

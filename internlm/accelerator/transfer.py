@@ -51,6 +51,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else kind_of(device).write(tensor, device)
 
 
+def host_buffer(size: int) -> Tensor:
+    """Return uninitialised host memory of ``size`` bytes, to which the device can copy without blocking."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=not device_kind().is_host)
+
+
 class HostValues:
     """Values of a small device tensor, read on the host when they are first needed, and then kept.
 

@@ -6,7 +6,6 @@ Each function yields one :class:`Problem` per difference, so that all difference
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -76,20 +75,6 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 # -- tensors and files
-
-
-def damaged_files(folder: Path, metadata: Metadata) -> Iterator[Problem]:
-    """Yield a problem for each tensor file that is missing, or shorter than ``metadata`` requires."""
-    # One stat per file; a failure during reading would leave the model partly loaded.
-    ends: dict[str, int] = {}
-    for entry in (metadata.storage_data or {}).values():
-        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
-    for name, end in ends.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size < end:
-            message = f"expected at least {end} bytes according to .metadata, got {size}"
-            yield Problem(str(path), message, "Choose an older checkpoint")
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:

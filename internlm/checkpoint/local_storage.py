@@ -174,6 +174,10 @@ class LocalStorage:
         with suppress(OSError):
             self.remove(replaced)
 
+    def discard(self, checkpoint: str, attempt: str) -> None:
+        """Remove the folder of the attempt, which has another name if it was published."""
+        self.remove(self.attempt_folder(checkpoint, attempt))
+
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Rename the folder, so that it is no checkpoint any more, and remove it."""
         split_file(checkpoint)

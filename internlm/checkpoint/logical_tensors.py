@@ -7,6 +7,7 @@ be loaded with a parallel layout other than the one that it was saved with.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -20,6 +21,9 @@ from internlm.core.parallel.param_state import compute_dtype, placed_parameters,
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.solver.optimizer.param_groups import ParamGroup
+
+#: Size limit of a piece in bytes. A reader verifies whole pieces, also where it needs a part, so they are not larger.
+PIECE_BYTES = 4 << 20
 
 Offsets: TypeAlias = tuple[int, ...]
 
@@ -46,6 +50,16 @@ class LogicalTensor:
         """Add ``tensor`` as the slice at ``offsets``, without copying."""
         self.slices[offsets] = tensor.detach()
 
+    @functools.cached_property
+    def pieces(self) -> dict[Offsets, Tensor]:
+        """Slices cut into pieces of at most :data:`PIECE_BYTES`, each of which gets a checksum of its own."""
+        limit = max(PIECE_BYTES // self.dtype.itemsize, 1)
+        return dict(piece for offsets, tensor in self.slices.items() for piece in _cut(offsets, tensor, limit))
+
+    def piece(self, offsets: Offsets) -> Tensor:
+        """Return the piece at ``offsets``, in the dtype that it has in memory."""
+        return self.pieces[tuple(offsets)]
+
     @property
     def rounds(self) -> bool:
         """Whether writing rounds the slices to a narrower dtype."""
@@ -64,7 +78,7 @@ class LogicalTensor:
                     size=self.global_shape,
                 ),
             )
-            for offsets, tensor in self.slices.items()
+            for offsets, tensor in self.pieces.items()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -73,6 +87,17 @@ class LogicalTensor:
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None, index
         return self.slices[tuple(index.offset)]
+
+
+def _cut(offsets: Offsets, tensor: Tensor, limit: int, dim: int = 0) -> Iterator[tuple[Offsets, Tensor]]:
+    """Yield the pieces of a slice with at most ``limit`` elements: runs of rows, or parts of rows that are too long."""
+    if tensor.numel() <= limit:
+        yield offsets, tensor
+        return
+    rows = max(limit * tensor.shape[dim] // tensor.numel(), 1)
+    for start in range(0, tensor.shape[dim], rows):
+        part = tensor.narrow(dim, start, min(rows, tensor.shape[dim] - start))
+        yield from _cut((*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), part, limit, dim + 1)
 
 
 LogicalTensors: TypeAlias = dict[str, LogicalTensor]

@@ -1,77 +1,42 @@
-"""Checkpoint manager: saving, loading and resuming.
-
-Phases of a save: (1) every rank writes the slices that it owns, (2) rank 0 writes ``state.json``, (3) rank 0 writes the
-commit mark. A folder without the commit mark is an unfinished save and is never loaded.
-
-Phases of a load: (1) every rank compares the checkpoint with its model and config, (2) the ranks all-gather the
-problems found, and each raises all of them, (3) tensors are read into the memory of the model and the optimizer, (4)
-the rest of the state is restored. Nothing is changed before (3), so a refused checkpoint leaves a usable run.
-"""
+"""Checkpoint manager: when a run saves, from which checkpoint it continues, and which checkpoints it keeps."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
 
-from internlm.checkpoint import compatibility, save_folder
-from internlm.checkpoint.foreign_folders import foreign_save_folder, names_in_local
-from internlm.checkpoint.logical_tensors import (
-    LogicalTensor,
-    LogicalTensors,
-    model_tensors,
-    optimizer_tensors,
-    without_rounded,
-)
-from internlm.checkpoint.run_state import OptimizerCounters, RunState, TrainCounters, current_versions
-from internlm.checkpoint.tensor_files import SafeReader, read_tensors, write_tensors
+from internlm.checkpoint import compatibility
+from internlm.checkpoint.foreign_folders import foreign_save_folder
+from internlm.checkpoint.locations import open_storage, split_checkpoint
+from internlm.checkpoint.logical_tensors import model_tensors
+from internlm.checkpoint.retention import to_delete
+from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
+from internlm.checkpoint.run_state import RunState
+from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, open_checkpoint, plain_names
+from internlm.checkpoint.saver import Saver, explain
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_writer import Save
 from internlm.config.schema import CkptConfig
 from internlm.config.schema.root import CheckpointContent
 from internlm.core.context.random import RandomStreams
-from internlm.data.batch_plan import Position
-from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.utils.compat import naming_current_call
-from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
-ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
-
-
-class Resumable(Protocol):
-    """Protocol for the progress counters of a run, which are saved in a checkpoint and restored from it."""
-
-    step: int
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters as a JSON-serialisable dict."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the counters."""
-
-
-class Sampler(Protocol):
-    """Protocol for a data sampler that can resume at a saved position."""
-
-    def position(self, step: int) -> Position:
-        """Return the data position before ``step``."""
-
-    def resume(self, position: Position) -> None:
-        """Continue from a data position that :meth:`position` returned, possibly in an earlier run."""
+#: Names of the two snapshots, which are written in turns.
+SNAPSHOTS = ("snapshot-0", "snapshot-1")
 
 
 class CheckpointManager:
-    """Manager that saves checkpoints on schedule and resumes from the newest complete one.
+    """Manager that saves checkpoints on schedule and resumes from the newest one that verifies.
 
     It saves every ``checkpoint_every`` steps and at ``total_steps``.
 
@@ -81,8 +46,7 @@ class CheckpointManager:
         optimizer: Optimizer of ``model``.
         streams: Random streams of this rank.
         total_steps: Last step of the run, which is always saved.
-        run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
-            the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
+        run_info: JSON-serialisable entries, saved with each checkpoint; see :class:`RunContent`.
         sampler: Training loader, whose data position is saved and restored.
     """
 
@@ -98,85 +62,92 @@ class CheckpointManager:
         sampler: Sampler,
     ) -> None:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
-        self.model, self.optimizer, self.streams = model, optimizer, streams
-        self.sampler = sampler
-        self.root = save_folder.local_path(config.save_ckpt_folder) if config.save_ckpt_folder else None
+        self.content = RunContent(model, optimizer, streams, sampler, run_info)
+        self.storage = open_storage(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.last_saved = -1
         self.resumed_folder: str | None = None
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
+        self._saver: Saver | None = None
+        self._next_slot: int | None = None
 
     # -- saving -------------------------------------------------------------------------------------------------------
     # No result: loops of existing scripts end if it is true.
     def try_save_checkpoint(self, state: Resumable, force: bool = False) -> None:
-        """Save a checkpoint if one is due at this step, or if ``force`` is set.
+        """Save a checkpoint or a snapshot if one is due at this step, or a checkpoint if ``force`` is set.
 
         Collective: all ranks must call it in the same step.
 
         Raises:
-            CheckpointError: A rank cannot write.
+            CheckpointError: A rank cannot write, now or in the last save in the background.
         """
         every = self.config.checkpoint_every  # None or 0: only the last step
         due = force or state.step == self.total_steps or bool(every and state.step % every == 0)
-        # A signal may force a save of the step that was just saved on schedule.
-        if due and self.config.enable_save_ckpt and state.step != self.last_saved:
+        snapshot = self.config.oss_snapshot_freq
+        if not self.config.enable_save_ckpt or state.step == self.last_saved:
+            # A signal may force a save of the step that was just saved on schedule.
+            return
+        if due:
             self.save(state)
+        elif snapshot and state.step % snapshot == 0:
+            self._save(state, self._snapshot_name())
 
     def wait_async_upload_finish(self) -> None:
-        """Do nothing, because a save is complete when its call returns; existing InternEvo scripts call it."""
-
-    def save(self, state: Resumable) -> Path:
-        """Write the checkpoint ``step-N`` and return its folder; collective.
+        """Block until the save in the background is committed; collective.
 
         Raises:
-            CheckpointError: A rank cannot write, or the config names no folder. The unfinished folder is removed; older
-                checkpoints are unchanged.
+            CheckpointError: It failed.
         """
-        if self.root is None:
+        if self._saver is not None:
+            self._saver.wait()
+
+    def save(self, state: Resumable) -> str:
+        """Save the checkpoint ``step-N`` and return its path; collective.
+
+        With ``ckpt.async_upload``, the checkpoint is written in the background, and not committed yet.
+
+        Raises:
+            CheckpointError: A rank cannot write, or the config names no folder. Older checkpoints are unchanged.
+        """
+        path = self._save(state, f"step-{state.step}")
+        self.last_saved = state.step
+        return path
+
+    def _save(self, state: Resumable, name: str) -> str:
+        if self.storage is None:
             raise CheckpointError(
                 Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
             )
-        target = save_folder.step_folder(self.root, state.step)
-        # With overlap_sync_param the all-gather of the last update may still be running.
-        self.optimizer.gather_parameters()
-        self._on_first_rank(lambda: _make_empty(target))
-        try:
-            write_tensors(target, self._tensors())
-            self._on_first_rank(lambda: self._commit(target, state))
-        except CheckpointError:
-            self._on_first_rank(lambda: shutil.rmtree(target, ignore_errors=True))
-            raise
-        self.last_saved = state.step
-        log_first(f"saved {target}")
-        return target
+        if self._saver is None:
+            self._saver = Saver(self.storage, lambda: None, self._to_delete, lambda: None)
+        content = self.content.state(state, self._own_root())
+        save = Save(checkpoint=name, step=state.step, state=content.to_bytes())
+        self._saver.save(save, self.content.tensors(), background=self.config.async_upload)
+        return self.storage.path(name)
 
-    def _tensors(self) -> LogicalTensors:
-        return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._random_tensors()}
+    def _snapshot_name(self) -> str:
+        """Return the name of the next snapshot: that of the older one, then in turns."""
+        if self._next_slot is None:
+            slots: list[int] = [0]
 
-    def _random_tensors(self) -> LogicalTensors:
-        """Return this rank's RNG states, keyed by ``rng/<rank>/<stream>``.
+            def choose() -> None:
+                newest = next((entry for entry in self._found() if entry.name in SNAPSHOTS), None)
+                slots[0] = 1 - SNAPSHOTS.index(newest.name) if newest else 0
 
-        No other tensor of a checkpoint belongs to a particular rank.
-        """
-        return {
-            f"rng/{dist.get_rank()}/{name}": LogicalTensor.whole(value)
-            for name, value in self.streams.state_dict().items()
-        }
+            self._on_first_rank(choose)
+            dist.broadcast_object_list(slots, src=0)
+            self._next_slot = slots[0]
+        name, self._next_slot = SNAPSHOTS[self._next_slot], 1 - self._next_slot
+        return name
 
-    def _commit(self, target: Path, state: Resumable) -> None:
-        """Write the state file, then the commit mark, which exists only if all other files reached the disk."""
-        content = RunState(
-            format=save_folder.FORMAT,
-            train_state=TrainCounters(**state.state_dict()),
-            optimizer=OptimizerCounters(**self.optimizer.state_dict()),
-            sampler=list(self.sampler.position(state.step)),
-            world_size=dist.get_world_size(),
-            cpu_kernels=kernels_of_job(),
-            save_folder=self._own_root(),
-            versions=current_versions(),
-            **self.run_info,
-        )
-        save_folder.write_durably(target / save_folder.STATE_FILE, content.to_bytes().decode())
-        save_folder.write_durably(target / save_folder.COMMIT_FILE, "")
+    def _to_delete(self) -> Sequence[str]:
+        """Return the names of the checkpoints that the config does not keep."""
+        if self.config.keep_last is None:
+            return ()
+        steps = [entry.step for entry in self._found() if entry.is_committed and entry.name == f"step-{entry.step}"]
+        return [f"step-{step}" for step in to_delete(steps, self.config.keep_last, self.config.keep_every)]
+
+    def _found(self) -> list[Found]:
+        return find_checkpoints(self.storage) if self.storage else []
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Run ``action`` on rank 0 while the other ranks block; if it fails, raise on all ranks."""
@@ -185,17 +156,17 @@ class CheckpointManager:
             try:
                 action()
             except OSError as error:
-                failure = [str(error)]
+                failure = [explain(error)]
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
-            raise CheckpointError(Problem(str(self.root), failure[0], "Choose a writable folder with free space"))
+            raise CheckpointError(Problem(self._own_root(), failure[0], "Choose a writable folder with free space"))
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
         """Load the checkpoint that the config selects, if any; collective.
 
-        If ``ckpt.auto_resume`` is set, the newest complete checkpoint in ``ckpt.save_ckpt_folder`` takes precedence
-        over ``ckpt.load_ckpt_info``.
+        If ``ckpt.auto_resume`` is set, the newest committed checkpoint in ``ckpt.save_ckpt_folder`` that verifies,
+        snapshots included, takes precedence over ``ckpt.load_ckpt_info``.
 
         Args:
             state: Counters to restore, ``trainer.state``.
@@ -205,71 +176,27 @@ class CheckpointManager:
             Message for the log: the loaded checkpoint, or that there is none.
 
         Raises:
-            CheckpointError: The checkpoint does not match the run or is damaged, or the save folder is not writable or
-                only holds checkpoints of another format.
+            CheckpointError: The checkpoint does not match the run; or none of those in the save folder verifies; or
+                the save folder is not writable, or only holds checkpoints of another format.
         """
         if self.config.enable_save_ckpt:
-            self._on_first_rank(self._prepare_root)
-        newest = self._newest() if self.config.auto_resume else None
-        if newest is not None:
-            saved = self.load(newest, state, ("all",))
-            # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
-            if saved.save_folder == self._own_root():
-                self.resumed_folder = saved.run_folder
-            message = f"resumed from {newest} at step {state.step}"
-        elif self.config.load_ckpt_info is not None:
+            self._on_first_rank(self._prepare)
+        message = self._resume(state) if self.config.auto_resume else ""
+        if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
-            self.load(save_folder.local_path(info.path), state, info.content)
+            self.load(info.path, state, info.content)
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
-        else:
-            message = "nothing to resume; starting from step 0"
+        message = message or "nothing to resume; starting from step 0"
         log_first(message)
         if state.step >= self.total_steps and dist.get_rank() == 0:
             log.warning(f"already at step {state.step}, and data.total_steps is {self.total_steps}: nothing to train")
         return message
 
-    def _own_root(self) -> str:
-        return str(self.root.resolve()) if self.root else ""
-
-    def _newest(self) -> Path | None:
-        """Return the newest complete checkpoint, or None; collective."""
-        # Rank 0 chooses for all ranks: on a network file system, a new folder may become visible at different times.
-        choice: list[Path | Problem | None] = [None]
-
-        def choose() -> None:
-            if self.root is None:
-                return
-            for _, path in save_folder.steps_in(self.root):
-                if save_folder.is_complete(path):
-                    choice[0] = path
-                    return
-                log.warning(f"ignored unfinished checkpoint {path.name} in {self.root}")
-            choice[0] = foreign_save_folder(str(self.root), names_in_local(self.root))
-
-        self._on_first_rank(choose)
-        dist.broadcast_object_list(choice, src=0)
-        if isinstance(choice[0], Problem):
-            raise CheckpointError(choice[0])
-        return choice[0]
-
-    def _prepare_root(self) -> None:
-        """Create the save folder, check that it is writable, and warn if it contains another run's checkpoints."""
-        assert self.root is not None, "the config check requires a folder if saving is enabled"
-        self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.root):
-            pass
-        existing = [path.name for _, path in save_folder.steps_in(self.root)]
-        if existing and not self.config.auto_resume:
-            log.warning(
-                f"{self.root} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
-                "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
-            )
-
-    def load(self, source: Path, state: Resumable, content: Iterable[CheckpointContent]) -> RunState:
-        """Load ``content`` from the checkpoint folder ``source``; collective.
+    def load(self, source: str | Path, state: Resumable, content: Iterable[CheckpointContent]) -> RunState:
+        """Load ``content`` from the checkpoint at ``source``; collective.
 
         Args:
-            source: Checkpoint folder ``step-N``.
+            source: Path or address of the checkpoint.
             state: Progress counters to restore.
             content: Content to load; "all" includes the random streams.
 
@@ -277,151 +204,108 @@ class CheckpointManager:
             Content of the checkpoint's state file.
 
         Raises:
-            CheckpointError: On some rank, ``source`` is damaged or does not match the run. Raised on all ranks, before
-                any state is changed.
+            CheckpointError: On some rank, the checkpoint does not match the run, or does not verify. In the latter
+                case, content may have been overwritten.
         """
-        content = set(content)
-        wanted = set(ALL) if "all" in content else content
-        # An all-gather that is still running would overwrite loaded parameters with old values.
-        self.optimizer.gather_parameters()
-        reader = SafeReader(source)
-        tensors = self._wanted_tensors(wanted)
-        known = _names_on_all_ranks(tensors)
-        # Every rank reads the metadata, which is small: a file system that differs between ranks is detected here.
-        with _failing_together():
-            saved, metadata = save_folder.read_state(source), reader.read_metadata()
-            problems = [
-                *self._tensor_problems(str(source), saved, metadata, tensors, known, wanted),
-                *(
-                    compatibility.other_samples(str(source), saved.model_dump(), self.run_info)
-                    if "sampler" in wanted
-                    else ()
-                ),
-                *compatibility.damaged_files(source, metadata),
-            ]
-            if problems:
-                raise CheckpointError(*problems)
-        if wanted == ALL:
-            # With more ranks than at the save, some streams are missing; they keep their states from the seed.
-            streams = self._random_tensors()
-            tensors |= {name: tensor for name, tensor in streams.items() if name in metadata.state_dict_metadata}
-        read_tensors(source, reader, without_rounded(tensors))
-        self._restore(saved, tensors, state, wanted)
+        location, name = split_checkpoint(str(source))
+        return self._load(open_storage(location), name, state, content)
+
+    def _load(self, storage: Storage, name: str, state: Resumable, content: Iterable[CheckpointContent]) -> RunState:
+        saved = self.content.load(storage, name, state, content)
+        # A just loaded checkpoint need not be saved again.
+        self.last_saved = state.step if {*content} >= ALL or "all" in content else -1
         return saved
 
-    def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
-        tensors = model_tensors(self.model) if "model" in wanted else {}
-        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wanted else {})}
+    def _resume(self, state: Resumable) -> str:
+        """Load the newest checkpoint of the save folder that verifies; return a message, empty if there is none."""
+        if self.storage is None:
+            return ""
+        failures: list[DamagedCheckpointError] = []
+        names = self._candidates()
+        for name in names:
+            try:
+                saved = self._load(self.storage, name, state, ("all",))
+            except DamagedCheckpointError as error:
+                failures.append(error)
+                if dist.get_rank() == 0:
+                    log.warning(f"{name} does not verify: {error.problems[0]}")
+                continue
+            # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
+            if saved.save_folder == self._own_root():
+                self.resumed_folder = saved.run_folder
+            because = f" ({', '.join(names[: len(failures)])} did not verify)" if failures else ""
+            return f"resumed from {self.storage.path(name)} at step {state.step}{because}"
+        if failures:
+            # Starting anew would silently lose the run.
+            raise CheckpointError(
+                *(problem for error in failures for problem in error.problems),
+                Problem(self._own_root(), "none of its checkpoints verifies", "Restore one, or choose another folder"),
+            )
+        return ""
 
-    def _tensor_problems(
-        self,
-        source: str,
-        saved: RunState,
-        metadata: Metadata,
-        tensors: LogicalTensors,
-        known: set[str],
-        wanted: set[CheckpointContent],
-    ) -> Iterator[Problem]:
-        """Compare the config and the tensors of the checkpoint with those of the run; yield a problem per difference.
+    def _candidates(self) -> list[str]:
+        """Return the names of the committed checkpoints in the save folder, newest first; collective."""
+        # Rank 0 chooses for all ranks: on a network file system, a new folder may become visible at different times.
+        chosen: list[list[str] | Problem | None] = [[]]
+        storage = self.storage
+        assert storage is not None
 
-        Tensors are compared only if the configs match: with another architecture, nearly every tensor would differ.
+        def choose() -> None:
+            found = find_checkpoints(storage)
+            for entry in found:
+                if not entry.is_committed:
+                    log.warning(f"ignored unfinished checkpoint {entry.name} in {storage.location}")
+            names = [entry.name for entry in found if entry.is_committed]
+            chosen[0] = names or foreign_save_folder(storage.location, partial(plain_names, storage))
 
-        Args:
-            source: Checkpoint folder, for error messages.
-            saved: Content of the checkpoint's state file.
-            metadata: Metadata of the checkpoint's tensors.
-            tensors: Tensors that this rank loads.
-            known: Names of the tensors that at least one rank loads.
-            wanted: Parts of the checkpoint to load, such as "model" and "optimizer".
-        """
-        then, now = saved.config, self.run_info["config"]
-        problems = list(compatibility.other_architecture(source, then, now))
-        problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
-        yield from problems
-        if not problems:
-            yield from compatibility.missing_tensors(source, metadata, tensors)
-            yield from compatibility.unexpected_tensors(source, metadata, known) if "model" in wanted else ()
-            yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
+        self._on_first_rank(choose)
+        dist.broadcast_object_list(chosen, src=0)
+        if isinstance(chosen[0], Problem):
+            raise CheckpointError(chosen[0])
+        return chosen[0] or []
 
-    def _restore(
-        self, saved: RunState, tensors: LogicalTensors, state: Resumable, wanted: set[CheckpointContent]
-    ) -> None:
-        """Restore the state that was not read directly into the model and the optimizer."""
-        if "optimizer" in wanted:
-            self.optimizer.load_state_dict(saved.optimizer.model_dump())
-            if "model" not in wanted:
-                self.optimizer.copy_main_to_model_params()
-        else:
-            # Main parameters still hold the initial values; the first update would write them back to the model.
-            self.optimizer.copy_model_to_main_params()
-        # Learning-rate schedules are functions of the step, so they have no state.
-        if wanted & {"scheduler", "sampler"}:
-            state.load_state_dict(saved.train_state.model_dump())
-        if "sampler" in wanted:
-            self.sampler.resume(saved.position)
-        if wanted == ALL:
-            resume_kernels(saved.cpu_kernels)
-        self.last_saved = state.step if wanted == ALL else -1  # a just loaded checkpoint need not be saved again
-        streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
-        if streams:
-            self.streams.load_state_dict(streams)
+    def _own_root(self) -> str:
+        return self.storage.location if self.storage else ""
+
+    def _prepare(self) -> None:
+        """Create the save folder, check that it is writable, remove what unfinished saves left, and warn of others."""
+        storage = self.storage
+        assert storage is not None, "the config check requires a folder if saving is enabled"
+        storage.prepare()
+        committed = [entry.name for entry in find_checkpoints(storage) if entry.is_committed]
+        for folder, checkpoint in storage.leftovers().items():
+            # Until the new one is committed, the replaced one is the newest.
+            if folder not in committed or checkpoint in committed:
+                log.warning(f"ignored unfinished checkpoint {checkpoint} in {storage.location}")
+                storage.remove(folder)
+        if committed and not self.config.auto_resume:
+            log.warning(
+                f"{storage.location} contains {', '.join(committed[:3])} of an earlier run, which is not resumed "
+                "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
+            )
 
 
-def load_weights(model: nn.Module, source: Path) -> None:
+def load_weights(model: nn.Module, source: str | Path) -> None:
     """Load the parameters and buffers of ``model`` from a checkpoint, without a process group.
 
     Args:
         model: Unsharded model, with a placement for each parameter.
-        source: Checkpoint folder ``step-N``.
+        source: Path or address of the checkpoint.
 
     Raises:
-        CheckpointError: ``source`` is not a complete checkpoint, or does not match the model.
+        CheckpointError: ``source`` is not a committed checkpoint, does not verify, or does not match the model.
     """
-    save_folder.read_state(source)
-    reader = SafeReader(source)
+    location, name = split_checkpoint(str(source))
+    checkpoint = open_checkpoint(open_storage(location), name)
     tensors = model_tensors(model)
-    metadata = reader.read_metadata()
     # Without a config to compare, only the tensors are checked.
     problems = [
-        *compatibility.missing_tensors(str(source), metadata, tensors),
-        *compatibility.unexpected_tensors(str(source), metadata, tensors),
-        *compatibility.damaged_files(source, metadata),
+        *compatibility.missing_tensors(checkpoint.where, checkpoint.metadata, tensors),
+        *compatibility.unexpected_tensors(checkpoint.where, checkpoint.metadata, tensors),
     ]
     if problems:
         raise CheckpointError(*problems)
-    read_tensors(source, reader, tensors, collective=False)
-
-
-def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
-    """All-gather the tensor names of all ranks; a pipeline stage has only those of its own layers."""
-    names: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(names, list(tensors))
-    return {name for rank in names for name in rank}
-
-
-@contextmanager
-def _failing_together() -> Iterator[None]:
-    """Gather the checkpoint problems that the ``with`` block raises on any rank, and raise them on all ranks.
-
-    Otherwise ranks without a problem would block in the next collective until it times out.
-    """
-    found: tuple[Problem, ...] = ()
-    try:
-        yield
-    except CheckpointError as error:
-        found = error.problems
-    gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    if problems := dict.fromkeys(problem for rank in gathered for problem in rank):
-        raise CheckpointError(*problems)
-
-
-def _make_empty(target: Path) -> None:
-    """Create an empty checkpoint folder, after removing an earlier save of the same step."""
-    # Remove the commit mark first: after an interrupted removal, the rest must not count as a complete checkpoint.
-    (target / save_folder.COMMIT_FILE).unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    checkpoint.read(tensors)
 
 
 def log_first(message: str) -> None:

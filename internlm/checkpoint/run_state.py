@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import internlm
 from internlm.data.batch_plan import Position
-from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 #: Size limit in bytes. A state file has some ten thousand bytes, whatever the size of the model.
 LARGEST_STATE = 1 << 22
@@ -112,12 +112,14 @@ def parse_run_state(text: bytes, where: str, version: int, step: int | None = No
         step: Step that the name of the checkpoint's folder says, if it does.
 
     Raises:
-        CheckpointError: The file is damaged, or a newer version of the framework wrote it. Every wrong value is listed.
+        DamagedCheckpointError: The file is damaged. Every wrong value is listed.
+        CheckpointError: A newer version of the framework wrote it.
     """
     try:
         content = _load(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(Problem(where, f"cannot be read ({_first_line(error)})", TODO)) from None
+        problem = Problem(where, f"cannot be read ({_first_line(error)})", TODO)
+        raise DamagedCheckpointError(problem) from None
     if type(found := content.get("format")) is int and found > version:
         message = f"expected a format version of at most {version}, got {found}"
         raise CheckpointError(Problem(where, message, "Update InternEvo"))
@@ -128,7 +130,7 @@ def parse_run_state(text: bytes, where: str, version: int, step: int | None = No
     else:
         wrong = dict(_contradictions(state, version, step))
     if wrong:
-        raise CheckpointError(*(Problem(f"{where}: {key}", message, TODO) for key, message in wrong.items()))
+        raise DamagedCheckpointError(*(Problem(f"{where}: {key}", message, TODO) for key, message in wrong.items()))
     return state
 
 

@@ -93,6 +93,9 @@ class Storage(Protocol):
     def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
         """Commit an attempt whose other files are durable; replace an older checkpoint of this name."""
 
+    def discard(self, checkpoint: str, attempt: str) -> None:
+        """Remove the files of an attempt that failed, unless it was published after all."""
+
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Delete a committed checkpoint; from the first moment on it does not count as committed."""
 

@@ -66,9 +66,9 @@ NO_EFFECT = (
     NoEffect(
         "model.enable_qkv_fusion", "query, key and value projections are always one GEMM", lambda fused: not fused
     ),
-    NoEffect("ckpt.async_upload", "checkpoints are saved synchronously"),
-    NoEffect("ckpt.oss_snapshot_freq", "no snapshots are saved between checkpoints"),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),
+    # What it is for is done in another way, so there is nothing to warn about.
+    NoEffect("ckpt.async_upload_tmp_folder", "host memory holds what is not written yet", lambda folder: False),
     # Any kernel gives the result that older configs ask for, so there is nothing to warn about.
     NoEffect("loss.op_type", "the chunked kernel computes the loss", lambda kernel: False),
 )
@@ -97,7 +97,6 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "parallel.sequence_2D.device_placement_strategy.interleaved",
     ),
     "data.type": ("data.tokenizer_path", "data.content_name"),
-    "ckpt.async_upload": ("ckpt.async_upload_tmp_folder",),
 }
 
 

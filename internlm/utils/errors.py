@@ -70,6 +70,10 @@ class CheckpointError(UserError):
     """Error for a missing, unusable or unwritable checkpoint."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Error for a checkpoint that does not verify, so that an older one may be loaded instead."""
+
+
 class LostPeerError(RuntimeError):
     """Error for a lost peer: a rank that exited, or did not send or receive in time. The message names the peer."""
 

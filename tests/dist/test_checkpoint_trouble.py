@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 import resource
 import shutil
 import tempfile
@@ -15,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm.checkpoint.tensor_files import SafeReader
+from internlm.checkpoint.manifest import FileRecord, checksum, parse_manifest
 from internlm.core.trainer import Hook, Trainer
 from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
 
 
-def _unfinished(newest: Path) -> None:
-    (newest / "COMMITTED").unlink()
+def _not_published(newest: Path) -> None:
+    newest.rename(newest.with_name("step-4.tmp-ab12"))
 
 
 def _only_begun(newest: Path) -> None:
-    for name in ("COMMITTED", "state.json", ".metadata"):
-        (newest / name).unlink()
+    _not_published(newest)
+    (newest.with_name("step-4.tmp-ab12") / "manifest.json").unlink()
 
 
 def _empty(newest: Path) -> None:
@@ -34,7 +33,11 @@ def _empty(newest: Path) -> None:
     newest.mkdir()
 
 
-@pytest.mark.parametrize("damage", [_unfinished, _only_begun, _empty])
+def _half_deleted(newest: Path) -> None:
+    newest.rename(newest.with_name("step-4.deleting-ab12"))
+
+
+@pytest.mark.parametrize("damage", [_not_published, _only_begun, _empty, _half_deleted])
 def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], saved: Outcome, tmp_path: Path) -> None:
     fit(2, saving(tmp_path), 4)
     root = tmp_path / "ckpts"
@@ -45,15 +48,21 @@ def test_an_unfinished_checkpoint_is_ignored(damage: Callable[[Path], None], sav
     assert loaded.ranks[0].warnings == [f"ignored unfinished checkpoint step-4 in {root}"]
     assert not loaded.ranks[1].warnings
     assert_goes_on(loaded, saved)
+    assert not list(root.glob("step-4.*"))
 
 
-def test_an_unfinished_checkpoint_is_saved_again(saved: Outcome, tmp_path: Path) -> None:
-    _unfinished(tmp_path / "ckpts" / "step-2")
-    (tmp_path / "ckpts" / "step-2" / "left over").write_text("")
-    again = fit(2, saving(tmp_path), 2)
-    assert_same_tensors(again.tensors, saved.tensors)
-    assert "left over" not in os.listdir(tmp_path / "ckpts" / "step-2")
-    assert resume(2, saving(tmp_path)).state["step"] == 2
+def test_what_a_new_save_was_about_to_replace_is_loaded(saved: Outcome, tmp_path: Path) -> None:
+    """Of the two renames by which a checkpoint replaces another, only the first was done."""
+    root = tmp_path / "ckpts"
+    (root / "step-2").rename(root / "step-2.replaced-ab12")
+    loaded = resume(2, saving(tmp_path))
+    assert loaded.message == f"resumed from {root}/step-2.replaced-ab12 at step 2"
+    assert_goes_on(loaded, saved)
+    fit(2, saving(tmp_path), 4)
+    fit(2, saving(tmp_path, "ckpt.auto_resume=False"), 2)
+    assert sorted(os.listdir(root)) == ["step-2", "step-2.replaced-ab12", "step-4"]
+    resume(2, saving(tmp_path))
+    assert sorted(os.listdir(root)) == ["step-2", "step-4"]
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +138,13 @@ def test_another_weight_decay_is_no_other_architecture(saved: Outcome, tmp_path:
 @pytest.mark.usefixtures("saved")
 def test_a_missing_tensor_is_known_to_all_ranks(tmp_path: Path) -> None:
     """Even though its owner is the only rank that asks for it."""
-    index = tmp_path / "ckpts" / "step-2" / ".metadata"
-    metadata = SafeReader(index.parent).read_metadata()
-    del metadata.state_dict_metadata["optimizer/exp_avg/output.weight"]
-    index.write_bytes(pickle.dumps(metadata))
-    assert "step-2: optimizer/exp_avg/output.weight: is missing. To load only the weights" in _assert_refused(tmp_path)
-
-
-def _rewrite_state(newest: Path, **changes: object) -> None:
-    file = newest / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    file = tmp_path / "ckpts" / "step-2" / "manifest.json"
+    manifest = parse_manifest(file.read_bytes(), "step-2")
+    name = "optimizer/exp_avg/output.weight"
+    tensors = {**manifest.tensors, "optimizer/exp_avg/other": manifest.tensors[name]}
+    del tensors[name]
+    file.write_bytes(manifest.model_copy(update={"tensors": tensors}).to_bytes())
+    assert f"step-2: {name}: is missing. To load only the weights" in _assert_refused(tmp_path)
 
 
 def _cut(name: str, part: float) -> Callable[[Path], None]:
@@ -148,44 +154,95 @@ def _cut(name: str, part: float) -> Callable[[Path], None]:
     return damage
 
 
+def _flip(name: str, part: float) -> Callable[[Path], None]:
+    def damage(newest: Path) -> None:
+        content = bytearray((newest / name).read_bytes())
+        content[int(len(content) * part)] ^= 4
+        (newest / name).write_bytes(content)
+
+    return damage
+
+
+def _from_another_step(name: str) -> Callable[[Path], None]:
+    """Replace a file by that of another step of the same run, which has the same size."""
+
+    def damage(newest: Path) -> None:
+        shutil.copy(newest.parents[1] / "other" / "ckpts" / "step-4" / name, newest / name)
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no index": (lambda newest: (newest / ".metadata").unlink(), ".metadata: cannot be read"),
-    "half an index": (_cut(".metadata", 0.5), ".metadata: cannot be read"),
-    "half a shard": (_cut("__0_0.distcp", 0.5), "bytes according to .metadata, got"),
-    "nearly a shard": (_cut("__1_0.distcp", 0.99), "bytes according to .metadata, got"),
-    "an empty shard": (_cut("__1_0.distcp", 0), "__1_0.distcp: expected at least "),
-    "no shard": (lambda newest: (newest / "__1_0.distcp").unlink(), "__1_0.distcp: expected at least "),
-    "half a state": (_cut("state.json", 0.5), "state.json: cannot be read"),
-    "no state": (lambda newest: (newest / "state.json").unlink(), "step-2: unfinished: state.json is missing"),
-    "a newer format": (
-        lambda newest: _rewrite_state(newest, format=7),
-        "step-2/state.json: expected a format version of at most 1, got 7. Update InternEvo",
-    ),
+    "no manifest": (lambda newest: (newest / "manifest.json").unlink(), "step-2: manifest.json is missing. "),
+    "half a manifest": (_cut("manifest.json", 0.5), "step-2/manifest.json: expected the checksum "),
+    "an empty manifest": (_cut("manifest.json", 0), "manifest.json: expected a first line with a checksum"),
+    "another manifest": (_from_another_step("manifest.json"), "is the manifest of step-4, not of step-2"),
+    "half a shard": (_cut("rank-00000.bin", 0.5), " bytes, manifest says "),
+    "nearly a shard": (_cut("rank-00001.bin", 0.99), " bytes, manifest says "),
+    "an empty shard": (_cut("rank-00001.bin", 0), "rank-00001.bin: 0 bytes, manifest says "),
+    "no shard": (lambda newest: (newest / "rank-00001.bin").unlink(), "rank-00001.bin: is missing. "),
+    "a bit of a shard": (_flip("rank-00001.bin", 0.3), " differ from those that were saved"),
+    "another shard": (_from_another_step("rank-00000.bin"), " differ from those that were saved"),
+    "half a state": (_cut("state.json", 0.5), "state.json: "),
+    "no state": (lambda newest: (newest / "state.json").unlink(), "state.json: "),
+    "a bit of the state": (_flip("state.json", 0.5), "state.json: differs from the file that was saved"),
+    "another state": (_from_another_step("state.json"), "state.json: "),
 }
 
 
-@pytest.mark.usefixtures("saved")
+@pytest.fixture(scope="module")
+def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints of steps 2 and 4 of the same run."""
+    folder = tmp_path_factory.mktemp("later")
+    fit(2, saving(folder), 4)
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_before_anything_changes(damage: str, tmp_path: Path) -> None:
+def test_damage_is_found_and_the_checkpoint_before_is_loaded(
+    damage: str, saved: Outcome, later: Path, tmp_path: Path
+) -> None:
+    """Also if a part of the damaged checkpoint has been read already; without another one, the run ends."""
+    shutil.copytree(later, tmp_path / "other")
+    root = tmp_path / "ckpts"
+    (root / "step-2").rename(root / "step-1")
+    _rename(root / "step-1")
+    shutil.copytree(later / "ckpts" / "step-2", root / "step-2")
     spoil, expected = DAMAGES[damage]
-    spoil(tmp_path / "ckpts" / "step-2")
-    assert expected in _assert_refused(tmp_path)
+    spoil(root / "step-2")
+    loaded = resume(2, saving(tmp_path))
+    assert loaded.message == f"resumed from {root}/step-1 at step 2 (step-2 did not verify)"
+    assert len(loaded.ranks[0].warnings) == 1
+    assert expected in loaded.ranks[0].warnings[0]
+    assert_same_tensors(loaded.tensors, saved.tensors)
 
 
-class _Hostile:
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (os.mkdir, (str(self.file),))
+def _rename(checkpoint: Path) -> None:
+    """Make the manifest of a renamed checkpoint that of its new name."""
+    file = checkpoint / "manifest.json"
+    manifest = parse_manifest(file.read_bytes(), None)
+    file.write_bytes(manifest.model_copy(update={"checkpoint": checkpoint.name}).to_bytes())
 
 
 @pytest.mark.usefixtures("saved")
-def test_nothing_that_lies_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
-    target = tmp_path / "executed"
-    (tmp_path / "ckpts" / "step-2" / ".metadata").write_bytes(pickle.dumps(_Hostile(target)))
-    assert "cannot be read (refused a reference to posix.mkdir" in _assert_refused(tmp_path)
-    assert not target.exists()
+def test_a_run_whose_checkpoints_all_fail_ends(tmp_path: Path) -> None:
+    _flip("rank-00001.bin", 0.3)(tmp_path / "ckpts" / "step-2")
+    source = f"ckpt.load_ckpt_info.path={tmp_path / 'ckpts' / 'step-2'}"
+    lines = resume(2, saving(tmp_path, source)).message.splitlines()
+    assert len(lines) == 2
+    assert "differ from those that were saved" in lines[0]
+    assert lines[1].startswith(f"{tmp_path}/ckpts: none of its checkpoints verifies. ")
+    # Of a checkpoint that was asked for, there is no other one.
+    assert "differ from those" in resume(2, saving(tmp_path / "new", source)).message
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
+    file = tmp_path / "ckpts" / "step-2" / "manifest.json"
+    manifest = parse_manifest(file.read_bytes(), None)
+    file.write_bytes(manifest.model_copy(update={"format": 7}).to_bytes())
+    expected = f"{file.parent}: expected a format version of at most 2, got 7. Update InternEvo"
+    assert _assert_refused(tmp_path) == expected
 
 
 def test_a_wrong_path_lists_what_is_there(tmp_path: Path) -> None:
@@ -224,7 +281,7 @@ class _NoRoom(Hook):
 def test_no_room_on_one_rank(rank: int, tmp_path: Path) -> None:
     """All ranks fail together; the partial checkpoint is removed, the one before is whole."""
     failed = fit(2, saving(tmp_path), hooks=[_NoRoom(rank)])
-    assert f"{tmp_path}/ckpts/step-4: cannot be written (rank {rank}: " in failed.message
+    assert f"{tmp_path}/ckpts/step-4: cannot be saved (rank {rank}: " in failed.message
     assert os.listdir(tmp_path / "ckpts") == ["step-2"]
     assert resume(2, saving(tmp_path)).state["step"] == 2
 
@@ -236,11 +293,18 @@ def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
     assert "contains step-2 of an earlier run, which is not resumed" in warnings[0]
 
 
-def test_wrong_values_of_the_state_change_nothing(saved: Outcome, tmp_path: Path) -> None:
-    """All are listed."""
+@pytest.mark.usefixtures("saved")
+def test_wrong_values_of_the_state_change_nothing(tmp_path: Path) -> None:
+    """All are listed, also if the checksums are right."""
     step_2 = tmp_path / "ckpts" / "step-2"
-    _rewrite_state(step_2, train_state={**saved.state, "step": -3}, sampler=[], seed="24")
-    problems = _assert_refused(tmp_path).splitlines()
+    state = json.loads((step_2 / "state.json").read_text())
+    state["train_state"]["step"] = -3
+    text = json.dumps({**state, "sampler": [], "seed": "24"}).encode()
+    (step_2 / "state.json").write_bytes(text)
+    manifest = parse_manifest((step_2 / "manifest.json").read_bytes(), None)
+    files = {**manifest.files, "state.json": FileRecord(size=len(text), checksum=checksum(text))}
+    (step_2 / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_bytes())
+    *problems, _ = _assert_refused(tmp_path).splitlines()
     assert [problem.removeprefix(f"{step_2}/state.json: ") for problem in problems] == [
         "train_state.step: must be at least 0, got -3. Choose another checkpoint",
         "sampler: expected 3 numbers, got []. Choose another checkpoint",

@@ -115,12 +115,18 @@ class CkptConfig(Section):
     the placeholder ``xxxx``."""
     auto_resume: bool = True
     """Continue from the newest complete checkpoint in ``save_ckpt_folder``."""
+    keep_last: Count | None = None
+    """Number of the newest checkpoints to keep; older ones are deleted once a new one has been read back. None: keep
+    all."""
+    keep_every: Count | None = None
+    """Keep also the checkpoints whose step is a multiple of this number. Needs ``keep_last``."""
     async_upload: bool = False
-    """Write checkpoints in the background."""
+    """Write checkpoints in the background: a step only waits while this rank's part is copied to host memory."""
     async_upload_tmp_folder: PathText | None = None
-    """Local folder that holds checkpoints until they are uploaded to ``save_ckpt_folder``."""
+    """Local folder that holds checkpoints until they are uploaded to ``save_ckpt_folder``. Not used: host memory holds
+    them."""
     oss_snapshot_freq: CountOrZero = 0
-    """Steps between snapshots; each snapshot overwrites the previous one. 0: no snapshots."""
+    """Steps between snapshots, which are checkpoints that two folders hold in turns. 0: no snapshots."""
     stop_file_path: PathText | None = None
     """Path of a file polled for a step number at which to save and stop."""
     enable_internevo2hf_ckpt: bool = False

@@ -62,8 +62,11 @@ class ParallelContext:
             self._ranks[mode] = self._layout.group_of(self._rank, mode)
             self._groups[mode] = self._group(tuple(self._ranks[mode]), self._use_of(mode))
         local = self.get_local_rank
+        data, stage, tensor = local(ParallelMode.DATA), local(ParallelMode.PIPELINE), local(ParallelMode.TENSOR)
+        owner = f"data-{data},pipeline-{stage}"
         self._streams = RandomStreams(
-            mode_seeds(seed, local(ParallelMode.DATA), local(ParallelMode.PIPELINE), local(ParallelMode.TENSOR))
+            mode_seeds(seed, data, stage, tensor),
+            {ParallelMode.DATA: owner, ParallelMode.TENSOR: f"{owner},tensor-{tensor}"},
         )
 
     def _use_of(self, mode: ParallelMode) -> str:

@@ -36,9 +36,14 @@ class RandomStreams:
     """Random streams of this rank, one per mode, which share torch's default CPU generator.
 
     Outside of :meth:`use`, the ``DATA`` stream is active. The CUDA generator has only the ``DATA`` stream.
+
+    Args:
+        seeds: Seed of each stream.
+        owners: Position in the layout of the ranks that share each stream, for checkpoints.
     """
 
-    def __init__(self, seeds: Mapping[ParallelMode, int]) -> None:
+    def __init__(self, seeds: Mapping[ParallelMode, int], owners: Mapping[ParallelMode, str] | None = None) -> None:
+        self._owners = owners or dict.fromkeys(seeds, "0")
         self._states = {mode: torch.Generator().manual_seed(seed).get_state() for mode, seed in seeds.items()}
         self._current = ParallelMode.DATA
         torch.manual_seed(seeds[ParallelMode.DATA])
@@ -64,9 +69,20 @@ class RandomStreams:
         states = {mode.value: state.clone() for mode, state in self._states.items()}
         return states | device_rng_state()
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """Position in the layout of the ranks that share each entry of :meth:`state_dict`."""
+        names = [mode.value for mode in self._states]
+        by_name = {mode.value: owner for mode, owner in self._owners.items()}
+        return {name: by_name[name] for name in names} | dict.fromkeys(
+            device_rng_state(), self._owners[ParallelMode.DATA]
+        )
+
     def load_state_dict(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Restore every stream from ``states``, a result of :meth:`state_dict`."""
+        """Restore the streams in ``states``, a result of :meth:`state_dict`; streams that are not in it go on."""
+        self._states[self._current] = torch.get_rng_state()
         for mode in self._states:
-            self._states[mode] = states[mode.value].clone()
+            if mode.value in states:
+                self._states[mode] = states[mode.value].clone()
         torch.set_rng_state(self._states[self._current])
         set_device_rng_state(states)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import StorageMeta
 
-from internlm.checkpoint import save_folder
+from internlm.checkpoint import format_1
+from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
-from internlm.checkpoint.tensor_files import LogicalSavePlanner, PlainWriter
+from internlm.checkpoint.planners import LogicalSavePlanner
+from internlm.checkpoint.tensor_writer import Save, TensorWriter
 from internlm.core.parallel.placement import slices_of_range
 
 
@@ -40,8 +44,25 @@ def in_ranges(tensor: Tensor, split_at: list[int]) -> LogicalTensor:
     return logical
 
 
+def save(target: Path, tensors: dict[str, LogicalTensor], step: int = 3) -> Path:
+    """Save the checkpoint ``target`` as one process would."""
+    state = json.dumps({**run_state(step), "format": 2}).encode()
+    writer = TensorWriter(LocalStorage(target.parent), Save(checkpoint=target.name, step=step, state=state), "a1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
+        dcp.save(dict(tensors), storage_writer=writer, planner=LogicalSavePlanner(), no_dist=True)
+    return target
+
+
+class PlainWriter(dcp.FileSystemWriter):
+    """Writer of format 1: DCP's, with no path of the machine in the metadata."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+
 def write(target: Path, tensors: dict[str, LogicalTensor]) -> Path:
-    """Save ``tensors`` in ``target`` as one process would."""
+    """Save ``tensors`` in ``target`` in format 1 as one process would."""
     dcp.save(dict(tensors), storage_writer=PlainWriter(target), planner=LogicalSavePlanner(), no_dist=True)
     return target
 
@@ -73,6 +94,6 @@ def complete(target: Path, state: str | None = None) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     step = target.name.removeprefix("step-")
     valid = json.dumps(run_state(int(step) if step.isdigit() else 3))
-    (target / save_folder.STATE_FILE).write_text(valid if state is None else state)
-    (target / save_folder.COMMIT_FILE).write_text("")
+    (target / format_1.STATE_FILE).write_text(valid if state is None else state)
+    (target / format_1.COMMIT_FILE).write_text("")
     return target

@@ -12,12 +12,13 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from internlm.checkpoint import compatibility, load_weights
+from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensors
-from internlm.checkpoint.tensor_files import SafeReader
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.config.nested_dict import put
 from internlm.config.schema import ModelConfig
-from internlm.utils.errors import CheckpointError, Problem
-from tests.unit.checkpoint.samples import complete, in_ranges, write
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+from tests.unit.checkpoint.samples import in_ranges, save
 from tests.unit.model.samples import decoder, tokens
 
 CONFIG: dict[str, Any] = {
@@ -109,23 +110,27 @@ def test_other_samples(key: str, value: Any, start: str) -> None:
 # -- tensors and files
 
 
+def metadata_of(checkpoint: Path) -> Metadata:
+    return open_checkpoint(LocalStorage(checkpoint.parent), checkpoint.name).metadata
+
+
 def logical(**shapes: tuple[int, ...]) -> LogicalTensors:
     return {name.replace("__", "/"): in_ranges(torch.ones(shape), []) for name, shape in shapes.items()}
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return write(tmp_path / "step-1", logical(model__w=(2, 3), model__b=(2,), optimizer__exp_avg__w=(2, 3)))
+    return save(tmp_path / "step-1", logical(model__w=(2, 3), model__b=(2,), optimizer__exp_avg__w=(2, 3)), 1)
 
 
 def test_all_that_is_wanted_is_there(saved: Path) -> None:
-    metadata = SafeReader(saved).read_metadata()
+    metadata = metadata_of(saved)
     assert texts(compatibility.missing_tensors("step-1", metadata, logical(model__w=(2, 3)))) == []
 
 
 def test_missing_tensors_and_other_shapes(saved: Path) -> None:
     wanted = logical(model__w=(3, 2), model__b=(2,), model__c=(1,), optimizer__exp_avg__c=(1,))
-    found = texts(compatibility.missing_tensors("step-1", SafeReader(saved).read_metadata(), wanted))
+    found = texts(compatibility.missing_tensors("step-1", metadata_of(saved), wanted))
     assert found[:2] == [
         "step-1: model/w: expected shape [3, 2], got [2, 3]. Use the config of the checkpoint",
         "step-1: model/c: is missing. Use the config of the checkpoint",
@@ -135,27 +140,9 @@ def test_missing_tensors_and_other_shapes(saved: Path) -> None:
 
 
 def test_unexpected_parameters_are_told_but_not_what_is_left_of_the_optimizer(saved: Path) -> None:
-    found = compatibility.unexpected_tensors("step-1", SafeReader(saved).read_metadata(), logical(model__w=(2, 3)))
+    found = compatibility.unexpected_tensors("step-1", metadata_of(saved), logical(model__w=(2, 3)))
     expected = "step-1: model/b: the model has no such parameter or buffer. Use the config of the checkpoint"
     assert texts(found) == [expected]
-
-
-def test_whole_files_are_not_damaged(saved: Path) -> None:
-    assert texts(compatibility.damaged_files(saved, SafeReader(saved).read_metadata())) == []
-
-
-@pytest.mark.parametrize("kept", [0, 0.5, 0.99, None], ids=str)
-def test_files_that_are_too_short(saved: Path, kept: float | None) -> None:
-    (file,) = saved.glob("*.distcp")
-    size = file.stat().st_size
-    left = int(size * (kept or 0))
-    if kept is None:
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:left])
-    (text,) = texts(compatibility.damaged_files(saved, SafeReader(saved).read_metadata()))
-    expected = f"{file}: expected at least {size} bytes according to .metadata, got {left}. Choose an older checkpoint"
-    assert text == expected
 
 
 # -- the weights of a checkpoint
@@ -167,7 +154,7 @@ def saved_model(tmp_path: Path, **keys: Any) -> Path:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     parameters = {f"model/{name}": in_ranges(p.detach(), []) for name, p in model.named_parameters()}
-    return complete(write(tmp_path / "step-1", parameters))
+    return save(tmp_path / "step-1", parameters, 1)
 
 
 def test_a_model_with_the_weights_of_a_checkpoint_is_that_model(tmp_path: Path) -> None:
@@ -190,15 +177,15 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
 
 def test_weights_of_a_damaged_checkpoint_are_not_loaded(tmp_path: Path) -> None:
     source = saved_model(tmp_path)
-    next(source.glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"bytes according to \.metadata, got 0"):
+    (source / "rank-00000.bin").write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match=r"rank-00000\.bin: 0 bytes, manifest says \d+\."):
         load_weights(decoder(), source)
 
 
 def test_weights_of_an_unfinished_checkpoint_are_not_loaded(tmp_path: Path) -> None:
     source = saved_model(tmp_path)
-    (source / "COMMITTED").unlink()
-    with pytest.raises(CheckpointError, match="unfinished"):
+    source.rename(source.with_name("step-1.tmp-a1"))
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
         load_weights(decoder(), source)
 
 

@@ -13,9 +13,10 @@ from internlm.checkpoint.foreign_folders import (
     foreign_source,
     names_in_local,
 )
-from internlm.checkpoint.save_folder import read_state
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.utils.errors import CheckpointError
-from tests.unit.checkpoint.samples import complete
+from tests.unit.checkpoint.samples import save
 
 OLDER, HUGGING_FACE = "older versions of InternEvo", "Hugging Face Transformers"
 DCP = "torch.distributed.checkpoint"
@@ -125,14 +126,15 @@ def test_the_error_of_a_source_names_its_format(tmp_path: Path) -> None:
     [
         ("7", ("model_tp0_pp0.pt",), f"it holds a checkpoint in the format of {OLDER}"),
         ("dcp", (".metadata", "__0_0.distcp"), f"it holds a checkpoint in the format of {DCP}"),
-        ("step-7", (".metadata", "__0_0.distcp"), r"unfinished: state\.json is missing"),
+        ("step-7", (".metadata", "__0_0.distcp"), "unfinished: the save was interrupted"),
         ("step-7", ("config.json", "model.safetensors"), f"it holds a checkpoint in the format of {HUGGING_FACE}"),
     ],
 )
 def test_reading_a_foreign_folder(folder: str, files: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=expected):
-        read_state(make(tmp_path / folder, *files))
+        open_checkpoint(LocalStorage(make(tmp_path / folder, *files).parent), folder)
 
 
 def test_a_complete_checkpoint_is_read_whatever_lies_beside_it(tmp_path: Path) -> None:
-    assert read_state(make(complete(tmp_path / "step-7"), "config.json", "model.safetensors")).format == 1
+    make(save(tmp_path / "step-7", {}, 7), "config.json", "model.safetensors")
+    assert open_checkpoint(LocalStorage(tmp_path), "step-7").state.train_state.step == 7

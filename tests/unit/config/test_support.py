@@ -58,7 +58,7 @@ def test_local_folders_run(folder: str | None) -> None:
 
 def test_settings_without_effect_give_one_warning() -> None:
     changes = {
-        "ckpt.async_upload": True,
+        "monitor.alert.light_monitor_address": "http://localhost/",
         "model.mlp_layer_fusion": False,
     }
     resolved = resolve(config_of(changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from internlm.checkpoint.format_1 import SafeReader, damaged_files
+from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
-from internlm.checkpoint.tensor_files import LogicalLoadPlanner, SafeReader
-from internlm.utils.errors import CheckpointError
-from tests.unit.checkpoint.samples import Evil, in_ranges, write
+from internlm.checkpoint.planners import LogicalLoadPlanner
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError
+from tests.unit.checkpoint.samples import Evil, complete, in_ranges, write
 
 VALUES = torch.arange(12.0).view(3, 4)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
@@ -151,14 +155,16 @@ def test_files_outside_the_checkpoint_are_not_read(good: Path, path: str) -> Non
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "Ran out of input"),
+        (b"", "pickle exhausted before seeing STOP"),
         (b"not a pickle", "cannot be read"),
         (pickle.dumps(torch.Size((3, 4))), "expected DCP metadata, got Size"),
         (pickle.dumps(None), "expected DCP metadata, got NoneType"),
         (pickle.dumps(Metadata({}))[:-20], "cannot be read"),
         (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", "cannot be read"),
+        (b"\x80\x05\x96" + (2**31).to_bytes(8, "little") + b".", "cannot be read"),  # it would be allocated
+        (b"\x80\x04Nr" + (2**31 - 1).to_bytes(4, "little") + b".", "refused the memo index 2147483647"),
     ],
-    ids=["empty", "garbage", "something else", "nothing", "cut off", "an absurd length"],
+    ids=["empty", "garbage", "something else", "nothing", "cut off", "a length", "a byte array", "a memo"],
 )
 def test_damaged_metadata(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / ".metadata").write_bytes(content)
@@ -196,3 +202,47 @@ def test_any_layout_reads_what_another_wrote(tmp_path: Path, shape: tuple[int, .
     target, expected = in_ranges(torch.zeros(shape), split_at), in_ranges(values, split_at)
     read_into(source, "optimizer/exp_avg/w", target)
     assert all(torch.equal(target.slices[offsets], tensor) for offsets, tensor in expected.slices.items())
+
+
+# -- files of the checkpoint
+
+
+def texts_of_damage(source: Path) -> list[str]:
+    return list(map(str, damaged_files(source, SafeReader(source).read_metadata())))
+
+
+def test_whole_files_are_not_damaged(good: Path) -> None:
+    assert texts_of_damage(good) == []
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99, None], ids=str)
+def test_files_that_are_too_short(good: Path, kept: float | None) -> None:
+    (file,) = good.glob("*.distcp")
+    size = file.stat().st_size
+    left = int(size * (kept or 0))
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:left])
+    expected = f"{file}: expected at least {size} bytes according to .metadata, got {left}. Choose an older checkpoint"
+    assert texts_of_damage(good) == [expected]
+
+
+def test_a_file_that_is_a_link_is_not_followed(good: Path) -> None:
+    (file,) = good.glob("*.distcp")
+    file.rename(good.parent / "elsewhere")
+    file.symlink_to(good.parent / "elsewhere")
+    assert "expected at least" in texts_of_damage(good)[0]
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.json"])
+def test_links_and_pipes_are_refused_at_once(good: Path, name: str) -> None:
+    complete(good)
+    (good / name).rename(good.parent / "elsewhere")
+    (good / name).symlink_to(good.parent / "elsewhere")
+    with pytest.raises(DamagedCheckpointError, match="symbolic link"):
+        open_checkpoint(LocalStorage(good.parent), good.name)
+    (good / name).unlink()
+    os.mkfifo(good / name)
+    with pytest.raises(DamagedCheckpointError, match="cannot be read"):
+        open_checkpoint(LocalStorage(good.parent), good.name)

@@ -1,0 +1,239 @@
+"""Content of a run that checkpoints save and restore: model, optimizer, random streams, data position and counters.
+
+Phases of a load: (1) every rank compares the checkpoint with its model and config, (2) tensors are read into the memory
+of the model and the optimizer, (3) the rest of the state is restored. After (1) and (2) the ranks exchange what went
+wrong, so that all of them raise it. Before (2) nothing is changed; after a failure in (2), all content has to be loaded
+from another checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import nn
+
+from internlm.checkpoint import compatibility
+from internlm.checkpoint.logical_tensors import (
+    LogicalTensor,
+    LogicalTensors,
+    model_tensors,
+    optimizer_tensors,
+    without_rounded,
+)
+from internlm.checkpoint.manifest import FORMAT
+from internlm.checkpoint.run_state import OptimizerCounters, RunState, TrainCounters, current_versions
+from internlm.checkpoint.saved_checkpoint import SavedCheckpoint, open_checkpoint
+from internlm.checkpoint.storage import Storage
+from internlm.config.schema.root import CheckpointContent
+from internlm.core.context.random import RandomStreams
+from internlm.data.batch_plan import Position
+from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
+from internlm.solver.optimizer import HybridZeroOptimizer
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+
+#: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
+ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
+
+
+class Resumable(Protocol):
+    """Protocol for the progress counters of a run, which are saved in a checkpoint and restored from it."""
+
+    step: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters as a JSON-serialisable dict."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counters."""
+
+
+class Sampler(Protocol):
+    """Protocol for a data sampler that can resume at a saved position."""
+
+    def position(self, step: int) -> Position:
+        """Return the data position before ``step``."""
+
+    def resume(self, position: Position) -> None:
+        """Continue from a data position that :meth:`position` returned, possibly in an earlier run."""
+
+
+class RunContent:
+    """Content of a run on this rank.
+
+    Args:
+        model: Model of this rank, with a placement for each parameter.
+        optimizer: Optimizer of ``model``.
+        streams: Random streams of this rank.
+        sampler: Training loader, whose data position is saved and restored.
+        run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
+            the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: HybridZeroOptimizer,
+        streams: RandomStreams,
+        sampler: Sampler,
+        run_info: dict[str, Any],
+    ) -> None:
+        self.model, self.optimizer, self.streams = model, optimizer, streams
+        self.sampler, self.run_info = sampler, run_info
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+    def tensors(self) -> LogicalTensors:
+        """Return the tensors of this rank, after the all-gathers of the last update."""
+        # With overlap_sync_param they may still be running.
+        self.optimizer.gather_parameters()
+        return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._stream_tensors()}
+
+    def state(self, counters: Resumable, save_folder: str) -> RunState:
+        """Return the content of the state file."""
+        return RunState(
+            format=FORMAT,
+            train_state=TrainCounters(**counters.state_dict()),
+            optimizer=OptimizerCounters(**self.optimizer.state_dict()),
+            sampler=list(self.sampler.position(counters.step)),
+            world_size=dist.get_world_size(),
+            cpu_kernels=kernels_of_job(),
+            save_folder=save_folder,
+            versions=current_versions(),
+            **self.run_info,
+        )
+
+    def _stream_tensors(self, format: int = 2) -> LogicalTensors:  # noqa: A002
+        """Return this rank's RNG states, keyed by ``rng/<owner>/<stream>``; in format 1 the owner is the rank."""
+        owners = self.streams.owners
+        return {
+            f"rng/{dist.get_rank() if format == 1 else owners[name]}/{name}": LogicalTensor.whole(value)
+            for name, value in self.streams.state_dict().items()
+        }
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+    def load(self, storage: Storage, name: str, counters: Resumable, content: Iterable[CheckpointContent]) -> RunState:
+        """Load ``content`` from a checkpoint; collective.
+
+        Args:
+            storage: Storage of the checkpoint.
+            name: Name of the checkpoint in it.
+            counters: Progress counters to restore.
+            content: Content to load; "all" includes the random streams.
+
+        Returns:
+            Content of the state file.
+
+        Raises:
+            DamagedCheckpointError: On some rank, the checkpoint does not verify. Content may have been overwritten.
+            CheckpointError: On some rank, the checkpoint does not match the run. Nothing was changed.
+        """
+        content = set(content)
+        wanted = set(ALL) if "all" in content else content
+        # An all-gather that is still running would overwrite loaded parameters with old values.
+        self.optimizer.gather_parameters()
+        tensors = self._wanted_tensors(wanted)
+        known = _names_on_all_ranks(tensors)
+        # Every rank reads the manifest, which is small: a file system that differs between ranks is detected here.
+        with failing_together():
+            checkpoint = open_checkpoint(storage, name)
+            saved = checkpoint.state
+            where = checkpoint.where
+            problems = [
+                *self._tensor_problems(checkpoint, saved, tensors, known, wanted),
+                *(compatibility.other_samples(where, saved.model_dump(), self.run_info) if "sampler" in wanted else ()),
+            ]
+            if problems:
+                raise CheckpointError(*problems)
+        if wanted == ALL:
+            # In another layout, some streams are missing; they keep their states from the seed.
+            streams = self._stream_tensors(checkpoint.format)
+            stored = checkpoint.metadata.state_dict_metadata
+            tensors |= {name: tensor for name, tensor in streams.items() if name in stored}
+        with failing_together():
+            checkpoint.read(without_rounded(tensors))
+        self._restore(saved, tensors, counters, wanted)
+        return saved
+
+    def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
+        tensors = model_tensors(self.model) if "model" in wanted else {}
+        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wanted else {})}
+
+    def _tensor_problems(
+        self,
+        checkpoint: SavedCheckpoint,
+        saved: RunState,
+        tensors: LogicalTensors,
+        known: set[str],
+        wanted: set[CheckpointContent],
+    ) -> Iterator[Problem]:
+        """Compare the config and the tensors of the checkpoint with those of the run; yield a problem per difference.
+
+        Tensors are compared only if the configs match: with another architecture, nearly every tensor would differ.
+
+        Args:
+            checkpoint: The checkpoint.
+            saved: Content of the checkpoint's state file.
+            tensors: Tensors that this rank loads.
+            known: Names of the tensors that at least one rank loads.
+            wanted: Parts of the checkpoint to load, such as "model" and "optimizer".
+        """
+        source, metadata = checkpoint.where, checkpoint.metadata
+        then, now = saved.config, self.run_info["config"]
+        problems = list(compatibility.other_architecture(source, then, now))
+        problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
+        yield from problems
+        if not problems:
+            yield from compatibility.missing_tensors(source, metadata, tensors)
+            yield from compatibility.unexpected_tensors(source, metadata, known) if "model" in wanted else ()
+            yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
+
+    def _restore(
+        self, saved: RunState, tensors: LogicalTensors, counters: Resumable, wanted: set[CheckpointContent]
+    ) -> None:
+        """Restore the state that was not read directly into the model and the optimizer."""
+        if "optimizer" in wanted:
+            self.optimizer.load_state_dict(saved.optimizer.model_dump())
+            if "model" not in wanted:
+                self.optimizer.copy_main_to_model_params()
+        else:
+            # Main parameters still hold the initial values; the first update would write them back to the model.
+            self.optimizer.copy_model_to_main_params()
+        # Learning-rate schedules are functions of the step, so they have no state.
+        if wanted & {"scheduler", "sampler"}:
+            counters.load_state_dict(saved.train_state.model_dump())
+        if "sampler" in wanted:
+            self.sampler.resume(saved.position)
+        if wanted == ALL:
+            resume_kernels(saved.cpu_kernels)
+        streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
+        if streams:
+            self.streams.load_state_dict(streams)
+
+
+def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
+    """All-gather the tensor names of all ranks; a pipeline stage has only those of its own layers."""
+    names: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(names, list(tensors))
+    return {name for rank in names for name in rank}
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Gather the checkpoint problems that the ``with`` block raises on any rank, and raise them on all ranks.
+
+    Otherwise ranks without a problem would block in the next collective until it times out. If all errors are
+    :class:`DamagedCheckpointError`, so is the error raised.
+    """
+    found: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as error:
+        found = error
+    own = (found.problems, isinstance(found, DamagedCheckpointError)) if found else ((), True)
+    gathered: list[tuple[tuple[Problem, ...], bool]] = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    if problems := dict.fromkeys(problem for of_rank, _ in gathered for problem in of_rank):
+        kind = DamagedCheckpointError if all(is_damage for _, is_damage in gathered) else CheckpointError
+        raise kind(*problems)

@@ -1,0 +1,227 @@
+"""Saved checkpoints: those that a storage holds, and the content of one of them, in any format that was released."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import StorageReader
+
+from internlm.checkpoint import format_1
+from internlm.checkpoint.foreign_folders import foreign_source
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.checkpoint.manifest import (
+    LARGEST_MANIFEST,
+    Manifest,
+    NewerFormatError,
+    checksum,
+    parse_manifest,
+    step_of,
+)
+from internlm.checkpoint.planners import read_alone
+from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
+from internlm.checkpoint.storage import MANIFEST, Storage
+from internlm.checkpoint.tensor_reader import TODO, TensorReader
+from internlm.checkpoint.tensor_writer import STATE_FILE
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+
+#: Names of checkpoints; a replaced one has a suffix, until the new one of its name is committed.
+_NAME = re.compile(r"(?P<name>step-(?P<step>\d{1,18})|snapshot-\d)(\.replaced-\w+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """Committed checkpoint whose manifest has been verified; its tensors are verified when they are read."""
+
+    where: str
+    """Path or address, for messages."""
+    format: int
+    state: RunState
+    metadata: Metadata
+    reader: StorageReader
+    manifest: Manifest | None = None
+    """None in format 1."""
+
+    def read(self, tensors: LogicalTensors) -> None:
+        """Read into the slices of ``tensors``.
+
+        Raises:
+            DamagedCheckpointError: A piece that is needed does not verify, or cannot be read. Other pieces may have
+                been read already.
+        """
+        if self.format != 1:
+            read_alone(tensors, self.metadata, self.reader)
+            return
+        try:
+            read_alone(tensors, self.metadata, self.reader)
+        except Exception as error:  # files of format 1 are archives with pickles, whose damage raises nearly anything
+            raise DamagedCheckpointError(Problem(self.where, f"cannot be read ({error})", TODO)) from None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Folder in a storage that holds a checkpoint."""
+
+    name: str
+    step: int
+    """-1 if the manifest of a snapshot does not show it."""
+    is_committed: bool
+
+
+def find_checkpoints(storage: Storage) -> list[Found]:
+    """Return the checkpoints in ``storage``, the committed and the unfinished, newest first."""
+    found = []
+    for folder in storage.names():
+        match = _NAME.fullmatch(folder.removesuffix("/"))
+        if not match or not folder.endswith("/"):
+            continue
+        names = storage.names(match[0])
+        step = int(match["step"]) if match["step"] else _step_of_snapshot(storage, match[0])
+        # A folder of format 2 has its final name only when it is committed, so a missing manifest is damage.
+        is_committed = bool({MANIFEST, format_1.COMMIT_FILE} & {*names}) or _lost_its_manifest(names)
+        found.append(Found(match[0], step, is_committed))
+    # At the same step, the newest save comes first, and a checkpoint before a snapshot.
+    return sorted(found, key=lambda entry: (entry.step, "replaced" not in entry.name, entry.name), reverse=True)
+
+
+def plain_names(storage: Storage, folder: str = "") -> list[str]:
+    """Return the names in ``folder``, those of folders without their slash."""
+    return [name.rstrip("/") for name in storage.names(folder.rstrip("/"))]
+
+
+def _step_of_snapshot(storage: Storage, name: str) -> int:
+    try:
+        source = storage.open(f"{name}/{MANIFEST}")
+    except OSError:
+        return -1
+    try:
+        beginning = bytearray(256)
+        source.read_into(0, memoryview(beginning))
+    except OSError:
+        return -1
+    finally:
+        source.close()
+    step = step_of(bytes(beginning))
+    return -1 if step is None else step
+
+
+def _lost_its_manifest(names: Collection[str]) -> bool:
+    return MANIFEST not in names and any(re.fullmatch(r"rank-\d+\.bin", name) for name in names)
+
+
+def open_checkpoint(storage: Storage, name: str) -> SavedCheckpoint:
+    """Verify the manifest of a checkpoint, and return its content.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Folder in it, usually ``step-N``.
+
+    Raises:
+        DamagedCheckpointError: The checkpoint was committed, but does not verify.
+        CheckpointError: There is no committed checkpoint of this name, or a newer version wrote it.
+    """
+    where, names = storage.path(name), storage.names(name)
+    if MANIFEST in names:
+        return _open_format_2(storage, name, where)
+    if _lost_its_manifest(names):
+        raise DamagedCheckpointError(Problem(where, f"{MANIFEST} is missing", TODO))
+    if format_1.COMMIT_FILE in names and isinstance(storage, LocalStorage):
+        return _open_format_1(Path(where))
+    raise CheckpointError(_not_a_checkpoint(storage, name, names))
+
+
+def _not_a_checkpoint(storage: Storage, name: str, names: Collection[str]) -> Problem:
+    where = storage.path(name)
+    if not names and f"{name}/" not in storage.names():
+        existing = ", ".join(entry.name for entry in find_checkpoints(storage)) or "no checkpoint"
+        message = f"no such checkpoint ({storage.location} has {existing})"
+        return Problem(where, message, "Pass the path of an existing step-N folder")
+    unfinished = any(re.fullmatch(r"\.metadata|.*\.distcp|[0-9a-f]+/", file) for file in names)
+    foreign = foreign_source(
+        where, lambda path: [file.rstrip("/") for file in storage.names(f"{name}/{path}".rstrip("/"))]
+    )
+    if foreign and not (unfinished and _NAME.fullmatch(name)):
+        return foreign
+    if unfinished:
+        return Problem(where, "unfinished: the save was interrupted before it was committed", TODO)
+    return Problem(where, f"not a checkpoint: it has no {MANIFEST}", "Choose a step-N folder")
+
+
+def _open_format_2(storage: Storage, name: str, where: str) -> SavedCheckpoint:
+    match = _NAME.fullmatch(name)
+    try:
+        content = storage.read(f"{name}/{MANIFEST}", LARGEST_MANIFEST)
+        # Of a copy under another name, the manifest's own name is the expected one.
+        manifest = parse_manifest(content, match["name"] if match else None)
+    except NewerFormatError as error:
+        raise CheckpointError(Problem(where, str(error), "Update InternEvo")) from None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(Problem(f"{where}/{MANIFEST}", f"{_text(error)}", TODO)) from None
+    reader = TensorReader(storage, name, manifest)
+    state = _read_state(storage, name, manifest)
+    return SavedCheckpoint(
+        where=where,
+        format=manifest.format,
+        state=state,
+        metadata=reader.read_metadata(),
+        reader=reader,
+        manifest=manifest,
+    )
+
+
+def _read_state(storage: Storage, name: str, manifest: Manifest) -> RunState:
+    file = next((file for file in manifest.files if file.rpartition("/")[2] == STATE_FILE), STATE_FILE)
+    path, record = f"{name}/{file}", manifest.files.get(file)
+    try:
+        if record is None:
+            raise ValueError("is not listed in the manifest")
+        state = storage.read(path, LARGEST_STATE)
+        if len(state) != record.size:
+            raise ValueError(f"{len(state)} bytes, manifest says {record.size}")
+        if checksum(state) != record.checksum:
+            raise ValueError("differs from the file that was saved")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(Problem(storage.path(path), _text(error), TODO)) from None
+    return parse_run_state(state, storage.path(path), manifest.format, manifest.step)
+
+
+def _open_format_1(folder: Path) -> SavedCheckpoint:
+    reader = format_1.SafeReader(folder)
+    step = _NAME.fullmatch(folder.name)
+    text = format_1.read_state(folder)
+    state = parse_run_state(text, str(folder / STATE_FILE), 1, int(step["step"]) if step and step["step"] else None)
+    metadata = reader.read_metadata()
+    if problems := list(format_1.damaged_files(folder, metadata)):
+        raise DamagedCheckpointError(*problems)
+    return SavedCheckpoint(where=str(folder), format=1, state=state, metadata=metadata, reader=reader)
+
+
+def _text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+# -- verification -----------------------------------------------------------------------------------------------------
+
+
+def damage(storage: Storage, name: str, shard: tuple[int, int] = (0, 1)) -> Iterator[Problem]:
+    """Read all files of a checkpoint, and yield what does not verify: of each file the first bad bytes.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Its folder.
+        shard: (index, count): verify the files whose index in the manifest is ``index`` modulo ``count``.
+    """
+    try:
+        checkpoint = open_checkpoint(storage, name)
+    except CheckpointError as error:
+        yield from error.problems
+        return
+    reader = checkpoint.reader
+    if isinstance(reader, TensorReader):
+        index, count = shard
+        for file in sorted(reader.manifest.files)[index::count]:
+            yield from reader.damage_of(file)

@@ -1,0 +1,232 @@
+"""Saving: the phases of a save on all ranks, in the foreground or in a thread.
+
+1. Plan (first save only): the ranks exchange which pieces they hold, and each gets the pieces that it writes.
+2. Stage (background only): each rank copies its pieces to host memory. Training goes on after this phase.
+3. Write: each rank writes its file, makes it durable, and sends the checksums of its pieces to rank 0.
+4. Commit: rank 0 writes the state file and the manifest, and publishes the checkpoint. All ranks get the outcome.
+5. Prune: if older checkpoints are to be deleted, every rank first reads its file back; rank 0 deletes.
+
+A failure on any rank is raised on all ranks, and leaves earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from internlm import accelerator
+from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.checkpoint.planners import LogicalSavePlanner, staging_bytes
+from internlm.checkpoint.saved_checkpoint import damage
+from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_writer import Save, TensorWriter
+from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.logger import get_logger
+
+log = get_logger()
+#: Number of ranks whose failures an error lists.
+MOST_FAILURES = 4
+TODO = "Free space or choose another folder"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pieces that this rank writes, and on rank 0 the metadata of all tensors."""
+
+    signature: list[Any]
+    own: SavePlan
+    metadata: Metadata | None
+
+
+class Saver:
+    """Saver of the checkpoints of a run; all ranks call its methods in the same order.
+
+    Args:
+        storage: Storage to save to.
+        before_commit: Function that rank 0 calls before it publishes; it raises ``CheckpointError`` if it must not.
+        to_prune: Function that rank 0 calls after a commit; it returns the names of checkpoints to delete.
+        on_failure: Function called on each rank, in the thread, after a save in the background has failed.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        before_commit: Callable[[], None],
+        to_prune: Callable[[], Sequence[str]],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self.storage, self.on_failure = storage, on_failure
+        self.before_commit, self.to_prune = before_commit, to_prune
+        self._plan: Plan | None = None
+        self._memory: Tensor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, save: Save, tensors: LogicalTensors, background: bool = False) -> None:
+        """Save a checkpoint; collective.
+
+        Args:
+            save: Name, step and state of the checkpoint.
+            tensors: Tensors of this rank.
+            background: Return when the tensors have been copied, and write in a thread. An earlier save in the
+                background is waited for.
+
+        Raises:
+            CheckpointError: This save, or the earlier one in the background, failed on some rank.
+        """
+        self.wait()
+        planner = LogicalSavePlanner()
+        planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
+        plan, attempt = self._agree(planner, tensors)
+        write = partial(self._write, save, plan, planner, attempt)
+        if not background:
+            write(None)
+            return
+        planner.stage(plan.own, self._staging_memory(plan.own))
+        accelerator.synchronize()
+        if self._group is None:
+            # The default group is busy with training, and NCCL's would block its device.
+            self._group = dist.new_group(backend="gloo")
+        self._thread = threading.Thread(target=self._in_background, args=(partial(write, self._group),), daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save in the background is unfinished on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Block until the save in the background is done; raise its failure."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _in_background(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._failure = error
+            self.on_failure()
+
+    def _staging_memory(self, plan: SavePlan) -> Tensor:
+        # Kept for the next save: the first use of new memory takes longer than the copy.
+        size = staging_bytes(plan)
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = accelerator.host_buffer(size)
+        return self._memory
+
+    # -- phases
+
+    def _agree(self, planner: LogicalSavePlanner, tensors: LogicalTensors) -> tuple[Plan, str]:
+        """Return the plan of this rank, made anew if the tensors of a rank changed, and the name of the attempt."""
+        signature = [(name, tensor.dtype, tensor.global_shape, *tensor.slices) for name, tensor in tensors.items()]
+        is_known = self._plan is not None and self._plan.signature == signature
+        offers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(offers, (is_known, secrets.token_hex(4)))
+        if not all(known for known, _ in offers):
+            self._plan = _make_plan(planner, signature)
+        assert self._plan is not None
+        return self._plan, offers[0][1]
+
+    def _write(
+        self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str, group: dist.ProcessGroup | None
+    ) -> None:
+        """Write, commit and prune; collective over ``group``."""
+        writer = TensorWriter(self.storage, save, attempt, dist.get_rank())
+        results, failure = list[WriteResult](), ""
+        try:
+            results = writer.write_data(plan.own, planner).value()
+        except OSError as error:
+            failure = explain(error)
+        written = _gather((results, failure), group)
+        outcome: str = ""
+        doomed: Sequence[str] = ()
+        if written:
+            outcome, doomed = self._commit(writer, plan, written)
+        outcome, doomed = _broadcast((outcome, doomed), group)
+        if outcome:
+            raise CheckpointError(Problem(self.storage.path(save.checkpoint), f"cannot be saved ({outcome})", TODO))
+        if doomed:
+            self._prune(save.checkpoint, doomed, attempt, group)
+
+    def _commit(
+        self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], str]]
+    ) -> tuple[str, Sequence[str]]:
+        """Publish what all ranks have written; return why that is impossible, or the checkpoints to delete."""
+        failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(written) if failure]
+        try:
+            if not failures:
+                self.before_commit()
+                assert plan.metadata is not None
+                writer.finish(plan.metadata, [results for results, _ in written])
+                return "", self.to_prune()
+        except OSError as error:
+            failures = [explain(error)]
+        except CheckpointError as error:
+            failures = [str(error)]
+        with suppress(OSError):
+            self.storage.discard(writer.save.checkpoint, writer.attempt)
+        more = f"; and {len(failures) - MOST_FAILURES} more ranks" if len(failures) > MOST_FAILURES else ""
+        return "; ".join(failures[:MOST_FAILURES]) + more, ()
+
+    def _prune(self, checkpoint: str, doomed: Sequence[str], attempt: str, group: dist.ProcessGroup | None) -> None:
+        """Delete the checkpoints ``doomed``, unless the new one does not verify when it is read back."""
+        shard = dist.get_rank(), dist.get_world_size()
+        found = _gather(list(damage(self.storage, checkpoint, shard)), group)
+        problems = [problem for of_rank in found for problem in of_rank]
+        if problems:
+            log.error(f"{checkpoint} does not verify, so older checkpoints are kept: {problems[0]}")
+            return
+        for name in doomed if found else ():
+            try:
+                self.storage.withdraw(name, attempt)
+            except OSError as error:
+                log.warning(f"{self.storage.path(name)} cannot be deleted ({explain(error)})")
+
+
+def _make_plan(planner: LogicalSavePlanner, signature: list[Any]) -> Plan:
+    """Exchange which pieces each rank holds, and assign them; collective."""
+    plans = _gather(planner.create_local_plan(), None)
+    assigned: list[SavePlan] = []
+    metadata = None
+    if plans:
+        assigned, metadata = planner.create_global_plan(plans)
+    own: list[SavePlan | None] = [None]
+    dist.scatter_object_list(own, assigned or None, src=0)
+    assert own[0] is not None
+    return Plan(signature, own[0], metadata)
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return the values of all ranks on rank 0, and an empty list on the others."""
+    is_first = dist.get_rank() == 0
+    values: list[Any] = [None] * dist.get_world_size() if is_first else []
+    dist.gather_object(value, values if is_first else None, dst=0, group=group)
+    return values
+
+
+def _broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Return rank 0's value on all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
+def explain(error: OSError) -> str:
+    """Return the reason of a failed operation of the system, with the file."""
+    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)

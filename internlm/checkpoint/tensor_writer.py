@@ -1,0 +1,152 @@
+"""Writer of a checkpoint's tensors: one file of raw bytes per rank, with a checksum of each piece.
+
+A checksum is computed from memory, before the bytes are written: reading a file back would give a valid checksum to
+bytes that were corrupted on their way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from internlm.checkpoint.manifest import FORMAT, FileRecord, Manifest, Piece, TensorRecord, checksum
+from internlm.checkpoint.storage import Storage
+
+STATE_FILE = "state.json"
+#: Bytes that are hashed and written at a time: few enough to be in the processor's cache when they are written.
+BLOCK_BYTES = 1 << 19
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """What is saved beside the tensors."""
+
+    checkpoint: str
+    """Name of the checkpoint, such as ``step-40``."""
+    step: int
+    state: bytes
+    """Content of the state file."""
+
+
+class TensorWriter(StorageWriter):
+    """DCP writer of one checkpoint: each rank writes a file, and the coordinator publishes the manifest.
+
+    Args:
+        storage: Storage to save to.
+        save: Name, step and state of the checkpoint.
+        attempt: Identifier of this save, the same on all ranks and different in every save.
+        rank: Rank of this process, which its file is named after.
+    """
+
+    def __init__(self, storage: Storage, save: Save, attempt: str, rank: int = 0) -> None:
+        self.storage, self.save, self.attempt = storage, save, attempt
+        self.file = f"rank-{rank:05}.bin"
+        self.folder = storage.attempt_folder(save.checkpoint, attempt)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the pieces of this rank, and make them durable; the results hold a :class:`Piece` each."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan, planner) if plan.items else [])
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        results, position = [], 0
+        with self.storage.create(f"{self.folder}/{self.file}") as sink:
+            for item in plan.items:
+                assert item.tensor_data is not None
+                assert item.index.offset is not None
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, Tensor), item
+                hasher = xxhash.xxh3_128()
+                size = 0
+                for block in blocks_of(tensor):
+                    hasher.update(block)
+                    sink.write(block)
+                    size += len(block)
+                offsets, sizes = tuple(item.index.offset), tuple(item.tensor_data.chunk.sizes)
+                piece = Piece(self.file, position, offsets, sizes, hasher.hexdigest())
+                results.append(WriteResult(item.index, size, piece))
+                position += size
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the state file, and publish the manifest of all ranks' pieces; the coordinator calls this."""
+        with self.storage.create(f"{self.folder}/{STATE_FILE}") as sink:
+            sink.write(memoryview(self.save.state))
+        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank])
+        self.storage.publish(self.save.checkpoint, self.attempt, manifest.to_bytes())
+
+    def _manifest(self, metadata: Metadata, results: list[WriteResult]) -> Manifest:
+        # The files of an attempt may lie in a folder of their own, beside the manifest.
+        state, apart = self.save.state, self.folder.startswith(f"{self.save.checkpoint}/")
+        prefix = f"{self.attempt}/" if apart else ""
+        pieces: dict[str, list[Piece]] = {}
+        sizes: dict[str, int] = {}
+        for result in results:
+            piece = result.storage_data._replace(file=prefix + result.storage_data.file)
+            pieces.setdefault(result.index.fqn, []).append(piece)
+            sizes[piece.file] = max(sizes.get(piece.file, 0), piece.position + result.size_in_bytes)
+        return Manifest(
+            format=FORMAT,
+            step=self.save.step,
+            checkpoint=self.save.checkpoint,
+            attempt=self.attempt,
+            files={
+                prefix + STATE_FILE: FileRecord(size=len(state), checksum=checksum(state)),
+                **{name: FileRecord(size=size) for name, size in sizes.items()},
+            },
+            tensors={
+                name: _record(stored, pieces.get(name, []))
+                for name, stored in metadata.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+            },
+        )
+
+    # DCP calls these, which have nothing to do here.
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: a writer saves one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: folders are created with their files."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan unchanged."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Return the plans unchanged."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return False: the storage and the name are given to the constructor."""
+        return False
+
+
+def _record(stored: TensorStorageMetadata, pieces: list[Piece]) -> TensorRecord:
+    dtype = str(stored.properties.dtype).removeprefix("torch.")
+    return TensorRecord(dtype=dtype, shape=tuple(stored.size), pieces=tuple(pieces))
+
+
+def blocks_of(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor on the host, in blocks of at most :data:`BLOCK_BYTES`."""
+    data = memory_of(tensor.detach().cpu().contiguous())
+    for start in range(0, len(data), BLOCK_BYTES):
+        yield data[start : start + BLOCK_BYTES]
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the host, without copying."""
+    # Through uint8, since NumPy has no bfloat16.
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
