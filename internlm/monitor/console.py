@@ -14,7 +14,10 @@ log = get_logger()
 
 def is_terminal() -> bool:
     """Return whether both stdout and stderr are terminals, rather than files or pipes."""
-    return sys.stderr.isatty() and sys.stdout.isatty()
+    try:
+        return sys.stderr.isatty() and sys.stdout.isatty()
+    except (AttributeError, ValueError):  # they were closed before or after the start of the interpreter
+        return False
 
 
 class LogLine:

@@ -1,25 +1,22 @@
 """Metrics of a run: throughput, and writers of each step's metrics.
 
-A writer that fails, for example on a full disk, is removed with one warning, and training continues.
+If a writer fails, for example on a full disk, one warning is logged, training continues, and the writer is called again
+in the next step.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from internlm.monitor.console import LogLine, Terminal, format_line, is_terminal
-from internlm.utils.lazy import require
-from internlm.utils.logger import get_logger
+from internlm.monitor.console import LogLine, Terminal, is_terminal
+from internlm.monitor.record_files import JsonLines, LogFile, Metrics, TensorBoard
+from internlm.utils.logger import FailureNotice, get_logger
 
 SMA_WINDOW = 100
 log = get_logger()
-Metrics = Mapping[str, float | int]
 
 
 class Throughput:
@@ -83,105 +80,29 @@ class Writer(Protocol):
         """Flush and close the destination."""
 
 
-class JsonLines:
-    """Writer of one JSON object per step, appended to a file; inf and NaN are written as strings."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)  # line-buffered, so that a killed run loses no line
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Append the metrics of a step as a JSON object."""
-        # JSON has no inf and nan, and most parsers reject Python's.
-        safe = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(safe) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class LogFile:
-    """Writer of a log file, to which all lines that the framework logs on this rank are copied.
-
-    Args:
-        path: File to append to.
-        write_metrics: Also write the metrics of each step as one line. Set it if the console writer does not log them.
-    """
-
-    def __init__(self, path: Path, write_metrics: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handler = _LogFileHandler(path)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._write_metrics = write_metrics
-        log.addHandler(self._handler)
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Write the metrics of ``step`` as one line, unless the console writer already logs them."""
-        if self._write_metrics:
-            line = format_line(metrics)
-            self._handler.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
-
-    def close(self) -> None:
-        """Detach the file from the logger and close it."""
-        log.removeHandler(self._handler)
-        self._handler.close()
-
-
-class _LogFileHandler(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        # By default, logging prints a traceback for every further line.
-        log.removeHandler(self)
-        log.warning(f"the log file {self.baseFilename} cannot be written and is switched off")
-
-
-class TensorBoard:
-    """Writer of metrics to TensorBoard, as scalars.
-
-    Args:
-        folder: Folder of the event files.
-        queue: Number of scalars that are buffered.
-        first_step: Step at which a resumed run begins; earlier records of this and later steps are hidden.
-    """
-
-    def __init__(self, folder: Path, queue: int, first_step: int = 0) -> None:
-        require("tensorboard", "enable_tb", "pip install tensorboard")
-        # Imported here because TensorBoard is optional, and takes a second to import.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), max_queue=queue, purge_step=first_step or None)
-
-    def write(self, step: int, metrics: Metrics) -> None:
-        """Add a scalar for each metric."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
 class MetricsWriter:
-    """Writer that calls all writers of a run, and removes those that fail."""
+    """Writer that calls all writers of a run, whose failures it logs and never raises."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = list(writers)
+        self._writers = [(writer, FailureNotice(type(writer).__name__)) for writer in writers]
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Write the metrics of ``step`` to every destination."""
-        self._call_all(lambda writer: writer.write(step, metrics))
+        for writer, notice in self._writers:
+            try:
+                writer.write(step, metrics)
+            except Exception as error:  # records are not worth the end of a run
+                notice.failed(error)
+            else:
+                notice.succeeded()
 
     def close(self) -> None:
         """Flush and close every destination."""
-        self._call_all(lambda writer: writer.close())
-
-    def _call_all(self, action: Callable[[Writer], None]) -> None:
-        for writer in list(self._writers):
+        for writer, notice in self._writers:
             try:
-                action(writer)
-            except (OSError, ValueError) as error:  # ValueError: the file was closed
-                self._writers.remove(writer)
-                log.warning(f"{type(writer).__name__} failed and is switched off: {error}")
+                writer.close()
+            except Exception as error:
+                notice.failed(error)
 
 
 def open_writers(

@@ -8,17 +8,21 @@ import logging
 import math
 import os
 import pty
+import resource
+import shutil
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from internlm.monitor.console import LogLine
-from internlm.monitor.metrics import JsonLines, Metrics, MetricsWriter, TensorBoard, open_writers
+from internlm.monitor.console import LogLine, is_terminal
+from internlm.monitor.metrics import MetricsWriter, open_writers
+from internlm.monitor.record_files import JsonLines, Metrics, TensorBoard
 from internlm.utils.logger import get_logger
 
 METRICS = {"step": 3, "loss": 2.5, "acc/en": 0.1}
@@ -38,13 +42,17 @@ class Recorder:
         self.closed += 1
 
 
-class FullDisk(Recorder):
-    """Fails from the second step on."""
+class Failing(Recorder):
+    """Fails in some steps, with any exception."""
+
+    def __init__(self, steps: Container[int], error: Exception) -> None:
+        super().__init__()
+        self.steps, self.error = steps, error
 
     def write(self, step: int, metrics: Metrics) -> None:
+        if step in self.steps:
+            raise self.error
         super().write(step, metrics)
-        if len(self.written) > 1:
-            raise OSError(28, "No space left on device")
 
 
 @pytest.fixture
@@ -117,33 +125,118 @@ def test_every_writer_gets_every_step_and_is_closed() -> None:
     assert (first.closed, second.closed) == (1, 1)
 
 
-def test_a_writer_that_fails_is_dropped_with_one_warning(log: pytest.LogCaptureFixture) -> None:
-    bad, good = FullDisk(), Recorder()
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("its thread is dead")])
+def test_a_writer_that_fails_gives_one_warning_and_is_called_again(
+    error: Exception, log: pytest.LogCaptureFixture
+) -> None:
+    bad, good = Failing((1, 2, 4, 6), error), Recorder()
     writer = MetricsWriter([bad, good])
-    for step in range(5):
+    for step in range(8):
         writer.write(step, METRICS)
-    assert len(bad.written) == 2
-    assert len(good.written) == 5
-    assert log.messages == ["FullDisk failed and is switched off: [Errno 28] No space left on device"]
+    assert [step for step, _ in bad.written] == [0, 3, 5, 7]
+    assert len(good.written) == 8
+    assert log.messages == [
+        f"Failing cannot be written, and is tried again each time: {error}",
+        "Failing can be written again; what it lacks is lost",
+    ]
 
 
 def test_a_file_that_is_closed_under_a_writer_does_no_harm(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     dead, good = JsonLines(tmp_path / "metrics.jsonl"), Recorder()
     dead.close()
     writer = MetricsWriter([dead, good])
-    writer.write(3, METRICS)
+    for step in range(3):
+        writer.write(step, METRICS)
     writer.close()
-    assert len(good.written) == 1
-    assert log.messages == ["JsonLines failed and is switched off: I/O operation on closed file."]
+    assert len(good.written) == 3
+    (warning,) = log.messages
+    assert warning.startswith("JsonLines cannot be written")
+    assert warning.endswith("metrics.jsonl is closed")
 
 
-def test_a_full_disk_under_json_lines(log: pytest.LogCaptureFixture) -> None:
+# -- full disks
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    """A function that limits the size of files, as a full disk does; the limit ends with the test."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def set_limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield set_limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_records_go_on_after_a_full_disk_and_none_of_them_is_torn(
+    tmp_path: Path, log: pytest.LogCaptureFixture, limit: Callable[[int], None]
+) -> None:
+    writer = open_writers(tmp_path, tmp_path / "tb", tb_queue=1, total_steps=9, first_step=0)
+    for step in range(3):
+        writer.write(step, {**METRICS, "step": step})
+    (events,) = (tmp_path / "tb").iterdir()
+    files = [tmp_path / "metrics.jsonl", tmp_path / "train.log", events]
+    sizes = [file.stat().st_size for file in files]
+    # A few bytes of the next record would still fit.
+    for file in files:
+        with file.open("ab") as padded:
+            padded.truncate(max(sizes))
+    limit(max(sizes) + 10)
+    for step in range(3, 6):
+        writer.write(step, {**METRICS, "step": step})
+    assert [file.stat().st_size for file in files] == [max(sizes)] * 3
+    limit(resource.RLIM_INFINITY)
+    for file, size in zip(files, sizes, strict=True):
+        os.truncate(file, size)
+    for step in range(6, 9):
+        writer.write(step, {**METRICS, "step": step})
+    writer.close()
+    kept = [0, 1, 2, 6, 7, 8]
+    assert [line["step"] for line in jsons(tmp_path / "metrics.jsonl")] == kept
+    assert [event.step for event in EventAccumulator(str(tmp_path / "tb")).Reload().Scalars("loss")] == kept
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.partition("step=")[2][0] for line in lines if "step=" in line] == [str(step) for step in kept]
+    warnings = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    assert sum("cannot be written, and is tried again each time" in text for text in warnings) == 3
+    assert sum("can be written again" in text for text in warnings) == 3
+    assert len(warnings) == 6
+
+
+def test_a_full_device_under_json_lines(log: pytest.LogCaptureFixture) -> None:
     full, good = JsonLines(Path("/dev/full")), Recorder()
     writer = MetricsWriter([full, good])
     for step in range(3):
         writer.write(step, METRICS)
+    writer.close()
     assert len(good.written) == 3
-    assert log.messages == ["JsonLines failed and is switched off: [Errno 28] No space left on device"]
+    (warning,) = [message for message in log.messages if "again each time" in message]
+    assert warning.endswith("[Errno 28] No space left on device: '/dev/full'")
+
+
+def test_records_go_on_in_new_files_after_their_folder_was_deleted(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "RUN" / "job"
+    writer = open_writers(folder, folder / "tb", tb_queue=1, total_steps=4, first_step=0)
+    writer.write(0, {"step": 0})
+    shutil.rmtree(tmp_path / "RUN")
+    for step in range(1, 4):
+        writer.write(step, {"step": step})
+    writer.close()
+    assert [line["step"] for line in jsons(folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [event.step for event in EventAccumulator(str(folder / "tb")).Reload().Scalars("step")] == [1, 2, 3]
+    assert "step=3" in (folder / "train.log").read_text()
+    warnings = [record.getMessage() for record in log.records if record.levelname == "WARNING"]
+    assert len(warnings) == 3
+    assert all(text.endswith("was deleted and is created again") for text in warnings)
+
+
+def test_a_fifo_that_nobody_reads_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    open_writers(tmp_path, None, tb_queue=10, total_steps=5, first_step=0).close()
+    (warning,) = log.messages
+    assert warning.startswith("a metrics file cannot be opened and is left out: ")
 
 
 def test_a_run_writes_its_records(tmp_path: Path) -> None:
@@ -231,7 +324,7 @@ def test_no_terminal_gets_the_full_line_of_every_step(tmp_path: Path) -> None:
 def test_a_full_disk_under_the_log_file_gives_one_warning(tmp_path: Path) -> None:
     (tmp_path / "train.log").symlink_to("/dev/full")
     done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stderr.count("cannot be written and is switched off") == 1
+    assert done.stderr.count("cannot be written, and is tried again each time") == 1
     assert "Traceback" not in done.stderr
     assert full_lines(done.stderr) == 3
 
@@ -246,3 +339,24 @@ def test_a_script_logs_to_the_same_places() -> None:
         logger = logger.parent  # type: ignore[assignment]
     assert get_logger() in parents
     assert get_logger("internlm.data") is get_logger("data")
+
+
+def test_a_stderr_that_is_full_and_then_closed_does_not_end_a_run(tmp_path: Path) -> None:
+    code = f"{RUN}\nsys.stderr.close()\nget_logger().warning('to nobody')\n"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=full, stderr=full)
+    assert done.returncode == 0
+    log = (tmp_path / "train.log").read_text()
+    assert full_lines(log) == 3
+    assert log.count("WARNING a rank is slow") == 3
+    assert log.count("stderr cannot be written, and is tried again each time: [Errno 28]") == 1
+    assert len(jsons(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_a_process_without_stderr_has_a_logger_and_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no stream where the file descriptor is closed at its start."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(logging.getLogger("internlm"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    get_logger().warning("to nobody")
+    assert not is_terminal()
