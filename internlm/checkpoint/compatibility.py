@@ -5,26 +5,56 @@ Each function yields one :class:`Problem` per difference, so that all difference
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any, get_args
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.config.schema.model import Dtype
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
 
-#: Fields of the ``model`` section that determine the shape or the meaning of parameters.
+#: Fields of the ``model`` section that determine the shapes and the names of parameters.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
-    "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "qk_interleaved",
-    "tie_word_embeddings",
+    "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings",
+    "num_experts", "num_shared_experts",
 )  # fmt: skip
+
+
+def _always(model: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _with_experts(model: Mapping[str, Any]) -> bool:
+    return model.get("num_experts", 1) != 1
+
+
+#: Fields of the ``model`` section that change what the model computes from the same parameters in evaluation, with a
+#: function of the section: whether the field has an effect.
+MATHEMATICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "layer_norm_epsilon": _always,
+    "apply_post_layer_norm": _always,
+    "norm_head": _always,
+    "qk_interleaved": _always,
+    "rope_base": _always,
+    "rope_scaling_factor": _always,
+    "use_dynamic_ntk_rope": _always,
+    "max_position_embeddings": lambda model: bool(model.get("use_dynamic_ntk_rope")),
+    "use_sliding_window": _always,
+    "sliding_window": lambda model: bool(model.get("use_sliding_window")),
+    "top_k": _with_experts,
+    "moe_type": _with_experts,
+    "moe_layer_kwargs": _with_experts,
+}
 
 #: Fields of the ``data`` section that determine the samples of a row.
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 
 FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
+WITH_ANOTHER_MODEL = "or set ckpt.allow_model_changes=True to load the weights into the changed model"
 WITHOUT_SAMPLER = "or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
 
 
@@ -34,16 +64,42 @@ WITHOUT_SAMPLER = "or set ckpt.auto_resume=False and load content=('model', 'opt
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each field of the architecture that differs between two resolved configs.
 
+    A field that is missing in ``saved``, which another version wrote, is no difference.
+
     Args:
         folder: Checkpoint folder, for the error.
         saved: Config of the checkpoint.
         now: Config of the run.
     """
-    fields = [("model_type", saved.get("model_type"), now.get("model_type"))]
-    fields += [(f"model.{key}", saved.get("model", {}).get(key), now.get("model", {}).get(key)) for key in ARCHITECTURE]
-    for key, then, wanted in fields:
-        if then != wanted:
-            yield Problem(key, f"{wanted!r}, but {folder} was saved with {then!r}", "Use the config of the checkpoint")
+    then, now_model = saved["model"], now["model"]
+    fields = [("model_type", saved.get("model_type"), now.get("model_type"))] if "model_type" in saved else []
+    fields += [(f"model.{key}", then[key], now_model.get(key)) for key in ARCHITECTURE if key in then]
+    for key, old, new in fields:
+        if old != new:
+            yield Problem(key, f"{new!r}, but {folder} was saved with {old!r}", "Use the config of the checkpoint")
+
+
+def other_mathematics(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each setting by which the model of the run computes something else than that of a checkpoint.
+
+    A setting that is missing in ``saved``, which another version wrote, is no difference.
+
+    Args:
+        folder: Checkpoint folder, for the error.
+        saved: Config of the checkpoint.
+        now: Config of the run.
+    """
+    then, wanted = saved["model"], now["model"]
+    for key in MATHEMATICS:
+        if key in then and then[key] != wanted.get(key) and has_effect(key, then, wanted):
+            message = f"{wanted.get(key)!r}, but {folder} was saved with {then[key]!r}, with which the model computes"
+            todo = f"Restore the saved value, {WITH_ANOTHER_MODEL}"
+            yield Problem(f"model.{key}", f"{message} something else", todo)
+
+
+def has_effect(key: str, *models: Mapping[str, Any]) -> bool:
+    """Return whether a field has an effect in one of the ``model`` sections; fields not in MATHEMATICS always have."""
+    return key not in MATHEMATICS or any(MATHEMATICS[key](model) for model in models)
 
 
 def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
@@ -51,10 +107,16 @@ def other_dtype(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -
 
     The dtype determines the optimizer state: only half-precision runs save main parameters.
     """
-    then, wanted = saved["model"]["dtype"], now["model"]["dtype"]
-    if torch_dtype(then) != torch_dtype(wanted):
+    wanted = now["model"]["dtype"]
+    then = saved["model"].get("dtype", wanted)
+    if then != wanted and _stored_as(then) != _stored_as(wanted):
         message = f"{wanted!r}, but {folder} was saved with {then!r}"
         yield Problem("model.dtype", message, f"Restore the saved value. {FROM_WEIGHTS}")
+
+
+def _stored_as(dtype: Any) -> torch.dtype | None:
+    """Return the dtype of tensors in a checkpoint for a value of ``model.dtype``, None for an unknown one."""
+    return torch_dtype(dtype) if dtype in get_args(Dtype) else None
 
 
 def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
@@ -67,7 +129,7 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
         message = f"the data changed after {folder} was saved ({fingerprints})"
         yield Problem("data.train_folder", message, f"Restore the old data, {WITHOUT_SAMPLER}")
     then, wanted = saved["config"]["data"], now["config"]["data"]
-    fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS]
+    fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS if key in then]
     for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
         if old != new:
             message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"

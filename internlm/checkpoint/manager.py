@@ -62,7 +62,7 @@ class CheckpointManager:
         sampler: Sampler,
     ) -> None:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
-        self.content = RunContent(model, optimizer, streams, sampler, run_info)
+        self.content = RunContent(model, optimizer, streams, sampler, run_info, config.allow_model_changes)
         self.storage = open_storage(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.last_saved = -1
         self.resumed_folder: str | None = None

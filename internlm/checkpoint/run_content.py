@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
+from internlm.checkpoint.config_changes import log_changes
 from internlm.checkpoint.logical_tensors import (
     LogicalTensor,
     LogicalTensors,
@@ -70,6 +71,7 @@ class RunContent:
         sampler: Training loader, whose data position is saved and restored.
         run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
             the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
+        allow_model_changes: Whether to load parameters into a model that computes something else from them.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class RunContent:
         streams: RandomStreams,
         sampler: Sampler,
         run_info: dict[str, Any],
+        allow_model_changes: bool = False,
     ) -> None:
         self.model, self.optimizer, self.streams = model, optimizer, streams
-        self.sampler, self.run_info = sampler, run_info
+        self.sampler, self.run_info, self.allow_model_changes = sampler, run_info, allow_model_changes
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def tensors(self) -> LogicalTensors:
@@ -154,6 +157,7 @@ class RunContent:
         with failing_together():
             checkpoint.read(without_rounded(tensors))
         self._restore(saved, tensors, counters, wanted)
+        log_changes(where, saved, self.run_info, wanted)
         return saved
 
     def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
@@ -182,6 +186,8 @@ class RunContent:
         source, metadata = checkpoint.where, checkpoint.metadata
         then, now = saved.config, self.run_info["config"]
         problems = list(compatibility.other_architecture(source, then, now))
+        if "model" in wanted and not self.allow_model_changes:
+            problems += compatibility.other_mathematics(source, then, now)
         problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
         yield from problems
         if not problems:

@@ -88,6 +88,10 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         ("model.hidden_size=64", "model.hidden_size: 64, but {} was saved with 32. Use the config of the checkpoint"),
         ("model_type=LLAMA2", "model_type: 'LLAMA2', but {} was saved with 'INTERNLM2'. Use the config of the"),
         ("model.vocab_size=80", "model.vocab_size: 80, but {} was saved with 64"),
+        (
+            "model.rope_base=500.",
+            "model.rope_base: 500.0, but {} was saved with 10000.0, with which the model computes",
+        ),
         ("model.dtype=torch.float32", "model.dtype: 'torch.float32', but {} was saved with 'torch.float64'"),
         ("optimizer.type=Lion", "{}: optimizer/exp_avg_sq: saved for 'embedding.weight' and "),
         ("data.micro_bsz=1", "data.micro_bsz: 1, but {} was saved with 2"),
@@ -126,6 +130,14 @@ def _assert_refused(folder: Path, *overrides: str) -> str:
     assert refused.state == fresh.state
     assert all(map(torch.equal, refused.samples, fresh.samples))
     return refused.message
+
+
+def test_another_model_and_another_schedule_are_logged_where_they_are_allowed(saved: Outcome, tmp_path: Path) -> None:
+    allowed = "ckpt.allow_model_changes=True", "model.rope_base=500."
+    loaded = resume(2, saving(tmp_path, *allowed, "adam.lr=0.1"))
+    assert_same_tensors(loaded.tensors, saved.tensors)
+    jump = "the learning rate jumps from 0.00933 to 0.075 at step 2, because of another adam.lr"
+    assert [rank.warnings for rank in loaded.ranks] == [[jump], []]
 
 
 def test_another_weight_decay_is_no_other_architecture(saved: Outcome, tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ class CkptConfig(Section):
     all."""
     keep_every: Count | None = None
     """Keep also the checkpoints whose step is a multiple of this number. Needs ``keep_last``."""
+    allow_model_changes: bool = False
+    """Load parameters even if the config changes what the model computes from them, such as by ``model.rope_base`` for
+    fine-tuning with longer sequences. False: such a checkpoint is refused."""
     async_upload: bool = False
     """Write checkpoints in the background: a step only waits while this rank's part is copied to host memory."""
     async_upload_tmp_folder: PathText | None = None

@@ -49,6 +49,15 @@ def test_the_same_config_is_no_other_architecture() -> None:
     assert texts(compatibility.other_architecture("step-1", CONFIG, now)) == []
 
 
+def test_what_another_version_has_not_saved_is_no_difference() -> None:
+    bare = {"model": {}, "data": {}}
+    now = changed(CONFIG, model__rope_base=1.0)
+    assert texts(compatibility.other_architecture("step-1", bare, now)) == []
+    assert texts(compatibility.other_mathematics("step-1", bare, now)) == []
+    assert texts(compatibility.other_dtype("step-1", bare, now)) == []
+    assert texts(compatibility.other_samples("step-1", changed(RUN_INFO, config=bare), RUN_INFO)) == []
+
+
 def test_another_architecture_is_told_field_by_field() -> None:
     now = changed(CONFIG, model_type="INTERNLM2", model__num_layers=3, model__num_kv_attention_heads=None)
     assert texts(compatibility.other_architecture("step-1", CONFIG, now)) == [
@@ -67,6 +76,12 @@ def test_every_field_of_the_architecture_counts(key: str) -> None:
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32"])
 def test_types_that_are_stored_alike_are_the_same(dtype: str) -> None:
     assert texts(compatibility.other_dtype("step-1", CONFIG, changed(CONFIG, model__dtype=dtype))) == []
+
+
+@pytest.mark.parametrize("dtype", [None, "torch.int8", ["torch.float32"], {}])
+def test_a_type_that_no_run_has_is_another_one(dtype: Any) -> None:
+    (problem,) = compatibility.other_dtype("step-1", changed(CONFIG, model__dtype=dtype), CONFIG)
+    assert problem.where == "model.dtype"
 
 
 def test_another_type() -> None:
@@ -189,10 +204,69 @@ def test_weights_of_an_unfinished_checkpoint_are_not_loaded(tmp_path: Path) -> N
         load_weights(decoder(), source)
 
 
-#: Keys of the ``model`` section that change no shape and no name of a tensor. Some change what the model computes
-#: (``rope_base``), which a user may want on resuming.
-NOT_ARCHITECTURE = {
-    "apply_post_layer_norm",
+# -- what the model computes
+
+DENSE: dict[str, Any] = {
+    "layer_norm_epsilon": 1e-5,
+    "apply_post_layer_norm": False,
+    "norm_head": False,
+    "qk_interleaved": False,
+    "rope_base": 10000.0,
+    "rope_scaling_factor": 1.0,
+    "use_dynamic_ntk_rope": False,
+    "max_position_embeddings": 2048,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "num_experts": 1,
+    "top_k": 2,
+    "moe_type": "GShard",
+    "moe_layer_kwargs": {},
+    "drop_rate": 0.1,
+}
+
+
+def changes_of_mathematics(saved: dict[str, Any], **now: Any) -> list[str]:
+    model = DENSE | saved
+    found = compatibility.other_mathematics("step-1", {"model": model}, {"model": model | now})
+    return [problem.where for problem in found]
+
+
+def test_another_mathematics_is_refused_unless_it_is_allowed() -> None:
+    saved, now = {"model": DENSE}, {"model": {**DENSE, "rope_base": 5e5}}
+    assert texts(compatibility.other_mathematics("step-1", saved, now)) == [
+        "model.rope_base: 500000.0, but step-1 was saved with 10000.0, with which the model computes something else. "
+        "Restore the saved value, or set ckpt.allow_model_changes=True to load the weights into the changed model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "expected"),
+    [
+        ({}, {"drop_rate": 0.2}, []),
+        ({}, {"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon"]),
+        ({}, {"apply_post_layer_norm": True}, ["apply_post_layer_norm"]),
+        ({}, {"norm_head": True}, ["norm_head"]),
+        ({}, {"qk_interleaved": True}, ["qk_interleaved"]),
+        ({}, {"rope_scaling_factor": 2.0}, ["rope_scaling_factor"]),
+        ({}, {"use_dynamic_ntk_rope": True}, ["use_dynamic_ntk_rope"]),
+        ({}, {"max_position_embeddings": 4096}, []),
+        ({"use_dynamic_ntk_rope": True}, {"max_position_embeddings": 4096}, ["max_position_embeddings"]),
+        ({}, {"sliding_window": 64}, []),
+        ({}, {"use_sliding_window": True, "sliding_window": 64}, ["use_sliding_window", "sliding_window"]),
+        ({}, {"top_k": 1, "moe_type": "Dropless", "moe_layer_kwargs": {"a": 1}}, []),
+        (
+            {"num_experts": 4},
+            {"top_k": 1, "moe_type": "Dropless", "moe_layer_kwargs": {"a": 1}},
+            ["top_k", "moe_type", "moe_layer_kwargs"],
+        ),
+    ],
+)
+def test_changes_that_have_an_effect(saved: dict[str, Any], now: dict[str, Any], expected: list[str]) -> None:
+    assert changes_of_mathematics(saved, **now) == [f"model.{key}" for key in expected]
+
+
+#: Keys of the ``model`` section that change neither a parameter's shape nor what is computed from it in evaluation.
+NEITHER = {
     "attention_backend",
     "attn_other_init_std",
     "attn_wqkv_init_std",
@@ -208,30 +282,17 @@ NOT_ARCHITECTURE = {
     "enable_qkv_fusion",
     "ffn_other_init_std",
     "ffn_uplayer_init_std",
-    "layer_norm_epsilon",
-    "max_position_embeddings",
     "mlp_layer_fusion",
-    "moe_layer_kwargs",
-    "moe_type",
-    "norm_head",
     "num_chunks",
-    "num_experts",
-    "num_shared_experts",
     "out_head_init_std",
     "parallel_output",
     "residual_in_fp32",
-    "rope_base",
-    "rope_scaling_factor",
-    "sliding_window",
-    "top_k",
-    "use_dynamic_ntk_rope",
     "use_flash_attn",
     "use_scaled_init",
-    "use_sliding_window",
 }
 
 
-def test_every_key_of_the_model_is_of_the_architecture_or_not() -> None:
-    """A new key that changes shapes would otherwise be reported tensor by tensor."""
-    assert set(ModelConfig.model_fields) == {*compatibility.ARCHITECTURE, *NOT_ARCHITECTURE}
-    assert not NOT_ARCHITECTURE & {*compatibility.ARCHITECTURE}
+def test_every_key_of_the_model_is_of_one_class() -> None:
+    """Otherwise a new key that changes the model would be accepted silently."""
+    classes = [*compatibility.ARCHITECTURE, *compatibility.MATHEMATICS, *NEITHER]
+    assert sorted(ModelConfig.model_fields) == sorted(classes)
