@@ -92,9 +92,10 @@ def other_mathematics(folder: str, saved: Mapping[str, Any], now: Mapping[str, A
     then, wanted = saved["model"], now["model"]
     for key in MATHEMATICS:
         if key in then and then[key] != wanted.get(key) and has_effect(key, then, wanted):
-            message = f"{wanted.get(key)!r}, but {folder} was saved with {then[key]!r}, with which the model computes"
-            todo = f"Restore the saved value, {WITH_ANOTHER_MODEL}"
-            yield Problem(f"model.{key}", f"{message} something else", todo)
+            message = (
+                f"{wanted.get(key)!r}, but {folder} was saved with {then[key]!r}; this changes what the model computes"
+            )
+            yield Problem(f"model.{key}", message, f"Restore the saved value, {WITH_ANOTHER_MODEL}")
 
 
 def has_effect(key: str, *models: Mapping[str, Any]) -> bool:

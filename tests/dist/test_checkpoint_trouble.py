@@ -90,7 +90,7 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
         ("model.vocab_size=80", "model.vocab_size: 80, but {} was saved with 64"),
         (
             "model.rope_base=500.",
-            "model.rope_base: 500.0, but {} was saved with 10000.0, with which the model computes",
+            "model.rope_base: 500.0, but {} was saved with 10000.0; this changes what the model computes",
         ),
         ("model.dtype=torch.float32", "model.dtype: 'torch.float32', but {} was saved with 'torch.float64'"),
         ("optimizer.type=Lion", "{}: optimizer/exp_avg_sq: saved for 'embedding.weight' and "),

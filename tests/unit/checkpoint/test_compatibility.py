@@ -234,7 +234,7 @@ def changes_of_mathematics(saved: dict[str, Any], **now: Any) -> list[str]:
 def test_another_mathematics_is_refused_unless_it_is_allowed() -> None:
     saved, now = {"model": DENSE}, {"model": {**DENSE, "rope_base": 5e5}}
     assert texts(compatibility.other_mathematics("step-1", saved, now)) == [
-        "model.rope_base: 500000.0, but step-1 was saved with 10000.0, with which the model computes something else. "
+        "model.rope_base: 500000.0, but step-1 was saved with 10000.0; this changes what the model computes. "
         "Restore the saved value, or set ckpt.allow_model_changes=True to load the weights into the changed model"
     ]
 
