@@ -69,6 +69,7 @@ class CheckpointManager:
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
         self._saver: Saver | None = None
         self._next_slot: int | None = None
+        self._is_prepared = False
 
     # -- saving -------------------------------------------------------------------------------------------------------
     # No result: loops of existing scripts end if it is true.
@@ -117,6 +118,7 @@ class CheckpointManager:
             raise CheckpointError(
                 Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
             )
+        self._prepare()
         if self._saver is None:
             self._saver = Saver(self.storage, lambda: None, self._to_delete, lambda: None)
         content = self.content.state(state, self._own_root())
@@ -180,7 +182,7 @@ class CheckpointManager:
                 the save folder is not writable, or only holds checkpoints of another format.
         """
         if self.config.enable_save_ckpt:
-            self._on_first_rank(self._prepare)
+            self._prepare()
         message = self._resume(state) if self.config.auto_resume else ""
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
@@ -268,6 +270,12 @@ class CheckpointManager:
         return self.storage.location if self.storage else ""
 
     def _prepare(self) -> None:
+        """Prepare the save folder before its first use; collective."""
+        if not self._is_prepared:
+            self._on_first_rank(self._prepare_folder)
+            self._is_prepared = True
+
+    def _prepare_folder(self) -> None:
         """Create the save folder, check that it is writable, remove what unfinished saves left, and warn of others."""
         storage = self.storage
         assert storage is not None, "the config check requires a folder if saving is enabled"

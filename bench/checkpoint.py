@@ -1,0 +1,253 @@
+"""Saving and loading on two processes, beside the same bytes written, read and copied plainly, and beside DCP.
+
+``python -m bench.checkpoint [--model bench-30M bench-300M] [--rounds 5] [--folder DIR]`` prints JSON. All measurements
+of a model take turns in one run. Figures are medians over the rounds of the slower rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+
+from bench.ours import Ours, free_port
+from bench.yardsticks import LLAMA_30M, YARDSTICKS, Yardstick
+from internlm.checkpoint.manager import CheckpointManager
+from internlm.checkpoint.planners import LogicalSavePlanner, bytes_of
+from internlm.checkpoint.tensor_writer import BLOCK_BYTES, memory_of
+from internlm.config.schema import CkptConfig
+from internlm.core.context import global_context as gpc
+from internlm.core.train_state import TrainState
+from internlm.data.batch_plan import Position
+
+WORLD = 2
+#: Seconds after which the ranks must have sent their results.
+LONGEST = 900
+LARGE = dict(num_layers=20, hidden_size=1024, num_attention_heads=16, num_kv_attention_heads=16, mlp_ratio=2.75)
+#: Models of 30 and 300 million parameters. Steps are short, since what counts is the size of the state.
+MODELS = {
+    "bench-30M": replace(YARDSTICKS["bench-30M"], seq_len=128, micro_bsz=2),
+    "bench-300M": Yardstick(name="bench-300M", vocab_size=32000, seq_len=64, micro_bsz=2, model=LLAMA_30M | LARGE),
+}
+
+
+class NoData:
+    """Sampler without data, which has no position to find."""
+
+    def position(self, step: int) -> Position:
+        """Return the position at ``step``."""
+        return Position(step, step, step)
+
+    def resume(self, position: Position) -> None:
+        """Do nothing."""
+
+
+class Bench:
+    """The measurements of one rank."""
+
+    def __init__(self, yardstick: Yardstick, rank: int, port: int, folder: Path) -> None:
+        self.ours = Ours(yardstick, (), rank, WORLD, port, data_size=WORLD)
+        self.folder, self.rank = folder, rank
+        for _ in range(2):
+            self.ours.step()
+        self.state = TrainState(step=2)
+        self.managers = {background: self._manager(background) for background in (False, True)}
+        self.tensors = self.managers[False].content.tensors()
+        self.times: dict[str, list[float]] = {}
+        self.memory: dict[str, int] = {}
+
+    def _manager(self, background: bool) -> CheckpointManager:
+        config = CkptConfig(
+            enable_save_ckpt=True,
+            save_ckpt_folder=str(self.folder / ("background" if background else "saved")),
+            checkpoint_every=1,
+            async_upload=background,
+        )
+        trainer = self.ours.trainer
+        return CheckpointManager(
+            config,
+            trainer.model,
+            trainer.optimizer,
+            gpc.random_streams,
+            10**6,
+            run_info={"config": gpc.config.model_dump(mode="json"), "data": "", "seed": 0},
+            sampler=NoData(),
+        )
+
+    # -- one measurement ----------------------------------------------------------------------------------------------
+    def measure(self, name: str, action: Callable[[], Any]) -> None:
+        """Measure the time of ``action``, which all ranks begin together."""
+        dist.barrier()
+        start = time.perf_counter()
+        action()
+        self.times.setdefault(name, []).append(time.perf_counter() - start)
+
+    def save(self, background: bool) -> None:
+        """Save the checkpoint of the next step, and delete the one before."""
+        shutil.rmtree(self.last(background), ignore_errors=True) if self.rank == 0 else None
+        self.state.step += 1
+        self.managers[background].save(self.state)
+
+    def last(self, background: bool = False) -> Path:
+        """Return the folder of the last checkpoint."""
+        return self.folder / ("background" if background else "saved") / f"step-{self.state.step}"
+
+    def write_plainly(self) -> None:
+        """Write and hash as many bytes as this rank saves, and flush them to the disk."""
+        data, hasher = memory_of(self.content), xxhash.xxh3_128()
+        descriptor = os.open(self.folder / f"plain-{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for start in range(0, len(data), BLOCK_BYTES):
+            block = data[start : start + BLOCK_BYTES]
+            hasher.update(block)
+            while len(block):
+                block = block[os.write(descriptor, block) :]
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def read_plainly(self) -> None:
+        """Read as many bytes as this rank loads."""
+        filled, data = 0, memory_of(self.loaded)
+        while filled < len(data):
+            for path in sorted(self.last().glob("rank-*.bin")):
+                with path.open("rb", buffering=0) as file:
+                    while filled < len(data) and (count := file.readinto(data[filled : filled + BLOCK_BYTES])):
+                        filled += count
+
+    def save_with_dcp(self) -> None:
+        """Save the same tensors with torch's own writer."""
+        writer = dcp.FileSystemWriter(self.folder / "dcp", overwrite=True)
+        dcp.save(dict(self.tensors), storage_writer=writer, planner=LogicalSavePlanner())
+
+    def steps_during_a_save(self) -> None:
+        """Train until a save in the background is committed; record the time lost and the time of the commit."""
+        dist.barrier()
+        start = time.perf_counter()
+        self.save(background=True)
+        saver, steps, committed = self.managers[True]._saver, 0, 0.0
+        busy = torch.ones(1)
+        while busy.item():
+            self.ours.step()
+            steps += 1
+            busy.fill_(saver.is_busy)
+            dist.all_reduce(busy)
+        committed = time.perf_counter() - start
+        self.times.setdefault("steps until the commit", []).append(committed)
+        self.times.setdefault("lost by the steps", []).append(committed - steps * median(self.times["step"]))
+
+    @contextmanager
+    def peak_memory(self, name: str) -> Iterator[None]:
+        """Record by how much resident memory rises in the ``with`` block."""
+        Path("/proc/self/clear_refs").write_text("5")  # makes the peak the present value
+        before = _status("VmRSS")
+        yield
+        self.memory[name] = _status("VmHWM") - before
+
+    # -- all measurements ---------------------------------------------------------------------------------------------
+    def run(self, rounds: int) -> dict[str, Any]:
+        """Take all measurements in turns; return the results of this rank."""
+        with self.peak_memory("synchronous save"):
+            self.save(background=False)
+        with self.peak_memory("save in the background"):
+            self.save(background=True)
+            self.managers[True].wait_async_upload_finish()
+        plan = self.managers[False]._saver._plan.own
+        self.content = torch.zeros(bytes_of(plan), dtype=torch.uint8)
+        copy, read = (
+            torch.zeros_like(self.content),
+            sum(x.nbytes for t in self.tensors.values() for x in t.slices.values()),
+        )
+        self.loaded = torch.zeros(read, dtype=torch.uint8)
+        for _ in range(5):
+            self.measure("step", self.ours.step)
+        for _ in range(rounds):
+            self.measure("copy", lambda: copy.copy_(self.content))
+            self.measure("blocked by a save in the background", lambda: self.save(background=True))
+            self.managers[True].wait_async_upload_finish()
+            cpu = time.process_time()
+            self.measure("plain write", self.write_plainly)
+            self.times.setdefault("CPU time of a plain write", []).append(time.process_time() - cpu)
+            self.measure("save", lambda: self.save(background=False))
+            self.measure("DCP save", self.save_with_dcp)
+            self.measure("plain read", self.read_plainly)
+            self.measure("load", lambda: self.managers[False].load(self.last(), self.state, ("all",)))
+            for _ in range(3):
+                self.measure("step", self.ours.step)
+            self.steps_during_a_save()
+        return {"times": self.times, "memory": self.memory, "bytes": bytes_of(plan), "loaded": read}
+
+
+def _status(key: str) -> int:
+    """Return an entry of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+#: Name of each ratio: (time, time that it is divided by)
+RATIOS = {
+    "blocked / copy (wanted 1.3)": ("blocked by a save in the background", "copy"),
+    "lost / CPU time of a plain write (wanted 1.2)": ("lost by the steps", "CPU time of a plain write"),
+    "commit / save (wanted 2)": ("steps until the commit", "save"),
+    "save / plain write (wanted 1.3)": ("save", "plain write"),
+    "load / plain read (wanted 1.3)": ("load", "plain read"),
+    "DCP save / save": ("DCP save", "save"),
+}
+
+
+def _rank(rank: int, port: int, model: str, rounds: int, folder: Path, results: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        results.put(Bench(MODELS[model], rank, port, folder).run(rounds))
+    except BaseException:
+        results.put(None)
+        raise
+    dist.barrier()
+
+
+def measure(model: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Run the ranks; return medians of the slower rank, in seconds, and their ratios."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, model, rounds, folder, results)) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    found = [results.get(timeout=LONGEST) for _ in ranks]
+    for process in ranks:
+        process.join()
+    times = {name: max(median(of_rank["times"][name]) for of_rank in found) for name in found[0]["times"]}
+    return {
+        "megabytes saved by a rank": round(found[0]["bytes"] / 1e6, 1),
+        "seconds": {name: round(seconds, 4) for name, seconds in times.items()},
+        "ratios": {name: round(times[one] / times[other], 2) for name, (one, other) in RATIOS.items()},
+        "extra megabytes": {name: round(max(r["memory"][name] for r in found) / 1e6, 1) for name in found[0]["memory"]},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the current folder)")
+    args = parser.parse_args()
+    for model in args.model:
+        with tempfile.TemporaryDirectory(dir=args.folder or Path.cwd()) as folder:
+            print(json.dumps({model: measure(model, args.rounds, Path(folder))}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
