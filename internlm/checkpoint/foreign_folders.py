@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from internlm.utils.errors import Problem
@@ -131,16 +130,6 @@ def foreign_source(folder: str, names_in: NamesIn) -> Problem | None:
     return Problem(
         folder, f"not a checkpoint of this version: it holds {found}", "Choose a step-N folder that a run has saved"
     )
-
-
-def names_in_local(root: Path) -> NamesIn:
-    """Return a function that lists folders below the local folder ``root``."""
-
-    def names_in(path: str) -> Collection[str]:
-        folder = root / path
-        return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-
-    return names_in
 
 
 def _folders_of(row: ForeignFormat, names_in: NamesIn) -> Iterator[tuple[int | None, str]]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from internlm.checkpoint.foreign_folders import (
     ForeignCheckpoint,
+    NamesIn,
     find_foreign,
     foreign_save_folder,
     foreign_source,
-    names_in_local,
 )
 from internlm.checkpoint.local_storage import LocalStorage
-from internlm.checkpoint.saved_checkpoint import open_checkpoint
+from internlm.checkpoint.saved_checkpoint import open_checkpoint, plain_names
 from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.samples import save
 
 OLDER, HUGGING_FACE = "older versions of InternEvo", "Hugging Face Transformers"
 DCP = "torch.distributed.checkpoint"
+
+
+def names_in(root: Path) -> NamesIn:
+    return partial(plain_names, LocalStorage(root))
 
 
 def make(root: Path, *files: str) -> Path:
@@ -92,21 +97,21 @@ OTHERS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_folders_are_found(name: str, tmp_path: Path) -> None:
     files, expected = FOREIGN[name]
-    assert find_foreign(names_in_local(make(tmp_path, *files))) == ForeignCheckpoint(*expected)
+    assert find_foreign(names_in(make(tmp_path, *files))) == ForeignCheckpoint(*expected)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_nothing_else_is(name: str, tmp_path: Path) -> None:
-    assert find_foreign(names_in_local(make(tmp_path, *OTHERS[name]))) is None
+    assert find_foreign(names_in(make(tmp_path, *OTHERS[name]))) is None
 
 
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path: Path) -> None:
-    assert find_foreign(names_in_local(tmp_path / "none")) is None
+    assert find_foreign(names_in(tmp_path / "none")) is None
 
 
 def test_the_error_of_a_save_folder_names_the_newest_step(tmp_path: Path) -> None:
     make(tmp_path, *(f"{step}/model_tp0_pp0.pt" for step in (1, 2, 3)))
-    assert str(foreign_save_folder(str(tmp_path), names_in_local(tmp_path))) == (
+    assert str(foreign_save_folder(str(tmp_path), names_in(tmp_path))) == (
         f"{tmp_path}: holds no checkpoint of this version to resume from, but checkpoints in the format of older "
         "versions of InternEvo (the newest: 3/, step 3). Choose another ckpt.save_ckpt_folder, or set "
         "ckpt.auto_resume=False to start a new run in this one"
@@ -115,7 +120,7 @@ def test_the_error_of_a_save_folder_names_the_newest_step(tmp_path: Path) -> Non
 
 def test_the_error_of_a_source_names_its_format(tmp_path: Path) -> None:
     make(tmp_path, "config.json", "model.safetensors")
-    assert str(foreign_source(str(tmp_path), names_in_local(tmp_path))) == (
+    assert str(foreign_source(str(tmp_path), names_in(tmp_path))) == (
         f"{tmp_path}: not a checkpoint of this version: it holds a checkpoint in the format of Hugging Face "
         "Transformers. Choose a step-N folder that a run has saved"
     )
