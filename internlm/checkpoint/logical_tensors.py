@@ -132,6 +132,15 @@ def optimizer_tensors(optimizer: HybridZeroOptimizer) -> LogicalTensors:
     return tensors
 
 
+def tensor_addresses(model: nn.Module, optimizer: HybridZeroOptimizer) -> list[int]:
+    """Return where the tensors of a run are in memory: the same addresses belong to the same logical tensors."""
+    tensors = [local_shard(parameter)[0] for parameter in model.parameters()]
+    tensors += model.buffers()
+    for group in optimizer.groups:
+        tensors += [*optimizer.state_of(group).values(), *group.main_shards]
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def _states(optimizer: HybridZeroOptimizer, group: ParamGroup) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield each state of a param group: its name, and its tensors in the order of ``group.main_shards``."""
     for name, state in optimizer.state_of(group).items():

@@ -22,6 +22,7 @@ from internlm.checkpoint.logical_tensors import (
     LogicalTensors,
     model_tensors,
     optimizer_tensors,
+    tensor_addresses,
     without_rounded,
 )
 from internlm.checkpoint.manifest import FORMAT
@@ -85,13 +86,20 @@ class RunContent:
     ) -> None:
         self.model, self.optimizer, self.streams = model, optimizer, streams
         self.sampler, self.run_info, self.allow_model_changes = sampler, run_info, allow_model_changes
+        self._tensors: LogicalTensors = {}
+        self._addresses: list[int] = []
 
     # -- saving -------------------------------------------------------------------------------------------------------
     def tensors(self) -> LogicalTensors:
         """Return the tensors of this rank, after the all-gathers of the last update."""
         # With overlap_sync_param they may still be running.
         self.optimizer.gather_parameters()
-        return {**model_tensors(self.model), **optimizer_tensors(self.optimizer), **self._stream_tensors()}
+        # A step waits for this, so the slices are made anew only if memory was replaced.
+        addresses = tensor_addresses(self.model, self.optimizer)
+        if addresses != self._addresses:
+            self._tensors = {**model_tensors(self.model), **optimizer_tensors(self.optimizer)}
+            self._addresses = addresses
+        return {**self._tensors, **self._stream_tensors()}
 
     def state(self, counters: Resumable, save_folder: str) -> RunState:
         """Return the content of the state file."""

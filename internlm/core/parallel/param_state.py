@@ -178,8 +178,9 @@ def named_parameters(module: nn.Module) -> list[NamedParameter]:
 
 def state_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor of each persistent buffer of ``module``; buffers are never sharded."""
-    state = module.state_dict()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in state)
+    if buffers := dict(module.named_buffers()):
+        state = module.state_dict()
+        yield from ((name, buffer) for name, buffer in buffers.items() if name in state)
 
 
 # -- dtype ------------------------------------------------------------------------------------------------------------
