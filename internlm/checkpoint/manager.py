@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -26,7 +29,7 @@ from internlm.config.schema.root import CheckpointContent
 from internlm.core.context.random import RandomStreams
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.utils.compat import naming_current_call
-from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem, UserError
 from internlm.utils.logger import get_logger
 
 log = get_logger()
@@ -48,6 +51,9 @@ class CheckpointManager:
         total_steps: Last step of the run, which is always saved.
         run_info: JSON-serialisable entries, saved with each checkpoint; see :class:`RunContent`.
         sampler: Training loader, whose data position is saved and restored.
+        timeout: Seconds for which a rank waits for the others in a save in the background.
+
+    Use it as a context manager, or call :meth:`close` at the end of the run.
     """
 
     @naming_current_call("internlm.train.initialize_checkpoint_manager(model, optimizer, train_dl)")
@@ -60,6 +66,7 @@ class CheckpointManager:
         total_steps: int,
         run_info: dict[str, Any],
         sampler: Sampler,
+        timeout: float = 1800.0,
     ) -> None:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
         self.content = RunContent(model, optimizer, streams, sampler, run_info, config.allow_model_changes)
@@ -67,6 +74,10 @@ class CheckpointManager:
         self.last_saved = -1
         self.resumed_folder: str | None = None
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
+        self.timeout = timedelta(seconds=timeout)
+        self.on_failure: Callable[[], None] | None = None
+        """Function called in a thread of each rank after a save in the background has failed; the next save, or
+        :meth:`wait_async_upload_finish`, raises the error."""
         self._saver: Saver | None = None
         self._next_slot: int | None = None
         self._is_prepared = False
@@ -101,6 +112,31 @@ class CheckpointManager:
         if self._saver is not None:
             self._saver.wait()
 
+    def close(self) -> None:
+        """End the use of the save folder, after the save in the background; collective.
+
+        Raises:
+            CheckpointError: The save in the background failed.
+        """
+        self.wait_async_upload_finish()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, UserError):
+            # All ranks raise it, so the save in the background can be completed. The first error is the one to report.
+            with suppress(CheckpointError):
+                self.close()
+
+    def _failed(self) -> None:
+        if self.on_failure is not None:
+            self.on_failure()
+
     def save(self, state: Resumable) -> str:
         """Save the checkpoint ``step-N`` and return its path; collective.
 
@@ -120,7 +156,7 @@ class CheckpointManager:
             )
         self._prepare()
         if self._saver is None:
-            self._saver = Saver(self.storage, lambda: None, self._to_delete, lambda: None)
+            self._saver = Saver(self.storage, lambda: None, self._to_delete, self._failed, self.timeout)
         content = self.content.state(state, self._own_root())
         save = Save(checkpoint=name, step=state.step, state=content.to_bytes())
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)

@@ -11,11 +11,13 @@ A failure on any rank is raised on all ranks, and leaves earlier checkpoints as 
 
 from __future__ import annotations
 
+import atexit
 import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -57,6 +59,7 @@ class Saver:
         before_commit: Function that rank 0 calls before it publishes; it raises ``CheckpointError`` if it must not.
         to_prune: Function that rank 0 calls after a commit; it returns the names of checkpoints to delete.
         on_failure: Function called on each rank, in the thread, after a save in the background has failed.
+        timeout: Time that ranks may take longer than others to write in the background.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class Saver:
         before_commit: Callable[[], None],
         to_prune: Callable[[], Sequence[str]],
         on_failure: Callable[[], None],
+        timeout: timedelta,
     ) -> None:
-        self.storage, self.on_failure = storage, on_failure
+        self.storage, self.on_failure, self.timeout = storage, on_failure, timeout
         self.before_commit, self.to_prune = before_commit, to_prune
         self._plan: Plan | None = None
         self._memory: Tensor | None = None
@@ -98,7 +102,9 @@ class Saver:
         accelerator.synchronize()
         if self._group is None:
             # The default group is busy with training, and NCCL's would block its device.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+            # A script that ends without waiting would lose its last checkpoint.
+            atexit.register(self._wait_at_exit)
         self._thread = threading.Thread(target=self._in_background, args=(partial(write, self._group),), daemon=True)
         self._thread.start()
 
@@ -115,6 +121,12 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def _wait_at_exit(self) -> None:
+        try:
+            self.wait()
+        except CheckpointError as error:
+            log.error(str(error))
 
     def _in_background(self, write: Callable[[], None]) -> None:
         try:

@@ -114,7 +114,7 @@ class TrainerBuilder:
             UserError: The checkpoint cannot be loaded or saved, or too many steps in a row were skipped.
         """
         alerts = initialize_monitor_manager(self.config.JOB_NAME, alert=self.config.monitor.alert)
-        with self.stop.listening(), alerts:
+        with self.stop.listening(), alerts, self.checkpoints:
             self.checkpoints.try_resume_training(self.trainer.state)
             parent = Path(self.config.log_folder) / self.config.JOB_NAME
             folder = _run_folder(parent.resolve(), self.checkpoints.resumed_folder)

@@ -41,4 +41,5 @@ def initialize_checkpoint_manager(
         config.data.total_steps,
         run_info={"config": masked_dict(config), "data": train_dl.fingerprint(), "seed": gpc.seed},
         sampler=train_dl,
+        timeout=config.parallel.timeout,
     )
