@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
-from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
-from internlm.checkpoint.retention import to_delete
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
 from internlm.checkpoint.run_state import RunState
-from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, open_checkpoint, plain_names
+from internlm.checkpoint.save_folder import SNAPSHOTS, SaveFolder
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.checkpoint.saver import Saver, explain
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save
@@ -34,8 +32,8 @@ from internlm.utils.logger import get_logger
 
 log = get_logger()
 
-#: Names of the two snapshots, which are written in turns.
-SNAPSHOTS = ("snapshot-0", "snapshot-1")
+TODO = "Choose a writable folder with free space"
+T = TypeVar("T")
 
 
 class CheckpointManager:
@@ -71,6 +69,7 @@ class CheckpointManager:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
         self.content = RunContent(model, optimizer, streams, sampler, run_info, config.allow_model_changes)
         self.storage = open_storage(config.save_ckpt_folder) if config.save_ckpt_folder else None
+        self.folder = SaveFolder(self.storage, config.keep_last, config.keep_every) if self.storage else None
         self.last_saved = -1
         self.resumed_folder: str | None = None
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
@@ -150,13 +149,13 @@ class CheckpointManager:
         return path
 
     def _save(self, state: Resumable, name: str) -> str:
-        if self.storage is None:
+        if self.storage is None or self.folder is None:
             raise CheckpointError(
                 Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
             )
         self._prepare()
         if self._saver is None:
-            self._saver = Saver(self.storage, lambda: None, self._to_delete, self._failed, self.timeout)
+            self._saver = Saver(self.storage, lambda: None, self.folder.to_delete, self._failed, self.timeout)
         content = self.content.state(state, self._own_root())
         save = Save(checkpoint=name, step=state.step, state=content.to_bytes())
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)
@@ -165,39 +164,27 @@ class CheckpointManager:
     def _snapshot_name(self) -> str:
         """Return the name of the next snapshot: that of the older one, then in turns."""
         if self._next_slot is None:
-            slots: list[int] = [0]
-
-            def choose() -> None:
-                newest = next((entry for entry in self._found() if entry.name in SNAPSHOTS), None)
-                slots[0] = 1 - SNAPSHOTS.index(newest.name) if newest else 0
-
-            self._on_first_rank(choose)
-            dist.broadcast_object_list(slots, src=0)
-            self._next_slot = slots[0]
+            self._next_slot = self._on_first_rank(lambda folder: folder.older_snapshot())
         name, self._next_slot = SNAPSHOTS[self._next_slot], 1 - self._next_slot
         return name
 
-    def _to_delete(self) -> Sequence[str]:
-        """Return the names of the checkpoints that the config does not keep."""
-        if self.config.keep_last is None:
-            return ()
-        steps = [entry.step for entry in self._found() if entry.is_committed and entry.name == f"step-{entry.step}"]
-        return [f"step-{step}" for step in to_delete(steps, self.config.keep_last, self.config.keep_every)]
-
-    def _found(self) -> list[Found]:
-        return find_checkpoints(self.storage) if self.storage else []
-
-    def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the other ranks block; if it fails, raise on all ranks."""
-        failure: list[str | None] = [None]
+    def _on_first_rank(self, action: Callable[[SaveFolder], T]) -> T:
+        """Return the result of ``action`` on rank 0, while the other ranks block; if it fails, raise on all ranks."""
+        # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
+        outcome: list[tuple[T | None, tuple[Problem, ...]]] = [(None, ())]
         if dist.get_rank() == 0:
+            assert self.folder is not None
             try:
-                action()
+                outcome = [(action(self.folder), ())]
             except OSError as error:
-                failure = [explain(error)]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0]:
-            raise CheckpointError(Problem(self._own_root(), failure[0], "Choose a writable folder with free space"))
+                outcome = [(None, (Problem(self._own_root(), explain(error), TODO),))]
+            except CheckpointError as error:
+                outcome = [(None, error.problems)]
+        dist.broadcast_object_list(outcome, src=0)
+        result, problems = outcome[0]
+        if problems:
+            raise CheckpointError(*problems)
+        return result  # type: ignore[return-value]  # the result of action
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
@@ -259,7 +246,7 @@ class CheckpointManager:
         if self.storage is None:
             return ""
         failures: list[DamagedCheckpointError] = []
-        names = self._candidates()
+        names = self._on_first_rank(lambda folder: folder.candidates())
         for name in names:
             try:
                 saved = self._load(self.storage, name, state, ("all",))
@@ -281,50 +268,18 @@ class CheckpointManager:
             )
         return ""
 
-    def _candidates(self) -> list[str]:
-        """Return the names of the committed checkpoints in the save folder, newest first; collective."""
-        # Rank 0 chooses for all ranks: on a network file system, a new folder may become visible at different times.
-        chosen: list[list[str] | Problem | None] = [[]]
-        storage = self.storage
-        assert storage is not None
-
-        def choose() -> None:
-            found = find_checkpoints(storage)
-            for entry in found:
-                if not entry.is_committed:
-                    log.warning(f"ignored unfinished checkpoint {entry.name} in {storage.location}")
-            names = [entry.name for entry in found if entry.is_committed]
-            chosen[0] = names or foreign_save_folder(storage.location, partial(plain_names, storage))
-
-        self._on_first_rank(choose)
-        dist.broadcast_object_list(chosen, src=0)
-        if isinstance(chosen[0], Problem):
-            raise CheckpointError(chosen[0])
-        return chosen[0] or []
-
     def _own_root(self) -> str:
         return self.storage.location if self.storage else ""
 
     def _prepare(self) -> None:
         """Prepare the save folder before its first use; collective."""
-        if not self._is_prepared:
-            self._on_first_rank(self._prepare_folder)
-            self._is_prepared = True
-
-    def _prepare_folder(self) -> None:
-        """Create the save folder, check that it is writable, remove what unfinished saves left, and warn of others."""
-        storage = self.storage
-        assert storage is not None, "the config check requires a folder if saving is enabled"
-        storage.prepare()
-        committed = [entry.name for entry in find_checkpoints(storage) if entry.is_committed]
-        for folder, checkpoint in storage.leftovers().items():
-            # Until the new one is committed, the replaced one is the newest.
-            if folder not in committed or checkpoint in committed:
-                log.warning(f"ignored unfinished checkpoint {checkpoint} in {storage.location}")
-                storage.remove(folder)
-        if committed and not self.config.auto_resume:
+        if self._is_prepared:
+            return
+        existing = self._on_first_rank(lambda folder: folder.prepare())
+        self._is_prepared = True
+        if existing and not self.config.auto_resume and dist.get_rank() == 0:
             log.warning(
-                f"{storage.location} contains {', '.join(committed[:3])} of an earlier run, which is not resumed "
+                f"{self._own_root()} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
             )
 

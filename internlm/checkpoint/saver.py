@@ -57,7 +57,7 @@ class Saver:
     Args:
         storage: Storage to save to.
         before_commit: Function that rank 0 calls before it publishes; it raises ``CheckpointError`` if it must not.
-        to_prune: Function that rank 0 calls after a commit; it returns the names of checkpoints to delete.
+        to_prune: Function that rank 0 calls with the step after a commit; it returns the checkpoints to delete.
         on_failure: Function called on each rank, in the thread, after a save in the background has failed.
         timeout: Time that ranks may take longer than others to write in the background.
     """
@@ -66,7 +66,7 @@ class Saver:
         self,
         storage: Storage,
         before_commit: Callable[[], None],
-        to_prune: Callable[[], Sequence[str]],
+        to_prune: Callable[[int], Sequence[str]],
         on_failure: Callable[[], None],
         timeout: timedelta,
     ) -> None:
@@ -186,7 +186,7 @@ class Saver:
                 self.before_commit()
                 assert plan.metadata is not None
                 writer.finish(plan.metadata, [results for results, _ in written])
-                return "", self.to_prune()
+                return "", self.to_prune(writer.save.step)
         except OSError as error:
             failures = [explain(error)]
         except CheckpointError as error:

@@ -1,0 +1,88 @@
+"""Save folder of a run: its checkpoints and snapshots, what earlier runs left in it, and what is deleted from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+
+from internlm.checkpoint.foreign_folders import foreign_save_folder
+from internlm.checkpoint.saved_checkpoint import find_checkpoints, plain_names
+from internlm.checkpoint.storage import Storage
+from internlm.utils.errors import CheckpointError
+from internlm.utils.logger import get_logger
+
+log = get_logger()
+
+#: Names of the two snapshots, which are written in turns.
+SNAPSHOTS = ("snapshot-0", "snapshot-1")
+
+
+class SaveFolder:
+    """Save folder, as one rank uses it for all ranks: no method is collective.
+
+    All methods raise ``OSError`` where the storage fails.
+
+    Args:
+        storage: Storage of the folder.
+        keep_last: Number of the newest checkpoints to keep; None: all.
+        keep_every: Also keep the checkpoints whose step is a multiple of this number; None: no others.
+    """
+
+    def __init__(self, storage: Storage, keep_last: int | None = None, keep_every: int | None = None) -> None:
+        self.storage, self.keep_last, self.keep_every = storage, keep_last, keep_every
+
+    def prepare(self) -> list[str]:
+        """Create the folder, check that it is writable, and remove what unfinished saves left.
+
+        Returns:
+            Names of its committed checkpoints, newest first.
+        """
+        self.storage.prepare()
+        committed = [entry.name for entry in find_checkpoints(self.storage) if entry.is_committed]
+        for folder, checkpoint in self.storage.leftovers().items():
+            # Until the new one is committed, the replaced one is the newest.
+            if folder not in committed or checkpoint in committed:
+                log.warning(f"ignored unfinished checkpoint {checkpoint} in {self.storage.location}")
+                self.storage.remove(folder)
+        return committed
+
+    def candidates(self) -> list[str]:
+        """Return the names of the checkpoints to resume from, newest first; log the unfinished ones.
+
+        Raises:
+            CheckpointError: The folder has none, but those of another format.
+        """
+        found = find_checkpoints(self.storage)
+        for entry in found:
+            if not entry.is_committed:
+                log.warning(f"ignored unfinished checkpoint {entry.name} in {self.storage.location}")
+        names = [entry.name for entry in found if entry.is_committed]
+        if not names and (foreign := foreign_save_folder(self.storage.location, partial(plain_names, self.storage))):
+            raise CheckpointError(foreign)
+        return names
+
+    def older_snapshot(self) -> int:
+        """Return which of :data:`SNAPSHOTS` does not hold the newest snapshot."""
+        newest = next((entry.name for entry in find_checkpoints(self.storage) if entry.name in SNAPSHOTS), None)
+        return 1 - SNAPSHOTS.index(newest) if newest else 0
+
+    def to_delete(self, step: int) -> Sequence[str]:
+        """Return the names of the checkpoints that are not kept, after that of ``step`` was committed."""
+        if self.keep_last is None:
+            return ()
+        found = find_checkpoints(self.storage)
+        # A later checkpoint is damaged, since the run would have resumed from it: it must not push out a good one.
+        steps = [entry.step for entry in found if entry.name == f"step-{entry.step}" and entry.step <= step]
+        return [f"step-{old}" for old in not_kept(steps, self.keep_last, self.keep_every)]
+
+
+def not_kept(steps: Collection[int], keep_last: int, keep_every: int | None) -> list[int]:
+    """Return the steps of the checkpoints to delete, oldest first.
+
+    Args:
+        steps: Steps of all committed checkpoints.
+        keep_last: Number of the newest checkpoints to keep, at least 1.
+        keep_every: Also keep the checkpoints whose step is a multiple of this number; None: no others.
+    """
+    older = sorted(steps)[:-keep_last]
+    return [step for step in older if not keep_every or step % keep_every]

@@ -1,0 +1,88 @@
+"""Save folders: what is found in them, and what is deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.save_folder import SaveFolder, not_kept
+from internlm.checkpoint.saved_checkpoint import find_checkpoints
+from tests.unit.checkpoint.samples import complete, in_ranges, save
+
+
+def saved(root: Path, name: str, step: int) -> Path:
+    return save(root / name, {"model/w": in_ranges(torch.ones(2), [])}, step)
+
+
+def test_checkpoints_and_snapshots_come_newest_first_by_step(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        saved(tmp_path, f"step-{step}", step)
+    saved(tmp_path, "snapshot-0", 50)
+    saved(tmp_path, "snapshot-1", 100)
+    complete(tmp_path / "step-30")  # of format 1
+    for name in ("step-x", "step-", "logs", "my-step-3", "step-5.old", "step-200"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-7").write_text("a file")
+    (tmp_path / "step-8").symlink_to(tmp_path / "step-9")
+    found = find_checkpoints(LocalStorage(tmp_path))
+    assert [entry.name for entry in found if not entry.is_committed] == ["step-200"]
+    committed = [entry.name for entry in found if entry.is_committed]
+    assert committed == ["step-100", "snapshot-1", "snapshot-0", "step-30", "step-20", "step-9"]
+    assert SaveFolder(LocalStorage(tmp_path)).candidates() == committed
+    assert SaveFolder(LocalStorage(tmp_path)).older_snapshot() == 0
+
+
+def test_a_snapshot_whose_manifest_cannot_be_read_is_the_last_candidate(tmp_path: Path) -> None:
+    """It may be newer than all, but none of its content can be loaded."""
+    saved(tmp_path, "snapshot-0", 50)
+    saved(tmp_path, "step-20", 20)
+    (tmp_path / "snapshot-0" / "manifest.json").write_bytes(b"")
+    assert SaveFolder(LocalStorage(tmp_path)).candidates() == ["step-20", "snapshot-0"]
+
+
+def test_a_folder_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+    folder = SaveFolder(LocalStorage(tmp_path / "none"))
+    assert (folder.candidates(), folder.older_snapshot(), folder.to_delete(3)) == ([], 0, ())
+
+
+def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:
+    saved(tmp_path, "step-20", 20)
+    saved(tmp_path, "step-30", 30).rename(tmp_path / "step-30.tmp-ab")
+    saved(tmp_path, "step-10", 10).rename(tmp_path / "step-10.deleting-ab")
+    shutil.copytree(tmp_path / "step-20", tmp_path / "step-20.replaced-ab")
+    saved(tmp_path, "step-40", 40).rename(tmp_path / "step-40.replaced-ab")
+    assert SaveFolder(LocalStorage(tmp_path)).prepare() == ["step-40.replaced-ab", "step-20", "step-20.replaced-ab"]
+    # The new step-40 was not committed, so the replaced one is all there is.
+    assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["step-20", "step-40.replaced-ab"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "expected"),
+    [
+        (1, None, [10, 20, 30, 40]),
+        (2, None, [10, 20, 30]),
+        (5, None, []),
+        (9, None, []),
+        (1, 20, [10, 30]),
+        (1, 7, [10, 20, 30, 40]),
+        (3, 1, []),
+    ],
+)
+def test_retention(keep_last: int, keep_every: int | None, expected: list[int]) -> None:
+    assert not_kept([30, 10, 50, 20, 40], keep_last, keep_every) == expected
+
+
+def test_a_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+    """The run resumed from step 20, since step 40 does not verify."""
+    for step in (10, 20, 30, 40):
+        saved(tmp_path, f"step-{step}", step)
+    (tmp_path / "step-40" / "rank-00000.bin").write_bytes(b"")
+    saved(tmp_path, "snapshot-0", 25)
+    assert SaveFolder(LocalStorage(tmp_path), keep_last=1).to_delete(30) == ["step-10", "step-20"]
+    assert SaveFolder(LocalStorage(tmp_path), keep_last=1, keep_every=20).to_delete(30) == ["step-10"]
+    assert SaveFolder(LocalStorage(tmp_path)).to_delete(30) == ()
