@@ -92,16 +92,24 @@ class Bench:
     # -- one measurement ----------------------------------------------------------------------------------------------
     def measure(self, name: str, action: Callable[[], Any]) -> None:
         """Measure the time of ``action``, which all ranks begin together."""
+        self._delete_old()
         dist.barrier()
         start = time.perf_counter()
         action()
         self.times.setdefault(name, []).append(time.perf_counter() - start)
 
     def save(self, background: bool) -> None:
-        """Save the checkpoint of the next step, and delete the one before."""
-        shutil.rmtree(self.last(background), ignore_errors=True) if self.rank == 0 else None
+        """Save the checkpoint of the next step."""
         self.state.step += 1
         self.managers[background].save(self.state)
+
+    def _delete_old(self) -> None:
+        """Delete all checkpoints but that which is loaded, which takes time itself."""
+        if self.rank == 0:
+            for path in [*self.folder.glob("background/step-*"), *self.folder.glob("saved/step-*")]:
+                if path != self.last():
+                    shutil.rmtree(path)
+            os.sync()
 
     def last(self, background: bool = False) -> Path:
         """Return the folder of the last checkpoint."""
@@ -135,6 +143,7 @@ class Bench:
 
     def steps_during_a_save(self) -> None:
         """Train until a save in the background is committed; record the time lost and the time of the commit."""
+        self._delete_old()
         dist.barrier()
         start = time.perf_counter()
         self.save(background=True)
