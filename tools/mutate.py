@@ -232,8 +232,8 @@ MISTAKES = (
     Mistake(
         name="the norm counts a tied embedding twice",
         file="solver/optimizer/zero_optimizer.py",
-        old="if not self._is_copy(group):",
-        new="if True:",
+        old="[] if self._is_copy(group) else row_norms(group.grad_shards)",
+        new="row_norms(group.grad_shards)",
         tests=PIPELINE,
     ),
     Mistake(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, nn
 
 from internlm import accelerator
+from internlm.core.nonfinite import find_on_all_ranks, too_many_skipped_steps
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
+from internlm.core.scheduler.loss import LOSS
 from internlm.core.train_state import TrainState as TrainState
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
 from internlm.utils.compat import FollowsRun, OlderResult, ReplacedNames
@@ -139,7 +141,9 @@ class Trainer(ReplacedNames, OlderResult):
             if isinstance(schedule, FollowsRun):
                 schedule.follow(self.state)
         self.stop_requested = False
-        self._last_sums: accelerator.HostValues | None = None  # of the last call of execute_schedule
+        # Of the calls of execute_schedule since the last update: sums over all ranks, and losses of this rank.
+        self._sums: list[accelerator.HostValues] = []
+        self._local_losses: list[accelerator.HostValues] = []
         self._tokens = 0  # of the batches since the last update, over all ranks, padding included
 
     @property
@@ -164,7 +168,10 @@ class Trainer(ReplacedNames, OlderResult):
     def zero_grad(self) -> None:
         """Set the gradients to zero."""
         self.optimizer.zero_grad()
-        self._tokens = 0
+        self._begin_losses()
+
+    def _begin_losses(self) -> None:
+        self._tokens, self._sums, self._local_losses = 0, [], []
 
     def execute_schedule(
         self,
@@ -198,8 +205,9 @@ class Trainer(ReplacedNames, OlderResult):
         result = self.scheduler.forward_backward_step(
             self, iter([batch]), forward_only, return_loss, return_output_label, training
         )
-        self._last_sums = result.host_sums
         if return_loss and not forward_only:
+            self._sums.append(result.host_sums)
+            self._local_losses.append(result.local_loss)
             self._tokens += batch[1].numel() * self.scheduler.data_group.size
         return result
 
@@ -210,17 +218,19 @@ class Trainer(ReplacedNames, OlderResult):
             Result of the optimizer step.
 
         Raises:
-            UserError: Too many steps in a row were skipped because of non-finite gradients.
+            UserError: Too many steps in a row were skipped because of a non-finite loss or gradient.
         """
-        update = self.optimizer.step(self.lr_schedule(self.state.step), self.beta2_schedule(self.state.step))
+        step, sums, local_losses = self.state.step, self._sums, self._local_losses
+        loss = torch.stack([of_pass.tensor[LOSS].sum() for of_pass in sums]).sum() if sums else None
+        update = self.optimizer.step(self.lr_schedule(step), self.beta2_schedule(step), loss)
         self.state.count_step(update, self._tokens)
-        self._tokens = 0
+        self._begin_losses()
         if update.is_last_chance:
             # The decision needs a host sync. Read the loss too, so that logging the step does not need another one.
-            unread = [update.host_outcome] if self._last_sums is None else [self._last_sums, update.host_outcome]
-            accelerator.read_together(*unread, why="metrics of a step")
+            accelerator.read_together(*sums, update.host_outcome, why="metrics of a step")
             if not update.updated:
-                raise UserError(_too_many_skipped_steps(self.state.step - 1, update))
+                found = find_on_all_ranks(self.optimizer, update, local_losses)
+                raise UserError(too_many_skipped_steps(step, update, found))
         return update
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -228,7 +238,8 @@ class Trainer(ReplacedNames, OlderResult):
         """Run one training step: fetch a batch, run forward and backward passes, update the parameters.
 
         Raises:
-            UserError: There is no batch, or too many steps in a row were skipped because of non-finite gradients.
+            UserError: There is no batch, or too many steps in a row were skipped because of a non-finite loss or
+                gradient.
         """
         # Read the step before self.step() increments it.
         step, start = self.state.step, accelerator.Mark()
@@ -267,8 +278,8 @@ class Trainer(ReplacedNames, OlderResult):
             Progress of the run at the end.
 
         Raises:
-            UserError: The loader has too few batches, or too many steps in a row were skipped because of non-finite
-                gradients.
+            UserError: The loader has too few batches, or too many steps in a row were skipped because of a
+                non-finite loss or gradient.
         """
         _check_loader(loader)
         loader.seek(self.state.step)
@@ -327,23 +338,3 @@ def _next_batch(batches: Iterator[Batch], where: str) -> Batch:
         todo = "Pass a batch for each step; a training loader has one for each of data.total_steps"
         raise UserError(Problem(where, "the iterator has no more batches", todo))
     return batch
-
-
-def _too_many_skipped_steps(step: int, update: OptimizerStep) -> Problem:
-    """Return the error for too many skipped steps, which names the first parameter with a non-finite gradient.
-
-    Collective: all ranks skip the same steps, so all of them call this function.
-    """
-    nonfinite_gradient = update.local_gradients.first_nonfinite() if update.local_gradients else None
-    names = [nonfinite_gradient]
-    if dist.is_initialized():
-        names *= dist.get_world_size()
-        dist.all_gather_object(names, nonfinite_gradient)
-    nonfinite = [(rank, name) for rank, name in enumerate(names) if name]
-    if nonfinite:
-        where = f"first in {nonfinite[0][1]} on rank {nonfinite[0][0]}"
-    else:
-        where = "no local gradient is non-finite; the reduced sum overflowed"
-    message = f"{update.skipped_in_a_row} steps in a row were skipped, since gradients were inf or NaN ({where})"
-    todo = "Resume from an older checkpoint with a lower learning rate, or check the data of these steps"
-    return Problem(f"step {step}", message, todo)

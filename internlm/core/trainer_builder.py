@@ -132,6 +132,7 @@ class TrainerBuilder:
         return [
             *([hooks.LogMemoryPlan()] if writer else []),
             *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
+            hooks.WarnOfSkippedSteps(self.config.hybrid_zero_optimizer.max_skipped_steps, is_logging=bool(writer)),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
             *self.options.extra_hooks,  # before SaveCheckpoints, because they may set stop_requested

@@ -140,7 +140,9 @@ def test_a_streak_ends_the_run() -> None:
     overrides = [FSDP, "data.total_steps=9", "hybrid_zero_optimizer.max_skipped_steps=2"]
     run = fit(2, overrides, hooks=[_Poison(1, (1, 3, 4))])
     where = "(first in embedding.weight on rank 1)"
-    assert run.message.startswith(f"step 4: 2 steps in a row were skipped, since gradients were inf or NaN {where}")
+    assert run.message.startswith(
+        f"step 4: 2 steps in a row were skipped, since the loss or gradients were inf or NaN {where}"
+    )
 
 
 # -- checkpoints

@@ -123,7 +123,7 @@ def test_a_streak_ends_the_run(rank: int, layout: tuple[str, ...], tmp_path: Pat
     run = fit(2, [*overrides, limit], hooks=[Poison(rank, (1, 3, 4, 5))])
     name = "layers.1.feed_forward.w2.weight"
     assert run.message.startswith(
-        "step 5: 3 steps in a row were skipped, since gradients were inf or NaN "
+        "step 5: 3 steps in a row were skipped, since the loss or gradients were inf or NaN "
         f"(first in {name} on rank {rank}). Resume from an older checkpoint"
     )
     assert (run.state["step"], run.state["inf_nan_skip_batches"]) == (6, 4)

@@ -34,14 +34,20 @@ class StepResult(AsTuple):
             the weights of their micro-batches, for each dataset type, over all ranks.
         outputs: Outputs of each micro-batch, if requested; in a pipeline, only on the rank with the head.
         labels: Labels of each micro-batch, if requested.
-        has_loss: Whether a loss was computed. False: ``loss`` is NaN.
+        local_loss: Sum of the token losses of this rank alone, a scalar; None: no loss was computed, and ``loss`` is
+            NaN.
     """
 
     def __init__(
-        self, sums: Tensor, outputs: Sequence[Tensor] = (), labels: Sequence[Tensor] = (), has_loss: bool = True
+        self,
+        sums: Tensor,
+        outputs: Sequence[Tensor] = (),
+        labels: Sequence[Tensor] = (),
+        local_loss: Tensor | None = None,
     ) -> None:
-        self.sums, self.outputs, self.labels, self.has_loss = sums, list(outputs), list(labels), has_loss
+        self.sums, self.outputs, self.labels, self.has_loss = sums, list(outputs), list(labels), local_loss is not None
         self.host_sums = HostValues(sums, "loss")
+        self.local_loss = HostValues(sums.new_zeros(()) if local_loss is None else local_loss, "loss of this rank")
 
     def as_tuple(self) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
         """Return ``(outputs, labels, loss)``, without a host sync."""

@@ -19,7 +19,7 @@ from internlm.core.scheduler.actions import Table
 from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, ComputeOptions, LearnedSpecs
 from internlm.core.scheduler.executor import ActionMarks, Executor
-from internlm.core.scheduler.loss import StepResult, TokenCrossEntropy, token_weights
+from internlm.core.scheduler.loss import LOSS, StepResult, TokenCrossEntropy, token_weights
 from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.core.scheduler.plan import Step, make_plan
 from internlm.core.scheduler.table import ScheduleName, make_table
@@ -169,11 +169,13 @@ class Scheduler:
         outputs = [compute.outputs[index] for index in indices]
         labels = [compute.micro_batches.labels(index) for index in indices]
         if not return_loss:
-            return StepResult(compute.sums, outputs, labels, has_loss=False)
+            return StepResult(compute.sums, outputs, labels)
+        # Of this rank, to which a loss that is not finite may then be attributed: the all-reduce is in place.
+        local_loss = compute.sums[LOSS].sum()
         with self._attributing_peer_failure():
             # All other stages add zeros, so the all-reduce broadcasts from the stage with the head, whichever it is.
             sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
-        return StepResult(sums, outputs, labels)
+        return StepResult(sums, outputs, labels, local_loss)
 
     def _attributing_peer_failure(self) -> AbstractContextManager[None]:
         """Convert a failure in the ``with`` block into an error that names the lost peer.

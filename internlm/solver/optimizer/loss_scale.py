@@ -91,16 +91,29 @@ class LocalGradientCheck:
     def __init__(self, groups: Sequence[ParamGroup]) -> None:
         gradients = sorted((gradient for group in groups for gradient in group.gradients()), key=lambda found: found[0])
         self.names = [name for _, name, _ in gradients]
-        self._is_finite = torch.stack([grad.isfinite().all() for *_, grad in gradients])
+        is_finite = torch.stack([grad.isfinite().all() for *_, grad in gradients])
+        self._first = HostValues(first_false(is_finite), "search for a non-finite gradient")
+        self._first.begin_copy()
 
     def first_nonfinite(self) -> str | None:
-        """Return the first parameter, in model order, with an inf or NaN gradient, or None (a host sync)."""
-        is_finite = to_host(self._is_finite, "search for a non-finite gradient").tolist()
-        return next((name for name, finite in zip(self.names, is_finite, strict=True) if not finite), None)
+        """Return the first parameter, in model order, with an inf or NaN gradient, or None.
+
+        This waits for the device only if it has not checked the gradients yet.
+        """
+        index = int(self._first.read_arrived())
+        return None if index < 0 else self.names[index]
+
+
+def first_false(is_true: Tensor) -> Tensor:
+    """Return the index of the first False in a bool vector, or −1, as a scalar on the device."""
+    if not is_true.numel():
+        return is_true.new_full((), -1, dtype=torch.long)
+    # The first of equal values.
+    return is_true.to(torch.uint8).argmin().where(~is_true.all(), -1)
 
 
 # Entries of an outcome.
-NORM, SKIPPED, SCALE, SKIPPED_IN_A_ROW, UPDATES = range(5)
+NORM, SKIPPED, SCALE, SKIPPED_IN_A_ROW, UPDATES, FIRST_ROW = range(6)
 
 
 class OptimizerStep(AsTuple):
@@ -109,19 +122,18 @@ class OptimizerStep(AsTuple):
     It stays on the device until one of its properties is used for the first time, which is a host sync.
 
     Args:
-        outcome: [5], float64: gradient norm, whether the step was skipped, loss scale, number of steps skipped in a
-            row, and number of updates so far.
-        local_gradients: Check of this rank's gradients; only made if the run ends if this step was skipped.
+        outcome: [6], float64: gradient norm, whether the step was skipped, loss scale, number of steps skipped in a
+            row, number of updates so far, and index of the first row of this rank's reduced gradients that is not
+            finite, or −1.
+        local_gradients: Check of this rank's gradients, if one was made.
+        is_last_chance: Whether the run ends if this step was skipped.
     """
 
-    def __init__(self, outcome: Tensor, local_gradients: LocalGradientCheck | None = None) -> None:
+    def __init__(
+        self, outcome: Tensor, local_gradients: LocalGradientCheck | None = None, is_last_chance: bool = False
+    ) -> None:
         self.host_outcome = HostValues(outcome, "gradient norm")
-        self.local_gradients = local_gradients
-
-    @property
-    def is_last_chance(self) -> bool:
-        """Whether the run ends if this step was skipped."""
-        return self.local_gradients is not None
+        self.local_gradients, self.is_last_chance = local_gradients, is_last_chance
 
     def as_tuple(self) -> tuple[bool, float]:
         """Return ``(updated, grad_norm)``."""
@@ -134,7 +146,7 @@ class OptimizerStep(AsTuple):
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm before clipping; inf or NaN if the step was skipped."""
+        """Global gradient norm before clipping; inf or NaN if the step was skipped, unless only the loss was."""
         return float(self.host_outcome.read()[NORM])
 
     @property

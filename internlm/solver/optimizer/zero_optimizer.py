@@ -6,8 +6,8 @@ sharded (the zero group). A step has five phases:
 1. **Reduce** gradients into shards inside the zero group, then over the replicas of each shard, then over ranks with
    partial sums (``grad_reduce.py``).
 2. **Measure** the global gradient norm over all pipeline stages; every logical element counts once.
-3. **Decide**: if the norm is inf or NaN, all ranks skip the step (``loss_scale.py``). The decision stays on the device:
-   phases 4 and 5 run in any case, and keep all values as they are.
+3. **Decide**: if the norm or the loss is inf or NaN, all ranks skip the step (``loss_scale.py``). The decision stays on
+   the device: phases 4 and 5 run in any case, and keep all values as they are.
 4. **Update** this rank's shard from clipped gradients, by the update rule of each group (``update_rules.py``,
    ``muon.py``), and copy main parameters to model parameters.
 5. **Gather** the model parameters inside the zero group (``param_gather.py``).
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from internlm.accelerator import to_device
+from internlm.accelerator import is_host, to_device
 from internlm.config.schema import AdamConfig, HybridZeroConfig, OptimizerConfig
 from internlm.config.schema.optim import OptimizerName
 from internlm.core.context.layout import ParallelMode
@@ -32,11 +32,13 @@ from internlm.core.parallel.param_state import named_parameters
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup, FullyShardedParamGroup
 from internlm.solver.optimizer.grad_reduce import FullyShardedReducer, GradReducer
 from internlm.solver.optimizer.loss_scale import (
+    FIRST_ROW,
     SKIPPED_IN_A_ROW,
     UPDATES,
     LocalGradientCheck,
     LossScale,
     OptimizerStep,
+    first_false,
 )
 from internlm.solver.optimizer.muon import Muon
 from internlm.solver.optimizer.param_gather import ParamGatherer
@@ -129,6 +131,7 @@ class HybridZeroOptimizer(ReplacedNames):
         self.scaler.to(self.device)
         self.last_step = self._step_with_counts(updates=0, skipped_in_a_row=0)
         self._is_last_chance = self._ends_if_skipped()
+        self._checks_gradients = self._is_last_chance  # before they are reduced
         self._are_gradients_used = False  # by an earlier step
         self._gatherer = ParamGatherer(flat, zero)
         if self.config.overlap_sync_param:
@@ -145,21 +148,28 @@ class HybridZeroOptimizer(ReplacedNames):
             UserError: The parameters were moved to other memory after the optimizer was created.
         """
         self._is_last_chance, self._are_gradients_used = self._ends_if_skipped(), False
-        self._reducer.begin_step(None if self._is_last_chance else micro_batches)
+        self._checks_gradients = self._is_last_chance or self._follows_skipped()
+        self._reducer.begin_step(None if self._checks_gradients else micro_batches)
         for group in self.groups:
             group.begin_step()
 
     def _ends_if_skipped(self) -> bool:
-        """Return whether the run ends if the next step is skipped.
-
-        The gradients of such a step are checked before they are reduced, because a NaN in a sum cannot be attributed to
-        one rank.
-        """
+        """Return whether the run ends if the next step is skipped."""
         # The outcome of the last step may still be on its way to the host, and waiting for it is a host sync: ask for
         # it only if it could matter. With a limit of 1 or 2, that is in every step, unless the step has been logged.
         if self._skipped_before_last + 2 < self.config.max_skipped_steps:
             return False
         return self.last_step.skipped_in_a_row + 1 >= self.config.max_skipped_steps
+
+    def _follows_skipped(self) -> bool:
+        """Return whether the last step that the host knows of was skipped.
+
+        The gradients of the next step are then checked before they are reduced, because a NaN in a sum cannot be
+        attributed to one rank. In every step, this would read all gradients once more.
+        """
+        if is_host(self.groups[0].grads):
+            return bool(self.last_step.host_outcome.read_arrived()[SKIPPED_IN_A_ROW])
+        return self._skipped_before_last > 0
 
     @property
     def updates(self) -> int:
@@ -183,17 +193,19 @@ class HybridZeroOptimizer(ReplacedNames):
 
         Without ``overlap_sync_grad`` this does nothing, and :meth:`step` reduces the gradients.
         """
-        if self.config.overlap_sync_grad and not self._is_last_chance:
+        if self.config.overlap_sync_grad and not self._checks_gradients:
             self._reducer.begin()
 
     @naming_current_call("trainer.step(), which passes the values of the step")
     @torch.no_grad()
-    def step(self, lr: float, beta2: float) -> OptimizerStep:
+    def step(self, lr: float, beta2: float, loss: Tensor | None = None) -> OptimizerStep:
         """Run the five phases of a step: reduce, measure, decide, update and gather.
 
         Args:
             lr: Learning rate of this step.
             beta2: Decay rate of the second moment in this step.
+            loss: Loss of all ranks, in any unit, a scalar on the device; if it is inf or NaN, the step is skipped, as
+                for a gradient.
 
         Returns:
             Result of the step, which is still on the device. If its ``updated`` is False, parameters and optimizer
@@ -214,7 +226,7 @@ class HybridZeroOptimizer(ReplacedNames):
         # Complete the all-gathers of blocks that no forward pass has called: they would overwrite updated parameters.
         self._gatherer.finish()
         local_gradients = None
-        if self._is_last_chance:
+        if self._checks_gradients:
             for group in self.groups:
                 group.complete_grads()
             local_gradients = LocalGradientCheck(self.groups)
@@ -224,12 +236,14 @@ class HybridZeroOptimizer(ReplacedNames):
 
         # 2. Measure.
         scale = self.scaler.tensor
-        norm = self._global_norm() / scale
+        rows = [[] if self._is_copy(group) else row_norms(group.grad_shards) for group in self.groups]
+        norm = self._global_norm(rows) / scale
 
         # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
-        skip = ~norm.isfinite()
+        skip = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
         self.scaler.update(overflow=skip)
-        self.last_step = OptimizerStep(self._outcome(norm, skip, scale), local_gradients)
+        outcome = self._outcome(norm, skip, scale, rows)
+        self.last_step = OptimizerStep(outcome, local_gradients, self._is_last_chance)
         self.last_step.host_outcome.begin_copy()
 
         # 4. Update.
@@ -239,29 +253,54 @@ class HybridZeroOptimizer(ReplacedNames):
         self._gatherer.begin()
         return self.last_step
 
-    def _outcome(self, norm: Tensor, skip: Tensor, scale: Tensor) -> Tensor:
+    def _outcome(self, norm: Tensor, skip: Tensor, scale: Tensor, rows: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the outcome of a step (see :class:`OptimizerStep`), which continues the counts of the last step."""
         counts = self.last_step.host_outcome.tensor
         skipped_in_a_row = (counts[SKIPPED_IN_A_ROW] + 1) * skip
-        return torch.stack([norm, skip.double(), scale, skipped_in_a_row, counts[UPDATES] + ~skip])
+        # Rows are few, and must be searched now: the next backward pass overwrites the gradients.
+        in_order = [row for of_group in rows for row in of_group]
+        first_row = first_false(torch.cat(in_order).isfinite()) if in_order else norm.new_full((), -1)
+        return torch.stack([norm, skip.double(), scale, skipped_in_a_row, counts[UPDATES] + ~skip, first_row.double()])
 
     def _step_with_counts(self, updates: int, skipped_in_a_row: int) -> OptimizerStep:
         """Return the result of an earlier step with these counts."""
         self._skipped_before_last = skipped_in_a_row
-        outcome = [0.0, float(skipped_in_a_row > 0), 1.0, float(skipped_in_a_row), float(updates)]
+        outcome = [0.0, float(skipped_in_a_row > 0), 1.0, float(skipped_in_a_row), float(updates), -1.0]
         step = OptimizerStep(to_device(torch.tensor(outcome, dtype=torch.float64), self.device))
         step.host_outcome.set(outcome)
         return step
 
-    def _global_norm(self) -> Tensor:
-        """Return the L2 norm of all gradients, a float64 scalar; each logical element counts once in any layout."""
+    def first_nonfinite(self, step: OptimizerStep) -> str | None:
+        """Return the first parameter in this rank's shards whose reduced gradient was inf or NaN in ``step``, or None.
+
+        Gradients are searched by rows of up to 256 elements; if the row has elements of several parameters, all are
+        named. ``step`` must have arrived on the host, or this is a host sync.
+        """
+        first = int(step.host_outcome.read_arrived()[FIRST_ROW])
+        for group in self.groups:
+            for index, shard in enumerate(() if self._is_copy(group) else group.grad_shards):
+                length = _row_length(shard.numel())
+                rows = shard.numel() // length if length else 0
+                if 0 <= first < rows:
+                    start, stop = first * length, (first + 1) * length
+                    held = (piece for piece in group.shard_slices() if piece.index == index)
+                    return " or ".join(piece.name for piece in held if piece.lo < stop and start < piece.hi)
+                first -= rows
+        return None
+
+    def _global_norm(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return the L2 norm of all gradients, a float64 scalar; each logical element counts once in any layout.
+
+        Args:
+            rows: Norms of the rows of each group (:func:`row_norms`).
+        """
         # One sum per mode: the ranks of its group hold different elements of split parameters, but equal copies of
         # whole parameters.
         modes = [None, *self.process_groups.by_split]
         squares = torch.zeros(len(modes), dtype=torch.float64, device=self.device)
-        for group in self.groups:
-            if not self._is_copy(group):
-                squares[modes.index(group.key.split_over)] += sum_of_squares(group.grad_shards)
+        for group, of_group in zip(self.groups, rows, strict=True):
+            if of_group:
+                squares[modes.index(group.key.split_over)] += sum_of_squares(of_group)
         all_reduce(squares, self.process_groups.zero)
         for mode, square in zip(modes, squares, strict=True):
             if mode is not None:
@@ -352,17 +391,21 @@ class HybridZeroOptimizer(ReplacedNames):
             rule.set_updates(self.updates)
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements, as a float64 scalar."""
+def row_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the L2 norms of rows of at most 256 elements, for each tensor that is not empty."""
     # Row by row first: on the CPU, a float32 sum of ten million elements is off by 1e-4, and a float64 sum takes many
     # times as long.
-    rows = [
+    return [
         torch.linalg.vector_norm(tensor.view(-1, _row_length(tensor.numel())), dim=1)
         for tensor in tensors
         if tensor.numel()
     ]
-    norms = [torch.linalg.vector_norm(row_norms, dtype=torch.float64) for row_norms in rows]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def sum_of_squares(rows: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements, from the norms of their rows, as a float64 scalar."""
+    norms = [torch.linalg.vector_norm(of_tensor, dtype=torch.float64) for of_tensor in rows]
+    return torch.stack(norms).square().sum()
 
 
 def _row_length(numel: int) -> int:

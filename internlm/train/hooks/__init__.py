@@ -8,4 +8,5 @@ from internlm.train.hooks.periodic import Upkeep as Upkeep
 from internlm.train.hooks.periodic import Validate as Validate
 from internlm.train.hooks.profile import ProfileRun as ProfileRun
 from internlm.train.hooks.profile import RecordPipeline as RecordPipeline
+from internlm.train.hooks.skipped_steps import WarnOfSkippedSteps as WarnOfSkippedSteps
 from internlm.train.hooks.stop import StopOnSignal as StopOnSignal

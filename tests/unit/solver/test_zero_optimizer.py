@@ -18,7 +18,7 @@ from internlm.accelerator import host_reads
 from internlm.config.schema import AdamConfig, GradScalerConfig, HybridZeroConfig, OptimizerConfig
 from internlm.core.context.group import Group
 from internlm.core.parallel import place_replicated
-from internlm.core.parallel.param_state import begin_accumulation, placement_of
+from internlm.core.parallel.param_state import begin_accumulation, complete_main_grad, main_grad_of, placement_of
 from internlm.core.scheduler import NonPipelineScheduler, TokenCrossEntropy
 from internlm.core.trainer import Trainer
 from internlm.solver.optimizer import HybridZeroOptimizer, LossScale
@@ -326,6 +326,40 @@ def test_the_step_after_a_bad_one_is_as_if_it_had_not_been(trainer: Trainer) -> 
     assert all(value.isfinite().all() for value in everything(trainer).values())
     assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (3, 1)
     assert trainer.optimizer.updates == 2
+
+
+def test_a_step_with_a_bad_loss_and_good_gradients_changes_nothing_and_is_counted(trainer: Trainer) -> None:
+    before = everything(trainer)
+    trainer.zero_grad()
+    trainer.execute_schedule(batch_iterator())
+    trainer.execute_schedule(batch_iterator()).sums[0] += math.nan
+    update = trainer.step()
+    assert (update.updated, update.skipped_in_a_row, math.isfinite(update.grad_norm)) == (False, 1, True)
+    after = everything(trainer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert (trainer.state.step, trainer.state.inf_nan_skip_batches) == (2, 1)
+
+
+@pytest.mark.parametrize("size", [None, 100, 5000], ids=str)
+def test_the_parameter_of_a_bad_gradient_is_named(size: int | None) -> None:
+    model = decoder(dtype=torch.float32)
+    optimizer = HybridZeroOptimizer(model, AdamConfig(lr=1e-2), HybridZeroConfig(reduce_bucket_size=size))
+    for name, parameter in model.named_parameters():
+        for index in (0, parameter.numel() - 1):
+            optimizer.zero_grad()
+            for other in model.parameters():
+                complete_main_grad(other)
+            main_grad_of(parameter).view(-1)[index] = math.inf
+            update = optimizer.step(1e-2, 0.95)
+            assert not update.updated
+            assert name in (optimizer.first_nonfinite(update) or "").split(" or ")
+            local = update.local_gradients
+            assert local is None or local.first_nonfinite() == name
+    assert update.local_gradients, "gradients are checked before the reduction after a skipped step"
+    for _ in range(2):
+        optimizer.zero_grad()
+        update = optimizer.step(1e-2, 0.95)
+    assert (update.local_gradients, optimizer.first_nonfinite(update)) == (None, None)
 
 
 # -- what the host reads
