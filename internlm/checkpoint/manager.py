@@ -157,7 +157,7 @@ class CheckpointManager:
         if self._saver is None:
             self._saver = Saver(self.storage, lambda: None, self.folder.to_delete, self._failed, self.timeout)
         content = self.content.state(state, self._own_root())
-        save = Save(checkpoint=name, step=state.step, state=content.to_bytes())
+        save = Save(checkpoint=name, step=state.step, state=content)
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)
         return self.storage.path(name)
 

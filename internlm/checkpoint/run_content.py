@@ -92,14 +92,17 @@ class RunContent:
     # -- saving -------------------------------------------------------------------------------------------------------
     def tensors(self) -> LogicalTensors:
         """Return the tensors of this rank, after the all-gathers of the last update."""
-        # With overlap_sync_param they may still be running.
+        return {**self._tensors_in_memory(), **self._stream_tensors()}
+
+    def _tensors_in_memory(self) -> LogicalTensors:
+        # With overlap_sync_param, the all-gathers of the last update may still be running.
         self.optimizer.gather_parameters()
         # A step waits for this, so the slices are made anew only if memory was replaced.
         addresses = tensor_addresses(self.model, self.optimizer)
         if addresses != self._addresses:
             self._tensors = {**model_tensors(self.model), **optimizer_tensors(self.optimizer)}
             self._addresses = addresses
-        return {**self._tensors, **self._stream_tensors()}
+        return self._tensors
 
     def state(self, counters: Resumable, save_folder: str) -> RunState:
         """Return the content of the state file."""
@@ -142,9 +145,8 @@ class RunContent:
         """
         content = set(content)
         wanted = set(ALL) if "all" in content else content
-        # An all-gather that is still running would overwrite loaded parameters with old values.
-        self.optimizer.gather_parameters()
-        tensors = self._wanted_tensors(wanted)
+        # Waits for all-gathers, which would overwrite loaded parameters with old values.
+        tensors = {name: x for name, x in self._tensors_in_memory().items() if name.partition("/")[0] in wanted}
         known = _names_on_all_ranks(tensors)
         # Every rank reads the manifest, which is small: a file system that differs between ranks is detected here.
         with failing_together():
@@ -167,10 +169,6 @@ class RunContent:
         self._restore(saved, tensors, counters, wanted)
         log_changes(where, saved, self.run_info, wanted)
         return saved
-
-    def _wanted_tensors(self, wanted: set[CheckpointContent]) -> LogicalTensors:
-        tensors = model_tensors(self.model) if "model" in wanted else {}
-        return {**tensors, **(optimizer_tensors(self.optimizer) if "optimizer" in wanted else {})}
 
     def _tensor_problems(
         self,

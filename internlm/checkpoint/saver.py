@@ -49,6 +49,8 @@ class Plan:
     signature: list[Any]
     own: SavePlan
     metadata: Metadata | None
+    token: str
+    """Beginning of the names of attempts, the same on all ranks and in no other run."""
 
 
 class Saver:
@@ -73,6 +75,7 @@ class Saver:
         self.storage, self.on_failure, self.timeout = storage, on_failure, timeout
         self.before_commit, self.to_prune = before_commit, to_prune
         self._plan: Plan | None = None
+        self._attempts = 0
         self._memory: Tensor | None = None
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
@@ -145,15 +148,13 @@ class Saver:
     # -- phases
 
     def _agree(self, planner: LogicalSavePlanner, tensors: LogicalTensors) -> tuple[Plan, str]:
-        """Return the plan of this rank, made anew if the tensors of a rank changed, and the name of the attempt."""
+        """Return the plan of this rank, made anew if the tensors changed, and the name of the attempt."""
         signature = [(name, tensor.dtype, tensor.global_shape, *tensor.slices) for name, tensor in tensors.items()]
-        is_known = self._plan is not None and self._plan.signature == signature
-        offers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(offers, (is_known, secrets.token_hex(4)))
-        if not all(known for known, _ in offers):
+        # The tensors follow from the layout: if they changed, they did so on all ranks.
+        if self._plan is None or self._plan.signature != signature:
             self._plan = _make_plan(planner, signature)
-        assert self._plan is not None
-        return self._plan, offers[0][1]
+        self._attempts += 1
+        return self._plan, f"{self._plan.token}{self._attempts:04}"
 
     def _write(
         self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str, group: dist.ProcessGroup | None
@@ -221,7 +222,7 @@ def _make_plan(planner: LogicalSavePlanner, signature: list[Any]) -> Plan:
     own: list[SavePlan | None] = [None]
     dist.scatter_object_list(own, assigned or None, src=0)
     assert own[0] is not None
-    return Plan(signature, own[0], metadata)
+    return Plan(signature, own[0], metadata, _broadcast(secrets.token_hex(4), None))
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from internlm.checkpoint.manifest import FORMAT, FileRecord, Manifest, Piece, TensorRecord, checksum
+from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.storage import Storage
 
 STATE_FILE = "state.json"
@@ -34,8 +35,7 @@ class Save:
     checkpoint: str
     """Name of the checkpoint, such as ``step-40``."""
     step: int
-    state: bytes
-    """Content of the state file."""
+    state: RunState
 
 
 class TensorWriter(StorageWriter):
@@ -82,14 +82,14 @@ class TensorWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the state file, and publish the manifest of all ranks' pieces; the coordinator calls this."""
         with self.storage.create(f"{self.folder}/{STATE_FILE}") as sink:
-            sink.write(memoryview(self.save.state))
-        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank])
+            state = self.save.state.to_bytes()
+            sink.write(memoryview(state))
+        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank], state)
         self.storage.publish(self.save.checkpoint, self.attempt, manifest.to_bytes())
 
-    def _manifest(self, metadata: Metadata, results: list[WriteResult]) -> Manifest:
+    def _manifest(self, metadata: Metadata, results: list[WriteResult], state: bytes) -> Manifest:
         # The files of an attempt may lie in a folder of their own, beside the manifest.
-        state, apart = self.save.state, self.folder.startswith(f"{self.save.checkpoint}/")
-        prefix = f"{self.attempt}/" if apart else ""
+        prefix = f"{self.attempt}/" if self.folder.startswith(f"{self.save.checkpoint}/") else ""
         pieces: dict[str, list[Piece]] = {}
         sizes: dict[str, int] = {}
         for result in results:

@@ -17,6 +17,7 @@ from internlm.checkpoint import format_1
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.planners import LogicalSavePlanner
+from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 from internlm.core.parallel.placement import slices_of_range
 
@@ -46,7 +47,7 @@ def in_ranges(tensor: Tensor, split_at: list[int]) -> LogicalTensor:
 
 def save(target: Path, tensors: dict[str, LogicalTensor], step: int = 3) -> Path:
     """Save the checkpoint ``target`` as one process would."""
-    state = json.dumps({**run_state(step), "format": 2}).encode()
+    state = RunState(**{**run_state(step), "format": 2})
     writer = TensorWriter(LocalStorage(target.parent), Save(checkpoint=target.name, step=step, state=state), "a1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
