@@ -90,9 +90,19 @@ class Bench:
         )
 
     # -- one measurement ----------------------------------------------------------------------------------------------
-    def measure(self, name: str, action: Callable[[], Any]) -> None:
-        """Measure the time of ``action``, which all ranks begin together."""
+    def measure(self, name: str, action: Callable[[], Any], forget: bool = False) -> None:
+        """Measure the time of ``action``, which all ranks begin together.
+
+        Args:
+            name: Name of the measurement.
+            action: What is measured.
+            forget: Whether the system must read the last checkpoint from the disk again.
+        """
         self._delete_old()
+        if forget and self.rank == 0:
+            for path in self.last().iterdir():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         dist.barrier()
         start = time.perf_counter()
         action()
@@ -109,6 +119,8 @@ class Bench:
             for path in [*self.folder.glob("background/step-*"), *self.folder.glob("saved/step-*")]:
                 if path != self.last():
                     shutil.rmtree(path)
+            for path in self.folder.glob("plain-*"):
+                path.unlink()
             os.sync()
 
     def last(self, background: bool = False) -> Path:
@@ -192,8 +204,11 @@ class Bench:
             self.times.setdefault("CPU time of a plain write", []).append(time.process_time() - cpu)
             self.measure("save", lambda: self.save(background=False))
             self.measure("DCP save", self.save_with_dcp)
-            self.measure("plain read", self.read_plainly)
-            self.measure("load", lambda: self.managers[False].load(self.last(), self.state, ("all",)))
+            for name, forget in (("", False), (" from the disk", True)):
+                self.measure(f"plain read{name}", self.read_plainly, forget)
+                self.measure(
+                    f"load{name}", lambda: self.managers[False].load(self.last(), self.state, ("all",)), forget
+                )
             for _ in range(3):
                 self.measure("step", self.ours.step)
             self.steps_during_a_save()
@@ -213,6 +228,7 @@ RATIOS = {
     "commit / save (wanted 2)": ("steps until the commit", "save"),
     "save / plain write (wanted 1.3)": ("save", "plain write"),
     "load / plain read (wanted 1.3)": ("load", "plain read"),
+    "load / plain read, from the disk (wanted 1.3)": ("load from the disk", "plain read from the disk"),
     "DCP save / save": ("DCP save", "save"),
 }
 
