@@ -148,6 +148,10 @@ class Bench:
                     while filled < len(data) and (count := file.readinto(data[filled : filled + BLOCK_BYTES])):
                         filled += count
 
+    def load(self) -> None:
+        """Load the last checkpoint."""
+        self.managers[False].load(self.last(), self.state, ("all",))
+
     def save_with_dcp(self) -> None:
         """Save the same tensors with torch's own writer."""
         writer = dcp.FileSystemWriter(self.folder / "dcp", overwrite=True)
