@@ -132,17 +132,21 @@ class LocalStorage:
 
     def age(self, name: str) -> float:
         """Return the seconds since ``name`` was written, by the clock that sets the times of files."""
-        # An open file shows its present time; os.stat may show one that a client of a network file system cached.
-        descriptor = self._files.open(name, os.O_RDONLY)
-        try:
-            written = os.fstat(descriptor).st_mtime
-        finally:
-            os.close(descriptor)
+        written = self.written(name)
         # The clocks of a file server and of this host may differ, so a file that is touched shows the server's time.
         descriptor = self._files.open(LOCK, os.O_RDWR | os.O_CREAT)
         try:
             os.utime(descriptor)
             return os.fstat(descriptor).st_mtime - written
+        finally:
+            os.close(descriptor)
+
+    def written(self, name: str) -> float:
+        """Return the time of the last change of ``name``."""
+        # An open file shows its present time; os.stat may show one that a client of a network file system cached.
+        descriptor = self._files.open(name, os.O_RDONLY)
+        try:
+            return os.fstat(descriptor).st_mtime
         finally:
             os.close(descriptor)
 

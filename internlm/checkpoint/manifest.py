@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -86,8 +86,10 @@ class TensorRecord(_Strict):
         return math.prod(piece.sizes) * self.torch_dtype.itemsize
 
 
-class Manifest(_Strict):
-    """Content of the manifest."""
+class Outline(_Strict):
+    """Content of the manifest apart from the tensors, for which a large manifest need not be parsed as a whole."""
+
+    model_config = ConfigDict(extra="ignore")
 
     format: Count
     step: Count
@@ -95,6 +97,13 @@ class Manifest(_Strict):
     """Name under which the checkpoint was published; a folder that was renamed by hand is refused."""
     attempt: Annotated[str, Field(pattern=r"^[0-9a-z]{1,32}$")]
     files: dict[FileName, FileRecord]
+
+
+class Manifest(Outline):
+    """Content of the manifest."""
+
+    model_config = ConfigDict(extra="forbid")
+
     tensors: dict[str, TensorRecord]
 
     def to_bytes(self) -> bytes:
@@ -110,6 +119,26 @@ def parse_manifest(content: bytes, checkpoint: str | None) -> Manifest:
         ValueError: The manifest is damaged, contradicts itself, or belongs to another checkpoint.
         NewerFormatError: A newer version of the framework wrote it.
     """
+    manifest = _parse(Manifest, content, checkpoint)
+    for problem in contradictions(manifest):
+        raise ValueError(problem)
+    return manifest
+
+
+def parse_outline(content: bytes, checkpoint: str | None) -> Outline:
+    """Parse the manifest of the checkpoint with the name ``checkpoint``, without its tensors; None: any name.
+
+    Raises:
+        ValueError: The manifest is damaged, or belongs to another checkpoint.
+        NewerFormatError: A newer version of the framework wrote it.
+    """
+    return _parse(Outline, content, checkpoint)
+
+
+_AnyOutline = TypeVar("_AnyOutline", bound=Outline)
+
+
+def _parse(model: type[_AnyOutline], content: bytes, checkpoint: str | None) -> _AnyOutline:
     first = _FIRST_LINE.match(content)
     if not first:
         raise ValueError("expected a first line with a checksum")
@@ -118,15 +147,13 @@ def parse_manifest(content: bytes, checkpoint: str | None) -> Manifest:
         raise ValueError(f"expected the checksum {first[1].decode()}, got {checksum(rest)}")
     _check_format(rest)
     try:
-        manifest = Manifest.model_validate_json(b"{" + rest)
+        manifest = model.model_validate_json(b"{" + rest)
     except ValidationError as error:
         first_error = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first_error["loc"]))
         raise ValueError(f"{where}: {first_error['msg']}") from None
     if checkpoint not in (None, manifest.checkpoint):
         raise ValueError(f"is the manifest of {manifest.checkpoint}, not of {checkpoint}")
-    for problem in contradictions(manifest):
-        raise ValueError(problem)
     return manifest
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
@@ -18,8 +19,10 @@ from internlm.checkpoint.manifest import (
     LARGEST_MANIFEST,
     Manifest,
     NewerFormatError,
+    Outline,
     checksum,
     parse_manifest,
+    parse_outline,
     step_of,
 )
 from internlm.checkpoint.planners import read_alone
@@ -29,6 +32,7 @@ from internlm.checkpoint.tensor_reader import TODO, TensorReader
 from internlm.checkpoint.tensor_writer import STATE_FILE
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
+_AnyOutline = TypeVar("_AnyOutline", bound=Outline)
 #: Names of checkpoints; a replaced one has a suffix, until the new one of its name is committed.
 _NAME = re.compile(r"(?P<name>step-(?P<step>\d{1,18})|snapshot-\d)(\.replaced-\w+)?")
 
@@ -152,17 +156,9 @@ def _not_a_checkpoint(storage: Storage, name: str, names: Collection[str]) -> Pr
 
 
 def _open_format_2(storage: Storage, name: str, where: str) -> SavedCheckpoint:
-    match = _NAME.fullmatch(name)
-    try:
-        content = storage.read(f"{name}/{MANIFEST}", LARGEST_MANIFEST)
-        # Of a copy under another name, the manifest's own name is the expected one.
-        manifest = parse_manifest(content, match["name"] if match else None)
-    except NewerFormatError as error:
-        raise CheckpointError(Problem(where, str(error), "Update InternEvo")) from None
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(Problem(f"{where}/{MANIFEST}", f"{_text(error)}", TODO)) from None
+    manifest = read_manifest(storage, name)
     reader = TensorReader(storage, name, manifest)
-    state = _read_state(storage, name, manifest)
+    state = read_state(storage, name, manifest)
     return SavedCheckpoint(
         where=where,
         format=manifest.format,
@@ -173,7 +169,45 @@ def _open_format_2(storage: Storage, name: str, where: str) -> SavedCheckpoint:
     )
 
 
-def _read_state(storage: Storage, name: str, manifest: Manifest) -> RunState:
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """Read and verify the manifest of a checkpoint of format 2.
+
+    Raises:
+        DamagedCheckpointError: It does not verify.
+        CheckpointError: A newer version of the framework wrote it.
+    """
+    return _read_manifest(storage, name, parse_manifest)
+
+
+def read_outline(storage: Storage, name: str) -> Outline:
+    """Read and verify the manifest of a checkpoint of format 2, and parse it without its tensors.
+
+    Raises:
+        DamagedCheckpointError: It does not verify.
+        CheckpointError: A newer version of the framework wrote it.
+    """
+    return _read_manifest(storage, name, parse_outline)
+
+
+def _read_manifest(storage: Storage, name: str, parse: Callable[[bytes, str | None], _AnyOutline]) -> _AnyOutline:
+    where, match = storage.path(name), _NAME.fullmatch(name)
+    try:
+        content = storage.read(f"{name}/{MANIFEST}", LARGEST_MANIFEST)
+        # Of a copy under another name, the manifest's own name is the expected one.
+        return parse(content, match["name"] if match else None)
+    except NewerFormatError as error:
+        raise CheckpointError(Problem(where, str(error), "Update InternEvo")) from None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(Problem(f"{where}/{MANIFEST}", f"{_text(error)}", TODO)) from None
+
+
+def read_state(storage: Storage, name: str, manifest: Outline) -> RunState:
+    """Read and verify the state file of a checkpoint of format 2.
+
+    Raises:
+        DamagedCheckpointError: It does not verify, or has a wrong value.
+        CheckpointError: A newer version of the framework wrote it.
+    """
     file = next((file for file in manifest.files if file.rpartition("/")[2] == STATE_FILE), STATE_FILE)
     path, record = f"{name}/{file}", manifest.files.get(file)
     try:
@@ -195,33 +229,10 @@ def _open_format_1(folder: Path) -> SavedCheckpoint:
     text = format_1.read_state(folder)
     state = parse_run_state(text, str(folder / STATE_FILE), 1, int(step["step"]) if step and step["step"] else None)
     metadata = reader.read_metadata()
-    if problems := list(format_1.damaged_files(folder, metadata)):
+    if problems := [*format_1.damaged_files(folder, metadata), *format_1.index_problems(str(folder), metadata)]:
         raise DamagedCheckpointError(*problems)
     return SavedCheckpoint(where=str(folder), format=1, state=state, metadata=metadata, reader=reader)
 
 
 def _text(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-# -- verification -----------------------------------------------------------------------------------------------------
-
-
-def damage(storage: Storage, name: str, shard: tuple[int, int] = (0, 1)) -> Iterator[Problem]:
-    """Read all files of a checkpoint, and yield what does not verify: of each file the first bad bytes.
-
-    Args:
-        storage: Storage of the checkpoint.
-        name: Its folder.
-        shard: (index, count): verify the files whose index in the manifest is ``index`` modulo ``count``.
-    """
-    try:
-        checkpoint = open_checkpoint(storage, name)
-    except CheckpointError as error:
-        yield from error.problems
-        return
-    reader = checkpoint.reader
-    if isinstance(reader, TensorReader):
-        index, count = shard
-        for file in sorted(reader.manifest.files)[index::count]:
-            yield from reader.damage_of(file)

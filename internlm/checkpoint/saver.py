@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from internlm import accelerator
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.planners import LogicalSavePlanner, staging_bytes
-from internlm.checkpoint.saved_checkpoint import damage
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
+from internlm.checkpoint.verification import damage
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
 
@@ -200,7 +200,7 @@ class Saver:
     def _prune(self, checkpoint: str, doomed: Sequence[str], attempt: str, group: dist.ProcessGroup | None) -> None:
         """Delete the checkpoints ``doomed``, unless the new one does not verify when it is read back."""
         shard = dist.get_rank(), dist.get_world_size()
-        found = _gather(list(damage(self.storage, checkpoint, shard)), group)
+        found = _gather(damage(self.storage, checkpoint, shard), group)
         problems = [problem for of_rank in found for problem in of_rank]
         if problems:
             log.error(f"{checkpoint} does not verify, so older checkpoints are kept: {problems[0]}")

@@ -87,6 +87,9 @@ class Storage(Protocol):
     def age(self, name: str) -> float:
         """Return the seconds since ``name`` was written, both times by the clock of the storage."""
 
+    def written(self, name: str) -> float:
+        """Return the time at which ``name`` was written, in seconds since the epoch; nothing is changed."""
+
     def attempt_folder(self, checkpoint: str, attempt: str) -> str:
         """Return the name of the folder for the files of an attempt to save ``checkpoint``."""
 

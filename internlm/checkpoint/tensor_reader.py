@@ -106,24 +106,6 @@ class TensorReader(StorageReader):
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch[:size]
 
-    def damage_of(self, file: str) -> Iterator[Problem]:
-        """Read a whole file, and yield the first of its pieces that does not verify, if there is one."""
-        record = self.manifest.files[file]
-        pieces = [
-            (piece, tensor.piece_bytes(piece))
-            for tensor in self.manifest.tensors.values()
-            for piece in tensor.pieces
-            if piece.file == file
-        ]
-        if record.checksum is not None:
-            pieces = [(Piece(file, 0, (), (), record.checksum), record.size)]
-        try:
-            with OpenFile(self.storage, f"{self.folder}/{file}", record.size) as source:
-                for piece, size in sorted(pieces, key=lambda entry: entry[0].position):
-                    source.read_verified(piece, memory_of(self._buffer(size)))
-        except DamagedCheckpointError as error:
-            yield from error.problems
-
     # DCP calls these, which have nothing to do here.
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

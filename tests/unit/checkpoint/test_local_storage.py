@@ -97,8 +97,16 @@ def test_a_file_that_is_missing_is_named(storage: LocalStorage) -> None:
         assert caught.value.filename in (storage.path("none"), storage.path(name))
     with pytest.raises(FileNotFoundError):
         storage.read("none", 1)
-    with pytest.raises(FileNotFoundError):
-        storage.age("none")
+    for time_of in (storage.age, storage.written):
+        with pytest.raises(FileNotFoundError):
+            time_of("none")
+
+
+def test_the_time_of_a_file_is_read_without_writing(storage: LocalStorage) -> None:
+    put(storage, "note")
+    os.utime(storage.path("note"), (1e9, 1e9))
+    assert storage.written("note") == 1e9
+    assert storage.names() == ["note"]
 
 
 def test_a_file_larger_than_the_limit_is_refused_before_memory_is_allocated(storage: LocalStorage) -> None:

@@ -20,6 +20,7 @@ from internlm.checkpoint.manifest import (
     TensorRecord,
     checksum,
     parse_manifest,
+    parse_outline,
     step_of,
     uncovered,
 )
@@ -51,6 +52,7 @@ def manifest() -> Manifest:
 def test_a_manifest_is_read_as_it_was_written() -> None:
     content = manifest().to_bytes()
     assert parse_manifest(content, "step-40") == parse_manifest(content, None) == manifest()
+    assert parse_outline(content, "step-40").files == manifest().files
     assert json.loads(content)["step"] == step_of(content[:256]) == 40
 
 

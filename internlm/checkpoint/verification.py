@@ -1,0 +1,279 @@
+"""Verification of a checkpoint on disk: all of its bytes are read, by several threads, and compared with checksums.
+
+Files are read in *runs* of neighbouring pieces, so that threads share the work also where one rank wrote everything.
+Reading and hashing release the interpreter's lock. Memory is that of one piece per thread.
+
+Format 1 has no checksums of files. Its tensors are in ZIP archives, whose CRC-32 sums are compared instead; they cover
+the values, but not every byte of a file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from internlm.checkpoint import format_1
+from internlm.checkpoint.manifest import Manifest, Piece
+from internlm.checkpoint.saved_checkpoint import open_checkpoint, read_manifest, read_state
+from internlm.checkpoint.storage import MANIFEST, Storage
+from internlm.checkpoint.tensor_reader import TODO, OpenFile
+from internlm.checkpoint.tensor_writer import memory_of
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+
+#: Bytes of the pieces that a thread verifies at a time.
+RUN_BYTES = 16 << 20
+#: Function that is called with the number of bytes that were read since its last call, and the total.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Outcome of reading a whole checkpoint."""
+
+    format: int
+    files: int
+    size: int
+    """Bytes that the checkpoint has if nothing is missing, without the manifest."""
+    problems: list[Problem]
+    """What is damaged: for each file its first bad bytes."""
+    unlisted: list[str]
+    """Files in the folder that do not belong to the checkpoint."""
+
+
+def verify(storage: Storage, name: str, jobs: int = 1, progress: Progress = lambda _read, _total: None) -> Verification:
+    """Read and verify all files of a checkpoint.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Its folder.
+        jobs: Number of threads.
+        progress: Called in this thread from time to time.
+
+    Raises:
+        DamagedCheckpointError: The manifest does not verify, so that nothing else can be verified. In format 1: the
+            state file or the index does not, or a file is too short.
+        CheckpointError: There is no committed checkpoint of this name, or a newer version wrote it.
+    """
+    if MANIFEST not in storage.names(name):
+        return _verify_format_1(storage, name, jobs, progress)
+    manifest = read_manifest(storage, name)
+    problems = damaged_files(storage, name, manifest, jobs=jobs, progress=progress)
+    try:
+        read_state(storage, name, manifest)
+    except CheckpointError as error:
+        known = {problem.where for problem in problems}
+        problems = [*(problem for problem in error.problems if problem.where not in known), *problems]
+    return Verification(
+        format=manifest.format,
+        files=len(manifest.files) + 1,
+        size=sum(record.size for record in manifest.files.values()),
+        problems=problems,
+        unlisted=list(_unlisted(storage, name, {MANIFEST, *manifest.files})),
+    )
+
+
+def damage(storage: Storage, name: str, shard: tuple[int, int] = (0, 1)) -> list[Problem]:
+    """Read files of a checkpoint of format 2, and return what does not verify: of each file the first bad bytes.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Its folder.
+        shard: (index, count): verify the files whose index in the manifest is ``index`` modulo ``count``.
+    """
+    try:
+        manifest = read_manifest(storage, name)
+    except CheckpointError as error:
+        return list(error.problems)
+    index, count = shard
+    return damaged_files(storage, name, manifest, sorted(manifest.files)[index::count])
+
+
+# -- format 2 ---------------------------------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """Piece in a file; the state file counts as one piece of no tensor."""
+
+    piece: Piece
+    size: int
+    tensor: str
+
+
+class _Run(NamedTuple):
+    file: str
+    pieces: Sequence[_Stored]
+
+    @property
+    def size(self) -> int:
+        return sum(stored.size for stored in self.pieces)
+
+
+class _Bad(NamedTuple):
+    """Problem of a file: -1 as position if it cannot be read at all."""
+
+    file: str
+    position: int
+    tensor: str
+    problem: Problem
+
+
+def damaged_files(
+    storage: Storage,
+    name: str,
+    manifest: Manifest,
+    files: Collection[str] | None = None,
+    *,
+    jobs: int = 1,
+    progress: Progress = lambda _read, _total: None,
+) -> list[Problem]:
+    """Read files of a checkpoint, by default all, and return a problem for each that does not verify.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Its folder.
+        manifest: Its manifest.
+        files: Names in the manifest.
+        jobs: Number of threads.
+        progress: Called in this thread from time to time.
+    """
+    runs = [run for run in _runs(manifest) if files is None or run.file in files]
+    verifier = _Verifier(storage, name, manifest)
+    bad: dict[str, list[_Bad]] = {}
+    total = sum(run.size for run in runs)
+    for run, found in _in_threads(verifier.bad_pieces, runs, jobs):
+        progress(run.size, total)
+        bad.setdefault(run.file, []).extend(found)
+    return [_first_of(found) for _, found in sorted(bad.items()) if found]
+
+
+def _runs(manifest: Manifest) -> Iterator[_Run]:
+    """Yield runs that consist of all pieces of the manifest, and at least one for each file."""
+    by_file: dict[str, list[_Stored]] = {name: [] for name in manifest.files}
+    for name, tensor in manifest.tensors.items():
+        for piece in tensor.pieces:
+            by_file[piece.file].append(_Stored(piece, tensor.piece_bytes(piece), name))
+    for file, record in manifest.files.items():
+        if record.checksum is not None:
+            by_file[file] = [_Stored(Piece(file, 0, (), (), record.checksum), record.size, "")]
+    for file, pieces in by_file.items():
+        pieces.sort(key=lambda stored: stored.piece.position)
+        run: list[_Stored] = []
+        size = 0
+        for stored in pieces:
+            if run and size + stored.size > RUN_BYTES:
+                yield _Run(file, run)
+                run, size = [], 0
+            run.append(stored)
+            size += stored.size
+        yield _Run(file, run)
+
+
+class _Verifier:
+    """Verifier of runs, with one buffer per thread."""
+
+    def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
+        self.storage, self.name, self.manifest = storage, name, manifest
+        self._of_thread = threading.local()
+
+    def bad_pieces(self, run: _Run, stop: threading.Event) -> list[_Bad]:
+        """Return the pieces of a run that do not verify."""
+        bad = []
+        try:
+            size = self.manifest.files[run.file].size
+            with OpenFile(self.storage, f"{self.name}/{run.file}", size) as source:
+                for stored in run.pieces:
+                    if stop.is_set():
+                        break
+                    try:
+                        source.read_verified(stored.piece, self._buffer(stored.size))
+                    except DamagedCheckpointError as error:
+                        bad.append(_Bad(run.file, stored.piece.position, stored.tensor, error.problems[0]))
+        except DamagedCheckpointError as error:  # every run of this file finds the same
+            return [_Bad(run.file, -1, "", error.problems[0])]
+        return bad
+
+    def _buffer(self, size: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            self._of_thread.buffer = buffer = memory_of(torch.empty(size, dtype=torch.uint8))
+        return buffer[:size]
+
+
+def _first_of(found: Iterable[_Bad]) -> Problem:
+    """Return the first problem of a file, with the tensor, and the number of further bad pieces."""
+    first, *others = sorted(found, key=lambda bad: bad.position)
+    if first.position < 0 or not first.tensor:
+        return first.problem
+    more = f" and {len(others)} more piece{'s' * (len(others) > 1)}" if others else ""
+    return Problem(first.problem.where, f"{first.problem.message} ({first.tensor}{more})", first.problem.todo)
+
+
+def _unlisted(storage: Storage, name: str, listed: Collection[str], inner: str = "") -> Iterator[str]:
+    """Yield the files and folders below a checkpoint that are not listed; folders end with a slash."""
+    folders = {file.rpartition("/")[0] + "/" for file in listed if "/" in file}
+    for entry in storage.names(f"{name}/{inner}".rstrip("/")):
+        path = inner + entry
+        if path in folders:
+            yield from _unlisted(storage, name, listed, path)
+        elif path not in listed:
+            yield path
+
+
+# -- format 1 ---------------------------------------------------------------------------------------------------------
+
+
+def _verify_format_1(storage: Storage, name: str, jobs: int, progress: Progress) -> Verification:
+    checkpoint = open_checkpoint(storage, name)
+    entries = sorted(checkpoint.metadata.storage_data.values(), key=lambda info: (info.relative_path, info.offset))
+    total = sum(info.length for info in entries)
+    first: dict[str, tuple[int, str]] = {}
+
+    def check(info: Any, stop: threading.Event) -> str:
+        return "" if stop.is_set() else format_1.archive_problem(storage, name, info)
+
+    for info, message in _in_threads(check, entries, jobs):
+        progress(info.length, total)
+        if message:
+            file = info.relative_path
+            first[file] = min(first.get(file, (info.offset, message)), (info.offset, message))
+    problems = [Problem(storage.path(f"{name}/{file}"), message, TODO) for file, (_, message) in sorted(first.items())]
+    files = {info.relative_path for info in entries} | {*format_1.FILES}
+    return Verification(
+        format=1,
+        files=len(files),
+        size=sum(_size(storage, f"{name}/{file}") for file in files),
+        problems=problems,
+        unlisted=list(_unlisted(storage, name, files)),
+    )
+
+
+def _size(storage: Storage, name: str) -> int:
+    source = storage.open(name)
+    source.close()
+    return source.size
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def _in_threads(
+    function: Callable[[Any, threading.Event], Any], arguments: Sequence[Any], jobs: int
+) -> Iterator[tuple[Any, Any]]:
+    """Call ``function`` with each of ``arguments`` in threads, and yield (argument, result) as calls end.
+
+    The event is set when the caller stops early, for instance by Ctrl-C, so that calls that are running end soon.
+    """
+    stop = threading.Event()
+    executor = ThreadPoolExecutor(jobs, thread_name_prefix="verify")
+    try:
+        calls: dict[Future[Any], Any] = {executor.submit(function, entry, stop): entry for entry in arguments}
+        for call in as_completed(calls):
+            yield calls[call], call.result()
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
