@@ -25,7 +25,7 @@ from internlm.checkpoint.storage import Storage
 
 STATE_FILE = "state.json"
 #: Bytes that are hashed and written at a time: few enough to be in the processor's cache when they are written.
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
