@@ -133,7 +133,7 @@ class HybridZeroConfig(Section):
     parameter's dtype, which halves their memory but loses precision."""
     # A loss scale falls from its initial value to 1 in about 16 skipped steps; far more mean that the run has diverged.
     max_skipped_steps: Count = 64
-    """Stop with an error after this many consecutive steps have been skipped because of a non-finite gradient norm."""
+    """Stop with an error after this many consecutive steps were skipped because of a non-finite loss or gradient."""
 
 
 class FP16Config(Section):

@@ -257,8 +257,10 @@ class HybridZeroOptimizer(ReplacedNames):
         """Return the outcome of a step (see :class:`OptimizerStep`), which continues the counts of the last step."""
         counts = self.last_step.host_outcome.tensor
         skipped_in_a_row = (counts[SKIPPED_IN_A_ROW] + 1) * skip
-        # Rows are few, and must be searched now: the next backward pass overwrites the gradients.
-        in_order = [row for of_group in rows for row in of_group]
+        # Rows must be searched now, since the next backward pass overwrites the gradients. An accelerator searches them
+        # in every step, as it would have to be asked whether this one is skipped; the CPU need not.
+        is_searched = not is_host(skip) or bool(skip)
+        in_order = [row for of_group in rows for row in of_group if is_searched]
         first_row = first_false(torch.cat(in_order).isfinite()) if in_order else norm.new_full((), -1)
         return torch.stack([norm, skip.double(), scale, skipped_in_a_row, counts[UPDATES] + ~skip, first_row.double()])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from internlm.accelerator import is_host
 from internlm.core.nonfinite import NonFinite, find_on_all_ranks, find_on_this_rank, format_nonfinite
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -39,9 +41,9 @@ class WarnOfSkippedSteps(Hook):
         """Log a warning if the last step was skipped."""
         last, self._unread = self._unread, None
         if last and last.update.host_outcome.read_arrived()[SKIPPED]:
-            # No exchange: the run may have failed on some ranks only.
+            # No exchange, since the run may have failed on some ranks only: of the others, nothing is known.
             own = find_on_this_rank(trainer.optimizer, last.update, [last.result.local_loss])
-            self._warn(last, [own])
+            self._warn(last, [*[NonFinite()] * dist.get_rank(), own])
 
     def _warn(self, report: StepReport, found: list[NonFinite]) -> None:
         if not self.is_logging:
