@@ -49,7 +49,6 @@ class CheckpointManager:
         total_steps: Last step of the run, which is always saved.
         run_info: JSON-serialisable entries, saved with each checkpoint; see :class:`RunContent`.
         sampler: Training loader, whose data position is saved and restored.
-        timeout: Seconds for which a rank waits for the others in a save in the background.
 
     Use it as a context manager, or call :meth:`close` at the end of the run.
     """
@@ -64,7 +63,6 @@ class CheckpointManager:
         total_steps: int,
         run_info: dict[str, Any],
         sampler: Sampler,
-        timeout: float = 1800.0,
     ) -> None:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
         self.content = RunContent(model, optimizer, streams, sampler, run_info, config.allow_model_changes)
@@ -73,7 +71,8 @@ class CheckpointManager:
         self.last_saved = -1
         self.resumed_folder: str | None = None
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout = timedelta(seconds=1800)
+        """Time for which a rank waits for the others in a save in the background."""
         self.on_failure: Callable[[], None] | None = None
         """Function called in a thread of each rank after a save in the background has failed; the next save, or
         :meth:`wait_async_upload_finish`, raises the error."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from torch import nn
 
 from internlm.checkpoint import CheckpointManager
@@ -33,7 +35,7 @@ def initialize_checkpoint_manager(
         todo = "Pass the loader itself, not an iterator over it: its position is saved"
         raise UserError(Problem("initialize_checkpoint_manager(train_dl=...)", message, todo))
     config = gpc.config
-    return CheckpointManager(
+    manager = CheckpointManager(
         config.ckpt,
         model,
         optimizer,
@@ -41,5 +43,6 @@ def initialize_checkpoint_manager(
         config.data.total_steps,
         run_info={"config": masked_dict(config), "data": train_dl.fingerprint(), "seed": gpc.seed},
         sampler=train_dl,
-        timeout=config.parallel.timeout,
     )
+    manager.timeout = timedelta(seconds=config.parallel.timeout)
+    return manager
