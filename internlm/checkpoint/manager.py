@@ -254,6 +254,9 @@ class CheckpointManager:
                 if dist.get_rank() == 0:
                     log.warning(f"{name} does not verify: {error.problems[0]}")
                 continue
+            if name in SNAPSHOTS:
+                # The other one is older, or does not verify.
+                self._next_slot = 1 - SNAPSHOTS.index(name)
             # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
             if saved.save_folder == self._own_root():
                 self.resumed_folder = saved.run_folder

@@ -67,12 +67,17 @@ class SaveFolder:
         return 1 - SNAPSHOTS.index(newest) if newest else 0
 
     def to_delete(self, step: int) -> Sequence[str]:
-        """Return the names of the checkpoints that are not kept, after that of ``step`` was committed."""
+        """Return the names of the checkpoints that are not kept, after that of ``step`` was committed.
+
+        None after a snapshot, which is soon replaced.
+        """
         if self.keep_last is None:
             return ()
-        found = find_checkpoints(self.storage)
+        found = [entry for entry in find_checkpoints(self.storage) if entry.is_committed]
         # A later checkpoint is damaged, since the run would have resumed from it: it must not push out a good one.
         steps = [entry.step for entry in found if entry.name == f"step-{entry.step}" and entry.step <= step]
+        if step not in steps:
+            return ()
         return [f"step-{old}" for old in not_kept(steps, self.keep_last, self.keep_every)]
 
 

@@ -40,6 +40,8 @@ log = get_logger()
 #: Number of ranks whose failures an error lists.
 MOST_FAILURES = 4
 TODO = "Free space or choose another folder"
+#: Name of the thread that writes in the background, for stack dumps.
+THREAD = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
             # A script that ends without waiting would lose its last checkpoint.
             atexit.register(self._wait_at_exit)
-        self._thread = threading.Thread(target=self._in_background, args=(partial(write, self._group),), daemon=True)
+        write = partial(write, self._group)
+        self._thread = threading.Thread(target=self._in_background, args=(write,), name=THREAD, daemon=True)
         self._thread.start()
 
     @property
@@ -167,27 +170,23 @@ class Saver:
         except OSError as error:
             failure = explain(error)
         written = _gather((results, failure), group)
-        outcome: str = ""
-        doomed: Sequence[str] = ()
-        if written:
-            outcome, doomed = self._commit(writer, plan, written)
+        outcome = self._commit(writer, plan, written) if written else ""
+        doomed = self._doomed(save.step) if written and not outcome else ()
         outcome, doomed = _broadcast((outcome, doomed), group)
         if outcome:
             raise CheckpointError(Problem(self.storage.path(save.checkpoint), f"cannot be saved ({outcome})", TODO))
         if doomed:
             self._prune(save.checkpoint, doomed, attempt, group)
 
-    def _commit(
-        self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], str]]
-    ) -> tuple[str, Sequence[str]]:
-        """Publish what all ranks have written; return why that is impossible, or the checkpoints to delete."""
+    def _commit(self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], str]]) -> str:
+        """Publish what all ranks have written; return why that is impossible, or an empty string."""
         failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(written) if failure]
         try:
             if not failures:
                 self.before_commit()
                 assert plan.metadata is not None
                 writer.finish(plan.metadata, [results for results, _ in written])
-                return "", self.to_prune(writer.save.step)
+                return ""
         except OSError as error:
             failures = [explain(error)]
         except CheckpointError as error:
@@ -195,7 +194,15 @@ class Saver:
         with suppress(OSError):
             self.storage.discard(writer.save.checkpoint, writer.attempt)
         more = f"; and {len(failures) - MOST_FAILURES} more ranks" if len(failures) > MOST_FAILURES else ""
-        return "; ".join(failures[:MOST_FAILURES]) + more, ()
+        return "; ".join(failures[:MOST_FAILURES]) + more
+
+    def _doomed(self, step: int) -> Sequence[str]:
+        """Return the names of the checkpoints to delete; none, if the storage does not list them."""
+        try:
+            return self.to_prune(step)
+        except OSError as error:
+            log.warning(f"older checkpoints cannot be deleted ({explain(error)})")
+            return ()
 
     def _prune(self, checkpoint: str, doomed: Sequence[str], attempt: str, group: dist.ProcessGroup | None) -> None:
         """Delete the checkpoints ``doomed``, unless the new one does not verify when it is read back."""

@@ -86,3 +86,15 @@ def test_a_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path) -> None
     assert SaveFolder(LocalStorage(tmp_path), keep_last=1).to_delete(30) == ["step-10", "step-20"]
     assert SaveFolder(LocalStorage(tmp_path), keep_last=1, keep_every=20).to_delete(30) == ["step-10"]
     assert SaveFolder(LocalStorage(tmp_path)).to_delete(30) == ()
+
+
+def test_neither_unfinished_checkpoints_nor_snapshots_count_among_those_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        saved(tmp_path, f"step-{step}", step)
+    saved(tmp_path, "step-40", 40).rename(tmp_path / "step-40.tmp-ab")
+    (tmp_path / "step-29").mkdir()
+    saved(tmp_path, "snapshot-0", 28)
+    folder = SaveFolder(LocalStorage(tmp_path), keep_last=2)
+    assert folder.to_delete(30) == ["step-10"]
+    # Nothing is deleted for a snapshot, which verifies, but is soon replaced.
+    assert folder.to_delete(28) == ()
