@@ -142,3 +142,22 @@ def test_a_checkpoint_of_the_run_comes_before_load_ckpt_info(tmp_path: Path) -> 
     fit(1, saving(tmp_path / "new"), 2)
     assert resume(1, _loading(tmp_path, ["model"])).message.startswith("resumed from")
     assert resume(1, _loading(tmp_path, ["model"], "ckpt.auto_resume=False")).message.startswith("nothing to resume;")
+
+
+def test_a_checkpoint_is_loaded_by_any_path_to_it(whole: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """With a slash at its end, through a link, and under a name of the user's own; not as another step."""
+    folder, saved = whole
+    original, root = folder / "ckpts" / "step-2", tmp_path / "ckpts"
+    for name in ("good", "step-7"):
+        shutil.copytree(original, root / name)
+    (root / "latest").symlink_to(original)
+
+    def load(path: str) -> Outcome:
+        source = [f"ckpt.load_ckpt_info.path={path}", "ckpt.load_ckpt_info.content=('all',)"]
+        return resume(1, saving(tmp_path / "new", *source))
+
+    for path in (f"{original}/", f"local:{root}/latest", f"{root}/good"):
+        loaded = load(path)
+        assert loaded.message == f"nothing to resume; loaded all from {path}"
+        assert_goes_on(loaded, saved)
+    assert "is the manifest of step-2, not of step-7" in load(f"{root}/step-7").message

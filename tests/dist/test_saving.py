@@ -1,0 +1,331 @@
+"""What a save writes, how it is spread over ranks, and saves in the background."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from internlm.checkpoint.local_files import LocalSink
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.logical_tensors import LogicalTensor
+from internlm.checkpoint.manifest import Manifest, parse_manifest
+from internlm.checkpoint.saved_checkpoint import damage
+from internlm.checkpoint.saver import THREAD, Saver
+from internlm.checkpoint.tensor_writer import Save
+from internlm.core.parallel.ledger import LEDGER
+from internlm.core.trainer import Hook, StepReport, Trainer
+from tests.dist.whole_runs import fit, resume, saving
+from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.samples import run_state
+
+# -- pieces
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def _manifest(folder: Path) -> Manifest:
+    return parse_manifest((folder / "manifest.json").read_bytes(), folder.name)
+
+
+def _bytes_of_ranks(manifest: Manifest) -> list[int]:
+    return [manifest.files[f"rank-{rank:05}.bin"].size for rank in range(len(manifest.files) - 1)]
+
+
+def _piece_bytes(manifest: Manifest) -> list[int]:
+    return [tensor.piece_bytes(piece) for tensor in manifest.tensors.values() for piece in tensor.pieces]
+
+
+def test_replicated_pieces_are_written_once_and_spread_over_the_replicas(tmp_path: Path) -> None:
+    """Without ZeRO, three ranks hold everything but their random streams; each writes a third."""
+    fit(3, saving(tmp_path, "parallel.zero1.size=1"), 2)
+    manifest = _manifest(tmp_path / "ckpts" / "step-2")
+    whole = [tensor for name, tensor in manifest.tensors.items() if not name.startswith("rng/")]
+    assert all(len(tensor.pieces) == 1 for tensor in whole)
+    sizes, pieces = _bytes_of_ranks(manifest), _piece_bytes(manifest)
+    assert len(sizes) == 3
+    assert sum(sizes) == sum(pieces)
+    assert max(sizes) - min(sizes) <= max(pieces)
+    assert sum(sizes) / 3 > 3 * max(pieces)  # else the line above says nothing
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_each_rank_writes_its_own_shards_as_rectangles(fully_sharded: bool, tmp_path: Path) -> None:
+    """Of every tensor of the optimizer, exactly the slices that the rank holds; a flat shard has a few of each."""
+    odd = ("model.vocab_size=67", "model.hidden_size=40", "model.multiple_of=1")
+    run = fit(3, saving(tmp_path, f"parallel.zero1.fsdp={fully_sharded}", *odd), 2)
+    manifest = _manifest(tmp_path / "ckpts" / "step-2")
+    largest = 0
+    for rank, state in enumerate(run.ranks):
+        for name, shards in state.tensors.items():
+            if name.startswith("optimizer/"):
+                written = {
+                    piece.offsets: piece.sizes
+                    for piece in manifest.tensors[name].pieces
+                    if piece.file == f"rank-{rank:05}.bin"
+                }
+                assert written == {at: tuple(box.shape) for at, box in shards.slices.items()}
+                assert len(written) <= 2 * len(shards.shape) - 1
+                largest = max(largest, len(written))
+    assert largest > 1
+
+
+_OBJECTS = ("gather_object", "all_gather_object", "scatter_object_list", "broadcast_object_list")
+
+
+class _MeasureExchange(Hook):
+    """Writes the largest object that ranks exchange in a save, and the collectives of tensors, to a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def before_run(self, trainer: Trainer) -> None:
+        self.largest, self.originals = 0, {name: getattr(dist, name) for name in _OBJECTS}
+        for name, original in self.originals.items():
+            setattr(dist, name, self._measured(original))
+
+    def _measured(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            self.largest = max(self.largest, len(pickle.dumps(args[:2])))
+            return original(*args, **keywords)
+
+        return call
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        # Extra hooks come before the one that saves.
+        self.before_save = LEDGER.snapshot()
+
+    def after_run(self, trainer: Trainer) -> None:
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+        traffic = len(LEDGER.since(self.before_save))
+        Path(f"{self.file}-{dist.get_rank()}").write_text(json.dumps([self.largest, traffic]))
+
+
+def test_no_tensor_is_gathered(tmp_path: Path) -> None:
+    """Ranks exchange where pieces are, which is small; the largest tensor has megabytes."""
+    fit(2, saving(tmp_path, "model.vocab_size=8192", total=1), hooks=[_MeasureExchange(str(tmp_path / "measured"))])
+    assert max(_bytes_of_ranks(_manifest(tmp_path / "ckpts" / "step-1"))) > 4_000_000
+    for rank in range(2):
+        largest, traffic = json.loads((tmp_path / f"measured-{rank}").read_text())
+        assert 0 < largest < 100_000
+        assert traffic == 0
+
+
+# -- memory
+
+
+def _rss(field: str) -> int:
+    """Return a figure of this process's memory in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def _extra_bytes(action: Callable[[], object]) -> int:
+    """Return by how much the memory of this process grows during ``action``."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _rss("VmRSS")
+    action()
+    return _rss("VmHWM") - before
+
+
+#: Size of the state whose saves are measured, in bytes.
+STATE_BYTES = 200 << 20
+
+
+def _measure_memory(rank: int, world_size: int, folder: str) -> tuple[int, int, list[str]]:
+    saver = Saver(LocalStorage(folder), lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
+    values = torch.ones(STATE_BYTES // 8).view(1024, -1)
+    # Pieces of a transposed tensor are not contiguous.
+    tensors = {"a": LogicalTensor.whole(values), "b": LogicalTensor.whole(torch.ones(values.t().shape).t())}
+    at_once = _extra_bytes(lambda: saver.save(_save(1), tensors))
+
+    def in_background() -> None:
+        saver.save(_save(2), tensors, background=True)
+        saver.wait()
+
+    later = _extra_bytes(in_background)
+    return at_once, later, [str(problem) for step in (1, 2) for problem in damage(saver.storage, f"step-{step}")]
+
+
+def _save(step: int) -> Save:
+    return Save(checkpoint=f"step-{step}", step=step, state=json.dumps({**run_state(step), "format": 2}).encode())
+
+
+@pytest.mark.wide
+def test_a_save_copies_the_state_only_for_the_background(tmp_path: Path) -> None:
+    """At most 64 MB; in the background, as many bytes as the rank writes, and 64 MB."""
+    ((at_once, later, problems),) = run_ranks(1, _measure_memory, str(tmp_path))
+    assert at_once < 64 << 20
+    assert STATE_BYTES // 2 < later < STATE_BYTES + (64 << 20)
+    assert problems == []
+
+
+# -- in the background
+
+
+class _Gate(Hook):
+    """Keeps this rank from writing a file of a checkpoint until a step begins; nothing is committed before."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder = step, folder
+
+    def before_run(self, trainer: Trainer) -> None:
+        self.is_open, self.create = threading.Event(), LocalStorage.create
+        LocalStorage.create = self._create_later  # type: ignore[assignment, method-assign]
+
+    @property
+    def _create_later(self) -> Callable[[LocalStorage, str], LocalSink]:
+        def create(storage: LocalStorage, name: str) -> LocalSink:
+            assert self.is_open.wait(30)
+            return self.create(storage, name)
+
+        return create
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step:
+            assert not list(self.folder.glob("step-*"))
+            dist.barrier()
+            self.is_open.set()
+
+    def after_run(self, trainer: Trainer) -> None:
+        self.is_open.set()
+        LocalStorage.create = self.create  # type: ignore[method-assign]
+
+
+def test_what_is_saved_in_the_background_is_the_state_of_its_step(tmp_path: Path) -> None:
+    """Although training went on before anything was written; the end of training waits for the last save."""
+    keys = {"every": 2, "total": 5}
+    at_once = fit(2, saving(tmp_path / "at once", **keys))
+    folder = tmp_path / "later"
+    later = fit(2, saving(folder, "ckpt.async_upload=True", **keys), hooks=[_Gate(3, folder / "ckpts")])
+    assert later.log == at_once.log
+    for step in ("step-2", "step-4", "step-5"):
+        one, other = folder / "ckpts" / step, tmp_path / "at once" / "ckpts" / step
+        assert _manifest(one).tensors == _manifest(other).tensors
+        for file in ("rank-00000.bin", "rank-00001.bin"):
+            assert (one / file).read_bytes() == (other / file).read_bytes()
+        states = [json.loads((folder / "state.json").read_text()) for folder in (one, other)]
+        for key in ("train_state", "optimizer", "sampler"):
+            assert states[0][key] == states[1][key]
+
+
+class _GatedStorage(LocalStorage):
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.is_open = threading.Event()
+
+    def create(self, name: str) -> LocalSink:
+        assert self.is_open.wait(30)
+        return super().create(name)
+
+
+def _save_twice(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
+    """Return the committed checkpoints after each call."""
+    storage = _GatedStorage(folder)
+    saver = Saver(storage, lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
+    tensors = {"a": LogicalTensor.whole(torch.zeros(4))}
+    found = {}
+    saver.save(_save(1), tensors, background=True)
+    assert saver.is_busy
+    found["first save"] = storage.names()
+    threading.Timer(0.2, storage.is_open.set).start()
+    saver.save(_save(2), tensors, background=True)
+    found["second save"] = [name for name in storage.names() if name == "step-1/"]
+    saver.wait()
+    assert not saver.is_busy
+    found["end"] = storage.names()
+    return found
+
+
+def test_at_most_one_save_is_in_the_background(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _save_twice, str(tmp_path))
+    assert found == {"first save": [], "second save": ["step-1/"], "end": ["step-1/", "step-2/"]}
+
+
+class _NoRoom(Hook):
+    """After the first save, files on one rank can't grow, as on a full disk."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == 3 and dist.get_rank() == self.rank:
+            self._limit(1000)
+
+    def after_run(self, trainer: Trainer) -> None:
+        self._limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+
+    def _limit(self, size: int) -> None:
+        for thread in threading.enumerate():
+            if thread.name == THREAD:
+                thread.join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("total", [4, 6])
+def test_a_save_that_fails_in_the_background_ends_the_run(total: int, tmp_path: Path) -> None:
+    """With one line on all ranks, at the next save or at the end; the checkpoint before it is whole."""
+    failed = fit(2, saving(tmp_path, "ckpt.async_upload=True", total=total), hooks=[_NoRoom(1)])
+    assert failed.message.startswith(f"{tmp_path}/ckpts/step-4: cannot be saved (rank 1: File too large: ")
+    assert len(failed.message.splitlines()) == 1
+    assert len(failed.log) == total
+    assert _checkpoints(tmp_path / "ckpts") == ["step-2"]
+    assert resume(2, saving(tmp_path)).state["step"] == 2
+
+
+# -- retention
+
+
+def test_a_run_keeps_the_newest_checkpoints_and_multiples(tmp_path: Path) -> None:
+    fit(2, saving(tmp_path, "ckpt.keep_last=2", "ckpt.keep_every=3", every=1))
+    assert _checkpoints(tmp_path / "ckpts") == ["step-3", "step-5", "step-6"]
+
+
+class _FlipABit(Hook):
+    """Flips a bit of the checkpoint of step 4 as soon as it is committed; nothing is deleted after this save."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def before_run(self, trainer: Trainer) -> None:
+        self.publish = LocalStorage.publish
+        LocalStorage.publish = self._publish_damaged  # type: ignore[assignment, method-assign]
+
+    @property
+    def _publish_damaged(self) -> Callable[[LocalStorage, str, str, bytes], None]:
+        def publish(storage: LocalStorage, checkpoint: str, attempt: str, manifest: bytes) -> None:
+            self.publish(storage, checkpoint, attempt, manifest)
+            if checkpoint == "step-4":
+                file = self.folder / checkpoint / "rank-00001.bin"
+                content = bytearray(file.read_bytes())
+                content[len(content) // 2] ^= 4
+                file.write_bytes(content)
+
+        return publish
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == 4:
+            assert _checkpoints(self.folder) == ["step-2", "step-4"]
+
+    def after_run(self, trainer: Trainer) -> None:
+        LocalStorage.publish = self.publish  # type: ignore[method-assign]
+
+
+def test_no_checkpoint_is_deleted_before_the_new_one_was_read_back(tmp_path: Path) -> None:
+    root = tmp_path / "ckpts"
+    run = fit(2, saving(tmp_path, "ckpt.keep_last=1"), hooks=[_FlipABit(root)])
+    (warning,) = run.ranks[0].warnings
+    assert warning.startswith(f"step-4 does not verify, so older checkpoints are kept: {root}/step-4/rank-00001.bin: ")
+    assert _checkpoints(root) == ["step-6"]
