@@ -2,77 +2,196 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resume, saving
+from tests.dist.tiny import TINY
+from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resave, resume, saving
 
-#: (ranks, overrides); the vocabulary is one that no size divides.
-LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "one process": (1, ()),
-    "data": (2, ()),
-    "mtp": (2, ("parallel.tensor.mode=mtp", "parallel.tensor.size=2", "model.embed_split_hidden=False")),
-    "msp": (4, ("parallel.tensor.mode=msp", "parallel.tensor.size=2")),
-    "isp": (4, ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=4")),
-    "pipeline": (4, ("parallel.pipeline.size=2", "parallel.pipeline.partition=[3,1]")),
-    "V": (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "parallel.tensor.size=2")),
+#: Micro-batches of a global batch: every number of data-parallel ranks below divides it.
+MICRO_BATCHES = 12
+SEQUENCE: int = TINY["data"]["seq_len"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes and modes of a layout, and further keys of ``parallel`` and ``model``."""
+
+    ranks: int = 4
+    tensor: int = 1
+    mode: str = "mtp"
+    weight: int = 1
+    stages: int = 1
+    zero: int = -1
+    more: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """Overrides of the config."""
+        replicas = self.ranks // self.tensor // self.stages
+        return [
+            f"data.micro_num={MICRO_BATCHES // replicas}",
+            f"parallel.tensor.size={self.tensor}",
+            f"parallel.tensor.mode={self.mode}",
+            f"parallel.weight.size={self.weight}",
+            f"parallel.pipeline.size={self.stages}",
+            f"parallel.zero1.size={self.zero}",
+            *self.more,
+        ]
+
+
+FULLY_SHARDED = "parallel.zero1.fsdp=True"
+WHOLE_EMBEDDING = "model.embed_split_hidden=False"
+
+
+def _stages(mode: str) -> str:
+    return f"parallel.pipeline.mode={mode}"
+
+
+LAYOUTS: dict[str, Layout] = {
+    "one process": Layout(ranks=1),
+    "data": Layout(ranks=3),
+    "data without ZeRO": Layout(ranks=2, zero=1),
+    "ZeRO on half": Layout(zero=2),
+    "mtp": Layout(ranks=2, tensor=2, more=(WHOLE_EMBEDDING,)),
+    "msp": Layout(tensor=2, mode="msp"),
+    "fsp": Layout(tensor=2, mode="fsp", zero=1),
+    "isp": Layout(tensor=2, mode="isp", weight=4),
+    "isp of equal sizes": Layout(tensor=2, mode="isp", weight=2),
+    "isp of weights alone": Layout(ranks=3, mode="isp", weight=3),
+    "1F1B": Layout(stages=2, more=("parallel.pipeline.partition=[3,2]",)),
+    "interleaved": Layout(ranks=2, stages=2, more=("model.num_chunks=2",)),
+    "ZB-V": Layout(tensor=2, stages=2, more=(_stages("ZBV"),)),
+    "ZB-H1": Layout(ranks=3, stages=3, more=(_stages("ZBH1"),)),
+    "GPipe": Layout(tensor=2, mode="isp", weight=2, stages=2, more=(_stages("GPIPE"),)),
+    "fully sharded": Layout(ranks=3, more=(FULLY_SHARDED,)),
+    "fully sharded over half": Layout(zero=2, more=(FULLY_SHARDED,)),
+    "fully sharded msp": Layout(tensor=2, mode="msp", more=(FULLY_SHARDED,)),
+    "tensor, pipeline, data": Layout(ranks=8, tensor=2, mode="msp", stages=2, more=("model.num_chunks=2",)),
 }
-WRITERS = ("mtp", "msp", "isp", "pipeline", "V")
-COMMON = ("model.num_layers=4", "model.vocab_size=67", "model_type=INTERNLM", "model.num_kv_attention_heads=2")
+
+# The vocabulary is one that no size divides, and so are the layers.
+COMMON = (
+    *("model_type=INTERNLM", "model.num_layers=5", "model.vocab_size=67", "model.num_kv_attention_heads=2"),
+    "data.micro_bsz=1",
+)
 
 
-def _overrides(folder: Path, layout: str) -> tuple[int, list[str]]:
-    ranks, own = LAYOUTS[layout]
-    return ranks, saving(folder, *COMMON, *own, total=4)
+@dataclass(frozen=True)
+class Kind:
+    """Kind of run: keys that determine which tensors there are, and the layouts that load one another's."""
+
+    overrides: tuple[str, ...]
+    layouts: tuple[str, ...]
+
+
+TIED = ("one process", "mtp", "1F1B", "ZB-V", "fully sharded msp")
+KINDS: dict[str, Kind] = {
+    "bfloat16": Kind(("model.dtype=torch.bfloat16",), tuple(LAYOUTS)),
+    "float16": Kind(  # with a loss scale that has grown
+        ("model.dtype=torch.float16", "grad_scaler.fp16.growth_interval=1"),
+        ("one process", "fully sharded", "isp", "interleaved"),
+    ),
+    "float32": Kind(("model.dtype=torch.float32",), ("fully sharded", "msp", "ZeRO on half", "1F1B")),
+    "Muon": Kind(("model.dtype=torch.bfloat16", "optimizer.type=Muon"), ("data", "mtp", "isp of equal sizes", "ZB-H1")),
+    "Lion": Kind(("optimizer.type=Lion",), ("data", "fully sharded over half", "isp", "ZB-V")),
+    "tied": Kind(("model.tie_word_embeddings=True", "model.dtype=torch.bfloat16"), TIED),
+}
+
+Saved = Callable[[str, str], tuple[Path, Outcome]]
+
+
+def _overrides(folder: Path, kind: str, layout: str, *more: str) -> tuple[int, list[str]]:
+    own = LAYOUTS[layout]
+    return own.ranks, saving(folder, *COMMON, *KINDS[kind].overrides, *own.overrides, *more, total=4)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
-    """A folder with a checkpoint of step 2 for each layout that saves, and the run that made it."""
-    runs = {}
-    for layout in WRITERS:
-        folder = tmp_path_factory.mktemp(layout)
-        ranks, overrides = _overrides(folder, layout)
-        runs[layout] = folder, fit(ranks, overrides, stop_after=2)
-    return runs
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Function that returns the folder of a checkpoint of a kind of run that a layout saved, and the expected content.
+
+    The first layout of a kind trains it for two steps; the others load what it saved, and save it, without a step.
+    """
+    runs: dict[tuple[str, str], tuple[Path, Outcome]] = {}
+
+    def run(kind: str, layout: str) -> tuple[Path, Outcome]:
+        if (kind, layout) not in runs:
+            folder, first = tmp_path_factory.mktemp("saved"), KINDS[kind].layouts[0]
+            if layout == first:
+                trained = fit(*_overrides(folder, kind, layout), stop_after=2)
+            else:
+                source, trained = run(kind, first)
+                load = f"ckpt.load_ckpt_info.path={source / 'ckpts' / 'step-2'}"
+                resave(*_overrides(folder, kind, layout, load, "ckpt.load_ckpt_info.content=('all',)"))
+            runs[kind, layout] = folder, trained
+        return runs[kind, layout]
+
+    return run
 
 
 def _pairs() -> Iterator[object]:
-    """Yield writer and reader: one process reads all, every other layout two of them; wide, every layout all."""
-    for i, writer in enumerate(WRITERS):
-        for j, reader in enumerate(LAYOUTS):
-            wide = reader != "one process" and (i - j) % len(WRITERS) > 1
-            yield pytest.param(writer, reader, marks=[pytest.mark.wide] if wide else [])
+    """Yield kind, writer and reader.
+
+    Not wide: one process reads the main kind of all layouts, and in every kind each layout reads that of another one.
+    """
+    for name, kind in KINDS.items():
+        is_main, count = name == "bfloat16", len(kind.layouts)
+        offset = count // 2 if is_main else 1
+        for i, writer in enumerate(kind.layouts):
+            for j, reader in enumerate(kind.layouts):
+                wide = (j - i) % count != offset and not (is_main and LAYOUTS[reader].ranks == 1)
+                yield pytest.param(name, writer, reader, marks=[pytest.mark.wide] if wide else [])
 
 
-@pytest.mark.parametrize(("writer", "reader"), list(_pairs()))
-def test_any_layout_loads_what_another_saved(writer: str, reader: str, saved: dict[str, tuple[Path, Outcome]]) -> None:
-    folder, run = saved[writer]
-    loaded = resume(*_overrides(folder, reader))
+def _parts(samples: Tensor) -> Tensor:
+    """Return the halves of rows in a global batch, in an order of their own.
+
+    Ranks that share a row read it more than once; under isp, each of two reads a half of it.
+    """
+    return samples.reshape(-1, SEQUENCE // 2).unique(dim=0)
+
+
+@pytest.mark.parametrize(("kind", "writer", "reader"), list(_pairs()))
+def test_any_layout_loads_what_another_saved(kind: str, writer: str, reader: str, saved: Saved) -> None:
+    """The state is bitwise that of the run which saved it, and the same samples follow."""
+    folder, run = saved(kind, writer)
+    loaded = resume(*_overrides(folder, kind, reader))
     assert_same_tensors(loaded.tensors, run.tensors)
-    assert (loaded.state, set(loaded.ranks[0].steps)) == (run.state, set(run.ranks[0].steps))
+    (rank, *_), (then, *_) = loaded.ranks, run.ranks
+    assert (loaded.state, rank.optimizer, set(rank.steps)) == (run.state, then.optimizer, set(then.steps))
+    for batch, expected in zip(loaded.samples, run.samples, strict=True):
+        assert len(_parts(batch)) == 2 * MICRO_BATCHES
+        assert torch.equal(_parts(batch), _parts(expected))
 
 
-@pytest.mark.parametrize(
-    "layout", ["msp", "isp", "V", *(pytest.param(layout, marks=pytest.mark.wide) for layout in ("mtp", "pipeline"))]
-)
-def test_resumed_is_straight(layout: str, tmp_path: Path, saved: dict[str, tuple[Path, Outcome]]) -> None:
-    straight = fit(*_overrides(tmp_path / "straight", layout))
-    folder, run = saved[layout]
-    own = shutil.copytree(folder, tmp_path / "own")
-    resumed = fit(*_overrides(own, layout))
-    assert run.log + resumed.log == straight.log
-    assert_same_tensors(resumed.tensors, straight.tensors)
+#: Kind and layout that save, kind and layout that load the model alone.
+OTHER_DTYPES = [
+    ("bfloat16", "one process", "float32", "fully sharded"),
+    ("bfloat16", "isp", "float32", "msp"),
+    ("float32", "1F1B", "bfloat16", "fully sharded msp"),
+    ("float32", "fully sharded", "float16", "interleaved"),
+]
 
 
-def test_a_tied_embedding_is_saved_once(tmp_path: Path) -> None:
-    """The first and the last stage have a copy each; one process goes on from it, and they from what that saves."""
-    tied, stages = ("model.tie_word_embeddings=True", "model.vocab_size=67"), ("parallel.pipeline.size=2",)
-    run = fit(2, saving(tmp_path, *tied, *stages), stop_after=2)
-    assert_same_tensors(resume(1, saving(tmp_path, *tied)).tensors, run.tensors)
-    shutil.rmtree(tmp_path / "ckpts")
-    alone = fit(1, saving(tmp_path, *tied), stop_after=2)
-    assert_same_tensors(resume(2, saving(tmp_path, *tied, *stages)).tensors, alone.tensors)
+@pytest.mark.parametrize(("kind", "writer", "other_kind", "reader"), OTHER_DTYPES)
+def test_weights_alone_are_loaded_in_another_dtype(
+    kind: str, writer: str, other_kind: str, reader: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Rounded, or widened; main parameters, where there are any, are those of the checkpoint or of the model."""
+    folder, run = saved(kind, writer)
+    load = f"ckpt.load_ckpt_info.path={folder / 'ckpts' / 'step-2'}"
+    ranks, overrides = _overrides(tmp_path, other_kind, reader, load, "ckpt.load_ckpt_info.content=('model',)")
+    loaded = resume(ranks, overrides)
+    weights = {name: tensor for name, tensor in run.tensors.items() if name.startswith("model/")}
+    dtype = getattr(torch, other_kind)
+    for name, tensor in weights.items():
+        assert torch.equal(loaded.tensors[name], tensor.to(dtype))
+        if (main := loaded.tensors.get(name.replace("model/", "optimizer/main/"))) is not None:
+            assert torch.equal(main.to(dtype), tensor.to(dtype))
+    assert not any(loaded.tensors[name].any() for name in loaded.tensors if name.startswith("optimizer/exp"))
+    assert loaded.state["step"] == 0

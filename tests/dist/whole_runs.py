@@ -112,6 +112,11 @@ def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
     return _gathered(run_ranks(world_size, _resume, tuple(overrides)))
 
 
+def resave(world_size: int, overrides: Sequence[str]) -> Outcome:
+    """Load as :func:`resume` does, and save at once what was loaded."""
+    return _gathered(run_ranks(world_size, _resave, tuple(overrides)))
+
+
 def _gathered(ranks: list[Rank]) -> Outcome:
     samples = [torch.cat(rows) for rows in zip(*(rank.samples for rank in ranks), strict=True)]
     return Outcome(ranks, whole_tensors(rank.tensors for rank in ranks), samples)
@@ -203,6 +208,17 @@ def _fit(
 def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
     builder = _build(world_size, overrides, [])
     return _described(builder, lambda: builder.checkpoints.try_resume_training(builder.trainer.state), [])
+
+
+def _resave(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
+    builder = _build(world_size, overrides, [])
+
+    def load_and_save() -> str:
+        message = builder.checkpoints.try_resume_training(builder.trainer.state)
+        builder.checkpoints.save(builder.trainer.state)
+        return message
+
+    return _described(builder, load_and_save, [])
 
 
 def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
