@@ -36,6 +36,7 @@ setup(
     install_requires=[TORCH, *requirements("runtime")],
     extras_require={
         "cuda": ["flash-attn"],
+        "s3": ["s3fs"],
         "test": requirements("test"),
         "docs": requirements("docs"),
         "bench": ["transformers"],

@@ -112,7 +112,7 @@ def _not_available() -> Iterator[str]:
     rows = [(", ".join(f"`{key}`" for key in unread), f"`{setting}`") for setting, unread in support.UNREAD.items()]
     yield from _table(("keys", "belong to"), rows)
     folders = ", ".join(f"`{key}`" for key in support.LOCAL_FOLDERS)
-    yield f"Folders ({folders}) must be local: `local:FOLDER` or a plain path."
+    yield f"Folders of data ({folders}) must be local: `local:FOLDER` or a plain path."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

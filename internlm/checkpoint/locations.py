@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.object_storage import ObjectStorage
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema.fields import ObjectAddress, parse_object_address
 from internlm.utils.errors import CheckpointError, Problem
@@ -26,9 +27,10 @@ def open_storage(location: str) -> Storage:
 
     Raises:
         CheckpointError: The kind of storage is unknown, or the location is malformed.
+        UserError: The package that an object store needs is not installed.
     """
     if address := _object_address(location):
-        raise CheckpointError(Problem(f"s3://{address.bucket}", "object stores are not supported", "Use a local path"))
+        return ObjectStorage(address)
     if not location.removeprefix(_LOCAL):
         raise CheckpointError(Problem(repr(location), "names no folder", "Use local:FOLDER or a plain path"))
     return LocalStorage(Path(location.removeprefix(_LOCAL)))

@@ -14,6 +14,7 @@ from typing import Any
 
 from internlm.config import keys
 from internlm.config.schema import Config, OptimizerConfig
+from internlm.config.schema.fields import parse_object_address
 from internlm.utils.errors import ConfigError, Problem, known_names
 from internlm.utils.registry import MODEL_INITIALIZER
 from internlm.utils.secrets import mask_credentials
@@ -44,9 +45,11 @@ MISSING_TYPES = {
 }
 
 #: Keys of folders that must be local.
-LOCAL_FOLDERS = ("data.train_folder", "data.valid_folder", "ckpt.save_ckpt_folder", "ckpt.load_ckpt_info.path")
+LOCAL_FOLDERS = ("data.train_folder", "data.valid_folder")
 # One letter before the colon is a drive, not a protocol.
 REMOTE = re.compile(r"(?!local:)\w{2,}:")
+#: Keys of folders that are local or in an object store.
+CHECKPOINT_FOLDERS = ("ckpt.save_ckpt_folder", "ckpt.load_ckpt_info.path")
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,17 @@ def check_runnable(config: Config) -> None:
     problems += [
         Problem(
             key,
-            f"{mask_credentials(given[key])!r} is not a local folder; remote storage is not supported",
+            f"{mask_credentials(given[key])!r} is not a local folder; data is read from local folders only",
             "Use a local path",
         )
         for key in LOCAL_FOLDERS
         if REMOTE.match(given.get(key) or "")
     ]
+    for key in CHECKPOINT_FOLDERS:
+        try:
+            parse_object_address(given.get(key) or "")
+        except ValueError as error:
+            problems.append(Problem(key, str(error)))
     if problems:
         raise ConfigError(*problems)
 

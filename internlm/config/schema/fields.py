@@ -118,9 +118,9 @@ def parse_object_address(text: str) -> ObjectAddress | None:
     # One letter before the colon is a drive, not a protocol.
     if text.startswith("local:") or not re.match(r"\w{2,}:", text):
         return None
-    address = text.removeprefix("boto3:")
+    address, shown = text.removeprefix("boto3:"), repr(mask_credentials(text))
     if not address.startswith("s3://"):
-        raise ValueError(f"expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got {text!r}")
+        raise ValueError(f"expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got {shown}")
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,255}", bucket):
         raise ValueError(
@@ -129,7 +129,7 @@ def parse_object_address(text: str) -> ObjectAddress | None:
     parts = prefix.strip("/").split("/")
     # HTTP clients would normalise such paths; the keys would differ from those that other tools show.
     if prefix.strip("/") and not {"", ".", ".."}.isdisjoint(parts):
-        raise ValueError(f"expected folder names without '//', '.' and '..', got {text!r}")
+        raise ValueError(f"expected folder names without '//', '.' and '..', got {shown}")
     return ObjectAddress(bucket, "/".join(parts))
 
 

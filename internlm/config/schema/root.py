@@ -94,7 +94,7 @@ class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
     path: PathText
-    """Checkpoint folder: ``local:FOLDER`` or a plain path."""
+    """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
@@ -107,7 +107,7 @@ class CkptConfig(Section):
     enable_save_ckpt: bool = False
     """Save checkpoints. Default: True if ``save_ckpt_folder`` and ``checkpoint_every`` are given, else False."""
     save_ckpt_folder: PathText | None = None
-    """Folder that checkpoints are saved in: ``local:FOLDER`` or a plain path."""
+    """Folder that checkpoints are saved in: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``."""
     checkpoint_every: CountOrZero | None = None
     """Steps between checkpoints. The last step is always saved. 0: save only the last step."""
     load_ckpt_info: LoadInfo | None = None

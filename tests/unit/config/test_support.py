@@ -33,9 +33,17 @@ def test_defaults_run(device: str | None) -> None:
             "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",
         ),
         (
-            {"ckpt.save_ckpt_folder": "boto3:s3://bucket/x"},
-            "ckpt.save_ckpt_folder: 'boto3:s3://bucket/x' is not a local folder; remote storage is not "
-            "supported. Use a local path",
+            {"data.train_folder": "s3://bucket/x"},
+            "data.train_folder: 's3://bucket/x' is not a local folder; data is read from local folders only. "
+            "Use a local path",
+        ),
+        (
+            {"ckpt.save_ckpt_folder": "hdfs://x"},
+            "ckpt.save_ckpt_folder: expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got 'hdfs://x'",
+        ),
+        (
+            {"ckpt.load_ckpt_info": {"path": "boto3:s3:/x"}},
+            "ckpt.load_ckpt_info.path: expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got 'boto3:s3:/x'",
         ),
     ],
 )
@@ -51,8 +59,10 @@ def test_all_refusals_are_reported_together() -> None:
     ]
 
 
-@pytest.mark.parametrize("folder", ["local:llm_ckpts", "/data/ckpts", "ckpts", "./a:b", None])
-def test_local_folders_run(folder: str | None) -> None:
+@pytest.mark.parametrize(
+    "folder", ["local:llm_ckpts", "/data/ckpts", "ckpts", "./a:b", "s3://bucket/x", "boto3:s3://bucket/x/y", None]
+)
+def test_folders_of_checkpoints_may_be_local_or_in_an_object_store(folder: str | None) -> None:
     check_runnable(load_config(config_of({"ckpt.save_ckpt_folder": folder})))
 
 

@@ -13,7 +13,14 @@ from internlm.config.resolve import DERIVATIONS
 from internlm.config.rules import ALL_RULES, Rule, RunInfo
 from internlm.config.rules.rule import DEVICE_TYPE, WORLD_SIZE
 from internlm.config.schema.fields import Section
-from internlm.config.support import DUBIOUS_SETTINGS, LOCAL_FOLDERS, NO_EFFECT, SUPPORTED_VALUES, UNREAD
+from internlm.config.support import (
+    CHECKPOINT_FOLDERS,
+    DUBIOUS_SETTINGS,
+    LOCAL_FOLDERS,
+    NO_EFFECT,
+    SUPPORTED_VALUES,
+    UNREAD,
+)
 from tests.unit.config.samples import BUSIEST, config_of
 
 RUN = RunInfo(world_size=8, device_type="cpu")
@@ -24,7 +31,7 @@ TABLES = {
     "renamed": [new.key for new in RENAMED.values()],
     "respelled": list(RESPELLED),
     "dubious settings": [key for setting in DUBIOUS_SETTINGS for key in setting.keys],
-    "supported values": [*SUPPORTED_VALUES, *LOCAL_FOLDERS],
+    "supported values": [*SUPPORTED_VALUES, *LOCAL_FOLDERS, *CHECKPOINT_FOLDERS],
     "no effect": [row.key for row in NO_EFFECT],
     "unread": [key for setting, inner in UNREAD.items() for key in (setting, *inner)],
 }

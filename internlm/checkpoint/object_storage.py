@@ -1,0 +1,344 @@
+"""Storage of checkpoints in an object store: a save is committed by a conditional PUT of its manifest.
+
+An object store has no rename, but a PUT replaces an object as a whole, and its conditions (``If-None-Match``,
+``If-Match``) hold against all other clients. A listing shows every object whose PUT has succeeded.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from types import TracebackType
+from typing import Any
+
+from internlm.checkpoint.local_files import split_name
+from internlm.checkpoint.object_client import Answer, ConditionFailedError, ObjectClient, Patience
+from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
+from internlm.config.schema.fields import ObjectAddress
+
+#: Size of the parts of a large object in bytes; a store takes 10,000 of them. While a file is written, one part is
+#: filled and up to two are sent. The connection may hold a copy of those: five times this size is the memory of a rank.
+PART_BYTES = 12 << 20
+_MOST_PARTS = 10_000
+_PARTS_IN_FLIGHT = 2
+_KEYS_PER_REQUEST = 1000
+_MOST_MANIFEST_BYTES = 1 << 30
+# At the start a wrong endpoint is likelier than one that is down.
+_START_PATIENCE = 10.0
+_CHECKPOINT = re.compile(r"(step|snapshot)-[0-9]+/")
+
+
+class ObjectStorage:
+    """Storage in the bucket and below the prefix of ``address``, by the S3 protocol."""
+
+    def __init__(self, address: ObjectAddress, patience: Patience | None = None) -> None:
+        self._client = ObjectClient(address, patience or Patience())
+        self._prefix = f"{address.prefix}/" if address.prefix else ""
+        self.location = self._client.url(address.prefix)
+
+    def path(self, name: str) -> str:
+        """Return the address of ``name``."""
+        return f"{self.location}/{name}".rstrip("/")
+
+    def prepare(self) -> None:
+        """Check that objects can be written and deleted; folders need not be created."""
+        probe = self._key(f".writable-{secrets.token_hex(4)}")
+        try:
+            self._client.call("put_object", probe, _START_PATIENCE, Body=b"")
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise OSError(errno.ENXIO, "the bucket does not exist: create it", self.location) from None
+            raise
+        self._client.call("delete_object", probe, _START_PATIENCE)
+
+    # -- files
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the sorted names in ``folder``; those of folders end with a slash."""
+        prefix = self._folder(folder)
+        found: set[str] = set()
+        for page in self._pages("list_objects_v2", prefix, Delimiter="/", MaxKeys=_KEYS_PER_REQUEST):
+            found.update(entry["Prefix"][len(prefix) :] for entry in page.get("CommonPrefixes", ()))
+            found.update(entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
+        # Some tools create an object whose key is that of a folder.
+        return sorted(found - {"", "/"})
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return the content of an object of at most ``limit`` bytes."""
+        content, _, size = self._read_range(name, limit)
+        if size > limit:
+            raise OSError(errno.EFBIG, f"expected at most {limit} bytes, got {size}", self.path(name))
+        return content
+
+    def open(self, name: str) -> ObjectSource:
+        """Open an object for reading."""
+        head = self._client.call("head_object", self._key(name))
+        return ObjectSource(self._client, self._key(name), head["ContentLength"], head["ETag"])
+
+    def create(self, name: str) -> ObjectSink:
+        """Create an object, which exists as soon as the ``with`` block of the result ends."""
+        return ObjectSink(self._client, self._key(name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small object, replacing an older one."""
+        self._client.call("put_object", self._key(name), Body=data)
+
+    def compare_and_swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        """Replace the content ``old`` by ``new`` by a PUT whose condition is the ETag of ``old``.
+
+        Processes that compete write contents that differ: the owner of a content that is found is the one who swapped.
+        Not every store can delete on a condition, so None is written as an empty object, which counts as None.
+        """
+        try:
+            content, etag, _ = self._read_range(name, COMPARED_BYTES)
+        except FileNotFoundError:
+            content, etag = b"", None
+        if content != (old or b""):
+            return False
+        if not content and new is None:
+            return True
+        try:
+            self._put_if(self._key(name), new or b"", etag)
+        except ConditionFailedError:  # unless this PUT itself has made it false
+            return self._read_range(name, COMPARED_BYTES)[0] == (new or b"")
+        except FileNotFoundError:  # deleted since it was read
+            return False
+        return True
+
+    def age(self, name: str) -> float:
+        """Return the seconds since ``name`` was written, by the clock of the store, which has whole seconds."""
+        head = self._client.call("head_object", self._key(name))
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - head["LastModified"]).total_seconds())
+
+    # -- checkpoints
+
+    def attempt_folder(self, checkpoint: str, attempt: str) -> str:
+        """Return ``<checkpoint>/<attempt>``."""
+        return f"{checkpoint}/{attempt}"
+
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
+        """Write the manifest, unless another process has just written or replaced it; then remove older attempts."""
+        key = self._key(f"{checkpoint}/{MANIFEST}")
+        try:
+            etag = self._client.call("head_object", key)["ETag"]
+        except FileNotFoundError:
+            etag = None
+        try:
+            self._put_if(key, manifest, etag)
+        except ConditionFailedError:
+            # Every attempt has a manifest of its own, so if it is there, this PUT has made the condition false.
+            if self._read_range(f"{checkpoint}/{MANIFEST}", len(manifest) + 1)[0] != manifest:
+                message = "another run has just saved this checkpoint"
+                raise OSError(errno.EEXIST, message, self.path(checkpoint)) from None
+        # The save has succeeded: what cannot be removed now is one of the leftovers.
+        with suppress(OSError):
+            for folder in self.names(checkpoint):
+                if folder.endswith("/") and folder != f"{attempt}/":
+                    self.remove(f"{checkpoint}/{folder}")
+
+    def withdraw(self, checkpoint: str, attempt: str) -> None:
+        """Delete the manifest, so that there is no checkpoint any more, and then the other objects."""
+        key = self._key(f"{checkpoint}/{MANIFEST}")
+        self._client.call("head_object", key)
+        self._client.call("delete_object", key)
+        with suppress(OSError):
+            self.remove(checkpoint)
+
+    def remove(self, folder: str) -> None:
+        """Delete all objects in a folder, and abort uploads into it."""
+        folder = folder.rstrip("/")
+        if not folder:
+            raise OSError(errno.EINVAL, "expected the name of a folder", self.location)
+        prefix = self._folder(folder)
+        for page in self._pages("list_objects_v2", prefix, MaxKeys=_KEYS_PER_REQUEST):
+            keys = [{"Key": entry["Key"]} for entry in page.get("Contents", ())]
+            if keys:
+                answer = self._client.call("delete_objects", prefix, Delete={"Objects": keys, "Quiet": True})
+                for error in answer.get("Errors", ()):
+                    raise OSError(errno.EIO, f"cannot be deleted ({error.get('Code')})", self._client.url(error["Key"]))
+        for key, upload in self._uploads(prefix):
+            with suppress(FileNotFoundError):
+                self._client.call("abort_multipart_upload", key, UploadId=upload)
+
+    def leftovers(self) -> dict[str, str]:
+        """Return the folders of attempts that no manifest names; those of an unreadable manifest are left alone."""
+        attempts = {name.rstrip("/"): set(self.names(name)) for name in self.names() if _CHECKPOINT.fullmatch(name)}
+        for key, _ in self._uploads(self._prefix):
+            checkpoint, attempt, *rest = f"{key[len(self._prefix) :]}//".split("/")
+            if _CHECKPOINT.fullmatch(f"{checkpoint}/") and rest[0]:
+                attempts.setdefault(checkpoint, set()).add(f"{attempt}/")
+        found: dict[str, str] = {}
+        for checkpoint, names in attempts.items():
+            folders = {name for name in names if name.endswith("/")}
+            if MANIFEST in names and folders:
+                manifest = self.read(f"{checkpoint}/{MANIFEST}", _MOST_MANIFEST_BYTES)
+                named = {folder for folder in folders if f'"{folder}'.encode() in manifest}
+                folders = folders - named if named else set()
+            found |= {f"{checkpoint}/{folder.rstrip('/')}": checkpoint for folder in sorted(folders)}
+        return found
+
+    def free_bytes(self) -> None:
+        """Return None: an object store has no limit that can be queried."""
+
+    # -- requests
+
+    def _key(self, name: str) -> str:
+        if not split_name(name):
+            raise OSError(errno.EINVAL, "expected the name of an object", self.location)
+        return self._prefix + name
+
+    def _folder(self, folder: str) -> str:
+        """Return the prefix of the keys in a folder."""
+        return f"{self._key(folder.rstrip('/'))}/" if folder else self._prefix
+
+    def _read_range(self, name: str, limit: int) -> tuple[bytes, str, int]:
+        """Return the first ``limit`` bytes of an object, its ETag and its size."""
+        while True:
+            try:
+                response = self._client.call("get_object", self._key(name), Range=f"bytes=0-{limit - 1}")
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # an empty object has no range
+                    raise
+                response = self._client.call("head_object", self._key(name))
+                if response["ContentLength"]:  # it has just been replaced
+                    continue
+            size = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
+            return response.get("Content", b""), response["ETag"], size
+
+    def _put_if(self, key: str, data: bytes, etag: str | None) -> None:
+        """Replace the object that has the ETag; without one, create the object only if there is none."""
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        self._client.call("put_object", key, Body=data, **condition)
+
+    def _pages(self, operation: str, prefix: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        token: dict[str, Any] = {}
+        while True:
+            page = self._client.call(operation, prefix, Prefix=prefix, **parameters, **token)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _uploads(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Yield the key and the id of every upload in parts that was neither completed nor aborted."""
+        marker: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list_multipart_uploads", prefix, Prefix=prefix, **marker)
+            for upload in page.get("Uploads", ()):
+                if upload["Key"].startswith(prefix):
+                    yield upload["Key"], upload["UploadId"]
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+class ObjectSource:
+    """Object that is open for reading, in ranges."""
+
+    def __init__(self, client: ObjectClient, key: str, size: int, etag: str) -> None:
+        self._client, self._key, self._etag = client, key, etag
+        self.size = size
+
+    def read_into(self, position: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``position`` on."""
+        count = min(len(buffer), self.size - position)
+        if count <= 0:
+            return 0
+        last = position + count - 1
+        try:
+            response = self._client.call("get_object", self._key, Range=f"bytes={position}-{last}", IfMatch=self._etag)
+        except ConditionFailedError:
+            message = "was replaced while it was read"
+            raise OSError(errno.EIO, message, self._client.url(self._key)) from None
+        buffer[:count] = response["Content"]
+        return count
+
+    def close(self) -> None:
+        """Do nothing: every range is a request of its own."""
+
+
+class ObjectSink:
+    """Object that is being written: at once if it is small, else in parts, which are sent in the background."""
+
+    def __init__(self, client: ObjectClient, key: str) -> None:
+        self._client, self._key = client, key
+        self._part = bytearray()
+        self._upload: str | None = None
+        self._sent: deque[Future[Answer]] = deque()
+        self._etags: list[str] = []
+        self._size = 0
+
+    def write(self, data: memoryview) -> None:
+        """Append ``data``; block while two parts are on the way."""
+        data = data.cast("B")
+        self._size += len(data)
+        while len(data):
+            taken = min(len(data), PART_BYTES - len(self._part))
+            self._part += data[:taken]
+            data = data[taken:]
+            if len(self._part) == PART_BYTES:
+                self._send_part()
+
+    def __enter__(self) -> ObjectSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except BaseException:
+            kind = BaseException
+            raise
+        finally:
+            if kind is not None:
+                self._abandon()
+
+    def _send_part(self) -> None:
+        if self._upload is None:
+            self._upload = self._client.call("create_multipart_upload", self._key)["UploadId"]
+        while len(self._sent) >= _PARTS_IN_FLIGHT:
+            self._etags.append(self._client.result(self._sent.popleft())["ETag"])
+        number = len(self._etags) + len(self._sent) + 1
+        if number > _MOST_PARTS:
+            message = f"an object has at most {_MOST_PARTS * PART_BYTES >> 30} GiB"
+            raise OSError(errno.EFBIG, message, self._client.url(self._key))
+        sent, self._part = self._part, bytearray()
+        self._sent.append(
+            self._client.submit("upload_part", self._key, UploadId=self._upload, PartNumber=number, Body=sent)
+        )
+
+    def _finish(self) -> None:
+        if self._upload is None:
+            self._client.call("put_object", self._key, Body=bytes(self._part))
+            return
+        if self._part:
+            self._send_part()
+        while self._sent:
+            self._etags.append(self._client.result(self._sent.popleft())["ETag"])
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(self._etags, 1)]
+        try:
+            self._client.call(
+                "complete_multipart_upload", self._key, UploadId=self._upload, MultipartUpload={"Parts": parts}
+            )
+        except FileNotFoundError:
+            # The answer to a first request may have been lost: then the upload is complete, and unknown by its id.
+            if self._client.call("head_object", self._key)["ContentLength"] != self._size:
+                raise
+
+    def _abandon(self) -> None:
+        # A part that arrives after its upload was aborted would be kept, and paid for.
+        wait(self._sent, timeout=self._client.patience.silence)
+        for future in self._sent:
+            future.cancel()
+        if self._upload is not None:
+            with suppress(OSError):
+                self._client.call("abort_multipart_upload", self._key, UploadId=self._upload)
