@@ -143,6 +143,11 @@ class ObjectStorage:
                 if folder.endswith("/") and folder != f"{attempt}/":
                     self.remove(f"{checkpoint}/{folder}")
 
+    def discard(self, checkpoint: str, attempt: str) -> None:
+        """Delete the objects of the attempt, unless the manifest names them: its PUT may have seemed to fail."""
+        if f"{attempt}/" not in self._named(checkpoint, {f"{attempt}/"}):
+            self.remove(self.attempt_folder(checkpoint, attempt))
+
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Delete the manifest, so that there is no checkpoint any more, and then the other objects."""
         key = self._key(f"{checkpoint}/{MANIFEST}")
@@ -152,11 +157,12 @@ class ObjectStorage:
             self.remove(checkpoint)
 
     def remove(self, folder: str) -> None:
-        """Delete all objects in a folder, and abort uploads into it."""
+        """Delete all objects in a folder, or one object, and abort uploads into the folder."""
         folder = folder.rstrip("/")
         if not folder:
             raise OSError(errno.EINVAL, "expected the name of a folder", self.location)
         prefix = self._folder(folder)
+        self._client.call("delete_object", prefix.rstrip("/"))
         for page in self._pages("list_objects_v2", prefix, MaxKeys=_KEYS_PER_REQUEST):
             keys = [{"Key": entry["Key"]} for entry in page.get("Contents", ())]
             if keys:
@@ -177,15 +183,22 @@ class ObjectStorage:
         found: dict[str, str] = {}
         for checkpoint, names in attempts.items():
             folders = {name for name in names if name.endswith("/")}
-            if MANIFEST in names and folders:
-                manifest = self.read(f"{checkpoint}/{MANIFEST}", _MOST_MANIFEST_BYTES)
-                named = {folder for folder in folders if f'"{folder}'.encode() in manifest}
-                folders = folders - named if named else set()
+            named = self._named(checkpoint, folders) if MANIFEST in names and folders else set()
+            # One of them must be the checkpoint's: a manifest that names none is damaged.
+            folders = folders - named if named or MANIFEST not in names else set()
             found |= {f"{checkpoint}/{folder.rstrip('/')}": checkpoint for folder in sorted(folders)}
         return found
 
     def free_bytes(self) -> None:
         """Return None: an object store has no limit that can be queried."""
+
+    def _named(self, checkpoint: str, folders: set[str]) -> set[str]:
+        """Return those of ``folders`` that the manifest names, with their slash; none if there is no manifest."""
+        try:
+            manifest = self.read(f"{checkpoint}/{MANIFEST}", _MOST_MANIFEST_BYTES)
+        except FileNotFoundError:
+            return set()
+        return {folder for folder in folders if f'"{folder}'.encode() in manifest}
 
     # -- requests
 

@@ -103,7 +103,7 @@ class Storage(Protocol):
         """Delete a committed checkpoint; from the first moment on it does not count as committed."""
 
     def remove(self, folder: str) -> None:
-        """Remove a folder with all of its files, whether it exists or not."""
+        """Remove a folder with all of its files, or a file, whether it exists or not."""
 
     def leftovers(self) -> dict[str, str]:
         """Return the folders of unfinished saves and deletions, with the name of the checkpoint of each."""
