@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import socket
 import threading
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 
 from internlm.checkpoint import locations, object_storage
+from internlm.checkpoint.folder_checks import check_space
+from internlm.checkpoint.lease import LEASE_FILE, Lease, LeaseTimes, this_owner, to_bytes
 from internlm.checkpoint.object_client import Patience
 from internlm.checkpoint.object_storage import ObjectStorage
 from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
 from internlm.config.schema.fields import ObjectAddress
 from internlm.utils import lazy
-from internlm.utils.errors import UserError
+from internlm.utils.errors import CheckpointError, UserError
 from tests.harness.object_server import BUCKET, SECRET, Fault, ObjectServer, environment, object_server
 
 HASTY = Patience(connect=1.0, silence=2.0, request=4.0, retry=1.5, first_delay=0.01, longest_delay=0.05)
@@ -44,10 +47,24 @@ def server(running: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> ObjectServ
     return running
 
 
+@pytest.fixture(scope="module")
+def connected(running: ObjectServer) -> ObjectStorage:
+    """Storage whose client all tests share: making one takes tenths of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running.endpoint).items():
+            patch.setenv(name, value)
+        storage = ObjectStorage(ObjectAddress(BUCKET, ""), HASTY)
+        storage.prepare()
+    return storage
+
+
 @pytest.fixture
-def storage(server: ObjectServer, request: pytest.FixtureRequest) -> ObjectStorage:
+def storage(server: ObjectServer, connected: ObjectStorage, request: pytest.FixtureRequest) -> ObjectStorage:
     # A folder of its own, so that tests share the server, but no object.
-    return ObjectStorage(ObjectAddress(BUCKET, f"runs/{abs(hash(request.node.name))}"), HASTY)
+    address = ObjectAddress(BUCKET, f"runs/{abs(hash(request.node.name))}")
+    own = copy.copy(connected)
+    own.__dict__.update(_prefix=f"{address.prefix}/", location=f"s3://{address.bucket}/{address.prefix}")
+    return own
 
 
 def put(storage: ObjectStorage, name: str, content: bytes = b"content") -> None:
@@ -277,6 +294,35 @@ def test_leftovers_are_attempts_that_no_manifest_names(storage: ObjectStorage) -
     assert storage.leftovers() == {}
     assert storage.names() == ["notes/", "step-1/", "step-3/"]
     assert storage.names("step-3") == [MANIFEST, "other/"]
+
+
+def test_a_lease_is_held_lost_and_released(storage: ObjectStorage) -> None:
+    quick = LeaseTimes(to_live=30, renewal=0.1, watch=0.3, poll=0.05)
+    lease = Lease.acquire(storage, "first", times=quick)
+    lease.check()
+    lease.release()
+    lease = Lease.acquire(storage, "second", times=quick)
+    other = replace(this_owner("other"), boot_id="another machine's")
+    storage.write(LEASE_FILE, to_bytes(other))
+    with pytest.raises(CheckpointError, match=r'another run took it over .* job "other"'):
+        lease.check()
+    lease.release()
+    assert storage.read(LEASE_FILE, 9999) == to_bytes(other)
+
+
+def test_space_is_not_limited(storage: ObjectStorage) -> None:
+    check_space(storage, 1 << 60)
+
+
+def test_an_attempt_that_failed_is_discarded_but_not_one_that_was_published_after_all(storage: ObjectStorage) -> None:
+    put(storage, "step-1/bad/rank-00000.bin")
+    storage.discard("step-1", "bad")
+    assert storage.names() == []
+    save(storage, "step-1", "good")
+    put(storage, "step-1/bad/rank-00000.bin")
+    storage.discard("step-1", "good")
+    storage.discard("step-1", "bad")
+    assert storage.names("step-1") == ["good/", MANIFEST]
 
 
 def test_a_run_that_publishes_in_between_is_not_overwritten(storage: ObjectStorage, server: ObjectServer) -> None:

@@ -1,0 +1,125 @@
+"""Checks of a save folder at the start of a run, and plain messages for errors of the system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from internlm.checkpoint.storage import Storage
+from internlm.utils.errors import CheckpointError, Problem, format_by_rank
+
+#: Seconds in which a file must become visible on all hosts; clients of network file systems cache what is missing.
+_VISIBLE_SECONDS = 10.0
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+#: Errors of the system in the words of users. Other errors keep the system's words.
+_MESSAGES = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EFBIG: "larger than the limit for files (ulimit -f)",
+    errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENOENT: "does not exist",
+    errno.ENOTDIR: "is not a folder, or is below a file",
+    errno.EEXIST: "exists, and is not a folder",
+    errno.EISDIR: "is a folder",
+    errno.EIO: "the device failed to read or write (see the system's log)",
+    errno.ESTALE: "the file server no longer has this file",
+}
+
+
+def reason_of(error: OSError) -> str:
+    """Return the reason of a failed operation in plain words: ``no space left``."""
+    reason = error.strerror or str(error)
+    # Errors that this package raises have texts of their own.
+    is_of_system = error.errno is not None and reason == os.strerror(error.errno)
+    return _MESSAGES.get(error.errno or 0, reason) if is_of_system else reason
+
+
+def explain(error: OSError) -> str:
+    """Return the reason of a failed operation in plain words, with the file: ``/data/ckpts/x: no space left``."""
+    return f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)
+
+
+def problem_of(error: OSError, storage: Storage, todo: str = "Choose a writable folder") -> Problem:
+    """Return the problem of a failed operation of ``storage``."""
+    return Problem(str(error.filename or storage.location), reason_of(error), todo)
+
+
+def check_space(storage: Storage, needed_bytes: int) -> None:
+    """Check that there is space for ``needed_bytes``, as far as it is known. A quota is not.
+
+    Raises:
+        CheckpointError: There is not enough space.
+    """
+    free = storage.free_bytes()
+    if free is not None and free < needed_bytes:
+        message = f"need {format_size(needed_bytes)}, {format_size(free)} free at {storage.location}"
+        raise CheckpointError(Problem("No space", message, "Free some, or choose another ckpt.save_ckpt_folder"))
+
+
+def format_size(size: int) -> str:
+    """Format bytes with one decimal: ``1.2 GB``."""
+    factor, unit = next((row for row in _UNITS if size >= row[0]), _UNITS[-1])
+    return f"{size / factor:.1f} {unit}"
+
+
+def check_shared(storage: Storage, group: dist.ProcessGroup | None = None) -> None:
+    """Check that all ranks see the same folder: a file that rank 0 writes there; collective.
+
+    Args:
+        storage: The save folder, which exists for rank 0.
+        group: Group of all ranks; by default the default group.
+
+    Raises:
+        CheckpointError: Rank 0 cannot write, or ranks do not see its file. Raised on all ranks.
+    """
+    if dist.get_world_size(group) == 1:
+        return
+    name, token = f".shared-{secrets.token_hex(4)}", secrets.token_hex(8)
+    is_first = dist.get_rank(group) == 0
+    sent: list[tuple[str, str, str, Problem | None]] = [(name, token, storage.path(name), None)]
+    if is_first:
+        try:
+            storage.write(name, token.encode())
+        except OSError as error:
+            sent = [(name, token, storage.path(name), problem_of(error, storage))]
+    dist.broadcast_object_list(sent, group=group, group_src=0)
+    name, token, path, failure = sent[0]
+    if failure:
+        raise CheckpointError(failure)
+    reason = "" if is_first else _why_unseen(storage, name, token)
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
+    dist.all_gather_object(found, (socket.gethostname(), reason), group=group)
+    if is_first:
+        with suppress(OSError):
+            storage.remove(name)
+    if reasons := [(rank, reason) for rank, (_, reason) in enumerate(found) if reason]:
+        by_rank = format_by_rank([f"not on host {host}" if reason else f"on host {host}" for host, reason in found])
+        first, reason = reasons[0]
+        message = f"not all ranks see what rank 0 writes there ({by_rank}; rank {first}: {reason})"
+        raise CheckpointError(Problem(os.path.dirname(path), message, "Choose a folder that all hosts share"))
+
+
+def _why_unseen(storage: Storage, name: str, token: str) -> str:
+    """Return why this rank does not see the file; empty if it does."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while True:
+        try:
+            if storage.read(name, limit=len(token)) == token.encode():
+                return ""
+            reason = f"{storage.path(name)}: has another content"
+        except OSError as error:
+            reason = explain(error)
+        if time.monotonic() > deadline:
+            return reason
+        time.sleep(0.2)
