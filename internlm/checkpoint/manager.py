@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
+from internlm.checkpoint.folder_checks import explain
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
 from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.save_folder import SNAPSHOTS, SaveFolder
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
-from internlm.checkpoint.saver import Saver, explain
+from internlm.checkpoint.saver import Saver
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save
 from internlm.config.schema import CkptConfig

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm import accelerator
+from internlm.checkpoint.folder_checks import explain
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.planners import LogicalSavePlanner, staging_bytes
 from internlm.checkpoint.storage import Storage
@@ -245,8 +246,3 @@ def _broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
-
-
-def explain(error: OSError) -> str:
-    """Return the reason of a failed operation of the system, with the file."""
-    return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
