@@ -8,6 +8,7 @@ stopped for so long finds out before it commits.
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import secrets
@@ -306,11 +307,15 @@ def _named(content: bytes) -> str:
 def _read(storage: Storage) -> bytes | None:
     """Return the beginning of the lease, as much as is compared; None if there is none."""
     try:
-        source = storage.open(LEASE_FILE)
+        return storage.read(LEASE_FILE, COMPARED_BYTES)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+    source = storage.open(LEASE_FILE)
     try:
-        content = bytearray(min(source.size, COMPARED_BYTES))
+        content = bytearray(COMPARED_BYTES)
         return bytes(content[: source.read_into(0, memoryview(content))])
     finally:
         source.close()
