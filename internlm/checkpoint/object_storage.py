@@ -117,6 +117,10 @@ class ObjectStorage:
         now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
         return float((now - head["LastModified"]).total_seconds())
 
+    def written(self, name: str) -> float:
+        """Return the time of the last change of ``name``."""
+        return float(self._client.call("head_object", self._key(name))["LastModified"].timestamp())
+
     # -- checkpoints
 
     def attempt_folder(self, checkpoint: str, attempt: str) -> str:

@@ -209,6 +209,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_an_error(storage: Object
 
 def test_the_age_is_told_by_the_clock_of_the_store(storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     put(storage, "lease.json")
+    assert abs(storage.written("lease.json") - time.time()) < 5
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert 0 <= storage.age("lease.json") < 5
     time.sleep(1.1)
