@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
-from internlm.checkpoint.folder_checks import explain
+from internlm.checkpoint.folder_checks import check_shared, check_space, explain
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
@@ -77,6 +77,9 @@ class CheckpointManager:
         self.on_failure: Callable[[], None] | None = None
         """Function called in a thread of each rank after a save in the background has failed; the next save, or
         :meth:`wait_async_upload_finish`, raises the error."""
+        self.on_lost: Callable[[], None] | None = None
+        """Function called in a thread of rank 0 after the save folder got another owner; no save can be committed
+        any more."""
         self._saver: Saver | None = None
         self._next_slot: int | None = None
         self._is_prepared = False
@@ -117,7 +120,15 @@ class CheckpointManager:
         Raises:
             CheckpointError: The save in the background failed.
         """
-        self.wait_async_upload_finish()
+        try:
+            self.wait_async_upload_finish()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
+        self._is_prepared = False
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -131,10 +142,16 @@ class CheckpointManager:
             # All ranks raise it, so the save in the background can be completed. The first error is the one to report.
             with suppress(CheckpointError):
                 self.close()
+        else:
+            self._leave()
 
     def _failed(self) -> None:
         if self.on_failure is not None:
             self.on_failure()
+
+    def _lost(self, reason: str) -> None:
+        if self.on_lost is not None:
+            self.on_lost()
 
     def save(self, state: Resumable) -> str:
         """Save the checkpoint ``step-N`` and return its path; collective.
@@ -155,7 +172,9 @@ class CheckpointManager:
             )
         self._prepare()
         if self._saver is None:
-            self._saver = Saver(self.storage, lambda: None, self.folder.to_delete, self._failed, self.timeout)
+            self._saver = Saver(
+                self.storage, self.folder.check_owner, self.folder.to_delete, self._failed, self.timeout
+            )
         content = self.content.state(state, self._own_root())
         save = Save(checkpoint=name, step=state.step, state=content)
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)
@@ -278,8 +297,13 @@ class CheckpointManager:
         """Prepare the save folder before its first use; collective."""
         if self._is_prepared:
             return
-        existing = self._on_first_rank(lambda folder: folder.prepare())
+        assert self.storage is not None, "the config check requires a folder if saving is enabled"
+        job = str(self.run_info["config"].get("JOB_NAME", ""))
+        existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True
+        check_shared(self.storage)
+        needed = self.content.bytes_of_checkpoint()
+        self._on_first_rank(lambda folder: check_space(folder.storage, needed))
         if existing and not self.config.auto_resume and dist.get_rank() == 0:
             log.warning(
                 f"{self._own_root()} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "

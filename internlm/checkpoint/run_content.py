@@ -104,6 +104,14 @@ class RunContent:
             self._addresses = addresses
         return self._tensors
 
+    def bytes_of_checkpoint(self) -> int:
+        """Return the size of the tensors of a checkpoint on rank 0, and 0 on other ranks; collective."""
+        sizes = {name: x.global_shape.numel() * x.dtype.itemsize for name, x in self.tensors().items()}
+        all_sizes: list[dict[str, int]] = [{}] * dist.get_world_size() if dist.get_rank() == 0 else []
+        dist.gather_object(sizes, all_sizes or None)
+        # A tensor that several ranks hold is saved once.
+        return sum({name: size for of_rank in all_sizes for name, size in of_rank.items()}.values())
+
     def state(self, counters: Resumable, save_folder: str) -> RunState:
         """Return the content of the state file."""
         return RunState(

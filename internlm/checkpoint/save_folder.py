@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from internlm.checkpoint.foreign_folders import foreign_save_folder
+from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.saved_checkpoint import find_checkpoints, plain_names
 from internlm.checkpoint.storage import Storage
-from internlm.utils.errors import CheckpointError
+from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
 
 log = get_logger()
@@ -30,14 +31,44 @@ class SaveFolder:
 
     def __init__(self, storage: Storage, keep_last: int | None = None, keep_every: int | None = None) -> None:
         self.storage, self.keep_last, self.keep_every = storage, keep_last, keep_every
+        self._lease: Lease | None = None
 
-    def prepare(self) -> list[str]:
-        """Create the folder, check that it is writable, and remove what unfinished saves left.
+    # -- owner --------------------------------------------------------------------------------------------------------
+    def open(self, job: str, on_lost: Callable[[str], None]) -> list[str]:
+        """Create the folder, become its owner, and remove what unfinished saves left.
+
+        Args:
+            job: Name of the job, by which other runs call the owner.
+            on_lost: Function called in a thread with the reason if the folder gets another owner.
 
         Returns:
             Names of its committed checkpoints, newest first.
+
+        Raises:
+            CheckpointError: A live run owns the folder.
         """
         self.storage.prepare()
+        self._lease = Lease.acquire(self.storage, job, on_lost)
+        return self.tidy()
+
+    def check_owner(self) -> None:
+        """Check that this run still owns the folder; called before each commit.
+
+        Raises:
+            CheckpointError: It does not.
+        """
+        if self._lease is None:
+            raise CheckpointError(Problem(self.storage.location, "the run that is saving has ended"))
+        self._lease.check()
+
+    def close(self) -> None:
+        """Leave the folder to other runs."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def tidy(self) -> list[str]:
+        """Remove what unfinished saves left; return the names of the committed checkpoints, newest first."""
         committed = [entry.name for entry in find_checkpoints(self.storage) if entry.is_committed]
         for folder, checkpoint in self.storage.leftovers().items():
             # Until the new one is committed, the replaced one is the newest.
@@ -46,6 +77,7 @@ class SaveFolder:
                 self.storage.remove(folder)
         return committed
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
     def candidates(self) -> list[str]:
         """Return the names of the checkpoints to resume from, newest first; log the unfinished ones.
 

@@ -12,6 +12,7 @@ A failure on any rank is raised on all ranks, and leaves earlier checkpoints as 
 from __future__ import annotations
 
 import atexit
+import errno
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -28,9 +29,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm import accelerator
-from internlm.checkpoint.folder_checks import explain
+from internlm.checkpoint.folder_checks import explain, format_size, reason_of
 from internlm.checkpoint.logical_tensors import LogicalTensors
-from internlm.checkpoint.planners import LogicalSavePlanner, staging_bytes
+from internlm.checkpoint.planners import LogicalSavePlanner, bytes_of, staging_bytes
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 from internlm.checkpoint.verification import damage
@@ -169,7 +170,7 @@ class Saver:
         try:
             results = writer.write_data(plan.own, planner).value()
         except OSError as error:
-            failure = explain(error)
+            failure = self._explain(error, plan.own)
         written = _gather((results, failure), group)
         outcome = self._commit(writer, plan, written) if written else ""
         doomed = self._doomed(save.step) if written and not outcome else ()
@@ -178,6 +179,13 @@ class Saver:
             raise CheckpointError(Problem(self.storage.path(save.checkpoint), f"cannot be saved ({outcome})", TODO))
         if doomed:
             self._prune(save.checkpoint, doomed, attempt, group)
+
+    def _explain(self, error: OSError, plan: SavePlan) -> str:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return explain(error)
+        free = self.storage.free_bytes()
+        rest = "" if free is None else f", {format_size(free)} free at {self.storage.location}"
+        return f"{reason_of(error)}: need {format_size(bytes_of(plan))}{rest}"
 
     def _commit(self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], str]]) -> str:
         """Publish what all ranks have written; return why that is impossible, or an empty string."""

@@ -207,7 +207,12 @@ def _fit(
 
 def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
     builder = _build(world_size, overrides, [])
-    return _described(builder, lambda: builder.checkpoints.try_resume_training(builder.trainer.state), [])
+
+    def load() -> str:
+        with builder.checkpoints:  # leaves the save folder to the next run
+            return builder.checkpoints.try_resume_training(builder.trainer.state)
+
+    return _described(builder, load, [])
 
 
 def _resave(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:

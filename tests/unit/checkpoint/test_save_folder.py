@@ -56,7 +56,7 @@ def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:
     saved(tmp_path, "step-10", 10).rename(tmp_path / "step-10.deleting-ab")
     shutil.copytree(tmp_path / "step-20", tmp_path / "step-20.replaced-ab")
     saved(tmp_path, "step-40", 40).rename(tmp_path / "step-40.replaced-ab")
-    assert SaveFolder(LocalStorage(tmp_path)).prepare() == ["step-40.replaced-ab", "step-20", "step-20.replaced-ab"]
+    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-40.replaced-ab", "step-20", "step-20.replaced-ab"]
     # The new step-40 was not committed, so the replaced one is all there is.
     assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["step-20", "step-40.replaced-ab"]
 
