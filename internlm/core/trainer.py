@@ -17,7 +17,8 @@ from internlm.core.scheduler.loss import LOSS
 from internlm.core.train_state import TrainState as TrainState
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
 from internlm.utils.compat import FollowsRun, OlderResult, ReplacedNames
-from internlm.utils.errors import Problem, UserError
+from internlm.utils.errors import Problem, UserError, naming_lost_ranks
+from internlm.utils.progress import enter_phase
 
 Batch = tuple[dict[str, Any], Tensor]
 Schedule = Callable[[int], float]
@@ -202,9 +203,12 @@ class Trainer(ReplacedNames, OlderResult):
             step=self.state.step, loss_scale=self.optimizer.loss_scale, after_backward=after_backward
         )
         batch = _next_batch(_batches(data_iter), "trainer.execute_schedule")
-        result = self.scheduler.forward_backward_step(
-            self, iter([batch]), forward_only, return_loss, return_output_label, training
-        )
+        if return_loss and not forward_only:
+            enter_phase("forward", self.state.step)
+        with naming_lost_ranks():
+            result = self.scheduler.forward_backward_step(
+                self, iter([batch]), forward_only, return_loss, return_output_label, training
+            )
         if return_loss and not forward_only:
             self._sums.append(result.host_sums)
             self._local_losses.append(result.local_loss)
@@ -222,7 +226,9 @@ class Trainer(ReplacedNames, OlderResult):
         """
         step, sums, local_losses = self.state.step, self._sums, self._local_losses
         loss = torch.stack([of_pass.tensor[LOSS].sum() for of_pass in sums]).sum() if sums else None
-        update = self.optimizer.step(self.lr_schedule(step), self.beta2_schedule(step), loss)
+        enter_phase("update", step)
+        with naming_lost_ranks():
+            update = self.optimizer.step(self.lr_schedule(step), self.beta2_schedule(step), loss)
         self.state.count_step(update, self._tokens)
         self._begin_losses()
         if update.is_last_chance:
@@ -243,6 +249,7 @@ class Trainer(ReplacedNames, OlderResult):
         """
         # Read the step before self.step() increments it.
         step, start = self.state.step, accelerator.Mark()
+        enter_phase("data wait", step)
         batch = _next_batch(batches, "trainer.train_step")
         fetched = accelerator.Mark()
         # From the number of micro-batches, the optimizer derives when the gradients of a bucket are complete.
@@ -251,6 +258,7 @@ class Trainer(ReplacedNames, OlderResult):
         computed = accelerator.Mark()
         update = self.step()
         end = accelerator.Mark()
+        enter_phase("hooks")
         shape = BatchShape.of(batch[0])
         return StepReport(
             step=step,
@@ -280,20 +288,22 @@ class Trainer(ReplacedNames, OlderResult):
         Raises:
             UserError: The loader has too few batches, or too many steps in a row were skipped because of a
                 non-finite loss or gradient.
+            LostPeerError: A rank is gone, silent or behind.
         """
         _check_loader(loader)
         loader.seek(self.state.step)
         batches = iter(loader)
         self.train()
         try:
-            for hook in hooks:
-                hook.before_run(self)
-            while self.state.step < total_steps and not self.stop_requested:
+            with naming_lost_ranks():
                 for hook in hooks:
-                    hook.before_step(self)
-                report = self.train_step(batches)
-                for hook in hooks:
-                    hook.after_step(self, report)
+                    hook.before_run(self)
+                while self.state.step < total_steps and not self.stop_requested:
+                    for hook in hooks:
+                        hook.before_step(self)
+                    report = self.train_step(batches)
+                    for hook in hooks:
+                        hook.after_step(self, report)
         finally:
             # In reverse order, because later hooks may depend on earlier ones, as with nested contexts.
             for hook in reversed(hooks):

@@ -189,7 +189,7 @@ def _channels(schedule: str) -> Channels:
 
     In an interleaved schedule the last stage sends to the first, which holds the next chunk.
     """
-    stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel
+    stage, config = gpc.group(ParallelMode.PIPELINE), gpc.config.parallel.pipeline
     incoming, outgoing = {}, {}
     for index, pairs in enumerate(_neighbours(stage.size, ring=schedule == "interleaved")):
         # A process group delivers messages in the order sent. A group per direction keeps a late message from
@@ -200,8 +200,8 @@ def _channels(schedule: str) -> Channels:
                 outgoing[upper], incoming[upper] = up, down
             if stage.rank == upper:
                 outgoing[lower], incoming[lower] = down, up
-    overlap = schedule != "interleaved" or config.pipeline.interleaved_overlap
-    return Channels(stage, incoming, outgoing, accelerator.current_device(), config.timeout, overlap)
+    overlap = schedule != "interleaved" or config.interleaved_overlap
+    return Channels(stage, incoming, outgoing, accelerator.current_device(), overlap)
 
 
 def _neighbours(stages: int, ring: bool) -> list[list[tuple[int, int]]]:

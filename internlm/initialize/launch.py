@@ -29,13 +29,15 @@ from internlm.initialize.environment import (
     device_index,
     find_process,
 )
-from internlm.initialize.rendezvous import CHECK_RANK_0, make_store
+from internlm.initialize.rendezvous import CHECK_RANK_0, ending_after, make_store
 from internlm.ops import why_unavailable
 from internlm.ops.cpu.kernel_start import check_request, choose_kernels
 from internlm.utils.common import FriendlyParser
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
+from internlm.utils.lost_ranks import end_beacons, start_beacons
+from internlm.utils.progress import dump_stack_on_signal, enter_phase, exit_code_after_lost_peer
 from internlm.utils.torch_private import default_store
 
 OLDEST_TORCH = (2, 13)
@@ -143,6 +145,7 @@ def initialize_distributed_env(
     _set_determinism(resolved.cudnn_deterministic)
     torch.backends.cudnn.benchmark = resolved.cudnn_benchmark
     gpc.initialize(resolved, seed)
+    enter_phase("loading")
 
 
 def _seed_generators(seed: int) -> None:
@@ -302,6 +305,7 @@ def _resolve(config: ConfigLike, process: ProcessInfo | None, overrides: Sequenc
 def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     """Join the default process group, or keep the one that exists already (in a test or a notebook)."""
     if dist.is_initialized():
+        _start_beacons(timeout)
         return
     # torch, NCCL and users' code read these variables, which Slurm does not set.
     endpoint = f"{process.host}:{process.port}"
@@ -312,23 +316,42 @@ def _join(process: ProcessInfo, backend: str, timeout: float) -> None:
     try:
         if "nccl" in backend:
             _record_collectives(os.environ)
-        store = make_store(process, timedelta(seconds=timeout))
-        dist.init_process_group(
-            backend,
-            timeout=timedelta(seconds=timeout),
-            store=store,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
+        with ending_after(timeout, endpoint):
+            store = make_store(process, timedelta(seconds=timeout))
+        with ending_after(timeout, endpoint):
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=timeout),
+                store=store,
+                rank=process.rank,
+                world_size=process.world_size,
+            )
     except dist.DistError as error:
         # torch has no exception class for a port in use.
         in_use = "EADDRINUSE" in str(error)
         message = "is in use" if in_use else f"cannot be reached ({str(error).splitlines()[0]})"
         todo = "Choose another port with --port" if in_use else CHECK_RANK_0
         raise LaunchError(Problem(endpoint, message, todo)) from None
+    _start_beacons(timeout)
     if backend == "gloo":
         leave_at_exit()
     _check_device_is_not_shared(process, backend)
+
+
+def _start_beacons(timeout: float) -> None:
+    """Publish this rank's progress, in a job of several ranks, by which the ranks find one that is lost."""
+    if dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        end_beacons_at_exit()
+        dump_stack_on_signal()
+        # The host of an accelerator does not wait for collectives, so that no wait of it fails.
+        watches = not accelerator.device_kind().is_host
+        start_beacons(dist.get_rank(), dist.get_world_size(), timeout, watches)
+
+
+@functools.cache  # registered before leave_at_exit and so called after it: the thread ends a process that blocks there
+def end_beacons_at_exit() -> None:
+    """Stop the thread of the beacons when the interpreter ends."""
+    atexit.register(end_beacons)
 
 
 def _record_collectives(environment: MutableMapping[str, str]) -> None:
@@ -354,6 +377,8 @@ def leave_at_exit() -> None:
 
 
 def _leave() -> None:
+    if exit_code_after_lost_peer() is not None:  # the process ends without its cleanup
+        return
     if dist.is_initialized():
         dist.destroy_process_group()
     gpc.destroy()

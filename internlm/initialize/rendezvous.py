@@ -5,28 +5,39 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from internlm.initialize.environment import ProcessInfo
-from internlm.utils.errors import LaunchError, Problem
+from internlm.utils.errors import EXIT_USER_ERROR, LaunchError, Problem
+from internlm.utils.job_store import first_on_host
 from internlm.utils.logger import get_logger
+from internlm.utils.lost_ranks import format_ranks, hosted_by_launcher
+from internlm.utils.progress import exit_now
+from internlm.utils.torch_private import without_cpp_logs
 
 CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
 #: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
 _SECONDS_BEFORE_WARNING = 10.0
 #: Seconds for which torch tries to connect to a store, and by which its last, random pause may exceed them.
 _SECONDS_OF_ATTEMPT, _SECONDS_OF_LAST_TRY = 1.0, 2.0
-#: Key in rank 0's store that counts the ranks that have connected to it.
-_JOINED = "ranks that joined"
+#: Seconds in which ranks read the outcome before rank 0, whose process may hold the store, ends.
+_SECONDS_TO_READ = 1.0
+#: Seconds after the timeout in which a process that is not blocked reports it.
+_SECONDS_OF_GRACE = 4.0
+#: Keys in the store: the count of the ranks that have joined, also with the number of each of them; and what is wrong,
+#: an empty string if all ranks have joined.
+_JOINED, _OUTCOME = "ranks that joined", "outcome of joining"
+
+T = TypeVar("T")
 
 
 def make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
@@ -38,8 +49,7 @@ def make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
     Raises:
         LaunchError: Rank 0 cannot be reached, or the other ranks have not connected to it, within ``timeout``.
     """
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if process.rank == 0 and not agent_hosts:
+    if process.rank == 0 and not hosted_by_launcher():
         # Rank 0 reaches its own store by the loopback interface, even if the other ranks' address for it is wrong.
         store: dist.Store = dist.TCPStore(
             "localhost",
@@ -50,35 +60,100 @@ def make_store(process: ProcessInfo, timeout: timedelta) -> dist.Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        store.add(_JOINED, 1)
-        _wait_until_joined(store, process, timeout.total_seconds())
-        return store
-    store = connect(process.host, process.port, timeout)
-    if agent_hosts:
-        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.add(_JOINED, 1)
+    else:
+        store = connect(process.host, process.port, timeout)
+    if hosted_by_launcher():
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _wait_until_joined(store, process, timeout.total_seconds())
     return store
 
 
 def _wait_until_joined(store: dist.Store, process: ProcessInfo, timeout: float) -> None:
-    """Block until all ranks have connected to the store that this rank hosts.
-
-    torch would wait as well, but log nothing meanwhile.
+    """Register this rank in the store, and block until all ranks have done so.
 
     Raises:
-        LaunchError: A rank has not connected within ``timeout`` seconds.
+        LaunchError: A rank has not registered within ``timeout`` seconds, or two processes have the same rank.
     """
+    where, rank = f"{process.host}:{process.port}", process.rank
+    if store.add(f"{_JOINED}/{rank}", 1) > 1:
+        problem = f"two processes of the job at {where} have rank {rank}"
+        store.set(_OUTCOME, problem)
+        raise LaunchError(Problem("rank", problem, "Give every process another rank, and every job another port"))
+    if store.add(_JOINED, 1) == process.world_size:
+        store.set(_OUTCOME, "")
+    outcome = _watch_ranks(store, process, timeout) if rank == 0 else _read_outcome(store, process, timeout)
+    if outcome:
+        error = LaunchError(Problem(where, outcome, "Check --host and --port, and that every rank is running"))
+        error.same_on_all_ranks = True
+        raise error
+
+
+@contextmanager
+def ending_after(seconds: float, endpoint: str) -> Iterator[None]:
+    """End this process if the ``with`` block, which waits for the store, takes much longer than ``seconds``.
+
+    torch's client waits forever for a rank 0 that is stopped. A block that is not blocked raises before that.
+    """
+    timer = threading.Timer(seconds + _SECONDS_OF_GRACE, _end, [seconds, endpoint])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end(seconds: float, endpoint: str) -> None:
+    problem = Problem(endpoint, f"rank 0 has not answered for {seconds:g} s", CHECK_RANK_0)
+    if first_on_host(str(problem)):
+        print(problem, file=sys.stderr, flush=True)
+        time.sleep(_SECONDS_TO_READ)
+    exit_now(EXIT_USER_ERROR)
+
+
+def _watch_ranks(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
+    """Block on rank 0 until all ranks have joined; return what is wrong if they have not within ``timeout`` seconds."""
     where, size = f"{process.host}:{process.port}", process.world_size
     deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
-    while (joined := store.add(_JOINED, 0)) < size:
+    while not store.check([_OUTCOME]):
         now = time.monotonic()
         if now >= deadline:
-            message = f"only {joined} of {size} ranks joined within {timeout:g} s"
-            raise LaunchError(Problem(where, message, "Check --host and --port, and that every rank is running"))
+            outcome = _missing(store, size, f" within {timeout:g} s")
+            store.set(_OUTCOME, outcome)
+            time.sleep(_SECONDS_TO_READ)  # the store ends with this process
+            return outcome
         if now >= warn_at:
             warn_at = deadline  # once
-            get_logger().warning(f"waiting at {where}: only {joined} of {size} ranks joined")
+            get_logger().warning(f"waiting at {where}: {_missing(store, size)}")
         time.sleep(min(0.05, deadline - now))
+    return store.get(_OUTCOME).decode()
+
+
+def _read_outcome(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
+    """Block until rank 0 has found that all ranks have joined, or what is wrong, and return the latter.
+
+    The server of the store is asked once, since thousands of ranks would overload it if they asked repeatedly.
+    """
+    # Rank 0 gives up first, so that all ranks report the same.
+    limit = timeout + _SECONDS_TO_READ
+    store.set_timeout(timedelta(seconds=limit))
+    answer = _start(lambda: store.get(_OUTCOME))
+    wait_for([answer], limit + _SECONDS_TO_READ)
+    if not answer.done():
+        return f"rank 0 has not answered for {limit:g} s"
+    try:
+        outcome = answer.result().decode()
+        store.set_timeout(timedelta(seconds=timeout))
+        return outcome
+    except dist.DistNetworkError:
+        return "rank 0 ended before all ranks joined"
+    except dist.DistStoreError:  # rank 0 itself has not joined
+        return _missing(store, process.world_size, f" within {timeout:g} s")
+
+
+def _missing(store: dist.Store, size: int, within: str = "") -> str:
+    missing = [rank for rank in range(size) if not store.check([f"{_JOINED}/{rank}"])]
+    return f"only {size - len(missing)} of {size} ranks joined{within}, without {format_ranks(missing)}"
 
 
 def connect(host: str, port: int, timeout: timedelta) -> dist.Store:
@@ -97,7 +172,7 @@ def connect(host: str, port: int, timeout: timedelta) -> dist.Store:
         limit = min(max(deadline - time.monotonic(), 0.1), _SECONDS_BEFORE_WARNING)
         reason = "" if attempt else _why_unreachable(host, port, limit)
         if not reason:
-            with _without_stack_traces():
+            with without_cpp_logs():  # torch logs two stack traces for each failed attempt
                 attempt = attempt or _start_attempt(host, port, min(limit, _SECONDS_OF_ATTEMPT))
                 wait_for([attempt], min(limit, _SECONDS_OF_ATTEMPT) + _SECONDS_OF_LAST_TRY)
             reason = "what listens there does not answer as rank 0 does"
@@ -128,36 +203,20 @@ def _why_unreachable(host: str, port: int, limit: float) -> str:
 
 
 def _start_attempt(host: str, port: int, limit: float) -> Future[dist.Store]:
-    """Connect to a store in a thread, which a server that never answers blocks until the process ends."""
-    attempt: Future[dist.Store] = Future()
+    """Start to connect to a store."""
+    timeout = timedelta(seconds=limit)
+    return _start(lambda: dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
 
-    def connect_to_store() -> None:
+
+def _start(function: Callable[[], T]) -> Future[T]:
+    """Call ``function`` in a thread, which a server that never answers blocks until the process ends."""
+    answer: Future[T] = Future()
+
+    def call() -> None:
         try:
-            attempt.set_result(
-                dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit), wait_for_workers=False)
-            )
+            answer.set_result(function())
         except RuntimeError as error:
-            attempt.set_exception(error)
+            answer.set_exception(error)
 
-    threading.Thread(target=connect_to_store, daemon=True).start()
-    return attempt
-
-
-@contextmanager
-def _without_stack_traces() -> Iterator[None]:
-    """Drop warnings of torch's C++ code, with their stack traces, from what is written to stderr in the block.
-
-    Python code cannot set the log level of torch's C++ code after the import of torch.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file, os.fdopen(os.dup(2), "wb", buffering=0) as stderr:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr.fileno(), 2)
-            file.seek(0)
-            text = file.read()
-            if b"[c10d]" not in text:
-                stderr.write(text)
+    threading.Thread(target=call, daemon=True).start()
+    return answer

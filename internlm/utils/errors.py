@@ -10,19 +10,32 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, TypeVar
 
+from internlm.utils.job_store import count_in_store, first_on_host, loaded_distributed
+from internlm.utils.lost_ranks import (
+    EXIT_FAILURE,
+    Finding,
+    find_lost_rank,
+    format_ranks,
+    print_finding,
+    record_failure,
+)
+from internlm.utils.progress import end_within_limit
+
 EXIT_USER_ERROR = 2
-EXIT_LOST_PEER = 3
 #: Texts in gloo's errors for a rank that exited or does not respond. gloo raises a plain ``RuntimeError``.
-_PEER_FAILURE_TEXTS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+_PEER_FAILURE_TEXTS = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+    "Timed out waiting", "Operation timed out", "timeout caused pair closure", "Read timeout", "Write timeout",
+)  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,12 +90,14 @@ class DamagedCheckpointError(CheckpointError):
 class LostPeerError(RuntimeError):
     """Error for a lost peer: a rank that exited, or did not send or receive in time. The message names the peer."""
 
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.message)
+        self.finding = finding
+
 
 #: Time in seconds that a rank with nothing to print waits before it exits, so that another rank can print: torchrun
 #: ends every process of a job as soon as one of them has failed.
 _GRACE_SECONDS = 2.0
-#: Topic that a rank counts in the store when it stops with a :class:`UserError`, so that peers can find the reason.
-_STOPPED = "a rank stopped by a user's error"
 
 
 def report(error: UserError) -> None:
@@ -90,7 +105,7 @@ def report(error: UserError) -> None:
 
     A rank that prints nothing waits for two seconds, so that the other rank can print before torchrun ends the job.
     """
-    _count_in_store(_STOPPED, 1)
+    record_failure(error, EXIT_USER_ERROR)
     if not _is_reporting_rank(error):
         time.sleep(_GRACE_SECONDS)
         return
@@ -102,44 +117,29 @@ def _is_reporting_rank(error: UserError) -> bool:
     """Return whether this rank prints ``error``.
 
     If there is a process group, the first rank that found the error prints it. Otherwise rank 0 prints the errors that
-    all ranks find, and any other error is printed where it occurs.
+    all ranks find, and any other error is printed by the first rank of each host that finds it.
     """
-    dist = _loaded_distributed()
+    dist = loaded_distributed()
     if dist is not None and dist.is_initialized():
         return first_of_all_ranks(str(error))
-    return not error.same_on_all_ranks or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    if rank is None:
+        return True
+    return rank == "0" if error.same_on_all_ranks else first_on_host(f"{os.environ.get('MASTER_PORT')} {error}")
 
 
 def first_of_all_ranks(topic: str) -> bool:
     """Return True on the first rank that calls this function with ``topic``, and False on all others.
 
-    The calls are counted in the rendezvous store, so no collective is needed.
+    The calls are counted in the rendezvous store, so no collective is needed. If the store cannot be reached, every
+    rank is the first.
     """
-    return _count_in_store(topic, 1) == 1
-
-
-def _count_in_store(topic: str, increment: int = 0) -> int:
-    """Add ``increment`` to the job-wide count of ``topic`` and return the new count."""
-    dist = _loaded_distributed()
-    if dist is None:
-        return increment
-    from internlm.utils.torch_private import default_store  # imports torch, which is loaded here
-
-    key = hashlib.sha256(topic.encode()).hexdigest()
-    try:
-        return int(default_store().add(f"internlm/said/{key}", increment))
-    except (dist.DistError, ValueError):  # the rank that hosts the store has exited, or there is no process group
-        return increment
-
-
-def _loaded_distributed() -> ModuleType | None:
-    """Return ``torch.distributed`` if it has been imported, else None, in which case no process group can exist."""
-    return sys.modules.get("torch.distributed")
+    return count_in_store(topic, 1) == 1
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
     """Return whether a collective, a send or a receive failed because another rank exited or does not respond."""
-    dist = _loaded_distributed()
+    dist = loaded_distributed()
     if dist is not None and isinstance(error, dist.DistError):
         return True
     return any(text in str(error) for text in _PEER_FAILURE_TEXTS)
@@ -150,31 +150,62 @@ def _last_line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".")
 
 
+def lost_peer_error(error: RuntimeError, waited_for: str = "") -> LostPeerError:
+    """Find out which rank is lost after a wait has failed with ``error``.
+
+    Args:
+        error: Error of a collective, a send or a receive.
+        waited_for: What this rank waited for, if that is known.
+    """
+    finding = find_lost_rank(_last_line(error))
+    if waited_for and finding.message:
+        finding = replace(finding, message=f"{finding.message} ({waited_for})")
+    return LostPeerError(finding)
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Convert the error of a wait that fails in the ``with`` block into one that names the lost rank.
+
+    Raises:
+        LostPeerError: A wait failed because a rank is gone, silent or behind.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LostPeerError) or not is_peer_failure(error):
+            raise
+        raise lost_peer_error(error) from None
+
+
 def exit_on_user_error(main: F) -> F:
     """Decorate an entry point to print a :class:`UserError` without a traceback and exit with code 2.
 
-    After a peer failure, the entry point exits with code 3.
+    After a peer failure, the entry point exits with code 3, and one rank of the job prints which rank is lost. Other
+    exceptions are raised. A process that has failed ends within seconds, also if its threads wait for other ranks.
     """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
+            with naming_lost_ranks():
+                return main(*args, **kwargs)
         except UserError as error:
+            end_within_limit(EXIT_USER_ERROR)
             report(error)
             sys.exit(EXIT_USER_ERROR)
         except LostPeerError as error:
-            print(f"{error}. See the log of that rank", file=sys.stderr, flush=True)
-            sys.exit(EXIT_LOST_PEER)
-        except RuntimeError as error:
-            if not is_peer_failure(error):
-                raise
-            # A peer that stopped with a UserError has printed it. A second message would only distract from it.
-            if _count_in_store(_STOPPED):
-                sys.exit(EXIT_USER_ERROR)
-            rank = os.environ.get("RANK", "?")
-            print(f"rank {rank}: lost another rank ({_last_line(error)}). See the other ranks' logs", file=sys.stderr)
-            sys.exit(EXIT_LOST_PEER)
+            end_within_limit(error.finding.exit_code)
+            print_finding(error.finding)
+            sys.exit(error.finding.exit_code)
+        except SystemExit as error:
+            if error.code:
+                end_within_limit(error.code if isinstance(error.code, int) else EXIT_FAILURE)
+            raise
+        except Exception as error:
+            end_within_limit(EXIT_FAILURE)
+            record_failure(error, EXIT_FAILURE)
+            raise
 
     return wrapper  # type: ignore[return-value]
 
@@ -200,20 +231,7 @@ def format_by_rank(values: Sequence[object]) -> str:
     groups: dict[object, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(rank)
-    return "; ".join(
-        f"{'rank' if len(ranks) == 1 else 'ranks'} {_format_ranges(ranks)}: {value}" for value, ranks in groups.items()
-    )
-
-
-def _format_ranges(numbers: Iterable[int]) -> str:
-    """Format ascending numbers as ranges: ``"0-6, 9"``."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return "; ".join(f"{format_ranks(ranks)}: {value}" for value, ranks in groups.items())
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

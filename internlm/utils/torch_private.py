@@ -7,10 +7,12 @@ which takes seconds, are imported when they are first used.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -213,6 +215,32 @@ def default_store() -> dist.Store:
     """
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
+
+
+@functools.cache
+def _cpp_log_level() -> tuple[ctypes.c_int, int]:
+    """Return the level below which torch's C++ code logs nothing, as a variable, and its value."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        level = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # another system, or another build: the logs stay
+        level = ctypes.c_int()
+    return level, level.value
+
+
+@contextmanager
+def without_cpp_logs() -> Iterator[None]:
+    """Keep torch's C++ code from logging in the ``with`` block, in all threads, except for fatal errors.
+
+    Python code has no other way to do so once torch has been imported. The logs of a store's client hold a stack trace
+    of tens of lines for each failure. If the variable is gone, redirect the file descriptor of stderr in the block.
+    """
+    level, value = _cpp_log_level()
+    level.value = 3
+    try:
+        yield
+    finally:
+        level.value = value  # not that before the block, which may be the one of another thread's block
 
 
 #: Classes and functions that the pickled metadata of ``torch.distributed.checkpoint`` refers to, by module and name.

@@ -34,7 +34,7 @@ def channels(rank: int, world_size: int, overlap: bool) -> Channels:
         if rank == target:
             incoming[source] = Group.of(PIPELINE, handle)
     assert dist.group.WORLD is not None
-    return Channels(Group.of(PIPELINE, dist.group.WORLD), incoming, outgoing, CPU, 30, overlap)
+    return Channels(Group.of(PIPELINE, dist.group.WORLD), incoming, outgoing, CPU, overlap)
 
 
 def value(number: int, source: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from internlm.utils.lost_ranks import stop_beacons
 from tests.harness.launch import Job, torchrun
 from tests.harness.pool import run_ranks
 
@@ -82,6 +83,7 @@ def _run_script(rank: int, world_size: int, args: Sequence[str], folder: Path) -
         except SystemExit as end:
             return int(end.code or 0)
         finally:
+            stop_beacons()  # their thread would end this process after a failure of the script
             sys.stderr.flush()
             sys.argv = argv
             os.chdir(here)

@@ -7,10 +7,9 @@ order in which they were sent, and a late message delays only later messages of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from internlm.accelerator import device_kind, to_device, to_host
 from internlm.core.context.group import Group
-from internlm.core.context.peer_failure import attributing_peer_failure
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.scheduler.actions import FORWARD, Message
 from internlm.core.scheduler.compute import TensorSpec
-from internlm.utils.errors import Problem, UserError
+from internlm.utils.errors import LostPeerError, Problem, UserError, is_peer_failure, lost_peer_error
 
 #: A header consists of the index of the dtype in this tuple, the number of dimensions, and the sizes, padded to
 #: ``_MAX_DIMENSIONS``.
@@ -57,7 +55,6 @@ class Channels:
         incoming: Process group of each channel to this rank, by sending stage.
         outgoing: Process group of each channel from this rank, by receiving stage.
         device: Device of the tensors.
-        timeout: Timeout of the groups in seconds; a longer wait or a dead peer raises :class:`LostPeerError`.
         overlap: Whether sends overlap with compute. False: block until a send has completed, if that cannot deadlock.
     """
 
@@ -67,11 +64,10 @@ class Channels:
         incoming: Mapping[int, Group],
         outgoing: Mapping[int, Group],
         device: torch.device,
-        timeout: float,
         overlap: bool = True,
     ) -> None:
         self.stage, self.incoming, self.outgoing = stage, incoming, outgoing
-        self.device, self.timeout, self.overlap = device, timedelta(seconds=timeout), overlap
+        self.device, self.overlap = device, overlap
         self._receiving: dict[int, deque[_Incoming]] = {source: deque() for source in incoming}
         self._sending: dict[int, deque[_Outgoing]] = {target: deque() for target in outgoing}
 
@@ -176,11 +172,16 @@ class Channels:
         with self._attributing(peer, message, verb):
             work.wait()  # without an argument, the group's timeout applies
 
-    def _attributing(
-        self, peer: int, message: Message, verb: Literal["send", "receive"]
-    ) -> AbstractContextManager[None]:
-        """Convert a failure in the ``with`` block into a ``LostPeerError`` that names the lost peer."""
-        return attributing_peer_failure(self.stage, peer, f"{verb} {_format_message(message)}", self.timeout)
+    @contextmanager
+    def _attributing(self, peer: int, message: Message, verb: Literal["send", "receive"]) -> Iterator[None]:
+        """Convert a failure in the ``with`` block into a ``LostPeerError`` that names the lost rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LostPeerError) or not is_peer_failure(error):
+                raise
+            waited_for = f"stage {self.stage.rank} waited for stage {peer} to {verb} {_format_message(message)}"
+            raise lost_peer_error(error, waited_for) from None
 
 
 def _header(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from internlm.core.scheduler.channels import Channels
 from internlm.core.scheduler.compute import Compute, InFlight, backward, keep_in_flight, weight_gradients
 from internlm.core.scheduler.plan import Receive, Step
 from internlm.core.scheduler.timeline import Record
+from internlm.utils.progress import enter_phase
 
 
 class ActionMarks(NamedTuple):
@@ -73,6 +74,8 @@ class Executor:
         for receive in step.receives:
             self._post_receive(receive)
         received = self._receive(step)
+        if self.backward:  # an evaluation is one phase
+            enter_phase("forward" if step.action.type == FORWARD else "backward")
         mark()
         result = self._run[step.action.type](step, received)
         mark()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from internlm.core.context.group import NO_PIPELINE, Group
-from internlm.core.context.peer_failure import ALL, attributing_peer_failure
 from internlm.core.parallel.collectives import all_reduce
 from internlm.core.parallel.dropout import DropoutKey
 from internlm.core.scheduler.actions import Table
@@ -172,19 +170,9 @@ class Scheduler:
             return StepResult(compute.sums, outputs, labels)
         # Of this rank, to which a loss that is not finite may then be attributed: the all-reduce is in place.
         local_loss = compute.sums[LOSS].sum()
-        with self._attributing_peer_failure():
-            # All other stages add zeros, so the all-reduce broadcasts from the stage with the head, whichever it is.
-            sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
+        # All other stages add zeros, so the all-reduce broadcasts from the stage with the head, whichever it is.
+        sums = all_reduce(all_reduce(compute.sums, self.data_group), self.pipeline.group)
         return StepResult(sums, outputs, labels, local_loss)
-
-    def _attributing_peer_failure(self) -> AbstractContextManager[None]:
-        """Convert a failure in the ``with`` block into an error that names the lost peer.
-
-        A collective over all stages at the end of a step fails if any stage has hung or died during the step.
-        """
-        if self.pipeline.channels is None:
-            return nullcontext()
-        return attributing_peer_failure(self.pipeline.group, ALL, "end the step", self.pipeline.channels.timeout)
 
 
 class NonPipelineScheduler(Scheduler):

@@ -14,6 +14,7 @@ from internlm.data.loader import ValidLoader
 from internlm.eval import evaluate
 from internlm.monitor import MetricsWriter
 from internlm.utils.logger import get_logger
+from internlm.utils.progress import in_phase
 
 log = get_logger()
 
@@ -26,7 +27,8 @@ class SaveCheckpoints(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Save a checkpoint if one is due after this step, or if the run stops after it."""
-        self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
+        with in_phase("save"):
+            self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
 
 
 class Validate(Hook):
@@ -48,7 +50,8 @@ class Validate(Hook):
         """Run the validation if one is due after this step."""
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
-            metrics = evaluate(trainer, self.loaders)
+            with in_phase("evaluation"):
+                metrics = evaluate(trainer, self.loaders)
             if self.writer and metrics:
                 self.writer.write(report.step, {"step": report.step, **metrics})
 

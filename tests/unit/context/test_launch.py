@@ -6,7 +6,8 @@ import argparse
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -280,8 +281,16 @@ def _free_port() -> str:
 
 
 UNREACHABLE: dict[str, tuple[str, str, str]] = {
-    "rank 0 waits in vain": ("0", "127.0.0.1", "only 1 of 2 ranks joined within 0.5 s. Check --host and --port, and "),
-    "rank 0 waits in vain, with an address that is wrong": ("0", "host.invalid", "only 1 of 2 ranks joined within "),
+    "rank 0 waits in vain": (
+        "0",
+        "127.0.0.1",
+        "only 1 of 2 ranks joined within 0.5 s, without rank 1. Check --host and ",
+    ),
+    "rank 0 waits in vain, with an address that is wrong": (
+        "0",
+        "host.invalid",
+        "only 1 of 2 ranks joined within 0.5 ",
+    ),
     "rank 0 is not there": ("1", "127.0.0.1", "cannot be reached within 0.5 s (Connection refused). Check --host"),
     "no such host": ("1", "host.invalid", "cannot be reached within 0.5 s (Name or service not known). Check --host"),
     "no host name": ("1", "a" * 70, "cannot be reached within 0.5 s ("),
@@ -348,13 +357,57 @@ def test_a_long_wait_of_rank_0_is_logged_once(
     monkeypatch.setattr(rendezvous, "_SECONDS_BEFORE_WARNING", 0.1)
     monkeypatch.setattr(launch.get_logger(), "propagate", True)
     process = ProcessInfo(rank=0, world_size=3, local_rank=0, host="127.0.0.1", port=int(_free_port()))
-    other = threading.Thread(target=rendezvous.make_store, args=(replace(process, rank=1), timedelta(seconds=5)))
-    other.start()
-    with pytest.raises(LaunchError, match=r"only 2 of 3 ranks joined within 2 s\."):
-        rendezvous.make_store(process, timedelta(seconds=2))
-    other.join()
+    with pytest.raises(LaunchError):
+        rendezvous.make_store(process, timedelta(seconds=0.5))
     (message,) = (record.getMessage() for record in caplog.records if "ranks joined" in record.getMessage())
-    assert re.fullmatch(rf"waiting at 127\.0\.0\.1:{process.port}: only [12] of 3 ranks joined", message)
+    assert message == f"waiting at 127.0.0.1:{process.port}: only 1 of 3 ranks joined, without ranks 1-2"
+
+
+def _join(ranks: Sequence[int], world_size: int, seconds: float, after: float = 0.0) -> list[str]:
+    """Let processes with ``ranks`` join one job, ``after`` seconds after the first; return their errors."""
+    first = ProcessInfo(rank=ranks[0], world_size=world_size, local_rank=0, host="127.0.0.1", port=int(_free_port()))
+
+    def join(rank: int) -> str:
+        time.sleep(0 if rank == ranks[0] else after)
+        try:
+            stores.append(rendezvous.make_store(replace(first, rank=rank), timedelta(seconds=seconds)))
+        except LaunchError as error:
+            return str(error).removeprefix(f"127.0.0.1:{first.port}: ")
+        return ""
+
+    stores: list[dist.Store] = []  # kept, since rank 0's server ends with its store
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(join, ranks))
+
+
+def test_all_ranks_name_those_that_are_missing() -> None:
+    """One of them prints it."""
+    errors = _join([0, 1, 4], 6, seconds=1)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(
+        "only 3 of 6 ranks joined within 1 s, without ranks 2-3, 5. Check --host and --port, and "
+    )
+
+
+def test_two_processes_with_one_rank_are_refused() -> None:
+    errors = _join([0, 1, 1], 3, seconds=2)
+    assert sum("have rank 1" in error for error in errors) == 3
+
+
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.0\r\n\r\n"])
+def test_a_stranger_on_the_port_holds_nobody_up(words: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it sends nothing or something else."""
+    strangers: list[socket.socket] = []
+    real = rendezvous._watch_ranks
+
+    def watch(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
+        strangers.append(socket.create_connection((process.host, process.port)))
+        strangers[0].sendall(words)
+        return real(store, process, timeout)
+
+    monkeypatch.setattr(rendezvous, "_watch_ranks", watch)
+    assert _join([0, 1], 2, seconds=5, after=0.2) == ["", ""]
+    strangers[0].close()
 
 
 def test_an_attempt_does_not_see_what_an_earlier_one_has_left(monkeypatch: pytest.MonkeyPatch) -> None:

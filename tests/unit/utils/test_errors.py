@@ -100,6 +100,7 @@ def test_what_every_rank_finds_is_left_to_rank_0(
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("MASTER_PORT", variable)  # another job for each case
     monkeypatch.setattr(errors, "_GRACE_SECONDS", 0)
     report(kind(Problem("a", "1")))
     assert capsys.readouterr().err == printed
