@@ -19,9 +19,10 @@ from internlm.checkpoint.local_files import LocalSink
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.manifest import Manifest, parse_manifest
-from internlm.checkpoint.saved_checkpoint import damage
+from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.saver import THREAD, Saver
 from internlm.checkpoint.tensor_writer import Save
+from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
 from tests.dist.whole_runs import fit, resume, saving
@@ -160,7 +161,7 @@ def _measure_memory(rank: int, world_size: int, folder: str) -> tuple[int, int, 
 
 
 def _save(step: int) -> Save:
-    return Save(checkpoint=f"step-{step}", step=step, state=json.dumps({**run_state(step), "format": 2}).encode())
+    return Save(checkpoint=f"step-{step}", step=step, state=RunState(**{**run_state(step), "format": 2}))
 
 
 @pytest.mark.wide
@@ -278,7 +279,8 @@ class _NoRoom(Hook):
 def test_a_save_that_fails_in_the_background_ends_the_run(total: int, tmp_path: Path) -> None:
     """With one line on all ranks, at the next save or at the end; the checkpoint before it is whole."""
     failed = fit(2, saving(tmp_path, "ckpt.async_upload=True", total=total), hooks=[_NoRoom(1)])
-    assert failed.message.startswith(f"{tmp_path}/ckpts/step-4: cannot be saved (rank 1: File too large: ")
+    assert failed.message.startswith(f"{tmp_path}/ckpts/step-4: cannot be saved (rank 1: ")
+    assert "larger than the limit for files" in failed.message
     assert len(failed.message.splitlines()) == 1
     assert len(failed.log) == total
     assert _checkpoints(tmp_path / "ckpts") == ["step-2"]
