@@ -7,6 +7,7 @@ drawn before each step.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,10 +90,15 @@ class Outcome:
 
 
 def fit(
-    world_size: int, overrides: Sequence[str], stop_after: int | None = None, hooks: Sequence[Hook] = ()
+    world_size: int,
+    overrides: Sequence[str],
+    stop_after: int | None = None,
+    hooks: Sequence[Hook] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Train :data:`TINY` with ``overrides`` to its end, or to step ``stop_after``, where it ends as if killed."""
-    return _gathered(run_ranks(world_size, _fit, tuple(overrides), stop_after, tuple(hooks)))
+    args = tuple(overrides), stop_after, tuple(hooks)
+    return _gathered(run_ranks(world_size, _in_environment, environment or {}, _fit, *args))
 
 
 def saving(folder: Path, *more: str, every: int = 2, total: int = 6) -> list[str]:
@@ -107,14 +113,9 @@ def saving(folder: Path, *more: str, every: int = 2, total: int = 6) -> list[str
     ]
 
 
-def resume(world_size: int, overrides: Sequence[str]) -> Outcome:
+def resume(world_size: int, overrides: Sequence[str], environment: Mapping[str, str] | None = None) -> Outcome:
     """Load the checkpoint that such a run would resume, without a step. An error on loading is the message."""
-    return _gathered(run_ranks(world_size, _resume, tuple(overrides)))
-
-
-def resave(world_size: int, overrides: Sequence[str]) -> Outcome:
-    """Load as :func:`resume` does, and save at once what was loaded."""
-    return _gathered(run_ranks(world_size, _resave, tuple(overrides)))
+    return _gathered(run_ranks(world_size, _in_environment, environment or {}, _resume, tuple(overrides)))
 
 
 def _gathered(ranks: list[Rank]) -> Outcome:
@@ -197,6 +198,13 @@ class _Log(Hook):
         self.log.append((report.step, report.result.loss, report.update.grad_norm, *self.draws))
 
 
+def _in_environment(
+    rank: int, world_size: int, environment: Mapping[str, str], run: Callable[..., Rank], *args: Any
+) -> Rank:
+    os.environ.update(environment)  # until the next call, which starts clean
+    return run(rank, world_size, *args)
+
+
 def _fit(
     rank: int, world_size: int, overrides: tuple[str, ...], stop_after: int | None, hooks: tuple[Hook, ...]
 ) -> Rank:
@@ -213,17 +221,6 @@ def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
             return builder.checkpoints.try_resume_training(builder.trainer.state)
 
     return _described(builder, load, [])
-
-
-def _resave(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
-    builder = _build(world_size, overrides, [])
-
-    def load_and_save() -> str:
-        message = builder.checkpoints.try_resume_training(builder.trainer.state)
-        builder.checkpoints.save(builder.trainer.state)
-        return message
-
-    return _described(builder, load_and_save, [])
 
 
 def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:

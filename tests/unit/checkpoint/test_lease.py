@@ -26,7 +26,7 @@ from internlm.checkpoint.storage import COMPARED_BYTES
 from internlm.utils.errors import CheckpointError
 from tests.harness.pool import run_ranks
 
-QUICK = LeaseTimes(to_live=0.8, renewal=0.05, watch=0.25, poll=0.02)
+QUICK = LeaseTimes(to_live=0.6, renewal=0.05, watch=0.2, poll=0.02)
 ROOT = Path(__file__).parents[3]
 
 
@@ -276,16 +276,17 @@ def test_a_lease_that_this_process_abandoned_is_taken_over_at_once(storage: Fail
 
 
 @pytest.mark.parametrize(
-    ("owner", "why"),
+    ("owner", "skew", "seconds"),
     [
-        (elsewhere(), "of another host, whose processes are unknown"),
-        (replace(this_owner("j"), pid_namespace="pid:[1]", pid=1 << 22), "of another container"),
-        (replace(this_owner("j"), boot_id="", pid=1 << 22), "of a system that does not identify its boots"),
+        pytest.param(elsewhere(), 0, QUICK.to_live, id="of another host, whose processes are unknown"),
+        pytest.param(elsewhere(), -1000, QUICK.watch, id="and old"),
+        pytest.param(elsewhere(), 1000, QUICK.to_live, id="and in the future"),
+        pytest.param(replace(this_owner("j"), pid_namespace="pid:[1]", pid=1 << 22), 0, QUICK.to_live, id="container"),
+        pytest.param(replace(this_owner("j"), boot_id="", pid=1 << 22), 0, QUICK.to_live, id="boots are unknown"),
     ],
 )
-@pytest.mark.parametrize(("skew", "seconds"), [(0, QUICK.to_live), (-1000, QUICK.watch), (1000, QUICK.to_live)])
 def test_a_lease_that_nobody_renews_is_taken_over_when_it_has_expired(
-    storage: Failing, owner: Owner, why: str, skew: int, seconds: float
+    storage: Failing, owner: Owner, skew: int, seconds: float
 ) -> None:
     storage.write(LEASE_FILE, to_bytes(owner))
     os.utime(storage.root / LEASE_FILE, (time.time() + skew,) * 2)
