@@ -105,10 +105,13 @@ def ending_after(seconds: float, endpoint: str) -> Iterator[None]:
 
 def _end(seconds: float, endpoint: str) -> None:
     problem = Problem(endpoint, f"rank 0 has not answered for {seconds:g} s", CHECK_RANK_0)
-    if first_on_host(str(problem)):
-        print(problem, file=sys.stderr, flush=True)
-        time.sleep(_SECONDS_TO_READ)
-    exit_now(EXIT_USER_ERROR)
+
+    def say() -> None:
+        if first_on_host(str(problem)):
+            print(problem, file=sys.stderr, flush=True)
+            time.sleep(_SECONDS_TO_READ)
+
+    exit_now(EXIT_USER_ERROR, say)
 
 
 def _watch_ranks(store: dist.Store, process: ProcessInfo, timeout: float) -> str:

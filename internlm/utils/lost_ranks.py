@@ -187,8 +187,7 @@ def print_finding(finding: Finding) -> None:
 def _end(thread: BeaconThread) -> None:
     """End this process, whose main thread is blocked, in a thread."""
     finding = _lost_store(thread, silent=thread.store_error is not None and thread.store_error.silent)
-    print_finding(finding)
-    progress.exit_now(finding.exit_code)
+    progress.exit_now(finding.exit_code, lambda: print_finding(finding))
 
 
 class Watch:

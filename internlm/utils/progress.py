@@ -42,6 +42,8 @@ RANKS_PER_SECOND = 1000
 #: Seconds that a process has to end after it has failed, and those after the timeout in which ranks that wait for a
 #: lost rank find it themselves.
 EXIT_SECONDS = 5.0
+#: Seconds in which a process that is ended prints what it has to say.
+_LAST_SECONDS = 2.0
 #: Key in the store for why the job ends, once a rank has failed or has found a lost one.
 OVER = f"{PREFIX}over"
 _PACKAGE = str(Path(__file__).parents[1])
@@ -309,12 +311,26 @@ class BeaconThread(threading.Thread):
             exit_now(1 if _own.exit_code is None else _own.exit_code)
 
 
-def exit_now(exit_code: int) -> None:
-    """End this process without its cleanup, which may block; what has been logged is written."""
-    logging.shutdown()
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+def exit_now(exit_code: int, last_words: Callable[[], None] | None = None) -> None:
+    """End this process without its cleanup, which may block.
+
+    Args:
+        exit_code: Exit code of the process.
+        last_words: Function that prints something before, for which it has a few seconds.
+    """
+
+    def flush() -> None:
+        with suppress(OSError, ValueError):
+            if last_words is not None:
+                last_words()
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    # The main thread may be blocked while it holds the lock of a stream or of a log.
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(_LAST_SECONDS)
     os._exit(exit_code)
 
 

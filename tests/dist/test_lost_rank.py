@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,12 +36,18 @@ from tests.dist.tiny import TINY
 from tests.harness.ports import free_port
 from tests.integration.jobs import script
 
-#: Seconds: what a rank waits, how much longer it may take until it has ended, and between two beacons.
-TIMEOUT, GRACE, BEAT = 2, 5, 0.25
+#: Seconds: what a rank waits, how much longer it may take until it has ended, between two beacons, and until a process
+#: that has failed is ended.
+TIMEOUT, GRACE, BEAT, LIMIT = 2, 5, 0.25, 1
 
 
 def _raise_bug() -> None:
     raise ValueError("a bug")
+
+
+def _block_and_raise_bug() -> None:
+    threading.Thread(target=time.sleep, args=[1000]).start()
+    _raise_bug()
 
 
 def _raise_user_error() -> None:
@@ -53,6 +60,7 @@ FATES: dict[str, Callable[[], object]] = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "stuck": lambda: time.sleep(1000),
     "bug": _raise_bug,
+    "bug, with a thread that never ends": _block_and_raise_bug,
     "user's error": _raise_user_error,
     "end": lambda: os._exit(0),
 }
@@ -96,7 +104,7 @@ def _run(rank: int, world_size: int, folder: Path, port: int, fault: Fault, over
     dist.destroy_process_group()
     os.chdir(folder)
     os.environ["MASTER_PORT"] = str(port)
-    progress.SECONDS = BEAT
+    progress.SECONDS, progress.EXIT_SECONDS = BEAT, LIMIT
     get_logger().setLevel(logging.ERROR)
     with Path(f"stderr-{rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
@@ -105,9 +113,11 @@ def _run(rank: int, world_size: int, folder: Path, port: int, fault: Fault, over
         _main(rank, fault, overrides)
     except SystemExit as end:
         code = end.code
-    except BaseException:  # as the interpreter would
+    except BaseException:
         traceback.print_exc()
         code = 1
+    # As the interpreter ends a process: it waits for threads, then calls what is registered.
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(code)
@@ -150,7 +160,7 @@ def job(folder: Path, ranks: int, fault: Fault, *overrides: str) -> Outcome:
             if rank != fault.rank:
                 process.join(40)
         seconds = time.time() - float((folder / "failed").read_text())
-        if fault.fate not in ("stopped", "stuck"):
+        if fault.fate != "stopped":
             processes.processes[fault.rank].join(2 * GRACE)
         codes = {rank: process.exitcode for rank, process in enumerate(processes.processes)}
     finally:
@@ -192,8 +202,10 @@ def test_a_rank_that_ends_on_its_own_is_gone(tmp_path: Path) -> None:
     assert outcome.codes == {0: EXIT_LOST_PEER, 1: 0}
 
 
-def test_the_traceback_of_a_bug_comes_once(tmp_path: Path) -> None:
-    outcome = job(tmp_path, 3, Fault(1, "backward", "bug"))
+@pytest.mark.parametrize("fate", [pytest.param("bug", marks=pytest.mark.wide), "bug, with a thread that never ends"])
+def test_the_traceback_of_a_bug_comes_once(fate: str, tmp_path: Path) -> None:
+    """And all ranks end."""
+    outcome = job(tmp_path, 3, Fault(1, "backward", fate))
     traceback, line = outcome.stderr.count("Traceback"), "rank 1 stopped with ValueError in backward of step 1. See its"
     assert (traceback, outcome.stderr.count("ValueError: a bug")) == (1, 1), outcome.stderr
     assert outcome.stderr.count(f"{line} traceback\n") == 1
@@ -214,7 +226,7 @@ def test_a_rank_that_is_stuck_shows_its_stack_and_ends_as_well(tmp_path: Path) -
     line = r"rank 1 has been in data wait of step 1 for [2-6] s \(internlm/data/loader.py:\d+\)\n"
     assert len(re.findall(line, outcome.stderr)) == 1, outcome.stderr
     assert re.search(r"Current thread (.*\n)*?.*test_lost_rank.py\", line \d+ in __call__", outcome.stderr)
-    assert outcome.codes[0] == EXIT_LOST_PEER
+    assert outcome.codes == {0: EXIT_LOST_PEER, 1: EXIT_LOST_PEER}
     assert outcome.seconds < TIMEOUT + GRACE
 
 
