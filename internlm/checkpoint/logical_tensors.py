@@ -54,7 +54,7 @@ class LogicalTensor:
     def pieces(self) -> dict[Offsets, Tensor]:
         """Slices cut into pieces of at most :data:`PIECE_BYTES`, each of which gets a checksum of its own."""
         limit = max(PIECE_BYTES // self.dtype.itemsize, 1)
-        return dict(piece for offsets, tensor in self.slices.items() for piece in _cut(offsets, tensor, limit))
+        return dict(piece for offsets, tensor in self.slices.items() for piece in cut(offsets, tensor, limit))
 
     def piece(self, offsets: Offsets) -> Tensor:
         """Return the piece at ``offsets``, in the dtype that it has in memory."""
@@ -89,15 +89,22 @@ class LogicalTensor:
         return self.slices[tuple(index.offset)]
 
 
-def _cut(offsets: Offsets, tensor: Tensor, limit: int, dim: int = 0) -> Iterator[tuple[Offsets, Tensor]]:
-    """Yield the pieces of a slice with at most ``limit`` elements: runs of rows, or parts of rows that are too long."""
+def cut(offsets: Offsets, tensor: Tensor, limit: int, dim: int = 0) -> Iterator[tuple[Offsets, Tensor]]:
+    """Yield the pieces of a slice with at most ``limit`` elements: runs of rows, or parts of rows that are too long.
+
+    Args:
+        offsets: Offsets of the slice in its tensor.
+        tensor: The slice.
+        limit: Limit of the elements of a piece.
+        dim: First dimension to cut.
+    """
     if tensor.numel() <= limit:
         yield offsets, tensor
         return
     rows = max(limit * tensor.shape[dim] // tensor.numel(), 1)
     for start in range(0, tensor.shape[dim], rows):
         part = tensor.narrow(dim, start, min(rows, tensor.shape[dim] - start))
-        yield from _cut((*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), part, limit, dim + 1)
+        yield from cut((*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), part, limit, dim + 1)
 
 
 LogicalTensors: TypeAlias = dict[str, LogicalTensor]

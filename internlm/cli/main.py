@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import internlm
-from internlm.cli import parsers
+from internlm.cli import ckpt_parsers, parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
 #: Exit code of a program ended by SIGPIPE, as shells report it.
 EXIT_CLOSED_PIPE = 128 + 13
+#: Exit code after Ctrl-C.
+EXIT_INTERRUPTED = 128 + 2
 
 
 class Command(NamedTuple):
@@ -33,7 +35,24 @@ class Command(NamedTuple):
     """``module:name`` of the function that takes the parsed arguments and returns the exit code or None."""
 
 
+_FOLDER, _CONTENT = "internlm.cli.ckpt_folder", "internlm.cli.ckpt_content"
+CKPT_COMMANDS = (
+    Command("diff", "compare two checkpoints", ckpt_parsers.diff, f"{_CONTENT}:diff"),
+    Command("ls", "list the checkpoints of a folder", ckpt_parsers.ls, f"{_FOLDER}:list_folder"),
+    Command("prune", "delete old checkpoints", ckpt_parsers.prune, f"{_FOLDER}:prune"),
+    Command("show", "show what a checkpoint contains", ckpt_parsers.show, f"{_CONTENT}:show"),
+    Command("verify", "compare all bytes with their checksums", ckpt_parsers.verify, f"{_CONTENT}:verify"),
+)
+
+
+def ckpt(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of ``internlm ckpt``."""
+    parser.description = "Examine, compare and delete checkpoints, without a GPU and without other processes."
+    _add_commands(parser, "ckpt_command", CKPT_COMMANDS)
+
+
 COMMANDS = (
+    Command("ckpt", "list, show, verify, compare and delete checkpoints", ckpt, ""),
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
@@ -47,12 +66,17 @@ def get_parser() -> FriendlyParser:
     """Build the parser of ``internlm`` with all its subcommands."""
     parser = FriendlyParser(prog="internlm", description="Pretrain large language models.")
     parser.add_argument("--version", action="version", version=f"internlm {internlm.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    _add_commands(parser, "command", COMMANDS)
+    return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, dest: str, commands: Sequence[Command]) -> None:
+    subparsers = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True)
+    for command in commands:
         subparser = subparsers.add_parser(command.name, help=command.help)
         command.add_arguments(subparser)
+        # A command of a command has set the function already, and its value takes precedence.
         subparser.set_defaults(function=command.function)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int | None:
@@ -70,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         finally:
             if sys.stdout is not None:  # None if the process was started with stdout closed
                 sys.stdout.flush()  # here, where a closed pipe can be handled, rather than when the interpreter exits
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         closed = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _is_closed_pipe(stream)]
         if not closed:

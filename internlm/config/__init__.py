@@ -2,6 +2,7 @@
 
 from internlm.config.keys import config_hash as config_hash
 from internlm.config.keys import masked_dict as masked_dict
+from internlm.config.keys import masked_values as masked_values
 from internlm.config.keys import to_json as to_json
 from internlm.config.keys import with_sources as with_sources
 from internlm.config.load import load_file as load_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -169,10 +170,15 @@ def masked_dict(config: Config) -> dict[str, Any]:
 
     Everything that is saved or printed takes this dict. Configs that differ in secrets only give equal dicts.
     """
-    content: dict[str, Any] = config.model_dump(mode="json")
-    for key, value in values(config):
-        mask = mask_of(fields()[key])
-        if mask and isinstance(value, str):
+    return masked_values(config.model_dump(mode="json"))
+
+
+def masked_values(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a config in the form of nested dicts, which may be of any version, with secrets masked."""
+    content = copy.deepcopy(content)
+    for key, field in fields().items():
+        value = nested_dict.get(content, key)
+        if (mask := mask_of(field)) and isinstance(value, str):
             nested_dict.put(content, key, mask(value))
     return content
 

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
 from internlm.cli.main import get_parser, main
 from internlm.config import load_config
 from internlm.initialize import get_default_parser
 from tests.dist.test_doc_blocks import PAGES, REST, ROOT, blocks
+from tests.unit.checkpoint.samples import in_ranges, save
 
 
 def commands() -> list[str]:
@@ -110,6 +112,10 @@ def test_a_command_of_the_docs_is_accepted(command: str, tmp_path: Path, monkeyp
     for name in ("first.py", "my.py"):
         (tmp_path / name).write_text(REST)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    if "internlm ckpt" in command:
+        for step in (500, 1000):
+            (folder := tmp_path / "llm_ckpts" / "first").mkdir(parents=True, exist_ok=True)
+            save(folder / f"step-{step}", {"model/w": in_ranges(torch.zeros(3), [])}, step)
     (tmp_path / "mine.csv").write_text(blocks("text", ROOT / "doc" / "pipeline.md")[1])
     monkeypatch.chdir(tmp_path)
     PROGRAMS[program](arguments, monkeypatch)

@@ -18,6 +18,7 @@ from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.planners import LogicalSavePlanner
 from internlm.checkpoint.run_state import RunState
+from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 from internlm.core.parallel.placement import slices_of_range
 
@@ -47,12 +48,17 @@ def in_ranges(tensor: Tensor, split_at: list[int]) -> LogicalTensor:
 
 def save(target: Path, tensors: dict[str, LogicalTensor], step: int = 3) -> Path:
     """Save the checkpoint ``target`` as one process would."""
+    save_to(LocalStorage(target.parent), target.name, tensors, step)
+    return target
+
+
+def save_to(storage: Storage, name: str, tensors: dict[str, LogicalTensor], step: int) -> None:
+    """Save a checkpoint in ``storage`` as one process would."""
     state = RunState(**{**run_state(step), "format": 2})
-    writer = TensorWriter(LocalStorage(target.parent), Save(checkpoint=target.name, step=step, state=state), "a1")
+    writer = TensorWriter(storage, Save(checkpoint=name, step=step, state=state), "a1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
         dcp.save(dict(tensors), storage_writer=writer, planner=LogicalSavePlanner(), no_dist=True)
-    return target
 
 
 class PlainWriter(dcp.FileSystemWriter):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from internlm.checkpoint import locations, object_storage
 from internlm.checkpoint.folder_checks import check_space
@@ -22,10 +23,12 @@ from internlm.checkpoint.lease import LEASE_FILE, Lease, LeaseTimes, this_owner,
 from internlm.checkpoint.object_client import Patience
 from internlm.checkpoint.object_storage import ObjectStorage
 from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
+from internlm.cli.main import main
 from internlm.config.schema.fields import ObjectAddress
 from internlm.utils import lazy
 from internlm.utils.errors import CheckpointError, UserError
 from tests.harness.object_server import BUCKET, SECRET, Fault, ObjectServer, environment, object_server
+from tests.unit.checkpoint.samples import in_ranges, save_to
 
 HASTY = Patience(connect=5.0, silence=5.0, request=10.0, retry=10.0, first_delay=0.01, longest_delay=0.05)
 SHORT = replace(HASTY, connect=0.5, silence=0.5, retry=1.5)
@@ -508,3 +511,25 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(lazy, "why_missing", lambda module: "No module named 's3fs'")
     with pytest.raises(UserError, match=r"s3://bucket: needs the package 's3fs'.* Run: pip install 'InternEvo\[s3\]'"):
         locations.open_storage("s3://bucket/a")
+
+
+# -- commands
+
+
+def test_checkpoints_are_listed_verified_and_deleted_by_commands(
+    storage: ObjectStorage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (30, 40):
+        save_to(storage, f"step-{step}", {"model/w": in_ranges(torch.arange(48.0), [20])}, step)
+    put(storage, "step-50/b2/rank-00000.bin")
+    assert not main(["ckpt", "ls", storage.location])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    listed = [("step-50", "unfinished"), ("step-40", "committed"), ("step-30", "committed")]
+    assert [(row[0], row[-1]) for row in rows] == listed
+    assert not main(["ckpt", "prune", storage.location, "--keep-last", "1", "--unfinished", "--yes"])
+    assert "step-40 verifies and is kept" in capsys.readouterr().out
+    assert [name for name in storage.names() if name.startswith("step")] == ["step-40/"]
+    put(storage, "step-40/a1/rank-00000.bin")
+    assert main(["ckpt", "verify", f"{storage.location}/step-40"]) == 2
+    file = f"{storage.location}/step-40/a1/rank-00000.bin"
+    assert capsys.readouterr().out == f"{file}: 7 bytes, manifest says 192. Choose another checkpoint\n"

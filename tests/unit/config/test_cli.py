@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import internlm
-from internlm.cli.main import COMMANDS, EXIT_CLOSED_PIPE, main
+from internlm.cli.main import CKPT_COMMANDS, COMMANDS, EXIT_CLOSED_PIPE, main
 from internlm.cli.parsers import SCHEDULES
 from internlm.core.scheduler import table
 from internlm.utils.common import FriendlyParser
@@ -131,7 +131,13 @@ def test_known_arguments_can_still_be_parsed_alone() -> None:
 
 
 #: Answers without any work; each must come without importing torch.
-QUICK = (["--help"], ["--version"], *([command.name, "--help"] for command in COMMANDS), ["config", SFT])
+QUICK = (
+    ["--help"],
+    ["--version"],
+    *([command.name, "--help"] for command in COMMANDS),
+    *(["ckpt", command.name, "--help"] for command in CKPT_COMMANDS),
+    ["config", SFT],
+)
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
