@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -34,6 +35,7 @@ from internlm.checkpoint.tensor_writer import BLOCK_BYTES, memory_of
 from internlm.config.schema import CkptConfig
 from internlm.core.context import global_context as gpc
 from internlm.core.train_state import TrainState
+from internlm.data import build_train_loader_with_data_type
 from internlm.data.batch_plan import Position
 
 WORLD = 2
@@ -271,6 +273,43 @@ def measure(model: str, rounds: int, folder: Path) -> dict[str, Any]:
     }
 
 
+#: Steps at which resuming is timed.
+STEPS = (10, 1_000, 100_000, 900_000)
+
+
+def _resume_times(folder: Path, results: Any) -> None:
+    """Send the milliseconds from resuming at a step to the first batch, for each of :data:`STEPS`."""
+    torch.set_num_threads(1)
+    (folder / "en").mkdir()
+    lines = [json.dumps({"tokens": [(i * 7 + j) % 8000 for j in range(200)]}) + "\n" for i in range(20_000)]
+    (folder / "en" / "a.bin").write_text("".join(lines))
+    ends = np.cumsum([len(line) for line in lines])
+    np.save(folder / "a.npy", np.stack([ends - [len(line) for line in lines], np.full(len(lines), 200)], axis=1))
+    (folder / "a.npy").rename(folder / "en" / "a.bin.meta")
+    Ours(MODELS["bench-30M"], (f"data.train_folder={folder}", "data.use_packed_dataset=True", "data.micro_bsz=1"))
+    times: dict[int, list[float]] = {step: [] for step in STEPS}
+    for _ in range(7):
+        for step in STEPS:
+            loader, _ = build_train_loader_with_data_type()
+            start = time.perf_counter()
+            loader.resume(Position(step, step, step))
+            loader.seek(step)
+            next(iter(loader))
+            times[step].append(time.perf_counter() - start)
+    results.put({step: round(median(seconds) * 1e3, 2) for step, seconds in times.items()})
+
+
+def resume_times(folder: Path) -> dict[int, float]:
+    """Return the milliseconds from resuming to the first batch, by the step resumed at."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_resume_times, args=(folder, results), daemon=True)
+    process.start()
+    found: dict[int, float] = results.get(timeout=LONGEST)
+    process.join()
+    return found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -278,6 +317,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: the current folder)")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder or Path.cwd()) as folder:
+        print(json.dumps({"milliseconds to the first batch after resuming at": resume_times(Path(folder))}, indent=1))
     for model in args.model:
         with tempfile.TemporaryDirectory(dir=args.folder or Path.cwd()) as folder:
             print(json.dumps({model: measure(model, args.rounds, Path(folder))}, indent=1), flush=True)
