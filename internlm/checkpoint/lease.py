@@ -15,6 +15,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -118,11 +119,13 @@ class Lease:
         self._owner, self._content = owner, to_bytes(owner)
         self._renewed = _now()
         self._lost = ""
-        self._is_told = False
+        self._is_told = self._is_failing = False
         self._released = False
         self._mutex = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        # Weak references: a lease that nobody uses any more is not renewed.
+        args = (weakref.ref(self), self._stop, times.renewal)
+        self._thread = threading.Thread(target=_keep, args=args, name="lease", daemon=True)
 
     @classmethod
     def acquire(
@@ -133,6 +136,8 @@ class Lease:
         times: LeaseTimes | None = None,
     ) -> Lease:
         """Become the owner of a save folder; one process of a job does so, usually rank 0.
+
+        The lease is renewed as long as the result is referenced, and released at the end of the process.
 
         Args:
             storage: The save folder, which exists.
@@ -152,7 +157,7 @@ class Lease:
         lease = cls(storage, owner, on_lost, times)
         lease._thread.start()
         # If the run fails on the way, the next one need not wait.
-        atexit.register(lease.release)
+        atexit.register(_release_at_exit, weakref.ref(lease))
         return lease
 
     @property
@@ -181,7 +186,6 @@ class Lease:
         if self._released or os.getpid() != self._owner.pid:  # a fork of the owner is not the owner
             return
         self._released = True
-        atexit.unregister(self.release)
         self._stop.set()
         with self._mutex:
             if not self._lost:
@@ -190,22 +194,19 @@ class Lease:
                 except (OSError, RuntimeError) as error:  # RuntimeError: the interpreter is about to end
                     log.warning(f"{self.storage.path(LEASE_FILE)}: cannot be released ({error})")
 
-    def _keep(self) -> None:
-        """Renew the lease until it is released or lost."""
-        warned = False
-        while not self._stop.wait(self.times.renewal) and not self._lost:
-            with self._mutex:
-                if self._released:
-                    return
-                try:
-                    self._renew()
-                    warned = False
-                except OSError as error:
-                    if not warned:
-                        log.warning(f"{self.storage.path(LEASE_FILE)}: cannot be renewed ({explain(error)})")
-                    warned = True
-                    if _now() - self._renewed > self.times.to_live:
-                        self._lost = f"its lease could not be renewed for {self.times.to_live:.0f} s ({explain(error)})"
+    def _renew_in_background(self) -> None:
+        with self._mutex:
+            if self._released:
+                return
+            try:
+                self._renew()
+                self._is_failing = False
+            except OSError as error:
+                if not self._is_failing:
+                    log.warning(f"{self.storage.path(LEASE_FILE)}: cannot be renewed ({explain(error)})")
+                self._is_failing = True
+                if _now() - self._renewed > self.times.to_live:
+                    self._lost = f"its lease could not be renewed for {self.times.to_live:.0f} s ({explain(error)})"
         self._tell_loss()
 
     def _renew(self) -> None:
@@ -233,6 +234,21 @@ class Lease:
             log.error(f"{self.storage.location}: {self._lost}")
             if self.on_lost is not None:
                 self.on_lost(self._lost)
+
+
+def _keep(reference: weakref.ref[Lease], stop: threading.Event, seconds: float) -> None:
+    """Renew a lease until it is released, lost or garbage."""
+    while not stop.wait(seconds):
+        lease = reference()
+        if lease is None or lease.lost:
+            return
+        lease._renew_in_background()
+        del lease
+
+
+def _release_at_exit(reference: weakref.ref[Lease]) -> None:
+    if lease := reference():
+        lease.release()
 
 
 def to_bytes(owner: Owner) -> bytes:

@@ -187,9 +187,10 @@ class ObjectStorage:
         found: dict[str, str] = {}
         for checkpoint, names in attempts.items():
             folders = {name for name in names if name.endswith("/")}
-            named = self._named(checkpoint, folders) if MANIFEST in names and folders else set()
-            # One of them must be the checkpoint's: a manifest that names none is damaged.
-            folders = folders - named if named or MANIFEST not in names else set()
+            if MANIFEST in names:
+                # One of them is the checkpoint's, so a manifest that names none is damaged. A manifest may be large.
+                named = self._named(checkpoint, folders) if len(folders) > 1 else set()
+                folders = folders - named if named else set()
             found |= {f"{checkpoint}/{folder.rstrip('/')}": checkpoint for folder in sorted(folders)}
         return found
 

@@ -186,7 +186,7 @@ class _Signal(Hook):
 
 
 def _saved_steps(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder / "ckpts"))
+    return sorted(name for name in os.listdir(folder / "ckpts") if not name.startswith("."))
 
 
 SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]

@@ -54,10 +54,15 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _saved(folder: Path) -> list[str]:
+    """Names in the save folder but for hidden files."""
+    return [path.name for path in (folder / "ckpts").iterdir() if not path.name.startswith(".")]
+
+
 def test_it_learns(straight: Path) -> None:
     losses = [loss for _, loss, *_ in _log(straight)]
     assert losses[-1] < losses[0] / 2
-    assert [path.name for path in (straight / "ckpts").iterdir()] == ["step-20"]
+    assert _saved(straight) == ["step-20"]
 
 
 def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None
     assert "SIGTERM on rank 1: stopping after step 8, exiting 143" in job.stderr
     assert job.stderr.count("exitcode  : 143") == 2, job.stderr
     assert job.left_behind == 0
-    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
+    assert _saved(tmp_path) == ["step-8"]
     assert _log(tmp_path) == _log(straight)[:8]
 
 
@@ -77,7 +82,7 @@ def test_sigterm_to_the_launcher_and_a_rank_in_the_same_second(straight: Path, d
     assert job.returncode == 1
     assert job.stderr.count("stopping after step 8, exiting 143") == 1, job.stderr
     assert job.left_behind == 0
-    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["step-8"]
+    assert _saved(tmp_path) == ["step-8"]
     assert _log(tmp_path) == _log(straight)[:8]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -119,6 +120,18 @@ def test_the_lease_names_its_owner_is_renewed_and_is_gone_when_released(storage:
     assert storage.names() == [LOCK]
 
 
+def test_a_lease_that_nobody_uses_any_more_is_not_renewed(storage: Failing) -> None:
+    lease = Lease.acquire(storage, "my job", times=QUICK)
+    thread = lease._thread
+    del lease
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    content = storage.read(LEASE_FILE, 9999)
+    time.sleep(3 * QUICK.renewal)
+    assert storage.read(LEASE_FILE, 9999) == content
+
+
 def test_a_forked_process_does_not_release_the_lease(storage: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease.acquire(storage, "my job", times=QUICK)
     with monkeypatch.context() as patch:
@@ -132,7 +145,7 @@ def test_a_run_that_fails_releases_its_lease(storage: Failing) -> None:
     code = f"""
 from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.local_storage import LocalStorage
-Lease.acquire(LocalStorage({str(storage.root)!r}), "job")
+lease = Lease.acquire(LocalStorage({str(storage.root)!r}), "job")
 print(LocalStorage({str(storage.root)!r}).names())
 raise SystemExit(2)
 """
