@@ -30,7 +30,6 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model.norm_head": (False,),
     "data.type": ("tokenized",),
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
-    "ckpt.stop_file_path": (None,),
     "ckpt.enable_internevo2hf_ckpt": (False,),
 }
 
@@ -163,10 +162,7 @@ def check_registered(config: Config) -> None:
 
 
 def _use(supported: tuple[Any, ...]) -> str:
-    named = [value for value in supported if value is not None]
-    if not named:
-        return "Remove it"
-    return f"Use {'one of ' if len(named) > 1 else ''}{', '.join(map(str, named))}"
+    return f"Use {'one of ' if len(supported) > 1 else ''}{', '.join(map(str, supported))}"
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,9 @@ class Trainer(ReplacedNames, OlderResult):
             if isinstance(schedule, FollowsRun):
                 schedule.follow(self.state)
         self.stop_requested = False
+        """Whether the loop ends after this step; a hook may set it."""
+        self.save_requested = False
+        """Whether a checkpoint is saved after this step, and the loop goes on; a hook may set it."""
         # Of the calls of execute_schedule since the last update: sums over all ranks, and losses of this rank.
         self._sums: list[accelerator.HostValues] = []
         self._local_losses: list[accelerator.HostValues] = []

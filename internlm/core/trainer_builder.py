@@ -25,6 +25,7 @@ from internlm.train.build_checkpoints import initialize_checkpoint_manager
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.utils.errors import Problem, UserError, did_you_mean
+from internlm.utils.stop_signals import catching_signals
 
 #: Built-in arguments of the command line that ``initialize_distributed_env`` takes. A builder accepts and ignores them,
 #: so that a script can pass all of its parsed arguments (``**vars(args)``).
@@ -100,7 +101,8 @@ class TrainerBuilder:
         optimizer, beta2_schedule, lr_schedule = initialize_optimizer(model, isp_communicator)
         self.trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(self.types))
         self.checkpoints = initialize_checkpoint_manager(model, optimizer, train_dl)
-        self.stop = hooks.StopOnSignal(accelerator.current_device())
+        self.requests = hooks.FollowRequests(accelerator.current_device(), self.config.ckpt.stop_file_path)
+        """Requests to save or to stop; ``requests.request(…)`` may be called by any thread."""
         self._val_dls = val_dls or {}
 
     def fit(self) -> TrainState:
@@ -110,19 +112,22 @@ class TrainerBuilder:
             Progress of the run at the end.
 
         Raises:
-            SystemExit: SIGTERM or SIGINT stopped the run; the exit code is 128 + the signal number.
+            SystemExit: A request with an exit code stopped the run; after SIGTERM or SIGINT, this code is 128 + the
+                signal number.
             UserError: The checkpoint cannot be loaded or saved, or too many steps in a row were skipped.
         """
         alerts = initialize_monitor_manager(self.config.JOB_NAME, alert=self.config.monitor.alert)
-        with self.stop.listening(), alerts, self.checkpoints:
+        with catching_signals(), alerts, self.checkpoints:
             self.checkpoints.try_resume_training(self.trainer.state)
             parent = Path(self.config.log_folder) / self.config.JOB_NAME
             folder = _run_folder(parent.resolve(), self.checkpoints.resumed_folder)
             self.checkpoints.run_info["run_folder"] = str(folder)
             state = self.trainer.fit(self.train_dl, self.config.data.total_steps, self._hooks(self.trainer, folder))
+            self.checkpoints.wait_async_upload_finish()
+            self.requests.finish(state.step, self.checkpoints.last_saved)
         leave_at_exit()
-        if self.stop.exit_code and state.step < self.config.data.total_steps:
-            raise SystemExit(self.stop.exit_code)
+        if self.requests.exit_code:
+            raise SystemExit(self.requests.exit_code)
         return state
 
     def _hooks(self, trainer: Trainer, folder: Path) -> list[Hook]:
@@ -136,8 +141,8 @@ class TrainerBuilder:
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
             *self.options.extra_hooks,  # before SaveCheckpoints, because they may set stop_requested
-            self.stop,
-            hooks.SaveCheckpoints(self.checkpoints),
+            self.requests,
+            hooks.SaveCheckpoints(self.checkpoints, self.requests),
             *([hooks.ReportTraffic()] if self.options.ledger and writer else []),
             *([self._recorder(folder)] if self.options.pipeline_trace else []),
             *([hooks.ProfileRun(folder, dist.get_rank())] if self.options.profiling else []),

@@ -41,7 +41,7 @@ from internlm.profiler.reports import held_between_steps, tensors_between_steps
 from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
-from internlm.train.hooks import LogMetrics, StopOnSignal
+from internlm.train.hooks import FollowRequests, LogMetrics
 from internlm.train.inventory import inventory_of
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
 from internlm.utils.dtype import torch_dtype
@@ -158,7 +158,7 @@ def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int =
 def _hooks(trainer: Trainer, types: Sequence[str]) -> list[Hook]:
     """Return the hooks that run after every step and write no file; metrics are read on each rank, and go nowhere."""
     metrics = LogMetrics(gpc.config, types, dist.get_world_size(), trainer.scheduler.data_group.size, MetricsWriter([]))
-    return [metrics, StopOnSignal(accelerator.current_device())]
+    return [metrics, FollowRequests(accelerator.current_device())]
 
 
 def _step(

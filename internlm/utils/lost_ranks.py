@@ -108,10 +108,25 @@ def record_failure(error: Exception, exit_code: int) -> None:
     if exit_code == EXIT_FAILURE:
         message = f"rank {_thread.rank} stopped with {type(error).__name__} in {progress.own_phase()}"
         finding = Finding(f"{message}. See its traceback")
+        with suppress(StoreError):
+            _agree(_thread, finding)
     else:  # an error that the user can fix, which this rank prints
-        finding = Finding("", exit_code)
-    with suppress(StoreError):
-        _agree(_thread, finding)
+        record_stop(exit_code)
+
+
+def record_stop(exit_code: int) -> None:
+    """Record in the store that this rank stops for a reason that it prints; the others end with its exit code."""
+    if _thread is not None:
+        with suppress(StoreError):
+            _agree(_thread, Finding("", exit_code))
+
+
+def recorded_exit_code() -> int:
+    """Return the exit code for this rank if another has recorded why the job ends, else 0."""
+    if _thread is None:
+        return 0
+    _thread.publish()  # reads what is recorded
+    return Finding(**json.loads(_thread.over)).exit_code if _thread.over else 0
 
 
 def find_lost_rank(cause: str) -> Finding:

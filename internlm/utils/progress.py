@@ -105,6 +105,11 @@ def note_end() -> None:
     _own.ended = _own.exit_code is None
 
 
+def is_failing() -> bool:
+    """Return whether this process has failed, or looks for the rank that is lost: it ends within seconds."""
+    return _own.waited_in_vain or _own.exit_code is not None
+
+
 def restart() -> None:
     """Forget what an earlier run of this process has noted."""
     global _own

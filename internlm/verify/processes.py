@@ -187,7 +187,7 @@ class RankProcesses:
         """Return the Python stacks of all threads of every rank that is still running."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGUSR1)
+                os.kill(process.pid or 0, signal.SIGQUIT)
         deadline = time.monotonic() + STACK_TIMEOUT
         while time.monotonic() < deadline and not all(file.stat().st_size for file in self._stack_files):
             time.sleep(0.02)
@@ -221,7 +221,7 @@ def _serve(rank: int, world_size: int, environment: dict[str, str], connection: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its ranks
     stacks = stack_file.open("w")
     faulthandler.enable(stacks)
-    faulthandler.register(signal.SIGUSR1, stacks)
+    faulthandler.register(signal.SIGQUIT, stacks)
     # A rank within a call does not read its connection, so a thread watches for the exit of the parent.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -1,13 +1,10 @@
-"""What a run does beside learning: the same thing twice, nothing with a bad gradient, and stop when told to."""
+"""What a run does beside learning: the same thing twice, nothing with a bad gradient, and stop when a hook asks."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from internlm.accelerator import kinds
-from internlm.accelerator.kinds import CPU, DeviceKind
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.core.parallel import place_replicated
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from internlm.train import initialize_model_and_parallel_communicator
-from internlm.train.hooks.stop import REPEAT_SECONDS
 from internlm.verify.record import ShardsByName
 from tests.dist.tiny import TINY, Plain
-from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
+from tests.dist.whole_runs import assert_same_tensors, fit, recorded_warnings, saving, shards_of, whole_tensors
 from tests.harness.pool import run_ranks
 
 
@@ -154,87 +148,7 @@ def test_a_bad_gradient_on_one_rank(
     assert all(x.isfinite().all() for x in outcome.tensors.values())
 
 
-# -- a signal
-
-
-class _Signal(Hook):
-    """Send this process a signal, on one rank, somewhere in one step; ``times`` times, ``apart`` seconds."""
-
-    def __init__(self, number: int, rank: int, step: int, where: str, times: int = 1, apart: float = 0) -> None:
-        self.number, self.rank, self.step, self.where = number, rank, step, where
-        self.times, self.apart = times, apart
-
-    def before_run(self, trainer: Trainer) -> None:
-        trainer.model.register_forward_pre_hook(lambda model, inputs: self._reached("forward", trainer, model.training))
-        trainer.model.register_forward_pre_hook(
-            lambda model, inputs: self._reached("eval", trainer, not model.training)
-        )
-
-    def before_step(self, trainer: Trainer) -> None:
-        self._reached("before", trainer)
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._reached("after", trainer)
-
-    def _reached(self, where: str, trainer: Trainer, really: bool = True) -> None:
-        here = (where, trainer.state.step, os.environ["RANK"]) == (self.where, self.step, str(self.rank))
-        if here and really:
-            self.step = -1
-            for repeat in range(self.times):
-                time.sleep(self.apart if repeat else 0)
-                os.kill(os.getpid(), self.number)
-
-
-def _saved_steps(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder / "ckpts") if not name.startswith("."))
-
-
-SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """A run that nobody stops."""
-    return fit(2, saving(tmp_path_factory.mktemp("straight"), *SIGNALLED, every=3, total=8))
-
-
-@pytest.mark.parametrize(
-    ("number", "where", "step", "last"),
-    [
-        (signal.SIGTERM, "before", 3, 4),
-        (signal.SIGINT, "forward", 3, 4),
-        (signal.SIGTERM, "eval", 4, 4),
-        (signal.SIGINT, "after", 4, 4),
-        pytest.param(signal.SIGTERM, "forward", 3, 4, marks=pytest.mark.wide),
-        pytest.param(signal.SIGTERM, "after", 4, 4, marks=pytest.mark.wide),
-    ],
-)
-def test_a_signal_to_one_rank(number: int, where: str, step: int, last: int, straight: Outcome, tmp_path: Path) -> None:
-    """All ranks stop at most one step later, save, and exit alike; the resumed run is the straight one."""
-    overrides = saving(tmp_path, *SIGNALLED, every=3, total=8)
-    stopped = fit(2, overrides, hooks=[_Signal(number, 1, step, where)])
-    code = 128 + number
-    assert stopped.message == f"exit {code}"
-    assert stopped.state["step"] == last
-    name = signal.Signals(number).name
-    assert stopped.ranks[0].warnings == [f"{name} on rank 1: stopping after step {last}, exiting {code}"]
-    assert _saved_steps(tmp_path) == ["step-3", f"step-{last}"]
-    resumed = fit(2, overrides)
-    assert stopped.log + resumed.log == straight.log
-    assert_same_tensors(resumed.tensors, straight.tensors)
-
-
-def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
-    straight = fit(1, saving(tmp_path / "straight", every=3, total=8))
-    twice = _Signal(signal.SIGINT, 0, 4, "before", times=2, apart=REPEAT_SECONDS + 0.1)
-    stopped = fit(1, saving(tmp_path, every=3, total=8), hooks=[twice])
-    assert stopped.message == "exit 130"
-    assert _saved_steps(tmp_path) == ["step-3"]
-    resumed = fit(1, saving(tmp_path, every=3, total=8))
-    assert stopped.log[:3] + resumed.log == straight.log
-    (records,) = (tmp_path / "logs" / "internlm").iterdir()
-    lines = [json.loads(line) for line in (records / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(len(stopped.log)), *range(3, 8)]
+# -- a stop
 
 
 def test_a_variation_from_copied_checkpoints_has_records_of_its_own(tmp_path: Path) -> None:
@@ -264,51 +178,6 @@ def test_deterministic_kernels_are_enough_for_training() -> None:
     assert found.log == fit(1, overrides).log
 
 
-def test_signals_in_quick_succession_are_one_request(tmp_path: Path) -> None:
-    """As where a rank receives one from whoever ends the job, and another from its launcher."""
-    repeated = _Signal(signal.SIGTERM, 1, 4, "before", times=3, apart=0.01)
-    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[repeated])
-    assert stopped.message == "exit 143"
-    assert _saved_steps(tmp_path) == ["step-3", "step-5"]
-
-
-class _Accelerator(DeviceKind):
-    """The CPU, treated as if reading a tensor of the current step were a host sync."""
-
-    def pin(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def read(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def begin_copy(self, tensor: Tensor) -> tuple[Tensor, torch.Event]:
-        return tensor.clone(), torch.Event("cpu")
-
-
-class _OnAccelerator(Hook):
-    def before_run(self, trainer: Trainer) -> None:
-        kinds._KINDS["cpu"] = _Accelerator(name="cpu", backend="gloo")
-
-    def after_run(self, trainer: Trainer) -> None:
-        kinds._KINDS["cpu"] = CPU
-
-
-def test_on_an_accelerator_a_signal_is_read_one_step_later(tmp_path: Path) -> None:
-    hooks = [_OnAccelerator(), _Signal(signal.SIGTERM, 1, 3, "before")]
-    stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=hooks)
-    assert stopped.message == "exit 143"
-    assert _saved_steps(tmp_path) == ["step-3", "step-5"]
-
-
-def test_a_signal_after_the_last_step(tmp_path: Path) -> None:
-    """The run is done and says so."""
-    overrides = saving(tmp_path, every=3, total=8)
-    done = fit(2, overrides, hooks=[_Signal(signal.SIGTERM, 0, 8, "after")])
-    assert done.state["step"] == 8
-    assert not done.message.startswith("exit")
-    assert _saved_steps(tmp_path) == ["step-3", "step-6", "step-8"]
-
-
 class _Stop(Hook):
     """Asks for a stop, as a user's hook may."""
 
@@ -318,7 +187,10 @@ class _Stop(Hook):
 
 def test_a_hook_that_asks_for_a_stop_loses_nothing(tmp_path: Path) -> None:
     stopped = fit(2, saving(tmp_path, every=3, total=8), hooks=[_Stop()])
-    assert (stopped.state["step"], _saved_steps(tmp_path)) == (4, ["step-3", "step-4"])
+    assert (stopped.state["step"], sorted(path.name for path in (tmp_path / "ckpts").glob("step-*"))) == (
+        4,
+        ["step-3", "step-4"],
+    )
 
 
 def test_a_run_that_is_past_its_end_says_so(tmp_path: Path) -> None:

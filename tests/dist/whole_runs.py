@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -209,21 +210,29 @@ def _fit(
     rank: int, world_size: int, overrides: tuple[str, ...], stop_after: int | None, hooks: tuple[Hook, ...]
 ) -> Rank:
     log: list[Entry] = []
-    builder = _build(world_size, overrides, [*hooks, _Log(log, stop_after)])
-    return _described(builder, builder.fit, log)
+    take_signals()
+    builder = build_run(world_size, overrides, [*hooks, _Log(log, stop_after)])
+    return finish_run(builder, builder.fit, log)
 
 
 def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
-    builder = _build(world_size, overrides, [])
+    builder = build_run(world_size, overrides, [])
 
     def load() -> str:
         with builder.checkpoints:  # leaves the save folder to the next run
             return builder.checkpoints.try_resume_training(builder.trainer.state)
 
-    return _described(builder, load, [])
+    return finish_run(builder, load, [])
 
 
-def _build(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
+def take_signals() -> None:
+    """Give back the signals that the pool ignores, or that a run which was stopped has left ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def build_run(world_size: int, overrides: tuple[str, ...], hooks: Sequence[Hook]) -> TrainerBuilder:
+    """Build a run of :data:`TINY` on this rank."""
     initialize_distributed_env(TINY, overrides=(share_of_batch(world_size, overrides), *overrides))
     model = create_model()
     loader, types = build_train_loader_with_data_type()
@@ -237,7 +246,8 @@ def _updates(optimizer: HybridZeroOptimizer) -> list[int]:
     return [int(state["step"]) for rule in rules for state in rule.fused.state.values()]
 
 
-def _described(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
+def finish_run(builder: TrainerBuilder, action: Callable[[], object], log: list[Entry]) -> Rank:
+    """Call ``action``, which trains or loads, and describe this rank's state after it."""
     with recorded_warnings() as warnings:
         try:
             message = action()

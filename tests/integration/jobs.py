@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.utils.lost_ranks import stop_beacons
+from internlm.utils.stop_signals import stop_signals
 from tests.harness.launch import Job, torchrun
 from tests.harness.pool import run_ranks
 
@@ -84,6 +85,7 @@ def _run_script(rank: int, world_size: int, args: Sequence[str], folder: Path) -
             return int(end.code or 0)
         finally:
             stop_beacons()  # their thread would end this process after a failure of the script
+            stop_signals().close()  # train.py handles them to the end of its process
             sys.stderr.flush()
             sys.argv = argv
             os.chdir(here)

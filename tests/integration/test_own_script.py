@@ -69,7 +69,7 @@ def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None
     """Every rank saves and exits with 143; until then the log is that of the straight run, bit by bit."""
     job = _run(tmp_path, data, "--signal_step", "7")
     assert job.returncode == 1
-    assert "SIGTERM on rank 1: stopping after step 8, exiting 143" in job.stderr
+    assert "SIGTERM on rank 1: saved step 8, exiting 143" in job.stderr
     assert job.stderr.count("exitcode  : 143") == 2, job.stderr
     assert job.left_behind == 0
     assert _saved(tmp_path) == ["step-8"]
@@ -80,7 +80,7 @@ def test_sigterm_to_the_launcher_and_a_rank_in_the_same_second(straight: Path, d
     """The launcher passes it on, so one rank receives two, and the other one: a single request."""
     job = _run(tmp_path, data, "--signal_step", "7", "--send_to_launcher")
     assert job.returncode == 1
-    assert job.stderr.count("stopping after step 8, exiting 143") == 1, job.stderr
+    assert job.stderr.count("saved step 8, exiting 143") == 1, job.stderr
     assert job.left_behind == 0
     assert _saved(tmp_path) == ["step-8"]
     assert _log(tmp_path) == _log(straight)[:8]

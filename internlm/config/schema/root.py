@@ -131,7 +131,8 @@ class CkptConfig(Section):
     oss_snapshot_freq: CountOrZero = 0
     """Steps between snapshots, which are checkpoints that two folders hold in turns. 0: no snapshots."""
     stop_file_path: PathText | None = None
-    """Path of a file polled for a step number at which to save and stop."""
+    """Path of a file polled for a step number: N saves and stops after step N, -N saves and goes on. It is read on rank
+    0, and may appear and change during the run."""
     enable_internevo2hf_ckpt: bool = False
     """Save checkpoints in the Hugging Face format too."""
 

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: logging, checkpoints, validation, profiling and stopping."""
+"""Hooks of the training loop: logging, checkpoints, validation, profiling, and requests to save or to stop."""
 
 from internlm.train.hooks.log import LogMemoryPlan as LogMemoryPlan
 from internlm.train.hooks.log import LogMetrics as LogMetrics
@@ -9,4 +9,4 @@ from internlm.train.hooks.periodic import Validate as Validate
 from internlm.train.hooks.profile import ProfileRun as ProfileRun
 from internlm.train.hooks.profile import RecordPipeline as RecordPipeline
 from internlm.train.hooks.skipped_steps import WarnOfSkippedSteps as WarnOfSkippedSteps
-from internlm.train.hooks.stop import StopOnSignal as StopOnSignal
+from internlm.train.hooks.stop import FollowRequests as FollowRequests

@@ -13,6 +13,7 @@ from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.data.loader import ValidLoader
 from internlm.eval import evaluate
 from internlm.monitor import MetricsWriter
+from internlm.train.hooks.stop import FollowRequests
 from internlm.utils.logger import get_logger
 from internlm.utils.progress import in_phase
 
@@ -20,15 +21,26 @@ log = get_logger()
 
 
 class SaveCheckpoints(Hook):
-    """Hook that saves a checkpoint every ``ckpt.checkpoint_every`` steps, at the last step, and when the run stops."""
+    """Hook that saves a checkpoint every ``ckpt.checkpoint_every`` steps, at the last step, and on requests.
 
-    def __init__(self, manager: CheckpointManager) -> None:
-        self.manager = manager
+    Args:
+        manager: Manager of the checkpoints.
+        requests: Hook by which the ranks agree on requests, which runs before this one.
+    """
+
+    def __init__(self, manager: CheckpointManager, requests: FollowRequests) -> None:
+        self.manager, self.requests = manager, requests
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Save a checkpoint if one is due after this step, or if the run stops after it."""
-        with in_phase("save"):
-            self.manager.try_save_checkpoint(trainer.state, force=trainer.stop_requested)
+        """Save a checkpoint if one is due after this step, if it is requested, or if the run stops after the step."""
+        if self.requests.may_save:
+            forced = trainer.stop_requested or trainer.save_requested
+            with in_phase("save"):
+                self.manager.try_save_checkpoint(trainer.state, force=forced)
+                if trainer.stop_requested:
+                    self.manager.wait_async_upload_finish()
+        trainer.save_requested = False
+        self.requests.log_outcome(trainer.state.step, self.manager.last_saved)
 
 
 class Validate(Hook):

@@ -1,88 +1,149 @@
-"""Hook that stops a run on SIGTERM or SIGINT: all ranks finish the step, save a checkpoint and exit."""
+"""Hook by which all ranks follow the requests of any rank to save or to stop, at the same step."""
 
 from __future__ import annotations
 
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from internlm.accelerator import HostValues, is_host
 from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.train.hooks.stop_sources import Launcher, StopFile
 from internlm.utils.logger import get_logger
+from internlm.utils.stop_requests import Inbox, Request
+from internlm.utils.stop_signals import stop_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Seconds after the first signal in which further signals belong to the same request: whoever ends a job may signal the
-#: launcher and the ranks, and the launcher passes its own signal on to the ranks.
-REPEAT_SECONDS = 3.0
+REQUESTS = tuple(Request)
 log = get_logger()
 
 
-class StopOnSignal(Hook):
-    """Hook that stops all ranks if any rank receives SIGTERM or SIGINT.
+class FollowRequests(Hook):
+    """Hook by which all ranks follow the requests of any rank to save or to stop, at the same step.
 
-    Signals are caught in the ``with`` block of :meth:`listening`. A signal more than :data:`REPEAT_SECONDS` after the
-    first one exits at once. Every rank exits with 128 + the signal number. This hook must come before the hook that
-    saves checkpoints, because the latter reads ``trainer.stop_requested``.
+    Requests come from signals, the stop file, the death of the launcher, and :meth:`request`. After every step, an
+    all-reduce gives each rank the requests of all ranks. On the CPU, its result is read at once. On an accelerator,
+    reading it would let the device idle, so it is read one step later, when the device has the work of that step: the
+    ranks follow a request after the step in which it arrives on the CPU, and one step later on an accelerator.
 
-    After every step, an all-reduce gives all ranks the signals caught so far. On the CPU, its result is read at once.
-    On an accelerator, reading it would let the device idle, so it is read one step later, when the device has the work
-    of that step: a run stops after the step in which a signal arrives on the CPU, and one step later on an accelerator.
+    This hook must come before the hook that saves checkpoints, which reads ``trainer.stop_requested``,
+    ``trainer.save_requested`` and :attr:`agreed`.
+
+    Args:
+        device: Device of the exchange.
+        stop_file: Path of the stop file, which rank 0 reads; None: there is none.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stop_file: str | None = None) -> None:
         self.device = device
-        self.caught = 0
-        self.agreed = 0
-        self._first_caught = 0.0  # time of the first signal
+        self.agreed: dict[Request, int] = {}
+        """Requests that all ranks follow after this step, each with the rank that received it."""
+        self.callbacks: dict[Request, Callable[[int], None]] = {}
+        """Functions called on all ranks when they follow a request, with the rank that received it; they may raise an
+        error, which ends the run."""
+        self.exit_code = 0
+        """Exit code of the run so far."""
+        self._inbox = Inbox()
+        self._stop_file = StopFile(stop_file) if stop_file else None
+        self._launcher = Launcher(os.environ)
         self._exchanged: HostValues | None = None  # result of the last exchange that was not read
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch SIGTERM and SIGINT in the ``with`` block."""
-        previous = {signum: signal.signal(signum, self._catch) for signum in SIGNALS}
-        try:
-            yield
-        finally:
-            # When one rank exits, the launcher sends SIGTERM to the others, which must not change their exit code.
-            # Python removes its handlers before the process ends, so the signal must be ignored from here on.
-            for signum, handler in previous.items():
-                signal.signal(signum, signal.SIG_IGN if self.agreed else handler)
+    def request(self, request: Request) -> None:
+        """Ask all ranks to follow ``request`` after a step; any thread of any rank may call this at any time."""
+        self._inbox.add(request)
 
-    def _catch(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.caught:
-            self.caught, self._first_caught = signum, now
-        elif now - self._first_caught > REPEAT_SECONDS:
-            # The user does not want to wait for the step and the checkpoint.
-            sys.exit(128 + signum)
+    # -- positions in the loop ----------------------------------------------------------------------------------------
+    def before_run(self, trainer: Trainer) -> None:
+        """Receive signals as requests from here on."""
+        stop_signals().begin_training(self._inbox)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Exchange signals with all ranks, and request a stop if any rank received one."""
-        # Signal and rank are packed into one integer, so that one all-reduce (max) gives every rank both.
-        packed = self.caught * dist.get_world_size() + dist.get_rank() if self.caught else 0
-        flag = torch.full((), packed, device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        exchanged = HostValues(flag, "signals")
+        """Exchange the requests of all ranks, and follow them."""
+        flags = self._flags(trainer.state.step)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        exchanged = HostValues(flags, "requests")
         exchanged.begin_copy()
-        arrived, self._exchanged = exchanged if is_host(flag) else self._exchanged, exchanged
-        if arrived is None:
+        arrived, self._exchanged = (exchanged, None) if is_host(flags) else (self._exchanged, exchanged)
+        self.agreed = _read(arrived)
+        if not self.agreed:
             return
-        self.agreed, rank = divmod(int(arrived.read_arrived()), dist.get_world_size())
-        if self.agreed:
-            trainer.stop_requested = True
-            if dist.get_rank() == 0:
-                name = signal.Signals(self.agreed).name
-                log.warning(
-                    f"{name} on rank {rank}: stopping after step {trainer.state.step}, exiting {128 + self.agreed}"
-                )
+        for request, rank in self.agreed.items():
+            if request in self.callbacks:
+                self.callbacks[request](rank)
+        trainer.stop_requested |= any(request.value.stops for request in self.agreed)
+        trainer.save_requested |= any(request.value.saves for request in self.agreed)
 
+    def _flags(self, step: int) -> torch.Tensor:
+        """Return a vector with an entry for each kind of request: 1 + this rank if this rank has one, else 0."""
+        rank, flags = dist.get_rank(), torch.zeros(len(REQUESTS), dtype=torch.int64, device=self.device)
+        stop_signals().settle()
+        if self._launcher.is_dead():
+            self._inbox.add(Request.LAUNCHER_DIED)
+        if rank == 0:
+            self._launcher.note_step()
+            request = self._stop_file.due(step if is_host(flags) else step + 1) if self._stop_file else None
+            if request:
+                self._inbox.add(request)
+        for request in self._inbox.take():
+            flags[REQUESTS.index(request)].fill_(rank + 1)  # no copy from the host, which would be a host sync
+        return flags
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
     @property
-    def exit_code(self) -> int:
-        """Exit code of the run: 0, or 128 + the number of the signal that stopped it."""
-        return 128 + self.agreed if self.agreed else 0
+    def may_save(self) -> bool:
+        """Whether the step may be saved; False after a request to stop without saving."""
+        return all(request.value.saves for request in self.agreed)
+
+    def log_outcome(self, step: int, last_saved: int) -> None:
+        """Log on rank 0 what the requests of this step have led to, and set the exit code.
+
+        Args:
+            step: Number of steps done.
+            last_saved: Step of the newest checkpoint of this run.
+        """
+        if not self.agreed:
+            return
+        # The first request to stop gives the exit code; the others are followed too.
+        request, rank = min(self.agreed.items(), key=lambda item: (not item[0].value.stops, REQUESTS.index(item[0])))
+        effect = request.value
+        if effect.stops:
+            self.exit_code = effect.exit_code
+        if dist.get_rank() == 0:
+            source, is_saved = effect.source.format(rank=rank), last_saved == step
+            if effect.stops:
+                saved = f"saved step {step}" if is_saved else f"step {step} is not saved"
+                log.warning(f"{source}: {saved}, exiting {effect.exit_code}")
+            elif is_saved:  # or is being saved in the background
+                log.info(f"{source}: saving step {step}, training goes on")
+            else:
+                log.warning(f"{source}: step {step} is not saved, since ckpt.enable_save_ckpt is False")
+
+    def finish(self, step: int, last_saved: int) -> None:
+        """Follow what has arrived since the last step, after which all ranks leave the loop.
+
+        Args:
+            step: Number of steps done.
+            last_saved: Step of the newest checkpoint of this run.
+        """
+        saved = f"step {step} is saved" if last_saved == step else f"step {step} is not saved"
+        self.agreed, self._exchanged = _read(self._exchanged), None
+        if not self.exit_code and any(request.value.stops for request in self.agreed):
+            self.log_outcome(step, last_saved)
+        signals = stop_signals()
+        signals.settle()
+        signals.end_training(saved, self.exit_code)
+        # A signal of this rank alone, since the last exchange.
+        waiting = self._inbox.take()
+        late = [request for request in (Request.TERMINATE, Request.INTERRUPT) if request in waiting]
+        if late and not self.exit_code:
+            self.exit_code = late[0].value.exit_code
+            signals.end_training(saved, self.exit_code)
+            log.warning(f"{late[0].value.source.format(rank=dist.get_rank())}: {saved}, exiting {self.exit_code}")
+
+
+def _read(values: HostValues | None) -> dict[Request, int]:
+    """Return the requests in the result of an exchange, each with a rank that received it."""
+    if values is None:
+        return {}
+    return {request: flag - 1 for request, flag in zip(REQUESTS, map(int, values.read_arrived()), strict=True) if flag}

@@ -27,7 +27,6 @@ def test_defaults_run(device: str | None) -> None:
     ("changes", "expected"),
     [
         ({"model.norm_head": True}, "model.norm_head: True is not available in this version. Use False"),
-        ({"ckpt.stop_file_path": "x"}, "ckpt.stop_file_path: 'x' is not available in this version. Remove it"),
         (
             {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
             "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",

@@ -28,6 +28,7 @@ from internlm.dryrun.findings import not_compared, problems
 from internlm.dryrun.one_rank import DryRun, dry_config, run_rank
 from internlm.model import decoder
 from internlm.ops.cpu import cpu_gemm
+from internlm.train.hooks.stop import REQUESTS
 from internlm.utils.errors import UserError
 from internlm.utils.torch_private import in_backward
 from tests.dist import test_pipeline_models as own_models
@@ -170,8 +171,8 @@ def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None
     assert [sum(run.kernels[name] for name in run.flops) for run in (one, two)] == [products, 2 * products]
 
 
-def test_the_exchange_of_signals_ends_each_step(apart: Apart) -> None:
-    assert apart.dry(8, 0).events[-1] == Call(tuple(range(8)), "all-reduce", 8)
+def test_the_exchange_of_requests_ends_each_step(apart: Apart) -> None:
+    assert apart.dry(8, 0).events[-1] == Call(tuple(range(8)), "all-reduce", 8 * len(REQUESTS))
 
 
 def test_ranks_of_a_job_call_the_same_collectives_in_the_same_order(apart: Apart) -> None:
