@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import internlm
-from internlm.cli import ckpt_parsers, parsers
+from internlm.cli import ckpt_parsers, launch_options, parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
@@ -58,6 +58,7 @@ COMMANDS = (
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
     Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),
+    Command("train", "train a model", launch_options.train, "internlm.cli.training:train"),
     Command("verify", "compare a multi-rank with a single-rank run", parsers.verify, "internlm.cli.commands:verify"),
 )
 

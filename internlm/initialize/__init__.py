@@ -6,8 +6,8 @@ _LAUNCH = "internlm.initialize.launch"
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "get_default_parser": _LAUNCH,
-        "parse_args": _LAUNCH,
+        "get_default_parser": "internlm.utils.common",
+        "parse_args": "internlm.utils.common",
         "initialize_distributed_env": _LAUNCH,
         "launch_from_torch": _LAUNCH,
         "launch_from_slurm": _LAUNCH,

@@ -1,8 +1,7 @@
-"""Start of a run: command line, config, default process group, parallel groups and seeds."""
+"""Start of a run: config, default process group, parallel groups and seeds."""
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import functools
 import gc
@@ -32,7 +31,8 @@ from internlm.initialize.environment import (
 from internlm.initialize.rendezvous import CHECK_RANK_0, ending_after, make_store
 from internlm.ops import why_unavailable
 from internlm.ops.cpu.kernel_start import check_request, choose_kernels
-from internlm.utils.common import FriendlyParser
+from internlm.utils.common import get_default_parser as get_default_parser
+from internlm.utils.common import parse_args as parse_args
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import ConfigError, LaunchError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
@@ -47,38 +47,6 @@ CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:
 RECORDED_COLLECTIVES = 2000
 
 ConfigLike = str | Path | dict[str, Any] | Config
-
-
-# -- command line -----------------------------------------------------------------------------------------------------
-def get_default_parser() -> argparse.ArgumentParser:
-    """Build the parser of the built-in arguments; scripts add their own with ``add_argument`` before parsing."""
-    parser = FriendlyParser(description="Train a model.")
-    add = parser.add_argument
-    add("--config", type=str, help="Python config file")
-    add("--launcher", choices=["slurm", "torch"], help="launcher of the processes (default: detected)")
-    add("--host", type=str, help="address of rank 0 (default: the launcher's)")
-    add("--port", type=int, default=8888, help="port of rank 0 where torchrun sets none (default: %(default)s)")
-    add("--world_size", type=int, help="number of processes (default: the launcher's)")
-    add("--rank", type=int, help="rank of this process (default: the launcher's)")
-    add("--local_rank", type=int, help="rank on this machine (default: the launcher's)")
-    add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
-    add("--seed", type=int, default=1024, help="seed of initial values, data order and dropout (default: %(default)s)")
-    add("--profiling", action="store_true", help="write torch profiler traces and a memory report")
-    add("--pipeline-trace", action="store_true", help="draw one pipeline step, measured beside simulated")
-    add("--ledger", action="store_true", help="print the bytes sent, by parallel mode and collective, at the end")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key, such as data.micro_num=2",
-    )
-    return parser
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the built-in arguments from ``arguments`` (default: the command line)."""
-    return get_default_parser().parse_args(arguments)
 
 
 # -- launch -----------------------------------------------------------------------------------------------------------

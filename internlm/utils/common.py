@@ -1,4 +1,7 @@
-"""Command-line parser whose errors suggest the nearest flag or command, and a re-export of ``parse_args``."""
+"""Command-line parser whose errors suggest the nearest flag or command, and the arguments of training scripts.
+
+This file must not import torch: ``--help`` and argument errors would take seconds.
+"""
 
 from __future__ import annotations
 
@@ -88,4 +91,57 @@ def _flags_or_all(unknown: list[str]) -> list[str]:
     return [word for word in unknown if word.startswith("-")] or unknown
 
 
-__getattr__, __dir__ = lazy_exports(__name__, {"parse_args": "internlm.initialize.launch"})
+# -- training scripts ------------------------------------------------------------------------------------------------
+def get_default_parser() -> argparse.ArgumentParser:
+    """Build the parser of the built-in arguments; scripts add their own with ``add_argument`` before parsing."""
+    parser = FriendlyParser(description="Train a model.")
+    add_training_arguments(parser)
+    return parser
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the built-in arguments of a training script to ``parser``."""
+    add = parser.add_argument
+    add("--config", type=str, help="Python config file")
+    add("--launcher", choices=["slurm", "torch"], help="launcher of the processes (default: detected)")
+    add("--host", type=str, help="address of rank 0 (default: the launcher's)")
+    add("--port", type=int, default=8888, help="port of rank 0 where torchrun sets none (default: %(default)s)")
+    add("--world_size", type=int, help="number of processes (default: the launcher's)")
+    add("--rank", type=int, help="rank of this process (default: the launcher's)")
+    add("--local_rank", type=int, help="rank on this machine (default: the launcher's)")
+    add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
+    add("--seed", type=int, default=1024, help="seed of initial values, data order and dropout (default: %(default)s)")
+    add("--profiling", action="store_true", help="write torch profiler traces and a memory report")
+    add("--pipeline-trace", action="store_true", help="draw one pipeline step, measured beside simulated")
+    add("--ledger", action="store_true", help="print the bytes sent, by parallel mode and collective, at the end")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key, such as data.micro_num=2",
+    )
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the built-in arguments from ``arguments`` (default: the command line)."""
+    return get_default_parser().parse_args(arguments)
+
+
+def words_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the words of a command line that :func:`parse_args` parses to ``arguments``; others of it are left out."""
+    words = []
+    for action in get_default_parser()._actions:
+        value = getattr(arguments, action.dest, action.default)
+        if value == action.default:
+            continue
+        flag = action.option_strings[0]
+        if isinstance(value, bool):
+            words.append(flag)
+        else:
+            words += [f"{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+# An import of a name that this module had in older versions raises an error that names its replacement.
+__getattr__, _ = lazy_exports(__name__, {})

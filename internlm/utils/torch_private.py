@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -260,6 +260,34 @@ CHECKPOINT_METADATA_NAMES = frozenset(
         ("torch.serialization", "_get_layout"),
     }
 )
+
+
+@contextmanager
+def deciding_on_restarts(may_restart: Callable[[Mapping[int, int], int], bool]) -> Iterator[None]:
+    """Let ``may_restart`` decide in the ``with`` block whether torchrun's API restarts the ranks after a failure.
+
+    It takes the exit codes of the failed ranks, and the number of restarts that are left, which may be 0. torchrun
+    itself restarts the ranks after any failure, also after one that a restart cannot change.
+
+    Remove this function once torchrun has an option for exit codes that end a job.
+    """
+    from torch.distributed.launcher import api
+
+    class Agent(api.LocalElasticAgent):
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if result.is_failed():
+                codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+                if not may_restart(codes, self._remaining_restarts):
+                    self._remaining_restarts = 0
+            return result
+
+    original, api.LocalElasticAgent = api.LocalElasticAgent, Agent  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = original  # type: ignore[misc]
+
 
 # -- the compiler -----------------------------------------------------------------------------------------------------
 

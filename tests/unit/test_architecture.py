@@ -29,6 +29,7 @@ DEVICE_TYPES = {"cpu", "cuda", "hip", "xpu", "npu", "mps"}
 TORCH_MODULES = ("torch", "torch.version", "torch.backends")
 #: Files outside of ``accelerator/`` that name a device type, and why.
 NAMING_DEVICES = {
+    "cli/launch_options.py": "what a user types; it must not import torch",
     "cli/parsers.py": "what a user types; it must not import torch",
     "config/resolve.py": "what a user has named; it must not import torch",
     "config/rules/run_rules.py": "what a user has named; it must not import torch",
