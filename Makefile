@@ -17,7 +17,7 @@ DOC := doc/_build/html
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-gpu check bench-profile docs clean
+.PHONY: help demo test test-all faults test-gpu check bench-profile docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -32,6 +32,10 @@ test: $(VENV)/.installed-test ## Run the tests: PYTEST_ARGS="-k pool -x"
 test-all: $(VENV)/.installed-test ## Run the tests and their widest sweeps
 	$(PYTEST) --wide $(PYTEST_ARGS)
 	@echo "commit $$(git rev-parse --short HEAD): note it and the line above in doc/testing.md"
+
+faults: $(VENV)/.installed-test ## Inject every fault of doc/testing.md, and print how many were survived
+	$(PYTEST) -m fault --wide $(PYTEST_ARGS)
+	@echo "commit $$(git rev-parse --short HEAD): note it and the lines above in doc/testing.md"
 
 test-gpu: $(VENV)/.installed-test ## Test on a CUDA device, in 10 minutes, and print a table
 	$(PY) -m pytest -m gpu tests/gpu --session-timeout=600 $(PYTEST_ARGS)

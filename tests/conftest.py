@@ -9,14 +9,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 os.environ["INTERNLM_CPU_KERNELS"] = "gemm=onednn,grad_weight=float32,attention=blocked"
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.harness import gpu_table
+from tests.harness import gpu_table, scoreboard
 
 #: Examples of a property, without and with ``--wide``.
 EXAMPLES, MANY_EXAMPLES = 50, 300
@@ -58,6 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wide = [item for item in items if item.get_closest_marker("wide")]
         config.hook.pytest_deselected(items=wide)
         items[:] = [item for item in items if not item.get_closest_marker("wide")]
+    scoreboard.note_rows(item for item in items if item.get_closest_marker("fault"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -70,13 +71,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table of what was shown on a GPU, after a run of these tests alone (``make test-gpu``)."""
-    if config.getoption("markexpr") != "gpu":
-        return
-    reports = [report for group in terminalreporter.stats.values() for report in group]
-    found = gpu_table.outcomes(report for report in reports if isinstance(report, pytest.TestReport))
-    terminalreporter.section("rows of doc/gpu.md")
-    for line in gpu_table.table(gpu_table.rows(), found):
+    """Print a table after a run of the tests on a GPU alone (``make test-gpu``), or of faults (``make faults``)."""
+    groups = terminalreporter.stats.values()
+    reports = [report for group in groups for report in group if isinstance(report, pytest.TestReport)]
+    lines: Iterable[str] = ()
+    if config.getoption("markexpr") == "gpu":
+        terminalreporter.section("rows of doc/gpu.md")
+        lines = gpu_table.table(gpu_table.rows(), gpu_table.outcomes(reports))
+    elif config.getoption("markexpr") == "fault":
+        terminalreporter.section("faults of doc/testing.md")
+        lines = scoreboard.board(scoreboard.rows(), scoreboard.outcomes(reports))
+    for line in lines:
         terminalreporter.write_line(line)
 
 
