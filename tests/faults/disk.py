@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-#: Content by path; None for a folder.
-Tree = dict[str, bytes | None]
+#: Content by path; None for a folder, a function that gets the path for anything else.
+Tree = dict[str, bytes | Callable[[Path], object] | None]
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def torn(disk: Disk, count: int) -> Tree | None:
         return None
     tree = disk.after(count)
     content = tree[last.path]
-    assert content is not None
+    assert isinstance(content, bytes)
     tree[last.path] = content[: last.position + len(last.data) // 2]
     return tree
 
@@ -330,8 +330,10 @@ def tree_of(root: Path) -> Tree:
 
 def write_tree(tree: Tree, root: Path) -> None:
     """Write files and folders below ``root``, which must be empty."""
-    for name, content in tree.items():  # sorted: a folder comes before its files
+    for name, content in sorted(tree.items(), key=lambda entry: entry[0]):  # a folder comes before its files
         if content is None:
             (root / name).mkdir()
-        else:
+        elif isinstance(content, bytes):
             (root / name).write_bytes(content)
+        else:
+            content(root / name)

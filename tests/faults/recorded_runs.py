@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.saver import Saver
 from internlm.checkpoint.tensor_writer import memory_of
 from internlm.core.trainer_builder import TrainerBuilder
+from internlm.train import initialize_checkpoint_manager
 from internlm.utils.errors import UserError
 from tests.dist.whole_runs import _build, recorded_warnings, saving
 from tests.faults.disk import Call, Disk, Journal, Tree, calls_in, tree_of, watched, write_tree
@@ -170,6 +172,8 @@ class Resumed:
     digest: str
     names: list[str]
     """Content of the save folder."""
+    memory: int
+    """Largest memory of the process so far, in bytes."""
 
 
 def resume_each(scenario: Scenario, folder: Path, trees: Sequence[Tree], timeout: float) -> list[tuple[Resumed, ...]]:
@@ -196,8 +200,12 @@ def _resume_each(rank: int, world_size: int, scenario: Scenario, folder: Path, f
                 write_tree(tree, root)
             _scramble(builder, 3.0)
             state.load_state_dict(start)
+            builder.checkpoints = initialize_checkpoint_manager(
+                builder.trainer.model, builder.trainer.optimizer, builder.train_dl
+            )
             dist.barrier()
             results.append(_resume(builder, root))
+            builder.checkpoints.close()
             dist.barrier()
     return results
 
@@ -214,4 +222,5 @@ def _resume(builder: TrainerBuilder, root: Path) -> Resumed:
         step=builder.trainer.state.step,
         digest=digest(builder.checkpoints.content.tensors()),
         names=LocalStorage(root).names(),
+        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
     )
