@@ -52,12 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("session")
 
 
+@pytest.hookimpl(tryfirst=True)  # marks that are added here can be selected with -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the widest sweeps, unless they are asked for, and skip what needs CUDA where there is none."""
     if not config.getoption("--wide"):
         wide = [item for item in items if item.get_closest_marker("wide")]
         config.hook.pytest_deselected(items=wide)
         items[:] = [item for item in items if not item.get_closest_marker("wide")]
+    scoreboard.mark_more_tests(items)
     scoreboard.note_rows(item for item in items if item.get_closest_marker("fault"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

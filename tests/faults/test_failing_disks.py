@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from internlm.checkpoint.folder_checks import reason_of
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.checkpoint.storage import MANIFEST
@@ -134,7 +135,7 @@ def test_a_save_that_fails_at_any_call_leaves_the_last_checkpoint(
         assert attempt.is_good, attempt
         if attempt.message:
             assert "step-0: cannot be saved (" in attempt.message
-            assert os.strerror(error) in attempt.message
+            assert reason_of(OSError(error, os.strerror(error))) in attempt.message
         if kinds == GROWING:
             assert not attempt.left, attempt
     assert sum(bool(attempt.message) for attempt in failing) > len(failing) / 2

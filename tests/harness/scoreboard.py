@@ -1,8 +1,9 @@
 """Scoreboard of injected faults: a line for each row of the table in ``doc/testing.md``, and how many were survived.
 
-A test names the rows that it shows with ``@pytest.mark.fault("F3", …)``. Each test is one fault, unless it says by
-``record_property("faults", n)`` that it injects more; ``record_property("corruptions", "149/150")`` adds how many
-changes of files were detected. Of a test that fails no fault counts as survived.
+A test names the rows that it shows with ``@pytest.mark.fault("F3", …)``, or is listed in :data:`MORE_TESTS`. It counts as
+one fault, unless it says by ``record_property("faults", n)`` that it injects more; by
+``record_property("corruptions", "149/150")`` it adds how many changes of files were detected. Of a test that fails, no
+fault counts as survived.
 """
 
 from __future__ import annotations
@@ -17,10 +18,63 @@ import pytest
 PAGE = Path(__file__).parents[2] / "doc" / "testing.md"
 ROW, FAULTS, CORRUPTIONS = "fault row", "faults", "corruptions"
 
+TESTS = Path(__file__).parents[1]
+#: Rows of tests outside of ``tests/faults``, by file and start of the name.
+MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
+    "F1": {
+        "dist/test_training.py": ["test_a_signal_to_one_rank", "test_signals_in_quick", "test_a_signal_after_the_last"],
+        "integration/test_own_script.py": ["test_sigterm_to_"],
+    },
+    "F2": {"dist/test_training.py": ["test_a_second_signal_quits_at_once"]},
+    "F3": {"unit/checkpoint/test_local_storage.py": ["test_a_crash_at_any_system_call_"]},
+    "F4": {"integration/test_own_script.py": ["test_a_job_that_is_started_anew_goes_on"]},
+    "F6": {"unit/checkpoint/test_verification.py": ["test_a_file_that_is_cut_off", "test_a_file_that_grew"]},
+    "F7": {"unit/checkpoint/test_manifest.py": ["test_every_flipped_bit_is_found"]},
+    "F8": {
+        "dist/test_checkpoint_trouble.py": ["test_damage_is_found", "test_a_run_whose_checkpoints_all_fail"],
+        "unit/checkpoint/test_verification.py": ["test_what_is_no_file_any_more", "test_a_file_of_another_step"],
+    },
+    "F9": {
+        "dist/test_checkpoint_trouble.py": ["test_no_room_on_one_rank"],
+        "unit/checkpoint/test_local_storage.py": ["test_a_full_disk_", "test_a_folder_without_write_permission"],
+    },
+    "F10": {
+        "dist/test_training.py": ["test_a_bad_gradient_on_one_rank"],
+        "dist/test_disturbances.py": ["test_a_loss_", "test_each_skipped_step_"],
+    },
+    "F11": {"dist/test_lost_stage.py": ["test_every_other_stage_names_it", "test_a_job_ends_and_says_why"]},
+    "F12": {
+        "integration/test_wrong_starts.py": ["test_a_bad_sample_in_the_middle_of_a_run"],
+        "dist/test_pool.py": ["test_the_first_failure_is_raised"],
+    },
+    "F13": {
+        "unit/context/test_launch.py": ["test_a_port_in_use", "test_a_rank_that_never_comes", "test_a_server_that_"]
+    },
+    "F18": {"unit/checkpoint/test_lease.py": ["test_"]},
+    "F19": {
+        "unit/checkpoint/test_format_1.py": ["test_hostile_", "test_a_pickled_object_", "test_links_and_pipes_"],
+        "unit/checkpoint/test_local_storage.py": ["test_names_that_lead_out", "test_links_", "test_what_is_no_regular"],
+    },
+    "F21": {
+        "dist/test_disturbances.py": ["test_training_takes_no_notice_of_webhooks"],
+        "unit/monitor/test_alerts.py": ["test_a_webhook_that_", "test_a_dead_webhook_", "test_exchanges_that_hang"],
+    },
+    "F22": {"unit/monitor/test_writers.py": ["test_a_full_d", "test_records_go_on_", "test_a_writer_that_fails_"]},
+}
+
 
 def rows(page: Path = PAGE) -> dict[str, str]:
     """Return the faults of the table of ``page`` by their numbers."""
     return dict(re.findall(r"^\| (F\d+) \| ([^|]+) \|", page.read_text(), re.MULTILINE))
+
+
+def mark_more_tests(items: Iterable[pytest.Item]) -> None:
+    """Mark the tests that are listed here with the rows that they show."""
+    for item in items:
+        file, name = item.path.relative_to(TESTS).as_posix(), item.name
+        for row, files in MORE_TESTS.items():
+            if any(name.startswith(start) for start in files.get(file, ())):
+                item.add_marker(pytest.mark.fault(row))
 
 
 def note_rows(items: Iterable[pytest.Item]) -> None:
