@@ -165,4 +165,6 @@ def test_a_run_on_a_disk_that_is_full_after_its_first_checkpoint(
     assert "step-4: cannot be saved (" in failed.message
     assert "o space" in failed.message
     assert [name for name in os.listdir(small_disk / "ckpts") if name.startswith("step-")] == ["step-2"]
+    assert resume(2, run).message.startswith("No space: need ")  # of the next checkpoint, before the first step
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     assert resume(2, run).message == f"resumed from {small_disk}/ckpts/step-2 at step 2"

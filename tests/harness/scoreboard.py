@@ -1,7 +1,7 @@
 """Scoreboard of injected faults: a line for each row of the table in ``doc/testing.md``, and how many were survived.
 
-A test names the rows that it shows with ``@pytest.mark.fault("F3", …)``, or is listed in :data:`MORE_TESTS`. It counts as
-one fault, unless it says by ``record_property("faults", n)`` that it injects more; by
+A test names the rows that it shows with ``@pytest.mark.fault("F3", …)``, or is listed in :data:`MORE_TESTS`. It counts
+as one fault, unless it says by ``record_property("faults", n)`` that it injects more; by
 ``record_property("corruptions", "149/150")`` it adds how many changes of files were detected. Of a test that fails, no
 fault counts as survived.
 """
