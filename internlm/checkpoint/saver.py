@@ -135,6 +135,8 @@ class Saver:
             self.wait()
         except CheckpointError as error:
             log.error(str(error))
+        except RuntimeError:  # of a collective
+            log.error("the last save in the background was not completed: another rank was lost")
 
     def _in_background(self, write: Callable[[], None]) -> None:
         try:

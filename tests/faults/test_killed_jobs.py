@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from internlm.utils.lost_ranks import EXIT_LOST_PEER
 from internlm.verify.processes import RankError, RankProcesses
+from tests.dist.test_lost_rank import GRACE, TIMEOUT, Fault, _run
 from tests.dist.whole_runs import Outcome, _fit, assert_same_tensors, fit
 from tests.faults.disk import Call, watched
 from tests.faults.recorded_runs import Scenario
 from tests.harness.pool import ENVIRONMENT
+from tests.harness.ports import free_port
 from tests.integration.jobs import debug_losses, metrics, records, script
 
 MODES = {"F3": Scenario(), "F5": Scenario(overrides=("ckpt.async_upload=True",))}
@@ -81,6 +85,54 @@ def test_a_job_that_is_killed_resumes_bitwise(fault: str, caller: int, last: int
     assert_same_tensors(resumed.tensors, straight.tensors)
     left = sorted(name for name in os.listdir(tmp_path / "ckpts") if name.startswith(("step-", "snapshot-")))
     assert left == ["snapshot-0", "snapshot-1", "step-4"]
+
+
+class _LastCall(Killer):
+    """Handler that kills this process, and notes when."""
+
+    def __call__(self, call: Call, perform: Callable[[], Any]) -> Any:
+        if self.left == 1:
+            Path("failed").write_text(str(time.time()))
+        return super().__call__(call, perform)
+
+
+def _run_until_killed(
+    rank: int, world_size: int, folder: Path, port: int, victim: Fault, last: int, overrides: tuple[str, ...]
+) -> None:
+    with watched(folder / "ckpt", _LastCall([os.getpid()], last if rank == victim.rank else 0)):
+        _run(rank, world_size, folder, port, victim, overrides)
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.parametrize(
+    ("rank", "last", "overrides"),
+    [
+        (1, 9, ("ckpt.async_upload=True",)),
+        pytest.param(0, 9, ("ckpt.async_upload=True",), marks=pytest.mark.wide),
+        pytest.param(1, 9, (), marks=pytest.mark.wide),
+        pytest.param(0, 60, (), marks=pytest.mark.wide),
+    ],
+)
+def test_the_others_name_a_rank_that_is_killed_while_it_writes_and_publish_nothing(
+    rank: int, last: int, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "ckpt").mkdir()
+    ranks = RankProcesses(2, ENVIRONMENT)
+    try:
+        ranks.send(_run_until_killed, (tmp_path, free_port(), Fault(rank, "writing", "killed"), last, overrides))
+        for process in ranks.processes:
+            process.join(40)
+        seconds = time.time() - float((tmp_path / "failed").read_text())
+        codes = [process.exitcode for process in ranks.processes]
+    finally:
+        ranks.close()
+    stderr = "".join((tmp_path / f"stderr-{of_rank}").read_text() for of_rank in (0, 1))
+    assert stderr.count(f"rank {rank} is gone, last seen in ") == 1, stderr
+    assert "Traceback" not in stderr, stderr
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == EXIT_LOST_PEER
+    assert seconds < TIMEOUT + GRACE
+    assert not list(tmp_path.glob("ckpt/step-?/"))
 
 
 SCRIPT = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.core.trainer import Hook, Trainer
 from internlm.verify.processes import RankProcesses
 from tests.dist.whole_runs import _fit, assert_same_tensors, fit, resume
 from tests.faults.disk import Tree, tree_of
@@ -21,12 +21,12 @@ PATIENCE = 60
 
 
 class _Waiting(Hook):
-    """Wait after the third step, in which a snapshot was saved."""
+    """Wait before the fourth step, after a snapshot was saved."""
 
     def __init__(self, ready: Path) -> None:
         self.ready = ready
 
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+    def before_step(self, trainer: Trainer) -> None:
         if trainer.state.step == 3:
             self.ready.touch()
             time.sleep(PATIENCE)

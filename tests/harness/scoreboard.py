@@ -27,7 +27,10 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
     },
     "F2": {"dist/test_training.py": ["test_a_second_signal_quits_at_once"]},
     "F3": {"unit/checkpoint/test_local_storage.py": ["test_a_crash_at_any_system_call_"]},
-    "F4": {"integration/test_own_script.py": ["test_a_job_that_is_started_anew_goes_on"]},
+    "F4": {
+        "integration/test_own_script.py": ["test_a_job_that_is_started_anew_goes_on"],
+        "dist/test_lost_rank.py": ["test_a_killed_rank_is_gone"],
+    },
     "F6": {"unit/checkpoint/test_verification.py": ["test_a_file_that_is_cut_off", "test_a_file_that_grew"]},
     "F7": {"unit/checkpoint/test_manifest.py": ["test_every_flipped_bit_is_found"]},
     "F8": {
@@ -42,10 +45,12 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
         "dist/test_training.py": ["test_a_bad_gradient_on_one_rank"],
         "dist/test_disturbances.py": ["test_a_loss_", "test_each_skipped_step_"],
     },
-    "F11": {"dist/test_lost_stage.py": ["test_every_other_stage_names_it", "test_a_job_ends_and_says_why"]},
+    "F11": {
+        "dist/test_lost_rank.py": ["test_a_stopped_rank_", "test_a_rank_that_is_stuck_", "test_every_other_stage_"]
+    },
     "F12": {
         "integration/test_wrong_starts.py": ["test_a_bad_sample_in_the_middle_of_a_run"],
-        "dist/test_pool.py": ["test_the_first_failure_is_raised"],
+        "dist/test_lost_rank.py": ["test_the_traceback_of_a_bug_", "test_an_error_that_the_user_can_fix_"],
     },
     "F13": {
         "unit/context/test_launch.py": ["test_a_port_in_use", "test_a_rank_that_never_comes", "test_a_server_that_"]
