@@ -44,7 +44,7 @@ RUNS: dict[str, Run] = {
     "saved in the background": Run(2, ("ckpt.async_upload=True",)),
     # So that it overflows and grows again.
     FLOAT16: Run(2, ("model.dtype=torch.float16", "grad_scaler.fp16.growth_interval=1"), total=12),
-    "fully sharded": Run(2, ("parallel.zero1.fsdp=True", "model.dtype=torch.bfloat16")),
+    "fully sharded": Run(2, ("parallel.zero1.fsdp=True", "model.dtype=torch.bfloat16", "ckpt.async_upload=True")),
     "msp": Run(4, ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "model.vocab_size=67")),
     "isp": Run(4, ("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=4")),
     "interleaved": Run(2, (*STAGES, "model.num_chunks=2")),

@@ -6,7 +6,8 @@ import json
 import pickle
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.manifest import Manifest, parse_manifest
 from internlm.checkpoint.run_state import RunState
-from internlm.checkpoint.saver import THREAD, Saver
+from internlm.checkpoint.saver import Saver
 from internlm.checkpoint.tensor_writer import Save
 from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
-from tests.dist.whole_runs import fit, resume, saving
+from tests.dist.whole_runs import build, fit, resume, saving, wait_for_saves
 from tests.harness.pool import run_ranks
 from tests.unit.checkpoint.samples import run_state
 
@@ -33,7 +34,8 @@ from tests.unit.checkpoint.samples import run_state
 
 
 def _checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("step-*"))
+    """Return the names of the committed checkpoints."""
+    return sorted(path.name for path in folder.glob("step-*") if path.suffix == "")
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -176,6 +178,23 @@ def test_a_save_copies_the_state_only_for_the_background(tmp_path: Path) -> None
 # -- in the background
 
 
+@contextmanager
+def _gated_files() -> Iterator[threading.Event]:
+    """Keep this process from creating files of checkpoints in the ``with`` block, until the event is set."""
+    is_open, create = threading.Event(), LocalStorage.create
+
+    def create_later(storage: LocalStorage, name: str) -> LocalSink:
+        assert not name.startswith("step-") or is_open.wait(30)
+        return create(storage, name)
+
+    LocalStorage.create = create_later  # type: ignore[method-assign]
+    try:
+        yield is_open
+    finally:
+        is_open.set()
+        LocalStorage.create = create  # type: ignore[method-assign]
+
+
 class _Gate(Hook):
     """Keeps this rank from writing a file of a checkpoint until a step begins; nothing is committed before."""
 
@@ -183,26 +202,17 @@ class _Gate(Hook):
         self.step, self.folder = step, folder
 
     def before_run(self, trainer: Trainer) -> None:
-        self.is_open, self.create = threading.Event(), LocalStorage.create
-        LocalStorage.create = self._create_later  # type: ignore[assignment, method-assign]
-
-    @property
-    def _create_later(self) -> Callable[[LocalStorage, str], LocalSink]:
-        def create(storage: LocalStorage, name: str) -> LocalSink:
-            assert self.is_open.wait(30)
-            return self.create(storage, name)
-
-        return create
+        self.stack = ExitStack()
+        self.is_open = self.stack.enter_context(_gated_files())
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.state.step == self.step:
-            assert not list(self.folder.glob("step-*"))
+            assert not _checkpoints(self.folder)
             dist.barrier()
             self.is_open.set()
 
     def after_run(self, trainer: Trainer) -> None:
-        self.is_open.set()
-        LocalStorage.create = self.create  # type: ignore[method-assign]
+        self.stack.close()
 
 
 def test_what_is_saved_in_the_background_is_the_state_of_its_step(tmp_path: Path) -> None:
@@ -222,37 +232,28 @@ def test_what_is_saved_in_the_background_is_the_state_of_its_step(tmp_path: Path
             assert states[0][key] == states[1][key]
 
 
-class _GatedStorage(LocalStorage):
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
-        self.is_open = threading.Event()
-
-    def create(self, name: str) -> LocalSink:
-        assert self.is_open.wait(30)
-        return super().create(name)
-
-
-def _save_twice(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
-    """Return the committed checkpoints after each call."""
-    storage = _GatedStorage(folder)
-    saver = Saver(storage, lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
-    tensors = {"a": LogicalTensor.whole(torch.zeros(4))}
-    found = {}
-    saver.save(_save(1), tensors, background=True)
-    assert saver.is_busy
-    found["first save"] = storage.names()
-    threading.Timer(0.2, storage.is_open.set).start()
-    saver.save(_save(2), tensors, background=True)
-    found["second save"] = [name for name in storage.names() if name == "step-1/"]
-    saver.wait()
-    assert not saver.is_busy
-    found["end"] = storage.names()
+def _save_twice(rank: int, world_size: int, overrides: list[str]) -> list[list[str]]:
+    """Return the committed checkpoints after each save, and after waiting for the last."""
+    manager = (builder := build(world_size, overrides)).checkpoints
+    assert manager.storage is not None
+    state, root, found = builder.trainer.state, Path(manager.storage.location), list[list[str]]()
+    with _gated_files() as is_open, manager:
+        state.step = 1
+        manager.save(state)
+        found.append(_checkpoints(root))
+        threading.Timer(0.2, is_open.set).start()
+        state.step = 2
+        manager.save(state)
+        found.append([name for name in _checkpoints(root) if name == "step-1"])
+        manager.wait_async_upload_finish()
+        found.append(_checkpoints(root))
     return found
 
 
 def test_at_most_one_save_is_in_the_background(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, _save_twice, str(tmp_path))
-    assert found == {"first save": [], "second save": ["step-1/"], "end": ["step-1/", "step-2/"]}
+    """The second save waits for the first one; a script may wait for either."""
+    (found,) = run_ranks(1, _save_twice, saving(tmp_path, "ckpt.async_upload=True"))
+    assert found == [[], ["step-1"], ["step-1", "step-2"]]
 
 
 class _NoRoom(Hook):
@@ -269,9 +270,7 @@ class _NoRoom(Hook):
         self._limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
 
     def _limit(self, size: int) -> None:
-        for thread in threading.enumerate():
-            if thread.name == THREAD:
-                thread.join()
+        wait_for_saves()
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
