@@ -26,7 +26,7 @@ from internlm.checkpoint.tensor_writer import Save
 from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
-from tests.dist.whole_runs import build, fit, resume, saving, wait_for_saves
+from tests.dist.whole_runs import build_run, fit, resume, saving, wait_for_saves
 from tests.harness.pool import run_ranks
 from tests.unit.checkpoint.samples import run_state
 
@@ -234,7 +234,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_its_step(tmp_path: Path
 
 def _save_twice(rank: int, world_size: int, overrides: list[str]) -> list[list[str]]:
     """Return the committed checkpoints after each save, and after waiting for the last."""
-    manager = (builder := build(world_size, overrides)).checkpoints
+    manager = (builder := build_run(world_size, tuple(overrides), [])).checkpoints
     assert manager.storage is not None
     state, root, found = builder.trainer.state, Path(manager.storage.location), list[list[str]]()
     with _gated_files() as is_open, manager:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.logical_tensors import LogicalTensors, model_tensors, optimizer_tensors
+from internlm.checkpoint.saver import THREAD
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -119,6 +121,11 @@ def resume(world_size: int, overrides: Sequence[str], environment: Mapping[str, 
     return _gathered(run_ranks(world_size, _in_environment, environment or {}, _resume, tuple(overrides)))
 
 
+def resave(world_size: int, overrides: Sequence[str]) -> Outcome:
+    """Load as :func:`resume` does, and save at once what was loaded."""
+    return _gathered(run_ranks(world_size, _resave, tuple(overrides)))
+
+
 def _gathered(ranks: list[Rank]) -> Outcome:
     samples = [torch.cat(rows) for rows in zip(*(rank.samples for rank in ranks), strict=True)]
     return Outcome(ranks, whole_tensors(rank.tensors for rank in ranks), samples)
@@ -178,6 +185,13 @@ def recorded_warnings() -> Iterator[list[str]]:
         logger.handlers = outer
 
 
+def wait_for_saves() -> None:
+    """Wait for what this process saves in the background: a later run in the same process would find it unfinished."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
+
+
 class KilledError(Exception):
     """Ends a run on every rank, without anything being saved."""
 
@@ -189,6 +203,7 @@ class _Log(Hook):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.state.step == self.stop_after:
+            wait_for_saves()
             raise KilledError
         with gpc.random_streams.use(ParallelMode.TENSOR):
             from_tensor_stream = torch.rand(()).item()
@@ -223,6 +238,18 @@ def _resume(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
             return builder.checkpoints.try_resume_training(builder.trainer.state)
 
     return finish_run(builder, load, [])
+
+
+def _resave(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
+    builder = build_run(world_size, overrides, [])
+
+    def load_and_save() -> str:
+        with builder.checkpoints:
+            message = builder.checkpoints.try_resume_training(builder.trainer.state)
+            builder.checkpoints.save(builder.trainer.state)
+            return message
+
+    return finish_run(builder, load_and_save, [])
 
 
 def take_signals() -> None:
