@@ -22,7 +22,7 @@ from internlm.checkpoint.tensor_writer import memory_of
 from internlm.core.trainer_builder import TrainerBuilder
 from internlm.train import initialize_checkpoint_manager
 from internlm.utils.errors import UserError
-from tests.dist.whole_runs import _build, recorded_warnings, saving
+from tests.dist.whole_runs import build_run, recorded_warnings, saving
 from tests.faults.disk import Call, Disk, Journal, Tree, calls_in, tree_of, watched, write_tree
 from tests.harness.pool import run_ranks
 
@@ -105,7 +105,7 @@ def _saves(calls: Sequence[Call], digests: Sequence[Sequence[str]]) -> Iterator[
 
 
 def _record(rank: int, world_size: int, scenario: Scenario, folder: Path, file: Path) -> list[str]:
-    builder = _build(world_size, tuple(scenario.keys(folder)), [])
+    builder = build_run(world_size, tuple(scenario.keys(folder)), [])
     journal = Journal(file)
     with watched(folder / "ckpts", journal), _noted_saves(journal) as digests, recorded_warnings():
         builder.fit()
@@ -187,7 +187,7 @@ def resume_each(scenario: Scenario, folder: Path, trees: Sequence[Tree], timeout
 
 
 def _resume_each(rank: int, world_size: int, scenario: Scenario, folder: Path, file: Path) -> list[Resumed]:
-    builder = _build(world_size, tuple(scenario.keys(folder)), [])
+    builder = build_run(world_size, tuple(scenario.keys(folder)), [])
     root, state = folder / "ckpts", builder.trainer.state
     start = state.state_dict()
     results = []

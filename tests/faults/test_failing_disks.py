@@ -20,7 +20,7 @@ from internlm.checkpoint.storage import MANIFEST
 from internlm.checkpoint.verification import damage
 from internlm.core.trainer_builder import TrainerBuilder
 from internlm.utils.errors import UserError
-from tests.dist.whole_runs import _build, fit, recorded_warnings, resume, saving
+from tests.dist.whole_runs import build_run, fit, recorded_warnings, resume, saving
 from tests.faults.disk import Call, watched
 from tests.faults.recorded_runs import Scenario, _scramble
 from tests.harness.pool import run_ranks
@@ -70,7 +70,7 @@ class Attempt:
 
 def _save_each(rank: int, world_size: int, folder: Path, victim: int, name: str, stride: int) -> list[Attempt]:
     """Save again and again, and let a later call fail each time, until none does."""
-    builder = _build(world_size, tuple(Scenario().keys(folder)), [])
+    builder = build_run(world_size, tuple(Scenario().keys(folder)), [])
     root, attempts = folder / "ckpts", list[Attempt]()
     _save(builder)
     error, kinds, lasting = FAILURES[name]

@@ -22,10 +22,15 @@ TESTS = Path(__file__).parents[1]
 #: Rows of tests outside of ``tests/faults``, by file and start of the name.
 MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
     "F1": {
-        "dist/test_training.py": ["test_a_signal_to_one_rank", "test_signals_in_quick", "test_a_signal_after_the_last"],
+        "dist/test_stop_requests.py": ["test_a_signal_", "test_signals_in_quick_", "test_on_an_accelerator_"],
+        "integration/test_internlm_train.py": ["test_a_signal_to_the_launcher_", "test_ranks_whose_launcher_"],
         "integration/test_own_script.py": ["test_sigterm_to_"],
+        "unit/utils/test_stop_signals.py": ["test_before_the_first_step_"],
     },
-    "F2": {"dist/test_training.py": ["test_a_second_signal_quits_at_once"]},
+    "F2": {
+        "dist/test_stop_requests.py": ["test_a_second_signal_quits_at_once"],
+        "unit/utils/test_stop_signals.py": ["test_in_training_a_later_signal_"],
+    },
     "F3": {"unit/checkpoint/test_local_storage.py": ["test_a_crash_at_any_system_call_"]},
     "F4": {
         "integration/test_own_script.py": ["test_a_job_that_is_started_anew_goes_on"],
@@ -55,6 +60,7 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
     "F13": {
         "unit/context/test_launch.py": ["test_a_port_in_use", "test_a_rank_that_never_comes", "test_a_server_that_"]
     },
+    "F14": {"integration/test_internlm_train.py": ["test_a_rank_that_dies_three_times_"]},
     "F18": {"unit/checkpoint/test_lease.py": ["test_"]},
     "F19": {
         "unit/checkpoint/test_format_1.py": ["test_hostile_", "test_a_pickled_object_", "test_links_and_pipes_"],
@@ -65,6 +71,10 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
         "unit/monitor/test_alerts.py": ["test_a_webhook_that_", "test_a_dead_webhook_", "test_exchanges_that_hang"],
     },
     "F22": {"unit/monitor/test_writers.py": ["test_a_full_d", "test_records_go_on_", "test_a_writer_that_fails_"]},
+    "F23": {
+        "dist/test_stop_requests.py": ["test_training_goes_on_whatever_the_stop_file_holds"],
+        "unit/train/test_stop_sources.py": ["test_other_contents_", "test_what_"],
+    },
 }
 
 
