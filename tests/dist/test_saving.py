@@ -274,16 +274,51 @@ class _NoRoom(Hook):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize("total", [4, 6])
+class _WaitAfter(Hook):
+    """Before a step, let the save in the background end."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step:
+            wait_for_saves()
+
+
+@pytest.mark.parametrize("total", [4, 9])
 def test_a_save_that_fails_in_the_background_ends_the_run(total: int, tmp_path: Path) -> None:
-    """With one line on all ranks, at the next save or at the end; the checkpoint before it is whole."""
-    failed = fit(2, saving(tmp_path, "ckpt.async_upload=True", total=total), hooks=[_NoRoom(1)])
+    """With one line on all ranks, after a step that all have done, or at the end; the checkpoint before is whole."""
+    overrides = saving(tmp_path, "ckpt.async_upload=True", total=total)
+    failed = fit(2, overrides, hooks=[_NoRoom(1), _WaitAfter(5)])
     assert failed.message.startswith(f"{tmp_path}/ckpts/step-4: cannot be saved (rank 1: ")
     assert "larger than the limit for files" in failed.message
     assert len(failed.message.splitlines()) == 1
-    assert len(failed.log) == total
+    assert len(failed.ranks[0].log) == len(failed.ranks[1].log)
+    assert len(failed.log) in ({4} if total == 4 else {5, 6})
     assert _checkpoints(tmp_path / "ckpts") == ["step-2"]
     assert resume(2, saving(tmp_path)).state["step"] == 2
+
+
+class _OtherOwner(Hook):
+    """Another run takes the save folder over, which may have been stopped for too long."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def before_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == 3 and dist.get_rank() == 0:
+            lease = json.loads((self.root / "lease.json").read_text())
+            (self.root / "lease.json").write_text(json.dumps({**lease, "pid": 1, "token": "another"}))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_whose_folder_has_another_owner_commits_nothing(background: bool, tmp_path: Path) -> None:
+    overrides = saving(tmp_path, f"ckpt.async_upload={background}")
+    failed = fit(2, overrides, hooks=[_OtherOwner(tmp_path / "ckpts"), _WaitAfter(5)])
+    assert failed.message.startswith(f"{tmp_path}/ckpts/step-4: cannot be saved ({tmp_path}/ckpts: another run took it")
+    assert failed.log[-1][0] in (3, 4, 5)
+    assert _checkpoints(tmp_path / "ckpts") == ["step-2"]
+    assert json.loads((tmp_path / "ckpts" / "lease.json").read_text())["token"] == "another"
 
 
 # -- retention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from internlm.monitor import MetricsWriter
 from internlm.train.hooks.stop import FollowRequests
 from internlm.utils.logger import get_logger
 from internlm.utils.progress import in_phase
+from internlm.utils.stop_requests import Request
 
 log = get_logger()
 
@@ -30,6 +32,13 @@ class SaveCheckpoints(Hook):
 
     def __init__(self, manager: CheckpointManager, requests: FollowRequests) -> None:
         self.manager, self.requests = manager, requests
+        # Both are found in threads, of one rank or at different times; all ranks stop after the same step.
+        manager.on_failure = partial(requests.request, Request.SAVE_FAILED)
+        manager.on_lost = partial(requests.request, Request.LEASE_LOST)
+        requests.callbacks[Request.SAVE_FAILED] = self._raise_failure
+
+    def _raise_failure(self, rank: int) -> None:
+        self.manager.wait_async_upload_finish()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Save a checkpoint if one is due after this step, if it is requested, or if the run stops after the step."""
