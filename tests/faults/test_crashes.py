@@ -27,7 +27,7 @@ IN_BACKGROUND = "ckpt.async_upload=True"
 #: Fault and scenario.
 ROWS = {
     "in the foreground": ("F3", Scenario()),
-    "over existing steps": ("F3", Scenario(again=2)),
+    "over existing steps": ("F3", Scenario(again=1)),
     "in the background": ("F5", Scenario(overrides=(IN_BACKGROUND,))),
 }
 MORE_ROWS = {
@@ -43,7 +43,7 @@ PARAMETERS = [
 Keep = Callable[[int, Call], bool]
 KEEPS: list[Keep] = [killed, only_flushed]
 #: Numbers of random choices of what a power failure leaves, and between how many writes there is one that is tried.
-FEW, MANY = 2, 12
+FEW, MANY = 1, 10
 SPARSE = 20
 
 

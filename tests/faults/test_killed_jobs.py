@@ -151,6 +151,7 @@ with watched(root, Killer([os.getpid()], THIS_CALL if is_victim else 0)):
 """
 
 
+@pytest.mark.wide
 @pytest.mark.fault("F4")
 def test_a_job_one_rank_of_which_is_killed_in_its_second_save_finishes_bitwise(tmp_path: Path) -> None:
     """With ``--max-restarts=1``; nothing of the save is published. A start of torchrun takes many seconds."""
