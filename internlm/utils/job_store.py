@@ -153,9 +153,24 @@ def first_on_host(topic: str) -> bool:
     """
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        holder.bind(f"\0{PREFIX}{hashlib.sha256(topic.encode()).hexdigest()}")  # a name without a file, on Linux only
+        holder.bind(_local_name(topic))
     except OSError:
         holder.close()
         return not sys.platform.startswith("linux")
     _held.append(holder)
     return True
+
+
+def has_first_on_host(topic: str) -> bool:
+    """Return whether a running process of this host has called :func:`first_on_host` with ``topic``."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_local_name(topic))
+        except OSError:
+            return False
+    return True
+
+
+def _local_name(topic: str) -> str:
+    """Return the name of a socket without a file, which only Linux has."""
+    return f"\0{PREFIX}{hashlib.sha256(topic.encode()).hexdigest()}"

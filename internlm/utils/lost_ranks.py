@@ -26,8 +26,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from internlm.utils import progress
-from internlm.utils.job_store import PREFIX, JobStore, StoreError, close_job_store, first_on_host, job_store
-from internlm.utils.progress import OVER, PHASES, Beacon, BeaconThread, beacon_key, format_phase
+from internlm.utils.job_store import (
+    ANSWER_SECONDS,
+    PREFIX,
+    JobStore,
+    StoreError,
+    close_job_store,
+    first_on_host,
+    job_store,
+)
+from internlm.utils.progress import OVER, PHASES, Beacon, BeaconThread, beacon_key, format_phase, lost_store_topic
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -41,8 +49,6 @@ INTERVALS = 2.2
 SHARE_OF_TIMEOUT = 0.9
 #: Seconds after the second read in which the other ranks wait for the finding.
 FINDER_SECONDS = 2.0
-#: Seconds that the rank that prints a finding stays when there is no store, so that no other of its host prints it too.
-STAY_SECONDS = 1.0
 #: Seconds in which a process writes its stack.
 _STACK_SECONDS = 0.3
 _FINDERS = f"{PREFIX}finders"
@@ -141,7 +147,7 @@ def find_lost_rank(cause: str) -> Finding:
         return Finding(f"lost another rank ({cause})", prints=True)
     try:
         thread.publish()  # so that no other rank suspects this one
-        finders = thread.store.call(lambda client: client.add(_FINDERS, 1))
+        finders = _count_finder(thread)
         if finders > 1 and not thread.over:
             _wait_for_finding(thread)
         if thread.over:
@@ -151,6 +157,11 @@ def find_lost_rank(cause: str) -> Finding:
         return _agree(thread, Finding(message), prints=finders <= 2)
     except StoreError as error:
         return _lost_store(thread, error.silent)
+
+
+def _count_finder(thread: BeaconThread) -> int:
+    """Count this rank among those that have found that the job is over, and return their number."""
+    return thread.store.call(lambda client: client.add(_FINDERS, 1))
 
 
 def _wait_for_finding(thread: BeaconThread) -> None:
@@ -183,8 +194,9 @@ def _lost_store(thread: BeaconThread, silent: bool) -> Finding:
     else:
         phase = format_phase(first.phase, first.step) if first else "start"
         message = f"rank 0 {fate}, last seen in {phase}"
-    job = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-    return Finding(message, prints=first_on_host(f"lost store of {job}"), stay=STAY_SECONDS)
+    # The threads of the other ranks on this host look for this report with each beacon.
+    stay = 1.2 * thread.interval + (ANSWER_SECONDS if silent else 0)
+    return Finding(message, prints=not thread.is_reported and first_on_host(lost_store_topic()), stay=stay)
 
 
 def hosted_by_launcher() -> bool:
@@ -202,6 +214,9 @@ def print_finding(finding: Finding) -> None:
 def _end(thread: BeaconThread) -> None:
     """End this process, whose main thread is blocked, in a thread."""
     finding = _lost_store(thread, silent=thread.store_error is not None and thread.store_error.silent)
+    if thread.over:  # no wait of another rank may have failed yet
+        with suppress(StoreError):
+            finding = replace(finding, prints=bool(finding.message) and _count_finder(thread) == 1)
     progress.exit_now(finding.exit_code, lambda: print_finding(finding))
 
 
@@ -236,8 +251,8 @@ class Watch:
             silent = {rank: beacon for rank, (beacon, since) in self.changed.items() if now - since > limit}
             if gone or silent:
                 finding = Finding(name_gone(gone) if gone else name_silent(silent, time.time()))
-                if _agree(thread, finding) == finding:
-                    print_finding(replace(finding, prints=True))
+                first = _count_finder(thread) == 1
+                print_finding(_agree(thread, finding, prints=first))
 
 
 # -- the search -------------------------------------------------------------------------------------------------------

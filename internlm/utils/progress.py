@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from internlm.utils.job_store import PREFIX, JobStore, StoreError
+from internlm.utils.job_store import PREFIX, JobStore, StoreError, has_first_on_host
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -39,11 +39,12 @@ PHASES = ("start", "loading", "data wait", "forward", "backward", "update", "hoo
 SECONDS = 1.0
 #: Beacons that the store receives in a second, at most.
 RANKS_PER_SECOND = 1000
-#: Seconds that a process has to end after it has failed, and those after the timeout in which ranks that wait for a
-#: lost rank find it themselves.
+#: Seconds that a process has to end after it has failed.
 EXIT_SECONDS = 5.0
+#: The same for a process that has looked for a lost rank, which takes a part of these seconds.
+_EXIT_SECONDS_AFTER_SEARCH = 1.0
 #: Seconds in which a process that is ended prints what it has to say.
-_LAST_SECONDS = 2.0
+_LAST_SECONDS = 3.0
 #: Key in the store for why the job ends, once a rank has failed or has found a lost one.
 OVER = f"{PREFIX}over"
 _PACKAGE = str(Path(__file__).parents[1])
@@ -260,6 +261,8 @@ class BeaconThread(threading.Thread):
         self.of_first_rank: Beacon | None = None
         #: Value of :data:`OVER`, once a rank has set it.
         self.over = b""
+        #: Whether another process of this host has reported that the store is lost.
+        self.is_reported = False
         #: Error of the last beacon.
         self.store_error: StoreError | None = None
         self._count, self._answered, self._over_since = 0, time.monotonic(), 0.0
@@ -278,7 +281,9 @@ class BeaconThread(threading.Thread):
                 self.end(self)
             if self.watch is not None and not self.over:
                 self.watch(self)
-            if self.over and time.monotonic() - self._over_since > EXIT_SECONDS:
+            # A main thread that has noticed gets more time: it may have to print why.
+            limit = 2 * EXIT_SECONDS if _own.waited_in_vain or _own.exit_code is not None else EXIT_SECONDS
+            if self.over and time.monotonic() - self._over_since > limit:
                 self.end(self)
             main.join(self.interval)
             if not main.is_alive():
@@ -288,6 +293,7 @@ class BeaconThread(threading.Thread):
     def _patience(self, error: StoreError) -> float:
         """Return for how many seconds the store may be lost before this process ends."""
         if error.silent:
+            # A rank that waits for another one finds by itself within the timeout that rank 0 is silent.
             return self.timeout + EXIT_SECONDS / 2
         # Other ranks find that rank 0, which has the store, is gone when their wait fails.
         is_over = self.watch is None or self.of_first_rank is None or self.of_first_rank.ended
@@ -301,6 +307,8 @@ class BeaconThread(threading.Thread):
             first, over = self.store.call(lambda client: _exchange(client, self.rank, text))
         except StoreError as error:
             self.store_error = error
+            # While that process stays; this rank may find that a wait has failed only when it has ended.
+            self.is_reported = self.is_reported or has_first_on_host(lost_store_topic())
             return
         self.store_error, self._answered = None, time.monotonic()
         self.of_first_rank = first or self.of_first_rank
@@ -308,11 +316,11 @@ class BeaconThread(threading.Thread):
             self.over, self._over_since = over, time.monotonic()
 
     def _limit_exit(self) -> None:
-        """End this process if it failed and has not ended within :data:`EXIT_SECONDS` after its main thread."""
+        """End this process if it failed and has not ended within some seconds after its main thread."""
         # The traceback of an exception that the entry point does not catch has been printed by now.
         failed = _own.exit_code is not None or getattr(sys, "last_value", None) is not None
         if failed and not self.stopped:
-            time.sleep(EXIT_SECONDS)
+            time.sleep(EXIT_SECONDS if exit_code_after_lost_peer() is None else _EXIT_SECONDS_AFTER_SEARCH)
             exit_now(1 if _own.exit_code is None else _own.exit_code)
 
 
@@ -337,6 +345,11 @@ def exit_now(exit_code: int, last_words: Callable[[], None] | None = None) -> No
     thread.start()
     thread.join(_LAST_SECONDS)
     os._exit(exit_code)
+
+
+def lost_store_topic() -> str:
+    """Return the topic under which a process of this host reports that the job's store is lost."""
+    return f"lost store of {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def _exchange(client: Store, rank: int, text: str) -> tuple[Beacon | None, bytes]:

@@ -31,6 +31,7 @@ from internlm.utils import progress
 from internlm.utils.errors import LostPeerError, Problem, UserError, exit_on_user_error
 from internlm.utils.logger import get_logger
 from internlm.utils.lost_ranks import EXIT_LOST_PEER
+from internlm.utils.progress import own_phase
 from internlm.verify.processes import RankProcesses
 from tests.dist.tiny import TINY
 from tests.harness.ports import free_port
@@ -73,6 +74,8 @@ class Fault:
     rank: int
     phase: str
     fate: str
+    #: Whether something is registered that blocks the end of every process.
+    blocks_exit: bool = False
 
     def __call__(self) -> None:
         """Fail, after a beacon has told the phase."""
@@ -135,7 +138,10 @@ def _main(rank: int, fault: Fault, overrides: tuple[str, ...]) -> None:
         loader.read = lambda step: (step == 1 and fault(), read(step))[1]
     if rank == fault.rank and fault.phase == "save":
         tensors = builder.checkpoints.content.tensors
-        builder.checkpoints.content.tensors = lambda: (fault(), tensors())[1]
+        # Its sizes are read before training, too.
+        builder.checkpoints.content.tensors = lambda: ("save" in own_phase() and fault(), tensors())[1]
+    if fault.blocks_exit:
+        atexit.register(time.sleep, 1000)
     builder.fit()
 
 
@@ -185,11 +191,13 @@ def test_a_stopped_rank_is_silent(phase: str, rank: int, tmp_path: Path) -> None
     assert outcome.seconds < TIMEOUT + GRACE
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.wide)])
-def test_a_killed_rank_is_gone(rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "rank"), [("forward", 0), ("save", 1), pytest.param("save", 0, marks=pytest.mark.wide)]
+)
+def test_a_killed_rank_is_gone(phase: str, rank: int, tmp_path: Path) -> None:
     """No checkpoint is published without it."""
-    outcome = job(tmp_path, 3, Fault(rank, "save", "killed"))
-    assert outcome.stderr == f"rank {rank} is gone, last seen in save of step 1\n"
+    outcome = job(tmp_path, 3, Fault(rank, phase, "killed"))
+    assert outcome.stderr == f"rank {rank} is gone, last seen in {phase} of step 1\n"
     assert outcome.codes == {0: EXIT_LOST_PEER, 1: EXIT_LOST_PEER, 2: EXIT_LOST_PEER, rank: -signal.SIGKILL}
     assert outcome.seconds < TIMEOUT + GRACE
     assert not list(tmp_path.glob("ckpt/step-*/manifest.json"))
@@ -222,7 +230,7 @@ def test_an_error_that_the_user_can_fix_comes_once(rank: int, tmp_path: Path) ->
 
 
 def test_a_rank_that_is_stuck_shows_its_stack_and_ends_as_well(tmp_path: Path) -> None:
-    outcome = job(tmp_path, 2, Fault(1, "data wait", "stuck"))
+    outcome = job(tmp_path, 2, Fault(1, "data wait", "stuck", blocks_exit=True))
     line = r"rank 1 has been in data wait of step 1 for [2-6] s \(internlm/data/loader.py:\d+\)\n"
     assert len(re.findall(line, outcome.stderr)) == 1, outcome.stderr
     assert re.search(r"Current thread (.*\n)*?.*test_lost_rank.py\", line \d+ in __call__", outcome.stderr)

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from internlm.utils import job_store
-from internlm.utils.job_store import JobStore, StoreError, count_in_store, first_on_host
+from internlm.utils.job_store import JobStore, StoreError, count_in_store, first_on_host, has_first_on_host
 from internlm.utils.torch_private import default_store
 
 
@@ -75,4 +75,6 @@ def test_the_client_belongs_to_the_process_group_of_the_moment() -> None:
 def test_one_process_of_a_host_is_the_first() -> None:
     """Each topic has another."""
     topics = [f"{os.getpid()} {index}" for index in range(2)]
+    assert not has_first_on_host(topics[0])
     assert [first_on_host(topic) for topic in (*topics, *topics)] == [True, True, False, False]
+    assert has_first_on_host(topics[0])
