@@ -232,7 +232,7 @@ NAN, INF = math.nan, math.inf
         ([3.0, 2.0], [-1.0, 2.5], (2, [0], 4.0, 4 / 3)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex128])
 def test_differences_are_those_of_bits(
     one: list[float], other: list[float], expected: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
