@@ -217,6 +217,11 @@ DUBIOUS_SETTINGS = (
         "no effect, since model.drop_rate is 0",
     ),
     DubiousSetting(
+        ("ckpt.keep_every",),
+        lambda c: c.ckpt.keep_last is None,
+        "no effect, since ckpt.keep_last is not set: all checkpoints are kept",
+    ),
+    DubiousSetting(
         ("lr_scheduler.eta_min",),
         lambda c: c.lr_scheduler.type != "constant" and c.lr_scheduler.eta_min > c.adam.lr,
         "the learning rate rises to {c.lr_scheduler.eta_min} after its peak, since adam.lr is {c.adam.lr}",

@@ -16,6 +16,7 @@ NOTHING_TO_FILL = "parallel.pipeline.mode: a pipeline with parallel.pipeline.siz
 RISES = "lr_scheduler.eta_min: the learning rate rises to 0.1 after its peak, since adam.lr is 0.001"
 NO_DROPOUT = "model.dropout_selective_checkpoint: no effect, since model.drop_rate is 0"
 NO_MUON = "no effect, since Muon updates no parameter"
+KEEPS_ALL = "ckpt.keep_every: no effect, since ckpt.keep_last is not set: all checkpoints are kept"
 MUON_OF_SOME = {"pattern": "wo", "type": "Muon"}
 ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
     ({}, []),
@@ -38,6 +39,8 @@ ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
         {"optimizer": {"type": "Lion", "momentum": 0.9, "ns_steps": 3, "adjust_lr": "original"}},
         [f"optimizer.momentum, optimizer.ns_steps, optimizer.adjust_lr: {NO_MUON}"],
     ),
+    ({"ckpt.keep_every": 100}, [KEEPS_ALL]),
+    ({"ckpt": {"keep_every": 100, "keep_last": 2}}, []),
     ({"optimizer": {"type": "Muon", "momentum": 0.9}}, []),
     ({"optimizer": {"momentum": 0.9, "param_groups": [MUON_OF_SOME]}}, []),
 )
