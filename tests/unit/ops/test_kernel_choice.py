@@ -292,6 +292,10 @@ def test_a_resumed_run_has_the_kernels_of_its_checkpoint(alone: Path, monkeypatc
     assert kernel_start.kernels_of_job() == {processor.processor_type(): other, "another": {}}
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_a_run_that_moves_to_another_processor_says_so(
     alone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,7 +303,7 @@ def test_a_run_that_moves_to_another_processor_says_so(
     kernel_start.choose_kernels(torch.float32)
     before = kernel_choice.current()
     kernel_start.resume_kernels({ZEN + "x": to_plain(rule(ZEN))})
-    (message,) = caplog.messages
+    (message,) = warnings_of(caplog)
     assert message.startswith(f"the checkpoint was saved on another processor ({ZEN}x; now ")
     assert message.endswith("the run continues with other rounding errors, not bit by bit")
     assert kernel_choice.current() == before
@@ -313,7 +317,7 @@ def test_a_record_of_another_version_on_the_same_processor_says_so(
     before, recorded = kernel_choice.current(), to_plain(rule(processor.processor_type()))
     recorded.popitem()
     kernel_start.resume_kernels({processor.processor_type(): recorded})
-    assert caplog.messages == [
+    assert warnings_of(caplog) == [
         "the checkpoint records the CPU kernels of another version of this project: the run continues with other "
         "rounding errors, not bit by bit"
     ]
@@ -327,7 +331,7 @@ def test_forced_kernels_hold_in_a_resumed_run(
     kernel_start.choose_kernels(torch.float32)
     recorded = {processor.processor_type(): to_plain({**rule(ZEN), **forced("gemm=onednn")})}
     kernel_start.resume_kernels(recorded)
-    (message,) = caplog.messages
+    (message,) = warnings_of(caplog)
     assert message.startswith("INTERNLM_CPU_KERNELS selects other kernels than the checkpoint was saved with")
     assert kernel_choice.current()[Case("linear", "float32", True, False)] == "torch"
     assert kernel_choice.current()[Case("grad_input", "float32", True, False)] == "onednn"
