@@ -25,6 +25,7 @@ from internlm.utils.progress import exit_now
 from internlm.utils.torch_private import without_cpp_logs
 
 CHECK_RANK_0 = "Check --host and --port, and that rank 0 is running"
+_CHECK_RANKS = "Check --host and --port, and that every rank is running"
 #: Time in seconds for which a rank waits for rank 0 without a word; processes of a job rarely start at once.
 _SECONDS_BEFORE_WARNING = 10.0
 #: Seconds for which torch tries to connect to a store, and by which its last, random pause may exceed them.
@@ -74,17 +75,16 @@ def _wait_until_joined(store: dist.Store, process: ProcessInfo, timeout: float) 
     Raises:
         LaunchError: A rank has not registered within ``timeout`` seconds, or two processes have the same rank.
     """
-    where, rank = f"{process.host}:{process.port}", process.rank
-    if store.add(f"{_JOINED}/{rank}", 1) > 1:
-        problem = f"two processes of the job at {where} have rank {rank}"
-        store.set(_OUTCOME, problem)
-        raise LaunchError(Problem("rank", problem, "Give every process another rank, and every job another port"))
-    if store.add(_JOINED, 1) == process.world_size:
+    if store.add(f"{_JOINED}/{process.rank}", 1) > 1:
+        todo = "Give every process another rank, and every job another port"
+        store.set(_OUTCOME, f"two processes have rank {process.rank}. {todo}")
+    elif store.add(_JOINED, 1) == process.world_size:
         store.set(_OUTCOME, "")
-    outcome = _watch_ranks(store, process, timeout) if rank == 0 else _read_outcome(store, process, timeout)
+    wait = _watch_ranks if process.rank == 0 else _read_outcome
+    outcome, reported_by_rank_0 = wait(store, process, timeout)
     if outcome:
-        error = LaunchError(Problem(where, outcome, "Check --host and --port, and that every rank is running"))
-        error.same_on_all_ranks = True
+        error = LaunchError(Problem(f"{process.host}:{process.port}", outcome))
+        error.same_on_all_ranks = reported_by_rank_0
         raise error
 
 
@@ -114,26 +114,30 @@ def _end(seconds: float, endpoint: str) -> None:
     exit_now(EXIT_USER_ERROR, say)
 
 
-def _watch_ranks(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
-    """Block on rank 0 until all ranks have joined; return what is wrong if they have not within ``timeout`` seconds."""
+def _watch_ranks(store: dist.Store, process: ProcessInfo, timeout: float) -> tuple[str, bool]:
+    """Block on rank 0 until all ranks have joined.
+
+    Returns:
+        What is wrong if they have not joined within ``timeout`` seconds, and whether rank 0 reports it.
+    """
     where, size = f"{process.host}:{process.port}", process.world_size
     deadline, warn_at = time.monotonic() + timeout, time.monotonic() + _SECONDS_BEFORE_WARNING
     while not store.check([_OUTCOME]):
         now = time.monotonic()
         if now >= deadline:
-            outcome = _missing(store, size, f" within {timeout:g} s")
+            outcome = _missing(store, size, timeout)
             store.set(_OUTCOME, outcome)
             time.sleep(_SECONDS_TO_READ)  # the store ends with this process
-            return outcome
+            return outcome, True
         if now >= warn_at:
             warn_at = deadline  # once
-            get_logger().warning(f"waiting at {where}: {_missing(store, size)}")
+            get_logger().warning(f"waiting at {where}: {_count(store, size)}")
         time.sleep(min(0.05, deadline - now))
-    return store.get(_OUTCOME).decode()
+    return store.get(_OUTCOME).decode(), True
 
 
-def _read_outcome(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
-    """Block until rank 0 has found that all ranks have joined, or what is wrong, and return the latter.
+def _read_outcome(store: dist.Store, process: ProcessInfo, timeout: float) -> tuple[str, bool]:
+    """Block until rank 0 has found that all ranks have joined, or what is wrong; return the same as rank 0.
 
     The server of the store is asked once, since thousands of ranks would overload it if they asked repeatedly.
     """
@@ -143,18 +147,23 @@ def _read_outcome(store: dist.Store, process: ProcessInfo, timeout: float) -> st
     answer = _start(lambda: store.get(_OUTCOME))
     wait_for([answer], limit + _SECONDS_TO_READ)
     if not answer.done():
-        return f"rank 0 has not answered for {limit:g} s"
+        return f"rank 0 has not answered for {limit:g} s. {_CHECK_RANKS}", False
     try:
         outcome = answer.result().decode()
         store.set_timeout(timedelta(seconds=timeout))
-        return outcome
+        return outcome, True
     except dist.DistNetworkError:
-        return "rank 0 ended before all ranks joined"
+        return f"rank 0 ended before all ranks joined. {_CHECK_RANKS}", False
     except dist.DistStoreError:  # rank 0 itself has not joined
-        return _missing(store, process.world_size, f" within {timeout:g} s")
+        return _missing(store, process.world_size, timeout), False
 
 
-def _missing(store: dist.Store, size: int, within: str = "") -> str:
+def _missing(store: dist.Store, size: int, timeout: float) -> str:
+    """Return the error that ranks have not joined within ``timeout`` seconds."""
+    return f"{_count(store, size, f' within {timeout:g} s')}. {_CHECK_RANKS}"
+
+
+def _count(store: dist.Store, size: int, within: str = "") -> str:
     missing = [rank for rank in range(size) if not store.check([f"{_JOINED}/{rank}"])]
     return f"only {size - len(missing)} of {size} ranks joined{within}, without {format_ranks(missing)}"
 

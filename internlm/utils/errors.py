@@ -147,7 +147,8 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 def _last_line(error: RuntimeError) -> str:
     """Return the last line of an error's text, where gloo gives the reason, without gloo's ``[file:line]`` prefix."""
-    return str(error).strip().splitlines()[-1].rpartition("] ")[2].rstrip(".")
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1].rpartition("] ")[2].rstrip(".")
 
 
 def lost_peer_error(error: RuntimeError, waited_for: str = "") -> LostPeerError:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from internlm.core.context import global_context as gpc
 from internlm.core.scheduler.executor import ActionMarks
 from internlm.core.trainer import Hook, Trainer
 from internlm.core.trainer_builder import TrainerBuilder
@@ -128,6 +129,9 @@ def _run(rank: int, world_size: int, folder: Path, port: int, fault: Fault, over
 
 @exit_on_user_error
 def _main(rank: int, fault: Fault, overrides: tuple[str, ...]) -> None:
+    if rank == fault.rank and fault.phase == "start":
+        initialize = gpc.initialize
+        gpc.initialize = lambda *args: (fault(), initialize(*args))[1]
     saving = "ckpt.enable_save_ckpt=True", "ckpt.save_ckpt_folder=ckpt", "ckpt.checkpoint_every=2"
     initialize_distributed_env(TINY, "torch", overrides=(f"parallel.timeout={TIMEOUT}", *saving, *overrides))
     loader, types = build_train_loader_with_data_type()
@@ -187,6 +191,16 @@ def test_a_stopped_rank_is_silent(phase: str, rank: int, tmp_path: Path) -> None
     """Also if it has the store, which then answers nothing."""
     outcome = job(tmp_path, 2, Fault(rank, phase, "stopped"))
     assert re.fullmatch(rf"rank {rank} silent for [2-6] s, last seen in {phase} of step 1\n", outcome.stderr)
+    assert outcome.codes == {rank: None, 1 - rank: EXIT_LOST_PEER}
+    assert outcome.seconds < TIMEOUT + GRACE
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_silent_while_groups_are_made(rank: int, tmp_path: Path) -> None:
+    """The others are blocked in the store, which rank 0 has."""
+    outcome = job(tmp_path, 2, Fault(rank, "start", "stopped"), "parallel.zero1.size=1")
+    assert re.fullmatch(rf"rank {rank} (silent for [2-6] s, last seen in start|did not start)\n", outcome.stderr)
     assert outcome.codes == {rank: None, 1 - rank: EXIT_LOST_PEER}
     assert outcome.seconds < TIMEOUT + GRACE
 

@@ -391,7 +391,16 @@ def test_all_ranks_name_those_that_are_missing() -> None:
 
 def test_two_processes_with_one_rank_are_refused() -> None:
     errors = _join([0, 1, 1], 3, seconds=2)
-    assert sum("have rank 1" in error for error in errors) == 3
+    message = "two processes have rank 1. Give every process another rank, and every job another port"
+    assert errors == [message] * 3
+
+
+def test_a_rank_0_that_is_missing_is_reported_by_others() -> None:
+    """Unless rank 0 does, each host reports what is wrong."""
+    process = ProcessInfo(rank=1, world_size=2, local_rank=0, host="host", port=1)
+    with pytest.raises(LaunchError, match=r"only 1 of 2 ranks joined within 0\.1 s, without rank 0") as caught:
+        rendezvous._wait_until_joined(dist.HashStore(), process, 0.1)
+    assert not caught.value.same_on_all_ranks
 
 
 @pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.0\r\n\r\n"])
@@ -400,7 +409,7 @@ def test_a_stranger_on_the_port_holds_nobody_up(words: bytes, monkeypatch: pytes
     strangers: list[socket.socket] = []
     real = rendezvous._watch_ranks
 
-    def watch(store: dist.Store, process: ProcessInfo, timeout: float) -> str:
+    def watch(store: dist.Store, process: ProcessInfo, timeout: float) -> tuple[str, bool]:
         strangers.append(socket.create_connection((process.host, process.port)))
         strangers[0].sendall(words)
         return real(store, process, timeout)
