@@ -112,7 +112,7 @@ def _record(rank: int, world_size: int, scenario: Scenario, folder: Path, file: 
         for _ in range(scenario.again):
             _scramble(builder, 2.0)
             builder.checkpoints.save(builder.trainer.state)
-            builder.checkpoints.wait_async_upload_finish()
+        builder.checkpoints.close()
     journal.close()
     return digests
 

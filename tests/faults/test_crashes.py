@@ -7,6 +7,8 @@ A run on real ranks is recorded once, and replayed up to each call.
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import re
 import shutil
 import tempfile
@@ -17,10 +19,25 @@ import pytest
 import xxhash
 
 from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.save_folder import SaveFolder
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.checkpoint.storage import MANIFEST
 from internlm.checkpoint.verification import damage
-from tests.faults.disk import Call, Tree, killed, names_without_data, only_flushed, some, torn, write_tree
+from tests.dist.whole_runs import recorded_warnings
+from tests.faults.disk import (
+    Call,
+    Disk,
+    Journal,
+    Tree,
+    calls_in,
+    killed,
+    names_without_data,
+    only_flushed,
+    some,
+    torn,
+    watched,
+    write_tree,
+)
 from tests.faults.recorded_runs import Recording, Resumed, Saved, Scenario, record, resume_each
 
 IN_BACKGROUND = "ckpt.async_upload=True"
@@ -98,6 +115,54 @@ def test_every_crash_leaves_the_last_checkpoint_or_the_new_one(
         assert not problem, f"after {count} calls, of which the last is {recording.calls[count - 1]}: {problem}"
     record_property("faults", crash_count)
     assert crash_count > len(recording.calls)
+
+
+@pytest.mark.fault("F3")
+def test_a_crash_while_a_run_removes_what_another_crash_left_loses_nothing(
+    record_property: Callable[[str, object], None], tmp_path: Path
+) -> None:
+    recording, _ = recorded("over existing steps")
+    by_leftovers = {}
+    for count, tree in crashes(recording, [killed]):
+        if left := tuple(name for name in tree if re.fullmatch(r"\w+-\d+\.[^/]+", name)):
+            by_leftovers[left] = count, tree
+    assert any(".replaced-" in name for left in by_leftovers for name in left)
+    crash_count = 0
+    for count, tree in by_leftovers.values():
+        disk, start = _cleanup(tree, tmp_path / "first")
+        for calls, keep in itertools.product(range(start, len(disk.calls) + 1), KEEPS):
+            storage = LocalStorage(tmp_path / "second")
+            shutil.rmtree(storage.root, ignore_errors=True)
+            storage.root.mkdir()
+            write_tree(disk.after(calls, keep), storage.root)
+            crash_count += 1
+            problem = _problem(storage, recording, count)
+            assert not problem, f"after {count} calls and {disk.calls[start:calls]}: {problem}"
+    record_property("faults", crash_count)
+
+
+def _cleanup(tree: Tree, root: Path) -> tuple[Disk, int]:
+    """Record how a run tidies a folder; return the calls, and how many of them wrote what was there before."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    file = root.with_name("journal")
+    file.unlink(missing_ok=True)
+    journal = Journal(file)
+    with watched(root, journal), recorded_warnings():
+        for name, content in tree.items():
+            if isinstance(content, bytes):
+                with LocalStorage(root).create(name) as sink:
+                    sink.write(memoryview(content))
+            else:
+                os.mkdir(root / name)
+        for folder in (root, *(root / name for name, content in tree.items() if content is None)):
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        start = len(calls_in(file))
+        SaveFolder(LocalStorage(root)).tidy()
+    journal.close()
+    return Disk(calls_in(file)), start
 
 
 def _problem(storage: LocalStorage, recording: Recording, count: int) -> str:

@@ -92,6 +92,7 @@ def _save_each(rank: int, world_size: int, folder: Path, victim: int, name: str,
             break
         with recorded_warnings():
             _save(builder)  # what is left of the failure is no obstacle
+    builder.checkpoints.close()
     return attempts
 
 
