@@ -85,7 +85,8 @@ def check_shared(storage: Storage, group: dist.ProcessGroup | None = None) -> No
     """
     if dist.get_world_size(group) == 1:
         return
-    name, token = f".shared-{secrets.token_hex(4)}", secrets.token_hex(8)
+    # Named as partial files, which the next run removes if this one is killed.
+    name, token = f".shared.partial-{secrets.token_hex(4)}", secrets.token_hex(8)
     is_first = dist.get_rank(group) == 0
     sent: list[tuple[str, str, str, Problem | None]] = [(name, token, storage.path(name), None)]
     if is_first:

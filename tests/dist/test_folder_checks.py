@@ -42,7 +42,7 @@ def test_ranks_that_see_another_folder_are_named_on_all_ranks(tmp_path: Path) ->
     (error,) = errors
     assert error.startswith(
         f"{shared}: not all ranks see what rank 0 writes there (ranks 0-1: on host {host}; rank 2: not on host {host}; "
-        f"rank 2: {own}/.shared-"
+        f"rank 2: {own}/.shared.partial-"
     )
     assert error.endswith(": does not exist). Choose a folder that all hosts share")
     (error,) = {error for error, _ in run_ranks(3, share, [shared, missing, own])}
