@@ -111,8 +111,8 @@ def _not_available() -> Iterator[str]:
     yield "These keys have no effect, since the feature of the other key is not available yet:\n"
     rows = [(", ".join(f"`{key}`" for key in unread), f"`{setting}`") for setting, unread in support.UNREAD.items()]
     yield from _table(("keys", "belong to"), rows)
-    folders = ", ".join(f"`{key}`" for key in support.LOCAL_FOLDERS)
-    yield f"Folders of data ({folders}) must be local: `local:FOLDER` or a plain path."
+    paths = ", ".join(f"`{key}`" for key in support.LOCAL_PATHS)
+    yield f"These paths must be local (`local:PATH` or a plain path): {paths}."
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

@@ -43,8 +43,11 @@ MISSING_TYPES = {
     "LLAVA": "a multimodal model",
 }
 
-#: Keys of folders that must be local.
-LOCAL_FOLDERS = ("data.train_folder", "data.valid_folder")
+#: Keys of paths that must be local, with the end of the error.
+LOCAL_PATHS = {
+    **dict.fromkeys(("data.train_folder", "data.valid_folder"), "folder; data is read from local folders only"),
+    "ckpt.stop_file_path": "file",
+}
 # One letter before the colon is a drive, not a protocol.
 REMOTE = re.compile(r"(?!local:)\w{2,}:")
 #: Keys of folders that are local or in an object store.
@@ -111,12 +114,8 @@ def check_runnable(config: Config) -> None:
     given = dict(keys.values(config))
     problems = unsupported(given.get)
     problems += [
-        Problem(
-            key,
-            f"{mask_credentials(given[key])!r} is not a local folder; data is read from local folders only",
-            "Use a local path",
-        )
-        for key in LOCAL_FOLDERS
+        Problem(key, f"{mask_credentials(given[key])!r} is not a local {kind}", "Use a local path")
+        for key, kind in LOCAL_PATHS.items()
         if REMOTE.match(given.get(key) or "")
     ]
     for key in CHECKPOINT_FOLDERS:

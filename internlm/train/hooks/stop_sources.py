@@ -28,11 +28,11 @@ class StopFile:
     with one warning, and so is a step that has passed.
 
     Args:
-        path: Path of the file (``ckpt.stop_file_path``).
+        path: Path of the file (``ckpt.stop_file_path``), which may begin with ``local:``.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = path.removeprefix("local:")
         self._status: tuple[int, ...] | None = None  # of the file, when it was read last
         self._since = 0.0  # time at which it had this status first
         self._step = 0  # content of the file; 0: no request

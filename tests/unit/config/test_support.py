@@ -37,6 +37,10 @@ def test_defaults_run(device: str | None) -> None:
             "Use a local path",
         ),
         (
+            {"ckpt.stop_file_path": "s3://bucket/stop"},
+            "ckpt.stop_file_path: 's3://bucket/stop' is not a local file. Use a local path",
+        ),
+        (
             {"ckpt.save_ckpt_folder": "hdfs://x"},
             "ckpt.save_ckpt_folder: expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got 'hdfs://x'",
         ),

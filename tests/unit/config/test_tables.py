@@ -16,7 +16,7 @@ from internlm.config.schema.fields import Section
 from internlm.config.support import (
     CHECKPOINT_FOLDERS,
     DUBIOUS_SETTINGS,
-    LOCAL_FOLDERS,
+    LOCAL_PATHS,
     NO_EFFECT,
     SUPPORTED_VALUES,
     UNREAD,
@@ -31,7 +31,7 @@ TABLES = {
     "renamed": [new.key for new in RENAMED.values()],
     "respelled": list(RESPELLED),
     "dubious settings": [key for setting in DUBIOUS_SETTINGS for key in setting.keys],
-    "supported values": [*SUPPORTED_VALUES, *LOCAL_FOLDERS, *CHECKPOINT_FOLDERS],
+    "supported values": [*SUPPORTED_VALUES, *LOCAL_PATHS, *CHECKPOINT_FOLDERS],
     "no effect": [row.key for row in NO_EFFECT],
     "unread": [key for setting, inner in UNREAD.items() for key in (setting, *inner)],
 }

@@ -42,7 +42,7 @@ def test_a_step_number(
 ) -> None:
     path = tmp_path / "stop"
     path.write_text(content)
-    assert requests(StopFile(str(path))) == expected
+    assert requests(StopFile(str(path))) == requests(StopFile(f"local:{path}")) == expected
     assert warnings() == []
 
 
