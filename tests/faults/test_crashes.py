@@ -212,7 +212,9 @@ def _wrong_resume(recording: Recording, count: int, tree: Tree, ranks: tuple[Res
         if not match or match[1] not in unfinished:
             return warning
     used = re.match(r"resumed from .*/(\S+) at step \d+$", first.message)
-    if left := [name for name in first.names if re.match(r"\w+-\d+\.", name) and name != f"{used and used[1]}/"]:
+    # Until the new one is committed, those that it was to replace are kept.
+    kept = f"{used[1].partition('.')[0]}.replaced-" if used and ".replaced-" in used[1] else "none"
+    if left := [name for name in first.names if re.match(r"\w+-\d+\.", name) and not name.startswith(kept)]:
         return f"{left} is left"
     if not used:
         is_empty = first.message.startswith("nothing to resume") and not recording.must_hold_one(count)
