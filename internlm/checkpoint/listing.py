@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from internlm.checkpoint import format_1
 from internlm.checkpoint.lease import LEASE_FILE, LeaseTimes, parse_owner
 from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
-from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, read_outline, read_state
+from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, lost_its_manifest, read_outline, read_state
 from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST, Storage
-from internlm.utils.errors import CheckpointError, DamagedCheckpointError
+from internlm.checkpoint.tensor_reader import TODO
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,10 @@ def _unread(storage: Storage, name: str, step: int | None, status: str, problem:
 
 def _read(storage: Storage, name: str) -> tuple[RunState, int, str]:
     """Return the state of a checkpoint, its size, and the file that commits it."""
-    if MANIFEST in storage.names(name):
+    names = storage.names(name)
+    if lost_its_manifest(names):
+        raise DamagedCheckpointError(Problem(storage.path(name), f"{MANIFEST} is missing", TODO))
+    if MANIFEST in names:
         outline = read_outline(storage, name)
         size = sum(record.size for record in outline.files.values())
         return read_state(storage, name, outline), size, MANIFEST

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
-from internlm.checkpoint.folder_checks import check_shared, check_space, explain
+from internlm.checkpoint.folder_checks import check_shared, check_space, explain, reason_of
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
@@ -196,7 +196,9 @@ class CheckpointManager:
             try:
                 outcome = [(action(self.folder), ())]
             except OSError as error:
-                outcome = [(None, (Problem(self._own_root(), explain(error), TODO),))]
+                where = self._own_root()
+                message = reason_of(error) if error.filename == where else explain(error)
+                outcome = [(None, (Problem(where, message, TODO),))]
             except CheckpointError as error:
                 outcome = [(None, error.problems)]
         dist.broadcast_object_list(outcome, src=0)

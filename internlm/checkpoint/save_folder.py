@@ -7,7 +7,7 @@ from functools import partial
 
 from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
-from internlm.checkpoint.saved_checkpoint import find_checkpoints, plain_names
+from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, plain_names
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
@@ -45,9 +45,10 @@ class SaveFolder:
             Names of its committed checkpoints, newest first.
 
         Raises:
-            CheckpointError: A live run owns the folder.
+            CheckpointError: A live run owns the folder, or it is a checkpoint itself.
         """
         self.storage.prepare()
+        self._check_holds_checkpoints()
         self._lease = Lease.acquire(self.storage, job, on_lost)
         return self.tidy()
 
@@ -82,8 +83,9 @@ class SaveFolder:
         """Return the names of the checkpoints to resume from, newest first; log the unfinished ones.
 
         Raises:
-            CheckpointError: The folder has none, but those of another format.
+            CheckpointError: The folder has none, but those of another format; or it is a checkpoint itself.
         """
+        self._check_holds_checkpoints()
         found = find_checkpoints(self.storage)
         for entry in found:
             if not entry.is_committed:
@@ -92,6 +94,12 @@ class SaveFolder:
         if not names and (foreign := foreign_save_folder(self.storage.location, partial(plain_names, self.storage))):
             raise CheckpointError(foreign)
         return names
+
+    def _check_holds_checkpoints(self) -> None:
+        # A run that is given one of its checkpoints would find none in it, and start anew.
+        if OF_ONE_CHECKPOINT & {*self.storage.names()}:
+            todo = "Set ckpt.save_ckpt_folder to the folder around it, or load it with ckpt.load_ckpt_info"
+            raise CheckpointError(Problem(self.storage.location, "is one checkpoint, not a folder of them", todo))
 
     def older_snapshot(self) -> int:
         """Return which of :data:`SNAPSHOTS` does not hold the newest snapshot."""

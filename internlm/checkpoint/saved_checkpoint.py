@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 
 from internlm.checkpoint import format_1
+from internlm.checkpoint.folder_checks import reason_of
 from internlm.checkpoint.foreign_folders import foreign_source
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensors
@@ -33,6 +34,9 @@ from internlm.checkpoint.tensor_writer import STATE_FILE
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 _AnyOutline = TypeVar("_AnyOutline", bound=Outline)
+#: Files by which a folder is one checkpoint rather than a folder of them.
+OF_ONE_CHECKPOINT = frozenset({MANIFEST, format_1.COMMIT_FILE, STATE_FILE, "rank-00000.bin"})
+_CHOOSE_FOLDER = "Choose a step-N folder that a run has saved"
 #: Names of checkpoints; a replaced one has a suffix, until the new one of its name is committed.
 _NAME = re.compile(r"(?P<name>step-(?P<step>\d{1,18})|snapshot-\d)(\.replaced-\w+)?")
 
@@ -86,7 +90,7 @@ def find_checkpoints(storage: Storage) -> list[Found]:
         names = storage.names(match[0])
         step = int(match["step"]) if match["step"] else _step_of_snapshot(storage, match[0])
         # A folder of format 2 has its final name only when it is committed, so a missing manifest is damage.
-        is_committed = bool({MANIFEST, format_1.COMMIT_FILE} & {*names}) or _lost_its_manifest(names)
+        is_committed = bool({MANIFEST, format_1.COMMIT_FILE} & {*names}) or lost_its_manifest(names)
         found.append(Found(match[0], step, is_committed))
     # At the same step, the newest save comes first, and a checkpoint before a snapshot.
     return sorted(found, key=lambda entry: (entry.step, "replaced" not in entry.name, entry.name), reverse=True)
@@ -113,7 +117,8 @@ def _step_of_snapshot(storage: Storage, name: str) -> int:
     return -1 if step is None else step
 
 
-def _lost_its_manifest(names: Collection[str]) -> bool:
+def lost_its_manifest(names: Collection[str]) -> bool:
+    """Return whether a folder with these names is a committed checkpoint whose manifest was removed."""
     return MANIFEST not in names and any(re.fullmatch(r"rank-\d+\.bin", name) for name in names)
 
 
@@ -126,12 +131,21 @@ def open_checkpoint(storage: Storage, name: str) -> SavedCheckpoint:
 
     Raises:
         DamagedCheckpointError: The checkpoint was committed, but does not verify.
-        CheckpointError: There is no committed checkpoint of this name, or a newer version wrote it.
+        CheckpointError: There is no committed checkpoint of this name, or a newer version wrote it, or its folder
+            cannot be read.
     """
+    try:
+        return _open(storage, name)
+    except OSError as error:
+        where = str(error.filename or storage.path(name))
+        raise CheckpointError(Problem(where, reason_of(error), _CHOOSE_FOLDER)) from None
+
+
+def _open(storage: Storage, name: str) -> SavedCheckpoint:
     where, names = storage.path(name), storage.names(name)
     if MANIFEST in names:
         return _open_format_2(storage, name, where)
-    if _lost_its_manifest(names):
+    if lost_its_manifest(names):
         raise DamagedCheckpointError(Problem(where, f"{MANIFEST} is missing", TODO))
     if format_1.COMMIT_FILE in names and isinstance(storage, LocalStorage):
         return _open_format_1(Path(where))
@@ -152,7 +166,12 @@ def _not_a_checkpoint(storage: Storage, name: str, names: Collection[str]) -> Pr
         return foreign
     if unfinished:
         return Problem(where, "unfinished: the save was interrupted before it was committed", TODO)
-    return Problem(where, f"not a checkpoint: it has no {MANIFEST}", "Choose a step-N folder")
+    inner = [match for file in names if (match := _NAME.fullmatch(file.rstrip("/")))]
+    if inner:
+        inner.sort(key=lambda match: int(match["step"] or -1), reverse=True)
+        message = f"is a folder of checkpoints, with {', '.join(match[0] for match in inner[:3])}"
+        return Problem(where, message, f"Pass one of them, such as {where}/{inner[0][0]}")
+    return Problem(where, f"not a checkpoint: it has no {MANIFEST}", _CHOOSE_FOLDER)
 
 
 def _open_format_2(storage: Storage, name: str, where: str) -> SavedCheckpoint:

@@ -40,9 +40,6 @@ SUMMARY = {
 
 
 def _open(location: str) -> tuple[Storage, str, SavedCheckpoint]:
-    if found := checkpoints_of_folder(location):
-        message = f"is a folder of checkpoints, with {', '.join(entry.name for entry in found[:3])}"
-        raise CheckpointError(Problem(location, message, f"Pass one of them, such as {location}/{found[0].name}"))
     outer, name = split_checkpoint(location)
     storage = open_storage(outer)
     return storage, name, open_checkpoint(storage, name)

@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 
 from internlm.checkpoint.foreign_folders import find_foreign
 from internlm.checkpoint.locations import open_storage, split_checkpoint
-from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, plain_names
-from internlm.checkpoint.storage import MANIFEST, Storage
+from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, Found, find_checkpoints, plain_names
+from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import CheckpointError, Problem
 
 #: Number of names that an error lists.
 _MOST_NAMES = 8
-#: Files by which a folder is one checkpoint rather than a folder of them.
-_OF_ONE_CHECKPOINT = {MANIFEST, "COMMITTED", "state.json", "rank-00000.bin"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,7 +50,7 @@ def open_folder(location: str) -> Storage:
     names = storage.names()
     if not names:
         _check_exists(location)
-    if _OF_ONE_CHECKPOINT & {*names}:
+    if OF_ONE_CHECKPOINT & {*names}:
         todo = "Pass the folder around it, or use internlm ckpt show or verify"
         raise CheckpointError(Problem(storage.location, "is one checkpoint, not a folder of them", todo))
     return storage
@@ -61,7 +59,7 @@ def open_folder(location: str) -> Storage:
 def checkpoints_of_folder(location: str) -> list[Found]:
     """Return the checkpoints that a folder holds, newest first; none if ``location`` is a checkpoint itself."""
     storage = open_storage(location)
-    return [] if _OF_ONE_CHECKPOINT & {*storage.names()} else find_checkpoints(storage)
+    return [] if OF_ONE_CHECKPOINT & {*storage.names()} else find_checkpoints(storage)
 
 
 def _check_exists(location: str) -> None:

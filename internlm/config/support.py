@@ -119,8 +119,11 @@ def check_runnable(config: Config) -> None:
         if REMOTE.match(given.get(key) or "")
     ]
     for key in CHECKPOINT_FOLDERS:
+        location = given.get(key) or ""
+        if location == "local:":
+            problems.append(Problem(key, f"{location!r} names no folder", "Use local:FOLDER or a plain path"))
         try:
-            parse_object_address(given.get(key) or "")
+            parse_object_address(location)
         except ValueError as error:
             problems.append(Problem(key, str(error)))
     if problems:

@@ -273,7 +273,7 @@ def test_a_wrong_path_lists_what_is_there(tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "ckpts").write_text("a file")
     outcome = fit(2, saving(tmp_path), 2)
-    assert "exists, and is not a folder" in outcome.message
+    assert outcome.message.startswith(f"{tmp_path}/ckpts: exists, and is not a folder")
     assert outcome.log == []  # found before anything was trained in vain
     assert outcome.message.endswith("Choose a writable folder with free space")
 

@@ -109,6 +109,12 @@ def test_checkpoints_are_listed_newest_first_with_their_status(folder: Path, cap
     assert content_of(folder) == before
 
 
+def test_ls_names_a_manifest_that_was_removed(tmp_path: Path, capsys: Any) -> None:
+    folder = save(tmp_path / "step-3", {"model/w": in_ranges(VALUES, [])})
+    (folder / "manifest.json").unlink()
+    assert f"{folder}: manifest.json is missing. Choose another checkpoint" in Run(capsys, "ls", tmp_path).lines
+
+
 def test_a_folder_without_checkpoints_is_no_error(tmp_path: Path, capsys: Any) -> None:
     assert Run(capsys, "ls", tmp_path).lines == [f"{tmp_path} holds no checkpoints"]
 

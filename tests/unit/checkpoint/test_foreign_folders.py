@@ -140,6 +140,21 @@ def test_reading_a_foreign_folder(folder: str, files: tuple[str, ...], expected:
         open_checkpoint(LocalStorage(make(tmp_path / folder, *files).parent), folder)
 
 
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "step-7"
+    file.write_text("")
+    with pytest.raises(CheckpointError, match=f"^{file}: is not a folder, or is below a file. Choose a step-N folder"):
+        open_checkpoint(LocalStorage(tmp_path), "step-7")
+
+
+def test_a_folder_of_checkpoints_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("step-9", "step-10", "snapshot-0"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    expected = "runs: is a folder of checkpoints, with step-10, step-9, snapshot-0. Pass one of them, such as "
+    with pytest.raises(CheckpointError, match=expected):
+        open_checkpoint(LocalStorage(tmp_path), "runs")
+
+
 def test_a_complete_checkpoint_is_read_whatever_lies_beside_it(tmp_path: Path) -> None:
     make(save(tmp_path / "step-7", {}, 7), "config.json", "model.safetensors")
     assert open_checkpoint(LocalStorage(tmp_path), "step-7").state.train_state.step == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.save_folder import SaveFolder, not_kept
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
+from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.samples import complete, in_ranges, save
 
 
@@ -48,6 +50,19 @@ def test_a_snapshot_whose_manifest_cannot_be_read_is_the_last_candidate(tmp_path
 def test_a_folder_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
     folder = SaveFolder(LocalStorage(tmp_path / "none"))
     assert (folder.candidates(), folder.older_snapshot(), folder.to_delete(3)) == ([], 0, ())
+
+
+@pytest.mark.parametrize("make", [lambda path: save(path, {}, 5), complete], ids=["format 2", "format 1"])
+def test_a_checkpoint_is_no_save_folder(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A run would find no checkpoint in it, start anew, and save into it."""
+    make(tmp_path / "step-5")
+    expected = "step-5: is one checkpoint, not a folder of them. Set ckpt.save_ckpt_folder to the folder around it"
+    folder = SaveFolder(LocalStorage(tmp_path / "step-5"))
+    with pytest.raises(CheckpointError, match=expected):
+        folder.candidates()
+    with pytest.raises(CheckpointError, match=expected):
+        folder.open("job", lambda reason: None)
+    assert SaveFolder(LocalStorage(tmp_path)).candidates() == ["step-5"]
 
 
 def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:

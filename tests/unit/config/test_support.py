@@ -41,6 +41,10 @@ def test_defaults_run(device: str | None) -> None:
             "ckpt.stop_file_path: 's3://bucket/stop' is not a local file. Use a local path",
         ),
         (
+            {"ckpt.save_ckpt_folder": "local:"},
+            "ckpt.save_ckpt_folder: 'local:' names no folder. Use local:FOLDER or a plain path",
+        ),
+        (
             {"ckpt.save_ckpt_folder": "hdfs://x"},
             "ckpt.save_ckpt_folder: expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got 'hdfs://x'",
         ),
