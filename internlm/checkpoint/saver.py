@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import atexit
 import errno
+import functools
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -42,6 +43,8 @@ log = get_logger()
 #: Number of ranks whose failures an error lists.
 MOST_FAILURES = 4
 TODO = "Free space or choose another folder"
+#: Savers of this process that have written in the background.
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 #: Name of the thread that writes in the background, for stack dumps.
 THREAD = "checkpoint"
 
@@ -101,7 +104,7 @@ class Saver:
         planner = LogicalSavePlanner()
         planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
         plan, attempt = self._agree(planner, tensors)
-        write = partial(self._write, save, plan, planner, attempt)
+        write = functools.partial(self._write, save, plan, planner, attempt)
         if not background:
             write(None)
             return
@@ -110,9 +113,9 @@ class Saver:
         if self._group is None:
             # The default group is busy with training, and NCCL's would block its device.
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
-            # A script that ends without waiting would lose its last checkpoint.
-            atexit.register(self._wait_at_exit)
-        write = partial(write, self._group)
+            _savers.add(self)
+            _finish_at_exit()
+        write = functools.partial(write, self._group)
         self._thread = threading.Thread(target=self._in_background, args=(write,), name=THREAD, daemon=True)
         self._thread.start()
 
@@ -129,14 +132,6 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-
-    def _wait_at_exit(self) -> None:
-        try:
-            self.wait()
-        except CheckpointError as error:
-            log.error(str(error))
-        except RuntimeError:  # of a collective
-            log.error("the last save in the background was not completed: another rank was lost")
 
     def _in_background(self, write: Callable[[], None]) -> None:
         try:
@@ -228,6 +223,32 @@ class Saver:
                 self.storage.withdraw(name, attempt)
             except OSError as error:
                 log.warning(f"{self.storage.path(name)} cannot be deleted ({explain(error)})")
+
+
+def finish_saves() -> None:
+    """Wait for all saves in the background of this process; call it before the process groups are destroyed.
+
+    Raises:
+        CheckpointError: One of them failed.
+    """
+    for saver in list(_savers):
+        saver.wait()
+
+
+@functools.cache  # registered once
+def _finish_at_exit() -> None:
+    """Wait for all saves when the interpreter ends: a script that does not wait would lose its last checkpoint."""
+    # Registered after the process groups were made, and so called before they are destroyed.
+    atexit.register(_log_failure_of_saves)
+
+
+def _log_failure_of_saves() -> None:
+    try:
+        finish_saves()
+    except CheckpointError as error:
+        log.error(str(error))
+    except RuntimeError:  # of a collective
+        log.error("the last save in the background was not completed: another rank was lost")
 
 
 def _make_plan(planner: LogicalSavePlanner, signature: list[Any]) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from internlm.checkpoint.saver import finish_saves
 from internlm.config.schema import AlertConfig
 from internlm.core.context import global_context as gpc
 from internlm.monitor.alerts import alerting_failures
@@ -35,6 +36,8 @@ def internevo_monitor(feishu_alert: bool = True, clean_run: bool = True) -> Call
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with alerting_failures(_destinations) if feishu_alert else nullcontext():
                 result = main(*args, **kwargs)
+                if clean_run:
+                    finish_saves()  # a script need not wait for its last one
             if clean_run and dist.is_initialized():
                 dist.destroy_process_group()
                 gpc.destroy()
