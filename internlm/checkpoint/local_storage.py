@@ -160,7 +160,9 @@ class LocalStorage:
         """Write the manifest into the folder of the attempt, and rename the folder to ``checkpoint``."""
         split_file(checkpoint)
         folder = self.attempt_folder(checkpoint, attempt)
-        with self.create(f"{folder}/{MANIFEST}") as sink:
+        # The folder is not created: if another run has removed it as unfinished, nothing may be published.
+        name = f"{folder}/{MANIFEST}"
+        with LocalSink(self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), self.path(name)) as sink:
             sink.write(memoryview(manifest))
         self._files.sync_folder(folder)
         # No folder can be renamed onto one with files. The old one stays loadable until the new one is in its place.

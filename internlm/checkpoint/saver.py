@@ -65,7 +65,8 @@ class Saver:
 
     Args:
         storage: Storage to save to.
-        before_commit: Function that rank 0 calls before it publishes; it raises ``CheckpointError`` if it must not.
+        before_commit: Function that rank 0 calls right before it publishes or deletes a checkpoint; it raises
+            ``CheckpointError`` if it must not.
         to_prune: Function that rank 0 calls with the step after a commit; it returns the checkpoints to delete.
         on_failure: Function called on each rank, in the thread, after a save in the background has failed.
         timeout: Time that ranks may take longer than others to write in the background.
@@ -162,7 +163,7 @@ class Saver:
         self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str, group: dist.ProcessGroup | None
     ) -> None:
         """Write, commit and prune; collective over ``group``."""
-        writer = TensorWriter(self.storage, save, attempt, dist.get_rank())
+        writer = TensorWriter(self.storage, save, attempt, dist.get_rank(), self.before_commit)
         results, failure = list[WriteResult](), ""
         try:
             results = writer.write_data(plan.own, planner).value()
@@ -189,7 +190,6 @@ class Saver:
         failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(written) if failure]
         try:
             if not failures:
-                self.before_commit()
                 assert plan.metadata is not None
                 writer.finish(plan.metadata, [results for results, _ in written])
                 return ""
@@ -220,7 +220,11 @@ class Saver:
             return
         for name in doomed if found else ():
             try:
+                self.before_commit()  # reading back takes long
                 self.storage.withdraw(name, attempt)
+            except CheckpointError as error:
+                log.warning(f"older checkpoints are kept ({error.problems[0]})")
+                return
             except OSError as error:
                 log.warning(f"{self.storage.path(name)} cannot be deleted ({explain(error)})")
 

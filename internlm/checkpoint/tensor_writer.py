@@ -6,8 +6,9 @@ bytes that were corrupted on their way.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,17 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from internlm.checkpoint.manifest import FORMAT, FileRecord, Manifest, Piece, TensorRecord, checksum
-from internlm.checkpoint.run_state import RunState
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.manifest import (
+    FORMAT,
+    LARGEST_MANIFEST,
+    FileRecord,
+    Manifest,
+    Piece,
+    TensorRecord,
+    checksum,
+)
+from internlm.checkpoint.run_state import LARGEST_STATE, RunState
+from internlm.checkpoint.storage import MANIFEST, Storage
 
 STATE_FILE = "state.json"
 #: Bytes that are hashed and written at a time: few enough to be in the processor's cache when they are written.
@@ -46,10 +55,18 @@ class TensorWriter(StorageWriter):
         save: Name, step and state of the checkpoint.
         attempt: Identifier of this save, the same on all ranks and different in every save.
         rank: Rank of this process, which its file is named after.
+        before_publish: Function that the coordinator calls right before it publishes; its errors prevent that.
     """
 
-    def __init__(self, storage: Storage, save: Save, attempt: str, rank: int = 0) -> None:
-        self.storage, self.save, self.attempt = storage, save, attempt
+    def __init__(
+        self,
+        storage: Storage,
+        save: Save,
+        attempt: str,
+        rank: int = 0,
+        before_publish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.storage, self.save, self.attempt, self.before_publish = storage, save, attempt, before_publish
         self.file = f"rank-{rank:05}.bin"
         self.folder = storage.attempt_folder(save.checkpoint, attempt)
 
@@ -81,11 +98,20 @@ class TensorWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the state file, and publish the manifest of all ranks' pieces; the coordinator calls this."""
+        state = self.save.state.to_bytes()
+        self._check_size(STATE_FILE, state, LARGEST_STATE)
         with self.storage.create(f"{self.folder}/{STATE_FILE}") as sink:
-            state = self.save.state.to_bytes()
             sink.write(memoryview(state))
-        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank], state)
-        self.storage.publish(self.save.checkpoint, self.attempt, manifest.to_bytes())
+        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank], state).to_bytes()
+        self._check_size(MANIFEST, manifest, LARGEST_MANIFEST)
+        self.before_publish()
+        self.storage.publish(self.save.checkpoint, self.attempt, manifest)
+
+    def _check_size(self, file: str, content: bytes, limit: int) -> None:
+        # A larger one could never be loaded.
+        if len(content) > limit:
+            message = f"has {len(content)} bytes, at most {limit} can be read"
+            raise OSError(errno.EFBIG, message, self.storage.path(f"{self.save.checkpoint}/{file}"))
 
     def _manifest(self, metadata: Metadata, results: list[WriteResult], state: bytes) -> Manifest:
         # The files of an attempt may lie in a folder of their own, beside the manifest.

@@ -26,6 +26,7 @@ from internlm.checkpoint.tensor_writer import Save
 from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
+from internlm.utils.errors import CheckpointError, Problem
 from tests.dist.whole_runs import build_run, fit, resume, saving, wait_for_saves
 from tests.harness.pool import run_ranks
 from tests.unit.checkpoint.samples import run_state
@@ -365,3 +366,25 @@ def test_no_checkpoint_is_deleted_before_the_new_one_was_read_back(tmp_path: Pat
     (warning,) = run.ranks[0].warnings
     assert warning.startswith(f"step-4 does not verify, so older checkpoints are kept: {root}/step-4/rank-00001.bin: ")
     assert _checkpoints(root) == ["step-6"]
+
+
+def _save_until_lost(rank: int, world_size: int, folder: str) -> list[str]:
+    """Save twice, where the second save finds after its commit that the folder has another owner."""
+    checks = iter([False, False, True])
+
+    def check_owner() -> None:
+        if next(checks):
+            raise CheckpointError(Problem(folder, "another run took it over"))
+
+    def older(step: int) -> list[str]:
+        return [f"step-{step - 1}"] if step > 1 else []
+
+    saver = Saver(LocalStorage(folder), check_owner, older, lambda: None, timedelta(seconds=30))
+    for step in (1, 2):
+        saver.save(_save(step), {"a": LogicalTensor.whole(torch.ones(9))})
+    return _checkpoints(Path(folder))
+
+
+def test_nothing_is_deleted_after_the_folder_got_another_owner(tmp_path: Path) -> None:
+    """Reading back takes long enough to lose the folder in the meantime."""
+    assert run_ranks(1, _save_until_lost, str(tmp_path)) == [["step-1", "step-2"]]

@@ -378,6 +378,16 @@ def test_an_attempt_becomes_a_checkpoint_and_replaces_an_older_one(storage: Loca
     assert (storage.free_bytes() or 0) > 0
 
 
+def test_an_attempt_that_another_run_has_removed_is_not_published(storage: LocalStorage) -> None:
+    """As after the owner of the folder was stopped: without its files it would replace the older checkpoint."""
+    save(storage, "step-40", "a1", b"old")
+    put(storage, f"{storage.attempt_folder('step-40', 'b2')}/rank-00000.bin", b"new")
+    storage.remove(storage.attempt_folder("step-40", "b2"))
+    with pytest.raises(FileNotFoundError):
+        storage.publish("step-40", "b2", b"manifest of new")
+    assert files(storage.root) == {f"step-40/{MANIFEST}": b"manifest of old", "step-40/rank-00000.bin": b"old"}
+
+
 def test_a_deleted_checkpoint_is_gone_and_cannot_be_deleted_again(storage: LocalStorage) -> None:
     save(storage, "step-40", "a", b"x")
     storage.withdraw("step-40", "b")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
+from internlm.checkpoint import tensor_writer
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.save_folder import SaveFolder, not_kept
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
@@ -63,6 +65,16 @@ def test_a_checkpoint_is_no_save_folder(make: Callable[[Path], Path], tmp_path: 
     with pytest.raises(CheckpointError, match=expected):
         folder.open("job", lambda reason: None)
     assert SaveFolder(LocalStorage(tmp_path)).candidates() == ["step-5"]
+
+
+@pytest.mark.parametrize(("limit", "file"), [("LARGEST_STATE", "state.json"), ("LARGEST_MANIFEST", "manifest.json")])
+def test_a_file_that_could_not_be_read_is_not_published(
+    limit: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_writer, limit, 100)
+    with pytest.raises(CheckpointException, match=rf"has \d+ bytes, at most 100 can be read: .*/{file}"):
+        saved(tmp_path, "step-1", 1)
+    assert SaveFolder(LocalStorage(tmp_path)).candidates() == []
 
 
 def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:
