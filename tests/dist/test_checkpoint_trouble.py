@@ -10,13 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from internlm.checkpoint.manifest import FileRecord, checksum, parse_manifest
+from internlm.checkpoint.manifest import Manifest
 from internlm.core.trainer import Hook, Trainer
 from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
+from tests.unit.checkpoint.samples import rewrite_manifest, rewrite_state
 
 
 def _visible(root: Path) -> list[str]:
@@ -155,12 +157,13 @@ def test_another_weight_decay_is_no_other_architecture(saved: Outcome, tmp_path:
 @pytest.mark.usefixtures("saved")
 def test_a_missing_tensor_is_known_to_all_ranks(tmp_path: Path) -> None:
     """Even though its owner is the only rank that asks for it."""
-    file = tmp_path / "ckpts" / "step-2" / "manifest.json"
-    manifest = parse_manifest(file.read_bytes(), "step-2")
     name = "optimizer/exp_avg/output.weight"
-    tensors = {**manifest.tensors, "optimizer/exp_avg/other": manifest.tensors[name]}
-    del tensors[name]
-    file.write_bytes(manifest.model_copy(update={"tensors": tensors}).to_bytes())
+
+    def change(manifest: Manifest) -> dict[str, Any]:
+        others = {other: record for other, record in manifest.tensors.items() if other != name}
+        return {"tensors": {**others, "optimizer/exp_avg/other": manifest.tensors[name]}}
+
+    rewrite_manifest(tmp_path / "ckpts" / "step-2", change)
     assert f"step-2: {name}: is missing. To load only the weights" in _assert_refused(tmp_path)
 
 
@@ -223,7 +226,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_loaded(
     shutil.copytree(later, tmp_path / "other")
     root = tmp_path / "ckpts"
     (root / "step-2").rename(root / "step-1")
-    _rename(root / "step-1")
+    rewrite_manifest(root / "step-1", lambda manifest: {"checkpoint": "step-1"})
     shutil.copytree(later / "ckpts" / "step-2", root / "step-2")
     spoil, expected = DAMAGES[damage]
     spoil(root / "step-2")
@@ -232,13 +235,6 @@ def test_damage_is_found_and_the_checkpoint_before_is_loaded(
     assert len(loaded.ranks[0].warnings) == 1
     assert expected in loaded.ranks[0].warnings[0]
     assert_same_tensors(loaded.tensors, saved.tensors)
-
-
-def _rename(checkpoint: Path) -> None:
-    """Make the manifest of a renamed checkpoint that of its new name."""
-    file = checkpoint / "manifest.json"
-    manifest = parse_manifest(file.read_bytes(), None)
-    file.write_bytes(manifest.model_copy(update={"checkpoint": checkpoint.name}).to_bytes())
 
 
 @pytest.mark.usefixtures("saved")
@@ -255,10 +251,9 @@ def test_a_run_whose_checkpoints_all_fail_ends(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("saved")
 def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
-    file = tmp_path / "ckpts" / "step-2" / "manifest.json"
-    manifest = parse_manifest(file.read_bytes(), None)
-    file.write_bytes(manifest.model_copy(update={"format": 7}).to_bytes())
-    expected = f"{file.parent}: expected a format version of at most 2, got 7. Update InternEvo"
+    step_2 = tmp_path / "ckpts" / "step-2"
+    rewrite_manifest(step_2, lambda manifest: {"format": 7})
+    expected = f"{step_2}: expected a format version of at most 2, got 7. Update InternEvo"
     assert _assert_refused(tmp_path) == expected
 
 
@@ -317,10 +312,7 @@ def test_wrong_values_of_the_state_change_nothing(tmp_path: Path) -> None:
     state = json.loads((step_2 / "state.json").read_text())
     state["train_state"]["step"] = -3
     text = json.dumps({**state, "sampler": [], "seed": "24"}).encode()
-    (step_2 / "state.json").write_bytes(text)
-    manifest = parse_manifest((step_2 / "manifest.json").read_bytes(), None)
-    files = {**manifest.files, "state.json": FileRecord(size=len(text), checksum=checksum(text))}
-    (step_2 / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_bytes())
+    rewrite_state(step_2, text)
     *problems, _ = _assert_refused(tmp_path).splitlines()
     assert [problem.removeprefix(f"{step_2}/state.json: ") for problem in problems] == [
         "train_state.step: must be at least 0, got -3. Choose another checkpoint",

@@ -15,6 +15,7 @@ from internlm.ops.cpu import kernel_choice, kernel_start
 from internlm.ops.cpu.kernel_choice import CASES, KERNELS, forced, to_plain
 from tests.dist.whole_runs import _resume, fit, saving
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.samples import rewrite_state
 
 Tables = tuple[dict[str, str], dict[str, dict[str, str]]]
 
@@ -64,5 +65,5 @@ def test_a_resumed_run_has_the_kernels_that_its_checkpoint_stores(tmp_path: Path
     state = json.loads(path.read_text())
     assert state["cpu_kernels"] == {own_type: to_plain(forced(os.environ[processor.KERNELS_VARIABLE]))}
     state["cpu_kernels"][own_type] = _kernels(1)  # not what the rule chooses, on any processor
-    path.write_text(json.dumps(state))
+    rewrite_state(path.parent, json.dumps(state).encode())
     assert run_ranks(1, _kernels_after_resuming, tuple(overrides)) == [(_kernels(1), state["cpu_kernels"])]

@@ -24,6 +24,7 @@ from internlm.initialize import initialize_distributed_env
 from internlm.model.builder import create_model
 from tests.dist.tiny import TINY
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.samples import rewrite_manifest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "doc").glob("*.md")])
@@ -127,7 +128,8 @@ def _steps_and_weights(rank: int, world_size: int, step: str, load: str, folder:
     loader, _ = build_train_loader_with_data_type()
     builder = TrainerBuilder(create_model(), loader)
     builder.fit()
-    (folder / "llm_ckpts/first/step-1").rename(folder / "llm_ckpts/first/step-1000")
+    checkpoint = (folder / "llm_ckpts/first/step-1").rename(folder / "llm_ckpts/first/step-1000")
+    rewrite_manifest(checkpoint, lambda manifest: {"checkpoint": "step-1000"})
     saved = {name: value.clone() for name, value in builder.trainer.model.state_dict().items()}
     loader.seek(0)
     names: dict[str, Any] = {
@@ -157,6 +159,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("config.md", 0): config,
     ("config.md", 1): config_with_base,
     ("config.md", 2): with_values,
+    ("faults.md", 0): plain,
     ("memory.md", 0): memory,
     ("optimizer.md", 0): elsewhere,
     ("optimizer.md", 1): config,
@@ -166,6 +169,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("traffic.md", 0): tables("traffic.md"),
     ("usage.md", 0): config,
     ("usage.md", 1): config,
+    ("usage.md", 2): config,
     ("verify.md", 0): plain,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from internlm.checkpoint import format_1
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
+from internlm.checkpoint.manifest import FileRecord, Manifest, checksum, parse_manifest
 from internlm.checkpoint.planners import LogicalSavePlanner
 from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.storage import Storage
@@ -59,6 +61,20 @@ def save_to(storage: Storage, name: str, tensors: dict[str, LogicalTensor], step
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there is no process group, which is meant here
         dcp.save(dict(tensors), storage_writer=writer, planner=LogicalSavePlanner(), no_dist=True)
+
+
+def rewrite_state(checkpoint: Path, text: bytes) -> None:
+    """Replace ``state.json`` of a checkpoint of format 2 by ``text``, with a valid checksum."""
+    (checkpoint / "state.json").write_bytes(text)
+    record = FileRecord(size=len(text), checksum=checksum(text))
+    rewrite_manifest(checkpoint, lambda manifest: {"files": {**manifest.files, "state.json": record}})
+
+
+def rewrite_manifest(checkpoint: Path, change: Callable[[Manifest], dict[str, Any]]) -> None:
+    """Replace values of a manifest by those that ``change`` returns, with a valid checksum."""
+    file = checkpoint / "manifest.json"
+    manifest = parse_manifest(file.read_bytes(), None)
+    file.write_bytes(manifest.model_copy(update=change(manifest)).to_bytes())
 
 
 class PlainWriter(dcp.FileSystemWriter):
