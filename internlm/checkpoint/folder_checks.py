@@ -37,6 +37,19 @@ _MESSAGES = {
 }
 
 
+#: Errors of the way to a file, which say nothing about its content.
+_NOT_OF_CONTENT = {
+    errno.EACCES, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ENFILE, errno.ENOMEM, errno.ENXIO, errno.EPERM, errno.EPROTO, errno.EREMOTEIO,
+    errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+
+
+def is_damage(error: OSError) -> bool:
+    """Return whether a file that cannot be read is damaged or missing, rather than out of reach at present."""
+    return error.errno not in _NOT_OF_CONTENT
+
+
 def reason_of(error: OSError) -> str:
     """Return the reason of a failed operation in plain words: ``no space left``."""
     reason = error.strerror or str(error)

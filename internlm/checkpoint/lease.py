@@ -117,7 +117,6 @@ class Lease:
     ) -> None:
         self.storage, self.times, self.on_lost = storage, times, on_lost
         self._owner, self._content = owner, to_bytes(owner)
-        self._renewed = _now()
         self._lost = ""
         self._is_told = self._is_failing = False
         self._released = False
@@ -204,24 +203,21 @@ class Lease:
             except OSError as error:
                 if not self._is_failing:
                     log.warning(f"{self.storage.path(LEASE_FILE)}: cannot be renewed ({explain(error)})")
+                # This is no loss: a run that has taken the folder over is found out by the next renewal.
                 self._is_failing = True
-                if _now() - self._renewed > self.times.to_live:
-                    self._lost = f"its lease could not be renewed for {self.times.to_live:.0f} s ({explain(error)})"
         self._tell_loss()
 
     def _renew(self) -> None:
         if self._lost:
             return
-        # A renewal counts from its begin: until its end another run sees the time of the one before.
-        begin = _now()
         renewed = replace(self._owner, renewed=self._owner.renewed + 1)
         content = to_bytes(renewed)
         if self.storage.compare_and_swap(LEASE_FILE, self._content, content):
-            self._owner, self._content, self._renewed = renewed, content, begin
+            self._owner, self._content = renewed, content
             return
         found = _read(self.storage)
         if found == content:  # written by a request whose answer was lost
-            self._owner, self._content, self._renewed = renewed, content, begin
+            self._owner, self._content = renewed, content
             return
         other = parse_owner(found or b"")
         self._lost = f"another run took it over ({other})" if other else "its lease was deleted or damaged"

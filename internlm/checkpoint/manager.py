@@ -142,7 +142,7 @@ class CheckpointManager:
             # All ranks raise it, so the save in the background can be completed. The first error is the one to report.
             with suppress(CheckpointError):
                 self.close()
-        else:
+        elif self._saver is None or not self._saver.is_busy:  # else the lease is released when the process ends
             self._leave()
 
     def _failed(self) -> None:

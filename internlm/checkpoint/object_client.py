@@ -190,7 +190,7 @@ def _to_failure(error: Exception) -> _Failure | None:
     if isinstance(error, dropped):
         return _Failure(errno.ECONNRESET, message, is_transient=True)
     if isinstance(error, importlib.import_module("botocore.parsers").ResponseParserError):
-        return _Failure(errno.EIO, "the answer cannot be read", is_transient=True)
+        return _Failure(errno.EREMOTEIO, "the answer cannot be read", is_transient=True)
     if isinstance(error, exceptions.NoCredentialsError | exceptions.CredentialRetrievalError):
         return _Failure(errno.EACCES, f"{message}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, exceptions.BotoCoreError | ValueError):  # a malformed endpoint is a ValueError
@@ -209,7 +209,7 @@ def _of_response(response: dict[str, Any]) -> _Failure:
     if status == 404 and code != "NoSuchBucket":
         message = f"does not exist ({message})"
     is_transient = status in _TRANSIENT_STATUS or code in _TRANSIENT
-    return _Failure(_ERRNO_OF_CODE.get(code) or _ERRNO_OF_STATUS.get(status, errno.EIO), message, is_transient)
+    return _Failure(_ERRNO_OF_CODE.get(code) or _ERRNO_OF_STATUS.get(status, errno.EREMOTEIO), message, is_transient)
 
 
 def _one_line(text: str) -> str:

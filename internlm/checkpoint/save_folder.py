@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 
 from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
-from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, plain_names
+from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, not_followed, plain_names
 from internlm.checkpoint.storage import Storage
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
@@ -58,9 +59,10 @@ class SaveFolder:
         Raises:
             CheckpointError: It does not.
         """
-        if self._lease is None:
+        lease = self._lease  # another thread may leave the folder
+        if lease is None:
             raise CheckpointError(Problem(self.storage.location, "the run that is saving has ended"))
-        self._lease.check()
+        lease.check()
 
     def close(self) -> None:
         """Leave the folder to other runs."""
@@ -91,6 +93,12 @@ class SaveFolder:
             if not entry.is_committed:
                 log.warning(f"ignored unfinished checkpoint {entry.name} in {self.storage.location}")
         names = [entry.name for entry in found if entry.is_committed]
+        for name in not_followed(self.storage):
+            problem = Problem(self.storage.path(name), "is no folder, or a symbolic link, which is not followed")
+            if not names:  # starting anew would lose the run
+                todo = "Move the checkpoint there, or pass its path as ckpt.load_ckpt_info"
+                raise CheckpointError(replace(problem, todo=todo))
+            log.warning(problem)
         if not names and (foreign := foreign_save_folder(self.storage.location, partial(plain_names, self.storage))):
             raise CheckpointError(foreign)
         return names

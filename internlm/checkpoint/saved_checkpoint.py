@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 
 from internlm.checkpoint import format_1
-from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.folder_checks import is_damage, reason_of
 from internlm.checkpoint.foreign_folders import foreign_source
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensors
@@ -29,7 +29,7 @@ from internlm.checkpoint.manifest import (
 from internlm.checkpoint.planners import read_alone
 from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
 from internlm.checkpoint.storage import MANIFEST, Storage
-from internlm.checkpoint.tensor_reader import TODO, TensorReader
+from internlm.checkpoint.tensor_reader import TODO, TensorReader, unreadable
 from internlm.checkpoint.tensor_writer import STATE_FILE
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
@@ -70,6 +70,11 @@ class SavedCheckpoint:
             raise DamagedCheckpointError(Problem(self.where, f"cannot be read ({error})", TODO)) from None
 
 
+def not_followed(storage: Storage) -> list[str]:
+    """Return the names of checkpoints that are symbolic links, or files."""
+    return [name for name in storage.names() if _NAME.fullmatch(name)]
+
+
 @dataclass(frozen=True)
 class Found:
     """Folder in a storage that holds a checkpoint."""
@@ -104,13 +109,17 @@ def plain_names(storage: Storage, folder: str = "") -> list[str]:
 def _step_of_snapshot(storage: Storage, name: str) -> int:
     try:
         source = storage.open(f"{name}/{MANIFEST}")
-    except OSError:
-        return -1
+    except OSError as error:
+        if is_damage(error):
+            return -1
+        raise
     try:
         beginning = bytearray(256)
         source.read_into(0, memoryview(beginning))
-    except OSError:
-        return -1
+    except OSError as error:
+        if is_damage(error):
+            return -1
+        raise
     finally:
         source.close()
     step = step_of(bytes(beginning))
@@ -216,8 +225,10 @@ def _read_manifest(storage: Storage, name: str, parse: Callable[[bytes, str | No
         return parse(content, match["name"] if match else None)
     except NewerFormatError as error:
         raise CheckpointError(Problem(where, str(error), "Update InternEvo")) from None
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(Problem(f"{where}/{MANIFEST}", f"{_text(error)}", TODO)) from None
+    except ValueError as error:
+        raise DamagedCheckpointError(Problem(f"{where}/{MANIFEST}", str(error), TODO)) from None
+    except OSError as error:
+        raise unreadable(error, f"{where}/{MANIFEST}") from None
 
 
 def read_state(storage: Storage, name: str, manifest: Outline) -> RunState:
@@ -237,8 +248,10 @@ def read_state(storage: Storage, name: str, manifest: Outline) -> RunState:
             raise ValueError(f"{len(state)} bytes, manifest says {record.size}")
         if checksum(state) != record.checksum:
             raise ValueError("differs from the file that was saved")
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(Problem(storage.path(path), _text(error), TODO)) from None
+    except ValueError as error:
+        raise DamagedCheckpointError(Problem(storage.path(path), str(error), TODO)) from None
+    except OSError as error:
+        raise unreadable(error, storage.path(path)) from None
     return parse_run_state(state, storage.path(path), manifest.format, manifest.step)
 
 
@@ -251,7 +264,3 @@ def _open_format_1(folder: Path) -> SavedCheckpoint:
     if problems := [*format_1.damaged_files(folder, metadata), *format_1.index_problems(str(folder), metadata)]:
         raise DamagedCheckpointError(*problems)
     return SavedCheckpoint(where=str(folder), format=1, state=state, metadata=metadata, reader=reader)
-
-
-def _text(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -102,20 +102,20 @@ class Saver:
             CheckpointError: This save, or the earlier one in the background, failed on some rank.
         """
         self.wait()
+        if self._group is None and (background or dist.get_backend() != "gloo"):
+            # The default group is busy with training, and NCCL's would send plans and results through the device.
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         planner = LogicalSavePlanner()
         planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
         plan, attempt = self._agree(planner, tensors)
         write = functools.partial(self._write, save, plan, planner, attempt)
         if not background:
-            write(None)
+            write(self._group)
             return
         planner.stage(plan.own, self._staging_memory(plan.own))
         accelerator.synchronize()
-        if self._group is None:
-            # The default group is busy with training, and NCCL's would block its device.
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
-            _savers.add(self)
-            _finish_at_exit()
+        _savers.add(self)
+        _finish_at_exit()
         write = functools.partial(write, self._group)
         self._thread = threading.Thread(target=self._in_background, args=(write,), name=THREAD, daemon=True)
         self._thread.start()
@@ -155,7 +155,7 @@ class Saver:
         signature = [(name, tensor.dtype, tensor.global_shape, *tensor.slices) for name, tensor in tensors.items()]
         # The tensors follow from the layout: if they changed, they did so on all ranks.
         if self._plan is None or self._plan.signature != signature:
-            self._plan = _make_plan(planner, signature)
+            self._plan = _make_plan(planner, signature, self._group)
         self._attempts += 1
         return self._plan, f"{self._plan.token}{self._attempts:04}"
 
@@ -169,6 +169,9 @@ class Saver:
             results = writer.write_data(plan.own, planner).value()
         except OSError as error:
             failure = self._explain(error, plan.own)
+        except Exception as error:  # the other ranks must not wait for the results
+            log.exception("a checkpoint cannot be written")
+            failure = repr(error)
         written = _gather((results, failure), group)
         outcome = self._commit(writer, plan, written) if written else ""
         doomed = self._doomed(save.step) if written and not outcome else ()
@@ -197,6 +200,9 @@ class Saver:
             failures = [explain(error)]
         except CheckpointError as error:
             failures = [str(error)]
+        except Exception as error:  # the other ranks must not wait for the outcome
+            log.exception("a checkpoint cannot be committed")
+            failures = [repr(error)]
         with suppress(OSError):
             self.storage.discard(writer.save.checkpoint, writer.attempt)
         more = f"; and {len(failures) - MOST_FAILURES} more ranks" if len(failures) > MOST_FAILURES else ""
@@ -255,17 +261,17 @@ def _log_failure_of_saves() -> None:
         log.error("the last save in the background was not completed: another rank was lost")
 
 
-def _make_plan(planner: LogicalSavePlanner, signature: list[Any]) -> Plan:
+def _make_plan(planner: LogicalSavePlanner, signature: list[Any], group: dist.ProcessGroup | None) -> Plan:
     """Exchange which pieces each rank holds, and assign them; collective."""
-    plans = _gather(planner.create_local_plan(), None)
+    plans = _gather(planner.create_local_plan(), group)
     assigned: list[SavePlan] = []
     metadata = None
     if plans:
         assigned, metadata = planner.create_global_plan(plans)
     own: list[SavePlan | None] = [None]
-    dist.scatter_object_list(own, assigned or None, src=0)
+    dist.scatter_object_list(own, assigned or None, src=0, group=group)
     assert own[0] is not None
-    return Plan(signature, own[0], metadata, _broadcast(secrets.token_hex(4), None))
+    return Plan(signature, own[0], metadata, _broadcast(secrets.token_hex(4), group))
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

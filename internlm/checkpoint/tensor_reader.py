@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from internlm.checkpoint.folder_checks import is_damage, reason_of
 from internlm.checkpoint.manifest import Manifest, Piece
 from internlm.checkpoint.storage import Source, Storage
 from internlm.checkpoint.tensor_writer import BLOCK_BYTES, memory_of
-from internlm.utils.errors import DamagedCheckpointError, Problem
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 TODO = "Choose another checkpoint"
 
@@ -135,6 +136,7 @@ class OpenFile:
 
     Raises:
         DamagedCheckpointError: The file is missing, cannot be read, or has another size than the manifest says.
+        CheckpointError: The file is out of reach.
     """
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
@@ -146,7 +148,7 @@ class OpenFile:
         except FileNotFoundError:
             raise self._damaged("is missing") from None
         except OSError as error:
-            raise self._damaged(f"cannot be read ({error.strerror or error})") from None
+            raise self._unreadable(error) from None
         if self._source.size != self.size:
             self._source.close()
             raise self._damaged(f"{self._source.size} bytes, manifest says {self.size}")
@@ -160,6 +162,7 @@ class OpenFile:
 
         Raises:
             DamagedCheckpointError: The bytes are not those that were saved, or cannot be read.
+            CheckpointError: The file is out of reach.
         """
         hasher = xxhash.xxh3_128()
         try:
@@ -168,13 +171,23 @@ class OpenFile:
                 # Hash each block when it is in the processor's cache.
                 hasher.update(block[:count])
         except OSError as error:
-            raise self._damaged(f"cannot be read ({error.strerror or error})") from None
+            raise self._unreadable(error) from None
         if hasher.hexdigest() != piece.checksum:
             stop = piece.position + len(memory)
             raise self._damaged(f"bytes {piece.position} to {stop} differ from those that were saved")
 
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return unreadable(error, self.storage.path(self.name))
+
     def _damaged(self, message: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(Problem(self.storage.path(self.name), message, TODO))
+
+
+def unreadable(error: OSError, path: str) -> CheckpointError:
+    """Return the error for a file that cannot be read: of damage, unless the file may be whole."""
+    if is_damage(error):
+        return DamagedCheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", TODO))
+    return CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", "Make it readable, and start again"))
 
 
 def _blocks(memory: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -172,28 +172,19 @@ def test_a_lease_that_is_lost_calls_back_once_and_stops_every_commit(storage: Fa
     assert (storage.read(LEASE_FILE, 9999) if content else None) == content
 
 
-def test_a_lease_is_lost_if_it_cannot_be_renewed_for_its_time_to_live(
-    storage: Failing, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_storage_that_is_down_is_no_loss(storage: Failing, caplog: pytest.LogCaptureFixture) -> None:
+    """However long: whether another run has taken the folder over shows when the storage answers again."""
     reasons: list[str] = []
-    lease = Lease.acquire(storage, "my job", on_lost=reasons.append, times=replace(QUICK, to_live=2.0))
+    lease = Lease.acquire(storage, "my job", on_lost=reasons.append, times=QUICK)
     storage.is_down = True
     with pytest.raises(CheckpointError, match=r"lease.json: cannot be renewed \(.*the device failed to read or write"):
         lease.check()
-    time.sleep(3 * QUICK.renewal)
+    time.sleep(2 * QUICK.to_live)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     storage.is_down = False
-    lease.check()  # a short failure is no loss
-    time.sleep(3 * QUICK.renewal)
+    lease.check()
     assert not lease.lost
-    storage.is_down = True
-    caplog.clear()
-    wait_until(lambda: reasons)
-    assert reasons == [lease.lost]
-    assert "its lease could not be renewed for 2 s" in lease.lost
-    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
-    storage.is_down = False
-    with pytest.raises(CheckpointError, match="could not be renewed"):
-        lease.check()
+    assert reasons == []
     lease.release()
 
 

@@ -431,7 +431,7 @@ def test_a_finished_upload_whose_answer_was_lost_is_recognised(storage: ObjectSt
         (404, "NoSuchBucket", errno.ENXIO),
         (400, "ExpiredToken", errno.EACCES),
         (507, "XMinioStorageFull", errno.ENOSPC),
-        (400, "InvalidArgument", errno.EIO),
+        (400, "InvalidArgument", errno.EREMOTEIO),
     ],
 )
 def test_a_lasting_failure_is_reported_at_once(

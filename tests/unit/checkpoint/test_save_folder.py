@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch.distributed.checkpoint import CheckpointException
 from internlm.checkpoint import tensor_writer
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.save_folder import SaveFolder, not_kept
-from internlm.checkpoint.saved_checkpoint import find_checkpoints
-from internlm.utils.errors import CheckpointError
+from internlm.checkpoint.saved_checkpoint import find_checkpoints, open_checkpoint
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.unit.checkpoint.samples import complete, in_ranges, save
 
 
@@ -125,3 +126,38 @@ def test_neither_unfinished_checkpoints_nor_snapshots_count_among_those_kept(tmp
     assert folder.to_delete(30) == ["step-10"]
     # Nothing is deleted for a snapshot, which verifies, but is soon replaced.
     assert folder.to_delete(28) == ()
+
+
+def test_a_link_in_place_of_a_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If there is nothing else to resume, the run must not start anew."""
+    root, elsewhere = tmp_path / "ckpts", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (root / "step-9").symlink_to(saved(elsewhere, "step-9", 9))
+    folder, expected = SaveFolder(LocalStorage(root)), "step-9: is no folder, or a symbolic link, which is not followed"
+    with pytest.raises(CheckpointError, match=expected):
+        folder.candidates()
+    saved(root, "step-3", 3)
+    assert folder.candidates() == ["step-3"]
+    assert sum(expected in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_file_that_is_out_of_reach_is_no_damage(tmp_path: Path) -> None:
+    """A run must not fall back to an older checkpoint since its network is down."""
+    saved(tmp_path, "step-9", 9)
+    for number, kind in ((errno.EIO, DamagedCheckpointError), (errno.ETIMEDOUT, CheckpointError)):
+        failing = FailingReads(tmp_path, number)
+        with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read") as caught:
+            open_checkpoint(failing, "step-9")
+        assert type(caught.value) is kind
+
+
+class FailingReads(LocalStorage):
+    """Storage whose files cannot be read."""
+
+    def __init__(self, root: Path, number: int) -> None:
+        super().__init__(root)
+        self.number = number
+
+    def read(self, name: str, limit: int) -> bytes:
+        raise OSError(self.number, os.strerror(self.number), self.path(name))
