@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from internlm.checkpoint import folder_checks
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, format_size
@@ -25,6 +26,7 @@ def share(rank: int, world_size: int, folders: list[str]) -> tuple[str, list[str
         text = str(error)
     finally:
         folder_checks._VISIBLE_SECONDS = visible
+    dist.barrier()  # until rank 0 has removed its file
     return text, storage.names() if os.path.isdir(storage.root) else []
 
 
