@@ -27,7 +27,7 @@ PLACES = ("save_folder", "run_folder")
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDifference:
-    """How a tensor of one checkpoint differs from the tensor with this name of another."""
+    """Difference between the tensors of one name in two checkpoints."""
 
     name: str
     message: str

@@ -31,10 +31,6 @@ class LogicalSavePlanner(DefaultSavePlanner):
         staged = self._staged.get(index)
         return self._piece(index) if staged is None else staged
 
-    def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002 (DCP's name)
-        """Return the piece unchanged."""
-        return object
-
     def _piece(self, index: MetadataIndex) -> Tensor:
         logical = self.state_dict[index.fqn]
         piece: Tensor = logical.piece(index.offset).to(logical.dtype)

@@ -126,11 +126,11 @@ class RunContent:
             **self.run_info,
         )
 
-    def _stream_tensors(self, format: int = 2) -> LogicalTensors:  # noqa: A002
+    def _stream_tensors(self, version: int = FORMAT) -> LogicalTensors:
         """Return this rank's RNG states, keyed by ``rng/<owner>/<stream>``; in format 1 the owner is the rank."""
         owners = self.streams.owners
         return {
-            f"rng/{dist.get_rank() if format == 1 else owners[name]}/{name}": LogicalTensor.whole(value)
+            f"rng/{dist.get_rank() if version == 1 else owners[name]}/{name}": LogicalTensor.whole(value)
             for name, value in self.streams.state_dict().items()
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.futures import Future
 from internlm.checkpoint.folder_checks import is_damage, reason_of
 from internlm.checkpoint.manifest import Manifest, Piece
 from internlm.checkpoint.storage import Source, Storage
-from internlm.checkpoint.tensor_writer import BLOCK_BYTES, memory_of
+from internlm.checkpoint.tensor_writer import blocks_of, memory_of
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 TODO = "Choose another checkpoint"
@@ -76,8 +75,8 @@ class TensorReader(StorageReader):
             piece = self._pieces[index]
             by_file.setdefault(piece.file, []).append((piece, index))
         for file, pieces in by_file.items():
-            with_source = OpenFile(self.storage, f"{self.folder}/{file}", self.manifest.files[file].size)
-            with with_source as source:
+            size = self.manifest.files[file].size
+            with OpenFile(self.storage, f"{self.folder}/{file}", size) as source:
                 for piece, index in sorted(pieces, key=lambda entry: entry[0].position):
                     self._read_piece(source, piece, items[index], planner)
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -166,7 +165,7 @@ class OpenFile:
         """
         hasher = xxhash.xxh3_128()
         try:
-            for start, block in _blocks(memory):
+            for start, block in blocks_of(memory):
                 count = self._source.read_into(piece.position + start, block)
                 # Hash each block when it is in the processor's cache.
                 hasher.update(block[:count])
@@ -188,8 +187,3 @@ def unreadable(error: OSError, path: str) -> CheckpointError:
     if is_damage(error):
         return DamagedCheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", TODO))
     return CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", "Make it readable, and start again"))
-
-
-def _blocks(memory: memoryview) -> Iterator[tuple[int, memoryview]]:
-    for start in range(0, len(memory), BLOCK_BYTES):
-        yield start, memory[start : start + BLOCK_BYTES]

@@ -39,7 +39,7 @@ BLOCK_BYTES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """What is saved beside the tensors."""
+    """Name, step and state of a checkpoint, saved beside its tensors."""
 
     checkpoint: str
     """Name of the checkpoint, such as ``step-40``."""
@@ -84,16 +84,14 @@ class TensorWriter(StorageWriter):
                 assert item.index.offset is not None
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, Tensor), item
-                hasher = xxhash.xxh3_128()
-                size = 0
-                for block in blocks_of(tensor):
+                hasher, content = xxhash.xxh3_128(), memory_of(tensor.detach().cpu().contiguous())
+                for _, block in blocks_of(content):
                     hasher.update(block)
                     sink.write(block)
-                    size += len(block)
                 offsets, sizes = tuple(item.index.offset), tuple(item.tensor_data.chunk.sizes)
                 piece = Piece(self.file, position, offsets, sizes, hasher.hexdigest())
-                results.append(WriteResult(item.index, size, piece))
-                position += size
+                results.append(WriteResult(item.index, len(content), piece))
+                position += len(content)
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -165,11 +163,10 @@ def _record(stored: TensorStorageMetadata, pieces: list[Piece]) -> TensorRecord:
     return TensorRecord(dtype=dtype, shape=tuple(stored.size), pieces=tuple(pieces))
 
 
-def blocks_of(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor on the host, in blocks of at most :data:`BLOCK_BYTES`."""
-    data = memory_of(tensor.detach().cpu().contiguous())
-    for start in range(0, len(data), BLOCK_BYTES):
-        yield data[start : start + BLOCK_BYTES]
+def blocks_of(memory: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the position and the bytes of each block of at most :data:`BLOCK_BYTES`."""
+    for start in range(0, len(memory), BLOCK_BYTES):
+        yield start, memory[start : start + BLOCK_BYTES]
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""What the commands of ``internlm ckpt`` have in common: errors of storages, and texts for a terminal."""
+"""Helpers of the commands of ``internlm ckpt``: errors of storages, and texts for a terminal."""
 
 from __future__ import annotations
 

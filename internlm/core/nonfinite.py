@@ -15,7 +15,7 @@ from internlm.utils.errors import Problem
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What is inf or NaN on one rank in a skipped step."""
+    """Non-finite loss and gradients of one rank in a skipped step."""
 
     loss: bool = False
     """Whether the loss of this rank's tokens is."""

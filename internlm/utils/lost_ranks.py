@@ -108,7 +108,7 @@ def end_beacons() -> None:
 
 
 def record_failure(error: Exception, exit_code: int) -> None:
-    """Record in the store that this rank stops with ``error``, so that no other rank takes it for lost."""
+    """Record in the store that this rank stops with ``error``, so that it is not reported as lost."""
     if _thread is None:
         return
     if exit_code == EXIT_FAILURE:
@@ -257,7 +257,7 @@ class Watch:
 
 # -- the search -------------------------------------------------------------------------------------------------------
 def _investigate(thread: BeaconThread, cause: str) -> str:
-    """Return a message that names the lost rank, or says that there is none."""
+    """Return a message that names the lost rank, or states that no rank is lost."""
     ranks = [rank for rank in range(thread.world_size) if rank != thread.rank]
     before = _read_beacons(thread.store, ranks)
     deadline = time.monotonic() + INTERVALS * thread.interval

@@ -55,7 +55,7 @@ class Phase(Enum):
 
 
 class StopSignals:
-    """What the signals of this process do, by the phase of its training.
+    """Handlers of the signals of this process, whose effect depends on the phase of training.
 
     Args:
         installed: Whether to handle signals, which only the main thread can do. Signals that are ignored, or that have

@@ -162,7 +162,7 @@ class HybridZeroOptimizer(ReplacedNames):
         return self.last_step.skipped_in_a_row + 1 >= self.config.max_skipped_steps
 
     def _follows_skipped(self) -> bool:
-        """Return whether the last step that the host knows of was skipped.
+        """Return whether the last step whose outcome the host has read was skipped.
 
         The gradients of the next step are then checked before they are reduced, because a NaN in a sum cannot be
         attributed to one rank. In every step, this would read all gradients once more.
