@@ -44,15 +44,18 @@ def run_ranks(options: Sequence[str], script: Sequence[str]) -> int:
     arguments = torchrun.parse_args([*options, *(word.replace("$", "$$") for word in script)])
     if arguments.shutdown_timeout is not None:  # for the ranks, which compare it with the time of a step
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(arguments.shutdown_timeout)
+    ended: dict[int, int] = {}
     try:
-        with deciding_on_restarts(_may_restart):
+        with deciding_on_restarts(_may_restart, ended):
             torchrun.run(arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         _log_killed(codes)
         return exit_code_of(codes)
     except SignalException as error:
-        return 128 + error.sigval
+        _log_killed(ended)
+        # Ranks may have failed before the signal, or in the save that it has caused.
+        return exit_code_of(ended) if {*ended.values()} - STOPPED.keys() else 128 + error.sigval
     except (RendezvousError, dist.DistError) as error:
         message = f"the launchers have not found each other ({str(error).splitlines()[0].rstrip('.')})"
         todo = "Check --rdzv-endpoint, --master-addr, --master-port and --nnodes"

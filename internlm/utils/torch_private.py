@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -263,17 +264,45 @@ CHECKPOINT_METADATA_NAMES = frozenset(
 
 
 @contextmanager
-def deciding_on_restarts(may_restart: Callable[[Mapping[int, int], int], bool]) -> Iterator[None]:
+def deciding_on_restarts(
+    may_restart: Callable[[Mapping[int, int], int], bool], exit_codes: dict[int, int]
+) -> Iterator[None]:
     """Let ``may_restart`` decide in the ``with`` block whether torchrun's API restarts the ranks after a failure.
 
-    It takes the exit codes of the failed ranks, and the number of restarts that are left, which may be 0. torchrun
-    itself restarts the ranks after any failure, also after one that a restart cannot change.
+    torchrun itself restarts the ranks after any failure, also after one that a restart cannot change. Its error after a
+    signal to the launcher has no exit codes.
 
-    Remove this function once torchrun has an option for exit codes that end a job.
+    Remove this function once torchrun has an option for exit codes that end a job, and that error has exit codes.
+
+    Args:
+        may_restart: Function of the exit codes of the failed ranks, and of the number of restarts that are left, which
+            may be 0.
+        exit_codes: Gets the exit codes other than 0 of the ranks of this machine each time that the launcher ends them,
+            without ranks that it had to kill.
     """
     from torch.distributed.launcher import api
 
     class Agent(api.LocalElasticAgent):
+        def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+            before = self._exit_codes()
+            try:
+                super()._shutdown(*args, **kwargs)
+            finally:
+                after = self._exit_codes()
+                killed = {rank for rank in after.keys() - before.keys() if after[rank] == -signal.SIGKILL}
+                exit_codes.clear()
+                exit_codes.update({rank: code for rank, code in after.items() if code and rank not in killed})
+
+        def _exit_codes(self) -> dict[int, int]:
+            """Return the exit codes of the ranks that have ended, by rank."""
+            handlers = getattr(self._pcontext, "subprocess_handlers", {})  # no context before ranks are started
+            polled = {
+                worker.global_rank: handlers[worker.local_rank].proc.poll()
+                for worker in self._worker_group.workers
+                if worker.local_rank in handlers
+            }
+            return {rank: code for rank, code in polled.items() if code is not None}
+
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.is_failed():

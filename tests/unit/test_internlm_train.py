@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +119,35 @@ def test_a_job_is_restarted_if_it_may_help(command: str, code: int, runs: int, t
     script = ["--no-python", "sh", "-c", f"echo >> {tmp_path / 'runs'}; {command}"]
     assert run_ranks(["--max-restarts=1", "--monitor-interval=0.01"], script) == code
     assert (tmp_path / "runs").read_text() == "\n" * runs
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize(
+    ("rank_0", "code"),
+    [
+        ("exit 2", 2),
+        ("kill -9 $$", 3),
+        ("trap 'exit 2' TERM; sleep 20 & wait", 2),  # its last save finds no space, for example
+        ("trap 'exit 143' TERM; sleep 20 & wait", 143),
+        ("trap '' TERM; exec sleep 20", 143),  # the launcher kills it in the end
+    ],
+)
+def test_after_a_signal_to_the_launcher_the_codes_of_failed_ranks_count(
+    rank_0: str, code: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The launcher gets the signal before it sees that rank 0 has failed."""
+
+    def stop() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ranks = f"> {tmp_path}/$RANK; test $RANK = 1 || {{ {rank_0}; }}; trap 'exit 143' TERM; sleep 20 & wait"
+    options = ["--nproc-per-node=2", "--monitor-interval=10", "--shutdown-timeout=1"]
+    threading.Thread(target=stop, daemon=True).start()
+    assert run_ranks(options, ["--no-python", "sh", "-c", ranks]) == code
+    assert ("rank 0 was killed by SIGKILL" in caplog.text) == (code == 3)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
