@@ -176,9 +176,11 @@ class LocalStorage:
                 self._files.rename(replaced, checkpoint)
             raise
         self._files.sync_folder("")
-        # The save has succeeded: what cannot be removed now is one of the leftovers.
+        # The save has succeeded: what cannot be removed now is one of the leftovers, and none that is restored.
+        doomed = f"{checkpoint}{DELETING}{attempt}"
         with suppress(OSError):
-            self.remove(replaced)
+            self._files.rename(replaced, doomed)
+            self.remove(doomed)
 
     def discard(self, checkpoint: str, attempt: str) -> None:
         """Remove the folder of the attempt, which has another name if it was published."""
@@ -201,6 +203,16 @@ class LocalStorage:
         """Return the folders whose suffix is that of an unfinished save or deletion."""
         matches = ((name, _UNPUBLISHED.fullmatch(name)) for name in self.names())
         return {name.rstrip("/"): match["checkpoint"] for name, match in matches if match}
+
+    def restore(self) -> list[str]:
+        """Rename replaced checkpoints back, where the rename that was to replace them is missing."""
+        restored = []
+        for folder, checkpoint in self.leftovers().items():
+            if folder.startswith(f"{checkpoint}{REPLACED}") and {checkpoint, f"{checkpoint}/"}.isdisjoint(self.names()):
+                self._files.rename(folder, checkpoint)
+                self._files.sync_folder("")
+                restored.append(checkpoint)
+        return restored
 
     def free_bytes(self) -> int | None:
         """Return the free space of the file system that this user may use."""

@@ -10,6 +10,7 @@ from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, not_followed, plain_names
 from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.verification import verify
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
 
@@ -71,14 +72,29 @@ class SaveFolder:
             self._lease = None
 
     def tidy(self) -> list[str]:
-        """Remove what unfinished saves left; return the names of the committed checkpoints, newest first."""
+        """Remove what unfinished saves left; return the names of the committed checkpoints, newest first.
+
+        A checkpoint that an unfinished save was about to replace gets its name back. One that was replaced is removed
+        if its successor verifies.
+        """
+        for name in self.storage.restore():
+            log.warning(f"restored {self.storage.path(name)}: the save that was to replace it is unfinished")
         committed = [entry.name for entry in find_checkpoints(self.storage) if entry.is_committed]
         for folder, checkpoint in self.storage.leftovers().items():
-            # Until the new one is committed, the replaced one is the newest.
-            if folder not in committed or checkpoint in committed:
+            if folder not in committed:
                 log.warning(f"ignored unfinished checkpoint {checkpoint} in {self.storage.location}")
-                self.storage.remove(folder)
+            elif self._verifies(checkpoint):
+                committed.remove(folder)
+            else:  # the replaced one is what a run falls back to
+                continue
+            self.storage.remove(folder)
         return committed
+
+    def _verifies(self, name: str) -> bool:
+        try:
+            return not verify(self.storage, name).problems
+        except CheckpointError:
+            return False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
     def candidates(self) -> list[str]:

@@ -108,5 +108,8 @@ class Storage(Protocol):
     def leftovers(self) -> dict[str, str]:
         """Return the folders of unfinished saves and deletions, with the name of the checkpoint of each."""
 
+    def restore(self) -> list[str]:
+        """Give checkpoints that an unfinished save was about to replace their names back; return the names."""
+
     def free_bytes(self) -> int | None:
         """Return the free space in bytes; None if it is unknown or unlimited."""

@@ -143,7 +143,7 @@ def _left_by_saves(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _is_of_a_save(names: Sequence[str]) -> bool:
-    return bool(names) and all(map(_OF_A_SAVE.fullmatch, names))
+    return all(map(_OF_A_SAVE.fullmatch, names))
 
 
 def _is_confirmed(question: str) -> bool:

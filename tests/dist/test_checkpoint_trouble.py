@@ -62,13 +62,9 @@ def test_what_a_new_save_was_about_to_replace_is_loaded(saved: Outcome, tmp_path
     root = tmp_path / "ckpts"
     (root / "step-2").rename(root / "step-2.replaced-ab12")
     loaded = resume(2, saving(tmp_path))
-    assert loaded.message == f"resumed from {root}/step-2.replaced-ab12 at step 2"
+    assert loaded.message == f"resumed from {root}/step-2 at step 2"
     assert_goes_on(loaded, saved)
-    fit(2, saving(tmp_path), 4)
-    fit(2, saving(tmp_path, "ckpt.auto_resume=False"), 2)
-    assert _visible(root) == ["step-2", "step-2.replaced-ab12", "step-4"]
-    resume(2, saving(tmp_path))
-    assert _visible(root) == ["step-2", "step-4"]
+    assert _visible(root) == ["step-2"]
 
 
 @pytest.fixture(scope="module")

@@ -208,15 +208,14 @@ def _wrong_resume(recording: Recording, count: int, tree: Tree, ranks: tuple[Res
     for warning in first.warnings:
         if warning.startswith("already at step 4") or ": took over the lease of " in warning:
             continue
-        match = re.fullmatch(r"ignored unfinished checkpoint (\S+) in .*", warning)
+        match = re.fullmatch(r"ignored unfinished checkpoint (\S+) in .*", warning) or re.fullmatch(
+            r"restored .*/(\S+): the save that was to replace it is unfinished", warning
+        )
         if not match or match[1] not in unfinished:
             return warning
-    used = re.match(r"resumed from .*/(\S+) at step \d+$", first.message)
-    # Until the new one is committed, those that it was to replace are kept.
-    kept = f"{used[1].partition('.')[0]}.replaced-" if used and ".replaced-" in used[1] else "none"
-    if left := [name for name in first.names if re.match(r"\w+-\d+\.", name) and not name.startswith(kept)]:
+    if left := [name for name in first.names if re.match(r"\w+-\d+\.", name)]:
         return f"{left} is left"
-    if not used:
+    if not re.match(r"resumed from .*/[^.]+ at step \d+$", first.message):
         is_empty = first.message.startswith("nothing to resume") and not recording.must_hold_one(count)
         return "" if is_empty else first.message
     found = (first.step, tuple(rank.digest for rank in ranks))

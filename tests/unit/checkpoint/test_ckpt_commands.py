@@ -326,6 +326,7 @@ def test_prune_deletes_what_unfinished_saves_left_only_if_asked(folder: Path, ca
     for name in ("step-60.tmp-a1b2", "step-45.deleting-a1b2", "step-50.replaced-a1b2"):
         shutil.copytree(folder / "step-50", folder / name)
     (folder / "step-40").rename(folder / "step-40.replaced-e5f6")  # its successor was not committed
+    (folder / "step-98").mkdir()
     (folder / "step-99").mkdir()
     (folder / "step-99" / "thesis.tex").write_text("mine")
     assert Run(capsys, "prune", folder, "--keep-last", 9, "--yes").lines == ["nothing to delete"]

@@ -83,10 +83,29 @@ def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:
     saved(tmp_path, "step-30", 30).rename(tmp_path / "step-30.tmp-ab")
     saved(tmp_path, "step-10", 10).rename(tmp_path / "step-10.deleting-ab")
     shutil.copytree(tmp_path / "step-20", tmp_path / "step-20.replaced-ab")
+    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-20"]
+    assert os.listdir(tmp_path) == ["step-20"]
+
+
+def test_a_checkpoint_that_was_not_replaced_after_all_gets_its_name_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the two renames by which a save replaces a checkpoint, the second is missing."""
     saved(tmp_path, "step-40", 40).rename(tmp_path / "step-40.replaced-ab")
-    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-40.replaced-ab", "step-20", "step-20.replaced-ab"]
-    # The new step-40 was not committed, so the replaced one is all there is.
-    assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["step-20", "step-40.replaced-ab"]
+    saved(tmp_path, "step-40", 40).rename(tmp_path / "step-40.tmp-cd")
+    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-40"]
+    assert os.listdir(tmp_path) == ["step-40"]
+    assert f"restored {tmp_path}/step-40: the save that was to replace it is unfinished" in caplog.text
+
+
+def test_a_replaced_checkpoint_is_kept_until_its_successor_verifies(tmp_path: Path) -> None:
+    shutil.copytree(saved(tmp_path, "step-40", 40), tmp_path / "step-40.replaced-ab")
+    content = (tmp_path / "step-40" / "rank-00000.bin").read_bytes()
+    (tmp_path / "step-40" / "rank-00000.bin").write_bytes(bytes(len(content)))
+    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-40", "step-40.replaced-ab"]
+    (tmp_path / "step-40" / "rank-00000.bin").write_bytes(content)
+    assert SaveFolder(LocalStorage(tmp_path)).tidy() == ["step-40"]
+    assert os.listdir(tmp_path) == ["step-40"]
 
 
 @pytest.mark.parametrize(
