@@ -133,38 +133,51 @@ def verify(arguments: argparse.Namespace) -> int:
     Raises:
         CheckpointError: There is no checkpoint.
     """
-    jobs = arguments.jobs or default_jobs()
     found = checkpoints_of_folder(arguments.path)
-    if not found:
+    if found:
+        storage = open_storage(arguments.path)
+        names = [entry.name for entry in found if entry.is_committed]
+        if not names:
+            raise CheckpointError(Problem(storage.location, "holds no committed checkpoint", "Choose another folder"))
+    else:
         outer, name = split_checkpoint(arguments.path)
-        return _verify_one(open_storage(outer), name, jobs)
-    storage = open_storage(arguments.path)
-    for entry in found:
-        if not entry.is_committed:
-            say(f"{entry.name}: unfinished, not verified")
-    committed = [entry for entry in found if entry.is_committed]
-    if not committed:
-        raise CheckpointError(Problem(storage.location, "holds no committed checkpoint", "Choose another folder"))
-    return max(_verify_one(storage, entry.name, jobs) for entry in committed)
+        storage, names = open_storage(outer), [name]
+    unfinished = [entry.name for entry in found if not entry.is_committed]
+    if not arguments.json:
+        for name in unfinished:
+            say(f"{name}: unfinished, not verified")
+    outcomes = []
+    for name in names:
+        outcome = _verify_one(storage, name, arguments.jobs or default_jobs())
+        if not arguments.json:
+            _say_outcome(outcome)
+        outcomes.append(outcome)
+    verifies = all(outcome["verifies"] for outcome in outcomes)
+    if arguments.json:
+        print_json({"verifies": verifies, "checkpoints": outcomes, "unfinished": unfinished})
+    return 0 if verifies else EXIT_USER_ERROR
 
 
-def _verify_one(storage: Storage, name: str, jobs: int) -> int:
-    """Verify a checkpoint, print the outcome, and return its exit code."""
+def _verify_one(storage: Storage, name: str, jobs: int) -> dict[str, Any]:
+    """Verify a checkpoint, and return the outcome: format, files and size are None if its manifest does not verify."""
+    outcome: dict[str, Any] = {"name": name, "path": storage.path(name), "format": None, "files": None, "size": None}
     try:
         result = _verify_with_progress(storage, name, jobs)
     except CheckpointError as error:
-        for problem in error.problems:
-            say(str(problem))
-        return EXIT_USER_ERROR
-    for file in result.unlisted:
-        say(f"{storage.path(f'{name}/{file}')}: does not belong to the checkpoint")
-    for problem in result.problems:
-        say(str(problem))
-    if result.problems:
-        return EXIT_USER_ERROR
-    sums = "checksums of all bytes" if result.format != 1 else "format 1 has no checksums but the CRC-32 of its tensors"
-    say(f"{name}: verifies ({result.files} files, {format_size(result.size)}; {sums})")
-    return 0
+        return {**outcome, "verifies": False, "problems": list(map(str, error.problems)), "unlisted": []}
+    found = dataclasses.asdict(dataclasses.replace(result, problems=[]))
+    return {**outcome, **found, "verifies": not result.problems, "problems": list(map(str, result.problems))}
+
+
+def _say_outcome(outcome: dict[str, Any]) -> None:
+    for file in outcome["unlisted"]:
+        say(f"{outcome['path']}/{file}: does not belong to the checkpoint")
+    for problem in outcome["problems"]:
+        say(problem)
+    if outcome["verifies"]:
+        is_old = outcome["format"] == 1
+        sums = "format 1 has no checksums but the CRC-32 of its tensors" if is_old else "checksums of all bytes"
+        say(f"{outcome['name']}: verifies ({outcome['files']} files, {format_size(outcome['size'])}; {sums})")
 
 
 def _verify_with_progress(storage: Storage, name: str, jobs: int) -> Verification:

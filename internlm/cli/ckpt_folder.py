@@ -78,18 +78,33 @@ def prune(arguments: argparse.Namespace) -> None:
     """
     storage = open_folder(arguments.folder)
     entries = list(list_checkpoints(storage))
-    old = _old(storage, entries, arguments.keep_last, arguments.keep_every)
+    old, notes = _old(storage, entries, arguments.keep_last, arguments.keep_every)
     left = _left_by_saves(storage, entries) if arguments.unfinished else []
-    if not old and not left:
+    doomed = [*old, *left]
+    if arguments.json:
+        is_deleted = arguments.yes and bool(doomed)
+        if is_deleted:
+            _delete(storage, old, left)
+        content = {"folder": storage.location, "deleted": is_deleted, "notes": notes}
+        print_json({**content, "checkpoints": [dataclasses.asdict(entry) for entry in doomed]})
+        return
+    for note in notes:
+        say(note)
+    if not doomed:
         say("nothing to delete")
         return
-    for line in table([_HEADING, *map(_row, [*old, *left])], right=(1, 2)):
+    for line in table([_HEADING, *map(_row, doomed)], right=(1, 2)):
         say(line)
-    count = len(old) + len(left)
-    total = f"{count} folder{'s' * (count > 1)}, {format_size(sum(entry.size for entry in [*old, *left]))}"
+    total = f"{len(doomed)} folder{'s' * (len(doomed) > 1)}, {format_size(sum(entry.size for entry in doomed))}"
     if not (arguments.yes or _is_confirmed(f"Delete {total}? [y/N] ")):
         say(f"nothing was deleted; --yes deletes {total}")
         return
+    _delete(storage, old, left)
+    say(f"deleted {total}")
+
+
+def _delete(storage: Storage, old: Sequence[Entry], left: Sequence[Entry]) -> None:
+    """Delete old checkpoints, and what unfinished saves left, while holding the lease of the folder."""
     # A run that is saving must neither lose what it writes nor delete the same checkpoints.
     lease = Lease.acquire(storage, "internlm ckpt prune")
     try:
@@ -99,32 +114,33 @@ def prune(arguments: argparse.Namespace) -> None:
             storage.remove(entry.name)
     finally:
         lease.release()
-    say(f"deleted {total}")
 
 
-def _old(storage: Storage, entries: Sequence[Entry], keep_last: int, keep_every: int | None) -> list[Entry]:
-    """Return the checkpoints to delete, newest first, without the newest one that verifies."""
+def _old(
+    storage: Storage, entries: Sequence[Entry], keep_last: int, keep_every: int | None
+) -> tuple[list[Entry], list[str]]:
+    """Return the checkpoints to delete, newest first, without the newest one that verifies; and what was verified.
+
+    Raises:
+        CheckpointError: None verifies.
+    """
     # A damaged checkpoint does not count: it must not push out a good one.
     checkpoints = {entry.step or 0: entry for entry in entries if entry.status == "committed"}
     doomed = not_kept(checkpoints, keep_last, keep_every)
     if not doomed:
-        return []
-    good = _newest_that_verifies(storage, list(checkpoints.values()))
-    return [entry for step, entry in checkpoints.items() if step in doomed and entry is not good]
-
-
-def _newest_that_verifies(storage: Storage, entries: Sequence[Entry]) -> Entry:
-    for entry in entries:
+        return [], []
+    damages: list[Problem] = []
+    for good in checkpoints.values():
         try:
-            problems = verify(storage, entry.name, default_jobs()).problems
+            problems = verify(storage, good.name, default_jobs()).problems
         except CheckpointError as error:
             problems = list(error.problems)
         if not problems:
-            say(f"{entry.name} verifies and is kept")
-            return entry
-        say(str(problems[0]))
+            notes = [*map(str, damages), f"{good.name} verifies and is kept"]
+            return [entry for step, entry in checkpoints.items() if step in doomed and entry is not good], notes
+        damages.append(problems[0])
     message = "none of its checkpoints verifies, so nothing is deleted"
-    raise CheckpointError(Problem(storage.location, message, "See: internlm ckpt verify"))
+    raise CheckpointError(*damages, Problem(storage.location, message, "See: internlm ckpt verify"))
 
 
 def _left_by_saves(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:

@@ -40,6 +40,7 @@ def verify(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("path", metavar="CHECKPOINT|FOLDER", help="checkpoint, or folder of checkpoints")
     parser.add_argument("--jobs", type=count, metavar="N", help="threads (default: one per core, at most 8)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def diff(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +73,4 @@ def prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-every", type=count, metavar="M", help="also keep each whose step is a multiple of M")
     parser.add_argument("--unfinished", action="store_true", help="also delete what unfinished saves left")
     parser.add_argument("--yes", action="store_true", help="delete without asking")
+    parser.add_argument("--json", action="store_true", help="print JSON, and delete only with --yes")

@@ -178,6 +178,25 @@ def test_verify_prints_the_first_bad_bytes_and_the_exit_code_is_2(folder: Path, 
     assert Run(capsys, "verify", folder / "step-50").code == 0
 
 
+def test_verify_prints_the_outcome_as_json(folder: Path, capsys: Any) -> None:
+    break_file(folder / "step-40" / "rank-00000.bin")
+    break_file(folder / "step-30" / "manifest.json")
+    (folder / "step-50" / "notes").write_text("mine")
+    (folder / "step-60").mkdir()
+    run = Run(capsys, "verify", folder, "--json")
+    found = json.loads(run.out)
+    assert (run.code, found["verifies"], found["unfinished"]) == (2, False, ["step-60"])
+    assert [(row["name"], row["verifies"], row["format"]) for row in found["checkpoints"]] == [
+        ("step-50", True, 2), ("step-40", False, 2), ("step-30", False, None), ("step-20", True, 1)
+    ]  # fmt: skip
+    assert found["checkpoints"][0]["unlisted"] == ["notes"]
+    assert found["checkpoints"][1]["problems"][0].startswith(f"{folder}/step-40/rank-00000.bin: bytes ")
+    assert found["checkpoints"][2]["problems"][0].startswith(f"{folder}/step-30/manifest.json: ")
+    run = Run(capsys, "verify", folder / "step-50", "--json")
+    (only,) = json.loads(run.out)["checkpoints"]
+    assert (run.code, only["path"], only["problems"]) == (0, f"{folder}/step-50", [])
+
+
 # -- diff
 
 
@@ -296,6 +315,21 @@ def test_prune_deletes_nothing_without_yes(folder: Path, capsys: Any) -> None:
     assert content_of(folder) == before
 
 
+def test_prune_prints_what_it_deletes_as_json(folder: Path, capsys: Any) -> None:
+    break_file(folder / "step-50" / "rank-00000.bin")
+    before = content_of(folder)
+    for yes in ([], ["--yes"]):
+        assert content_of(folder) == before
+        run = Run(capsys, "prune", folder, "--keep-last", 1, "--json", *yes)
+        found = json.loads(run.out)
+        assert (run.code, found["deleted"]) == (0, bool(yes))
+        assert [entry["name"] for entry in found["checkpoints"]] == ["step-30", "step-20"]
+        assert found["notes"][0].startswith(f"{folder}/step-50/rank-00000.bin: bytes ")
+        assert found["notes"][1:] == ["step-40 verifies and is kept"]
+    assert names(folder) == ["step-40", "step-50"]
+    assert json.loads(Run(capsys, "prune", folder, "--keep-last", 3, "--json").out)["deleted"] is False
+
+
 def test_prune_keeps_the_newest_and_each_of_a_multiple(folder: Path, capsys: Any) -> None:
     run = Run(capsys, "prune", folder, "--keep-last", 2, "--keep-every", 20, "--yes")
     assert run.code == 0
@@ -367,6 +401,9 @@ def test_a_lease_that_is_not_renewed_is_no_live_run(folder: Path, capsys: Any) -
 # -- bad input
 
 
+STATE = "{0}/step-50/state.json"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -376,7 +413,9 @@ def test_a_lease_that_is_not_renewed_is_no_live_run(folder: Path, capsys: Any) -
         ),
         (["ls", "{0}/step-50"], "{0}/step-50: is one checkpoint, not a folder of them. Pass the folder around it"),
         (["prune", "{0}/step-50", "--keep-last", "1"], "{0}/step-50: is one checkpoint, not a folder of them"),
-        (["ls", "{0}/step-50/state.json"], "{0}/step-50/state.json: Not a directory. Check the path"),
+        (["ls", "{0}/step-50/state.json"], f"{STATE}: is not a folder, or is below a file. Check the path"),
+        (["verify", "{0}/step-50/state.json"], f"{STATE}: is not a folder, or is below a file. Check the path"),
+        (["show", "{0}/step-50/state.json"], f"{STATE}: is not a folder, or is below a file. Choose a step-N folder"),
         (["show", "{0}"], "{0}: is a folder of checkpoints, with step-50, step-40, step-30. Pass one of them"),
         (["show", "{0}/step-51"], "{0}/step-51: no such checkpoint ({0} has step-50, step-40, step-30, step-20)"),
         (["verify", "{0}/step-51"], "{0}/step-51: no such checkpoint ({0} has step-50, step-40, step-30, step-20)"),
