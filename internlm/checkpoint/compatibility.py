@@ -52,6 +52,8 @@ MATHEMATICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 
 #: Fields of the ``data`` section that determine the samples of a row.
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
+#: Further fields of the ``data`` section that determine random samples.
+OF_RANDOM_DATA = ("fixed_random_dataset_seqlen",)
 
 FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
 WITH_ANOTHER_MODEL = "or set ckpt.allow_model_changes=True to load the weights into the changed model"
@@ -125,16 +127,21 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
     The rows are determined by the dataset, the seed and the config keys in :data:`ROWS`.
     """
-    if saved.get("data") != now.get("data"):
+    then, wanted = saved["config"]["data"], now["config"]["data"]
+    is_random = "train_folder" in then and then["train_folder"] is wanted.get("train_folder") is None
+    keys = (*ROWS, *OF_RANDOM_DATA) if is_random else ROWS
+    fields = [(f"data.{key}", then[key], wanted[key]) for key in keys if key in then]
+    changed = [row for row in [("--seed", saved.get("seed"), now.get("seed")), *fields] if row[1] != row[2]]
+    # The fingerprint of random data follows from settings; other_architecture compares the vocabulary.
+    vocab_sizes = {info["config"]["model"].get("vocab_size") for info in (saved, now)} - {None}
+    is_explained = is_random and (changed or len(vocab_sizes) > 1)
+    if saved.get("data") != now.get("data") and not is_explained:
         fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
         message = f"the data changed after {folder} was saved ({fingerprints})"
         yield Problem("data.train_folder", message, f"Restore the old data, {WITHOUT_SAMPLER}")
-    then, wanted = saved["config"]["data"], now["config"]["data"]
-    fields = [(f"data.{key}", then[key], wanted[key]) for key in ROWS if key in then]
-    for name, old, new in [("--seed", saved.get("seed"), now.get("seed")), *fields]:
-        if old != new:
-            message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
-            yield Problem(name, message, f"Restore the saved value, {WITHOUT_SAMPLER}")
+    for name, old, new in changed:
+        message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
+        yield Problem(name, message, f"Restore the saved value, {WITHOUT_SAMPLER}")
 
 
 # -- tensors and files

@@ -122,6 +122,26 @@ def test_other_samples(key: str, value: Any, start: str) -> None:
     assert text.startswith(start)
 
 
+RANDOM = changed(RUN_INFO, config__data__train_folder=None, config__data__fixed_random_dataset_seqlen=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"seed": 2}, ["--seed"]),
+        ({"config__data__seq_len": 16}, ["data.seq_len"]),
+        ({"config__data__fixed_random_dataset_seqlen": True}, ["data.fixed_random_dataset_seqlen"]),
+        ({"config__model__vocab_size": 7}, []),  # which is another architecture
+        ({}, ["data.train_folder"]),  # another version draws other samples
+        ({"config__data__train_folder": "data", "seed": 2}, ["data.train_folder", "--seed"]),
+    ],
+)
+def test_random_data_change_with_the_setting_that_is_named(change: dict[str, Any], where: list[str]) -> None:
+    """Their fingerprint changes as well, but the user has no data to restore."""
+    now = changed(RANDOM, data="def", **change)
+    assert [problem.where for problem in compatibility.other_samples("step-1", RANDOM, now)] == where
+
+
 # -- tensors and files
 
 
