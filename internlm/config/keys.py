@@ -189,8 +189,10 @@ def format_value(key: str, value: Any) -> str:
     mask = mask_of(field) if field else None
     if mask and isinstance(value, str):
         return reprlib.repr(mask(value))
-    # A section, or a list in place of a text, may contain a secret anywhere.
-    return mask_urls_in(reprlib.repr(value)) if mask or is_section(key) else reprlib.repr(value)
+    if not (mask or is_section(key)):
+        return reprlib.repr(value)
+    # A section, or a list in place of a text, may contain a secret anywhere; a text is masked before its middle is cut.
+    return mask_urls_in(reprlib.repr(mask_urls_in(value) if isinstance(value, str) else value))
 
 
 def config_hash(config: Config) -> str:

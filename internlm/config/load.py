@@ -193,12 +193,43 @@ def apply_overrides(config: NestedDict, overrides: Iterable[str], problems: list
         # Renamed keys are set under their new names; other old spellings are normalised afterwards.
         if key in RENAMED:
             key, value = RENAMED[key].key, RENAMED[key].convert(value)
-        if _is_known(key):
+        if not _is_known(key):
+            problems.append(Problem(f"{OPTION} {key}", "unknown key", _suggestion(key)))
+        elif expression := _expression_problem(key, value):
+            problems.append(expression)
+        else:
             put(config, key, value)
             done.add(key)
-        else:
-            problems.append(Problem(f"{OPTION} {key}", "unknown key", _suggestion(key)))
     return done
+
+
+def _expression_problem(key: str, value: Any) -> Problem | None:
+    """Return what is wrong with a value that is a Python expression but no literal, unless the key takes a string."""
+    if not isinstance(value, str) or key not in keys.fields() or keys.takes(key, str):
+        return None
+    try:
+        tree = ast.parse(value, mode="eval")
+        nodes = [type(node) for node in ast.walk(tree)]
+        literal = ast.unparse(_DictCalls().visit(tree))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    if ast.Call not in nodes and (ast.Name in nodes or ast.Constant not in nodes):  # a word, such as torch.bfloat16
+        return None
+    message = f"{keys.format_value(key, value)} is an expression, but only literals are evaluated"
+    if isinstance(_literal_or_text(literal), str):
+        return Problem(f"{OPTION} {key}", message, f"Set it to {keys.expected(key)}")
+    return Problem(f"{OPTION} {key}", message, mask_urls_in(f'Write it as {OPTION} "{key}={literal}"'))
+
+
+class _DictCalls(ast.NodeTransformer):
+    """Transformer that replaces calls ``dict(key=value)`` by ``{"key": value}``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        names = [keyword.arg for keyword in node.keywords]
+        if not (isinstance(node.func, ast.Name) and node.func.id == "dict") or node.args or None in names:
+            return node
+        return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 
 
 def _is_known(key: str) -> bool:

@@ -103,6 +103,25 @@ def test_malformed(text: str) -> None:
         ("model.num_layers.x=2", "--set model.num_layers.x: unknown key. Did you mean 'model.num_layers'?"),
         ("model.gate_k=8", "--set model.gate_k: unknown key. Did you mean 'model.top_k'?"),
         ("data.micro_num=two", "data.micro_num: 'two' is a string. Set it to an integer of at least 1"),
+        (
+            "ckpt.load_ckpt_info=dict(path='x', content=('model',))",
+            "--set ckpt.load_ckpt_info: \"dict(path='x...t=('model',))\" is an expression, but only literals are "
+            "evaluated. Write it as --set \"ckpt.load_ckpt_info={'path': 'x', 'content': ('model',)}\"",
+        ),
+        (
+            "monitor.alert=dict(feishu_alert_address='https://host/hook/token')",
+            '--set monitor.alert: "dict(feishu_...://host/***\')" is an expression, but only literals are evaluated. '
+            "Write it as --set \"monitor.alert={'feishu_alert_address': 'https://host/***'}\"",
+        ),
+        (
+            "adam.lr=1/3",
+            "--set adam.lr: '1/3' is an expression, but only literals are evaluated. Set it to a number of more than 0",
+        ),
+        (
+            "data.micro_num=int('4')",
+            "--set data.micro_num: \"int('4')\" is an expression, but only literals are evaluated. Set it to an",
+        ),
+        ("model.dtype=torch.float8", "model.dtype: 'torch.float8' is unknown. Set it to "),
     ],
 )
 def test_unknown_keys_and_bad_values(override: str, expected: str) -> None:
