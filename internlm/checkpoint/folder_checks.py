@@ -6,8 +6,12 @@ import errno
 import os
 import secrets
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -16,7 +20,10 @@ from internlm.utils.errors import CheckpointError, Problem, format_by_rank
 
 #: Seconds in which a file must become visible on all hosts; clients of network file systems cache what is missing.
 _VISIBLE_SECONDS = 10.0
+#: Longest time in seconds after which rank 0 sends that an action for all ranks is not done.
+_NEWS_SECONDS = 10.0
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+T = TypeVar("T")
 
 #: Errors of the system in the words of users. Other errors keep the system's words.
 _MESSAGES = {
@@ -66,6 +73,46 @@ def explain(error: OSError) -> str:
 def problem_of(error: OSError, storage: Storage, todo: str = "Choose a writable folder") -> Problem:
     """Return the problem of a failed operation of ``storage``."""
     return Problem(str(error.filename or storage.location), reason_of(error), todo)
+
+
+def on_first_rank(action: Callable[[], T], timeout: float, group: dist.ProcessGroup | None = None) -> T:
+    """Return the result of ``action`` on rank 0, while the other ranks block; collective.
+
+    It may take longer than the timeout of the group, as the wait for a lease does: rank 0 runs it in a thread, and
+    sends from time to time that it is not done.
+
+    Args:
+        action: Function that rank 0 calls.
+        timeout: Timeout of the group in seconds.
+        group: Group of all ranks; by default the default group.
+
+    Raises:
+        CheckpointError: ``action`` has raised it. Raised on all ranks.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    is_first = dist.get_rank(group) == 0
+    if is_first:
+        threading.Thread(target=run, name="save folder", daemon=True).start()
+    while True:
+        sent: list[tuple[T | None, tuple[Problem, ...]] | None] = [None]
+        if is_first and wait([future], min(timeout / 4, _NEWS_SECONDS)).done:
+            try:
+                sent = [(future.result(), ())]
+            except CheckpointError as error:
+                sent = [(None, error.problems)]
+        dist.broadcast_object_list(sent, group=group, group_src=0)
+        if sent[0] is not None:
+            result, problems = sent[0]
+            if problems:
+                raise CheckpointError(*problems)
+            return result  # type: ignore[return-value]  # the result of action
 
 
 def check_space(storage: Storage, needed_bytes: int) -> None:

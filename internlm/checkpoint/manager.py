@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
-from internlm.checkpoint.folder_checks import check_shared, check_space, explain, reason_of
+from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
@@ -189,23 +189,19 @@ class CheckpointManager:
 
     def _on_first_rank(self, action: Callable[[SaveFolder], T]) -> T:
         """Return the result of ``action`` on rank 0, while the other ranks block; if it fails, raise on all ranks."""
-        # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
-        outcome: list[tuple[T | None, tuple[Problem, ...]]] = [(None, ())]
-        if dist.get_rank() == 0:
-            assert self.folder is not None
+        folder = self.folder
+        assert folder is not None
+
+        def act() -> T:
             try:
-                outcome = [(action(self.folder), ())]
+                return action(folder)
             except OSError as error:
                 where = self._own_root()
                 message = reason_of(error) if error.filename == where else explain(error)
-                outcome = [(None, (Problem(where, message, TODO),))]
-            except CheckpointError as error:
-                outcome = [(None, error.problems)]
-        dist.broadcast_object_list(outcome, src=0)
-        result, problems = outcome[0]
-        if problems:
-            raise CheckpointError(*problems)
-        return result  # type: ignore[return-value]  # the result of action
+                raise CheckpointError(Problem(where, message, TODO)) from None
+
+        # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
+        return on_first_rank(act, self.timeout.total_seconds())
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
@@ -266,13 +262,14 @@ class CheckpointManager:
         """Load the newest checkpoint of the save folder that verifies; return a message, empty if there is none."""
         if self.storage is None:
             return ""
-        failures: list[DamagedCheckpointError] = []
         names = self._on_first_rank(lambda folder: folder.candidates())
-        for name in names:
+        for index, name in enumerate(names):
             try:
                 saved = self._load(self.storage, name, state, ("all",))
             except DamagedCheckpointError as error:
-                failures.append(error)
+                if name == names[-1]:  # starting anew would silently lose the run
+                    message, todo = "none of its checkpoints verifies", "Restore one, or choose another folder"
+                    raise CheckpointError(*error.problems, Problem(self._own_root(), message, todo)) from None
                 if dist.get_rank() == 0:
                     log.warning(f"{name} does not verify: {error.problems[0]}")
                 continue
@@ -282,14 +279,8 @@ class CheckpointManager:
             # A copy of the checkpoints starts a variation of the run, which must not write into the run's records.
             if saved.save_folder == self._own_root():
                 self.resumed_folder = saved.run_folder
-            because = f" ({', '.join(names[: len(failures)])} did not verify)" if failures else ""
+            because = f" ({', '.join(names[:index])} did not verify)" if index else ""
             return f"resumed from {self.storage.path(name)} at step {state.step}{because}"
-        if failures:
-            # Starting anew would silently lose the run.
-            raise CheckpointError(
-                *(problem for error in failures for problem in error.problems),
-                Problem(self._own_root(), "none of its checkpoints verifies", "Restore one, or choose another folder"),
-            )
         return ""
 
     def _own_root(self) -> str:

@@ -234,12 +234,19 @@ def test_damage_is_found_and_the_checkpoint_before_is_loaded(
 
 @pytest.mark.usefixtures("saved")
 def test_a_run_whose_checkpoints_all_fail_ends(tmp_path: Path) -> None:
-    _flip("rank-00001.bin", 0.3)(tmp_path / "ckpts" / "step-2")
-    source = f"ckpt.load_ckpt_info.path={tmp_path / 'ckpts' / 'step-2'}"
-    lines = resume(2, saving(tmp_path, source)).message.splitlines()
-    assert len(lines) == 2
-    assert "differ from those that were saved" in lines[0]
-    assert lines[1].startswith(f"{tmp_path}/ckpts: none of its checkpoints verifies. ")
+    root = tmp_path / "ckpts"
+    _flip("rank-00001.bin", 0.3)(root / "step-2")
+    shutil.copytree(root / "step-2", root / "step-1")
+    rewrite_manifest(root / "step-1", lambda manifest: {"checkpoint": "step-1"})
+    source = f"ckpt.load_ckpt_info.path={root / 'step-2'}"
+    found = resume(2, saving(tmp_path, source))
+    # Each damage is printed once.
+    (warning,) = found.ranks[0].warnings
+    assert warning.startswith(f"step-2 does not verify: {root}/step-2/rank-00001.bin: ")
+    damage, end = found.message.splitlines()
+    assert damage.startswith(f"{root}/step-1/rank-00001.bin: ")
+    assert "differ from those that were saved" in damage
+    assert end.startswith(f"{root}: none of its checkpoints verifies. ")
     # Of a checkpoint that was asked for, there is no other one.
     assert "differ from those" in resume(2, saving(tmp_path / "new", source)).message
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from internlm.checkpoint import folder_checks
-from internlm.checkpoint.folder_checks import check_shared, check_space, explain, format_size
+from internlm.checkpoint.folder_checks import check_shared, check_space, explain, format_size, on_first_rank
 from internlm.checkpoint.local_storage import LocalStorage
-from internlm.utils.errors import CheckpointError
+from internlm.utils.errors import CheckpointError, Problem
 from tests.harness.pool import run_ranks
 
 
@@ -103,3 +105,30 @@ def test_errors_of_the_system_are_explained(code: int, words: str) -> None:
         == "/data/x: expected at most 3 bytes, got 4"
     )
     assert explain(OSError("odd")) == "odd"
+
+
+def act(rank: int, world_size: int) -> tuple[str, str, float]:
+    """Return the result and the error of two actions of rank 0, and the seconds that they took."""
+    begin, timeout = time.monotonic(), 2.0
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def succeed() -> str:
+        time.sleep(1.5 * timeout)
+        return f"of rank {dist.get_rank()}"
+
+    def fail() -> str:
+        raise CheckpointError(Problem("ckpts", "owned by a live run", "Choose another"))
+
+    result = on_first_rank(succeed, timeout, group)
+    try:
+        on_first_rank(fail, timeout, group)
+    except CheckpointError as error:
+        return result, str(error), time.monotonic() - begin
+    return result, "", 0.0
+
+
+def test_ranks_wait_for_rank_0_longer_than_their_timeout() -> None:
+    """The lease of a run on another host is watched for up to 68 s, for example."""
+    for result, error, seconds in run_ranks(2, act):
+        assert (result, error) == ("of rank 0", "ckpts: owned by a live run. Choose another")
+        assert seconds > 3
