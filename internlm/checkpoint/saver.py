@@ -16,7 +16,6 @@ import errno
 import functools
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,15 +35,15 @@ from internlm.checkpoint.planners import LogicalSavePlanner, bytes_of, staging_b
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 from internlm.checkpoint.verification import damage
-from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.errors import CheckpointError, Problem, call_before_success
 from internlm.utils.logger import get_logger
 
 log = get_logger()
 #: Number of ranks whose failures an error lists.
 MOST_FAILURES = 4
 TODO = "Free space or choose another folder"
-#: Savers of this process that have written in the background.
-_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+#: Savers of this process whose last save in the background was not waited for. A script may have dropped its manager.
+_savers: set[Saver] = set()
 #: Name of the thread that writes in the background, for stack dumps.
 THREAD = "checkpoint"
 
@@ -130,6 +129,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        _savers.discard(self)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -247,8 +247,10 @@ def finish_saves() -> None:
 
 @functools.cache  # registered once
 def _finish_at_exit() -> None:
-    """Wait for all saves when the interpreter ends: a script that does not wait would lose its last checkpoint."""
-    # Registered after the process groups were made, and so called before they are destroyed.
+    """Wait for all saves when the process ends: a script that does not wait would lose its last checkpoint."""
+    call_before_success(finish_saves)
+    # For scripts whose main function is not decorated, or that leave it by an exception. Registered after the process
+    # groups were made, and so called before they are destroyed.
     atexit.register(_log_failure_of_saves)
 
 
@@ -256,7 +258,7 @@ def _log_failure_of_saves() -> None:
     try:
         finish_saves()
     except CheckpointError as error:
-        log.error(str(error))
+        log.error(f"{error}. The exit code does not show it: end a script with ckpt_manager.close()")
     except RuntimeError:  # of a collective
         log.error("the last save in the background was not completed: another rank was lost")
 

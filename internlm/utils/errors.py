@@ -179,18 +179,33 @@ def naming_lost_ranks() -> Iterator[None]:
         raise lost_peer_error(error) from None
 
 
+_before_success: list[Callable[[], None]] = []
+
+
+def call_before_success(function: Callable[[], None]) -> None:
+    """Call ``function`` when a main function has returned that :func:`exit_on_user_error` decorates.
+
+    An error that it raises counts as one of the main function, while an exit handler could not set the exit code.
+    """
+    _before_success.append(function)
+
+
 def exit_on_user_error(main: F) -> F:
     """Decorate an entry point to print a :class:`UserError` without a traceback and exit with code 2.
 
     After a peer failure, the entry point exits with code 3, and one rank of the job prints which rank is lost. Other
     exceptions are raised. A process that has failed ends within seconds, also if its threads wait for other ranks.
+    Before the entry point returns, saves of checkpoints in the background are waited for, and count as part of it.
     """
 
     @functools.wraps(main)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             with naming_lost_ranks():
-                return main(*args, **kwargs)
+                result = main(*args, **kwargs)
+                for function in _before_success:
+                    function()
+                return result
         except UserError as error:
             end_within_limit(EXIT_USER_ERROR)
             report(error)

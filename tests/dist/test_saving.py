@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +28,7 @@ from internlm.checkpoint.tensor_writer import Save
 from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.errors import CheckpointError, Problem, exit_on_user_error
 from tests.dist.whole_runs import build_run, fit, resume, saving, wait_for_saves
 from tests.harness.pool import run_ranks
 from tests.unit.checkpoint.samples import run_state
@@ -177,6 +179,30 @@ def test_a_save_copies_the_state_only_for_the_background(tmp_path: Path) -> None
 
 
 # -- in the background
+
+
+def leave_with_a_failing_save(file: str, is_decorated: str) -> None:
+    """Save in the background to a folder that is a file, in a main function that returns at once."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def main() -> None:
+        saver = Saver(LocalStorage(file), lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
+        saver.save(_save(1), {"a": LogicalTensor.whole(torch.ones(2))}, background=True)
+
+    (exit_on_user_error(main) if is_decorated else main)()
+
+
+@pytest.mark.parametrize(("is_decorated", "code"), [("yes", 2), ("", 0)])
+def test_the_last_save_of_a_script_fails_in_the_background(is_decorated: str, code: int, tmp_path: Path) -> None:
+    """Only a main function that is decorated can set the exit code."""
+    (tmp_path / "file").touch()
+    script = "import sys\nfrom tests.dist.test_saving import leave_with_a_failing_save as leave\nleave(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(tmp_path / "file"), is_decorated]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert "file/step-1: cannot be saved (rank 0: " in line
+    assert ("end a script with ckpt_manager.close()" in line) == (not is_decorated)
+    assert done.returncode == code
 
 
 @contextmanager
