@@ -195,7 +195,7 @@ def exit_on_user_error(main: F) -> F:
 
     After a peer failure, the entry point exits with code 3, and one rank of the job prints which rank is lost. Other
     exceptions are raised. A process that has failed ends within seconds, also if its threads wait for other ranks.
-    Before the entry point returns, saves of checkpoints in the background are waited for, and count as part of it.
+    Functions that were passed to :func:`call_before_success` are part of the entry point.
     """
 
     @functools.wraps(main)
