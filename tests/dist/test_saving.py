@@ -192,7 +192,7 @@ def leave_with_a_failing_save(file: str, is_decorated: str) -> None:
     (exit_on_user_error(main) if is_decorated else main)()
 
 
-@pytest.mark.parametrize(("is_decorated", "code"), [("yes", 2), ("", 0)])
+@pytest.mark.parametrize(("is_decorated", "code"), [("yes", 2), pytest.param("", 0, marks=pytest.mark.wide)])
 def test_the_last_save_of_a_script_fails_in_the_background(is_decorated: str, code: int, tmp_path: Path) -> None:
     """Only a main function that is decorated can set the exit code."""
     (tmp_path / "file").touch()
