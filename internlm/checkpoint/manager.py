@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
@@ -66,14 +66,17 @@ class CheckpointManager:
         sampler: Sampler,
     ) -> None:
         self.config, self.total_steps, self.run_info = config, total_steps, run_info
-        self.content = RunContent(model, optimizer, streams, sampler, run_info, config.allow_model_changes)
+        self.exchange = Exchange()
+        """Exchange between all ranks, whose ``timeout`` also limits how long a rank waits for the others in a save in
+        the background."""
+        self.content = RunContent(
+            model, optimizer, streams, sampler, run_info, self.exchange, config.allow_model_changes
+        )
         self.storage = open_storage(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.folder = SaveFolder(self.storage, config.keep_last, config.keep_every) if self.storage else None
         self.last_saved = -1
         self.resumed_folder: str | None = None
         """Folder of the records of the run that is resumed, if its checkpoints are still where it saved them."""
-        self.timeout = timedelta(seconds=1800)
-        """Time for which a rank waits for the others in a save in the background."""
         self.on_failure: Callable[[], None] | None = None
         """Function called in a thread of each rank after a save in the background has failed; the next save, or
         :meth:`wait_async_upload_finish`, raises the error."""
@@ -173,7 +176,7 @@ class CheckpointManager:
         self._prepare()
         if self._saver is None:
             self._saver = Saver(
-                self.storage, self.folder.check_owner, self.folder.to_delete, self._failed, self.timeout
+                self.storage, self.folder.check_owner, self.folder.to_delete, self._failed, self.exchange
             )
         content = self.content.state(state, self._own_root())
         save = Save(checkpoint=name, step=state.step, state=content)
@@ -189,6 +192,7 @@ class CheckpointManager:
 
     def _on_first_rank(self, action: Callable[[SaveFolder], T]) -> T:
         """Return the result of ``action`` on rank 0, while the other ranks block; if it fails, raise on all ranks."""
+        self.wait_async_upload_finish()  # it uses the exchange, too
         folder = self.folder
         assert folder is not None
 
@@ -201,7 +205,7 @@ class CheckpointManager:
                 raise CheckpointError(Problem(where, message, TODO)) from None
 
         # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
-        return on_first_rank(act, self.timeout.total_seconds())
+        return on_first_rank(act, self.exchange.timeout.total_seconds(), self.exchange.group)
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
@@ -253,6 +257,7 @@ class CheckpointManager:
         return self._load(open_storage(location), name, state, content)
 
     def _load(self, storage: Storage, name: str, state: Resumable, content: Iterable[CheckpointContent]) -> RunState:
+        self.wait_async_upload_finish()  # it uses the exchange, too
         saved = self.content.load(storage, name, state, content)
         # A just loaded checkpoint need not be saved again.
         self.last_saved = state.step if {*content} >= ALL or "all" in content else -1
@@ -294,7 +299,7 @@ class CheckpointManager:
         job = str(self.run_info["config"].get("JOB_NAME", ""))
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True
-        check_shared(self.storage)
+        check_shared(self.storage, self.exchange.group)
         needed = self.content.bytes_of_checkpoint()
         self._on_first_rank(lambda folder: check_space(folder.storage, needed))
         if existing and not self.config.auto_resume and dist.get_rank() == 0:

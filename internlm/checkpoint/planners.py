@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.utils.errors import CheckpointError, Problem
@@ -44,7 +44,8 @@ class LogicalSavePlanner(DefaultSavePlanner):
             memory: Buffer of :func:`staging_bytes`, uint8.
         """
         start = 0
-        for item, size in zip(plan.items, _piece_sizes(plan), strict=True):
+        for item in plan.items:
+            size = bytes_of_item(item)
             logical = self.state_dict[item.index.fqn]
             piece = logical.piece(item.index.offset)
             copy = memory[start : start + size].view(logical.dtype).view(piece.shape)
@@ -62,20 +63,20 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _piece_sizes(plan: SavePlan) -> list[int]:
-    """Return the size in bytes of each piece that a rank writes by ``plan``."""
-    data = [item.tensor_data for item in plan.items]
-    return [piece.chunk.sizes.numel() * piece.properties.dtype.itemsize for piece in data if piece]
+def bytes_of_item(item: WriteItem) -> int:
+    """Return the size of a piece in bytes."""
+    assert item.tensor_data is not None, item
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 def bytes_of(plan: SavePlan) -> int:
     """Return the number of bytes that a rank writes by ``plan``."""
-    return sum(_piece_sizes(plan))
+    return sum(map(bytes_of_item, plan.items))
 
 
 def staging_bytes(plan: SavePlan) -> int:
     """Return the size in bytes of the buffer that :meth:`LogicalSavePlanner.stage` needs."""
-    return sum(map(_aligned, _piece_sizes(plan)))
+    return sum(_aligned(bytes_of_item(item)) for item in plan.items)
 
 
 class LogicalLoadPlanner(DefaultLoadPlanner):

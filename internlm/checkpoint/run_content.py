@@ -9,7 +9,6 @@ from another checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import nn
 
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.config_changes import log_changes
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.logical_tensors import (
     LogicalTensor,
     LogicalTensors,
@@ -34,7 +34,7 @@ from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
 from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
 from internlm.solver.optimizer import HybridZeroOptimizer
-from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
+from internlm.utils.errors import CheckpointError, Problem
 
 #: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
 ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
@@ -72,6 +72,7 @@ class RunContent:
         sampler: Training loader, whose data position is saved and restored.
         run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
             the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
+        exchange: Exchange between all ranks.
         allow_model_changes: Whether to load parameters into a model that computes something else from them.
     """
 
@@ -82,8 +83,10 @@ class RunContent:
         streams: RandomStreams,
         sampler: Sampler,
         run_info: dict[str, Any],
+        exchange: Exchange,
         allow_model_changes: bool = False,
     ) -> None:
+        self.exchange = exchange
         self.model, self.optimizer, self.streams = model, optimizer, streams
         self.sampler, self.run_info, self.allow_model_changes = sampler, run_info, allow_model_changes
         self._tensors: LogicalTensors = {}
@@ -107,10 +110,8 @@ class RunContent:
     def bytes_of_checkpoint(self) -> int:
         """Return the size of the tensors of a checkpoint on rank 0, and 0 on other ranks; collective."""
         sizes = {name: x.global_shape.numel() * x.dtype.itemsize for name, x in self.tensors().items()}
-        all_sizes: list[dict[str, int]] = [{}] * dist.get_world_size() if dist.get_rank() == 0 else []
-        dist.gather_object(sizes, all_sizes or None)
         # A tensor that several ranks hold is saved once.
-        return sum({name: size for of_rank in all_sizes for name, size in of_rank.items()}.values())
+        return sum({name: size for of_rank in self.exchange.gather(sizes) for name, size in of_rank.items()}.values())
 
     def state(self, counters: Resumable, save_folder: str) -> RunState:
         """Return the content of the state file."""
@@ -155,9 +156,10 @@ class RunContent:
         wanted = set(ALL) if "all" in content else content
         # Waits for all-gathers, which would overwrite loaded parameters with old values.
         tensors = {name: x for name, x in self._tensors_in_memory().items() if name.partition("/")[0] in wanted}
-        known = _names_on_all_ranks(tensors)
+        # A pipeline stage has only the tensors of its own layers.
+        known = {name for names in self.exchange.all_gather([*tensors]) for name in names}
         # Every rank reads the manifest, which is small: a file system that differs between ranks is detected here.
-        with failing_together():
+        with self.exchange.failing_together():
             checkpoint = open_checkpoint(storage, name)
             saved = checkpoint.state
             where = checkpoint.where
@@ -172,7 +174,7 @@ class RunContent:
             streams = self._stream_tensors(checkpoint.format)
             stored = checkpoint.metadata.state_dict_metadata
             tensors |= {name: tensor for name, tensor in streams.items() if name in stored}
-        with failing_together():
+        with self.exchange.failing_together():
             checkpoint.read(without_rounded(tensors))
         self._restore(saved, tensors, counters, wanted)
         log_changes(where, saved, self.run_info, wanted)
@@ -230,30 +232,3 @@ class RunContent:
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}
         if streams:
             self.streams.load_state_dict(streams)
-
-
-def _names_on_all_ranks(tensors: LogicalTensors) -> set[str]:
-    """All-gather the tensor names of all ranks; a pipeline stage has only those of its own layers."""
-    names: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(names, list(tensors))
-    return {name for rank in names for name in rank}
-
-
-@contextmanager
-def failing_together() -> Iterator[None]:
-    """Gather the checkpoint problems that the ``with`` block raises on any rank, and raise them on all ranks.
-
-    Otherwise ranks without a problem would block in the next collective until it times out. If all errors are
-    :class:`DamagedCheckpointError`, so is the error raised.
-    """
-    found: CheckpointError | None = None
-    try:
-        yield
-    except CheckpointError as error:
-        found = error
-    own = (found.problems, isinstance(found, DamagedCheckpointError)) if found else ((), True)
-    gathered: list[tuple[tuple[Problem, ...], bool]] = [own] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    if problems := dict.fromkeys(problem for of_rank, _ in gathered for problem in of_rank):
-        kind = DamagedCheckpointError if all(is_damage for _, is_damage in gathered) else CheckpointError
-        raise kind(*problems)

@@ -1,10 +1,10 @@
 """Saving: the phases of a save on all ranks, in the foreground or in a thread.
 
-1. Plan (first save only): the ranks exchange which pieces they hold, and each gets the pieces that it writes.
+1. Plan (first save only): the ranks agree which of them writes which piece (:mod:`.save_plan`).
 2. Stage (background only): each rank copies its pieces to host memory. Training goes on after this phase.
 3. Write: each rank writes its file, makes it durable, and sends the checksums of its pieces to rank 0.
 4. Commit: rank 0 writes the state file and the manifest, and publishes the checkpoint. All ranks get the outcome.
-5. Prune: if older checkpoints are to be deleted, every rank first reads its file back; rank 0 deletes.
+5. Prune: if older checkpoints are to be deleted, every rank first reads back what it wrote; rank 0 deletes.
 
 A failure on any rank is raised on all ranks, and leaves earlier checkpoints as they were.
 """
@@ -14,27 +14,24 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm import accelerator
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import explain, format_size, reason_of
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.planners import LogicalSavePlanner, bytes_of, staging_bytes
+from internlm.checkpoint.save_plan import Plan, agree_on_plan
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
-from internlm.checkpoint.verification import damage
+from internlm.checkpoint.verification import damaged_files, written_files
 from internlm.utils.errors import CheckpointError, Problem, call_before_success
 from internlm.utils.logger import get_logger
 
@@ -48,17 +45,6 @@ _savers: set[Saver] = set()
 THREAD = "checkpoint"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Pieces that this rank writes, and on rank 0 the metadata of all tensors."""
-
-    signature: list[Any]
-    own: SavePlan
-    metadata: Metadata | None
-    token: str
-    """Beginning of the names of attempts, the same on all ranks and in no other run."""
-
-
 class Saver:
     """Saver of the checkpoints of a run; all ranks call its methods in the same order.
 
@@ -68,7 +54,7 @@ class Saver:
             ``CheckpointError`` if it must not.
         to_prune: Function that rank 0 calls with the step after a commit; it returns the checkpoints to delete.
         on_failure: Function called on each rank, in the thread, after a save in the background has failed.
-        timeout: Time that ranks may take longer than others to write in the background.
+        exchange: Exchange between all ranks; no other thread uses it during a save in the background.
     """
 
     def __init__(
@@ -77,14 +63,13 @@ class Saver:
         before_commit: Callable[[], None],
         to_prune: Callable[[int], Sequence[str]],
         on_failure: Callable[[], None],
-        timeout: timedelta,
+        exchange: Exchange,
     ) -> None:
-        self.storage, self.on_failure, self.timeout = storage, on_failure, timeout
+        self.storage, self.on_failure, self.exchange = storage, on_failure, exchange
         self.before_commit, self.to_prune = before_commit, to_prune
         self._plan: Plan | None = None
         self._attempts = 0
         self._memory: Tensor | None = None
-        self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -101,21 +86,19 @@ class Saver:
             CheckpointError: This save, or the earlier one in the background, failed on some rank.
         """
         self.wait()
-        if self._group is None and (background or dist.get_backend() != "gloo"):
-            # The default group is busy with training, and NCCL's would send plans and results through the device.
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        if background:
+            self.exchange.separate()
         planner = LogicalSavePlanner()
         planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
         plan, attempt = self._agree(planner, tensors)
         write = functools.partial(self._write, save, plan, planner, attempt)
         if not background:
-            write(self._group)
+            write()
             return
         planner.stage(plan.own, self._staging_memory(plan.own))
         accelerator.synchronize()
         _savers.add(self)
         _finish_at_exit()
-        write = functools.partial(write, self._group)
         self._thread = threading.Thread(target=self._in_background, args=(write,), name=THREAD, daemon=True)
         self._thread.start()
 
@@ -155,14 +138,12 @@ class Saver:
         signature = [(name, tensor.dtype, tensor.global_shape, *tensor.slices) for name, tensor in tensors.items()]
         # The tensors follow from the layout: if they changed, they did so on all ranks.
         if self._plan is None or self._plan.signature != signature:
-            self._plan = _make_plan(planner, signature, self._group)
+            self._plan = agree_on_plan(planner, signature, self.exchange)
         self._attempts += 1
         return self._plan, f"{self._plan.token}{self._attempts:04}"
 
-    def _write(
-        self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str, group: dist.ProcessGroup | None
-    ) -> None:
-        """Write, commit and prune; collective over ``group``."""
+    def _write(self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str) -> None:
+        """Write, commit and prune; collective."""
         writer = TensorWriter(self.storage, save, attempt, dist.get_rank(), self.before_commit)
         results, failure = list[WriteResult](), ""
         try:
@@ -172,14 +153,14 @@ class Saver:
         except Exception as error:  # the other ranks must not wait for the results
             log.exception("a checkpoint cannot be written")
             failure = repr(error)
-        written = _gather((results, failure), group)
+        written = self.exchange.gather((results, failure))
         outcome = self._commit(writer, plan, written) if written else ""
         doomed = self._doomed(save.step) if written and not outcome else ()
-        outcome, doomed = _broadcast((outcome, doomed), group)
+        outcome, doomed = self.exchange.broadcast((outcome, doomed))
         if outcome:
             raise CheckpointError(Problem(self.storage.path(save.checkpoint), f"cannot be saved ({outcome})", TODO))
         if doomed:
-            self._prune(save.checkpoint, doomed, attempt, group)
+            self._prune(writer, results, doomed)
 
     def _explain(self, error: OSError, plan: SavePlan) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -216,10 +197,10 @@ class Saver:
             log.warning(f"older checkpoints cannot be deleted ({explain(error)})")
             return ()
 
-    def _prune(self, checkpoint: str, doomed: Sequence[str], attempt: str, group: dist.ProcessGroup | None) -> None:
+    def _prune(self, writer: TensorWriter, results: Sequence[WriteResult], doomed: Sequence[str]) -> None:
         """Delete the checkpoints ``doomed``, unless the new one does not verify when it is read back."""
-        shard = dist.get_rank(), dist.get_world_size()
-        found = _gather(damage(self.storage, checkpoint, shard), group)
+        checkpoint, attempt = writer.save.checkpoint, writer.attempt
+        found = self.exchange.gather(damaged_files(self.storage, checkpoint, written_files(writer, results)))
         problems = [problem for of_rank in found for problem in of_rank]
         if problems:
             log.error(f"{checkpoint} does not verify, so older checkpoints are kept: {problems[0]}")
@@ -261,31 +242,3 @@ def _log_failure_of_saves() -> None:
         log.error(f"{error}. The exit code does not show it: end a script with ckpt_manager.close()")
     except RuntimeError:  # of a collective
         log.error("the last save in the background was not completed: another rank was lost")
-
-
-def _make_plan(planner: LogicalSavePlanner, signature: list[Any], group: dist.ProcessGroup | None) -> Plan:
-    """Exchange which pieces each rank holds, and assign them; collective."""
-    plans = _gather(planner.create_local_plan(), group)
-    assigned: list[SavePlan] = []
-    metadata = None
-    if plans:
-        assigned, metadata = planner.create_global_plan(plans)
-    own: list[SavePlan | None] = [None]
-    dist.scatter_object_list(own, assigned or None, src=0, group=group)
-    assert own[0] is not None
-    return Plan(signature, own[0], metadata, _broadcast(secrets.token_hex(4), group))
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks on rank 0, and an empty list on the others."""
-    is_first = dist.get_rank() == 0
-    values: list[Any] = [None] * dist.get_world_size() if is_first else []
-    dist.gather_object(value, values if is_first else None, dst=0, group=group)
-    return values
-
-
-def _broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Return rank 0's value on all ranks."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=group)
-    return values[0]

@@ -69,6 +69,10 @@ class TensorWriter(StorageWriter):
         self.storage, self.save, self.attempt, self.before_publish = storage, save, attempt, before_publish
         self.file = f"rank-{rank:05}.bin"
         self.folder = storage.attempt_folder(save.checkpoint, attempt)
+        # The files of an attempt may lie in a folder of their own, beside the manifest.
+        self.prefix = f"{attempt}/" if self.folder.startswith(f"{save.checkpoint}/") else ""
+        self.whole_files: dict[str, FileRecord] = {}
+        """Files without pieces that the coordinator has written, by their names in the checkpoint."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write the pieces of this rank, and make them durable; the results hold a :class:`Piece` each."""
@@ -100,10 +104,12 @@ class TensorWriter(StorageWriter):
         self._check_size(STATE_FILE, state, LARGEST_STATE)
         with self.storage.create(f"{self.folder}/{STATE_FILE}") as sink:
             sink.write(memoryview(state))
-        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank], state).to_bytes()
+        self.whole_files[self.prefix + STATE_FILE] = FileRecord(size=len(state), checksum=checksum(state))
+        manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank]).to_bytes()
         self._check_size(MANIFEST, manifest, LARGEST_MANIFEST)
         self.before_publish()
         self.storage.publish(self.save.checkpoint, self.attempt, manifest)
+        self.whole_files[MANIFEST] = FileRecord(size=len(manifest), checksum=checksum(manifest))
 
     def _check_size(self, file: str, content: bytes, limit: int) -> None:
         # A larger one could never be loaded.
@@ -111,13 +117,11 @@ class TensorWriter(StorageWriter):
             message = f"has {len(content)} bytes, at most {limit} can be read"
             raise OSError(errno.EFBIG, message, self.storage.path(f"{self.save.checkpoint}/{file}"))
 
-    def _manifest(self, metadata: Metadata, results: list[WriteResult], state: bytes) -> Manifest:
-        # The files of an attempt may lie in a folder of their own, beside the manifest.
-        prefix = f"{self.attempt}/" if self.folder.startswith(f"{self.save.checkpoint}/") else ""
+    def _manifest(self, metadata: Metadata, results: list[WriteResult]) -> Manifest:
         pieces: dict[str, list[Piece]] = {}
         sizes: dict[str, int] = {}
         for result in results:
-            piece = result.storage_data._replace(file=prefix + result.storage_data.file)
+            piece = result.storage_data._replace(file=self.prefix + result.storage_data.file)
             pieces.setdefault(result.index.fqn, []).append(piece)
             sizes[piece.file] = max(sizes.get(piece.file, 0), piece.position + result.size_in_bytes)
         return Manifest(
@@ -125,10 +129,7 @@ class TensorWriter(StorageWriter):
             step=self.save.step,
             checkpoint=self.save.checkpoint,
             attempt=self.attempt,
-            files={
-                prefix + STATE_FILE: FileRecord(size=len(state), checksum=checksum(state)),
-                **{name: FileRecord(size=size) for name, size in sizes.items()},
-            },
+            files=self.whole_files | {name: FileRecord(size=size) for name, size in sizes.items()},
             tensors={
                 name: _record(stored, pieces.get(name, []))
                 for name, stored in metadata.state_dict_metadata.items()

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm.checkpoint import format_1
-from internlm.checkpoint.manifest import Manifest, Piece
+from internlm.checkpoint.manifest import FileRecord, Manifest, Piece
 from internlm.checkpoint.saved_checkpoint import open_checkpoint, read_manifest, read_state
 from internlm.checkpoint.storage import MANIFEST, Storage
 from internlm.checkpoint.tensor_reader import TODO, OpenFile
-from internlm.checkpoint.tensor_writer import memory_of
+from internlm.checkpoint.tensor_writer import TensorWriter, memory_of
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 #: Bytes of the pieces that a thread verifies at a time.
@@ -62,7 +63,7 @@ def verify(storage: Storage, name: str, jobs: int = 1, progress: Progress = lamb
     if MANIFEST not in storage.names(name):
         return _verify_format_1(storage, name, jobs, progress)
     manifest = read_manifest(storage, name)
-    problems = damaged_files(storage, name, manifest, jobs=jobs, progress=progress)
+    problems = damaged_files(storage, name, manifest_files(manifest), jobs=jobs, progress=progress)
     try:
         read_state(storage, name, manifest)
     except CheckpointError as error:
@@ -77,39 +78,36 @@ def verify(storage: Storage, name: str, jobs: int = 1, progress: Progress = lamb
     )
 
 
-def damage(storage: Storage, name: str, shard: tuple[int, int] = (0, 1)) -> list[Problem]:
-    """Read files of a checkpoint of format 2, and return what does not verify: of each file the first bad bytes.
-
-    Args:
-        storage: Storage of the checkpoint.
-        name: Its folder.
-        shard: (index, count): verify the files whose index in the manifest is ``index`` modulo ``count``.
-    """
+def damage(storage: Storage, name: str) -> list[Problem]:
+    """Read the files of a checkpoint of format 2, and return what does not verify: of each file the first bad bytes."""
     try:
-        manifest = read_manifest(storage, name)
+        return damaged_files(storage, name, manifest_files(read_manifest(storage, name)))
     except CheckpointError as error:
         return list(error.problems)
-    index, count = shard
-    return damaged_files(storage, name, manifest, sorted(manifest.files)[index::count])
 
 
 # -- format 2 ---------------------------------------------------------------------------------------------------------
 
 
 class _Stored(NamedTuple):
-    """Piece in a file; the state file counts as one piece of no tensor."""
+    """Piece in a file; a file with one checksum counts as one piece of no tensor."""
 
     piece: Piece
     size: int
     tensor: str
 
 
-class _Run(NamedTuple):
-    file: str
+class StoredFile(NamedTuple):
+    """File of a checkpoint, or a run of neighbouring pieces in it."""
+
+    name: str
+    size: int
+    """Size of the whole file."""
     pieces: Sequence[_Stored]
 
     @property
-    def size(self) -> int:
+    def bytes_of_pieces(self) -> int:
+        """Number of bytes of the pieces."""
         return sum(stored.size for stored in self.pieces)
 
 
@@ -122,79 +120,92 @@ class _Bad(NamedTuple):
     problem: Problem
 
 
-def damaged_files(
-    storage: Storage,
-    name: str,
-    manifest: Manifest,
-    files: Collection[str] | None = None,
-    *,
-    jobs: int = 1,
-    progress: Progress = lambda _read, _total: None,
-) -> list[Problem]:
-    """Read files of a checkpoint, by default all, and return a problem for each that does not verify.
-
-    Args:
-        storage: Storage of the checkpoint.
-        name: Its folder.
-        manifest: Its manifest.
-        files: Names in the manifest.
-        jobs: Number of threads.
-        progress: Called in this thread from time to time.
-    """
-    runs = [run for run in _runs(manifest) if files is None or run.file in files]
-    verifier = _Verifier(storage, name, manifest)
-    bad: dict[str, list[_Bad]] = {}
-    total = sum(run.size for run in runs)
-    for run, found in _in_threads(verifier.bad_pieces, runs, jobs):
-        progress(run.size, total)
-        bad.setdefault(run.file, []).extend(found)
-    return [_first_of(found) for _, found in sorted(bad.items()) if found]
-
-
-def _runs(manifest: Manifest) -> Iterator[_Run]:
-    """Yield runs that consist of all pieces of the manifest, and at least one for each file."""
+def manifest_files(manifest: Manifest) -> Iterator[StoredFile]:
+    """Yield the files that a manifest lists."""
     by_file: dict[str, list[_Stored]] = {name: [] for name in manifest.files}
     for name, tensor in manifest.tensors.items():
         for piece in tensor.pieces:
             by_file[piece.file].append(_Stored(piece, tensor.piece_bytes(piece), name))
     for file, record in manifest.files.items():
-        if record.checksum is not None:
-            by_file[file] = [_Stored(Piece(file, 0, (), (), record.checksum), record.size, "")]
-    for file, pieces in by_file.items():
-        pieces.sort(key=lambda stored: stored.piece.position)
-        run: list[_Stored] = []
-        size = 0
-        for stored in pieces:
-            if run and size + stored.size > RUN_BYTES:
-                yield _Run(file, run)
-                run, size = [], 0
-            run.append(stored)
-            size += stored.size
-        yield _Run(file, run)
+        by_position = sorted(by_file[file], key=lambda stored: stored.piece.position)
+        yield _whole(file, record) if record.checksum else StoredFile(file, record.size, by_position)
+
+
+def written_files(writer: TensorWriter, results: Sequence[WriteResult]) -> Iterator[StoredFile]:
+    """Yield the files that a rank has written, from its results alone: the manifest of all ranks may be large."""
+    pieces = [_Stored(result.storage_data, result.size_in_bytes, result.index.fqn) for result in results]
+    if pieces:
+        yield StoredFile(writer.prefix + writer.file, sum(stored.size for stored in pieces), pieces)
+    for name, record in writer.whole_files.items():
+        yield _whole(name, record)
+
+
+def _whole(name: str, record: FileRecord) -> StoredFile:
+    assert record.checksum is not None, name
+    return StoredFile(name, record.size, [_Stored(Piece(name, 0, (), (), record.checksum), record.size, "")])
+
+
+def damaged_files(
+    storage: Storage,
+    name: str,
+    files: Iterable[StoredFile],
+    *,
+    jobs: int = 1,
+    progress: Progress = lambda _read, _total: None,
+) -> list[Problem]:
+    """Read files of a checkpoint, and return a problem for each that does not verify.
+
+    Args:
+        storage: Storage of the checkpoint.
+        name: Its folder.
+        files: What the files should hold.
+        jobs: Number of threads.
+        progress: Called in this thread from time to time.
+    """
+    runs = [run for file in files for run in _runs(file)]
+    verifier = _Verifier(storage, name)
+    bad: dict[str, list[_Bad]] = {}
+    total = sum(run.bytes_of_pieces for run in runs)
+    for run, found in _in_threads(verifier.bad_pieces, runs, jobs):
+        progress(run.bytes_of_pieces, total)
+        bad.setdefault(run.name, []).extend(found)
+    return [_first_of(found) for _, found in sorted(bad.items()) if found]
+
+
+def _runs(file: StoredFile) -> Iterator[StoredFile]:
+    """Yield runs that consist of all pieces of a file, and at least one."""
+    run: list[_Stored] = []
+    size = 0
+    for stored in file.pieces:
+        if run and size + stored.size > RUN_BYTES:
+            yield file._replace(pieces=run)
+            run, size = [], 0
+        run.append(stored)
+        size += stored.size
+    yield file._replace(pieces=run)
 
 
 class _Verifier:
     """Verifier of runs, with one buffer per thread."""
 
-    def __init__(self, storage: Storage, name: str, manifest: Manifest) -> None:
-        self.storage, self.name, self.manifest = storage, name, manifest
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.storage, self.name = storage, name
         self._of_thread = threading.local()
 
-    def bad_pieces(self, run: _Run, stop: threading.Event) -> list[_Bad]:
+    def bad_pieces(self, run: StoredFile, stop: threading.Event) -> list[_Bad]:
         """Return the pieces of a run that do not verify."""
         bad = []
         try:
-            size = self.manifest.files[run.file].size
-            with OpenFile(self.storage, f"{self.name}/{run.file}", size) as source:
+            with OpenFile(self.storage, f"{self.name}/{run.name}", run.size) as source:
                 for stored in run.pieces:
                     if stop.is_set():
                         break
                     try:
                         source.read_verified(stored.piece, self._buffer(stored.size))
                     except DamagedCheckpointError as error:
-                        bad.append(_Bad(run.file, stored.piece.position, stored.tensor, error.problems[0]))
+                        bad.append(_Bad(run.name, stored.piece.position, stored.tensor, error.problems[0]))
         except DamagedCheckpointError as error:  # every run of this file finds the same
-            return [_Bad(run.file, -1, "", error.problems[0])]
+            return [_Bad(run.name, -1, "", error.problems[0])]
         return bad
 
     def _buffer(self, size: int) -> memoryview:

@@ -44,5 +44,5 @@ def initialize_checkpoint_manager(
         run_info={"config": masked_dict(config), "data": train_dl.fingerprint(), "seed": gpc.seed},
         sampler=train_dl,
     )
-    manager.timeout = timedelta(seconds=config.parallel.timeout)
+    manager.exchange.timeout = timedelta(seconds=config.parallel.timeout)
     return manager

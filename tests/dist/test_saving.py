@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from internlm.checkpoint.local_files import LocalSink
+from internlm.checkpoint.exchange import Exchange
+from internlm.checkpoint.local_files import LocalSink, LocalSource
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.manifest import Manifest, parse_manifest
@@ -151,7 +152,7 @@ STATE_BYTES = 200 << 20
 
 
 def _measure_memory(rank: int, world_size: int, folder: str) -> tuple[int, int, list[str]]:
-    saver = Saver(LocalStorage(folder), lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
+    saver = Saver(LocalStorage(folder), lambda: None, lambda step: (), lambda: None, Exchange(timedelta(seconds=30)))
     values = torch.ones(STATE_BYTES // 8).view(1024, -1)
     # Pieces of a transposed tensor are not contiguous.
     tensors = {"a": LogicalTensor.whole(values), "b": LogicalTensor.whole(torch.ones(values.t().shape).t())}
@@ -405,7 +406,7 @@ def _save_until_lost(rank: int, world_size: int, folder: str) -> list[str]:
     def older(step: int) -> list[str]:
         return [f"step-{step - 1}"] if step > 1 else []
 
-    saver = Saver(LocalStorage(folder), check_owner, older, lambda: None, timedelta(seconds=30))
+    saver = Saver(LocalStorage(folder), check_owner, older, lambda: None, Exchange(timedelta(seconds=30)))
     for step in (1, 2):
         saver.save(_save(step), {"a": LogicalTensor.whole(torch.ones(9))})
     return _checkpoints(Path(folder))
@@ -414,3 +415,83 @@ def _save_until_lost(rank: int, world_size: int, folder: str) -> list[str]:
 def test_nothing_is_deleted_after_the_folder_got_another_owner(tmp_path: Path) -> None:
     """Reading back takes long enough to lose the folder in the meantime."""
     assert run_ranks(1, _save_until_lost, str(tmp_path)) == [["step-1", "step-2"]]
+
+
+class _Recording(LocalStorage):
+    """Storage that records what is read, and damages a file of the second checkpoint when it is published."""
+
+    def __init__(self, folder: str, damaged: str) -> None:
+        super().__init__(folder)
+        self.damaged, self.read_files = damaged, list[str]()
+
+    def open(self, name: str) -> LocalSource:
+        self.read_files.append(name)
+        return super().open(name)
+
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
+        super().publish(checkpoint, attempt, manifest)
+        if self.damaged and checkpoint == "step-2":
+            path = self.root / checkpoint / self.damaged
+            path.write_bytes(path.read_bytes()[:-2] + b"?\n")
+
+
+def _save_two(rank: int, world_size: int, folder: str, damaged: str) -> tuple[list[str], list[str]]:
+    """Keep the last of two checkpoints; return what this rank has read, and the checkpoints that are left."""
+
+    def older(step: int) -> list[str]:
+        return ["step-1"] if step == 2 else []
+
+    storage = _Recording(folder, damaged)
+    saver = Saver(storage, lambda: None, older, lambda: None, Exchange())
+    for step in (1, 2):
+        saver.save(_save(step), {f"{name}/{rank}": LogicalTensor.whole(torch.ones(9)) for name in "ab"})
+    dist.barrier()
+    return storage.read_files, _checkpoints(Path(folder))
+
+
+def test_each_rank_reads_back_what_it_wrote_and_no_list_of_all_pieces(tmp_path: Path) -> None:
+    """The manifest of many ranks is large; rank 0 compares its bytes with those that it wrote."""
+    (first, left), (second, _) = run_ranks(2, _save_two, str(tmp_path), "")
+    assert first == [f"step-2/{name}" for name in ("rank-00000.bin", "state.json", "manifest.json")]
+    assert second == ["step-2/rank-00001.bin"]
+    assert left == ["step-2"]
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "manifest.json"])
+def test_no_checkpoint_is_deleted_if_a_file_without_tensors_is_damaged(damaged: str, tmp_path: Path) -> None:
+    ((_, left),) = run_ranks(1, _save_two, str(tmp_path), damaged)
+    assert left == ["step-1", "step-2"]
+
+
+# -- exchange between ranks
+
+
+def _groups_of_a_run(rank: int, world_size: int, overrides: list[str]) -> tuple[set[str], bool]:
+    """Save and load beside NCCL; return the collectives over the default group, and whether one was not called."""
+    used, called = set[str](), list[str]()
+
+    def measured(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, group: dist.ProcessGroup | None = None, **keywords: Any) -> Any:
+            called.append(name)
+            if group in (None, dist.group.WORLD):
+                used.add(name)
+            return original(*args, group=group, **keywords)
+
+        return call
+
+    manager = (builder := build_run(world_size, tuple(overrides), [])).checkpoints
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group=None: "nccl")
+        for name in _OBJECTS:
+            patch.setattr(dist, name, measured(name, getattr(dist, name)))
+        with manager:
+            builder.trainer.state.step = 1
+            manager.save(builder.trainer.state)
+            manager.try_resume_training(builder.trainer.state)
+    return used, bool({*_OBJECTS} - {*called})
+
+
+def test_beside_nccl_all_objects_go_through_host_memory(tmp_path: Path) -> None:
+    """Saving, checking the folder, and loading; NCCL would need a copy of each object on the device."""
+    for found in run_ranks(2, _groups_of_a_run, saving(tmp_path)):
+        assert found == (set(), False)
