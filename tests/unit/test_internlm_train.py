@@ -125,11 +125,11 @@ def test_a_job_is_restarted_if_it_may_help(command: str, code: int, runs: int, t
 @pytest.mark.parametrize(
     ("rank_0", "code"),
     [
-        ("exit 2", 2),
-        ("kill -9 $$", 3),
-        ("trap 'exit 2' TERM; sleep 20 & wait", 2),  # its last save finds no space, for example
-        ("trap 'exit 143' TERM; sleep 20 & wait", 143),
-        ("trap '' TERM; exec sleep 20", 143),  # the launcher kills it in the end
+        ("begin; exit 2", 2),
+        ("begin; kill -9 $$", 3),
+        ("trap 'exit 2' TERM; begin; sleep 20 & wait", 2),  # its last save finds no space, for example
+        ("trap 'exit 143' TERM; begin; sleep 20 & wait", 143),
+        ("trap '' TERM; begin; exec sleep 20", 143),  # the launcher kills it in the end
     ],
 )
 def test_after_a_signal_to_the_launcher_the_codes_of_failed_ranks_count(
@@ -143,7 +143,8 @@ def test_after_a_signal_to_the_launcher_the_codes_of_failed_ranks_count(
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    ranks = f"> {tmp_path}/$RANK; test $RANK = 1 || {{ {rank_0}; }}; trap 'exit 143' TERM; sleep 20 & wait"
+    begin = f"begin() {{ > {tmp_path}/$RANK; }}"
+    ranks = f"{begin}; test $RANK = 1 || {{ {rank_0}; }}; trap 'exit 143' TERM; begin; sleep 20 & wait"
     options = ["--nproc-per-node=2", "--monitor-interval=10", "--shutdown-timeout=1"]
     threading.Thread(target=stop, daemon=True).start()
     assert run_ranks(options, ["--no-python", "sh", "-c", ranks]) == code
