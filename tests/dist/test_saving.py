@@ -187,7 +187,7 @@ def leave_with_a_failing_save(file: str, is_decorated: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def main() -> None:
-        saver = Saver(LocalStorage(file), lambda: None, lambda step: (), lambda: None, timedelta(seconds=30))
+        saver = Saver(LocalStorage(file), lambda: None, lambda step: (), lambda: None, Exchange(timedelta(seconds=30)))
         saver.save(_save(1), {"a": LogicalTensor.whole(torch.ones(2))}, background=True)
 
     (exit_on_user_error(main) if is_decorated else main)()
