@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm.checkpoint import locations, object_storage
+from internlm.checkpoint import locations, object_files, object_storage
 from internlm.checkpoint.folder_checks import check_space
 from internlm.checkpoint.lease import LEASE_FILE, Lease, LeaseTimes, this_owner, to_bytes
 from internlm.checkpoint.object_client import Patience
@@ -47,7 +47,7 @@ def server(running: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> ObjectServ
     for name, value in environment(running.endpoint).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.setattr(object_storage, "PART_BYTES", PART)
+    monkeypatch.setattr(object_files, "PART_BYTES", PART)
     return running
 
 
@@ -121,7 +121,7 @@ def test_an_object_is_read_as_it_was_written_in_pieces(storage: ObjectStorage, s
 def test_memory_does_not_grow_with_the_size_of_an_object(
     storage: ObjectStorage, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_storage, "PART_BYTES", 1 << 20)
+    monkeypatch.setattr(object_files, "PART_BYTES", 1 << 20)
     # The proxy is in this process, and would count.
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.direct)
     storage = ObjectStorage(ObjectAddress(BUCKET, "memory"), HASTY)
