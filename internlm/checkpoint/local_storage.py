@@ -9,22 +9,20 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from internlm.checkpoint.local_files import LocalFiles, LocalSink, LocalSource, split_file, sync_folder
-from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
+from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST, PARTIAL, partial_name
 
 #: Suffixes of folders that a save or a deletion is working on: unfinished, replaced by a new save, being deleted.
 ATTEMPT, REPLACED, DELETING = ".tmp-", ".replaced-", ".deleting-"
 _SUFFIXES = "|".join(map(re.escape, (ATTEMPT, REPLACED, DELETING)))
 # Only names of checkpoints: a folder that a user called `notes.tmp-old` is not ours to delete.
 _UNPUBLISHED = re.compile(rf"(?P<checkpoint>(step|snapshot)-[0-9]+)({_SUFFIXES})[A-Za-z0-9_-]+/")
-# Small files that are being written. One of this age, in seconds, belongs to a process that died.
-_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+# A partial file of this age, in seconds, belongs to a process that died.
 _STALE_PARTIAL = 3600.0
 #: File whose lock protects :meth:`LocalStorage.compare_and_swap`, and whose time shows the clock of a file server.
 LOCK = ".lock"
@@ -50,7 +48,7 @@ class LocalStorage:
         return self._files.path(name)
 
     def prepare(self) -> None:
-        """Create the folder, check that files can be created in it, and remove partial files of dead processes."""
+        """Create the folder, and check that files can be created in it."""
         missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in missing:
@@ -59,13 +57,9 @@ class LocalStorage:
                 sync_folder(descriptor)
             finally:
                 os.close(descriptor)
-        probe = _partial(".writable")
+        probe = partial_name("writable")
         os.close(self._files.open(probe, os.O_WRONLY | os.O_CREAT))
         self._files.unlink(probe)
-        for name in filter(_PARTIAL.fullmatch, self.names()):
-            with suppress(OSError):  # another process may remove it, too
-                if self.age(name) > _STALE_PARTIAL:
-                    self._files.unlink(name)
 
     # -- files
 
@@ -103,7 +97,7 @@ class LocalStorage:
     def write(self, name: str, data: bytes) -> None:
         """Write a file durably under another name, then rename it."""
         folder, file = split_file(name)
-        partial = os.path.join(folder, _partial(f".{file}"))
+        partial = os.path.join(folder, partial_name(file))
         try:
             with self.create(partial) as sink:
                 sink.write(memoryview(data))
@@ -156,7 +150,7 @@ class LocalStorage:
         """Return ``<checkpoint>.tmp-<attempt>``."""
         return f"{checkpoint}{ATTEMPT}{attempt}"
 
-    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
         """Write the manifest into the folder of the attempt, and rename the folder to ``checkpoint``."""
         split_file(checkpoint)
         folder = self.attempt_folder(checkpoint, attempt)
@@ -165,6 +159,8 @@ class LocalStorage:
         with LocalSink(self._files.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), self.path(name)) as sink:
             sink.write(memoryview(manifest))
         self._files.sync_folder(folder)
+        if check is not None:
+            check()
         # No folder can be renamed onto one with files. The old one stays loadable until the new one is in its place.
         replaced = f"{checkpoint}{REPLACED}{attempt}"
         with suppress(FileNotFoundError):
@@ -199,8 +195,8 @@ class LocalStorage:
         """Remove a folder with all of its files; of a symbolic link, remove the link."""
         self._files.remove(folder)
 
-    def leftovers(self) -> dict[str, str]:
-        """Return the folders whose suffix is that of an unfinished save or deletion."""
+    def leftovers(self, settled: bool = False) -> dict[str, str]:
+        """Return the folders whose suffix is that of an unfinished save or deletion; a rename is never late."""
         matches = ((name, _UNPUBLISHED.fullmatch(name)) for name in self.names())
         return {name.rstrip("/"): match["checkpoint"] for name, match in matches if match}
 
@@ -213,6 +209,13 @@ class LocalStorage:
                 self._files.sync_folder("")
                 restored.append(checkpoint)
         return restored
+
+    def sweep(self) -> None:
+        """Remove partial files of dead processes."""
+        for name in filter(PARTIAL.fullmatch, self.names()):
+            with suppress(OSError):  # another process may remove it, too
+                if self.age(name) > _STALE_PARTIAL:
+                    self._files.unlink(name)
 
     def free_bytes(self) -> int | None:
         """Return the free space of the file system that this user may use."""
@@ -261,8 +264,3 @@ def _lock(descriptor: int, path: str) -> bool:
                 return False
             raise
         time.sleep(0.01)
-
-
-def _partial(name: str) -> str:
-    """Return a name that no other process uses, for the file ``name`` while it is written."""
-    return f"{name}.partial-{secrets.token_hex(4)}"

@@ -2,22 +2,29 @@
 
 An object store has no rename, but a PUT replaces an object as a whole, and its conditions (``If-None-Match``,
 ``If-Match``) hold against all other clients. A listing shows every object whose PUT has succeeded.
+
+A PUT whose answer does not come may be executed later, after the save was given up. Three rules make that harmless:
+
+1. Files of an attempt stay as long as a PUT of its manifest may be on its way and would replace a checkpoint.
+2. A manifest that arrives when the files of its attempt are gone is all there is, and no checkpoint.
+3. A PUT that fails since such a manifest has arrived is sent again, if this run still owns the folder.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import re
-import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from internlm.checkpoint.local_files import split_name
 from internlm.checkpoint.object_client import ConditionFailedError, ObjectClient, Patience
 from internlm.checkpoint.object_files import ObjectSink, ObjectSource
-from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST
+from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST, PARTIAL, partial_name
 from internlm.config.schema.fields import ObjectAddress
 
 _KEYS_PER_REQUEST = 1000
@@ -25,6 +32,10 @@ _MOST_MANIFEST_BYTES = 1 << 30
 # At the start a wrong endpoint is likelier than one that is down.
 _START_PATIENCE = 10.0
 _CHECKPOINT = re.compile(r"(step|snapshot)-[0-9]+/")
+_FILE_OF_ATTEMPT = re.compile(r"(?P<folder>(?P<checkpoint>(step|snapshot)-[0-9]+)/[^/]+)/.+")
+#: Seconds after which no PUT of a manifest is on its way any more: stores refuse requests that were signed more than
+#: 15 minutes ago.
+LATEST_REQUEST = 3600.0
 
 
 class ObjectStorage:
@@ -34,6 +45,8 @@ class ObjectStorage:
         self._client = ObjectClient(address, patience or Patience())
         self._prefix = f"{address.prefix}/" if address.prefix else ""
         self.location = self._client.url(address.prefix)
+        # Attempts whose manifest was sent, without an answer that says what became of it.
+        self._undecided: set[str] = set()
 
     def path(self, name: str) -> str:
         """Return the address of ``name``."""
@@ -41,12 +54,12 @@ class ObjectStorage:
 
     def prepare(self) -> None:
         """Check that objects can be written and deleted; folders need not be created."""
-        probe = self._key(f".writable-{secrets.token_hex(4)}")
+        probe = self._key(partial_name("writable"))
         try:
             self._client.call("put_object", probe, _START_PATIENCE, Body=b"")
         except OSError as error:
             if error.errno == errno.ENXIO:
-                raise OSError(errno.ENXIO, "the bucket does not exist: create it", self.location) from None
+                raise OSError(errno.ENXIO, "the bucket does not exist", self.location) from None
             raise
         self._client.call("delete_object", probe, _START_PATIENCE)
 
@@ -107,8 +120,7 @@ class ObjectStorage:
     def age(self, name: str) -> float:
         """Return the seconds since ``name`` was written, by the clock of the store, which has whole seconds."""
         head = self._client.call("head_object", self._key(name))
-        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return float((now - head["LastModified"]).total_seconds())
+        return _age(head, head["LastModified"])
 
     def written(self, name: str) -> float:
         """Return the time of the last change of ``name``."""
@@ -120,30 +132,50 @@ class ObjectStorage:
         """Return ``<checkpoint>/<attempt>``."""
         return f"{checkpoint}/{attempt}"
 
-    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
         """Write the manifest, unless another process has just written or replaced it; then remove older attempts."""
         key = self._key(f"{checkpoint}/{MANIFEST}")
-        try:
-            etag = self._client.call("head_object", key)["ETag"]
-        except FileNotFoundError:
-            etag = None
-        try:
-            self._put_if(key, manifest, etag)
-        except ConditionFailedError:
-            # Every attempt has a manifest of its own, so if it is there, this PUT has made the condition false.
-            if self._read_range(f"{checkpoint}/{MANIFEST}", len(manifest) + 1)[0] != manifest:
+        for is_last in (check is None, True):
+            try:
+                etag = self._client.call("head_object", key)["ETag"]
+            except FileNotFoundError:
+                etag = None
+            # After the ETag is known: if this run is stopped for long, it must not replace what the next owner saves.
+            if check is not None:
+                check()
+            if self._put_manifest(f"{checkpoint}/{attempt}", key, manifest, etag):
+                break
+            if is_last:
                 message = "another run has just saved this checkpoint"
-                raise OSError(errno.EEXIST, message, self.path(checkpoint)) from None
+                raise OSError(errno.EEXIST, message, self.path(checkpoint))
         # The save has succeeded: what cannot be removed now is one of the leftovers.
         with suppress(OSError):
             for folder in self.names(checkpoint):
                 if folder.endswith("/") and folder != f"{attempt}/":
                     self.remove(f"{checkpoint}/{folder}")
 
+    def _put_manifest(self, attempt: str, key: str, manifest: bytes, etag: str | None) -> bool:
+        """Write the manifest if the present one has the ETag; return whether it is there."""
+        self._undecided.add(attempt)
+        try:
+            self._put_if(key, manifest, etag)
+            is_there = True
+        except ConditionFailedError:
+            # Every attempt has a manifest of its own, so if it is there, this PUT has made the condition false.
+            is_there = self._read_range(key[len(self._prefix) :], len(manifest) + 1)[0] == manifest
+        except FileNotFoundError:  # deleted since its ETag was read
+            is_there = False
+        self._undecided.remove(attempt)
+        return is_there
+
     def discard(self, checkpoint: str, attempt: str) -> None:
-        """Delete the objects of the attempt, unless the manifest names them: its PUT may have seemed to fail."""
-        if f"{attempt}/" not in self._named(checkpoint, {f"{attempt}/"}):
-            self.remove(self.attempt_folder(checkpoint, attempt))
+        """Delete the objects of the attempt, unless the manifest names them, or was sent and may still arrive.
+
+        In the latter case, the next owner of the folder deletes them.
+        """
+        folder = self.attempt_folder(checkpoint, attempt)
+        if folder not in self._undecided and not self._named(checkpoint, {f"{attempt}/"}):
+            self.remove(folder)
 
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Delete the manifest, so that there is no checkpoint any more, and then the other objects."""
@@ -170,37 +202,62 @@ class ObjectStorage:
             with suppress(FileNotFoundError):
                 self._client.call("abort_multipart_upload", key, UploadId=upload)
 
-    def leftovers(self) -> dict[str, str]:
+    def leftovers(self, settled: bool = False) -> dict[str, str]:
         """Return the folders of attempts that no manifest names; those of an unreadable manifest are left alone."""
-        attempts = {name.rstrip("/"): set(self.names(name)) for name in self.names() if _CHECKPOINT.fullmatch(name)}
-        for key, _ in self._uploads(self._prefix):
-            checkpoint, attempt, *rest = f"{key[len(self._prefix) :]}//".split("/")
-            if _CHECKPOINT.fullmatch(f"{checkpoint}/") and rest[0]:
-                attempts.setdefault(checkpoint, set()).add(f"{attempt}/")
         found: dict[str, str] = {}
-        for checkpoint, names in attempts.items():
-            folders = {name for name in names if name.endswith("/")}
-            if MANIFEST in names:
-                # One of them is the checkpoint's, so a manifest that names none is damaged. A manifest may be large.
-                named = self._named(checkpoint, folders) if len(folders) > 1 else set()
-                folders = folders - named if named else set()
-            found |= {f"{checkpoint}/{folder.rstrip('/')}": checkpoint for folder in sorted(folders)}
+        for name in filter(_CHECKPOINT.fullmatch, self.names()):
+            checkpoint, names = name.rstrip("/"), self.names(name)
+            if names == [MANIFEST]:  # its attempt is gone
+                found[checkpoint] = checkpoint
+            left = self._unnamed(checkpoint, names, settled)
+            found |= {f"{checkpoint}/{folder.rstrip('/')}": checkpoint for folder in sorted(left)}
+        # An attempt that has nothing but parts of files was never published.
+        for _, _, match in self._uploads_of_attempts():
+            if match["folder"] not in found and not self.names(match["folder"]):
+                found[match["folder"]] = match["checkpoint"]
         return found
 
     def restore(self) -> list[str]:
         """Return no names: the PUT of a manifest replaces the older checkpoint at once."""
         return []
 
+    def sweep(self) -> None:
+        """Delete what checks wrote, and abort all uploads: the owner has begun none when it starts."""
+        for name in filter(PARTIAL.fullmatch, self.names()):
+            self._client.call("delete_object", self._key(name))
+        for key, upload, _ in self._uploads_of_attempts():
+            with suppress(FileNotFoundError):
+                self._client.call("abort_multipart_upload", key, UploadId=upload)
+
     def free_bytes(self) -> None:
         """Return None: an object store has no limit that can be queried."""
 
-    def _named(self, checkpoint: str, folders: set[str]) -> set[str]:
-        """Return those of ``folders`` that the manifest names, with their slash; none if there is no manifest."""
+    def _unnamed(self, checkpoint: str, names: Sequence[str], settled: bool) -> set[str]:
+        """Return the folders of attempts of a checkpoint that its manifest does not name."""
+        folders = {name for name in names if name.endswith("/")}
+        if MANIFEST in names and len(folders) < 2:
+            return set()  # the manifest, which may be large, need not be read: the folder is that of the checkpoint
+        named = self._named(checkpoint, folders)
+        if named is None:
+            return folders
+        # One of them is the checkpoint's, so a manifest that names none is damaged.
+        unnamed = folders - named if named else set()
+        return {f for f in unnamed if not settled or self._last_write(f"{checkpoint}/{f}") > LATEST_REQUEST}
+
+    def _named(self, checkpoint: str, folders: set[str]) -> set[str] | None:
+        """Return those of ``folders`` that the manifest names, with their slash; None if there is no manifest."""
         try:
             manifest = self.read(f"{checkpoint}/{MANIFEST}", _MOST_MANIFEST_BYTES)
         except FileNotFoundError:
-            return set()
+            return None
         return {folder for folder in folders if f'"{folder}'.encode() in manifest}
+
+    def _last_write(self, folder: str) -> float:
+        """Return the seconds since an object in ``folder`` was written, by the clock of the store."""
+        ages = [math.inf]
+        for page in self._pages("list_objects_v2", self._folder(folder), MaxKeys=_KEYS_PER_REQUEST):
+            ages += [_age(page, entry["LastModified"]) for entry in page.get("Contents", ())]
+        return min(ages)
 
     # -- requests
 
@@ -252,3 +309,15 @@ class ObjectStorage:
             if not page.get("IsTruncated"):
                 return
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _uploads_of_attempts(self) -> Iterator[tuple[str, str, re.Match[str]]]:
+        """Yield key, id and names of the uploads of saves; other folders of a user may lie in this one."""
+        for key, upload in self._uploads(self._prefix):
+            if match := _FILE_OF_ATTEMPT.fullmatch(key[len(self._prefix) :]):
+                yield key, upload, match
+
+
+def _age(response: dict[str, Any], written: datetime) -> float:
+    """Return the seconds from ``written`` to the time of the response, both by the clock of the store."""
+    now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return (now - written).total_seconds()

@@ -75,12 +75,13 @@ class SaveFolder:
         """Remove what unfinished saves left; return the names of the committed checkpoints, newest first.
 
         A checkpoint that an unfinished save was about to replace gets its name back. One that was replaced is removed
-        if its successor verifies.
+        if its successor verifies. Only the owner calls this, so no live run has an unfinished save there.
         """
+        self.storage.sweep()
         for name in self.storage.restore():
             log.warning(f"restored {self.storage.path(name)}: the save that was to replace it is unfinished")
         committed = [entry.name for entry in find_checkpoints(self.storage) if entry.is_committed]
-        for folder, checkpoint in self.storage.leftovers().items():
+        for folder, checkpoint in self.storage.leftovers(settled=True).items():
             if folder not in committed:
                 log.warning(f"ignored unfinished checkpoint {checkpoint} in {self.storage.location}")
             elif self._verifies(checkpoint):

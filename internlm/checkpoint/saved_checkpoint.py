@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 
 from internlm.checkpoint import format_1
-from internlm.checkpoint.folder_checks import is_damage, reason_of
+from internlm.checkpoint.folder_checks import is_damage, reason_of, todo_at
 from internlm.checkpoint.foreign_folders import foreign_source
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensors
@@ -96,6 +96,7 @@ def find_checkpoints(storage: Storage) -> list[Found]:
         step = int(match["step"]) if match["step"] else _step_of_snapshot(storage, match[0])
         # A folder of format 2 has its final name only when it is committed, so a missing manifest is damage.
         is_committed = bool({MANIFEST, format_1.COMMIT_FILE} & {*names}) or lost_its_manifest(names)
+        is_committed = is_committed and not _is_late(storage, match[0], names)
         found.append(Found(match[0], step, is_committed))
     # At the same step, the newest save comes first, and a checkpoint before a snapshot.
     return sorted(found, key=lambda entry: (entry.step, "replaced" not in entry.name, entry.name), reverse=True)
@@ -131,6 +132,11 @@ def lost_its_manifest(names: Collection[str]) -> bool:
     return MANIFEST not in names and any(re.fullmatch(r"rank-\d+\.bin", name) for name in names)
 
 
+def _is_late(storage: Storage, name: str, names: Collection[str]) -> bool:
+    """Return whether a manifest is all there is: in an object store, one that arrived after its save was given up."""
+    return [*names] == [MANIFEST] and storage.attempt_folder(name, "").startswith(f"{name}/")
+
+
 def open_checkpoint(storage: Storage, name: str) -> SavedCheckpoint:
     """Verify the manifest of a checkpoint, and return its content.
 
@@ -147,7 +153,8 @@ def open_checkpoint(storage: Storage, name: str) -> SavedCheckpoint:
         return _open(storage, name)
     except OSError as error:
         where = str(error.filename or storage.path(name))
-        raise CheckpointError(Problem(where, reason_of(error), _CHOOSE_FOLDER)) from None
+        todo = todo_at(where, error.errno, _CHOOSE_FOLDER)
+        raise CheckpointError(Problem(where, reason_of(error), todo)) from None
 
 
 def _open(storage: Storage, name: str) -> SavedCheckpoint:

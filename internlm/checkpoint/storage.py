@@ -13,6 +13,9 @@ object store   ``step-40/<attempt>/``       a conditional PUT of ``step-40/manif
 
 from __future__ import annotations
 
+import re
+import secrets
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -20,6 +23,13 @@ from typing import Protocol
 MANIFEST = "manifest.json"
 #: Bytes of a file that :meth:`Storage.compare_and_swap` compares; of a larger file, it compares the first ones.
 COMPARED_BYTES = 1 << 16
+#: Names of small files that are being written, and of files that a check writes and removes.
+PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+
+
+def partial_name(name: str) -> str:
+    """Return a name that no other process uses, for the file ``name`` while it is written."""
+    return f".{name}.partial-{secrets.token_hex(4)}"
 
 
 class Source(Protocol):
@@ -93,11 +103,18 @@ class Storage(Protocol):
     def attempt_folder(self, checkpoint: str, attempt: str) -> str:
         """Return the name of the folder for the files of an attempt to save ``checkpoint``."""
 
-    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
-        """Commit an attempt whose other files are durable; replace an older checkpoint of this name."""
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
+        """Commit an attempt whose other files are durable; replace an older checkpoint of this name.
+
+        Args:
+            checkpoint: Name of the checkpoint.
+            attempt: Name of the attempt.
+            manifest: Content of the manifest.
+            check: Function called right before the commit; it raises unless this run owns the folder.
+        """
 
     def discard(self, checkpoint: str, attempt: str) -> None:
-        """Remove the files of an attempt that failed, unless it was published after all."""
+        """Remove the files of an attempt that failed, unless it was published after all, or may still be."""
 
     def withdraw(self, checkpoint: str, attempt: str) -> None:
         """Delete a committed checkpoint; from the first moment on it does not count as committed."""
@@ -105,8 +122,15 @@ class Storage(Protocol):
     def remove(self, folder: str) -> None:
         """Remove a folder with all of its files, or a file, whether it exists or not."""
 
-    def leftovers(self) -> dict[str, str]:
-        """Return the folders of unfinished saves and deletions, with the name of the checkpoint of each."""
+    def leftovers(self, settled: bool = False) -> dict[str, str]:
+        """Return the folders of unfinished saves and deletions, with the name of the checkpoint of each.
+
+        Args:
+            settled: Leave out those that a request on its way could still commit in place of a checkpoint.
+        """
+
+    def sweep(self) -> None:
+        """Remove temporary files and parts of files that processes left; the owner calls it when it starts."""
 
     def restore(self) -> list[str]:
         """Give checkpoints that an unfinished save was about to replace their names back; return the names."""

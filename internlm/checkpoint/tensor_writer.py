@@ -55,7 +55,8 @@ class TensorWriter(StorageWriter):
         save: Name, step and state of the checkpoint.
         attempt: Identifier of this save, the same on all ranks and different in every save.
         rank: Rank of this process, which its file is named after.
-        before_publish: Function that the coordinator calls right before it publishes; its errors prevent that.
+        before_commit: Function that the coordinator calls right before it publishes; it raises unless this run
+            owns the folder. None: nobody else saves there.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class TensorWriter(StorageWriter):
         save: Save,
         attempt: str,
         rank: int = 0,
-        before_publish: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
-        self.storage, self.save, self.attempt, self.before_publish = storage, save, attempt, before_publish
+        self.storage, self.save, self.attempt, self.before_commit = storage, save, attempt, before_commit
         self.file = f"rank-{rank:05}.bin"
         self.folder = storage.attempt_folder(save.checkpoint, attempt)
         # The files of an attempt may lie in a folder of their own, beside the manifest.
@@ -107,8 +108,7 @@ class TensorWriter(StorageWriter):
         self.whole_files[self.prefix + STATE_FILE] = FileRecord(size=len(state), checksum=checksum(state))
         manifest = self._manifest(metadata, [result for of_rank in results for result in of_rank]).to_bytes()
         self._check_size(MANIFEST, manifest, LARGEST_MANIFEST)
-        self.before_publish()
-        self.storage.publish(self.save.checkpoint, self.attempt, manifest)
+        self.storage.publish(self.save.checkpoint, self.attempt, manifest, self.before_commit)
         self.whole_files[MANIFEST] = FileRecord(size=len(manifest), checksum=checksum(manifest))
 
     def _check_size(self, file: str, content: bytes, limit: int) -> None:

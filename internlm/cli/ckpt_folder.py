@@ -110,8 +110,13 @@ def _delete(storage: Storage, old: Sequence[Entry], left: Sequence[Entry]) -> No
     try:
         for entry in old:
             storage.withdraw(entry.name, secrets.token_hex(4))
+        # The run that was saving may have committed one of them before it released the lease.
+        present = {entry.name for entry in _left_by_saves(storage, list(list_checkpoints(storage)))} if left else set()
         for entry in left:
-            storage.remove(entry.name)
+            if entry.name in present:
+                storage.remove(entry.name)
+        if arguments.unfinished:
+            storage.sweep()
     finally:
         lease.release()
 
@@ -146,7 +151,7 @@ def _old(
 def _left_by_saves(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
     """Return what unfinished saves and deletions left; a replaced checkpoint only if the one of its name is there."""
     committed = {entry.name for entry in entries if entry.status == "committed"}
-    leftovers = storage.leftovers()
+    leftovers = storage.leftovers(settled=True)
     found = []
     for entry in entries:
         if entry.name in leftovers:

@@ -368,9 +368,9 @@ class _FlipABit(Hook):
         LocalStorage.publish = self._publish_damaged  # type: ignore[assignment, method-assign]
 
     @property
-    def _publish_damaged(self) -> Callable[[LocalStorage, str, str, bytes], None]:
-        def publish(storage: LocalStorage, checkpoint: str, attempt: str, manifest: bytes) -> None:
-            self.publish(storage, checkpoint, attempt, manifest)
+    def _publish_damaged(self) -> Callable[..., None]:
+        def publish(storage: LocalStorage, checkpoint: str, *args: Any) -> None:
+            self.publish(storage, checkpoint, *args)
             if checkpoint == "step-4":
                 file = self.folder / checkpoint / "rank-00001.bin"
                 content = bytearray(file.read_bytes())

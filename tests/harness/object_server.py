@@ -47,8 +47,9 @@ def environment(endpoint: str) -> dict[str, str]:
 class Fault:
     """What happens to the next ``times`` requests whose method and path match ``request``.
 
-    ``kind``: "reset", "silence", "status" (without asking the server), "lost" (the server's answer never arrives),
-    "truncated" (half of the answer's body arrives), or "then", which calls ``action`` before the answer is sent.
+    ``kind``: "reset", "silence", "status" (without asking the server), "late" (the server gets the request when the
+    test calls :meth:`ObjectServer.deliver`), "lost" (the server's answer never arrives), "truncated" (half of the
+    answer's body arrives), or "then", which calls ``action`` before the answer is sent.
     """
 
     request: str
@@ -68,6 +69,7 @@ class ObjectServer:
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     silence: float = 2.0
+    late: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
     # The server compares an ETag and replaces the object in two steps, which no real store does.
     one_put_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
@@ -81,6 +83,11 @@ class ObjectServer:
                 fault.times -= 1
                 return fault
         return None
+
+    def deliver(self) -> list[int]:
+        """Send the server what is late; return the status of each answer, which the client never gets."""
+        late, self.late = self.late, []
+        return [self.forward(*request)[0] for request in late]
 
     def forward(
         self, method: str, path: str, headers: dict[str, str], body: bytes
@@ -104,7 +111,9 @@ def _handler(server: ObjectServer) -> type[BaseHTTPRequestHandler]:
             request = f"{self.command} {self.path}"
             server.requests.append(request)
             fault = server.next_fault(request)
-            if fault and fault.kind in ("reset", "silence"):
+            if fault and fault.kind == "late":
+                server.late.append((self.command, self.path, dict(self.headers), body))
+            if fault and fault.kind in ("reset", "silence", "late"):
                 time.sleep(server.silence if fault.kind == "silence" else 0)
                 return self.reset()
             if fault and fault.kind == "status":

@@ -31,7 +31,10 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
         "dist/test_stop_requests.py": ["test_a_second_signal_quits_at_once"],
         "unit/utils/test_stop_signals.py": ["test_in_training_a_later_signal_"],
     },
-    "F3": {"unit/checkpoint/test_local_storage.py": ["test_a_crash_at_any_system_call_"]},
+    "F3": {
+        "unit/checkpoint/test_local_commits.py": ["test_a_crash_at_any_system_call_"],
+        "unit/checkpoint/test_object_checkpoints.py": ["test_a_manifest_that_arrives_", "test_parts_of_files_"],
+    },
     "F4": {
         "integration/test_own_script.py": ["test_a_job_that_is_started_anew_goes_on"],
         "dist/test_lost_rank.py": ["test_a_killed_rank_is_gone"],
@@ -68,7 +71,8 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
     "F18": {"unit/checkpoint/test_lease.py": ["test_"]},
     "F19": {
         "unit/checkpoint/test_format_1.py": ["test_hostile_", "test_a_pickled_object_", "test_links_and_pipes_"],
-        "unit/checkpoint/test_local_storage.py": ["test_names_that_lead_out", "test_links_", "test_what_is_no_regular"],
+        "unit/checkpoint/test_local_storage.py": ["test_links_", "test_what_is_no_regular"],
+        "unit/checkpoint/test_storages.py": ["test_names_that_lead_out"],
     },
     "F21": {
         "dist/test_disturbances.py": ["test_training_takes_no_notice_of_webhooks"],

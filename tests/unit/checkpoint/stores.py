@@ -1,0 +1,30 @@
+"""Storages for tests: patience of their clients, and small files and checkpoints in them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from internlm.checkpoint.object_client import Patience
+from internlm.checkpoint.storage import Storage
+
+HASTY = Patience(connect=5.0, silence=5.0, request=10.0, retry=10.0, first_delay=0.01, longest_delay=0.05)
+SHORT = replace(HASTY, connect=0.5, silence=0.5, retry=1.5)
+#: Bytes of a part of a large object.
+PART = 1000
+
+
+def put(storage: Storage, name: str, content: bytes = b"content") -> None:
+    """Write a file."""
+    with storage.create(name) as sink:
+        sink.write(memoryview(content))
+
+
+def manifest_of(attempt: str) -> bytes:
+    """Return a manifest that names a file of the attempt."""
+    return b'{"files": {"%s/rank-00000.bin": 7}}' % attempt.encode()
+
+
+def save(storage: Storage, checkpoint: str, attempt: str) -> None:
+    """Save a checkpoint whose only file holds the name of the attempt."""
+    put(storage, f"{storage.attempt_folder(checkpoint, attempt)}/rank-00000.bin", attempt.encode())
+    storage.publish(checkpoint, attempt, manifest_of(attempt))
