@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import Storage, partial_name
 from internlm.utils.errors import CheckpointError, Problem, format_by_rank
 
 #: Seconds in which a file must become visible on all hosts; clients of network file systems cache what is missing.
@@ -43,6 +43,18 @@ _MESSAGES = {
     errno.ESTALE: "the file server no longer has this file",
 }
 
+#: What to do about errors of an object store; :data:`STORE_TODO` about others.
+_STORE_TODOS = {
+    errno.EACCES: "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and what they may do there",
+    errno.ENXIO: "Create the bucket, or check its name and AWS_ENDPOINT_URL",
+    errno.ETIMEDOUT: "Check AWS_ENDPOINT_URL, and whether the store runs and can be reached from here",
+    errno.ECONNRESET: "Check AWS_ENDPOINT_URL, and whether the store runs and can be reached from here",
+    errno.EINVAL: "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and AWS_PROFILE",
+    errno.EPROTO: "Check whether AWS_ENDPOINT_URL begins with http:// or https://, and AWS_CA_BUNDLE",
+    errno.ENOSPC: "Free space in the store",
+    errno.EDQUOT: "Free space in the store, or raise the quota",
+}
+STORE_TODO = "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 #: Errors of the way to a file, which say nothing about its content.
 _NOT_OF_CONTENT = {
@@ -71,8 +83,14 @@ def explain(error: OSError) -> str:
 
 
 def problem_of(error: OSError, storage: Storage, todo: str = "Choose a writable folder") -> Problem:
-    """Return the problem of a failed operation of ``storage``."""
-    return Problem(str(error.filename or storage.location), reason_of(error), todo)
+    """Return the problem of a failed operation of ``storage``; ``todo`` is the advice if it is a local folder."""
+    where = str(error.filename or storage.location)
+    return Problem(where, reason_of(error), todo_at(where, error.errno, todo))
+
+
+def todo_at(where: str, number: int | None, local: str) -> str:
+    """Return what to do about an error, ``local`` if ``where`` is not the address of an object."""
+    return _STORE_TODOS.get(number or 0, STORE_TODO) if where.startswith("s3://") else local
 
 
 def on_first_rank(action: Callable[[], T], timeout: float, group: dist.ProcessGroup | None = None) -> T:
@@ -145,8 +163,8 @@ def check_shared(storage: Storage, group: dist.ProcessGroup | None = None) -> No
     """
     if dist.get_world_size(group) == 1:
         return
-    # Named as partial files, which the next run removes if this one is killed.
-    name, token = f".shared.partial-{secrets.token_hex(4)}", secrets.token_hex(8)
+    # The next run removes it if this one is killed.
+    name, token = partial_name("shared"), secrets.token_hex(8)
     is_first = dist.get_rank(group) == 0
     sent: list[tuple[str, str, str, Problem | None]] = [(name, token, storage.path(name), None)]
     if is_first:

@@ -13,7 +13,7 @@ from torch import nn
 
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
-from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of
+from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
@@ -202,7 +202,7 @@ class CheckpointManager:
             except OSError as error:
                 where = self._own_root()
                 message = reason_of(error) if error.filename == where else explain(error)
-                raise CheckpointError(Problem(where, message, TODO)) from None
+                raise CheckpointError(Problem(where, message, todo_at(where, error.errno, TODO))) from None
 
         # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
         return on_first_rank(act, self.exchange.timeout.total_seconds(), self.exchange.group)

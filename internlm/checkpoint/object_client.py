@@ -78,6 +78,7 @@ class ObjectClient:
         }
         # Cached instances and listings would be shared by forked processes, or be out of date.
         self._files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+        self._connected: Any = None
         # A generator of its own: that of the module `random` may be part of the training's state.
         self._random = random.Random()
 
@@ -142,6 +143,11 @@ class ObjectClient:
 
     async def _once(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         client = await self._files.set_session()
+        if client is not self._connected:
+            # The HTTP library bounds the wait for an answer by the time of silence, but not that for "100 Continue".
+            expect = importlib.import_module("botocore.handlers").add_expect_header
+            client.meta.events.unregister("before-call.s3", expect)
+            self._connected = client
         response: dict[str, Any] = await getattr(client, operation)(Bucket=self.address.bucket, **parameters)
         if "Body" in response:
             async with response["Body"] as body:
@@ -192,7 +198,7 @@ def _to_failure(error: Exception) -> _Failure | None:
     if isinstance(error, importlib.import_module("botocore.parsers").ResponseParserError):
         return _Failure(errno.EREMOTEIO, "the answer cannot be read", is_transient=True)
     if isinstance(error, exceptions.NoCredentialsError | exceptions.CredentialRetrievalError):
-        return _Failure(errno.EACCES, f"{message}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return _Failure(errno.EACCES, message)
     if isinstance(error, exceptions.BotoCoreError | ValueError):  # a malformed endpoint is a ValueError
         return _Failure(errno.EINVAL, message)
     return None

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm import accelerator
 from internlm.checkpoint.exchange import Exchange
-from internlm.checkpoint.folder_checks import explain, format_size, reason_of
+from internlm.checkpoint.folder_checks import explain, format_size, reason_of, todo_at
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.planners import LogicalSavePlanner, bytes_of, staging_bytes
 from internlm.checkpoint.save_plan import Plan, agree_on_plan
@@ -158,7 +158,8 @@ class Saver:
         doomed = self._doomed(save.step) if written and not outcome else ()
         outcome, doomed = self.exchange.broadcast((outcome, doomed))
         if outcome:
-            raise CheckpointError(Problem(self.storage.path(save.checkpoint), f"cannot be saved ({outcome})", TODO))
+            where = self.storage.path(save.checkpoint)
+            raise CheckpointError(Problem(where, f"cannot be saved ({outcome})", todo_at(where, None, TODO)))
         if doomed:
             self._prune(writer, results, doomed)
 

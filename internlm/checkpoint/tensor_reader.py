@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from internlm.checkpoint.folder_checks import is_damage, reason_of
+from internlm.checkpoint.folder_checks import is_damage, reason_of, todo_at
 from internlm.checkpoint.manifest import Manifest, Piece
 from internlm.checkpoint.storage import Source, Storage
 from internlm.checkpoint.tensor_writer import blocks_of, memory_of
@@ -186,4 +186,5 @@ def unreadable(error: OSError, path: str) -> CheckpointError:
     """Return the error for a file that cannot be read: of damage, unless the file may be whole."""
     if is_damage(error):
         return DamagedCheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", TODO))
-    return CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", "Make it readable, and start again"))
+    todo = todo_at(path, error.errno, "Make it readable, and start again")
+    return CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", todo))

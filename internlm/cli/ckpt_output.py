@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.folder_checks import reason_of, todo_at
 from internlm.checkpoint.foreign_folders import find_foreign
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, Found, find_checkpoints, plain_names
@@ -34,8 +34,9 @@ def reports_storage_errors(command: F) -> F:
         except BrokenPipeError:  # the reader of the output has closed it
             raise
         except OSError as error:
-            where = printable(str(error.filename or "internlm ckpt"))
-            raise CheckpointError(Problem(where, reason_of(error), "Check the path and its permissions")) from None
+            where = str(error.filename or "internlm ckpt")
+            todo = todo_at(where, error.errno, "Check the path and its permissions")
+            raise CheckpointError(Problem(printable(where), reason_of(error), todo)) from None
 
     return wrapper  # type: ignore[return-value]
 
