@@ -108,14 +108,13 @@ def _delete(storage: Storage, old: Sequence[Entry], left: Sequence[Entry]) -> No
     # A run that is saving must neither lose what it writes nor delete the same checkpoints.
     lease = Lease.acquire(storage, "internlm ckpt prune")
     try:
+        # The run that was saving may have committed an attempt before it released the lease.
+        present = {entry.name for entry in _left_by_saves(storage, list(list_checkpoints(storage)))} if left else set()
         for entry in old:
             storage.withdraw(entry.name, secrets.token_hex(4))
-        # The run that was saving may have committed one of them before it released the lease.
-        present = {entry.name for entry in _left_by_saves(storage, list(list_checkpoints(storage)))} if left else set()
-        for entry in left:
-            if entry.name in present:
-                storage.remove(entry.name)
-        if arguments.unfinished:
+        for name in present.intersection(entry.name for entry in left):
+            storage.remove(name)
+        if left:
             storage.sweep()
     finally:
         lease.release()

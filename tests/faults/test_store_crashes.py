@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from internlm.checkpoint import object_files
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.lease import LEASE_FILE
 from internlm.checkpoint.logical_tensors import LogicalTensor, LogicalTensors
 from internlm.checkpoint.object_client import Answer, ObjectClient, Patience
@@ -136,7 +136,7 @@ def run(storage: ObjectStorage, step: int, value: float, keep_last: int | None =
 
 def save(folder: SaveFolder, step: int, value: float) -> None:
     """Save a checkpoint in a folder that this process owns, and delete those that are not kept."""
-    saver = Saver(folder.storage, folder.check_owner, folder.to_delete, lambda: None, timedelta(seconds=30))
+    saver = Saver(folder.storage, folder.check_owner, folder.to_delete, lambda: None, Exchange())
     state = RunState(**{**run_state(step), "format": 2})
     saver.save(Save(checkpoint=f"step-{step}", step=step, state=state), tensors_of(value))
 
