@@ -76,7 +76,8 @@ MIXED = {
 WIDE = {
     *((kind, Place(8, "whole")) for kind in KINDS if kind != "zbv"),
     *((kind, Place(2, tensor)) for kind in KINDS for tensor in ("mtp", "fsp", "isp")),
-    *((kind, Place(2, "isp, weights alone")) for kind in KINDS if kind != "own"),
+    *((kind, Place(2, "isp, weights alone")) for kind in KINDS if kind != "gpipe"),
+    *((kind, MIXED[kind]) for kind in ("1f1b", "interleaved")),
 }
 
 VOCABULARY = "model.vocab_size=67"

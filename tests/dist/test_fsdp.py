@@ -155,6 +155,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.wide  # test_checkpoint_layouts.py and test_resume.py have rows of it
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_any_loads_what_another_saved(dtype: str, tmp_path: Path) -> None:
     """Bit by bit; and a run that goes on is the run that was not cut."""

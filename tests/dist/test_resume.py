@@ -20,20 +20,31 @@ ROWS = 24
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Samples that fill 24 rows of 32 tokens: 6 steps an epoch."""
-    folder = tmp_path_factory.mktemp("data")
-    samples = [[(i * 7 + j * j) % 64 for j in range(8)] for i in range(ROWS * 4)]
+    """Folder of 24 rows of 32 tokens: 6 steps an epoch."""
+    return _rows(tmp_path_factory, ROWS)
+
+
+@pytest.fixture(scope="module")
+def little_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of 12 rows: 3 steps an epoch."""
+    return _rows(tmp_path_factory, ROWS // 2)
+
+
+def _rows(factory: pytest.TempPathFactory, count: int) -> str:
+    folder = factory.mktemp("data")
+    samples = [[(i * 7 + j * j) % 64 for j in range(8)] for i in range(count * 4)]
     write_bin(folder / "en" / "a.bin", samples)
     return str(folder)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Kind of run: its ranks and overrides, and its steps outside of ``--wide``."""
+    """Kind of run: its ranks and overrides, and its last stop and its steps with little data."""
 
     ranks: int
     overrides: tuple[str, ...] = ()
-    total: int = 8
+    stop: int = 3
+    total: int = 5
 
 
 FLOAT16 = "in float16"
@@ -43,7 +54,7 @@ RUNS: dict[str, Run] = {
     "data": Run(2, total=TOTAL),
     "saved in the background": Run(2, ("ckpt.async_upload=True",)),
     # So that it overflows and grows again.
-    FLOAT16: Run(2, ("model.dtype=torch.float16", "grad_scaler.fp16.growth_interval=1"), total=12),
+    FLOAT16: Run(2, ("model.dtype=torch.float16", "grad_scaler.fp16.growth_interval=1"), stop=6, total=12),
     "fully sharded": Run(2, ("parallel.zero1.fsdp=True", "model.dtype=torch.bfloat16", "ckpt.async_upload=True")),
     "msp": Run(4, ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "model.vocab_size=67")),
     "isp": Run(4, ("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=4")),
@@ -102,21 +113,24 @@ def test_resumed_is_straight(kind: str, when: str, data: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RUNS if kind not in ("one process", "data")])
-def test_any_kind_of_run_resumes_after_its_first_step_and_after_an_epoch(kind: str, data: str, tmp_path: Path) -> None:
+def test_any_kind_of_run_resumes_after_its_first_step_and_after_an_epoch(
+    kind: str, little_data: str, tmp_path: Path
+) -> None:
     run = RUNS[kind]
-    straight = _straight(kind, data, Path(data).parent, run.total)
-    stops = (1, 6, run.total)
+    straight = _straight(kind, little_data, Path(little_data).parent, run.total)
+    stops = (1, run.stop, run.total)
     _assert_straight(
-        [fit(run.ranks, _overrides(data, tmp_path, kind, stop, run.total), stop) for stop in stops], straight
+        [fit(run.ranks, _overrides(little_data, tmp_path, kind, stop, run.total), stop) for stop in stops], straight
     )
 
 
-def test_the_loss_scale_of_the_run_in_float16_changes(data: str) -> None:
+def test_the_loss_scale_of_the_run_in_float16_changes(little_data: str) -> None:
     """Before and after each stop, up and down; otherwise its resumes would show nothing."""
-    straight = _straight(FLOAT16, data, Path(data).parent, RUNS[FLOAT16].total)
+    run = RUNS[FLOAT16]
+    straight = _straight(FLOAT16, little_data, Path(little_data).parent, run.total)
     skipped = [entry[0] for entry in straight.log if not math.isfinite(entry[2])]
     assert len(skipped) == straight.state["inf_nan_skip_batches"]
-    assert {step < 6 for step in skipped} == {True, False}
+    assert {step < run.stop for step in skipped} == {True, False}
 
 
 # -- snapshots

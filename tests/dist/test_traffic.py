@@ -229,7 +229,8 @@ def test_every_layout(layout: Layout) -> None:
 
 #: All cases of a layout run together, so that one layout costs as much as its cases. fsp sends what msp does and more;
 #: test_parallel.py compares the traffic of most cases under mtp.
-EVERY_CASE = [pytest.param(layout, marks=[pytest.mark.wide] if layout.mode in ("mtp", "msp") else []) for layout in FEW]
+NARROW = Layout("fsp", 2), Layout("isp", 4, 2)
+EVERY_CASE = [*NARROW, *(pytest.param(layout, marks=pytest.mark.wide) for layout in FEW if layout not in NARROW)]
 
 
 @pytest.mark.parametrize("layout", EVERY_CASE, ids=str)
@@ -238,7 +239,7 @@ def test_every_case(case: str, layout: Layout) -> None:
     _assert_formula_holds(layout, CASES[case], CASES)
 
 
-@pytest.mark.parametrize("layout", [Layout("isp", 4, 2), Layout("isp", 1, 4)], ids=str)
+@pytest.mark.parametrize("layout", [Layout("isp", 4, 2), pytest.param(Layout("isp", 1, 4), marks=pytest.mark.wide)], ids=str)
 @pytest.mark.parametrize("case", ISP_CASES)
 def test_every_case_of_isp(case: str, layout: Layout) -> None:
     _assert_formula_holds(layout, ISP_CASES[case], ISP_CASES)
@@ -258,7 +259,10 @@ def test_padding_of_weights_in_flat_buffers() -> None:
 
 
 #: What these add to a pipeline alone and to the other layouts is left to the widest sweep.
-WIDE = Pipeline(2, Layout("msp", 2)), Pipeline(2, Layout("isp", 1, 2)), Pipeline(2, Layout("isp", 2, 1))
+WIDE = (
+    *(Pipeline(2, Layout(mode, 2)) for mode in ("mtp", "msp")),
+    *(Pipeline(2, Layout("isp", *sizes)) for sizes in ((1, 2), (2, 1), (4, 2))),
+)
 
 
 @pytest.mark.parametrize(
@@ -269,13 +273,15 @@ def test_every_schedule(pipeline: Pipeline) -> None:
         _assert_formula_holds(pipeline, case, SCHEDULES)
 
 
-@pytest.mark.parametrize("pipeline", LARGE_PIPELINES, ids=str)
+@pytest.mark.parametrize(
+    "pipeline", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in LARGE_PIPELINES], ids=str
+)
 def test_large_pipelines(pipeline: Pipeline) -> None:
     for case in LARGE_CASES.values():
         _assert_formula_holds(pipeline, case, LARGE_CASES)
 
 
-@pytest.mark.parametrize("layout", [Layout("mtp", 1), Layout("fsp", 2), Layout("isp", 1, 2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout("mtp", 1), Layout("fsp", 2), pytest.param(Layout("isp", 1, 2), marks=pytest.mark.wide)], ids=str)
 def test_every_case_of_a_pipeline(layout: Layout) -> None:
     for case in PIPELINE_CASES.values():
         _assert_formula_holds(Pipeline(2, layout), case, PIPELINE_CASES)

@@ -68,6 +68,7 @@ def test_a_signal_to_the_launcher_saves_and_gives_its_exit_code(tmp_path: Path) 
     assert metrics(record)[-1]["step"] == last - 1
 
 
+@pytest.mark.wide  # test_own_script.py has a restart that goes on to the end
 def test_a_rank_that_dies_three_times_is_restarted_twice(tmp_path: Path) -> None:
     """Each attempt resumes from the checkpoints of the one before."""
     attempts = " or ".join(f"ATTEMPT == {n} and {SAVED.format(step=5 * (n + 1))}" for n in range(3))

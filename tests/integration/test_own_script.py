@@ -65,6 +65,7 @@ def test_it_learns(straight: Path) -> None:
     assert _saved(straight) == ["step-20"]
 
 
+@pytest.mark.wide  # the next one sends it to the launcher as well
 def test_sigterm_to_one_rank(straight: Path, data: Path, tmp_path: Path) -> None:
     """Every rank saves and exits with 143; until then the log is that of the straight run, bit by bit."""
     job = _run(tmp_path, data, "--signal_step", "7")
@@ -99,6 +100,7 @@ def test_a_job_that_is_started_anew_goes_on(straight: Path, data: Path, tmp_path
     assert both == [*whole[:first], *whole[5:]]
 
 
+@pytest.mark.wide
 def test_gloo_has_no_thread_when_the_interpreter_ends(tmp_path: Path) -> None:
     """One that still holds a tensor then would, now and then, abort the process."""
     command = [sys.executable, "-m", "tests.integration.scripts.leaving", "--config", "configs/debug/llama2.py"]
