@@ -28,9 +28,7 @@ LIGHT = tuple(
     for name in (
         "checkpoint_trouble",
         "compile",
-        "equivalence",
         "host_reads",
-        "lost_stage",
         "pool",
         "published_families",
         "resume",

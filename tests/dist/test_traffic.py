@@ -222,6 +222,10 @@ def _assert_formula_holds(
     return ranks
 
 
+def _wide(value: Layout | Pipeline) -> object:
+    return pytest.param(value, marks=pytest.mark.wide)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout(layout: Layout) -> None:
     _assert_formula_holds(layout)
@@ -230,7 +234,7 @@ def test_every_layout(layout: Layout) -> None:
 #: All cases of a layout run together, so that one layout costs as much as its cases. fsp sends what msp does and more;
 #: test_parallel.py compares the traffic of most cases under mtp.
 NARROW = Layout("fsp", 2), Layout("isp", 4, 2)
-EVERY_CASE = [*NARROW, *(pytest.param(layout, marks=pytest.mark.wide) for layout in FEW if layout not in NARROW)]
+EVERY_CASE = [*NARROW, *(_wide(layout) for layout in FEW if layout not in NARROW)]
 
 
 @pytest.mark.parametrize("layout", EVERY_CASE, ids=str)
@@ -239,7 +243,7 @@ def test_every_case(case: str, layout: Layout) -> None:
     _assert_formula_holds(layout, CASES[case], CASES)
 
 
-@pytest.mark.parametrize("layout", [Layout("isp", 4, 2), pytest.param(Layout("isp", 1, 4), marks=pytest.mark.wide)], ids=str)
+@pytest.mark.parametrize("layout", [Layout("isp", 4, 2), _wide(Layout("isp", 1, 4))], ids=str)
 @pytest.mark.parametrize("case", ISP_CASES)
 def test_every_case_of_isp(case: str, layout: Layout) -> None:
     _assert_formula_holds(layout, ISP_CASES[case], ISP_CASES)
@@ -265,23 +269,19 @@ WIDE = (
 )
 
 
-@pytest.mark.parametrize(
-    "pipeline", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in PIPELINES], ids=str
-)
+@pytest.mark.parametrize("pipeline", [_wide(p) if p in WIDE else p for p in PIPELINES], ids=str)
 def test_every_schedule(pipeline: Pipeline) -> None:
     for case in SCHEDULES.values():
         _assert_formula_holds(pipeline, case, SCHEDULES)
 
 
-@pytest.mark.parametrize(
-    "pipeline", [pytest.param(p, marks=[pytest.mark.wide] if p in WIDE else []) for p in LARGE_PIPELINES], ids=str
-)
+@pytest.mark.parametrize("pipeline", [_wide(p) if p in WIDE else p for p in LARGE_PIPELINES], ids=str)
 def test_large_pipelines(pipeline: Pipeline) -> None:
     for case in LARGE_CASES.values():
         _assert_formula_holds(pipeline, case, LARGE_CASES)
 
 
-@pytest.mark.parametrize("layout", [Layout("mtp", 1), Layout("fsp", 2), pytest.param(Layout("isp", 1, 2), marks=pytest.mark.wide)], ids=str)
+@pytest.mark.parametrize("layout", [Layout("mtp", 1), Layout("fsp", 2), _wide(Layout("isp", 1, 2))], ids=str)
 def test_every_case_of_a_pipeline(layout: Layout) -> None:
     for case in PIPELINE_CASES.values():
         _assert_formula_holds(Pipeline(2, layout), case, PIPELINE_CASES)

@@ -83,7 +83,7 @@ def test_a_rank_that_dies_three_times_is_restarted_twice(tmp_path: Path) -> None
 
 
 def test_an_error_of_the_user_is_not_followed_by_a_restart(tmp_path: Path) -> None:
-    job = _run(tmp_path, "--nproc-per-node=2", "--max-restarts=3", "--set", "data.train_folder=nowhere")
+    job = _run(tmp_path, "--nproc-per-node=1", "--max-restarts=3", "--set", "data.train_folder=nowhere")
     assert job.returncode == 2
     _assert_one_line(job, "nowhere: no such folder. ")
     assert len([line for line in job.stderr.splitlines() if " INFO " not in line]) == 1, job.stderr

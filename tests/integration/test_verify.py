@@ -123,6 +123,7 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[object
 # -- a process of its own
 
 
+@pytest.mark.wide
 def test_ranks_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
     process = _start(DEBUG, "--set", "data.total_steps=100000", "--steps", "100000", cwd=tmp_path)
     try:

@@ -37,6 +37,7 @@ def test_a_config_file_that_fails(tmp_path: Path) -> None:
     _assert_logged_once(job, f"{file}:2: ZeroDivisionError: division by zero. ")
 
 
+@pytest.mark.wide
 def test_a_bad_sample_in_the_middle_of_a_run(tmp_path: Path) -> None:
     """Only the rank that reads it can log what is wrong. torchrun names its exit code, and leaves nothing behind."""
     write_bin(tmp_path / "data" / "en" / "a.bin", [[1, 2, 3, 4]] * 300 + [[1, 999, 3, 4]] + [[5, 6, 7, 8]] * 300)
