@@ -82,12 +82,9 @@ def test_a_users_model_in_bf16() -> None:
     assert_equal(2, ("model_type=PLAIN",), "bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "steps"),
-    [("float64", 40), *(pytest.param(dtype, 100, marks=pytest.mark.wide) for dtype in ("float64", "float32"))],
-)
-def test_many_steps(dtype: str, steps: int) -> None:
-    report, _ = verify(2, ("data.total_steps=100", "adam.lr=3e-3"), steps=steps, dtype=dtype)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.wide)])
+def test_a_hundred_steps(dtype: str) -> None:
+    report, _ = verify(2, ("data.total_steps=100", "adam.lr=3e-3"), steps=100, dtype=dtype)
     assert [row for row in report.losses if not row.passed] == []
     losses = [row.reference or 0 for row in report.losses]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])  # it does learn, so the comparison means something
