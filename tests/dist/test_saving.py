@@ -428,8 +428,8 @@ class _Recording(LocalStorage):
         self.read_files.append(name)
         return super().open(name)
 
-    def publish(self, checkpoint: str, attempt: str, manifest: bytes) -> None:
-        super().publish(checkpoint, attempt, manifest)
+    def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
+        super().publish(checkpoint, attempt, manifest, check)
         if self.damaged and checkpoint == "step-2":
             path = self.root / checkpoint / self.damaged
             path.write_bytes(path.read_bytes()[:-2] + b"?\n")
