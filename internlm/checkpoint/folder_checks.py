@@ -51,6 +51,7 @@ _STORE_TODOS = {
     errno.ECONNRESET: "Check AWS_ENDPOINT_URL, and whether the store runs and can be reached from here",
     errno.EINVAL: "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and AWS_PROFILE",
     errno.EPROTO: "Check whether AWS_ENDPOINT_URL begins with http:// or https://, and AWS_CA_BUNDLE",
+    errno.EEXIST: "Choose another ckpt.save_ckpt_folder, or stop that run",
     errno.ENOSPC: "Free space in the store",
     errno.EDQUOT: "Free space in the store, or raise the quota",
 }

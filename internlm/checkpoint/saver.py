@@ -17,6 +17,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -43,6 +44,13 @@ TODO = "Free space or choose another folder"
 _savers: set[Saver] = set()
 #: Name of the thread that writes in the background, for stack dumps.
 THREAD = "checkpoint"
+
+
+class _Failure(NamedTuple):
+    """Why a checkpoint cannot be saved, and what to do."""
+
+    message: str
+    todo: str
 
 
 class Saver:
@@ -145,21 +153,21 @@ class Saver:
     def _write(self, save: Save, plan: Plan, planner: LogicalSavePlanner, attempt: str) -> None:
         """Write, commit and prune; collective."""
         writer = TensorWriter(self.storage, save, attempt, dist.get_rank(), self.before_commit)
-        results, failure = list[WriteResult](), ""
+        results, failure = list[WriteResult](), None
         try:
             results = writer.write_data(plan.own, planner).value()
         except OSError as error:
-            failure = self._explain(error, plan.own)
+            failure = _Failure(self._explain(error, plan.own), self._todo(error))
         except Exception as error:  # the other ranks must not wait for the results
             log.exception("a checkpoint cannot be written")
-            failure = repr(error)
+            failure = _Failure(repr(error), TODO)
         written = self.exchange.gather((results, failure))
-        outcome = self._commit(writer, plan, written) if written else ""
+        outcome = self._commit(writer, plan, written) if written else None
         doomed = self._doomed(save.step) if written and not outcome else ()
         outcome, doomed = self.exchange.broadcast((outcome, doomed))
         if outcome:
-            where = self.storage.path(save.checkpoint)
-            raise CheckpointError(Problem(where, f"cannot be saved ({outcome})", todo_at(where, None, TODO)))
+            message = f"cannot be saved ({outcome.message})"
+            raise CheckpointError(Problem(self.storage.path(save.checkpoint), message, outcome.todo))
         if doomed:
             self._prune(writer, results, doomed)
 
@@ -170,25 +178,34 @@ class Saver:
         rest = "" if free is None else f", {format_size(free)} free at {self.storage.location}"
         return f"{reason_of(error)}: need {format_size(bytes_of(plan))}{rest}"
 
-    def _commit(self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], str]]) -> str:
-        """Publish what all ranks have written; return why that is impossible, or an empty string."""
-        failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(written) if failure]
+    def _todo(self, error: OSError) -> str:
+        return todo_at(str(error.filename or self.storage.location), error.errno, TODO)
+
+    def _commit(
+        self, writer: TensorWriter, plan: Plan, written: Sequence[tuple[list[WriteResult], _Failure | None]]
+    ) -> _Failure | None:
+        """Publish what all ranks have written; return why that is impossible, or None."""
+        failures = [
+            _Failure(f"rank {rank}: {failure.message}", failure.todo)
+            for rank, (_, failure) in enumerate(written)
+            if failure
+        ]
         try:
             if not failures:
                 assert plan.metadata is not None
                 writer.finish(plan.metadata, [results for results, _ in written])
-                return ""
+                return None
         except OSError as error:
-            failures = [explain(error)]
+            failures = [_Failure(explain(error), self._todo(error))]
         except CheckpointError as error:
-            failures = [str(error)]
+            failures = [_Failure(str(error), "")]  # says what to do
         except Exception as error:  # the other ranks must not wait for the outcome
             log.exception("a checkpoint cannot be committed")
-            failures = [repr(error)]
+            failures = [_Failure(repr(error), TODO)]
         with suppress(OSError):
             self.storage.discard(writer.save.checkpoint, writer.attempt)
         more = f"; and {len(failures) - MOST_FAILURES} more ranks" if len(failures) > MOST_FAILURES else ""
-        return "; ".join(failures[:MOST_FAILURES]) + more
+        return _Failure("; ".join(failure.message for failure in failures[:MOST_FAILURES]) + more, failures[0].todo)
 
     def _doomed(self, step: int) -> Sequence[str]:
         """Return the names of the checkpoints to delete; none, if the storage does not list them."""

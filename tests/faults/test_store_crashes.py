@@ -199,6 +199,13 @@ def test_every_request_of_a_save_may_be_the_last(
     assert last > 15
 
 
+def test_a_save_that_a_store_fails_says_what_to_check(connected: ObjectStorage) -> None:
+    client = InjuredClient(connected._client, 1, CAUSES["failed before"], ("upload_",))
+    message = r"step-1: cannot be saved \(rank 0: s3://.*: no answer in time\)\. Check AWS_ENDPOINT_URL, and whether"
+    with pytest.raises(CheckpointError, match=message):
+        run(in_folder(connected, "fails", client), 1, OLDER)
+
+
 def _check(storage: ObjectStorage, client: InjuredClient, old: dict[str, float], value: float) -> None:
     """Check what a save has left, what the next owner makes of it, and that the same step can be saved again."""
     injured = f"request {client.last}, {client.requests[client.last - 1]}"

@@ -170,6 +170,7 @@ UNUSABLE: dict[str, tuple[dict[str, str | None] | Fault | str, str, str]] = {
     "no bucket": ("none-such", "not exist", "Create the bucket, or check its name and AWS_ENDPOINT_URL"),
     "unknown key": (Fault("", "status", status=403, code="InvalidAccessKeyId"), "InvalidAccessKeyId", CREDENTIALS),
     "wrong secret": (Fault("", "status", status=403, code="SignatureDoesNotMatch"), "SignatureDoes", CREDENTIALS),
+    "another run": (Fault("", "status", status=412, code="PreconditionFailed"), "HTTP 412", "or stop that run"),
     "forbidden": (Fault("", "status", status=403, code="AccessDenied"), "AccessDenied", CREDENTIALS),
     "expired": (Fault("", "status", status=400, code="ExpiredToken"), "ExpiredToken", CREDENTIALS),
     "wrong region": (
