@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -21,12 +21,23 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from internlm.checkpoint.folder_checks import is_damage, reason_of, todo_at
-from internlm.checkpoint.manifest import Manifest, Piece
+from internlm.checkpoint.manifest import Manifest, Piece, TensorRecord
 from internlm.checkpoint.storage import Source, Storage
 from internlm.checkpoint.tensor_writer import blocks_of, memory_of
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 TODO = "Choose another checkpoint"
+
+
+class _Read(NamedTuple):
+    """Piece to read, and where to."""
+
+    piece: Piece
+    record: TensorRecord
+    items: list[ReadItem]
+    targets: list[Tensor]
+    memory: memoryview | None
+    """Bytes of the only target, if the piece has the same; None: a part of the piece is copied to each target."""
 
 
 class TensorReader(StorageReader):
@@ -70,36 +81,41 @@ class TensorReader(StorageReader):
         items: dict[MetadataIndex, list[ReadItem]] = {}
         for item in plan.items:
             items.setdefault(MetadataIndex(item.storage_index.fqn, item.storage_index.offset), []).append(item)
-        by_file: dict[str, list[tuple[Piece, MetadataIndex]]] = {}
-        for index in items:
-            piece = self._pieces[index]
-            by_file.setdefault(piece.file, []).append((piece, index))
-        for file, pieces in by_file.items():
+        by_file: dict[str, list[_Read]] = {}
+        # Before anything is read: afterwards the caches of the processor hold data, and this takes much longer.
+        for index, of_piece in items.items():
+            read = self._prepare(self._pieces[index], of_piece, planner)
+            by_file.setdefault(read.piece.file, []).append(read)
+        for file, reads in by_file.items():
             size = self.manifest.files[file].size
             with OpenFile(self.storage, f"{self.folder}/{file}", size) as source:
-                for piece, index in sorted(pieces, key=lambda entry: entry[0].position):
-                    self._read_piece(source, piece, items[index], planner)
+                for read in sorted(reads, key=lambda read: read.piece.position):
+                    self._read_piece(source, read)
+                    for item, target in zip(read.items, read.targets, strict=True):
+                        planner.commit_tensor(item, target)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_piece(self, source: OpenFile, piece: Piece, items: list[ReadItem], planner: LoadPlanner) -> None:
+    def _prepare(self, piece: Piece, items: list[ReadItem], planner: LoadPlanner) -> _Read:
         record = self.manifest.tensors[items[0].storage_index.fqn]
         targets = [planner.resolve_tensor(item).detach() for item in items]
-        size = record.piece_bytes(piece)
-        if len(items) == 1 and _is_same_memory(targets[0], record.torch_dtype, size):
-            source.read_verified(piece, memory_of(targets[0]))
-        else:
-            stored = self._buffer(size).view(record.torch_dtype).view(piece.sizes)
-            source.read_verified(piece, memory_of(stored))
-            for item, target in zip(items, targets, strict=True):
-                part = stored
-                for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    part = part.narrow(dim, offset, length)
-                target.copy_(part)
-        for item, target in zip(items, targets, strict=True):
-            planner.commit_tensor(item, target)
+        whole = len(items) == 1 and _is_same_memory(targets[0], record.torch_dtype, record.piece_bytes(piece))
+        return _Read(piece, record, items, targets, memory_of(targets[0]) if whole else None)
+
+    def _read_piece(self, source: OpenFile, read: _Read) -> None:
+        if read.memory is not None:
+            source.read_verified(read.piece, read.memory)
+            return
+        dtype = read.record.torch_dtype
+        stored = self._buffer(read.record.piece_bytes(read.piece)).view(dtype).view(read.piece.sizes)
+        source.read_verified(read.piece, memory_of(stored))
+        for item, target in zip(read.items, read.targets, strict=True):
+            part = stored
+            for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, offset, length)
+            target.copy_(part)
 
     def _buffer(self, size: int) -> Tensor:
         if self._scratch.numel() < size:
