@@ -31,6 +31,11 @@ class LogicalSavePlanner(DefaultSavePlanner):
         staged = self._staged.get(index)
         return self._piece(index) if staged is None else staged
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether the pieces that this rank writes were copied to host memory."""
+        return bool(self._staged)
+
     def _piece(self, index: MetadataIndex) -> Tensor:
         logical = self.state_dict[index.fqn]
         piece: Tensor = logical.piece(index.offset).to(logical.dtype)

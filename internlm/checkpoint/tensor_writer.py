@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -29,6 +29,7 @@ from internlm.checkpoint.manifest import (
     TensorRecord,
     checksum,
 )
+from internlm.checkpoint.planners import LogicalSavePlanner
 from internlm.checkpoint.run_state import LARGEST_STATE, RunState
 from internlm.checkpoint.storage import MANIFEST, Storage
 
@@ -83,13 +84,15 @@ class TensorWriter(StorageWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         results, position = [], 0
+        contents: Iterable[memoryview] = (_content(planner, item) for item in plan.items)
+        if isinstance(planner, LogicalSavePlanner) and planner.is_staged:
+            # Views, which need no memory. Between writes the caches of the processor hold data, and this takes longer.
+            contents = list(contents)
         with self.storage.create(f"{self.folder}/{self.file}") as sink:
-            for item in plan.items:
+            for item, content in zip(plan.items, contents, strict=True):
                 assert item.tensor_data is not None
                 assert item.index.offset is not None
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, Tensor), item
-                hasher, content = xxhash.xxh3_128(), memory_of(tensor.detach().cpu().contiguous())
+                hasher = xxhash.xxh3_128()
                 for _, block in blocks_of(content):
                     hasher.update(block)
                     sink.write(block)
@@ -157,6 +160,12 @@ class TensorWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return False: the storage and the name are given to the constructor."""
         return False
+
+
+def _content(planner: SavePlanner, item: WriteItem) -> memoryview:
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, Tensor), item
+    return memory_of(tensor.detach().cpu().contiguous())
 
 
 def _record(stored: TensorStorageMetadata, pieces: list[Piece]) -> TensorRecord:
