@@ -300,7 +300,7 @@ MISTAKES = (
         file="core/trainer.py",
         old="step=self.state.step, loss_scale=",
         new='step=next(vars(self).setdefault("_steps", iter(range(10**9)))), loss_scale=',
-        tests=("tests/dist/test_resume.py", "-k", "2-mid-epoch"),
+        tests=("tests/dist/test_resume.py", "-k", "data-mid-epoch"),
     ),
     Mistake(
         name="gradients are taken for complete as with the first number of micro-batches",
