@@ -129,8 +129,8 @@ def _noted_saves(journal: Journal) -> Iterator[list[str]]:
             journal.note(what.checkpoint, BEGUN)
         save(self, what, tensors, background)
 
-    def noted_publish(self: LocalStorage, checkpoint: str, attempt: str, manifest: bytes) -> None:
-        publish(self, checkpoint, attempt, manifest)
+    def noted_publish(self: LocalStorage, checkpoint: str, attempt: str, manifest: bytes, *check: Any) -> None:
+        publish(self, checkpoint, attempt, manifest, *check)
         journal(Call("note", checkpoint, PUBLISHED, manifest), lambda: None)
 
     Saver.save, LocalStorage.publish = noted_save, noted_publish  # type: ignore[method-assign]

@@ -110,7 +110,7 @@ def _run_until_killed(
         (1, 9, ("ckpt.async_upload=True",)),
         pytest.param(0, 9, ("ckpt.async_upload=True",), marks=pytest.mark.wide),
         pytest.param(1, 9, (), marks=pytest.mark.wide),
-        pytest.param(0, 60, (), marks=pytest.mark.wide),
+        pytest.param(0, 45, (), marks=pytest.mark.wide),
     ],
 )
 def test_the_others_name_a_rank_that_is_killed_while_it_writes_and_publish_nothing(
@@ -162,7 +162,6 @@ def test_a_job_one_rank_of_which_is_killed_in_its_second_save_finishes_bitwise(t
     overrides = (*ckpts, "data.micro_num=1")
     job = script(str(file), 2, "configs/debug/internlm2.py", tmp_path, *overrides, launcher=("--max-restarts=1",))
     assert (job.returncode, job.left_behind) == (0, 0), job.stderr
-    assert re.search(r"exitcode: -9", job.stderr), job.stderr
     assert job.stderr.count("ignored unfinished checkpoint step-4 in ") == 1, job.stderr
     assert re.search(r"resumed from .*/step-2 at step 2", job.stderr), job.stderr
     (record,) = records(tmp_path)
