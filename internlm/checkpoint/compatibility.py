@@ -6,13 +6,17 @@ Each function yields one :class:`Problem` per difference, so that all difference
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, get_args
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from internlm.checkpoint.logical_tensors import LogicalTensors
-from internlm.config.schema.model import Dtype
+from internlm.config.nested_dict import ABSENT
+from internlm.config.schema.model import Dtype, ModelConfig
+from internlm.model.families import FAMILIES, Family, spec_of
+from internlm.model.registry import is_built_in, model_initializer
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
 
@@ -63,6 +67,46 @@ WITHOUT_SAMPLER = "or set ckpt.auto_resume=False and load content=('model', 'opt
 # -- configs
 
 
+def with_family_defaults(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return two resolved configs such that equal models have equal keys: an unset key and its default are the same.
+
+    Between built-in families, the defaults of the family are filled in, and ``model_type`` and ``model.no_bias``, which
+    act through these keys alone, are left out. Configs of a user's own model are returned as they are.
+    """
+    name = now.get("model_type")
+    names = [saved.get("model_type", name), name]
+    families = [_built_in_family(name) for name in names]
+    return _with_defaults(saved, *families), _with_defaults(now, *reversed(families))
+
+
+def _built_in_family(name: Any) -> Family | None:
+    """Return the family of a model type; None if it is not built in, or a user's own type has taken its name."""
+    if not isinstance(name, str) or (name in model_initializer and not is_built_in(name)):
+        return None
+    return FAMILIES.get(name)
+
+
+def _with_defaults(config: Mapping[str, Any], family: Family | None, other: Family | None) -> dict[str, Any]:
+    if family is None or other is None:
+        return dict(config)
+    model = config["model"]
+    # Values of a checkpoint may be of any type. spec_of tests them for truth, and does not compute with them.
+    known = {key: model[key] for key in ModelConfig.model_fields if key in model}
+    spec = spec_of(family, ModelConfig.model_construct(**known))
+    defaults = {field.name: getattr(spec, field.name) for field in fields(Family) if field.name in model}
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    return {**rest, "model": {key: value for key, value in {**model, **defaults}.items() if key != "no_bias"}}
+
+
+def _described(config: Mapping[str, Any], key: str, value: Any) -> str:
+    """Format the value of a key of ``model`` with its origin, if this is not the key itself."""
+    if config["model"].get(key) == value:
+        return repr(value)
+    is_overridden = key.endswith("_bias") and config["model"].get("no_bias")
+    default = f"the default of {config.get('model_type', 'the model type')}"
+    return f"{value!r} ({'model.no_bias=True' if is_overridden else default})"
+
+
 def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield a problem for each field of the architecture that differs between two resolved configs.
 
@@ -73,12 +117,16 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
         saved: Config of the checkpoint.
         now: Config of the run.
     """
-    then, now_model = saved["model"], now["model"]
-    fields = [("model_type", saved.get("model_type"), now.get("model_type"))] if "model_type" in saved else []
-    fields += [(f"model.{key}", then[key], now_model.get(key)) for key in ARCHITECTURE if key in then]
-    for key, old, new in fields:
-        if old != new:
-            yield Problem(key, f"{new!r}, but {folder} was saved with {old!r}", "Use the config of the checkpoint")
+    then, wanted = with_family_defaults(saved, now)
+    todo = "Use the config of the checkpoint"
+    if "model_type" in then and then["model_type"] != wanted.get("model_type"):
+        message = f"{wanted.get('model_type')!r}, but {folder} was saved with {then['model_type']!r}"
+        yield Problem("model_type", message, todo)
+    for key in ARCHITECTURE:
+        old, new = then["model"].get(key, ABSENT), wanted["model"].get(key)
+        if old not in (ABSENT, new):
+            message = f"{_described(now, key, new)}, but {folder} was saved with {_described(saved, key, old)}"
+            yield Problem(f"model.{key}", message, todo)
 
 
 def other_mathematics(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
@@ -91,12 +139,12 @@ def other_mathematics(folder: str, saved: Mapping[str, Any], now: Mapping[str, A
         saved: Config of the checkpoint.
         now: Config of the run.
     """
-    then, wanted = saved["model"], now["model"]
+    then, wanted = (config["model"] for config in with_family_defaults(saved, now))
     for key in MATHEMATICS:
-        if key in then and then[key] != wanted.get(key) and has_effect(key, then, wanted):
-            message = (
-                f"{wanted.get(key)!r}, but {folder} was saved with {then[key]!r}; this changes what the model computes"
-            )
+        old, new = then.get(key, ABSENT), wanted.get(key)
+        if old not in (ABSENT, new) and has_effect(key, then, wanted):
+            values = f"{_described(now, key, new)}, but {folder} was saved with {_described(saved, key, old)}"
+            message = f"{values}; this changes what the model computes"
             yield Problem(f"model.{key}", message, f"Restore the saved value, {WITH_ANOTHER_MODEL}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from internlm.checkpoint.compatibility import MATHEMATICS, has_effect
+from internlm.checkpoint.compatibility import MATHEMATICS, has_effect, with_family_defaults
 from internlm.checkpoint.run_state import RunState, current_versions
 from internlm.config import keys, nested_dict
 from internlm.config.nested_dict import ABSENT
@@ -145,6 +145,7 @@ def learning_rate_jump(saved: RunState, now: Mapping[str, Any]) -> str:
 
 def _config_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield each key with an effect on results, its saved value, and that of the run."""
+    saved, now = with_family_defaults(saved, now)
     models = [config["model"] for config in (saved, now)]
     for key in keys.fields():
         if keys.is_section(key) or keys.is_of_list(key) or nested_dict.within(key, WITHOUT_EFFECT):

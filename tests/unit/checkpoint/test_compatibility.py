@@ -17,12 +17,13 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.config.nested_dict import put
 from internlm.config.schema import ModelConfig
+from internlm.model.registry import model_initializer
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 from tests.unit.checkpoint.samples import in_ranges, save
 from tests.unit.model.samples import decoder, tokens
 
 CONFIG: dict[str, Any] = {
-    "model_type": "LLAMA2",
+    "model_type": "OWN",  # registered by a user, without defaults
     "model": {**dict.fromkeys(compatibility.ARCHITECTURE, 1), "dtype": "torch.float32", "checkpoint": False},
     "data": {"seq_len": 8, "micro_bsz": 2, "use_packed_dataset": True, "pack_sample_into_one": False, "micro_num": 4},
 }
@@ -61,7 +62,7 @@ def test_what_another_version_has_not_saved_is_no_difference() -> None:
 def test_another_architecture_is_told_field_by_field() -> None:
     now = changed(CONFIG, model_type="INTERNLM2", model__num_layers=3, model__num_kv_attention_heads=None)
     assert texts(compatibility.other_architecture("step-1", CONFIG, now)) == [
-        "model_type: 'INTERNLM2', but step-1 was saved with 'LLAMA2'. Use the config of the checkpoint",
+        "model_type: 'INTERNLM2', but step-1 was saved with 'OWN'. Use the config of the checkpoint",
         "model.num_layers: 3, but step-1 was saved with 1. Use the config of the checkpoint",
         "model.num_kv_attention_heads: None, but step-1 was saved with 1. Use the config of the checkpoint",
     ]
@@ -71,6 +72,62 @@ def test_another_architecture_is_told_field_by_field() -> None:
 def test_every_field_of_the_architecture_counts(key: str) -> None:
     (problem,) = compatibility.other_architecture("step-1", CONFIG, changed(CONFIG, **{f"model__{key}": 7}))
     assert problem.where == f"model.{key}"
+
+
+UNSET: dict[str, Any] = {"qkv_bias": None, "o_bias": None, "mlp_bias": None, "no_bias": None, "qk_interleaved": None}
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        *texts(compatibility.other_architecture("step-1", saved, now)),
+        *texts(compatibility.other_mathematics("step-1", saved, now)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("INTERNLM2", {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_interleaved": False}),
+        ("INTERNLM2", {"no_bias": False}),
+        ("INTERNLM2", {"no_bias": True}),
+        ("LLAMA", {}),
+        ("INTERNLM", {"no_bias": True}),
+        ("INTERNLM", {"qkv_bias": False, "o_bias": False}),
+    ],
+)
+def test_defaults_that_are_written_out_are_no_difference(family: str, model: dict[str, Any]) -> None:
+    defaults = {"model_type": "INTERNLM2", "model": UNSET}
+    written = {"model_type": family, "model": UNSET | model}
+    assert differences(defaults, written) == []
+    assert differences(written, defaults) == []
+
+
+def test_what_differs_is_told_with_the_origin_of_its_values() -> None:
+    saved = {"model_type": "INTERNLM", "model": UNSET | {"qk_interleaved": True}}
+    todo = "Use the config of the checkpoint"
+    assert differences(saved, {"model_type": "INTERNLM", "model": UNSET | {"o_bias": False, "no_bias": True}}) == [
+        "model.qkv_bias: False (model.no_bias=True), but step-1 was saved with True (the default of INTERNLM). " + todo,
+        "model.o_bias: False, but step-1 was saved with True (the default of INTERNLM). " + todo,
+        "model.qk_interleaved: False (the default of INTERNLM), but step-1 was saved with True; this changes what the "
+        "model computes. Restore the saved value, or set ckpt.allow_model_changes=True to load the weights into the "
+        "changed model",
+    ]
+
+
+def test_a_type_that_a_user_registered_has_no_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_initializer._modules, "LLAMA", lambda config: None)
+    saved = {"model_type": "LLAMA", "model": UNSET}
+    (problem,) = compatibility.other_architecture("step-1", saved, {"model_type": "LLAMA2", "model": UNSET})
+    assert problem.where == "model_type"
+    (problem,) = compatibility.other_architecture("step-1", saved, changed(saved, model__qkv_bias=False))
+    assert problem.where == "model.qkv_bias"
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", 1e300, -1])
+@pytest.mark.parametrize("key", ["model_type", *(f"model__{key}" for key in UNSET)])
+def test_a_saved_value_of_another_type_is_no_error(key: str, value: Any) -> None:
+    now = {"model_type": "INTERNLM2", "model": UNSET}
+    assert isinstance(differences(changed(now, **{key: value}), now), list)
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.tf32"])

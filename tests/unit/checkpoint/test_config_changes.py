@@ -71,6 +71,8 @@ def test_the_same_settings_are_no_change() -> None:
         # Neither layout nor speed nor initial values change the results of a run that continues.
         ({"model__embedding_init_std": 0.5, "model__checkpoint": True, "data__num_worker": 0, "enable_tb": False}, {}),
         ({"model__max_position_embeddings": 4096}, {}),
+        # The saved values, by defaults of another model type.
+        ({"model_type": "LLAMA2", "model__qkv_bias": True, "model__o_bias": True, "model__no_bias": False}, {}),
         ({"ckpt__auto_resume": False, "monitor__alert__feishu_alert_address": "https://host/token"}, {}),
     ],
 )
