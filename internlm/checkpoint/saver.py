@@ -17,6 +17,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -218,10 +219,11 @@ class Saver:
     def _prune(self, writer: TensorWriter, results: Sequence[WriteResult], doomed: Sequence[str]) -> None:
         """Delete the checkpoints ``doomed``, unless the new one does not verify when it is read back."""
         checkpoint, attempt = writer.save.checkpoint, writer.attempt
-        found = self.exchange.gather(damaged_files(self.storage, checkpoint, written_files(writer, results)))
+        found = self.exchange.gather(self._read_back(writer, results))
         problems = [problem for of_rank in found for problem in of_rank]
         if problems:
-            log.error(f"{checkpoint} does not verify, so older checkpoints are kept: {problems[0]}")
+            reason = replace(problems[0], todo="")  # the run goes on
+            log.error(f"{checkpoint} does not verify, so older checkpoints are kept: {reason}")
             return
         for name in doomed if found else ():
             try:
@@ -232,6 +234,20 @@ class Saver:
                 return
             except OSError as error:
                 log.warning(f"{self.storage.path(name)} cannot be deleted ({explain(error)})")
+
+    def _read_back(self, writer: TensorWriter, results: Sequence[WriteResult]) -> list[Problem]:
+        """Read what this rank has written, and return why it does not verify.
+
+        The checkpoint is committed: a file server that fails now must not end the run, nor keep other ranks waiting.
+        """
+        checkpoint = writer.save.checkpoint
+        try:
+            return damaged_files(self.storage, checkpoint, written_files(writer, results))
+        except CheckpointError as error:
+            return [*error.problems]
+        except Exception as error:
+            log.exception("a checkpoint cannot be read back")
+            return [Problem(self.storage.path(checkpoint), repr(error))]
 
 
 def finish_saves() -> None:

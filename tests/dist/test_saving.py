@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import resource
 import subprocess
@@ -421,12 +423,14 @@ def test_nothing_is_deleted_after_the_folder_got_another_owner(tmp_path: Path) -
 class _Recording(LocalStorage):
     """Storage that records what is read, and damages a file of the second checkpoint when it is published."""
 
-    def __init__(self, folder: str, damaged: str) -> None:
+    def __init__(self, folder: str, damaged: str, out_of_reach: str) -> None:
         super().__init__(folder)
-        self.damaged, self.read_files = damaged, list[str]()
+        self.damaged, self.out_of_reach, self.read_files = damaged, out_of_reach, list[str]()
 
     def open(self, name: str) -> LocalSource:
         self.read_files.append(name)
+        if name == self.out_of_reach:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path(name))
         return super().open(name)
 
     def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
@@ -436,13 +440,15 @@ class _Recording(LocalStorage):
             path.write_bytes(path.read_bytes()[:-2] + b"?\n")
 
 
-def _save_two(rank: int, world_size: int, folder: str, damaged: str) -> tuple[list[str], list[str]]:
+def _save_two(
+    rank: int, world_size: int, folder: str, damaged: str = "", out_of_reach: str = ""
+) -> tuple[list[str], list[str]]:
     """Keep the last of two checkpoints; return what this rank has read, and the checkpoints that are left."""
 
     def older(step: int) -> list[str]:
         return ["step-1"] if step == 2 else []
 
-    storage = _Recording(folder, damaged)
+    storage = _Recording(folder, damaged, out_of_reach)
     saver = Saver(storage, lambda: None, older, lambda: None, Exchange())
     for step in (1, 2):
         saver.save(_save(step), {f"{name}/{rank}": LogicalTensor.whole(torch.ones(9)) for name in "ab"})
@@ -452,7 +458,7 @@ def _save_two(rank: int, world_size: int, folder: str, damaged: str) -> tuple[li
 
 def test_each_rank_reads_back_what_it_wrote_and_no_list_of_all_pieces(tmp_path: Path) -> None:
     """The manifest of many ranks is large; rank 0 compares its bytes with those that it wrote."""
-    (first, left), (second, _) = run_ranks(2, _save_two, str(tmp_path), "")
+    (first, left), (second, _) = run_ranks(2, _save_two, str(tmp_path))
     assert first == [f"step-2/{name}" for name in ("rank-00000.bin", "state.json", "manifest.json")]
     assert second == ["step-2/rank-00001.bin"]
     assert left == ["step-2"]
@@ -461,6 +467,13 @@ def test_each_rank_reads_back_what_it_wrote_and_no_list_of_all_pieces(tmp_path: 
 @pytest.mark.parametrize("damaged", ["state.json", "manifest.json"])
 def test_no_checkpoint_is_deleted_if_a_file_without_tensors_is_damaged(damaged: str, tmp_path: Path) -> None:
     ((_, left),) = run_ranks(1, _save_two, str(tmp_path), damaged)
+    assert left == ["step-1", "step-2"]
+
+
+def test_a_file_that_is_out_of_reach_for_reading_back_ends_no_run_and_keeps_older_checkpoints(tmp_path: Path) -> None:
+    """On one rank, after the commit; the others go on, too."""
+    (_, left), (read, _) = run_ranks(2, _save_two, str(tmp_path), "", "step-2/rank-00001.bin")
+    assert read == ["step-2/rank-00001.bin"]
     assert left == ["step-1", "step-2"]
 
 
