@@ -188,8 +188,7 @@ class LocalStorage:
         doomed = f"{checkpoint}{DELETING}{attempt}"
         self._files.rename(checkpoint, doomed)
         self._files.sync_folder("")
-        with suppress(OSError):
-            self.remove(doomed)
+        self.remove(doomed)
 
     def remove(self, folder: str) -> None:
         """Remove a folder with all of its files; of a symbolic link, remove the link."""

@@ -182,8 +182,7 @@ class ObjectStorage:
         key = self._key(f"{checkpoint}/{MANIFEST}")
         self._client.call("head_object", key)
         self._client.call("delete_object", key)
-        with suppress(OSError):
-            self.remove(checkpoint)
+        self.remove(checkpoint)
 
     def remove(self, folder: str) -> None:
         """Delete all objects in a folder, or one object, and abort uploads into the folder."""

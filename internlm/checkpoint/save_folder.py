@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
+from internlm.checkpoint.folder_checks import explain
 from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, not_followed, plain_names
@@ -72,10 +73,11 @@ class SaveFolder:
             self._lease = None
 
     def tidy(self) -> list[str]:
-        """Remove what unfinished saves left; return the names of the committed checkpoints, newest first.
+        """Remove what unfinished saves and deletions left; return the names of the checkpoints, newest first.
 
         A checkpoint that an unfinished save was about to replace gets its name back. One that was replaced is removed
-        if its successor verifies. Only the owner calls this, so no live run has an unfinished save there.
+        if its successor verifies. Only the owner calls this, so no live run has an unfinished save there. What cannot
+        be removed is left, with a warning: it takes space, but harms no checkpoint.
         """
         self.storage.sweep()
         for name in self.storage.restore():
@@ -88,7 +90,10 @@ class SaveFolder:
                 committed.remove(folder)
             else:  # the replaced one is what a run falls back to
                 continue
-            self.storage.remove(folder)
+            try:
+                self.storage.remove(folder)
+            except OSError as error:
+                log.warning(f"{self.storage.path(folder)} cannot be deleted ({explain(error)})")
         return committed
 
     def _verifies(self, name: str) -> bool:

@@ -117,7 +117,11 @@ class Storage(Protocol):
         """Remove the files of an attempt that failed, unless it was published after all, or may still be."""
 
     def withdraw(self, checkpoint: str, attempt: str) -> None:
-        """Delete a committed checkpoint; from the first moment on it does not count as committed."""
+        """Delete a committed checkpoint; from the first moment on it does not count as committed.
+
+        Raises:
+            OSError: It cannot be deleted. If its files alone are left, they are one of the :meth:`leftovers`.
+        """
 
     def remove(self, folder: str) -> None:
         """Remove a folder with all of its files, or a file, whether it exists or not."""

@@ -8,7 +8,9 @@ import re
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from internlm.checkpoint.folder_checks import problem_of
 from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.listing import Entry, list_checkpoints, live_owner
 from internlm.checkpoint.save_folder import not_kept
@@ -104,20 +106,30 @@ def prune(arguments: argparse.Namespace) -> None:
 
 
 def _delete(storage: Storage, old: Sequence[Entry], left: Sequence[Entry]) -> None:
-    """Delete old checkpoints, and what unfinished saves left, while holding the lease of the folder."""
+    """Delete old checkpoints, and what unfinished saves left, while holding the lease of the folder.
+
+    Raises:
+        CheckpointError: A live run owns the folder, or some of them cannot be deleted. The others are.
+    """
     # A run that is saving must neither lose what it writes nor delete the same checkpoints.
     lease = Lease.acquire(storage, "internlm ckpt prune")
     try:
         # The run that was saving may have committed an attempt before it released the lease.
         present = {entry.name for entry in _left_by_saves(storage, list(list_checkpoints(storage)))} if left else set()
-        for entry in old:
-            storage.withdraw(entry.name, secrets.token_hex(4))
-        for name in present.intersection(entry.name for entry in left):
-            storage.remove(name)
+        deletions = [partial(storage.withdraw, entry.name, secrets.token_hex(4)) for entry in old]
+        deletions += [partial(storage.remove, entry.name) for entry in left if entry.name in present]
+        problems = []
+        for delete in deletions:
+            try:
+                delete()
+            except OSError as error:
+                problems.append(problem_of(error, storage, "Make it writable, or delete it"))
         if left:
             storage.sweep()
     finally:
         lease.release()
+    if problems:
+        raise CheckpointError(*problems)
 
 
 def _old(

@@ -1,9 +1,12 @@
-"""Object stores for tests: one server of the S3 protocol, and a folder of its own for each test."""
+"""Storages for tests: one server of the S3 protocol with a folder for each test, and a folder of another user."""
 
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,8 @@ from internlm.checkpoint.object_storage import ObjectStorage
 from internlm.config.schema.fields import ObjectAddress
 from tests.harness.object_server import BUCKET, ObjectServer, environment, object_server
 from tests.unit.checkpoint.stores import HASTY, PART
+
+NOBODY = 65534
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +58,17 @@ def objects(server: ObjectServer, connected: ObjectStorage, request: pytest.Fixt
     )
     server.requests.clear()
     return own
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """Folder in which the test runs as a user who may not write everywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        user = os.geteuid()
+        if user == 0:
+            os.chown(folder, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)

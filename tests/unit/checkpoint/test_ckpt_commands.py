@@ -369,6 +369,20 @@ def test_prune_deletes_what_unfinished_saves_left_only_if_asked(folder: Path, ca
     assert names(folder) == ["step-20", "step-30", "step-40.replaced-e5f6", "step-50", "step-99"]
 
 
+def test_prune_deletes_what_it_can_and_names_the_rest(unprivileged: Path, capsys: Any) -> None:
+    folder = unprivileged / "run"
+    for step in (20, 30, 40):
+        checkpoint(folder, step)
+    (folder / "step-30").chmod(0o500)
+    shutil.copytree(folder / "step-20", folder / "step-60.tmp-a1b2")
+    run = Run(capsys, "prune", folder, "--keep-last", 1, "--unfinished", "--yes")
+    (left,) = folder.glob("step-30.deleting-*")
+    assert (run.code, names(folder)) == (2, [left.name, "step-40"])
+    assert run.err.endswith(f"{left}: permission denied. Make it writable, or delete it\n")
+    assert "deleted" not in run.lines[-1]
+    left.chmod(0o700)
+
+
 def test_prune_refuses_a_folder_that_a_live_run_owns(
     folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

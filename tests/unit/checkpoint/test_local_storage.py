@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,6 @@ from internlm.checkpoint import local_storage
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.storage import MANIFEST
 from tests.unit.checkpoint.stores import put
-
-NOBODY = 65534
 
 
 @pytest.fixture
@@ -158,20 +154,6 @@ def test_what_is_no_regular_file_is_refused_at_once(storage: LocalStorage, kind:
         with pytest.raises(OSError, match=r"expected a regular file|No such device|Is a directory") as caught:
             operation("state.json")
         assert caught.value.filename == storage.path("state.json")
-
-
-@pytest.fixture
-def unprivileged() -> Iterator[Path]:
-    """Folder in which the test runs as a user who may not write everywhere."""
-    with tempfile.TemporaryDirectory() as folder:
-        user = os.geteuid()
-        if user == 0:
-            os.chown(folder, NOBODY, NOBODY)
-            os.seteuid(NOBODY)
-        try:
-            yield Path(folder)
-        finally:
-            os.seteuid(user)
 
 
 def test_a_folder_without_write_permission_is_found_at_the_start(unprivileged: Path) -> None:

@@ -87,6 +87,24 @@ def test_what_unfinished_saves_left_is_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["step-20"]
 
 
+def test_what_cannot_be_deleted_is_told_and_hinders_no_start(
+    unprivileged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (20, 30):
+        saved(unprivileged, f"step-{step}", step)
+    storage = LocalStorage(unprivileged)
+    (unprivileged / "step-20").chmod(0o500)
+    with pytest.raises(PermissionError) as caught:  # which the run logs
+        storage.withdraw("step-20", "ab")
+    left = unprivileged / "step-20.deleting-ab"
+    assert caught.value.filename == str(left)
+    saved(unprivileged, "step-40", 40).rename(unprivileged / "step-40.tmp-ab")
+    assert SaveFolder(storage).tidy() == ["step-30"]
+    assert sorted(os.listdir(unprivileged)) == ["step-20.deleting-ab", "step-30"]
+    assert f"{left} cannot be deleted ({left}: permission denied)" in caplog.messages
+    left.chmod(0o700)
+
+
 def test_a_checkpoint_that_was_not_replaced_after_all_gets_its_name_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
