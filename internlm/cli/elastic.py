@@ -42,6 +42,10 @@ def run_ranks(options: Sequence[str], script: Sequence[str]) -> int:
                 logging.getLogger(name).setLevel(logging.CRITICAL)
     # torchrun replaces macros such as ${local_rank} in the arguments of the script.
     arguments = torchrun.parse_args([*options, *(word.replace("$", "$$") for word in script)])
+    # torchrun handles ignored signals as well, such as SIGHUP under nohup.
+    names = [name.strip() for name in arguments.signals_to_handle.split(",")]
+    ignored = {number.name for number in signal.Signals if signal.getsignal(number) is signal.SIG_IGN}
+    arguments.signals_to_handle = ",".join(name for name in names if name not in ignored)
     if arguments.shutdown_timeout is not None:  # for the ranks, which compare it with the time of a step
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(arguments.shutdown_timeout)
     ended: dict[int, int] = {}

@@ -104,7 +104,7 @@ def train(parser: argparse.ArgumentParser) -> None:
         "Train on processes that this command starts, if an option of torchrun is given; otherwise in this process, as "
         "the only rank or as that of a launcher such as srun. Exit code: 0 at the end of the run, 2 for an error that "
         "you can fix, 3 if a rank was lost or is silent, 128 + the number of the signal that stopped the run (143, "
-        "130), 1 for any other failure."
+        "130, 129), 1 for any other failure."
     )
     parser.add_argument("config_file", metavar="CONFIG", nargs="?", help="Python config file; it is executed")
     add_training_arguments(parser)

@@ -77,7 +77,8 @@ def launch(options: Sequence[str], script: Sequence[str]) -> int:
         LaunchError: An option is wrong, or the rendezvous has failed.
     """
     for number in STOP_SIGNALS:  # until torch handles them
-        signal.signal(number, _leave_before_ranks)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave_before_ranks)
     return int(importlib.import_module("internlm.cli.elastic").run_ranks(options, script))
 
 

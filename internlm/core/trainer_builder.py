@@ -112,8 +112,8 @@ class TrainerBuilder:
             Progress of the run at the end.
 
         Raises:
-            SystemExit: A request with an exit code stopped the run; after SIGTERM or SIGINT, this code is 128 + the
-                signal number.
+            SystemExit: A request with an exit code stopped the run; after a signal, this code is 128 + the signal
+                number.
             UserError: The checkpoint cannot be loaded or saved, or too many steps in a row were skipped.
         """
         alerts = initialize_monitor_manager(self.config.JOB_NAME, alert=self.config.monitor.alert)

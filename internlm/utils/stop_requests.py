@@ -39,6 +39,7 @@ class Request(Enum):
     """A save in the background failed."""
     TERMINATE = Effect(source="SIGTERM on rank {rank}", exit_code=128 + signal.SIGTERM)
     INTERRUPT = Effect(source="SIGINT on rank {rank}", exit_code=128 + signal.SIGINT)
+    HANG_UP = Effect(source="SIGHUP on rank {rank}", exit_code=128 + signal.SIGHUP)
     LAUNCHER_DIED = Effect(source="the launcher of rank {rank} died", exit_code=128 + signal.SIGTERM)
     STOP_FILE = Effect(source="stop file")
     SAVE = Effect(source="SIGUSR1 on rank {rank}", stops=False)
@@ -49,6 +50,7 @@ class Request(Enum):
 REQUEST_OF_SIGNAL = {
     signal.SIGTERM: Request.TERMINATE,
     signal.SIGINT: Request.INTERRUPT,
+    signal.SIGHUP: Request.HANG_UP,
     signal.SIGUSR1: Request.SAVE,
 }
 

@@ -1,10 +1,10 @@
-"""Signals of a training process: SIGTERM and SIGINT end it in every phase, SIGUSR1 saves, SIGUSR2 prints stacks.
+"""Signals of a training process: SIGTERM, SIGINT and SIGHUP end it in every phase, SIGUSR1 saves, SIGUSR2 shows stacks.
 
 A process has three phases:
 
-1. Before the first step, SIGTERM and SIGINT end it at once: there is nothing to save.
+1. Before the first step, signals end it at once: there is nothing to save.
 2. In training, signals are requests, which all ranks follow after a step (:mod:`internlm.utils.stop_requests`).
-3. After the last step, SIGTERM and SIGINT set the exit code, and the process ends as it would without them.
+3. After the last step, signals set the exit code, and the process ends as it would without them.
 
 A signal more than :data:`REPEAT_SECONDS` after the first one ends the process at once in every phase. The exit code is
 always 128 + the signal number. Each case logs one line.
@@ -34,7 +34,7 @@ from internlm.utils.stop_requests import REQUEST_OF_SIGNAL, Inbox
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STACKS_SIGNAL = signal.SIGUSR2
 #: Seconds after the first signal in which further signals belong to the same request: whoever ends a job may signal the
 #: launcher and the ranks, and the launcher passes its own signal on to the ranks.
@@ -99,7 +99,7 @@ class StopSignals:
             self.thread.settle()
 
     def close(self) -> None:
-        """Restore the previous handlers. After a stop, ignore SIGTERM and SIGINT.
+        """Restore the previous handlers. After a stop, ignore the signals that stop a run.
 
         When one rank exits, the launcher sends SIGTERM to the others, which must not change their exit code.
         """
@@ -191,6 +191,8 @@ def _free_signals() -> list[signal.Signals]:
     """Return the signals that nobody ignores or handles; log which ones do not stop the run."""
     free = [number for number in REQUEST_OF_SIGNAL if is_free(number)]
     for number in {*STOP_SIGNALS} - {*free}:
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup is to have this effect
+            continue
         log.info(f"{number.name} does not save and stop this run, since it is ignored or has a handler already")
     return free
 

@@ -151,7 +151,15 @@ def test_after_a_signal_to_the_launcher_the_codes_of_failed_ranks_count(
     assert ("rank 0 was killed by SIGKILL" in caplog.text) == (code == 3)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)])
+def test_a_closed_terminal_stops_a_job_except_under_nohup(handler: signal.Handlers, code: int) -> None:
+    signal.signal(signal.SIGHUP, handler)
+    rank = "kill -HUP $PPID; sleep 0.5"
+    assert run_ranks(["--monitor-interval=0.01"], ["--no-python", "sh", "-c", rank]) == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_before_the_ranks_are_started(number: int, code: int) -> None:
     script = "import sys, time\nfrom internlm.cli import training\nsys.modules['internlm.cli.elastic'] = sys\n"
     script += "sys.run_ranks = lambda *_: (print('ready', flush=True), time.sleep(15))\ntraining.launch([], [])"

@@ -67,7 +67,7 @@ def run(script: str, *numbers: int, apart: float = 0.0, catch: str = CATCH) -> E
     return Ended(process.returncode, out, err, time.monotonic() - start)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_before_the_first_step_a_signal_ends_the_process_by_an_exception(number: int, code: int) -> None:
     ended = run("try:\n    ready()\n    time.sleep(15)\nfinally:\n    print('cleaned up')", number)
     assert (ended.code, ended.out) == (code, "cleaned up\n")
@@ -85,7 +85,13 @@ def test_before_the_first_step_a_process_that_is_blocked_in_c_ends_too() -> None
 
 
 @pytest.mark.parametrize(
-    ("number", "request_name"), [(signal.SIGTERM, "TERMINATE"), (signal.SIGINT, "INTERRUPT"), (signal.SIGUSR1, "SAVE")]
+    ("number", "request_name"),
+    [
+        (signal.SIGTERM, "TERMINATE"),
+        (signal.SIGINT, "INTERRUPT"),
+        (signal.SIGHUP, "HANG_UP"),
+        (signal.SIGUSR1, "SAVE"),
+    ],
 )
 def test_in_training_a_signal_is_a_request(number: int, request_name: str) -> None:
     ended = run(f"signals.begin_training(inbox)\ntrain_until(Request.{request_name})", number)
@@ -143,6 +149,13 @@ def test_a_handler_of_the_script_is_left_alone() -> None:
     ended = run(script, signal.SIGTERM, catch=own + CATCH)
     assert (ended.code, ended.out) == (0, "mine\n")
     assert "SIGTERM does not save and stop this run, since it is ignored or has a handler already" in ended.err
+
+
+def test_under_nohup_a_closed_terminal_does_nothing_and_no_line_warns_of_it() -> None:
+    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    script = "signals.begin_training(inbox)\nready()\ntime.sleep(0.5)\nassert not inbox.take()"
+    ended = run(script, signal.SIGHUP, catch=nohup + CATCH)
+    assert (ended.code, ended.err) == (0, "")
 
 
 LOOP = """
