@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from internlm.checkpoint import format_1
 from internlm.checkpoint.lease import LEASE_FILE, LeaseTimes, parse_owner
 from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
-from internlm.checkpoint.saved_checkpoint import Found, find_checkpoints, lost_its_manifest, read_outline, read_state
+from internlm.checkpoint.saved_checkpoint import (
+    Found,
+    find_checkpoints,
+    lost_its_manifest,
+    names_of_checkpoint,
+    read_outline,
+    read_state,
+)
 from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST, Storage
-from internlm.checkpoint.tensor_reader import TODO
+from internlm.checkpoint.tensor_reader import TODO, UnreadableCheckpointError
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 
@@ -23,8 +30,8 @@ class Entry:
     name: str
     step: int | None
     status: str
-    """committed, snapshot, replaced (by an unfinished save of this step), unfinished, deleting, damaged, or newer (of a
-    format that this version cannot read)."""
+    """committed, snapshot, replaced (by an unfinished save of this step), unfinished, deleting, damaged, unreadable (it
+    may be whole), or newer (of a format that this version cannot read)."""
     size: int
     """Bytes of its files; in format 2 of those that its manifest lists."""
     saved: float | None = None
@@ -72,6 +79,8 @@ def describe(storage: Storage, found: Found) -> Entry:
         state, size, mark = _read(storage, name)
     except DamagedCheckpointError as error:
         return _unread(storage, name, step, "damaged", str(error.problems[0]))
+    except UnreadableCheckpointError as error:
+        return _unread(storage, name, step, "unreadable", str(error.problems[0]))
     except CheckpointError as error:
         return _unread(storage, name, step, "newer", str(error.problems[0]))
     return Entry(
@@ -92,7 +101,7 @@ def _unread(storage: Storage, name: str, step: int | None, status: str, problem:
 
 def _read(storage: Storage, name: str) -> tuple[RunState, int, str]:
     """Return the state of a checkpoint, its size, and the file that commits it."""
-    names = storage.names(name)
+    names = names_of_checkpoint(storage, name)
     if lost_its_manifest(names):
         raise DamagedCheckpointError(Problem(storage.path(name), f"{MANIFEST} is missing", TODO))
     if MANIFEST in names:
@@ -110,7 +119,11 @@ def _read(storage: Storage, name: str) -> tuple[RunState, int, str]:
 def _usage(storage: Storage, folder: str) -> tuple[int, float | None]:
     """Return the size of all regular files in a folder, and the time of the last write to one of them."""
     total, times = 0, list[float]()
-    for name in storage.names(folder):
+    try:
+        names = storage.names(folder)
+    except OSError:  # of another user
+        names = []
+    for name in names:
         path = f"{folder}/{name.rstrip('/')}"
         if name.endswith("/"):
             inner, written = _usage(storage, path)

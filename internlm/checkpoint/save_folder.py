@@ -143,7 +143,7 @@ class SaveFolder:
         """
         if self.keep_last is None:
             return ()
-        found = [entry for entry in find_checkpoints(self.storage) if entry.is_committed]
+        found = [entry for entry in find_checkpoints(self.storage) if entry.is_committed and entry.is_readable]
         # A later checkpoint is damaged, since the run would have resumed from it: it must not push out a good one.
         steps = [entry.step for entry in found if entry.name == f"step-{entry.step}" and entry.step <= step]
         if step not in steps:

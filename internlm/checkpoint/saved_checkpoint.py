@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -39,6 +41,8 @@ OF_ONE_CHECKPOINT = frozenset({MANIFEST, format_1.COMMIT_FILE, STATE_FILE, "rank
 _CHOOSE_FOLDER = "Choose a step-N folder that a run has saved"
 #: Names of checkpoints; a replaced one has a suffix, until the new one of its name is committed.
 _NAME = re.compile(r"(?P<name>step-(?P<step>\d{1,18})|snapshot-\d)(\.replaced-\w+)?")
+# Errors of one folder; others, such as a server that cannot be reached, are those of the whole storage.
+_OF_ONE_FOLDER = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +87,42 @@ class Found:
     step: int
     """-1 if the manifest of a snapshot does not show it."""
     is_committed: bool
+    is_readable: bool = True
+    """Whether the names in it, and the manifest of a snapshot, can be read."""
 
 
 def find_checkpoints(storage: Storage) -> list[Found]:
-    """Return the checkpoints in ``storage``, the committed and the unfinished, newest first."""
+    """Return the checkpoints in ``storage``, the committed and the unfinished, newest first.
+
+    One whose folder cannot be read counts as committed, and a snapshot that cannot be read as the newest: a run must
+    not fall back to an older one without a word.
+    """
     found = []
     for folder in storage.names():
         match = _NAME.fullmatch(folder.removesuffix("/"))
         if not match or not folder.endswith("/"):
             continue
-        names = storage.names(match[0])
-        step = int(match["step"]) if match["step"] else _step_of_snapshot(storage, match[0])
+        step = int(match["step"]) if match["step"] else -1
+        try:
+            names = storage.names(match[0])
+            if not match["step"]:
+                step = _step_of_snapshot(storage, match[0])
+        except OSError as error:
+            if error.errno not in _OF_ONE_FOLDER:
+                raise
+            found.append(Found(match[0], step, is_committed=True, is_readable=False))
+            continue
         # A folder of format 2 has its final name only when it is committed, so a missing manifest is damage.
         is_committed = bool({MANIFEST, format_1.COMMIT_FILE} & {*names}) or lost_its_manifest(names)
         is_committed = is_committed and not _is_late(storage, match[0], names)
         found.append(Found(match[0], step, is_committed))
     # At the same step, the newest save comes first, and a checkpoint before a snapshot.
-    return sorted(found, key=lambda entry: (entry.step, "replaced" not in entry.name, entry.name), reverse=True)
+    return sorted(found, key=_newness, reverse=True)
+
+
+def _newness(entry: Found) -> tuple[float, bool, str]:
+    step = math.inf if entry.step < 0 and not entry.is_readable else entry.step
+    return step, "replaced" not in entry.name, entry.name
 
 
 def plain_names(storage: Storage, folder: str = "") -> list[str]:
@@ -157,8 +180,23 @@ def open_checkpoint(storage: Storage, name: str) -> SavedCheckpoint:
         raise CheckpointError(Problem(where, reason_of(error), todo)) from None
 
 
+def names_of_checkpoint(storage: Storage, name: str) -> list[str]:
+    """Return the names in the folder of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: The folder is damaged.
+        UnreadableCheckpointError: The folder is out of reach.
+    """
+    try:
+        return storage.names(name)
+    except OSError as error:
+        if error.errno not in _OF_ONE_FOLDER:
+            raise
+        raise unreadable(error, storage.path(name)) from None
+
+
 def _open(storage: Storage, name: str) -> SavedCheckpoint:
-    where, names = storage.path(name), storage.names(name)
+    where, names = storage.path(name), names_of_checkpoint(storage, name)
     if MANIFEST in names:
         return _open_format_2(storage, name, where)
     if lost_its_manifest(names):

@@ -146,12 +146,16 @@ def _is_same_memory(target: Tensor, dtype: torch.dtype, size: int) -> bool:
     return target.is_contiguous() and target.dtype == dtype and target.is_cpu and target.nbytes == size
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """Files of a checkpoint that may be whole cannot be read."""
+
+
 class OpenFile:
     """File of a checkpoint that is open for reading pieces, in a ``with`` block.
 
     Raises:
         DamagedCheckpointError: The file is missing, cannot be read, or has another size than the manifest says.
-        CheckpointError: The file is out of reach.
+        UnreadableCheckpointError: The file is out of reach.
     """
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
@@ -177,7 +181,7 @@ class OpenFile:
 
         Raises:
             DamagedCheckpointError: The bytes are not those that were saved, or cannot be read.
-            CheckpointError: The file is out of reach.
+            UnreadableCheckpointError: The file is out of reach.
         """
         hasher = xxhash.xxh3_128()
         try:
@@ -203,4 +207,4 @@ def unreadable(error: OSError, path: str) -> CheckpointError:
     if is_damage(error):
         return DamagedCheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", TODO))
     todo = todo_at(path, error.errno, "Make it readable, and start again")
-    return CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", todo))
+    return UnreadableCheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", todo))

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from internlm.checkpoint import format_1
 from internlm.checkpoint.manifest import FileRecord, Manifest, Piece
-from internlm.checkpoint.saved_checkpoint import open_checkpoint, read_manifest, read_state
+from internlm.checkpoint.saved_checkpoint import names_of_checkpoint, open_checkpoint, read_manifest, read_state
 from internlm.checkpoint.storage import MANIFEST, Storage
 from internlm.checkpoint.tensor_reader import TODO, OpenFile
 from internlm.checkpoint.tensor_writer import TensorWriter, memory_of
@@ -60,7 +60,7 @@ def verify(storage: Storage, name: str, jobs: int = 1, progress: Progress = lamb
             state file or the index does not, or a file is too short.
         CheckpointError: There is no committed checkpoint of this name, or a newer version wrote it.
     """
-    if MANIFEST not in storage.names(name):
+    if MANIFEST not in names_of_checkpoint(storage, name):
         return _verify_format_1(storage, name, jobs, progress)
     manifest = read_manifest(storage, name)
     problems = damaged_files(storage, name, manifest_files(manifest), jobs=jobs, progress=progress)

@@ -115,6 +115,30 @@ def test_ls_names_a_manifest_that_was_removed(tmp_path: Path, capsys: Any) -> No
     assert f"{folder}: manifest.json is missing. Choose another checkpoint" in Run(capsys, "ls", tmp_path).lines
 
 
+def test_commands_name_a_folder_that_cannot_be_read_and_go_on(unprivileged: Path, capsys: Any) -> None:
+    folder = unprivileged / "run"
+    for step in (20, 30, 40):
+        checkpoint(folder, step)
+    shutil.copytree(folder / "step-20", folder / "step-50.tmp-a1b2")
+    unreadable = [folder / "step-40", folder / "step-50.tmp-a1b2"]
+    for path in unreadable:
+        path.chmod(0)
+    expected = f"{folder}/step-40: cannot be read (permission denied). Make it readable, and start again"
+    run = Run(capsys, "ls", folder)
+    assert (run.code, run.lines[-1]) == (0, expected)
+    statuses = [line.split()[-1] for line in run.lines[1:5]]
+    assert statuses == ["unfinished", "unreadable", "committed", "committed"]
+    run = Run(capsys, "verify", folder)
+    assert (run.code, [line.partition(" (")[0] for line in run.lines]) == (
+        2,
+        [f"{folder}/step-40: cannot be read", "step-30: verifies", "step-20: verifies"],
+    )
+    assert Run(capsys, "prune", folder, "--keep-last", 1, "--yes").code == 0
+    assert names(folder) == ["step-30", "step-40", "step-50.tmp-a1b2"]
+    for path in unreadable:
+        path.chmod(0o700)
+
+
 def test_a_folder_without_checkpoints_is_no_error(tmp_path: Path, capsys: Any) -> None:
     assert Run(capsys, "ls", tmp_path).lines == [f"{tmp_path} holds no checkpoints"]
 

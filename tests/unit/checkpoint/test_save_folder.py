@@ -16,6 +16,7 @@ from internlm.checkpoint import tensor_writer
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.save_folder import SaveFolder, not_kept
 from internlm.checkpoint.saved_checkpoint import find_checkpoints, open_checkpoint
+from internlm.checkpoint.tensor_reader import UnreadableCheckpointError
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.unit.checkpoint.samples import complete, in_ranges, save
 
@@ -182,11 +183,28 @@ def test_a_link_in_place_of_a_checkpoint_is_told(tmp_path: Path, caplog: pytest.
 def test_a_file_that_is_out_of_reach_is_no_damage(tmp_path: Path) -> None:
     """A run must not fall back to an older checkpoint since its network is down."""
     saved(tmp_path, "step-9", 9)
-    for number, kind in ((errno.EIO, DamagedCheckpointError), (errno.ETIMEDOUT, CheckpointError)):
+    for number, kind in ((errno.EIO, DamagedCheckpointError), (errno.ETIMEDOUT, UnreadableCheckpointError)):
         failing = FailingReads(tmp_path, number)
         with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read") as caught:
             open_checkpoint(failing, "step-9")
         assert type(caught.value) is kind
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other_and_is_not_skipped(unprivileged: Path) -> None:
+    """It may be whole, so a run that would resume from it ends; a newer one is loaded."""
+    for name, step in (("step-10", 10), ("step-20", 20), ("step-30", 30), ("snapshot-0", 15)):
+        saved(unprivileged, name, step)
+    (unprivileged / "step-20").chmod(0)
+    folder = SaveFolder(LocalStorage(unprivileged), keep_last=1)
+    assert folder.tidy() == folder.candidates() == ["step-30", "step-20", "snapshot-0", "step-10"]
+    assert folder.to_delete(30) == ["step-10"]
+    (unprivileged / "snapshot-0").chmod(0)  # of an unknown step, which may be the newest
+    assert folder.candidates() == ["snapshot-0", "step-30", "step-20", "step-10"]
+    for name in ("snapshot-0", "step-20"):
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be read \(permission denied\). Make it") as caught:
+            open_checkpoint(folder.storage, name)
+        assert type(caught.value) is UnreadableCheckpointError
+        (unprivileged / name).chmod(0o700)
 
 
 class FailingReads(LocalStorage):
