@@ -106,12 +106,15 @@ class SignalThread:
         """Raise ``SystemExit(code)`` in the main thread.
 
         Returns:
-            False if the process still runs after ``seconds``, since the main thread is blocked in C++.
+            False if the process still runs after ``seconds``, since the main thread is blocked in C++, or no signal
+            is handled.
         """
         self._leaving, self._leave_with = True, code
         main = threading.main_thread()
         if threading.current_thread() is main:
             raise SystemExit(code)
+        if not self._previous:  # no handler can raise it
+            return False
         # Python calls the handler now; a signal, rather than _thread.interrupt_main, also interrupts a sleep.
         signal.pthread_kill(main.ident or 0, next(iter(self._previous)))
         return self.closed.wait(seconds)

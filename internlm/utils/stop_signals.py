@@ -2,7 +2,7 @@
 
 A process has three phases:
 
-1. Before the first step, signals end it at once: there is nothing to save.
+1. Before the first step, signals end it at once: there is nothing to save. The death of its launcher does so too.
 2. In training, signals are requests, which all ranks follow after a step (:mod:`internlm.utils.stop_requests`).
 3. After the last step, signals set the exit code, and the process ends as it would without them.
 
@@ -30,7 +30,7 @@ from internlm.utils.logger import get_logger
 from internlm.utils.lost_ranks import record_stop, recorded_exit_code
 from internlm.utils.progress import exit_now
 from internlm.utils.signal_thread import SignalThread, is_free
-from internlm.utils.stop_requests import REQUEST_OF_SIGNAL, Inbox
+from internlm.utils.stop_requests import REQUEST_OF_SIGNAL, Inbox, Request
 
 T = TypeVar("T")
 
@@ -41,9 +41,27 @@ STACKS_SIGNAL = signal.SIGUSR2
 REPEAT_SECONDS = 3.0
 #: Seconds in which the main thread can leave by an exception, after which the process is ended under it.
 GRACE_SECONDS = 2.0
+#: Seconds between two looks at the launcher before the first step.
+LAUNCHER_SECONDS = 0.5
 #: Bound of a log line or an entry in the store, in seconds, where it must not delay the end of the process.
 LAST_WORDS_SECONDS = 2.5
 log = get_logger()
+
+#: Process that started this one, noted as early as possible: if it has died before, the one that adopts this process.
+_parent = os.getppid()
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_parent)
+
+
+def launcher_has_died() -> bool:
+    """Return whether this rank's launcher has died, by SIGKILL: otherwise it would have ended its ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
 
 
 class Phase(Enum):
@@ -71,6 +89,8 @@ class StopSignals:
         self._saved = ""  # what the run has saved at its end, in words
         self._first: float | None = None  # time of the first signal in this phase
         self.thread = SignalThread(_free_signals(), self._receive) if installed else None
+        if self.thread:
+            threading.Thread(target=self._watch_launcher, args=[self.thread], name="launcher", daemon=True).start()
 
     # -- phases -------------------------------------------------------------------------------------------------------
     def restart(self) -> None:
@@ -122,9 +142,7 @@ class StopSignals:
             return
         self._first = now
         if self.phase is Phase.BEFORE:
-            # The launcher ends all ranks if one has stopped, and that rank has said why.
-            ended = _bounded(recorded_exit_code)
-            self._quit(ended or code, "" if ended else f"{name} before the first step: nothing to save, exiting {code}")
+            self._quit_before_training(name, code)
         elif self.phase is Phase.TRAINING:
             self.inbox.add(REQUEST_OF_SIGNAL[signal.Signals(number)])
             hint = f"another signal after {REPEAT_SECONDS:g} s or more quits at once"
@@ -132,6 +150,19 @@ class StopSignals:
         elif not self.exit_code:
             self.exit_code = code
             _bounded(lambda: log.warning(f"{name} after the last step: {self._saved}, exiting {code}"))
+
+    def _watch_launcher(self, thread: SignalThread) -> None:
+        """End the process if its launcher dies before the first step; after each step the hook of requests looks."""
+        while "TORCHELASTIC_RUN_ID" in os.environ and not thread.closed.wait(LAUNCHER_SECONDS):
+            if self.phase is Phase.BEFORE and launcher_has_died() and not progress.is_failing():
+                effect = Request.LAUNCHER_DIED.value
+                self._quit_before_training(effect.source.format(rank=os.environ.get("RANK")), effect.exit_code)
+                return
+
+    def _quit_before_training(self, cause: str, code: int) -> None:
+        # The launcher ends all ranks if one has stopped, and that rank has said why.
+        ended = _bounded(recorded_exit_code)
+        self._quit(ended or code, "" if ended else f"{cause} before the first step: nothing to save, exiting {code}")
 
     def _quit(self, code: int, line: str) -> None:
         """End the process: by an exception in the main thread, or under it if it does not react."""

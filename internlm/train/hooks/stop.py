@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from internlm.accelerator import HostValues, is_host
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.train.hooks.stop_sources import Launcher, StopFile
+from internlm.train.hooks.stop_sources import Patience, StopFile
 from internlm.utils.logger import get_logger
 from internlm.utils.stop_requests import Inbox, Request
-from internlm.utils.stop_signals import stop_signals
+from internlm.utils.stop_signals import launcher_has_died, stop_signals
 
 REQUESTS = tuple(Request)
 log = get_logger()
@@ -46,7 +46,7 @@ class FollowRequests(Hook):
         """Exit code of the run so far."""
         self._inbox = Inbox()
         self._stop_file = StopFile(stop_file) if stop_file else None
-        self._launcher = Launcher(os.environ)
+        self._patience = Patience(os.environ)
         self._exchanged: HostValues | None = None  # result of the last exchange that was not read
 
     def request(self, request: Request) -> None:
@@ -78,10 +78,10 @@ class FollowRequests(Hook):
         """Return a vector with an entry for each kind of request: 1 + this rank if this rank has one, else 0."""
         rank, flags = dist.get_rank(), torch.zeros(len(REQUESTS), dtype=torch.int64, device=self.device)
         stop_signals().settle()
-        if self._launcher.is_dead():
+        if launcher_has_died():
             self._inbox.add(Request.LAUNCHER_DIED)
         if rank == 0:
-            self._launcher.note_step()
+            self._patience.note_step()
             request = self._stop_file.due(step if is_host(flags) else step + 1) if self._stop_file else None
             if request:
                 self._inbox.add(request)

@@ -1,4 +1,4 @@
-"""Sources of requests that are polled after every step: the stop file, and the launcher of this rank."""
+"""What is looked at after every step: the stop file, and whether the launcher would wait for a step."""
 
 from __future__ import annotations
 
@@ -107,34 +107,29 @@ class StopFile:
             log.warning(f"ckpt.stop_file_path: {self.path} {message}. It is ignored, and training goes on")
 
 
-class Launcher:
-    """Launcher of this rank, torchrun or ``internlm train``, if this rank has one.
+class Patience:
+    """Time for which the launcher of this rank, torchrun or ``internlm train``, waits for it after a signal.
 
     Args:
         environment: Environment variables of this process.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self.parent = os.getppid()
-        self.exists = "TORCHELASTIC_RUN_ID" in environment
+        self.launched = "TORCHELASTIC_RUN_ID" in environment
         #: Seconds after a signal to the launcher in which it kills its ranks. Ranks do not see --shutdown-timeout.
-        self.patience = _number(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        self.seconds = _number(environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
         self._last_step: float | None = None
         self._warned = False
-
-    def is_dead(self) -> bool:
-        """Return whether the launcher has died, by SIGKILL: otherwise it would have ended its ranks."""
-        return self.exists and os.getppid() != self.parent
 
     def note_step(self) -> None:
         """Warn once if a step takes nearly as long as the launcher waits for a rank after a signal."""
         now, last = monotonic(), self._last_step
         self._last_step = now
-        if not self.exists or last is None or self._warned or now - last < self.patience * 2 / 3:
+        if not self.launched or last is None or self._warned or now - last < self.seconds * 2 / 3:
             return
         self._warned = True
         log.warning(
-            f"a step with its save took {now - last:.1f} s, and the launcher kills ranks {self.patience:g} s after a "
+            f"a step with its save took {now - last:.1f} s, and the launcher kills ranks {self.seconds:g} s after a "
             "signal, unless --shutdown-timeout is set: raise it, or signal the ranks in place of the launcher"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from internlm.train.hooks import stop_sources
-from internlm.train.hooks.stop_sources import Launcher, StopFile
+from internlm.train.hooks.stop_sources import Patience, StopFile
 from internlm.utils.stop_requests import Request
 
 STOP, SAVE = Request.STOP_FILE, Request.SAVE_BY_FILE
@@ -150,19 +150,14 @@ def test_a_step_that_has_passed_is_warned_about_once(tmp_path: Path, warnings: C
 # -- the launcher
 
 
-def test_the_parent_of_a_rank_without_torchrun_may_end() -> None:
-    assert not Launcher({}).exists
-    assert Launcher({"TORCHELASTIC_RUN_ID": "x"}).exists
-
-
 def test_a_step_near_the_launchers_patience_is_warned_about_once(
     monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
     times = iter([0.0, 19.9, 41.0, 90.0])
     monkeypatch.setattr(stop_sources, "monotonic", lambda: next(times))
-    launcher = Launcher({"TORCHELASTIC_RUN_ID": "x"})
+    patience = Patience({"TORCHELASTIC_RUN_ID": "x"})
     for _ in range(4):
-        launcher.note_step()
+        patience.note_step()
     (line,) = warnings()
     assert line.startswith(
         "a step with its save took 21.1 s, and the launcher kills ranks 30 s after a signal, unless "
@@ -171,4 +166,4 @@ def test_a_step_near_the_launchers_patience_is_warned_about_once(
 
 @pytest.mark.parametrize(("text", "seconds"), [("120", 120), ("", 30), ("soon", 30)])
 def test_the_launchers_patience_is_read_from_the_environment(text: str, seconds: float) -> None:
-    assert Launcher({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": text}).patience == seconds
+    assert Patience({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": text}).seconds == seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -114,6 +115,38 @@ def test_in_training_a_later_signal_quits_at_once(blocked: str) -> None:
     first, second = ended.err.splitlines()
     assert "SIGINT on rank 1: finishing the step before exiting 130; another signal after" in first
     assert second.endswith("SIGINT on rank 1 again: exiting 130 at once. Complete checkpoints stay intact")
+
+
+def orphan(script: str, **environment: str) -> tuple[str, str]:
+    """Run a script that prints "ready", kill the shell that started it, and return what it writes to its end."""
+    command = ["sh", "-c", '"$@" & wait', "sh", sys.executable, "-c", START + CATCH + script]
+    environment = {**os.environ, **environment}
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        return launcher.communicate(timeout=20)
+
+
+@pytest.mark.parametrize("blocked", ["block()", "time.sleep(15)"])
+def test_before_the_first_step_a_rank_ends_with_its_launcher(blocked: str) -> None:
+    script = f"try:\n    ready()\n    {blocked}\nexcept SystemExit as end:\n    print('code', end.code)\n    raise"
+    out, err = orphan(script, TORCHELASTIC_RUN_ID="x")
+    assert out == ("" if blocked == "block()" else "code 143\n")
+    assert err.endswith("the launcher of rank 1 died before the first step: nothing to save, exiting 143\n")
+
+
+@pytest.mark.parametrize(
+    ("begin", "environment", "died"),
+    [
+        ("signals.begin_training(inbox)", {"TORCHELASTIC_RUN_ID": "x"}, True),  # which the ranks find after the step
+        ("pass", {}, False),  # of a process without a launcher
+    ],
+)
+def test_a_process_goes_on_without_its_parent(begin: str, environment: dict[str, str], died: bool) -> None:
+    script = f"parent = os.getppid()\n{begin}\nready()\nwhile os.getppid() == parent:\n    time.sleep(0.01)\n"
+    out, _ = orphan(script + "time.sleep(0.7)\nprint(stop_signals.launcher_has_died())", **environment)
+    assert out == f"{died}\n"
 
 
 AFTER = "signals.begin_training(inbox)\nsignals.end_training('step 8 is saved', {code})\nready()\ntime.sleep(0.5)\n"
