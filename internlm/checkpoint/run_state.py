@@ -26,8 +26,8 @@ from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Probl
 LARGEST_STATE = 1 << 22
 #: Limit of the nesting of lists and dicts. A config is nested five deep.
 DEEPEST = 32
-#: Limit of the digits of a number: converting thousands of digits takes long.
-MOST_DIGITS = 40
+#: Limit of the digits of a number: one with more can overflow where a schedule divides by it, as floats end at 10^308.
+MOST_DIGITS = 300
 #: Limit of step numbers, which a run of a thousand steps a second reaches in thirty years.
 LAST_STEP = 10**12
 TODO = "Choose another checkpoint"
@@ -93,8 +93,18 @@ class RunState(_Part):
         return Position(*self.sampler)
 
     def to_bytes(self) -> bytes:
-        """Format the state as indented JSON with sorted keys."""
-        return f"{json.dumps(self.model_dump(mode='json'), indent=1, sort_keys=True, allow_nan=False)}\n".encode()
+        """Format the state as indented JSON with sorted keys.
+
+        Raises:
+            CheckpointError: A value of the run, such as a number of thousands of digits, could not be read again.
+        """
+        try:
+            text = f"{json.dumps(self.model_dump(mode='json'), indent=1, sort_keys=True, allow_nan=False)}\n".encode()
+            _load(text)
+        except (ValueError, RecursionError) as error:
+            todo = "Use other values in the config, or another --seed"
+            raise CheckpointError(Problem("state.json", f"cannot be saved ({_first_line(error)})", todo)) from None
+        return text
 
 
 def current_versions() -> dict[str, str]:
@@ -176,7 +186,7 @@ def _finite(digits: str) -> float:
 
 
 def _check_values(content: Any) -> None:
-    """Check the nesting, and that every text can be printed."""
+    """Check the nesting, and that every text has an encoding."""
     # Level by level rather than recursively: code that handles a value is recursive itself.
     level = [content]
     for _ in range(DEEPEST):
@@ -188,7 +198,9 @@ def _check_values(content: Any) -> None:
             elif isinstance(value, list):
                 inner += value
             elif isinstance(value, str):
-                value.encode()  # JSON can escape half of a surrogate pair, which has no encoding
+                # JSON can escape half of a surrogate pair, which has no encoding, except those that stand for the bytes
+                # of a path that is not in UTF-8.
+                value.encode(errors="surrogateescape")
         level = inner
     if level:
         raise ValueError(f"nested more than {DEEPEST} deep")

@@ -136,7 +136,7 @@ def count_in_store(topic: str, increment: int = 0) -> int:
 
     Without a process group, or if the store cannot be reached, return ``increment``.
     """
-    store, key = job_store(), f"{PREFIX}count/{hashlib.sha256(topic.encode()).hexdigest()}"
+    store, key = job_store(), f"{PREFIX}count/{_digest(topic)}"
     try:
         return int(store.call(lambda client: client.add(key, increment))) if store else increment
     except StoreError:
@@ -173,4 +173,9 @@ def has_first_on_host(topic: str) -> bool:
 
 def _local_name(topic: str) -> str:
     """Return the name of a socket without a file, which only Linux has."""
-    return f"\0{PREFIX}{hashlib.sha256(topic.encode()).hexdigest()}"
+    return f"\0{PREFIX}{_digest(topic)}"
+
+
+def _digest(topic: str) -> str:
+    # A path that is not in UTF-8 has surrogates, which strict encoding refuses.
+    return hashlib.sha256(topic.encode(errors="surrogatepass")).hexdigest()

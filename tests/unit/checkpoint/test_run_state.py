@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from typing import Any
 
 import pytest
@@ -50,6 +51,34 @@ def test_what_is_written_is_read() -> None:
     state = RunState(**run_state())
     assert parse_run_state(state.to_bytes(), WHERE, 1) == state
     assert state.to_bytes().startswith(b'{\n "config": {\n')
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"save_folder": os.fsdecode(b"/runs/caf\xe9"), "run_folder": os.fsdecode(b"/runs/caf\xe9/1")},
+        {"seed": 10**45},
+        {"config": {"model": {}, "data": {"train_folder": os.fsdecode(b"caf\xe9"), "valid_every": 10**299}}},
+    ],
+    ids=["a path that is not in UTF-8", "a long seed", "the config"],
+)
+def test_what_a_run_may_have_is_read_as_it_was(values: dict[str, Any]) -> None:
+    state = RunState(**run_state() | values)
+    assert parse_run_state(state.to_bytes(), WHERE, 1) == state
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"seed": 10**300}, "a number has 301 digits"),
+        ({"config": {"JOB_NAME": "\ud800"}}, "no text in UTF-8"),
+        ({"config": {"a": "x" * LARGEST_STATE}}, "larger than 4194304 bytes"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        RunState(**run_state() | values).to_bytes()
+    assert str(caught.value).startswith(f"state.json: cannot be saved ({reason}")
 
 
 @pytest.mark.parametrize("name", ["world_size", "cpu_kernels", "save_folder", "run_folder", "versions"])
