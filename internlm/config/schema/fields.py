@@ -123,9 +123,7 @@ def parse_object_address(text: str) -> ObjectAddress | None:
         raise ValueError(f"expected local:FOLDER, a plain path or s3://BUCKET/FOLDER, got {shown}")
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,255}", bucket):
-        raise ValueError(
-            f"expected s3://BUCKET/FOLDER with a bucket of letters, digits, '.', '-' and '_', got {text!r}"
-        )
+        raise ValueError(f"expected s3://BUCKET/FOLDER with a bucket of letters, digits, '.', '-' and '_', got {shown}")
     parts = prefix.strip("/").split("/")
     # HTTP clients would normalise such paths; the keys would differ from those that other tools show.
     if prefix.strip("/") and not {"", ".", ".."}.isdisjoint(parts):

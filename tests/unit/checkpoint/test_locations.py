@@ -68,6 +68,13 @@ def test_a_malformed_location_is_an_error_of_one_line(location: str, message: st
     assert message in problem_of(location)
 
 
+@pytest.mark.parametrize("address", ["s3://key:SECRET@bucket/x", "s3://key:SEC/RET@bucket/x", "gs://key:SECRET@b/x"])
+def test_the_error_of_a_malformed_address_masks_its_credentials(address: str) -> None:
+    for problem in (problem_of(address), problem_of(f"boto3:{address}"), problem_of(address, split=True)):
+        assert "://***@b" in problem
+        assert "RET" not in problem
+
+
 @pytest.mark.parametrize(
     ("location", "storage", "name"),
     [

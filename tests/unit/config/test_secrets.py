@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from internlm.cli.main import main
-from internlm.config import config_hash, load_config, masked_dict, resolve, to_json
+from internlm.config import check_runnable, config_hash, load_config, masked_dict, resolve, to_json
 from internlm.config.keys import fields
 from internlm.config.schema.fields import mask_of
 from internlm.utils.errors import ConfigError, UserError
@@ -118,6 +118,7 @@ def test_other_errors_about_a_secret_do_not_show_it(tmp_path: Path) -> None:
         lambda: config.monitor.alert.setdefault("webhook", WEBHOOK),
         lambda: load_config({**SMALLEST, "monitor": {"alert": WEBHOOK}}),
         lambda: load_config({**SMALLEST, "ckpt": {"save_ckpt_folder": f"s3://k:{TOKEN}@b/$UNSET_VARIABLE"}}),
+        lambda: check_runnable(load_config({**SMALLEST, "ckpt": {"save_ckpt_folder": f"s3://k:{TOKEN}@b/x"}})),
         lambda: resolve(SMALLEST, [f"monitor.alert..feishu_alert_address={WEBHOOK}"]),
         lambda: resolve(SMALLEST, [f"monitor.alert.feishu={WEBHOOK}"]),
         lambda: load_config(broken),
