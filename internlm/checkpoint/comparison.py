@@ -22,7 +22,7 @@ from internlm.checkpoint.saved_checkpoint import SavedCheckpoint
 #: Elements of a tensor that are compared at a time. Comparing takes some 40 bytes of memory for each.
 BOX_ELEMENTS = 1 << 21
 #: Keys of a state file that say where a run saved, and not what.
-PLACES = ("save_folder", "run_folder")
+PLACES = ("save_folder", "run_folder", "launcher")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,19 @@ def this_owner(job: str) -> Owner:
     )
 
 
+def this_launcher() -> str:
+    """Return which process has started this rank, and may start it again; empty if it is no launcher of ranks."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    here, launcher = this_owner(""), os.getppid()
+    return f"{here.boot_id}/{here.pid_namespace}/{launcher}/{_process(launcher)[1]}"
+
+
+def is_restart() -> bool:
+    """Return whether the launcher has started the ranks again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def parse_owner(content: bytes) -> Owner | None:
     """Return the owner that a lease names, or None if it is damaged."""
     try:

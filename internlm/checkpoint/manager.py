@@ -14,6 +14,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
+from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
@@ -212,7 +213,8 @@ class CheckpointManager:
         """Load the checkpoint that the config selects, if any; collective.
 
         If ``ckpt.auto_resume`` is set, the newest committed checkpoint in ``ckpt.save_ckpt_folder`` that verifies,
-        snapshots included, takes precedence over ``ckpt.load_ckpt_info``.
+        snapshots included, takes precedence over ``ckpt.load_ckpt_info``. Otherwise, so do those that this job has
+        saved before its launcher restarted it.
 
         Args:
             state: Counters to restore, ``trainer.state``.
@@ -227,7 +229,7 @@ class CheckpointManager:
         """
         if self.config.enable_save_ckpt:
             self._prepare()
-        message = self._resume(state) if self.config.auto_resume else ""
+        message = self._resume(state) if self.config.auto_resume or is_restart() else ""
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
             self.load(info.path, state, info.content)
@@ -264,10 +266,16 @@ class CheckpointManager:
         return saved
 
     def _resume(self, state: Resumable) -> str:
-        """Load the newest checkpoint of the save folder that verifies; return a message, empty if there is none."""
+        """Load the newest checkpoint of the save folder that verifies; return a message, empty if there is none.
+
+        Without ``ckpt.auto_resume``, of those that this job has saved before it was restarted.
+        """
         if self.storage is None:
             return ""
-        names = self._on_first_rank(lambda folder: folder.candidates())
+        resumes_any = self.config.auto_resume
+        names = self._on_first_rank(
+            lambda folder: folder.candidates() if resumes_any else folder.saved_by(this_launcher())
+        )
         for index, name in enumerate(names):
             try:
                 saved = self._load(self.storage, name, state, ("all",))
@@ -302,7 +310,7 @@ class CheckpointManager:
         check_shared(self.storage, self.exchange.group)
         needed = self.content.bytes_of_checkpoint()
         self._on_first_rank(lambda folder: check_space(folder.storage, needed))
-        if existing and not self.config.auto_resume and dist.get_rank() == 0:
+        if existing and not (self.config.auto_resume or is_restart()) and dist.get_rank() == 0:
             log.warning(
                 f"{self._own_root()} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"

@@ -17,6 +17,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.config_changes import log_changes
 from internlm.checkpoint.exchange import Exchange
+from internlm.checkpoint.lease import this_launcher
 from internlm.checkpoint.logical_tensors import (
     LogicalTensor,
     LogicalTensors,
@@ -123,6 +124,7 @@ class RunContent:
             world_size=dist.get_world_size(),
             cpu_kernels=kernels_of_job(),
             save_folder=save_folder,
+            launcher=this_launcher(),
             versions=current_versions(),
             **self.run_info,
         )

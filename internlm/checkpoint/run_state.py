@@ -84,6 +84,8 @@ class RunState(_Part):
     """Absolute path of the save folder."""
     run_folder: str | None = None
     """Absolute path of the run's records."""
+    launcher: str = ""
+    """Process that started rank 0 and may start it again: host's boot, namespace, pid and start; empty without one."""
     versions: dict[str, str] = {}
     """Versions of the package, torch and Python."""
 

@@ -9,8 +9,16 @@ from functools import partial
 from internlm.checkpoint.folder_checks import explain
 from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
-from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, not_followed, plain_names
+from internlm.checkpoint.saved_checkpoint import (
+    OF_ONE_CHECKPOINT,
+    find_checkpoints,
+    not_followed,
+    plain_names,
+    read_outline,
+    read_state,
+)
 from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.tensor_reader import UnreadableCheckpointError
 from internlm.checkpoint.verification import verify
 from internlm.utils.errors import CheckpointError, Problem
 from internlm.utils.logger import get_logger
@@ -124,6 +132,23 @@ class SaveFolder:
         if not names and (foreign := foreign_save_folder(self.storage.location, partial(plain_names, self.storage))):
             raise CheckpointError(foreign)
         return names
+
+    def saved_by(self, launcher: str) -> list[str]:
+        """Return the names of the checkpoints that ranks of ``launcher`` have saved, newest first.
+
+        Raises:
+            UnreadableCheckpointError: A file that shows it is out of reach.
+        """
+        found = [entry for entry in find_checkpoints(self.storage) if entry.is_committed and entry.is_readable]
+        return [entry.name for entry in found if launcher and self._launcher_of(entry.name) == launcher]
+
+    def _launcher_of(self, name: str) -> str:
+        try:
+            return read_state(self.storage, name, read_outline(self.storage, name)).launcher
+        except UnreadableCheckpointError:
+            raise
+        except CheckpointError:  # damaged, or of another format
+            return ""
 
     def _check_holds_checkpoints(self) -> None:
         # A run that is given one of its checkpoints would find none in it, and start anew.

@@ -163,3 +163,13 @@ def test_the_newest_snapshot_that_verifies_is_resumed(data: str, tmp_path: Path)
     for name in ("snapshot-0", "snapshot-1"):
         _flip_a_bit(root / name)
     assert resume(2, keys).message == f"resumed from {root}/step-12 at step 12 (snapshot-1 did not verify)"
+
+
+def test_a_job_that_is_restarted_goes_on_although_it_resumes_no_earlier_run(tmp_path: Path) -> None:
+    """It resumes what ranks of its launcher have saved; the newest checkpoint is that of an earlier run."""
+    fit(1, saving(tmp_path, every=5), 5)
+    overrides, launched = saving(tmp_path, "ckpt.auto_resume=False", every=2), {"TORCHELASTIC_RUN_ID": "none"}
+    fit(1, overrides, 4, environment=launched)
+    again = resume(1, overrides, {**launched, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert again.message == f"resumed from {tmp_path}/ckpts/step-4 at step 4"
+    assert resume(1, overrides, launched).message == "nothing to resume; starting from step 0"

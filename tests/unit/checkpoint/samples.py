@@ -108,6 +108,7 @@ def run_state(step: int = 3) -> dict[str, Any]:
         "cpu_kernels": {"a processor": {"linear": "torch"}},
         "save_folder": "/ckpts",
         "run_folder": "/runs/1",
+        "launcher": "boot/pid:[1]/7/99",
         "versions": {"torch": "2.13.0"},
     }
 

@@ -81,7 +81,7 @@ def test_what_could_not_be_read_is_not_written(values: dict[str, Any], reason: s
     assert str(caught.value).startswith(f"state.json: cannot be saved ({reason}")
 
 
-@pytest.mark.parametrize("name", ["world_size", "cpu_kernels", "save_folder", "run_folder", "versions"])
+@pytest.mark.parametrize("name", ["world_size", "cpu_kernels", "save_folder", "run_folder", "launcher", "versions"])
 def test_what_is_only_informative_may_be_missing(name: str) -> None:
     content = run_state()
     del content[name]
