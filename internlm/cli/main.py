@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import select
 import sys
@@ -89,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run ``internlm`` with ``arguments`` (default: ``sys.argv[1:]``); return the exit code, or None on success."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be ASCII; the default is an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _main(arguments)

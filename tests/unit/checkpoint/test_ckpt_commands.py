@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -252,6 +253,14 @@ def test_diff_prints_how_tensors_and_values_differ(folder: Path, tmp_path: Path,
     assert compared["equal"] is False
     assert compared["tensors"][0]["first"] == [3, 2]
     assert compared["state"][1] == {"key": "train_state.step", "first": 40, "second": 41}
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["ckpt", "diff", f"{folder}/step-40", f"{folder}/step-50", "--only", "state"]) == 1
+    stdout.seek(0)
+    assert r"train_state.step: 40 \u2192 50" in stdout.read()
 
 
 def test_diff_compares_checkpoints_of_two_formats(folder: Path, capsys: Any) -> None:
