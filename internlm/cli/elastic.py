@@ -48,7 +48,7 @@ def run_ranks(options: Sequence[str], script: Sequence[str]) -> int:
     arguments.signals_to_handle = ",".join(name for name in names if name not in ignored)
     if arguments.shutdown_timeout is not None:  # for the ranks, which compare it with the time of a step
         os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(arguments.shutdown_timeout)
-    ended: dict[int, int] = {}
+    ended: dict[int, int | None] = {}
     try:
         with deciding_on_restarts(_may_restart, ended):
             torchrun.run(arguments)
@@ -57,10 +57,15 @@ def run_ranks(options: Sequence[str], script: Sequence[str]) -> int:
         _log_killed(codes)
         return exit_code_of(codes)
     except SignalException as error:
-        _log_killed(ended)
         # Ranks may have failed before the signal, or in the save that it has caused.
-        return exit_code_of(ended) if {*ended.values()} - STOPPED.keys() else 128 + error.sigval
+        return _code_of_failed(ended) or 128 + error.sigval
     except (RendezvousError, dist.DistError) as error:
+        if ended:
+            if code := _code_of_failed(ended):  # these ranks have said why
+                return code
+            log.error("lost the launcher of another machine: it has ended, or cannot be reached")
+            # Others have saved, since the whole job was stopped or since this launcher has sent them SIGTERM.
+            return max((code for code in ended.values() if code and code > 0), default=EXIT_LOST_PEER)
         message = f"the launchers have not found each other ({str(error).splitlines()[0].rstrip('.')})"
         todo = "Check --rdzv-endpoint, --master-addr, --master-port and --nnodes"
         raise LaunchError(Problem("rendezvous", message, todo)) from None
@@ -84,6 +89,13 @@ def exit_code_of(codes: Mapping[int, int]) -> int:
     if values - lost - STOPPED.keys():
         return EXIT_FAILURE
     return EXIT_LOST_PEER if lost else max(STOPPED[code] for code in values)
+
+
+def _code_of_failed(ended: Mapping[int, int | None]) -> int:
+    """Return the exit code of a job that the launcher ends, from those of its ranks; 0 if none has failed by itself."""
+    codes = {rank: code for rank, code in ended.items() if code}
+    _log_killed(codes)
+    return exit_code_of(codes) if {*codes.values()} - STOPPED.keys() else 0
 
 
 def _may_restart(codes: Mapping[int, int], left: int) -> bool:

@@ -79,7 +79,14 @@ def launch(options: Sequence[str], script: Sequence[str]) -> int:
     for number in STOP_SIGNALS:  # until torch handles them
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave_before_ranks)
-    return int(importlib.import_module("internlm.cli.elastic").run_ranks(options, script))
+    # If another launcher has the rendezvous store and ends first, torch's C++ warns of it at length. Its import
+    # reads the variable, which is not for the ranks.
+    is_set = "TORCH_CPP_LOG_LEVEL" in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    elastic = importlib.import_module("internlm.cli.elastic")
+    if not is_set:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    return int(elastic.run_ranks(options, script))
 
 
 def _leave_before_ranks(number: int, frame: FrameType | None) -> None:

@@ -265,20 +265,20 @@ CHECKPOINT_METADATA_NAMES = frozenset(
 
 @contextmanager
 def deciding_on_restarts(
-    may_restart: Callable[[Mapping[int, int], int], bool], exit_codes: dict[int, int]
+    may_restart: Callable[[Mapping[int, int], int], bool], exit_codes: dict[int, int | None]
 ) -> Iterator[None]:
     """Let ``may_restart`` decide in the ``with`` block whether torchrun's API restarts the ranks after a failure.
 
-    torchrun itself restarts the ranks after any failure, also after one that a restart cannot change. Its error after a
-    signal to the launcher has no exit codes.
+    torchrun itself restarts the ranks after any failure, also after one that a restart cannot change. Its errors after
+    a signal to the launcher, and after the loss of the rendezvous store, have no exit codes.
 
-    Remove this function once torchrun has an option for exit codes that end a job, and that error has exit codes.
+    Remove this function once torchrun has an option for exit codes that end a job, and those errors have exit codes.
 
     Args:
         may_restart: Function of the exit codes of the failed ranks, and of the number of restarts that are left, which
             may be 0.
-        exit_codes: Gets the exit codes other than 0 of the ranks of this machine each time that the launcher ends them,
-            without ranks that it had to kill.
+        exit_codes: Gets the exit code of each rank of this machine each time that the launcher ends them; None for a
+            rank that it had to kill. Empty before ranks are started.
     """
     from torch.distributed.launcher import api
 
@@ -291,7 +291,7 @@ def deciding_on_restarts(
                 after = self._exit_codes()
                 killed = {rank for rank in after.keys() - before.keys() if after[rank] == -signal.SIGKILL}
                 exit_codes.clear()
-                exit_codes.update({rank: code for rank, code in after.items() if code and rank not in killed})
+                exit_codes.update({rank: None if rank in killed else code for rank, code in after.items()})
 
         def _exit_codes(self) -> dict[int, int]:
             """Return the exit codes of the ranks that have ended, by rank."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 
 from internlm.cli import elastic
@@ -149,6 +150,31 @@ def test_after_a_signal_to_the_launcher_the_codes_of_failed_ranks_count(
     threading.Thread(target=stop, daemon=True).start()
     assert run_ranks(options, ["--no-python", "sh", "-c", ranks]) == code
     assert ("rank 0 was killed by SIGKILL" in caplog.text) == (code == 3)
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize(
+    ("rank", "code"),
+    [("begin; kill -STOP $$", 3), ("trap 'exit 143' TERM; begin; sleep 20 & wait", 143),
+     ("trap 'exit 2' TERM; begin; sleep 20 & wait", 2)],
+)  # fmt: skip
+def test_the_loss_of_another_launchers_store_is_no_error_of_the_rendezvous(
+    rank: str, code: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rank that has failed by itself has said why."""
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+
+    def end_store() -> None:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        stores.clear()
+
+    threading.Thread(target=end_store, daemon=True).start()
+    options = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{stores[0].port}", "--rdzv-conf=is_host=0"]
+    options += ["--monitor-interval=0.01", "--shutdown-timeout=1"]
+    script = f"begin() {{ > {tmp_path}/up; }}; {rank}"
+    assert run_ranks(options, ["--no-python", "sh", "-c", script]) == code
+    assert ("lost the launcher of another machine" in caplog.text) == (code != 2)
 
 
 @pytest.mark.usefixtures("_handlers")
