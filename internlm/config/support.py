@@ -219,6 +219,12 @@ DUBIOUS_SETTINGS = (
         "no effect, since model.drop_rate is 0",
     ),
     DubiousSetting(
+        ("ckpt.save_ckpt_folder", "ckpt.oss_snapshot_freq", "ckpt.keep_last"),
+        # If saving is switched off beside an interval, this is meant.
+        lambda c: not c.ckpt.enable_save_ckpt and c.ckpt.checkpoint_every is None,
+        "nothing is saved, since neither ckpt.checkpoint_every nor ckpt.enable_save_ckpt is set",
+    ),
+    DubiousSetting(
         ("ckpt.keep_every",),
         lambda c: c.ckpt.keep_last is None,
         "no effect, since ckpt.keep_last is not set: all checkpoints are kept",

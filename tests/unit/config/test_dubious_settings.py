@@ -17,6 +17,7 @@ RISES = "lr_scheduler.eta_min: the learning rate rises to 0.1 after its peak, si
 NO_DROPOUT = "model.dropout_selective_checkpoint: no effect, since model.drop_rate is 0"
 NO_MUON = "no effect, since Muon updates no parameter"
 KEEPS_ALL = "ckpt.keep_every: no effect, since ckpt.keep_last is not set: all checkpoints are kept"
+SAVES_NOTHING = "nothing is saved, since neither ckpt.checkpoint_every nor ckpt.enable_save_ckpt is set"
 MUON_OF_SOME = {"pattern": "wo", "type": "Muon"}
 ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
     ({}, []),
@@ -39,8 +40,15 @@ ROWS: tuple[tuple[Mapping[str, Any], list[str]], ...] = (
         {"optimizer": {"type": "Lion", "momentum": 0.9, "ns_steps": 3, "adjust_lr": "original"}},
         [f"optimizer.momentum, optimizer.ns_steps, optimizer.adjust_lr: {NO_MUON}"],
     ),
+    ({"ckpt.save_ckpt_folder": "local:x"}, [f"ckpt.save_ckpt_folder: {SAVES_NOTHING}"]),
+    (
+        {"ckpt": {"save_ckpt_folder": "local:x", "oss_snapshot_freq": 2, "keep_last": 2, "async_upload": True}},
+        [f"ckpt.save_ckpt_folder, ckpt.oss_snapshot_freq, ckpt.keep_last: {SAVES_NOTHING}"],
+    ),
+    ({"ckpt": {"save_ckpt_folder": "local:x", "checkpoint_every": 0}}, []),
+    ({"ckpt": {"save_ckpt_folder": "local:x", "checkpoint_every": 5, "enable_save_ckpt": False}}, []),
     ({"ckpt.keep_every": 100}, [KEEPS_ALL]),
-    ({"ckpt": {"keep_every": 100, "keep_last": 2}}, []),
+    ({"ckpt": {"keep_every": 100, "keep_last": 2, "save_ckpt_folder": "local:x", "checkpoint_every": 5}}, []),
     ({"optimizer": {"type": "Muon", "momentum": 0.9}}, []),
     ({"optimizer": {"momentum": 0.9, "param_groups": [MUON_OF_SOME]}}, []),
 )

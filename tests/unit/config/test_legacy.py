@@ -152,7 +152,8 @@ def test_an_old_key_of_a_checkpoint_is_refused_where_nothing_else_names_one(info
 def test_an_old_key_of_a_checkpoint_is_ignored_where_another_replaces_it(
     changes: dict[str, Any], overrides: list[str], reason: str
 ) -> None:
-    (warning,) = resolve(config_of({OLD_FOLDER: "local:old/500", **changes}), overrides).warnings
+    given = {OLD_FOLDER: "local:old/500", "ckpt.checkpoint_every": 5, **changes}
+    (warning,) = resolve(config_of(given), overrides).warnings
     assert f"ckpt.load_ckpt_folder ({reason}" in warning
 
 
