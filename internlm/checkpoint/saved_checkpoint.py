@@ -38,6 +38,7 @@ from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Probl
 _AnyOutline = TypeVar("_AnyOutline", bound=Outline)
 #: Files by which a folder is one checkpoint rather than a folder of them.
 OF_ONE_CHECKPOINT = frozenset({MANIFEST, format_1.COMMIT_FILE, STATE_FILE, "rank-00000.bin"})
+_UNFINISHED = "unfinished: the save was interrupted before it was committed"
 _CHOOSE_FOLDER = "Choose a step-N folder that a run has saved"
 #: Names of checkpoints; a replaced one has a suffix, until the new one of its name is committed.
 _NAME = re.compile(r"(?P<name>step-(?P<step>\d{1,18})|snapshot-\d)(\.replaced-\w+)?")
@@ -199,6 +200,9 @@ def _open(storage: Storage, name: str) -> SavedCheckpoint:
     where, names = storage.path(name), names_of_checkpoint(storage, name)
     if MANIFEST in names:
         return _open_format_2(storage, name, where)
+    if not _NAME.fullmatch(name) and name in storage.leftovers():
+        message = "unfinished: its deletion was interrupted" if ".deleting-" in name else _UNFINISHED
+        raise CheckpointError(Problem(where, message, TODO))
     if lost_its_manifest(names):
         raise DamagedCheckpointError(Problem(where, f"{MANIFEST} is missing", TODO))
     if format_1.COMMIT_FILE in names and isinstance(storage, LocalStorage):
@@ -219,7 +223,7 @@ def _not_a_checkpoint(storage: Storage, name: str, names: Collection[str]) -> Pr
     if foreign and not (unfinished and _NAME.fullmatch(name)):
         return foreign
     if unfinished:
-        return Problem(where, "unfinished: the save was interrupted before it was committed", TODO)
+        return Problem(where, _UNFINISHED, TODO)
     inner = [match for file in names if (match := _NAME.fullmatch(file.rstrip("/")))]
     if inner:
         inner.sort(key=lambda match: int(match["step"] or -1), reverse=True)

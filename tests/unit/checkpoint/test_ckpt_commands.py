@@ -203,6 +203,19 @@ def test_verify_prints_the_first_bad_bytes_and_the_exit_code_is_2(folder: Path, 
     assert Run(capsys, "verify", folder / "step-50").code == 0
 
 
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_what_a_save_or_a_deletion_left_is_no_damage(command: str, folder: Path, capsys: Any) -> None:
+    for name, reason in (
+        ("step-50.tmp-a1b2", "the save was interrupted before it was committed"),
+        ("step-40.deleting-a1b2", "its deletion was interrupted"),
+    ):
+        (folder / name.partition(".")[0]).rename(folder / name)
+        (folder / name / "manifest.json").unlink()
+        run = Run(capsys, command, folder / name)
+        assert run.code == 2
+        assert f"{folder / name}: unfinished: {reason}. Choose another checkpoint" in run.out + run.err
+
+
 def test_verify_prints_the_outcome_as_json(folder: Path, capsys: Any) -> None:
     break_file(folder / "step-40" / "rank-00000.bin")
     break_file(folder / "step-30" / "manifest.json")
