@@ -174,7 +174,9 @@ class CheckpointManager:
             raise CheckpointError(
                 Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
             )
-        self._prepare()
+        if not self._is_prepared:
+            self._prepare()
+            self._check_space()
         if self._saver is None:
             self._saver = Saver(
                 self.storage, self.folder.check_owner, self.folder.to_delete, self._failed, self.exchange
@@ -236,6 +238,8 @@ class CheckpointManager:
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
         message = message or "nothing to resume; starting from step 0"
         log_first(message)
+        if self.config.enable_save_ckpt and state.step < self.total_steps:  # else nothing will be saved
+            self._check_space()
         if state.step >= self.total_steps and dist.get_rank() == 0:
             log.warning(f"already at step {state.step}, and data.total_steps is {self.total_steps}: nothing to train")
         return message
@@ -308,13 +312,16 @@ class CheckpointManager:
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True
         check_shared(self.storage, self.exchange.group)
-        needed = self.content.bytes_of_checkpoint()
-        self._on_first_rank(lambda folder: check_space(folder.storage, needed))
         if existing and not (self.config.auto_resume or is_restart()) and dist.get_rank() == 0:
             log.warning(
                 f"{self._own_root()} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"
             )
+
+    def _check_space(self) -> None:
+        """Check that there is space for one checkpoint; collective."""
+        needed = self.content.bytes_of_checkpoint()
+        self._on_first_rank(lambda folder: check_space(folder.storage, needed))
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.manifest import Manifest
 from internlm.core.trainer import Hook, Trainer
-from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, fit, resume, saving
+from internlm.utils.errors import CheckpointError
+from tests.dist.whole_runs import Outcome, assert_goes_on, assert_same_tensors, build_run, fit, resume, saving
+from tests.harness.pool import run_ranks
 from tests.unit.checkpoint.samples import rewrite_manifest, rewrite_state
 
 
@@ -302,6 +305,26 @@ def test_no_room_on_one_rank(rank: int, tmp_path: Path) -> None:
     assert f"{tmp_path}/ckpts/step-4: cannot be saved (rank {rank}: " in failed.message
     assert _visible(tmp_path / "ckpts") == ["step-2"]
     assert resume(2, saving(tmp_path)).state["step"] == 2
+
+
+def _resume_without_space(rank: int, world_size: int, overrides: list[str]) -> str:
+    """Return the message of resuming where the disk is full, or the error."""
+    builder = build_run(world_size, tuple(overrides), [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "free_bytes", lambda self: 0)
+        try:
+            with builder.checkpoints:
+                return builder.checkpoints.try_resume_training(builder.trainer.state)
+        except CheckpointError as error:
+            return str(error)
+
+
+def test_a_finished_run_needs_no_space_and_one_that_goes_on_does(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, total=2))
+    (message,) = run_ranks(1, _resume_without_space, saving(tmp_path, total=2))
+    assert message == f"resumed from {tmp_path}/ckpts/step-2 at step 2"
+    (message,) = run_ranks(1, _resume_without_space, saving(tmp_path, total=4))
+    assert message.startswith("No space: need ")
 
 
 def test_another_runs_folder_is_warned_of(tmp_path: Path) -> None:
