@@ -18,7 +18,7 @@ from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_content import ALL, Resumable, RunContent, Sampler
-from internlm.checkpoint.run_state import RunState
+from internlm.checkpoint.run_state import RunState, check_saveable
 from internlm.checkpoint.save_folder import SNAPSHOTS, SaveFolder
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.checkpoint.saver import Saver
@@ -308,6 +308,7 @@ class CheckpointManager:
         if self._is_prepared:
             return
         assert self.storage is not None, "the config check requires a folder if saving is enabled"
+        check_saveable(self.run_info)
         job = str(self.run_info["config"].get("JOB_NAME", ""))
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True

@@ -12,7 +12,7 @@ import math
 import platform
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -98,15 +98,28 @@ class RunState(_Part):
         """Format the state as indented JSON with sorted keys.
 
         Raises:
-            CheckpointError: A value of the run, such as a number of thousands of digits, could not be read again.
+            CheckpointError: A value, such as a number of thousands of digits, could not be read again.
         """
-        try:
-            text = f"{json.dumps(self.model_dump(mode='json'), indent=1, sort_keys=True, allow_nan=False)}\n".encode()
-            _load(text)
-        except (ValueError, RecursionError) as error:
-            todo = "Use other values in the config, or another --seed"
-            raise CheckpointError(Problem("state.json", f"cannot be saved ({_first_line(error)})", todo)) from None
-        return text
+        return _encode(self.model_dump(mode="json"))
+
+
+def check_saveable(run_info: Mapping[str, Any]) -> None:
+    """Check, before a run trains, that the entries of a state file which are known at its start can be read again.
+
+    Raises:
+        CheckpointError: They cannot.
+    """
+    _encode(run_info)
+
+
+def _encode(content: Mapping[str, Any]) -> bytes:
+    try:
+        text = f"{json.dumps(content, indent=1, sort_keys=True, allow_nan=False)}\n".encode()
+        _load(text)
+    except (ValueError, RecursionError) as error:
+        todo = "Use other values in the config, or another --seed"
+        raise CheckpointError(Problem("state.json", f"could not be read again ({_first_line(error)})", todo)) from None
+    return text
 
 
 def current_versions() -> dict[str, str]:

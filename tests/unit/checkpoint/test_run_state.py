@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.checkpoint.run_state import LARGEST_STATE, RunState, parse_run_state
+from internlm.checkpoint.run_state import LARGEST_STATE, RunState, check_saveable, parse_run_state
 from internlm.data.batch_plan import Position
 from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.samples import run_state
@@ -76,9 +77,12 @@ def test_what_a_run_may_have_is_read_as_it_was(values: dict[str, Any]) -> None:
     ],
 )
 def test_what_could_not_be_read_is_not_written(values: dict[str, Any], reason: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        RunState(**run_state() | values).to_bytes()
-    assert str(caught.value).startswith(f"state.json: cannot be saved ({reason}")
+    """Nor does a run start with it."""
+    state = RunState(**run_state() | values)
+    for check in (state.to_bytes, partial(check_saveable, values)):
+        with pytest.raises(CheckpointError) as caught:
+            check()
+        assert str(caught.value).startswith(f"state.json: could not be read again ({reason})")
 
 
 @pytest.mark.parametrize("name", ["world_size", "cpu_kernels", "save_folder", "run_folder", "launcher", "versions"])
