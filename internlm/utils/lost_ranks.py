@@ -250,7 +250,7 @@ class Watch:
             limit = SHARE_OF_TIMEOUT * thread.timeout
             silent = {rank: beacon for rank, (beacon, since) in self.changed.items() if now - since > limit}
             if gone or silent:
-                finding = Finding(name_gone(gone) if gone else name_silent(silent, time.time()))
+                finding = Finding(name_gone(gone) if gone else name_silent(silent, thread.now()))
                 first = _count_finder(thread) == 1
                 print_finding(_agree(thread, finding, prints=first))
 
@@ -272,11 +272,11 @@ def _investigate(thread: BeaconThread, cause: str) -> str:
         elsewhere = {rank: beacon for rank, beacon in silent.items() if beacon.host != progress.own_host()}
         # Of another host's processes, only the connections show that they have ended.
         closed = any(text in cause for text in _CLOSED_TEXTS)
-        return name_gone(elsewhere) if closed and elsewhere else name_silent(silent, time.time())
+        return name_gone(elsewhere) if closed and elsewhere else name_silent(silent, thread.now())
     late = behind(beacons)
     if late:
         _ask_for_stacks(late)
-        return name_late(late, time.time())
+        return name_late(late, thread.now())
     if absent := [rank for rank in ranks if rank not in beacons]:
         return f"{format_ranks(absent)} did not start"
     own = {thread.rank: progress.own_beacon(0)}
@@ -307,13 +307,13 @@ def name_gone(beacons: Mapping[int, Beacon]) -> str:
 
 
 def name_silent(beacons: Mapping[int, Beacon], now: float) -> str:
-    """Return the message about ranks whose beacons no longer change at time ``now``."""
+    """Return the message about ranks whose beacons no longer change at time ``now``, by the clock of beacons."""
     seconds = max(now - min(beacon.time for beacon in beacons.values()), 0)
     return _by_phase(beacons, f"{{ranks}} silent for {seconds:.0f} s, last seen in {{phase}}")
 
 
 def name_late(beacons: Mapping[int, Beacon], now: float) -> str:
-    """Return the message about ranks in one phase, for which the others wait at time ``now``."""
+    """Return the message about ranks for which the others wait at time ``now``, by the clock of beacons."""
     first = min(beacons.values(), key=lambda beacon: beacon.since)
     code = f" ({first.code})" if first.code else ""
     return _by_phase(beacons, f"{{ranks}} {{have}} been in {{phase}} for {max(now - first.since, 0):.0f} s{code}")

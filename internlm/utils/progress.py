@@ -128,7 +128,7 @@ def end_within_limit(exit_code: int) -> None:
 # -- beacons ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Beacon:
-    """State of a rank, as it published it last."""
+    """State of a rank, as it published it last; its times are by the clock of rank 0's host, to within an interval."""
 
     count: int  # grows by 1 with each beacon
     phase: str
@@ -163,16 +163,21 @@ def interval(world_size: int) -> float:
     return max(SECONDS, world_size / RANKS_PER_SECOND)
 
 
-def own_beacon(count: int) -> Beacon:
-    """Return the beacon of this process."""
+def own_beacon(count: int, ahead: float = 0.0) -> Beacon:
+    """Return the beacon of this process.
+
+    Args:
+        count: Number of beacons so far.
+        ahead: Seconds by which the clock of this host is ahead of that of rank 0's.
+    """
     phase, step, since = _own.now
     code, waiting = _position(sys._current_frames().get(threading.main_thread().ident or 0))
     return Beacon(
         count=count,
         phase=phase,
         step=step,
-        since=since,
-        time=time.time(),
+        since=since - ahead,
+        time=time.time() - ahead,
         code=code,
         waiting=waiting or _own.waited_in_vain,
         host=own_host(),
@@ -265,12 +270,18 @@ class BeaconThread(threading.Thread):
         self.is_reported = False
         #: Error of the last beacon.
         self.store_error: StoreError | None = None
+        #: Seconds by which the clock of this host is ahead of that of rank 0's.
+        self._ahead = 0.0
         self._count, self._answered, self._over_since = 0, time.monotonic(), 0.0
 
     @property
     def silent_for(self) -> float:
         """Seconds since the last answer of the store."""
         return time.monotonic() - self._answered
+
+    def now(self) -> float:
+        """Return the time by the clock of rank 0's host, as in beacons."""
+        return time.time() - self._ahead
 
     def run(self) -> None:
         """Publish a beacon every few seconds until the main thread ends or :attr:`stopped` is set."""
@@ -302,7 +313,7 @@ class BeaconThread(threading.Thread):
     def publish(self) -> None:
         """Publish the beacon now, and read that of rank 0."""
         self._count += 1
-        text = own_beacon(self._count).write()
+        text = own_beacon(self._count, self._ahead).write()
         try:
             first, over = self.store.call(lambda client: _exchange(client, self.rank, text))
         except StoreError as error:
@@ -311,7 +322,9 @@ class BeaconThread(threading.Thread):
             self.is_reported = self.is_reported or has_first_on_host(lost_store_topic())
             return
         self.store_error, self._answered = None, time.monotonic()
-        self.of_first_rank = first or self.of_first_rank
+        if first is not None and first != self.of_first_rank:  # an older one would show its age as a difference
+            self._ahead = 0.0 if first.host == own_host() else time.time() - first.time
+            self.of_first_rank = first
         if over and not self.over:
             self.over, self._over_since = over, time.monotonic()
 

@@ -41,15 +41,15 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
 class Others:
     """Ranks 0, 2 and 3, which publish beacons in a thread, except for those that are silent.
 
-    They have been in their phase for ``ago`` seconds.
+    They have been in their phase for ``ago`` seconds, and the clocks of their hosts are ``behind`` by some seconds.
     """
 
     def __init__(self, store: dist.Store, silent: tuple[int, ...] = (), **of_rank: dict[str, Any]) -> None:
         self.store, self.silent = store, silent
-        waiting = {"phase": "backward", "step": 17, "waiting": True, "code": "", "ago": 0}
+        waiting = {"phase": "backward", "step": 17, "waiting": True, "code": "", "ago": 0, "behind": 0}
         self.states = {rank: {**waiting, **of_rank.get(f"rank_{rank}", {})} for rank in (0, 2, 3)}
         for state in self.states.values():
-            state["since"] = time.time() - state.pop("ago")
+            state["since"] = time.time() - state.pop("ago") - state["behind"]
         self.count = 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run)
@@ -69,7 +69,8 @@ class Others:
     def _publish(self, ranks: Any) -> None:
         self.count += 1
         for rank in ranks:
-            beacon = json.loads(own_beacon(self.count).write()) | self.states[rank]
+            state = dict(self.states[rank])
+            beacon = json.loads(own_beacon(self.count, state.pop("behind")).write()) | state
             self.store.set(beacon_key(rank), json.dumps(beacon))
 
 
@@ -164,6 +165,20 @@ def test_the_duration_of_a_phase_is_counted_from_its_start(store: dist.Store) ->
     with Others(store, rank_3={"waiting": False, "phase": "data wait", "ago": 30}):
         message = find_lost_rank(TIMED_OUT).message
     assert re.fullmatch(r"rank 3 has been in data wait of step 17 for 3[0-5] s", message)
+
+
+@pytest.mark.parametrize("behind", [3600, -3600])
+@pytest.mark.parametrize("silent", [(), (3,)])
+def test_durations_do_not_depend_on_the_clocks_of_hosts(silent: tuple[int], behind: int, store: dist.Store) -> None:
+    """Beacons have the clock of rank 0's host; the others are on it, and this rank is on another."""
+    host = {"host": "another", "behind": behind}
+    late = {"waiting": False, "ago": 30}
+    with Others(store, silent, rank_0=host, rank_2=host, rank_3={**host, **late}):
+        message = find_lost_rank(TIMED_OUT).message
+        assert abs(time.time() - behind - Beacon.read(store.get(beacon_key(1))).time) < 5
+    fate = "silent for [0-5] s, last seen in" if silent else "has been in"
+    end = "" if silent else " for 3[0-5] s"
+    assert re.fullmatch(f"rank 3 {fate} backward of step 17{end}", message)
 
 
 def test_a_rank_that_never_published_did_not_start(store: dist.Store) -> None:
