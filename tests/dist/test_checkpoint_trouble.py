@@ -91,7 +91,10 @@ def test_other_configs_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "ckpts" / "step-2"
     rows = [
         ("model.hidden_size=64", "model.hidden_size: 64, but {} was saved with 32. Use the config of the checkpoint"),
-        ("model_type=LLAMA2", "model_type: 'LLAMA2', but {} was saved with 'INTERNLM2'. Use the config of the"),
+        (
+            "model_type=INTERNLM",
+            "model.qkv_bias: True (the default of INTERNLM), but {} was saved with False (the default of INTERNLM2)",
+        ),
         ("model.vocab_size=80", "model.vocab_size: 80, but {} was saved with 64"),
         (
             "model.rope_base=500.",
