@@ -175,7 +175,7 @@ class CheckpointManager:
                 Problem("ckpt.save_ckpt_folder", "names no folder to save to", "Set it in the config")
             )
         if not self._is_prepared:
-            self._prepare()
+            self._warn_of(self._prepare())
             self._check_space()
         if self._saver is None:
             self._saver = Saver(
@@ -229,9 +229,10 @@ class CheckpointManager:
             CheckpointError: The checkpoint does not match the run; or none of those in the save folder verifies; or
                 the save folder is not writable, or only holds checkpoints of another format.
         """
-        if self.config.enable_save_ckpt:
-            self._prepare()
+        existing = self._prepare() if self.config.enable_save_ckpt else []
         message = self._resume(state) if self.config.auto_resume or is_restart() else ""
+        if not message:
+            self._warn_of(existing)
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
             self.load(info.path, state, info.content)
@@ -303,17 +304,21 @@ class CheckpointManager:
     def _own_root(self) -> str:
         return self.storage.location if self.storage else ""
 
-    def _prepare(self) -> None:
-        """Prepare the save folder before its first use; collective."""
+    def _prepare(self) -> list[str]:
+        """Prepare the save folder before its first use; return the checkpoints that it holds; collective."""
         if self._is_prepared:
-            return
+            return []
         assert self.storage is not None, "the config check requires a folder if saving is enabled"
         check_saveable(self.run_info)
         job = str(self.run_info["config"].get("JOB_NAME", ""))
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True
         check_shared(self.storage, self.exchange.group)
-        if existing and not (self.config.auto_resume or is_restart()) and dist.get_rank() == 0:
+        return existing
+
+    def _warn_of(self, existing: list[str]) -> None:
+        """Warn of the checkpoints ``existing`` of an earlier run that is not resumed."""
+        if existing and not self.config.auto_resume and dist.get_rank() == 0:
             log.warning(
                 f"{self._own_root()} contains {', '.join(existing[:3])} of an earlier run, which is not resumed "
                 "(ckpt.auto_resume=False) and will mix with this one: choose another ckpt.save_ckpt_folder"

@@ -172,4 +172,5 @@ def test_a_job_that_is_restarted_goes_on_although_it_resumes_no_earlier_run(tmp_
     fit(1, overrides, 4, environment=launched)
     again = resume(1, overrides, {**launched, "TORCHELASTIC_RESTART_COUNT": "1"})
     assert again.message == f"resumed from {tmp_path}/ckpts/step-4 at step 4"
+    assert not again.ranks[0].warnings
     assert resume(1, overrides, launched).message == "nothing to resume; starting from step 0"
