@@ -19,6 +19,7 @@ from internlm.config.messages import belongs_elsewhere, known_at_top_level
 from internlm.config.nested_dict import NestedDict, plain, put, within
 from internlm.utils.errors import ConfigError, Problem, did_you_mean
 from internlm.utils.secrets import mask_urls_in
+from internlm.utils.signal_thread import EndedBySignal
 
 #: Type of the object that ``from __future__ import annotations`` binds in a file.
 FUTURE = type(annotations)
@@ -57,6 +58,8 @@ def execute_file(path: str | Path) -> NestedDict:
     namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(code, namespace)
+    except EndedBySignal:
+        raise
     except (Exception, SystemExit) as error:  # any exception that the file raises is an error in the file
         raise ConfigError(_failure(path, error)) from None
     return {

@@ -38,6 +38,10 @@ def _is_caught(signum: int) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
 
 
+class EndedBySignal(SystemExit):
+    """Exception that ends the process after a signal, so that code which catches other exits lets it pass."""
+
+
 class SignalThread:
     """Handlers of signals, and the thread that acts on them; only the main thread can create it.
 
@@ -103,7 +107,7 @@ class SignalThread:
             self._progress.wait_for(lambda: self._leaving or self._done >= self._seen, timeout=1)
 
     def leave(self, code: int, seconds: float) -> bool:
-        """Raise ``SystemExit(code)`` in the main thread.
+        """Raise ``EndedBySignal(code)`` in the main thread.
 
         Returns:
             False if the process still runs after ``seconds``, since the main thread is blocked in C++, or no signal
@@ -112,7 +116,7 @@ class SignalThread:
         self._leaving, self._leave_with = True, code
         main = threading.main_thread()
         if threading.current_thread() is main:
-            raise SystemExit(code)
+            raise EndedBySignal(code)
         if not self._previous:  # no handler can raise it
             return False
         # Python calls the handler now; a signal, rather than _thread.interrupt_main, also interrupts a sleep.
@@ -123,7 +127,7 @@ class SignalThread:
         """Handle a signal in the main thread."""
         code, self._leave_with = self._leave_with, 0
         if code:
-            raise SystemExit(code)
+            raise EndedBySignal(code)
         if self.has_thread:
             self._seen += 1
         else:

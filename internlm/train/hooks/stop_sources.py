@@ -1,4 +1,4 @@
-"""What is looked at after every step: the stop file, and whether the launcher would wait for a step."""
+"""Checks after every step: the stop file, and whether the launcher would wait as long as the step took."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,13 @@ def test_before_the_first_step_a_signal_ends_the_process_by_an_exception(number:
     (line,) = ended.err.splitlines()
     assert line.endswith(f"{name} on rank 1 before the first step: nothing to save, exiting {code}")
     assert ended.seconds < SOON
+
+
+def test_a_signal_while_the_config_is_executed_is_not_an_error_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(15)")
+    ended = run(f"from internlm.config.load import execute_file\nexecute_file('{tmp_path}/config.py')", signal.SIGTERM)
+    assert ended.code == 143
+    assert ended.err.count("\n") == 1
 
 
 def test_before_the_first_step_a_process_that_is_blocked_in_c_ends_too() -> None:
