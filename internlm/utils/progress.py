@@ -125,6 +125,24 @@ def end_within_limit(exit_code: int) -> None:
     _own.exit_code = exit_code
 
 
+# -- the launcher -----------------------------------------------------------------------------------------------------
+#: Process that started this one, noted as early as possible: if it has died before, the one that adopts this process.
+_parent = os.getppid()
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_parent)
+
+
+def launcher_has_died() -> bool:
+    """Return whether this rank's launcher has died, by SIGKILL: otherwise it would have ended its ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
+
+
 # -- beacons ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Beacon:
@@ -306,9 +324,10 @@ class BeaconThread(threading.Thread):
         if error.silent:
             # A rank that waits for another one finds by itself within the timeout that rank 0 is silent.
             return self.timeout + EXIT_SECONDS / 2
-        # Other ranks find that rank 0, which has the store, is gone when their wait fails.
+        # Other ranks find that rank 0, which has the store, is gone when their wait fails. If the launcher had it and
+        # died, the run saves and stops.
         is_over = self.watch is None or self.of_first_rank is None or self.of_first_rank.ended
-        return math.inf if is_over else EXIT_SECONDS
+        return math.inf if is_over or launcher_has_died() else EXIT_SECONDS
 
     def publish(self) -> None:
         """Publish the beacon now, and read that of rank 0."""

@@ -28,7 +28,7 @@ from typing import TypeVar
 from internlm.utils import progress
 from internlm.utils.logger import get_logger
 from internlm.utils.lost_ranks import record_stop, recorded_exit_code
-from internlm.utils.progress import exit_now
+from internlm.utils.progress import exit_now, launcher_has_died
 from internlm.utils.signal_thread import SignalThread, is_free
 from internlm.utils.stop_requests import REQUEST_OF_SIGNAL, Inbox, Request
 
@@ -46,22 +46,6 @@ LAUNCHER_SECONDS = 0.5
 #: Bound of a log line or an entry in the store, in seconds, where it must not delay the end of the process.
 LAST_WORDS_SECONDS = 2.5
 log = get_logger()
-
-#: Process that started this one, noted as early as possible: if it has died before, the one that adopts this process.
-_parent = os.getppid()
-
-
-def _note_parent() -> None:
-    global _parent
-    _parent = os.getppid()
-
-
-os.register_at_fork(after_in_child=_note_parent)
-
-
-def launcher_has_died() -> bool:
-    """Return whether this rank's launcher has died, by SIGKILL: otherwise it would have ended its ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
 
 
 class Phase(Enum):

@@ -12,8 +12,9 @@ from internlm.accelerator import HostValues, is_host
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.train.hooks.stop_sources import Patience, StopFile
 from internlm.utils.logger import get_logger
+from internlm.utils.progress import launcher_has_died
 from internlm.utils.stop_requests import Inbox, Request
-from internlm.utils.stop_signals import launcher_has_died, stop_signals
+from internlm.utils.stop_signals import stop_signals
 
 REQUESTS = tuple(Request)
 log = get_logger()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -399,6 +400,19 @@ def test_a_watch_finds_lost_ranks_by_itself(
             time.sleep(0.02)
     assert _without_seconds(capsys.readouterr().err) == line
     assert bool(thread.over) == bool(line)
+
+
+@pytest.mark.parametrize(("launcher", "seconds"), [("died", math.inf), ("runs", progress.EXIT_SECONDS)])
+def test_ranks_that_watch_save_and_stop_if_the_store_is_lost_with_their_launcher(
+    launcher: str, seconds: float, store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    if launcher == "died":
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+    thread = lost_ranks._thread
+    assert thread is not None
+    thread.watch, thread.of_first_rank = lost_ranks.Watch(0, 4), own_beacon(1)
+    assert thread._patience(lost_ranks.StoreError(silent=False)) == seconds
 
 
 def test_rank_0_watches_all_and_rank_1_watches_rank_0() -> None:

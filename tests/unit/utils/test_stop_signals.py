@@ -153,7 +153,7 @@ def test_before_the_first_step_a_rank_ends_with_its_launcher(blocked: str) -> No
 )
 def test_a_process_goes_on_without_its_parent(begin: str, environment: dict[str, str], died: bool) -> None:
     script = f"parent = os.getppid()\n{begin}\nready()\nwhile os.getppid() == parent:\n    time.sleep(0.01)\n"
-    out, _ = orphan(script + "time.sleep(0.7)\nprint(stop_signals.launcher_has_died())", **environment)
+    out, _ = orphan(script + "time.sleep(0.7)\nprint(progress.launcher_has_died())", **environment)
     assert out == f"{died}\n"
 
 
