@@ -373,6 +373,7 @@ main()
 """
 
 
+@pytest.mark.wide
 def test_a_job_ends_and_says_why(tmp_path: Path) -> None:
     """Once, without a traceback, and with nothing left running."""
     file = tmp_path / "script.py"

@@ -68,11 +68,11 @@ def assert_equal(layout: str, case: tuple[str, ...], steps: int = STEPS) -> None
 #: Left to the widest sweep: each half of them is in another row, with another half.
 WIDE = [
     *((name, BUCKETS) for name in ("replicas", "isp")),
-    *((name, WHOLE) for name in ("data", "replicas", "msp")),
+    *((name, WHOLE) for name in ("data", "replicas", "msp", "four shards")),
     *((name, GRADS) for name in ("data", "fsp", "pipeline")),
-    *((name, PARAMETERS) for name in ("replicas", "msp", "pipeline")),
+    *((name, PARAMETERS) for name in ("replicas", "msp", "pipeline", "tied pipeline")),
     *((name, MUON) for name in ("data", "mtp")),
-    ("msp", LION),
+    *((name, LION) for name in ("msp", "isp")),
     ("mtp", GROUPS),
 ]
 

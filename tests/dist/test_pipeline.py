@@ -182,6 +182,7 @@ def test_validation(tmp_path: Path) -> None:
                 torch.testing.assert_close((result.outputs, result.labels), tensors, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.wide
 def test_validation_where_layers_are_split() -> None:
     modes = zip(("mtp", "fsp", "isp, overlapped"), itertools.cycle(KINDS["own"]), strict=False)
     configs = [

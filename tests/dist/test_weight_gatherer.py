@@ -109,8 +109,14 @@ def pooled(overlap: Overlap, memory_pool: bool) -> Overlap:
     return Overlap(overlap.enabled, overlap.per_layer, overlap.launch_position, memory_pool)
 
 
-@pytest.mark.parametrize("memory_pool", [False, True], ids=["new buffers", "pool"])
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("recompute", "memory_pool"),
+    [
+        pytest.param(recompute, pool, marks=[] if pool or recompute == "the first layer" else [pytest.mark.wide])
+        for recompute in RECOMPUTE
+        for pool in (False, True)
+    ],
+)
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_prefetching_changes_nothing(overlap: str, recompute: str, memory_pool: bool) -> None:
     assert_same(Case(pooled(OVERLAPS[overlap], memory_pool), RECOMPUTE[recompute]))

@@ -36,6 +36,7 @@ def _saves(root: Path) -> Tree:
     return {name: content for name, content in tree_of(root).items() if name.startswith(("step-", "snapshot-"))}
 
 
+@pytest.mark.wide  # tests/unit/checkpoint/test_lease.py has the rules, without a run
 @pytest.mark.fault("F18")
 def test_a_live_owner_keeps_its_folder_and_a_dead_one_loses_it(tmp_path: Path) -> None:
     """The second run watches the lease for seconds before it gives up."""

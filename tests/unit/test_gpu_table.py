@@ -38,6 +38,7 @@ def test_the_rows_are_those_of_the_first_table_of_the_page(tmp_path: Path) -> No
     assert gpu_table.rows(page) == ["a `b`", "d, e"]
 
 
+@pytest.mark.wide
 def test_without_a_gpu_every_row_of_the_page_has_tests_that_are_skipped_with_the_reason() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
     environment = {**os.environ, "INTERNLM_DEVICE": "cpu"}

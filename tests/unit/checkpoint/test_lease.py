@@ -141,6 +141,7 @@ def test_a_forked_process_does_not_release_the_lease(storage: Failing, monkeypat
     lease.release()
 
 
+@pytest.mark.wide
 def test_a_run_that_fails_releases_its_lease(storage: Failing) -> None:
     code = f"""
 from internlm.checkpoint.lease import Lease

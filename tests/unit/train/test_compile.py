@@ -81,6 +81,7 @@ def assert_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None
         assert torch.allclose(tensor, other[name], rtol=1e-12, atol=1e-12), name
 
 
+@pytest.mark.wide
 def test_other_pieces_are_nothing_to_compile_for() -> None:
     model, compiled = build(), build()
     compile_blocks(compiled)
