@@ -181,8 +181,8 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     fields = [(f"data.{key}", then[key], wanted[key]) for key in keys if key in then]
     changed = [row for row in [("--seed", saved.get("seed"), now.get("seed")), *fields] if row[1] != row[2]]
     # The fingerprint of random data follows from settings; other_architecture compares the vocabulary.
-    vocab_sizes = {info["config"]["model"].get("vocab_size") for info in (saved, now)} - {None}
-    is_explained = is_random and (changed or len(vocab_sizes) > 1)
+    old_size, size = (info["config"]["model"].get("vocab_size") for info in (saved, now))
+    is_explained = is_random and (changed or (old_size is not None and old_size != size))
     if saved.get("data") != now.get("data") and not is_explained:
         fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
         message = f"the data changed after {folder} was saved ({fingerprints})"

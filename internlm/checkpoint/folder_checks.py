@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from internlm.checkpoint.storage import Storage, partial_name
 from internlm.utils.errors import CheckpointError, Problem, format_by_rank
+from internlm.utils.logger import get_logger
 
 #: Seconds in which a file must become visible on all hosts; clients of network file systems cache what is missing.
 _VISIBLE_SECONDS = 10.0
 #: Longest time in seconds after which rank 0 sends that an action for all ranks is not done.
 _NEWS_SECONDS = 10.0
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+log = get_logger()
 T = TypeVar("T")
 
 #: Errors of the system in the words of users. Other errors keep the system's words.
@@ -126,6 +128,9 @@ def on_first_rank(action: Callable[[], T], timeout: float, group: dist.ProcessGr
                 sent = [(future.result(), ())]
             except CheckpointError as error:
                 sent = [(None, error.problems)]
+            except Exception as error:  # the other ranks must not wait in vain
+                log.exception("rank 0 cannot prepare the save folder")
+                sent = [(None, (Problem("save folder", repr(error), "See the traceback of rank 0"),))]
         dist.broadcast_object_list(sent, group=group, group_src=0)
         if sent[0] is not None:
             result, problems = sent[0]
@@ -164,7 +169,7 @@ def check_shared(storage: Storage, group: dist.ProcessGroup | None = None) -> No
     """
     if dist.get_world_size(group) == 1:
         return
-    # The next run removes it if this one is killed.
+    # A later run removes it if this one is killed.
     name, token = partial_name("shared"), secrets.token_hex(8)
     is_first = dist.get_rank(group) == 0
     sent: list[tuple[str, str, str, Problem | None]] = [(name, token, storage.path(name), None)]

@@ -19,7 +19,7 @@ from internlm.checkpoint.saved_checkpoint import (
     read_state,
 )
 from internlm.checkpoint.storage import COMPARED_BYTES, MANIFEST, Storage
-from internlm.checkpoint.tensor_reader import TODO, UnreadableCheckpointError
+from internlm.checkpoint.tensor_reader import TODO, UnreadableCheckpointError, unreadable
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 
 
@@ -111,8 +111,8 @@ def _read(storage: Storage, name: str) -> tuple[RunState, int, str]:
     file = f"{name}/{format_1.STATE_FILE}"
     try:
         content = storage.read(file, LARGEST_STATE)
-    except OSError:
-        content = b""  # the parser says that it is no JSON
+    except OSError as error:
+        raise unreadable(error, storage.path(file)) from None
     return parse_run_state(content, storage.path(file), 1), _usage(storage, name)[0], format_1.COMMIT_FILE
 
 

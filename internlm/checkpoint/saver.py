@@ -175,7 +175,9 @@ class Saver:
     def _explain(self, error: OSError, plan: SavePlan) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return explain(error)
-        free = self.storage.free_bytes()
+        free = None
+        with suppress(OSError):  # the other ranks wait for what this one sends
+            free = self.storage.free_bytes()
         rest = "" if free is None else f", {format_size(free)} free at {self.storage.location}"
         return f"{reason_of(error)}: need {format_size(bytes_of(plan))}{rest}"
 

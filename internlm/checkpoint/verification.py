@@ -78,14 +78,6 @@ def verify(storage: Storage, name: str, jobs: int = 1, progress: Progress = lamb
     )
 
 
-def damage(storage: Storage, name: str) -> list[Problem]:
-    """Read the files of a checkpoint of format 2, and return what does not verify: of each file the first bad bytes."""
-    try:
-        return damaged_files(storage, name, manifest_files(read_manifest(storage, name)))
-    except CheckpointError as error:
-        return list(error.problems)
-
-
 # -- format 2 ---------------------------------------------------------------------------------------------------------
 
 

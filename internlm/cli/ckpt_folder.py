@@ -162,11 +162,13 @@ def _old(
 def _left_by_saves(storage: Storage, entries: Sequence[Entry]) -> list[Entry]:
     """Return what unfinished saves and deletions left; a replaced checkpoint only if the one of its name is there."""
     committed = {entry.name for entry in entries if entry.status == "committed"}
-    leftovers = storage.leftovers(settled=True)
+    leftovers, settled = storage.leftovers(), storage.leftovers(settled=True)
     found = []
     for entry in entries:
-        if entry.name in leftovers:
-            is_left = entry.status != "replaced" or leftovers[entry.name] in committed
+        if entry.name in settled:
+            is_left = entry.status != "replaced" or settled[entry.name] in committed
+        elif entry.name in leftovers:
+            is_left = False  # may still be committed by a late request
         else:
             is_left = entry.status == "unfinished" and _is_of_a_save(storage.names(entry.name))
         if is_left:

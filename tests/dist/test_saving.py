@@ -28,13 +28,12 @@ from internlm.checkpoint.manifest import Manifest, parse_manifest
 from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.saver import Saver
 from internlm.checkpoint.tensor_writer import Save
-from internlm.checkpoint.verification import damage
 from internlm.core.parallel.ledger import LEDGER
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.utils.errors import CheckpointError, Problem, exit_on_user_error
 from tests.dist.whole_runs import build_run, fit, resume, saving, wait_for_saves
 from tests.harness.pool import run_ranks
-from tests.unit.checkpoint.samples import run_state
+from tests.unit.checkpoint.samples import damage, run_state
 
 # -- pieces
 

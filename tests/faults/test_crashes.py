@@ -22,7 +22,6 @@ from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.save_folder import SaveFolder
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.checkpoint.storage import MANIFEST
-from internlm.checkpoint.verification import damage
 from tests.dist.whole_runs import recorded_warnings
 from tests.faults.disk import (
     Call,
@@ -39,6 +38,7 @@ from tests.faults.disk import (
     write_tree,
 )
 from tests.faults.recorded_runs import Recording, Resumed, Saved, Scenario, record, resume_each
+from tests.unit.checkpoint.samples import damage
 
 IN_BACKGROUND = "ckpt.async_upload=True"
 #: Fault and scenario.

@@ -21,10 +21,9 @@ import pytest
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.manifest import checksum
 from internlm.checkpoint.storage import MANIFEST
-from internlm.checkpoint.verification import damage
 from tests.faults.disk import Tree, write_tree
 from tests.faults.recorded_runs import Recording, Resumed, Saved, Scenario, record, resume_each
-from tests.unit.checkpoint.samples import Evil
+from tests.unit.checkpoint.samples import Evil, damage
 
 SCENARIO = Scenario()
 NEWEST, BEFORE = "step-4", "snapshot-1"

@@ -17,13 +17,13 @@ from internlm.checkpoint.folder_checks import reason_of
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.checkpoint.storage import MANIFEST
-from internlm.checkpoint.verification import damage
 from internlm.core.trainer_builder import TrainerBuilder
 from internlm.utils.errors import UserError
 from tests.dist.whole_runs import build_run, fit, recorded_warnings, resume, saving
 from tests.faults.disk import Call, watched
 from tests.faults.recorded_runs import Scenario, _scramble
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.samples import damage
 
 #: Calls that need space.
 GROWING = ("create", "write", "mkdir")

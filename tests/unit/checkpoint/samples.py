@@ -20,9 +20,12 @@ from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.manifest import FileRecord, Manifest, checksum, parse_manifest
 from internlm.checkpoint.planners import LogicalSavePlanner
 from internlm.checkpoint.run_state import RunState
+from internlm.checkpoint.saved_checkpoint import read_manifest
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
+from internlm.checkpoint.verification import damaged_files, manifest_files
 from internlm.core.parallel.placement import slices_of_range
+from internlm.utils.errors import CheckpointError, Problem
 
 
 class Evil:
@@ -33,6 +36,14 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.proof),)
+
+
+def damage(storage: Storage, name: str) -> list[Problem]:
+    """Read the files of a checkpoint of format 2, and return what does not verify: of each file the first bad bytes."""
+    try:
+        return damaged_files(storage, name, manifest_files(read_manifest(storage, name)))
+    except CheckpointError as error:
+        return list(error.problems)
 
 
 def in_ranges(tensor: Tensor, split_at: list[int]) -> LogicalTensor:

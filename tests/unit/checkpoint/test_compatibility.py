@@ -189,6 +189,7 @@ RANDOM = changed(RUN_INFO, config__data__train_folder=None, config__data__fixed_
         ({"config__data__seq_len": 16}, ["data.seq_len"]),
         ({"config__data__fixed_random_dataset_seqlen": True}, ["data.fixed_random_dataset_seqlen"]),
         ({"config__model__vocab_size": 7}, []),  # which is another architecture
+        ({"config__model__vocab_size": [7]}, []),
         ({}, ["data.train_folder"]),  # another version draws other samples
         ({"config__data__train_folder": "data", "seed": 2}, ["data.train_folder", "--seed"]),
     ],

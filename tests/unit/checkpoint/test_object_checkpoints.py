@@ -118,6 +118,13 @@ def test_checkpoints_are_listed_verified_and_deleted_by_commands(
     assert capsys.readouterr().out == f"{file}: 7 bytes, manifest says 192. Choose another checkpoint\n"
 
 
+def test_prune_leaves_an_attempt_that_may_still_be_committed(storage: ObjectStorage) -> None:
+    save(storage, "step-1", "good")
+    put(storage, "step-1/late/rank-00000.bin")
+    assert not main(["ckpt", "prune", storage.location, "--keep-last", "1", "--unfinished", "--yes"])
+    assert storage.names("step-1") == ["good/", "late/", MANIFEST]
+
+
 # -- requests that are executed after they were given up
 
 

@@ -16,10 +16,10 @@ from internlm.checkpoint import verification
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.saved_checkpoint import read_manifest
-from internlm.checkpoint.verification import Verification, damage, verify
+from internlm.checkpoint.verification import Verification, verify
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError
 from tests.unit.checkpoint import samples
-from tests.unit.checkpoint.samples import complete, in_ranges, save, write
+from tests.unit.checkpoint.samples import complete, damage, in_ranges, save, write
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "checkpoints" / "format-1"
 FILES = ("manifest.json", "state.json", "rank-00000.bin")
