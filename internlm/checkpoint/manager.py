@@ -310,6 +310,9 @@ class CheckpointManager:
             return []
         assert self.storage is not None, "the config check requires a folder if saving is enabled"
         check_saveable(self.run_info)
+        if self.config.async_upload:
+            # Before the first step: a save must not need the launcher's store, which may be gone by then.
+            self.exchange.separate()
         job = str(self.run_info["config"].get("JOB_NAME", ""))
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True

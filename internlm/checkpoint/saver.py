@@ -63,7 +63,8 @@ class Saver:
             ``CheckpointError`` if it must not.
         to_prune: Function that rank 0 calls with the step after a commit; it returns the checkpoints to delete.
         on_failure: Function called on each rank, in the thread, after a save in the background has failed.
-        exchange: Exchange between all ranks; no other thread uses it during a save in the background.
+        exchange: Exchange between all ranks; no other thread uses it during a save in the background. If others use
+            the default group then, it must have a group of its own.
     """
 
     def __init__(
@@ -95,8 +96,6 @@ class Saver:
             CheckpointError: This save, or the earlier one in the background, failed on some rank.
         """
         self.wait()
-        if background:
-            self.exchange.separate()
         planner = LogicalSavePlanner()
         planner.set_up_planner(dict(tensors), is_coordinator=dist.get_rank() == 0)
         plan, attempt = self._agree(planner, tensors)

@@ -285,6 +285,30 @@ def test_at_most_one_save_is_in_the_background(tmp_path: Path) -> None:
     assert found == [[], ["step-1"], ["step-1", "step-2"]]
 
 
+def _save_without_a_store(rank: int, world_size: int, overrides: list[str]) -> list[str]:
+    """Save in the background where no group can be made any more, as after the launcher was killed."""
+    manager = (builder := build_run(world_size, tuple(overrides), [])).checkpoints
+    assert manager.storage is not None
+    new_group = dist.new_group
+
+    def fail(*args: Any, **keywords: Any) -> None:
+        raise dist.DistNetworkError("the store is gone")
+
+    with manager:
+        manager.try_resume_training(builder.trainer.state)
+        try:
+            dist.new_group = fail  # type: ignore[assignment]
+            manager.save(builder.trainer.state)
+            manager.wait_async_upload_finish()
+        finally:
+            dist.new_group = new_group
+    return _checkpoints(Path(manager.storage.location))
+
+
+def test_the_first_save_in_the_background_does_not_need_the_store_of_the_launcher(tmp_path: Path) -> None:
+    assert run_ranks(1, _save_without_a_store, saving(tmp_path, "ckpt.async_upload=True")) == [["step-0"]]
+
+
 class _NoRoom(Hook):
     """After the first save, files on one rank can't grow, as on a full disk."""
 
