@@ -44,6 +44,9 @@ class _Signal(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self._reached("after", trainer)
 
+    def after_run(self, trainer: Trainer) -> None:
+        self._reached("after the run", trainer)
+
     def _reached(self, where: str, trainer: Trainer, really: bool = True) -> None:
         here = (where, trainer.state.step, os.environ["RANK"]) == (self.where, self.step, str(self.rank))
         if here and really:
@@ -154,6 +157,17 @@ def test_a_signal_in_the_last_step(device: str, where: str, step: int, tmp_path:
     assert (done.state["step"], done.message) == (8, "exit 143")
     assert done.ranks[0].warnings == ["SIGTERM on rank 1: saved step 8, exiting 143"]
     assert _saved_steps(tmp_path) == ["step-3", "step-6", "step-8"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.wide)])
+def test_a_signal_after_the_last_exchange_gives_the_exit_code(number: int, tmp_path: Path) -> None:
+    """Of the rank that received it, which logs it."""
+    done = fit(1, saving(tmp_path, total=2), hooks=[_Signal(number, 0, 2, "after the run")])
+    name, code = signal.Signals(number).name, 128 + number
+    assert (done.message, done.ranks[0].warnings) == (
+        f"exit {code}",
+        [f"{name} on rank 0: step 2 is saved, exiting {code}"],
+    )
 
 
 @pytest.mark.parametrize(("device", "saved"), [("cpu", "step-4"), ("accelerator", "step-5")])

@@ -254,7 +254,8 @@ def _resave(rank: int, world_size: int, overrides: tuple[str, ...]) -> Rank:
 
 def take_signals() -> None:
     """Give back the signals that the pool ignores, or that a run which was stopped has left ignored."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

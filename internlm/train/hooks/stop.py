@@ -134,9 +134,9 @@ class FollowRequests(Hook):
         signals = stop_signals()
         signals.settle()
         signals.end_training(saved, self.exit_code)
-        # A signal of this rank alone, since the last exchange.
+        # Requests of this rank alone, since the last exchange. Those not to save come too late: all saves are done.
         waiting = self._inbox.take()
-        late = [request for request in (Request.TERMINATE, Request.INTERRUPT) if request in waiting]
+        late = [request for request in REQUESTS if request in waiting and request.value.stops and request.value.saves]
         if late and not self.exit_code:
             self.exit_code = late[0].value.exit_code
             signals.end_training(saved, self.exit_code)
