@@ -6,12 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
+from internlm.checkpoint import format_1
 from internlm.checkpoint.folder_checks import explain
 from internlm.checkpoint.foreign_folders import foreign_save_folder
 from internlm.checkpoint.lease import Lease
 from internlm.checkpoint.saved_checkpoint import (
     OF_ONE_CHECKPOINT,
     find_checkpoints,
+    names_of_checkpoint,
     not_followed,
     plain_names,
     read_outline,
@@ -20,7 +22,7 @@ from internlm.checkpoint.saved_checkpoint import (
 from internlm.checkpoint.storage import Storage
 from internlm.checkpoint.tensor_reader import UnreadableCheckpointError
 from internlm.checkpoint.verification import verify
-from internlm.utils.errors import CheckpointError, Problem
+from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 from internlm.utils.logger import get_logger
 
 log = get_logger()
@@ -136,19 +138,21 @@ class SaveFolder:
     def saved_by(self, launcher: str) -> list[str]:
         """Return the names of the checkpoints that ranks of ``launcher`` have saved, newest first.
 
-        Raises:
-            UnreadableCheckpointError: A file that shows it is out of reach.
+        Those that are damaged or out of reach are among them, since they may be its own: it must not fall back to an
+        older one, or start anew, without a word.
         """
-        found = [entry for entry in find_checkpoints(self.storage) if entry.is_committed and entry.is_readable]
-        return [entry.name for entry in found if launcher and self._launcher_of(entry.name) == launcher]
+        names = [entry.name for entry in find_checkpoints(self.storage) if entry.is_committed]
+        return [name for name in names if launcher and self._may_be_saved_by(launcher, name)]
 
-    def _launcher_of(self, name: str) -> str:
+    def _may_be_saved_by(self, launcher: str, name: str) -> bool:
         try:
-            return read_state(self.storage, name, read_outline(self.storage, name)).launcher
-        except UnreadableCheckpointError:
-            raise
-        except CheckpointError:  # damaged, or of another format
-            return ""
+            if format_1.COMMIT_FILE in names_of_checkpoint(self.storage, name):
+                return False
+            return read_state(self.storage, name, read_outline(self.storage, name)).launcher == launcher
+        except (DamagedCheckpointError, UnreadableCheckpointError):
+            return True
+        except CheckpointError:  # a newer version wrote it
+            return False
 
     def _check_holds_checkpoints(self) -> None:
         # A run that is given one of its checkpoints would find none in it, and start anew.

@@ -18,7 +18,7 @@ from internlm.checkpoint.save_folder import SaveFolder, not_kept
 from internlm.checkpoint.saved_checkpoint import find_checkpoints, open_checkpoint
 from internlm.checkpoint.tensor_reader import UnreadableCheckpointError
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError
-from tests.unit.checkpoint.samples import complete, in_ranges, save
+from tests.unit.checkpoint.samples import complete, in_ranges, run_state, save
 
 
 def saved(root: Path, name: str, step: int) -> Path:
@@ -188,6 +188,24 @@ def test_a_file_that_is_out_of_reach_is_no_damage(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read") as caught:
             open_checkpoint(failing, "step-9")
         assert type(caught.value) is kind
+
+
+def test_a_checkpoint_whose_launcher_cannot_be_read_may_be_of_any(unprivileged: Path) -> None:
+    """A job that is restarted must not skip its own, damaged checkpoints without a word."""
+    for step in range(10, 80, 10):
+        saved(unprivileged, f"step-{step}", step)
+    complete(unprivileged / "step-80")  # of format 1, which no launcher of today has saved
+    (unprivileged / "step-20" / "manifest.json").write_bytes(b"")
+    (unprivileged / "step-30" / "manifest.json").unlink()
+    (unprivileged / "step-40" / "state.json").unlink()
+    (unprivileged / "step-50" / "state.json").chmod(0)
+    (unprivileged / "step-60").chmod(0)
+    (unprivileged / "step-70" / "rank-00000.bin").write_bytes(b"")  # its launcher can be read
+    folder, launcher, doubtful = SaveFolder(LocalStorage(unprivileged)), run_state()["launcher"], range(60, 10, -10)
+    assert folder.saved_by("boot/pid:[1]/8/88") == [f"step-{step}" for step in doubtful]
+    assert folder.saved_by(launcher) == ["step-70", *(f"step-{step}" for step in doubtful), "step-10"]
+    assert folder.saved_by("") == []
+    (unprivileged / "step-60").chmod(0o700)
 
 
 def test_a_folder_that_cannot_be_read_hides_no_other_and_is_not_skipped(unprivileged: Path) -> None:
