@@ -230,7 +230,7 @@ class CheckpointManager:
                 the save folder is not writable, or only holds checkpoints of another format.
         """
         existing = self._prepare() if self.config.enable_save_ckpt else []
-        message = self._resume(state) if self.config.auto_resume or is_restart() else ""
+        message = self._resume(state)
         if not message:
             self._warn_of(existing)
         if not message and self.config.load_ckpt_info is not None:
@@ -277,10 +277,7 @@ class CheckpointManager:
         """
         if self.storage is None:
             return ""
-        resumes_any = self.config.auto_resume
-        names = self._on_first_rank(
-            lambda folder: folder.candidates() if resumes_any else folder.saved_by(this_launcher())
-        )
+        names = self._on_first_rank(self._names_to_resume)
         for index, name in enumerate(names):
             try:
                 saved = self._load(self.storage, name, state, ("all",))
@@ -300,6 +297,12 @@ class CheckpointManager:
             because = f" ({', '.join(names[:index])} did not verify)" if index else ""
             return f"resumed from {self.storage.path(name)} at step {state.step}{because}"
         return ""
+
+    def _names_to_resume(self, folder: SaveFolder) -> list[str]:
+        if self.config.auto_resume:
+            return folder.candidates()
+        # On rank 0 only, since the launchers of several hosts may differ in their number of restarts.
+        return folder.saved_by(this_launcher()) if is_restart() else []
 
     def _own_root(self) -> str:
         return self.storage.location if self.storage else ""
@@ -329,6 +332,7 @@ class CheckpointManager:
 
     def _check_space(self) -> None:
         """Check that there is space for one checkpoint; collective."""
+        self.wait_async_upload_finish()  # it uses the exchange, too
         needed = self.content.bytes_of_checkpoint()
         self._on_first_rank(lambda folder: check_space(folder.storage, needed))
 

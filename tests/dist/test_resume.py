@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resume, saving
+from tests.dist.whole_runs import (
+    Outcome,
+    assert_same_tensors,
+    build_run,
+    fit,
+    recorded_warnings,
+    resume,
+    saving,
+)
+from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
 
 TOTAL = 14
@@ -165,12 +175,19 @@ def test_the_newest_snapshot_that_verifies_is_resumed(data: str, tmp_path: Path)
     assert resume(2, keys).message == f"resumed from {root}/step-12 at step 12 (snapshot-1 did not verify)"
 
 
+def _resume_after_restarts_of_rank_0(rank: int, world_size: int, overrides: list[str]) -> tuple[str, list[str]]:
+    """Return the message and the warnings of resuming, where the launcher of rank 1 has counted no restart."""
+    os.environ.update(TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT=str(1 - rank))
+    builder = build_run(world_size, tuple(overrides), [])
+    with recorded_warnings() as warnings, builder.checkpoints:
+        return builder.checkpoints.try_resume_training(builder.trainer.state), warnings
+
+
 def test_a_job_that_is_restarted_goes_on_although_it_resumes_no_earlier_run(tmp_path: Path) -> None:
     """It resumes what ranks of its launcher have saved; the newest checkpoint is that of an earlier run."""
     fit(1, saving(tmp_path, every=5), 5)
     overrides, launched = saving(tmp_path, "ckpt.auto_resume=False", every=2), {"TORCHELASTIC_RUN_ID": "none"}
     fit(1, overrides, 4, environment=launched)
-    again = resume(1, overrides, {**launched, "TORCHELASTIC_RESTART_COUNT": "1"})
-    assert again.message == f"resumed from {tmp_path}/ckpts/step-4 at step 4"
-    assert not again.ranks[0].warnings
+    restarted = run_ranks(2, _resume_after_restarts_of_rank_0, overrides)
+    assert restarted == [(f"resumed from {tmp_path}/ckpts/step-4 at step 4", [])] * 2
     assert resume(1, overrides, launched).message == "nothing to resume; starting from step 0"

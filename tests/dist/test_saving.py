@@ -285,6 +285,28 @@ def test_at_most_one_save_is_in_the_background(tmp_path: Path) -> None:
     assert found == [[], ["step-1"], ["step-1", "step-2"]]
 
 
+def _resume_during_a_save(rank: int, world_size: int, overrides: list[str]) -> list[bool]:
+    """Return whether a save was unfinished when the ranks exchanged sizes to check the space."""
+    manager = (builder := build_run(world_size, tuple(overrides), [])).checkpoints
+    measure, was_busy = manager.content.bytes_of_checkpoint, list[bool]()
+
+    def bytes_of_checkpoint() -> int:
+        was_busy.append(manager._saver is not None and manager._saver.is_busy)
+        return measure()
+
+    with _gated_files() as is_open, manager:
+        manager.save(builder.trainer.state)
+        threading.Timer(0.2, is_open.set).start()
+        manager.content.bytes_of_checkpoint = bytes_of_checkpoint  # type: ignore[method-assign]
+        manager.try_resume_training(builder.trainer.state)
+    return was_busy
+
+
+def test_the_space_is_checked_after_the_save_in_the_background_which_uses_the_same_exchange(tmp_path: Path) -> None:
+    overrides = saving(tmp_path, "ckpt.async_upload=True", "ckpt.auto_resume=False")
+    assert run_ranks(1, _resume_during_a_save, overrides) == [[False]]
+
+
 def _save_without_a_store(rank: int, world_size: int, overrides: list[str]) -> list[str]:
     """Save in the background where no group can be made any more, as after the launcher was killed."""
     manager = (builder := build_run(world_size, tuple(overrides), [])).checkpoints
