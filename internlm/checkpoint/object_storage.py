@@ -135,7 +135,9 @@ class ObjectStorage:
     def publish(self, checkpoint: str, attempt: str, manifest: bytes, check: Callable[[], None] | None = None) -> None:
         """Write the manifest, unless another process has just written or replaced it; then remove older attempts."""
         key = self._key(f"{checkpoint}/{MANIFEST}")
-        for is_last in (check is None, True):
+        # The manifest may be replaced between HEAD and PUT. The owner of the folder tries once more, since that was a
+        # late PUT of a save that was given up.
+        for _ in range(1 if check is None else 2):
             try:
                 etag = self._client.call("head_object", key)["ETag"]
             except FileNotFoundError:
@@ -145,9 +147,8 @@ class ObjectStorage:
                 check()
             if self._put_manifest(f"{checkpoint}/{attempt}", key, manifest, etag):
                 break
-            if is_last:
-                message = "another run has just saved this checkpoint"
-                raise OSError(errno.EEXIST, message, self.path(checkpoint))
+        else:
+            raise OSError(errno.EEXIST, "another run has just saved this checkpoint", self.path(checkpoint))
         # The save has succeeded: what cannot be removed now is one of the leftovers.
         with suppress(OSError):
             for folder in self.names(checkpoint):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from internlm.accelerator import HostValues, is_host
 from internlm.core.trainer import Hook, StepReport, Trainer
-from internlm.train.hooks.stop_sources import Patience, StopFile
+from internlm.train.hooks.stop_sources import LauncherPatience, StopFile
 from internlm.utils.logger import get_logger
 from internlm.utils.progress import launcher_has_died
 from internlm.utils.stop_requests import Inbox, Request
@@ -47,7 +47,7 @@ class FollowRequests(Hook):
         """Exit code of the run so far."""
         self._inbox = Inbox()
         self._stop_file = StopFile(stop_file) if stop_file else None
-        self._patience = Patience(os.environ)
+        self._patience = LauncherPatience(os.environ)
         self._exchanged: HostValues | None = None  # result of the last exchange that was not read
 
     def request(self, request: Request) -> None:

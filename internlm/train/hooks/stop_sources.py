@@ -107,7 +107,7 @@ class StopFile:
             log.warning(f"ckpt.stop_file_path: {self.path} {message}. It is ignored, and training goes on")
 
 
-class Patience:
+class LauncherPatience:
     """Time for which the launcher of this rank, torchrun or ``internlm train``, waits for it after a signal.
 
     Args:

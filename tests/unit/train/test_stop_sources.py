@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from internlm.train.hooks import stop_sources
-from internlm.train.hooks.stop_sources import Patience, StopFile
+from internlm.train.hooks.stop_sources import LauncherPatience, StopFile
 from internlm.utils.stop_requests import Request
 
 STOP, SAVE = Request.STOP_FILE, Request.SAVE_BY_FILE
@@ -155,7 +155,7 @@ def test_a_step_near_the_launchers_patience_is_warned_about_once(
 ) -> None:
     times = iter([0.0, 19.9, 41.0, 90.0])
     monkeypatch.setattr(stop_sources, "monotonic", lambda: next(times))
-    patience = Patience({"TORCHELASTIC_RUN_ID": "x"})
+    patience = LauncherPatience({"TORCHELASTIC_RUN_ID": "x"})
     for _ in range(4):
         patience.note_step()
     (line,) = warnings()
@@ -166,4 +166,4 @@ def test_a_step_near_the_launchers_patience_is_warned_about_once(
 
 @pytest.mark.parametrize(("text", "seconds"), [("120", 120), ("", 30), ("soon", 30)])
 def test_the_launchers_patience_is_read_from_the_environment(text: str, seconds: float) -> None:
-    assert Patience({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": text}).seconds == seconds
+    assert LauncherPatience({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": text}).seconds == seconds
