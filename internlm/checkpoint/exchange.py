@@ -18,13 +18,11 @@ class Exchange:
     """Collectives of objects over a gloo group of all ranks, which call the methods in the same order.
 
     NCCL would send objects through the device, and its groups are busy with training.
-
-    Args:
-        timeout: Timeout of the group, if it is not the default group.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(seconds=1800)) -> None:
-        self.timeout = timeout
+    def __init__(self) -> None:
+        self.timeout = timedelta(seconds=1800)
+        """Timeout of the group, if it is not the default group; set it before the first use."""
         self._own: dist.ProcessGroup | None = None
 
     @property

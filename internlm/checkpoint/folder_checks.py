@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.storage import Storage, partial_name
 from internlm.utils.errors import CheckpointError, Problem, format_by_rank
 from internlm.utils.logger import get_logger
@@ -96,16 +97,15 @@ def todo_at(where: str, number: int | None, local: str) -> str:
     return _STORE_TODOS.get(number or 0, STORE_TODO) if where.startswith("s3://") else local
 
 
-def on_first_rank(action: Callable[[], T], timeout: float, group: dist.ProcessGroup | None = None) -> T:
+def on_first_rank(action: Callable[[], T], exchange: Exchange) -> T:
     """Return the result of ``action`` on rank 0, while the other ranks block; collective.
 
-    It may take longer than the timeout of the group, as the wait for a lease does: rank 0 runs it in a thread, and
+    It may take longer than the timeout of the exchange, as the wait for a lease does: rank 0 runs it in a thread, and
     sends from time to time that it is not done.
 
     Args:
         action: Function that rank 0 calls.
-        timeout: Timeout of the group in seconds.
-        group: Group of all ranks; by default the default group.
+        exchange: Exchange between all ranks.
 
     Raises:
         CheckpointError: ``action`` has raised it. Raised on all ranks.
@@ -118,22 +118,22 @@ def on_first_rank(action: Callable[[], T], timeout: float, group: dist.ProcessGr
         except BaseException as error:
             future.set_exception(error)
 
-    is_first = dist.get_rank(group) == 0
+    is_first, news_seconds = dist.get_rank() == 0, min(exchange.timeout.total_seconds() / 4, _NEWS_SECONDS)
     if is_first:
         threading.Thread(target=run, name="save folder", daemon=True).start()
     while True:
-        sent: list[tuple[T | None, tuple[Problem, ...]] | None] = [None]
-        if is_first and wait([future], min(timeout / 4, _NEWS_SECONDS)).done:
+        outcome: tuple[T | None, tuple[Problem, ...]] | None = None
+        if is_first and wait([future], news_seconds).done:
             try:
-                sent = [(future.result(), ())]
+                outcome = (future.result(), ())
             except CheckpointError as error:
-                sent = [(None, error.problems)]
+                outcome = (None, error.problems)
             except Exception as error:  # the other ranks must not wait in vain
                 log.exception("rank 0 cannot prepare the save folder")
-                sent = [(None, (Problem("save folder", repr(error), "See the traceback of rank 0"),))]
-        dist.broadcast_object_list(sent, group=group, group_src=0)
-        if sent[0] is not None:
-            result, problems = sent[0]
+                outcome = (None, (Problem("save folder", repr(error), "See the traceback of rank 0"),))
+        outcome = exchange.broadcast(outcome)
+        if outcome is not None:
+            result, problems = outcome
             if problems:
                 raise CheckpointError(*problems)
             return result  # type: ignore[return-value]  # the result of action
@@ -157,34 +157,31 @@ def format_size(size: int) -> str:
     return f"{size / factor:.1f} {unit}"
 
 
-def check_shared(storage: Storage, group: dist.ProcessGroup | None = None) -> None:
+def check_shared(storage: Storage, exchange: Exchange) -> None:
     """Check that all ranks see the same folder: a file that rank 0 writes there; collective.
 
     Args:
         storage: The save folder, which exists for rank 0.
-        group: Group of all ranks; by default the default group.
+        exchange: Exchange between all ranks.
 
     Raises:
         CheckpointError: Rank 0 cannot write, or ranks do not see its file. Raised on all ranks.
     """
-    if dist.get_world_size(group) == 1:
+    if dist.get_world_size() == 1:
         return
     # A later run removes it if this one is killed.
     name, token = partial_name("shared"), secrets.token_hex(8)
-    is_first = dist.get_rank(group) == 0
-    sent: list[tuple[str, str, str, Problem | None]] = [(name, token, storage.path(name), None)]
+    is_first, failure = dist.get_rank() == 0, None
     if is_first:
         try:
             storage.write(name, token.encode())
         except OSError as error:
-            sent = [(name, token, storage.path(name), problem_of(error, storage))]
-    dist.broadcast_object_list(sent, group=group, group_src=0)
-    name, token, path, failure = sent[0]
+            failure = problem_of(error, storage)
+    name, token, path, failure = exchange.broadcast((name, token, storage.path(name), failure))
     if failure:
         raise CheckpointError(failure)
     reason = "" if is_first else _why_unseen(storage, name, token)
-    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size(group)
-    dist.all_gather_object(found, (socket.gethostname(), reason), group=group)
+    found = exchange.all_gather((socket.gethostname(), reason))
     if is_first:
         with suppress(OSError):
             storage.remove(name)

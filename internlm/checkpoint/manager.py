@@ -208,7 +208,7 @@ class CheckpointManager:
                 raise CheckpointError(Problem(where, message, todo_at(where, error.errno, TODO))) from None
 
         # Rank 0 acts for all ranks: on a network file system, a new folder may become visible at different times.
-        return on_first_rank(act, self.exchange.timeout.total_seconds(), self.exchange.group)
+        return on_first_rank(act, self.exchange)
 
     # -- loading ------------------------------------------------------------------------------------------------------
     def try_resume_training(self, state: Resumable, current_time: str = "") -> str:
@@ -319,7 +319,7 @@ class CheckpointManager:
         job = str(self.run_info["config"].get("JOB_NAME", ""))
         existing = self._on_first_rank(lambda folder: folder.open(job, self._lost))
         self._is_prepared = True
-        check_shared(self.storage, self.exchange.group)
+        check_shared(self.storage, self.exchange)
         return existing
 
     def _warn_of(self, existing: list[str]) -> None:

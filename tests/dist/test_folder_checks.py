@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from internlm.checkpoint import folder_checks
+from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, format_size, on_first_rank
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.utils.errors import CheckpointError, Problem
@@ -23,7 +24,7 @@ def share(rank: int, world_size: int, folders: list[str]) -> tuple[str, list[str
     storage, text = LocalStorage(folders[rank]), ""
     visible, folder_checks._VISIBLE_SECONDS = folder_checks._VISIBLE_SECONDS, 0.3
     try:
-        check_shared(storage)
+        check_shared(storage, Exchange())
     except CheckpointError as error:
         text = str(error)
     finally:
@@ -109,8 +110,9 @@ def test_errors_of_the_system_are_explained(code: int, words: str) -> None:
 
 def act(rank: int, world_size: int) -> tuple[str, str, float]:
     """Return the result and the error of two actions of rank 0, and the seconds that they took."""
-    begin, timeout = time.monotonic(), 2.0
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    begin, timeout, exchange = time.monotonic(), 2.0, Exchange()
+    exchange.timeout = timedelta(seconds=timeout)
+    exchange.separate()
 
     def succeed() -> str:
         time.sleep(1.5 * timeout)
@@ -119,9 +121,9 @@ def act(rank: int, world_size: int) -> tuple[str, str, float]:
     def fail() -> str:
         raise CheckpointError(Problem("ckpts", "owned by a live run", "Choose another"))
 
-    result = on_first_rank(succeed, timeout, group)
+    result = on_first_rank(succeed, exchange)
     try:
-        on_first_rank(fail, timeout, group)
+        on_first_rank(fail, exchange)
     except CheckpointError as error:
         return result, str(error), time.monotonic() - begin
     return result, "", 0.0

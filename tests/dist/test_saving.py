@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ STATE_BYTES = 200 << 20
 
 
 def _measure_memory(rank: int, world_size: int, folder: str) -> tuple[int, int, list[str]]:
-    saver = Saver(LocalStorage(folder), lambda: None, lambda step: (), lambda: None, Exchange(timedelta(seconds=30)))
+    saver = Saver(LocalStorage(folder), lambda: None, lambda step: (), lambda: None, Exchange())
     values = torch.ones(STATE_BYTES // 8).view(1024, -1)
     # Pieces of a transposed tensor are not contiguous.
     tensors = {"a": LogicalTensor.whole(values), "b": LogicalTensor.whole(torch.ones(values.t().shape).t())}
@@ -188,7 +187,7 @@ def leave_with_a_failing_save(file: str, is_decorated: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def main() -> None:
-        saver = Saver(LocalStorage(file), lambda: None, lambda step: (), lambda: None, Exchange(timedelta(seconds=30)))
+        saver = Saver(LocalStorage(file), lambda: None, lambda step: (), lambda: None, Exchange())
         saver.save(_save(1), {"a": LogicalTensor.whole(torch.ones(2))}, background=True)
 
     (exit_on_user_error(main) if is_decorated else main)()
@@ -454,7 +453,7 @@ def _save_until_lost(rank: int, world_size: int, folder: str) -> list[str]:
     def older(step: int) -> list[str]:
         return [f"step-{step - 1}"] if step > 1 else []
 
-    saver = Saver(LocalStorage(folder), check_owner, older, lambda: None, Exchange(timedelta(seconds=30)))
+    saver = Saver(LocalStorage(folder), check_owner, older, lambda: None, Exchange())
     for step in (1, 2):
         saver.save(_save(step), {"a": LogicalTensor.whole(torch.ones(9))})
     return _checkpoints(Path(folder))
