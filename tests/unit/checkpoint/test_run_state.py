@@ -57,9 +57,9 @@ def test_what_is_written_is_read() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"save_folder": os.fsdecode(b"/runs/caf\xe9"), "run_folder": os.fsdecode(b"/runs/caf\xe9/1")},
+        {"save_folder": os.fsdecode(b"/runs/\xe9t\xe9"), "run_folder": os.fsdecode(b"/runs/\xe9t\xe9/1")},
         {"seed": 10**45},
-        {"config": {"model": {}, "data": {"train_folder": os.fsdecode(b"caf\xe9"), "valid_every": 10**299}}},
+        {"config": {"model": {}, "data": {"train_folder": os.fsdecode(b"\xe9t\xe9"), "valid_every": 10**299}}},
     ],
     ids=["a path that is not in UTF-8", "a long seed", "the config"],
 )

@@ -62,7 +62,7 @@ def test_the_client_belongs_to_the_process_group_of_the_moment() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             assert [count_in_store("topic", 1) for _ in range(2)] == [1, 2]
-            assert count_in_store(os.fsdecode(b"caf\xe9"), 1) == 1  # a path that is not in UTF-8
+            assert count_in_store(os.fsdecode(b"\xe9t\xe9"), 1) == 1  # a path that is not in UTF-8
             client = job_store.job_store()
             assert client is not None
             assert client.source is default_store()
@@ -75,7 +75,7 @@ def test_the_client_belongs_to_the_process_group_of_the_moment() -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/ns"), reason="names without files exist on Linux only")
 def test_one_process_of_a_host_is_the_first() -> None:
     """Each topic has another."""
-    topics = [f"{os.getpid()} {path}" for path in ("/runs/1", os.fsdecode(b"/runs/caf\xe9"))]
+    topics = [f"{os.getpid()} {path}" for path in ("/runs/1", os.fsdecode(b"/runs/\xe9t\xe9"))]
     assert not has_first_on_host(topics[0])
     assert [first_on_host(topic) for topic in (*topics, *topics)] == [True, True, False, False]
     assert has_first_on_host(topics[0])
