@@ -10,13 +10,15 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -198,12 +200,11 @@ class Bench:
             self.save(background=True)
             self.managers[True].wait_async_upload_finish()
         plan = self.managers[False]._saver._plan.own
-        self.content = torch.zeros(bytes_of(plan), dtype=torch.uint8)
-        copy, read = (
-            torch.zeros_like(self.content),
-            sum(x.nbytes for t in self.tensors.values() for x in t.slices.values()),
-        )
+        read = sum(x.nbytes for t in self.tensors.values() for x in t.slices.values())
+        # Two buffers for all purposes, since the state of a large model takes most of a machine's memory.
         self.loaded = torch.zeros(read, dtype=torch.uint8)
+        self.content = torch.zeros(bytes_of(plan), dtype=torch.uint8)
+        copy = self.loaded[: len(self.content)]
         for _ in range(5):
             self.measure("step", self.ours.step)
         for _ in range(rounds):
@@ -254,6 +255,20 @@ def _rank(rank: int, port: int, model: str, rounds: int, folder: Path, results: 
     dist.barrier()
 
 
+def _next(results: Any, ranks: Sequence[BaseProcess]) -> dict[str, Any]:
+    """Return the next result; end the ranks if one of them has died, as for lack of memory."""
+    for _ in range(LONGEST):
+        with suppress(queue.Empty):
+            found: dict[str, Any] | None = results.get(timeout=1)
+            if found is not None:
+                return found
+        if any(process.exitcode for process in ranks):
+            break
+    for process in ranks:
+        process.kill()
+    raise SystemExit(f"a rank ended with exit code {[process.exitcode for process in ranks]}")
+
+
 def measure(model: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Run the ranks; return medians of the slower rank, in seconds, and their ratios."""
     context, port = multiprocessing.get_context("spawn"), free_port()
@@ -261,7 +276,7 @@ def measure(model: str, rounds: int, folder: Path) -> dict[str, Any]:
     ranks = [context.Process(target=_rank, args=(rank, port, model, rounds, folder, results)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
-    found = [results.get(timeout=LONGEST) for _ in ranks]
+    found = [_next(results, ranks) for _ in ranks]
     for process in ranks:
         process.join()
     times = {name: max(median(of_rank["times"][name]) for of_rank in found) for name in found[0]["times"]}
