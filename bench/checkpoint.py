@@ -264,9 +264,10 @@ def _next(results: Any, ranks: Sequence[BaseProcess]) -> dict[str, Any]:
                 return found
         if any(process.exitcode for process in ranks):
             break
+    codes = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode}
     for process in ranks:
         process.kill()
-    raise SystemExit(f"a rank ended with exit code {[process.exitcode for process in ranks]}")
+    raise SystemExit(f"exit codes of the ranks that have failed: {codes}. -9: out of memory?")
 
 
 def measure(model: str, rounds: int, folder: Path) -> dict[str, Any]:

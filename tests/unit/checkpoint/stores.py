@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from internlm.checkpoint.local_storage import LOCK
 from internlm.checkpoint.object_client import Patience
 from internlm.checkpoint.storage import Storage
 
@@ -28,3 +30,15 @@ def save(storage: Storage, checkpoint: str, attempt: str) -> None:
     """Save a checkpoint whose only file holds the name of the attempt."""
     put(storage, f"{storage.attempt_folder(checkpoint, attempt)}/rank-00000.bin", attempt.encode())
     storage.publish(checkpoint, attempt, manifest_of(attempt))
+
+
+def save_content(storage: Storage, checkpoint: str, attempt: str, content: bytes) -> None:
+    """Save a checkpoint of one file; the manifest repeats its content."""
+    put(storage, f"{storage.attempt_folder(checkpoint, attempt)}/rank-00000.bin", content)
+    storage.publish(checkpoint, attempt, b"manifest of " + content)
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Return the content by name of all regular files in a folder but the lock."""
+    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != LOCK)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}

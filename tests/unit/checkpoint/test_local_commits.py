@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from internlm.checkpoint import local_storage
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.storage import MANIFEST
-from tests.unit.checkpoint.stores import put
+from tests.unit.checkpoint.stores import files_of, put, save_content
 
 
 @pytest.fixture
@@ -23,25 +22,14 @@ def storage(tmp_path: Path) -> LocalStorage:
     return made
 
 
-def save(storage: LocalStorage, checkpoint: str, attempt: str, content: bytes) -> None:
-    put(storage, f"{storage.attempt_folder(checkpoint, attempt)}/rank-00000.bin", content)
-    storage.publish(checkpoint, attempt, b"manifest of " + content)
-
-
-def files(root: Path) -> dict[str, bytes]:
-    """Content by name of all regular files but the lock."""
-    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != local_storage.LOCK)
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
-
-
 def test_an_attempt_that_another_run_has_removed_is_not_published(storage: LocalStorage) -> None:
     """As after the owner of the folder was stopped: without its files it would replace the older checkpoint."""
-    save(storage, "step-40", "a1", b"old")
+    save_content(storage, "step-40", "a1", b"old")
     put(storage, f"{storage.attempt_folder('step-40', 'b2')}/rank-00000.bin", b"new")
     storage.remove(storage.attempt_folder("step-40", "b2"))
     with pytest.raises(FileNotFoundError):
         storage.publish("step-40", "b2", b"manifest of new")
-    assert files(storage.root) == {f"step-40/{MANIFEST}": b"manifest of old", "step-40/rank-00000.bin": b"old"}
+    assert files_of(storage.root) == {f"step-40/{MANIFEST}": b"manifest of old", "step-40/rank-00000.bin": b"old"}
 
 
 def test_leftovers_are_folders_named_after_a_checkpoint_and_nothing_of_the_user(storage: LocalStorage) -> None:
@@ -64,7 +52,7 @@ def test_leftovers_are_folders_named_after_a_checkpoint_and_nothing_of_the_user(
 def test_a_save_that_cannot_be_renamed_into_place_leaves_the_old_one_there(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(storage, "step-40", "a", b"old")
+    save_content(storage, "step-40", "a", b"old")
     rename = os.rename
 
     def failing(old: str, new: str, **folders: int) -> None:
@@ -74,7 +62,7 @@ def test_a_save_that_cannot_be_renamed_into_place_leaves_the_old_one_there(
 
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
-        save(storage, "step-40", "b", b"new")
+        save_content(storage, "step-40", "b", b"new")
     assert storage.read("step-40/rank-00000.bin", 9) == b"old"
 
 
@@ -132,8 +120,8 @@ def test_a_crash_at_any_system_call_of_a_save_leaves_the_old_or_the_new_checkpoi
     def prepare() -> Callable[[], None]:
         for name in storage.names():
             storage.remove(name)
-        save(storage, "step-40", "a", b"old")
-        return lambda: save(storage, "step-40", "b", b"new")
+        save_content(storage, "step-40", "a", b"old")
+        return lambda: save_content(storage, "step-40", "b", b"new")
 
     seen = [committed(storage, "step-40") for _ in crashes(monkeypatch, prepare)]
     assert set(seen) == {b"old", b"new"}
@@ -149,7 +137,7 @@ def test_a_crash_at_any_system_call_of_a_deletion_leaves_the_checkpoint_or_none(
     def prepare() -> Callable[[], None]:
         for name in storage.names():
             storage.remove(name)
-        save(storage, "step-40", "a", b"x")
+        save_content(storage, "step-40", "a", b"x")
         return lambda: storage.withdraw("step-40", "b")
 
     assert {committed(storage, "step-40") for _ in crashes(monkeypatch, prepare)} == {b"x", None}

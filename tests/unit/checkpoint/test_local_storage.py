@@ -13,7 +13,7 @@ import pytest
 from internlm.checkpoint import local_storage
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.storage import MANIFEST
-from tests.unit.checkpoint.stores import put
+from tests.unit.checkpoint.stores import files_of, put, save_content
 
 
 @pytest.fixture
@@ -21,17 +21,6 @@ def storage(tmp_path: Path) -> LocalStorage:
     made = LocalStorage(tmp_path / "ckpts")
     made.prepare()
     return made
-
-
-def save(storage: LocalStorage, checkpoint: str, attempt: str, content: bytes) -> None:
-    put(storage, f"{storage.attempt_folder(checkpoint, attempt)}/rank-00000.bin", content)
-    storage.publish(checkpoint, attempt, b"manifest of " + content)
-
-
-def files(root: Path) -> dict[str, bytes]:
-    """Content by name of all regular files but the lock."""
-    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != local_storage.LOCK)
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_the_folder_is_created_with_those_around_it_and_is_empty(tmp_path: Path) -> None:
@@ -55,7 +44,7 @@ def test_names_are_sorted_and_those_of_folders_end_with_a_slash(storage: LocalSt
 def test_a_small_file_is_replaced_and_leaves_nothing_beside_it(storage: LocalStorage) -> None:
     storage.write("a/state.json", b"old")
     storage.write("a/state.json", b"new")
-    assert files(storage.root) == {"a/state.json": b"new"}
+    assert files_of(storage.root) == {"a/state.json": b"new"}
 
 
 def test_a_file_that_is_missing_is_named(storage: LocalStorage) -> None:
@@ -104,7 +93,7 @@ def test_links_are_never_followed(storage: LocalStorage) -> None:
     with pytest.raises(OSError, match="is a symbolic link"):
         storage.write("step-1/state.json", b"x")
     storage.write("step-2/state.json", b"x")  # replaces the link
-    assert files(outside) == {"state.json": b"secret"}
+    assert files_of(outside) == {"state.json": b"secret"}
     assert storage.read("step-2/state.json", 1) == b"x"
 
 
@@ -119,10 +108,10 @@ def test_the_folder_itself_may_be_a_link(storage: LocalStorage) -> None:
 def test_a_checkpoint_that_is_a_link_is_replaced_or_removed_and_its_target_is_untouched(
     storage: LocalStorage, operation: str
 ) -> None:
-    save(storage, "step-1", "a", b"other")
+    save_content(storage, "step-1", "a", b"other")
     (storage.root / "step-2").symlink_to("step-1")
     if operation == "publish":
-        save(storage, "step-2", "b", b"new")
+        save_content(storage, "step-2", "b", b"new")
     else:
         {"withdraw": lambda: storage.withdraw("step-2", "b"), "remove": lambda: storage.remove("step-2")}[operation]()
     assert not (storage.root / "step-2").is_symlink()
@@ -137,7 +126,7 @@ def test_links_inside_a_removed_folder_are_removed_and_not_followed(storage: Loc
     (storage.root / "step-1/folder").symlink_to("../keep")
     (storage.root / "step-1/file2").symlink_to("../keep/file")
     storage.remove("step-1/")
-    assert files(storage.root) == {"keep/file": b"content"}
+    assert files_of(storage.root) == {"keep/file": b"content"}
     assert storage.names() == ["keep/"]
 
 
@@ -189,7 +178,7 @@ def test_a_full_disk_is_reported_with_the_file_and_leaves_no_part_of_a_small_one
     with pytest.raises(OSError, match="No space left") as caught:
         storage.write("state.json", b"new")
     assert str(caught.value.filename).startswith(storage.path(".state.json.partial-"))
-    assert files(storage.root) == {"state.json": b"old"}
+    assert files_of(storage.root) == {"state.json": b"old"}
 
 
 def test_partial_files_of_dead_processes_are_removed_at_the_start(storage: LocalStorage) -> None:
