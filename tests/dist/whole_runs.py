@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from internlm.checkpoint.logical_tensors import LogicalTensors, model_tensors, optimizer_tensors
+from internlm.checkpoint.manifest import Manifest, parse_manifest
+from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.saver import THREAD
+from internlm.checkpoint.tensor_writer import Save
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, StepReport, Trainer
@@ -37,6 +40,7 @@ from internlm.verify.record import ShardsByName, TensorShards
 from internlm.verify.tensors import assemble
 from tests.dist.tiny import TINY, share_of_batch
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.samples import run_state
 
 #: Steps whose samples are compared, from the current one on.
 SAMPLES_OF = 2
@@ -159,6 +163,21 @@ def assert_same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
     """Assert equal names, and values that are bitwise equal."""
     assert one.keys() == other.keys()
     assert not [name for name, tensor in other.items() if not torch.equal(one[name], tensor)]
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """Return the names of the committed checkpoints."""
+    return sorted(path.name for path in folder.glob("step-*") if path.suffix == "")
+
+
+def manifest_in(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint."""
+    return parse_manifest((folder / "manifest.json").read_bytes(), folder.name)
+
+
+def save_of(step: int) -> Save:
+    """Return what names the checkpoint of a step."""
+    return Save(checkpoint=f"step-{step}", step=step, state=RunState(**{**run_state(step), "format": 2}))
 
 
 # -- on the workers

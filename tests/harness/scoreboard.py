@@ -40,7 +40,8 @@ MORE_TESTS: dict[str, dict[str, Sequence[str]]] = {
         "dist/test_lost_rank.py": ["test_a_killed_rank_is_gone"],
     },
     "F5": {
-        "dist/test_saving.py": ["test_no_checkpoint_is_deleted_before_", "test_a_save_that_fails_in_the_background_"],
+        "dist/test_saving.py": ["test_no_checkpoint_is_deleted_before_"],
+        "dist/test_background_saves.py": ["test_a_save_that_fails_in_the_background_"],
         "unit/checkpoint/test_save_folder.py": ["test_neither_unfinished_checkpoints_nor_snapshots_count_"],
     },
     "F6": {"unit/checkpoint/test_verification.py": ["test_a_file_that_is_cut_off", "test_a_file_that_grew"]},
