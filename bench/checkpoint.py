@@ -55,6 +55,8 @@ MODELS = {
 class NoData:
     """Sampler without data, which has no position to find."""
 
+    state_is_sharded = False
+
     def position(self, step: int) -> Position:
         """Return the position at ``step``."""
         return Position(step, step, step)

@@ -61,7 +61,7 @@ OF_RANDOM_DATA = ("fixed_random_dataset_seqlen",)
 
 FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
 WITH_ANOTHER_MODEL = "or set ckpt.allow_model_changes=True to load the weights into the changed model"
-WITHOUT_SAMPLER = "or set ckpt.auto_resume=False and load content=('model', 'optimizer')"
+WITH_OTHER_DATA = "or set ckpt.allow_data_changes=True to read on from the saved row of the changed data"
 
 
 # -- configs
@@ -186,10 +186,10 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     if saved.get("data") != now.get("data") and not is_explained:
         fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
         message = f"the data changed after {folder} was saved ({fingerprints})"
-        yield Problem("data.train_folder", message, f"Restore the old data, {WITHOUT_SAMPLER}")
+        yield Problem("data.train_folder", message, f"Restore the old data, {WITH_OTHER_DATA}")
     for name, old, new in changed:
         message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"
-        yield Problem(name, message, f"Restore the saved value, {WITHOUT_SAMPLER}")
+        yield Problem(name, message, f"Restore the saved value, {WITH_OTHER_DATA}")
 
 
 # -- tensors and files

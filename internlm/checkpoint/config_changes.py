@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from internlm.config.nested_dict import ABSENT
 from internlm.config.schema import AdamConfig, LRSchedulerConfig
 from internlm.config.schema.fields import Section
 from internlm.solver.lr_schedules import LRSchedule
+from internlm.utils.errors import Problem
 from internlm.utils.logger import get_logger
 
 log = get_logger()
@@ -91,6 +92,12 @@ def log_changes(where: str, saved: RunState, run_info: Mapping[str, Any], conten
     if dist.get_rank() == 0:
         for level, line in lines_to_log(where, saved, run_info, content, dist.get_world_size()):
             log.log(level, line)
+
+
+def log_allowed(differences: Iterable[Problem]) -> None:
+    """Log on rank 0 each difference of the data that ``ckpt.allow_data_changes`` permits."""
+    for difference in differences if dist.get_rank() == 0 else ():
+        log.warning(f"{difference.where}: {difference.message}. As ckpt.allow_data_changes=True permits, rows go on")
 
 
 def lines_to_log(

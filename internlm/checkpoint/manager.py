@@ -71,7 +71,13 @@ class CheckpointManager:
         """Exchange between all ranks, whose ``timeout`` also limits how long a rank waits for the others in a save in
         the background."""
         self.content = RunContent(
-            model, optimizer, streams, sampler, run_info, self.exchange, config.allow_model_changes
+            model,
+            optimizer,
+            streams,
+            sampler,
+            run_info,
+            self.exchange,
+            config,
         )
         self.storage = open_storage(config.save_ckpt_folder) if config.save_ckpt_folder else None
         self.folder = SaveFolder(self.storage, config.keep_last, config.keep_every) if self.storage else None
@@ -181,6 +187,7 @@ class CheckpointManager:
             self._saver = Saver(
                 self.storage, self.folder.check_owner, self.folder.to_delete, self._failed, self.exchange
             )
+        self.wait_async_upload_finish()  # it uses the exchange, too
         content = self.content.state(state, self._own_root())
         save = Save(checkpoint=name, step=state.step, state=content)
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)

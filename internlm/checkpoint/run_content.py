@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from internlm.checkpoint import compatibility
-from internlm.checkpoint.config_changes import log_changes
+from internlm.checkpoint.config_changes import log_allowed, log_changes
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.lease import this_launcher
 from internlm.checkpoint.logical_tensors import (
@@ -30,7 +30,7 @@ from internlm.checkpoint.manifest import FORMAT
 from internlm.checkpoint.run_state import OptimizerCounters, RunState, TrainCounters, current_versions
 from internlm.checkpoint.saved_checkpoint import SavedCheckpoint, open_checkpoint
 from internlm.checkpoint.storage import Storage
-from internlm.config.schema.root import CheckpointContent
+from internlm.config.schema.root import CheckpointContent, CkptConfig
 from internlm.core.context.random import RandomStreams
 from internlm.data.batch_plan import Position
 from internlm.ops.cpu.kernel_start import kernels_of_job, resume_kernels
@@ -39,6 +39,8 @@ from internlm.utils.errors import CheckpointError, Problem
 
 #: Meaning of ``content=("all",)``. Random streams have no keyword: they are loaded only with all other content.
 ALL: frozenset[CheckpointContent] = frozenset({"model", "optimizer", "scheduler", "sampler"})
+#: Settings by which a checkpoint must match the run.
+NOTHING_CHANGES = CkptConfig()
 
 
 class Resumable(Protocol):
@@ -55,6 +57,8 @@ class Resumable(Protocol):
 
 class Sampler(Protocol):
     """Protocol for a data sampler that can resume at a saved position."""
+
+    state_is_sharded: bool  # whether ranks have different parts of the state of a position
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``."""
@@ -74,7 +78,7 @@ class RunContent:
         run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
             the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
         exchange: Exchange between all ranks.
-        allow_model_changes: Whether to load parameters into a model that computes something else from them.
+        config: What may have changed since a checkpoint was saved.
     """
 
     def __init__(
@@ -85,11 +89,11 @@ class RunContent:
         sampler: Sampler,
         run_info: dict[str, Any],
         exchange: Exchange,
-        allow_model_changes: bool = False,
+        config: CkptConfig = NOTHING_CHANGES,
     ) -> None:
         self.exchange = exchange
         self.model, self.optimizer, self.streams = model, optimizer, streams
-        self.sampler, self.run_info, self.allow_model_changes = sampler, run_info, allow_model_changes
+        self.sampler, self.run_info, self.config = sampler, run_info, config
         self._tensors: LogicalTensors = {}
         self._addresses: list[int] = []
 
@@ -115,12 +119,15 @@ class RunContent:
         return sum({name: size for of_rank in self.exchange.gather(sizes) for name, size in of_rank.items()}.values())
 
     def state(self, counters: Resumable, save_folder: str) -> RunState:
-        """Return the content of the state file."""
+        """Return the content of the state file, on rank 0 with the data positions of all ranks; collective."""
+        position = self.sampler.position(counters.step)
+        shards = self.exchange.gather(position.state) if self.sampler.state_is_sharded else [position.state]
         return RunState(
             format=FORMAT,
             train_state=TrainCounters(**counters.state_dict()),
             optimizer=OptimizerCounters(**self.optimizer.state_dict()),
-            sampler=list(self.sampler.position(counters.step)),
+            sampler=[position.step, position.batch, position.row],
+            sampler_state={name: numbers for shard in shards for name, numbers in shard.items()},
             world_size=dist.get_world_size(),
             cpu_kernels=kernels_of_job(),
             save_folder=save_folder,
@@ -165,10 +172,10 @@ class RunContent:
             checkpoint = open_checkpoint(storage, name)
             saved = checkpoint.state
             where = checkpoint.where
-            problems = [
-                *self._tensor_problems(checkpoint, saved, tensors, known, wanted),
-                *(compatibility.other_samples(where, saved.model_dump(), self.run_info) if "sampler" in wanted else ()),
-            ]
+            other_data = list(compatibility.other_samples(where, saved.model_dump(), self.run_info))
+            problems = list(self._tensor_problems(checkpoint, saved, tensors, known, wanted))
+            if "sampler" in wanted and not self.config.allow_data_changes:
+                problems += other_data
             if problems:
                 raise CheckpointError(*problems)
         if wanted == ALL:
@@ -178,7 +185,10 @@ class RunContent:
             tensors |= {name: tensor for name, tensor in streams.items() if name in stored}
         with self.exchange.failing_together():
             checkpoint.read(without_rounded(tensors))
-        self._restore(saved, tensors, counters, wanted)
+        position = saved.position._replace(state={}) if other_data else saved.position
+        self._restore(saved, tensors, counters, wanted, position)
+        if "sampler" in wanted:
+            log_allowed(other_data)
         log_changes(where, saved, self.run_info, wanted)
         return saved
 
@@ -204,7 +214,7 @@ class RunContent:
         source, metadata = checkpoint.where, checkpoint.metadata
         then, now = saved.config, self.run_info["config"]
         problems = list(compatibility.other_architecture(source, then, now))
-        if "model" in wanted and not self.allow_model_changes:
+        if "model" in wanted and not self.config.allow_model_changes:
             problems += compatibility.other_mathematics(source, then, now)
         problems += compatibility.other_dtype(source, then, now) if "optimizer" in wanted else []
         yield from problems
@@ -214,7 +224,12 @@ class RunContent:
             yield from compatibility.other_states(source, metadata, known) if "optimizer" in wanted else ()
 
     def _restore(
-        self, saved: RunState, tensors: LogicalTensors, counters: Resumable, wanted: set[CheckpointContent]
+        self,
+        saved: RunState,
+        tensors: LogicalTensors,
+        counters: Resumable,
+        wanted: set[CheckpointContent],
+        position: Position,
     ) -> None:
         """Restore the state that was not read directly into the model and the optimizer."""
         if "optimizer" in wanted:
@@ -228,7 +243,7 @@ class RunContent:
         if wanted & {"scheduler", "sampler"}:
             counters.load_state_dict(saved.train_state.model_dump())
         if "sampler" in wanted:
-            self.sampler.resume(saved.position)
+            self.sampler.resume(position)
         if wanted == ALL:
             resume_kernels(saved.cpu_kernels)
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}

@@ -74,6 +74,8 @@ class RunState(_Part):
     optimizer: OptimizerCounters
     sampler: Annotated[list[Count], Field(min_length=3, max_length=3)]
     """Data position: step, batch and row."""
+    sampler_state: dict[str, list[int]] = {}
+    """What the rows need to be read on from the data position at once, by name."""
     data: str
     """Fingerprint of the training data."""
     seed: Annotated[int, Field(ge=0)]
@@ -92,7 +94,8 @@ class RunState(_Part):
     @property
     def position(self) -> Position:
         """Data position before the next step."""
-        return Position(*self.sampler)
+        step, batch, row = self.sampler
+        return Position(step, batch, row, self.sampler_state)
 
     def to_bytes(self) -> bytes:
         """Format the state as indented JSON with sorted keys.

@@ -1,25 +1,31 @@
 """Batch plan: the rows of each training step as a pure function of the step, so that no iterator has state to save.
 
-The rows of an endless sequence are divided into *batches*, counted from 0. Each batch takes ``micro_batches ·
-data_size`` rows, even if it is skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a
-contiguous range of a batch, so a step uses the same rows on any number of ranks, provided that the global batch size
-is unchanged.
+The rows of an endless sequence are divided into *batches*, counted from 0. Each batch takes the next rows, even if it
+is skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a contiguous range of a batch,
+so a step uses the same rows on any number of ranks. If the number of ranks does not divide the rows, some ranks take
+one row more than others, which fill the place with a row of padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from internlm.config.schema.fields import Rampup
 
 
 class Position(NamedTuple):
-    """Data position before ``step``: the indices of the next unused batch and of its first row."""
+    """Data position before ``step``: the indices of the next unused batch and of its first row.
+
+    ``state`` is what the rows need to be read on from there at once, by name.
+    """
 
     step: int = 0
     batch: int = 0
     row: int = 0
+    state: Mapping[str, list[int]] = MappingProxyType({})
 
 
 START = Position()
@@ -33,22 +39,34 @@ class BatchPlan:
     the next row, even if the batch size or the skipped batches have changed since it was saved.
     """
 
-    micro_num: int  # micro-batches per step on each data-parallel rank, after the ramp-up
+    step_rows: int  # rows per step on all data-parallel ranks together, after the ramp-up
     data_size: int  # data-parallel ranks
-    rampup: Rampup | None = None
+    rampup: Rampup | None = None  # in rows
     skip: tuple[tuple[int, int], ...] = ()  # inclusive ranges of batches, ascending and disjoint
     origin: Position = START
 
+    @property
+    def micro_num(self) -> int:
+        """Number of micro-batches per step on each data-parallel rank, after the ramp-up."""
+        return -(-self.step_rows // self.data_size)
+
     def micro_batches(self, step: int) -> int:
         """Return the number of micro-batches of ``step`` on each data-parallel rank."""
-        return self._size(self._batch(step))
+        return -(-self._size(self._batch(step)) // self.data_size)
 
     def rows(self, step: int, data_rank: int) -> range:
-        """Return the indices of the rows that data-parallel rank ``data_rank`` reads in ``step``."""
+        """Return the indices of the rows that data-parallel rank ``data_rank`` reads in ``step``.
+
+        Some ranks may have one row less than :meth:`micro_batches`, or none.
+        """
         batch = self._batch(step)
-        size = self._size(batch)
-        first = self._first_row(batch) + data_rank * size
-        return range(first, first + size)
+        size, first = self._size(batch), self._first_row(batch)
+        begin, end = (first + size * rank // self.data_size for rank in (data_rank, data_rank + 1))
+        return range(begin, end)
+
+    def first_row(self, step: int) -> int:
+        """Return the index of the first row of ``step`` on all data-parallel ranks together."""
+        return self._first_row(self._batch(step))
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``: the end of the last batch that an earlier step used."""
@@ -74,22 +92,22 @@ class BatchPlan:
         return batch
 
     def _first_row(self, batch: int) -> int:
-        return self.origin.row + self.data_size * (self._size_before(batch) - self._size_before(self.origin.batch))
+        return self.origin.row + self._size_before(batch) - self._size_before(self.origin.batch)
 
     def _size(self, batch: int) -> int:
-        """Return the number of micro-batches of ``batch`` on each data-parallel rank."""
+        """Return the number of rows of ``batch``."""
         if self.rampup is None:
-            return self.micro_num
+            return self.step_rows
         start, increment, every = self.rampup
-        return min(self.micro_num, start + increment * (batch // every))
+        return min(self.step_rows, start + increment * (batch // every))
 
     def _size_before(self, batch: int) -> int:
-        """Return the total number of micro-batches in the batches before ``batch``, on each data-parallel rank."""
+        """Return the total number of rows in the batches before ``batch``."""
         # In closed form: with a loop over the batches, each lookup would take time proportional to the step.
         if self.rampup is None:
-            return self.micro_num * batch
+            return self.step_rows * batch
         start, increment, every = self.rampup
-        stages = max(0, -(-(self.micro_num - start) // increment))  # of the ramp-up, with `every` batches each
+        stages = max(0, -(-(self.step_rows - start) // increment))  # of the ramp-up, with `every` batches each
         stage = min(batch // every, stages)
         ramp = every * (start * stage + increment * stage * (stage - 1) // 2)
         return ramp + (batch - every * stage) * self._size(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from internlm.config.schema import DataConfig
-from internlm.config.schema.fields import parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
@@ -39,10 +39,11 @@ def build_train_loader(
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
         source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
+    rampup = parse_rampup(data.rampup_batch_size)
     plan = BatchPlan(
-        micro_num=data.micro_num,
+        step_rows=data.micro_num * replica.size,
         data_size=replica.size,
-        rampup=parse_rampup(data.rampup_batch_size),
+        rampup=rampup and Rampup(rampup.start * replica.size, rampup.increment * replica.size, rampup.every),
         skip=parse_skip_batches(data.skip_batches),
     )
     rows = TrainRows(source, row_shape(data), seed)
@@ -76,7 +77,7 @@ def build_valid_loaders(
         source = RandomSource(seed + 1, vocab_size, data.seq_len, fixed, RANDOM_VALID_TYPE, RANDOM_VALID_SAMPLES)
     else:
         return {}
-    plan = BatchPlan(micro_num=data.valid_micro_num or data.micro_num, data_size=replica.size)
+    plan = BatchPlan(step_rows=(data.valid_micro_num or data.micro_num) * replica.size, data_size=replica.size)
 
     def loader(type_name: str) -> ValidLoader:
         rows = ValidRows(OneType(source, type_name), row_shape(data))

@@ -17,7 +17,7 @@ import torch
 from internlm.accelerator import device_kind
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
-from internlm.data.packing import PackingLayout, Row, RowShape, TrainRows, ValidRows
+from internlm.data.packing import PackingLayout, Row, RowShape, TrainingRows, ValidRows, padding_row
 from internlm.utils.compat import ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
@@ -135,7 +135,7 @@ class _RowLoader:
 
     def __init__(
         self,
-        rows: TrainRows | ValidRows,
+        rows: TrainingRows | ValidRows,
         plan: BatchPlan,
         data_rank: int,
         num_worker: int,
@@ -151,7 +151,9 @@ class _RowLoader:
 
     def read(self, step: int) -> Batch:
         """Read the batch of ``step``."""
-        batch = self.collate_fn([self._rows[row] for row in self.plan.rows(step, self._data_rank)])
+        rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
+        rows += [padding_row(self._rows.shape)] * (self.plan.micro_batches(step) - len(rows))
+        batch = self.collate_fn(rows)
         return pin_batch(batch)  # here, since pinning copies: a thread that reads ahead does it during earlier steps
 
     def __iter__(self) -> Iterator[Batch]:
@@ -162,7 +164,7 @@ class _RowLoader:
         return len(self.steps())
 
     @property
-    def dataset(self) -> TrainRows | ValidRows:
+    def dataset(self) -> TrainingRows | ValidRows:
         """Packed rows by index; its length is the number of rows in an epoch."""
         return self._rows
 
@@ -225,7 +227,7 @@ class TrainLoader(_RowLoader):
 
     def __init__(
         self,
-        rows: TrainRows,
+        rows: TrainingRows,
         plan: BatchPlan,
         data_rank: int,
         total_steps: int,
@@ -233,7 +235,8 @@ class TrainLoader(_RowLoader):
         sequence_shard: GroupPosition = ALONE,
     ) -> None:
         super().__init__(rows, plan, data_rank, num_worker, sequence_shard)
-        self.types, self._fingerprint = rows.source.types, rows.source.fingerprint
+        self.rows, self.types, self.fingerprint = rows, rows.types, rows.fingerprint
+        self.state_is_sharded = rows.state_is_sharded
         self._total_steps, self._start = total_steps, 0
 
     def seek(self, step: int) -> None:
@@ -242,6 +245,7 @@ class TrainLoader(_RowLoader):
 
     def resume(self, position: Position) -> None:
         """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run."""
+        self.rows.resume(position.row, position.state)
         self.plan = self.plan.resumed_at(position)
         self._start = position.step
 
@@ -261,11 +265,8 @@ class TrainLoader(_RowLoader):
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``, to be saved in a checkpoint."""
-        return self.plan.position(step)
-
-    def fingerprint(self) -> str:
-        """Return a digest of the dataset; a saved data position is valid only for the same digest."""
-        return self._fingerprint()
+        position = self.plan.position(step)
+        return position._replace(state=self.rows.state(position.row))
 
     def steps(self) -> range:
         """Return the steps from the start step to the end of the run."""

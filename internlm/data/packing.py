@@ -4,25 +4,29 @@ A row is made in three steps: (1) find the sample spans that it contains, (2) fi
 the sequence boundaries, which attention does not cross and which determine ``cu_seqlens`` and the positions. Layouts
 differ only in (1) and (3).
 
-Shapes: N samples in an epoch, P = packed_length = seq_len · micro_bsz, C sequence boundaries in a row.
+Shapes: P = packed_length = seq_len · micro_bsz, C sequence boundaries in a row.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from internlm.data.sources import Purpose, SampleSource, raw_numbers
+from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
+from internlm.data.sources import SampleSource
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
 PAD = 0  # input id of padding
+
+
+ORDER_VERSION = 2  # part of the fingerprint: a run must not continue in another order
 
 
 class PackingLayout(str, Enum):
@@ -46,25 +50,16 @@ class RowShape:
         """Number of tokens in a row, padding included."""
         return self.seq_len * self.micro_bsz
 
-
-class Epoch(NamedTuple):
-    """One epoch (pass over the samples): the order of the samples, and the number of tokens used from each."""
-
-    order: np.ndarray  # [N] sample indices
-    lengths: np.ndarray  # [N] tokens used of each sample, in that order
-    ends: np.ndarray  # [N] cumulative tokens, including the sample itself
+    @property
+    def longest_sample(self) -> int | None:
+        """Number of tokens after which samples are truncated; None: samples are used whole."""
+        return self.seq_len if self.layout is PackingLayout.PADDED else None
 
 
 class SampleSpan(NamedTuple):
-    """Part of a sample in a row: tokens [``begin``, ``stop``) of the sample, placed at offset ``at`` of the row.
+    """Piece of a sample in a row, placed at offset ``at`` of the row."""
 
-    ``length`` is the number of tokens that the epoch uses from the sample.
-    """
-
-    sample: int
-    length: int
-    begin: int
-    stop: int
+    piece: Piece
     at: int
 
 
@@ -78,44 +73,65 @@ class Row(NamedTuple):
     cu_seqlens: np.ndarray  # [C] int32, sequence boundaries: 0, ..., P
 
 
-def make_epoch(lengths: np.ndarray, shape: RowShape, seed: int | None, index: int) -> Epoch:
-    """Create epoch ``index``: its samples are shuffled by (seed, index), or in source order if ``seed`` is None."""
-    order = np.flatnonzero(lengths)
-    if seed is not None:
-        # Sorting by raw random numbers, because np.random.shuffle may differ between versions of NumPy.
-        order = order[np.argsort(raw_numbers(len(order), seed, Purpose.ORDER, index), kind="stable")]
-    used = lengths[order]
-    if shape.layout is PackingLayout.PADDED:
-        used = np.minimum(used, shape.seq_len)
-    return Epoch(order, used, np.cumsum(used))
-
-
 def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
     """Return the number of rows in an epoch, including the last one, which may be padded."""
     if shape.layout is PackingLayout.PADDED:
-        return -(-int(np.count_nonzero(lengths)) // shape.micro_bsz)
+        return -(-len(lengths) // shape.micro_bsz)
     return -(-int(lengths.sum()) // shape.packed_length)
 
 
-def make_row(source: SampleSource, epoch: Epoch, shape: RowShape, index: int) -> Row:
-    """Create row ``index`` of an epoch; rows beyond the last one are all padding."""
+def make_row(source: SampleSource, order: SampleOrder, shape: RowShape, index: int) -> Row:
+    """Create row ``index`` of an order; rows beyond the last one are all padding."""
     find_spans, find_boundaries = _LAYOUTS[shape.layout]
-    spans = find_spans(epoch, shape, index)
-    input_ids, labels, type_ids = _fill(source, spans, shape)
-    cu_seqlens = np.asarray(find_boundaries(spans, shape), np.int32)
-    indexes = np.arange(shape.packed_length) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    return Row(input_ids, labels, indexes, type_ids, cu_seqlens)
+    spans = find_spans(order, shape, index)
+    row = _padding(shape, find_boundaries(spans, shape))
+    _fill(row, source, spans)
+    return row
+
+
+def padding_row(shape: RowShape) -> Row:
+    """Create a row without samples, in which every label is ignored."""
+    return _padding(shape, _window_boundaries([], shape))
+
+
+class TrainingRows(Protocol):
+    """Protocol for the endless sequence of rows that a run trains on; row n is the same on all ranks and restarts."""
+
+    shape: RowShape
+    types: list[str]  # names of the dataset types
+    state_is_sharded: bool  # whether ranks have different parts of the state
+
+    def __len__(self) -> int:
+        """Return the number of rows in an epoch."""
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row ``index``, counted from 0 over all epochs."""
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
+
+    def state(self, row: int) -> dict[str, list[int]]:
+        """Return what a later run needs, besides the index, to read on from ``row`` at once.
+
+        A checkpoint has the entries of all ranks if ``state_is_sharded``, and those of rank 0 otherwise.
+        """
+
+    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
+        """Read on from ``row``, with the :meth:`state` of all ranks there."""
 
 
 class TrainRows:
     """Training rows of an unlimited number of epochs, each shuffled; row n is a function of (seed, data, shape, n)."""
 
+    state_is_sharded = False
+
     def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
         self.source, self.shape = source, shape
+        self.types = source.types
         self.per_epoch = count_rows(source.lengths, shape)
         assert self.per_epoch, "a source for training must contain tokens"
         # Two epochs are in use while rows are read ahead across an epoch boundary.
-        self._epoch = functools.lru_cache(2)(functools.partial(make_epoch, source.lengths, shape, seed))
+        self._epoch = functools.lru_cache(2)(functools.partial(shuffled, source.lengths, shape.longest_sample, seed))
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -126,7 +142,7 @@ class TrainRows:
         """Return row ``index``, counted from 0 over all epochs."""
         _check_index(index)
         epoch_index, row = divmod(index, self.per_epoch)
-        with self._lock:  # lru_cache alone would let every waiting thread shuffle the same epoch
+        with self._lock:  # lru_cache alone would let every waiting thread prepare the same epoch
             epoch = self._epoch(epoch_index)
         return make_row(self.source, epoch, self.shape, row)
 
@@ -134,13 +150,24 @@ class TrainRows:
         """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""
         return map(self.__getitem__, range(len(self)))
 
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
+        return f"{ORDER_VERSION}-{self.source.fingerprint()}"
+
+    def state(self, row: int) -> dict[str, list[int]]:
+        """Return nothing: a row is found from its index."""
+        return {}
+
+    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
+        """Do nothing."""
+
 
 class ValidRows:
     """Validation rows of one epoch in source order; rows beyond its end are all padding."""
 
     def __init__(self, source: SampleSource, shape: RowShape) -> None:
         self.source, self.shape = source, shape
-        self._epoch = make_epoch(source.lengths, shape, seed=None, index=0)
+        self._order = EpochOrder(source.lengths, shape.longest_sample, permutation=None)
         self._count = count_rows(source.lengths, shape)
 
     def __len__(self) -> int:
@@ -148,7 +175,7 @@ class ValidRows:
 
     def __getitem__(self, index: int) -> Row:
         _check_index(index)
-        return make_row(self.source, self._epoch, self.shape, index)
+        return make_row(self.source, self._order, self.shape, index)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
@@ -162,47 +189,47 @@ def _check_index(index: int) -> None:
 # -- (1) spans
 
 
-def _stream_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
+def _stream_spans(order: SampleOrder, shape: RowShape, index: int) -> list[SampleSpan]:
     """Find the sample spans of a row in the packed and windows layouts, where a row is a range of one token stream."""
-    start = index * shape.packed_length
-    stop = min(start + shape.packed_length, int(epoch.ends[-1]))
-    if start >= stop:
-        return []
-    first, last = np.searchsorted(epoch.ends, (start + 1, stop))
-    spans = []
-    for k in range(first, last + 1):
-        length, end = int(epoch.lengths[k]), int(epoch.ends[k])
-        sample_start = end - length
-        begin, until = max(start, sample_start), min(end, stop)
-        spans.append(SampleSpan(int(epoch.order[k]), length, begin - sample_start, until - sample_start, begin - start))
+    start, at, spans = index * shape.packed_length, 0, []
+    for piece in order.between(start, start + shape.packed_length):
+        spans.append(SampleSpan(piece, at))
+        at += piece.stop - piece.begin
     return spans
 
 
-def _padded_spans(epoch: Epoch, shape: RowShape, index: int) -> list[SampleSpan]:
+def _padded_spans(order: SampleOrder, shape: RowShape, index: int) -> list[SampleSpan]:
     """Find the sample spans of a row in the padded layout, where each sequence contains one sample."""
-    row = slice(index * shape.micro_bsz, (index + 1) * shape.micro_bsz)
-    samples = zip(epoch.order[row].tolist(), epoch.lengths[row].tolist(), strict=True)
-    return [SampleSpan(sample, length, 0, length, i * shape.seq_len) for i, (sample, length) in enumerate(samples)]
+    pieces = order.samples(index * shape.micro_bsz, (index + 1) * shape.micro_bsz)
+    return [SampleSpan(piece, number * shape.seq_len) for number, piece in enumerate(pieces)]
 
 
 # -- (2) tokens
 
 
-def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the input ids, labels and type ids of a row, each [P]."""
-    input_ids = np.full(shape.packed_length, PAD, np.int64)
-    labels = np.full(shape.packed_length, IGNORED, np.int64)
-    type_ids = np.zeros(shape.packed_length, np.int64)
-    for sample, length, begin, stop, at in spans:
-        tokens = source.read(sample)[:length]
+def _padding(shape: RowShape, boundaries: list[int]) -> Row:
+    """Return a row with these sequence boundaries, in which all is padding."""
+    cu_seqlens = np.asarray(boundaries, np.int32)
+    return Row(
+        input_ids=np.full(shape.packed_length, PAD, np.int64),
+        labels=np.full(shape.packed_length, IGNORED, np.int64),
+        indexes=np.arange(shape.packed_length) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)),
+        type_ids=np.zeros(shape.packed_length, np.int64),
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _fill(row: Row, source: SampleSource, spans: list[SampleSpan]) -> None:
+    """Fill the tokens of ``spans`` into ``row``: input ids, labels and type ids."""
+    for (sample, length, begin, stop), at in spans:
+        tokens = source.read(sample, begin, min(stop + 1, length))
         until = at + stop - begin
-        input_ids[at:until] = np.abs(tokens[begin:stop])
-        type_ids[at:until] = source.type_ids[sample]
+        row.input_ids[at:until] = np.abs(tokens[: stop - begin])
+        row.type_ids[at:until] = source.type_ids[sample]
         # Labels are shifted here rather than in the model, so that a sample split over two rows loses no label. Only
         # the last token of a sample has none: there `following` is one shorter than the span.
-        following = tokens[begin + 1 : stop + 1]
-        labels[at : at + len(following)] = np.where(following < 0, IGNORED, following)
-    return input_ids, labels, type_ids
+        following = tokens[1:]
+        row.labels[at : at + len(following)] = np.where(following < 0, IGNORED, following)
 
 
 # -- (3) sequence boundaries
@@ -210,7 +237,7 @@ def _fill(source: SampleSource, spans: list[SampleSpan], shape: RowShape) -> tup
 
 def _sample_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
     """Return sequence boundaries at the start of every span, and every ``seq_len`` tokens within spans and padding."""
-    filled = sum(span.stop - span.begin for span in spans)
+    filled = sum(span.piece.stop - span.piece.begin for span in spans)
     bounds = [*(span.at for span in spans), filled, shape.packed_length]
     starts = [start for begin, stop in pairwise(bounds) for start in range(begin, stop, shape.seq_len)]
     return [*starts, shape.packed_length]
@@ -221,7 +248,7 @@ def _window_boundaries(spans: list[SampleSpan], shape: RowShape) -> list[int]:
     return list(range(0, shape.packed_length + 1, shape.seq_len))
 
 
-_FindSpans: TypeAlias = Callable[[Epoch, RowShape, int], list[SampleSpan]]
+_FindSpans: TypeAlias = Callable[[SampleOrder, RowShape, int], list[SampleSpan]]
 _FindBoundaries: TypeAlias = Callable[[list[SampleSpan], RowShape], list[int]]
 
 _LAYOUTS: dict[PackingLayout, tuple[_FindSpans, _FindBoundaries]] = {

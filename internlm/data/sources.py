@@ -6,10 +6,11 @@ Shapes: N samples in the source.
 from __future__ import annotations
 
 import hashlib
-from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
+
+from internlm.data.permutation import Purpose, raw_numbers
 
 LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat it within a few steps
 
@@ -21,33 +22,14 @@ class SampleSource(Protocol):
     lengths: np.ndarray  # [N] int64, tokens per sample
     type_ids: np.ndarray  # [N] index into types
 
-    def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length].
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all.
 
         A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label.
         """
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
-
-
-class Purpose(IntEnum):
-    """Purpose of a random stream; streams are independent, so drawing from one stream does not advance the others."""
-
-    ORDER = 0  # order of the samples in an epoch
-    LENGTHS = 1  # lengths of random samples
-    TOKENS = 2  # tokens of a random sample
-
-
-def raw_numbers(count: int, seed: int, purpose: Purpose, index: int = 0) -> np.ndarray:
-    """Draw uniform uint64 numbers, [count], from the random stream (seed, purpose, index).
-
-    The numbers do not depend on the version of NumPy.
-    """
-    # NumPy promises stable bit streams, but not stable distributions (NEP 19). If an upgrade changed the order of
-    # samples, a resumed run would repeat some samples and miss others.
-    stream = np.random.SeedSequence(seed, spawn_key=(purpose, index))
-    return np.random.PCG64(stream).random_raw(count)
 
 
 class RandomSource:
@@ -82,8 +64,11 @@ class RandomSource:
         self.types = [type_name]
         self.type_ids = np.zeros(samples, np.int16)  # [N]
 
-    def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length]."""
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all."""
+        return self._tokens(sample)[begin:stop]
+
+    def _tokens(self, sample: int) -> np.ndarray:
         length = int(self.lengths[sample])
         count = length if self._fixed_length else LONGEST_PATTERN + 1
         raw = raw_numbers(count, self._seed, Purpose.TOKENS, sample)
@@ -109,9 +94,9 @@ class OneType:
         self.lengths = source.lengths[self._samples]  # [N]
         self.type_ids = np.zeros(len(self._samples), np.int16)  # [N]
 
-    def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length]."""
-        return self._source.read(int(self._samples[sample]))
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all."""
+        return self._source.read(int(self._samples[sample]), begin, stop)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the underlying source, which covers the samples of all its types."""

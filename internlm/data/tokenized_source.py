@@ -57,8 +57,8 @@ class TokenizedSource:
         for first in np.unique(self.type_ids, return_index=True)[1]:
             self.read(int(first))
 
-    def read(self, sample: int) -> np.ndarray:
-        """Return the token ids of a sample, int64 [length].
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all.
 
         Raises:
             DataError: The file has changed since it was indexed, the sample is damaged, or a token id is outside the
@@ -71,7 +71,7 @@ class TokenizedSource:
         if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
             message = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
             raise self._error(sample, message, "Tokenize the texts with the tokenizer of the model")
-        return tokens
+        return tokens[begin:stop]
 
     def fingerprint(self) -> str:
         """Return a digest of the file names, the file sizes and the index; a copy of the folder has the same digest."""

@@ -123,6 +123,9 @@ class CkptConfig(Section):
     allow_model_changes: bool = False
     """Load parameters even if the config changes what the model computes from them, such as by ``model.rope_base`` for
     fine-tuning with longer sequences. False: such a checkpoint is refused."""
+    allow_data_changes: bool = False
+    """Read on from the saved row even if the training data, their mixture, their packing or the seed has changed since
+    the checkpoint was saved. False: such a checkpoint is refused."""
     async_upload: bool = False
     """Write checkpoints in the background: a step only waits while this rank's part is copied to host memory."""
     async_upload_tmp_folder: PathText | None = None

@@ -113,6 +113,7 @@ def run_state(step: int = 3) -> dict[str, Any]:
             "loss_scale": {"scale": 65536.0, "good_steps": 1, "overflows": 0},
         },
         "sampler": [step, 4, 16],
+        "sampler_state": {},
         "data": "00ff",
         "seed": 1024,
         "world_size": 2,

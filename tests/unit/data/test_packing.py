@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internlm.data.order import shuffled
 from internlm.data.packing import (
     IGNORED,
     PackingLayout,
@@ -17,7 +18,6 @@ from internlm.data.packing import (
     TrainRows,
     ValidRows,
     count_rows,
-    make_epoch,
     make_row,
 )
 
@@ -31,8 +31,8 @@ class ListSource:
         self.lengths = np.array([len(sample) for sample in samples], np.int64)
         self.type_ids = np.arange(len(samples)) % 2
 
-    def read(self, sample: int) -> np.ndarray:
-        return self._samples[sample]
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._samples[sample][begin:stop]
 
     def fingerprint(self) -> str:
         return ""
@@ -142,7 +142,7 @@ def test_an_epoch_holds_each_token_once_with_the_next_as_label(lengths: list[int
 @given(lengths_of_samples, shapes)
 def test_windows_are_at_most_seq_len_and_positions_count_within_them(lengths: list[int], shape: RowShape) -> None:
     source = numbered(lengths)
-    epoch = make_epoch(source.lengths, shape, seed=1, index=0)
+    epoch = shuffled(source.lengths, shape.longest_sample, seed=1, index=0)
     for number in range(count_rows(source.lengths, shape) + 1):
         row = make_row(source, epoch, shape, number)
         sizes = np.diff(row.cu_seqlens)
@@ -170,17 +170,3 @@ def test_rows_are_iterated_once_and_counted_from_0(rows: TrainRows | ValidRows) 
     assert tokens == [rows[index].input_ids.tolist() for index in range(2)]
     with pytest.raises(IndexError, match=r"^rows are counted from 0, got index -1$"):
         rows[-1]
-
-
-def test_epochs_are_shuffled_each_in_its_own_way() -> None:
-    shape = RowShape(8, 1, PackingLayout.PACKED)
-    orders = [make_epoch(np.ones(100), shape, seed, epoch).order.tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert len({tuple(order) for order in [*orders, list(range(100))]}) == 5
-    assert orders[0] == make_epoch(np.ones(100), shape, 0, 0).order.tolist()
-    assert make_epoch(np.ones(100), shape, None, 0).order.tolist() == list(range(100))
-
-
-def test_the_order_is_the_same_forever() -> None:
-    order = make_epoch(np.ones(8), RowShape(8, 1, PackingLayout.PACKED), seed=1024, index=3).order
-    assert order.tolist() == [6, 0, 7, 3, 2, 1, 4, 5]
