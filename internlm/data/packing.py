@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
-from internlm.data.sources import SampleSource
+from internlm.data.sources import SampleSource, input_ids
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
 PAD = 0  # input id of padding
@@ -224,7 +224,7 @@ def _fill(row: Row, source: SampleSource, spans: list[SampleSpan]) -> None:
     for (sample, length, begin, stop), at in spans:
         tokens = source.read(sample, begin, min(stop + 1, length))
         until = at + stop - begin
-        row.input_ids[at:until] = np.abs(tokens[: stop - begin])
+        row.input_ids[at:until] = input_ids(tokens[: stop - begin])
         row.type_ids[at:until] = source.type_ids[sample]
         # Labels are shifted here rather than in the model, so that a sample split over two rows loses no label. Only
         # the last token of a sample has none: there `following` is one shorter than the span.

@@ -12,6 +12,9 @@ import numpy as np
 
 from internlm.data.permutation import Purpose, raw_numbers
 
+#: Id in a sample of token 0 as an input only, which has no negative. It lies outside of every vocabulary.
+INPUT_ONLY_ZERO = -(2**31)
+
 LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat it within a few steps
 
 
@@ -25,11 +28,17 @@ class SampleSource(Protocol):
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all.
 
-        A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label.
+        A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label, and
+        :data:`INPUT_ONLY_ZERO` for such a token 0.
         """
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
+
+
+def input_ids(tokens: np.ndarray) -> np.ndarray:
+    """Return the ids that are inputs of the model, from the ids of a sample, of which negative ones are inputs only."""
+    return np.where(tokens == INPUT_ONLY_ZERO, 0, np.abs(tokens))
 
 
 class RandomSource:

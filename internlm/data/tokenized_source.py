@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from internlm.data.index import REMAKE, DataFile, open_index, open_meta
+from internlm.data.sources import input_ids
 from internlm.utils.errors import DataError, Problem
 
 OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets of the process groups share
@@ -68,7 +69,7 @@ class TokenizedSource:
         if len(tokens) != self.lengths[sample]:
             message = f"expected {self.lengths[sample]} tokens as in {self._file(sample).meta.name}, got {len(tokens)}"
             raise self._error(sample, message, REMAKE)
-        if len(tokens) and (largest := int(np.abs(tokens).max())) >= self._vocab_size:
+        if len(tokens) and (largest := int(input_ids(tokens).max())) >= self._vocab_size:
             message = f"contains token {largest}, but model.vocab_size is {self._vocab_size}"
             raise self._error(sample, message, "Tokenize the texts with the tokenizer of the model")
         return tokens[begin:stop]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from internlm.data.packing import (
     count_rows,
     make_row,
 )
+from internlm.data.sources import INPUT_ONLY_ZERO
+from internlm.data.tokenized_source import TokenizedSource
+from tests.unit.data.files import write_bin
 
 
 class ListSource:
@@ -100,6 +104,14 @@ def test_a_negative_id_is_an_input_but_no_label(layout: PackingLayout) -> None:
     row = row_of(layout, 0, ListSource([5, -6, -7, 0, 8]), micro_bsz=1)
     assert row.input_ids.tolist() == [5, 6, 7, 0, 8, 0, 0, 0]
     assert row.labels.tolist() == [NONE, NONE, 0, 8, NONE, NONE, NONE, NONE]
+
+
+@pytest.mark.parametrize("layout", PackingLayout)
+def test_token_0_as_an_input_only(layout: PackingLayout, tmp_path: Path) -> None:
+    write_bin(tmp_path / "x.bin", [[INPUT_ONLY_ZERO, INPUT_ONLY_ZERO, 8, 0, INPUT_ONLY_ZERO, 9]])
+    row = row_of(layout, 0, TokenizedSource(str(tmp_path), 0, 10), micro_bsz=1)
+    assert row.input_ids.tolist() == [0, 0, 8, 0, 0, 9, 0, 0]
+    assert row.labels.tolist() == [NONE, 8, 0, NONE, 9, NONE, NONE, NONE]
 
 
 @pytest.mark.parametrize("layout", PackingLayout)
