@@ -101,7 +101,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "parallel.sequence_2D.device_placement_strategy.head_first",
         "parallel.sequence_2D.device_placement_strategy.interleaved",
     ),
-    "data.type": ("data.tokenizer_path", "data.content_name"),
+    "data.type": ("data.content_name",),
 }
 
 

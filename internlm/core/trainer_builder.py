@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from internlm import accelerator
 from internlm.config import Config
@@ -17,6 +17,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.trainer import Hook, Trainer, TrainState
 from internlm.data.loader import TrainLoader, ValidLoader
+from internlm.eval import token_bytes_of
 from internlm.initialize.build_trainer import initialize_trainer
 from internlm.initialize.launch import ConfigLike, leave_at_exit
 from internlm.monitor import MetricsWriter, initialize_monitor_manager, open_writers
@@ -139,7 +140,7 @@ class TrainerBuilder:
             *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
             hooks.WarnOfSkippedSteps(self.config.hybrid_zero_optimizer.max_skipped_steps, is_logging=bool(writer)),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
-            hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer),
+            hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer, self._token_bytes()),
             *self.options.extra_hooks,  # before SaveCheckpoints, because they may set stop_requested
             self.requests,
             hooks.SaveCheckpoints(self.checkpoints, self.requests),
@@ -147,6 +148,13 @@ class TrainerBuilder:
             *([self._recorder(folder)] if self.options.pipeline_trace else []),
             *([hooks.ProfileRun(folder, dist.get_rank())] if self.options.profiling else []),
         ]
+
+    def _token_bytes(self) -> Tensor | None:
+        """Return the bytes of text of each token id, if a validation needs them and a tokenizer is given."""
+        path = self.config.data.tokenizer_path
+        if path is None or not self._val_dls or not self.config.data.valid_every:
+            return None
+        return token_bytes_of(path, self.config.model.vocab_size)
 
     def _recorder(self, folder: Path) -> hooks.RecordPipeline:
         """Return the hook that draws the pipeline; only the logging rank writes the drawing."""

@@ -7,9 +7,10 @@ from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batch
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.loader import TrainLoader, ValidLoader
-from internlm.data.packing import PackingLayout, RowShape, TrainRows, ValidRows
-from internlm.data.sources import OneType, RandomSource, SampleSource
+from internlm.data.packing import PackingLayout, RowShape, TrainRows
+from internlm.data.sources import RandomSource, SampleSource
 from internlm.data.tokenized_source import TokenizedSource
+from internlm.data.valid_rows import rows_by_type
 from internlm.utils.errors import DataError, Problem, first_of_all_ranks
 from internlm.utils.logger import get_logger
 
@@ -79,11 +80,10 @@ def build_valid_loaders(
         return {}
     plan = BatchPlan(step_rows=(data.valid_micro_num or data.micro_num) * replica.size, data_size=replica.size)
 
-    def loader(type_name: str) -> ValidLoader:
-        rows = ValidRows(OneType(source, type_name), row_shape(data))
-        return ValidLoader(rows, plan, replica.rank, data.valid_max_batches, data.num_worker, sequence_shard)
-
-    return {type_name: loader(type_name) for type_name in source.types}
+    return {
+        type_name: ValidLoader(rows, plan, replica.rank, data.valid_max_batches, data.num_worker, sequence_shard)
+        for type_name, rows in rows_by_type(source, row_shape(data)).items()
+    }
 
 
 def row_shape(data: DataConfig) -> RowShape:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from internlm.accelerator import device_kind
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
-from internlm.data.packing import PackingLayout, Row, RowShape, TrainingRows, ValidRows, padding_row
+from internlm.data.packing import PackingLayout, Row, RowShape, TrainingRows, padding_row
 from internlm.utils.compat import ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
@@ -126,6 +126,16 @@ def pin_batch(batch: Batch) -> Batch:
 # -- loaders
 
 
+class AnyRows(Protocol):
+    """Protocol for rows by index, for training or validation; rows beyond the end of a validation are all padding."""
+
+    shape: RowShape
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
 class _RowLoader:
     """Base class of loaders: the batches of a range of steps, prefetched by ``num_worker`` threads.
 
@@ -135,7 +145,7 @@ class _RowLoader:
 
     def __init__(
         self,
-        rows: TrainingRows | ValidRows,
+        rows: AnyRows,
         plan: BatchPlan,
         data_rank: int,
         num_worker: int,
@@ -164,7 +174,7 @@ class _RowLoader:
         return len(self.steps())
 
     @property
-    def dataset(self) -> TrainingRows | ValidRows:
+    def dataset(self) -> Any:
         """Packed rows by index; its length is the number of rows in an epoch."""
         return self._rows
 
@@ -274,7 +284,7 @@ class TrainLoader(_RowLoader):
 
 
 class ValidLoader(_RowLoader):
-    """Loader of the validation batches of one data-parallel rank: one pass over one dataset type, in order.
+    """Loader of the validation batches of one data-parallel rank: one pass over its rows, in order.
 
     Every rank gets the same number of batches, at most ``max_batches``, because evaluation is collective. If the
     rows run out, the last batches are completed with padding rows, in which every label is ignored.
@@ -282,7 +292,7 @@ class ValidLoader(_RowLoader):
 
     def __init__(
         self,
-        rows: ValidRows,
+        rows: AnyRows,
         plan: BatchPlan,
         data_rank: int,
         max_batches: int | None,
@@ -290,8 +300,17 @@ class ValidLoader(_RowLoader):
         sequence_shard: GroupPosition = ALONE,
     ) -> None:
         super().__init__(rows, plan, data_rank, num_worker, sequence_shard)
-        batches = -(-len(rows) // (plan.micro_num * plan.data_size))
+        batches = -(-len(rows) // plan.step_rows)
         self._batches = batches if max_batches is None else min(batches, max_batches)
+
+    @property
+    def rows_used(self) -> int:
+        """Number of rows in the batches of all ranks together, without padding rows."""
+        return min(len(self._rows), self._batches * self.plan.step_rows)
+
+    def with_rows(self, rows: AnyRows) -> ValidLoader:
+        """Return a loader of all of ``rows``, with the settings of this one."""
+        return ValidLoader(rows, self.plan, self._data_rank, None, self.num_worker, self._sequence_shard)
 
     def steps(self) -> range:
         """Return the indices of the batches."""

@@ -94,11 +94,19 @@ class RandomSource:
 
 
 class OneType:
-    """Sample source that contains only the samples of one dataset type of another source, in their original order."""
+    """Sample source that contains only the samples of one dataset type of another source, in their original order.
 
-    def __init__(self, source: SampleSource, type_name: str) -> None:
+    Args:
+        source: Source of all samples.
+        type_name: Dataset type.
+        samples: Indices of its samples in ``source``, ascending; None: search for them.
+    """
+
+    def __init__(self, source: SampleSource, type_name: str, samples: np.ndarray | None = None) -> None:
         self._source = source
-        self._samples = np.flatnonzero(source.type_ids == source.types.index(type_name))
+        if samples is None:
+            samples = np.flatnonzero(source.type_ids == source.types.index(type_name))
+        self._samples = samples
         self.types = [type_name]
         self.lengths = source.lengths[self._samples]  # [N]
         self.type_ids = np.zeros(len(self._samples), np.int16)  # [N]

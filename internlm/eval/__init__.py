@@ -1,4 +1,6 @@
 """Evaluation of a model on held-out data, and generation of text."""
 
 from internlm.eval.evaluate import evaluate as evaluate
+from internlm.eval.evaluate import measure as measure
+from internlm.eval.evaluate import token_bytes_of as token_bytes_of
 from internlm.eval.generate import generate as generate

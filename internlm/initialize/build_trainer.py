@@ -68,7 +68,7 @@ def initialize_trainer(
     if criterion is None:
         criterion = TokenCrossEntropy(model, gpc.config.loss.label_smoothing)
     _check_criterion(criterion)
-    trainer = Trainer(model, optimizer, _scheduler(criterion, types), lr_scheduler, beta2_scheduler)
+    trainer = Trainer(model, optimizer, build_scheduler(criterion, types), lr_scheduler, beta2_scheduler)
     if older.get("train_dataloader") is not None:
         trainer.unpack_to(older["train_dataloader"], older.get("test_dataloader"), lr_scheduler)
     return trainer
@@ -142,7 +142,16 @@ def _described(value: object) -> str:
         return str(name)
 
 
-def _scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
+def build_scheduler(criterion: TokenCrossEntropy, types: int) -> Scheduler:
+    """Build the scheduler that the global config selects; collective in a pipeline.
+
+    Args:
+        criterion: Loss function, which runs the model.
+        types: Number of dataset types by which sums are split; 1: all tokens count as one type.
+
+    Raises:
+        ConfigError: The custom schedule is invalid, or differs between ranks.
+    """
     # The group of ranks with different tokens. Under isp it includes the ranks that split a row.
     mode = ParallelMode.ISP_DATA if gpc.config.parallel.tensor.mode == "isp" else ParallelMode.DATA
     tokens, device = gpc.group(mode), accelerator.current_device()

@@ -131,7 +131,7 @@ class TokenCrossEntropy:
 
     Args:
         model: Model to run.
-        label_smoothing: Weight of the uniform distribution in the targets, 0 to 1.
+        label_smoothing: Weight of the uniform distribution in the targets, 0 to 1; 0 in evaluation mode.
 
     Raises:
         UserError: The model returns logits that do not match the labels of this rank.
@@ -152,7 +152,9 @@ class TokenCrossEntropy:
             grad_scale: Factor on ``loss_sum`` of the result, but not on its ``token_loss``; a scalar tensor on the
                 device, or a number.
         """
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "grad_scale": grad_scale}
+        # Smoothing regularises training; a validation measures the cross entropy with the labels themselves.
+        smoothing = self.label_smoothing if self.model.training else 0.0
+        options: dict[str, Any] = {"label_smoothing": smoothing, "grad_scale": grad_scale}
         if self.takes_labels:
             with checking_forward(self.model, [*inputs, "labels", *options]):
                 result = self.model(**inputs, labels=labels, **options)

@@ -44,12 +44,13 @@ class Pipeline:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Settings of one training step."""
+    """Settings of one step."""
 
     step: int = 0  # index of the step, part of the dropout RNG key
     loss_scale: Tensor | float = 1.0  # factor on the gradients; a scalar on the device, or a number
     #: Called when this rank's gradients are complete, while other stages may still compute their gradients.
     after_backward: Callable[[], None] | None = None
+    types: int | None = None  # number of dataset types in the batch; None: that of the scheduler
 
 
 class Scheduler:
@@ -124,15 +125,16 @@ class Scheduler:
             forward_only: Whether to skip backward.
             return_loss: Whether to compute the loss. False: run forward only, for the outputs; labels may all be -100.
             return_output_label: Whether to keep outputs and labels in the result.
-            training: Settings of a training step (default: ``TrainingStep()``).
+            training: Settings of the step (default: ``TrainingStep()``).
         """
         training = training or TrainingStep()
+        types = training.types or self.types
         host_inputs = getattr(engine.model, "host_inputs", ())
         vocab_size = getattr(engine.model, "input_vocab_size", None)
-        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs, self.types, vocab_size)
+        micro_batches = MicroBatches(*next(data_iter), self.device, host_inputs, types, vocab_size)
         backward = not forward_only and return_loss
         options = ComputeOptions(
-            types=self.types,
+            types=types,
             device=self.device,
             keep_outputs=return_output_label,
             dropout_key=replace(self.dropout_key, step=training.step),

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from internlm import accelerator
 from internlm.checkpoint import CheckpointManager
@@ -60,19 +61,31 @@ class Validate(Hook):
         every: Number of steps between validations; 0: no validation.
         total_steps: Last step of the run.
         writer: Writer of the metrics; None on ranks that do not log.
+        token_bytes: Bytes of text of each token id, for bits per byte; None: these are not reported.
     """
 
     def __init__(
-        self, loaders: Mapping[str, ValidLoader], every: int, total_steps: int, writer: MetricsWriter | None
+        self,
+        loaders: Mapping[str, ValidLoader],
+        every: int,
+        total_steps: int,
+        writer: MetricsWriter | None,
+        token_bytes: Tensor | None = None,
     ) -> None:
         self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
+        self.token_bytes = token_bytes
+
+    def before_run(self, trainer: Trainer) -> None:
+        """Log what is not reported."""
+        if self.writer and self.every and self.loaders and self.token_bytes is None:
+            log.info("valid/bits_per_byte is not reported, since data.tokenizer_path is not set")
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Run the validation if one is due after this step."""
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
             with in_phase("evaluation"):
-                metrics = evaluate(trainer, self.loaders)
+                metrics = evaluate(trainer, self.loaders, self.token_bytes)
             if self.writer and metrics:
                 self.writer.write(report.step, {"step": report.step, **metrics})
 
