@@ -86,20 +86,30 @@ def _loop(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, t
     return found
 
 
+LAYOUT_KEYS = ("parallel.", "model.num_chunks")
 LAYOUTS = [
     (2, ("data.valid_micro_num=3",)),
-    (2, ("parallel.pipeline.size=2", "data.valid_micro_num=2")),
+    (2, ("parallel.pipeline.size=2", "data.micro_num=4", "data.valid_micro_num=2")),
 ]
 MORE_LAYOUTS = [
     (1, ("data.valid_micro_num=1",)),
     (1, ("model.num_chunks=2",)),
     (4, ("data.valid_micro_num=5", "parallel.zero1.size=4", "parallel.zero1.fsdp=True")),
-    (4, ("parallel.pipeline.size=2", "data.valid_micro_num=3")),
-    (2, ("parallel.pipeline.size=2", "model.num_layers=4", "model.num_chunks=2", "data.valid_micro_num=2")),
+    (4, ("parallel.pipeline.size=2", "data.micro_num=4", "data.valid_micro_num=3")),
+    (
+        2,
+        (
+            "parallel.pipeline.size=2",
+            "data.micro_num=4",
+            "model.num_layers=4",
+            "model.num_chunks=2",
+            "data.valid_micro_num=2",
+        ),
+    ),
     (2, ("parallel.tensor.size=2", "parallel.tensor.mode=mtp")),
     (2, ("parallel.tensor.size=2", "parallel.tensor.mode=fsp")),
     (4, ("parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=2")),
-    (4, ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "parallel.pipeline.size=2")),
+    (4, ("parallel.tensor.size=2", "parallel.tensor.mode=msp", "parallel.pipeline.size=2", "data.micro_num=2")),
 ]
 
 
@@ -107,8 +117,8 @@ MORE_LAYOUTS = [
     ("ranks", "overrides"), [*LAYOUTS, *(pytest.param(*row, marks=pytest.mark.wide) for row in MORE_LAYOUTS)]
 )
 def test_the_figures_are_those_of_single_samples(ranks: int, overrides: tuple[str, ...], folder: Path) -> None:
-    keys = (f"data.valid_folder={folder}", "loss.label_smoothing=0.1", *overrides)
-    (expected,) = run_ranks(1, _loop, tuple(key for key in keys if not key.startswith("parallel.")))
+    keys = (f"data.valid_folder={folder}", "data.use_packed_dataset=False", "loss.label_smoothing=0.1", *overrides)
+    (expected,) = run_ranks(1, _loop, tuple(key for key in keys if not key.startswith(LAYOUT_KEYS)))
     results = [result for result, _ in run_ranks(ranks, _evaluate, keys)]
     assert all(result == results[0] for result in results)
     total, by_type = results[0]
