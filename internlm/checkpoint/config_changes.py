@@ -42,6 +42,7 @@ WITHOUT_EFFECT = frozenset(
         "data.valid_max_batches",
         "data.valid_micro_num",
         "data.micro_num",  # of one rank; the global batch is compared
+        "data.global_batch",
         "data.num_worker",
         "data.use_shm",
         "data.shm_path",
@@ -75,6 +76,8 @@ WITHOUT_EFFECT = frozenset(
         "model.out_head_init_std",
     }
 )
+#: Name of a setting that follows from several keys.
+GLOBAL_BATCH = "micro-batches of a global batch"
 #: Least relative change of the learning rate that is a jump.
 _JUMP = 0.01
 
@@ -108,7 +111,8 @@ def lines_to_log(
     changes = changed_settings(saved, run_info, world_size)
     for key, change in changes.items():
         if continues or key.removeprefix("model.") in MATHEMATICS:
-            yield logging.INFO, f"changed since {where} was saved: {key}: {change}"
+            level = logging.WARNING if key == GLOBAL_BATCH else logging.INFO
+            yield level, f"changed since {where} was saved: {key}: {change}"
     if continues and (jump := learning_rate_jump(saved, run_info["config"])):
         causes = [key for key in changes if key == "adam.lr" or key.startswith("lr_scheduler.")]
         yield logging.WARNING, f"{jump}, because of another {' and '.join(causes) or 'schedule'}"
@@ -124,7 +128,7 @@ def changed_settings(saved: RunState, run_info: Mapping[str, Any], world_size: i
         *_config_values(saved.config, now),
         ("--seed", saved.seed, run_info["seed"]),
         (
-            "micro-batches of a global batch",
+            GLOBAL_BATCH,
             _global_batch(saved.config, saved.world_size or 0) or ABSENT,
             _global_batch(now, world_size) or ABSENT,
         ),
@@ -163,6 +167,9 @@ def _config_values(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 
 def _global_batch(config: Mapping[str, Any], world_size: int) -> int | None:
     """Return the number of micro-batches of a step on all ranks, or None if the config does not say."""
+    given, micro_bsz = (nested_dict.get(config, key, None) for key in ("data.global_batch", "data.micro_bsz"))
+    if type(given) is int and type(micro_bsz) is int and micro_bsz > 0:
+        return given // micro_bsz
     sizes = [nested_dict.get(config, key) for key in ("parallel.tensor.size", "parallel.pipeline.size")]
     micro_num = nested_dict.get(config, "data.micro_num")
     if not all(type(size) is int and size > 0 for size in (*sizes, micro_num)):

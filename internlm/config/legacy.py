@@ -199,6 +199,7 @@ RESPELLED: dict[str, Callable[[Any], Any]] = {
     "parallel.pipeline.mode": _upper,
     "parallel.pipeline.partition": _list_as_tuple,
     "optimizer.param_groups": _list_as_tuple,
+    "parallel.elastic": _list_as_tuple,
     "model.dtype": _dtype_name,
     "optimizer.ns_dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,

@@ -1,7 +1,7 @@
 """Resolve a config file (or a dict) and overrides into one validated, frozen :class:`Config`.
 
 1. *Load* the file.
-2. *Normalise* old spellings, apply the overrides, normalise again.
+2. *Normalise* old spellings, apply the overrides, normalise again, and choose the layout for the world size.
 3. *Validate* each key against the schema.
 4. *Derive* defaults that follow from other values.
 5. *Check* the rules across keys.
@@ -27,9 +27,11 @@ from internlm.config.load import apply_overrides, execute_file, from_mapping, va
 from internlm.config.messages import schema_problems
 from internlm.config.nested_dict import NestedDict
 from internlm.config.rules import ALL_RULES, RunInfo
+from internlm.config.rules.data_rules import MICRO_NUM_READS, micro_num_of
 from internlm.config.rules.rule import DEVICE_TYPE
 from internlm.config.schema import Config
 from internlm.config.schema.fields import Section
+from internlm.config.schema.parallel import ElasticLayout
 from internlm.config.support import unsupported, warnings_about
 from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
@@ -43,12 +45,13 @@ class Derivation:
     """Default of the key ``target``, computed from other keys and properties of the run.
 
     If ``target`` is not given, it is set to the result of ``value(config, run)``; None leaves it unset. ``reads`` names
-    the keys and the :class:`RunInfo` fields that ``value`` reads.
+    the keys and the :class:`RunInfo` fields that ``value`` reads. If ``only_with`` names a key, it must be given.
     """
 
     target: str
     reads: tuple[str, ...]
     value: Callable[[Config, RunInfo], Any]
+    only_with: str | None = None
 
 
 def _head_dim(config: Config, run: RunInfo) -> int | None:
@@ -75,6 +78,7 @@ def _bucket_size(config: Config, run: RunInfo) -> int:
 
 
 DERIVATIONS = (
+    Derivation("data.micro_num", MICRO_NUM_READS, micro_num_of, only_with="data.global_batch"),
     Derivation("data.valid_micro_num", ("data.micro_num",), lambda c, _: c.data.micro_num),
     Derivation(
         "model.num_kv_attention_heads", ("model.num_attention_heads",), lambda c, _: c.model.num_attention_heads
@@ -150,6 +154,7 @@ def resolve(
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
     drop_unset_checkpoints(raw, findings)
+    _choose_layout(raw, world_size, overridden)
     problems, failed = _validate(raw)
     run = RunInfo(world_size, device_type)
     unusable = failed | run.unknown()
@@ -164,6 +169,21 @@ def resolve(
     config._variables = variables_of(names)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
     return Resolved(config, sources, warnings_about(config, findings.ignored))
+
+
+def _choose_layout(raw: NestedDict, world_size: int | None, overridden: set[str]) -> None:
+    """Set the keys of the first entry of ``parallel.elastic`` for ``world_size``, except ``overridden`` keys."""
+    entries = nested_dict.get(raw, "parallel.elastic")
+    try:
+        layouts: list[ElasticLayout] = [ElasticLayout.model_validate(given) for given in entries or ()]
+    except (ValidationError, TypeError):
+        return  # the schema is checked next
+    for entry in layouts:
+        if world_size in entry.worlds:
+            for key, value in entry.layout.items():
+                if not nested_dict.within(f"parallel.{key}", overridden):
+                    nested_dict.put(raw, f"parallel.{key}", value)
+            return
 
 
 def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:
@@ -182,11 +202,14 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
         # A key with value None counts as not given.
         if nested_dict.get(raw, derivation.target) is not None:
             continue
+        if derivation.only_with and nested_dict.get(raw, derivation.only_with) is None:
+            continue
         if any(nested_dict.within(key, unusable) for key in derivation.reads):
             unusable.add(derivation.target)
         elif (value := derivation.value(config, run)) is not None:
             nested_dict.put(raw, derivation.target, value)
             derived.add(derivation.target)
+            config = _partial(Config, raw)  # later derivations read the value
     return derived
 
 

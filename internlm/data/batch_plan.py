@@ -2,8 +2,8 @@
 
 The rows of an endless sequence are divided into *batches*, counted from 0. Each batch takes the next rows, even if it
 is skipped. Step s uses the s-th batch that is not skipped. Each data-parallel rank takes a contiguous range of a batch,
-so a step uses the same rows on any number of ranks. If the number of ranks does not divide the rows, some ranks take
-one row more than others, which fill the place with a row of padding.
+so a step uses the same rows on any number of ranks. All ranks have equally many micro-batches: if the number of ranks
+does not divide the rows, the last ranks have rows of padding.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class BatchPlan:
 
     step_rows: int  # rows per step on all data-parallel ranks together, after the ramp-up
     data_size: int  # data-parallel ranks
+    round_size: int = 1  # number that the micro-batches of each rank are a multiple of
     rampup: Rampup | None = None  # in rows
     skip: tuple[tuple[int, int], ...] = ()  # inclusive ranges of batches, ascending and disjoint
     origin: Position = START
@@ -48,21 +49,23 @@ class BatchPlan:
     @property
     def micro_num(self) -> int:
         """Number of micro-batches per step on each data-parallel rank, after the ramp-up."""
-        return -(-self.step_rows // self.data_size)
+        return self._micro_batches(self.step_rows)
 
     def micro_batches(self, step: int) -> int:
         """Return the number of micro-batches of ``step`` on each data-parallel rank."""
-        return -(-self._size(self._batch(step)) // self.data_size)
+        return self._micro_batches(self._size(self._batch(step)))
 
     def rows(self, step: int, data_rank: int) -> range:
         """Return the indices of the rows that data-parallel rank ``data_rank`` reads in ``step``.
 
-        Some ranks may have one row less than :meth:`micro_batches`, or none.
+        Ranks may have fewer rows than :meth:`micro_batches`, or none.
         """
         batch = self._batch(step)
         size, first = self._size(batch), self._first_row(batch)
-        begin, end = (first + size * rank // self.data_size for rank in (data_rank, data_rank + 1))
-        return range(begin, end)
+        # The first ranks are full, so row i of the batch is micro-batch i of all ranks together: dropout counts so.
+        micro_batches = self._micro_batches(size)
+        begin, end = (min(rank * micro_batches, size) for rank in (data_rank, data_rank + 1))
+        return range(first + begin, first + end)
 
     def first_row(self, step: int) -> int:
         """Return the index of the first row of ``step`` on all data-parallel ranks together."""
@@ -90,6 +93,9 @@ class BatchPlan:
             if first <= batch:
                 batch += max(last - first + 1, 0)
         return batch
+
+    def _micro_batches(self, rows: int) -> int:
+        return self.round_size * -(-rows // (self.data_size * self.round_size))
 
     def _first_row(self, batch: int) -> int:
         return self.origin.row + self._size_before(batch) - self._size_before(self.origin.batch)

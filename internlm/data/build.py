@@ -19,7 +19,12 @@ RANDOM_VALID_SAMPLES = 200
 
 
 def build_train_loader(
-    data: DataConfig, vocab_size: int, seed: int, replica: GroupPosition, sequence_shard: GroupPosition = ALONE
+    data: DataConfig,
+    vocab_size: int,
+    seed: int,
+    replica: GroupPosition,
+    sequence_shard: GroupPosition = ALONE,
+    round_size: int = 1,
 ) -> tuple[TrainLoader, list[str]]:
     """Build the training loader of one data-parallel rank.
 
@@ -29,6 +34,7 @@ def build_train_loader(
         seed: Seed for shuffling and for random samples.
         replica: Position of this rank among the data-parallel ranks.
         sequence_shard: Position of this rank among the ranks that split rows along the sequence.
+        round_size: Number that the micro-batches of a step are a multiple of.
 
     Returns:
         The loader, and the names of the dataset types.
@@ -40,11 +46,11 @@ def build_train_loader(
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
         source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
-    rampup = parse_rampup(data.rampup_batch_size)
     plan = BatchPlan(
-        step_rows=data.micro_num * replica.size,
+        step_rows=data.step_rows(replica.size),
         data_size=replica.size,
-        rampup=rampup and Rampup(rampup.start * replica.size, rampup.increment * replica.size, rampup.every),
+        round_size=round_size,
+        rampup=_rampup_in_rows(data, replica.size),
         skip=parse_skip_batches(data.skip_batches),
     )
     rows = TrainRows(source, row_shape(data), seed)
@@ -84,6 +90,15 @@ def build_valid_loaders(
         type_name: ValidLoader(rows, plan, replica.rank, data.valid_max_batches, data.num_worker, sequence_shard)
         for type_name, rows in rows_by_type(source, row_shape(data)).items()
     }
+
+
+def _rampup_in_rows(data: DataConfig, data_size: int) -> Rampup | None:
+    rampup = parse_rampup(data.rampup_batch_size)
+    if rampup is None:
+        return None
+    if data.global_batch is None:
+        return Rampup(rampup.start * data_size, rampup.increment * data_size, rampup.every)
+    return Rampup(rampup.start // data.micro_bsz, rampup.increment // data.micro_bsz, rampup.every)
 
 
 def row_shape(data: DataConfig) -> RowShape:

@@ -108,5 +108,6 @@ def _cut(block: _Block, start: int, stop: int) -> list[Piece]:
     pieces = []
     for sample, length, end in zip(*(column[some].tolist() for column in block), strict=True):
         begin = end - length
-        pieces.append(Piece(sample, length, max(start - begin, 0), min(stop, end) - begin))
+        if length:  # a sample without tokens has no piece
+            pieces.append(Piece(sample, length, max(start - begin, 0), min(stop, end) - begin))
     return pieces

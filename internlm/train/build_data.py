@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from internlm.config.schema.parallel import round_size_of
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.sharding import ALONE, GroupPosition
@@ -19,7 +20,9 @@ def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
     Raises:
         DataError: ``data.train_folder`` is missing, or a file in it is damaged.
     """
-    return build_train_loader(gpc.config.data, gpc.config.model.vocab_size, gpc.seed, _replica(), _sequence_shard())
+    config = gpc.config
+    round_size = round_size_of(config.parallel.pipeline, config.model.num_chunks)
+    return build_train_loader(config.data, config.model.vocab_size, gpc.seed, _replica(), _sequence_shard(), round_size)
 
 
 def build_valid_loader_with_data_type() -> dict[str, ValidLoader]:

@@ -89,6 +89,7 @@ def _data(config: Config) -> dict[str, Any]:
         "data.seq_len": _seq_len(config),
         "data.micro_bsz": min(config.data.micro_bsz, 2),
         "data.micro_num": max(2, config.parallel.pipeline.size),
+        "data.global_batch": None,
         "data.valid_micro_num": None,
         "data.rampup_batch_size": "",
         "data.total_steps": STEPS,
@@ -136,6 +137,7 @@ ALONE: Values = {
     "parallel.expert.size": 1,
     "parallel.expert_weight.size": 1,
     "parallel.sequence_2D.enable": False,
+    "parallel.elastic": (),
     "model.num_chunks": 1,
     "model.compile": False,
 }
@@ -251,7 +253,7 @@ def reference_of(config: Config, data_size: int, device_type: str = CPU.name) ->
         device_type: Type of the device of the process.
     """
     rampup = parse_rampup(config.data.rampup_batch_size)
-    batch = {"data.micro_num": config.data.micro_num * data_size}
+    batch = {"data.micro_num": config.data.step_rows(data_size), "data.global_batch": None}
     ramp = {"data.rampup_batch_size": _scaled(rampup, data_size)} if rampup else {}
     return resolve(config.model_dump(), as_overrides({**ALONE, **batch, **ramp}), 1, device_type).config
 

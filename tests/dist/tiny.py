@@ -66,6 +66,8 @@ def share_of_batch(world_size: int, overrides: Sequence[str], largest: int = MIC
     ``largest`` micro-batches, so the global batch is smaller if there are few data-parallel ranks.
     """
     given = dict(text.split("=", 1) for text in overrides)
+    if "data.global_batch" in given:
+        return f"data.global_batch={given['data.global_batch']}"
     sharing = math.prod(int(given.get(f"parallel.{axis}.size", 1)) for axis in ("tensor", "pipeline"))
     micro_batches = max(MICRO_BATCHES * sharing // world_size, 1)
     if "parallel.pipeline.size" not in given:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from internlm.config.rules.rule import WORLD_SIZE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
+from internlm.config.schema.parallel import round_size_of
 from internlm.utils.errors import Problem
 
 TENSOR, PIPELINE, WEIGHT = "parallel.tensor.size", "parallel.pipeline.size", "parallel.weight.size"
@@ -110,15 +111,13 @@ def micro_batches_fill_pipeline(config: Config, run: RunInfo) -> Iterator[Proble
     The interleaved schedule also requires that the number of stages divides the number of micro-batches.
     """
     count, stages = config.data.micro_num, config.parallel.pipeline.size
-    # Megatron-LM's interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of one micro-batch per stage.
-    interleaved = config.model.num_chunks > 1 and config.parallel.pipeline.mode == "1F1B"
     if config.parallel.pipeline.table is not None:  # the table fixes the number of micro-batches
         return
     if count < stages:
         yield Problem(
             "data.micro_num", f"{count} is less than parallel.pipeline.size = {stages}", f"Use at least {stages}"
         )
-    elif interleaved and count % stages:
+    elif count % round_size_of(config.parallel.pipeline, config.model.num_chunks):
         message = (
             f"{count} is not divisible by parallel.pipeline.size = {stages}, which the interleaved schedule requires"
         )

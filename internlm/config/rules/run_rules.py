@@ -1,4 +1,4 @@
-"""Rules about the model and the run: shapes, data, learning rate, loss scale, checkpoints, alerts."""
+"""Rules about the model and the run: shapes, learning rate, loss scale, checkpoints, alerts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
-from internlm.config.schema.fields import floor_share, parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import floor_share
 from internlm.utils.errors import Problem
 from internlm.utils.secrets import is_web_address, mask_url
 
@@ -84,28 +84,7 @@ def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
         yield Problem("model.attention_backend", message, "Set it to 'auto'")
 
 
-# -- data, optimizer, checkpoints, alerts ------------------------------------------------------------------------------
-def skip_batches_parses(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``skip_batches`` lists batch numbers and ranges."""
-    try:
-        parse_skip_batches(config.data.skip_batches)
-    except ValueError as error:
-        yield Problem("data.skip_batches", str(error), "Example: '0-9,20', both ends included")
-
-
-def rampup_leads_to_micro_num(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that batch-size ramp-up is well-formed and starts at no more than ``micro_num``."""
-    data = config.data
-    try:
-        rampup = parse_rampup(data.rampup_batch_size)
-    except ValueError as error:
-        yield Problem("data.rampup_batch_size", str(error), "Example: '2 2 100' starts at 2 and adds 2 every 100 steps")
-        return
-    if rampup and rampup.start > data.micro_num:
-        message = f"start = {rampup.start} is more than data.micro_num = {data.micro_num}, where the ramp-up ends"
-        yield Problem("data.rampup_batch_size", message, f"Start at {data.micro_num} or less")
-
-
+# -- optimizer, checkpoints, alerts ------------------------------------------------------------------------------------
 def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that ``init_steps``, warm-up and, for ``wsd``, decay fit into ``total_steps``."""
     schedule, total = config.lr_scheduler, config.lr_scheduler.total_steps or 0
@@ -199,8 +178,6 @@ RULES = (
     Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
     Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
-    Rule(at("data", "skip_batches"), skip_batches_parses),
-    Rule(at("data", "rampup_batch_size", "micro_num"), rampup_leads_to_micro_num),
     Rule(at("lr_scheduler", "type", "total_steps", "init_steps", "warmup_ratio", "decay_ratio"), schedule_fits_run),
     Rule(("model.dtype", *at("grad_scaler", *LOSS_SCALES)), loss_scale_keeps_its_bounds),
     Rule(("optimizer.param_groups",), patterns_compile),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from internlm.config.schema.fields import Count, PathText, Positive, Section
 
@@ -52,6 +54,14 @@ class PipelineConfig(Section):
     table: PathText | None = None
     """Path of a CSV file with a custom schedule; ``internlm schedule --csv`` checks and draws it. ``mode`` still
     determines which virtual stages each rank holds."""
+
+
+def round_size_of(pipeline: PipelineConfig, num_chunks: int) -> int:
+    """Return the number that the micro-batches of a step must be a multiple of.
+
+    The interleaved schedule (arXiv 2104.04473, section 2.2) works in rounds of one micro-batch per stage.
+    """
+    return pipeline.size if num_chunks > 1 and pipeline.mode == "1F1B" else 1
 
 
 class WeightConfig(Section):
@@ -104,6 +114,15 @@ class Sequence2DConfig(Section):
     """Settings for the order of ranks in two-dimensional sequence parallelism."""
 
 
+class ElasticLayout(Section):
+    """Entry of ``parallel.elastic``: the layout of a job that has been started with certain numbers of processes."""
+
+    worlds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Numbers of processes."""
+    layout: dict[str, int | str | bool]
+    """Values of keys in ``parallel`` for these numbers, such as ``{"tensor.size": 2}``."""
+
+
 class ParallelConfig(Section):
     """Settings of parallelism. World size = data · pipeline · tensor; isp: also = weight-data · pipeline · weight."""
 
@@ -119,6 +138,9 @@ class ParallelConfig(Section):
     """Settings of expert parallelism, which distributes experts over ranks."""
     expert_weight: WeightConfig = WeightConfig()
     """Settings for sharding expert weights; needs isp."""
+    elastic: tuple[ElasticLayout, ...] = ()
+    """Layouts by the number of processes, for jobs that are restarted with fewer or more of them. The first entry that
+    names the number applies; without one, the other keys do, and the data-parallel size follows."""
     # Not much shorter: the first step may compile and read data for minutes.
     timeout: Positive = 1800.0
     """Timeout of process groups in seconds. The run ends if a rank does not join a collective within this time."""

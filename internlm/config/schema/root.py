@@ -39,6 +39,9 @@ class DataConfig(Section):
     is tokenized during training. ``megatron``: Megatron-LM's files. ``mocked``: batches recorded elsewhere."""
     micro_num: Count = 1
     """Number of micro-batches per step on each data-parallel rank (gradient accumulation)."""
+    global_batch: Count | None = None
+    """Number of sequences per step on all data-parallel ranks together, a multiple of ``micro_bsz``. ``micro_num`` then
+    follows from it, and a step has the same samples on any number of ranks; a rank with fewer of them has padding."""
     valid_micro_num: Count | None = None
     """Number of micro-batches per validation batch. Default: ``micro_num``."""
     valid_every: CountOrZero = 0
@@ -54,7 +57,7 @@ class DataConfig(Section):
     """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
     rampup_batch_size: str = ""
     """Batch-size ramp-up, ``"start increment every"``: a step has ``start`` micro-batches at first and
-    ``increment`` more after each ``every`` steps, up to ``micro_num``."""
+    ``increment`` more after each ``every`` steps, up to ``micro_num``. With ``global_batch``: sequences, up to it."""
     min_length: CountOrZero = 0
     """Minimum number of tokens in a sample; shorter samples are dropped. Random data is not affected."""
     train_folder: PathText | None = None
@@ -84,6 +87,10 @@ class DataConfig(Section):
     def packed_length(self) -> int:
         """Number of tokens in one micro-batch: ``seq_len`` · ``micro_bsz``."""
         return self.seq_len * self.micro_bsz
+
+    def step_rows(self, data_size: int) -> int:
+        """Return the number of rows (micro-batches) of a step on all ``data_size`` data-parallel ranks together."""
+        return self.micro_num * data_size if self.global_batch is None else self.global_batch // self.micro_bsz
 
     @property
     def gradient_accumulation(self) -> int:

@@ -33,6 +33,7 @@ BUSIEST: Mapping[str, Any] = {
     "parallel.sequence_2D": {"enable": True, "head_size": 2},
     "data.skip_batches": "0-3,7",
     "data.rampup_batch_size": "2 2 10",
+    "data.global_batch": 16,
     "lr_scheduler": {"init_steps": 5, "warmup_ratio": 0.1},
     "ckpt": {"enable_save_ckpt": True, "save_ckpt_folder": "ckpts", "checkpoint_every": 10},
     "monitor.alert": {"enable_feishu_alert": True, "feishu_alert_address": "http://localhost"},

@@ -23,7 +23,8 @@ skips = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5))).map(
 def plans(draw: st.DrawFn) -> BatchPlan:
     rampup = draw(rampups)
     step_rows = draw(st.integers(rampup.start if rampup else 1, 40))
-    return BatchPlan(step_rows=step_rows, data_size=draw(counts), rampup=rampup, skip=draw(skips))
+    sizes = dict(data_size=draw(counts), round_size=draw(st.integers(1, 3)))
+    return BatchPlan(step_rows=step_rows, **sizes, rampup=rampup, skip=draw(skips))
 
 
 def rows_of(plan: BatchPlan, step: int) -> list[int]:
@@ -40,11 +41,14 @@ def test_steps_use_the_batches_that_are_left_one_after_another(plan: BatchPlan) 
     sizes = [min(plan.step_rows, start + increment * (b // every)) for b in range(80)]
     firsts = [0, *accumulate(sizes)]
     kept = [batch for batch in range(80) if batch not in skipped(plan)]
+    limit = plan.data_size * plan.round_size
     for step, batch in enumerate(kept[:20]):
         assert rows_of(plan, step) == list(range(firsts[batch], firsts[batch + 1]))
         assert plan.first_row(step) == firsts[batch]
         of_ranks = [len(plan.rows(step, rank)) for rank in range(plan.data_size)]
-        assert plan.micro_batches(step) == max(of_ranks) <= min(of_ranks) + 1
+        full = plan.micro_batches(step)
+        assert of_ranks == [min(full, max(sizes[batch] - rank * full, 0)) for rank in range(plan.data_size)]
+        assert full % plan.round_size == 0 < sizes[batch] <= full * plan.data_size < sizes[batch] + limit
 
 
 @given(plans(), counts, st.integers(0, 40))
