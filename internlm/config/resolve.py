@@ -178,6 +178,7 @@ def _choose_layout(raw: NestedDict, world_size: int | None, overridden: set[str]
         layouts: list[ElasticLayout] = [ElasticLayout.model_validate(given) for given in entries or ()]
     except (ValidationError, TypeError):
         return  # the schema is checked next
+    # The command line wins: it is what someone has just typed.
     for entry in layouts:
         if world_size in entry.worlds:
             for key, value in entry.layout.items():
@@ -209,7 +210,8 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
         elif (value := derivation.value(config, run)) is not None:
             nested_dict.put(raw, derivation.target, value)
             derived.add(derivation.target)
-            config = _partial(Config, raw)  # later derivations read the value
+            # Later derivations read the value: valid_micro_num, for example, that of micro_num.
+            config = _partial(Config, raw)
     return derived
 
 

@@ -96,6 +96,7 @@ def _rampup_in_rows(data: DataConfig, data_size: int) -> Rampup | None:
     rampup = parse_rampup(data.rampup_batch_size)
     if rampup is None:
         return None
+    # Micro-batches of one rank, or sequences of all ranks: the unit is that of the batch which the ramp-up leads to.
     if data.global_batch is None:
         return Rampup(rampup.start * data_size, rampup.increment * data_size, rampup.every)
     return Rampup(rampup.start // data.micro_bsz, rampup.increment // data.micro_bsz, rampup.every)

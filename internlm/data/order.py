@@ -67,6 +67,8 @@ class EpochOrder:
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces that tokens [``start``, ``stop``) of the epoch consist of; none beyond its end."""
         pieces: list[Piece] = []
+        # With samples of many blocks' length, or of none, several blocks may begin at the same token; the last of them
+        # is the one that holds it.
         stop = min(stop, int(self._starts[-1]))
         number = int(np.searchsorted(self._starts, start, "right")) - 1
         while start < stop:
@@ -91,6 +93,7 @@ class EpochOrder:
         return lengths if self._longest is None else np.minimum(lengths, self._longest)
 
     def _expand(self, number: int) -> _Block:
+        # A block takes about a millisecond, and consecutive rows need the same one: hence the cache.
         samples = self._samples(number * BLOCK, (number + 1) * BLOCK)
         lengths = self._lengths_of(samples)
         return _Block(samples, lengths, np.cumsum(lengths) + self._starts[number])

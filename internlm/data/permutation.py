@@ -51,6 +51,7 @@ class KeyedPermutation:
         self.size = size
         bits = max(LEAST_BITS, (size - 1).bit_length())
         self._widths = bits // 2, bits - bits // 2
+        # Each round looks up one half, and changes the other with what it finds; then they exchange places.
         lengths = [1 << self._widths[(number + 1) % 2] for number in range(ROUNDS)]
         numbers = raw_numbers(sum(lengths), seed, purpose, *index)
         masks = [(1 << self._widths[number % 2]) - 1 for number in range(ROUNDS)]
@@ -60,6 +61,7 @@ class KeyedPermutation:
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Return the elements at ``positions``, both int64 of one shape [n]."""
+        # Less than half of the covering power of two is outside, so few values are permuted more than twice.
         result = np.empty(len(positions), np.int64)
         for start in range(0, len(positions), CHUNK):
             values = self._permute(positions[start : start + CHUNK].astype(np.int64))

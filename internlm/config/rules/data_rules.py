@@ -23,6 +23,7 @@ def micro_num_of(config: Config, run: RunInfo) -> int | None:
     """Return the micro-batches per step of each data-parallel rank, as ``global_batch`` implies; None without it."""
     if config.data.global_batch is None:
         return None
+    # The same for every rank, as schedules and collectives of weights require; what is too much is padding.
     parallel = config.parallel
     data_size = max(1, (run.world_size or 1) // (parallel.tensor.size * parallel.pipeline.size))
     rounds = round_size_of(parallel.pipeline, config.model.num_chunks)
