@@ -1,4 +1,4 @@
-"""Arguments of ``internlm train``: those of a training script, and the options of torchrun, which are passed on."""
+"""Arguments of commands that start ranks: those of a training script, and options that are passed on to torchrun."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from internlm.cli.parsers import count, natural
-from internlm.utils.common import add_training_arguments
+from internlm.utils.common import add_overrides, add_process_arguments, add_training_arguments
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -108,6 +108,27 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("config_file", metavar="CONFIG", nargs="?", help="Python config file; it is executed")
     add_training_arguments(parser)
+    _add_launcher_options(parser)
+
+
+def evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm eval``."""
+    parser.description = (
+        "Evaluate a checkpoint on data.valid_folder and print loss, perplexity, accuracy and bits per byte by dataset "
+        "type. Layout and number of processes may differ from those that saved; no optimizer state is built or read. "
+        "Processes are started as by internlm train. Exit code: 0, or 2 for an error that you can fix."
+    )
+    parser.add_argument("config", metavar="CONFIG", help="Python config file; it is executed")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="CHECKPOINT|FOLDER", help="checkpoint, or folder whose newest one is evaluated"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_overrides(parser)
+    add_process_arguments(parser)
+    _add_launcher_options(parser)
+
+
+def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("options of torchrun")
     for option in OPTIONS:
         flags = dict.fromkeys((option.flag, f"--{option.flag[2:].replace('-', '_')}"))

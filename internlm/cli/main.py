@@ -56,6 +56,7 @@ COMMANDS = (
     Command("ckpt", "list, show, verify, compare and delete checkpoints", ckpt, ""),
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
+    Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
     Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),

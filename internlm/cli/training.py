@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from internlm.utils.common import parse_args, words_of
@@ -55,14 +55,30 @@ def train(arguments: argparse.Namespace) -> int:
         message = "not given" if arguments.config is None else "given twice"
         raise ConfigError(Problem("CONFIG", message, "Pass one config file, such as configs/demo.py"))
     arguments.config = arguments.config or arguments.config_file
+    return run_on_ranks(_run_rank, arguments, ["train", *words_of(arguments)])
+
+
+def run_on_ranks(
+    run_rank: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, words: Sequence[str]
+) -> int:
+    """Run a command on its ranks, and return the exit code.
+
+    Args:
+        run_rank: Function that runs a rank in this process.
+        arguments: Parsed arguments. With an option of torchrun, this process starts the ranks; otherwise it is one.
+        words: Words of the same command without the options of torchrun, which a rank that is started gets.
+
+    Raises:
+        UserError: An argument is wrong, or the rendezvous has failed; or as on a rank.
+    """
     if arguments.launcher_words:
         if "RANK" in os.environ:
             message = "given, but RANK is set: this process is a rank already"
             raise LaunchError(Problem(arguments.launcher_words[0].partition("=")[0], message, "Use one launcher only"))
-        return launch(arguments.launcher_words, ["-m", "internlm", "train", *words_of(arguments)])
+        return launch(arguments.launcher_words, ["-m", "internlm", *words])
     if arguments.rank is None and arguments.launcher is None and not os.environ.keys() & {"RANK", "SLURM_PROCID"}:
         _be_only_rank(arguments)
-    _run_rank(arguments)
+    run_rank(arguments)
     return 0
 
 

@@ -29,7 +29,7 @@ from internlm.utils.errors import ConfigError, Problem
 from internlm.utils.logger import get_logger
 
 
-def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn.Module:
+def create_model(model_type: str | None = None, *, deferred: bool = False, trains: bool = True) -> nn.Module:
     """Build the model of the global config, with initial values drawn from the run's seed.
 
     Args:
@@ -37,6 +37,7 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
         deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device.
             :func:`initialize_model_and_parallel_communicator` then allocates and initialises this rank's shards only.
             Do not set it in a script that sets parameter values before that call.
+        trains: Whether the model is trained. False: it is only evaluated, which needs less memory.
 
     Raises:
         ConfigError: The run needs more memory than is free, or the model was not built for this rank's stage.
@@ -49,7 +50,7 @@ def create_model(model_type: str | None = None, *, deferred: bool = False) -> nn
     deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
     if name == config.model_type:
         stage, zero_rank = gpc.get_local_rank(ParallelMode.PIPELINE), gpc.get_local_rank(ParallelMode.ZERO1)
-        check_memory(config, dist.get_world_size(), stage, zero_rank)
+        check_memory(config, dist.get_world_size(), stage, zero_rank, trains=trains)
     model = build_model(config, gpc.seed, name, sharding, own_stage_layers(), deferred=deferred)
     check_stage(model, name)
     _warn_of_keys_without_effect(model, name)

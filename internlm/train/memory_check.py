@@ -14,10 +14,13 @@ TOLERANCE = 1.1
 TODO = "Use more ranks, a smaller model or smaller micro-batches; internlm memory prints the plan row by row"
 
 
-def check_memory(config: Config, world_size: int, stage: int, zero_rank: int | None = None) -> None:
+def check_memory(
+    config: Config, world_size: int, stage: int, zero_rank: int | None = None, *, trains: bool = True
+) -> None:
     """Check that the free memory suffices for a rank of pipeline stage ``stage``.
 
-    ``zero_rank`` is its rank within the zero group; by default the rank that holds the most bytes.
+    ``zero_rank`` is its rank within the zero group; by default the rank that holds the most bytes. Unless the rank
+    ``trains``, only its parameters count.
 
     Without this check, an allocator fails in the middle of building the model, or the system kills the process. A model
     that cannot be built on the meta device is not checked.
@@ -35,7 +38,7 @@ def check_memory(config: Config, world_size: int, stage: int, zero_rank: int | N
     # Parameters first: the layout of the flat buffers has an entry per bucket, which is itself too large for a model
     # of absurd size.
     smallest = _parameters(inventory)
-    needed = smallest if smallest > free * TOLERANCE else sum(_plan(inventory, zero_rank).values())
+    needed = smallest if not trains or smallest > free * TOLERANCE else sum(_plan(inventory, zero_rank).values())
     if needed > free * TOLERANCE:
         message = f"a rank needs {format_bytes(needed)} of memory, but only {format_bytes(free)} are free"
         raise ConfigError(Problem("model", message, TODO))

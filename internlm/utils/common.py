@@ -103,6 +103,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the built-in arguments of a training script to ``parser``."""
     add = parser.add_argument
     add("--config", type=str, help="Python config file")
+    add_process_arguments(parser)
+    add("--profiling", action="store_true", help="write torch profiler traces and a memory report")
+    add("--pipeline-trace", action="store_true", help="draw one pipeline step, measured beside simulated")
+    add("--ledger", action="store_true", help="print the bytes sent, by parallel mode and collective, at the end")
+    add_overrides(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how this process joins the others, and the seed."""
+    add = parser.add_argument
     add("--launcher", choices=["slurm", "torch"], help="launcher of the processes (default: detected)")
     add("--host", type=str, help="address of rank 0 (default: the launcher's)")
     add("--port", type=int, default=8888, help="port of rank 0 where torchrun sets none (default: %(default)s)")
@@ -111,10 +121,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", type=int, help="rank on this machine (default: the launcher's)")
     add("--backend", type=str, help="torch.distributed backend (default: nccl on CUDA, gloo on CPU)")
     add("--seed", type=int, default=1024, help="seed of initial values, data order and dropout (default: %(default)s)")
-    add("--profiling", action="store_true", help="write torch profiler traces and a memory report")
-    add("--pipeline-trace", action="store_true", help="draw one pipeline step, measured beside simulated")
-    add("--ledger", action="store_true", help="print the bytes sent, by parallel mode and collective, at the end")
-    add(
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``."""
+    parser.add_argument(
         "--set",
         action="append",
         default=[],

@@ -1,0 +1,54 @@
+"""Load the parameters of a checkpoint into a model of any layout, without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from internlm.checkpoint import compatibility
+from internlm.checkpoint.exchange import Exchange
+from internlm.checkpoint.locations import open_storage, split_checkpoint
+from internlm.checkpoint.logical_tensors import model_tensors
+from internlm.checkpoint.run_state import RunState
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
+from internlm.utils.errors import CheckpointError
+
+
+def load_model(
+    model: nn.Module, source: str, config: Mapping[str, Any], exchange: Exchange, allow_changes: bool = False
+) -> RunState:
+    """Load this rank's parameters and buffers of ``model``; every piece that is read is verified. Collective.
+
+    Args:
+        model: Model of this rank, with a placement for each parameter.
+        source: Path or address of the checkpoint.
+        config: Resolved config of the model, as a nested dict.
+        exchange: Exchange between all ranks.
+        allow_changes: Whether ``config`` may change what the model computes from the parameters.
+
+    Returns:
+        Content of the checkpoint's state file.
+
+    Raises:
+        CheckpointError: On some rank, ``source`` is not a committed checkpoint, does not verify, or does not match.
+    """
+    tensors = model_tensors(model)
+    # A pipeline stage has only the tensors of its own layers.
+    known = {name for names in exchange.all_gather([*tensors]) for name in names}
+    with exchange.failing_together():
+        location, name = split_checkpoint(source)
+        checkpoint = open_checkpoint(open_storage(location), name)
+        where, saved = checkpoint.where, checkpoint.state
+        problems = [*compatibility.other_architecture(where, saved.config, config)]
+        if not allow_changes:
+            problems += compatibility.other_mathematics(where, saved.config, config)
+        if not problems:  # with another architecture, nearly every tensor would differ
+            problems += compatibility.missing_tensors(where, checkpoint.metadata, tensors)
+            problems += compatibility.unexpected_tensors(where, checkpoint.metadata, known)
+        if problems:
+            raise CheckpointError(*problems)
+    with exchange.failing_together():
+        checkpoint.read(tensors)
+    return saved
