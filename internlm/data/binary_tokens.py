@@ -94,6 +94,8 @@ class BinaryTokens:
             header = _read_header(file, stream.read(HEADER.size))
             stream.seek(header.index_at)
             index = stream.read()  # as many bytes as the header says: the size of the file was compared
+        # Ids have no checksum here: it could only be verified by reading all of them. The level "full" of the fingerprint
+        # has one for each block.
         if header.checksum_with(index) != header.checksum:
             raise _damaged(file, "header or index do not match their checksum")
         lengths = np.frombuffer(index, "<u4").astype(np.int64)
@@ -119,6 +121,7 @@ def _read_header(file: DataFile, content: bytes) -> Header:
     if id_size not in (2, 4) or has_mask not in (0, 1):
         raise _damaged(file, f"the header has {id_size} bytes per id and the flag {has_mask}")
     header = Header(id_size, bool(has_mask), *sizes)
+    # A later version may give these bytes a meaning that must not be ignored.
     if header.pack() != content:
         raise _damaged(file, "reserved bytes of the header are not 0")
     if header.file_size != file.size:
@@ -142,6 +145,7 @@ class _Reader:
         tokens = np.frombuffer(content, self._dtype).astype(np.int64)
         if self._header.has_mask and len(tokens):
             first = (span.offset - HEADER.size) // size + begin
+            # The mask is a second read, but files without such tokens have none.
             is_input = self._is_input(first, len(tokens))
             np.negative(tokens, out=tokens, where=is_input)
             tokens[is_input & (tokens == 0)] = INPUT_ONLY_ZERO
@@ -175,6 +179,7 @@ def write_tokens(path: Path, samples: Iterable[np.ndarray], largest: int) -> tup
     id_size = 2 if largest <= LARGEST_SHORT else 4
     lengths: list[int] = []
     with path.open("xb") as stream:
+        # The header is known last. Until then the file begins with zeros, which no reader accepts.
         stream.write(bytes(HEADER.size))
         mask = _write_ids(stream, samples, largest, np.dtype(f"<u{id_size}"), lengths)
         has_mask = any(chunk.strip(b"\0") for chunk in mask)

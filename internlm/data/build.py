@@ -129,10 +129,11 @@ def _tokenized_valid(data: DataConfig, folder: str, vocab_size: int) -> Tokenize
 def _check_folders(data: DataConfig) -> None:
     """Raise for all folders that are missing, of training and of validation, since each attempt costs a start."""
     folders = {"data.train_folder": data.train_folder, "data.valid_folder": data.valid_folder}
+    # Here rather than where each is opened: whoever has moved a data set has moved both.
     missing = {key: folder for key, folder in folders.items() if folder and not _local(folder).is_dir()}
     if missing:
-        todo = "Set it to an existing folder"
-        raise DataError(*(Problem(key, f"no such folder: {folder}", todo) for key, folder in missing.items()))
+        todo = "Set {} to an existing folder"
+        raise DataError(*(Problem(folder, "no such folder", todo.format(key)) for key, folder in missing.items()))
 
 
 def _local(folder: str) -> Path:

@@ -64,6 +64,7 @@ def digest_file(file: DataFile, samples: np.ndarray, level: Level) -> tuple[File
     Raises:
         DataError: The file cannot be read, or a sample is damaged.
     """
+    # Tokens and lengths rather than bytes, so that a converted file has the same digest.
     stat = _hex(np.ascontiguousarray(samples[1], "<i8").data)
     if level == "stat":
         return FileDigest(stat), np.empty(0, np.uint32)
@@ -188,6 +189,7 @@ def file_changes(old: str, new: str, names: Sequence[str]) -> FileChanges | None
     (old_level, then), (new_level, now) = (_entries(text) for text in (old, new))
     if then is None or now is None or old_level != new_level:
         return None
+    # Hashes of a few bytes may collide. The fingerprint decides whether data have changed; this list only names files.
     before = dict(then)
     changed = [name for name, (key, value) in zip(names, now, strict=True) if before.get(key, value) != value]
     added = [name for name, (key, _) in zip(names, now, strict=True) if key not in before]

@@ -136,6 +136,7 @@ def _assemble(files: list[DataFile], loaded: CachedIndex) -> Index:
 
 def _build(files: list[DataFile], min_length: int, level: Level) -> CachedIndex:
     """Read the samples of all files."""
+    # Threads rather than processes: on a network file system the time is that of waiting.
     with ThreadPoolExecutor(min(THREADS, 2 * (os.cpu_count() or 1), len(files))) as pool:
         indexed = list(pool.map(partial(_index_file, min_length=min_length, level=level), files, chunksize=16))
     offsets, lengths, sizes = np.concatenate([file.samples for file in indexed], axis=1)
@@ -160,6 +161,7 @@ def _build(files: list[DataFile], min_length: int, level: Level) -> CachedIndex:
 
 def _index_file(file: DataFile, min_length: int, level: Level) -> _FileIndex:
     samples = _samples_of(file)
+    # Of all samples, so that the digest of a file does not depend on min_length.
     digest, checksums = digest_file(file, samples, level)
     long_enough = samples[1] >= min_length
     kept = None if long_enough.all() else np.flatnonzero(long_enough)

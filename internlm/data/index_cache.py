@@ -60,6 +60,7 @@ class IndexCache:
     def load(self, key: str) -> CachedIndex | None:
         """Map the cached index; return None if it is missing, damaged, not trusted, or has another key."""
         try:
+            # Neither a link to a file elsewhere, nor a pipe, whose opening would wait for a writer.
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return None
@@ -70,6 +71,7 @@ class IndexCache:
             if reason := self._distrust(status):
                 _warn_once(f"the cached data index {self._path} is not used: {reason}")
                 return None
+            # Nobody shortens the file while it is mapped, which would end this process: it is only ever replaced.
             content = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
         except (OSError, ValueError):
             return None
@@ -94,7 +96,7 @@ class IndexCache:
         partial = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}")
         try:
             with partial.open("xb") as stream:
-                os.fchmod(stream.fileno(), 0o644)
+                os.fchmod(stream.fileno(), 0o644)  # whatever the umask: one that others can write to is not trusted
                 stream.writelines(_encode(key, index))
             os.replace(partial, self._path)
         except OSError as error:

@@ -148,6 +148,7 @@ class _Reader:
         """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]."""
         if span.size < LONG_LINE:
             return self._parse_whole(span)[begin:stop]
+        # Rows of a document follow one another, so that the few last lines suffice.
         with self._lock:  # a cache alone would let every waiting thread read the same line
             line = self._long_line(span)
             if line is None:
@@ -170,6 +171,7 @@ class _Reader:
     def _scan(self, span: Span) -> _LongLine | None:
         """Count the commas of a long line; return None if it is not a plain list of ``span.length`` integers."""
         line = self._opened.read(span.offset, span.size)
+        # Any other JSON is parsed whole, so what is fast here need not be general.
         head, tail = _LINE_BEGIN.match(line), _LINE_END.search(line, max(0, len(line) - MOST_EXTRA))
         if head is None or tail is None:
             return None

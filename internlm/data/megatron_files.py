@@ -73,6 +73,7 @@ def _read_header(path: Path, content: bytes, size: int | None) -> tuple[np.dtype
     if code not in DTYPES:
         known = ", ".join(map(str, DTYPES))
         raise DataError(Problem(str(path), f"the code {code} is no dtype of integer ids (known: {known})", REMAKE))
+    # Compared before anything is allocated: Python's integers do not overflow.
     expected = HEADER.size + 12 * count + 8 * documents
     if size is not None and size != expected:
         message = f"{count} sequences and {documents} documents need {expected} bytes, the file has {size}"
@@ -87,6 +88,7 @@ class _Reader:
     def __init__(self, opened: OpenFile) -> None:
         self._opened = opened
         path = opened.file.side
+        # Only the .idx has the dtype. Its other content is in the index, so it is not compared with the file again.
         try:
             with path.open("rb", buffering=0) as stream:
                 self._dtype, _ = _read_header(path, stream.read(HEADER.size), None)

@@ -150,6 +150,7 @@ class OpenFile:
             wanted = min(-(-wanted // CHECK_BLOCK) * CHECK_BLOCK, self.file.size - begin)
         try:
             found = os.fstat(self._fd)  # of the open file: detects a replaced file of the same name
+            # Modification time, not change time: a new name or mode of the file would end the run.
             content = os.pread(self._fd, wanted, begin)  # threads share the descriptor: no seek
             while 0 < len(content) < wanted and (
                 more := os.pread(self._fd, wanted - len(content), begin + len(content))
@@ -214,6 +215,7 @@ def find_files(folder: Path, formats: Sequence[TokenFormat]) -> list[DataFile]:
         raise DataError(Problem(str(folder), f"contains no {kinds} file", "Create one with `internlm tokenize`"))
     if lonely:
         raise DataError(*sorted(lonely, key=lambda problem: problem.where))
+    # The order of the samples: without suffixes, so that it stays the same when a file is converted.
     found.sort(key=lambda file: file.stem)
     for before, file in itertools.pairwise(found):
         if before.stem == file.stem:

@@ -339,6 +339,6 @@ def test_all_missing_folders_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         train(train_folder=f"local:{tmp_path}/a", valid_folder=f"{tmp_path}/b")
     assert str(caught.value).splitlines() == [
-        f"data.train_folder: no such folder: local:{tmp_path}/a. Set it to an existing folder",
-        f"data.valid_folder: no such folder: {tmp_path}/b. Set it to an existing folder",
+        f"local:{tmp_path}/a: no such folder. Set data.train_folder to an existing folder",
+        f"{tmp_path}/b: no such folder. Set data.valid_folder to an existing folder",
     ]
