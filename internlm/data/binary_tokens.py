@@ -94,8 +94,7 @@ class BinaryTokens:
             header = _read_header(file, stream.read(HEADER.size))
             stream.seek(header.index_at)
             index = stream.read()  # as many bytes as the header says: the size of the file was compared
-        # Ids have no checksum here: it could only be verified by reading all of them. The level "full" of the fingerprint
-        # has one for each block.
+        # Ids have no checksum here, which only a read of all of them could verify. The fingerprint's level "full" has.
         if header.checksum_with(index) != header.checksum:
             raise _damaged(file, "header or index do not match their checksum")
         lengths = np.frombuffer(index, "<u4").astype(np.int64)
