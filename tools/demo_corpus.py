@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from internlm.data.text_encoder import Recipe, make_recipe
 from internlm.data.tokenized_source import TokenizedSource
-from internlm.data.tokenized_writer import Recipe, Summary, make_recipe, tokenize_texts
+from internlm.data.tokenized_writer import Summary, tokenize_samples
 from internlm.utils.errors import exit_on_user_error
 
 VERSION = 1
@@ -125,7 +126,11 @@ def make_stats(out: Path, written: dict[str, dict[str, Summary]], vocab_size: in
     return {
         **{
             split: {
-                name: {**summary._asdict(), "bytes": (out / split / name / "stdlib.bin").stat().st_size}
+                name: {
+                    "samples": summary.samples,
+                    "tokens": summary.tokens,
+                    "bytes": (out / split / name / "stdlib.bin").stat().st_size,
+                }
                 for name, summary in types.items()
             }
             for split, types in written.items()
@@ -148,13 +153,13 @@ def build(root: Path, out: Path, vocab_size: int) -> dict[str, object]:
     splits = read_sources(root)
     train_tokenizer(splits["train"], vocab_size, out / "tokenizer.model")
     recipe: Recipe = make_recipe(str(out / "tokenizer.model"))
-    written = {
-        split: {
-            name: tokenize_texts(getattr(texts, name), out / split / name / "stdlib.bin", recipe, workers=1)
-            for name in TYPES
-        }
-        for split, texts in splits.items()
-    }
+
+    def tokenize(split: str, name: str) -> Summary:
+        samples = [("", text) for text in getattr(splits[split], name)]
+        (summary,) = tokenize_samples(samples, [out / split / name / "stdlib.bin"], recipe, workers=1)
+        return summary
+
+    written = {split: {name: tokenize(split, name) for name in TYPES} for split in splits}
     stats = {"made_by": made_by, **make_stats(out, written, vocab_size)}
     partial = marker.with_suffix(".partial")
     partial.write_text(json.dumps(stats, indent=2) + "\n")

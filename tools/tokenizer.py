@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from internlm.cli import parsers
-from internlm.cli.commands import tokenize
+from internlm.cli.tokenizing import tokenize
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 

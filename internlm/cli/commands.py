@@ -1,4 +1,4 @@
-"""Functions that run the subcommands ``memory``, ``schedule``, ``tokenize`` and ``verify``."""
+"""Functions that run the subcommands ``memory``, ``schedule`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from internlm.core.scheduler.validate import simulate
 from internlm.costs import format_plans
 from internlm.costs.activations import peak_on_host
 from internlm.costs.memory_plan import ACTIVATIONS, format_bytes
-from internlm.data.texts import find_texts, read_texts
-from internlm.data.tokenized_writer import make_recipe, tokenize_texts
 from internlm.train.inventory import plans_of_stages
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.verify.compare import compare
@@ -130,21 +128,6 @@ def write_file(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(Problem(str(path), f"cannot be written ({error.strerror})", "Pass a writable path")) from None
-
-
-# -- tokenize ---------------------------------------------------------------------------------------------------------
-def tokenize(arguments: argparse.Namespace) -> None:
-    """Tokenize text files into a ``.bin`` file and its ``.bin.meta``.
-
-    Raises:
-        UserError: A file or the tokenizer cannot be read, or there is no text.
-    """
-    files = find_texts(arguments.text_input_path)
-    recipe = make_recipe(arguments.tokenizer_path, arguments.bos, arguments.eos)
-    texts = read_texts(files, arguments.text_key, arguments.whole_file)
-    output = arguments.bin_output_path
-    summary = tokenize_texts(texts, output, recipe, arguments.num_workers, progress=True)
-    print(f"{output}: {summary.samples} samples, {summary.tokens} tokens")
 
 
 # -- verify -----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ COMMANDS = (
     Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
-    Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.commands:tokenize"),
+    Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.tokenizing:tokenize"),
     Command("train", "train a model", launch_options.train, "internlm.cli.training:train"),
     Command("verify", "compare a multi-rank with a single-rank run", parsers.verify, "internlm.cli.commands:verify"),
 )

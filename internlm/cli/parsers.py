@@ -29,6 +29,17 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Parse a number from 0 to 1, without 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return number
+
+
 def duration(text: str) -> float:
     """Parse the duration of a simulated action or send: 0, or a number from :data:`SHORTEST` to :data:`LONGEST`.
 
@@ -157,7 +168,8 @@ def schedule(parser: argparse.ArgumentParser) -> None:
 def tokenize(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm tokenize``, whose names have underscores for compatibility with older scripts."""
     parser.description = (
-        "Turn text files into a tokenized .bin file and its .bin.meta, to be put below data.train_folder."
+        "Turn text files into a tokenized .bin file and its .bin.meta, to be put below data.train_folder. Exit code: "
+        "0, or 2 for a mistake in the arguments or a bad row."
     )
     add = parser.add_argument
     add(
@@ -165,7 +177,7 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files (.txt, .json, .jsonl, .parquet) or folders",
+        help="files (.txt, .json, .jsonl, each also with .gz or .zst, .parquet, .arrow) or folders",
     )
     add(
         "--bin_output_path",
@@ -189,7 +201,41 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="end each sample with the eos token (default: if the tokenizer has one)",
     )
-    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    add(
+        "--parse-special-tokens",
+        "--parse_special_tokens",
+        action="store_true",
+        help="encode the name of a special token in a text, such as </s>, as that token (default: as text)",
+    )
+    add(
+        "--on-error",
+        "--on_error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="at a row that cannot be used: fail, or skip and count it (default: %(default)s)",
+    )
+    add(
+        "--format",
+        choices=["text", "alpaca"],
+        default="text",
+        help="text, or records with instruction, input and output, of which only the output is trained on (default: "
+        "%(default)s)",
+    )
+    add(
+        "--prompt-template",
+        "--prompt_template",
+        metavar="TEXT",
+        help="prompt of --format alpaca: {prompt} stands for instruction and input, \\n for a line end",
+    )
+    add(
+        "--split-ratio",
+        "--split_ratio",
+        type=share,
+        default=0.0,
+        metavar="R",
+        help="write this share of the samples to valid/X.bin, and the others to train/X.bin (default: all to X.bin)",
+    )
+    add("--num_workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")
 
 
 def verify(parser: argparse.ArgumentParser) -> None:

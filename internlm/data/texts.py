@@ -1,161 +1,191 @@
-"""Readers of text samples from .txt, .json, .jsonl and .parquet files."""
+"""Readers of text samples and records from the files of :mod:`internlm.data.text_files`.
+
+A record is a dict, such as a line of a .jsonl file or a row of a .parquet file. Rows that cannot be used are errors, or
+are skipped and counted, as :class:`~internlm.data.bad_rows.BadRows` says.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
 
-from internlm.utils.errors import DataError, Problem
-from internlm.utils.lazy import require
+from internlm.data.bad_rows import BadRows
+from internlm.data.text_columns import column_records
+from internlm.data.text_files import COLUMNAR, TextFile, checking, no_such_key, open_file
+from internlm.utils.errors import Problem
 
+TODO = "Pass the key of the text as --text_key"
 
-def find_texts(paths: Iterable[str]) -> list[Path]:
-    """Expand paths of files and folders to a list of text files.
+#: Records with their row in the file.
+Records: TypeAlias = Iterator[tuple[int, object]]
 
-    Args:
-        paths: Files, and folders that are searched at any depth.
-
-    Returns:
-        The files in the order of ``paths``; those of a folder are sorted.
-
-    Raises:
-        DataError: A path does not exist, a folder contains no text file, or a file type is not supported.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
-            if not inside:
-                message = f"contains no text file (supported: {KNOWN})"
-                raise DataError(Problem(str(path), message, "Pass text files or their folder as --text_input_path"))
-            found += inside
-        elif not path.is_file():
-            todo = "Pass existing files or folders as --text_input_path"
-            raise DataError(Problem(str(path), "no such file or folder", todo))
-        elif path.suffix not in _READERS:
-            raise DataError(
-                Problem(
-                    str(path),
-                    f"file type {path.suffix!r} is not supported (supported: {KNOWN})",
-                    "Convert the file, or correct its suffix",
-                )
-            )
-        else:
-            found.append(path)
-    return found
+#: Place of a row, by format; lines are counted from 1, others from 0.
+_PLACE = {".txt": "{}:{}", ".jsonl": "{}:{}", ".json": "{}, record {}", **dict.fromkeys(COLUMNAR, "{}, row {}")}
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def read_texts(files: Iterable[Path], text_key: str, whole_file: bool) -> Iterator[str]:
+def read_texts(
+    files: Iterable[TextFile], text_key: str, whole_file: bool = False, bad: BadRows | None = None
+) -> Iterator[str]:
     """Yield the text samples of ``files`` in order, except blank ones.
 
     Args:
-        files: Files of supported types.
-        text_key: Key of the text in a record of .json, .jsonl and .parquet files.
+        files: Files of texts.
+        text_key: Key of the text in a record.
         whole_file: Yield each .txt file as one sample, instead of one sample per line.
+        bad: Counter of bad rows, by default one that raises an error at the first.
 
     Raises:
-        DataError: A file cannot be read, or a record has no text.
+        DataError: A file cannot be read, or a row is bad and is not skipped.
+    """
+    bad = bad or BadRows()
+    for file in files:
+        if file.format == ".txt":
+            with checking(file, bad):
+                yield from _whole_text(file, bad) if whole_file else _text_lines(file, bad)
+            continue
+        for where, record in read_records([file], [text_key], bad, TODO):
+            if text := text_of(record, text_key, where, bad):
+                yield text
+
+
+def read_records(
+    files: Iterable[TextFile], keys: Sequence[str], bad: BadRows, todo: str
+) -> Iterator[tuple[Callable[[], str], object]]:
+    """Yield the records of ``files`` in order, each with a function that returns its place.
+
+    Args:
+        files: Files of records, of any format but .txt.
+        keys: Columns to read of files that have columns; those that a file lacks are left out.
+        bad: Counter of bad rows.
+        todo: Advice in the error about a wrong column.
+
+    Raises:
+        DataError: A file cannot be read, or a row is bad and is not skipped.
     """
     for file in files:
-        reader = _whole_text if whole_file and file.suffix == ".txt" else _READERS[file.suffix]
-        try:
-            yield from (text for text in reader(file, text_key) if text and not text.isspace())
-        except OSError as error:
-            message = f"cannot be read ({error.strerror or error})"
-            raise DataError(Problem(str(file), message, "Check the file and its permissions")) from error
+        with checking(file, bad):
+            for row, record in _records(file, keys, bad, todo):
+                yield partial(place, file, row), record
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``("file:line", text)`` for each line, without the line ending."""
-    with file.open("rb") as stream:
-        # Binary lines end at \n only. Text mode would also split at a lone \r, and str.splitlines at U+2028, which JSON
-        # strings may contain.
-        for index, line in enumerate(stream, 1):
-            where = f"{file}:{index}"
-            yield where, _decode(line, where).rstrip("\r\n")
+def text_of(
+    record: object, key: str, where: Callable[[], str], bad: BadRows, todo: str = TODO, default: str | None = None
+) -> str | None:
+    """Return the text at ``key`` of a record, or None if the row has to be left out.
 
+    Args:
+        record: Content of a row.
+        key: Key of the text.
+        where: Function that returns the place of the row.
+        bad: Counter of rows that are skipped, null or blank, or whose text contains lone surrogates.
+        todo: Advice in the error about a wrong key.
+        default: Text of a record without ``key``, or with null there. None: the text must be there and not blank.
 
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")  # drops the byte-order mark that some editors write
-    except UnicodeDecodeError as error:
-        raise DataError(Problem(where, f"is not valid UTF-8 ({error.reason})", "Convert the file to UTF-8")) from error
-
-
-def _text_lines(file: Path, text_key: str) -> Iterator[str]:
-    return (line for _, line in _lines(file))
-
-
-def _whole_text(file: Path, text_key: str) -> Iterator[str]:
-    yield _decode(file.read_bytes(), str(file))
-
-
-def _json_lines(file: Path, text_key: str) -> Iterator[str | None]:
-    return (_text_of(_parse(line, where), text_key, where) for where, line in _lines(file) if line.strip())
-
-
-def _json_records(file: Path, text_key: str) -> Iterator[str | None]:
-    """Yield the texts of a JSON list of records, or of a single JSON record."""
-    content = _parse(_decode(file.read_bytes(), str(file)), str(file))
-    for index, record in enumerate(content if isinstance(content, list) else [content]):
-        yield _text_of(record, text_key, f"{file}, record {index}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        todo = "Correct its syntax; a file with one record per line needs the suffix .jsonl"
-        raise DataError(Problem(where, f"is not valid JSON ({error})", todo)) from error
-
-
-def _text_of(record: object, text_key: str, where: str) -> str | None:
+    Raises:
+        DataError: The row is bad and is not skipped.
+    """
     if not isinstance(record, dict):
-        todo = f'Write each record as {{"{text_key}": "..."}}'
-        raise DataError(Problem(where, f"expected a JSON object, got {type(record).__name__}", todo))
-    if text_key not in record:
-        raise _no_such_key(where, text_key, record)
-    text = record[text_key]
-    if text is not None and not isinstance(text, str):
-        message = f"expected a string at key '{text_key}', got {type(text).__name__}"
-        raise DataError(Problem(where, message, "Pass the key of the text as --text_key"))
+        message = f"expected a JSON object, got {type(record).__name__}"
+        bad.skip("no JSON object", Problem(where(), message, f'Write each row as {{"{key}": "..."}}'))
+        return None
+    text = record.get(key)
+    # Data sets write a missing input as an absent key, as null or as an empty text.
+    if text is None and default is not None:
+        return default
+    if text is None and key not in record:
+        bad.skip(f"no key '{key}'", no_such_key(where(), key, record, todo))
+        return None
+    if text is None or (isinstance(text, str) and default is None and (not text or text.isspace())):
+        bad.note(f"{'null' if text is None else 'blank'} text, left out", where())
+        return None
+    if not isinstance(text, str):
+        message = f"expected a string at key '{key}', got {type(text).__name__}"
+        bad.skip("no string", Problem(where(), message, todo))
+        return None
+    return without_surrogates(text, where, bad)
+
+
+def without_surrogates(text: str, where: Callable[[], str], bad: BadRows) -> str:
+    """Replace lone surrogates, which JSON can express but no tokenizer encodes, by U+FFFD, and count the row."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        bad.replace("lone surrogates, replaced by U+FFFD", where())
+        return _SURROGATES.sub("\ufffd", text)
     return text
 
 
-def _parquet(file: Path, text_key: str) -> Iterator[str | None]:
-    pyarrow = require("pyarrow", str(file), "pip install pyarrow")
-    parquet = require("pyarrow.parquet", str(file), "pip install pyarrow")
+def place(file: TextFile, row: int) -> str:
+    """Return the place of a row in a file, for messages."""
+    return _PLACE[file.format].format(file.path, row)
+
+
+def _records(file: TextFile, keys: Sequence[str], bad: BadRows, todo: str) -> Records:
+    if file.format in COLUMNAR:
+        return column_records(file, keys, bad, todo)
+    return _json_lines(file, bad) if file.format == ".jsonl" else _json_list(file, bad)
+
+
+def _json_lines(file: TextFile, bad: BadRows) -> Records:
+    with open_file(file) as stream:
+        # Binary lines end at \n only. Text mode would also split at a lone \r, and str.splitlines at U+2028, which JSON
+        # strings may contain.
+        for row, line in enumerate(stream, 1):
+            text = _decode(line, file, row, bad)
+            if text is None or not text or text.isspace():
+                continue
+            try:
+                yield row, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                _invalid_json(place(file, row), error, bad)
+
+
+def _json_list(file: TextFile, bad: BadRows) -> Records:
+    """Yield the records of a JSON list, or a single record."""
+    with open_file(file) as stream:
+        text = _decode(stream.read(), file, None, bad)
+    if text is None:
+        return
     try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        todo = "Convert the file, or correct its suffix"
-        raise DataError(Problem(str(file), f"is not a Parquet file ({error})", todo)) from error
-    with table:
-        schema = table.schema_arrow
-        if text_key not in schema.names:
-            raise _no_such_key(str(file), text_key, schema.names)
-        column_type = schema.field(text_key).type
-        if not (pyarrow.types.is_string(column_type) or pyarrow.types.is_large_string(column_type)):
-            message = f"expected strings in column '{text_key}', got {column_type}"
-            raise DataError(Problem(str(file), message, "Pass the name of the text column as --text_key"))
-        # In batches: a Parquet file may be larger than memory.
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            yield from batch.column(0).to_pylist()
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        _invalid_json(str(file.path), error, bad)
+        return
+    yield from enumerate(content if isinstance(content, list) else [content])
 
 
-def _no_such_key(where: str, text_key: str, keys: Iterable[str]) -> DataError:
-    known = ", ".join(f"'{key}'" for key in keys)
-    if not known:
-        return DataError(Problem(where, f"has no key '{text_key}', nor any other", "Remove the empty record"))
-    return DataError(Problem(where, f"has no key '{text_key}', only {known}", "Pass one of these keys as --text_key"))
+def _invalid_json(where: str, error: Exception, bad: BadRows) -> None:
+    todo = "Correct its syntax; a file with one record per line needs the suffix .jsonl"
+    bad.skip("invalid JSON", Problem(where, f"is not valid JSON ({error})", todo), error)
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str | None]]] = {
-    ".txt": _text_lines,
-    ".jsonl": _json_lines,
-    ".json": _json_records,
-    ".parquet": _parquet,
-}
-KNOWN = ", ".join(_READERS)
+def _text_lines(file: TextFile, bad: BadRows) -> Iterator[str]:
+    with open_file(file) as stream:
+        for row, line in enumerate(stream, 1):
+            text = _decode(line, file, row, bad)
+            if text and not text.isspace():
+                yield text.rstrip("\r\n")
+
+
+def _whole_text(file: TextFile, bad: BadRows) -> Iterator[str]:
+    with open_file(file) as stream:
+        text = _decode(stream.read(), file, None, bad)
+    if text and not text.isspace():
+        yield text
+    elif text is not None:
+        bad.note("blank text, left out", str(file.path))
+
+
+def _decode(data: bytes, file: TextFile, row: int | None, bad: BadRows) -> str | None:
+    """Decode a line, or a whole file if ``row`` is None; return None if it is skipped."""
+    try:
+        return data.decode("utf-8-sig")  # drops the byte-order mark that some editors write
+    except UnicodeDecodeError as error:
+        where = str(file.path) if row is None else place(file, row)
+        problem = Problem(where, f"is not valid UTF-8 ({error.reason})", "Convert the file to UTF-8")
+        bad.skip("invalid UTF-8", problem, error)
+        return None

@@ -110,6 +110,7 @@ class SentencePieceTokenizer:
         """Encode a text into token ids."""
         if not self._controls:
             return self._model.encode(text)
+        # Each part begins with the space that sentencepiece puts before a text, since the package has no call without.
         ids: list[int] = []
         for part in self._split.split(text):
             ids += [self._controls[part]] if part in self._controls else self._model.encode(part)
@@ -145,6 +146,7 @@ class HuggingFaceTokenizer:
     def __init__(self, file: Path, parse_special_tokens: bool = False) -> None:
         tokenizers = require("tokenizers", f"tokenizer {file}", "pip install tokenizers")
         content = json.loads(file.read_text(encoding="utf-8"))
+        # In the file, rather than by the package's methods, since a post-processor cannot be removed by one.
         content.update(truncation=None, padding=None, post_processor=None)
         config = file.with_name("tokenizer_config.json")
         names: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -177,6 +179,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts one by one into token ids, with the threads that ``TOKENIZERS_PARALLELISM`` allows."""
+        # The fast variant computes no character offsets, which would take a quarter of the time.
         return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
@@ -211,6 +214,7 @@ class _Pieces:
         """Return the number of bytes of the text that ``piece`` stands for."""
         if piece == self._unknown:
             return 0
+        # Added tokens are found in the text before it is written in the notation of the model's pieces.
         if piece in self._added:
             return len(piece.encode())
         if self._byte_level:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from internlm.data.loader import read_ahead
+from internlm.data.read_ahead import read_ahead
 
 
 def data_threads() -> list[threading.Thread]:
