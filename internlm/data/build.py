@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from internlm.config.schema import DataConfig
 from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
@@ -42,6 +44,7 @@ def build_train_loader(
     Raises:
         DataError: ``train_folder`` is missing, or a file in it is damaged.
     """
+    _check_folders(data)
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
@@ -76,6 +79,7 @@ def build_valid_loaders(
     Raises:
         DataError: ``valid_folder`` is missing, a file in it is damaged, or ``min_length`` leaves no sample of a type.
     """
+    _check_folders(data)
     if data.valid_folder is not None:
         source: SampleSource = _tokenized_valid(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
@@ -122,9 +126,23 @@ def _tokenized_valid(data: DataConfig, folder: str, vocab_size: int) -> Tokenize
     return source
 
 
+def _check_folders(data: DataConfig) -> None:
+    """Raise for all folders that are missing, of training and of validation, since each attempt costs a start."""
+    folders = {"data.train_folder": data.train_folder, "data.valid_folder": data.valid_folder}
+    # Here rather than where each is opened: whoever has moved a data set has moved both.
+    missing = {key: folder for key, folder in folders.items() if folder and not _local(folder).is_dir()}
+    if missing:
+        todo = "Set {} to an existing folder"
+        raise DataError(*(Problem(folder, "no such folder", todo.format(key)) for key, folder in missing.items()))
+
+
+def _local(folder: str) -> Path:
+    return Path(folder.removeprefix("local:"))
+
+
 def _tokenized(data: DataConfig, key: str, folder: str, vocab_size: int) -> TokenizedSource:
     cache_folder = data.shm_path if data.use_shm else None
-    source = TokenizedSource(folder.removeprefix("local:"), data.min_length, vocab_size, cache_folder)
+    source = TokenizedSource(str(_local(folder)), data.min_length, vocab_size, cache_folder)
     if source.dropped and first_of_all_ranks(f"samples dropped: {key}"):
         every = source.dropped + len(source.lengths)
         short = f"{source.dropped} of {every} samples have fewer than data.min_length = {data.min_length} tokens"

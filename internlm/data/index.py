@@ -1,254 +1,189 @@
-"""Index of a folder of tokenized files: the file, byte range and token count of each sample.
+"""Index of a folder of token files: the file, byte range and token count of each sample.
 
-A folder contains, at any depth, pairs ``X.bin`` (one JSON line per sample) and ``X.bin.meta`` (a NumPy array [samples,
-2] of byte offset and token count). The index joins all ``.meta`` arrays into one table, cached in a file, so that the
-next start need not read them again. The table is memory-mapped, so the processes of one machine share its memory.
+All files are listed and their lists of samples are read once, by several threads, and joined into one table. The table
+is cached in a file, which the processes of a machine map into their memory.
 
-Shapes: N samples in all files together, without those that are too short.
+Shapes: N samples in all files together, without those that are too short; F files; n samples of one file; B blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import uuid
-import zlib
-from collections.abc import Iterator
-from contextlib import suppress
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from internlm.data.fingerprint import LEVELS, FileDigest, Level, digest_file
+from internlm.data.index_cache import CachedIndex, IndexCache
+from internlm.data.token_files import DataFile, Span, TokenFormat, find_files
 from internlm.utils.errors import DataError, Problem
-from internlm.utils.logger import get_logger
 
-VERSION = 2
-CACHE_NAME = ".internlm_index.npy"
-DROPPED = (2, 0)  # entry of the cached table with the number of dropped samples
-REMAKE = "Recreate the .bin and .bin.meta files with `internlm tokenize`"
-# Bounds of a plausible .meta, checked without reading the .bin: the least and the most bytes of a token (a digit and a
-# comma; a sign, 19 digits, a comma and blanks), and the most bytes of a line besides its tokens.
-LEAST_BYTES, MOST_BYTES, MOST_EXTRA = 2, 32, 4096
+VERSION = 3
+CACHE_NAME = ".internlm_index"
+#: Threads that read lists of samples: most of the time of small files is that of system calls, more so over a network.
+THREADS = 4
 
 
-class DataFile(NamedTuple):
-    """A ``.bin`` file, with its size and modification time when the index was opened."""
+class _FileIndex(NamedTuple):
+    """Samples of one file."""
 
-    path: Path
-    name: str  # relative to the folder
-    size: int  # bytes
-    mtime_ns: int
-
-    @property
-    def meta(self) -> Path:
-        """Path of the ``.bin.meta`` file that belongs to this ``.bin`` file."""
-        return self.path.with_name(self.path.name + ".meta")
-
-    @property
-    def type_name(self) -> str:
-        """Dataset type: the first-level sub-folder, or ``default`` for a file directly in the folder."""
-        return self.name.split("/")[0] if "/" in self.name else "default"
+    samples: np.ndarray  # [3, n] int64: byte offset, tokens, size in bytes; without those that are too short
+    kept: np.ndarray | None  # [n] int64, row of each sample in the file; None: no sample is too short
+    dropped: int
+    digest: FileDigest
+    checksums: np.ndarray  # [B] uint32
 
 
-class Index(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Index:
     """Index of all samples, grouped by file."""
 
     files: list[DataFile]
-    offsets: np.ndarray  # [N] int64, byte offset in the file, ascending within a file
+    offsets: np.ndarray  # [N] int64, byte offset in the file
     lengths: np.ndarray  # [N] int64, tokens
-    file_ids: np.ndarray  # [N] int64, index into files
-    sizes: np.ndarray  # [N] int64, bytes of the line
+    sizes: np.ndarray  # [N] int64, bytes
+    rows: np.ndarray  # [N] int64, row in the file; [0] if no sample is too short
+    starts: list[int]  # F + 1: samples before each file, and all
+    checksums: np.ndarray  # uint32, CRC-32 of each block of all files; [0] below the level "full"
+    blocks: list[int]  # F + 1: blocks before each file, and all
+    digests: list[FileDigest]
     dropped: int  # number of samples that are too short
 
+    def file_of(self, sample: int) -> int:
+        """Return the index of the file of a sample."""
+        return bisect_right(self.starts, sample) - 1
 
-def open_index(folder: Path, min_length: int, cache_folder: Path | None) -> Index:
-    """Open the index of ``folder``; use the cached table if it is up to date.
+    def span(self, sample: int) -> Span:
+        """Return the place of a sample in its file."""
+        return Span(int(self.offsets[sample]), int(self.sizes[sample]), int(self.lengths[sample]))
+
+    def row(self, sample: int) -> int:
+        """Return the row of a sample in its file, in which samples that are too short count too."""
+        return int(self.rows[sample]) if len(self.rows) else sample - self.starts[self.file_of(sample)]
+
+    def checksums_of(self, file_id: int) -> np.ndarray | None:
+        """Return the checksums of the blocks of a file, uint32; None if there are none."""
+        some = self.checksums[self.blocks[file_id] : self.blocks[file_id + 1]]
+        return some if len(some) else None
+
+
+def open_index(
+    folder: Path, formats: Sequence[TokenFormat], min_length: int, cache_folder: Path | None, level: Level
+) -> Index:
+    """Open the index of ``folder``; use the cached one if it is up to date.
 
     Args:
-        folder: Root folder of the ``.bin`` files.
+        folder: Root folder of the token files.
+        formats: Formats of files to look for.
         min_length: Minimum number of tokens in a sample; shorter samples are dropped.
-        cache_folder: Folder of the cached table; None: ``folder`` itself.
+        cache_folder: Folder of the cached index; None: ``folder`` itself.
+        level: Level of the fingerprint.
 
     Raises:
         DataError: ``folder`` is missing, a file in it is damaged, or no sample of two or more tokens is left.
     """
-    files = find_files(folder)
-    cache = folder / CACHE_NAME
+    files = find_files(folder, formats)
+    path = folder / CACHE_NAME
     if cache_folder is not None:
-        cache = cache_folder / f"{_digest(str(folder.resolve())):x}.npy"
-    # Names, sizes and times identify the content, as in make; hashing terabytes at every start is not affordable.
-    key = _digest(VERSION, min_length, [(f.name, f.size, f.mtime_ns, *_stamp(f.meta)) for f in files])
-    table = _load(cache, key)
-    if table is None:
-        table = _store(cache, key, _build(files, min_length))
-    if not (table[1, 1:] > 1).any():  # a sample of one token has no label
+        path = cache_folder / f"{_digest(str(folder.resolve()))}.index"
+    cache = IndexCache(path, folder)
+    # Sizes and times identify the content, as in make: hashing terabytes at every start is not affordable. The change
+    # time among them cannot be set, so an edit that restores the modification time is noticed.
+    key = _digest(VERSION, min_length, [(f.name, f.format.name, f.stamp, f.side_stamp) for f in files])
+    loaded = _load(cache, key, level)
+    if loaded is None:
+        with cache.alone() as can_store:
+            loaded = _load(cache, key, level) if can_store else None
+            if loaded is None:
+                loaded = _build(files, min_length, level)
+                if can_store and cache.store(key, loaded):
+                    loaded = _load(cache, key, level) or loaded  # which shares memory with other processes
+    index = _assemble(files, loaded)
+    if not (index.lengths > 1).any():  # a sample of one token has no label
         raise DataError(_nothing_left(folder, files, min_length))
-    offsets, lengths, file_ids, sizes = np.asarray(table)[:, 1:]
-    return Index(files, offsets, lengths, file_ids, sizes, int(table[DROPPED]))
+    return index
 
 
-def find_files(folder: Path) -> list[DataFile]:
-    """Return all ``.bin`` files under ``folder``, sorted by their path relative to ``folder``.
-
-    Raises:
-        DataError: The folder is missing, contains no ``.bin`` file, a ``.bin`` file has no ``.meta``, or the name of a
-            dataset type has control characters.
-    """
-    if not folder.is_dir():
-        todo = "Set data.train_folder or data.valid_folder to an existing folder"
-        raise DataError(Problem(str(folder), "no such folder", todo))
-    paths = sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
-    if not paths:
-        raise DataError(Problem(str(folder), "contains no .bin file", "Create one with `internlm tokenize`"))
-    files = [DataFile(path, path.relative_to(folder).as_posix(), *_stamp(path)) for path in paths]
-    if garbled := [file for file in files if not file.type_name.isprintable()]:
-        message = f"the folder {garbled[0].type_name!r}, which names a dataset type, has control characters in its name"
-        raise DataError(Problem(str(folder), message, "Rename it"))
-    if lonely := [file for file in files if not file.meta.is_file()]:
-        raise DataError(*(Problem(str(file.meta), f"is missing beside {file.path.name}", REMAKE) for file in lonely))
-    return files
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all ``.bin`` files under ``folder``; follow symbolic links except those to a parent folder."""
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = Path(here).resolve()
-        folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
-        yield from (Path(here, name) for name in names if name.endswith(".bin"))
+def _load(cache: IndexCache, key: str, level: Level) -> CachedIndex | None:
+    loaded = cache.load(key)
+    if loaded is None or LEVELS.index(loaded.header["level"]) < LEVELS.index(level):
+        return None
+    return loaded
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def _assemble(files: list[DataFile], loaded: CachedIndex) -> Index:
+    header, columns = loaded
+    return Index(
+        files=files,
+        starts=[0, *np.cumsum(header["samples"], dtype=np.int64).tolist()],
+        blocks=[0, *np.cumsum(header["blocks"], dtype=np.int64).tolist()],
+        digests=[FileDigest(*digest) for digest in header["digests"]],
+        dropped=header["dropped"],
+        **columns,
+    )
 
 
-def _build(files: list[DataFile], min_length: int) -> np.ndarray:
-    """Build the table of the index, int64 [4, 1 + N], with rows of byte offsets, token counts, file ids and line sizes.
-
-    Column 0 has room for the key and the checksum of the cached table, and has the number of dropped samples.
-    """
-    columns, dropped = [np.zeros((4, 1), np.int64)], 0
-    for file_id, file in enumerate(files):
-        offsets, lengths = read_meta(file).T
-        samples = np.vstack([offsets, lengths, np.full_like(offsets, file_id), _line_sizes(file, offsets)])
-        long_enough = lengths >= min_length
-        columns.append(samples[:, long_enough])
-        dropped += int(np.count_nonzero(~long_enough))
-    columns[0][DROPPED[0]] = dropped
-    return np.ascontiguousarray(np.concatenate(columns, axis=1))
-
-
-def _line_sizes(file: DataFile, offsets: np.ndarray) -> np.ndarray:
-    return np.diff(offsets, append=file.size)
-
-
-def read_meta(file: DataFile) -> np.ndarray:
-    """Read the ``.meta`` of a ``.bin`` file, and check that the two match.
-
-    Returns:
-        Byte offset and token count of each sample, int64 [samples, 2].
-
-    Raises:
-        DataError: The ``.meta`` is not an integer array of this shape, or does not match the ``.bin``.
-    """
-    meta = open_meta(file.meta)
-    offsets, lengths = meta[:, 0], meta[:, 1]
-    sizes = _line_sizes(file, offsets)
-    wrong = (offsets < 0) | (sizes < 1) | (sizes < LEAST_BYTES * lengths) | (sizes > MOST_BYTES * lengths + MOST_EXTRA)
-    wrong |= (lengths < 0) | (lengths > file.size)
-    if wrong.any():
-        row = int(wrong.argmax())
-        message = f"sample {row} at byte {offsets[row]} cannot have {lengths[row]} tokens in {sizes[row]} bytes"
-        raise _disagree(file, message)
-    if not _last_line_is_whole(file, offsets):
-        message = f"the last sample (sample {len(meta) - 1}) does not end where the file ends"
-        raise _disagree(file, message if len(meta) else "it lists no samples, but the file is not empty")
-    return meta
+def _build(files: list[DataFile], min_length: int, level: Level) -> CachedIndex:
+    """Read the samples of all files."""
+    # Threads rather than processes: on a network file system the time is that of waiting.
+    with ThreadPoolExecutor(min(THREADS, 2 * (os.cpu_count() or 1), len(files))) as pool:
+        indexed = list(pool.map(partial(_index_file, min_length=min_length, level=level), files, chunksize=16))
+    offsets, lengths, sizes = np.concatenate([file.samples for file in indexed], axis=1)
+    dropped = sum(file.dropped for file in indexed)
+    rows = [np.arange(file.samples.shape[1]) if file.kept is None else file.kept for file in indexed if dropped]
+    columns = {
+        "offsets": offsets,
+        "lengths": lengths,
+        "sizes": sizes,
+        "rows": np.concatenate(rows) if rows else np.empty(0, np.int64),
+        "checksums": np.concatenate([file.checksums for file in indexed]),
+    }
+    header = {
+        "level": level,
+        "dropped": dropped,
+        "samples": [file.samples.shape[1] for file in indexed],
+        "blocks": [len(file.checksums) for file in indexed],
+        "digests": [file.digest for file in indexed],
+    }
+    return CachedIndex(header, columns)
 
 
-def _disagree(file: DataFile, message: str) -> DataError:
-    return DataError(Problem(str(file.meta), f"does not match {file.path.name} ({file.size} bytes): {message}", REMAKE))
+def _index_file(file: DataFile, min_length: int, level: Level) -> _FileIndex:
+    samples = _samples_of(file)
+    # Of all samples, so that the digest of a file does not depend on min_length.
+    digest, checksums = digest_file(file, samples, level)
+    long_enough = samples[1] >= min_length
+    kept = None if long_enough.all() else np.flatnonzero(long_enough)
+    dropped = 0 if kept is None else samples.shape[1] - len(kept)
+    return _FileIndex(samples if kept is None else samples[:, kept], kept, dropped, digest, checksums)
 
 
-def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
-    if not len(offsets):
-        return file.size == 0
-    with file.path.open("rb") as stream:
-        stream.seek(int(offsets[-1]))
-        line = stream.read().rstrip()
-    return b"\n" not in line and line.endswith(b"}")
-
-
-def open_meta(path: Path) -> np.ndarray:
-    """Read a ``.meta`` without comparing it with its ``.bin``: int64 [samples, 2].
-
-    Raises:
-        DataError: It is missing, or not an integer array of this shape.
-    """
-    # np.load can unpickle object arrays, and allocates any size that a forged header declares. open_memmap does
-    # neither.
+def _samples_of(file: DataFile) -> np.ndarray:
     try:
-        meta = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OverflowError, OSError) as error:
-        message = f"is not a plain NumPy array of byte offsets and token counts ({error})"
-        raise DataError(Problem(str(path), message, f"Pickled arrays are refused. {REMAKE}")) from error
-    if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
-        message = f"expected integers of shape [samples, 2], got {meta.dtype} of shape {list(meta.shape)}"
-        raise DataError(Problem(str(path), message, REMAKE))
-    return np.array(meta, np.int64)
+        return file.format.samples(file)
+    except OSError as error:
+        message = f"cannot be read ({error.strerror or error})"
+        raise DataError(Problem(str(file.path), message, "Check the file and its permissions")) from error
 
 
 def _nothing_left(folder: Path, files: list[DataFile], min_length: int) -> Problem:
-    longest = max((int(read_meta(file)[:, 1].max(initial=0)) for file in files), default=0)
+    longest = max((int(_samples_of(file)[1].max(initial=0)) for file in files), default=0)
     if 1 < longest < min_length:
         message = f"all samples have fewer tokens than data.min_length = {min_length} (the longest: {longest})"
         return Problem(str(folder), message, f"Set data.min_length to at most {longest}")
-    message = f"its {len(files)} .bin files contain no sample of two or more tokens"
-    todo = "Check the source texts, then recreate the .bin and .bin.meta files with `internlm tokenize`"
-    return Problem(str(folder), message, todo)
-
-
-# -- cached table. Column 0 is the seal: the digest of names, sizes and times, a checksum of the other columns, and the
-# -- number of dropped samples.
-
-
-def _digest(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=7).digest(), "big")
-
-
-def _checksum(table: np.ndarray) -> int:
-    checksum = 0
-    for row in table:
-        checksum = zlib.crc32(row[1:], checksum)
-    return checksum
-
-
-def _load(path: Path, key: int) -> np.ndarray | None:
-    """Memory-map the cached table; return None if it is missing, damaged or built from other files."""
-    try:
-        table = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OverflowError, OSError):
-        return None
-    fits = table.dtype == np.int64 and table.ndim == 2 and table.shape[0] == 4 and table.shape[1] >= 1
-    return table if fits and table[0, 0] == key and table[1, 0] == _checksum(table) else None
-
-
-def _store(path: Path, key: int, table: np.ndarray) -> np.ndarray:
-    """Cache ``table`` and return it memory-mapped, or return ``table`` itself if the folder is not writable."""
-    table[:2, 0] = key, _checksum(table)
-    # All ranks may run this at once: each writes its own file, and the last rename wins.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as stream:
-            np.save(stream, table)
-        os.replace(partial, path)
-    except OSError as error:
-        get_logger().debug("the data index is not cached: %s", error)
-        with suppress(OSError):
-            partial.unlink()
-        return table
-    loaded = _load(path, key)
-    return table if loaded is None else loaded
+    found = "no sample of two or more tokens"
+    if longest == 1:
+        found = "only samples of one token, which have no next token to predict"
+    todo = "Check the source texts, then create the files again with `internlm tokenize`"
+    return Problem(str(folder), f"its {len(files)} token files contain {found}", todo)

@@ -108,8 +108,8 @@ class OneType:
             samples = np.flatnonzero(source.type_ids == source.types.index(type_name))
         self._samples = samples
         self.types = [type_name]
-        self.lengths = source.lengths[self._samples]  # [N]
-        self.type_ids = np.zeros(len(self._samples), np.int16)  # [N]
+        self.lengths = source.lengths[_as_slice(samples)]  # [N]
+        self.type_ids = np.zeros(len(samples), np.int16)  # [N]
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all."""
@@ -118,3 +118,10 @@ class OneType:
     def fingerprint(self) -> str:
         """Return the fingerprint of the underlying source, which covers the samples of all its types."""
         return self._source.fingerprint()
+
+
+def _as_slice(samples: np.ndarray) -> slice | np.ndarray:
+    """Return a slice for consecutive indices, which selects without a copy."""
+    if len(samples) and samples[-1] - samples[0] == len(samples) - 1:  # ascending
+        return slice(int(samples[0]), int(samples[-1]) + 1)
+    return samples

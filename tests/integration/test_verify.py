@@ -108,7 +108,7 @@ def test_a_device_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, capfd
 def test_a_mistake_that_a_rank_finds(capfd: pytest.CaptureFixture[str]) -> None:
     code, error = _refused(capfd, DEBUG, "--set", "data.train_folder=nowhere")
     assert code == 2
-    assert error.count("nowhere: no such folder. Set data.train_folder or ") == 1, error
+    assert error.count("nowhere: no such folder. Set data.train_folder to ") == 1, error
 
 
 def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:

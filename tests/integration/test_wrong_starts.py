@@ -17,7 +17,7 @@ DEBUG = "configs/debug/internlm2.py"
 ROWS: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
     "a key": (["model.hiden_size=64"], (), "--set model.hiden_size: unknown key. Did you mean 'model.hidden_size'?"),
     "a flag": ((), ["--profile"], "--profile: unknown argument. Did you mean '--profiling'?"),
-    "a folder": (["data.train_folder=nowhere"], (), "nowhere: no such folder. Set data.train_folder or "),
+    "a folder": (["data.train_folder=nowhere"], (), "nowhere: no such folder. Set data.train_folder to "),
 }
 
 

@@ -333,3 +333,12 @@ def test_the_number_of_samples_that_are_dropped_is_logged(
     assert caplog.messages == [
         "data.train_folder: 2 of 3 samples have fewer than data.min_length = 50 tokens and are dropped"
     ]
+
+
+def test_all_missing_folders_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        train(train_folder=f"local:{tmp_path}/a", valid_folder=f"{tmp_path}/b")
+    assert str(caught.value).splitlines() == [
+        f"local:{tmp_path}/a: no such folder. Set data.train_folder to an existing folder",
+        f"{tmp_path}/b: no such folder. Set data.valid_folder to an existing folder",
+    ]

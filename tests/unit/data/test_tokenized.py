@@ -68,6 +68,11 @@ def test_a_type_name_with_control_characters_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_name_with_control_characters_is_refused(tmp_path: Path) -> None:
+    write_bin(tmp_path / "en" / "x\x1b[2K.bin", [[1, 2]])
+    assert "the path 'en/x\\x1b[2K.bin' has control characters in its name. Rename it" in error_of(tmp_path)
+
+
 def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "en").symlink_to(folder / "en")
@@ -91,12 +96,11 @@ def test_the_index_is_kept_and_used(folder: Path, monkeypatch: pytest.MonkeyPatc
     [
         lambda cache: cache.write_bytes(b""),
         lambda cache: cache.write_bytes(cache.read_bytes()[:-8]),
-        lambda cache: cache.write_bytes(cache.read_bytes()[:-1] + b"\x07"),
+        lambda cache: cache.write_bytes(cache.read_bytes() + b"\x07"),
         lambda cache: cache.write_bytes(pickle.dumps([1, 2, 3])),
-        lambda cache: np.save(cache, np.zeros((3, 6), np.int64)),
-        lambda cache: np.save(cache, np.zeros(4)),
+        lambda cache: np.save(cache.open("wb"), np.zeros((3, 6), np.int64)),
     ],
-    ids=["empty", "truncated", "bit flipped", "pickle", "foreign", "other shape"],
+    ids=["empty", "truncated", "extended", "pickle", "foreign"],
 )
 def test_a_damaged_index_is_made_again(folder: Path, harm: Callable[[Path], object]) -> None:
     expected = all_samples(opened(folder))
@@ -158,7 +162,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_no_bin_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    assert "contains no .bin file" in error_of(tmp_path)
+    assert "contains no .bin or .tokens file" in error_of(tmp_path)
 
 
 def test_all_missing_metas_are_named(folder: Path) -> None:
@@ -178,6 +182,11 @@ def test_all_samples_filtered_out(folder: Path) -> None:
 def test_nothing_but_empty_samples(tmp_path: Path) -> None:
     write_bin(tmp_path / "x.bin", [[], []])
     assert "contain no sample of two or more tokens" in error_of(tmp_path)
+
+
+def test_nothing_but_samples_of_one_token(tmp_path: Path) -> None:
+    write_bin(tmp_path / "x.bin", [[7], [8]])
+    assert "its 1 token files contain only samples of one token, which have no next token" in error_of(tmp_path)
 
 
 #: Two lines of 22 and 16 bytes.

@@ -1,0 +1,209 @@
+"""Fingerprints of training data, made from tokens rather than from files: a copy, or a converted folder, has the same.
+
+A fingerprint has up to three levels, each a digest: ``stat`` of the names and of the lengths of all samples,
+``sampled`` of some tokens of each file too, ``full`` of every byte. Runs compare the levels that both have, so that
+``data.fingerprint`` may change between them.
+
+Shapes: n samples in a file, B blocks of a file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from internlm.data.token_files import (
+    CHECK_BLOCK,
+    DataFile,
+    OpenFile,
+    SampleError,
+    Span,
+    TokenReader,
+    block_checksums,
+)
+
+Level = Literal["stat", "sampled", "full"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+#: Tokens of a file in its digest, most samples that they come from, and tokens at either end of a long sample. A file
+#: of fewer tokens and samples is covered completely.
+SAMPLED_TOKENS, SAMPLED_ROWS, ENDS = 4096, 64, 512
+#: Bytes that are read at once for checksums.
+_CHUNK = 64 * CHECK_BLOCK
+#: Bytes of the hash of a name, and of that of a file, in a list of files.
+_NAME_BYTES, _FILE_BYTES = 6, 4
+#: Number of files beyond which a checkpoint has no list of them.
+MOST_LISTED = 200_000
+#: Multiplier of a sequence that covers an interval evenly: 2^64 divided by the golden ratio.
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class FileDigest(NamedTuple):
+    """Digests of one file by level, as hexadecimal text; an empty text for a level that was not made."""
+
+    stat: str
+    sampled: str = ""
+    full: str = ""
+
+
+def digest_file(file: DataFile, samples: np.ndarray, level: Level) -> tuple[FileDigest, np.ndarray]:
+    """Digest one file.
+
+    Args:
+        file: Token file.
+        samples: Byte offset, token count and size in bytes of each sample, int64 [3, n].
+        level: Highest level to make.
+
+    Returns:
+        The digests, and with level ``full`` the CRC-32 of each block of the file, uint32 [B]; else none, [0].
+
+    Raises:
+        DataError: The file cannot be read, or a sample is damaged.
+    """
+    # Tokens and lengths rather than bytes, so that a converted file has the same digest.
+    stat = _hex(np.ascontiguousarray(samples[1], "<i8").data)
+    if level == "stat":
+        return FileDigest(stat), np.empty(0, np.uint32)
+    row = 0
+    tokens = hashlib.blake2b(stat.encode(), digest_size=8)
+    try:
+        opened = OpenFile(file)
+        reader = file.format.reader(opened)
+        for row in sampled_rows(samples[1]):
+            for piece in _pieces(reader, Span(*map(int, samples[[0, 2, 1], row]))):
+                tokens.update(piece)
+        sampled = tokens.hexdigest()
+        if level == "sampled":
+            return FileDigest(stat, sampled), np.empty(0, np.uint32)
+        checksums = _checksums(opened)
+    except SampleError as error:
+        raise error.at(file, row, int(samples[0, row]) if samples.size else 0) from error
+    return FileDigest(stat, sampled, _hex(checksums.astype("<u4").data)), checksums
+
+
+def sampled_rows(lengths: np.ndarray) -> Iterator[int]:
+    """Yield the rows of a file whose tokens are in its digest: all, or the first, the last and others between them."""
+    count, tokens = len(lengths), 0
+    rows: Iterable[int] = range(count)
+    if count > SAMPLED_ROWS:
+        spread = ((_GOLDEN * number % (1 << 64)) * count >> 64 for number in range(1, SAMPLED_ROWS - 1))
+        rows = dict.fromkeys((0, count - 1, *spread))
+    for row in rows:
+        yield row
+        tokens += min(int(lengths[row]), 2 * ENDS)
+        if tokens >= SAMPLED_TOKENS:
+            return
+
+
+def _pieces(reader: TokenReader, span: Span) -> Iterator[bytes]:
+    """Yield the tokens of a sample that are in the digest: all, or those at both ends."""
+    bounds = [(0, span.length)] if span.length <= 2 * ENDS else [(0, ENDS), (span.length - ENDS, span.length)]
+    return (reader.read(span, begin, stop).astype("<i8").tobytes() for begin, stop in bounds)
+
+
+def _checksums(opened: OpenFile) -> np.ndarray:
+    size = opened.file.size
+    chunks = (opened.read(at, min(_CHUNK, size - at)) for at in range(0, size, _CHUNK))
+    return np.array([checksum for chunk in chunks for checksum in block_checksums(chunk)], np.uint32)
+
+
+def _hex(content: object) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()  # type: ignore[arg-type]
+
+
+# -- all files of a run
+
+
+def fingerprint(files: Sequence[DataFile], digests: Iterable[FileDigest], dropped: int, level: Level) -> str:
+    """Return the fingerprint of a folder, ``stat:…``, ``sampled:…`` and ``full:…`` up to ``level``.
+
+    Args:
+        files: The files, in the order of their samples.
+        digests: Digests of ``files``.
+        dropped: Number of samples that are too short and left out.
+        level: Highest level.
+    """
+    stems = [file.stem for file in files]
+    # Bytes are comparable only between files of one format.
+    formats = "+".join(sorted({file.format.name for file in files}))
+    columns = list(zip(*digests, strict=True))
+    texts = []
+    for name, column in zip(LEVELS[: LEVELS.index(level) + 1], columns, strict=False):
+        whole = hashlib.blake2b(repr((stems, column, dropped)).encode(), digest_size=12).hexdigest()
+        texts.append(f"{name}-{formats}:{whole}" if name == "full" else f"{name}:{whole}")
+    return " ".join(texts)
+
+
+def same_data(old: str, new: str) -> bool:
+    """Return whether two fingerprints agree in every level that both have, of which there must be one.
+
+    A fingerprint of other than token files is compared as it is.
+    """
+    levels = [dict(_level(text) for text in fingerprint.split()) for fingerprint in (old, new)]
+    common = levels[0].keys() & levels[1].keys()
+    return bool(common) and all(levels[0][name] == levels[1][name] for name in common)
+
+
+def _level(text: str) -> tuple[str, str]:
+    name, colon, digest = text.partition(":")
+    return (name, digest) if colon else ("", text)
+
+
+def file_list(files: Sequence[DataFile], digests: Sequence[FileDigest], level: Level) -> str:
+    """Return hashes of the name and the content of each file, so that a later run can name those that changed.
+
+    Text of thirteen bytes per file, which checkpoints hold; empty beyond :data:`MOST_LISTED` files.
+    """
+    if len(files) > MOST_LISTED:
+        return ""
+    shown = min(LEVELS.index(level), LEVELS.index("sampled"))
+    pairs = zip(files, digests, strict=True)
+    content = b"".join(_raw(file.stem, _NAME_BYTES) + _raw(digest[shown], _FILE_BYTES) for file, digest in pairs)
+    return f"{LEVELS[shown]}:{base64.b64encode(content).decode()}"
+
+
+def _raw(text: str, size: int) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+
+
+class FileChanges(NamedTuple):
+    """Differences between the files of a checkpoint and those of a run."""
+
+    changed: list[str]
+    added: list[str]
+    removed: int  # the list has only hashes of names
+
+
+def file_changes(old: str, new: str, names: Sequence[str]) -> FileChanges | None:
+    """Compare two lists of files; return None if they are not comparable.
+
+    Args:
+        old: List that :func:`file_list` has made for a checkpoint. Not trusted.
+        new: List of this run.
+        names: Names of the files of this run, in the order of ``new``.
+    """
+    (old_level, then), (new_level, now) = (_entries(text) for text in (old, new))
+    if then is None or now is None or old_level != new_level:
+        return None
+    # Hashes of a few bytes may collide. The fingerprint decides whether data have changed; this list only names files.
+    before = dict(then)
+    changed = [name for name, (key, value) in zip(names, now, strict=True) if before.get(key, value) != value]
+    added = [name for name, (key, _) in zip(names, now, strict=True) if key not in before]
+    return FileChanges(changed, added, len(before.keys() - dict(now).keys()))
+
+
+def _entries(text: str) -> tuple[str, list[tuple[bytes, bytes]] | None]:
+    level, _, encoded = text.partition(":")
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        return level, None
+    size = _NAME_BYTES + _FILE_BYTES
+    if not content or len(content) % size:
+        return level, None
+    rows = (content[at : at + size] for at in range(0, len(content), size))
+    return level, [(row[:_NAME_BYTES], row[_NAME_BYTES:]) for row in rows]
