@@ -58,6 +58,9 @@ MATHEMATICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
 #: Further fields of the ``data`` section that determine random samples.
 OF_RANDOM_DATA = ("fixed_random_dataset_seqlen",)
+#: Further fields of the ``data`` section that determine the documents of streamed data. The number of shards, which may
+#: follow from the batch, is compared when the rows are resumed.
+OF_STREAMS = ("shuffle_buffer", "content_name", "min_length", "subset", "train_split")
 
 FROM_WEIGHTS = "To load only the weights, set ckpt.auto_resume=False and load content=('model',)"
 WITH_ANOTHER_MODEL = "or set ckpt.allow_model_changes=True to load the weights into the changed model"
@@ -177,7 +180,8 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     """
     then, wanted = saved["config"]["data"], now["config"]["data"]
     is_random = "train_folder" in then and then["train_folder"] is wanted.get("train_folder") is None
-    keys = (*ROWS, *OF_RANDOM_DATA) if is_random else ROWS
+    is_streamed = wanted.get("type") == "streaming"
+    keys = (*ROWS, *(OF_RANDOM_DATA if is_random else OF_STREAMS if is_streamed else ()))
     fields = [(f"data.{key}", then[key], wanted[key]) for key in keys if key in then]
     changed = [row for row in [("--seed", saved.get("seed"), now.get("seed")), *fields] if row[1] != row[2]]
     # The fingerprint of random data follows from settings; other_architecture compares the vocabulary.

@@ -28,7 +28,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model.residual_in_fp32": (False,),
     "model.use_sliding_window": (False,),
     "model.norm_head": (False,),
-    "data.type": ("tokenized",),
+    "data.type": ("tokenized", "streaming"),
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
     "ckpt.enable_internevo2hf_ckpt": (False,),
 }
@@ -101,7 +101,6 @@ UNREAD: dict[str, tuple[str, ...]] = {
         "parallel.sequence_2D.device_placement_strategy.head_first",
         "parallel.sequence_2D.device_placement_strategy.interleaved",
     ),
-    "data.type": ("data.content_name",),
 }
 
 
@@ -191,7 +190,13 @@ MUON_KEYS = (
     "optimizer.adjust_lr",
 )
 
+STREAM_KEYS = (
+    *("data.content_name", "data.subset", "data.train_split", "data.valid_split"),
+    *("data.stream_shards", "data.shuffle_buffer", "data.on_bad_row"),
+)
+
 DUBIOUS_SETTINGS = (
+    DubiousSetting(STREAM_KEYS, lambda c: c.data.type != "streaming", "no effect, since data.type is not 'streaming'"),
     DubiousSetting(
         ("data.pack_sample_into_one",),
         lambda c: not c.data.use_packed_dataset,

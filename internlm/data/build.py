@@ -8,8 +8,9 @@ from internlm.config.schema import DataConfig
 from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
+from internlm.data.build_stream import build_stream_rows, build_valid_texts
 from internlm.data.loader import TrainLoader, ValidLoader
-from internlm.data.packing import PackingLayout, RowShape, TrainRows
+from internlm.data.packing import PackingLayout, RowShape, TrainingRows, TrainRows
 from internlm.data.sources import RandomSource, SampleSource
 from internlm.data.tokenized_source import TokenizedSource
 from internlm.data.valid_rows import rows_by_type
@@ -45,10 +46,6 @@ def build_train_loader(
         DataError: ``train_folder`` is missing, or a file in it is damaged.
     """
     _check_folders(data)
-    if data.train_folder is None:
-        source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
-    else:
-        source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
     plan = BatchPlan(
         step_rows=data.step_rows(replica.size),
         data_size=replica.size,
@@ -56,8 +53,8 @@ def build_train_loader(
         rampup=_rampup_in_rows(data, replica.size),
         skip=parse_skip_batches(data.skip_batches),
     )
-    rows = TrainRows(source, row_shape(data), seed)
-    return TrainLoader(rows, plan, replica.rank, data.total_steps, data.num_worker, sequence_shard), source.types
+    rows = _train_rows(data, vocab_size, seed, plan.step_rows)
+    return TrainLoader(rows, plan, replica.rank, data.total_steps, data.num_worker, sequence_shard), rows.types
 
 
 def build_valid_loaders(
@@ -80,8 +77,10 @@ def build_valid_loaders(
         DataError: ``valid_folder`` is missing, a file in it is damaged, or ``min_length`` leaves no sample of a type.
     """
     _check_folders(data)
-    if data.valid_folder is not None:
-        source: SampleSource = _tokenized_valid(data, data.valid_folder, vocab_size)
+    if data.valid_folder is not None and data.type == "streaming":
+        source: SampleSource = build_valid_texts(data, vocab_size)
+    elif data.valid_folder is not None:
+        source = _tokenized_valid(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
         # Another seed than that of training: validation on training samples would measure memorisation.
         fixed = data.fixed_random_dataset_seqlen
@@ -94,6 +93,16 @@ def build_valid_loaders(
         type_name: ValidLoader(rows, plan, replica.rank, data.valid_max_batches, data.num_worker, sequence_shard)
         for type_name, rows in rows_by_type(source, row_shape(data)).items()
     }
+
+
+def _train_rows(data: DataConfig, vocab_size: int, seed: int, step_rows: int) -> TrainingRows:
+    if data.type == "streaming":
+        return build_stream_rows(data, row_shape(data), seed, vocab_size, step_rows)
+    if data.train_folder is None:
+        source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
+    else:
+        source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
+    return TrainRows(source, row_shape(data), seed)
 
 
 def _rampup_in_rows(data: DataConfig, data_size: int) -> Rampup | None:

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
-from internlm.data.sources import SampleSource, input_ids
+from internlm.data.sources import SampleReader, SampleSource, input_ids
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
 PAD = 0  # input id of padding
@@ -82,8 +82,13 @@ def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
 
 def make_row(source: SampleSource, order: SampleOrder, shape: RowShape, index: int) -> Row:
     """Create row ``index`` of an order; rows beyond the last one are all padding."""
-    find_spans, find_boundaries = _LAYOUTS[shape.layout]
-    spans = find_spans(order, shape, index)
+    find_spans, _ = _LAYOUTS[shape.layout]
+    return fill_row(source, find_spans(order, shape, index), shape)
+
+
+def fill_row(source: SampleReader, spans: list[SampleSpan], shape: RowShape) -> Row:
+    """Create the row that consists of sample spans, which are in the order of their offsets."""
+    _, find_boundaries = _LAYOUTS[shape.layout]
     row = _padding(shape, find_boundaries(spans, shape))
     _fill(row, source, spans)
     return row
@@ -219,7 +224,7 @@ def _padding(shape: RowShape, boundaries: list[int]) -> Row:
     )
 
 
-def _fill(row: Row, source: SampleSource, spans: list[SampleSpan]) -> None:
+def _fill(row: Row, source: SampleReader, spans: list[SampleSpan]) -> None:
     """Fill the tokens of ``spans`` into ``row``: input ids, labels and type ids."""
     for (sample, length, begin, stop), at in spans:
         tokens = source.read(sample, begin, min(stop + 1, length))

@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     LENGTHS = 1  # lengths of random samples
     TOKENS = 2  # tokens of a random sample
     BINS = 3  # order of the samples that best-fit packing divides among rows
+    UNITS = 4  # order of the units of text files in an epoch
+    DOCUMENTS = 5  # order of the documents in a block of a shard
 
 
 def raw_numbers(count: int, seed: int, purpose: Purpose, *index: int) -> np.ndarray:

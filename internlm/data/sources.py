@@ -18,11 +18,9 @@ INPUT_ONLY_ZERO = -(2**31)
 LONGEST_PATTERN = 8  # tokens; short enough that a tiny model learns to repeat it within a few steps
 
 
-class SampleSource(Protocol):
-    """Protocol for a random-access sample source; every method is a pure function of the dataset."""
+class SampleReader(Protocol):
+    """Protocol for what fills rows with samples: tokens and dataset types of samples by index."""
 
-    types: list[str]  # names of the dataset types
-    lengths: np.ndarray  # [N] int64, tokens per sample
     type_ids: np.ndarray  # [N] index into types
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
@@ -31,6 +29,13 @@ class SampleSource(Protocol):
         A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label, and
         :data:`INPUT_ONLY_ZERO` for such a token 0.
         """
+
+
+class SampleSource(SampleReader, Protocol):
+    """Protocol for a random-access sample source; every method is a pure function of the dataset."""
+
+    types: list[str]  # names of the dataset types
+    lengths: np.ndarray  # [N] int64, tokens per sample
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""

@@ -1,4 +1,4 @@
-"""Rules about the data: the batch of a step, its ramp-up and skipped batches."""
+"""Rules about the data: the batch of a step, its ramp-up, skipped batches, and what streamed data needs."""
 
 from __future__ import annotations
 
@@ -76,9 +76,22 @@ def rampup_leads_to_the_whole_batch(config: Config, run: RunInfo) -> Iterator[Pr
         yield Problem("data.rampup_batch_size", f"{message}data.micro_bsz = {size}", todo)
 
 
+def streams_have_texts_and_a_tokenizer(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that streamed data has a folder and a tokenizer."""
+    required = {
+        "data.train_folder": (config.data.train_folder, "a folder of texts"),
+        "data.tokenizer_path": (config.data.tokenizer_path, "a sentencepiece model or a Hugging Face tokenizer folder"),
+    }
+    if config.data.type == "streaming":
+        for key, (value, meaning) in required.items():
+            if value is None:
+                yield Problem(key, "missing, but data.type is 'streaming'", f"Set it to {meaning}")
+
+
 RULES = (
     Rule((*MICRO_NUM_READS, "data.micro_num"), global_batch_is_given_once),
     Rule(at("data", "global_batch", "micro_bsz"), global_batch_has_whole_rows),
     Rule(at("data", "skip_batches"), skip_batches_parses),
     Rule(at("data", "rampup_batch_size", "micro_num", "global_batch", "micro_bsz"), rampup_leads_to_the_whole_batch),
+    Rule(at("data", "type", "train_folder", "tokenizer_path"), streams_have_texts_and_a_tokenizer),
 )

@@ -61,7 +61,8 @@ class DataConfig(Section):
     min_length: CountOrZero = 0
     """Minimum number of tokens in a sample; shorter samples are dropped. Random data is not affected."""
     train_folder: PathText | None = None
-    """Folder of ``.bin`` and ``.bin.meta`` files to train on; each sub-folder is a dataset type. None: random data."""
+    """Folder of ``.bin`` and ``.bin.meta`` files to train on, or of streamed texts; each sub-folder is a dataset type.
+    None: random data."""
     valid_folder: PathText | None = None
     """Folder of files to validate on. None: no validation, or random data if ``train_folder`` is None too."""
     fixed_random_dataset_seqlen: bool = False
@@ -82,6 +83,20 @@ class DataConfig(Section):
     used only for bits per byte in validations and to show texts."""
     content_name: str = "text"
     """Column of streamed data that holds the text."""
+    subset: str | None = None
+    """Sub-set of streamed data, as the ``README.md`` of its folder names it. None: all, each as a dataset type."""
+    train_split: str = "train"
+    """Split of ``train_folder``, if the paths or the ``README.md`` of streamed data name splits."""
+    valid_split: str = "validation"
+    """Split of ``valid_folder``, if the paths or the ``README.md`` of streamed data name splits."""
+    stream_shards: Annotated[int, Field(ge=1, le=1 << 15)] | None = None
+    """Number of parts that streamed data is dealt to, each packed on its own: row n of the run is from part n modulo
+    this number. Default: the micro-batches of a step on all ranks, so that a rank always reads the same parts."""
+    shuffle_buffer: CountOrZero = 1 << 14
+    """Number of documents of streamed data that are shuffled together, over all parts."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a row of streamed data that cannot be read does, such as invalid JSON: end the run, or be left out and
+    counted. Empty texts are always left out."""
 
     @property
     def packed_length(self) -> int:
