@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.config.nested_dict import ABSENT
 from internlm.config.schema.model import Dtype, ModelConfig
+from internlm.data.fingerprint import file_changes, same_data
 from internlm.model.families import FAMILIES, Family, spec_of
 from internlm.model.registry import is_built_in, model_initializer
 from internlm.utils.dtype import torch_dtype
@@ -187,9 +188,11 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     # The fingerprint of random data follows from settings; other_architecture compares the vocabulary.
     old_size, size = (info["config"]["model"].get("vocab_size") for info in (saved, now))
     is_explained = is_random and (changed or (old_size is not None and old_size != size))
-    if saved.get("data") != now.get("data") and not is_explained:
-        fingerprints = f"fingerprint {saved.get('data')} then, {now.get('data')} now"
-        message = f"the data changed after {folder} was saved ({fingerprints})"
+    old_data, data = (str(info.get("data")) for info in (saved, now))
+    if not same_data(old_data, data) and not is_explained:
+        changes = file_changes(str(saved.get("data_files")), str(now.get("data_files")))
+        found = str(changes or "") or f"fingerprint {old_data} then, {data} now"
+        message = f"the data changed after {folder} was saved ({found})"
         yield Problem("data.train_folder", message, f"Restore the old data, {WITH_OTHER_DATA}")
     for name, old, new in changed:
         message = f"{new!r}, but {folder} was saved with {old!r}; this changes the samples of each row"

@@ -76,7 +76,8 @@ class RunContent:
         streams: Random streams of this rank.
         sampler: Training loader, whose data position is saved and restored.
         run_info: JSON-serialisable entries, saved with each checkpoint. Compared on loading: the resolved ``config``,
-            the fingerprint of the ``data`` and the ``seed``. Not compared: ``run_folder``, that of the run's records.
+            the fingerprint of the ``data``, the list of its ``data_files`` and the ``seed``. Not compared:
+            ``run_folder``, that of the run's records.
         exchange: Exchange between all ranks.
         config: What may have changed since a checkpoint was saved.
     """

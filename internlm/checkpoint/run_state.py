@@ -78,6 +78,8 @@ class RunState(_Part):
     """What the rows need to be read on from the data position at once, by name."""
     data: str
     """Fingerprint of the training data."""
+    data_files: str = ""
+    """Names and digests of the files of the training data, of :func:`internlm.data.fingerprint.file_list`."""
     seed: Annotated[int, Field(ge=0)]
     world_size: Annotated[int, Field(ge=1)] | None = None
     cpu_kernels: dict[str, dict[str, str]] = {}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import internlm
-from internlm.cli import ckpt_parsers, launch_options, parsers
+from internlm.cli import ckpt_parsers, data_parsers, launch_options, parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
@@ -46,15 +46,29 @@ CKPT_COMMANDS = (
 )
 
 
+DATA_COMMANDS = (
+    Command(
+        "convert", "convert token files to another format", data_parsers.convert, "internlm.cli.data_files:convert"
+    ),
+)
+
+
 def ckpt(parser: argparse.ArgumentParser) -> None:
     """Add the commands of ``internlm ckpt``."""
     parser.description = "Examine, compare and delete checkpoints, without a GPU and without other processes."
     _add_commands(parser, "ckpt_command", CKPT_COMMANDS)
 
 
+def data(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of ``internlm data``."""
+    parser.description = "Convert data, without a GPU and without other processes."
+    _add_commands(parser, "data_command", DATA_COMMANDS)
+
+
 COMMANDS = (
     Command("ckpt", "list, show, verify, compare and delete checkpoints", ckpt, ""),
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
+    Command("data", "convert token files", data, ""),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),

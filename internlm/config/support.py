@@ -28,7 +28,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model.residual_in_fp32": (False,),
     "model.use_sliding_window": (False,),
     "model.norm_head": (False,),
-    "data.type": ("tokenized", "streaming"),
+    "data.type": ("tokenized", "streaming", "megatron"),
     "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
     "ckpt.enable_internevo2hf_ckpt": (False,),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from internlm.config.schema import DataConfig
@@ -10,9 +11,11 @@ from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.build_stream import build_stream_rows, build_valid_texts
 from internlm.data.loader import TrainLoader, ValidLoader
+from internlm.data.megatron_files import MegatronTokens
 from internlm.data.packing import PackingLayout, RowShape, TrainingRows, TrainRows
 from internlm.data.sources import RandomSource, SampleSource
-from internlm.data.tokenized_source import TokenizedSource
+from internlm.data.token_files import TokenFormat, is_prefix
+from internlm.data.tokenized_source import TOKENIZED, TokenizedSource
 from internlm.data.valid_rows import rows_by_type
 from internlm.utils.errors import DataError, Problem, first_of_all_ranks
 from internlm.utils.logger import get_logger
@@ -139,10 +142,18 @@ def _check_folders(data: DataConfig) -> None:
     """Raise for all folders that are missing, of training and of validation, since each attempt costs a start."""
     folders = {"data.train_folder": data.train_folder, "data.valid_folder": data.valid_folder}
     # Here rather than where each is opened: whoever has moved a data set has moved both.
-    missing = {key: folder for key, folder in folders.items() if folder and not _local(folder).is_dir()}
+    missing = {key: folder for key, folder in folders.items() if folder and not _exists(data, _local(folder))}
     if missing:
         todo = "Set {} to an existing folder"
         raise DataError(*(Problem(folder, "no such folder", todo.format(key)) for key, folder in missing.items()))
+
+
+def _exists(data: DataConfig, path: Path) -> bool:
+    return path.is_dir() or is_prefix(path, _formats(data))
+
+
+def _formats(data: DataConfig) -> Sequence[TokenFormat]:
+    return (MegatronTokens(),) if data.type == "megatron" else TOKENIZED
 
 
 def _local(folder: str) -> Path:
@@ -151,7 +162,9 @@ def _local(folder: str) -> Path:
 
 def _tokenized(data: DataConfig, key: str, folder: str, vocab_size: int) -> TokenizedSource:
     cache_folder = data.shm_path if data.use_shm else None
-    source = TokenizedSource(str(_local(folder)), data.min_length, vocab_size, cache_folder)
+    path = str(_local(folder))
+    level, formats = data.fingerprint, _formats(data)
+    source = TokenizedSource(path, data.min_length, vocab_size, cache_folder, level=level, formats=formats)
     if source.dropped and first_of_all_ranks(f"samples dropped: {key}"):
         every = source.dropped + len(source.lengths)
         short = f"{source.dropped} of {every} samples have fewer than data.min_length = {data.min_length} tokens"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -34,10 +35,12 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 SAMPLED_TOKENS, SAMPLED_ROWS, ENDS = 4096, 64, 512
 #: Bytes that are read at once for checksums.
 _CHUNK = 64 * CHECK_BLOCK
-#: Bytes of the hash of a name, and of that of a file, in a list of files.
-_NAME_BYTES, _FILE_BYTES = 6, 4
-#: Number of files beyond which a checkpoint has no list of them.
-MOST_LISTED = 200_000
+#: Characters beyond which a checkpoint has no list of files, and bytes of a list beyond which it is damaged.
+MOST_LISTED, LARGEST_LIST = 1 << 20, 1 << 26
+#: Files of a kind that an error names.
+MOST_SHOWN = 5
+#: Word of a fingerprint for the version of the order of samples, which is no level.
+ORDER = "order"
 #: Multiplier of a sequence that covers an interval evenly: 2^64 divided by the golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -141,69 +144,75 @@ def fingerprint(files: Sequence[DataFile], digests: Iterable[FileDigest], droppe
 def same_data(old: str, new: str) -> bool:
     """Return whether two fingerprints agree in every level that both have, of which there must be one.
 
-    A fingerprint of other than token files is compared as it is.
+    Other words ``name:value`` of both must agree too; a word without a colon is compared as it is.
     """
-    levels = [dict(_level(text) for text in fingerprint.split()) for fingerprint in (old, new)]
-    common = levels[0].keys() & levels[1].keys()
-    return bool(common) and all(levels[0][name] == levels[1][name] for name in common)
+    then, now = (dict(_word(text) for text in text.split()) for text in (old, new))
+    common = then.keys() & now.keys()
+    return bool(common - {ORDER}) and all(then[name] == now[name] for name in common)
 
 
-def _level(text: str) -> tuple[str, str]:
+def _word(text: str) -> tuple[str, str]:
     name, colon, digest = text.partition(":")
     return (name, digest) if colon else ("", text)
 
 
+# -- names of changed files
+
+
 def file_list(files: Sequence[DataFile], digests: Sequence[FileDigest], level: Level) -> str:
-    """Return hashes of the name and the content of each file, so that a later run can name those that changed.
-
-    Text of thirteen bytes per file, which checkpoints hold; empty beyond :data:`MOST_LISTED` files.
-    """
-    if len(files) > MOST_LISTED:
-        return ""
+    """Return name and digest of each file as one text for checkpoints; empty if it were longer than MOST_LISTED."""
+    # Level "full" depends on the format, and is part of the fingerprint.
     shown = min(LEVELS.index(level), LEVELS.index("sampled"))
-    pairs = zip(files, digests, strict=True)
-    content = b"".join(_raw(file.stem, _NAME_BYTES) + _raw(digest[shown], _FILE_BYTES) for file, digest in pairs)
-    return f"{LEVELS[shown]}:{base64.b64encode(content).decode()}"
-
-
-def _raw(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+    # Half of a digest suffices: the fingerprint decides whether data have changed, this list only names files.
+    lines = [f"{digest[shown][:8]} {file.name}" for file, digest in zip(files, digests, strict=True)]
+    text = base64.b64encode(zlib.compress("\n".join(lines).encode())).decode()
+    return f"{LEVELS[shown]}:{text}" if len(text) <= MOST_LISTED else ""
 
 
 class FileChanges(NamedTuple):
-    """Differences between the files of a checkpoint and those of a run."""
+    """Names of the files that differ between a checkpoint and a run."""
 
     changed: list[str]
     added: list[str]
-    removed: int  # the list has only hashes of names
+    removed: list[str]
+
+    def __str__(self) -> str:
+        kinds = ((name, getattr(self, name)) for name in self._fields)
+        return "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds if names)
 
 
-def file_changes(old: str, new: str, names: Sequence[str]) -> FileChanges | None:
-    """Compare two lists of files; return None if they are not comparable.
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more
+
+
+def file_changes(old: str, new: str) -> FileChanges | None:
+    """Compare two lists that :func:`file_list` has made; return None if they are not comparable.
 
     Args:
-        old: List that :func:`file_list` has made for a checkpoint. Not trusted.
+        old: List of a checkpoint. Not trusted.
         new: List of this run.
-        names: Names of the files of this run, in the order of ``new``.
     """
-    (old_level, then), (new_level, now) = (_entries(text) for text in (old, new))
-    if then is None or now is None or old_level != new_level:
+    then, now = _entries(old), _entries(new)
+    if then is None or now is None or old.partition(":")[0] != new.partition(":")[0]:
         return None
-    # Hashes of a few bytes may collide. The fingerprint decides whether data have changed; this list only names files.
-    before = dict(then)
-    changed = [name for name, (key, value) in zip(names, now, strict=True) if before.get(key, value) != value]
-    added = [name for name, (key, _) in zip(names, now, strict=True) if key not in before]
-    return FileChanges(changed, added, len(before.keys() - dict(now).keys()))
+    # By names without suffix: converted files are no changes.
+    return FileChanges(
+        [name for stem, (name, digest) in now.items() if stem in then and then[stem][1] != digest],
+        [name for stem, (name, _) in now.items() if stem not in then],
+        [name for stem, (name, _) in then.items() if stem not in now],
+    )
 
 
-def _entries(text: str) -> tuple[str, list[tuple[bytes, bytes]] | None]:
-    level, _, encoded = text.partition(":")
+def _entries(text: str) -> dict[str, tuple[str, str]] | None:
+    """Return name and digest by name without suffix; None if the list is damaged."""
     try:
-        content = base64.b64decode(encoded, validate=True)
-    except ValueError:
-        return level, None
-    size = _NAME_BYTES + _FILE_BYTES
-    if not content or len(content) % size:
-        return level, None
-    rows = (content[at : at + size] for at in range(0, len(content), size))
-    return level, [(row[:_NAME_BYTES], row[_NAME_BYTES:]) for row in rows]
+        packed = base64.b64decode(text.partition(":")[2], validate=True)
+        # A few bytes can unpack to any size.
+        unpacked = zlib.decompressobj().decompress(packed, LARGEST_LIST).decode()
+    except (ValueError, zlib.error):
+        return None
+    pairs = [line.partition(" ") for line in unpacked.split("\n")]
+    if not all(name.isprintable() and name for _, _, name in pairs):
+        return None
+    return {name.rpartition(".")[0]: (name, digest) for digest, _, name in pairs}

@@ -90,10 +90,11 @@ def open_index(
         DataError: ``folder`` is missing, a file in it is damaged, or no sample of two or more tokens is left.
     """
     files = find_files(folder, formats)
-    path = folder / CACHE_NAME
+    # A file without its suffix has a cache of its own beside it.
+    path = folder / CACHE_NAME if folder.is_dir() else folder.with_name(f"{CACHE_NAME}-{folder.name}")
     if cache_folder is not None:
         path = cache_folder / f"{_digest(str(folder.resolve()))}.index"
-    cache = IndexCache(path, folder)
+    cache = IndexCache(path, folder if folder.is_dir() else folder.parent)
     # Sizes and times identify the content, as in make: hashing terabytes at every start is not affordable. The change
     # time among them cannot be set, so an edit that restores the modification time is noticed.
     key = _digest(VERSION, min_length, [(f.name, f.format.name, f.stamp, f.side_stamp) for f in files])

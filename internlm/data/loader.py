@@ -16,6 +16,7 @@ from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import PackingLayout, Row, RowShape, TrainingRows, padding_row
 from internlm.data.read_ahead import read_ahead
+from internlm.data.sources import ListsFiles
 from internlm.utils.compat import ReplacedNames
 from internlm.utils.errors import Problem, UserError
 
@@ -203,6 +204,10 @@ class TrainLoader(_RowLoader):
         self.rows, self.types, self.fingerprint = rows, rows.types, rows.fingerprint
         self.state_is_sharded = rows.state_is_sharded
         self._total_steps, self._start = total_steps, 0
+
+    def files(self) -> str:
+        """Return the list of the files for checkpoints; empty for rows without one."""
+        return self.rows.files() if isinstance(self.rows, ListsFiles) else ""
 
     def seek(self, step: int) -> None:
         """Set the step at which iteration begins."""

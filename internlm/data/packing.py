@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from internlm.data.fingerprint import ORDER
 from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
-from internlm.data.sources import SampleReader, SampleSource, input_ids
+from internlm.data.sources import ListsFiles, SampleReader, SampleSource, input_ids
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
 PAD = 0  # input id of padding
@@ -157,7 +158,11 @@ class TrainRows:
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
-        return f"{ORDER_VERSION}-{self.source.fingerprint()}"
+        return f"{ORDER}:{ORDER_VERSION} {self.source.fingerprint()}"
+
+    def files(self) -> str:
+        """Return the list of the files for checkpoints; empty for data without files."""
+        return self.source.files() if isinstance(self.source, ListsFiles) else ""
 
     def state(self, row: int) -> dict[str, list[int]]:
         """Return nothing: a row is found from its index."""

@@ -6,7 +6,7 @@ Shapes: N samples in the source.
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,14 @@ class SampleSource(SampleReader, Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the samples, their order or their lengths change."""
+
+
+@runtime_checkable
+class ListsFiles(Protocol):
+    """Protocol for sources and rows that are read from files."""
+
+    def files(self) -> str:
+        """Return the list of the files for checkpoints, so that a later run can name those that have changed."""
 
 
 def input_ids(tokens: np.ndarray) -> np.ndarray:

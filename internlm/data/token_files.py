@@ -190,20 +190,30 @@ def _differing(content: bytes, expected: np.ndarray) -> int | None:
 # -- finding files
 
 
+def is_prefix(path: Path, formats: Sequence[TokenFormat]) -> bool:
+    """Return whether ``path`` is that of a token file without its suffix."""
+    return any(path.with_name(path.name + form.suffix).is_file() for form in formats if path.name)
+
+
 def find_files(folder: Path, formats: Sequence[TokenFormat]) -> list[DataFile]:
     """Return all token files under ``folder``, sorted by their path relative to ``folder`` without the suffix.
+
+    If ``folder`` is the path of a file without its suffix, only this file is returned.
 
     Raises:
         DataError: The folder is missing, contains no token file, a file lacks the one beside it, two files differ only
             in their suffix, or a name has control characters.
     """
+    only = None
+    if not folder.is_dir() and is_prefix(folder, formats):
+        folder, only = folder.parent, folder.name
     if not folder.is_dir():
         todo = "Set data.train_folder or data.valid_folder to an existing folder"
         raise DataError(Problem(str(folder), "no such folder", todo))
     suffixes = {form.suffix: form for form in formats}
     found: list[DataFile] = []
     lonely: list[Problem] = []
-    for path, name, stamp in _walk(folder, tuple(suffixes)):
+    for path, name, stamp in _walk(folder, tuple(suffixes), only):
         form = suffixes[f".{name.rpartition('.')[2]}"]
         side = form.side(path)
         side_stamp = None if side is None else _stamp_of(side)
@@ -224,12 +234,18 @@ def find_files(folder: Path, formats: Sequence[TokenFormat]) -> list[DataFile]:
     return found
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str, Stamp]]:
-    """Yield all files with these suffixes; follow symbolic links except those to a parent folder."""
+def _walk(folder: Path, suffixes: tuple[str, ...], only: str | None) -> Iterator[tuple[Path, str, Stamp]]:
+    """Yield all files with these suffixes; follow symbolic links except those to a parent folder.
+
+    With ``only``, yield just the files of this name, without suffix, directly in the folder.
+    """
     root = str(folder)
     for here, folders, names in os.walk(root, followlinks=True):
         real = Path(here).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
+        if only is not None:
+            folders.clear()
+            names = [name for name in names if name.rpartition(".")[0] == only]
         inner = here[len(root) :].strip("/")
         for name in names:
             if not name.endswith(suffixes):

@@ -104,10 +104,9 @@ class TokenizedSource:
         """Return the fingerprint of names, lengths and tokens; a copy of the folder has the same one."""
         return fingerprint(self.index.files, self.index.digests, self.dropped, self._level)
 
-    def files(self) -> tuple[str, list[str]]:
-        """Return hashes of the files, for checkpoints, and the names of the files."""
-        files = self.index.files
-        return file_list(files, self.index.digests, self._level), [file.name for file in files]
+    def files(self) -> str:
+        """Return the list of the files with their digests, for checkpoints."""
+        return file_list(self.index.files, self.index.digests, self._level)
 
     def _open(self, file_id: int) -> TokenReader:
         file = self.index.files[file_id]

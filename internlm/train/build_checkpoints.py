@@ -41,7 +41,12 @@ def initialize_checkpoint_manager(
         optimizer,
         gpc.random_streams,
         config.data.total_steps,
-        run_info={"config": masked_dict(config), "data": train_dl.fingerprint(), "seed": gpc.seed},
+        run_info={
+            "config": masked_dict(config),
+            "data": train_dl.fingerprint(),
+            "data_files": train_dl.files(),
+            "seed": gpc.seed,
+        },
         sampler=train_dl,
     )
     manager.exchange.timeout = timedelta(seconds=config.parallel.timeout)

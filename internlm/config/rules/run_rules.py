@@ -84,6 +84,13 @@ def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
         yield Problem("model.attention_backend", message, "Set it to 'auto'")
 
 
+def type_has_files(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that data of Megatron-LM have a folder: only ``tokenized`` stands for random data without one."""
+    if config.data.train_folder is None and config.data.type == "megatron":
+        todo = "Set it to the prefix of an .idx and .bin file, or to a folder of them"
+        yield Problem("data.train_folder", "missing, but data.type is 'megatron'", todo)
+
+
 # -- optimizer, checkpoints, alerts ------------------------------------------------------------------------------------
 def schedule_fits_run(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that ``init_steps``, warm-up and, for ``wsd``, decay fit into ``total_steps``."""
@@ -177,6 +184,7 @@ RULES = (
     Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
     Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
     Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
+    Rule(at("data", "type", "train_folder"), type_has_files),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("lr_scheduler", "type", "total_steps", "init_steps", "warmup_ratio", "decay_ratio"), schedule_fits_run),
     Rule(("model.dtype", *at("grad_scaler", *LOSS_SCALES)), loss_scale_keeps_its_bounds),

@@ -61,10 +61,13 @@ class DataConfig(Section):
     min_length: CountOrZero = 0
     """Minimum number of tokens in a sample; shorter samples are dropped. Random data is not affected."""
     train_folder: PathText | None = None
-    """Folder of ``.bin`` and ``.bin.meta`` files to train on, or of streamed texts; each sub-folder is a dataset type.
-    None: random data."""
+    """Folder of token files to train on, or one without its suffix, or folder of streamed texts; each sub-folder is a
+    dataset type. None: random data."""
     valid_folder: PathText | None = None
     """Folder of files to validate on. None: no validation, or random data if ``train_folder`` is None too."""
+    fingerprint: Literal["stat", "sampled", "full"] = "sampled"
+    """How changes of the training data are noticed when a run resumes. ``stat``: names and lengths of samples.
+    ``sampled``: some tokens of each file too. ``full``: every byte, and reads during training are compared as well."""
     fixed_random_dataset_seqlen: bool = False
     """Random data: make every sample exactly ``seq_len`` tokens long."""
     empty_cache_and_diag_interval: CountOrZero = 0

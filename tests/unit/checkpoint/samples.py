@@ -114,6 +114,7 @@ def run_state(step: int = 3) -> dict[str, Any]:
         },
         "sampler": [step, 4, 16],
         "sampler_state": {},
+        "data_files": "",
         "data": "00ff",
         "seed": 1024,
         "world_size": 2,

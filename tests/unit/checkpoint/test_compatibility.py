@@ -17,9 +17,11 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.config.nested_dict import put
 from internlm.config.schema import ModelConfig
+from internlm.data.tokenized_source import TokenizedSource
 from internlm.model.registry import model_initializer
 from internlm.utils.errors import CheckpointError, DamagedCheckpointError, Problem
 from tests.unit.checkpoint.samples import in_ranges, save
+from tests.unit.data.files import write_bin
 from tests.unit.model.samples import decoder, tokens
 
 CONFIG: dict[str, Any] = {
@@ -177,6 +179,19 @@ def test_the_same_samples() -> None:
 def test_other_samples(key: str, value: Any, start: str) -> None:
     (text,) = texts(compatibility.other_samples("step-1", RUN_INFO, changed(RUN_INFO, **{key: value})))
     assert text.startswith(start)
+
+
+def test_files_of_other_samples_are_named(tmp_path: Path) -> None:
+    def info(samples: list[list[int]]) -> dict[str, Any]:
+        source = TokenizedSource(str(write_bin(tmp_path / "data/en/x.bin", samples).parents[1]), 0, 100)
+        return {**RUN_INFO, "data": source.fingerprint(), "data_files": source.files()}
+
+    before, same, after = info([[1, 2]]), info([[1, 2]]), info([[1, 3]])
+    assert texts(compatibility.other_samples("step-1", before, same)) == []
+    assert texts(compatibility.other_samples("step-1", before, after)) == [
+        "data.train_folder: the data changed after step-1 was saved (changed: en/x.bin). Restore the old data, or set "
+        "ckpt.allow_data_changes=True to read on from the saved row of the changed data"
+    ]
 
 
 RANDOM = changed(RUN_INFO, config__data__train_folder=None, config__data__fixed_random_dataset_seqlen=False)

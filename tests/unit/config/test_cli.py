@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import internlm
-from internlm.cli.main import CKPT_COMMANDS, COMMANDS, EXIT_CLOSED_PIPE, main
+from internlm.cli.main import CKPT_COMMANDS, COMMANDS, DATA_COMMANDS, EXIT_CLOSED_PIPE, main
 from internlm.cli.parsers import SCHEDULES
 from internlm.core.scheduler import table
 from internlm.utils.common import FriendlyParser
@@ -152,6 +152,7 @@ QUICK = (
     ["--version"],
     *([command.name, "--help"] for command in COMMANDS),
     *(["ckpt", command.name, "--help"] for command in CKPT_COMMANDS),
+    *(["data", command.name, "--help"] for command in DATA_COMMANDS),
     ["config", SFT],
 )
 

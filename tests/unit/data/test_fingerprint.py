@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -113,23 +115,30 @@ def test_flipped_bytes_that_are_valid_tokens_are_found_when_they_are_read(tmp_pa
 
 
 def changes(old: TokenizedSource, new: TokenizedSource) -> FileChanges | None:
-    (then, _), (now, names) = old.files(), new.files()
-    return file_changes(then, now, names)
+    return file_changes(old.files(), new.files())
 
 
 def test_changed_files_are_named(tmp_path: Path) -> None:
     for name in "abc":
         write_bin(tmp_path / f"{name}.bin", SAMPLES)
     before = opened(tmp_path)
-    assert changes(before, before) == FileChanges([], [], 0)
+    assert changes(before, before) == FileChanges([], [], [])
     edit(tmp_path / "b.bin", b"6", b"7")
     write_bin(tmp_path / "d.bin", SAMPLES)
     (tmp_path / "a.bin").unlink()
-    assert changes(before, opened(tmp_path)) == FileChanges(["b.bin"], ["d.bin"], 1)
+    found = changes(before, opened(tmp_path))
+    assert found == FileChanges(["b.bin"], ["d.bin"], ["a.bin"])
+    assert str(found) == "changed: b.bin; added: d.bin; removed: a.bin"
     assert changes(before, opened(tmp_path, "stat")) is None
 
 
-@pytest.mark.parametrize("old", ["", "sampled:", "sampled:AAAA", "sampled:*", "x", "sampled:" + "A" * 81])
+BOMB = base64.b64encode(zlib.compress(bytes(1 << 28))).decode()
+FORGED = base64.b64encode(zlib.compress(b"0 a\x1b[2K.bin")).decode()
+
+
+@pytest.mark.parametrize(
+    "old", ["", "sampled:", "sampled:AAAA", "sampled:*", "x", f"sampled:{BOMB}", f"sampled:{FORGED}"]
+)
 def test_a_list_that_is_damaged_is_not_compared(tmp_path: Path, old: str) -> None:
     write_bin(tmp_path / "a.bin", SAMPLES)
-    assert file_changes(old, *opened(tmp_path).files()) is None
+    assert file_changes(old, opened(tmp_path).files()) is None

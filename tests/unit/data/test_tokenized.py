@@ -80,6 +80,13 @@ def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path_factory: p
     assert all_samples(opened(elsewhere)) == [[5, -6], [1, 2, 3], [4]]
 
 
+def test_one_file_by_its_path_without_the_suffix(folder: Path) -> None:
+    source = opened(folder / "en/b")
+    assert all_samples(source) == [[1, 2, 3], [4]]
+    assert all_samples(opened(folder)) == [[7, 8, 9, 10], [5, -6], [1, 2, 3], [4], []]
+    assert opened(folder / "en/b").fingerprint() == source.fingerprint()
+
+
 # -- the kept index
 
 
