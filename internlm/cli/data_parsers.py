@@ -1,4 +1,4 @@
-"""Arguments of ``internlm data``, whose commands examine and convert data without a run or a GPU."""
+"""Arguments of ``internlm data``, whose commands examine and convert data without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from internlm.cli.parsers import count
+from internlm.cli.parsers import add_config, count, natural
 
 
 def convert(parser: argparse.ArgumentParser) -> None:
@@ -33,3 +33,31 @@ def convert(parser: argparse.ArgumentParser) -> None:
         help="tokenized: X.bin with X.bin.meta, and X.tokens; megatron: X.bin with X.idx (default: %(default)s)",
     )
     add("--num-workers", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+
+
+def show(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm data show``."""
+    parser.description = (
+        "Show which files, samples and tokens each micro-batch of a step was read from, without a process group. The "
+        "data position is that of the run's checkpoints, and its log or the next checkpoint confirms it. Exit code: 0, "
+        "or 2 for an error."
+    )
+    add = parser.add_argument
+    add_config(parser)
+    _add_step(parser)
+    add("--world", type=count, metavar="W", help="number of processes (default: as the run that saved)")
+    add("--rank", type=natural, metavar="R", help="show only what this rank has read")
+    add("--micro-batch", type=natural, metavar="K", help="show only this micro-batch of each rank")
+    add("--text", action="store_true", help="print the text of each piece, or its token ids without a tokenizer")
+    add("--tokenizer", metavar="PATH", help="tokenizer for --text (default: data.tokenizer_path)")
+    add("--seed", type=natural, help="seed of the run (default: as saved in its checkpoints, else 1024)")
+    add("--json", action="store_true", help="print JSON, with token ids if --text is given")
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=natural, required=True, metavar="N", help="step, counted from 0 as in the log")
+    parser.add_argument(
+        "--ckpt",
+        metavar="FOLDER|CHECKPOINT",
+        help="checkpoints of the run, or one saved at or before the step (default: ckpt.save_ckpt_folder)",
+    )

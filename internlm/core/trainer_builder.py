@@ -134,10 +134,10 @@ class TrainerBuilder:
     def _hooks(self, trainer: Trainer, folder: Path) -> list[Hook]:
         """Return the hooks in the order in which they run after a step; they write to ``folder``."""
         data, writer = self.config.data, self._writer(folder, trainer.state.step)
-        world, data_size = dist.get_world_size(), trainer.scheduler.data_group.size
+        data_size = trainer.scheduler.data_group.size
         return [
             *([hooks.LogMemoryPlan()] if writer else []),
-            *([hooks.LogMetrics(self.config, self.types, world, data_size, writer)] if writer else []),
+            *([self._log_metrics(writer, data_size)] if writer else []),
             hooks.WarnOfSkippedSteps(self.config.hybrid_zero_optimizer.max_skipped_steps, is_logging=bool(writer)),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
             hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer, self._token_bytes()),
@@ -148,6 +148,10 @@ class TrainerBuilder:
             *([self._recorder(folder)] if self.options.pipeline_trace else []),
             *([hooks.ProfileRun(folder, dist.get_rank())] if self.options.profiling else []),
         ]
+
+    def _log_metrics(self, writer: MetricsWriter, data_size: int) -> hooks.LogMetrics:
+        world_size = dist.get_world_size()
+        return hooks.LogMetrics(self.config, self.types, world_size, data_size, writer, self.train_dl)
 
     def _token_bytes(self) -> Tensor | None:
         """Return the bytes of text of each token id, if a validation needs them and a tokenizer is given."""

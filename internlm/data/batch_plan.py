@@ -31,6 +31,14 @@ class Position(NamedTuple):
 START = Position()
 
 
+class StepRows(NamedTuple):
+    """Rows of a step on all data-parallel ranks together, as the log records them."""
+
+    batch: int
+    first_row: int
+    rows: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """Mapping from steps to batches, and from batches to rows.
@@ -67,9 +75,15 @@ class BatchPlan:
         begin, end = (min(rank * micro_batches, size) for rank in (data_rank, data_rank + 1))
         return range(first + begin, first + end)
 
-    def first_row(self, step: int) -> int:
-        """Return the index of the first row of ``step`` on all data-parallel ranks together."""
-        return self._first_row(self._batch(step))
+    def rows_of_step(self, step: int) -> StepRows:
+        """Return the batch and the rows of ``step`` on all data-parallel ranks together."""
+        batch = self._batch(step)
+        return StepRows(batch, self._first_row(batch), self._size(batch))
+
+    def at(self, step: int, rows: StepRows) -> BatchPlan:
+        """Return a plan in which ``step`` has ``rows``, whatever the rows of other steps are."""
+        origin = Position(step, rows.batch, rows.first_row)
+        return replace(self, step_rows=rows.rows, rampup=None, skip=(), origin=origin)
 
     def position(self, step: int) -> Position:
         """Return the data position before ``step``: the end of the last batch that an earlier step used."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from internlm.data.fingerprint import ORDER
 from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
+from internlm.data.provenance import TracedSpan, origin_of
 from internlm.data.sources import ListsFiles, SampleReader, SampleSource, input_ids
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
@@ -151,6 +152,17 @@ class TrainRows:
         with self._lock:  # lru_cache alone would let every waiting thread prepare the same epoch
             epoch = self._epoch(epoch_index)
         return make_row(self.source, epoch, self.shape, row)
+
+    def trace(self, index: int) -> list[TracedSpan]:
+        """Return the pieces of row ``index``, counted from 0 over all epochs, with the files that they are from."""
+        epoch_index, row = divmod(index, self.per_epoch)
+        find_spans, _ = _LAYOUTS[self.shape.layout]
+        return [
+            TracedSpan(
+                at, begin, stop, length, self.types[self.source.type_ids[sample]], origin_of(self.source, sample)
+            )
+            for (sample, length, begin, stop), at in find_spans(self._epoch(epoch_index), self.shape, row)
+        ]
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""

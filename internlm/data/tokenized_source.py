@@ -15,6 +15,7 @@ from internlm.data.binary_tokens import BinaryTokens
 from internlm.data.fingerprint import Level, file_list, fingerprint
 from internlm.data.index import open_index
 from internlm.data.json_lines import JsonLines
+from internlm.data.provenance import Origin
 from internlm.data.sources import INPUT_ONLY_ZERO
 from internlm.data.token_files import OpenFile, SampleError, TokenFormat, TokenReader
 
@@ -107,6 +108,12 @@ class TokenizedSource:
     def files(self) -> str:
         """Return the list of the files with their digests, for checkpoints."""
         return file_list(self.index.files, self.index.digests, self._level)
+
+    def origin(self, sample: int) -> Origin:
+        """Return the file, row and bytes of a sample."""
+        index, span = self.index, self.index.span(sample)
+        path = str(index.files[index.file_of(sample)].path)
+        return Origin(path, index.row(sample), span.offset, span.size)
 
     def _open(self, file_id: int) -> TokenReader:
         file = self.index.files[file_id]

@@ -147,7 +147,7 @@ def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int =
         seconds = time.perf_counter() - start
         record = DryRun(rank=rank, stage=stage, world_size=world_size, build_seconds=seconds)
         watch = _watch(trainer, DeviceWatch(rank, fakes))
-        batches, hooks = _read(loader, steps), _hooks(trainer, types)
+        batches, hooks = _read(loader, steps), _hooks(trainer, types, loader)
         with watch.watching_resizes(), watch:
             for _ in range(steps):
                 _step(trainer, batches, hooks, watch, record)
@@ -155,9 +155,10 @@ def run_rank(config: Config, world_size: int, rank: int, steps: int, seed: int =
     return record
 
 
-def _hooks(trainer: Trainer, types: Sequence[str]) -> list[Hook]:
+def _hooks(trainer: Trainer, types: Sequence[str], loader: TrainLoader) -> list[Hook]:
     """Return the hooks that run after every step and write no file; metrics are read on each rank, and go nowhere."""
-    metrics = LogMetrics(gpc.config, types, dist.get_world_size(), trainer.scheduler.data_group.size, MetricsWriter([]))
+    data_size, writer = trainer.scheduler.data_group.size, MetricsWriter([])
+    metrics = LogMetrics(gpc.config, types, dist.get_world_size(), data_size, writer, loader)
     return [metrics, FollowRequests(accelerator.current_device())]
 
 

@@ -18,6 +18,7 @@ from internlm.core.scheduler.loss import CORRECT, LOSS, TOKENS
 from internlm.core.trainer import Hook, StepReport, Trainer
 from internlm.costs import ParamInventory, Plan, format_worst_plan, memory_plan
 from internlm.costs.flops import hardware_flops_per_token, model_flops_per_token
+from internlm.data.loader import TrainLoader
 from internlm.monitor import MetricsWriter, Throughput
 from internlm.train.inventory import build_inventory, inventory_of
 from internlm.utils.logger import get_logger
@@ -101,12 +102,19 @@ class LogMetrics(Hook):
         world_size: Number of ranks, each with its own device.
         data_size: Size of the data group, whose ranks read different tokens.
         writer: Writer of the metrics to all destinations.
+        loader: Training loader, whose plan gives the rows of each step.
     """
 
     def __init__(
-        self, config: Config, types: Sequence[str], world_size: int, data_size: int, writer: MetricsWriter
+        self,
+        config: Config,
+        types: Sequence[str],
+        world_size: int,
+        data_size: int,
+        writer: MetricsWriter,
+        loader: TrainLoader,
     ) -> None:
-        self.types, self.writer = types, writer
+        self.types, self.writer, self.loader = types, writer, loader
         self.world_size, self.data_size = world_size, data_size
         self.throughput = Throughput(world_size)
         seq_len = config.data.seq_len
@@ -116,6 +124,7 @@ class LogMetrics(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Write the metrics of the step."""
         report.read()
+        rows = self.loader.plan.rows_of_step(report.step)
         tokens = report.shape.tokens * self.data_size
         self.throughput.add(tokens, report.step_time)
         # Padding counts here, as in the published metrics; ``real_tgs`` counts valid tokens only.
@@ -145,6 +154,7 @@ class LogMetrics(Hook):
                 **_metrics(report.result.host_sums.read(), self.types),
                 "model_tflops": per_device * self.model_flops / 1e12,
                 "data_time": report.data_time,
+                **{f"data_{name}": value for name, value in rows._asdict().items()},
             },
         )
 

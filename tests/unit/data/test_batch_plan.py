@@ -44,7 +44,7 @@ def test_steps_use_the_batches_that_are_left_one_after_another(plan: BatchPlan) 
     limit = plan.data_size * plan.round_size
     for step, batch in enumerate(kept[:20]):
         assert rows_of(plan, step) == list(range(firsts[batch], firsts[batch + 1]))
-        assert plan.first_row(step) == firsts[batch]
+        assert plan.rows_of_step(step)[:2] == (batch, firsts[batch])
         of_ranks = [len(plan.rows(step, rank)) for rank in range(plan.data_size)]
         full = plan.micro_batches(step)
         assert of_ranks == [min(full, max(sizes[batch] - rank * full, 0)) for rank in range(plan.data_size)]
