@@ -86,6 +86,7 @@ def find_evidence(folder: str, step: int) -> StepEvidence:
         before=first(entry.name for entry in found if entry.step <= step),
         after=first(entry.name for entry in reversed(found) if entry.step > step),
     )
+    # The run that saved after the step has read it, or has resumed from what did, and keeps the records of that run.
     newest = evidence.after or evidence.before
     return StepEvidence(evidence.before, evidence.after, _record_of(newest, step) if newest else None)
 
@@ -101,10 +102,12 @@ def locate_step(plan: BatchPlan, step: int, evidence: StepEvidence) -> LocatedSt
     before, after, record = evidence.before, evidence.after, evidence.record
     if before is not None:
         plan = plan.resumed_at(before.state.position)
+    # What was logged when the step was trained is true whatever the config says now.
     if record is not None:
         return LocatedStep(plan.at(step, record), "the log of the run")
     if after is None:
         return LocatedStep(plan)
+    # The plan has to arrive at the position of the next checkpoint. Another batch size would miss it by some rows.
     expected, position = plan.position(after.state.train_state.step), after.state.position
     if expected[:3] == position[:3]:
         return LocatedStep(plan, after.where)

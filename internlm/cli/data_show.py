@@ -46,6 +46,8 @@ def show(arguments: argparse.Namespace) -> None:
         UserError: The config or an option is invalid, the data has changed, or a checkpoint cannot be read.
     """
     evidence = _evidence(arguments)
+    # The batch of a step follows from the number of processes unless data.global_batch is set, and the parallel sizes of
+    # the config are checked against it.
     world = arguments.world or evidence.world_size
     if world is None:
         message = "is unknown: there is no checkpoint that has the number of processes"
@@ -111,6 +113,7 @@ def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: 
     located = locate_step(loader.plan, step, evidence)
     if located.contradiction:
         log.warning(f"{located.contradiction}. Pass the config and --world of the run that read step {step}")
+    # Rows that are not found from their index alone, such as streamed ones, are read on from the saved position.
     if evidence.before is not None:
         loader.resume(evidence.before.state.position)
     loader.plan = located.plan
@@ -122,6 +125,7 @@ def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: 
 
 def _readers(config: Config, world: int) -> list[_Reader]:
     """Return all data-parallel ranks."""
+    # Ranks of a tensor group, and the stages of a pipeline, read the same rows.
     layout = Layout(sizes_of(config, world))
     data_ranks: dict[int, list[int]] = {}
     for group in layout.groups(ParallelMode.DATA):
@@ -183,6 +187,7 @@ def _spans(
     loader: TrainLoader, row: int, shard: GroupPosition, with_text: bool, tokenizer: Tokenizer | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the pieces of a row that a rank reads, with token ids and texts if these are wanted."""
+    # Looked up by name: rows of a user's own need not be traceable to be trained on.
     trace = getattr(loader.rows, "trace", None)
     if trace is None:
         message = "samples of this type of data cannot be traced to their files"

@@ -62,6 +62,7 @@ def evaluate_rank(arguments: argparse.Namespace) -> None:
         raise ConfigError(Problem("data.valid_folder", message, "Pass --set data.valid_folder=FOLDER"))
     path = config.data.tokenizer_path
     token_bytes = token_bytes_of(path, config.model.vocab_size) if path else None
+    # Before the model is built, which takes long for a large one.
     exchange = Exchange()
     location = find_checkpoint(arguments.ckpt, exchange)
     with naming_lost_ranks():

@@ -103,6 +103,7 @@ def measure(
     # In fp64, because the number of batches is unlimited. The device never waits for the host between batches.
     sums = torch.zeros(4, types, dtype=torch.float64, device=scheduler.device)
     counts = torch.zeros(types, dtype=torch.float64)
+    # Dropout and label smoothing are off in evaluation mode.
     trainer.model.eval()
     for batch in _typed_batches(loaders):
         result = scheduler.forward_backward_step(
