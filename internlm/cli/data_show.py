@@ -46,8 +46,7 @@ def show(arguments: argparse.Namespace) -> None:
         UserError: The config or an option is invalid, the data has changed, or a checkpoint cannot be read.
     """
     evidence = _evidence(arguments)
-    # The batch of a step follows from the number of processes unless data.global_batch is set, and the parallel sizes of
-    # the config are checked against it.
+    # The batch of a step follows from the number of processes, unless data.global_batch is set.
     world = arguments.world or evidence.world_size
     if world is None:
         message = "is unknown: there is no checkpoint that has the number of processes"
