@@ -35,10 +35,27 @@ class SampleOrder(Protocol):
         """Return the samples at positions [``first``, ``stop``) of the sequence, as whole pieces."""
 
 
-class _Block(NamedTuple):
-    samples: np.ndarray  # [BLOCK] sample indices
-    lengths: np.ndarray  # [BLOCK] tokens used of each sample
-    ends: np.ndarray  # [BLOCK] tokens of the stream up to and including the sample
+class Block(NamedTuple):
+    """Consecutive samples of a sequence."""
+
+    samples: np.ndarray  # [n] sample indices
+    lengths: np.ndarray  # [n] tokens used of each sample
+    ends: np.ndarray  # [n] tokens of the stream up to and including the sample
+
+    def between(self, start: int, stop: int) -> list[Piece]:
+        """Return the pieces of those tokens [``start``, ``stop``) of the stream that are in this block."""
+        some = slice(int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop)) + 1)
+        pieces = []
+        for sample, length, end in zip(*(column[some].tolist() for column in self), strict=True):
+            begin, until = max(start, end - length), min(stop, end)
+            if begin < until:  # a sample without tokens has no piece
+                pieces.append(Piece(sample, length, begin + length - end, until + length - end))
+        return pieces
+
+    def whole(self, first: int, stop: int) -> list[Piece]:
+        """Return the samples at positions [``first``, ``stop``) of this block, as whole pieces."""
+        pairs = zip(self.samples[first:stop].tolist(), self.lengths[first:stop].tolist(), strict=True)
+        return [Piece(sample, length, 0, length) for sample, length in pairs]
 
 
 class EpochOrder:
@@ -66,23 +83,14 @@ class EpochOrder:
 
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces that tokens [``start``, ``stop``) of the epoch consist of; none beyond its end."""
-        pieces: list[Piece] = []
-        # With samples of many blocks' length, or of none, several blocks may begin at the same token; the last of them
-        # is the one that holds it.
-        stop = min(stop, int(self._starts[-1]))
-        number = int(np.searchsorted(self._starts, start, "right")) - 1
-        while start < stop:
-            block = self._block(number)
-            until = min(stop, int(self._starts[number + 1]))
-            pieces += _cut(block, start, until)
-            start, number = until, number + 1
-        return pieces
+        first = max(int(np.searchsorted(self._starts, start, "right")) - 1, 0)
+        last = min(int(np.searchsorted(self._starts, stop)), len(self._starts) - 1)
+        return [piece for number in range(first, last) for piece in self._block(number).between(start, stop)]
 
     def samples(self, first: int, stop: int) -> list[Piece]:
         """Return the samples at positions [``first``, ``stop``) of the epoch, as whole pieces."""
         samples = self._samples(first, stop)
-        pairs = zip(samples.tolist(), self._lengths_of(samples).tolist(), strict=True)
-        return [Piece(sample, length, 0, length) for sample, length in pairs]
+        return Block(samples, self._lengths_of(samples), samples).whole(0, len(samples))
 
     def _samples(self, first: int, stop: int) -> np.ndarray:
         positions = np.arange(first, max(first, min(stop, len(self))))
@@ -92,25 +100,13 @@ class EpochOrder:
         lengths = np.asarray(self._lengths[samples])
         return lengths if self._longest is None else np.minimum(lengths, self._longest)
 
-    def _expand(self, number: int) -> _Block:
+    def _expand(self, number: int) -> Block:
         # A block takes about a millisecond, and consecutive rows need the same one: hence the cache.
         samples = self._samples(number * BLOCK, (number + 1) * BLOCK)
         lengths = self._lengths_of(samples)
-        return _Block(samples, lengths, np.cumsum(lengths) + self._starts[number])
+        return Block(samples, lengths, np.cumsum(lengths) + self._starts[number])
 
 
 def shuffled(lengths: np.ndarray, longest: int | None, seed: int, index: int) -> EpochOrder:
     """Return the order of epoch ``index``: a function of the number of samples, ``seed`` and ``index``."""
     return EpochOrder(lengths, longest, KeyedPermutation(len(lengths), seed, Purpose.ORDER, index))
-
-
-def _cut(block: _Block, start: int, stop: int) -> list[Piece]:
-    """Return the pieces of tokens [``start``, ``stop``) of the stream, all of which are in ``block``."""
-    first, last = np.searchsorted(block.ends, (start + 1, stop))
-    some = slice(first, last + 1)
-    pieces = []
-    for sample, length, end in zip(*(column[some].tolist() for column in block), strict=True):
-        begin = end - length
-        if length:  # a sample without tokens has no piece
-            pieces.append(Piece(sample, length, max(start - begin, 0), min(stop, end) - begin))
-    return pieces

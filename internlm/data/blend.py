@@ -1,0 +1,227 @@
+"""Blend of several datasets into one endless sequence of samples, with given shares of the tokens.
+
+The sequence is that of worst-case fair weighted fair queueing (WF2Q; Bennett and Zhang 1996): of the datasets that have
+had at most their share so far, the one whose next sample would complete its share first is next. The tokens of each
+dataset then differ from its share by at most one sample, the longest, after any number of samples. Each dataset is
+shuffled anew for each of its epochs.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from internlm.data.order import Block, Piece
+from internlm.data.permutation import KeyedPermutation, Purpose
+from internlm.utils.errors import DataError, Problem
+
+BLOCK = 1 << 12  # items between two marks, from which a sequence is continued
+CACHED_BLOCKS = 8
+ROUNDING = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset of a blend."""
+
+    name: str
+    items: np.ndarray  # [n] indices of its items: samples, or rows that samples have been packed into
+    max_epochs: float | None = None  # passes over the items after which an error is raised
+
+
+class Phase(NamedTuple):
+    """Part of the sequence with fixed weights: it begins at a token, or at an item if items are counted."""
+
+    begin: int
+    weights: tuple[float, ...]  # positive or 0, one for each dataset
+
+
+class Mark(NamedTuple):
+    """State of the sequence before an item."""
+
+    item: int  # items before
+    token: int  # tokens before
+    phase: int  # index of the phase
+    phase_token: int  # tokens before the phase
+    used: tuple[int, ...]  # items of each dataset before
+    served: tuple[int, ...]  # tokens of each dataset in this phase
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the mark, for a checkpoint."""
+        return [*self[:4], *self.used, *self.served]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> Mark:
+        """Return the mark with these :meth:`numbers`."""
+        item, token, phase, phase_token, *counts = numbers
+        half = len(counts) // 2
+        return cls(item, token, phase, phase_token, tuple(counts[:half]), tuple(counts[half:]))
+
+
+def _token(mark: Mark) -> int:
+    return mark.token
+
+
+def _item(mark: Mark) -> int:
+    return mark.item
+
+
+class Blend:
+    """Endless sequence of items of several datasets.
+
+    Args:
+        datasets: The datasets.
+        lengths: Tokens of each item, int64 [number of items of all datasets].
+        longest: Number of tokens after which items are truncated; None: whole items.
+        seed: Seed of the order in each dataset.
+        by_items: Whether phases begin at items rather than at tokens.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], lengths: np.ndarray, longest: int | None, seed: int, by_items: bool
+    ) -> None:
+        self.datasets, self.by_items = datasets, by_items
+        self._lengths, self._longest, self._seed = lengths, longest, seed
+        self._lock = threading.RLock()
+        none = (0,) * len(datasets)
+        self.start(Mark(0, 0, 0, 0, none, none), [])
+
+    def start(self, mark: Mark, phases: Sequence[Phase]) -> None:
+        """Begin at ``mark``: what lies before it is forgotten, and ``phases`` replace the earlier ones."""
+        with self._lock:
+            self.phases = list(phases)
+            self._marks = [mark]
+            self._blocks: dict[int, Block] = {}
+
+    def between(self, start: int, stop: int) -> list[Piece]:
+        """Return the pieces that tokens [``start``, ``stop``) of the sequence consist of."""
+        with self._lock:
+            while self._marks[-1].token < stop:
+                self._block(len(self._marks) - 1)
+            first = bisect.bisect_right(self._marks, start, key=_token) - 1
+            last = bisect.bisect_left(self._marks, stop, key=_token)
+            return [piece for number in range(first, last) for piece in self._block(number).between(start, stop)]
+
+    def samples(self, first: int, stop: int) -> list[Piece]:
+        """Return the items at positions [``first``, ``stop``) of the sequence, as whole pieces."""
+        with self._lock:
+            while self._marks[-1].item < stop:
+                self._block(len(self._marks) - 1)
+            pieces: list[Piece] = []
+            while first < stop:
+                number, at = divmod(first - self._marks[0].item, BLOCK)
+                pieces += self._block(number).whole(at, at + stop - first)
+                first += BLOCK - at
+            return pieces
+
+    def mark_at(self, position: int) -> Mark:
+        """Return the mark of the item that holds token ``position``, or that is item ``position``."""
+        with self._lock:
+            place = _item if self.by_items else _token
+            while place(self._marks[-1]) <= position:
+                self._block(len(self._marks) - 1)
+            walk = _Walk(self, self._marks[bisect.bisect_right(self._marks, position, key=place) - 1])
+            while walk.end_of_next() <= position:
+                walk.take()
+            return walk.mark()
+
+    def _block(self, number: int) -> Block:
+        """Return the items from mark ``number`` to the next; append that mark if it does not exist yet."""
+        if number not in self._blocks:
+            walk = _Walk(self, self._marks[number])
+            pairs: list[tuple[int, int]] = []
+            try:
+                while len(pairs) < BLOCK:
+                    pairs.append(walk.take())
+            except DataError:  # what is before the end of a dataset can still be used
+                if not pairs:
+                    raise
+            items, lengths = np.array(pairs, np.int64).T
+            if len(self._blocks) == CACHED_BLOCKS:
+                del self._blocks[min(self._blocks)]  # training goes forward
+            self._blocks[number] = Block(items, lengths, np.cumsum(lengths) + self._marks[number].token)
+            if number + 1 == len(self._marks):
+                self._marks.append(walk.mark())
+        return self._blocks[number]
+
+    def items_of(self, number: int, first: int) -> Iterator[tuple[int, int]]:
+        """Yield items of a dataset with their lengths, from its ``first`` in all its epochs on.
+
+        Raises:
+            DataError: Its greatest number of epochs is over.
+        """
+        dataset = self.datasets[number]
+        size = len(dataset.items)
+        limit = None if dataset.max_epochs is None else int(dataset.max_epochs * size)
+        while True:
+            epoch, at = divmod(first, size)
+            permutation = KeyedPermutation(size, self._seed, Purpose.ORDER, epoch, number)
+            members = dataset.items[permutation(np.arange(at, min(at + BLOCK, size)))]
+            lengths = np.asarray(self._lengths[members])
+            if self._longest is not None:
+                lengths = np.minimum(lengths, self._longest)
+            for pair in zip(members.tolist(), lengths.tolist(), strict=True):
+                if limit is not None and first >= limit:
+                    message = f"{dataset.max_epochs} for {dataset.name!r} are used up after {limit} of its samples"
+                    todo = "Allow more, or give it a smaller weight in data.weights"
+                    raise DataError(Problem("data.max_epochs", message, todo))
+                yield pair
+                first += 1
+
+
+class _Walk:
+    """Walk along a blend, item by item, from a mark on."""
+
+    def __init__(self, blend: Blend, mark: Mark) -> None:
+        self._phases, self._by_items = blend.phases, blend.by_items
+        self._item, self.token, self._phase, self._phase_token = mark[:4]
+        self._used, self._served = list(mark.used), list(mark.served)
+        self._rests = [blend.items_of(number, count) for number, count in enumerate(mark.used)]
+        self._heads: list[tuple[int, int] | None] = [None] * len(mark.used)
+        self._next: int | None = None
+
+    def mark(self) -> Mark:
+        """Return the state before the next item."""
+        return Mark(self._item, self.token, self._phase, self._phase_token, tuple(self._used), tuple(self._served))
+
+    def end_of_next(self) -> int:
+        """Return the place after the next item: its number plus one, or the tokens up to its end."""
+        return self._item + 1 if self._by_items else self.token + self._head(self._choose())[1]
+
+    def take(self) -> tuple[int, int]:
+        """Take the next item; return it with its length."""
+        chosen = self._choose()
+        head = self._head(chosen)
+        self._heads[chosen] = self._next = None
+        self._item, self.token = self._item + 1, self.token + head[1]
+        self._used[chosen] += 1
+        self._served[chosen] += head[1]
+        return head
+
+    def _head(self, number: int) -> tuple[int, int]:
+        if (head := self._heads[number]) is None:
+            head = self._heads[number] = next(self._rests[number])
+        return head
+
+    def _choose(self) -> int:
+        """Return the number of the dataset whose item is next."""
+        if self._next is not None:
+            return self._next
+        place = self._item if self._by_items else self.token
+        while self._phase + 1 < len(self._phases) and place >= self._phases[self._phase + 1].begin:
+            self._phase, self._phase_token, self._served = self._phase + 1, self.token, [0] * len(self._used)
+        total, least = self.token - self._phase_token, math.inf
+        for number, weight in enumerate(self._phases[self._phase].weights):
+            # All cannot have had more than their shares; the factor is for the rounding of the shares.
+            if weight and self._served[number] <= weight * total * ROUNDING:
+                finish = (self._served[number] + self._head(number)[1]) / weight
+                if finish < least:
+                    self._next, least = number, finish
+        assert self._next is not None
+        return self._next
