@@ -65,7 +65,11 @@ def _default(key: str) -> str:
     if field.is_required():
         return "**required**"
     derived = any(derivation.target == key for derivation in DERIVATIONS)
-    return "derived" if derived and field.default is None else f"`{_compact(field.default)}`"
+    return (
+        "derived"
+        if derived and field.default is None
+        else f"`{_compact(field.get_default(call_default_factory=True))}`"
+    )
 
 
 def _compact(value: Any) -> str:

@@ -56,7 +56,16 @@ MATHEMATICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 #: Fields of the ``data`` section that determine the samples of a row.
-ROWS = ("seq_len", "micro_bsz", "use_packed_dataset", "pack_sample_into_one")
+ROWS = (
+    "seq_len",
+    "micro_bsz",
+    "use_packed_dataset",
+    "pack_sample_into_one",
+    "pack",
+    "weights",
+    "max_epochs",
+    "weight_changes",
+)
 #: Further fields of the ``data`` section that determine random samples.
 OF_RANDOM_DATA = ("fixed_random_dataset_seqlen",)
 #: Further fields of the ``data`` section that determine the documents of streamed data. The number of shards, which may

@@ -25,6 +25,7 @@ from internlm.config.keys import section_of, values
 from internlm.config.legacy import normalise
 from internlm.config.load import apply_overrides, execute_file, from_mapping, variables_of
 from internlm.config.messages import schema_problems
+from internlm.config.mixture import split_weights
 from internlm.config.nested_dict import NestedDict
 from internlm.config.rules import ALL_RULES, RunInfo
 from internlm.config.rules.data_rules import MICRO_NUM_READS, micro_num_of
@@ -154,6 +155,7 @@ def resolve(
     overridden = apply_overrides(raw, overrides, findings.problems)
     normalise(raw, findings)
     drop_unset_checkpoints(raw, findings)
+    split_weights(raw)
     _choose_layout(raw, world_size, overridden)
     problems, failed = _validate(raw)
     run = RunInfo(world_size, device_type)

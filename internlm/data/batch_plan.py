@@ -109,6 +109,7 @@ class BatchPlan:
         return batch
 
     def _micro_batches(self, rows: int) -> int:
+        # Rounded up: what does not fill a round of all ranks is padding.
         return self.round_size * -(-rows // (self.data_size * self.round_size))
 
     def _first_row(self, batch: int) -> int:

@@ -77,11 +77,12 @@ def pack(lengths: np.ndarray, seq_len: int, packed_length: int, seed: int, membe
         seed: Seed of the order in which samples are taken, so that a row has samples of several files.
         members: Indices of the samples to use; None: all.
     """
+    # In a shuffled order, as neighbours in a file are alike: a row then has samples from all over the dataset.
     members = np.arange(len(lengths)) if members is None else members
     permutation = KeyedPermutation(len(members), seed, Purpose.BINS)
     windows = (
         members[permutation(np.arange(first, min(first + WINDOW, len(members))))]
-        for first in range(0, len(members), WINDOW)
+        for first in range(0, max(len(members), 1), WINDOW)
     )
     return joined([_pack_window(lengths, window, seq_len, packed_length) for window in windows])
 
@@ -90,9 +91,13 @@ def joined(parts: list[Bins]) -> Bins:
     """Return the rows of all ``parts``, one part after the other."""
     before = np.cumsum([0, *(len(part.samples) for part in parts)])
     starts = [part.starts[:-1] + pieces for part, pieces in zip(parts, before, strict=False)]
-    columns = ([getattr(part, name) for part in parts] for name in ("samples", "parts", "tokens"))
     return Bins(
-        np.concatenate([*starts, before[-1:]]), *map(np.concatenate, columns), parts[0].lengths, parts[0].seq_len
+        starts=np.concatenate([*starts, before[-1:]]),
+        samples=np.concatenate([part.samples for part in parts]),
+        parts=np.concatenate([part.parts for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        lengths=parts[0].lengths,
+        seq_len=parts[0].seq_len,
     )
 
 
@@ -102,6 +107,7 @@ def _pack_window(lengths: np.ndarray, samples: np.ndarray, seq_len: int, packed_
     samples, whole = np.repeat(samples, counts), np.repeat(whole, counts)
     parts = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
     sizes = np.minimum(whole - parts * seq_len, seq_len)
+    # Stable sorts, so that equal samples keep their order on any version of NumPy.
     longest_first = np.argsort(-sizes, kind="stable")
     rows = _best_fit(sizes[longest_first].tolist(), packed_length)
     pieces = longest_first[np.argsort(rows, kind="stable")]
@@ -116,6 +122,7 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
     spaces: list[int] = []  # the different spaces that are left in rows, ascending
     rows_with: dict[int, list[int]] = {}  # rows by the space that is left in them
     result, count = [], 0
+    # A search tree over the spaces would be of no use: there are at most as many as tokens in a row, mostly few.
     for size in sizes:
         at = bisect.bisect_left(spaces, size)
         if at == len(spaces):

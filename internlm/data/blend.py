@@ -68,10 +68,6 @@ def _token(mark: Mark) -> int:
     return mark.token
 
 
-def _item(mark: Mark) -> int:
-    return mark.item
-
-
 class Blend:
     """Endless sequence of items of several datasets.
 
@@ -123,13 +119,16 @@ class Blend:
     def mark_at(self, position: int) -> Mark:
         """Return the mark of the item that holds token ``position``, or that is item ``position``."""
         with self._lock:
-            place = _item if self.by_items else _token
-            while place(self._marks[-1]) <= position:
+            while self.place(self._marks[-1]) <= position:
                 self._block(len(self._marks) - 1)
-            walk = _Walk(self, self._marks[bisect.bisect_right(self._marks, position, key=place) - 1])
+            walk = _Walk(self, self._marks[bisect.bisect_right(self._marks, position, key=self.place) - 1])
             while walk.end_of_next() <= position:
                 walk.take()
             return walk.mark()
+
+    def place(self, mark: Mark) -> int:
+        """Return where a mark is: in items or in tokens."""
+        return mark.item if self.by_items else mark.token
 
     def _block(self, number: int) -> Block:
         """Return the items from mark ``number`` to the next; append that mark if it does not exist yet."""
@@ -143,8 +142,9 @@ class Blend:
                 if not pairs:
                     raise
             items, lengths = np.array(pairs, np.int64).T
+            # The first one is dropped, since training goes forward; it can be made again from its mark.
             if len(self._blocks) == CACHED_BLOCKS:
-                del self._blocks[min(self._blocks)]  # training goes forward
+                del self._blocks[min(self._blocks)]
             self._blocks[number] = Block(items, lengths, np.cumsum(lengths) + self._marks[number].token)
             if number + 1 == len(self._marks):
                 self._marks.append(walk.mark())
@@ -156,6 +156,7 @@ class Blend:
         Raises:
             DataError: Its greatest number of epochs is over.
         """
+        # In blocks that end with an epoch: the permutation of the next one is another.
         dataset = self.datasets[number]
         size = len(dataset.items)
         limit = None if dataset.max_epochs is None else int(dataset.max_epochs * size)
@@ -211,11 +212,13 @@ class _Walk:
 
     def _choose(self) -> int:
         """Return the number of the dataset whose item is next."""
+        # Chosen when the end of the next item was asked for: the item has not been taken since.
         if self._next is not None:
             return self._next
         place = self._item if self._by_items else self.token
         while self._phase + 1 < len(self._phases) and place >= self._phases[self._phase + 1].begin:
             self._phase, self._phase_token, self._served = self._phase + 1, self.token, [0] * len(self._used)
+        # One pass over a few datasets: a heap of their finishes would be slower below some twenty.
         total, least = self.token - self._phase_token, math.inf
         for number, weight in enumerate(self._phases[self._phase].weights):
             # All cannot have had more than their shares; the factor is for the rounding of the shares.

@@ -9,10 +9,12 @@ from internlm.config.schema import DataConfig
 from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
+from internlm.data.blend_rows import BlendRows, Mixture
 from internlm.data.build_stream import build_stream_rows, build_valid_texts
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.megatron_files import MegatronTokens
-from internlm.data.packing import PackingLayout, RowShape, TrainingRows, TrainRows
+from internlm.data.packing import PackingLayout, RowShape
+from internlm.data.rows import TrainingRows, TrainRows
 from internlm.data.sources import RandomSource, SampleSource
 from internlm.data.token_files import TokenFormat, is_prefix
 from internlm.data.tokenized_source import TOKENIZED, TokenizedSource
@@ -22,6 +24,7 @@ from internlm.utils.logger import get_logger
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200
+TOLERANCE = 0.02
 
 
 def build_train_loader(
@@ -56,7 +59,7 @@ def build_train_loader(
         rampup=_rampup_in_rows(data, replica.size),
         skip=parse_skip_batches(data.skip_batches),
     )
-    rows = _train_rows(data, vocab_size, seed, plan.step_rows)
+    rows = _train_rows(data, vocab_size, seed, plan)
     return TrainLoader(rows, plan, replica.rank, data.total_steps, data.num_worker, sequence_shard), rows.types
 
 
@@ -98,14 +101,36 @@ def build_valid_loaders(
     }
 
 
-def _train_rows(data: DataConfig, vocab_size: int, seed: int, step_rows: int) -> TrainingRows:
+def _train_rows(data: DataConfig, vocab_size: int, seed: int, plan: BatchPlan) -> TrainingRows:
     if data.type == "streaming":
-        return build_stream_rows(data, row_shape(data), seed, vocab_size, step_rows)
+        return build_stream_rows(data, row_shape(data), seed, vocab_size, plan.step_rows)
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:
         source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
+    if data.weights:
+        return _blend_rows(data, source, seed, plan)
     return TrainRows(source, row_shape(data), seed)
+
+
+def _blend_rows(data: DataConfig, source: SampleSource, seed: int, plan: BatchPlan) -> BlendRows:
+    changes = ((0, data.weights), *((change.step, change.weights) for change in data.weight_changes))
+    # An unknown type is found here, before the model is built, and so is a type that would be repeated too often.
+    rows = BlendRows(source, row_shape(data), seed, Mixture(changes, data.max_epochs))
+    epochs = rows.epochs(plan, data.total_steps)
+    for name, largest in data.max_epochs.items():
+        # Padding takes part of the rows in some layouts, so that a little less may be needed.
+        if epochs.get(name, 0.0) > largest * (1 + TOLERANCE):
+            message = f"{largest:g} for {name!r}, but the {data.total_steps} steps need {epochs[name]:.4g}"
+            todo = "Allow more, lower its weight, or train for fewer steps"
+            raise DataError(Problem("data.max_epochs", message, todo))
+    if first_of_all_ranks("mixture of dataset types"):
+        for step, shares in rows.mixture.shares():
+            parts = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+            get_logger().info(f"dataset types from step {step} on: {parts}")
+        used = ", ".join(f"{name} {number:.4g}" for name, number in epochs.items())
+        get_logger().info(f"epochs of the dataset types in {data.total_steps} steps: {used}")
+    return rows
 
 
 def _rampup_in_rows(data: DataConfig, data_size: int) -> Rampup | None:
@@ -125,6 +150,8 @@ def row_shape(data: DataConfig) -> RowShape:
     """
     if not data.use_packed_dataset:
         layout = PackingLayout.PADDED
+    elif data.pack == "best_fit":
+        layout = PackingLayout.BEST_FIT
     else:
         layout = PackingLayout.WINDOWS if data.pack_sample_into_one else PackingLayout.PACKED
     return RowShape(data.seq_len, data.micro_bsz, layout)

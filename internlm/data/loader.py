@@ -14,8 +14,9 @@ import torch
 from internlm.accelerator import device_kind
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan, Position
-from internlm.data.packing import PackingLayout, Row, RowShape, TrainingRows, padding_row
+from internlm.data.packing import PackingLayout, Row, RowShape, padding_row
 from internlm.data.read_ahead import read_ahead
+from internlm.data.rows import TrainingRows
 from internlm.data.sources import ListsFiles
 from internlm.utils.compat import ReplacedNames
 from internlm.utils.errors import Problem, UserError
@@ -203,6 +204,7 @@ class TrainLoader(_RowLoader):
         super().__init__(rows, plan, data_rank, num_worker, sequence_shard)
         self.rows, self.types, self.fingerprint = rows, rows.types, rows.fingerprint
         self.state_is_sharded = rows.state_is_sharded
+        rows.follow(plan)
         self._total_steps, self._start = total_steps, 0
 
     def files(self) -> str:
@@ -217,6 +219,8 @@ class TrainLoader(_RowLoader):
         """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run."""
         self.rows.resume(position.row, position.state)
         self.plan = self.plan.resumed_at(position)
+        # After the state: the plan says where mixtures change from here on.
+        self.rows.follow(self.plan)
         self._start = position.step
 
     def __iter__(self) -> Iterator[Batch]:

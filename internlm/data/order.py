@@ -97,6 +97,7 @@ class EpochOrder:
         return positions if self._permutation is None else self._permutation(positions)
 
     def _lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        # Lengths are memory-mapped: only those of the block are read.
         lengths = np.asarray(self._lengths[samples])
         return lengths if self._longest is None else np.minimum(lengths, self._longest)
 

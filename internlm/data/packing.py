@@ -9,26 +9,20 @@ Shapes: P = packed_length = seq_len · micro_bsz, C sequence boundaries in a row
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from internlm.data.fingerprint import ORDER
-from internlm.data.order import EpochOrder, Piece, SampleOrder, shuffled
+from internlm.data.order import Piece, SampleOrder
 from internlm.data.provenance import TracedSpan, origin_of
-from internlm.data.sources import ListsFiles, SampleReader, SampleSource, input_ids
+from internlm.data.sources import SampleReader, SampleSource, input_ids
 
 IGNORED = -100  # label of a token without a loss; the ignore_index of torch.nn.functional.cross_entropy
 PAD = 0  # input id of padding
-
-
-ORDER_VERSION = 2  # part of the fingerprint: a run must not continue in another order
 
 
 class PackingLayout(str, Enum):
@@ -36,6 +30,7 @@ class PackingLayout(str, Enum):
 
     PACKED = "packed"  # one token stream; a sequence is a sample, split every seq_len tokens
     WINDOWS = "windows"  # one token stream; a sequence is a window of seq_len tokens, which may span samples
+    BEST_FIT = "best_fit"  # whole samples and, of those over seq_len, pieces of seq_len tokens; then padding
     PADDED = "padded"  # micro_bsz samples, each truncated or padded to seq_len
 
 
@@ -75,13 +70,6 @@ class Row(NamedTuple):
     cu_seqlens: np.ndarray  # [C] int32, sequence boundaries: 0, ..., P
 
 
-def count_rows(lengths: np.ndarray, shape: RowShape) -> int:
-    """Return the number of rows in an epoch, including the last one, which may be padded."""
-    if shape.layout is PackingLayout.PADDED:
-        return -(-len(lengths) // shape.micro_bsz)
-    return -(-int(lengths.sum()) // shape.packed_length)
-
-
 def make_row(source: SampleSource, order: SampleOrder, shape: RowShape, index: int) -> Row:
     """Create row ``index`` of an order; rows beyond the last one are all padding."""
     find_spans, _ = _LAYOUTS[shape.layout]
@@ -101,111 +89,13 @@ def padding_row(shape: RowShape) -> Row:
     return _padding(shape, _window_boundaries([], shape))
 
 
-class TrainingRows(Protocol):
-    """Protocol for the endless sequence of rows that a run trains on; row n is the same on all ranks and restarts."""
-
-    shape: RowShape
-    types: list[str]  # names of the dataset types
-    state_is_sharded: bool  # whether ranks have different parts of the state
-
-    def __len__(self) -> int:
-        """Return the number of rows in an epoch."""
-
-    def __getitem__(self, index: int) -> Row:
-        """Return row ``index``, counted from 0 over all epochs."""
-
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
-
-    def state(self, row: int) -> dict[str, list[int]]:
-        """Return what a later run needs, besides the index, to read on from ``row`` at once.
-
-        A checkpoint has the entries of all ranks if ``state_is_sharded``, and those of rank 0 otherwise.
-        """
-
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
-        """Read on from ``row``, with the :meth:`state` of all ranks there."""
-
-
-class TrainRows:
-    """Training rows of an unlimited number of epochs, each shuffled; row n is a function of (seed, data, shape, n)."""
-
-    state_is_sharded = False
-
-    def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
-        self.source, self.shape = source, shape
-        self.types = source.types
-        self.per_epoch = count_rows(source.lengths, shape)
-        assert self.per_epoch, "a source for training must contain tokens"
-        # Two epochs are in use while rows are read ahead across an epoch boundary.
-        self._epoch = functools.lru_cache(2)(functools.partial(shuffled, source.lengths, shape.longest_sample, seed))
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Return the number of rows in an epoch."""
-        return self.per_epoch
-
-    def __getitem__(self, index: int) -> Row:
-        """Return row ``index``, counted from 0 over all epochs."""
-        _check_index(index)
-        epoch_index, row = divmod(index, self.per_epoch)
-        with self._lock:  # lru_cache alone would let every waiting thread prepare the same epoch
-            epoch = self._epoch(epoch_index)
-        return make_row(self.source, epoch, self.shape, row)
-
-    def trace(self, index: int) -> list[TracedSpan]:
-        """Return the pieces of row ``index``, counted from 0 over all epochs, with the files that they are from."""
-        epoch_index, row = divmod(index, self.per_epoch)
-        find_spans, _ = _LAYOUTS[self.shape.layout]
-        return [
-            TracedSpan(
-                at, begin, stop, length, self.types[self.source.type_ids[sample]], origin_of(self.source, sample)
-            )
-            for (sample, length, begin, stop), at in find_spans(self._epoch(epoch_index), self.shape, row)
-        ]
-
-    def __iter__(self) -> Iterator[Row]:
-        """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""
-        return map(self.__getitem__, range(len(self)))
-
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
-        return f"{ORDER}:{ORDER_VERSION} {self.source.fingerprint()}"
-
-    def files(self) -> str:
-        """Return the list of the files for checkpoints; empty for data without files."""
-        return self.source.files() if isinstance(self.source, ListsFiles) else ""
-
-    def state(self, row: int) -> dict[str, list[int]]:
-        """Return nothing: a row is found from its index."""
-        return {}
-
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
-        """Do nothing."""
-
-
-class ValidRows:
-    """Validation rows of one epoch in source order; rows beyond its end are all padding."""
-
-    def __init__(self, source: SampleSource, shape: RowShape) -> None:
-        self.source, self.shape = source, shape
-        self._order = EpochOrder(source.lengths, shape.longest_sample, permutation=None)
-        self._count = count_rows(source.lengths, shape)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Row:
-        _check_index(index)
-        return make_row(self.source, self._order, self.shape, index)
-
-    def __iter__(self) -> Iterator[Row]:
-        return map(self.__getitem__, range(len(self)))
-
-
-def _check_index(index: int) -> None:
-    if index < 0:
-        raise IndexError(f"rows are counted from 0, got index {index}")
+def trace_row(source: SampleSource, order: SampleOrder, shape: RowShape, index: int) -> list[TracedSpan]:
+    """Return the pieces of row ``index`` of an order, with the files that they are from."""
+    find_spans, _ = _LAYOUTS[shape.layout]
+    return [
+        TracedSpan(at, begin, stop, length, source.types[source.type_ids[sample]], origin_of(source, sample))
+        for (sample, length, begin, stop), at in find_spans(order, shape, index)
+    ]
 
 
 # -- (1) spans
@@ -213,8 +103,18 @@ def _check_index(index: int) -> None:
 
 def _stream_spans(order: SampleOrder, shape: RowShape, index: int) -> list[SampleSpan]:
     """Find the sample spans of a row in the packed and windows layouts, where a row is a range of one token stream."""
-    start, at, spans = index * shape.packed_length, 0, []
-    for piece in order.between(start, start + shape.packed_length):
+    start = index * shape.packed_length
+    return _side_by_side(order.between(start, start + shape.packed_length))
+
+
+def _bin_spans(order: SampleOrder, shape: RowShape, index: int) -> list[SampleSpan]:
+    """Find the sample spans of a row in the best-fit layout, whose order is one of rows."""
+    return _side_by_side(order.samples(index, index + 1))
+
+
+def _side_by_side(pieces: Iterable[Piece]) -> list[SampleSpan]:
+    at, spans = 0, []
+    for piece in pieces:
         spans.append(SampleSpan(piece, at))
         at += piece.stop - piece.begin
     return spans
@@ -276,5 +176,6 @@ _FindBoundaries: TypeAlias = Callable[[list[SampleSpan], RowShape], list[int]]
 _LAYOUTS: dict[PackingLayout, tuple[_FindSpans, _FindBoundaries]] = {
     PackingLayout.PACKED: (_stream_spans, _sample_boundaries),
     PackingLayout.WINDOWS: (_stream_spans, _window_boundaries),
+    PackingLayout.BEST_FIT: (_bin_spans, _sample_boundaries),
     PackingLayout.PADDED: (_padded_spans, _window_boundaries),
 }

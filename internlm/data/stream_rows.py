@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from internlm.data.batch_plan import BatchPlan
 from internlm.data.order import Piece
 from internlm.data.packing import PackingLayout, Row, RowShape, SampleSpan, fill_row
 from internlm.data.shard_documents import Place, StreamedDocuments, TokenizedDocument, no_such_place
@@ -95,6 +96,9 @@ class StreamRows:
             if mark.row and (mark.row == wanted or mark == self._origins.get(shard)):
                 state[f"shard {shard} row {mark.row}"] = list(mark.place)
         return state
+
+    def follow(self, plan: BatchPlan) -> None:
+        """Do nothing: rows do not depend on their steps."""
 
     def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
         """Read on from ``row``, with the :meth:`state` of all ranks there.

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from internlm.data.loader import ValidLoader
-from internlm.data.packing import Row, RowShape, ValidRows, padding_row
+from internlm.data.packing import Row, RowShape, padding_row
+from internlm.data.rows import ValidRows
 from internlm.data.sources import OneType, SampleSource
 
 

@@ -88,7 +88,41 @@ def streams_have_texts_and_a_tokenizer(config: Config, run: RunInfo) -> Iterator
                 yield Problem(key, "missing, but data.type is 'streaming'", f"Set it to {meaning}")
 
 
+def weights_have_data(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that weights are for tokenized files, that one is positive, and that changes come in order."""
+    # Types are the sub-folders of tokenized files. Streams and random data have no index of samples by type.
+    data, changes = config.data, [dict(change) for change in config.data.weight_changes]
+    if (data.max_epochs or changes) and not data.weights:
+        key = "max_epochs" if data.max_epochs else "weight_changes"
+        yield Problem(f"data.{key}", "needs data.weights, which is empty", "Give the weights from the first step on")
+    if data.weights and (data.train_folder is None or data.type not in ("tokenized", "megatron")):
+        message = f"needs tokenized files with dataset types, got data.type = {data.type!r}"
+        message += " without data.train_folder" if data.train_folder is None else ""
+        yield Problem("data.weights", message, "Set data.train_folder, or remove the weights")
+    for key, weights in (("weights", data.weights), *(("weight_changes", change["weights"]) for change in changes)):
+        if weights and not any(weights.values()):
+            yield Problem(f"data.{key}", "all weights are 0", "Give at least one dataset type a positive weight")
+    steps = [change["step"] for change in changes]
+    if steps != sorted(set(steps)):
+        yield Problem("data.weight_changes", f"the steps {steps} are not ascending", "Sort the changes by step")
+
+
+def best_fit_packs(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that best-fit packing is not combined with layouts that do not pack whole samples."""
+    data = config.data
+    if data.pack != "best_fit":
+        return
+    if data.type == "streaming":
+        message = "'best_fit' needs the lengths of all samples, which data.type = 'streaming' does not have"
+        yield Problem("data.pack", message, "Tokenize the texts first, or remove the key")
+    if data.pack_sample_into_one or not data.use_packed_dataset:
+        key = "pack_sample_into_one = True" if data.pack_sample_into_one else "use_packed_dataset = False"
+        yield Problem("data.pack", f"'best_fit' does not go with data.{key}", "Remove one of the two keys")
+
+
 RULES = (
+    Rule(at("data", "weights", "max_epochs", "weight_changes", "type", "train_folder"), weights_have_data),
+    Rule(at("data", "pack", "pack_sample_into_one", "use_packed_dataset", "type"), best_fit_packs),
     Rule((*MICRO_NUM_READS, "data.micro_num"), global_batch_is_given_once),
     Rule(at("data", "global_batch", "micro_bsz"), global_batch_has_whole_rows),
     Rule(at("data", "skip_batches"), skip_batches_parses),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from internlm.config.schema.fields import Count, CountOrZero, PathText, Section, WebAddress
+from internlm.config.schema.fields import Count, CountOrZero, NonNegative, PathText, Positive, Section, WebAddress
 from internlm.config.schema.model import ModelConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -22,6 +22,15 @@ from internlm.config.schema.optim import (
 from internlm.config.schema.parallel import ParallelConfig
 
 CheckpointContent = Literal["model", "sampler", "optimizer", "scheduler", "all"]
+
+
+class WeightChange(Section):
+    """Entry of ``data.weight_changes``: the shares of the dataset types from a step on."""
+
+    step: Count
+    """First step with these weights."""
+    weights: Annotated[dict[str, NonNegative], Field(min_length=1)]
+    """Shares of the dataset types in the tokens, as in ``data.weights``."""
 
 
 class DataConfig(Section):
@@ -53,6 +62,17 @@ class DataConfig(Section):
     use_packed_dataset: bool = True
     """Pack samples without padding into micro-batches of ``seq_len`` · ``micro_bsz`` tokens. False: one sample per
     sequence, truncated or padded to ``seq_len``."""
+    pack: Literal["stream", "best_fit"] = "stream"
+    """Division of samples among micro-batches. ``stream``: one after the other, and cut where a micro-batch ends.
+    ``best_fit``: no sample of at most ``seq_len`` tokens is cut, and a little padding is left (arXiv 2404.10830)."""
+    weights: dict[str, NonNegative] = Field(default_factory=dict)
+    """Shares of the dataset types in the tokens, such as ``dict(en=0.7, code=0.3)``; types that are not named are not
+    used. Empty: all samples once in each epoch. A list of ``(type, weight, largest number of epochs or None)`` sets
+    ``max_epochs`` too, a list of ``(step, weights)`` sets ``weight_changes``."""
+    max_epochs: dict[str, Positive] = Field(default_factory=dict)
+    """Largest number of epochs of a dataset type, with ``weights``; a run that needs more is refused."""
+    weight_changes: tuple[WeightChange, ...] = ()
+    """Other weights, each from a step on."""
     skip_batches: str = ""
     """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
     rampup_batch_size: str = ""

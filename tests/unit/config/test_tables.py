@@ -59,7 +59,8 @@ def read_by(rule: Rule) -> set[str]:
     """Return keys and facts that ``rule`` reads, over configs in which it reads all of them."""
     seen: set[str] = set()
     plain_isp = {"parallel.tensor.mode": "isp", "parallel.weight.size": 2}
-    for changes in ({}, BUSIEST, plain_isp, {"parallel.pipeline.mode": "ZBV"}):
+    blend = {"data.weights": {"en": 1.0}, "data.train_folder": "data", "data.pack": "best_fit"}
+    for changes in ({}, BUSIEST, plain_isp, {"parallel.pipeline.mode": "ZBV"}, blend):
         config = load_config(config_of(changes), device_type="cpu")
         uneven = config.model_copy(update={"model": config.model.model_copy(update={"head_dim": None})})
         for example in (config, uneven):

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from internlm.cli.main import main
-from internlm.data.packing import IGNORED, PackingLayout, RowShape, ValidRows
+from internlm.data.packing import IGNORED, PackingLayout, RowShape
+from internlm.data.rows import ValidRows
 from internlm.data.tokenized_source import TokenizedSource
 from internlm.data.tokenizer import load_tokenizer
 

@@ -16,11 +16,9 @@ from internlm.data.packing import (
     PackingLayout,
     Row,
     RowShape,
-    TrainRows,
-    ValidRows,
-    count_rows,
     make_row,
 )
+from internlm.data.rows import TrainRows, ValidRows, items_of
 from internlm.data.sources import INPUT_ONLY_ZERO
 from internlm.data.tokenized_source import TokenizedSource
 from tests.unit.data.files import write_bin
@@ -154,8 +152,9 @@ def test_an_epoch_holds_each_token_once_with_the_next_as_label(lengths: list[int
 @given(lengths_of_samples, shapes)
 def test_windows_are_at_most_seq_len_and_positions_count_within_them(lengths: list[int], shape: RowShape) -> None:
     source = numbered(lengths)
-    epoch = shuffled(source.lengths, shape.longest_sample, seed=1, index=0)
-    for number in range(count_rows(source.lengths, shape) + 1):
+    items = items_of(source, shape, 1)
+    epoch = items.in_order(shuffled(items.lengths, shape.longest_sample, seed=1, index=0))
+    for number in range(items.count_rows(shape) + (shape.layout is not PackingLayout.BEST_FIT)):
         row = make_row(source, epoch, shape, number)
         sizes = np.diff(row.cu_seqlens)
         assert row.cu_seqlens[0] == 0

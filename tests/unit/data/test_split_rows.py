@@ -11,7 +11,8 @@ from internlm.config.schema import DataConfig
 from internlm.core.parallel.sharding import GroupPosition
 from internlm.data.build import build_train_loader, build_valid_loaders
 from internlm.data.loader import Batch, collate, split_rows
-from internlm.data.packing import PackingLayout, RowShape, ValidRows
+from internlm.data.packing import PackingLayout, RowShape
+from internlm.data.rows import ValidRows
 from tests.unit.data.test_packing import NONE, SAMPLES, A, B, C
 
 FIELDS = ("input_ids", "indexes", "type_ids")

@@ -1,0 +1,64 @@
+"""Best-fit packing: whole samples, little padding, and each token once in an epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm.data import best_fit
+from internlm.data.best_fit import joined, pack
+from internlm.data.packing import PackingLayout, RowShape
+from internlm.data.rows import TrainRows
+from tests.unit.data.test_packing import NONE, ListSource
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 12), st.integers(1, 4), st.integers(0, 9))
+def test_only_samples_that_are_too_long_are_cut(lengths: list[int], seq_len: int, micro_bsz: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_fit, "WINDOW", 16)
+        bins = pack(np.array(lengths, np.int64), seq_len, seq_len * micro_bsz, seed)
+    rows = [bins.pieces(row) for row in range(len(bins))]
+    assert [sum(p.stop - p.begin for p in row) for row in rows] == bins.tokens.tolist()
+    assert all(0 < tokens <= seq_len * micro_bsz for tokens in bins.tokens)
+    pieces = sorted((p.sample, p.begin, p.stop) for row in rows for p in row)
+    cuts = range(0, 40, seq_len)
+    assert pieces == [(i, cut, min(cut + seq_len, n)) for i, n in enumerate(lengths) for cut in cuts if cut < n]
+    assert all(piece.length == lengths[piece.sample] for row in rows for piece in row)
+
+
+def test_little_is_padding() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 5000)
+    bins = pack(lengths, 1024, 1024, seed=0)
+    assert lengths.sum() / (len(bins) * 1024) > 0.99
+    assert np.sort(bins.tokens)[:2].sum() > 1024
+
+
+def test_rows_of_parts_are_joined() -> None:
+    lengths = np.array([5, 3, 8, 2, 9])
+    parts = [pack(lengths, 8, 8, 0, np.array(members)) for members in ([0, 1], [2, 4], [3])]
+    both = joined(parts)
+    assert [both.pieces(row) for row in range(len(both))] == [p.pieces(r) for p in parts for r in range(len(p))]
+
+
+def test_a_row() -> None:
+    """The rest of a long sample has the next token as the label of its last piece, and attends to itself only."""
+    source = ListSource([*range(1, 11)], [21, 22], [31, 32, 33])
+    rows = TrainRows(source, RowShape(4, 2, PackingLayout.BEST_FIT), seed=0)
+    assert len(rows) == 2
+    long, short = sorted((rows[0], rows[1]), key=lambda row: row.input_ids[0])
+    assert long.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert long.labels.tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert long.cu_seqlens.tolist() == [0, 4, 8]
+    assert sorted(short.input_ids.tolist()) == [0, 9, 10, 21, 22, 31, 32, 33]
+    assert np.diff(short.cu_seqlens).tolist() == [3, 2, 2, 1]
+    assert short.labels.tolist().count(NONE) == 4
+
+
+def test_epochs_shuffle_the_rows() -> None:
+    source = ListSource(*([token] * 3 for token in range(1, 40)))
+    rows = TrainRows(source, RowShape(4, 1, PackingLayout.BEST_FIT), seed=0)
+    epochs = [[int(rows[epoch * 39 + row].input_ids[0]) for row in range(39)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(1, 40)]
+    assert epochs[0] != epochs[1]
