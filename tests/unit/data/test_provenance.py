@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.data.packing import PackingLayout, RowShape, TrainRows
+from internlm.data.packing import PackingLayout, RowShape
+from internlm.data.rows import TrainRows
 from internlm.data.provenance import Origin, TracedSpan
 from internlm.data.sources import RandomSource
 from internlm.data.tokenized_source import TokenizedSource
