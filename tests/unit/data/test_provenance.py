@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.data.packing import PackingLayout, RowShape
-from internlm.data.rows import TrainRows
 from internlm.data.provenance import Origin, TracedSpan
+from internlm.data.rows import TrainRows
 from internlm.data.sources import RandomSource
 from internlm.data.tokenized_source import TokenizedSource
 from tests.unit.data.files import write_bin
