@@ -110,7 +110,10 @@ def _train_rows(data: DataConfig, vocab_size: int, seed: int, plan: BatchPlan) -
         source = _tokenized(data, "data.train_folder", data.train_folder, vocab_size)
     if data.weights:
         return _blend_rows(data, source, seed, plan)
-    return TrainRows(source, row_shape(data), seed)
+    rows = TrainRows(source, row_shape(data), seed)
+    if data.train_folder is not None and first_of_all_ranks("rows of an epoch"):
+        get_logger().info(f"data.train_folder: {rows.description} ({rows.shape.layout.value})")
+    return rows
 
 
 def _blend_rows(data: DataConfig, source: SampleSource, seed: int, plan: BatchPlan) -> BlendRows:

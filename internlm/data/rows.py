@@ -17,6 +17,7 @@ from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_
 from internlm.data.provenance import TracedSpan
 from internlm.data.sources import ListsFiles, SampleSource
 
+SAMPLES_LOOKED_AT = 1 << 16
 ORDER_VERSION = 2  # part of the fingerprint: a run must not continue in another order
 
 
@@ -29,6 +30,21 @@ class Items(NamedTuple):
     def in_order(self, order: SampleOrder) -> SampleOrder:
         """Return the order of samples that follows from an order of the items."""
         return order if self.bins is None else BinOrder(self.bins, order)
+
+    def describe_rows(self, source_lengths: np.ndarray, shape: RowShape) -> str:
+        """Return what a log says of an epoch: its rows, the share that is padding, and the share of samples cut."""
+        rows = self.count_rows(shape)
+        used = np.minimum(source_lengths, shape.longest_sample) if shape.longest_sample else source_lengths
+        padding = 1 - int(used.sum()) / (rows * shape.packed_length)
+        if shape.layout in (PackingLayout.PACKED, PackingLayout.WINDOWS):
+            # Of the first samples in the order of the source, as if these were the epoch: where rows end is chance.
+            some = source_lengths[:SAMPLES_LOOKED_AT]
+            ends = np.cumsum(some)
+            size = shape.packed_length if shape.layout is PackingLayout.PACKED else shape.seq_len
+            cut = ((ends - some) // size != (ends - 1) // size) | (some > shape.seq_len)
+        else:
+            cut = source_lengths > shape.seq_len
+        return f"{rows} rows per epoch, {padding:.2%} padding, {cut.mean():.2%} of the samples cut"
 
     def count_rows(self, shape: RowShape) -> int:
         """Return the number of rows in an epoch, including the last one, which may be padded."""
@@ -94,6 +110,8 @@ class TrainRows:
         self._items = items_of(source, shape, seed)
         self.per_epoch = self._items.count_rows(shape)
         assert self.per_epoch, "a source for training must contain tokens"
+        #: Rows, padding and cuts of an epoch, for a log.
+        self.description = self._items.describe_rows(source.lengths, shape)
         # An epoch takes about 0.1 seconds per million samples, once. Two of them are in use while rows are read ahead
         # across an epoch boundary.
         self._epoch = functools.lru_cache(2)(self._make_epoch)

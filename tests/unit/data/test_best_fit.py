@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from internlm.data import best_fit
 from internlm.data.best_fit import joined, pack
 from internlm.data.packing import PackingLayout, RowShape
-from internlm.data.rows import TrainRows
-from tests.unit.data.test_packing import NONE, ListSource
+from internlm.data.rows import TrainRows, ValidRows
+from tests.unit.data.test_packing import NONE, SAMPLES, A, B, C, D, ListSource
 
 
 @given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 12), st.integers(1, 4), st.integers(0, 9))
@@ -54,6 +54,26 @@ def test_a_row() -> None:
     assert sorted(short.input_ids.tolist()) == [0, 9, 10, 21, 22, 31, 32, 33]
     assert np.diff(short.cu_seqlens).tolist() == [3, 2, 2, 1]
     assert short.labels.tolist().count(NONE) == 4
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (PackingLayout.BEST_FIT, "2 rows per epoch, 25.00% padding, 0.00% of the samples cut"),
+        (PackingLayout.PACKED, "2 rows per epoch, 25.00% padding, 25.00% of the samples cut"),
+        (PackingLayout.WINDOWS, "2 rows per epoch, 25.00% padding, 50.00% of the samples cut"),
+        (PackingLayout.PADDED, "2 rows per epoch, 25.00% padding, 0.00% of the samples cut"),
+    ],
+)
+def test_the_log_says_what_is_padding_and_what_is_cut(layout: PackingLayout, said: str) -> None:
+    """The example of the documentation: samples of 4, 7, 8 and 5 tokens."""
+    assert TrainRows(SAMPLES, RowShape(8, 2, layout), seed=0).description == said
+
+
+def test_the_example_of_the_documentation() -> None:
+    rows = [ValidRows(SAMPLES, RowShape(8, 2, PackingLayout.BEST_FIT))[index] for index in range(2)]
+    assert [row.input_ids.tolist() for row in rows] == [[*C, *B, 0], [*D, *A, *[0] * 7]]
+    assert [row.cu_seqlens.tolist() for row in rows] == [[0, 8, 15, 16], [0, 5, 9, 16]]
 
 
 def test_epochs_shuffle_the_rows() -> None:
