@@ -93,7 +93,10 @@ class TokenizedSource:
 
     def _check_ids(self, tokens: np.ndarray) -> None:
         size = self._vocab_size
-        if not len(tokens) or -size < tokens.min() <= tokens.max() < size:
+        # As unsigned numbers, negative ids are large: one pass suffices where there are none.
+        if not len(tokens) or np.maximum.reduce(tokens.view(np.uint64)) < size:
+            return
+        if -size < tokens.min() <= tokens.max() < size:
             return
         tokens = tokens[tokens != INPUT_ONLY_ZERO]
         largest = max(-int(tokens.min(initial=0)), int(tokens.max(initial=0)))  # not abs: that of -2^63 is negative

@@ -112,6 +112,13 @@ def test_token_0_as_an_input_only(layout: PackingLayout, tmp_path: Path) -> None
     assert row.labels.tolist() == [NONE, 8, 0, NONE, 9, NONE, NONE, NONE]
 
 
+@pytest.mark.parametrize("layout", [PackingLayout.PACKED, PackingLayout.WINDOWS])
+def test_a_negative_id_of_the_next_row_is_no_label(layout: PackingLayout) -> None:
+    row = row_of(layout, 0, ListSource([1, 2, 3, 4, -5, 6]), seq_len=4, micro_bsz=1)
+    assert row.input_ids.tolist() == [1, 2, 3, 4]
+    assert row.labels.tolist() == [2, 3, 4, NONE]
+
+
 @pytest.mark.parametrize("layout", PackingLayout)
 def test_beyond_the_last_row_there_are_pads(layout: PackingLayout) -> None:
     row = row_of(layout, 2)
