@@ -9,6 +9,7 @@ Shapes: P = packed_length = seq_len · micro_bsz, C sequence boundaries in a row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
