@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from internlm.data.sources import INPUT_ONLY_ZERO
 from internlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -74,20 +77,31 @@ def encode_chunk(recipe: Recipe, samples: Sequence[Sample]) -> Chunk:
     prompts = [prompt for prompt, _ in samples]
     texts = [text for _, text in samples]
     encoded = tokenizer.encode_batch(texts)
-    heads = tokenizer.encode_batch(prompts) if any(prompts) else [()] * len(samples)
-    # A table of decimal numbers is twice as fast as the json module, which would take 10 % of the time of tokenizing.
-    digits = _digits(recipe.vocab_size)
-    input_only = _input_only_digits(recipe.vocab_size) if any(prompts) else []
-    before = [digits[i] for i in recipe.before]
-    after = [digits[i] for i in recipe.after]
-    lines, counts = [], []
     # Prompt and text are encoded separately, since a token across their boundary would be in no prompt of an inference.
-    for head, ids in zip(heads, encoded, strict=True):
-        numbers = [*before, *map(input_only.__getitem__, head), *map(digits.__getitem__, ids), *after]
-        counts.append(len(numbers))
-        lines.append(b'{"tokens":[' + ",".join(numbers).encode() + b"]}\n")
+    heads = tokenizer.encode_batch(prompts) if any(prompts) else [[] for _ in samples]
+    numbers = _numbers(recipe.vocab_size)
+    before, after = _join([recipe.before, recipe.after], numbers)
+    parts = zip(_join(heads, _input_only_numbers(recipe.vocab_size)), _join(encoded, numbers), strict=True)
+    lines = [b'{"tokens":[' + (before + head + body + after)[:-1] + b"]}\n" for head, body in parts]
+    around = len(recipe.before) + len(recipe.after)
+    counts = [around + len(head) + len(ids) for head, ids in zip(heads, encoded, strict=True)]
     text_bytes = sum(len(text.encode()) for text in (*texts, *prompts))
     return Chunk(b"".join(lines), list(map(len, lines)), counts, text_bytes, sum(map(len, heads)))
+
+
+def _join(samples: Sequence[Sequence[int]], numbers: np.ndarray) -> list[bytes]:
+    """Return the ids of each sample in decimal, each followed by a comma.
+
+    Args:
+        samples: Token ids of each sample.
+        numbers: Text of each token id, padded with zero bytes to the same width.
+    """
+    # Twice as fast as the json module, which would take 10 % of the time of tokenizing: the table stays in the cache.
+    counts = list(map(len, samples))
+    ids = np.fromiter(chain.from_iterable(samples), np.int64, sum(counts))
+    joined = numbers[ids].tobytes()
+    ends = accumulate((count * numbers.itemsize for count in counts), initial=0)
+    return [joined[begin:end].translate(None, b"\0") for begin, end in pairwise(ends)]
 
 
 @functools.cache
@@ -97,11 +111,12 @@ def _tokenizer(path: str, parse_special_tokens: bool) -> Tokenizer:
 
 
 @functools.cache
-def _digits(vocab_size: int) -> list[str]:
-    return list(map(str, range(vocab_size)))
+def _numbers(vocab_size: int) -> np.ndarray:
+    """Return ``"ID,"`` for each token id."""
+    return np.array([f"{i}," for i in range(vocab_size)], "S8").view(np.int64)
 
 
 @functools.cache
-def _input_only_digits(vocab_size: int) -> list[str]:
-    """Return the numbers for tokens that are inputs only, by token id."""
-    return [str(INPUT_ONLY_ZERO), *(f"-{i}" for i in range(1, vocab_size))]
+def _input_only_numbers(vocab_size: int) -> np.ndarray:
+    """Return ``"-ID,"`` for each token id, of tokens that are inputs only."""
+    return np.array([f"{INPUT_ONLY_ZERO},", *(f"-{i}," for i in range(1, vocab_size))], bytes)
