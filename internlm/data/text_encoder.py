@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -76,11 +76,12 @@ def encode_chunk(recipe: Recipe, samples: Sequence[Sample]) -> Chunk:
     tokenizer = _tokenizer(recipe.tokenizer_path, recipe.parse_special_tokens)
     prompts = [prompt for prompt, _ in samples]
     texts = [text for _, text in samples]
-    encoded = tokenizer.encode_batch(texts)
+    encoded = tokenizer.encode_arrays(texts)
     # Prompt and text are encoded separately, since a token across their boundary would be in no prompt of an inference.
-    heads = tokenizer.encode_batch(prompts) if any(prompts) else [[] for _ in samples]
+    nothing = np.empty(0, np.int32)
+    heads = tokenizer.encode_arrays(prompts) if any(prompts) else [nothing] * len(samples)
     numbers = _numbers(recipe.vocab_size)
-    before, after = _join([recipe.before, recipe.after], numbers)
+    before, after = _join([np.array(ids, np.int32) for ids in (recipe.before, recipe.after)], numbers)
     parts = zip(_join(heads, _input_only_numbers(recipe.vocab_size)), _join(encoded, numbers), strict=True)
     lines = [b'{"tokens":[' + (before + head + body + after)[:-1] + b"]}\n" for head, body in parts]
     around = len(recipe.before) + len(recipe.after)
@@ -89,7 +90,7 @@ def encode_chunk(recipe: Recipe, samples: Sequence[Sample]) -> Chunk:
     return Chunk(b"".join(lines), list(map(len, lines)), counts, text_bytes, sum(map(len, heads)))
 
 
-def _join(samples: Sequence[Sequence[int]], numbers: np.ndarray) -> list[bytes]:
+def _join(samples: Sequence[np.ndarray], numbers: np.ndarray) -> list[bytes]:
     """Return the ids of each sample in decimal, each followed by a comma.
 
     Args:
@@ -98,8 +99,7 @@ def _join(samples: Sequence[Sequence[int]], numbers: np.ndarray) -> list[bytes]:
     """
     # Twice as fast as the json module, which would take 10 % of the time of tokenizing: the table stays in the cache.
     counts = list(map(len, samples))
-    ids = np.fromiter(chain.from_iterable(samples), np.int64, sum(counts))
-    joined = numbers[ids].tobytes()
+    joined = numbers[np.concatenate(samples)].tobytes()
     ends = accumulate((count * numbers.itemsize for count in counts), initial=0)
     return [joined[begin:end].translate(None, b"\0") for begin, end in pairwise(ends)]
 
@@ -112,7 +112,7 @@ def _tokenizer(path: str, parse_special_tokens: bool) -> Tokenizer:
 
 @functools.cache
 def _numbers(vocab_size: int) -> np.ndarray:
-    """Return ``"ID,"`` for each token id."""
+    """Return ``"ID,"`` for each token id, in 8 bytes: a load of an integer is faster than a copy of bytes."""
     return np.array([f"{i}," for i in range(vocab_size)], "S8").view(np.int64)
 
 
