@@ -18,6 +18,7 @@ from internlm.data.rows import TrainingRows, TrainRows
 from internlm.data.sources import RandomSource, SampleSource
 from internlm.data.token_files import TokenFormat, is_prefix
 from internlm.data.tokenized_source import TOKENIZED, TokenizedSource
+from internlm.data.tokenizer import check_vocabulary, load_tokenizer
 from internlm.data.valid_rows import rows_by_type
 from internlm.utils.errors import DataError, Problem, first_of_all_ranks
 from internlm.utils.logger import get_logger
@@ -49,9 +50,12 @@ def build_train_loader(
         The loader, and the names of the dataset types.
 
     Raises:
-        DataError: ``train_folder`` is missing, or a file in it is damaged.
+        DataError: ``train_folder`` is missing, a file in it is damaged, or the tokenizer is not that of the model.
     """
     _check_folders(data)
+    if data.tokenizer_path and data.train_folder and data.type != "streaming":
+        # Evaluations and other tools will decode the tokens with it.
+        check_vocabulary(load_tokenizer(data.tokenizer_path), vocab_size)
     plan = BatchPlan(
         step_rows=data.step_rows(replica.size),
         data_size=replica.size,

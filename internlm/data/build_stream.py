@@ -15,7 +15,7 @@ from internlm.data.text_encoder import Recipe, make_recipe
 from internlm.data.text_folder import Selection, find_text_files, fingerprint
 from internlm.data.text_reader import TextReader
 from internlm.data.text_units import Unit, divide
-from internlm.data.tokenizer import Tokenizer, load_tokenizer
+from internlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from internlm.utils.errors import DataError, Problem
 
 VALID_TEXTS = 256  # texts of a validation set that are tokenized at once
@@ -129,9 +129,5 @@ def _reader(data: DataConfig, selection: Selection) -> TextReader:
 def _tokenizer(data: DataConfig, vocab_size: int) -> tuple[Tokenizer, Recipe]:
     assert data.tokenizer_path is not None, "a rule of the config requires a tokenizer"
     tokenizer, recipe = load_tokenizer(data.tokenizer_path), make_recipe(data.tokenizer_path)
-    if tokenizer.vocab_size > vocab_size:
-        message = f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size is {vocab_size}"
-        raise DataError(
-            Problem("data.tokenizer_path", message, f"Set model.vocab_size to {tokenizer.vocab_size} or more")
-        )
+    check_vocabulary(tokenizer, vocab_size)
     return tokenizer, recipe

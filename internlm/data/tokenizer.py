@@ -81,6 +81,19 @@ def load_tokenizer(path: str, parse_special_tokens: bool = False) -> Tokenizer:
         raise DataError(Problem(str(file), f"is not a readable tokenizer ({error})", KINDS)) from error
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a model of ``vocab_size`` tokens has every token of the tokenizer of a config.
+
+    Raises:
+        DataError: The tokenizer has larger ids.
+    """
+    # A model may have more: vocabularies are padded to a multiple that suits the hardware.
+    if tokenizer.vocab_size > vocab_size:
+        message = f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size is {vocab_size}"
+        todo = f"Set model.vocab_size to {tokenizer.vocab_size} or more"
+        raise DataError(Problem("data.tokenizer_path", message, todo))
+
+
 def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """Return how many bytes of text each token stands for, in UTF-8.
 

@@ -102,8 +102,8 @@ class DataConfig(Section):
     num_worker: CountOrZero = 4
     """Number of threads that read batches ahead. 0: read in the training loop."""
     tokenizer_path: PathText | None = None
-    """Tokenizer of the data: a sentencepiece ``.model`` or a Hugging Face tokenizer folder. With tokenized data, it is
-    used only for bits per byte in validations and to show texts."""
+    """Tokenizer of the data: a sentencepiece ``.model`` or a Hugging Face tokenizer folder, all of whose ids are below
+    ``model.vocab_size``. With tokenized data, it is used only for bits per byte in validations and to show texts."""
     content_name: str = "text"
     """Column of streamed data that holds the text."""
     subset: str | None = None

@@ -112,6 +112,16 @@ def test_types_are_those_of_the_folders(folder: str) -> None:
     assert seen == {0, 1}
 
 
+def test_the_tokenizer_of_tokenized_data_fits_the_model(folder: str, sentencepiece_model: Path, tmp_path: Path) -> None:
+    settings = data(train_folder=folder, tokenizer_path=str(sentencepiece_model))
+    for vocab_size in (320, 384):  # as large as the tokenizer, and padded
+        build_train_loader(settings, vocab_size=vocab_size, seed=7, replica=ALONE)
+    with pytest.raises(DataError, match=r"data\.tokenizer_path: the tokenizer has ids up to 319, but .* is 319\. Set "):
+        build_train_loader(settings, vocab_size=319, seed=7, replica=ALONE)
+    with pytest.raises(DataError, match="none: no such file or folder"):
+        train(train_folder=folder, tokenizer_path=str(tmp_path / "none"))
+
+
 # -- a function of the step alone
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -50,7 +51,10 @@ def test_a_batch_is_encoded_text_by_text(sentencepiece_model: Path, hugging_face
     for path in (sentencepiece_model, hugging_face_folder):
         tokenizer = load_tokenizer(str(path))
         assert tokenizer.encode_batch([*TEXT, ""]) == [tokenizer.encode(text) for text in [*TEXT, ""]]
-        assert tokenizer.encode_batch([]) == []
+        assert tokenizer.encode_batch([]) == tokenizer.encode_arrays([]) == []
+        arrays = tokenizer.encode_arrays([*TEXT, ""])
+        assert [ids.tolist() for ids in arrays] == [tokenizer.encode(text) for text in [*TEXT, ""]]
+        assert all(np.issubdtype(ids.dtype, np.integer) for ids in arrays)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
@@ -65,6 +69,14 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: is not a readable tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_absurd_id(hugging_face_folder: Path, tmp_path: Path) -> None:
+    content = json.loads((hugging_face_folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["absurd"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"is not a readable tokenizer \(has token {2**31}, above 9999999\)"):
         load_tokenizer(str(tmp_path))
 
 
