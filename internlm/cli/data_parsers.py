@@ -6,7 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from internlm.cli.launch_options import add_launcher_options
 from internlm.cli.parsers import add_config, count, natural
+from internlm.utils.common import add_process_arguments
 
 
 def convert(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,20 @@ def show(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="PATH", help="tokenizer for --text (default: data.tokenizer_path)")
     add("--seed", type=natural, help="seed of the run (default: as saved in its checkpoints, else 1024)")
     add("--json", action="store_true", help="print JSON, with token ids if --text is given")
+
+
+def replay(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm data replay``."""
+    parser.description = (
+        "Run each micro-batch of a step by itself, with the parameters of the newest checkpoint at or before the step, "
+        "and print its loss and the norm of its gradient. Nothing is updated or saved. Processes are started as by "
+        "internlm train. Exit code: 0, or 2 for an error that you can fix."
+    )
+    add_config(parser)
+    _add_step(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_process_arguments(parser)
+    add_launcher_options(parser)
 
 
 def _add_step(parser: argparse.ArgumentParser) -> None:

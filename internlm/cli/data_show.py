@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from internlm.checkpoint.compatibility import other_samples
-from internlm.checkpoint.data_position import LocatedStep, StepEvidence, find_evidence, locate_step
-from internlm.checkpoint.locations import open_storage
-from internlm.checkpoint.saved_checkpoint import find_checkpoints
 from internlm.cli.ckpt_output import print_json, printable, reports_storage_errors, say, table
-from internlm.config import Config, check_runnable, load_config, masked_dict
+from internlm.cli.step_location import evidence_of, locate
+from internlm.config import Config, check_runnable, load_config, resolve
 from internlm.config.schema.parallel import round_size_of
 from internlm.core.context import ParallelMode
 from internlm.core.context.layout import Layout
@@ -22,11 +19,9 @@ from internlm.data.build import build_train_loader
 from internlm.data.loader import TrainLoader
 from internlm.data.provenance import TracedSpan
 from internlm.data.tokenizer import Tokenizer, load_tokenizer
-from internlm.utils.errors import CheckpointError, ConfigError, Problem, UserError
-from internlm.utils.logger import get_logger
+from internlm.utils.errors import ConfigError, Problem, UserError
 
 DEFAULT_SEED = 1024  # of the training arguments
-log = get_logger()
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ def show(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: The config or an option is invalid, the data has changed, or a checkpoint cannot be read.
     """
-    evidence = _evidence(arguments)
+    evidence = evidence_of(resolve(arguments.config, arguments.set).config, arguments.ckpt, arguments.step)
     # The batch of a step follows from the number of processes, unless data.global_batch is set.
     world = arguments.world or evidence.world_size
     if world is None:
@@ -77,46 +72,11 @@ def show(arguments: argparse.Namespace) -> None:
         _print(entry)
 
 
-def _evidence(arguments: argparse.Namespace) -> StepEvidence:
-    """Return what the checkpoints of the run show, which are those of ``--ckpt`` or of the config."""
-    if arguments.ckpt:
-        return find_evidence(arguments.ckpt, arguments.step)
-    config = load_config(arguments.config, arguments.set)
-    folder = config.ckpt.save_ckpt_folder
-    if folder is None or not find_checkpoints(open_storage(folder)):
-        return StepEvidence()
-    return find_evidence(folder, arguments.step)
-
-
 def _loader(config: Config, seed: int, data_size: int) -> TrainLoader:
     """Return the training loader of the first data-parallel rank."""
     round_size = round_size_of(config.parallel.pipeline, config.model.num_chunks)
     replica = GroupPosition(0, data_size)
     return build_train_loader(config.data, config.model.vocab_size, seed, replica, round_size=round_size)[0]
-
-
-def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: StepEvidence) -> LocatedStep:
-    """Let ``loader`` read ``step`` as the run has read it, and return how its rows were found.
-
-    Raises:
-        CheckpointError: The rows have changed since the checkpoint was saved.
-    """
-    checkpoint = evidence.before or evidence.after
-    if checkpoint is not None:
-        now = {"config": masked_dict(config), "data": loader.fingerprint(), "data_files": loader.files(), "seed": seed}
-        problems = list(other_samples(checkpoint.where, checkpoint.state.model_dump(), now))
-        if problems and not config.ckpt.allow_data_changes:
-            raise CheckpointError(*problems)
-        for problem in problems:
-            log.warning(problem)
-    located = locate_step(loader.plan, step, evidence)
-    if located.contradiction:
-        log.warning(f"{located.contradiction}. Pass the config and --world of the run that read step {step}")
-    # Rows that are not found from their index alone, such as streamed ones, are read on from the saved position.
-    if evidence.before is not None:
-        loader.resume(evidence.before.state.position)
-    loader.plan = located.plan
-    return located
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

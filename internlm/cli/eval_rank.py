@@ -13,13 +13,14 @@ from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.model_loading import load_model
 from internlm.cli.ckpt_output import checkpoints_of_folder, print_json, reports_storage_errors, say, table
+from internlm.cli.rank import join_ranks
 from internlm.config import masked_dict
 from internlm.core.context import global_context as gpc
 from internlm.core.scheduler import Scheduler, TokenCrossEntropy
 from internlm.eval import measure, token_bytes_of
 from internlm.eval.evaluate import Measured
 from internlm.initialize.build_trainer import build_scheduler
-from internlm.initialize.launch import initialize_distributed_env, leave_at_exit
+from internlm.initialize.launch import leave_at_exit
 from internlm.train.build_data import build_valid_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
@@ -42,18 +43,7 @@ def evaluate_rank(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: Something that the user can fix prevents the evaluation.
     """
-    initialize_distributed_env(
-        config=arguments.config,
-        launcher=arguments.launcher,
-        master_port=arguments.port,
-        seed=arguments.seed,
-        host=arguments.host,
-        backend=arguments.backend,
-        overrides=arguments.set,
-        rank=arguments.rank,
-        world_size=arguments.world_size,
-        local_rank=arguments.local_rank,
-    )
+    join_ranks(arguments)
     leave_at_exit()
     config = gpc.config
     loaders = build_valid_loader_with_data_type()

@@ -108,7 +108,7 @@ def train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("config_file", metavar="CONFIG", nargs="?", help="Python config file; it is executed")
     add_training_arguments(parser)
-    _add_launcher_options(parser)
+    add_launcher_options(parser)
 
 
 def evaluation(parser: argparse.ArgumentParser) -> None:
@@ -125,10 +125,11 @@ def evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_overrides(parser)
     add_process_arguments(parser)
-    _add_launcher_options(parser)
+    add_launcher_options(parser)
 
 
-def _add_launcher_options(parser: argparse.ArgumentParser) -> None:
+def add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of torchrun, which are collected as ``launcher_words``."""
     group = parser.add_argument_group("options of torchrun")
     for option in OPTIONS:
         flags = dict.fromkeys((option.flag, f"--{option.flag[2:].replace('-', '_')}"))

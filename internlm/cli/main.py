@@ -50,6 +50,7 @@ DATA_COMMANDS = (
     Command(
         "convert", "convert token files to another format", data_parsers.convert, "internlm.cli.data_files:convert"
     ),
+    Command("replay", "run the micro-batches of a step again", data_parsers.replay, "internlm.cli.replay:replay"),
     Command("show", "show which samples a step has read", data_parsers.show, "internlm.cli.data_show:show"),
 )
 
@@ -62,14 +63,14 @@ def ckpt(parser: argparse.ArgumentParser) -> None:
 
 def data(parser: argparse.ArgumentParser) -> None:
     """Add the commands of ``internlm data``."""
-    parser.description = "Examine and convert data, without a GPU and without other processes."
+    parser.description = "Examine and convert data."
     _add_commands(parser, "data_command", DATA_COMMANDS)
 
 
 COMMANDS = (
     Command("ckpt", "list, show, verify, compare and delete checkpoints", ckpt, ""),
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
-    Command("data", "show the data of a step, convert token files", data, ""),
+    Command("data", "show or replay the data of a step, convert token files", data, ""),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),

@@ -11,15 +11,14 @@ from internlm.train.build_data import build_train_loader_with_data_type, build_v
 from internlm.train.build_model import create_model
 
 
-def train_rank(arguments: argparse.Namespace) -> None:
-    """Build the model, the data loaders and the trainer, and train.
+def join_ranks(arguments: argparse.Namespace) -> None:
+    """Join the process group, with the config and the process that the arguments of a command name.
 
     Args:
-        arguments: Arguments of :func:`internlm.utils.common.get_default_parser`.
+        arguments: Arguments ``config`` and ``set``, and those of :func:`internlm.utils.common.add_process_arguments`.
 
     Raises:
-        UserError: Something that the user can fix prevents the run.
-        SystemExit: A request with an exit code stopped the run.
+        UserError: The config or an argument is wrong, or another rank cannot be reached.
     """
     initialize_distributed_env(
         config=arguments.config,
@@ -33,6 +32,19 @@ def train_rank(arguments: argparse.Namespace) -> None:
         world_size=arguments.world_size,
         local_rank=arguments.local_rank,
     )
+
+
+def train_rank(arguments: argparse.Namespace) -> None:
+    """Build the model, the data loaders and the trainer, and train.
+
+    Args:
+        arguments: Arguments of :func:`internlm.utils.common.get_default_parser`.
+
+    Raises:
+        UserError: Something that the user can fix prevents the run.
+        SystemExit: A request with an exit code stopped the run.
+    """
+    join_ranks(arguments)
     model = create_model(model_type=gpc.config.model_type, deferred=True)
     train_dl, dataset_types = build_train_loader_with_data_type()
     val_dls = build_valid_loader_with_data_type()

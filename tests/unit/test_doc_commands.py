@@ -41,7 +41,8 @@ class ParsedError(Exception):
 
 def internlm(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     get_parser().parse_args(arguments)
-    if arguments[0] not in ("dryrun", "eval", "verify", "tokenize", "train"):  # they start processes or read data
+    # The others start processes or read data.
+    if arguments[0] not in ("data", "dryrun", "eval", "verify", "tokenize", "train"):
         assert not main(arguments)
 
 

@@ -236,7 +236,7 @@ class HybridZeroOptimizer(ReplacedNames):
 
         # 2. Measure.
         scale = self.scaler.tensor
-        rows = [[] if self._is_copy(group) else row_norms(group.grad_shards) for group in self.groups]
+        rows = self._row_norms()
         norm = self._global_norm(rows) / scale
 
         # 3. Decide. The norm is the same number on every rank, so no further collective is needed to agree.
@@ -252,6 +252,21 @@ class HybridZeroOptimizer(ReplacedNames):
         # 5. Gather.
         self._gatherer.begin()
         return self.last_step
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Reduce the gradients and return their L2 norm, a float64 scalar on the device; nothing is updated.
+
+        Call it instead of :meth:`step`, after the backward passes. Collective.
+        """
+        self._are_gradients_used = True
+        self._gatherer.finish()
+        self._reducer.reduce()
+        return self._global_norm(self._row_norms()) / self.scaler.tensor
+
+    def _row_norms(self) -> list[list[Tensor]]:
+        """Return the norms of the rows of each group; none of a copy, whose elements another group has."""
+        return [[] if self._is_copy(group) else row_norms(group.grad_shards) for group in self.groups]
 
     def _outcome(self, norm: Tensor, skip: Tensor, scale: Tensor, rows: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the outcome of a step (see :class:`OptimizerStep`), which continues the counts of the last step."""
