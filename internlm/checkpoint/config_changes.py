@@ -111,8 +111,12 @@ def lines_to_log(
     changes = changed_settings(saved, run_info, world_size)
     for key, change in changes.items():
         if continues or key.removeprefix("model.") in MATHEMATICS:
-            level = logging.WARNING if key == GLOBAL_BATCH else logging.INFO
-            yield level, f"changed since {where} was saved: {key}: {change}"
+            line = f"changed since {where} was saved: {key}: {change}"
+            if key == GLOBAL_BATCH:
+                # Easily overlooked: with another tensor size, each of the fewer data ranks has as many as before.
+                yield logging.WARNING, f"{line}. Set data.global_batch to keep it on any number of ranks"
+            else:
+                yield logging.INFO, line
     if continues and (jump := learning_rate_jump(saved, run_info["config"])):
         causes = [key for key in changes if key == "adam.lr" or key.startswith("lr_scheduler.")]
         yield logging.WARNING, f"{jump}, because of another {' and '.join(causes) or 'schedule'}"

@@ -88,6 +88,23 @@ def test_the_same_global_batch_on_more_ranks_is_no_change() -> None:
     state = saved(config(data__micro_num=4), world_size=1)
     assert changes(state, world_size=2, data__micro_num=2) == {}
     assert changes(state, world_size=2, data__micro_num=4) == {"micro-batches of a global batch": "4 → 8"}
+    run_info = {"config": config(data__micro_num=4), "seed": 1024}
+    lines = lines_to_log("step-24", state, run_info, {"model", "sampler"}, 2)
+    assert list(lines) == [
+        (
+            logging.WARNING,
+            "changed since step-24 was saved: micro-batches of a global batch: 4 → 8. Set data.global_batch to keep it "
+            "on any number of ranks",
+        )
+    ]
+
+
+def test_a_given_global_batch_is_compared_on_any_number_of_ranks() -> None:
+    state = saved(config(data__global_batch=12), world_size=1)
+    assert changes(state, world_size=8, data__global_batch=12) == {}
+    sequences = config()["data"]["micro_bsz"]
+    change = {"micro-batches of a global batch": f"{12 // sequences} → {24 // sequences}"}
+    assert changes(state, world_size=1, data__global_batch=24) == change
 
 
 def test_another_version_of_torch() -> None:

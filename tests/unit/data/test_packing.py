@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -188,3 +190,30 @@ def test_rows_are_iterated_once_and_counted_from_0(rows: TrainRows | ValidRows) 
     assert tokens == [rows[index].input_ids.tolist() for index in range(2)]
     with pytest.raises(IndexError, match=r"^rows are counted from 0, got index -1$"):
         rows[-1]
+
+
+@pytest.mark.parametrize("layout", PackingLayout)
+def test_a_row_of_a_million_tokens_takes_memory_in_proportion_to_its_length(layout: PackingLayout) -> None:
+    def peak(size: int) -> float:
+        rows = TrainRows(Endless(), RowShape(size, 1, layout), seed=0)
+        tracemalloc.start()
+        rows[1]
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most / size
+
+    assert peak(1 << 20) < 1.2 * peak(1 << 16) < 120
+
+
+class Endless:
+    """Two long samples."""
+
+    types: ClassVar[list[str]] = ["x"]
+    lengths = np.array([5_000_000, 5_000_000])
+    type_ids = np.zeros(2, np.int16)
+
+    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.arange(begin, self.lengths[sample] if stop is None else stop)
+
+    def fingerprint(self) -> str:
+        return ""
