@@ -14,7 +14,7 @@ from internlm.data.fingerprint import ORDER
 from internlm.data.order import SampleOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
 from internlm.data.provenance import TracedSpan
-from internlm.data.rows import ORDER_VERSION, check_index
+from internlm.data.rows import ORDER_VERSION, Items, check_index
 from internlm.data.sources import ListsFiles, SampleSource
 from internlm.utils.errors import DataError, Problem
 
@@ -73,6 +73,9 @@ class BlendRows:
             members = np.split(np.arange(len(self._bins)), np.cumsum([len(some) for some in bins])[:-1])
         #: Tokens of each type.
         self.tokens = {name: int(self._lengths[some].sum()) for name, some in zip(names, members, strict=True)}
+        used = source.lengths[np.isin(source.type_ids, [source.types.index(name) for name in names])]
+        #: Rows, padding and cuts of one epoch of all types, for a log.
+        self.description = Items(used if self._bins is None else self._lengths, self._bins).describe_rows(used, shape)
         datasets = [
             Dataset(name, some, mixture.max_epochs.get(name)) for name, some in zip(names, members, strict=True)
         ]

@@ -136,6 +136,7 @@ def _blend_rows(data: DataConfig, source: SampleSource, seed: int, plan: BatchPl
             parts = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
             get_logger().info(f"dataset types from step {step} on: {parts}")
         used = ", ".join(f"{name} {number:.4g}" for name, number in epochs.items())
+        get_logger().info(f"data.train_folder: {rows.description} ({rows.shape.layout.value})")
         get_logger().info(f"epochs of the dataset types in {data.total_steps} steps: {used}")
     return rows
 
