@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from internlm.config.schema import DataConfig
 from internlm.config.schema.root import WeightChange
 from internlm.core.parallel.sharding import GroupPosition
+from internlm.data import blend
 from internlm.data.batch_plan import START, Position
 from internlm.data.build import build_train_loader
 from internlm.data.loader import TrainLoader
@@ -40,6 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, size in SIZES.items():
         write_bin(root / name / "a.bin", [[next(tokens)] * int(random.integers(2, 21)) for _ in range(size)])
     return str(root)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_blocks() -> Iterator[None]:
+    """Blocks of few samples, as the types have few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend, "BLOCK", 64)
+        yield
 
 
 def loader(folder: str, rank: int, size: int, **more: Any) -> TrainLoader:

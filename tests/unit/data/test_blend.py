@@ -28,7 +28,7 @@ def short_blocks() -> Iterator[None]:
 @st.composite
 def blends(draw: st.DrawFn, **settings: Any) -> tuple[Blend, np.ndarray, list[np.ndarray], list[Phase]]:
     """Draw a blend with the lengths of all items, the items of each dataset, and the phases."""
-    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    sizes = draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
     lengths = np.array(draw(st.lists(st.integers(1, 30), min_size=sum(sizes), max_size=sum(sizes))))
     members = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     by_items = draw(st.booleans())

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from internlm.config import load_config
+from internlm.config.schema import DataConfig
+from internlm.config.schema.root import WeightChange
 from internlm.core.parallel.sharding import GroupPosition
+from internlm.data import blend
 from internlm.data.batch_plan import Position
 from internlm.data.build import build_train_loader
 from internlm.data.loader import TrainLoader
@@ -36,11 +39,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
+@pytest.fixture(autouse=True)
+def short_blocks() -> Iterator[None]:
+    """Blocks of few samples, as the types have few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend, "BLOCK", 64)
+        yield
+
+
 def loader(folder: str, rank: int = 0, size: int = 1, **settings: Any) -> TrainLoader:
-    data = {"data.train_folder": folder, "data.seq_len": 16, "data.micro_num": None, "data.global_batch": 8}
-    changes = {**data, **{f"data.{key}": value for key, value in settings.items()}}
-    config = load_config(config_of(changes), world_size=size)
-    return build_train_loader(config.data, 100, seed=3, replica=GroupPosition(rank, size))[0]
+    data = {"seq_len": 16, "micro_bsz": 2, "global_batch": 8, "total_steps": 100, "num_worker": 0, **settings}
+    config = DataConfig(train_folder=folder, **data)
+    return build_train_loader(config, 100, seed=3, replica=GroupPosition(rank, size))[0]
+
+
+def changes(*rows: tuple[int, dict[str, float]]) -> dict[str, Any]:
+    """A mixture that changes: (step, weights)."""
+    return {"weights": rows[0][1], "weight_changes": tuple(WeightChange(step=s, weights=w) for s, w in rows[1:])}
 
 
 def tokens_by_type(made: TrainLoader, steps: range) -> np.ndarray:
@@ -64,8 +79,7 @@ def test_tokens_have_their_shares(folder: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resumed_runs_go_on_on_any_number_of_ranks(folder: str, layout: str) -> None:
     settings = {
-        "weights": {"en": 1, "code": 1},
-        "weight_changes": [{"step": 6, "weights": {"math": 1}}, {"step": 11, "weights": {"en": 1, "math": 3}}],
+        **changes((0, {"en": 1, "code": 1}), (6, {"math": 1}), (11, {"en": 1, "math": 3})),
         **LAYOUTS[layout],
     }
     straight = loader(folder, **settings)
@@ -83,7 +97,7 @@ def test_resumed_runs_go_on_on_any_number_of_ranks(folder: str, layout: str) -> 
 
 
 def test_a_mixture_changes_at_its_step(folder: str) -> None:
-    made = loader(folder, weights=[(0, {"en": 1}), (5, {"code": 1}), (8, {"math": 1})])
+    made = loader(folder, **changes((0, {"en": 1}), (5, {"code": 1}), (8, {"math": 1})))
     en, code, math = (tokens_by_type(made, steps) for steps in (range(5), range(5, 8), range(8, 12)))
     # A sample that is cut at the end of a step continues in the next.
     assert (en[1:].sum(), code[2], math[0]) == (0, 0, 0)
@@ -104,8 +118,11 @@ def test_a_run_whose_data_have_changed_follows_the_sequence_from_its_beginning(f
             {"weights": {"de": 1}},
             "data.weights: 'de' is no dataset type of data.train_folder, only code, en",
         ),
-        ({"weights": [("en", 1, 0.5)]}, "data.max_epochs: 0.5 for 'en', but the 100 steps need "),
-        ({"weights": [("en", 1), ("jp", 0, 2)]}, "data.weights: 'jp' is no dataset type of data.train_folder, only"),
+        ({"weights": {"en": 1}, "max_epochs": {"en": 0.5}}, "data.max_epochs: 0.5 for 'en', but the 100 steps need "),
+        (
+            {"weights": {"en": 1}, "max_epochs": {"jp": 2}},
+            "data.weights: 'jp' is no dataset type of data.train_folder, only",
+        ),
     ],
 )
 def test_wrong_mixtures(folder: str, settings: dict[str, Any], said: str) -> None:
@@ -143,3 +160,16 @@ def test_a_position_that_does_not_fit_is_refused(folder: str, numbers: list[int]
 def test_wrong_configs(settings: dict[str, Any], said: str) -> None:
     problems = problems_of({f"data.{key}": value for key, value in settings.items()})
     assert any(problem.startswith(said) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("weights", "split"),
+    [
+        ([("en", 0.7, 2), ["code", 0.3]], ({"en": 0.7, "code": 0.3}, {"en": 2.0}, ())),
+        ([(0, {"en": 1}), (5, {"code": 1})], ({"en": 1.0}, {}, ((5, {"code": 1.0}),))),
+    ],
+)
+def test_spellings_of_weights(weights: list[Any], split: tuple[Any, ...]) -> None:
+    data = load_config(config_of({"data.weights": weights, "data.train_folder": "x"})).data
+    found = tuple((change.step, change.weights) for change in data.weight_changes)
+    assert (data.weights, data.max_epochs, found) == split
