@@ -81,6 +81,11 @@ class EpochOrder:
         blocks = range(0, len(self), BLOCK)
         return np.cumsum([0, *(int(self._lengths_of(self._samples(first, first + BLOCK)).sum()) for first in blocks)])
 
+    def prepare(self) -> EpochOrder:
+        """Return this order with its prefix sums, which threads would otherwise all compute at their first use."""
+        _ = self._starts
+        return self
+
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces that tokens [``start``, ``stop``) of the epoch consist of; none beyond its end."""
         first = max(int(np.searchsorted(self._starts, start, "right")) - 1, 0)

@@ -119,7 +119,9 @@ class TrainRows:
 
     def _make_epoch(self, index: int) -> SampleOrder:
         lengths, longest = self._items.lengths, self.shape.longest_sample
-        return self._items.in_order(shuffled(lengths, longest, self._seed, index))
+        order = shuffled(lengths, longest, self._seed, index)
+        is_stream = self.shape.layout in (PackingLayout.PACKED, PackingLayout.WINDOWS)
+        return self._items.in_order(order.prepare() if is_stream else order)
 
     def __len__(self) -> int:
         """Return the number of rows in an epoch."""
