@@ -123,8 +123,10 @@ def _record_of(checkpoint: SavedCheckpoint, step: int) -> StepRows | None:
     folder = checkpoint.state.run_folder
     if not folder:
         return None
-    found = None
-    with suppress(OSError, UnicodeError), (Path(folder) / "metrics.jsonl").open(encoding="utf-8") as lines:
+    found, path = None, Path(folder) / "metrics.jsonl"
+    if not path.is_file():  # the checkpoint may come from elsewhere
+        return None
+    with suppress(OSError, UnicodeError), path.open(encoding="utf-8") as lines:
         for line in lines:
             if f'"step": {step},' not in line:  # parsing all lines of a long run takes minutes
                 continue

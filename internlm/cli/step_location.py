@@ -39,7 +39,7 @@ def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: 
     Raises:
         CheckpointError: The rows have changed since the checkpoint was saved.
     """
-    checkpoint = evidence.before or evidence.after
+    checkpoint, problems = evidence.before or evidence.after, []
     if checkpoint is not None:
         now = {"config": masked_dict(config), "data": loader.fingerprint(), "data_files": loader.files(), "seed": seed}
         problems = list(other_samples(checkpoint.where, checkpoint.state.model_dump(), now))
@@ -52,6 +52,12 @@ def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: 
         log.warning(f"{located.contradiction}. Pass the config and --world of the run that read step {step}")
     # Rows that are not found from their index alone, such as streamed ones, are read on from the saved position.
     if evidence.before is not None:
-        loader.resume(evidence.before.state.position)
+        position = evidence.before.state.position
+        loader.resume(position._replace(state={}) if problems else position)
+    if config.data.weight_changes and loader.plan.rows_of_step(step) != located.plan.rows_of_step(step):
+        message = (
+            "the batch size differs from that of this config, by which the rows are found where the weights change"
+        )
+        log.warning(f"data.weight_changes: {message}. Pass the config of the run that read step {step}")
     loader.plan = located.plan
     return located
