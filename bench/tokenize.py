@@ -2,7 +2,8 @@
 
 ``python -m bench.tokenize [--megabytes 24] [--rounds 3] [--workers 2]`` prints JSON. The texts are sources of Python's
 library, and both tokenizers are trained on them. All measurements of a kind take turns in one run; figures are medians
-over the rounds, in MB of text per second.
+over the rounds, in MB of text per second, and in MB per second of CPU time of all processes together, which other
+programs of the machine disturb less.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import redirect_stdout
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 # Read by the tokenizers package: one thread in each process, as in those of the command.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -29,6 +31,24 @@ from internlm.cli.main import main as internlm
 VOCAB_SIZE = 16_384
 LONGEST_TEXT = 4_000  # characters
 KINDS = ("sentencepiece", "hugging_face")
+
+
+class Seconds(NamedTuple):
+    """Time of a run."""
+
+    wall: float
+    cpu: float  # of all processes together
+
+
+def now() -> Seconds:
+    """Return the time, and the CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return Seconds(time.perf_counter(), sum(times[:4]))
+
+
+def since(start: Seconds) -> Seconds:
+    """Return the times since ``start``."""
+    return Seconds(*(stop - begin for begin, stop in zip(start, now(), strict=True)))
 
 
 def read_texts(megabytes: float) -> list[str]:
@@ -81,37 +101,38 @@ def train(kind: str, texts: Sequence[str], folder: Path) -> Path:
     return folder
 
 
-def run_package(kind: str, path: Path, texts: list[str]) -> float:
-    """Return the seconds that the tokenizer package alone takes for texts in memory, with one thread."""
+def run_package(kind: str, path: Path, texts: list[str]) -> Seconds:
+    """Return the time that the tokenizer package alone takes for texts in memory, with one thread."""
     if kind == "sentencepiece":
         import sentencepiece
 
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        start = time.perf_counter()
+        start = now()
         model.encode(texts, num_threads=1)
     else:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        start = time.perf_counter()
+        start = now()
         tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return time.perf_counter() - start
+    return since(start)
 
 
-def run_packages(kind: str, path: Path, texts: list[str], workers: int) -> float:
-    """Return the seconds until ``workers`` processes at once have tokenized a part of the texts each."""
+def run_packages(kind: str, path: Path, texts: list[str], workers: int) -> Seconds:
+    """Return the time until ``workers`` processes at once have tokenized a part of the texts each."""
     parts = [(kind, path, texts[worker::workers]) for worker in range(workers)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return max(pool.starmap(run_package, parts, chunksize=1))
+        times = pool.starmap(run_package, parts, chunksize=1)
+    return Seconds(max(each.wall for each in times), sum(each.cpu for each in times))
 
 
-def run_command(path: Path, texts: Path, output: Path, workers: int) -> float:
-    """Return the seconds of ``internlm tokenize`` from a file to a file, with the start of its processes."""
+def run_command(path: Path, texts: Path, output: Path, workers: int) -> Seconds:
+    """Return the time of ``internlm tokenize`` from a file to a file, with the start of its processes."""
     arguments = ["--text_input_path", str(texts), "--tokenizer_path", str(path), "--bin_output_path", str(output)]
-    start = time.perf_counter()
+    start = now()
     with redirect_stdout(io.StringIO()):
         internlm(["tokenize", *arguments, "--num_workers", str(workers)])
-    return time.perf_counter() - start
+    return since(start)
 
 
 def measure(kind: str, texts: list[str], folder: Path, rounds: int, workers: int) -> dict[str, float]:
@@ -120,22 +141,30 @@ def measure(kind: str, texts: list[str], folder: Path, rounds: int, workers: int
     file, output = folder / "texts.jsonl", folder / "out.bin"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    runs: dict[str, Callable[[], float]] = {
-        "package": lambda: run_package(kind, path, texts),
-        "command": lambda: run_command(path, file, output, 1),
-        f"package in {workers} processes": lambda: run_packages(kind, path, texts, workers),
-        f"command with {workers} workers": lambda: run_command(path, file, output, workers),
+    alone, command = "package", "command"
+    package_processes, command_workers = f"package in {workers} processes", f"command with {workers} workers"
+    runs: dict[str, Callable[[], Seconds]] = {
+        alone: lambda: run_package(kind, path, texts),
+        command: lambda: run_command(path, file, output, 1),
+        package_processes: lambda: run_packages(kind, path, texts, workers),
+        command_workers: lambda: run_command(path, file, output, workers),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[Seconds]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(run())
-    speeds = {name: megabytes / median(values) for name, values in seconds.items()}
-    alone, command, together, commands = speeds.values()
-    speeds["command / package"] = command / alone
-    speeds[f"command with {workers} workers / ({workers} · package)"] = commands / workers / alone
-    speeds[f"command with {workers} workers / package in {workers} processes"] = commands / together
-    return {name: round(value, 3) for name, value in speeds.items()}
+            times[name].append(run())
+    wall = {name: megabytes / median(each.wall for each in values) for name, values in times.items()}
+    cpu = {name: megabytes / median(each.cpu for each in values) for name, values in times.items()}
+    figures = {
+        **wall,
+        f"{command} / {alone}": wall[command] / wall[alone],
+        f"{command_workers} / {workers} x {alone}": wall[command_workers] / workers / wall[alone],
+        f"{command_workers} / {package_processes}": wall[command_workers] / wall[package_processes],
+        **{f"{name}, CPU": speed for name, speed in cpu.items()},
+        f"{command} / {alone}, CPU": cpu[command] / cpu[alone],
+        f"{command_workers} / {package_processes}, CPU": cpu[command_workers] / cpu[package_processes],
+    }
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def main() -> None:
