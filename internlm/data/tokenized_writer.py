@@ -10,6 +10,7 @@ import functools
 import math
 import multiprocessing
 import os
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -111,12 +112,25 @@ def _encode_all(work: Iterator[_Work], recipe: Recipe, workers: int) -> Iterator
         yield from map(encode, chain(first, work))
         return
     # Processes, because most tokenizers hold the GIL; spawned, because a fork copies locks that threads hold.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from in_order(pool, encode, chain(first, work), ahead=CHUNKS_AHEAD * workers)
         except BrokenProcessPool as error:
             message = "a worker process died, possibly for lack of memory"
             raise UserError(Problem("--num_workers", message, f"Pass fewer than {workers}")) from error
+
+
+def _end_with_parent() -> None:
+    """Start a thread that ends this worker when its parent has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encode(recipe: Recipe, work: _Work) -> tuple[int, Chunk]:

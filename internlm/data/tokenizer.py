@@ -164,8 +164,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """Tokenizer of a Hugging Face ``tokenizer.json``.
 
-    The bos and eos tokens are read from ``tokenizer_config.json`` in the same folder. Settings for truncation, padding
-    and added special tokens are switched off: they are meant for the inputs of one model, not for its training data.
+    The bos and eos tokens are read from ``tokenizer_config.json`` or, in older folders, ``special_tokens_map.json`` in
+    the same folder. Settings for truncation, padding, dropout and added special tokens are switched off: they are meant
+    for one use of a model, not for its training data.
     """
 
     def __init__(self, file: Path, parse_special_tokens: bool = False) -> None:
@@ -173,11 +174,12 @@ class HuggingFaceTokenizer:
         content = json.loads(file.read_text(encoding="utf-8"))
         # In the file, rather than by the package's methods, since a post-processor cannot be removed by one.
         content.update(truncation=None, padding=None, post_processor=None)
-        config = file.with_name("tokenizer_config.json")
-        names: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if content["model"].get("dropout"):
+            content["model"]["dropout"] = None  # which would draw the tokens of a text at random
+        names = {**_load_json(file, "special_tokens_map.json"), **_load_json(file, "tokenizer_config.json")}
         bos, eos = _name(names.get("bos_token")), _name(names.get("eos_token"))
         for token in content["added_tokens"]:  # bos and eos are special, even if this file does not mark them so
-            token["special"] = token["special"] or token["content"] in (bos, eos)
+            token["special"] = bool(token.get("special")) or token["content"] in (bos, eos)
         self._tokenizer = self._encoder = tokenizers.Tokenizer.from_str(json.dumps(content))
         # Not the number of entries: ids may have gaps, and vocab_size must exceed all of them.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
@@ -287,6 +289,12 @@ def _without_names(content: dict[str, Any], names: set[str]) -> dict[str, Any]:
     # Added tokens beyond the model's vocabulary stay: the ids of later ones depend on them.
     added = [token for token in content["added_tokens"] if token["content"] not in names & known]
     return {**content, "model": model, "added_tokens": added}
+
+
+def _load_json(file: Path, name: str) -> dict[str, Any]:
+    """Return the content of the JSON file ``name`` beside ``file``; without such a file, nothing."""
+    path = file.with_name(name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _name(token: str | dict[str, Any] | None) -> str | None:

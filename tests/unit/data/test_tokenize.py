@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from internlm.cli.main import get_parser, run
+from internlm.data.text_encoder import make_recipe
 from internlm.data.tokenized_source import TokenizedSource
+from internlm.data.tokenized_writer import tokenize_samples
 from internlm.data.tokenizer import load_tokenizer
-from internlm.utils.errors import DataError
+from internlm.utils.errors import DataError, UserError
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["the quick brown fox", "  pack my box ", "über\u2028naïve café"]
@@ -222,6 +226,64 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, sentencepiece_model: Pa
     tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model)
     assert len(samples(out)) == 1
     assert sorted(path.name for path in out.parent.glob("x*")) == ["x.bin", "x.bin.meta"]
+
+
+def test_a_worker_that_dies_ends_the_command(
+    tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm.data.tokenized_writer.CHUNK_CHARACTERS", 10)
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for _ in range(1000):
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            yield "", "pack my box"
+
+    with pytest.raises(UserError, match=r"--num_workers: a worker process died, possibly for .* Pass fewer than 2"):
+        tokenize_samples(texts(), [tmp_path / "x.bin"], make_recipe(str(sentencepiece_model)), workers=2)
+    assert not list(tmp_path.glob("*"))
+
+
+ENDLESS = """
+import itertools, sys
+from pathlib import Path
+from internlm.data.text_encoder import make_recipe
+from internlm.data.tokenized_writer import tokenize_samples
+
+def samples():
+    for index in itertools.count():
+        yield "", "pack my box " * 50_000
+        print("started", flush=True)
+
+if __name__ == "__main__":
+    tokenize_samples(samples(), [Path(sys.argv[1])], make_recipe(sys.argv[2]), workers=2)
+"""
+
+
+def test_no_worker_outlives_a_command_that_is_killed(tmp_path: Path, sentencepiece_model: Path) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    command = [sys.executable, str(script), str(tmp_path / "x.bin"), str(sentencepiece_model)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(workers := children.read_text().split()) < 3:  # two workers and the tracker of resources
+            time.sleep(0.01)
+        process.kill()
+    limit = time.monotonic() + 60
+    while any(is_running(int(worker)) for worker in workers):
+        assert time.monotonic() < limit, "workers are left behind"
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 # -- the script

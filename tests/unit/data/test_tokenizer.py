@@ -103,7 +103,11 @@ def add_bos(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
 
 
-@pytest.mark.parametrize("change", [truncate, pad, add_bos])
+def drop_out(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.model.dropout = 0.9
+
+
+@pytest.mark.parametrize("change", [truncate, pad, add_bos, drop_out])
 def test_settings_of_the_file_do_not_apply(
     change: Callable[[tokenizers.Tokenizer], None], hugging_face_folder: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +118,14 @@ def test_settings_of_the_file_do_not_apply(
     for text in (" ".join(f"paragraph {i} of the agreement" for i in range(150)), "a short one"):
         assert changed.encode(text) == plain.encode(text) == changed.encode_batch([text])[0]
         assert changed.decode(changed.encode(text)) == text
+
+
+def test_names_in_an_older_folder(hugging_face_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(hugging_face_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "</s>", "eos_token": {"content": "</s>"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
 
 
 # -- special tokens in a text
