@@ -38,11 +38,13 @@ WITHOUT_EFFECT = frozenset(
         "cudnn_benchmark",
         "data.train_folder",  # its fingerprint is compared
         "data.valid_folder",
+        "data.valid_split",
         "data.valid_every",
         "data.valid_max_batches",
         "data.valid_micro_num",
         "data.micro_num",  # of one rank; the global batch is compared
         "data.global_batch",
+        "data.stream_shards",  # compared when the rows are resumed
         "data.num_worker",
         "data.use_shm",
         "data.shm_path",

@@ -12,11 +12,12 @@ from internlm.data.packing import RowShape
 from internlm.data.shard_documents import StreamedDocuments, StreamSettings
 from internlm.data.stream_rows import StreamRows
 from internlm.data.text_encoder import Recipe, make_recipe
-from internlm.data.text_folder import Selection, find_text_files, fingerprint
+from internlm.data.text_folder import Selection, digest_files, find_text_files, fingerprint
 from internlm.data.text_reader import TextReader
 from internlm.data.text_units import Unit, divide
 from internlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from internlm.utils.errors import DataError, Problem
+from internlm.utils.errors import DataError, Problem, first_of_all_ranks
+from internlm.utils.logger import get_logger
 
 VALID_TEXTS = 256  # texts of a validation set that are tokenized at once
 
@@ -48,7 +49,7 @@ def build_stream_rows(data: DataConfig, shape: RowShape, seed: int, vocab_size: 
     documents = StreamedDocuments(reader, {name: index for index, name in enumerate(types)}, tokenizer, settings)
     # Each thread reads a step, and training uses one more.
     ahead = (data.num_worker + 1) * -(-step_rows // settings.shards)
-    return StreamRows(documents, types, shape, ahead)
+    return StreamRows(documents, types, shape, ahead, data.fingerprint)
 
 
 def build_valid_texts(data: DataConfig, vocab_size: int) -> TextSource:
@@ -101,7 +102,8 @@ class TextSource:
 
     def fingerprint(self) -> str:
         """Return a digest of the files, with samples of their content, and of the special tokens."""
-        content = f"{fingerprint(self._reader.files)} {self._recipe.before} {self._recipe.after}"
+        files = fingerprint(self._reader.files, digest_files(self._reader.files, "sampled"), "sampled")
+        content = f"{files} {self._recipe.before} {self._recipe.after}"
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -130,4 +132,7 @@ def _tokenizer(data: DataConfig, vocab_size: int) -> tuple[Tokenizer, Recipe]:
     assert data.tokenizer_path is not None, "a rule of the config requires a tokenizer"
     tokenizer, recipe = load_tokenizer(data.tokenizer_path), make_recipe(data.tokenizer_path)
     check_vocabulary(tokenizer, vocab_size)
+    if recipe.loses_line_ends and first_of_all_ranks(f"line ends: {data.tokenizer_path}"):
+        message, todo = "the tokenizer drops line ends", "Use a tokenizer that keeps them"
+        get_logger().warning(str(Problem("data.tokenizer_path", message, todo)))
     return tokenizer, recipe

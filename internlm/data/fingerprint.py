@@ -13,7 +13,7 @@ import base64
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -43,6 +43,14 @@ MOST_SHOWN = 5
 ORDER = "order"
 #: Multiplier of a sequence that covers an interval evenly: 2^64 divided by the golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+class NamedFile(Protocol):
+    """Protocol for a file with a name relative to the folder of the data."""
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
 
 
 class FileDigest(NamedTuple):
@@ -159,7 +167,7 @@ def _word(text: str) -> tuple[str, str]:
 # -- names of changed files
 
 
-def file_list(files: Sequence[DataFile], digests: Sequence[FileDigest], level: Level) -> str:
+def file_list(files: Iterable[NamedFile], digests: Iterable[FileDigest], level: Level) -> str:
     """Return name and digest of each file as one text for checkpoints; empty if it were longer than MOST_LISTED."""
     # Level "full" depends on the format, and is part of the fingerprint.
     shown = min(LEVELS.index(level), LEVELS.index("sampled"))

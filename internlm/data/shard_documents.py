@@ -21,7 +21,8 @@ import numpy as np
 
 from internlm.data.permutation import KeyedPermutation, Purpose
 from internlm.data.text_encoder import Recipe
-from internlm.data.text_reader import START, TextReader
+from internlm.data.text_reader import Document, TextReader
+from internlm.data.text_rows import START
 from internlm.data.text_units import Unit, divide
 from internlm.data.tokenizer import Tokenizer
 from internlm.utils.errors import DataError, Problem
@@ -51,11 +52,13 @@ class Place(NamedTuple):
 
 
 class TokenizedDocument(NamedTuple):
-    """Tokens of a document, its dataset type and its place."""
+    """Tokens of a document, its dataset type, its place in the sequence, and its unit and text in the file."""
 
     tokens: np.ndarray  # int32
     type_id: int
     place: Place  # with used = 0
+    unit: Unit
+    source: Document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ class StreamedDocuments:
                 raise no_such_place(shard, place)
             yield from self._tokenized(block, shard, place)
             last = block[-1]
-            place = Place(place.epoch, last.unit, last.next)
+            place = Place(place.epoch, last.number, last.document.next + 1)
         if place.document:
             raise no_such_place(shard, place)
 
@@ -138,7 +141,7 @@ class StreamedDocuments:
         for index in range(place.unit, len(units)):
             unit = Unit(*units[index])
             for document in self.reader.read(unit, cursor):
-                yield _Text(document.text, self._type_of_file[unit.file], index, document.next + 1)
+                yield _Text(document, unit, index)
             cursor = START
 
     def _tokenized(self, block: list[_Text], shard: int, place: Place) -> Iterator[TokenizedDocument]:
@@ -149,18 +152,18 @@ class StreamedDocuments:
         remaining = iter(range(place.document, len(block)))
         while chunk := list(_chunk_of(remaining, order, block)):
             # In batches, during which tokenizers release the interpreter's lock.
-            encoded = self.tokenizer.encode_batch([block[order[index]].text for index in chunk])
+            encoded = self.tokenizer.encode_batch([block[order[index]].document.text for index in chunk])
             for index, ids in zip(chunk, encoded, strict=True):
                 tokens = np.array([*settings.recipe.before, *ids, *settings.recipe.after], np.int32)
                 if len(tokens) >= max(settings.min_length, 1):
-                    yield TokenizedDocument(tokens, block[order[index]].type_id, Place(*begin, index))
+                    document, unit, _ = block[order[index]]
+                    yield TokenizedDocument(tokens, self._type_of_file[unit.file], Place(*begin, index), unit, document)
 
 
 class _Text(NamedTuple):
-    text: str
-    type_id: int
-    unit: int
-    next: int  # cursor of what follows, plus 1
+    document: Document
+    unit: Unit
+    number: int  # of the unit in the shard
 
 
 def _block_of(texts: Iterator[_Text], most: int) -> Iterator[_Text]:
@@ -168,7 +171,7 @@ def _block_of(texts: Iterator[_Text], most: int) -> Iterator[_Text]:
     characters = 0
     for text in islice(texts, most):
         yield text
-        characters += len(text.text)
+        characters += len(text.document.text)
         if characters >= BLOCK_CHARACTERS:
             return
 
@@ -178,7 +181,7 @@ def _chunk_of(remaining: Iterator[int], order: list[int], block: list[_Text]) ->
     characters = 0
     for index in remaining:
         yield index
-        characters += len(block[order[index]].text)
+        characters += len(block[order[index]].document.text)
         if characters >= CHUNK_CHARACTERS:
             return
 

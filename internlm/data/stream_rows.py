@@ -10,21 +10,21 @@ The threads that read ahead tokenize: tokenizers release the interpreter's lock,
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from internlm.data.batch_plan import BatchPlan
-from internlm.data.order import Piece
-from internlm.data.packing import PackingLayout, Row, RowShape, SampleSpan, fill_row
+from internlm.data.document_packer import DocumentPacker
+from internlm.data.fingerprint import ORDER, FileDigest, Level, file_list
+from internlm.data.packing import Row, RowShape, SampleSpan
+from internlm.data.provenance import TracedSpan
 from internlm.data.shard_documents import Place, StreamedDocuments, TokenizedDocument, no_such_place
-from internlm.data.text_folder import fingerprint
+from internlm.data.text_folder import digest_files, fingerprint
 from internlm.utils.errors import DataError, Problem
 
 STREAM_VERSION = 1  # part of the fingerprint: a run must not continue in another order
@@ -45,12 +45,16 @@ class StreamRows:
         types: Names of the dataset types.
         shape: Sizes and packing layout of a row.
         ahead: Largest number of rows of a shard that are read before the run trains on the first of them.
+        level: What the fingerprint covers of the files.
     """
 
     state_is_sharded = True
 
-    def __init__(self, documents: StreamedDocuments, types: list[str], shape: RowShape, ahead: int) -> None:
+    def __init__(
+        self, documents: StreamedDocuments, types: list[str], shape: RowShape, ahead: int, level: Level = "sampled"
+    ) -> None:
         self.documents, self.types, self.shape = documents, types, shape
+        self._level = level
         self.shards = documents.settings.shards
         self._ahead = ahead
         self._origins: dict[int, _Mark] = {}  # by shard: where the run was resumed
@@ -75,12 +79,29 @@ class StreamRows:
             index += 1
 
     def fingerprint(self) -> str:
-        """Return a digest of the files, with samples of their content, and of the tokenizer."""
+        """Return digests of the order, the tokenizer and the files."""
         recipe = self.documents.settings.recipe
-        tokenizer = _digest_of_tokenizer(Path(recipe.tokenizer_path))
-        content = [fingerprint(self.documents.reader.files), tokenizer, recipe.before, recipe.after]
-        digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16)
-        return f"stream-{STREAM_VERSION}-{digest.hexdigest()}"
+        tokenizer = _digest_of_tokenizer(Path(recipe.tokenizer_path), recipe.before, recipe.after)
+        files = fingerprint(self.documents.reader.files, self._digests, self._level)
+        return f"{ORDER}:stream-{STREAM_VERSION} tokenizer:{tokenizer} {files}"
+
+    def files(self) -> str:
+        """Return the list of the files for checkpoints."""
+        return file_list(self.documents.reader.files, self._digests, self._level)
+
+    @functools.cached_property
+    def _digests(self) -> list[FileDigest]:
+        return digest_files(self.documents.reader.files, self._level)
+
+    def trace(self, index: int) -> list[TracedSpan]:
+        """Return the pieces of row ``index``, counted from 0 over all epochs, with the files that they are from."""
+        row, shard = divmod(index, self.shards)
+        documents, spans = self._shard(shard).trace(row)
+        origins = [self.documents.reader.origin(document.unit, document.source) for document in documents]
+        return [
+            TracedSpan(at, begin, stop, length, self.types[documents[number].type_id], origins[number])
+            for (number, length, begin, stop), at in spans
+        ]
 
     def state(self, row: int) -> dict[str, list[int]]:
         """Return the places in the documents from which the rows ``row`` and later are made, of the shards read here.
@@ -88,6 +109,7 @@ class StreamRows:
         A place is named by its shard and its row in the shard. Of a shard that this rank has not read since the run was
         resumed, it is the place at which the run was resumed.
         """
+        # A few numbers for each shard: the checkpoint's state is text that is read as a whole.
         state = {SHARDS: [self.shards]}
         for shard in {*self._shards, *self._origins}:
             wanted = _row_of(shard, row, self.shards)
@@ -181,7 +203,7 @@ class _Shard:
         self._marks = OrderedDict({origin.row: origin.place})  # of rows that were made, and of the next one
         self._passed: OrderedDict[int, Row] = OrderedDict()  # rows that were made before a later one, and not returned
         self._lock = threading.Lock()
-        self._packer: _Packer | None = None
+        self._packer: DocumentPacker | None = None
         self._next = 0
 
     def read(self, row: int) -> Row:
@@ -210,13 +232,25 @@ class _Shard:
         with self._lock:
             return self._nearest(row)
 
+    def trace(self, row: int) -> tuple[list[TokenizedDocument], list[SampleSpan]]:
+        """Return the documents of a row of the shard, and their spans; the next row that is read stays the same."""
+        mark = self.mark(row)
+        # Another packer: that of training is where the next row begins, and may be in use by a thread.
+        packer = self._open(mark.place)
+        for _ in range(mark.row, row):
+            packer.spans()
+        return packer.spans()
+
     def _nearest(self, row: int) -> _Mark:
         known = [_Mark(index, place) for index, place in self._marks.items() if index <= row]
         # A row before the origin, which only a script asks for, is made from the beginning of the data.
         return max(known, default=self._origin if self._origin.row <= row else _Mark(0, Place()))
 
+    def _open(self, place: Place) -> DocumentPacker:
+        return DocumentPacker(self._open_at(place._replace(used=0)), self._number, self._shape, place)
+
     def _start_at(self, mark: _Mark) -> None:
-        self._packer, self._next = _Packer(self._open_at, self._number, self._shape, mark.place), mark.row
+        self._packer, self._next = self._open(mark.place), mark.row
 
 
 def _keep(kept: OrderedDict[int, Value], index: int, value: Value, most: int) -> None:
@@ -227,86 +261,15 @@ def _keep(kept: OrderedDict[int, Value], index: int, value: Value, most: int) ->
         kept.popitem(last=False)
 
 
-class _Packer:
-    """Packer of the documents of a shard into rows, one after the other."""
-
-    def __init__(
-        self, open_at: Callable[[Place], Iterator[TokenizedDocument]], number: int, shape: RowShape, place: Place
-    ) -> None:
-        self._shape, self._first = shape, place
-        self._documents = open_at(place._replace(used=0))
-        self._current: TokenizedDocument | None = None
-        self._used = 0
-        # The rest of a document that does not fit into a row: its tokens are made again.
-        if place.used:
-            self._current, self._used = next(self._documents), place.used
-            if self._current.place.document != place.document or place.used > len(self._current.tokens):
-                raise no_such_place(number, place)
-
-    def place(self) -> Place:
-        """Return the place at which the next row begins."""
-        return self._first if self._current is None else self._current.place._replace(used=self._used)
-
-    def make(self) -> Row:
-        """Return the next row."""
-        if self._shape.layout is PackingLayout.PADDED:
-            return self._padded()
-        return self._packed()
-
-    def _packed(self) -> Row:
-        """Return the next ``packed_length`` tokens: a row of the packed and windows layouts."""
-        spans: list[SampleSpan] = []
-        documents: list[TokenizedDocument] = []
-        at = 0
-        while at < self._shape.packed_length:
-            current = self._unfinished()
-            length, begin = len(current.tokens), self._used
-            self._used = min(length, begin + self._shape.packed_length - at)
-            spans.append(SampleSpan(Piece(len(documents), length, begin, self._used), at))
-            documents.append(current)
-            at += self._used - begin
-        return fill_row(_Documents(documents), spans, self._shape)
-
-    def _padded(self) -> Row:
-        """Return a row of the next ``micro_bsz`` documents, each truncated to ``seq_len``."""
-        spans: list[SampleSpan] = []
-        documents: list[TokenizedDocument] = []
-        for number in range(self._shape.micro_bsz):
-            current = self._unfinished()
-            self._used = len(current.tokens)
-            length = min(self._used, self._shape.seq_len)
-            spans.append(SampleSpan(Piece(number, length, 0, length), number * self._shape.seq_len))
-            documents.append(current)
-        return fill_row(_Documents(documents), spans, self._shape)
-
-    def _unfinished(self) -> TokenizedDocument:
-        """Return the document that has tokens left, the current or the next one."""
-        if self._current is None or self._used == len(self._current.tokens):
-            self._current, self._used = next(self._documents), 0
-        return self._current
-
-
-class _Documents:
-    """Documents of one row, as the samples of a source."""
-
-    def __init__(self, documents: list[TokenizedDocument]) -> None:
-        self._documents = documents
-        self.type_ids = np.array([document.type_id for document in documents])
-
-    def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a document, int64 [stop - begin]; by default all."""
-        return self._documents[sample].tokens[begin:stop].astype(np.int64)
-
-
 def _row_of(shard: int, row: int, shards: int) -> int:
     """Return the index, in its shard, of the shard's first row that is not before row ``row`` of the run."""
     return max(0, -((shard - row) // shards))
 
 
-def _digest_of_tokenizer(path: Path) -> str:
-    """Return a digest of the files of a tokenizer that determine its tokens."""
+def _digest_of_tokenizer(path: Path, *special: tuple[int, ...]) -> str:
+    """Return a digest of the files of a tokenizer that determine its tokens, and of ``special`` tokens."""
     files = [path / name for name in ("tokenizer.json", "tokenizer.model")] if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(repr(special).encode(), digest_size=12)
     for file in filter(Path.is_file, files):
         digest.update(file.read_bytes())
     return digest.hexdigest()

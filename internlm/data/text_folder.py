@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from internlm.data.fingerprint import LEVELS, FileDigest, Level
 from internlm.utils.errors import DataError, Problem, known_names
 from internlm.utils.lazy import require
 from internlm.utils.logger import get_logger
@@ -114,27 +115,44 @@ def find_text_files(folder: Path, selection: Selection) -> list[TextFile]:
     return [_text_file(folder, name, types[name]) for name in sorted(types)]
 
 
-def fingerprint(files: list[TextFile]) -> str:
-    """Return a digest of the names, the sizes and samples of the content of files; a copy has the same digest."""
-    digest = hashlib.blake2b(digest_size=16)
+def digest_files(files: list[TextFile], level: Level) -> list[FileDigest]:
+    """Digest files, several at a time: their sizes, samples of their content, and with level ``full`` every byte.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
-        for file, content in zip(files, pool.map(_sampled, files), strict=True):
-            digest.update(json.dumps([file.name, file.type_name, file.size]).encode() + content)
-    return digest.hexdigest()
+        return list(pool.map(_digest, files, itertools.repeat(level)))
 
 
-def _sampled(file: TextFile) -> bytes:
-    """Return a digest of some ranges of a file: its beginning, its end and others between."""
+def fingerprint(files: list[TextFile], digests: list[FileDigest], level: Level) -> str:
+    """Return a digest of the names, types and digests of files, by level; a copy of the folder has the same."""
+    names = [(file.name, file.type_name) for file in files]
+    columns = zip(LEVELS[: LEVELS.index(level) + 1], zip(*digests, strict=True), strict=False)
+    return " ".join(f"{name}:{_hex(repr((names, column)).encode())}" for name, column in columns)
+
+
+def _digest(file: TextFile, level: Level) -> FileDigest:
+    stat = _hex(str(file.size).encode())
+    if level == "stat":
+        return FileDigest(stat)
+    # The same places whatever the content is, so that inserting a byte changes all samples but the first.
     last = max(file.size - SAMPLE_BYTES, 0)
-    digest = hashlib.blake2b(digest_size=16)
+    places = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
     try:
         with file.path.open("rb", buffering=0) as stream:
-            for number in range(SAMPLES):
-                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, last * number // (SAMPLES - 1)))
+            sampled = _hex(b"".join(os.pread(stream.fileno(), SAMPLE_BYTES, place) for place in places))
+            full = hashlib.blake2b(digest_size=12)
+            while level == "full" and (content := stream.read(1 << 20)):
+                full.update(content)
     except OSError as error:
         message = f"cannot be read ({error.strerror})"
         raise DataError(Problem(str(file.path), message, "Check the file and its permissions")) from error
-    return digest.digest()
+    return FileDigest(stat, sampled, full.hexdigest() if level == "full" else "")
+
+
+def _hex(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

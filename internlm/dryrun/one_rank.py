@@ -50,6 +50,7 @@ from internlm.utils.torch_private import errors_of_fake_tensors, fake_tensors, i
 
 #: Overrides that keep files out of a dry run, and give all steps as many micro-batches as the formulas have.
 OVERRIDES = (
+    "data.type=tokenized",
     "data.train_folder=None",
     "data.valid_folder=None",
     "ckpt.enable_save_ckpt=False",

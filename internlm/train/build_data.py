@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from internlm.config.schema.parallel import round_size_of
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
@@ -21,6 +23,8 @@ def build_train_loader_with_data_type() -> tuple[TrainLoader, list[str]]:
         DataError: ``data.train_folder`` is missing, or a file in it is damaged.
     """
     config = gpc.config
+    # The threads that read ahead tokenize in parallel; a tokenizer's own threads would take cores from the model.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     round_size = round_size_of(config.parallel.pipeline, config.model.num_chunks)
     return build_train_loader(config.data, config.model.vocab_size, gpc.seed, _replica(), _sequence_shard(), round_size)
 

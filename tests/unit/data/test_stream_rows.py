@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm.data.batch_plan import BatchPlan
+from internlm.data.fingerprint import file_changes, same_data
 from internlm.data.loader import TrainLoader
 from internlm.data.order import EpochOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row
@@ -32,6 +33,8 @@ from tests.unit.data.streams import VOCABULARY, open_stream, write_texts
 #: Files of different formats, each with texts of its own.
 FILES = ("en/1.parquet", "en/2.jsonl", "cn/stream.arrow", "cn/1.jsonl.gz", "1.txt")
 TEXTS = {name: [f"{name} {i} " + "fox jumps " * (i * i % 11) for i in range(23)] for name in FILES}
+#: Layouts that need no lengths of samples in advance.
+STREAMED = (PackingLayout.PACKED, PackingLayout.WINDOWS, PackingLayout.PADDED)
 LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"pack_sample_into_one": True}, {"use_packed_dataset": False})
 
 
@@ -78,7 +81,7 @@ def test_an_epoch_has_every_document_once(
 
 @given(st.data())
 def test_rows_are_the_same_for_any_ranks_read_ahead_and_restarts(stream: StreamRows, data: st.DataObject) -> None:
-    shape = RowShape(16, 2, data.draw(st.sampled_from(PackingLayout)))
+    shape = RowShape(16, 2, data.draw(st.sampled_from(STREAMED)))
     shards, step_rows = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     shuffle_buffer, ahead_of_shard = data.draw(st.sampled_from((0, 8, 64))), 3 * -(-step_rows // shards)
     draw = random.Random(data.draw(st.integers(0, 999)))
@@ -109,6 +112,19 @@ def test_rows_are_the_same_for_any_ranks_read_ahead_and_restarts(stream: StreamR
         # The place of every shard is known where its rows go on, so that a restart makes no row again.
         rows_of = [sum(row % shards == shard for row in range(position.row)) for shard in range(shards)]
         assert {f"shard {shard} row {rows}" for shard, rows in enumerate(rows_of) if rows} <= {*position.state}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_threads_that_read_ahead_change_nothing(stream: StreamRows, workers: int) -> None:
+    # Fewer shards than rows of a step: each thread needs every shard, and they come to it in any order.
+    read, position = [], None
+    for threads in (0, workers):
+        rows = changed(stream, ahead=5 * 6, shards=2)
+        loader = TrainLoader(rows, BatchPlan(step_rows=6, data_size=1), 0, 20, threads)
+        read.append([batch["input_ids"].tolist() for batch, _ in loader])
+        assert position in (None, loader.position(20))
+        position = loader.position(20)
+    assert read[0] == read[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("packed", "windows", "padded"))
@@ -163,6 +179,41 @@ def test_what_a_resumed_stream_reads_does_not_depend_on_what_was_consumed(
         counts = resumed.documents.reader.counts
         # A row of 32 tokens and its block end within the next block.
         assert (counts["rows"] <= 2 * block, counts["units"] <= 2, tokenizer.texts <= 2 * block) == (True, True, True)
+
+
+@pytest.mark.parametrize("layout", STREAMED)
+def test_the_tokens_of_a_row_are_those_of_the_texts_that_are_traced(
+    corpus: Path, stream: StreamRows, layout: PackingLayout
+) -> None:
+    rows = changed(stream, RowShape(16, 2, layout), shards=3, shuffle_buffer=20)
+    tokenizer = rows.documents.tokenizer
+    for index in (0, 7, 40, 3):
+        row, ids = rows[index], np.zeros(32, np.int64)
+        for span in rows.trace(index):
+            name = Path(span.origin.file).relative_to(corpus).as_posix()
+            text = TEXTS[name][span.origin.row]
+            if span.origin.byte is not None:
+                assert text.encode() in Path(span.origin.file).read_bytes()[span.origin.byte :][: span.origin.bytes]
+            (tokens,) = tokenizer.encode_batch([text])
+            ids[span.at : span.at + span.stop - span.begin] = [*tokens, 1][span.begin : span.stop]
+            assert set(row.type_ids[span.at : span.at + span.stop - span.begin]) == {rows.types.index(span.type_name)}
+        assert ids.tolist() == row.input_ids.tolist()
+
+
+def test_changed_files_are_named(tmp_path: Path, hugging_face_folder: Path) -> None:
+    def opened() -> StreamRows:
+        return open_stream(tmp_path, hugging_face_folder)
+
+    for name in ("1.txt", "2.txt", "3.txt"):
+        write_texts(tmp_path / name, ["one", "two"])
+    before = opened()
+    old = before.fingerprint(), before.files()
+    write_texts(tmp_path / "2.txt", ["one", "six"])
+    (tmp_path / "3.txt").rename(tmp_path / "4.txt")
+    after = opened()
+    assert not same_data(old[0], after.fingerprint())
+    changes = file_changes(old[1], after.files())
+    assert str(changes) == "changed: 2.txt; added: 4.txt; removed: 3.txt"
 
 
 def test_another_number_of_shards_is_refused(corpus: Path, hugging_face_folder: Path) -> None:

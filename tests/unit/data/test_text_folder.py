@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from internlm.data.text_folder import Selection, find_text_files, fingerprint
+from internlm.data.fingerprint import LEVELS, Level
+from internlm.data.text_folder import Selection, digest_files, find_text_files, fingerprint
 from internlm.utils.errors import DataError
 from tests.unit.data.streams import write_texts
 
@@ -101,9 +102,11 @@ def test_wrong_folders_are_refused(tmp_path: Path, names: list[str], split: str,
         files_of(tmp_path / "none")
 
 
-def test_the_fingerprint_covers_content_and_not_the_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_fingerprint_covers_content_and_not_the_place(tmp_path: Path, level: Level) -> None:
     def of(folder: Path) -> str:
-        return fingerprint(find_text_files(folder, Selection("data.train_folder", "data.train_split", "train", None)))
+        files = find_text_files(folder, Selection("data.train_folder", "data.train_split", "train", None))
+        return fingerprint(files, digest_files(files, level), level)
 
     file = write_texts(tmp_path / "a" / "1.jsonl", ["one", "two"] * 99)
     write_texts(tmp_path / "b" / "1.jsonl", ["one", "two"] * 99)
@@ -111,4 +114,4 @@ def test_the_fingerprint_covers_content_and_not_the_place(tmp_path: Path) -> Non
     assert before == of(tmp_path / "b")
     file.write_bytes(file.read_bytes().replace(b"two", b"six"))
     os.utime(file, ns=times)  # neither the size nor the time tells
-    assert before != of(tmp_path / "a")
+    assert (before == of(tmp_path / "a")) == (level == "stat")
