@@ -45,7 +45,6 @@ MISSING_TYPES = {
 
 #: Keys of paths that must be local, with the end of the error.
 LOCAL_PATHS = {
-    **dict.fromkeys(("data.train_folder", "data.valid_folder"), "folder; data is read from local folders only"),
     "ckpt.stop_file_path": "file",
 }
 # One letter before the colon is a drive, not a protocol.

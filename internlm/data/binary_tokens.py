@@ -90,7 +90,7 @@ class BinaryTokens:
         Raises:
             DataError: The header or the index is damaged, or the file is truncated.
         """
-        with file.path.open("rb", buffering=0) as stream:
+        with file.open() as stream:
             header = _read_header(file, stream.read(HEADER.size))
             stream.seek(header.index_at)
             index = stream.read()  # as many bytes as the header says: the size of the file was compared

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internlm.config.schema import DataConfig
-from internlm.config.schema.fields import Rampup, parse_rampup, parse_skip_batches
+from internlm.config.schema.fields import Rampup, is_remote, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.blend_rows import BlendRows, Mixture
@@ -14,6 +14,7 @@ from internlm.data.build_stream import build_stream_rows, build_valid_texts
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.megatron_files import MegatronTokens
 from internlm.data.packing import PackingLayout, RowShape
+from internlm.data.remote_folder import RemoteFolder
 from internlm.data.rows import TrainingRows, TrainRows
 from internlm.data.sources import RandomSource, SampleSource
 from internlm.data.token_files import TokenFormat, is_prefix
@@ -177,7 +178,8 @@ def _check_folders(data: DataConfig) -> None:
     """Raise for all folders that are missing, of training and of validation, since each attempt costs a start."""
     folders = {"data.train_folder": data.train_folder, "data.valid_folder": data.valid_folder}
     # Here rather than where each is opened: whoever has moved a data set has moved both.
-    missing = {key: folder for key, folder in folders.items() if folder and not _exists(data, _local(folder))}
+    local = {key: folder for key, folder in folders.items() if folder and not is_remote(folder)}
+    missing = {key: folder for key, folder in local.items() if not _exists(data, _local(folder))}
     if missing:
         todo = "Set {} to an existing folder"
         raise DataError(*(Problem(folder, "no such folder", todo.format(key)) for key, folder in missing.items()))
@@ -191,15 +193,30 @@ def _formats(data: DataConfig) -> Sequence[TokenFormat]:
     return (MegatronTokens(),) if data.type == "megatron" else TOKENIZED
 
 
+def _remote(data: DataConfig, folder: str) -> RemoteFolder | None:
+    if not is_remote(folder):
+        return None
+    if data.cache_folder is None:  # a script may have made its config without the rules
+        message, todo = f"missing, but the data are at {folder}", "Set it to a local folder"
+        raise DataError(Problem("data.cache_folder", message, todo))
+    return RemoteFolder(folder, _local(data.cache_folder), int(data.cache_gib * 2**30))
+
+
 def _local(folder: str) -> Path:
     return Path(folder.removeprefix("local:"))
 
 
 def _tokenized(data: DataConfig, key: str, folder: str, vocab_size: int) -> TokenizedSource:
-    cache_folder = data.shm_path if data.use_shm else None
-    path = str(_local(folder))
-    level, formats = data.fingerprint, _formats(data)
-    source = TokenizedSource(path, data.min_length, vocab_size, cache_folder, level=level, formats=formats)
+    remote = _remote(data, folder)
+    source = TokenizedSource(
+        str(_local(folder) if remote is None else remote.folder),
+        data.min_length,
+        vocab_size,
+        data.shm_path if data.use_shm else None,
+        level=data.fingerprint,
+        formats=_formats(data),
+        remote=remote,
+    )
     if source.dropped and first_of_all_ranks(f"samples dropped: {key}"):
         every = source.dropped + len(source.lengths)
         short = f"{source.dropped} of {every} samples have fewer than data.min_length = {data.min_length} tokens"

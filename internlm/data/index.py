@@ -22,7 +22,7 @@ import numpy as np
 
 from internlm.data.fingerprint import LEVELS, FileDigest, Level, digest_file
 from internlm.data.index_cache import CachedIndex, IndexCache
-from internlm.data.token_files import DataFile, Span, TokenFormat, find_files
+from internlm.data.token_files import DataFile, Remote, SampleError, Span, TokenFormat, find_files
 from internlm.utils.errors import DataError, Problem
 
 VERSION = 3
@@ -75,7 +75,12 @@ class Index:
 
 
 def open_index(
-    folder: Path, formats: Sequence[TokenFormat], min_length: int, cache_folder: Path | None, level: Level
+    folder: Path,
+    formats: Sequence[TokenFormat],
+    min_length: int,
+    cache_folder: Path | None,
+    level: Level,
+    remote: Remote | None = None,
 ) -> Index:
     """Open the index of ``folder``; use the cached one if it is up to date.
 
@@ -85,11 +90,12 @@ def open_index(
         min_length: Minimum number of tokens in a sample; shorter samples are dropped.
         cache_folder: Folder of the cached index; None: ``folder`` itself.
         level: Level of the fingerprint.
+        remote: Remote folder that ``folder`` has copies of; None: a local folder.
 
     Raises:
         DataError: ``folder`` is missing, a file in it is damaged, or no sample of two or more tokens is left.
     """
-    files = find_files(folder, formats)
+    files = find_files(folder, formats, remote)
     # A file without its suffix has a cache of its own beside it.
     path = folder / CACHE_NAME if folder.is_dir() else folder.with_name(f"{CACHE_NAME}-{folder.name}")
     if cache_folder is not None:
@@ -173,6 +179,8 @@ def _index_file(file: DataFile, min_length: int, level: Level) -> _FileIndex:
 def _samples_of(file: DataFile) -> np.ndarray:
     try:
         return file.format.samples(file)
+    except SampleError as error:  # of a file that cannot be copied
+        raise DataError(Problem(file.where, error.message, error.todo)) from error
     except OSError as error:
         message = f"cannot be read ({error.strerror or error})"
         raise DataError(Problem(str(file.path), message, "Check the file and its permissions")) from error

@@ -55,7 +55,7 @@ class JsonLines:
         Raises:
             DataError: The ``.meta`` is not an integer array of shape [n, 2], or does not match.
         """
-        offsets, lengths = open_meta(file.side).T
+        offsets, lengths = open_meta(file).T
         sizes = np.diff(offsets, append=file.size)
         wrong = (offsets < 0) | (sizes < 1) | (sizes < LEAST_BYTES * lengths)
         wrong |= (sizes > MOST_BYTES * lengths + MOST_EXTRA) | (lengths < 0) | (lengths > file.size)
@@ -80,20 +80,23 @@ def _disagree(file: DataFile, message: str) -> DataError:
 def _last_line_is_whole(file: DataFile, offsets: np.ndarray) -> bool:
     if not len(offsets):
         return file.size == 0
-    with file.path.open("rb", buffering=0) as stream:
+    with file.open() as stream:
         stream.seek(int(offsets[-1]))
         line = stream.read().rstrip()
     return b"\n" not in line and line.endswith(b"}")
 
 
-def open_meta(path: Path) -> np.ndarray:
-    """Read a ``.meta`` without comparing it with its ``.bin``: int64 [n, 2].
+def open_meta(file: DataFile) -> np.ndarray:
+    """Read the ``.meta`` of a file without comparing it with the ``.bin``: int64 [n, 2].
 
     Raises:
         DataError: It is missing, or not an integer array of this shape.
     """
+    path = file.side
+    with file.open_side() as stream:
+        content = stream.read()
     try:
-        meta = _plain_array(path)
+        meta = _plain_array(path, content)
     # NumPy's parser of headers raises errors of many types, those of Python's tokenizer among them.
     except Exception as error:
         message = f"is not a plain NumPy array of byte offsets and token counts ({_first_line(error)})"
@@ -104,10 +107,8 @@ def open_meta(path: Path) -> np.ndarray:
     return meta.astype(np.int64)
 
 
-def _plain_array(path: Path) -> np.ndarray:
-    """Read an ``.npy`` file, and never more than its size."""
-    with path.open("rb", buffering=0) as stream:
-        content = stream.read()
+def _plain_array(path: Path, content: bytes) -> np.ndarray:
+    """Decode an ``.npy`` file, and never allocate more than its size."""
     size = int.from_bytes(content[8:10], "little")
     header = _HEADER.fullmatch(content, 10, 10 + size) if content[:8] == b"\x93NUMPY\x01\x00" else None
     if header is not None:  # NumPy takes a tenth of a millisecond to parse a header

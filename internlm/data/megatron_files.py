@@ -42,7 +42,7 @@ class MegatronTokens:
         Raises:
             DataError: It is damaged, or does not match the ``.bin``.
         """
-        with file.side.open("rb", buffering=0) as stream:
+        with file.open_side() as stream:
             dtype, count = _read_header(file.side, stream.read(HEADER.size), file.side_stamp and file.side_stamp.size)
             lengths = np.frombuffer(stream.read(4 * count), "<i4").astype(np.int64)
             offsets = np.frombuffer(stream.read(8 * count), "<i8").astype(np.int64)
@@ -90,7 +90,7 @@ class _Reader:
         path = opened.file.side
         # Only the .idx has the dtype. Its other content is in the index, so it is not compared with the file again.
         try:
-            with path.open("rb", buffering=0) as stream:
+            with opened.file.open_side() as stream:
                 self._dtype, _ = _read_header(path, stream.read(HEADER.size), None)
         except (OSError, DataError) as error:
             raise SampleError(f"{path.name} has changed or cannot be read ({error})", REMAKE) from error

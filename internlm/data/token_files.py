@@ -13,6 +13,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -40,7 +41,8 @@ class DataFile(NamedTuple):
     name: str  # relative to the folder
     stamp: Stamp
     format: TokenFormat
-    side_stamp: Stamp | None  # of the file beside it that lists the samples, if the format has one
+    side_stamp: Stamp | None = None  # of the file beside it that lists the samples, if the format has one
+    remote: Remote | None = None  # where the files are copied from when they are opened; None: they are local
 
     @property
     def size(self) -> int:
@@ -51,6 +53,26 @@ class DataFile(NamedTuple):
     def side(self) -> Path:
         """Path of the file beside it that lists the samples; its own path if the format has none."""
         return self.format.side(self.path) or self.path
+
+    def open(self) -> FileIO:
+        """Open the file.
+
+        Raises:
+            OSError: It cannot be opened.
+            SampleError: It cannot be copied from its remote.
+        """
+        return FileIO(self.path) if self.remote is None else self.remote.open(self.path, self.stamp)
+
+    def open_side(self) -> FileIO:
+        """Open the file that lists the samples; its errors are those of :meth:`open`."""
+        if self.remote is None or self.side_stamp is None:
+            return FileIO(self.side)
+        return self.remote.open(self.side, self.side_stamp)
+
+    @property
+    def where(self) -> str:
+        """Path, or address of a remote file, for messages."""
+        return str(self.path) if self.remote is None else f"{self.remote.address}/{self.name}"
 
     @property
     def stem(self) -> str:
@@ -80,8 +102,24 @@ class SampleError(Exception):
 
     def at(self, file: DataFile, row: int, offset: int) -> DataError:
         """Return the error for the user, which names the file, the row and the byte offset."""
-        where = f"{file.path}:{row + 1} (sample {row}, byte {offset})"
+        where = f"{file.where}:{row + 1} (sample {row}, byte {offset})"
         return DataError(Problem(where, self.message, self.todo))
+
+
+class Remote(Protocol):
+    """Protocol for a remote folder, of which the files at hand are copies."""
+
+    address: str
+    folder: Path  # of the copies
+
+    def list(self) -> dict[str, Stamp]:
+        """Return the stamp of each file by its path relative to the folder."""
+
+    def open(self, path: Path, stamp: Stamp) -> FileIO:
+        """Open the copy of a file, and make it first if there is none."""
+
+    def discard(self, path: Path) -> None:
+        """Delete the copy of a file, which is made again when it is opened."""
 
 
 class TokenReader(Protocol):
@@ -132,11 +170,16 @@ class OpenFile:
 
     def __init__(self, file: DataFile, checksums: np.ndarray | None = None) -> None:
         self.file, self._checksums = file, checksums
+        # All that were opened: another thread may still read the first one when a second one replaces it.
+        self._streams: list[FileIO] = []
+        self._open()
+
+    def _open(self) -> None:
         try:
-            self._stream = file.path.open("rb", buffering=0)
+            self._streams.append(self.file.open())
         except OSError as error:
             raise _unreadable(error) from error
-        self._fd = self._stream.fileno()
+        self._fd = self._streams[-1].fileno()
 
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes, and check that the file has not changed since it was indexed.
@@ -164,7 +207,13 @@ class OpenFile:
             raise SampleError(message, RESTORE)
         if self._checksums is None:
             return content
-        if (wrong := _differing(content, self._checksums[first:])) is not None:
+        wrong = _differing(content, self._checksums[first:])
+        if wrong is not None and self.file.remote is not None:
+            self.file.remote.discard(self.file.path)  # the copy may be damaged, and its remote not
+            self._open()
+            content = OpenFile(self.file).read(begin, wanted)
+            wrong = _differing(content, self._checksums[first:])
+        if wrong is not None:
             place = begin + wrong * CHECK_BLOCK
             message = f"the content differs from what was indexed, in the {CHECK_BLOCK} bytes from byte {place}"
             raise SampleError(message, RESTORE)
@@ -195,10 +244,11 @@ def is_prefix(path: Path, formats: Sequence[TokenFormat]) -> bool:
     return any(path.with_name(path.name + form.suffix).is_file() for form in formats if path.name)
 
 
-def find_files(folder: Path, formats: Sequence[TokenFormat]) -> list[DataFile]:
+def find_files(folder: Path, formats: Sequence[TokenFormat], remote: Remote | None = None) -> list[DataFile]:
     """Return all token files under ``folder``, sorted by their path relative to ``folder`` without the suffix.
 
-    If ``folder`` is the path of a file without its suffix, only this file is returned.
+    If ``folder`` is the path of a file without its suffix, only this file is returned. With an ``remote``, ``folder``
+    is that of the copies, and the files are those of the remote.
 
     Raises:
         DataError: The folder is missing, contains no token file, a file lacks the one beside it, two files differ only
@@ -213,13 +263,17 @@ def find_files(folder: Path, formats: Sequence[TokenFormat]) -> list[DataFile]:
     suffixes = {form.suffix: form for form in formats}
     found: list[DataFile] = []
     lonely: list[Problem] = []
-    for path, name, stamp in _walk(folder, tuple(suffixes), only):
+    listed = None if remote is None else remote.list()
+    entries = _walk(folder, tuple(suffixes), only) if listed is None else _listed(folder, tuple(suffixes), listed)
+    for path, name, stamp in entries:
         form = suffixes[f".{name.rpartition('.')[2]}"]
         side = form.side(path)
-        side_stamp = None if side is None else _stamp_of(side)
+        side_stamp = None
+        if side is not None:
+            side_stamp = _stamp_of(side) if listed is None else listed.get(side.relative_to(folder).as_posix())
         if side is not None and side_stamp is None:
             lonely.append(Problem(str(side), f"is missing beside {path.name}", form.remake))
-        found.append(DataFile(path, name, stamp, form, side_stamp))
+        found.append(DataFile(path, name, stamp, form, side_stamp, remote))
     if not found and not lonely:
         kinds = " or ".join(suffixes)
         raise DataError(Problem(str(folder), f"contains no {kinds} file", "Create one with `internlm tokenize`"))
@@ -259,12 +313,22 @@ def _walk(folder: Path, suffixes: tuple[str, ...], only: str | None) -> Iterator
                 yield path, relative, stamp
 
 
+def _listed(folder: Path, suffixes: tuple[str, ...], listed: dict[str, Stamp]) -> Iterator[tuple[Path, str, Stamp]]:
+    """Yield the files of an remote that have these suffixes."""
+    for name, stamp in listed.items():
+        if name.endswith(suffixes):
+            # A key of an object store may be any text, which must not lead out of the folder of the copies.
+            if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                _refuse_name(folder, name)
+            yield folder / name, name, stamp
+
+
 def _refuse_name(folder: Path, name: str) -> None:
     kind, _, rest = name.partition("/")
     if rest and not kind.isprintable():
         message = f"the folder {kind!r}, which names a dataset type, has control characters in its name"
     else:
-        message = f"the path {name!r} has control characters in its name"
+        message = f"the path {name!r} has control characters, or parts such as '..', in its name"
     raise DataError(Problem(repr(str(folder))[1:-1], message, "Rename it"))
 
 

@@ -17,7 +17,7 @@ from internlm.data.index import open_index
 from internlm.data.json_lines import JsonLines
 from internlm.data.provenance import Origin
 from internlm.data.sources import INPUT_ONLY_ZERO
-from internlm.data.token_files import OpenFile, SampleError, TokenFormat, TokenReader
+from internlm.data.token_files import OpenFile, Remote, SampleError, TokenFormat, TokenReader
 
 OPEN_FILES = 256  # far below the usual limit of 1024 descriptors, which sockets of the process groups share
 #: Formats of ``data.type = "tokenized"``, which a folder may mix.
@@ -37,6 +37,7 @@ class TokenizedSource:
         cache_folder: Folder of the cached index; None: ``folder`` itself.
         level: Level of the fingerprint. With ``full``, every read is compared with checksums too.
         formats: Formats of the files.
+        remote: Remote folder that ``folder`` has copies of; None: a local folder.
 
     Raises:
         DataError: ``folder`` is missing, or a file in it is damaged.
@@ -51,10 +52,19 @@ class TokenizedSource:
         *,
         level: Level = "sampled",
         formats: Sequence[TokenFormat] = TOKENIZED,
+        remote: Remote | None = None,
     ) -> None:
         self._vocab_size, self._level = vocab_size, level
         cache = Path(cache_folder) if cache_folder else None
-        self.index = open_index(Path(folder), formats, min_length, cache, level)
+        self.index = open_index(
+            # Copies are verified whenever they are read: their checksums cost little when each file is copied anyway.
+            Path(folder),
+            formats,
+            min_length,
+            cache,
+            level if remote is None else "full",
+            remote,
+        )
         self.dropped = self.index.dropped
         # A file that leaves this cache is closed once no thread is reading it any more.
         self._reader = functools.lru_cache(OPEN_FILES)(self._open)

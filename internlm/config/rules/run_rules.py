@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
-from internlm.config.schema.fields import floor_share
+from internlm.config.schema.fields import floor_share, is_remote
 from internlm.utils.errors import Problem
 from internlm.utils.secrets import is_web_address, mask_url
 
@@ -89,6 +89,22 @@ def type_has_files(config: Config, run: RunInfo) -> Iterator[Problem]:
     if config.data.train_folder is None and config.data.type == "megatron":
         todo = "Set it to the prefix of an .idx and .bin file, or to a folder of them"
         yield Problem("data.train_folder", "missing, but data.type is 'megatron'", todo)
+
+
+def remote_data_is_cached(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that data at an address are token files, and have a folder for copies."""
+    data = config.data
+    cache_folder, streams = data.cache_folder, data.type == "streaming"
+    for name, folder in (("train_folder", data.train_folder), ("valid_folder", data.valid_folder)):
+        if not is_remote(folder or ""):
+            continue
+        if streams:
+            todo = "Copy it to a local folder, or tokenize it with `internlm tokenize`"
+            yield Problem(f"data.{name}", f"{folder!r} is not local, but data.type is 'streaming'", todo)
+        elif cache_folder is None:
+            todo = "Set it to a local folder, for copies of the files"
+            yield Problem("data.cache_folder", f"missing, but data.{name} is {folder!r}", todo)
+            return
 
 
 # -- optimizer, checkpoints, alerts ------------------------------------------------------------------------------------
@@ -185,6 +201,7 @@ RULES = (
     Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
     Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
     Rule(at("data", "type", "train_folder"), type_has_files),
+    Rule(at("data", "type", "train_folder", "valid_folder", "cache_folder"), remote_data_is_cached),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),
     Rule(at("lr_scheduler", "type", "total_steps", "init_steps", "warmup_ratio", "decay_ratio"), schedule_fits_run),
     Rule(("model.dtype", *at("grad_scaler", *LOSS_SCALES)), loss_scale_keeps_its_bounds),

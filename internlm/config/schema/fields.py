@@ -109,6 +109,11 @@ class ObjectAddress(NamedTuple):
     prefix: str
 
 
+def is_remote(folder: str) -> bool:
+    """Return whether ``folder`` is an address, ``PROTOCOL://…`` or ``boto3:s3://…``, rather than a local path."""
+    return re.match(r"(boto3:)?\w{2,}://", folder) is not None
+
+
 def parse_object_address(text: str) -> ObjectAddress | None:
     """Parse ``s3://BUCKET/FOLDER``, which may begin with ``boto3:``; return None for a local folder.
 

@@ -88,6 +88,11 @@ class DataConfig(Section):
     fingerprint: Literal["stat", "sampled", "full"] = "sampled"
     """How changes of the training data are noticed when a run resumes. ``stat``: names and lengths of samples.
     ``sampled``: some tokens of each file too. ``full``: every byte, and reads during training are compared as well."""
+    cache_folder: PathText | None = None
+    """Local folder for copies of remote files, which runs may share. Needed if ``train_folder`` or ``valid_folder`` is
+    an address such as ``s3://BUCKET/FOLDER``."""
+    cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """GiB that the copies in ``cache_folder`` may take up; those that were opened longest ago are deleted first."""
     fixed_random_dataset_seqlen: bool = False
     """Random data: make every sample exactly ``seq_len`` tokens long."""
     empty_cache_and_diag_interval: CountOrZero = 0
