@@ -328,7 +328,8 @@ def _refuse_name(folder: Path, name: str) -> None:
     if rest and not kind.isprintable():
         message = f"the folder {kind!r}, which names a dataset type, has control characters in its name"
     else:
-        message = f"the path {name!r} has control characters, or parts such as '..', in its name"
+        what = "an empty part, '.' or '..'" if name.isprintable() else "control characters"
+        message = f"the path {name!r} has {what} in its name"
     raise DataError(Problem(repr(str(folder))[1:-1], message, "Rename it"))
 
 

@@ -9,7 +9,7 @@ from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors,
 from internlm.config.schema import Config
 from internlm.config.schema.fields import floor_share, is_remote
 from internlm.utils.errors import Problem
-from internlm.utils.secrets import is_web_address, mask_url
+from internlm.utils.secrets import is_web_address, mask_credentials, mask_url
 
 
 # -- model ------------------------------------------------------------------------------------------------------------
@@ -98,12 +98,13 @@ def remote_data_is_cached(config: Config, run: RunInfo) -> Iterator[Problem]:
     for name, folder in (("train_folder", data.train_folder), ("valid_folder", data.valid_folder)):
         if not is_remote(folder or ""):
             continue
+        address = mask_credentials(folder or "")
         if streams:
             todo = "Copy it to a local folder, or tokenize it with `internlm tokenize`"
-            yield Problem(f"data.{name}", f"{folder!r} is not local, but data.type is 'streaming'", todo)
+            yield Problem(f"data.{name}", f"{address!r} is not local, but data.type is 'streaming'", todo)
         elif cache_folder is None:
             todo = "Set it to a local folder, for copies of the files"
-            yield Problem("data.cache_folder", f"missing, but data.{name} is {folder!r}", todo)
+            yield Problem("data.cache_folder", f"missing, but data.{name} is {address!r}", todo)
             return
 
 

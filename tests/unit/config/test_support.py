@@ -32,11 +32,6 @@ def test_defaults_run(device: str | None) -> None:
             "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",
         ),
         (
-            {"data.train_folder": "s3://bucket/x"},
-            "data.train_folder: 's3://bucket/x' is not a local folder; data is read from local folders only. "
-            "Use a local path",
-        ),
-        (
             {"ckpt.stop_file_path": "s3://bucket/stop"},
             "ckpt.stop_file_path: 's3://bucket/stop' is not a local file. Use a local path",
         ),

@@ -104,6 +104,15 @@ SINGLE_KEYS = [
 TWELVE_HEADS = {"model.hidden_size": 96, "model.num_attention_heads": 12, "model.num_kv_attention_heads": 3}
 
 ACROSS_KEYS = [
+    ({"data.type": "megatron"}, "data.train_folder: missing, but data.type is 'megatron'. Set it to the prefix of"),
+    (
+        {"data.train_folder": "s3://key:secret@bucket/x"},
+        "data.cache_folder: missing, but data.train_folder is 's3://***@bucket/x'. Set it to a local folder",
+    ),
+    (
+        {"data.type": "streaming", "data.tokenizer_path": "x", "data.train_folder": "y", "data.valid_folder": "s3://b"},
+        "data.valid_folder: 's3://b' is not local, but data.type is 'streaming'. Copy it to a local folder, or ",
+    ),
     (
         {"reduce_comm_dtype": "torch.float16", "model.dtype": "torch.bfloat16"},
         "reduce_comm_dtype: torch.float16, but model.dtype = torch.bfloat16 has no loss scale, so small gradients",
