@@ -200,7 +200,7 @@ PARTS = {"rows": rows, "long": long, "index": index}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=[])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Folder of token files at an address such as ``s3://BUCKET/FOLDER``, read through copies in a local folder.
 
 Files are copied whole when they are first opened. The copies take up a limited number of bytes: the one that was opened
-longest ago is deleted first. Several processes may share the local folder. Credentials and endpoints are those of the
-environment, as for checkpoints.
+longest ago is deleted first. Several processes may share the local folder. Credentials and endpoints are found as for
+checkpoints.
 """
 
 from __future__ import annotations
