@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from internlm.config.schema import DataConfig
 from internlm.config.schema.fields import Rampup, is_remote, parse_rampup, parse_skip_batches
 from internlm.core.parallel.sharding import ALONE, GroupPosition
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.blend_rows import BlendRows, Mixture
-from internlm.data.build_stream import build_stream_rows, build_valid_texts
 from internlm.data.loader import TrainLoader, ValidLoader
 from internlm.data.megatron_files import MegatronTokens
 from internlm.data.packing import PackingLayout, RowShape
@@ -22,6 +22,7 @@ from internlm.data.tokenized_source import TOKENIZED, TokenizedSource
 from internlm.data.tokenizer import check_vocabulary, load_tokenizer
 from internlm.data.valid_rows import rows_by_type
 from internlm.utils.errors import DataError, Problem, first_of_all_ranks
+from internlm.utils.lazy import require
 from internlm.utils.logger import get_logger
 
 RANDOM_VALID_TYPE = "val"
@@ -89,7 +90,7 @@ def build_valid_loaders(
     """
     _check_folders(data)
     if data.valid_folder is not None and data.type == "streaming":
-        source: SampleSource = build_valid_texts(data, vocab_size)
+        source: SampleSource = _streams().build_valid_texts(data, vocab_size)
     elif data.valid_folder is not None:
         source = _tokenized_valid(data, data.valid_folder, vocab_size)
     elif data.train_folder is None:
@@ -106,9 +107,15 @@ def build_valid_loaders(
     }
 
 
+def _streams() -> ModuleType:
+    """Import the reader of streamed texts, whose packages other data do without."""
+    return require("internlm.data.build_stream", "data.type = 'streaming'", "pip install datasets")
+
+
 def _train_rows(data: DataConfig, vocab_size: int, seed: int, plan: BatchPlan) -> TrainingRows:
     if data.type == "streaming":
-        return build_stream_rows(data, row_shape(data), seed, vocab_size, plan.step_rows)
+        rows: TrainingRows = _streams().build_stream_rows(data, row_shape(data), seed, vocab_size, plan.step_rows)
+        return rows
     if data.train_folder is None:
         source: SampleSource = RandomSource(seed, vocab_size, data.seq_len, data.fixed_random_dataset_seqlen)
     else:

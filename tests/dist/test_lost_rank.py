@@ -245,7 +245,7 @@ def test_an_error_that_the_user_can_fix_comes_once(rank: int, tmp_path: Path) ->
 
 def test_a_rank_that_is_stuck_shows_its_stack_and_ends_as_well(tmp_path: Path) -> None:
     outcome = job(tmp_path, 2, Fault(1, "data wait", "stuck", blocks_exit=True))
-    line = r"rank 1 has been in data wait of step 1 for [2-6] s \(internlm/data/loader.py:\d+\)\n"
+    line = r"rank 1 has been in data wait of step 1 for [2-6] s \(internlm/data/read_ahead.py:\d+\)\n"
     assert len(re.findall(line, outcome.stderr)) == 1, outcome.stderr
     assert re.search(r"Current thread (.*\n)*?.*test_lost_rank.py\", line \d+ in __call__", outcome.stderr)
     assert outcome.codes == {0: EXIT_LOST_PEER, 1: EXIT_LOST_PEER}
