@@ -23,6 +23,10 @@ from internlm.utils.errors import DataError, Problem
 
 BLOCK = 1 << 12  # items between two marks, from which a sequence is continued
 CACHED_BLOCKS = 8
+FIRST_ITEMS = 1 << 6
+# A run whose epochs suffice by the estimate at its start must not end shortly before its last step: part of an epoch
+# has a few more items than its tokens suggest.
+TOLERANCE = 0.02
 ROUNDING = 1 + 1e-9
 
 
@@ -119,10 +123,11 @@ class Blend:
     def mark_at(self, position: int) -> Mark:
         """Return the mark of the item that holds token ``position``, or that is item ``position``."""
         with self._lock:
-            while self.place(self._marks[-1]) <= position:
+            # Not beyond the position: the datasets may be used up there, at the end of a run.
+            while self.place(self._marks[-1]) < position:
                 self._block(len(self._marks) - 1)
             walk = _Walk(self, self._marks[bisect.bisect_right(self._marks, position, key=self.place) - 1])
-            while walk.end_of_next() <= position:
+            while walk.place < position and walk.end_of_next() <= position:
                 walk.take()
             return walk.mark()
 
@@ -159,11 +164,14 @@ class Blend:
         # In blocks that end with an epoch: the permutation of the next one is another.
         dataset = self.datasets[number]
         size = len(dataset.items)
-        limit = None if dataset.max_epochs is None else int(dataset.max_epochs * size)
+        limit = None if dataset.max_epochs is None else int(dataset.max_epochs * size * (1 + TOLERANCE)) + 1
+        # Few at first: of many datasets, a block of the blend has few items of each.
+        count = FIRST_ITEMS
         while True:
             epoch, at = divmod(first, size)
             permutation = KeyedPermutation(size, self._seed, Purpose.ORDER, epoch, number)
-            members = dataset.items[permutation(np.arange(at, min(at + BLOCK, size)))]
+            members = dataset.items[permutation(np.arange(at, min(at + count, size)))]
+            count = min(2 * count, BLOCK)
             lengths = np.asarray(self._lengths[members])
             if self._longest is not None:
                 lengths = np.minimum(lengths, self._longest)
@@ -191,6 +199,11 @@ class _Walk:
         """Return the state before the next item."""
         return Mark(self._item, self.token, self._phase, self._phase_token, tuple(self._used), tuple(self._served))
 
+    @property
+    def place(self) -> int:
+        """Items before the next one, if items are counted, or tokens."""
+        return self._item if self._by_items else self.token
+
     def end_of_next(self) -> int:
         """Return the place after the next item: its number plus one, or the tokens up to its end."""
         return self._item + 1 if self._by_items else self.token + self._head(self._choose())[1]
@@ -215,8 +228,7 @@ class _Walk:
         # Chosen when the end of the next item was asked for: the item has not been taken since.
         if self._next is not None:
             return self._next
-        place = self._item if self._by_items else self.token
-        while self._phase + 1 < len(self._phases) and place >= self._phases[self._phase + 1].begin:
+        while self._phase + 1 < len(self._phases) and self.place >= self._phases[self._phase + 1].begin:
             self._phase, self._phase_token, self._served = self._phase + 1, self.token, [0] * len(self._used)
         # One pass over a few datasets: a heap of their finishes would be slower below some twenty.
         total, least = self.token - self._phase_token, math.inf

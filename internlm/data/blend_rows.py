@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from internlm.data.batch_plan import START, BatchPlan
+from internlm.data.batch_plan import BatchPlan
 from internlm.data.best_fit import BinOrder, Bins, joined, pack
 from internlm.data.blend import Blend, Dataset, Mark, Phase
 from internlm.data.fingerprint import ORDER
@@ -72,13 +72,18 @@ class BlendRows:
             self._lengths = self._bins.tokens
             members = np.split(np.arange(len(self._bins)), np.cumsum([len(some) for some in bins])[:-1])
         #: Tokens of each type.
-        self.tokens = {name: int(self._lengths[some].sum()) for name, some in zip(names, members, strict=True)}
+        self.tokens = {name: self._tokens_of(some) for name, some in zip(names, members, strict=True)}
+        if empty := [name for name, tokens in self.tokens.items() if not tokens]:
+            message = f"{empty[0]!r} has a weight, but its samples have no tokens"
+            raise DataError(Problem("data.weights", message, "Remove it from the weights"))
         used = source.lengths[np.isin(source.type_ids, [source.types.index(name) for name in names])]
         #: Rows, padding and cuts of one epoch of all types, for a log.
         self.description = Items(used if self._bins is None else self._lengths, self._bins).describe_rows(used, shape)
         datasets = [
             Dataset(name, some, mixture.max_epochs.get(name)) for name, some in zip(names, members, strict=True)
         ]
+        #: Mean tokens of an item of each type.
+        self._means = {name: self.tokens[name] / len(some) for name, some in zip(names, members, strict=True)}
         by_items = shape.layout in (PackingLayout.PADDED, PackingLayout.BEST_FIT)
         self._blend = Blend(datasets, self._lengths, shape.longest_sample, seed, by_items)
         self._order: SampleOrder = self._blend if self._bins is None else BinOrder(self._bins, self._blend)
@@ -88,6 +93,11 @@ class BlendRows:
         )
         self._begin: Mark | None = None
         self.follow(BatchPlan(step_rows=1, data_size=1))
+
+    def _tokens_of(self, items: np.ndarray) -> int:
+        longest = self.shape.longest_sample
+        lengths = self._lengths[items]
+        return int((lengths if longest is None else np.minimum(lengths, longest)).sum())
 
     def __len__(self) -> int:
         """Return the number of rows that the tokens of all types fill."""
@@ -131,30 +141,45 @@ class BlendRows:
             return
         place = row * self._unit
         mark = Mark.of_numbers(numbers) if len(numbers) == 4 + 2 * len(self._blend.datasets) else None
-        if mark is None or mark.phase >= len(self.mixture.changes) or self._blend.place(mark) > place:
+        if mark is None or not self._fits(mark, place):
             message = f"the position of the blend does not fit {len(self._blend.datasets)} dataset types and row {row}"
             raise DataError(Problem("state.json", message, "Resume from another checkpoint"))
         self._begin = mark
 
+    def _fits(self, mark: Mark, place: int) -> bool:
+        """Return whether a mark may be that of ``place``: its counts add up, and its item is the one at the place."""
+        size = 1 if self._blend.by_items else max(1, int(self._lengths.max()))
+        return (
+            min(mark.numbers()) >= 0
+            and mark.phase < len(self.mixture.changes)
+            and 0 <= place - self._blend.place(mark) < size
+            and sum(mark.used) == mark.item
+            and sum(mark.served) == mark.token - mark.phase_token
+        )
+
     def follow(self, plan: BatchPlan) -> None:
         """Take the plan that assigns rows to steps: the mixture changes at the first row of a step."""
-        # Changes before the plan's origin are over: a state has the phase that it is in, and without one the sequence
-        # has had the last of them from its beginning. At the origin itself, a sample may be unfinished that was chosen
-        # by the weights before.
+        # Changes before the plan's origin are over: without a state, the sequence has had the last of them from its
+        # beginning. A state has the phase in which its item was chosen. The item may be unfinished at the origin, and
+        # phases that have begun since apply after it.
         origin, phases = plan.origin, []
+        after_item = 0 if self._begin is None else self._blend.place(self._begin) + 1
         for step, shares in self.mixture.shares():
             is_over = step < origin.step or (step == origin.step and self._begin is None)
-            row = START.row if is_over else plan.rows_of_step(step).first_row
-            phases.append(Phase(row * self._unit, tuple(shares[name] for name in self.mixture.names)))
+            begin = after_item if is_over else plan.rows_of_step(step).first_row * self._unit
+            phases.append(Phase(begin, tuple(shares[name] for name in self.mixture.names)))
         none = (0,) * len(self._blend.datasets)
         self._blend.start(self._begin or Mark(0, 0, 0, 0, none, none), phases)
 
     def epochs(self, plan: BatchPlan, total_steps: int) -> dict[str, float]:
-        """Return the number of epochs of each type that a run of ``total_steps`` needs, without padding."""
+        """Return the number of epochs of each type that a run of ``total_steps`` needs."""
         begins = [plan.rows_of_step(step).first_row for step, _ in self.mixture.changes if step < total_steps]
         used = dict.fromkeys(self.mixture.names, 0.0)
         ends = [*begins[1:], plan.position(total_steps).row]
         for begin, end, (_, shares) in zip(begins, ends, self.mixture.shares(), strict=False):
+            tokens: float = (end - begin) * self._unit
+            if self._blend.by_items:  # one of the mixture has this many tokens on average
+                tokens /= sum(share / self._means[name] for name, share in shares.items())
             for name, share in shares.items():
-                used[name] += share * (end - begin) * self.shape.packed_length
+                used[name] += share * tokens
         return {name: tokens / self.tokens[name] for name, tokens in used.items()}

@@ -27,7 +27,7 @@ from internlm.utils.logger import get_logger
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200
-TOLERANCE = 0.02
+ROUNDING = 0.001
 
 
 def build_train_loader(
@@ -134,8 +134,7 @@ def _blend_rows(data: DataConfig, source: SampleSource, seed: int, plan: BatchPl
     rows = BlendRows(source, row_shape(data), seed, Mixture(changes, data.max_epochs))
     epochs = rows.epochs(plan, data.total_steps)
     for name, largest in data.max_epochs.items():
-        # Padding takes part of the rows in some layouts, so that a little less may be needed.
-        if epochs.get(name, 0.0) > largest * (1 + TOLERANCE):
+        if epochs.get(name, 0.0) > largest * (1 + ROUNDING):
             message = f"{largest:g} for {name!r}, but the {data.total_steps} steps need {epochs[name]:.4g}"
             todo = "Allow more, lower its weight, or train for fewer steps"
             raise DataError(Problem("data.max_epochs", message, todo))

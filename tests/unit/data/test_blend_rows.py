@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from internlm.config import load_config
 from internlm.config.schema import DataConfig
@@ -105,6 +107,42 @@ def test_a_mixture_changes_at_its_step(folder: str) -> None:
     assert max(code[0], math[1]) <= LONGEST
 
 
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_sample_longer_than_a_step_ends_after_a_change(tmp_path: Path, step: int) -> None:
+    """The weights change twice within the first sample, of 100 tokens in steps of 32."""
+    for token, name, length in ((1, "en", 100), (2, "code", 7), (3, "math", 5)):
+        write_bin(tmp_path / name / "a.bin", [[token] * length] * 9)
+    mixture = changes((0, {"en": 1}), (1, {"math": 1}), (2, {"code": 1}), (4, {"math": 2, "code": 1}))
+    straight, resumed = (loader(str(tmp_path), **mixture, global_batch=2) for _ in range(2))
+    expected = [straight.read(number)[0]["input_ids"].tolist() for number in range(8)]
+    resumed.resume(straight.position(step))
+    assert [resumed.read(number)[0]["input_ids"].tolist() for number in range(step, 8)] == expected[step:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_of_as_many_epochs_as_allowed_ends_with_a_checkpoint(tmp_path: Path, layout: str) -> None:
+    """In 12 steps of 64 tokens each; in the padded layout, of 4 samples that have half as many tokens."""
+    length = 8 if layout == "padded" else 16
+    for token, name in enumerate(("en", "code"), 1):
+        write_bin(tmp_path / name / "a.bin", [[token] * length] * 24)
+    settings = {**LAYOUTS[layout], "weights": {"en": 3, "code": 1}, "max_epochs": {"en": 1.5, "code": 0.5}}
+    made = loader(str(tmp_path), **settings, global_batch=4, total_steps=12)
+    ids = torch.cat([made.read(step)[0]["input_ids"].flatten() for step in range(12)])
+    assert ids.bincount().tolist()[1:] == [36 * length, 12 * length]
+    assert made.position(12).row == 24
+    with pytest.raises(DataError, match=r"^data.max_epochs: 1.5 for 'en', but the 13 steps need 1.625\. "):
+        loader(str(tmp_path), **settings, global_batch=4, total_steps=13)
+
+
+def test_the_last_checkpoint_needs_no_sample_after_it(tmp_path: Path) -> None:
+    write_bin(tmp_path / "en" / "a.bin", [[1] * 16] * 100)
+    made = loader(str(tmp_path), weights={"en": 1}, max_epochs={"en": 1}, global_batch=2, total_steps=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend, "TOLERANCE", -0.01)  # the samples are used up at the very end
+        assert [made.read(step) for step in range(50)]
+        assert made.position(50).state["blend"][:2] == [100, 1600]
+
+
 def test_a_run_whose_data_have_changed_follows_the_sequence_from_its_beginning(folder: str) -> None:
     made = loader(folder, weights={"en": 1, "code": 1})
     again = loader(folder, weights={"en": 1, "code": 1})
@@ -132,9 +170,23 @@ def test_wrong_mixtures(folder: str, settings: dict[str, Any], said: str) -> Non
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("numbers", [[], [0] * 7, [0, 10**6, 0, 0, 0, 0, 0, 0], [0, 0, 3, 0, 0, 0, 0, 0]])
-def test_a_position_that_does_not_fit_is_refused(folder: str, numbers: list[int]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda numbers: [],
+        lambda numbers: numbers[:-1],
+        lambda numbers: [0] * 8,  # the position of another row
+        lambda numbers: [numbers[0], 10**6, *numbers[2:]],
+        lambda numbers: [*numbers[:2], 3, *numbers[3:]],  # a phase that the mixture lacks
+        lambda numbers: [*numbers[:2], -1, *numbers[3:]],
+        lambda numbers: [*numbers[:4], -1, numbers[5] + numbers[4] + 1, *numbers[6:]],
+        lambda numbers: [*numbers[:4], 10**30, *numbers[5:]],
+        lambda numbers: [*numbers[:6], *[10**300] * 2],
+    ],
+)
+def test_a_position_that_does_not_fit_is_refused(folder: str, change: Callable[[list[int]], list[int]]) -> None:
     made = loader(folder, weights={"en": 1, "code": 1})
+    numbers = change(made.position(5).state["blend"])
     with pytest.raises(DataError, match=r"^state.json: the position of the blend does not fit 2 dataset types and row"):
         made.resume(Position(5, 5, 20, {"blend": numbers}))
 
