@@ -185,7 +185,7 @@ def _print(entry: dict[str, Any]) -> None:
                 span["type_name"],
                 printable(span["file"]) or "(random)",
                 str(span["row"]),
-                "" if span["byte"] is None else f"[{span['byte']}, {span['byte'] + span['bytes']})",
+                _format_bytes(span["byte"], span["bytes"]),
             )
             for span in micro_batch["spans"]
         ]
@@ -195,3 +195,9 @@ def _print(entry: dict[str, Any]) -> None:
             say(f"  {line}")
             if "input_ids" in span:
                 say(f"      {span['input_ids'] if span['text'] is None else repr(span['text'])}")
+
+
+def _format_bytes(first: int | None, size: int | None) -> str:
+    if first is None or size is None:
+        return "" if first is None else str(first)
+    return f"[{first}, {first + size})"
