@@ -46,7 +46,8 @@ def build_stream_rows(data: DataConfig, shape: RowShape, seed: int, vocab_size: 
         min_length=data.min_length,
     )
     types = sorted({file.type_name for file in reader.files})
-    documents = StreamedDocuments(reader, {name: index for index, name in enumerate(types)}, tokenizer, settings)
+    type_ids = {name: index for index, name in enumerate(types)}
+    documents = StreamedDocuments(reader, type_ids, tokenizer, settings, data.num_worker)
     # Each thread reads a step, and training uses one more.
     ahead = (data.num_worker + 1) * -(-step_rows // settings.shards)
     return StreamRows(documents, types, shape, ahead, data.fingerprint)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internlm.data.permutation import KeyedPermutation, Purpose
+from internlm.data.read_ahead import in_order
 from internlm.data.text_encoder import Recipe
 from internlm.data.text_reader import Document, TextReader
 from internlm.data.text_rows import START
@@ -31,7 +33,9 @@ from internlm.utils.logger import get_logger
 #: Characters after which a block ends, so that long documents do not fill the memory.
 BLOCK_CHARACTERS = 1 << 24
 #: Characters that are tokenized at once: enough for the tokenizer's own loop, and little ahead of what a row needs.
-CHUNK_CHARACTERS = 1 << 16
+CHUNK_CHARACTERS = 1 << 15
+#: Chunks of a shard that are being tokenized, or are not used yet.
+CHUNKS_AHEAD = 2
 #: Epochs without a document after which a shard gives up, for each shard. With as few documents as one, each shard has
 #: its turn in one of so many epochs.
 EMPTY_EPOCHS = 64
@@ -85,14 +89,21 @@ class StreamedDocuments:
         types: Index of each dataset type by its name.
         tokenizer: Tokenizer of the recipe.
         settings: Settings of the stream.
+        workers: Number of threads that tokenize ahead; with 0 a document is tokenized when it is needed.
     """
 
     def __init__(
-        self, reader: TextReader, types: Mapping[str, int], tokenizer: Tokenizer, settings: StreamSettings
+        self,
+        reader: TextReader,
+        types: Mapping[str, int],
+        tokenizer: Tokenizer,
+        settings: StreamSettings,
+        workers: int = 0,
     ) -> None:
         self.reader, self.settings, self.tokenizer = reader, settings, tokenizer
         self.units = divide(reader.layouts, settings.shards)
         self._type_of_file = [types[file.type_name] for file in reader.files]
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="internlm-tokens") if workers else None
         self._epochs, self._lock = 0, threading.Lock()  # epochs that a shard has read; threads read ahead
 
     def documents(self, shard: int, place: Place) -> Iterator[TokenizedDocument]:
@@ -150,10 +161,17 @@ class StreamedDocuments:
         permutation = KeyedPermutation(len(block), settings.seed, Purpose.DOCUMENTS, shard, *begin)
         order = permutation(np.arange(len(block))).tolist()
         remaining = iter(range(place.document, len(block)))
-        while chunk := list(_chunk_of(remaining, order, block)):
+        chunks = iter(lambda: list(_chunk_of(remaining, order, block)), [])
+
+        def encode(chunk: list[int]) -> Iterator[tuple[int, list[int]]]:
             # In batches, during which tokenizers release the interpreter's lock.
-            encoded = self.tokenizer.encode_batch([block[order[index]].document.text for index in chunk])
-            for index, ids in zip(chunk, encoded, strict=True):
+            ids = self.tokenizer.encode_batch([block[order[index]].document.text for index in chunk])
+            return zip(chunk, ids, strict=True)
+
+        # Ahead of the rows, since those of a shard wait for each other: otherwise one thread would do all the work.
+        encoded = map(encode, chunks) if self._pool is None else in_order(self._pool, encode, chunks, CHUNKS_AHEAD)
+        for chunk in encoded:
+            for index, ids in chunk:
                 tokens = np.array([*settings.recipe.before, *ids, *settings.recipe.after], np.int32)
                 if len(tokens) >= max(settings.min_length, 1):
                     document, unit, _ = block[order[index]]

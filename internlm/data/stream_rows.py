@@ -5,7 +5,7 @@ whichever rank makes them. By default a step has V rows, so a data-parallel rank
 made after the rows before it, or from a *place* in the documents of its shard. A checkpoint has the places of all
 shards.
 
-The threads that read ahead tokenize: tokenizers release the interpreter's lock, so the training thread is not held up.
+Threads tokenize ahead: tokenizers release the interpreter's lock, so the training thread is not held up.
 """
 
 from __future__ import annotations

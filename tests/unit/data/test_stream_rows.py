@@ -51,11 +51,13 @@ def stream(corpus: Path, hugging_face_folder: Path) -> StreamRows:
     return open_stream(corpus, hugging_face_folder)
 
 
-def changed(stream: StreamRows, shape: RowShape | None = None, ahead: int = 9, **settings: Any) -> StreamRows:
+def changed(
+    stream: StreamRows, shape: RowShape | None = None, ahead: int = 9, workers: int = 0, **settings: Any
+) -> StreamRows:
     """A stream of the same files with other settings, from its beginning."""
     old = stream.documents
     types = {name: index for index, name in enumerate(stream.types)}
-    documents = StreamedDocuments(old.reader, types, old.tokenizer, replace(old.settings, **settings))
+    documents = StreamedDocuments(old.reader, types, old.tokenizer, replace(old.settings, **settings), workers)
     return StreamRows(documents, stream.types, shape or stream.shape, ahead)
 
 
@@ -119,7 +121,7 @@ def test_threads_that_read_ahead_change_nothing(stream: StreamRows, workers: int
     # Fewer shards than rows of a step: each thread needs every shard, and they come to it in any order.
     read, position = [], None
     for threads in (0, workers):
-        rows = changed(stream, ahead=5 * 6, shards=2)
+        rows = changed(stream, ahead=5 * 6, workers=threads, shards=2)
         loader = TrainLoader(rows, BatchPlan(step_rows=6, data_size=1), 0, 20, threads)
         read.append([batch["input_ids"].tolist() for batch, _ in loader])
         assert position in (None, loader.position(20))
