@@ -32,7 +32,7 @@ from tests.unit.data.streams import VOCABULARY, open_stream, write_texts
 
 #: Files of different formats, each with texts of its own.
 FILES = ("en/1.parquet", "en/2.jsonl", "cn/stream.arrow", "cn/1.jsonl.gz", "1.txt")
-TEXTS = {name: [f"{name} {i} " + "fox jumps " * (i * i % 11) for i in range(23)] for name in FILES}
+TEXTS = {name: [f"{name} {i} " + "fox jumps " * (i * i % 11) for i in range(15)] for name in FILES}
 #: Layouts that need no lengths of samples in advance.
 STREAMED = (PackingLayout.PACKED, PackingLayout.WINDOWS, PackingLayout.PADDED)
 LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"pack_sample_into_one": True}, {"use_packed_dataset": False})
@@ -127,6 +127,18 @@ def test_threads_that_read_ahead_change_nothing(stream: StreamRows, workers: int
         assert position in (None, loader.position(20))
         position = loader.position(20)
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_is_damaged_during_the_run_ends_it(tmp_path: Path, hugging_face_folder: Path, workers: int) -> None:
+    for name in ("1.txt", "2.txt"):
+        write_texts(tmp_path / name, ["fox jumps " * 9] * 50)
+    rows = open_stream(tmp_path, hugging_face_folder, num_worker=workers, shuffle_buffer=8)
+    batches = iter(TrainLoader(rows, BatchPlan(step_rows=4, data_size=1), 0, 999, workers))
+    next(batches)
+    (tmp_path / "2.txt").write_text("fox")
+    with pytest.raises(DataError, match=r"2\.txt: the file has changed since it was opened \(\d+ bytes then, 3 bytes"):
+        list(batches)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("packed", "windows", "padded"))
