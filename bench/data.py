@@ -1,7 +1,8 @@
-"""Reading of token files, without a model: rows by format, long documents, and the index.
+"""Reading of token files, without a model: order of samples, rows by format, long documents, and the index.
 
-``python -m bench.data [rows] [long] [index] [--rounds 9] [--folder DIR]`` prints a table for each part. The sides of a
-comparison take turns in one run; figures are medians over the rounds. The data are made first, below ``--folder``.
+``python -m bench.data [order] [rows] [long] [index] [--rounds 9] [--folder DIR]`` prints a table for each part. The
+sides of a comparison take turns in one run; figures are medians over the rounds. The data are made first, below
+``--folder``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import torch
 from internlm.accelerator import processor
 from internlm.config.schema import DataConfig
 from internlm.core.parallel.sharding import ALONE
+from internlm.data.best_fit import pack
 from internlm.data.binary_tokens import HEADER, write_tokens
+from internlm.data.blend import Blend, Dataset, Mark, Phase
 from internlm.data.build import build_train_loader
 from internlm.data.index import CACHE_NAME
+from internlm.data.order import shuffled
 from internlm.data.tokenized_source import TokenizedSource
 
 VOCAB = 32_000
@@ -195,7 +199,28 @@ def index(folder: Path, rounds: int) -> None:
         print(f"index of {name}: " + ", ".join(f"{state} {median(some):.2f} s" for state, some in times.items()))
 
 
-PARTS = {"rows": rows, "long": long, "index": index}
+def order(folder: Path, rounds: int) -> None:
+    """Beginning of an epoch of 10^7 samples, best-fit packing and blending; seconds and microseconds per sample."""
+    rng = np.random.default_rng(4)
+    lengths = 1 + rng.exponential(SHORT - 1, 10**7).astype(np.int64)
+    some, number = lengths[: 10**6], 2 * 10**5
+    datasets = [Dataset(str(part), np.arange(part, len(some), 5)) for part in range(5)]
+
+    def blend() -> int:
+        made = Blend(datasets, some, None, 1, by_items=True)
+        made.start(Mark(0, 0, 0, 0, (0,) * 5, (0,) * 5), [Phase(0, (0.4, 0.3, 0.1, 0.1, 0.1))])
+        return len(made.samples(number - 1, number)) * number
+
+    sides: dict[str, Callable[[], int]] = {
+        "beginning of an epoch": lambda: len(shuffled(lengths, None, 1, 0).prepare()),
+        "best-fit packing": lambda: len(some) if len(pack(some, SEQ_LEN, SEQ_LEN, 1)) else 0,
+        "blend of five datasets": blend,
+    }
+    for name, rate in take_turns(sides, rounds).items():
+        print(f"{name:40} {1e6 / rate:8.3f} microseconds per sample")
+
+
+PARTS = {"order": order, "rows": rows, "long": long, "index": index}
 
 
 def main() -> None:
