@@ -220,7 +220,11 @@ def _derive(raw: NestedDict, run: RunInfo, unusable: set[str]) -> set[str]:
 def _check(raw: NestedDict, run: RunInfo, unusable: set[str]) -> list[Problem]:
     config = _partial(Config, raw)
     # A rule that reads an invalid key could raise, or report the same mistake again.
-    ready = (rule for rule in ALL_RULES if not any(nested_dict.within(key, unusable) for key in rule.reads))
+    # Nor may it read a list or section in which a key is invalid.
+    holding = {section for key in unusable for section in nested_dict.with_sections(key)}
+    ready = (
+        rule for rule in ALL_RULES if not any(key in holding or nested_dict.within(key, unusable) for key in rule.reads)
+    )
     return [problem for rule in ready for problem in rule.check(config, run)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from internlm.config import keys
 from internlm.config.rules.rule import WORLD_SIZE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
 from internlm.config.schema.parallel import round_size_of
@@ -214,7 +215,17 @@ WIDTHS = at("model", "hidden_size", "mlp_ratio", "multiple_of", "embed_split_hid
 FSDP_REFUSES = ("model.num_chunks", "model.compile", "optimizer.type", "optimizer.param_groups", "use_fp32_norm")
 SEQUENCE_2D = at("parallel.sequence_2D", "enable", "head_size", "context_size")
 
+
+def elastic_layouts_have_known_keys(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check the keys of all elastic layouts, since that of another world size is needed when a host is lost."""
+    for entry in config.parallel.elastic:
+        for key in dict(entry)["layout"]:
+            if f"parallel.{key}" not in keys.fields():
+                yield Problem("parallel.elastic", f"{key!r} is no key of parallel", "Example: 'tensor.size'")
+
+
 RULES = (
+    Rule(at("parallel", "elastic"), elastic_layouts_have_known_keys),
     Rule((TENSOR, MODE, *HEADS), tensor_size_divides_heads),
     Rule((TENSOR, MODE, *WIDTHS), tensor_size_divides_widths),
     Rule((PIPELINE, *at("model", "num_layers", "num_chunks")), every_stage_has_layers),

@@ -92,6 +92,11 @@ def test_an_override_wins_over_a_layout() -> None:
     [
         ([], 6, "parallel: world size 6 is not divisible by pipeline.size · tensor.size = 1 · 4 = 4. Start a multiple"),
         ([{"worlds": [6], "layout": {"tensr.size": 2}}], 6, "parallel.tensr: unknown key. Did you mean"),
+        (
+            [{"worlds": [7], "layout": {"tensr.size": 2}}],
+            4,
+            "parallel.elastic: 'tensr.size' is no key of parallel. Example: 'tensor.size'",
+        ),
         ([{"worlds": [6], "layout": {"tensor.size": "2"}}], 6, "parallel.tensor.size: '2' is a string. Set it to"),
         ([{"worlds": [], "layout": {}}], 4, "parallel.elastic.worlds: [] is out of range. Set it to"),
         ([{"world": [6]}], 4, "parallel.elastic.world: unknown key. Did you mean 'worlds'?"),

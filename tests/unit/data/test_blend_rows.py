@@ -202,6 +202,14 @@ def test_a_position_that_does_not_fit_is_refused(folder: str, change: Callable[[
         ({"weights": {"en": -1}, "train_folder": "x"}, "data.weights: -1 is out of range"),
         ({"weights": ["en"], "train_folder": "x"}, "data.weights: ['en'] is of type list"),
         ({"weights": [(1, {"en": 1})], "train_folder": "x"}, "data.weights: [(1, {'en': 1})] is of type list"),
+        (
+            {"weights": {"en": 1}, "train_folder": "x", "weight_changes": [{"stp": 5, "weights": {"en": 1}}]},
+            "data.weight_changes.stp: unknown key. Did you mean 'step'?",
+        ),
+        (
+            {"weights": {"en": 1}, "train_folder": "x", "weight_changes": [{"step": 5, "weights": 7}]},
+            "data.weight_changes.weights: 7 is an integer. Set it to",
+        ),
         ({"max_epochs": {"en": 1}}, "data.max_epochs: needs data.weights, which is empty. Give the weights"),
         (
             {"weights": [(0, {"en": 1}), (5, {"en": 1}), (5, {"en": 2})], "train_folder": "x"},
