@@ -16,7 +16,7 @@ def split_weights(raw: NestedDict) -> None:
 
     ``[(type, weight, largest number of epochs or None), ...]`` is split into ``data.weights`` and ``data.max_epochs``,
     ``[(0, weights), (step, weights), ...]`` into ``data.weights`` and ``data.weight_changes``. Other lists are left,
-    for the schema to report.
+    for the schema to report: also those that name a type twice, or give changes beside ``data.weight_changes``.
     """
     # Values of any type: the schema is checked afterwards, and names what is wrong in the words of its keys.
     given = nested_dict.get(raw, WEIGHTS)
@@ -26,9 +26,11 @@ def split_weights(raw: NestedDict) -> None:
         return
     rows = [tuple(row) if isinstance(row, (list, tuple)) else () for row in given]
     if all(len(row) in (2, 3) and isinstance(row[0], str) for row in rows):
+        if len({row[0] for row in rows}) < len(rows):
+            return
         nested_dict.put(raw, WEIGHTS, {row[0]: row[1] for row in rows})
         _add(raw, EPOCHS, {row[0]: row[2] for row in rows if len(row) == 3 and row[2] is not None})
-    elif all(len(row) == 2 and isinstance(row[1], Mapping) for row in rows) and rows[0][0] == 0:
+    elif all(len(row) == 2 and isinstance(row[1], Mapping) for row in rows) and rows[0][0] == 0 and not changes:
         nested_dict.put(raw, WEIGHTS, rows[0][1])
         nested_dict.put(raw, CHANGES, tuple({"step": step, "weights": weights} for step, weights in rows[1:]))
 

@@ -201,6 +201,18 @@ def test_a_position_that_does_not_fit_is_refused(folder: str, change: Callable[[
         ({"weights": {"en": 0}, "train_folder": "x"}, "data.weights: all weights are 0. Give at least one"),
         ({"weights": {"en": -1}, "train_folder": "x"}, "data.weights: -1 is out of range"),
         ({"weights": ["en"], "train_folder": "x"}, "data.weights: ['en'] is of type list"),
+        (
+            {"weights": [("en", 1), ("en", 2)], "train_folder": "x"},
+            "data.weights: [('en', 1), ('en', 2)] is of type list",
+        ),
+        (
+            {
+                "weights": [(0, {"en": 1}), (5, {"en": 2})],
+                "train_folder": "x",
+                "weight_changes": [{"step": 9, "weights": {"en": 1}}],
+            },
+            "data.weights: [(0, {'en': 1}), (5, {'en': 2})] is of type list",
+        ),
         ({"weights": [(1, {"en": 1})], "train_folder": "x"}, "data.weights: [(1, {'en': 1})] is of type list"),
         (
             {"weights": {"en": 1}, "train_folder": "x", "weight_changes": [{"stp": 5, "weights": {"en": 1}}]},
