@@ -15,6 +15,8 @@ from internlm.core.nonfinite import find_on_all_ranks, too_many_skipped_steps
 from internlm.core.scheduler import Scheduler, StepResult, TrainingStep
 from internlm.core.scheduler.loss import LOSS
 from internlm.core.train_state import TrainState as TrainState
+from internlm.data.batch_plan import BatchPlan
+from internlm.data.loader import TrainLoader
 from internlm.solver.optimizer import HybridZeroOptimizer, OptimizerStep
 from internlm.utils.compat import FollowsRun, OlderResult, ReplacedNames
 from internlm.utils.errors import Problem, UserError, naming_lost_ranks
@@ -149,6 +151,7 @@ class Trainer(ReplacedNames, OlderResult):
         self._sums: list[accelerator.HostValues] = []
         self._local_losses: list[accelerator.HostValues] = []
         self._tokens = 0  # of the batches since the last update, over all ranks, padding included
+        self._plan: BatchPlan | None = None  # of the loader in fit()
 
     @property
     def engine(self) -> Trainer:
@@ -232,7 +235,9 @@ class Trainer(ReplacedNames, OlderResult):
         enter_phase("update", step)
         with naming_lost_ranks():
             update = self.optimizer.step(self.lr_schedule(step), self.beta2_schedule(step), loss)
-        self.state.count_step(update, self._tokens)
+        # Rows of padding, which ranks have that the rows of a step do not suffice for, are no part of the batch.
+        tokens = self._tokens if self._plan is None else self._plan.without_padding_rows(step, self._tokens)
+        self.state.count_step(update, tokens)
         self._begin_losses()
         if update.is_last_chance:
             # The decision needs a host sync. Read the loss too, so that logging the step does not need another one.
@@ -296,6 +301,7 @@ class Trainer(ReplacedNames, OlderResult):
         _check_loader(loader)
         loader.seek(self.state.step)
         batches = iter(loader)
+        self._plan = loader.plan if isinstance(loader, TrainLoader) else None
         self.train()
         try:
             with naming_lost_ranks():

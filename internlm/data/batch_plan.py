@@ -80,6 +80,10 @@ class BatchPlan:
         batch = self._batch(step)
         return StepRows(batch, self._first_row(batch), self._size(batch))
 
+    def without_padding_rows(self, step: int, tokens: int) -> int:
+        """Return how many of the ``tokens`` of all ranks' micro-batches in ``step`` are in rows of the batch."""
+        return tokens * self._size(self._batch(step)) // (self.micro_batches(step) * self.data_size)
+
     def at(self, step: int, rows: StepRows) -> BatchPlan:
         """Return a plan in which ``step`` has ``rows``, whatever the rows of other steps are."""
         origin = Position(step, rows.batch, rows.first_row)

@@ -32,6 +32,7 @@ def test_worlds_that_change_train_as_one_process(worlds: tuple[int, ...], tmp_pa
     assert [entry[0] for entry in log] == [entry[0] for entry in straight.log] == list(range(total))
     losses, expected = ([entry[1:3] for entry in of_run] for of_run in (log, straight.log))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
+    assert runs[-1].state == straight.state
     assert runs[-1].ranks[0].position[:3] == straight.ranks[0].position[:3] == (total, total, ROWS * total)
 
 

@@ -125,7 +125,7 @@ class LogMetrics(Hook):
         """Write the metrics of the step."""
         report.read()
         rows = self.loader.plan.rows_of_step(report.step)
-        tokens = report.shape.tokens * self.data_size
+        tokens = self.loader.plan.without_padding_rows(report.step, report.shape.tokens * self.data_size)
         self.throughput.add(tokens, report.step_time)
         # Padding counts here, as in the published metrics; ``real_tgs`` counts valid tokens only.
         per_device = tokens / self.world_size / report.step_time
