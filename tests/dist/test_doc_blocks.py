@@ -162,6 +162,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("data.md", 0): config,
     ("data.md", 1): config,
     ("data.md", 2): config,
+    ("data.md", 3): config,
     ("faults.md", 0): plain,
     ("memory.md", 0): memory,
     ("optimizer.md", 0): elsewhere,
