@@ -85,8 +85,10 @@ class IndexCache:
         for what, found in (("it", status), ("its folder", folder)):
             if found.st_uid not in self._trusted:
                 return f"{what} belongs to the user with id {found.st_uid}"
-            is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-            if found.st_mode & stat.S_IWOTH and not is_sticky:
+            is_folder = stat.S_ISDIR(found.st_mode)
+            # Folders that a group shares are usual, and a file that a member put there would be his own.
+            others = stat.S_IWOTH if is_folder else stat.S_IWOTH | stat.S_IWGRP
+            if found.st_mode & others and not (is_folder and found.st_mode & stat.S_ISVTX):
                 return f"other users can write to {what}"
         return ""
 

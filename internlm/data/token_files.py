@@ -258,7 +258,7 @@ def find_files(folder: Path, formats: Sequence[TokenFormat], remote: Remote | No
     if not folder.is_dir() and is_prefix(folder, formats):
         folder, only = folder.parent, folder.name
     if not folder.is_dir():
-        todo = "Set data.train_folder or data.valid_folder to an existing folder"
+        todo = "Set data.train_folder or data.valid_folder, or the folder to convert, to an existing one"
         raise DataError(Problem(str(folder), "no such folder", todo))
     suffixes = {form.suffix: form for form in formats}
     found: list[DataFile] = []

@@ -194,6 +194,19 @@ def test_files_of_other_samples_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_another_min_length_is_named(tmp_path: Path) -> None:
+    folder = write_bin(tmp_path / "data/en/x.bin", [[1, 2], [3, 4, 5]]).parents[1]
+
+    def info(min_length: int) -> dict[str, Any]:
+        source = TokenizedSource(str(folder), min_length, 100)
+        data = {"data": source.fingerprint(), "data_files": source.files()}
+        return changed({**RUN_INFO, **data}, config__data__min_length=min_length)
+
+    assert texts(compatibility.other_samples("step-1", info(0), info(2))) == []
+    (text,) = texts(compatibility.other_samples("step-1", info(0), info(3)))
+    assert text.startswith("data.min_length: 3, but step-1 was saved with 0; this changes the samples of each row. ")
+
+
 RANDOM = changed(RUN_INFO, config__data__train_folder=None, config__data__fixed_random_dataset_seqlen=False)
 
 

@@ -73,6 +73,7 @@ def of_another_user(path: Path) -> None:
         (lambda folder: of_another_user(folder / "index"), "it belongs to the user with id 12345"),
         (lambda folder: of_another_user(folder), "its folder belongs to the user with id 12345"),
         (lambda folder: (folder / "index").chmod(0o646), "other users can write to it"),
+        (lambda folder: (folder / "index").chmod(0o664), "other users can write to it"),
         (lambda folder: folder.chmod(0o777), "other users can write to its folder"),
     ],
 )
