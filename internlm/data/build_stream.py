@@ -12,8 +12,9 @@ from internlm.data.packing import RowShape
 from internlm.data.shard_documents import StreamedDocuments, StreamSettings
 from internlm.data.stream_rows import StreamRows
 from internlm.data.text_encoder import Recipe, make_recipe
-from internlm.data.text_folder import Selection, digest_files, find_text_files, fingerprint
+from internlm.data.text_folder import digest_files, find_text_files, fingerprint
 from internlm.data.text_reader import TextReader
+from internlm.data.text_splits import Selection
 from internlm.data.text_units import Unit, divide
 from internlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from internlm.utils.errors import DataError, Problem, first_of_all_ranks

@@ -55,8 +55,8 @@ def make_recipe(
     """
     tokenizer = load_tokenizer(tokenizer_path, parse_special_tokens)
     if eos is None and tokenizer.eos_id is None:
-        todo = "Name it as eos_token in tokenizer_config.json, or pass --no-eos"
-        get_logger().warning(str(Problem(tokenizer_path, "has no eos token, so nothing marks where a text ends", todo)))
+        message, todo = "has no eos token, so nothing marks where a text ends", "Name it in tokenizer_config.json"
+        get_logger().warning(str(Problem(tokenizer_path, message, f"{todo} as eos_token, if texts should end with it")))
     before = _special(tokenizer_path, "bos", bos, tokenizer.bos_id)
     after = _special(tokenizer_path, "eos", eos, tokenizer.eos_id)
     # Compare ids rather than the decoded text: not every tokenizer.json has a decoder.

@@ -1,8 +1,6 @@
 """Folder of a local Hugging Face dataset: its text files, with the split and the dataset type of each.
 
-Files are found at any depth. Sub-sets are those that the front matter of the folder's ``README.md`` lists under
-``configs``. Without such a list, the split of a file is named by its path: a folder or a word of the file name, such as
-``train`` or ``validation``. If no path names a split, every file belongs to every split.
+Files are found at any depth. No file of the folder is executed, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,15 +9,14 @@ import fnmatch
 import hashlib
 import itertools
 import os
-import re
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from internlm.data.fingerprint import LEVELS, FileDigest, Level
-from internlm.utils.errors import DataError, Problem, known_names
-from internlm.utils.lazy import require
+from internlm.data.text_splits import SAVED, SAVED_SPLITS, Selection, saved_files, select_files
+from internlm.utils.errors import DataError, Problem
 from internlm.utils.logger import get_logger
 
 #: Format of a file by its suffix.
@@ -34,16 +31,10 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 #: Files of the folder that hold no documents.
-DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md"}
-#: Name of a split by the words that stand for it.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-WORDS = re.compile(r"[^\W_]+")
-DEFAULT_TYPE = "default"
-LARGEST_README = 1 << 20  # bytes
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", SAVED_SPLITS, SAVED, "README.md", "config.json"}
+#: Suffixes of files that other programs read texts from: leaving them out needs a warning.
+UNSUPPORTED = {".csv", ".tsv", ".xml", ".md", ".html", ".tar", ".zip", ".xz", ".lz4", ".7z", ".rar", ".h5", ".lance"}
+UNSUPPORTED |= {".avro", ".orc", ".feather", ".gz", ".zst", ".bz2", ".bin", ".pkl"}
 #: Bytes of each of a file's samples in its fingerprint, and the number of samples.
 SAMPLE_BYTES, SAMPLES = 4096, 4
 THREADS = 16  # that open files, which mostly wait for the disk or the network
@@ -76,15 +67,6 @@ class TextFile(NamedTuple):
             raise DataError(Problem(str(self.path), message, "Restore the original file, or start a new run"))
 
 
-class Selection(NamedTuple):
-    """Part of a dataset folder to read, with the config keys that set it, for errors."""
-
-    key: str  # of the folder
-    split_key: str
-    split: str
-    subset: str | None  # None: all
-
-
 def find_text_files(folder: Path, selection: Selection) -> list[TextFile]:
     """Return the text files of a split, sorted by their path relative to ``folder``.
 
@@ -96,19 +78,20 @@ def find_text_files(folder: Path, selection: Selection) -> list[TextFile]:
     names, others = _walk(folder)
     if not names:
         suffixes = ", ".join([*FORMATS, *(f".jsonl{suffix}" for suffix in COMPRESSIONS)])
-        message = f"contains no text file (supported: {suffixes})"
+        instead = f", only {_some(others)}" if others else ""
+        message = f"contains no text file (supported: {suffixes}){instead}"
         raise DataError(Problem(str(folder), message, f"Set {selection.key} to the folder of a dataset"))
     if others:
-        get_logger().info(f"{folder}: {_some(others)} of unsupported types are left out")
-    # What the author of a dataset has written down is better than names of paths.
-    listed = _listed_subsets(folder, names)
-    if listed:
-        types = _select_listed(folder, listed, selection)
-    else:
-        if selection.subset is not None:
-            message = f"no sub-set {selection.subset!r}: README.md of {folder} lists none"
-            raise DataError(Problem("data.subset", message, f"Remove the key, or set {selection.key} to a sub-folder"))
-        types = _select_by_path(folder, names, selection)
+        unread = any(PurePosixPath(name.lower()).suffix in UNSUPPORTED for name in others)
+        log = get_logger().warning if unread else get_logger().info
+        log(f"{folder}: {_some(others)} of unsupported types are left out")
+    types, unnamed, listed = select_files(folder, names, selection)
+    if unnamed:
+        get_logger().warning(f"{folder}: {_some(unnamed)} belong to no split by their paths and are left out")
+    if not listed and (notes := _notes(types)):
+        types = {name: type_name for name, type_name in types.items() if name not in notes}
+        message = f"{folder}: {_some(sorted(notes))} are taken for notes beside the dataset and are left out"
+        get_logger().warning(f"{message}; list them in the configs of README.md to read them")
     if garbled := [name for name in types.values() if not name.isprintable()]:
         message = f"the dataset type {garbled[0]!r} has control characters in its name"
         raise DataError(Problem(str(folder), message, "Rename the folder or the sub-set"))
@@ -164,11 +147,15 @@ def _walk(folder: Path) -> tuple[list[str], list[str]]:
     others: list[str] = []
     for here, folders, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
-        # Hidden folders hold caches; a link to a parent folder would be followed for ever.
-        folders[:] = [f for f in folders if f[0] not in "._" and not real.is_relative_to((real / f).resolve())]
+        # Hidden folders and __pycache__ hold no data; a link to a parent folder would be followed for ever.
+        visible = (name for name in folders if not name.startswith((".", "__")))
+        folders[:] = [name for name in visible if not real.is_relative_to((real / name).resolve())]
+        saved = saved_files(Path(here)) if SAVED in names else None
         for name in names:
+            if saved is not None and name.endswith(".arrow") and name not in saved:
+                continue  # of what was saved there before
             # cache-*.arrow: results that `datasets` keeps beside the files of a saved dataset.
-            if name[0] in "._" or name in DESCRIPTIONS or fnmatch.fnmatch(name, "cache-*.arrow"):
+            if name[0] == "." or name in DESCRIPTIONS or fnmatch.fnmatch(name, "cache-*.arrow"):
                 continue
             relative = Path(here, name).relative_to(folder).as_posix()
             (texts if _format(name)[0] else others).append(relative)
@@ -184,6 +171,14 @@ def _format(name: str) -> tuple[str, str]:
     return FORMATS.get(path.suffix, ""), ""
 
 
+def _notes(types: dict[str, str]) -> set[str]:
+    """Return the files of plain lines, such as a license, of a type that has at least as many files of records."""
+    plain = {name for name in types if _format(name)[0] == "text"}
+    lines = Counter(types[name] for name in plain)
+    records = Counter(type_name for name, type_name in types.items() if name not in plain)
+    return {name for name in plain if records[types[name]] >= lines[types[name]]}
+
+
 def _text_file(folder: Path, name: str, type_name: str) -> TextFile:
     path = folder / name
     try:
@@ -197,104 +192,3 @@ def _text_file(folder: Path, name: str, type_name: str) -> TextFile:
 def _some(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:3]))
     return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"
-
-
-# -- splits and types named by paths ----------------------------------------------------------------------------------
-
-
-def _select_by_path(folder: Path, names: list[str], selection: Selection) -> dict[str, str]:
-    """Return the dataset type of each file of the selected split."""
-    splits = {name: _split_of(name) for name in names}
-    known = set(splits.values()) - {None}
-    wanted = SPLITS.get(selection.split, selection.split)
-    if not known:
-        return {name: _type_of(name) for name in names}
-    if wanted not in known:
-        message = f"{selection.split!r}, but {folder} has no such split"
-        raise DataError(Problem(selection.split_key, message, known_names(str(name) for name in known)))
-    if unnamed := [name for name, split in splits.items() if split is None]:
-        get_logger().warning(f"{folder}: {_some(unnamed)} belong to no split by their paths and are left out")
-    return {name: _type_of(name) for name, split in splits.items() if split == wanted}
-
-
-def _split_of(name: str) -> str | None:
-    """Return the split that a path names, by its outermost folder that does, or by its file name."""
-    for part in PurePosixPath(name.lower()).parts:
-        for word in WORDS.findall(part):
-            if word in SPLITS:
-                return SPLITS[word]
-    return None
-
-
-def _type_of(name: str) -> str:
-    """Return the dataset type: the first-level folder, apart from folders that name a split or are called ``data``."""
-    parts = PurePosixPath(name).parts[:-1]
-    return next((part for part in parts if part.lower() not in (*SPLITS, "data")), DEFAULT_TYPE)
-
-
-# -- sub-sets listed in README.md -------------------------------------------------------------------------------------
-
-
-def _listed_subsets(folder: Path, names: list[str]) -> dict[str, dict[str, list[str]]]:
-    """Return the files of each split of each sub-set that README.md lists; empty without such a list."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return {}
-    with readme.open("rb") as stream:
-        head, _, rest = stream.read(LARGEST_README).decode(errors="replace").partition("---\n")
-    front, end, _ = rest.partition("\n---")
-    if head.strip() or not end or "configs:" not in front:
-        return {}
-    yaml = require("yaml", f"configs of {readme}", "pip install pyyaml")
-    try:
-        configs = yaml.safe_load(front)["configs"]
-        return {str(config["config_name"]): _listed_files(config, names) for config in configs}
-    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
-        message = f"cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        todo = "Correct the front matter, or remove its list of configs"
-        raise DataError(Problem(f"{readme}: configs", message, todo)) from error
-
-
-def _listed_files(config: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
-    """Return the files of each split of a sub-set, from its ``data_files`` or ``data_dir``."""
-    inside = str(config.get("data_dir", ".")).rstrip("/")
-    prefix = "" if inside in ("", ".") else f"{inside.removeprefix('./')}/"
-    files: dict[str, list[str]] = {}
-    if "data_files" not in config:
-        for name in (name for name in names if name.startswith(prefix)):
-            files.setdefault(_split_of(name.removeprefix(prefix)) or "train", []).append(name)
-        return files
-    for split, pattern in _patterns(config["data_files"]):
-        pattern = prefix + pattern.removeprefix("./")
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern.replace("**/", "*"))]
-        files.setdefault(SPLITS.get(split, split), []).extend(found)
-    return files
-
-
-def _patterns(listed: Any) -> Iterator[tuple[str, str]]:
-    """Yield the split and the pattern of each entry of ``data_files``: a pattern, or a dict with split and path."""
-    for entry in listed if isinstance(listed, list) else [listed]:
-        split, paths = (str(entry["split"]), entry["path"]) if isinstance(entry, dict) else ("train", entry)
-        for path in paths if isinstance(paths, list) else [paths]:
-            yield split, str(path)
-
-
-def _select_listed(folder: Path, subsets: dict[str, dict[str, list[str]]], selection: Selection) -> dict[str, str]:
-    """Return the sub-set, which is the dataset type, of each file of the selected split."""
-    if selection.subset is not None:
-        if selection.subset not in subsets:
-            message = f"{selection.subset!r}, but README.md of {folder} lists no such sub-set"
-            raise DataError(Problem("data.subset", message, known_names(subsets)))
-        subsets = {selection.subset: subsets[selection.subset]}
-    wanted = SPLITS.get(selection.split, selection.split)
-    types: dict[str, str] = {}
-    for subset, splits in subsets.items():
-        for name in splits.get(wanted, []):
-            if types.setdefault(name, subset) != subset:
-                message = f"{name} belongs to the sub-sets {types[name]!r} and {subset!r}"
-                raise DataError(Problem(str(folder), message, "Set data.subset to one of them"))
-    if not types:
-        known = {split for splits in subsets.values() for split, files in splits.items() if files}
-        message = f"{selection.split!r}, but README.md of {folder} lists no file of this split"
-        raise DataError(Problem(selection.split_key, message, known_names(known)))
-    return types

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from internlm.data.fingerprint import LEVELS, Level
-from internlm.data.text_folder import Selection, digest_files, find_text_files, fingerprint
+from internlm.data.text_folder import digest_files, find_text_files, fingerprint
+from internlm.data.text_splits import Selection
 from internlm.utils.errors import DataError
 from tests.unit.data.streams import write_texts
 

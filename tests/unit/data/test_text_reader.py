@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.data.text_folder import Selection, find_text_files
+from internlm.data.text_folder import find_text_files
 from internlm.data.text_reader import TextReader
+from internlm.data.text_splits import Selection
 from internlm.data.text_units import Unit, divide
 from internlm.utils.errors import DataError
 from tests.unit.data.streams import json_lines, write_texts

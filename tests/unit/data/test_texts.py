@@ -286,7 +286,10 @@ def test_warnings_about_a_tokenizer(
     assert tokenize("--text_input_path", str(path), tokenizer=tmp_path / "bare") == 0
     line_ends, no_eos = (record.getMessage() for record in caplog.records)
     assert "tokenizer.model: drops line ends" in line_ends
-    assert f"{tmp_path}/bare: has no eos token, so nothing marks where a text ends. Name it as eos_token" in no_eos
+    assert (
+        f"{tmp_path}/bare: has no eos token, so nothing marks where a text ends. Name it in tokenizer_config.json"
+        in no_eos
+    )
 
 
 def test_special_tokens_of_a_document(
