@@ -201,7 +201,7 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
     if not same_data(old_data, data) and not is_explained:
         changes = file_changes(str(saved.get("data_files")), str(now.get("data_files")))
         shortest = ("data.min_length", then.get("min_length"), wanted.get("min_length"))
-        if changes is not None and not any(changes) and shortest[1] != shortest[2]:
+        if not is_streamed and changes is not None and not any(changes) and shortest[1] != shortest[2]:
             changed.append(shortest)  # The fingerprint covers which samples are dropped.
         else:
             found = str(changes or "") or f"fingerprint {old_data} then, {data} now"
