@@ -30,9 +30,10 @@ from internlm.data.token_files import (
 Level = Literal["stat", "sampled", "full"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
-#: Tokens of a file in its digest, most samples that they come from, and tokens at either end of a long sample. A file
-#: of fewer tokens and samples is covered completely.
+#: Tokens of a file in its digest, most samples that they come from, and tokens at either end of a long sample.
 SAMPLED_TOKENS, SAMPLED_ROWS, ENDS = 4096, 64, 512
+#: Tokens of a file up to which all of them are in its digest.
+SMALL_FILE = 16_384
 #: Bytes that are read at once for checksums.
 _CHUNK = 64 * CHECK_BLOCK
 #: Characters beyond which a checkpoint has no list of files, and bytes of a list beyond which it is damaged.
@@ -84,8 +85,9 @@ def digest_file(file: DataFile, samples: np.ndarray, level: Level) -> tuple[File
     try:
         opened = OpenFile(file)
         reader = file.format.reader(opened)
+        longest = SMALL_FILE if samples[1].sum() <= SMALL_FILE else 2 * ENDS
         for row in sampled_rows(samples[1]):
-            for piece in _pieces(reader, Span(*map(int, samples[[0, 2, 1], row]))):
+            for piece in _pieces(reader, Span(*map(int, samples[[0, 2, 1], row])), longest):
                 tokens.update(piece)
         sampled = tokens.hexdigest()
         if level == "sampled":
@@ -100,6 +102,9 @@ def sampled_rows(lengths: np.ndarray) -> Iterator[int]:
     """Yield the rows of a file whose tokens are in its digest: all, or the first, the last and others between them."""
     count, tokens = len(lengths), 0
     rows: Iterable[int] = range(count)
+    if lengths.sum() <= SMALL_FILE:
+        yield from rows
+        return
     if count > SAMPLED_ROWS:
         spread = ((_GOLDEN * number % (1 << 64)) * count >> 64 for number in range(1, SAMPLED_ROWS - 1))
         rows = dict.fromkeys((0, count - 1, *spread))
@@ -110,9 +115,9 @@ def sampled_rows(lengths: np.ndarray) -> Iterator[int]:
             return
 
 
-def _pieces(reader: TokenReader, span: Span) -> Iterator[bytes]:
-    """Yield the tokens of a sample that are in the digest: all, or those at both ends."""
-    bounds = [(0, span.length)] if span.length <= 2 * ENDS else [(0, ENDS), (span.length - ENDS, span.length)]
+def _pieces(reader: TokenReader, span: Span, longest: int) -> Iterator[bytes]:
+    """Yield the tokens of a sample that are in the digest: all up to ``longest``, or those at both ends."""
+    bounds = [(0, span.length)] if span.length <= longest else [(0, ENDS), (span.length - ENDS, span.length)]
     return (reader.read(span, begin, stop).astype("<i8").tobytes() for begin, stop in bounds)
 
 

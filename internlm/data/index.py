@@ -25,7 +25,7 @@ from internlm.data.index_cache import CachedIndex, IndexCache
 from internlm.data.token_files import DataFile, Remote, SampleError, Span, TokenFormat, find_files
 from internlm.utils.errors import DataError, Problem
 
-VERSION = 3
+VERSION = 4
 CACHE_NAME = ".internlm_index"
 #: Threads that read lists of samples: most of the time of small files is that of system calls, more so over a network.
 THREADS = 4
