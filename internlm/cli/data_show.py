@@ -64,7 +64,8 @@ def show(arguments: argparse.Namespace) -> None:
         doubt = located.contradiction or None
         print_json({"step": arguments.step, **rows._asdict(), **known, "contradiction": doubt, "readers": entries})
         return
-    confirmed = f"; confirmed by {located.confirmed_by}" if located.confirmed_by else ""
+    # A run may be going to reach the step, so that is no error.
+    confirmed = f"; confirmed by {located.confirmed_by}" if located.confirmed_by else "; no record has this step"
     last = rows.first_row + rows.rows - 1
     say(f"step {arguments.step}: batch {rows.batch}, rows {rows.first_row} to {last}")
     say(f"position: {before or 'from the start of the run'}{confirmed}")
