@@ -62,7 +62,9 @@ def build_valid_texts(data: DataConfig, vocab_size: int) -> TextSource:
     """
     assert data.valid_folder is not None, "streamed data needs a folder"
     tokenizer, recipe = _tokenizer(data, vocab_size)
-    reader = _reader(data, Selection("data.valid_folder", "data.valid_split", data.valid_split, data.subset))
+    shared = data.valid_folder == data.train_folder
+    selection = Selection("data.valid_folder", "data.valid_split", data.valid_split, data.subset, shared)
+    reader = _reader(data, selection)
     return TextSource(reader, tokenizer, recipe, data.min_length)
 
 

@@ -120,8 +120,8 @@ class StreamedDocuments:
                 empty_epochs = 0
             self._log_bad_rows(place.epoch)
             place = Place(place.epoch + 1)
-        todo = "Choose another folder, or lower data.min_length"
-        raise DataError(Problem("data.train_folder", f"contains no text for shard {shard} of the stream", todo))
+        message = f"contains no text, or none for shard {shard} of the stream"
+        raise DataError(Problem("data.train_folder", message, "Choose another folder, or lower data.min_length"))
 
     def _log_bad_rows(self, epoch: int) -> None:
         """Log how many rows were left out or changed so far, when the first shard has read an epoch."""
@@ -144,9 +144,11 @@ class StreamedDocuments:
 
     def _texts(self, shard: int, place: Place) -> Iterator[_Text]:
         """Yield the texts of a shard from the beginning of a block to the end of its epoch."""
-        count = len(self.units)
+        # With fewer units than shards, each shard has its turn: in some epochs it has no unit.
+        count = max(len(self.units), self.settings.shards)
         order = KeyedPermutation(count, self.settings.seed, Purpose.UNITS, place.epoch)
-        units = self.units[order(np.arange(shard, count, self.settings.shards))].tolist()
+        indices = order(np.arange(shard, count, self.settings.shards))
+        units = self.units[indices[indices < len(self.units)]].tolist()
         # The documents before the block are not read again, where the format allows to begin at a row or a byte.
         cursor = place.cursor - 1 if place.cursor else START
         for index in range(place.unit, len(units)):

@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import itertools
 import os
+import stat as stat_module
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -74,24 +75,29 @@ def find_text_files(folder: Path, selection: Selection) -> list[TextFile]:
         DataError: The folder is missing or has no text file, or the split or the sub-set does not exist.
     """
     if not folder.is_dir():
-        raise DataError(Problem(str(folder), "no such folder", f"Set {selection.key} to an existing folder"))
+        message = "expected a folder, got a file" if folder.exists() else "no such folder"
+        raise DataError(Problem(str(folder), message, f"Set {selection.key} to an existing folder"))
     names, others = _walk(folder)
     if not names:
         suffixes = ", ".join([*FORMATS, *(f".jsonl{suffix}" for suffix in COMPRESSIONS)])
         instead = f", only {_some(others)}" if others else ""
         message = f"contains no text file (supported: {suffixes}){instead}"
-        raise DataError(Problem(str(folder), message, f"Set {selection.key} to the folder of a dataset"))
+        todo = f"Set {selection.key} to the folder of a dataset{', or convert its files' if others else ''}"
+        raise DataError(Problem(str(folder), message, todo))
     if others:
         unread = any(PurePosixPath(name.lower()).suffix in UNSUPPORTED for name in others)
         log = get_logger().warning if unread else get_logger().info
-        log(f"{folder}: {_some(others)} of unsupported types are left out")
-    types, unnamed, listed = select_files(folder, names, selection)
+        log(f"{folder}: {_some(others)} left out: unsupported type")
+    types, unnamed, listed, named = select_files(folder, names, selection)
+    if selection.is_trained_on and not named:
+        message = f"{folder}: no path names a split, so validation reads the same files as training"
+        get_logger().warning(f"{message}; set data.valid_folder to a folder of other files")
     if unnamed:
-        get_logger().warning(f"{folder}: {_some(unnamed)} belong to no split by their paths and are left out")
+        get_logger().warning(f"{folder}: {_some(unnamed)} left out: no split in the path")
     if not listed and (notes := _notes(types)):
         types = {name: type_name for name, type_name in types.items() if name not in notes}
-        message = f"{folder}: {_some(sorted(notes))} are taken for notes beside the dataset and are left out"
-        get_logger().warning(f"{message}; list them in the configs of README.md to read them")
+        message = f"{folder}: {_some(sorted(notes))} left out: taken for notes beside the dataset"
+        get_logger().warning(f"{message}; to read them, list them in the configs of README.md")
     if garbled := [name for name in types.values() if not name.isprintable()]:
         message = f"the dataset type {garbled[0]!r} has control characters in its name"
         raise DataError(Problem(str(folder), message, "Rename the folder or the sub-set"))
@@ -186,9 +192,12 @@ def _text_file(folder: Path, name: str, type_name: str) -> TextFile:
     except OSError as error:
         message = f"cannot be read ({error.strerror})"
         raise DataError(Problem(str(path), message, "Check the file and its permissions")) from error
+    if not stat_module.S_ISREG(stat.st_mode):
+        # Opening a named pipe would block until another program writes to it.
+        raise DataError(Problem(str(path), "is not a regular file", "Remove it"))
     return TextFile(path, name, type_name, *_format(name), stat.st_size, stat.st_mtime_ns)
 
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:3]))
-    return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} file{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 3 else ''})"

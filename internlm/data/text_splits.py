@@ -47,6 +47,7 @@ class Selection(NamedTuple):
     split_key: str
     split: str
     subset: str | None  # None: all
+    is_trained_on: bool = False  # whether training reads the folder, too
 
 
 class Selected(NamedTuple):
@@ -54,7 +55,8 @@ class Selected(NamedTuple):
 
     types: dict[str, str]
     unnamed: list[str]
-    listed: bool  # whether README.md lists the files
+    listed: bool = False  # whether README.md lists the files
+    named: bool = True  # whether there are splits
 
 
 def select_files(folder: Path, names: list[str], selection: Selection) -> Selected:
@@ -72,13 +74,13 @@ def select_files(folder: Path, names: list[str], selection: Selection) -> Select
     splits = _splits_of(folder, names)
     known = {split for split in splits.values() if split is not None}
     if not known:
-        return Selected({name: _type_of(name, None) for name in names}, [], listed=False)
+        return Selected({name: _type_of(name, None) for name in names}, [], named=False)
     wanted = _matching(selection.split, known)
     if not wanted:
         message = f"{selection.split!r}, but {folder} has no such split"
         raise DataError(Problem(selection.split_key, message, known_names(known)))
     types = {name: _type_of(name, split) for name, split in splits.items() if split in wanted}
-    return Selected(types, [name for name, split in splits.items() if split is None], listed=False)
+    return Selected(types, [name for name, split in splits.items() if split is None])
 
 
 def saved_files(folder: Path) -> set[str] | None:
@@ -107,6 +109,8 @@ def _matching(split: str, known: Collection[str]) -> set[str]:
 
 def _description(path: Path) -> dict[str, Any]:
     """Return the content of a small JSON file; empty if there is none, or something else."""
+    if not path.is_file():
+        return {}
     try:
         with path.open("rb") as stream:
             content = json.loads(stream.read(LARGEST_DESCRIPTION))
@@ -177,7 +181,8 @@ def _listed_subsets(folder: Path, names: list[str]) -> dict[str, Subset]:
         return {}
     yaml = require("yaml", f"configs of {readme}", "pip install pyyaml")
     try:
-        configs = yaml.safe_load(front).get("configs") or []
+        content = yaml.safe_load(front)
+        configs = (content.get("configs") if isinstance(content, dict) else None) or []
         return {_word(config["config_name"]): _listed_files(config, names) for config in configs}
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         message = f"cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0]})"

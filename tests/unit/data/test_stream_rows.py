@@ -81,6 +81,12 @@ def test_an_epoch_has_every_document_once(
     assert found == Counter((types[name], text) for name, texts in TEXTS.items() for text in texts)
 
 
+def test_every_shard_has_rows_of_a_single_text(tmp_path: Path, hugging_face_folder: Path) -> None:
+    write_texts(tmp_path / "a.txt", ["the fox"])
+    rows = open_stream(tmp_path, hugging_face_folder, stream_shards=8)
+    assert all(rows[shard].labels.size for shard in range(8))
+
+
 @given(st.data())
 def test_rows_are_the_same_for_any_ranks_read_ahead_and_restarts(stream: StreamRows, data: st.DataObject) -> None:
     shape = RowShape(16, 2, data.draw(st.sampled_from(STREAMED)))

@@ -82,8 +82,8 @@ def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, "internlm"):
         assert files_of(tmp_path) == {"train.txt": "default"}
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: 2 files ('a.pdf', 'b.pdf') of unsupported types are left out",
-        f"{tmp_path}: 1 files ('notes.txt') belong to no split by their paths and are left out",
+        f"{tmp_path}: 2 files ('a.pdf', 'b.pdf') left out: unsupported type",
+        f"{tmp_path}: 1 file ('notes.txt') left out: no split in the path",
     ]
 
 
@@ -101,6 +101,25 @@ def test_wrong_folders_are_refused(tmp_path: Path, names: list[str], split: str,
         files_of(touch(tmp_path, *names), split)
     with pytest.raises(DataError, match=r"/none: no such folder\. Set data\.train_folder"):
         files_of(tmp_path / "none")
+    file = next(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(DataError, match=r": expected a folder, got a file\. Set data\.train_folder"):
+        files_of(file)
+
+
+def test_a_named_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"/a\.jsonl: is not a regular file\. Remove it"):
+        files_of(tmp_path)
+
+
+def test_validation_on_training_files_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    selection = Selection("data.valid_folder", "data.valid_split", "valid", None, is_trained_on=True)
+    message = "no path names a split, so validation reads the same files as training"
+    find_text_files(touch(tmp_path, "a.txt"), selection)
+    assert message in caplog.text
+    caplog.clear()
+    find_text_files(touch(tmp_path, "validation.txt"), selection)
+    assert message not in caplog.text
 
 
 @pytest.mark.parametrize("level", LEVELS)
