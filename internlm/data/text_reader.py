@@ -164,7 +164,7 @@ def _naming_damage(file: TextFile) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         file.check_unchanged()
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise DataError(Problem(str(file.path), f"cannot be read ({reason})", CORRUPT)) from error

@@ -82,7 +82,7 @@ def read_layout(file: TextFile, column: str) -> tuple[Access, list[Block]]:
         if file.compression or (file.path.suffix.lower() == ".json" and not _is_json_lines(file)):
             return Access.SEQUENTIAL, whole
         return Access.LINES, whole
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         message = f"cannot be read as {file.format} ({str(error).partition(chr(10))[0]})"
         raise DataError(Problem(str(file.path), message, CORRUPT)) from error
 

@@ -158,6 +158,13 @@ def test_a_key_that_the_first_row_lacks_is_an_error_even_if_bad_rows_are_left_ou
         reader.check_first_row(0)
 
 
+def test_a_damaged_column_name_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    path = write_texts(tmp_path / "stream.arrow", ["a"])
+    path.write_bytes(path.read_bytes().replace(b"text\0", b"\xf8ext\0"))
+    with pytest.raises(DataError, match=r"stream\.arrow: cannot be read as arrow \('utf-8' codec"):
+        open_reader(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["1.parquet", "file.arrow", "stream.arrow", "1.jsonl.gz", "1.json", "1.jsonl.zst"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     """A file that ends early or has a changed byte gives an error that names it, or texts; nothing else."""
