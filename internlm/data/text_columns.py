@@ -48,7 +48,8 @@ def column_records(file: TextFile, keys: Sequence[str], bad: BadRows, todo: str)
                 for begin in range(0, len(batch), BATCH_ROWS):
                     yield from _rows(file, batch.select(names).slice(begin, BATCH_ROWS), start + begin, bad)
                 start += len(batch)
-    except pyarrow.ArrowException as error:
+    # Names of columns are decoded without being checked; of texts that are no UTF-8, the rows themselves tell.
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DamagedFileError(str(error)) from error
 
 

@@ -150,6 +150,14 @@ def test_damaged_columns_are_read_or_refused(data: st.DataObject, tmp_path_facto
     assert message.startswith(str(path))
 
 
+def test_a_column_name_that_is_not_utf_8_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    WRITERS["x.arrow"](pa.table({"text": ["first"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"text", b"\xf4ext"))
+    with pytest.raises(DataError, match=r"x\.arrow: is not a complete arrow file"):
+        texts_of(path)
+
+
 # -- bad rows
 
 BAD_ROWS: dict[str, tuple[str, bytes, str]] = {

@@ -37,4 +37,5 @@ def test_missing_bits_per_byte_are_explained(
     hook = Validate(loaders, every, 4, MetricsWriter([]) if logs else None, torch.ones(3) if has_tokenizer else None)
     trainer: Any = None
     hook.before_run(trainer)
-    assert caplog.messages == messages
+    # Once each: the handler of the fixture may be at both loggers.
+    assert [*dict.fromkeys(caplog.messages)] == messages
