@@ -23,7 +23,7 @@ log = get_logger()
 
 @dataclass(frozen=True)
 class StepEvidence:
-    """What is known of a step: the checkpoints around it, and the record of its rows."""
+    """Evidence of the rows of a step: the checkpoints around it, and the record of its rows."""
 
     before: SavedCheckpoint | None = None
     """Newest checkpoint that was saved at or before the step; None: the step follows from the start of the run."""

@@ -201,6 +201,13 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="end each sample with the eos token (default: if the tokenizer has one)",
     )
+    _add_rows(parser)
+    add("--num_workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm tokenize`` for the rows of texts: what they are, and what may be wrong."""
+    add = parser.add_argument
     add(
         "--parse-special-tokens",
         "--parse_special_tokens",
@@ -235,7 +242,6 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="write this share of the samples to valid/X.bin, and the others to train/X.bin (default: all to X.bin)",
     )
-    add("--num_workers", type=natural, default=os.cpu_count() or 1, help="processes (default: one per core)")
 
 
 def verify(parser: argparse.ArgumentParser) -> None:

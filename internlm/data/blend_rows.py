@@ -10,12 +10,11 @@ import numpy as np
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.best_fit import BinOrder, Bins, joined, pack
 from internlm.data.blend import Blend, Dataset, Mark, Phase
-from internlm.data.fingerprint import ORDER
 from internlm.data.order import SampleOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
 from internlm.data.provenance import TracedSpan
-from internlm.data.rows import ORDER_VERSION, Items, check_index
-from internlm.data.sources import ListsFiles, SampleSource
+from internlm.data.rows import Items, RowsOfSource, check_index
+from internlm.data.sources import SampleSource
 from internlm.utils.errors import DataError, Problem
 
 STATE = "blend"
@@ -40,7 +39,7 @@ class Mixture:
             yield step, {name: weights.get(name, 0.0) / total for name in self.names}
 
 
-class BlendRows:
+class BlendRows(RowsOfSource):
     """Endless sequence of training rows with given shares of the dataset types.
 
     Args:
@@ -53,8 +52,6 @@ class BlendRows:
     Raises:
         DataError: ``mixture`` names a type that the source does not have.
     """
-
-    state_is_sharded = False
 
     def __init__(self, source: SampleSource, shape: RowShape, seed: int, mixture: Mixture) -> None:
         self.source, self.shape, self.mixture = source, shape, mixture
@@ -111,18 +108,6 @@ class BlendRows:
     def trace(self, index: int) -> list[TracedSpan]:
         """Return the pieces of row ``index`` with the files that they are from."""
         return trace_row(self.source, self._order, self.shape, index)
-
-    def __iter__(self) -> Iterator[Row]:
-        """Iterate over the first ``len(self)`` rows."""
-        return map(self.__getitem__, range(len(self)))
-
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
-        return f"{ORDER}:{ORDER_VERSION} {self.source.fingerprint()}"
-
-    def files(self) -> str:
-        """Return the list of the files for checkpoints; empty for data without files."""
-        return self.source.files() if isinstance(self.source, ListsFiles) else ""
 
     def state(self, row: int) -> dict[str, list[int]]:
         """Return how much of each type has been used before ``row``."""

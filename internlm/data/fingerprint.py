@@ -127,8 +127,8 @@ def _checksums(opened: OpenFile) -> np.ndarray:
     return np.array([checksum for chunk in chunks for checksum in block_checksums(chunk)], np.uint32)
 
 
-def _hex(content: object) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()  # type: ignore[arg-type]
+def _hex(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 # -- all files of a run

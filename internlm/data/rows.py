@@ -22,7 +22,7 @@ ORDER_VERSION = 2  # part of the fingerprint: a run must not continue in another
 
 
 class Items(NamedTuple):
-    """What an order shuffles: samples, or the rows that best-fit packing has divided them among."""
+    """Items that an order shuffles: samples, or the rows that best-fit packing has divided them among."""
 
     lengths: np.ndarray  # tokens of each item
     bins: Bins | None
@@ -32,7 +32,7 @@ class Items(NamedTuple):
         return order if self.bins is None else BinOrder(self.bins, order)
 
     def describe_rows(self, source_lengths: np.ndarray, shape: RowShape) -> str:
-        """Return what a log says of an epoch: its rows, the share that is padding, and the share of samples cut."""
+        """Describe an epoch for the log: its rows, the share that is padding, and the share of samples that are cut."""
         rows = self.count_rows(shape)
         used = np.minimum(source_lengths, shape.longest_sample) if shape.longest_sample else source_lengths
         padding = 1 - int(used.sum()) / (rows * shape.packed_length)
@@ -99,10 +99,35 @@ class TrainingRows(Protocol):
         """Take the plan that assigns rows to steps, in which a mixture may change."""
 
 
-class TrainRows:
-    """Training rows of an unlimited number of epochs, each shuffled; row n is a function of (seed, data, shape, n)."""
+class RowsOfSource:
+    """Base class of training rows that are made from a source of samples, and found from their index alone."""
 
     state_is_sharded = False
+    source: SampleSource
+
+    def __len__(self) -> int:
+        """Return the number of rows in an epoch."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row ``index``, counted from 0 over all epochs."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""
+        return map(self.__getitem__, range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
+        return f"{ORDER}:{ORDER_VERSION} {self.source.fingerprint()}"
+
+    def files(self) -> str:
+        """Return the list of the files for checkpoints; empty for data without files."""
+        return self.source.files() if isinstance(self.source, ListsFiles) else ""
+
+
+class TrainRows(RowsOfSource):
+    """Training rows of an unlimited number of epochs, each shuffled; row n is a function of (seed, data, shape, n)."""
 
     def __init__(self, source: SampleSource, shape: RowShape, seed: int) -> None:
         self.source, self.shape, self._seed = source, shape, seed
@@ -139,18 +164,6 @@ class TrainRows:
         """Return the pieces of row ``index``, counted from 0 over all epochs, with the files that they are from."""
         epoch_index, row = divmod(index, self.per_epoch)
         return trace_row(self.source, self._epoch(epoch_index), self.shape, row)
-
-    def __iter__(self) -> Iterator[Row]:
-        """Iterate over the rows of the first epoch; Python's default would stop at an ``IndexError`` only."""
-        return map(self.__getitem__, range(len(self)))
-
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the rows change, apart from settings that a checkpoint has by name."""
-        return f"{ORDER}:{ORDER_VERSION} {self.source.fingerprint()}"
-
-    def files(self) -> str:
-        """Return the list of the files for checkpoints; empty for data without files."""
-        return self.source.files() if isinstance(self.source, ListsFiles) else ""
 
     def state(self, row: int) -> dict[str, list[int]]:
         """Return nothing: a row is found from its index."""

@@ -141,7 +141,7 @@ def _streamed_rows(file: TextFile, column: str) -> Iterator[bytes | None]:
 
 
 def _names_lines(file: TextFile) -> bool:
-    """Return whether the name of a compressed file says that it has one record per line."""
+    """Return whether a compressed file has one record per line, by its name."""
     return not file.name.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2").endswith(".json")
 
 

@@ -37,7 +37,7 @@ CORRUPT = "Restore the file from its source"
 
 
 class Access(IntEnum):
-    """How a file is read."""
+    """Way in which the texts of a file are read, by its format and compression."""
 
     PARQUET = 0
     ARROW = 1  # record batches at known places

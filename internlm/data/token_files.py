@@ -51,7 +51,7 @@ class DataFile(NamedTuple):
 
     @property
     def side(self) -> Path:
-        """Path of the file beside it that lists the samples; its own path if the format has none."""
+        """Path of the file that lists the samples; that of the token file itself if the format has none."""
         return self.format.side(self.path) or self.path
 
     def open(self) -> FileIO:

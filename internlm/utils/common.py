@@ -111,7 +111,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how this process joins the others, and the seed."""
+    """Add the arguments of the launcher, the rendezvous and the seed."""
     add = parser.add_argument
     add("--launcher", choices=["slurm", "torch"], help="launcher of the processes (default: detected)")
     add("--host", type=str, help="address of rank 0 (default: the launcher's)")
