@@ -138,11 +138,12 @@ class _Reader:
         self._dtype, self._id_size = self._header.dtype, self._header.id_size
 
     def read(self, span: Span, begin: int, stop: int) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]."""
+        """Return the token ids [``begin``, ``stop``) of a sample, int64 or unsigned [stop - begin]."""
         size = self._id_size
         content = self._opened.read(span.offset + begin * size, max(stop - begin, 0) * size)
-        tokens = np.frombuffer(content, self._dtype).astype(np.int64)
+        tokens = np.frombuffer(content, self._dtype)
         if self._header.has_mask and len(tokens):
+            tokens = tokens.astype(np.int64)
             first = (span.offset - HEADER.size) // size + begin
             # The mask is a second read, but files without such tokens have none.
             is_input = self._is_input(first, len(tokens))

@@ -62,7 +62,7 @@ class Index:
 
     def span(self, sample: int) -> Span:
         """Return the place of a sample in its file."""
-        return Span(int(self.offsets[sample]), int(self.sizes[sample]), int(self.lengths[sample]))
+        return Span(self.offsets.item(sample), self.sizes.item(sample), self.lengths.item(sample))
 
     def row(self, sample: int) -> int:
         """Return the row of a sample in its file, in which samples that are too short count too."""

@@ -5,14 +5,15 @@ Shapes: M micro-batches, P = packed_length, B = micro_bsz, S = seq_len, C sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Protocol, TypeAlias
 
-import numpy as np
 import torch
 
 from internlm.accelerator import device_kind
 from internlm.core.parallel.sharding import ALONE, GroupPosition
+from internlm.data.array_pool import ArrayPool
 from internlm.data.batch_plan import BatchPlan, Position
 from internlm.data.packing import PackingLayout, Row, RowShape, padding_row
 from internlm.data.read_ahead import read_ahead
@@ -23,28 +24,34 @@ from internlm.utils.errors import Problem, UserError
 
 Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
 
+_batches = ArrayPool()
+
 
 # -- rows to tensors
 
 
-def collate(rows: Sequence[Row], shape: RowShape) -> Batch:
-    """Stack rows into tensors ``(batch, labels)``, one row per micro-batch.
+def collate(rows: Iterable[Row], shape: RowShape, count: int) -> Batch:
+    """Copy ``count`` rows into tensors ``(batch, labels)``, one row per micro-batch.
 
     Returns:
         ``batch`` with ``input_ids``, ``indexes`` and ``type_ids``, each int64 [M, P], and ``cu_seqlens``, a list of M
         int32 tensors [C]; and ``labels``, int64 [M, P]. In the padded layout the tensors are [M, B, S], and
         there is no ``cu_seqlens``.
     """
+    names = ("input_ids", "indexes", "type_ids", "labels")
+    arrays = {name: _batches.take(count, shape.packed_length) for name in names}
+    cu_seqlens = []
+    for place, row in zip(range(count), rows, strict=True):
+        for name, array in arrays.items():
+            array[place] = getattr(row, name)
+        cu_seqlens.append(torch.from_numpy(row.cu_seqlens))
     padded = shape.layout is PackingLayout.PADDED
-    size = (len(rows), shape.micro_bsz, shape.seq_len) if padded else (len(rows), shape.packed_length)
-
-    def stacked(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(row, name) for row in rows])).view(size)
-
-    batch: dict[str, Any] = {name: stacked(name) for name in ("input_ids", "indexes", "type_ids")}
+    size = (count, shape.micro_bsz, shape.seq_len) if padded else (count, shape.packed_length)
+    batch: dict[str, Any] = {name: torch.from_numpy(array).view(size) for name, array in arrays.items()}
+    labels = batch.pop("labels")
     if not padded:
-        batch["cu_seqlens"] = [torch.from_numpy(row.cu_seqlens) for row in rows]
-    return batch, stacked("labels")
+        batch["cu_seqlens"] = cu_seqlens
+    return batch, labels
 
 
 def split_rows(batch: Batch, sequence_shard: GroupPosition) -> Batch:
@@ -118,10 +125,13 @@ class _RowLoader:
 
     def read(self, step: int) -> Batch:
         """Read the batch of ``step``."""
-        rows = [self._rows[row] for row in self.plan.rows(step, self._data_rank)]
-        rows += [padding_row(self._rows.shape)] * (self.plan.micro_batches(step) - len(rows))
-        batch = self.collate_fn(rows)
-        return pin_batch(batch)  # here, since pinning copies: a thread that reads ahead does it during earlier steps
+        shape, rows = self._rows.shape, self.plan.rows(step, self._data_rank)
+        count = self.plan.micro_batches(step)
+        missing = [padding_row(shape)] * (count - len(rows)) if count > len(rows) else []
+        # One row at a time: the arrays of a row that has been copied are those of the next one.
+        batch = collate(chain(map(self._rows.__getitem__, rows), missing), shape, count)
+        # Pinning copies: a thread that reads ahead does it during earlier steps.
+        return pin_batch(split_rows(batch, self._sequence_shard))
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self.read, self.steps(), self.num_worker)
@@ -138,7 +148,7 @@ class _RowLoader:
     @property
     def collate_fn(self) -> Callable[[Sequence[Row]], Batch]:
         """Function that makes the batch of this rank from rows."""
-        return lambda rows: split_rows(collate(rows, self._rows.shape), self._sequence_shard)
+        return lambda rows: split_rows(collate(rows, self._rows.shape, len(rows)), self._sequence_shard)
 
     @property
     def batch_sampler(self) -> BatchSampler:

@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces of those tokens [``start``, ``stop``) of the stream that are in this block."""
-        some = slice(int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop)) + 1)
+        some = slice(self.ends.searchsorted(start, "right"), self.ends.searchsorted(stop) + 1)
         pieces = []
         for sample, length, end in zip(*(column[some].tolist() for column in self), strict=True):
             begin, until = max(start, end - length), min(stop, end)
@@ -88,8 +88,8 @@ class EpochOrder:
 
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces that tokens [``start``, ``stop``) of the epoch consist of; none beyond its end."""
-        first = max(int(np.searchsorted(self._starts, start, "right")) - 1, 0)
-        last = min(int(np.searchsorted(self._starts, stop)), len(self._starts) - 1)
+        first = max(int(self._starts.searchsorted(start, "right")) - 1, 0)
+        last = min(int(self._starts.searchsorted(stop)), len(self._starts) - 1)
         return [piece for number in range(first, last) for piece in self._block(number).between(start, stop)]
 
     def samples(self, first: int, stop: int) -> list[Piece]:

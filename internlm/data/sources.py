@@ -24,7 +24,7 @@ class SampleReader(Protocol):
     type_ids: np.ndarray  # [N] index into types
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all.
+        """Return the token ids [``begin``, ``stop``) of a sample, integers [stop - begin]; by default all.
 
         A negative id ``-t`` stands for token ``t``, which is an input but is ignored as a label, and
         :data:`INPUT_ONLY_ZERO` for such a token 0.

@@ -126,7 +126,7 @@ class TokenReader(Protocol):
     """Protocol for the decoder of one open file. Threads call it at the same time."""
 
     def read(self, span: Span, begin: int, stop: int) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin], without a check of the ids.
+        """Return the token ids [``begin``, ``stop``) of a sample, integers [stop - begin], without a check of the ids.
 
         Raises:
             SampleError: The file has changed, or the sample is damaged.

@@ -85,7 +85,7 @@ class TokenizedSource:
                 self.read(start)
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all.
+        """Return the token ids [``begin``, ``stop``) of a sample, integers [stop - begin]; by default all.
 
         Raises:
             DataError: The file has changed since it was indexed, the sample is damaged, or a token id is outside the
@@ -104,8 +104,10 @@ class TokenizedSource:
     def _check_ids(self, tokens: np.ndarray) -> None:
         size = self._vocab_size
         # As unsigned numbers, negative ids are large: one pass suffices where there are none.
-        if not len(tokens) or np.maximum.reduce(tokens.view(np.uint64)) < size:
+        unsigned = tokens if tokens.dtype.kind == "u" else tokens.view(np.uint64)
+        if not len(tokens) or np.maximum.reduce(unsigned) < size:
             return
+        tokens = tokens.astype(np.int64)
         if -size < tokens.min() <= tokens.max() < size:
             return
         tokens = tokens[tokens != INPUT_ONLY_ZERO]

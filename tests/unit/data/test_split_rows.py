@@ -22,7 +22,7 @@ def batch_of(layout: PackingLayout) -> Batch:
     """Two rows of two sequences of eight tokens."""
     shape = RowShape(8, 2, layout)
     rows = ValidRows(SAMPLES, shape)
-    return collate([rows[0], rows[1]], shape)
+    return collate([rows[0], rows[1]], shape, 2)
 
 
 def parts_of(batch: Batch, size: int) -> list[Batch]:
