@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import itertools
 import multiprocessing
 import os
@@ -45,6 +46,8 @@ PRELOAD = [COMPILER_MODULE, "torch.distributed.checkpoint", "internlm.core.train
 SETTLE = 0.5
 #: Seconds to wait for hung ranks to write their stacks.
 STACK_TIMEOUT = 2.0
+#: Message to a rank, instead of a call: all ranks have answered.
+LEAVE = b""
 
 
 class RankError(Exception):
@@ -143,7 +146,11 @@ class RankProcesses:
             RankError: A rank raised an exception, died, or did not finish within ``timeout`` seconds.
         """
         self.send(function, args)
-        return self._collect(timeout)
+        results = self._collect(timeout)
+        for connection in self._connections:
+            with contextlib.suppress(OSError):  # the next call says who died meanwhile
+                connection.send_bytes(LEAVE)
+        return results
 
     def send(self, function: Callable[..., Any], args: Sequence[Any]) -> None:
         """Start a call on every rank without receiving the results."""
@@ -226,9 +233,11 @@ def _serve(rank: int, world_size: int, environment: dict[str, str], connection: 
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     store = dist.TCPStore(HOST, int(environment["MASTER_PORT"]), is_master=False)
+    gc.freeze()  # what was imported stays: a collection need not look at it
     for call_index in itertools.count():
         try:
-            call = connection.recv_bytes()
+            while (call := connection.recv_bytes()) == LEAVE:
+                _leave_groups()
         except EOFError:
             return
         connection.send_bytes(_answer(call, rank, world_size, environment, dist.PrefixStore(str(call_index), store)))
@@ -245,19 +254,26 @@ def _answer(call: bytes, rank: int, world_size: int, environment: dict[str, str]
 
 
 def _start_clean(rank: int, world_size: int, store: dist.Store, environment: dict[str, str]) -> None:
-    """Destroy the global context and the process groups of the previous call, and create a new default group.
-
-    This is done before a call, not after it, because a group must not be closed while a slower rank reads from it.
-    """
-    gpc.destroy()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Set the environment, the seed and the device of a call, and create its default group."""
+    _leave_groups()
     os.environ.clear()
     os.environ.update(environment)
     torch.manual_seed(SEED)
     # Before the group: NCCL connects the devices that are current when a group is first used.
     accelerator.set_device(device_index(rank, accelerator.device_count()))
     dist.init_process_group(accelerator.default_backend(), store=store, rank=rank, world_size=world_size)
+
+
+def _leave_groups() -> None:
+    """Destroy the global context and the process groups of the previous call.
+
+    This is done when all ranks have answered, because a group must not be closed while a slower rank reads from it; and
+    not as late as before the next call, because each group of gloo has a thread that polls 100 times a second.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gpc.destroy()  # which keeps its groups while there is a default group
+    gc.collect()  # a model and its hooks refer to each other, and to groups
 
 
 def _die_with_parent() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,34 @@ def test_each_call_starts_clean() -> None:
     assert [state[0] for state in fresh] == [False, False]
     assert fresh[0][1] == fresh[1][1]
     assert [state[2:] for state in fresh] == [(1, "0", 2), (1, "1", 2)]
+
+
+class _Holder:
+    def __init__(self) -> None:
+        self.group, self.itself = dist.new_group([0, 1]), self
+
+
+def _leave_groups(rank: int, world_size: int) -> None:
+    _Holder()  # keeps its group until it is collected
+    dist.barrier()
+
+
+def test_ranks_that_wait_for_a_call_have_no_group() -> None:
+    """Each group of gloo has a thread that polls: the groups of idle ranks would slow down all others."""
+    run_ranks(2, _leave_groups)
+    deadline = time.monotonic() + 20
+    while left := [thread for pid in pids(2) for thread in _threads(pid) if thread.startswith("gloo")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+    assert run_ranks(2, _sum_of_ranks, 1.0) == [1.0, 1.0]
+
+
+def _threads(pid: int) -> list[str]:
+    names = []
+    for file in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            names.append(file.read_text())
+    return names
 
 
 def test_tensors_travel() -> None:
