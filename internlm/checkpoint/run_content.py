@@ -63,8 +63,13 @@ class Sampler(Protocol):
     def position(self, step: int) -> Position:
         """Return the data position before ``step``."""
 
-    def resume(self, position: Position) -> None:
-        """Continue from a data position that :meth:`position` returned, possibly in an earlier run."""
+    def resume(self, position: Position, has_changed: bool = False) -> None:
+        """Continue from a data position that :meth:`position` returned, possibly in an earlier run.
+
+        Args:
+            position: The data position.
+            has_changed: Whether the data, or settings that determine the rows, have changed since it was saved.
+        """
 
 
 class RunContent:
@@ -186,10 +191,10 @@ class RunContent:
             tensors |= {name: tensor for name, tensor in streams.items() if name in stored}
         with self.exchange.failing_together():
             checkpoint.read(without_rounded(tensors))
-        position = saved.position._replace(state={}) if other_data else saved.position
-        self._restore(saved, tensors, counters, wanted, position)
+        self._restore(saved, tensors, counters, wanted)
         if "sampler" in wanted:
             log_allowed(other_data)
+            self.sampler.resume(saved.position, has_changed=bool(other_data))
         log_changes(where, saved, self.run_info, wanted)
         return saved
 
@@ -230,9 +235,8 @@ class RunContent:
         tensors: LogicalTensors,
         counters: Resumable,
         wanted: set[CheckpointContent],
-        position: Position,
     ) -> None:
-        """Restore the state that was not read directly into the model and the optimizer."""
+        """Restore the state that was not read directly into the model and the optimizer, but for the data position."""
         if "optimizer" in wanted:
             self.optimizer.load_state_dict(saved.optimizer.model_dump())
             if "model" not in wanted:
@@ -243,8 +247,6 @@ class RunContent:
         # Learning-rate schedules are functions of the step, so they have no state.
         if wanted & {"scheduler", "sampler"}:
             counters.load_state_dict(saved.train_state.model_dump())
-        if "sampler" in wanted:
-            self.sampler.resume(position)
         if wanted == ALL:
             resume_kernels(saved.cpu_kernels)
         streams = {name.rsplit("/", 1)[1]: t.slices[(0,)] for name, t in tensors.items() if name.startswith("rng/")}

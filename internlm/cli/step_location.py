@@ -52,8 +52,7 @@ def locate(config: Config, seed: int, step: int, loader: TrainLoader, evidence: 
         log.warning(f"{located.contradiction}. Pass the config and --world of the run that read step {step}")
     # Rows that are not found from their index alone, such as streamed ones, are read on from the saved position.
     if evidence.before is not None:
-        position = evidence.before.state.position
-        loader.resume(position._replace(state={}) if problems else position)
+        loader.resume(evidence.before.state.position, has_changed=bool(problems))
     if config.data.weight_changes and loader.plan.rows_of_step(step) != located.plan.rows_of_step(step):
         message = (
             "the batch size differs from that of this config, by which the rows are found where the weights change"

@@ -11,7 +11,8 @@ from __future__ import annotations
 import bisect
 import math
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from internlm.utils.errors import DataError, Problem
 BLOCK = 1 << 12  # items between two marks, from which a sequence is continued
 CACHED_BLOCKS = 8
 FIRST_ITEMS = 1 << 6
+# Marks that are kept, of some 600 bytes each, and of these the last ones, which lie close together. Between others,
+# items are passed over again: after 10^9 items, some 100 blocks at most.
+MOST_MARKS, RECENT_MARKS = 1 << 12, 1 << 6
 # A run whose epochs suffice by the estimate at its start must not end shortly before its last step: part of an epoch
 # has a few more items than its tokens suggest.
 TOLERANCE = 0.02
@@ -55,21 +59,15 @@ class Mark(NamedTuple):
     phase_token: int  # tokens before the phase
     used: tuple[int, ...]  # items of each dataset before
     served: tuple[int, ...]  # tokens of each dataset in this phase
-
-    def numbers(self) -> list[int]:
-        """Return the numbers of the mark, for a checkpoint."""
-        return [*self[:4], *self.used, *self.served]
-
-    @classmethod
-    def of_numbers(cls, numbers: Sequence[int]) -> Mark:
-        """Return the mark with these :meth:`numbers`."""
-        item, token, phase, phase_token, *counts = numbers
-        half = len(counts) // 2
-        return cls(item, token, phase, phase_token, tuple(counts[:half]), tuple(counts[half:]))
+    chosen: int | None = None  # dataset of the item, if that is settled whatever the weights are
 
 
 def _token(mark: Mark) -> int:
     return mark.token
+
+
+def _item(mark: Mark) -> int:
+    return mark.item
 
 
 class Blend:
@@ -96,49 +94,72 @@ class Blend:
         """Begin at ``mark``: what lies before it is forgotten, and ``phases`` replace the earlier ones."""
         with self._lock:
             self.phases = list(phases)
-            self._marks = [mark]
+            self._marks, self._spacing = [mark], 1  # in ascending order; blocks from one of the older marks to the next
             self._blocks: dict[int, Block] = {}
 
     def between(self, start: int, stop: int) -> list[Piece]:
         """Return the pieces that tokens [``start``, ``stop``) of the sequence consist of."""
         with self._lock:
-            while self._marks[-1].token < stop:
-                self._block(len(self._marks) - 1)
-            first = bisect.bisect_right(self._marks, start, key=_token) - 1
-            last = bisect.bisect_left(self._marks, stop, key=_token)
-            return [piece for number in range(first, last) for piece in self._block(number).between(start, stop)]
+            number = self._number(self._last_mark(start, _token))
+            pieces: list[Piece] = []
+            while True:
+                block = self._block(number)
+                pieces += block.between(start, stop)
+                if block.ends[-1] >= stop:
+                    return pieces
+                number += 1
 
     def samples(self, first: int, stop: int) -> list[Piece]:
         """Return the items at positions [``first``, ``stop``) of the sequence, as whole pieces."""
         with self._lock:
-            while self._marks[-1].item < stop:
-                self._block(len(self._marks) - 1)
             pieces: list[Piece] = []
             while first < stop:
                 number, at = divmod(first - self._marks[0].item, BLOCK)
-                pieces += self._block(number).whole(at, at + stop - first)
-                first += BLOCK - at
+                some = self._block(number).whole(at, at + stop - first)
+                if not some:  # a dataset is used up in the block, of which the next call raises the error
+                    self._block(number + 1)
+                pieces += some
+                first += len(some)
             return pieces
 
     def mark_at(self, position: int) -> Mark:
-        """Return the mark of the item that holds token ``position``, or that is item ``position``."""
+        """Return the mark of the item that holds token ``position``, or that is item ``position``.
+
+        The dataset of an item that begins before ``position`` is given.
+        """
         with self._lock:
             # Not beyond the position: the datasets may be used up there, at the end of a run.
             while self.place(self._marks[-1]) < position:
-                self._block(len(self._marks) - 1)
-            walk = _Walk(self, self._marks[bisect.bisect_right(self._marks, position, key=self.place) - 1])
+                if len(self._block(self._number(self._marks[-1])).samples) < BLOCK:
+                    break
+            walk = _Walk(self, self._last_mark(position, self.place))
             while walk.place < position and walk.end_of_next() <= position:
                 walk.take()
-            return walk.mark()
+            return walk.mark()._replace(chosen=walk.choose() if walk.place < position else None)
 
     def place(self, mark: Mark) -> int:
         """Return where a mark is: in items or in tokens."""
         return mark.item if self.by_items else mark.token
 
+    def _number(self, mark: Mark) -> int:
+        """Return the number of the block that begins at a mark."""
+        return (mark.item - self._marks[0].item) // BLOCK
+
+    def _last_mark(self, position: int, key: Callable[[Mark], int]) -> Mark:
+        """Return the last known mark that is not after ``position``, in items or in tokens by ``key``."""
+        found = bisect.bisect_right(self._marks, position, key=key)
+        if not found:
+            raise IndexError("rows before the one at which the run was resumed are not known")
+        return self._marks[found - 1]
+
     def _block(self, number: int) -> Block:
-        """Return the items from mark ``number`` to the next; append that mark if it does not exist yet."""
+        """Return the :data:`BLOCK` items of a block, or those until a dataset is used up."""
         if number not in self._blocks:
-            walk = _Walk(self, self._marks[number])
+            first = self._marks[0].item + number * BLOCK
+            walk = _Walk(self, self._last_mark(first, _item))
+            while walk.item < first:
+                walk.take()
+            token = walk.token
             pairs: list[tuple[int, int]] = []
             try:
                 while len(pairs) < BLOCK:
@@ -147,13 +168,27 @@ class Blend:
                 if not pairs:
                     raise
             items, lengths = np.array(pairs, np.int64).T
-            # The first one is dropped, since training goes forward; it can be made again from its mark.
+            # The first one is dropped, since training goes forward; it can be made again from a mark.
             if len(self._blocks) == CACHED_BLOCKS:
                 del self._blocks[min(self._blocks)]
-            self._blocks[number] = Block(items, lengths, np.cumsum(lengths) + self._marks[number].token)
-            if number + 1 == len(self._marks):
-                self._marks.append(walk.mark())
+            self._blocks[number] = Block(items, lengths, np.cumsum(lengths) + token)
+            if len(pairs) == BLOCK:
+                self._add(walk.mark())
         return self._blocks[number]
+
+    def _add(self, mark: Mark) -> None:
+        """Keep a mark, and drop others if there are too many: the last ones, and one of every some, are left."""
+        at = bisect.bisect_left(self._marks, mark.item, key=_item)
+        if at < len(self._marks) and self._marks[at].item == mark.item:
+            return
+        self._marks.insert(at, mark)
+        if len(self._marks) <= MOST_MARKS:
+            return
+        for spacing in (self._spacing, 2 * self._spacing):
+            if len(self._marks) > MOST_MARKS // 2 + RECENT_MARKS:
+                self._spacing = spacing
+                old = [mark for mark in self._marks[:-RECENT_MARKS] if self._number(mark) % spacing == 0]
+                self._marks = [*old, *self._marks[-RECENT_MARKS:]]
 
     def items_of(self, number: int, first: int) -> Iterator[tuple[int, int]]:
         """Yield items of a dataset with their lengths, from its ``first`` in all its epochs on.
@@ -169,7 +204,9 @@ class Blend:
         count = FIRST_ITEMS
         while True:
             epoch, at = divmod(first, size)
-            permutation = KeyedPermutation(size, self._seed, Purpose.ORDER, epoch, number)
+            # By name: the order must stay that of the dataset if the blend gets others.
+            key = zlib.crc32(dataset.name.encode(errors="surrogateescape"))
+            permutation = KeyedPermutation(size, self._seed, Purpose.ORDER, epoch, key)
             members = dataset.items[permutation(np.arange(at, min(at + count, size)))]
             count = min(2 * count, BLOCK)
             lengths = np.asarray(self._lengths[members])
@@ -189,31 +226,31 @@ class _Walk:
 
     def __init__(self, blend: Blend, mark: Mark) -> None:
         self._phases, self._by_items = blend.phases, blend.by_items
-        self._item, self.token, self._phase, self._phase_token = mark[:4]
+        self.item, self.token, self._phase, self._phase_token = mark[:4]
         self._used, self._served = list(mark.used), list(mark.served)
         self._rests = [blend.items_of(number, count) for number, count in enumerate(mark.used)]
         self._heads: list[tuple[int, int] | None] = [None] * len(mark.used)
-        self._next: int | None = None
+        self._next = mark.chosen
 
     def mark(self) -> Mark:
         """Return the state before the next item."""
-        return Mark(self._item, self.token, self._phase, self._phase_token, tuple(self._used), tuple(self._served))
+        return Mark(self.item, self.token, self._phase, self._phase_token, tuple(self._used), tuple(self._served))
 
     @property
     def place(self) -> int:
         """Items before the next one, if items are counted, or tokens."""
-        return self._item if self._by_items else self.token
+        return self.item if self._by_items else self.token
 
     def end_of_next(self) -> int:
         """Return the place after the next item: its number plus one, or the tokens up to its end."""
-        return self._item + 1 if self._by_items else self.token + self._head(self._choose())[1]
+        return self.item + 1 if self._by_items else self.token + self._head(self.choose())[1]
 
     def take(self) -> tuple[int, int]:
         """Take the next item; return it with its length."""
-        chosen = self._choose()
+        chosen = self.choose()
         head = self._head(chosen)
         self._heads[chosen] = self._next = None
-        self._item, self.token = self._item + 1, self.token + head[1]
+        self.item, self.token = self.item + 1, self.token + head[1]
         self._used[chosen] += 1
         self._served[chosen] += head[1]
         return head
@@ -223,7 +260,7 @@ class _Walk:
             head = self._heads[number] = next(self._rests[number])
         return head
 
-    def _choose(self) -> int:
+    def choose(self) -> int:
         """Return the number of the dataset whose item is next."""
         # Chosen when the end of the next item was asked for: the item has not been taken since.
         if self._next is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +18,21 @@ from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_
 from internlm.data.provenance import TracedSpan
 from internlm.data.rows import Items, RowsOfSource, check_index
 from internlm.data.sources import SampleSource
-from internlm.utils.errors import DataError, Problem
+from internlm.utils.errors import DataError, Problem, first_of_all_ranks
+from internlm.utils.logger import get_logger
 
-STATE = "blend"
+#: Names in the state of a checkpoint: of the place in the sequence, and, followed by its name, of a dataset type.
+PLACE, TYPE = "blend", "blend/"
+LARGEST = 1 << 62  # bound of the numbers in a state
+
+
+class TypeUse(NamedTuple):
+    """Use of a dataset type before a row, as a checkpoint holds it."""
+
+    items: int  # items before: samples, or rows that best-fit packing has made
+    begun: int  # tokens used of the next item
+    served: int  # tokens in this phase of the mixture, in whole items
+    digest: int  # of the items and the seed: what the count refers to
 
 
 @dataclass(frozen=True)
@@ -83,12 +98,15 @@ class BlendRows(RowsOfSource):
         self._means = {name: self.tokens[name] / len(some) for name, some in zip(names, members, strict=True)}
         by_items = shape.layout in (PackingLayout.PADDED, PackingLayout.BEST_FIT)
         self._blend = Blend(datasets, self._lengths, shape.longest_sample, seed, by_items)
+        self._seed = seed
         self._order: SampleOrder = self._blend if self._bins is None else BinOrder(self._bins, self._blend)
         #: Tokens, or items, of a row.
         self._unit = {PackingLayout.PADDED: shape.micro_bsz, PackingLayout.BEST_FIT: 1}.get(
             shape.layout, shape.packed_length
         )
         self._begin: Mark | None = None
+        #: Use of types that have no weight now, but may have one later.
+        self._idle: dict[str, list[int]] = {}
         self.follow(BatchPlan(step_rows=1, data_size=1))
 
     def _tokens_of(self, items: np.ndarray) -> int:
@@ -109,49 +127,100 @@ class BlendRows(RowsOfSource):
         """Return the pieces of row ``index`` with the files that they are from."""
         return trace_row(self.source, self._order, self.shape, index)
 
+    @functools.cached_property
+    def _digests(self) -> list[int]:
+        """Digest of the items and the seed for each dataset: with another one, a count of used items says nothing."""
+        # Of the lengths: the order depends on no more than their number, and other samples have other lengths.
+        lengths = (np.ascontiguousarray(self._lengths[dataset.items], "<i8") for dataset in self._blend.datasets)
+        return [zlib.crc32(some.data, self._seed % (1 << 32)) for some in lengths]
+
     def state(self, row: int) -> dict[str, list[int]]:
         """Return how much of each type has been used before ``row``."""
-        return {STATE: self._blend.mark_at(row * self._unit).numbers()}
+        place = row * self._unit
+        mark = self._blend.mark_at(place)
+        state = {**self._idle, PLACE: [mark.item, mark.token, mark.phase, mark.phase_token]}
+        for number, (name, digest) in enumerate(zip(self.mixture.names, self._digests, strict=True)):
+            begun = place - mark.token if number == mark.chosen else 0
+            state[TYPE + name] = [*TypeUse(mark.used[number], begun, mark.served[number], digest)]
+        return state
 
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
-        """Read on from ``row``; without a state the sequence is followed from its beginning up to there.
+    def resume(self, row: int, state: Mapping[str, list[int]], has_changed: bool = False) -> None:
+        """Read on from ``row``.
+
+        With another mixture, or other data, each type goes on from what has been used of it, and the shares begin
+        anew. Without a state, unless something has changed, the sequence is followed from its beginning up to ``row``.
 
         Raises:
-            DataError: The state is that of another blend.
+            DataError: The state is damaged, or, if nothing has changed, that of another blend.
         """
-        # A state is that of the row, whatever the batch of a step was then, and is not trusted: it comes from a file.
-        numbers = state.get(STATE)
-        self._begin = None
-        if numbers is None:
-            return
-        place = row * self._unit
-        mark = Mark.of_numbers(numbers) if len(numbers) == 4 + 2 * len(self._blend.datasets) else None
-        if mark is None or not self._fits(mark, place):
-            message = f"the position of the blend does not fit {len(self._blend.datasets)} dataset types and row {row}"
-            raise DataError(Problem("state.json", message, "Resume from another checkpoint"))
-        self._begin = mark
+        uses = dict(_uses(state))
+        # Kept, since a later mixture may have a type again that this one lacks.
+        self._idle = {
+            TYPE + name: [use.items + (use.begun > 0), 0, 0, use.digest]
+            for name, use in uses.items()
+            if name not in self.mixture.names
+        }
+        if has_changed:
+            self._begin = self._begin_anew(row, uses)
+        else:
+            self._begin = self._mark_of(row, state[PLACE], uses) if PLACE in state else None
 
-    def _fits(self, mark: Mark, place: int) -> bool:
-        """Return whether a mark may be that of ``place``: its counts add up, and its item is the one at the place."""
-        size = 1 if self._blend.by_items else max(1, int(self._lengths.max()))
-        return (
-            min(mark.numbers()) >= 0
-            and mark.phase < len(self.mixture.changes)
-            and 0 <= place - self._blend.place(mark) < size
-            and sum(mark.used) == mark.item
-            and sum(mark.served) == mark.token - mark.phase_token
-        )
+    def _mark_of(self, row: int, numbers: list[int], uses: Mapping[str, TypeUse]) -> Mark:
+        """Return the mark of ``row`` in a state of this blend, which is not trusted: it comes from a file."""
+        # A state is that of the row, whatever the batch of a step was then.
+        place, names = row * self._unit, self.mixture.names
+        known = [uses[name] for name in names if name in uses]
+        is_ours = len(numbers) == 4 and [use.digest for use in known] == self._digests
+        if is_ours and 0 <= min(numbers) <= max(numbers) < LARGEST:
+            begun = [number for number, use in enumerate(known) if use.begun]
+            used, served = tuple(use.items for use in known), tuple(use.served for use in known)
+            item, token, phase, phase_token = numbers
+            mark = Mark(item, token, phase, phase_token, used, served, begun[0] if begun else None)
+            if (
+                mark.phase < len(self.mixture.changes)
+                and len(begun) <= (0 if self._blend.by_items else 1)
+                and place - self._blend.place(mark) == sum(use.begun for use in known)
+                and sum(mark.served) == mark.token - mark.phase_token
+            ):
+                return mark
+        message = f"the position of the blend does not fit {len(names)} dataset types and row {row}"
+        raise DataError(Problem("state.json", message, "Resume from another checkpoint"))
+
+    def _begin_anew(self, row: int, uses: Mapping[str, TypeUse]) -> Mark:
+        """Return a mark at ``row`` from which the shares are counted, with what has been used of each type."""
+        place, names = row * self._unit, self.mixture.names
+        used, begun, chosen, texts = [], 0, None, []
+        for number, (name, digest, dataset) in enumerate(zip(names, self._digests, self._blend.datasets, strict=True)):
+            use = uses.get(name)
+            if use is None or use.digest != digest:
+                used.append(0)
+                texts.append(f"{name} 0 ({'has no count' if use is None else 'other samples, or another order'})")
+                continue
+            # The sample that the row begins in is finished first, where rows are still cut from a stream of tokens.
+            if use.begun and chosen is None and use.begun <= place and not self._blend.by_items:
+                begun, chosen = use.begun, number
+            used.append(use.items + (use.begun > 0 and chosen != number))
+            texts.append(f"{name} {used[-1]} ({used[-1] / len(dataset.items):.4g} epochs)")
+        if first_of_all_ranks(f"data.weights from row {row}"):
+            unit = "samples" if self._bins is None else "rows"
+            said = f"{unit} of each dataset type used before: {', '.join(texts)}"
+            if not uses:
+                said = "the checkpoint counts no dataset types, so each begins with its first epoch"
+            get_logger().info(f"data.weights: the shares are counted from row {row} on; {said}")
+        at = place - begun
+        # Where it begins is all that the numbers of items and tokens tell.
+        return Mark(at, at, 0, at, tuple(used), (0,) * len(used), chosen)
 
     def follow(self, plan: BatchPlan) -> None:
         """Take the plan that assigns rows to steps: the mixture changes at the first row of a step."""
         # Changes before the plan's origin are over: without a state, the sequence has had the last of them from its
-        # beginning. A state has the phase in which its item was chosen. The item may be unfinished at the origin, and
-        # phases that have begun since apply after it.
-        origin, phases = plan.origin, []
-        after_item = 0 if self._begin is None else self._blend.place(self._begin) + 1
+        # beginning. The item that holds the origin has been chosen before; they apply to those after it.
+        origin, phases, begin_of_over = plan.origin, [], 0
+        if self._begin is not None:
+            begin_of_over = self._blend.place(self._begin) + (self._begin.chosen is not None)
         for step, shares in self.mixture.shares():
             is_over = step < origin.step or (step == origin.step and self._begin is None)
-            begin = after_item if is_over else plan.rows_of_step(step).first_row * self._unit
+            begin = begin_of_over if is_over else plan.rows_of_step(step).first_row * self._unit
             phases.append(Phase(begin, tuple(shares[name] for name in self.mixture.names)))
         none = (0,) * len(self._blend.datasets)
         self._blend.start(self._begin or Mark(0, 0, 0, 0, none, none), phases)
@@ -168,3 +237,14 @@ class BlendRows(RowsOfSource):
             for name, share in shares.items():
                 used[name] += share * tokens
         return {name: tokens / self.tokens[name] for name, tokens in used.items()}
+
+
+def _uses(state: Mapping[str, list[int]]) -> Iterator[tuple[str, TypeUse]]:
+    """Yield the types of a state with their use; other entries are left, which are those of other data."""
+    for key, numbers in state.items():
+        if key.startswith(TYPE):
+            if len(numbers) != len(TypeUse._fields) or not 0 <= min(numbers) <= max(numbers) < LARGEST:
+                raise DataError(
+                    Problem(f"state.json: {key!r}", f"is damaged, got {numbers}", "Resume from another checkpoint")
+                )
+            yield key.removeprefix(TYPE), TypeUse(*numbers)

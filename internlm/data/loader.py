@@ -225,9 +225,14 @@ class TrainLoader(_RowLoader):
         """Set the step at which iteration begins."""
         self._start = step
 
-    def resume(self, position: Position) -> None:
-        """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run."""
-        self.rows.resume(position.row, position.state)
+    def resume(self, position: Position, has_changed: bool = False) -> None:
+        """Start iteration at a data position that :meth:`position` returned, possibly in an earlier run.
+
+        Args:
+            position: The data position.
+            has_changed: Whether the data, or settings that determine the rows, have changed since it was saved.
+        """
+        self.rows.resume(position.row, position.state, has_changed)
         self.plan = self.plan.resumed_at(position)
         # After the state: the plan says where mixtures change from here on.
         self.rows.follow(self.plan)

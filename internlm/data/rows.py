@@ -92,8 +92,14 @@ class TrainingRows(Protocol):
         A checkpoint has the entries of all ranks if ``state_is_sharded``, and those of rank 0 otherwise.
         """
 
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
-        """Read on from ``row``, with the :meth:`state` of all ranks there."""
+    def resume(self, row: int, state: Mapping[str, list[int]], has_changed: bool = False) -> None:
+        """Read on from ``row``, with the :meth:`state` of all ranks there.
+
+        Args:
+            row: Index of the next row.
+            state: The state there.
+            has_changed: Whether the data, or settings that determine the rows, differ from those of the state.
+        """
 
     def follow(self, plan: BatchPlan) -> None:
         """Take the plan that assigns rows to steps, in which a mixture may change."""
@@ -169,7 +175,7 @@ class TrainRows(RowsOfSource):
         """Return nothing: a row is found from its index."""
         return {}
 
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
+    def resume(self, row: int, state: Mapping[str, list[int]], has_changed: bool = False) -> None:
         """Do nothing."""
 
     def follow(self, plan: BatchPlan) -> None:

@@ -122,15 +122,15 @@ class StreamRows:
     def follow(self, plan: BatchPlan) -> None:
         """Do nothing: rows do not depend on their steps."""
 
-    def resume(self, row: int, state: Mapping[str, list[int]]) -> None:
+    def resume(self, row: int, state: Mapping[str, list[int]], has_changed: bool = False) -> None:
         """Read on from ``row``, with the :meth:`state` of all ranks there.
 
-        Without a state, which belongs to other data, each shard begins an epoch that the run cannot have reached.
+        Without a state, or with that of other data, each shard begins an epoch that the run cannot have reached.
 
         Raises:
             DataError: The state is that of another number of shards, or damaged.
         """
-        if row and not state:
+        if row and (has_changed or not state):
             # Epoch 0 would repeat what the run has seen. It has begun fewer epochs than it has made rows.
             starts = {shard: _row_of(shard, row, self.shards) for shard in range(self.shards)}
             self._origins = {shard: _Mark(start, Place(epoch=start)) for shard, start in starts.items()}

@@ -90,7 +90,7 @@ def test_a_sequence_goes_on_from_a_mark(drawn: Any, places: list[int]) -> None:
     made, lengths, _, _ = drawn
     expected_pieces, expected_items = made.between(0, 200), made.samples(0, 130)
     for place in sorted(places):
-        mark = Mark.of_numbers(made.mark_at(place).numbers())
+        mark = made.mark_at(place)
         assert (mark.item if made.by_items else mark.token) <= place
         made = Blend(made.datasets, lengths, None, made._seed, made.by_items)
         made.start(mark, drawn[3])
@@ -100,6 +100,29 @@ def test_a_sequence_goes_on_from_a_mark(drawn: Any, places: list[int]) -> None:
             rest = made.between(place, 200)
             tokens = [(p.sample, t) for p in expected_pieces for t in range(p.begin, p.stop)]
             assert [(p.sample, t) for p in rest for t in range(p.begin, p.stop)] == tokens[place:]
+
+
+@pytest.mark.parametrize("by_items", [False, True])
+def test_marks_of_a_long_sequence_stay_few(by_items: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blend, "MOST_MARKS", 32)
+    monkeypatch.setattr(blend, "RECENT_MARKS", 4)
+    lengths = np.random.default_rng(0).integers(1, 30, 24)
+    made = Blend([Dataset("en", np.arange(9)), Dataset("code", np.arange(9, 24))], lengths, None, 0, by_items)
+    made.start(at_start(2), [Phase(0, (0.3, 0.7)), Phase(5000, (0.6, 0.4))])
+    sequence = []
+    for first in range(0, 8 * 500, 8):
+        sequence += made.samples(first, first + 8)
+        assert len(made._marks) <= 32
+    assert made._spacing == 32  # 500 blocks of 8 items
+    whole = [(piece.sample, token) for piece in sequence for token in range(piece.length)]
+    for first in np.random.default_rng(1).integers(0, 3900, 40).tolist():
+        assert made.samples(first, first + 20) == sequence[first : first + 20]
+        tokens = [(p.sample, token) for p in made.between(first, first + 50) for token in range(p.begin, p.stop)]
+        assert tokens == whole[first : first + 50]
+        mark = made.mark_at(first)
+        assert sum(mark.used) == mark.item
+        assert mark.token == sum(piece.length for piece in sequence[: mark.item])
+        assert len(made._marks) <= 32
 
 
 @given(blends())

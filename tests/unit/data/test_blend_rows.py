@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.unit.data.files import write_bin
 
 SIZES = {"en": 40, "code": 9, "math": 5}
 LONGEST = 20
+LENGTHS = np.random.default_rng(1).integers(2, LONGEST, sum(SIZES.values()))
 LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {},
     "windows": {"pack_sample_into_one": True},
@@ -143,7 +145,7 @@ def test_the_last_checkpoint_needs_no_sample_after_it(tmp_path: Path) -> None:
         assert made.position(50).state["blend"][:2] == [100, 1600]
 
 
-def test_a_run_whose_data_have_changed_follows_the_sequence_from_its_beginning(folder: str) -> None:
+def test_a_position_without_a_state_follows_the_sequence_from_its_beginning(folder: str) -> None:
     made = loader(folder, weights={"en": 1, "code": 1})
     again = loader(folder, weights={"en": 1, "code": 1})
     again.resume(made.position(5)._replace(state={}))
@@ -170,25 +172,117 @@ def test_wrong_mixtures(folder: str, settings: dict[str, Any], said: str) -> Non
     assert str(caught.value).startswith(said)
 
 
+def change(key: str, index: int, value: int) -> Callable[[dict[str, list[int]]], None]:
+    """A change of one number of a state."""
+    return lambda state: state[key].__setitem__(index, value)
+
+
 @pytest.mark.parametrize(
-    "change",
+    "damage",
     [
-        lambda numbers: [],
-        lambda numbers: numbers[:-1],
-        lambda numbers: [0] * 8,  # the position of another row
-        lambda numbers: [numbers[0], 10**6, *numbers[2:]],
-        lambda numbers: [*numbers[:2], 3, *numbers[3:]],  # a phase that the mixture lacks
-        lambda numbers: [*numbers[:2], -1, *numbers[3:]],
-        lambda numbers: [*numbers[:4], -1, numbers[5] + numbers[4] + 1, *numbers[6:]],
-        lambda numbers: [*numbers[:4], 10**30, *numbers[5:]],
-        lambda numbers: [*numbers[:6], *[10**300] * 2],
+        lambda state: state.pop("blend/en"),
+        lambda state: state["blend"].pop(),
+        lambda state: state["blend"].clear(),
+        lambda state: state["blend/en"].pop(),
+        lambda state: state.update({"blend": [0] * 4, "blend/en": [0] * 4, "blend/code": [0] * 4}),
+        change("blend", 1, 10**6),
+        change("blend", 2, 3),  # a phase that the mixture lacks
+        change("blend", 3, -1),
+        change("blend", 0, 10**300),
+        change("blend/en", 0, -1),
+        change("blend/en", 0, 10**30),
+        change("blend/en", 1, 99),
+        change("blend/en", 2, 10**300),
+        change("blend/en", 3, 7),  # a count of other samples
     ],
 )
-def test_a_position_that_does_not_fit_is_refused(folder: str, change: Callable[[list[int]], list[int]]) -> None:
+def test_a_position_that_does_not_fit_is_refused(folder: str, damage: Callable[[dict[str, list[int]]], object]) -> None:
     made = loader(folder, weights={"en": 1, "code": 1})
-    numbers = change(made.position(5).state["blend"])
-    with pytest.raises(DataError, match=r"^state.json: the position of the blend does not fit 2 dataset types and row"):
-        made.resume(Position(5, 5, 20, {"blend": numbers}))
+    position = made.position(5)
+    state = {key: list(numbers) for key, numbers in position.state.items()}
+    damage(state)
+    with pytest.raises(
+        DataError, match=r"^state.json(: the position of the blend does not fit 2|: 'blend/en': is dam)"
+    ):
+        made.resume(position._replace(state=state))
+
+
+#: Mixtures that follow one another in one run: each type has its own tokens in other shares, and types come and go.
+MIXTURES = (
+    {"en": 1.0, "code": 1.0},
+    {"en": 1.0, "code": 6.0, "math": 2.0},
+    {"math": 1.0, "en": 3.0},
+    {"code": 2.0, "en": 1.0},
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_other_weights_go_on_with_the_samples_that_are_unused(one_token_each: str, layout: str, steps: int) -> None:
+    """Three resumptions with other weights: epochs of a type have each of its tokens once, in the new shares."""
+    counts = np.zeros(sum(SIZES.values()), int)
+    position = Position()
+    for number, weights in enumerate(MIXTURES):
+        made, straight = (loader(one_token_each, weights=weights, **LAYOUTS[layout]) for _ in range(2))
+        made.resume(position, has_changed=number > 0)
+        ids = [made.read(step)[0]["input_ids"].flatten() for step in range(position.step, position.step + steps)]
+        new = torch.cat(ids).bincount(minlength=len(counts) + 1)[1:].numpy()
+        counts += new
+        by_type = np.array([part.sum() for part in np.split(new, np.cumsum([*SIZES.values()])[:-1])])
+        shares = np.array([weights.get(name, 0.0) for name in SIZES]) / sum(weights.values())
+        # The sample that was begun before the change is counted with its type; the last one may be unfinished.
+        assert (abs(by_type - by_type.sum() * shares) <= 3 * (32 if layout == "best_fit" else LONGEST)).all()
+        # A checkpoint of the resumed run goes on as that run does, also within the first sample.
+        for step in (position.step, position.step + 1):
+            straight.resume(made.position(step))
+            assert straight.read(step)[0]["input_ids"].flatten().tolist() == ids[step - position.step].tolist()
+        position = made.position(position.step + steps)
+    lengths, begin = LENGTHS if layout != "padded" else np.minimum(LENGTHS, 16), 0
+    for size in SIZES.values():
+        some = slice(begin, begin + size)
+        # Of whole epochs, each sample has its tokens once; of the last one, some have them once more, and of the sample
+        # in progress a part. The rest of a sample whose type lost its weight is left out.
+        epochs = counts[some] / lengths[some]
+        assert epochs.max() - epochs.min() <= 1 + 1e-9, epochs
+        begin += size
+
+
+@pytest.fixture(scope="module")
+def one_token_each(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Samples of which each has a token of its own, of the lengths in LENGTHS."""
+    root, first = tmp_path_factory.mktemp("distinct"), 0
+    for name, size in SIZES.items():
+        samples = [[first + i + 1] * int(LENGTHS[first + i]) for i in range(size)]
+        write_bin(root / name / "a.bin", samples)
+        first += size
+    return str(root)
+
+
+def test_the_log_says_what_each_type_goes_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="internlm")
+    for token, name in enumerate(("code", "en", "math"), 1):
+        write_bin(tmp_path / name / "a.bin", [[token] * 16] * 20)
+    before = loader(str(tmp_path), weights={"en": 1, "code": 1}, global_batch=4)
+    position = before.position(3)
+    write_bin(tmp_path / "code" / "b.bin", [[1] * 16] * 4)
+    after = loader(str(tmp_path), weights={"en": 1, "code": 1, "math": 2}, global_batch=4)
+    after.resume(position, has_changed=True)
+    line = "data.weights: the shares are counted from row 6 on; samples of each dataset type used before: "
+    assert f"{line}code 0 (other samples, or another order), en 6 (0.3 epochs), math 0 (has no count)" in caplog.text
+    after.resume(Position(4, 4, 8), has_changed=True)
+    line = "the checkpoint counts no dataset types, so each begins with its first epoch"
+    assert f"data.weights: the shares are counted from row 8 on; {line}" in caplog.text
+
+
+def test_a_type_without_a_weight_for_some_time_goes_on(folder: str) -> None:
+    position = loader(folder, weights={"en": 1, "math": 1}).position(3)
+    used = position.state["blend/math"]
+    without = loader(folder, weights={"en": 1})
+    without.resume(position, has_changed=True)
+    again = loader(folder, weights={"math": 1})
+    again.resume(without.position(5), has_changed=True)
+    # Where it was begun, the rest of a sample is left out.
+    assert again.position(5).state["blend/math"][0] == used[0] + (used[1] > 0)
 
 
 @pytest.mark.parametrize(
