@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from internlm.data.batch_plan import BatchPlan
-from internlm.data.best_fit import BinOrder, Bins, joined, pack
+from internlm.data.best_fit import BinOrder, Bins
+from internlm.data.bins_cache import pack_source
 from internlm.data.blend import Blend, Dataset, Mark, Phase
 from internlm.data.order import SampleOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
@@ -79,10 +80,9 @@ class BlendRows(RowsOfSource):
         self._bins: Bins | None = None
         self._lengths = source.lengths
         if shape.layout is PackingLayout.BEST_FIT:
-            bins = [pack(source.lengths, shape.seq_len, shape.packed_length, seed, some) for some in members]
-            self._bins = joined(bins)
+            self._bins, counts = pack_source(source, shape, seed, dict(zip(names, members, strict=True)))
             self._lengths = self._bins.tokens
-            members = np.split(np.arange(len(self._bins)), np.cumsum([len(some) for some in bins])[:-1])
+            members = np.split(np.arange(len(self._bins)), np.cumsum(counts)[:-1])
         #: Tokens of each type.
         self.tokens = {name: self._tokens_of(some) for name, some in zip(names, members, strict=True)}
         if empty := [name for name, tokens in self.tokens.items() if not tokens]:

@@ -55,6 +55,8 @@ class Index:
     blocks: list[int]  # F + 1: blocks before each file, and all
     digests: list[FileDigest]
     dropped: int  # number of samples that are too short
+    cache: IndexCache
+    key: str  # of the files and the shortest length: what else is made from the lengths may be kept under it
 
     def file_of(self, sample: int) -> int:
         """Return the index of the file of a sample."""
@@ -104,15 +106,12 @@ def open_index(
     # Sizes and times identify the content, as in make: hashing terabytes at every start is not affordable. The change
     # time among them cannot be set, so an edit that restores the modification time is noticed.
     key = _digest(VERSION, min_length, [(f.name, f.format.name, f.stamp, f.side_stamp) for f in files])
-    loaded = _load(cache, key, level)
-    if loaded is None:
-        with cache.alone() as can_store:
-            loaded = _load(cache, key, level) if can_store else None
-            if loaded is None:
-                loaded = _build(files, min_length, level)
-                if can_store and cache.store(key, loaded):
-                    loaded = _load(cache, key, level) or loaded  # which shares memory with other processes
-    index = _assemble(files, loaded)
+    loaded = cache.load_or_build(
+        key,
+        build=lambda: _build(files, min_length, level),
+        fits=lambda found: LEVELS.index(found.header["level"]) >= LEVELS.index(level),
+    )
+    index = _assemble(files, loaded, cache, key)
     if not (index.lengths > 1).any():  # a sample of one token has no label
         raise DataError(_nothing_left(folder, files, min_length))
     return index
@@ -122,14 +121,7 @@ def _digest(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
-def _load(cache: IndexCache, key: str, level: Level) -> CachedIndex | None:
-    loaded = cache.load(key)
-    if loaded is None or LEVELS.index(loaded.header["level"]) < LEVELS.index(level):
-        return None
-    return loaded
-
-
-def _assemble(files: list[DataFile], loaded: CachedIndex) -> Index:
+def _assemble(files: list[DataFile], loaded: CachedIndex, cache: IndexCache, key: str) -> Index:
     header, columns = loaded
     return Index(
         files=files,
@@ -137,6 +129,8 @@ def _assemble(files: list[DataFile], loaded: CachedIndex) -> Index:
         blocks=[0, *np.cumsum(header["blocks"], dtype=np.int64).tolist()],
         digests=[FileDigest(*digest) for digest in header["digests"]],
         dropped=header["dropped"],
+        cache=cache,
+        key=key,
         **columns,
     )
 

@@ -17,7 +17,7 @@ import struct
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,11 +51,15 @@ class IndexCache:
     """
 
     def __init__(self, path: Path, data_folder: Path) -> None:
-        self._path = path
+        self._path, self._data_folder = path, data_folder
         self._trusted = {os.geteuid(), 0}
         if path.parent == data_folder:
             with suppress(OSError):
                 self._trusted.add(os.stat(data_folder).st_uid)
+
+    def beside(self, name: str) -> IndexCache:
+        """Return a cache in the same folder, whose file has ``name`` as its suffix."""
+        return IndexCache(self._path.with_name(f"{self._path.name}.{name}"), self._data_folder)
 
     def load(self, key: str) -> CachedIndex | None:
         """Map the cached index; return None if it is missing, damaged, not trusted, or has another key."""
@@ -107,6 +111,31 @@ class IndexCache:
                 partial.unlink()
             return False
         return True
+
+    def load_or_build(
+        self, key: str, build: Callable[[], CachedIndex], fits: Callable[[CachedIndex], bool] = lambda found: True
+    ) -> CachedIndex:
+        """Return the cached index; build and store it if there is none, in one process of the machine.
+
+        Args:
+            key: Key of the index.
+            build: Function that builds it.
+            fits: Whether a cached index with the key is of use.
+        """
+
+        def load() -> CachedIndex | None:
+            found = self.load(key)
+            return found if found is not None and fits(found) else None
+
+        index = load()
+        if index is None:
+            with self.alone() as can_store:
+                index = load() if can_store else None
+                if index is None:
+                    index = build()
+                    if can_store and self.store(key, index):
+                        index = load() or index  # which shares memory with other processes
+        return index
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from internlm.data.batch_plan import BatchPlan
-from internlm.data.best_fit import BinOrder, Bins, pack
+from internlm.data.best_fit import BinOrder, Bins
+from internlm.data.bins_cache import pack_source
 from internlm.data.fingerprint import ORDER
 from internlm.data.order import EpochOrder, SampleOrder, shuffled
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
@@ -60,7 +61,7 @@ def items_of(source: SampleSource, shape: RowShape, seed: int) -> Items:
     # Best-fit packing is made once, and epochs shuffle its rows: then any row is found without packing those before.
     if shape.layout is not PackingLayout.BEST_FIT:
         return Items(source.lengths, None)
-    bins = pack(source.lengths, shape.seq_len, shape.packed_length, seed)
+    bins, _ = pack_source(source, shape, seed, {"all": None})
     return Items(bins.tokens, bins)
 
 

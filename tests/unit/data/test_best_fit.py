@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm.data import best_fit
+from internlm.data import best_fit, bins_cache
 from internlm.data.best_fit import joined, pack
+from internlm.data.blend_rows import BlendRows, Mixture
 from internlm.data.packing import PackingLayout, RowShape
 from internlm.data.rows import TrainRows, ValidRows
+from internlm.data.tokenized_source import TokenizedSource
+from tests.unit.data.files import write_bin
 from tests.unit.data.test_packing import NONE, SAMPLES, A, B, C, D, ListSource
 
 
@@ -82,3 +88,35 @@ def test_epochs_shuffle_the_rows() -> None:
     epochs = [[int(rows[epoch * 39 + row].input_ids[0]) for row in range(39)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(1, 40)]
     assert epochs[0] != epochs[1]
+
+
+def test_a_packing_is_made_once_and_anew_when_what_it_depends_on_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for name in ("code", "en"):
+        write_bin(tmp_path / name / "a.bin", [[1 + i % 50] * int(random.integers(2, 20)) for i in range(40)])
+    packed: list[tuple[int, int]] = []
+
+    def counted(lengths: np.ndarray, seq_len: int, packed_length: int, seed: int, members: np.ndarray | None) -> object:
+        packed.append((seq_len, 0 if members is None else len(members)))
+        return pack(lengths, seq_len, packed_length, seed, members)
+
+    monkeypatch.setattr(bins_cache, "pack", counted)
+
+    def rows(seq_len: int = 16, seed: int = 0, weights: dict[str, float] | None = None) -> list[list[int]]:
+        source, shape = TokenizedSource(str(tmp_path), 0, 100), RowShape(seq_len, 2, PackingLayout.BEST_FIT)
+        made = BlendRows(source, shape, seed, Mixture(((0, weights),))) if weights else TrainRows(source, shape, seed)
+        return [made[index].input_ids.tolist() for index in range(12)]
+
+    mixture = {"en": 1.0, "code": 2.0}
+    calls: list[dict[str, Any]] = [{}, {"seq_len": 8}, {"seed": 1}, {"weights": mixture}, {"weights": {"en": 1.0}}]
+    expected = [rows(**call) for call in calls]
+    assert not (tmp_path / ".internlm_index.rows").exists()  # too few samples
+    monkeypatch.setattr(bins_cache, "LEAST_SAMPLES", 1)
+    packed.clear()
+    assert [[rows(**call), rows(**call)] for call in calls] == [[of_call] * 2 for of_call in expected]
+    assert packed == [(16, 0), (8, 0), (16, 0), (16, 40), (16, 40), (16, 40)]
+    write_bin(tmp_path / "en" / "b.bin", [[7] * 5])
+    assert rows(weights={"en": 1.0}) != expected[-1]
+    assert packed[-1] == (16, 41)
