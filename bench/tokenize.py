@@ -131,7 +131,7 @@ def run_command(path: Path, texts: Path, output: Path, workers: int) -> Seconds:
     arguments = ["--text_input_path", str(texts), "--tokenizer_path", str(path), "--bin_output_path", str(output)]
     start = now()
     with redirect_stdout(io.StringIO()):
-        internlm(["tokenize", *arguments, "--num_workers", str(workers)])
+        internlm(["tokenize", "--overwrite", *arguments, "--num_workers", str(workers)])
     return since(start)
 
 

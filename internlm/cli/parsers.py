@@ -186,6 +186,7 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file to write; X.bin.meta is written beside it",
     )
+    add("--overwrite", action="store_true", help="replace the files to write if they exist (default: an error)")
     add(
         "--tokenizer_path",
         required=True,

@@ -17,7 +17,7 @@ from internlm.data.text_encoder import Recipe, Sample, make_recipe
 from internlm.data.text_files import RECORDS, FoundFiles, find_texts
 from internlm.data.texts import read_texts
 from internlm.data.tokenized_writer import Summary, tokenize_samples
-from internlm.utils.errors import ConfigError, Problem, UserError
+from internlm.utils.errors import ConfigError, DataError, Problem, UserError
 
 #: Files left out that are listed by name.
 LISTED_FILES = 5
@@ -27,7 +27,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     """Tokenize text files into a ``.bin`` file and its ``.bin.meta``, or into two pairs for training and validation.
 
     Raises:
-        UserError: A file or the tokenizer cannot be read, a row is bad and not skipped, or there is no text.
+        UserError: A file or the tokenizer cannot be read, a row is bad and not skipped, there is no text, or an output
+            exists and is not to be overwritten.
     """
     a = arguments
     # The processes use all cores already: threads of the tokenizers package in each of them would compete. The workers
@@ -37,6 +38,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     outputs = [output]
     if a.split_ratio:
         outputs = [output.parent / folder / output.name for folder in ("train", "valid")]
+    if not a.overwrite:
+        _refuse_existing(outputs)
     recipe = make_recipe(a.tokenizer_path, a.bos, a.eos, a.parse_special_tokens)
     if a.format == "alpaca":
         template = check_template(a.prompt_template or TEMPLATE)
@@ -48,6 +51,14 @@ def tokenize(arguments: argparse.Namespace) -> None:
         found, bad = find_texts(a.text_input_path), BadRows(a.on_error)
         samples = (("", text) for text in read_texts(found.files, a.text_key, a.whole_file, bad))
     write_samples(samples, outputs, recipe, a.num_workers, second_share=a.split_ratio, found=found, bad=bad)
+
+
+def _refuse_existing(outputs: Sequence[Path]) -> None:
+    """Raise if an output exists: minutes or days of work, whose texts may be gone."""
+    paths = [path for output in outputs for path in (output, output.with_name(f"{output.name}.meta"))]
+    if existing := [path for path in paths if os.path.lexists(path)]:
+        todo = "Choose another --bin_output_path, or pass --overwrite to replace it"
+        raise DataError(*(Problem(str(path), "exists", todo) for path in existing))
 
 
 def write_samples(

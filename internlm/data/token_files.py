@@ -12,17 +12,21 @@ import itertools
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from internlm.utils.errors import DataError, Problem
+from internlm.utils.errors import DataError, Problem, first_of_all_ranks
+from internlm.utils.logger import get_logger
 
 #: Bytes of a file that share a checksum. Small, because a read of a short sample is extended to whole blocks.
 CHECK_BLOCK = 1 << 14
+#: Names of each kind in the log of what was left out.
+MOST_NAMED = 5
+OTHER_SUFFIX = "with another suffix"
 RESTORE = "Restore the original file, or start a new run"
 
 
@@ -263,8 +267,13 @@ def find_files(folder: Path, formats: Sequence[TokenFormat], remote: Remote | No
     suffixes = {form.suffix: form for form in formats}
     found: list[DataFile] = []
     lonely: list[Problem] = []
+    left_out: dict[str, list[str]] = {}
+    sides: set[str] = set()
     listed = None if remote is None else remote.list()
-    entries = _walk(folder, tuple(suffixes), only) if listed is None else _listed(folder, tuple(suffixes), listed)
+    if listed is None:
+        entries = _walk(folder, tuple(suffixes), only, left_out)
+    else:
+        entries = _listed(folder, tuple(suffixes), listed, left_out)
     for path, name, stamp in entries:
         form = suffixes[f".{name.rpartition('.')[2]}"]
         side = form.side(path)
@@ -273,6 +282,8 @@ def find_files(folder: Path, formats: Sequence[TokenFormat], remote: Remote | No
             side_stamp = _stamp_of(side) if listed is None else listed.get(side.relative_to(folder).as_posix())
         if side is not None and side_stamp is None:
             lonely.append(Problem(str(side), f"is missing beside {path.name}", form.remake))
+        if side is not None:
+            sides.add(f"{name.removesuffix(path.name)}{side.name}")
         found.append(DataFile(path, name, stamp, form, side_stamp, remote))
     if not found and not lonely:
         kinds = " or ".join(suffixes)
@@ -285,42 +296,75 @@ def find_files(folder: Path, formats: Sequence[TokenFormat], remote: Remote | No
         if before.stem == file.stem:
             message = f"{before.path.name} and {file.path.name} are beside each other, and would be read twice"
             raise DataError(Problem(str(file.path.parent), message, "Remove the one that was converted"))
+    _log_left_out(folder, left_out, sides)
     return found
 
 
-def _walk(folder: Path, suffixes: tuple[str, ...], only: str | None) -> Iterator[tuple[Path, str, Stamp]]:
+def _log_left_out(folder: Path, left_out: Mapping[str, list[str]], sides: Collection[str]) -> None:
+    """Log, once for all ranks, what a search has left out, apart from the files that list samples."""
+    parts = []
+    for reason, names in left_out.items():
+        if names := sorted(name for name in names if name not in sides):
+            shown = ", ".join(map(repr, names[:MOST_NAMED]))
+            parts.append(f"{len(names)} {reason} ({shown}{', ...' if len(names) > MOST_NAMED else ''})")
+    if parts and first_of_all_ranks(f"left out of {folder}"):
+        get_logger().warning(f"{folder}: left out: {'; '.join(parts)}")
+
+
+def _walk(
+    folder: Path, suffixes: tuple[str, ...], only: str | None, left_out: dict[str, list[str]]
+) -> Iterator[tuple[Path, str, Stamp]]:
     """Yield all files with these suffixes; follow symbolic links except those to a parent folder.
 
-    With ``only``, yield just the files of this name, without suffix, directly in the folder.
+    With ``only``, yield just the files of this name, without suffix, directly in the folder. Otherwise add the relative
+    names of the rest to ``left_out``, by the reason; hidden files are expected.
     """
     root = str(folder)
-    for here, folders, names in os.walk(root, followlinks=True):
+
+    def leave(reason: str, path: str) -> None:
+        left_out.setdefault(reason, []).append(path[len(root) :].strip("/"))
+
+    def cannot_list(error: OSError) -> None:
+        leave("that cannot be listed", str(error.filename))
+
+    for here, folders, names in os.walk(root, onerror=cannot_list, followlinks=True):
         real = Path(here).resolve()
-        folders[:] = [name for name in folders if not real.is_relative_to((real / name).resolve())]
         if only is not None:
             folders.clear()
             names = [name for name in names if name.rpartition(".")[0] == only]
+        for name in folders.copy():
+            if real.is_relative_to((real / name).resolve()):
+                folders.remove(name)
+                leave("linked to a folder around it", f"{here}/{name}")
         inner = here[len(root) :].strip("/")
         for name in names:
             if not name.endswith(suffixes):
+                if only is None and not name.startswith("."):
+                    leave(OTHER_SUFFIX, f"{here}/{name}")
                 continue
             relative = f"{inner}/{name}" if inner else name
             # A name is printed in errors and logs, where a line end or an escape sequence would forge lines.
             if not relative.isprintable():
                 _refuse_name(folder, relative)
             path = Path(here, name)
-            if (stamp := _stamp_of(path)) is not None:
+            if (stamp := _stamp_of(path)) is None:
+                leave("that is no regular file", f"{here}/{name}")
+            else:
                 yield path, relative, stamp
 
 
-def _listed(folder: Path, suffixes: tuple[str, ...], listed: dict[str, Stamp]) -> Iterator[tuple[Path, str, Stamp]]:
-    """Yield the files of an remote that have these suffixes."""
+def _listed(
+    folder: Path, suffixes: tuple[str, ...], listed: dict[str, Stamp], left_out: dict[str, list[str]]
+) -> Iterator[tuple[Path, str, Stamp]]:
+    """Yield the files of a remote that have these suffixes; add the names of the others to ``left_out``."""
     for name, stamp in listed.items():
         if name.endswith(suffixes):
             # A key of an object store may be any text, which must not lead out of the folder of the copies.
             if not name.isprintable() or not {"", ".", ".."}.isdisjoint(name.split("/")):
                 _refuse_name(folder, name)
             yield folder / name, name, stamp
+        elif not name.rpartition("/")[2].startswith("."):
+            left_out.setdefault(OTHER_SUFFIX, []).append(name)
 
 
 def _refuse_name(folder: Path, name: str) -> None:

@@ -48,7 +48,8 @@ def tokenize(tmp_path: Path, tokenizer: Path, *more: str, records: list[dict[str
     (tmp_path / "data.json").write_text(json.dumps(RECORDS if records is None else records))
     paths = ["--text_input_path", str(tmp_path / "data.json"), "--bin_output_path", str(tmp_path / "out/x.bin")]
     try:
-        return main(["tokenize", *paths, "--tokenizer_path", str(tokenizer), "--format", "alpaca", *more]) or 0
+        command = ["tokenize", *paths, "--tokenizer_path", str(tokenizer), "--format", "alpaca", "--overwrite", *more]
+        return main(command) or 0
     except SystemExit as error:
         return int(error.code or 0)
 

@@ -246,7 +246,7 @@ def tokenize(tmp_path: Path, sentencepiece_model: Path) -> Callable[..., int]:
     def call(*arguments: str, tokenizer: Path = sentencepiece_model) -> int:
         command = ["tokenize", "--bin_output_path", str(tmp_path / "out/x.bin"), "--tokenizer_path", str(tokenizer)]
         try:
-            return main([*command, "--num_workers", "1", *arguments]) or 0
+            return main([*command, "--overwrite", "--num_workers", "1", *arguments]) or 0
         except SystemExit as error:
             return int(error.code or 0)
 

@@ -110,7 +110,7 @@ def test_an_eos_token_is_used_where_there_is_one(tmp_path: Path, hugging_face_fo
     tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=bare)
     assert samples(tmp_path / "x.bin") == [load_tokenizer(str(bare)).encode(text) for text in TEXTS]
     with pytest.raises(DataError, match=r"bare: tokenizer has no eos token\. Omit --eos"):
-        tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=bare, more=("--eos",))
+        tokenize(write_txt(tmp_path), out=tmp_path / "x.bin", tokenizer=bare, more=("--eos", "--overwrite"))
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path, sentencepiece_model: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, sentencepiece_model: Pa
     before = samples(out)
     (tmp_path / "b.jsonl").write_text('{"text": "ok"}\n{"text": 3}')
     with pytest.raises(DataError):
-        tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model)
+        tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model, more=("--overwrite",))
     assert samples(out) == before
     (tmp_path / "b.jsonl").write_text('{"text": "ok"}')
-    tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model)
+    tokenize(tmp_path / "b.jsonl", out=out, tokenizer=sentencepiece_model, more=("--overwrite",))
     assert len(samples(out)) == 1
     assert sorted(path.name for path in out.parent.glob("x*")) == ["x.bin", "x.bin.meta"]
 
@@ -286,6 +286,27 @@ def is_running(process: int) -> bool:
     return state != "Z"
 
 
+def test_files_that_exist_are_replaced_only_on_request(tmp_path: Path, sentencepiece_model: Path) -> None:
+    out = tmp_path / "x.bin"
+    tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model)
+    before, meta = samples(out), Path(f"{out}.meta")
+    (tmp_path / "b.txt").write_text("fox")
+    todo = r"Choose another --bin_output_path, or pass --overwrite to replace it"
+    with pytest.raises(DataError) as caught:
+        tokenize(tmp_path / "b.txt", out=out, tokenizer=sentencepiece_model)
+    assert [str(problem) for problem in caught.value.problems] == [f"{path}: exists. {todo}" for path in (out, meta)]
+    assert samples(out) == before
+    meta.unlink()
+    with pytest.raises(DataError, match=r"x\.bin: exists\. Choose"):
+        tokenize(tmp_path / "b.txt", out=out, tokenizer=sentencepiece_model)
+    tokenize(tmp_path / "b.txt", out=out, tokenizer=sentencepiece_model, more=("--overwrite",))
+    assert len(samples(out)) == 1
+    both = ("--split-ratio", "0.5")
+    tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model, more=both)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/train/x\.bin: exists\. .*\n.*\n.*/valid/x\.bin: exists\. "):
+        tokenize(write_txt(tmp_path), out=out, tokenizer=sentencepiece_model, more=both)
+
+
 # -- the script
 
 
@@ -297,6 +318,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_script(tmp_path: Path, sentencepiece_model: Path) -> None:
     arguments = ["--bin_output_path", str(tmp_path / "x.bin"), "--tokenizer_path", str(sentencepiece_model)]
+    (tmp_path / "x.bin").write_text("of an earlier call")  # which the script replaces
     done = run_script("--text_input_path", str(write_txt(tmp_path)), *arguments, "--num_workers", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path}/x.bin: 3 samples, {sum(map(len, samples(tmp_path / 'x.bin')))} tokens, ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -78,6 +79,32 @@ def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path_factory: p
     (elsewhere / "en").symlink_to(folder / "en")
     (elsewhere / "circle").symlink_to(elsewhere)
     assert all_samples(opened(elsewhere)) == [[5, -6], [1, 2, 3], [4]]
+
+
+def test_what_is_left_out_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("internlm"), "propagate", True)
+    samples = all_samples(opened(folder))
+    assert caplog.messages == []  # a cached index, and the files beside others, are expected
+    os.mkfifo(folder / "cn" / "pipe.bin")
+    (folder / "cn" / "gone.bin").symlink_to(folder / "nowhere")
+    (folder / "en" / "a" / "circle").symlink_to(folder / "en")
+    (folder / "lonely.bin.meta").write_bytes(b"")
+    for number in range(6):
+        (folder / "en" / f"{number}.jsonl.gz").write_bytes(b"")
+    assert all_samples(opened(folder)) == samples
+    others = ", ".join(f"'en/{number}.jsonl.gz'" for number in range(5))
+    (line,) = caplog.messages
+    start, *parts = line.split("; ")
+    assert sorted([start.removeprefix(f"{folder}: left out: "), *parts]) == [
+        "1 linked to a folder around it ('en/a/circle')",
+        "2 that is no regular file ('cn/gone.bin', 'cn/pipe.bin')",
+        f"7 with another suffix ({others}, ...)",
+    ]
+    caplog.clear()
+    assert opened(folder / "en/b")
+    assert caplog.messages == []
 
 
 def test_one_file_by_its_path_without_the_suffix(folder: Path) -> None:
