@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from tests.dist.tiny import TINY
 from tests.dist.whole_runs import build_run, saving
 from tests.harness.pool import run_ranks
 from tests.unit.data.files import write_bin
+from tests.unit.data.streams import write_streamed
 
+Part = tuple[str, ...]
 #: Two data-parallel ranks, then two that split each row between two ranks, with half of the batch.
 FIRST = ("data.micro_num=2",)
 SECOND = ("data.micro_num=1", "parallel.tensor.size=2", "parallel.tensor.mode=isp", "parallel.weight.size=2")
+#: Shares of the types in a first part, and others in a second.
+BLENDED = ("data.micro_num=2", "data.weights={'cn': 3, 'en': 1}")
+REBLENDED = ("data.micro_num=2", "data.weights={'en': 3, 'cn': 1}", "ckpt.allow_data_changes=True")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Runs:
 
     config: Path
     keys: list[str]
+    parts: tuple[Part, Part]
     batches: dict[int, list[Tensor]]
 
     @property
@@ -54,23 +61,30 @@ def _train(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[int, 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("shown")
+    _write_tokens(folder / "data")
+    return _run(folder, [f"data.train_folder={folder / 'data'}"], (FIRST, SECOND), (2, 4))
+
+
+def _write_tokens(folder: Path) -> None:
     for name in ("cn", "en"):
-        write_bin(folder / "data" / name / "a.bin", [[(i * 5 + j) % 63 for j in range(i % 40)] for i in range(90)])
+        write_bin(folder / name / "a.bin", [[(i * 5 + j) % 63 for j in range(i % 40)] for i in range(90)])
+
+
+def _run(folder: Path, keys: list[str], parts: tuple[Part, Part], ranks: tuple[int, int]) -> Runs:
+    """Train two parts of a run, of four steps each."""
     config = folder / "config.py"
     config.write_text("".join(f"{key} = {value!r}\n" for key, value in TINY.items()))
-    keys = [f"data.train_folder={folder / 'data'}"]
     batches: dict[int, list[Tensor]] = {}
-    for ranks, layout, total in ((2, FIRST, 4), (4, SECOND, 8)):
-        overrides = saving(folder, *keys, *layout, total=total)
-        read = run_ranks(ranks, _train, tuple(overrides))
+    for count, part, total in zip(ranks, parts, (4, 8), strict=True):
+        read = run_ranks(count, _train, tuple(saving(folder, *keys, *part, total=total)))
         batches |= {step: [of_rank[step] for of_rank in read] for step in read[0]}
-    return Runs(config, [*saving(folder, *keys)], batches)
+    return Runs(config, [*saving(folder, *keys)], parts, batches)
 
 
 def _show(runs: Runs, capsys: pytest.CaptureFixture[str], step: int, *words: str) -> dict[str, Any]:
     """Return the output of the command."""
     capsys.readouterr()
-    overrides = [word for key in (*runs.keys, *(SECOND if step >= 4 else FIRST)) for word in ("--set", key)]
+    overrides = [word for key in (*runs.keys, *runs.parts[step // 4]) for word in ("--set", key)]
     assert not main(["data", "show", str(runs.config), "--step", str(step), "--json", *overrides, *words])
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -103,6 +117,34 @@ def test_every_rank_has_read_what_is_shown(
             assert _ids(entry, expected.shape[1]).equal(expected), (step, rank)
             after = None if chosen else str(runs.folder / "ckpts" / f"step-{step // 2 * 2 + 2}")
             assert shown["confirmed_by"] == ("the log of the run" if source == "log" else after)
+
+
+@pytest.mark.parametrize("kind", ["blended", "streamed"])
+def test_a_run_of_another_kind_has_read_what_is_shown(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights change with the second part, and no sample is read twice."""
+    if kind == "blended":
+        _write_tokens(tmp_path / "data")
+        runs = _run(tmp_path, [f"data.train_folder={tmp_path / 'data'}"], (BLENDED, REBLENDED), (2, 2))
+    else:
+        keys = write_streamed(tmp_path)
+        runs = _run(tmp_path, keys, ((), ()), (2, 1))
+    read: list[tuple[str, int, int]] = []
+    tokens: list[Counter[str]] = [Counter(), Counter()]
+    for step, of_ranks in runs.batches.items():
+        shown = _show(runs, capsys, step, "--text", "--world", str(len(of_ranks)))
+        assert shown["confirmed_by"] == "the log of the run"
+        assert [entry["ranks"] for entry in shown["readers"]] == [[rank] for rank in range(len(of_ranks))]
+        for entry, expected in zip(shown["readers"], of_ranks, strict=True):
+            assert _ids(entry, expected.shape[1]).equal(expected), step
+            for span in (span for micro_batch in entry["micro_batches"] for span in micro_batch["spans"]):
+                read += [(span["file"], span["row"], token) for token in range(span["begin"], span["stop"])]
+                tokens[step // 4][span["type_name"]] += span["stop"] - span["begin"]
+    assert len(read) > 900
+    if kind == "blended":
+        assert len(read) == len({*read})
+        assert [part["cn"] / part.total() for part in tokens] == pytest.approx([3 / 4, 1 / 4], abs=40 / 512)
 
 
 def test_the_number_of_processes_and_the_rows_are_those_of_the_run(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 
 from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, saving
-from tests.unit.data.streams import write_texts
+from tests.unit.data.streams import write_streamed
 
 TOTAL = 10
 
@@ -17,31 +16,7 @@ TOTAL = 10
 @pytest.fixture(scope="module")
 def streaming(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides by which a run trains on texts of two types, of which it reads several epochs."""
-    folder = tmp_path_factory.mktemp("texts")
-    for name in ("en/1.parquet", "en/2.jsonl.gz", "cn/1.txt"):
-        write_texts(folder / "data" / name, [f"{name} {i} " + "fox jumps " * (i % 7) for i in range(20)])
-    write_texts(folder / "data" / "cn" / "validation.jsonl", ["the lazy dog", "the quick fox " * 9])
-    for name in ("1.parquet", "2.jsonl.gz"):
-        (folder / "data" / "en" / name).rename(folder / "data" / "en" / f"train-{name}")
-    (folder / "data" / "cn" / "1.txt").rename(folder / "data" / "cn" / "train.txt")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return [
-        "data.type=streaming",
-        f"data.train_folder={folder / 'data'}",
-        f"data.valid_folder={folder / 'data'}",
-        "data.valid_every=5",
-        f"data.tokenizer_path={folder / 'tokenizer.json'}",
-        "data.shuffle_buffer=16",
-        "data.global_batch=8",
-        "data.num_worker=2",
-        "model.vocab_size=256",
-        f"data.total_steps={TOTAL}",
-    ]
+    return [*write_streamed(tmp_path_factory.mktemp("texts")), f"data.total_steps={TOTAL}"]
 
 
 def assert_straight(parts: list[Outcome], straight: Outcome) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tokenizers
 
 from internlm.config.schema import DataConfig
 from internlm.data.build import row_shape
@@ -58,3 +59,30 @@ def open_stream(folder: Path, tokenizer: Path, vocab_size: int = VOCABULARY, **k
     """The training rows of a folder."""
     data = data_config(folder, tokenizer, **keys)
     return build_stream_rows(data, row_shape(data), seed=3, vocab_size=vocab_size, step_rows=4)
+
+
+def write_streamed(folder: Path) -> list[str]:
+    """Write texts of two types, of which a short run reads several epochs, and a tokenizer; return the overrides."""
+    for name in ("en/1.parquet", "en/2.jsonl.gz", "cn/1.txt"):
+        write_texts(folder / "data" / name, [f"{name} {i} " + "fox jumps " * (i % 7) for i in range(20)])
+    write_texts(folder / "data" / "cn" / "validation.jsonl", ["the lazy dog", "the quick fox " * 9])
+    for name in ("1.parquet", "2.jsonl.gz"):
+        (folder / "data" / "en" / name).rename(folder / "data" / "en" / f"train-{name}")
+    (folder / "data" / "cn" / "1.txt").rename(folder / "data" / "cn" / "train.txt")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return [
+        "data.type=streaming",
+        f"data.train_folder={folder / 'data'}",
+        f"data.valid_folder={folder / 'data'}",
+        "data.valid_every=5",
+        f"data.tokenizer_path={folder / 'tokenizer.json'}",
+        "data.shuffle_buffer=16",
+        "data.global_batch=8",
+        "data.num_worker=2",
+        "model.vocab_size=256",
+    ]
