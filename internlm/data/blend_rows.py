@@ -13,7 +13,7 @@ import numpy as np
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.best_fit import BinOrder, Bins
 from internlm.data.bins_cache import pack_source
-from internlm.data.blend import Blend, Dataset, Mark, Phase
+from internlm.data.blend import TOLERANCE, Blend, Dataset, Mark, Phase
 from internlm.data.order import SampleOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
 from internlm.data.provenance import TracedSpan
@@ -25,6 +25,7 @@ from internlm.utils.logger import get_logger
 #: Names in the state of a checkpoint: of the place in the sequence, and, followed by its name, of a dataset type.
 PLACE, TYPE = "blend", "blend/"
 LARGEST = 1 << 62  # bound of the numbers in a state
+ROUNDING = 0.001
 
 
 class TypeUse(NamedTuple):
@@ -64,13 +65,14 @@ class BlendRows(RowsOfSource):
             layout a row has one type.
         seed: Seed of the order of the samples of each type.
         mixture: Shares of the types.
+        total_steps: Steps of the run, for estimates.
 
     Raises:
         DataError: ``mixture`` names a type that the source does not have.
     """
 
-    def __init__(self, source: SampleSource, shape: RowShape, seed: int, mixture: Mixture) -> None:
-        self.source, self.shape, self.mixture = source, shape, mixture
+    def __init__(self, source: SampleSource, shape: RowShape, seed: int, mixture: Mixture, total_steps: int) -> None:
+        self.source, self.shape, self.mixture, self._total_steps = source, shape, mixture, total_steps
         self.types, names = source.types, mixture.names
         if unknown := [name for name in (*names, *mixture.max_epochs) if name not in source.types]:
             message = f"{unknown[0]!r} is no dataset type of data.train_folder, only {', '.join(source.types)}"
@@ -105,6 +107,7 @@ class BlendRows(RowsOfSource):
             shape.layout, shape.packed_length
         )
         self._begin: Mark | None = None
+        self._begins_anew = False
         #: Use of types that have no weight now, but may have one later.
         self._idle: dict[str, list[int]] = {}
         self.follow(BatchPlan(step_rows=1, data_size=1))
@@ -153,7 +156,7 @@ class BlendRows(RowsOfSource):
         Raises:
             DataError: The state is damaged, or, if nothing has changed, that of another blend.
         """
-        uses = dict(_uses(state))
+        uses, self._begins_anew = dict(_uses(state)), has_changed
         # Kept, since a later mixture may have a type again that this one lacks.
         self._idle = {
             TYPE + name: [use.items + (use.begun > 0), 0, 0, use.digest]
@@ -212,7 +215,11 @@ class BlendRows(RowsOfSource):
         return Mark(at, at, 0, at, tuple(used), (0,) * len(used), chosen)
 
     def follow(self, plan: BatchPlan) -> None:
-        """Take the plan that assigns rows to steps: the mixture changes at the first row of a step."""
+        """Take the plan that assigns rows to steps: the mixture changes at the first row of a step.
+
+        Raises:
+            DataError: The run, resumed with another mixture, needs more epochs of a type than are allowed.
+        """
         # Changes before the plan's origin are over: without a state, the sequence has had the last of them from its
         # beginning. The item that holds the origin has been chosen before; they apply to those after it.
         origin, phases, begin_of_over = plan.origin, [], 0
@@ -224,11 +231,19 @@ class BlendRows(RowsOfSource):
             phases.append(Phase(begin, tuple(shares[name] for name in self.mixture.names)))
         none = (0,) * len(self._blend.datasets)
         self._blend.start(self._begin or Mark(0, 0, 0, 0, none, none), phases)
+        if self._begins_anew:
+            self.check_epochs(plan)
 
-    def epochs(self, plan: BatchPlan, total_steps: int) -> dict[str, float]:
-        """Return the number of epochs of each type that a run of ``total_steps`` needs."""
-        begins = [plan.rows_of_step(step).first_row for step, _ in self.mixture.changes if step < total_steps]
+    def epochs(self, plan: BatchPlan) -> dict[str, float]:
+        """Return the number of epochs of each type that are used at the end of the run, by an estimate."""
+        origin, total_steps = plan.origin, max(self._total_steps, plan.origin.step)
+        # Before the origin, a run has used what its state says.
         used = dict.fromkeys(self.mixture.names, 0.0)
+        if self._begin is not None:
+            counts = zip(self.mixture.names, self._begin.used, strict=True)
+            used = {name: count * self._means[name] for name, count in counts}
+        steps = (max(step, origin.step) for step, _ in self.mixture.changes if step < total_steps)
+        begins = [plan.rows_of_step(step).first_row for step in steps]
         ends = [*begins[1:], plan.position(total_steps).row]
         for begin, end, (_, shares) in zip(begins, ends, self.mixture.shares(), strict=False):
             tokens: float = (end - begin) * self._unit
@@ -237,6 +252,20 @@ class BlendRows(RowsOfSource):
             for name, share in shares.items():
                 used[name] += share * tokens
         return {name: tokens / self.tokens[name] for name, tokens in used.items()}
+
+    def check_epochs(self, plan: BatchPlan) -> None:
+        """Raise if the run needs more epochs of a type than are allowed.
+
+        Raises:
+            DataError: It does.
+        """
+        tolerance = ROUNDING if self._begin is None else TOLERANCE  # of an epoch in progress, the tokens are estimated
+        epochs = self.epochs(plan)
+        for name, largest in self.mixture.max_epochs.items():
+            if epochs.get(name, 0.0) > largest * (1 + tolerance):
+                message = f"{largest:g} for {name!r}, but the {self._total_steps} steps need {epochs[name]:.4g}"
+                todo = "Allow more, lower its weight, or train for fewer steps"
+                raise DataError(Problem("data.max_epochs", message, todo))
 
 
 def _uses(state: Mapping[str, list[int]]) -> Iterator[tuple[str, TypeUse]]:

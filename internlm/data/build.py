@@ -27,7 +27,6 @@ from internlm.utils.logger import get_logger
 
 RANDOM_VALID_TYPE = "val"
 RANDOM_VALID_SAMPLES = 200
-ROUNDING = 0.001
 
 
 def build_train_loader(
@@ -131,18 +130,13 @@ def _train_rows(data: DataConfig, vocab_size: int, seed: int, plan: BatchPlan) -
 def _blend_rows(data: DataConfig, source: SampleSource, seed: int, plan: BatchPlan) -> BlendRows:
     changes = ((0, data.weights), *((change.step, change.weights) for change in data.weight_changes))
     # An unknown type is found here, before the model is built, and so is a type that would be repeated too often.
-    rows = BlendRows(source, row_shape(data), seed, Mixture(changes, data.max_epochs))
-    epochs = rows.epochs(plan, data.total_steps)
-    for name, largest in data.max_epochs.items():
-        if epochs.get(name, 0.0) > largest * (1 + ROUNDING):
-            message = f"{largest:g} for {name!r}, but the {data.total_steps} steps need {epochs[name]:.4g}"
-            todo = "Allow more, lower its weight, or train for fewer steps"
-            raise DataError(Problem("data.max_epochs", message, todo))
+    rows = BlendRows(source, row_shape(data), seed, Mixture(changes, data.max_epochs), data.total_steps)
+    rows.check_epochs(plan)
     if first_of_all_ranks("mixture of dataset types"):
         for step, shares in rows.mixture.shares():
             parts = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
             get_logger().info(f"dataset types from step {step} on: {parts}")
-        used = ", ".join(f"{name} {number:.4g}" for name, number in epochs.items())
+        used = ", ".join(f"{name} {number:.4g}" for name, number in rows.epochs(plan).items())
         get_logger().info(f"data.train_folder: {rows.description} ({rows.shape.layout.value})")
         get_logger().info(f"epochs of the dataset types in {data.total_steps} steps: {used}")
     return rows

@@ -106,7 +106,8 @@ def test_a_packing_is_made_once_and_anew_when_what_it_depends_on_changes(
 
     def rows(seq_len: int = 16, seed: int = 0, weights: dict[str, float] | None = None) -> list[list[int]]:
         source, shape = TokenizedSource(str(tmp_path), 0, 100), RowShape(seq_len, 2, PackingLayout.BEST_FIT)
-        made = BlendRows(source, shape, seed, Mixture(((0, weights),))) if weights else TrainRows(source, shape, seed)
+        mixture = Mixture(((0, weights or {}),))
+        made = BlendRows(source, shape, seed, mixture, 9) if weights else TrainRows(source, shape, seed)
         return [made[index].input_ids.tolist() for index in range(12)]
 
     mixture = {"en": 1.0, "code": 2.0}

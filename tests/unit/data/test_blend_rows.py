@@ -274,6 +274,19 @@ def test_the_log_says_what_each_type_goes_on_from(tmp_path: Path, caplog: pytest
     assert f"data.weights: the shares are counted from row 8 on; {line}" in caplog.text
 
 
+def test_other_weights_that_need_too_many_epochs_are_refused_at_the_resume(tmp_path: Path) -> None:
+    """After 50 steps of 4 samples, 25 of 100 samples of code are left for the other 50 steps: 12.5% of the tokens."""
+    for token, name in enumerate(("en", "code"), 1):
+        write_bin(tmp_path / name / "a.bin", [[token] * 16] * 100)
+    settings = {"max_epochs": {"code": 1}, "global_batch": 4}
+    position = loader(str(tmp_path), weights={"en": 5, "code": 3}, **{**settings, "total_steps": 50}).position(50)
+    assert position.state["blend/code"][0] == 75
+    loader(str(tmp_path), weights={"en": 7, "code": 1}, **settings).resume(position, has_changed=True)
+    made = loader(str(tmp_path), weights={"en": 4, "code": 1}, **settings)
+    with pytest.raises(DataError, match=r"^data.max_epochs: 1 for 'code', but the 100 steps need 1.15\. Allow more"):
+        made.resume(position, has_changed=True)
+
+
 def test_a_type_without_a_weight_for_some_time_goes_on(folder: str) -> None:
     position = loader(folder, weights={"en": 1, "math": 1}).position(3)
     used = position.state["blend/math"]
