@@ -137,7 +137,7 @@ def cases() -> Iterator[Case]:
         lambda x, w: F.rms_norm(x, w.shape, w, 1e-5),
         (x, weight),
     )
-    yield Case("swiglu", f"{TOKENS}×2×1408", ops.swiglu, plain_swiglu, (leaf(TOKENS, 2, 1408),))
+    yield Case("swiglu", f"{TOKENS}×2×1408", ops.gated, plain_swiglu, (leaf(TOKENS, 2, 1408),))
     table = ops.rotary_table(torch.arange(TOKENS), DIM)
     yield Case(
         "split_qkv_rotary",

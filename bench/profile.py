@@ -42,7 +42,7 @@ KINDS = {
     "_LinearCrossEntropy": "elementwise: loss",
     "_RMSNorm": "elementwise: norm",
     "_SplitQKVRotary": "elementwise: rotary",
-    "_SwiGLU": "elementwise: swiglu",
+    "_Gated": "elementwise: swiglu",
     "optimizer": "optimizer",
 }
 OTHER, REST = "elementwise: sums, copies, embedding", "Python and autograd"

@@ -6,17 +6,16 @@ Each function yields one :class:`Problem` per difference, so that all difference
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import fields
 from typing import Any, get_args
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.config.families import FAMILIES, Family
 from internlm.config.nested_dict import ABSENT
-from internlm.config.schema.model import Dtype, ModelConfig
+from internlm.config.schema.model import Dtype
 from internlm.data.fingerprint import file_changes, same_data
-from internlm.model.families import FAMILIES, Family, spec_of
 from internlm.model.registry import is_built_in, model_initializer
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
@@ -83,13 +82,15 @@ WITH_OTHER_DATA = "or set ckpt.allow_data_changes=True to read on from the saved
 def with_family_defaults(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return two resolved configs such that equal models have equal keys: an unset key and its default are the same.
 
-    Between built-in families, the defaults of the family are filled in, and ``model_type`` and ``model.no_bias``, which
-    act through these keys alone, are left out. Configs of a user's own model are returned as they are.
+    Between built-in families of equal structure, the defaults of the family are filled in, and ``model_type`` and
+    ``model.no_bias``, which act through these keys alone, are left out. Configs of a user's own model are returned as
+    they are.
     """
     name = now.get("model_type")
-    names = [saved.get("model_type", name), name]
-    families = [_built_in_family(name) for name in names]
-    return _with_defaults(saved, *families), _with_defaults(now, *reversed(families))
+    then, wanted = (_built_in_family(of) for of in (saved.get("model_type", name), name))
+    if then is None or wanted is None or then.structure != wanted.structure:
+        return dict(saved), dict(now)
+    return _with_defaults(saved, then), _with_defaults(now, wanted)
 
 
 def _built_in_family(name: Any) -> Family | None:
@@ -99,14 +100,11 @@ def _built_in_family(name: Any) -> Family | None:
     return FAMILIES.get(name)
 
 
-def _with_defaults(config: Mapping[str, Any], family: Family | None, other: Family | None) -> dict[str, Any]:
-    if family is None or other is None:
-        return dict(config)
+def _with_defaults(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     model = config["model"]
-    # Values of a checkpoint may be of any type. spec_of tests them for truth, and does not compute with them.
-    known = {key: model[key] for key in ModelConfig.model_fields if key in model}
-    spec = spec_of(family, ModelConfig.model_construct(**known))
-    defaults = {field.name: getattr(spec, field.name) for field in fields(Family) if field.name in model}
+    defaults = {key: value for key, value in family.missing(model).items() if key in model}
+    if model.get("no_bias"):
+        defaults |= {key: False for key in model if key.endswith("_bias")}
     rest = {key: value for key, value in config.items() if key != "model_type"}
     return {**rest, "model": {key: value for key, value in {**model, **defaults}.items() if key != "no_bias"}}
 

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from internlm.config import nested_dict
+from internlm.config.families import FAMILIES, is_replaced
 from internlm.config.foreign import Findings, drop_unset_checkpoints
 from internlm.config.keys import section_of, values
 from internlm.config.legacy import normalise
@@ -157,10 +158,11 @@ def resolve(
     drop_unset_checkpoints(raw, findings)
     split_weights(raw)
     _choose_layout(raw, world_size, overridden)
+    derived = _complete_family(raw)
     problems, failed = _validate(raw)
     run = RunInfo(world_size, device_type)
     unusable = failed | run.unknown()
-    derived = _derive(raw, run, unusable)
+    derived |= _derive(raw, run, unusable)
     problems += _check(raw, run, unusable)
     if findings.missing or findings.problems or problems:
         # A config for a feature that does not exist cannot be mended key by key: name the feature alone.
@@ -187,6 +189,17 @@ def _choose_layout(raw: NestedDict, world_size: int | None, overridden: set[str]
                 if not nested_dict.within(f"parallel.{key}", overridden):
                     nested_dict.put(raw, f"parallel.{key}", value)
             return
+
+
+def _complete_family(raw: NestedDict) -> set[str]:
+    """Set the keys of ``model`` that are not given to the defaults of the model's family; return them."""
+    name, model = raw.get("model_type", Config.model_fields["model_type"].default), raw.get("model")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None or not isinstance(model, dict) or is_replaced(name):
+        return set()
+    missing = family.missing(model)
+    model.update(missing)
+    return {f"model.{key}" for key in missing}
 
 
 def _validate(raw: NestedDict) -> tuple[list[Problem], set[str]]:

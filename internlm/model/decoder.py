@@ -13,137 +13,27 @@ the linears.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from internlm.config.schema import ModelConfig
-from internlm.config.schema.model import AttentionBackend
 from internlm.core.context.layout import ParallelMode
-from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear, ParallelNorm
-from internlm.core.parallel.communicator import (
-    IDENTITY_ATTENTION,
-    IDENTITY_MODEL,
-    AttentionCommunicator,
-    ModelCommunicator,
-)
+from internlm.core.parallel import ParallelEmbedding, ParallelHead
+from internlm.core.parallel.communicator import IDENTITY_MODEL, ModelCommunicator
 from internlm.core.parallel.dropout import Drop, Dropout, current_dropout_key, no_drop
 from internlm.core.parallel.param_state import placement_of, set_placement
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import current_stage_layers
-from internlm.ops import PackedSequences, RotaryScaling, TokenLoss, attention, rotary_table, split_qkv_rotary, swiglu
+from internlm.model.blocks import Block, Rotary, input_norm
+from internlm.model.spec import DecoderSpec
+from internlm.ops import PackedSequences, TokenLoss, rotary_table
 from internlm.utils.compat import ReplacedNames
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderSpec:
-    """Specification of a decoder: the config's ``model`` section, with the defaults of its family applied."""
-
-    config: ModelConfig
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_interleaved: bool
-
-    @property
-    def output_scale(self) -> float:
-        """Factor on the initial std of projections that write into the residual stream (GPT-2, section 2.3)."""
-        return 1 / math.sqrt(2 * self.config.num_layers) if self.config.use_scaled_init else 1.0
-
-    @property
-    def attention_backend(self) -> AttentionBackend:
-        """Attention kernel to use; ``use_flash_attn=False`` excludes the flash kernels."""
-        backend = self.config.attention_backend
-        return "sdpa" if backend == "auto" and not self.config.use_flash_attn else backend
-
-    @property
-    def recomputes_attention(self) -> bool:
-        """Whether the backward pass recomputes the attention between wqkv and wo (arXiv 2205.05198, section 5)."""
-        return self.config.checkpoint == "selective"
-
-
-#: Cosines and sines of the rotary angles, each [T, D/2].
-Rotary = tuple[Tensor, Tensor]
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary position embeddings (arXiv 2104.09864)."""
-
-    role = "attention"
-    communicator: AttentionCommunicator = IDENTITY_ATTENTION
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        super().__init__()
-        c = spec.config
-        groups, per_group = c.kv_heads, c.num_attention_heads // c.kv_heads
-        # One fused projection whose first axis is the kv head: splitting it over ranks keeps each kv head together
-        # with its query heads.
-        self.wqkv = ParallelLinear(
-            c.hidden_size, (groups, per_group + 2, c.head_size), normal(c.attn_wqkv_init_std), spec.qkv_bias
-        )
-        out_init = normal(c.attn_other_init_std * spec.output_scale)
-        self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row")
-        self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
-        self.recomputes = spec.recomputes_attention
-
-    def forward(self, x: Tensor, norm: nn.Module, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Compute attention of ``norm(x)`` within each sequence: [T, H] → [T, H]."""
-        # A linear applies the function ``before`` to its input. Its backward pass needs the result, and recomputes it
-        # instead of saving it.
-        qkv = self.communicator.to_heads(self.wqkv(x, before=norm))  # [T, H] → [T, G, Q + 2, D]
-        attend = partial(self._attend, rotary=rotary, sequences=sequences)
-        out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))  # [T, H]
-        return out
-
-    def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Apply rotary position embeddings, then compute attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
-        q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
-        heads = attention(q, k, v, sequences, backend=self.backend)  # [T, G·Q, D]
-        return self.communicator.to_tokens(heads.flatten(1))  # [T, G·Q·D]
-
-
-class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer (arXiv 2002.05202): w2 · (silu(w1 · x) * (w3 · x))."""
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        super().__init__()
-        c = spec.config
-        up_init = normal(c.ffn_uplayer_init_std)
-        # Gate and up are fused, and split along axis 1, so that each rank has the same rows of both.
-        self.w13 = ParallelLinear(c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
-        out_init = normal(c.ffn_other_init_std * spec.output_scale)
-        self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
-
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Apply the feed-forward layer to ``norm(x)``: [T, H] → [T, H]."""
-        out: Tensor = self.w2(self.w13(x, before=norm), before=swiglu)  # [T, H] → [T, 2, F] → [T, F] → [T, H]
-        return out
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: x + Attention(norm(x)), then x + FeedForward(norm(x))."""
-
-    #: For activation checkpointing: a block uses no random generator whose state recompute must restore.
-    draws_nothing = True
-
-    def __init__(self, spec: DecoderSpec, chunk: int = 0) -> None:
-        super().__init__()
-        self.chunk = chunk  # index in the pipeline stage
-        c = spec.config
-        norm = partial(ParallelNorm, c.hidden_size, c.norm_type, c.layer_norm_epsilon)
-        self.attention_norm, self.attention = norm(), Attention(spec)
-        self.ffn_norm, self.feed_forward = norm(), FeedForward(spec)
-
-    def forward(self, x: Tensor, rotary: Rotary, sequences: PackedSequences, drop: Drop = no_drop) -> Tensor:
-        """Apply both residual branches, with dropout ``drop`` on the output of each: [T, H] → [T, H]."""
-        x = x + drop("attention", self.attention(x, self.attention_norm, rotary, sequences))  # [T, H]
-        out: Tensor = x + drop("feed_forward", self.feed_forward(x, self.ffn_norm))  # [T, H]
-        return out
+from internlm.utils.dtype import wide
 
 
 class Decoder(ReplacedNames, nn.Module):
@@ -169,11 +59,16 @@ class Decoder(ReplacedNames, nn.Module):
             self.embedding = self._embedding()
         # Named by index in the whole model, so that checkpoints do not depend on the pipeline layout.
         self.layers = nn.ModuleDict(
-            {str(index): Block(spec, chunk) for chunk, run in enumerate(self.stage_layers.chunks) for index in run}
+            {
+                str(index): Block(spec, index, chunk)
+                for chunk, run in enumerate(self.stage_layers.chunks)
+                for index in run
+            }
         )
         if self.stage_layers.has_head:
-            self.norm = ParallelNorm(c.hidden_size, c.norm_type, c.layer_norm_epsilon)
-            self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(c.out_head_init_std), c.parallel_output)
+            self.norm = input_norm(spec)
+            init = normal(c.out_head_init_std)
+            self.output = ParallelHead(c.hidden_size, c.vocab_size, init, c.parallel_output, c.norm_head)
             self.output.chunk = len(self.stage_layers.chunks) - 1
         if has_table:
             self.output.weight = self.embedding.weight
@@ -239,7 +134,11 @@ class Decoder(ReplacedNames, nn.Module):
     def hidden_like(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of the hidden states that a chunk passes on, given inputs of :meth:`forward`."""
         tokens = self.communicator.tokens_between_layers(inputs["input_ids"].numel())
-        return (tokens, self.spec.config.hidden_size), self.dtype
+        return (tokens, self.spec.config.hidden_size), self._residual_dtype
+
+    @property
+    def _residual_dtype(self) -> torch.dtype:
+        return wide(self.dtype) if self.spec.config.residual_in_fp32 else self.dtype
 
     def _run_blocks(
         self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
@@ -249,12 +148,20 @@ class Decoder(ReplacedNames, nn.Module):
         own = None if indexes is None else indexes.flatten()
         # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
         positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)  # [T]
-        rotary = self._rotary(positions, sequences)  # two of [T, D/2]
+        rotary = functools.cache(partial(self._rotary, positions, sequences))
         drop_in = self._dropout(positions.numel())
-        x = drop_in(None)("embedding", self.embedding(input_ids.flatten())) if hidden is None else hidden  # [T, H]
+        x = drop_in(None)("embedding", self._embed(input_ids)) if hidden is None else hidden  # [T, H]
         for index in self.stage_layers.chunks[chunk]:
-            x = self.layers[str(index)](x, rotary, sequences, drop_in(index))  # [T, H]
+            block = self.layers[str(index)]
+            x = block(x, rotary(block.is_local and self._has_local_rotary), sequences, drop_in(index))  # [T, H]
         return x
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """Look up the first hidden states of the residual stream: [*] → [T, H]."""
+        x: Tensor = self.embedding(input_ids.flatten())
+        if self.spec.embedding_scale != 1.0:
+            x = x * self.spec.embedding_scale
+        return x.to(self._residual_dtype)
 
     def _dropout(self, tokens: int) -> Callable[[int | None], Drop]:
         """Return a function that maps a layer index (None: the embedding) to the dropout of that layer.
@@ -268,20 +175,14 @@ class Decoder(ReplacedNames, nn.Module):
         dropout = Dropout(c.drop_rate, not c.dropout_selective_checkpoint, current_dropout_key(), tokens)
         return lambda layer: partial(dropout, layer)
 
-    def _rotary(self, positions: Tensor, sequences: PackedSequences) -> Rotary:
-        c = self.spec.config
-        return rotary_table(
-            positions,
-            c.head_size,
-            RotaryScaling(
-                base=c.rope_base,
-                factor=c.rope_scaling_factor,
-                dynamic_ntk=c.use_dynamic_ntk_rope,
-                max_position=c.max_position_embeddings,
-            ),
-            runs=sequences.runs,
-            dtype=self.dtype,
-        )
+    @property
+    def _has_local_rotary(self) -> bool:
+        return self.spec.config.local_rope_base is not None
+
+    def _rotary(self, positions: Tensor, sequences: PackedSequences, local: bool) -> Rotary:
+        """Compute the rotary table of the layers that attend to all tokens, or of the ``local`` ones: two [T, D/2]."""
+        scaling = self.spec.local_rotary if local else self.spec.rotary
+        return rotary_table(positions, self.spec.config.head_size, scaling, runs=sequences.runs, dtype=self.dtype)
 
 
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:

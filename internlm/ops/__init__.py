@@ -1,12 +1,16 @@
-"""Ops of a decoder: attention, cross entropy, normalisation, rotary embedding and SwiGLU."""
+"""Ops of a decoder: attention, cross entropy, normalisation, rotary embedding and gated activations."""
 
 from internlm.ops.attention import PackedSequences, attention, why_unavailable
 from internlm.ops.cross_entropy import LossOptions, TokenLoss, VocabShard, cross_entropy, linear_cross_entropy
+from internlm.ops.gated import gated
 from internlm.ops.norm import layer_norm, rms_norm
+from internlm.ops.rope_scaling import ContextScaling, Llama3Scaling, YarnScaling
 from internlm.ops.rotary import RotaryScaling, apply_rotary, rotary_table, split_qkv_rotary
-from internlm.ops.swiglu import swiglu
 
 __all__ = [
+    "ContextScaling",
+    "Llama3Scaling",
+    "YarnScaling",
     "LossOptions",
     "PackedSequences",
     "RotaryScaling",
@@ -20,6 +24,6 @@ __all__ = [
     "rms_norm",
     "rotary_table",
     "split_qkv_rotary",
-    "swiglu",
+    "gated",
     "why_unavailable",
 ]

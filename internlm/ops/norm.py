@@ -17,8 +17,10 @@ from internlm.ops import reference
 from internlm.utils.dtype import wide
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute ``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467, eq. 4): [T, H], [H] → [T, H].
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Compute ``x / rms(x) * (weight + offset)`` over the last dimension: [T, H], [H] → [T, H].
+
+    The source is arXiv 1910.07467, equation 4; the offset is 0 there, and 1 in Gemma (arXiv 2403.08295).
 
     Half-precision inputs are normalised in fp32, and the result is rounded once. Only the arguments and one value per
     token are saved for backward.
@@ -26,10 +28,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
         width = wide(x.dtype)
-        return reference.rms_norm(x.to(width), weight.to(width), eps).to(x.dtype)
+        return reference.rms_norm(x.to(width), weight.to(width), eps, offset).to(x.dtype)
     if not is_host(x) and x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)  # one fused kernel per pass; many small ones on the CPU
-    return _RMSNorm.apply(x, weight, eps)
+        # One fused kernel per pass; many small ones on the CPU.
+        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+    return _RMSNorm.apply(x, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -43,16 +46,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide_x = x.to(wide(x.dtype))
         # vector_norm reads x once; x.square().mean() would write and read a tensor of its size.
         inverse = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)  # inverse: [T, 1]
-        return (wide_x * inverse).mul_(weight).to(x.dtype)
+        ctx.offset = offset
+        return (wide_x * inverse).mul_(weight + offset if offset else weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Compute the gradients of RMSNorm with the fused backward kernel of layer normalisation, called with mean 0.
 
         With g = dout · weight and r = 1 / rms, layer normalisation has dx = r · (g - mean(g) - r² · x · mean(g · x)).
@@ -60,8 +64,10 @@ class _RMSNorm(torch.autograd.Function):
         """
         x, weight, inverse = ctx.saved_tensors
         wide_x, wide_dout, wide_weight = (t.to(inverse.dtype) for t in (x, dout, weight))
+        if ctx.offset:
+            wide_weight = wide_weight + ctx.offset
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             wide_dout, wide_x, weight.shape, torch.zeros_like(inverse), inverse, wide_weight, None, [True, True, False]
         )
         mean = torch.matmul(wide_dout, wide_weight).div_(x.shape[-1]).unsqueeze(-1)  # mean(g): [T, 1]
-        return dx.addcmul_(mean, inverse).to(x.dtype), dweight.to(weight.dtype), None
+        return dx.addcmul_(mean, inverse).to(x.dtype), dweight.to(weight.dtype), None, None

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internlm.config.schema.model import Activation
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Compute RMSNorm over the last dimension: [T, H], [H] → [T, H]."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -41,10 +43,12 @@ def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     return apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved), v
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Compute ``silu(gate) * up``: [T, 2, F] → [T, F]."""
+def gated(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+    """Compute ``activation(gate) * up``: [T, 2, F] → [T, F]."""
     gate, up = gate_up.unbind(1)
-    return gate * torch.sigmoid(gate) * up
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * up
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def attention(

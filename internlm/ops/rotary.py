@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from internlm.accelerator import is_host
 from internlm.ops import reference
 from internlm.ops.cpu.blocked_attention import EqualLengthRun
+from internlm.ops.rope_scaling import ContextScaling
 from internlm.utils.dtype import wide
 
 
@@ -34,12 +35,15 @@ class RotaryScaling:
     becomes base * a ** (D / (D - 2)) with a = s * L / max_position - (s - 1) (dynamic NTK scaling, Peng et al. 2023,
     arXiv 2309.00071, section 3): high frequencies, which distinguish neighbouring tokens, hardly change, and the lowest
     frequency is divided by a.
+
+    With ``context``, frequencies are scaled by their wavelength (:mod:`internlm.ops.rope_scaling`).
     """
 
     base: float = 10000.0
     factor: float = 1.0
     dynamic_ntk: bool = False
     max_position: int = 2048
+    context: ContextScaling | None = None
 
 
 UNSCALED = RotaryScaling()
@@ -67,6 +71,10 @@ def rotary_table(
     """
     # Computed in fp64: an fp32 angle at position 10⁶ has an error of 0.03 rad.
     exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    if scaling.context is not None:
+        angles = torch.outer(positions.double(), scaling.context.scaled(scaling.base**-exponents, scaling.base))
+        magnitude = scaling.context.magnitude
+        return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
     if scaling.dynamic_ntk:
         runs = runs or [EqualLengthRun(0, 1, len(positions))]
         # Neighbours with the same base, such as all sequences of at most ``max_position`` tokens, are computed at once.
@@ -116,7 +124,8 @@ class _ApplyRotary(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dout)
-        # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x is not saved.
+        # A rotation is orthogonal: its gradient is the rotation by the negative angle, so x is not saved. A factor of
+        # both sines and cosines makes no difference.
         _rotate(dout, cos, sin, ctx.interleaved, dx, back=True)
         return dx, None, None, None
 
@@ -161,7 +170,7 @@ def _new_heads(qkv: Tensor, heads: int) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor, back: bool = False) -> None:
     """Rotate ``x``, or rotate it back, and write the result to ``out``, both [T, ..., D]."""
     # One head at a time on a core: a head fits into its cache, and is read and written several times. With several
-    # threads, each operation on a head would be a parallel region of its own: see ``ops.swiglu``.
+    # threads, each operation on a head would be a parallel region of its own: see ``ops.gated``.
     if is_host(x) and x.dim() > 2 and torch.get_num_threads() == 1:
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head, back)

@@ -10,11 +10,38 @@ from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegat
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 NormType = Literal["rmsnorm", "layernorm"]
+QKNorm = Literal["none", "head", "projection"]
+Activation = Literal["silu", "gelu_tanh"]
 AttentionBackend = Literal["auto", "flash", "varlen", "sdpa", "blocked", "reference"]
 
 
+class RopeScalingConfig(Section):
+    """Scaling of the rotary frequencies for contexts longer than in the first stage of training."""
+
+    type: Literal["llama3", "yarn"]
+    """``llama3``: divide low frequencies by ``factor`` and keep high ones (Llama 3.1, arXiv 2407.21783); ``yarn``: the
+    same with another transition, and larger scores (arXiv 2309.00071)."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """Ratio of the new to the original context length."""
+    original_max_position: Count
+    """Context length before scaling, in tokens."""
+    low_freq_factor: Positive = 1.0
+    """``llama3``: frequencies with fewer rotations than this over the original context are divided by ``factor``."""
+    high_freq_factor: Positive = 4.0
+    """``llama3``: frequencies with more rotations than this over the original context are kept."""
+    beta_fast: Positive = 32.0
+    """``yarn``: frequencies with more rotations than this over the original context are kept."""
+    beta_slow: Positive = 1.0
+    """``yarn``: frequencies with fewer rotations than this over the original context are divided by ``factor``."""
+    attention_factor: Positive | None = None
+    """``yarn``: factor of rotated queries and of rotated keys. Default: 0.1 · ln(``factor``) + 1."""
+
+
 class ModelConfig(Section):
-    """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values."""
+    """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values.
+
+    A family has defaults of its own for some keys (``internlm/config/families.py``), which replace those below.
+    """
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of decoder blocks in the whole model."""
@@ -61,6 +88,12 @@ class ModelConfig(Section):
     """Epsilon, added to the variance (RMSNorm: the mean square) before the square root."""
     apply_post_layer_norm: bool = False
     """Normalise after each residual sum (post-norm) instead of before each sub-layer (pre-norm)."""
+    qk_norm: QKNorm = "none"
+    """Normalise queries and keys before rotary embedding (arXiv 2302.05442): ``head``, each head by itself with a
+    weight that all heads share; ``projection``, all heads of a token together, each element with its own weight."""
+    activation: Activation = "silu"
+    """Activation of the gate in the feed-forward layer: ``silu`` (SwiGLU), or ``gelu_tanh`` (GeGLU), the tanh
+    approximation of GELU (arXiv 2002.05202)."""
     no_bias: bool | None = None
     """Omit the biases of all projections, whatever ``qkv_bias``, ``o_bias`` and ``mlp_bias`` are. False or None: these
     three keys decide."""
@@ -96,10 +129,19 @@ class ModelConfig(Section):
     rope_scaling_factor: Positive = 1.0
     """Divisor of the positions (linear scaling, arXiv 2306.15595). With ``use_dynamic_ntk_rope``: factor of the
     dynamic NTK scaling."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary frequencies as in Llama 3.1 or YaRN; excludes the two keys before."""
+    local_rope_base: Positive | None = None
+    """Base θ of the rotary frequencies in layers with a sliding window, whose frequencies are not scaled. Default: as
+    in other layers."""
+    attention_scale: Positive | None = None
+    """Factor of the attention scores. Default: 1 / √``head_dim``."""
     use_sliding_window: bool = False
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None
-    """Width of the attention window in tokens."""
+    """Width of the attention window in tokens, the token itself included."""
+    global_layers: tuple[CountOrZero, ...] | None = None
+    """Indices, from 0, of the layers that attend to all tokens in spite of ``use_sliding_window``."""
     mlp_layer_fusion: bool = True
     """Compute the gate and up projections as one GEMM."""
     enable_qkv_fusion: bool = True
@@ -161,3 +203,8 @@ class ModelConfig(Section):
         width = int(self.hidden_size * self.mlp_ratio)
         # Floor division of the negated width rounds up. Multiples of 256 suit the tiles of GEMM kernels.
         return -(-width // self.multiple_of) * self.multiple_of
+
+    def window(self, layer: int) -> int | None:
+        """Return the attention window of block ``layer`` in tokens; None: the block attends to all tokens."""
+        is_local = self.use_sliding_window and layer not in (self.global_layers or ())
+        return self.sliding_window if is_local else None

@@ -149,6 +149,14 @@ class AttentionCommunicator:
         return heads
 
 
+class HeadsCommunicator:
+    """Communicator of a norm over all heads of a token: a hook for sums over heads that other ranks hold."""
+
+    def sum_over_heads(self, sums: Tensor) -> Tensor:
+        """Sum over the ranks that share the heads of each token: [T, n] → [T, n], differentiable."""
+        return sums
+
+
 class ModelCommunicator:
     """Communicator of a model: hooks that belong to no single layer."""
 
@@ -166,4 +174,5 @@ IDENTITY = Communicator()
 IDENTITY_HEAD = HeadCommunicator()
 IDENTITY_EMBEDDING = EmbeddingCommunicator()
 IDENTITY_ATTENTION = AttentionCommunicator()
+IDENTITY_HEADS = HeadsCommunicator()
 IDENTITY_MODEL = ModelCommunicator()

@@ -5,6 +5,8 @@ Shapes: T tokens, H hidden size, V vocabulary entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -21,6 +23,7 @@ from internlm.core.parallel.communicator import (
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import begin_accumulation, main_grad_of, place, wait_for_all_gather
 from internlm.core.parallel.placement import Init, constant, normal
+from internlm.core.parallel.qk_norm import QKNorm
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
 from internlm.utils.dtype import wide
@@ -60,27 +63,43 @@ class ParallelNorm(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the hidden dimension.
 
     Its parameters are replicated on all ranks.
+
+    Args:
+        hidden_size: Hidden size, H.
+        norm_type: Kind of norm.
+        eps: Epsilon, added to the variance or the mean square.
+        offset: Number added to the weight.
+        dtype: Dtype of the output; None: that of the input.
     """
 
-    def __init__(self, hidden_size: int, norm_type: NormType, eps: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        norm_type: NormType,
+        eps: float,
+        offset: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.norm_type, self.eps = norm_type, eps
+        self.norm_type, self.eps, self.offset, self.dtype = norm_type, eps, offset, dtype
         sharding = current_sharding()
-        self.weight = place(sharding.replicated((hidden_size,), constant(1.0)))
+        self.weight = place(sharding.replicated((hidden_size,), constant(1 - offset)))
         has_bias = norm_type == "layernorm"
         self.bias = place(sharding.replicated((hidden_size,), constant(0.0))) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each token: [T, H] → [T, H]."""
         if self.norm_type == "rmsnorm":
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            y = rms_norm(x, self.weight, self.eps, self.offset)
+        else:
+            y = layer_norm(x, self.weight + self.offset if self.offset else self.weight, self.bias, self.eps)
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 def widen_norms(model: nn.Module) -> None:
     """Convert norm weights to at least float32, whatever the dtype of the other parameters."""
     for module in model.modules():
-        if isinstance(module, ParallelNorm):
+        if isinstance(module, (ParallelNorm, QKNorm)):
             for parameter in module.parameters():
                 # Not module.to, which replaces fake parameters and so loses their placement.
                 parameter.data = parameter.data.to(wide(parameter.dtype))
@@ -97,13 +116,17 @@ class ParallelHead(ParallelLinear):
         init: Distribution of the initial values.
         parallel_output: Whether :meth:`logits` returns only the logits of this rank's vocabulary shard. False: it
             gathers the logits of all ranks.
+        normalises: Whether each row of the weight is divided by its length (NormHead of Baichuan 2, arXiv 2309.10305,
+            section 2.3).
     """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
 
-    def __init__(self, hidden_size: int, vocab_size: int, init: Init, parallel_output: bool = True) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, init: Init, parallel_output: bool = True, normalises: bool = False
+    ) -> None:
         super().__init__(hidden_size, vocab_size, init, role="head")
-        self.parallel_output = parallel_output
+        self.parallel_output, self.normalises = parallel_output, normalises
 
     def logits(self, x: Tensor) -> Tensor:
         """Compute the logits of ``x``, [tokens of this rank, H].
@@ -112,7 +135,12 @@ class ParallelHead(ParallelLinear):
             [tokens, vocabulary entries of this rank] if ``parallel_output``, else [T, V], gathered from all ranks.
         """
         comm = self.communicator
-        return (comm.real_logits if self.parallel_output else comm.whole_logits)(self(x))
+        if self.normalises:
+            with self._weight_for_loss() as weight:
+                own = F.linear(comm.enter(x), weight)
+        else:
+            own = self(x)
+        return (comm.real_logits if self.parallel_output else comm.whole_logits)(own)
 
     def loss(
         self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: Tensor | float = 1.0
@@ -130,8 +158,7 @@ class ParallelHead(ParallelLinear):
             ``loss_sum`` (differentiable scalar, scaled by ``grad_scale``), ``token_loss`` and ``correct`` (one entry
             per label).
         """
-        # This method bypasses the module's forward, whose hook would wait for the weight's all-gather.
-        with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
+        with self._weight_for_loss() as weight:
             return linear_cross_entropy(
                 self.communicator.enter(x),
                 weight,
@@ -145,3 +172,14 @@ class ParallelHead(ParallelLinear):
                     adds=partial(begin_accumulation, self.weight),
                 ),
             )
+
+    @contextmanager
+    def _weight_for_loss(self) -> Iterator[Tensor]:
+        """Yield the weight whose product with a hidden state is the logits, [rows of this rank, H]."""
+        # This bypasses the module's forward, whose hook would wait for the weight's all-gather.
+        with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
+            if not self.normalises:
+                yield weight
+                return
+            # Another tensor than the parameter, so autograd adds its gradient. Rows of padding stay 0.
+            yield F.normalize(weight.to(wide(weight.dtype)), dim=-1).to(weight.dtype)

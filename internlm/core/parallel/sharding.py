@@ -31,7 +31,9 @@ from internlm.core.parallel.placement import Init, ParamPlacement, ShardSpec
 from internlm.utils.errors import Problem, UserError
 
 #: Built-in roles of layers; users may register others (:data:`CUSTOM_ROLES`).
-Role: TypeAlias = Literal["column", "row", "head", "embedding", "embedding by hidden units", "attention", "model"]
+Role: TypeAlias = Literal[
+    "column", "row", "head", "embedding", "embedding by hidden units", "attention", "heads", "model"
+]
 
 #: Modes that split the activations between the linears along the sequence.
 SEQUENCE_MODES: tuple[TensorMode, ...] = ("msp", "fsp", "isp")
@@ -147,11 +149,19 @@ class Sharding:
         over the tensor group, the gradient of each rank is a partial sum over this group (arXiv 2205.05198, section
         4.2). Under isp it is a partial sum over the weight group, whose ranks hold different tokens or samples.
 
-        Do not use this placement for a vector that a rank applies to its own heads or features, such as that of a
-        QK-norm: its gradient is a partial sum over the tensor group even under mtp, but ``partial_over`` is then None.
+        Do not use this placement for a vector that a rank applies to its own heads or features: see :meth:`per_head`.
         """
         partial = {"mtp": None, "msp": ParallelMode.TENSOR, "fsp": ParallelMode.TENSOR, "isp": ParallelMode.WEIGHT}
         return ParamPlacement(shape, init, partial_over=partial[self.mode], is_matrix=False)
+
+    def per_head(self, shape: tuple[int, ...], init: Init) -> ParamPlacement:
+        """Return the placement of a vector that is applied to each head, such as that of a QK-norm.
+
+        Every rank holds the whole vector. Under mtp, msp and fsp it applies the vector to its own heads, so the
+        gradient is a partial sum over the tensor group. Under isp it has all heads of its own tokens.
+        """
+        partial = ParallelMode.WEIGHT if self.mode == "isp" else ParallelMode.TENSOR
+        return ParamPlacement(shape, init, partial_over=partial, is_matrix=False)
 
     def foreign(self, shape: tuple[int, ...], is_matrix: bool) -> ParamPlacement:
         """Return the placement of a parameter whose module is not a parallel layer, such as ``torch.nn.Linear``.

@@ -30,8 +30,15 @@ from internlm.core.parallel.collectives import (
     exchange,
     reduce_scatter,
 )
-from internlm.core.parallel.communicator import Communicator, EmbeddingCommunicator, HeadCommunicator, ModelCommunicator
+from internlm.core.parallel.communicator import (
+    Communicator,
+    EmbeddingCommunicator,
+    HeadCommunicator,
+    HeadsCommunicator,
+    ModelCommunicator,
+)
 from internlm.core.parallel.placement import ParamPlacement
+from internlm.utils.torch_private import uncompiled
 
 # -- columns and rows -------------------------------------------------------------------------------------------------
 
@@ -114,6 +121,22 @@ class SequenceRow(Communicator):
     def gather_grad_output(self, dy: Tensor) -> Tensor:
         """All-gather the gradient of the output along the sequence: [T / n, H] → [T, H]."""
         return all_gather(dy, self.group)
+
+
+class SplitHeads(HeadsCommunicator):
+    """Communicator of a norm over heads that are split over the tensor group."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    @uncompiled("ranks sum over their heads")
+    def sum_over_heads(self, sums: Tensor) -> Tensor:
+        """All-reduce the sums, and in backward their gradients: each rank uses the result for its own heads."""
+
+        def over_ranks(x: Tensor) -> Tensor:
+            return all_reduce(x.clone(), self.group)  # in place
+
+        return exchange(sums, over_ranks, over_ranks)
 
 
 # -- head and loss ----------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm.ops import rms_norm, rotary_table, split_qkv_rotary, swiglu
+from internlm.ops import gated, rms_norm, rotary_table, split_qkv_rotary
 from tests.unit.ops.parity import randn
 
 GRAIN = 2**15  # elements from which torch divides an operator among threads
 TABLE = rotary_table(torch.arange(2048), 64, dtype=torch.float32)
 CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], int]] = {
     # op, shape of its input, regions of forward and backward together
-    "swiglu": (swiglu, (512, 2, 1408), 2 + 4),
+    "gated": (gated, (512, 2, 1408), 2 + 4),
     "rotary": (lambda x: split_qkv_rotary(x, *TABLE, False), (2048, 2, 4, 64), 9 + 10),
     "rms_norm": (lambda x: rms_norm(x, torch.ones(512), 1e-5), (512, 512), 3 + 3),
 }

@@ -15,7 +15,7 @@ from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
-from internlm.ops import swiglu
+from internlm.ops import gated
 from internlm.utils.dtype import default_dtype
 
 Deliver = Callable[[Tensor], "Tensor | None"]
@@ -329,7 +329,7 @@ def test_two_layers_may_have_different_communicators() -> None:
 BEFORE: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "norm": lambda: ParallelNorm(WIDTH, "rmsnorm", 1e-5),
     "layer norm": lambda: ParallelNorm(WIDTH, "layernorm", 1e-5),
-    "swiglu": lambda: swiglu,
+    "gated": lambda: gated,
 }
 
 
@@ -339,7 +339,7 @@ def _before(name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         before = BEFORE[name]()
     if isinstance(before, torch.nn.Module):
         initialize_parameters(before, seed=3)
-    shape = (TOKENS, 2, WIDTH) if name == "swiglu" else (TOKENS, WIDTH)
+    shape = (TOKENS, 2, WIDTH) if name == "gated" else (TOKENS, WIDTH)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     return before, x
 

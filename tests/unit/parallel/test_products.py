@@ -17,7 +17,7 @@ from internlm.core.parallel.param_state import attach_main_grad, main_grad_of
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.products import deferring
 from internlm.model.families import FAMILIES, FamilyBuilder
-from internlm.ops import swiglu
+from internlm.ops import gated
 from internlm.utils.dtype import default_dtype
 from tests.unit.model.samples import decoder, tokens
 
@@ -35,7 +35,7 @@ class TwoLinears(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, WIDTH]"""
-        y: Tensor = self.down(self.up(x, before=self.norm), before=swiglu)
+        y: Tensor = self.down(self.up(x, before=self.norm), before=gated)
         return y
 
 

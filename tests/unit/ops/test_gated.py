@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from internlm.ops import reference, swiglu
+from internlm.ops import gated, reference
 from tests.unit.ops.parity import assert_parity, randn, saved_for_backward
 
 
@@ -16,27 +16,27 @@ from tests.unit.ops.parity import assert_parity, randn, saved_for_backward
     ("tokens", "features"), [(1, 1), (37, 24), (130, 4096)]
 )  # the last takes several blocks of rows
 def test_equals_reference(tokens: int, features: int, dtype: torch.dtype) -> None:
-    assert_parity(swiglu, reference.swiglu, randn(tokens, 2, features, dtype=dtype))
+    assert_parity(gated, reference.gated, randn(tokens, 2, features, dtype=dtype))
 
 
 def test_gradient() -> None:
-    assert gradcheck(swiglu, (randn(3, 2, 4),))
+    assert gradcheck(gated, (randn(3, 2, 4),))
 
 
 def test_takes_the_output_of_a_fused_projection_as_it_is() -> None:
     fused = randn(5, 2 * 8)
-    assert torch.equal(swiglu(fused.unflatten(1, (2, 8))), swiglu(torch.stack(fused.chunk(2, 1), 1)))
+    assert torch.equal(gated(fused.unflatten(1, (2, 8))), gated(torch.stack(fused.chunk(2, 1), 1)))
 
 
 def test_saves_its_input_alone() -> None:
     gate_up = randn(16, 2, 8)
     with saved_for_backward() as saved:
-        swiglu(gate_up)
+        gated(gate_up)
     assert [t.data_ptr() for t in saved] == [gate_up.data_ptr()]
 
 
 def test_no_tokens() -> None:
-    assert swiglu(torch.empty(0, 2, 8)).shape == (0, 8)
+    assert gated(torch.empty(0, 2, 8)).shape == (0, 8)
 
 
 class Recomputed(torch.autograd.Function):
@@ -45,13 +45,13 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return swiglu(gate_up)
+        return gated(gate_up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Tensor | None:
         with torch.enable_grad():
             gate_up = ctx.saved_tensors[0].detach().requires_grad_()
-            swiglu(gate_up).backward(dout)
+            gated(gate_up).backward(dout)
         return gate_up.grad
 
 
@@ -59,7 +59,7 @@ class Recomputed(torch.autograd.Function):
 def test_recomputed_in_a_backward_pass_it_has_the_same_gradient_bit_by_bit(dtype: torch.dtype) -> None:
     """Though it then keeps silu(gate), which its own backward pass would compute again."""
     gate_up, dout = randn(130, 2, 4096, dtype=dtype), randn(130, 4096, dtype=dtype, seed=1).detach()
-    grads = [torch.autograd.grad(function(gate_up), gate_up, dout)[0] for function in (swiglu, Recomputed.apply)]
+    grads = [torch.autograd.grad(function(gate_up), gate_up, dout)[0] for function in (gated, Recomputed.apply)]
     assert torch.equal(*grads)
 
 
@@ -69,7 +69,7 @@ def test_a_second_backward_pass_finds_the_same_gradient() -> None:
     def again(_: Tensor) -> None:
         with torch.enable_grad():
             inner = gate_up.detach().requires_grad_()
-            out = swiglu(inner).sum()
+            out = gated(inner).sum()
             found.extend(torch.autograd.grad(out, inner, retain_graph=True)[0] for _ in range(2))
 
     hooked = gate_up * 1

@@ -1,0 +1,121 @@
+"""Tensors of a decoder by their names in Hugging Face checkpoints.
+
+Ours are fused: wqkv and w13 hold several tensors of theirs. Each row of the table is one of their tensors, with the
+slice of ours that it is. Both directions of conversion read the same table.
+
+Shapes: G kv heads, Q query heads per kv head, D head dimension, H hidden size, F intermediate size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from internlm.model.spec import DecoderSpec
+
+
+class Part(NamedTuple):
+    """Range of a tensor along an axis."""
+
+    axis: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """Tensor of a Hugging Face checkpoint, and where its elements are in a decoder."""
+
+    name: str
+    ours: str
+    """Logical name of the tensor of the decoder."""
+    part: Part | None = None
+    """Range of the decoder's tensor; None: all of it."""
+    is_vector: bool = False
+    is_interleaved: bool = False
+    """Whether the decoder pairs neighbouring elements of a head for rotary embedding; theirs pair its two halves."""
+
+    def of(self, ours: Tensor) -> Tensor:
+        """Return the tensor from that of the decoder."""
+        own = ours if self.part is None else ours.narrow(*self.part)
+        if self.is_interleaved:
+            own = own.unflatten(self._head_axis, (-1, 2)).transpose(self._head_axis - 1, self._head_axis)
+        return own.reshape(-1) if self.is_vector else own.reshape(-1, own.shape[-1])
+
+    @property
+    def _head_axis(self) -> int:
+        return -1 if self.is_vector else -2
+
+    def place(self, theirs: Tensor, ours: Tensor) -> None:
+        """Copy the tensor to its place in that of the decoder.
+
+        Raises:
+            ValueError: It has another shape.
+        """
+        own = ours if self.part is None else ours.narrow(*self.part)
+        expected = self.of(ours).shape
+        if theirs.shape != expected:
+            raise ValueError(f"expected shape {list(expected)}, got {list(theirs.shape)}")
+        if self.is_interleaved:
+            pairs = own.unflatten(self._head_axis, (-1, 2)).transpose(self._head_axis - 1, self._head_axis)
+            pairs.copy_(theirs.view(pairs.shape))
+        else:
+            own.copy_(theirs.view(own.shape))
+
+
+#: Names of the norms of a block in families that normalise only the input of each layer, only its output, or both.
+_NORMS = {
+    "input": {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    "output": {"attention_out_norm": "post_attention_layernorm", "ffn_out_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_out_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+def hf_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
+    """Yield the tensors of a checkpoint of a decoder, in the order of the layers."""
+    yield HFTensor("model.embed_tokens.weight", "embedding.weight")
+    for layer in range(spec.config.num_layers):
+        yield from _block_tensors(spec, f"layers.{layer}", f"model.layers.{layer}")
+    yield HFTensor("model.norm.weight", "norm.weight", is_vector=True)
+    if not spec.config.tie_word_embeddings:
+        yield HFTensor("lm_head.weight", "output.weight")
+
+
+def _block_tensors(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[HFTensor]:
+    heads = spec.config.num_attention_heads // spec.config.kv_heads
+    fused: dict[str, dict[str, Part | None]] = {
+        "attention.wqkv": {
+            "self_attn.q_proj": Part(1, 0, heads),
+            "self_attn.k_proj": Part(1, heads, 1),
+            "self_attn.v_proj": Part(1, heads + 1, 1),
+        },
+        "attention.wo": {"self_attn.o_proj": None},
+        "feed_forward.w13": {"mlp.gate_proj": Part(0, 0, 1), "mlp.up_proj": Part(0, 1, 1)},
+        "feed_forward.w2": {"mlp.down_proj": None},
+    }
+    has_bias = {
+        "attention.wqkv": spec.qkv_bias,
+        "attention.wo": spec.o_bias,
+        "feed_forward.w13": spec.mlp_bias,
+        "feed_forward.w2": spec.mlp_bias,
+    }
+    for linear, parts in fused.items():
+        for name, part in parts.items():
+            paired = spec.qk_interleaved and name.endswith(("q_proj", "k_proj"))
+            yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{linear}.weight", part, False, paired)
+            if has_bias[linear]:
+                yield HFTensor(f"{theirs}.{name}.bias", f"{ours}.{linear}.bias", part, True, paired)
+    if spec.config.qk_norm != "none":
+        for kind in "qk":
+            name = f"{theirs}.self_attn.{kind}_norm.weight"
+            yield HFTensor(name, f"{ours}.attention.qk_norm.{kind}_weight", None, True, spec.qk_interleaved)
+    for norm, name in _NORMS[spec.family.norms].items():
+        yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", is_vector=True)
