@@ -21,7 +21,7 @@ NormPlacement = Literal["input", "output", "both"]
 class Family:
     """Structure and default keys of a model family."""
 
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Defaults of keys of the ``model`` section."""
     norms: NormPlacement = "input"
     norm_offset: float = 0.0

@@ -26,7 +26,7 @@ from internlm.core.parallel.ledger import Entry
 from internlm.dryrun.call_order import Call, order_problems
 from internlm.dryrun.findings import not_compared, problems
 from internlm.dryrun.one_rank import DryRun, dry_config, run_rank
-from internlm.model import decoder
+from internlm.model import blocks
 from internlm.ops.cpu import cpu_gemm
 from internlm.train.hooks.stop import REQUESTS
 from internlm.utils.errors import UserError
@@ -291,15 +291,15 @@ def test_a_planted_fault_is_named(plant: Callable[[Tensor], None], message: str,
 
 
 def _dry_with(plant: Callable[[Tensor], None]) -> DryRun:
-    """Run a step in which ``plant`` is called before each SwiGLU."""
-    swiglu = decoder.swiglu
+    """Run a step in which ``plant`` is called before each gated activation."""
+    gated = blocks.gated
 
-    def planted(x: Tensor, *arguments: Any) -> Tensor:
+    def planted(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         plant(x)
-        return swiglu(x, *arguments)
+        return gated(x, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "swiglu", planted)
+        patch.setattr(blocks, "gated", planted)
         return _dry(8, 0, (), 1)
 
 
