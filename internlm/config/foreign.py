@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from internlm.config.nested_dict import ABSENT, NestedDict, get, pop
+from internlm.config.families import FAMILIES
+from internlm.config.nested_dict import ABSENT, NestedDict, get, pop, put
 from internlm.utils.errors import Problem
 
 
@@ -71,7 +72,6 @@ IGNORED = (
     Ignored("data.image_size", NO_IMAGES),
     Ignored("data.patch_size", NO_IMAGES),
     Ignored("model.image_token_id", NO_IMAGES),
-    Ignored("model.max_window_layers", "there are no sliding windows"),
     Ignored("hybrid_zero_optimizer.use_apex_adam", "the update rules are built in"),
     Ignored("ckpt.load_optimizer", "ckpt.load_ckpt_info.content says what is loaded", _is(True)),
     Ignored("ckpt.snapshot_ckpt_folder", "snapshots are saved in ckpt.save_ckpt_folder, too"),
@@ -84,7 +84,6 @@ MISSING = (
     Missing("model.vit_cfg", MULTIMODAL, "Remove it"),
     Missing("model.vision_proj_cfg", MULTIMODAL, "Remove it"),
     Missing("model.moe_use_residual", "a dense layer beside the experts", "Set it to False"),
-    Missing("model.add_unit_offset", "a norm that scales by 1 + weight", "Set it to False"),
     Missing("model.attn_drop_rate", "dropout on attention weights", "Set it to 0; model.drop_rate drops layer outputs"),
     Missing("model.use_swiglu", "a feed-forward layer without gate", "Set it to True", _is(True)),
     Missing("model.init_type", "initial values from another distribution", "Set it to 'normal'", _is("normal")),
@@ -93,12 +92,15 @@ MISSING = (
     Missing("selective_checkpoint_offload", "offloading of selected activations", "Set it to False"),
 )
 
-FOREIGN_KEYS = frozenset(row.key for row in (*IGNORED, *MISSING))
+UNIT_OFFSET = "model.add_unit_offset"
+FOREIGN_KEYS = frozenset((*(row.key for row in (*IGNORED, *MISSING)), UNIT_OFFSET, "model.max_window_layers"))
 
 
 def drop_foreign_keys(config: NestedDict, findings: Findings) -> None:
     """Remove all foreign keys from ``config`` in place; record those that ask for something in ``findings``."""
     requested: dict[str, Problem] = {}
+    _drop_unit_offset(config, findings)
+    _replace_window_layers(config)
     for missing in MISSING:
         value = pop(config, missing.key)
         if value is not ABSENT and not missing.asks_nothing(value):
@@ -110,6 +112,25 @@ def drop_foreign_keys(config: NestedDict, findings: Findings) -> None:
         value = pop(config, ignored.key)
         if value is not ABSENT and not ignored.asks_nothing(value):
             findings.ignore(ignored.key, ignored.reason)
+
+
+def _drop_unit_offset(config: NestedDict, findings: Findings) -> None:
+    """Remove ``model.add_unit_offset``, which must be what the family does anyway."""
+    given = pop(config, UNIT_OFFSET)
+    family = FAMILIES.get(str(get(config, "model_type")))
+    adds = family is not None and family.norm_offset == 1.0
+    if given is not ABSENT and bool(given) != adds:
+        with_offset = ", ".join(name for name, row in FAMILIES.items() if row.norm_offset)
+        message = f"{given!r}, but norms scale by 1 + weight in {with_offset} and in no other family"
+        findings.problems.append(Problem(UNIT_OFFSET, message, "Remove it, or change model_type"))
+
+
+def _replace_window_layers(config: NestedDict) -> None:
+    """Replace ``model.max_window_layers``, the number of first layers that attend to all tokens."""
+    layers = pop(config, "model.max_window_layers")
+    has_windows = get(config, "model.use_sliding_window") is True
+    if has_windows and isinstance(layers, int) and get(config, "model.global_layers") in (ABSENT, None):
+        put(config, "model.global_layers", tuple(range(layers)))
 
 
 def _short(value: Any) -> str:

@@ -38,10 +38,7 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """Settings of the model: sizes, norms, biases, rotary embedding, recompute and initial values.
-
-    A family has defaults of its own for some keys (``internlm/config/families.py``), which replace those below.
-    """
+    """Settings of the model. ``model_type`` may have other defaults: ``internlm config`` prints the values that apply."""
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of decoder blocks in the whole model."""

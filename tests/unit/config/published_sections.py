@@ -169,6 +169,15 @@ DENSE: dict[str, dict[str, Any]] = {
         "model.mlp_layer_fusion": True,
     },
     "LLAMA": {"model_type": "LLAMA", **GROUPED},
+    "QWEN2": {
+        **GROUPED,
+        "model_type": "QWEN2",
+        "model.use_sliding_window": False,
+        "model.sliding_window": 32768,
+        "model.max_window_layers": 28,
+        "model.rope_base": 1000000,
+    },
+    "GEMMA": {"model_type": "GEMMA", "model.add_unit_offset": True, "model.head_dim": 256},
 }  # fmt: skip
 
 #: Changes by dotted key, of families that do not exist, with the text that must begin the first problem.
@@ -177,15 +186,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "INTERNLM_MoE": (
         {**EXPERTS, "model_type": "INTERNLM_MoE", "model.moe_use_residual": False, "model.num_shared_experts": 8},
         "model_type: 'INTERNLM_MoE', a model with experts that is not available in this version",
-    ),
-    "QWEN2": (
-        {**GROUPED, "model_type": "QWEN2", "model.use_sliding_window": False, "model.sliding_window": 32768,
-         "model.max_window_layers": 28, "model.rope_base": 1000000},
-        "model_type: 'QWEN2', a model family that is not available in this version",
-    ),
-    "GEMMA": (
-        {"model_type": "GEMMA", "model.add_unit_offset": True, "model.head_dim": 256},
-        "model.add_unit_offset: True asks for a norm that scales by 1 + weight",
     ),
     "LLAVA": (
         {"model_type": "LLAVA", "data.is_multimodal": True, "data.image_size": 336, "data.patch_size": 14,

@@ -54,6 +54,8 @@ class ReadKeys(ast.NodeVisitor):
         if isinstance(node, ast.Name):
             return self.variables.get(node.id, set())
         if isinstance(node, ast.Attribute):
+            if node.attr == "config" and getattr(node.value, "id", getattr(node.value, "attr", "")) == "spec":
+                return {"model"}  # DecoderSpec.config
             inner = {join(section, node.attr) for section in self.sections(node.value)} & set(SECTIONS)
             return inner or self.variables.get(node.attr, set()) | BY_NAME.get(node.attr, set())
         if (

@@ -40,6 +40,19 @@ def test_other_families_are_refused_for_what_is_missing_only(family: str) -> Non
     assert all("not available in this version" in text for text in texts)
 
 
+@pytest.mark.parametrize(("family", "value"), [("LLAMA2", True), ("GEMMA", False)])
+def test_the_offset_of_norms_is_that_of_the_family(family: str, value: bool) -> None:
+    changes = {"model_type": family, "model.add_unit_offset": value}
+    with pytest.raises(ConfigError, match=r"^model\.add_unit_offset: .*1 \+ weight in GEMMA, GEMMA3 and in no other"):
+        resolve(published(changes))
+
+
+def test_the_first_layers_without_window_are_global() -> None:
+    changes = {"model_type": "QWEN2", "model.use_sliding_window": True, "model.sliding_window": 64}
+    model = resolve(published({**changes, "model.max_window_layers": 3})).config.model
+    assert [model.window(layer) for layer in range(5)] == [None, None, None, 64, 64]
+
+
 def test_the_list_of_model_types_is_that_of_the_families() -> None:
     assert sorted(MODEL_TYPES) == sorted(FAMILIES)
 

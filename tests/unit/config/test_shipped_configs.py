@@ -39,8 +39,8 @@ def test_the_isp_config_uses_all_of_isp() -> None:
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if "debug" in path])
 def test_configs_with_a_feature_to_come_do_not_run(path: str) -> None:
-    config = load_config(ROOT / path, overrides=["model.norm_head=True"], world_size=8)
-    with pytest.raises(ConfigError, match=r"^model\.norm_head: True is not available"):
+    config = load_config(ROOT / path, overrides=["model.num_shared_experts=1"], world_size=8)
+    with pytest.raises(ConfigError, match=r"^model\.num_shared_experts: 1 is not available"):
         check_runnable(config)
 
 

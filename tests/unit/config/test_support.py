@@ -26,7 +26,7 @@ def test_defaults_run(device: str | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model.norm_head": True}, "model.norm_head: True is not available in this version. Use False"),
+        ({"model.num_shared_experts": 1}, "model.num_shared_experts: 1 is not available in this version. Use 0"),
         (
             {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
             "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",

@@ -38,7 +38,7 @@ SINGLE_KEYS = [
     ),
     ({"model.num_layer": 4}, "model.num_layer: unknown key. Did you mean 'num_layers'?"),
     ({"model.micro_bsz": 4}, "model.micro_bsz: unknown key. Set data.micro_bsz instead"),
-    ({"model.zzz": 4}, "model.zzz: unknown key. Known: apply_post_layer_norm, "),
+    ({"model.zzz": 4}, "model.zzz: unknown key. Known: activation, apply_post_layer_norm, "),
     ({"model": 3}, "model: 3 is an integer. Set it to a dict with num_layers, hidden_size, num_attention_heads, vocab"),
     ({"moddle": {}}, "moddle: unknown key. Did you mean 'model'? Write names of your own in UPPER_CASE"),
     ({"parallel.overlap": 1}, "Set parallel.weight.overlap or parallel.expert_weight.overlap instead"),
