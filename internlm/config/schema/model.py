@@ -38,7 +38,7 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """Settings of the model. ``model_type`` may have other defaults: ``internlm config`` prints the values that apply."""
+    """Settings of the model. ``model_type`` may have other defaults; ``internlm config`` prints what applies."""
 
     num_layers: Annotated[int, Field(ge=1, le=10_000)]
     """Number of decoder blocks in the whole model."""

@@ -270,7 +270,7 @@ class Config(Section, metaclass=_ResolvedFromDict):
             return super().__getattr__(name)
 
     model: ModelConfig
-    """Settings of the model. ``model_type`` may have other defaults: ``internlm config`` prints the values that apply."""
+    """Settings of the model. ``model_type`` may have other defaults; ``internlm config`` prints what applies."""
     data: DataConfig
     """Settings of datasets and batches. A step reads ``micro_num`` micro-batches on each data-parallel rank."""
     adam: AdamConfig
