@@ -29,7 +29,8 @@ from internlm import ops
 from internlm.accelerator.kinds import DeviceKind, pretending
 from internlm.config.schema import AdamConfig, HybridZeroConfig, ModelConfig
 from internlm.core.parallel.param_state import attach_main_grad, mark_stale
-from internlm.model.decoder import Block, Decoder
+from internlm.model.blocks import Block
+from internlm.model.decoder import Decoder
 from internlm.model.families import FAMILIES, spec_of
 from internlm.solver.optimizer import HybridZeroOptimizer
 from internlm.utils.dtype import default_dtype
@@ -212,7 +213,7 @@ def count(run: Callable[[], object]) -> Launches:
 def our_block(model: ModelConfig, sequences: int, length: int) -> Callable[[], object]:
     """Return forward and backward pass of our block, which writes weight gradients in float32."""
     with META:
-        block = Block(spec_of(FAMILIES["LLAMA2"], model))
+        block = Block(spec_of(FAMILIES["LLAMA2"], model), 0)
     for parameter in block.parameters():
         attach_main_grad(parameter, torch.empty_like(parameter, dtype=torch.float32))
     tokens = sequences * length

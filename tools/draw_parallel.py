@@ -21,7 +21,8 @@ from internlm.config.schema import ModelConfig
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.sharding import SEQUENCE_MODES, GroupPosition, Sharding, building
 from internlm.costs import A2A, AG, AR, RS, TABLE
-from internlm.model.decoder import Block, DecoderSpec
+from internlm.model.blocks import Block
+from internlm.model.families import FAMILIES, spec_of
 
 MODES = {
     "mtp": "weights split by features; activations outside the linears whole on both ranks",
@@ -129,7 +130,7 @@ def block(mode: str, rank: int) -> Block:
     sizes: Any = {"hidden_size": 4, "num_attention_heads": 2, "mlp_ratio": 1.0, "multiple_of": 2}
     config, share = ModelConfig(num_layers=1, vocab_size=2, **sizes), GroupPosition(rank, 2)
     with building(Sharding(mode, share, share)):
-        return Block(DecoderSpec(config=config, qkv_bias=False, o_bias=False, mlp_bias=False, qk_interleaved=False))
+        return Block(spec_of(FAMILIES["INTERNLM2"], config), 0)
 
 
 def weight_of(blocks: list[Block], name: str) -> Weight:

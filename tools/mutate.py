@@ -192,7 +192,7 @@ MISTAKES = (
     ),
     Mistake(
         name="gate and up projection are split at the wrong axis",
-        file="model/decoder.py",
+        file="model/blocks.py",
         old="split_axis=1",
         new="split_axis=0",
     ),
@@ -312,8 +312,8 @@ MISTAKES = (
     Mistake(
         name="dropout of the embedding is not rescaled",
         file="model/decoder.py",
-        old='drop_in(None)("embedding", self.embedding(input_ids.flatten()))',
-        new='drop_in(None)("embedding", self.embedding(input_ids.flatten()) * (1 - self.spec.config.drop_rate))',
+        old='drop_in(None)("embedding", self._embed(input_ids))',
+        new='drop_in(None)("embedding", self._embed(input_ids) * (1 - self.spec.config.drop_rate))',
         tests=("tests/unit/model/test_decoder.py",),
     ),
 )

@@ -24,7 +24,7 @@ from internlm.utils.errors import Problem
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
     "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings",
-    "num_experts", "num_shared_experts",
+    "qk_norm", "num_experts", "num_shared_experts",
 )  # fmt: skip
 
 
@@ -42,13 +42,18 @@ MATHEMATICS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "layer_norm_epsilon": _always,
     "apply_post_layer_norm": _always,
     "norm_head": _always,
+    "activation": _always,
+    "attention_scale": _always,
     "qk_interleaved": _always,
     "rope_base": _always,
     "rope_scaling_factor": _always,
     "use_dynamic_ntk_rope": _always,
+    "rope_scaling": _always,
+    "local_rope_base": lambda model: bool(model.get("use_sliding_window")),
     "max_position_embeddings": lambda model: bool(model.get("use_dynamic_ntk_rope")),
     "use_sliding_window": _always,
     "sliding_window": lambda model: bool(model.get("use_sliding_window")),
+    "global_layers": lambda model: bool(model.get("use_sliding_window")),
     "top_k": _with_experts,
     "moe_type": _with_experts,
     "moe_layer_kwargs": _with_experts,

@@ -35,8 +35,8 @@ class Family:
 
     @property
     def structure(self) -> Family:
-        """The family without default keys: families of equal structure differ in these alone."""
-        return replace(self, keys={})
+        """The family without what its defaults and initial values are: what a checkpoint does not say itself."""
+        return replace(self, keys={}, scales_init_by_layer=False, global_every=None)
 
     def complete(self, model: ModelConfig) -> ModelConfig:
         """Return ``model`` with the defaults of the family for the keys that it does not set."""
@@ -44,6 +44,7 @@ class Family:
 
     def missing(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keys that a ``model`` section ``given`` does not set, with the defaults of the family."""
+        # None stands for a key that is not given.
         defaults = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_interleaved": False, **self.keys}
         if self.global_every and given.get("num_layers"):
             last = range(self.global_every - 1, given["num_layers"], self.global_every)

@@ -19,7 +19,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.parallel.placement import ParamPlacement
 from internlm.costs.symbols import GroupSymbols, NoCostFormulaError, Symbols, group_symbols, rows_per_rank
-from internlm.model.decoder import DecoderSpec
+from internlm.model.spec import DecoderSpec
 from internlm.solver.optimizer.flat_buffers import Layout, bucket_size, lay_out
 from internlm.solver.optimizer.param_groups import ParamGroupKey, param_group_key
 from internlm.utils.dtype import torch_dtype, wide

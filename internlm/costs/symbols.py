@@ -34,8 +34,8 @@ from internlm.core.parallel.sharding import StageLayers, TensorMode
 from internlm.core.scheduler.stage_layout import StageLayout
 from internlm.core.scheduler.table import schedule_of, stage_layout_of
 from internlm.costs.stages import stage_layers_of
-from internlm.model.decoder import DecoderSpec
 from internlm.model.families import FAMILIES, spec_of
+from internlm.model.spec import DecoderSpec
 from internlm.utils.dtype import torch_dtype, wide
 from internlm.utils.errors import Problem, UserError
 

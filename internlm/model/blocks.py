@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.qk_norm: nn.Module | None = None
         if c.qk_norm != "none":
             self.qk_norm = QKNorm(c.qk_norm, shape, c.layer_norm_epsilon, spec.family.norm_offset)
+        # What is added to the residual stream starts small, or its variance would grow with the depth.
         out_init = normal(spec.output_std(c.attn_other_init_std, layer))
         self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row")
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend

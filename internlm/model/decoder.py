@@ -148,6 +148,7 @@ class Decoder(ReplacedNames, nn.Module):
         own = None if indexes is None else indexes.flatten()
         # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
         positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)  # [T]
+        # Layers with and without a window may have different angles; a chunk computes only those that it uses.
         rotary = functools.cache(partial(self._rotary, positions, sequences))
         drop_in = self._dropout(positions.numel())
         x = drop_in(None)("embedding", self._embed(input_ids)) if hidden is None else hidden  # [T, H]

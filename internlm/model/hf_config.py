@@ -131,6 +131,7 @@ def _rope(row: HFFormat, spec: DecoderSpec) -> dict[str, Any]:
         scaling = {"rope_type": "dynamic", "factor": c.rope_scaling_factor}
     elif c.rope_scaling_factor != 1.0:
         scaling = {"rope_type": "linear", "factor": c.rope_scaling_factor}
+    # The two keys of transformers before version 5, which later versions and inference servers still read.
     keys: dict[str, Any] = {"rope_theta": c.rope_base, "rope_scaling": scaling}
     if row.model_type == "gemma3_text":
         keys["rope_local_base_freq"] = c.local_rope_base or c.rope_base
@@ -140,6 +141,7 @@ def _rope(row: HFFormat, spec: DecoderSpec) -> dict[str, Any]:
 def unsupported_by(model_type: str, spec: DecoderSpec) -> Iterator[Problem]:
     """Yield a problem for each setting of a decoder that the Hugging Face format of its family cannot express."""
     row, c, standard = FORMATS[FORMAT_OF[model_type]], spec.config, FAMILIES[FORMATS[FORMAT_OF[model_type]].family]
+    # A key of theirs switches several biases, so that only some combinations exist.
     biases = {"qkv_bias": spec.qkv_bias, "o_bias": spec.o_bias}
     allowed = [{key: key in row.always for key in biases}]
     if row.biases:
@@ -231,6 +233,7 @@ def _from_windows(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
     window, layers = config.get("sliding_window"), config["num_hidden_layers"]
     if not row.windows or window is None or config.get("use_sliding_window") is False:
         return keys | {"use_sliding_window": False}
+    # Configs that were saved before this key existed say it by a rule of their architecture.
     types = config.get("layer_types")
     is_global = [kind == "full_attention" for kind in types] if types else _global_by_rule(row, config, layers)
     keys |= {"use_sliding_window": not all(is_global), "sliding_window": window}

@@ -59,6 +59,7 @@ class HFTensor:
         expected = self.of(ours).shape
         if theirs.shape != expected:
             raise ValueError(f"expected shape {list(expected)}, got {list(theirs.shape)}")
+        # Copied through views, so that a tensor of ours is never assembled twice.
         if self.is_interleaved:
             pairs = own.unflatten(self._head_axis, (-1, 2)).transpose(self._head_axis - 1, self._head_axis)
             pairs.copy_(theirs.view(pairs.shape))
@@ -85,6 +86,7 @@ def hf_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
     for layer in range(spec.config.num_layers):
         yield from _block_tensors(spec, f"layers.{layer}", f"model.layers.{layer}")
     yield HFTensor("model.norm.weight", "norm.weight", is_vector=True)
+    # A tied head is the embedding, and is not saved twice.
     if not spec.config.tie_word_embeddings:
         yield HFTensor("lm_head.weight", "output.weight")
 

@@ -18,7 +18,8 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel.dropout import Dropout, DropoutKey, dropout_key_scope
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.sharding import Sharding, StageLayers, building
-from internlm.model.decoder import Block, Decoder
+from internlm.model.blocks import Block
+from internlm.model.decoder import Decoder
 from tests.unit.model.samples import VOCAB, decoder, gradients, tokens
 
 GQA = {"num_kv_attention_heads": 2}
