@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import internlm.core.parallel.block_forward
 import internlm.model.blocks
+import internlm.model.decoder
 from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.utils.errors import UserError
 from tests.unit.model.samples import decoder, gradients, tokens
@@ -80,12 +81,12 @@ def test_places_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding's output, and two in each layer."""
     places: list[tuple[int | None, str]] = []
 
-    class Noted(internlm.model.blocks.Dropout):
+    class Noted(internlm.model.decoder.Dropout):
         def __call__(self, layer: Any, place: str, x: Tensor) -> Tensor:
             places.append((layer, place))
             return x
 
-    monkeypatch.setattr(internlm.model.blocks, "Dropout", Noted)
+    monkeypatch.setattr(internlm.model.decoder, "Dropout", Noted)
     with dropout_key_scope(DropoutKey()):
         assert torch.equal(decoder(**DROPOUT)(IDS), decoder()(IDS))
     layers = [(layer, place) for layer in (0, 1) for place in ("attention", "feed_forward")]
@@ -102,7 +103,7 @@ def test_attention_runs_again_in_backward_and_the_linears_do_not(monkeypatch: py
 
         return call
 
-    monkeypatch.setattr(internlm.model.blocks, "attention", counted("attention", internlm.model.decoder.attention))
+    monkeypatch.setattr(internlm.model.blocks, "attention", counted("attention", internlm.model.blocks.attention))
     monkeypatch.setattr(internlm.core.parallel.block_forward, "checkpoint", counted("checkpoint", checkpoint))
     loss = decoder(num_layers=3, checkpoint="selective")(IDS, labels=LABELS).loss_sum
     assert calls == {"attention": 3, "checkpoint": 0}
