@@ -15,7 +15,13 @@ from tools.loss_compare import Difference, first_difference
 NAMES = sorted(path.stem for path in loss_compare.CONFIGS.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+#: The others differ from these in the maths of a layer, which tests/unit/model compares with ``transformers``.
+ALWAYS = {"internlm", "internlm2", "llama2", "gemma3"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.wide]) for name in NAMES]
+)
 def test_golden_losses(name: str) -> None:
     """Equal bit by bit where they were recorded on this kind of machine, else nearly so."""
     difference = loss_compare.golden_difference(dict(enumerate(debug_losses(name, 1))), name)
