@@ -4,3 +4,4 @@ from internlm.eval.evaluate import evaluate as evaluate
 from internlm.eval.evaluate import measure as measure
 from internlm.eval.evaluate import token_bytes_of as token_bytes_of
 from internlm.eval.generate import generate as generate
+from internlm.eval.generate import stream as stream

@@ -1,70 +1,177 @@
-"""Generation of text by sampling, for inspecting a model."""
+"""Generation of text: continuations of prompts, greedy or sampled."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
 from torch import nn
 
-from internlm.accelerator import to_device
 from internlm.core.parallel import ParallelEmbedding
-from internlm.core.parallel.communicator import IDENTITY_MODEL
+from internlm.core.parallel.communicator import IDENTITY, IDENTITY_HEAD, IDENTITY_MODEL
+from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import has_placement, placement_of
+from internlm.eval.next_logits import BatchRun, CachedDecoder, WholeSequences
+from internlm.eval.sampling import NAN_TOKEN, Sampler, Sampling, SamplingOptions, out_of_range
+from internlm.model.decoder import Decoder
 from internlm.utils.errors import Problem, UserError
+from internlm.utils.logger import get_logger
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+#: Token ids of one prompt.
+Prompt = Sequence[int] | torch.Tensor | np.ndarray
 
 
-@torch.no_grad()
+@overload
 def generate(
     model: nn.Module,
     prompt: Sequence[int] | torch.Tensor,
     new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: int | None = None,
-) -> list[int]:
-    """Sample a continuation of ``prompt`` (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
+    stop: int | Iterable[int] | None = ...,
+    batch_size: int = ...,
+    **sampling: Unpack[SamplingOptions],
+) -> list[int]: ...
+@overload
+def generate(
+    model: nn.Module,
+    prompt: Sequence[Prompt],
+    new_tokens: int,
+    *,
+    stop: int | Iterable[int] | None = ...,
+    batch_size: int = ...,
+    **sampling: Unpack[SamplingOptions],
+) -> list[list[int]]: ...
+def generate(
+    model: nn.Module,
+    prompt: Prompt | Sequence[Prompt],
+    new_tokens: int,
+    *,
+    stop: int | Iterable[int] | None = None,
+    batch_size: int = 16,
+    **sampling: Unpack[SamplingOptions],
+) -> list[int] | list[list[int]]:
+    """Generate a continuation of ``prompt``, or of each of several prompts.
 
-    Each new token takes a forward pass over the whole sequence, because there is no key-value cache. This is fast
-    enough to inspect a model, but not to serve it. With ``parallel.zero1.fsdp`` every forward pass is collective, so
-    all ranks must pass the same arguments.
+    A continuation does not depend on the other prompts, apart from the rounding of products of other sizes. Built-in
+    models keep the keys and values of earlier tokens in a cache; a model of your own runs the whole sequence for every
+    token. All ranks that share a model, in any layout, must pass the same arguments, and each returns all tokens.
 
     Args:
-        model: Model that is not split over ranks or into chunks.
-        prompt: Token ids of the prompt, at least one; a tensor has shape [number of tokens].
-        new_tokens: Maximum number of tokens to sample.
-        temperature: Divisor of the logits; 0 selects the most probable token.
-        top_p: Sample from the smallest set of most probable tokens with at least this total probability.
-        seed: Seed of the random generator.
-        stop: Token id after which to stop. None: always sample ``new_tokens`` tokens.
+        model: Model that returns logits, on the ranks that share it.
+        prompt: Token ids of one prompt, or a list of prompts of any lengths; each has at least one token.
+        new_tokens: Maximum number of tokens to generate for each prompt.
+        stop: Token id after which to stop, or several. None: always generate ``new_tokens`` tokens.
+        batch_size: Number of prompts that run together.
+        sampling: Attributes of :class:`~internlm.eval.sampling.Sampling`: ``temperature`` (0: the most probable token,
+            default 1), ``top_k``, ``top_p``, ``repetition_penalty``, and ``seed`` (of each prompt, default 0).
 
     Returns:
-        The sampled token ids, without the prompt, including ``stop`` if it was sampled.
+        The generated token ids, without the prompt, including the stop token; for a list of prompts, a list of these.
 
     Raises:
-        UserError: The model is split over ranks or into chunks, or an argument is out of its range.
+        UserError: The communicators of a split model are not attached, an argument is out of its range, or the logits
+            are NaN.
     """
-    _check_whole(model)
-    tokens = _checked(prompt, _vocabulary(model))
-    ranges = [("new_tokens", new_tokens, math.inf), ("temperature", temperature, math.inf), ("top_p", top_p, 1.0)]
-    problems = [_out_of_range(name, value, largest) for name, value, largest in ranges if not 0 <= value <= largest]
+    prompts, is_single = _as_list(prompt)
+    generated: list[list[int]] = [[] for _ in prompts]
+    for index, token in stream(model, prompts, new_tokens, stop=stop, batch_size=batch_size, **sampling):
+        generated[index].append(token)
+    return generated[0] if is_single else generated
+
+
+def stream(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    *,
+    stop: int | Iterable[int] | None = None,
+    batch_size: int = 16,
+    **sampling: Unpack[SamplingOptions],
+) -> Iterator[tuple[int, int]]:
+    """Generate continuations of ``prompts`` and yield each token when it is chosen.
+
+    The arguments are those of :func:`generate`, with a list of prompts. All ranks that share a model must exhaust the
+    iterator, or stop at the same token. The model is in evaluation mode until then.
+
+    Yields:
+        Index of the prompt, and the next token id of its continuation.
+
+    Raises:
+        UserError: As :func:`generate`.
+    """
+    _check_attached(model)
+    vocabulary = _vocabulary(model)
+    checked = [_checked(prompt, vocabulary) for prompt in prompts]
+    problems = [
+        *out_of_range("new_tokens", new_tokens, 0, math.inf),
+        *out_of_range("batch_size", batch_size, 1, math.inf),
+    ]
     if problems:
         raise UserError(*problems)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    options = Sampling(**sampling)
+    options.check(len(checked))
+    _warn_of_length(model, max(map(len, checked), default=0), new_tokens)
+    stops = {stop} if isinstance(stop, int) else set(stop or ())
+    return _stream(model, checked, new_tokens, stops, options, batch_size)
+
+
+@torch.no_grad()
+def _stream(
+    model: nn.Module, prompts: list[list[int]], new_tokens: int, stops: set[int], options: Sampling, batch_size: int
+) -> Iterator[tuple[int, int]]:
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for first in range(0, len(prompts) if new_tokens else 0, batch_size):
+            batch = prompts[first : first + batch_size]
+            seeds = [options.seed_of(first + index) for index in range(len(batch))]
+            sampler = Sampler(options, batch, seeds, device)
+            run: BatchRun
+            if isinstance(model, Decoder):
+                run = CachedDecoder(model, batch, new_tokens, device)
+            else:
+                run = WholeSequences(model, batch, device)
+            for index, token in _batch(run, sampler, len(batch), new_tokens, stops):
+                yield first + index, token
+    finally:
+        model.train(was_training)
+
+
+def _batch(run: BatchRun, sampler: Sampler, count: int, new_tokens: int, stops: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield the tokens of one batch until each of its ``count`` sequences has stopped."""
+    unfinished = dict.fromkeys(range(count))
+    tokens: list[int] | None = None
     for _ in range(new_tokens):
-        logits = model(to_device(torch.tensor([tokens]), device))[0, -1].float()  # [V]
-        tokens.append(_draw(logits, temperature, top_p, generator))
-        if tokens[-1] == stop:
-            break
-    return tokens[len(prompt) :]
+        tokens = run.step(tokens, sampler.next_tokens)
+        for index in list(unfinished):
+            if tokens[index] == NAN_TOKEN:
+                raise UserError(
+                    Problem("generate(model=…)", "its logits are NaN", "Check the checkpoint and the dtype")
+                )
+            yield index, tokens[index]
+            if tokens[index] in stops:
+                del unfinished[index]
+        if not unfinished:
+            return
 
 
-def _checked(prompt: Sequence[int] | torch.Tensor, vocabulary: int | None) -> list[int]:
+# -- checks -----------------------------------------------------------------------------------------------------------
+def _as_list(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
+    """Return a list of prompts, and whether ``prompt`` is a single one."""
+    first = prompt[0] if len(prompt) else 0
+    is_batch = isinstance(first, (Sequence, np.ndarray)) and not isinstance(first, str)
+    if isinstance(first, torch.Tensor):
+        is_batch = first.dim() > 0
+    return (prompt, False) if is_batch else ([prompt], True)  # type: ignore[return-value,list-item]
+
+
+def _checked(prompt: Prompt, vocabulary: int | None) -> list[int]:
     """Return the token ids of ``prompt`` as a new list.
 
     Raises:
@@ -83,41 +190,41 @@ def _checked(prompt: Sequence[int] | torch.Tensor, vocabulary: int | None) -> li
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """Return the number of rows of the model's only embedding, or None if it has none, or several.
+    """Return the number of token ids of the model, or None if it is not known.
 
-    One of several may embed positions, and nothing distinguishes it from that of the tokens.
+    That is the number of rows of a user's only embedding; of several, one may embed positions.
     """
+    if isinstance(model, Decoder):
+        return model.input_vocab_size
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, ParallelEmbedding))]
     return embeddings[0].weight.shape[0] if len(embeddings) == 1 else None
 
 
-def _out_of_range(name: str, value: float, largest: float) -> Problem:
-    limits = "at least 0" if largest == math.inf else f"from 0 to {largest:g}"
-    return Problem(f"generate({name}=…)", f"must be {limits}, got {value}", "Correct the argument")
+def _warn_of_length(model: nn.Module, longest: int, new_tokens: int) -> None:
+    limit = model.spec.config.max_position_embeddings if isinstance(model, Decoder) else math.inf
+    if longest + new_tokens > limit:
+        lengths = f"a prompt of {longest} tokens and {new_tokens} new ones"
+        get_logger().warning(f"generate: {lengths} may exceed model.max_position_embeddings={limit}")
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Raise a ``UserError`` if ``model`` is split over ranks or into pipeline chunks.
+def _check_attached(model: nn.Module) -> None:
+    """Check that all ranks which share ``model`` take part in its forward pass.
 
-    Ranks that share a model would sample different tokens, and the first of several chunks returns no logits.
+    Raises:
+        UserError: The communicators of a split model are not attached, or a user's own model is split.
     """
-    layers = getattr(model, "stage_layers", None)
+    layers, where = getattr(model, "stage_layers", None), "generate(model=…)"
     has_chunks = layers is not None and not (layers.is_whole and len(layers.chunks) == 1)
     is_parallel = getattr(model, "communicator", IDENTITY_MODEL) is not IDENTITY_MODEL
     is_sharded = any(has_placement(parameter) and placement_of(parameter).shard for parameter in model.parameters())
-    if has_chunks or is_parallel or is_sharded:
-        message = "expected a whole model, got one split over ranks or into chunks"
-        todo = "Load the model's checkpoint in one process, with model.num_chunks=1"
-        raise UserError(Problem("generate(model=…)", message, todo))
-
-
-def _draw(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Sample one token id from ``logits`` [V]."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if logits.isnan().any():
-        raise UserError(Problem("generate(model=…)", "its logits are NaN", "Check the checkpoint and the dtype"))
-    probabilities, order = torch.softmax(logits / temperature, 0).sort(descending=True)
-    outside = probabilities.cumsum(0) - probabilities >= top_p
-    probabilities[1:][outside[1:]] = 0.0  # keep the most probable token for any top_p
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    if not isinstance(model, Decoder):
+        if has_chunks or is_parallel or is_sharded:
+            message = "expected a whole model, got one split over ranks or into chunks"
+            todo = "Load the model's checkpoint in one process, with model.num_chunks=1"
+            raise UserError(Problem(where, message, todo))
+        return
+    linears = [module for module in model.modules() if isinstance(module, ParallelLinear)]
+    alone = any(linear.communicator in (IDENTITY, IDENTITY_HEAD) for linear in linears)
+    if (is_sharded and alone) or (not model.stage_layers.is_whole and model.pipeline.size == 1):
+        todo = "Pass it through initialize_model_and_parallel_communicator first"
+        raise UserError(Problem(where, "is split over ranks, but its communicators are not attached", todo))

@@ -17,6 +17,7 @@ from internlm.core.parallel.dropout import Drop, no_drop
 from internlm.core.parallel.linear import Before
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.qk_norm import QKNorm
+from internlm.model.kv_cache import LayerCache
 from internlm.model.spec import DecoderSpec
 from internlm.ops import PackedSequences, attention, gated, split_qkv_rotary
 
@@ -48,22 +49,30 @@ class Attention(nn.Module):
         self.scale, self.window = c.attention_scale, c.window(layer)
         self.recomputes = spec.recomputes_attention
 
-    def forward(self, x: Tensor, norm: Before | None, rotary: Rotary, sequences: PackedSequences) -> Tensor:
-        """Compute attention of ``norm(x)`` within each sequence: [T, H] → [T, H]."""
+    def forward(
+        self,
+        x: Tensor,
+        norm: Before | None,
+        rotary: Rotary,
+        sequences: PackedSequences,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Compute attention of ``norm(x)`` within each sequence, and over its tokens in ``cache``: [T, H] → [T, H]."""
         # A linear applies the function ``before`` to its input. Its backward pass needs the result, and recomputes it
         # instead of saving it.
         qkv = self.wqkv(x, before=norm)  # [T, H] → [T, G, Q + 2, D]
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)  # here, where under isp a rank has all heads of its tokens
         qkv = self.communicator.to_heads(qkv)
-        attend = partial(self._attend, rotary=rotary, sequences=sequences)
+        attend = partial(self._attend, rotary=rotary, sequences=sequences, cache=cache)
         out: Tensor = self.wo(qkv, before=attend) if self.recomputes else self.wo(attend(qkv))  # [T, H]
         return out
 
-    def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences) -> Tensor:
+    def _attend(self, qkv: Tensor, rotary: Rotary, sequences: PackedSequences, cache: LayerCache | None) -> Tensor:
         """Apply rotary position embeddings, then compute attention: [T, G, Q + 2, D] → [T, G·Q·D]."""
         q, k, v = split_qkv_rotary(qkv, *rotary, self.interleaved)  # [T, G·Q, D], [T, G, D], [T, G, D]
-        heads = attention(q, k, v, sequences, scale=self.scale, window=self.window, backend=self.backend)  # [T, G·Q, D]
+        attend = partial(attention, sequences=sequences) if cache is None else cache.attend
+        heads = attend(q, k, v, scale=self.scale, window=self.window, backend=self.backend)  # [T, G·Q, D]
         return self.communicator.to_tokens(heads.flatten(1))  # [T, G·Q·D]
 
 
@@ -107,9 +116,17 @@ class Block(nn.Module):
         self.attention_out_norm, self.ffn_out_norm = (_norm(spec) if spec.normalises_output else None for _ in "af")
         self.attention_sum_norm, self.ffn_sum_norm = (_norm(spec) if spec.normalises_sums else None for _ in "af")
 
-    def forward(self, x: Tensor, rotary: Rotary, sequences: PackedSequences, drop: Drop = no_drop) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        sequences: PackedSequences,
+        drop: Drop = no_drop,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Apply both residual branches, with dropout ``drop`` on the output of each: [T, H] → [T, H]."""
-        branch = _apply(self.attention_out_norm, self.attention(x, self.attention_norm, rotary, sequences))  # [T, H]
+        branch = self.attention(x, self.attention_norm, rotary, sequences, cache)  # [T, H]
+        branch = _apply(self.attention_out_norm, branch)
         x = _apply(self.attention_sum_norm, x + drop("attention", branch))
         branch = _apply(self.ffn_out_norm, self.feed_forward(x, self.ffn_norm))  # [T, H]
         return _apply(self.ffn_sum_norm, x + drop("feed_forward", branch))

@@ -14,7 +14,7 @@ the linears.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from internlm.core.context.group import NO_PIPELINE, Group
 from internlm.core.context.layout import ParallelMode
 from internlm.core.parallel import ParallelEmbedding, ParallelHead
 from internlm.core.parallel.communicator import IDENTITY_MODEL, ModelCommunicator
@@ -30,6 +31,7 @@ from internlm.core.parallel.param_state import placement_of, set_placement
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.sharding import current_stage_layers
 from internlm.model.blocks import Block, Rotary, input_norm
+from internlm.model.kv_cache import KVCache
 from internlm.model.spec import DecoderSpec
 from internlm.ops import PackedSequences, TokenLoss, rotary_table
 from internlm.utils.compat import ReplacedNames
@@ -46,6 +48,7 @@ class Decoder(ReplacedNames, nn.Module):
     role = "model"
     communicator: ModelCommunicator = IDENTITY_MODEL
     host_inputs = ("cu_seqlens",)
+    pipeline: Group = NO_PIPELINE  # set with the communicators; only generation, which has no scheduler, reads it
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -101,6 +104,7 @@ class Decoder(ReplacedNames, nn.Module):
         grad_scale: Tensor | float = 1.0,
         chunk: int = 0,
         hidden: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor | TokenLoss:
         """Compute the logits, or with ``labels`` the loss of each token.
 
@@ -115,14 +119,19 @@ class Decoder(ReplacedNames, nn.Module):
                 number.
             chunk: Index of the chunk of this pipeline stage to run.
             hidden: Output of the previous chunk, [T, H]; None for the first chunk of the model.
+            cache: Keys and values of the tokens before ``input_ids``, which are then the next tokens [T] of the
+                sequences of the cache. It takes the place of ``cu_seqlens`` and ``indexes``.
 
         Returns:
             Hidden states [T, H] if ``chunk`` is not the last of the model; otherwise logits [*input_ids.shape, V], or
-            with ``labels`` a :class:`TokenLoss`.
+            with ``labels`` a :class:`TokenLoss`, or with ``cache`` the logits of the last token of each sequence,
+            [sequences, V], on every rank.
         """
-        x = self._run_blocks(chunk, hidden, input_ids, cu_seqlens, indexes)  # [T, H]
+        x = self._run_blocks(chunk, hidden, input_ids, cu_seqlens, indexes, cache)  # [T, H]
         if not self.stage_layers.is_last(chunk):
             return x
+        if cache is not None:
+            return self.output.logits_of_whole(self.norm(self.communicator.whole_tokens(x)[cache.last]))
         x = self.norm(x)  # [T, H]
         if labels is not None:
             return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
@@ -141,20 +150,32 @@ class Decoder(ReplacedNames, nn.Module):
         return wide(self.dtype) if self.spec.config.residual_in_fp32 else self.dtype
 
     def _run_blocks(
-        self, chunk: int, hidden: Tensor | None, input_ids: Tensor, cu_seqlens: Tensor | None, indexes: Tensor | None
+        self,
+        chunk: int,
+        hidden: Tensor | None,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None,
+        indexes: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """Run the embedding if ``hidden`` is None, then the blocks of ``chunk``."""
-        sequences = _packed_sequences(input_ids, cu_seqlens)
-        own = None if indexes is None else indexes.flatten()
-        # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
-        positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)  # [T]
+        if cache is not None:
+            sequences, positions = cache.sequences, cache.positions
+        else:
+            sequences = _packed_sequences(input_ids, cu_seqlens)
+            own = None if indexes is None else indexes.flatten()
+            # Under isp a rank holds some tokens of a row, but attention needs the positions of all of them.
+            positions = _positions(sequences) if own is None else self.communicator.whole_positions(own)  # [T]
         # Layers with and without a window may have different angles; a chunk computes only those that it uses.
-        rotary = functools.cache(partial(self._rotary, positions, sequences))
+        lengths = None if cache is None or cache.is_prefill else cache.lengths
+        rotary = functools.cache(partial(self._rotary, positions, sequences, lengths))
         drop_in = self._dropout(positions.numel())
         x = drop_in(None)("embedding", self._embed(input_ids)) if hidden is None else hidden  # [T, H]
         for index in self.stage_layers.chunks[chunk]:
             block = self.layers[str(index)]
-            x = block(x, rotary(block.is_local and self._has_local_rotary), sequences, drop_in(index))  # [T, H]
+            layer_cache = None if cache is None else cache.layer(index)
+            table = rotary(block.is_local and self._has_local_rotary)
+            x = block(x, table, sequences, drop_in(index), layer_cache)  # [T, H]
         return x
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -180,10 +201,16 @@ class Decoder(ReplacedNames, nn.Module):
     def _has_local_rotary(self) -> bool:
         return self.spec.config.local_rope_base is not None
 
-    def _rotary(self, positions: Tensor, sequences: PackedSequences, local: bool) -> Rotary:
-        """Compute the rotary table of the layers that attend to all tokens, or of the ``local`` ones: two [T, D/2]."""
+    def _rotary(
+        self, positions: Tensor, sequences: PackedSequences, lengths: Sequence[int] | None, local: bool
+    ) -> Rotary:
+        """Compute the rotary table of the layers that attend to all tokens, or of the ``local`` ones: two [T, D/2].
+
+        ``lengths`` are those of sequences with one new token each; None: all tokens of the sequences are new.
+        """
         scaling = self.spec.local_rotary if local else self.spec.rotary
-        return rotary_table(positions, self.spec.config.head_size, scaling, runs=sequences.runs, dtype=self.dtype)
+        dim, runs = self.spec.config.head_size, sequences.runs
+        return rotary_table(positions, dim, scaling, runs=runs, lengths=lengths, dtype=self.dtype)
 
 
 def _packed_sequences(input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedSequences:

@@ -54,6 +54,7 @@ def rotary_table(
     dim: int,
     scaling: RotaryScaling = UNSCALED,
     runs: Sequence[EqualLengthRun] = (),
+    lengths: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines of the rotation angles at ``positions``.
@@ -64,6 +65,7 @@ def rotary_table(
         scaling: Base and scaling of the frequencies.
         runs: Sequences to which the T tokens belong, in order; default: one sequence. Only dynamic NTK scaling uses
             them: each sequence has the base that it would have alone.
+        lengths: Lengths of T sequences that have one token each in ``positions``, in place of ``runs``.
         dtype: Dtype of the result.
 
     Returns:
@@ -77,9 +79,10 @@ def rotary_table(
         return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
     if scaling.dynamic_ntk:
         runs = runs or [EqualLengthRun(0, 1, len(positions))]
+        sizes = [(run.length, run.tokens) for run in runs] if lengths is None else [(length, 1) for length in lengths]
         # Neighbours with the same base, such as all sequences of at most ``max_position`` tokens, are computed at once.
-        by_base = groupby(runs, lambda run: _ntk_base(scaling, dim, run.length))
-        bases = [(base, sum(run.tokens for run in neighbours)) for base, neighbours in by_base]
+        by_base = groupby(sizes, lambda size: _ntk_base(scaling, dim, size[0]))
+        bases = [(base, sum(tokens for _, tokens in neighbours)) for base, neighbours in by_base]
         parts = positions.double().split([tokens for _, tokens in bases])
     else:
         bases, parts = [(scaling.base, len(positions))], (positions.double() / scaling.factor,)

@@ -18,6 +18,7 @@ from internlm.core.parallel.fully_sharded import local_shard, shard_fully
 from internlm.core.parallel.initialization import materialize
 from internlm.core.parallel.param_state import placed_parameters, placement_of, state_buffers
 from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS, Overlap, WeightGatherer
+from internlm.model.decoder import Decoder
 from internlm.train.build_model import check_stage, create_model
 from internlm.utils.compat import naming_current_call
 from internlm.utils.dtype import torch_dtype, wide
@@ -126,6 +127,8 @@ def attach(model: nn.Module) -> WeightGatherer | None:
         memory_pool=weight.memory_pool,
     )
     groups = gpc.group(ParallelMode.TENSOR), gpc.group(ParallelMode.WEIGHT)
+    if isinstance(model, Decoder):
+        model.pipeline = gpc.group(ParallelMode.PIPELINE)
     return attach_communicators(model, gpc.config.parallel.tensor.mode, *groups, overlap)
 
 

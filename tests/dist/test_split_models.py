@@ -69,20 +69,14 @@ def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "overrides"),
-    [
-        (2, ("parallel.tensor.mode=mtp", "parallel.tensor.size=2")),
-        (2, ("parallel.tensor.mode=isp", "parallel.weight.size=2")),
-        (2, ("parallel.pipeline.size=2",)),
-        (1, ("model.num_chunks=2",)),
-    ],
-)
-def test_sampling_needs_a_whole_model(world_size: int, overrides: tuple[str, ...]) -> None:
-    assert set(run_ranks(world_size, _generated, overrides)) == {
-        "generate(model=…): expected a whole model, got one split over ranks or into chunks. Load the model's "
-        "checkpoint in one process, with model.num_chunks=1"
+@pytest.mark.parametrize("overrides", [("parallel.tensor.size=2",), ("parallel.pipeline.size=2",)])
+def test_generation_needs_all_ranks_of_a_model(overrides: tuple[str, ...]) -> None:
+    assert set(run_ranks(2, _generated, overrides)) == {
+        "generate(model=…): is split over ranks, but its communicators are not attached. Pass it through "
+        "initialize_model_and_parallel_communicator first"
     }
+    of_a_user = run_ranks(2, _generated, ("parallel.tensor.size=2", "model_type=RETURNS_LOGITS"))
+    assert all("expected a whole model, got one split over ranks" in text for text in of_a_user)
 
 
 def _shapes(rank: int, world_size: int, mode: str, parallel_output: bool) -> tuple[int, ...]:

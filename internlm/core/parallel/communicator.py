@@ -168,6 +168,17 @@ class ModelCommunicator:
         """Return the number of tokens that this rank holds between layers if its loader yields ``tokens`` tokens."""
         return tokens
 
+    #: Number by which the number of tokens of a row must be divisible.
+    token_multiple = 1
+
+    def input_tokens(self, row: Tensor) -> Tensor:
+        """Return what this rank's loader yields of a row of tokens: [tokens of all ranks] → [T]."""
+        return row
+
+    def whole_tokens(self, x: Tensor) -> Tensor:
+        """Gather the hidden states of all tokens, without a gradient: [T, H] → [tokens of all ranks, H]."""
+        return x
+
 
 #: No-op communicators, the defaults of the layers.
 IDENTITY = Communicator()

@@ -213,7 +213,15 @@ class IspModel(ModelCommunicator):
     """Communicator of a model under isp: gathers the token positions of the whole sequence for attention."""
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.group, self.token_multiple = group, group.size
+
+    def input_tokens(self, row: Tensor) -> Tensor:
+        """Return this rank's tokens of a row: [T] → [T / n]."""
+        return row.chunk(self.group.size)[self.group.rank]
+
+    def whole_tokens(self, x: Tensor) -> Tensor:
+        """All-gather the sequence: [T / n, H] → [T, H]."""
+        return all_gather(x, self.group)
 
     def whole_positions(self, positions: Tensor) -> Tensor:
         """Gather the positions of every rank's tokens: [T / n] → [T]."""

@@ -25,7 +25,7 @@ from internlm.core.parallel.param_state import begin_accumulation, main_grad_of,
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.qk_norm import QKNorm
 from internlm.core.parallel.sharding import current_sharding
-from internlm.ops import LossOptions, TokenLoss, layer_norm, linear_cross_entropy, rms_norm
+from internlm.ops import LossOptions, TokenLoss, gemm, layer_norm, linear_cross_entropy, rms_norm
 from internlm.utils.dtype import wide
 
 
@@ -141,6 +141,13 @@ class ParallelHead(ParallelLinear):
         else:
             own = self(x)
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(own)
+
+    def logits_of_whole(self, x: Tensor) -> Tensor:
+        """Compute all logits of hidden states that every rank holds, without a gradient: [T, H] → [T, V]."""
+        with self._weight_for_loss() as weight:
+            own = gemm.linear(x, weight)
+        # Ranks that split tokens, but not the vocabulary, have all logits already.
+        return own if self.communicator.vocab is None else self.communicator.whole_logits(own)
 
     def loss(
         self, x: Tensor, labels: Tensor, label_smoothing: float = 0.0, grad_scale: Tensor | float = 1.0

@@ -300,8 +300,12 @@ class SequenceModel(ModelCommunicator):
     """Communicator of a model under msp and fsp: each rank loads all T tokens and holds T / n between layers."""
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.group, self.token_multiple = group, group.size
 
     def tokens_between_layers(self, tokens: int) -> int:
         """Return T / n, the number of tokens that this rank holds between layers, for T = ``tokens``."""
         return tokens // self.group.size
+
+    def whole_tokens(self, x: Tensor) -> Tensor:
+        """All-gather the sequence: [T / n, H] → [T, H]."""
+        return all_gather(x, self.group)

@@ -82,7 +82,12 @@ def _torch_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return _onednn(_pad_tokens(x), weight)[: x.shape[0]]
+    tokens = x.shape[0]
+    if tokens < TOKEN_MULTIPLE:  # generation: padding to a power of 2 bounds the number of shapes, too
+        padded = F.pad(x, (0, 0, 0, (1 << (tokens - 1).bit_length()) - tokens))
+    else:
+        padded = _pad_tokens(x)
+    return _onednn(padded, weight)[:tokens]
 
 
 def _torch_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:

@@ -89,6 +89,10 @@ def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> 
         ({"temperature": -0.1}, r"^generate\(temperature=…\): must be at least 0, got -0\.1\. Correct the argument$"),
         ({"temperature": float("nan")}, r"^generate\(temperature=…\): must be at least 0, got nan\."),
         ({"top_p": 1.5}, r"^generate\(top_p=…\): must be from 0 to 1, got 1\.5\."),
+        ({"top_k": 0}, r"^generate\(top_k=…\): must be at least 1, got 0\."),
+        ({"repetition_penalty": 0.0}, r"^generate\(repetition_penalty=…\): must be a positive number, got 0\.0\."),
+        ({"seed": [1, 2]}, r"^generate\(seed=…\): expected one seed for each of 1 prompts, got 2\."),
+        ({"batch_size": 0}, r"^generate\(batch_size=…\): must be at least 1, got 0\."),
         ({"new_tokens": -1}, r"^generate\(new_tokens=…\): must be at least 0, got -1\."),
     ],
     ids=str,
@@ -107,9 +111,9 @@ def test_ids_may_be_those_of_numpy() -> None:
 
 
 def test_the_prompt_may_be_a_tensor() -> None:
-    assert generate(decoder(), torch.tensor(PROMPT), 3) == generate(decoder(), PROMPT, 3)
-    with pytest.raises(UserError, match=rf"^generate\(prompt=…\): expected an id .* at index 0, got \[{PROMPT[0]}, "):
-        generate(decoder(), torch.tensor([PROMPT]), 3)
+    alone = generate(decoder(), PROMPT, 3)
+    assert generate(decoder(), torch.tensor(PROMPT), 3) == alone
+    assert generate(decoder(), torch.tensor([PROMPT]), 3) == [alone]
 
 
 def test_an_embedding_of_positions_does_not_limit_the_ids() -> None:

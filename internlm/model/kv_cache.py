@@ -1,0 +1,128 @@
+"""Cache of keys and values, with which a decoder runs only the new tokens of sequences that grow.
+
+The first forward pass with a cache takes the prompts as one packed row; each later one takes one token per sequence. A
+layer stores keys after the rotary embedding: under dynamic NTK scaling they keep the base of the length that their
+sequence had when they were added, as in ``transformers``.
+
+Shapes: B sequences, T new tokens, N query heads, G key/value heads of this rank, S slots, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from internlm.accelerator import HOST, to_device
+from internlm.config.schema.model import AttentionBackend
+from internlm.ops import PackedSequences, attention
+from internlm.ops.cached_attention import cached_attention
+
+
+class KVCache:
+    """Keys and values of a batch of sequences of unequal lengths, by layer, and the positions of the next tokens.
+
+    Call :meth:`advance` after each forward pass, when all chunks of the model have run.
+
+    Args:
+        prompts: Number of tokens of each prompt, at least 1.
+        new_tokens: Largest number of tokens by which a sequence grows.
+        device: Device of the model.
+    """
+
+    def __init__(self, prompts: Sequence[int], new_tokens: int, device: torch.device | str = HOST) -> None:
+        self.device = torch.device(device)
+        self.lengths = list(prompts)  # of each sequence, including the tokens of the next forward pass
+        self.most = max(prompts) + new_tokens
+        self.is_prefill = True
+        self._layers: dict[int, LayerCache] = {}
+        self._slots: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        bounds = [0, *accumulate(prompts)]
+        self.sequences = PackedSequences.from_cu_seqlens(torch.tensor(bounds), self.device)
+        self.last = to_device(torch.tensor(bounds[1:]) - 1, self.device)  # index of the last new token of a sequence
+        counts = torch.tensor(self.lengths)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self._owner = to_device(owner, self.device)  # sequence of each new token
+        self.positions = to_device(torch.arange(bounds[-1]) - torch.tensor(bounds)[owner], self.device)  # [T]
+
+    def advance(self) -> None:
+        """Prepare for the next token of each sequence, once all layers have stored the current ones."""
+        if self.is_prefill:
+            batch = len(self.lengths)
+            self.sequences = PackedSequences.uniform(batch, 1, self.device)
+            self.positions = self.positions[self.last]
+            self.last = self._owner = torch.arange(batch, device=self.device)
+            self.is_prefill = False
+        self.positions = self.positions + 1  # not in place: rotary tables and slots may refer to the old ones
+        self.lengths = [length + 1 for length in self.lengths]
+        self._slots.clear()
+
+    def layer(self, index: int) -> LayerCache:
+        """Return the cache of the layer with ``index`` in the whole model."""
+        if index not in self._layers:
+            self._layers[index] = LayerCache(self)
+        return self._layers[index]
+
+    def slots(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which new tokens a layer of ``count`` slots stores: their indices, sequences and slots, each [n].
+
+        A sequence longer than ``count`` keeps its last tokens: that at position p has slot p modulo ``count``.
+        """
+        if count not in self._slots:
+            tokens = torch.arange(len(self.positions), device=self.device)
+            if self.is_prefill and max(self.lengths) > count:  # otherwise a token would share its slot with a later one
+                ends = to_device(torch.tensor(self.lengths), self.device)[self._owner]
+                tokens = tokens[self.positions >= ends - count]
+            self._slots[count] = tokens, self._owner[tokens], self.positions[tokens] % count
+        return self._slots[count]
+
+
+class LayerCache:
+    """Keys and values of one layer, of this rank's heads; a ring buffer if the layer has a sliding window.
+
+    Memory for the longest possible sequences is allocated by the first forward pass, in the dtype of the keys.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.keys: Tensor | None = None  # [B, G, S, D]
+        self.values: Tensor | None = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None, backend: AttentionBackend
+    ) -> Tensor:
+        """Store the new keys and values, and compute the attention of the new tokens over all tokens before them.
+
+        Args:
+            q: Rotated queries of the new tokens, [T, N, D].
+            k: Rotated keys, [T, G, D].
+            v: Values, [T, G, D].
+            scale: Factor of q · kᵀ; by default D ** -0.5.
+            window: Number of most recent tokens that each token attends to. None: all.
+            backend: Kernel of the first forward pass, over the prompts.
+
+        Returns:
+            Attention output, [T, N, D].
+        """
+        cache = self.cache
+        count = cache.most if window is None else min(window, cache.most)
+        keys, values = self._store(k, v, count)
+        if cache.is_prefill:
+            return attention(q, k, v, cache.sequences, scale=scale, window=window, backend=backend)
+        # A full ring buffer holds the keys of exactly the window; softmax does not depend on their order.
+        filled = [min(length, count) for length in cache.lengths]
+        return cached_attention(q, keys, values, filled, scale=scale)
+
+    def _store(self, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            shape = (len(self.cache.lengths), k.shape[1], count, k.shape[2])
+            # Zeros: a masked slot has weight 0, but 0 · NaN is NaN.
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        tokens, owners, slots = self.cache.slots(count)
+        if len(tokens) < len(k):
+            k, v = k[tokens], v[tokens]
+        self.keys[owners, :, slots] = k
+        self.values[owners, :, slots] = v
+        return self.keys, self.values
