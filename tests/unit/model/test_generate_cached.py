@@ -54,8 +54,9 @@ def by_whole_sequences(model: Decoder, prompt: Sequence[int], new_tokens: int) -
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_transformers(family: str, keys: dict[str, Any]) -> None:
     model = decoder(family, torch.float32, **keys)
-    peer = hf_model_of(model, family)
-    assert generate(model, PROMPTS, 24, temperature=0) == [theirs(peer, prompt, 24) for prompt in PROMPTS]
+    # A new model for each prompt: under dynamic NTK scaling, one keeps the base of the longest text so far.
+    expected = [theirs(hf_model_of(model, family), prompt, 24) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 24, temperature=0) == expected
 
 
 @torch.no_grad()
