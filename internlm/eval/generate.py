@@ -145,6 +145,7 @@ def _stream(
 
 def _batch(run: BatchRun, sampler: Sampler, count: int, new_tokens: int, stops: set[int]) -> Iterator[tuple[int, int]]:
     """Yield the tokens of one batch until each of its ``count`` sequences has stopped."""
+    # A batch runs until its last sequence has stopped: leaving rows out would cost a copy of the cache.
     unfinished = dict.fromkeys(range(count))
     tokens: list[int] | None = None
     for _ in range(new_tokens):
@@ -223,6 +224,7 @@ def _check_attached(model: nn.Module) -> None:
             todo = "Load the model's checkpoint in one process, with model.num_chunks=1"
             raise UserError(Problem(where, message, todo))
         return
+    # A rank alone would compute its shard of every product, and return tokens without an error.
     linears = [module for module in model.modules() if isinstance(module, ParallelLinear)]
     alone = any(linear.communicator in (IDENTITY, IDENTITY_HEAD) for linear in linears)
     if (is_sharded and alone) or (not model.stage_layers.is_whole and model.pipeline.size == 1):

@@ -72,6 +72,7 @@ class CachedDecoder:
 
     def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, device: torch.device) -> None:
         self.model, self.device, self.batch = model, device, len(prompts)
+        # Modes that split a row over ranks need equal parts, of the prompts and of one token per sequence.
         padding = _padding(prompts, model.communicator.token_multiple)
         self.padding = [0] * len(padding)  # next token of each sequence of padding
         rows = [*prompts, *padding]
@@ -88,6 +89,7 @@ class CachedDecoder:
         for index, stage in enumerate(self.stages):
             if stage.rank != group.rank:
                 continue
+            # A rank may have several chunks in a row, as in the middle of a V-shaped pipeline.
             before = self.stages[index - 1].rank if index else group.rank
             if before != group.rank:
                 x = _receive(model, ids, before, group)

@@ -106,6 +106,7 @@ class Sampler:
         has_penalty = self.sampling.repetition_penalty != 1
         if has_penalty:
             logits = self._penalise(logits)
+        # A comparison with NaN is false, so no draw or maximum would show it.
         best, greedy = logits.max(-1)  # NaN if any logit is
         chosen = greedy.masked_fill(best.isnan(), NAN_TOKEN)
         tokens: list[int] = to_host(chosen, "generated tokens").tolist()
@@ -114,6 +115,7 @@ class Sampler:
                 NAN_TOKEN if token == NAN_TOKEN else self._draw(row, generator)
                 for token, row, generator in zip(tokens, logits, self._generators, strict=True)
             ]
+        # Finished sequences are drawn from, too, but no other sequence sees their tokens.
         if has_penalty:
             self._note([[token] for token in tokens])
         return tokens
