@@ -3,7 +3,8 @@
 Every storage that autograd saves is counted once. Parameters are not counted, nor are the weights that isp gathers,
 because each is released after the matmul that uses it. Where a norm or SwiGLU precedes a linear, only the input of the
 norm or SwiGLU is saved, and backward recomputes the input of the linear from it (Korthikanti et al. 2022, arXiv
-2205.05198, section 5, recompute cheap operations in the same way). :func:`block` lists the tensors that a block saves.
+2205.05198, section 5, recompute cheap operations in the same way). :func:`~internlm.costs.block_activations.block`
+lists the tensors that a block saves. Vectors of H elements are not counted, such as a norm's weight plus its offset.
 
 With ``model.checkpoint="selective"``, attention is recomputed too, from the q, k and v that wqkv returned. Dropout
 masks, one byte per element, are saved unless backward draws them again. For the first ``model.cpu_offloading`` layers
@@ -22,38 +23,31 @@ Symbols: :mod:`internlm.costs.symbols`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from internlm.accelerator import HOST
 from internlm.config import Config
 from internlm.core.scheduler.actions import BACKWARD, FORWARD, Table
+from internlm.costs.block_activations import (
+    RESIDUAL,
+    block,
+    block_for_weights,
+    mask,
+    norm_input,
+)
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
-from internlm.ops.attention import groups_heads
 from internlm.ops.cross_entropy import keeps_dlogits
 from internlm.utils.dtype import torch_dtype
 
 TOKEN_IDS = "embedding: token ids"
 MASK = "embedding: mask of dropout"
 ROTARY = "rotary: cosines and sines"
-RESIDUAL = "block: residual inputs"
-GATHERED = "block: kept gathered inputs"
-QKV = "block: queries, keys, values"
-HEADS = "block: attention output"
-KERNEL = "block: sums and output of the attention kernel"
-GATE_UP = "block: gate and up"
-MASKS = "block: masks of dropout"
 RECOMPUTED = "recomputed block: input"
 NORM = "final norm"
 LOSS_INPUT = "loss: gradient of its input"
 LOSS_WEIGHT = "loss: gradient of the head's weight"
 LOSS_LOGITS = "loss: its input and the gradient of the logits"
-
-NORMALISED = "block: normalised inputs"
-SWIGLU = "block: input of w2"
-GRAD_QKV = "block: gradient of queries, keys, values"
-GRAD_GATE_UP = "block: gradient of gate and up"
-GRAD_RESIDUAL = "block: gradients of residual outputs"
 
 
 def saved_for_backward(
@@ -112,13 +106,17 @@ def kept_for_weights(config: Config, world_size: int, *, stage: int = 0, chunk: 
 def _sum_over_chunks(s: Symbols, chunk: int | None, tensors: Callable[[int], dict[str, int]]) -> dict[str, int]:
     """Return ``tensors(chunk)``, the bytes of a chunk by tensor; if ``chunk`` is None, sum them over all chunks."""
     by_chunk = [tensors(index) for index in (s.chunks if chunk is None else [chunk])]
-    return {name: sum(sizes[name] for sizes in by_chunk) for name in by_chunk[0]}
+    return _total(by_chunk)
+
+
+def _total(tables: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(sizes[name] for sizes in tables) for name in tables[0]}
 
 
 def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int]:
     """Return the bytes that a chunk saves on the device, by tensor.
 
-    Every chunk saves the tensors of its blocks and the rotary table. The first chunk of the model also saves those of
+    Every chunk saves the tensors of its blocks and its rotary tables. The first chunk of the model also saves those of
     the embedding, and the last chunk those of the final norm and the loss.
     """
     first, last = s.stage_layers.is_first(chunk), s.stage_layers.is_last(chunk)
@@ -126,7 +124,7 @@ def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int
     saved = {
         TOKEN_IDS: first * token_ids(s),
         MASK: first * mask(s),
-        ROTARY: rotary(s),
+        ROTARY: rotary(s, s.stage_layers.chunks[chunk]),
         **_layers(s, on_device),
         NORM: last * norm(s),
         **_times(last, loss(s, tokens)),
@@ -151,22 +149,24 @@ def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
     """Return the bytes, by tensor, of the received hidden states that a chunk keeps on the device despite offloading.
 
-    They are the input of the chunk's first layer, and take S·H·e. The result is empty if that layer is not offloaded,
+    They are the input of the chunk's first layer, and take S·H·x. The result is empty if that layer is not offloaded,
     or is the first layer of the model.
     """
     offloaded, _ = _offloaded_and_not(s, chunk)
     # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.
     name = RECOMPUTED if offloaded and s.config.model.recomputes(offloaded[0]) else RESIDUAL
-    return {name: s.S * s.H * s.e} if offloaded and not s.stage_layers.is_first(chunk) else {}
+    return {name: s.S * s.H * s.x} if offloaded and not s.stage_layers.is_first(chunk) else {}
 
 
 def _layers(s: Symbols, layers: range) -> dict[str, int]:
     """Return the bytes, by tensor, that ``layers`` save.
 
-    A recomputed layer saves only its input, S·H·e. Any other layer saves the tensors of :func:`block`.
+    A recomputed layer saves only its input, S·H·x. Any other layer saves the tensors of
+    :func:`~internlm.costs.block_activations.block`.
     """
-    recomputed = sum(map(s.config.model.recomputes, layers))
-    return {**_times(len(layers) - recomputed, block(s)), RECOMPUTED: recomputed * s.S * s.H * s.e}
+    recomputes = s.config.model.recomputes
+    saved = _total([_times(0, block(s, 0)), *(block(s, layer) for layer in layers if not recomputes(layer))])
+    return {**saved, RECOMPUTED: sum(map(recomputes, layers)) * s.S * s.H * s.x}
 
 
 def saved_by_layer(s: Symbols, layer: int) -> int:
@@ -176,113 +176,6 @@ def saved_by_layer(s: Symbols, layer: int) -> int:
 
 def _times(count: int, sizes: dict[str, int]) -> dict[str, int]:
     return {name: count * size for name, size in sizes.items()}
-
-
-def block(s: Symbols) -> dict[str, int]:
-    """Return the bytes, by tensor, that one block saves if it is not recomputed.
-
-    =======================  ===========  ===========  ===========  =========================
-    tensors                  mtp          msp          fsp          isp
-    =======================  ===========  ===========  ===========  =========================
-    inputs of wqkv and w13   2·T·H·e      2·T·H·e/t    2·T·H·e/t    2·T·H·e/t
-    gathered inputs          –            2·T·H·e      –            –
-    queries, keys, values    T·G·(Q + 2)·D·e/t         as mtp       T·(G·Q + 2·max(G, t))·D·e/t
-    attention output         T·G·Q·D·e/t in every mode; not if attention is recomputed
-    attention kernel         see :func:`kernel`; nothing if attention is recomputed
-    gate and up              2·T·F·e/t in every mode
-    masks, if kept           2·T·H        2·T·H/t      2·T·H/t      2·T·H/t
-    =======================  ===========  ===========  ===========  =========================
-
-    msp gathers nothing if t is 1. Under isp with fewer kv heads than t, several ranks hold each kv head.
-    """
-    heads = s.G * s.Q
-    return {
-        # Inputs of the two norms, which the following linears recompute; additions to the residual stream save nothing.
-        RESIDUAL: 2 * s.S * s.H * s.e,
-        GATHERED: gathered(s),
-        QKV: s.T * (heads + 2 * max(s.G, s.t.size)) * s.D * s.e // s.t.size,
-        # Selective checkpointing recomputes attention right before the gradients of wo, which need its output.
-        HEADS: 0 if s.spec.recomputes_attention else attention_output(s),
-        KERNEL: 0 if s.spec.recomputes_attention else kernel(s),
-        # The output of SwiGLU is not saved: w2 recomputes it from these.
-        GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
-        MASKS: 2 * mask(s),
-    }
-
-
-def block_for_weights(s: Symbols) -> dict[str, int]:
-    """Return the bytes, by tensor, that one block keeps for its deferred weight gradients.
-
-    They are the inputs and the output gradients of its four linears:
-
-    ===============================  ===========  ===========  ===========  ===========
-    tensors                          mtp          msp          fsp          isp
-    ===============================  ===========  ===========  ===========  ===========
-    inputs of wqkv and w13           2·T·H·e      –            2·T·H·e/t    2·T·H·e/t
-    gathered inputs of wqkv and w13  –            2·T·H·e      –            –
-    input of wo                      T·G·Q·D·e/t in every mode
-    input of w2                      T·F·e/t in every mode
-    output gradient of wqkv          T·G·(Q + 2)·D·e/t in every mode
-    output gradient of w13           2·T·F·e/t in every mode
-    output gradients of wo and w2    2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
-    ===============================  ===========  ===========  ===========  ===========
-
-    msp gathers nothing if t is 1. Recomputed blocks keep the same bytes.
-    """
-    tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep gathered output gradients
-    return {
-        # W computes products only: it recomputes no norm, no SwiGLU and no gather.
-        NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
-        GATHERED: gathered(s),
-        HEADS: attention_output(s),
-        SWIGLU: s.T * s.F * s.e // s.t.size,
-        GRAD_QKV: s.T * s.G * (s.Q + 2) * s.D * s.e // s.t.size,
-        GRAD_GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
-        GRAD_RESIDUAL: 2 * tokens * s.H * s.e,
-    }
-
-
-def attention_output(s: Symbols) -> int:
-    """Return the bytes of the attention output, T·G·Q·D·e/t."""
-    return s.T * s.G * s.Q * s.D * s.e // s.t.size
-
-
-def kernel(s: Symbols) -> int:
-    """Return the bytes that the attention kernel saves besides queries, keys and values.
-
-    The log-sum-exp of the attention scores takes g·T·G·Q/t bytes (Dao et al. 2022, arXiv 2205.14135, algorithm 1). The
-    attention output takes T·G·Q·D·e/t bytes, unless wo saves the same storage as its input. Where a kernel cannot group
-    query heads, keys and values are saved once per query head, which takes 2·T·(G·Q - max(G, t))·D·e/t more:
-
-    =============  ===========  =============================================  ==========================
-    kernel         log-sum-exp  output                                         keys and values, expanded
-    =============  ===========  =============================================  ==========================
-    blocked        –            –                                              –
-    flash, varlen  yes          under isp, if t > 1                            –
-    sdpa, CPU      yes          yes                                            –
-    sdpa, GPU      yes          if rows are packed, and under isp, if t > 1    in float32
-    =============  ===========  =============================================  ==========================
-
-    ``sdpa`` runs once for all sequences of a length; packed rows are assumed to have several lengths, whose outputs are
-    concatenated. ``auto`` is counted as ``flash`` in half precision (a CUDA device is assumed), else as ``blocked`` on
-    the CPU and as ``sdpa`` on a GPU.
-    """
-    backend, model = s.spec.attention_backend, s.config.model
-    if backend == "auto":
-        backend = "flash" if s.e < s.g else "blocked" if s.on_host else "sdpa"
-    if backend == "blocked":
-        return 0
-    sums, copied, expanded = s.g * s.T * s.G * s.Q // s.t.size, s.mode == "isp" and s.t.size > 1, 0
-    if backend == "sdpa":
-        copied = copied or s.on_host or s.config.data.use_packed_dataset
-        if not s.on_host and not groups_heads(None, torch_dtype(str(model.dtype)), s.D, masked=False):
-            expanded = 2 * s.T * (s.G * s.Q - max(s.G, s.t.size)) * s.D * s.e // s.t.size
-    return sums + copied * attention_output(s) + expanded
-
-
-def gathered(s: Symbols) -> int:
-    """Return the bytes of the two gathered inputs that msp keeps per block, 2·T·H·e; other modes keep none."""
-    return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
 
 
 def token_ids(s: Symbols) -> int:
@@ -297,24 +190,20 @@ def token_ids(s: Symbols) -> int:
     return (9 if by_entries and s.t.size > 1 else 8) * s.T
 
 
-def mask(s: Symbols) -> int:
-    """Return the bytes of a dropout mask, S·H, or 0 if masks are not kept."""
-    model = s.config.model
-    return s.S * s.H if model.drop_rate and not model.dropout_selective_checkpoint else 0
+def rotary(s: Symbols, layers: Iterable[int]) -> int:
+    """Return the bytes of the rotary cosines and sines that ``layers`` of a chunk share, T·D·e for each table.
 
-
-def rotary(s: Symbols) -> int:
-    """Return the bytes of the rotary cosines and sines, T·D·e.
-
-    Both are [T, D/2] and shared by all blocks; every rank needs all positions of a row.
+    Both are [T, D/2]; every rank needs all positions of a row. With ``local_rope_base`` there are two tables: one for
+    layers with a sliding window, and one for the other layers.
     """
-    return s.T * s.D * s.e
+    model = s.config.model
+    bases = {model.window(layer) is not None and model.local_rope_base is not None for layer in layers}
+    return len(bases) * s.T * s.D * s.e
 
 
 def norm(s: Symbols) -> int:
-    """Return the bytes that the final norm saves: its input, S·H·e, and S·g per statistic (layernorm has two)."""
-    statistics = 2 if s.config.model.norm_type == "layernorm" else 1
-    return s.S * (s.H * s.e + statistics * s.g)
+    """Return the bytes that the final norm saves, whose input takes S·H·x."""
+    return norm_input(s, s.x)
 
 
 def loss(s: Symbols, tokens: int | None) -> dict[str, int]:

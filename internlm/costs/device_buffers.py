@@ -7,11 +7,12 @@ an action, beside what its rank saved before:
 F of the last chunk         what it saves, and the logits of a chunk of the loss: C·⌈V/t⌉·(g + e), under isp
                             C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and where the loss saves the
                             gradient of the logits, which then has its memory already
-B, at each layer            its gradients: 4·T·F·e/t + S·H·e, T·H·e more under msp and fsp; 5·S·H for a mask of
-                            dropout if that is more; plus what a recomputed layer would save. What head, loss and later
-                            layers saved has been freed; a B that defers weight gradients keeps their factors instead.
-                            If the layer, or the one before it, is offloaded, what it saved is back. Under
-                            ``zero1.fsdp`` the gradients of head and w2, V·H·g and H·F·g, wait for their reduction
+B, at each layer            its gradients: 4·T·F·e/t + S·H·x, S·H·e more with a norm of outputs or if x ≠ e, T·H·e more
+                            under msp and fsp; 5·S·H for a mask of dropout if that is more; plus what a recomputed
+                            layer would save. What head, loss and later layers saved has been freed; a B that defers
+                            weight gradients keeps their factors instead. If the layer, or the one before it, is
+                            offloaded, what it saved is back. Under ``zero1.fsdp`` the gradients of head and w2, V·H·g
+                            and H·F·g, wait for their reduction
 B of the first chunk        at its end, the gradient of the embedding, ⌈V/t⌉·H·e, and of its output
 ==========================  ==========================================================================================
 
@@ -28,16 +29,13 @@ from internlm.core.context.layout import Layout
 from internlm.core.context.parallel_context import sizes_of
 from internlm.core.scheduler.actions import BACKWARD, FORWARD
 from internlm.costs.activations import (
-    attention_output,
-    block,
-    block_for_weights,
     kept_after_each_action,
-    kernel,
     loss,
     norm,
     saved_by_layer,
     saves_logits_gradient,
 )
+from internlm.costs.block_activations import attention_output, block, block_for_weights, kernel
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
@@ -90,11 +88,13 @@ def gradients_of_block(s: Symbols, layer: int) -> int:
     """
     saved = 0
     if s.config.model.recomputes(layer):
-        saved = sum(block(s).values()) - s.S * s.H * s.e  # its input is saved in any case
+        saved = sum(block(s, layer).values()) - s.S * s.H * s.x  # its input is saved in any case
     elif s.spec.recomputes_attention:
-        saved = attention_output(s) + kernel(s)
+        saved = attention_output(s) + kernel(s, layer)
     gathered = s.T * s.H * s.e if s.mode in ("msp", "fsp") and s.t.size > 1 else 0  # the gradient of w2's output
-    gradients = 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.e + gathered
+    # That of the output of w2, where it is not that of the block.
+    branch = s.S * s.H * s.e if s.spec.normalises_output or s.x != s.e else 0
+    gradients = 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.x + branch + gathered
     masks = 5 * s.S * s.H if s.config.model.drop_rate else 0  # random numbers of 16 bits as int64, and the mask
     return max(gradients, masks) + saved
 
@@ -115,7 +115,7 @@ def transients(
         elif action.type == BACKWARD:
             peaks.append(before + _backward_peak(s, action.chunk, tokens, table.defers_weight(stage, action)))
             if s.stage_layers.is_first(action.chunk):
-                peaks.append(after + _vocab_gradient(s) + s.S * s.H * s.e)
+                peaks.append(after + _vocab_gradient(s) + s.S * s.H * s.x)
     return max(peaks) - max(kept)
 
 

@@ -45,18 +45,19 @@ def vocab_weights(model: ModelConfig) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def block_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return the forward FLOPs per token of one block, for sequences of ``seq_len`` tokens.
+def block_forward_flops(model: ModelConfig, seq_len: int, layer: int) -> float:
+    """Return the forward FLOPs per token of the block of index ``layer``, for sequences of ``seq_len`` tokens."""
+    return 2 * block_weights(model) + attention_forward_flops(model, seq_len, layer)
+
+
+def attention_forward_flops(model: ModelConfig, seq_len: int, layer: int) -> float:
+    """Return the forward FLOPs per token of the two matmuls of attention, q·kᵀ and p·v, in one block.
 
     Attention is counted over all ``seq_len`` keys per query, as is usual in publications, although the causal mask
-    removes half of them.
+    removes half of them; in a layer with a sliding window, over the keys of the window.
     """
-    return 2 * block_weights(model) + attention_forward_flops(model, seq_len)
-
-
-def attention_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return the forward FLOPs per token of the two matmuls of attention, q·kᵀ and p·v, in one block."""
-    return 2 * 2 * seq_len * model.num_attention_heads * model.head_size
+    keys = min(model.window(layer) or seq_len, seq_len)
+    return 2 * 2 * keys * model.num_attention_heads * model.head_size
 
 
 def head_forward_flops(model: ModelConfig) -> float:
@@ -66,7 +67,8 @@ def head_forward_flops(model: ModelConfig) -> float:
 
 def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the forward FLOPs per token of the whole model."""
-    return model.num_layers * block_forward_flops(model, seq_len) + head_forward_flops(model)
+    blocks = sum(block_forward_flops(model, seq_len, layer) for layer in range(model.num_layers))
+    return blocks + head_forward_flops(model)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -83,7 +85,8 @@ def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     They are :func:`model_flops_per_token` plus the forward FLOPs that activation checkpointing repeats.
     """
     # The head is never recomputed: its loss and gradients are computed together.
-    recomputed = model.recomputed_layers * block_forward_flops(model, seq_len)
+    layers = range(model.num_layers)
+    recomputed = sum(block_forward_flops(model, seq_len, layer) for layer in layers if model.recomputes(layer))
     if model.checkpoint == "selective":
-        recomputed = model.num_layers * attention_forward_flops(model, seq_len)
+        recomputed = sum(attention_forward_flops(model, seq_len, layer) for layer in layers)
     return model_flops_per_token(model, seq_len) + recomputed

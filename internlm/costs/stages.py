@@ -7,7 +7,7 @@ balance is an estimate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -24,21 +24,23 @@ from internlm.utils.errors import Problem
 
 
 class LayerCosts(NamedTuple):
-    """Relative costs of a layer, of the embedding and of the head."""
+    """Relative costs of each layer, of the embedding and of the head."""
 
-    layer: float
+    layers: Sequence[float]
     embedding: float
     head: float
 
 
 def _by_parameters(config: Config) -> LayerCosts:
     vocab = vocab_weights(config.model)
-    return LayerCosts(block_weights(config.model), vocab, vocab)
+    return LayerCosts([block_weights(config.model)] * config.model.num_layers, vocab, vocab)
 
 
 def _by_flops(config: Config) -> LayerCosts:
     # An embedding lookup has no FLOPs, so the first stage gets more layers than the last.
-    return LayerCosts(block_forward_flops(config.model, config.data.seq_len), 0.0, head_forward_flops(config.model))
+    model, seq_len = config.model, config.data.seq_len
+    layers = [block_forward_flops(model, seq_len, layer) for layer in range(model.num_layers)]
+    return LayerCosts(layers, 0.0, head_forward_flops(model))
 
 
 #: Cost functions by value of ``parallel.pipeline.partition``.
@@ -54,7 +56,7 @@ def partition_of(config: Config) -> list[int]:
     if pipeline.partition == "uniform":
         return uniform_partition(layers, virtual_stages)
     costs = LAYER_COSTS[pipeline.partition](config)
-    return balanced_partition([costs.layer] * layers, virtual_stages, costs.embedding, costs.head)
+    return balanced_partition(costs.layers, virtual_stages, costs.embedding, costs.head)
 
 
 def stage_layout_of_config(config: Config) -> StageLayout:

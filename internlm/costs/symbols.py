@@ -12,6 +12,7 @@ L, R        layers of a chunk, and how many of them are recomputed (``model.chec
 H, F, V     hidden size, intermediate size, vocabulary size
 G, Q, D     kv heads, query heads per kv head, head dimension
 e           bytes of an element of parameters and activations
+x           bytes of an element of the residual stream: g with ``model.residual_in_fp32``, else e
 g           bytes of an element of a tensor that holds sums, such as gradients, logits and statistics (at least 4)
 B           elements of a bucket of the optimizer, padding included
 N, n        elements of a param group's flat buffer, padding included, and how many of them the rank owns
@@ -118,6 +119,7 @@ class Symbols(GroupSymbols):
     Q: int
     D: int
     e: int
+    x: int
     g: int
 
     @classmethod
@@ -165,6 +167,7 @@ class Symbols(GroupSymbols):
             Q=model.num_attention_heads // model.kv_heads,
             D=model.head_size,
             e=dtype.itemsize,
+            x=(wide(dtype) if model.residual_in_fp32 else dtype).itemsize,
             g=wide(dtype).itemsize,
         )
 

@@ -112,7 +112,7 @@ def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
 def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
     """Return the sends of a chunk in one micro-batch, to the next and the previous virtual stage.
 
-    Hidden states are sent to the next virtual stage, gradients to the previous one; each takes S·H·e. Adjacent virtual
+    Hidden states are sent to the next virtual stage, gradients to the previous one; each takes S·H·x. Adjacent virtual
     stages on the same rank pass tensors in memory and send nothing.
     """
 
@@ -120,7 +120,7 @@ def _stage_messages(s: Symbols, chunk: int) -> PassCalls:
         exists = 0 <= virtual < s.stage_layout.virtual_stages
         if not exists or s.stage_layout.rank_of(virtual) == s.stage:  # neighbours on one rank pass tensors in memory
             return []
-        return [Call(s.p.mode, "send", s.S * s.H * s.e)]
+        return [Call(s.p.mode, "send", s.S * s.H * s.x)]
 
     virtual = s.stage_layout.virtual(s.stage, chunk)
     return PassCalls(send_to(virtual + 1), send_to(virtual - 1))

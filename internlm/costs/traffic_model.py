@@ -73,16 +73,19 @@ TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collect
     ("mtp", "embedding"): ((AR,), ()),
     ("mtp", "embedding by hidden units"): ((AG,), ()),
     ("mtp", "head"): ((), (AR,)),
+    ("mtp", "heads"): ((AR,), (AR,)),
     ("msp", "column"): ((AG,), (RS,)),
     ("msp", "row"): ((RS,), (AG,)),
     ("msp", "embedding"): ((RS,), (AG,)),
     ("msp", "embedding by hidden units"): ((A2A,), (A2A,)),
     ("msp", "head"): ((AG,), (RS,)),
+    ("msp", "heads"): ((AR,), (AR,)),
     ("fsp", "column"): ((AG,), (AG, RS)),
     ("fsp", "row"): ((RS,), (AG,)),
     ("fsp", "embedding"): ((RS,), (AG,)),
     ("fsp", "embedding by hidden units"): ((A2A,), (A2A,)),
     ("fsp", "head"): ((AG,), (RS,)),
+    ("fsp", "heads"): ((AR,), (AR,)),
     ("isp", "column"): ((AG,), (AG, RS)),
     ("isp", "row"): ((AG,), (AG, RS)),
     ("isp", "embedding"): ((AG,), (RS,)),
@@ -93,8 +96,8 @@ TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collect
 
 
 def block(s: Symbols) -> PassCalls:
-    """Return the collectives of one block: four linears, and attention."""
-    return merge(*(linear(s, weight) for weight in block_linears(s.config.model)), attention(s))
+    """Return the collectives of one block: four linears, attention, and a norm of all queries and keys together."""
+    return merge(*(linear(s, weight) for weight in block_linears(s.config.model)), attention(s), qk_norm(s))
 
 
 def linear(s: Symbols, weight: LinearShape) -> PassCalls:
@@ -132,6 +135,17 @@ def attention(s: Symbols) -> PassCalls:
 def heads_to_tokens(s: Symbols) -> PassCalls:
     """Return the all-to-all of the attention output under isp: (T/t)·G·Q·D·e over t."""
     return _role_calls(s, "attention", s.t, s.T // s.t.size * s.G * s.Q * s.D * s.e)
+
+
+def qk_norm(s: Symbols) -> PassCalls:
+    """Return the all-reduces over t of the norm of all queries and all keys of a token: 2·T·g in each direction.
+
+    They are two sums for each of T tokens. isp has all heads of its tokens, and a norm of single heads needs no sums of
+    other ranks.
+    """
+    if s.config.model.qk_norm != "projection":
+        return PassCalls([], [])
+    return _role_calls(s, "heads", s.t, 2 * s.T * s.g)
 
 
 def positions(s: Symbols) -> PassCalls:

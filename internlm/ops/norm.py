@@ -38,10 +38,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Compute ``(x - mean) / std * weight + bias`` over the last dimension (arXiv 1607.06450, eq. 4).
 
-    Shapes: [T, H], [H], [H] -> [T, H]. The computation runs in the dtype of ``weight``, which may be wider than that of
-    ``x``; the result has the dtype of ``x``.
+    Shapes: [T, H], [H], [H] -> [T, H]. The computation runs in the wider of the dtypes of ``x`` and ``weight``; the
+    result has the dtype of ``x``.
     """
-    return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
+    width = torch.promote_types(x.dtype, weight.dtype)
+    vectors = weight.to(width), None if bias is None else bias.to(width)
+    return F.layer_norm(x.to(width), weight.shape, *vectors, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

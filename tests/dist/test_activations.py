@@ -29,25 +29,31 @@ from internlm.core.parallel.dropout import DropoutKey, dropout_key_scope
 from internlm.core.parallel.offload import _SavedTensor, _Storage
 from internlm.core.parallel.sharding import GroupPosition, Sharding
 from internlm.costs.activations import (
-    GATE_UP,
-    GATHERED,
-    HEADS,
-    KERNEL,
     LOSS_INPUT,
     LOSS_LOGITS,
     LOSS_WEIGHT,
     MASK,
-    MASKS,
     NORM,
-    QKV,
     RECOMPUTED,
-    RESIDUAL,
     ROTARY,
     TOKEN_IDS,
+    rotary,
     saved_for_backward,
     saved_on_host,
 )
+from internlm.costs.block_activations import (
+    GATE_UP,
+    GATHERED,
+    HEADS,
+    KERNEL,
+    MASKS,
+    NORMS,
+    QK_NORM,
+    QKV,
+    RESIDUAL,
+)
 from internlm.costs.stages import stage_layers_of
+from internlm.costs.symbols import Symbols
 from internlm.initialize import initialize_distributed_env
 from internlm.train.build_model import build_model
 from tests.dist.tiny import TINY
@@ -71,6 +77,8 @@ SAVED_BY = {
     ROTARY: "attention",
     RESIDUAL: "columns",
     GATHERED: "columns",
+    NORMS: "norms",
+    QK_NORM: "qk_norm",
     QKV: "attention",
     HEADS: "wo",
     KERNEL: "attention",
@@ -110,6 +118,11 @@ HALF_OF = {3: [0], 6: [0, 2, 4]}
 ALL, SELECTIVE = "model.checkpoint=1.0", "model.checkpoint=selective"
 DROPOUT, KEPT = "model.drop_rate=0.25", "model.dropout_selective_checkpoint=False"
 GROUPED = "model.num_kv_attention_heads=4"
+HALF = "model.dtype=torch.bfloat16", "model.attention_backend=sdpa"
+WIDE_RESIDUALS = (*HALF, "model.residual_in_fp32=True")
+POST_NORM = "model.apply_post_layer_norm=True"
+#: Windows of 24 of 64 tokens, in all layers but one.
+GEMMA3 = "model_type=GEMMA3", "model.sliding_window=24", "model.global_layers=(1,)", GROUPED
 #: Recompute × heads × dtype, and what else the formula knows of.
 CASES = [
     *(
@@ -132,6 +145,18 @@ CASES = [
     ("model.checkpoint=0.5", GROUPED, DROPOUT, KEPT, "model.cpu_offloading=2"),
     (ALL, GROUPED, "model.cpu_offloading=1"),
     (SELECTIVE, DROPOUT, KEPT, "model.cpu_offloading=3"),
+    ("model_type=OLMO2", GROUPED),
+    ("model_type=OLMO2", GROUPED, DROPOUT, KEPT, "model.checkpoint=0.5", "model.cpu_offloading=2"),
+    ("model_type=OLMO2", SELECTIVE, *WIDE_RESIDUALS),
+    ("model_type=QWEN3", SELECTIVE, GROUPED),
+    ("model_type=BAICHUAN2",),
+    GEMMA3,
+    (*GEMMA3, "model.checkpoint=0.5"),  # of the layers that aren't recomputed, only one with the base of all tokens
+    (*GEMMA3, *WIDE_RESIDUALS, "model.cpu_offloading=1"),
+    ("model_type=MISTRAL", "model.sliding_window=24", GROUPED, *HALF),
+    (POST_NORM, "model.norm_type=layernorm", GROUPED),
+    (POST_NORM, GROUPED, *WIDE_RESIDUALS),
+    ("model.checkpoint=0.5", *WIDE_RESIDUALS),
 ]
 ISP_CASES = [(f"model.num_kv_attention_heads={kv}",) for kv in (1, 2)]  # fewer than ranks
 
@@ -142,6 +167,8 @@ CUTS: list[Case] = [
     ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=5", "model.tie_word_embeddings=True"),
     ("parallel.pipeline.size=2", "model.num_layers=6", "model.checkpoint=0.5", DROPOUT, KEPT, "model.cpu_offloading=1"),
     ("parallel.pipeline.size=2", "model.num_layers=5", SELECTIVE, "model.cpu_offloading=2"),
+    ("parallel.pipeline.size=2", "model.num_layers=6", "model.checkpoint=0.5", *GEMMA3),  # one table; both
+    ("parallel.pipeline.size=2", "model.num_layers=3", "model.cpu_offloading=1", "model_type=OLMO2", *WIDE_RESIDUALS),
 ]
 CUT_LAYOUTS = [Layout("mtp", 1), *(Layout(mode, 2) for mode in ("mtp", "msp", "fsp")), Layout("isp", 2, 2)]
 
@@ -280,6 +307,7 @@ def _names_of_running(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         label = "columns" if name in ("wqkv", "w13") else "block" if name.isdigit() else name
+        label = "norms" if name.endswith(("out_norm", "sum_norm")) else label
         module.register_forward_pre_hook(lambda *_, label=label: running.append(label))
         module.register_forward_hook(lambda *_: (running.pop(), None)[1])
     return running
@@ -318,9 +346,11 @@ def test_every_part_to_the_byte(layout: Layout) -> None:
 def _assert_measured(
     config: Config, layers: range, saved: dict[str, int], host: dict[str, int], measured: Measured
 ) -> None:
-    """Autograd saves every part, and nothing else is held but what waits on the host, and the rotary table where no
-    block saves it: those that are recomputed or offloaded leave it to Python."""
-    table = 0 if _plain(config, layers) else saved[ROTARY]
+    """Autograd saves every part, and nothing else is held but what waits on the host, and each rotary table that no
+    block saves: those that are recomputed or offloaded leave it to Python."""
+    sizes = config.parallel.tensor.size, config.parallel.weight.size, config.parallel.pipeline.size
+    s = Symbols.of(config, math.prod(sizes))
+    table = saved[ROTARY] - rotary(s, _plain(config, layers))
     expected: Counter[str] = Counter()
     for part, size in saved.items():
         name = "wo" if part == QKV and config.model.checkpoint == "selective" else SAVED_BY[part]

@@ -98,6 +98,16 @@ CASES: Table = {
     "bfloat16": ("model.dtype=torch.bfloat16",),
     "two micro-batches": ("data.micro_num=2",),
     "heads wider than hidden": ("model.head_dim=16",),
+    "norms of outputs and projections": ("model_type=OLMO2",),
+    "projections recomputed": ("model_type=OLMO2", "model.checkpoint=0.5", "model.dtype=torch.bfloat16"),
+    "projections, attention recomputed": ("model_type=OLMO2", "model.checkpoint=selective"),
+    "norms at both ends and of heads": ("model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(0,)"),
+    "normalised head": ("model_type=BAICHUAN2", "model.vocab_size=67"),
+    "wide residuals, post-norm": (
+        "model.apply_post_layer_norm=True",
+        "model.residual_in_fp32=True",
+        "model.dtype=torch.bfloat16",
+    ),
 }
 
 ISP_CASES: Table = {
@@ -146,6 +156,8 @@ PIPELINE_CASES: Table = {
         "half recomputed": ("model.checkpoint=0.5",),
         "layer norm, biases, bfloat16": (*CASES["layer norm and biases"], *CASES["bfloat16"]),
         "by parameters": ("parallel.pipeline.partition=parameters", "model.vocab_size=2048"),
+        "OLMO2, wide residuals": ("model_type=OLMO2", "model.residual_in_fp32=True", "model.dtype=torch.bfloat16"),
+        "normalised head, tied": ("model_type=BAICHUAN2", "model.tie_word_embeddings=True"),
         "reduced early": ("hybrid_zero_optimizer.overlap_sync_grad=True", "parallel.zero1.size=1"),
     }.items()
     for schedule in ("interleaved", "ZB-V")

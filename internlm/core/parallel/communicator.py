@@ -153,7 +153,7 @@ class HeadsCommunicator:
     """Communicator of a norm over all heads of a token: a hook for sums over heads that other ranks hold."""
 
     def sum_over_heads(self, sums: Tensor) -> Tensor:
-        """Sum over the ranks that share the heads of each token: [T, n] → [T, n], differentiable."""
+        """Sum over the ranks that share the heads of each token, possibly in place: [T, n] → [T, n]."""
         return sums
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from internlm.config.schema.model import NormType
 from internlm.core.parallel.communicator import (
     IDENTITY_EMBEDDING,
     IDENTITY_HEAD,
+    Communicator,
     EmbeddingCommunicator,
     HeadCommunicator,
 )
 from internlm.core.parallel.linear import ParallelLinear
-from internlm.core.parallel.param_state import begin_accumulation, main_grad_of, place, wait_for_all_gather
+from internlm.core.parallel.param_state import add_grad, begin_accumulation, main_grad_of, place, wait_for_all_gather
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.qk_norm import QKNorm
 from internlm.core.parallel.sharding import current_sharding
@@ -135,11 +138,7 @@ class ParallelHead(ParallelLinear):
             [tokens, vocabulary entries of this rank] if ``parallel_output``, else [T, V], gathered from all ranks.
         """
         comm = self.communicator
-        if self.normalises:
-            with self._weight_for_loss() as weight:
-                own = F.linear(comm.enter(x), weight)
-        else:
-            own = self(x)
+        own = F.linear(comm.enter(x), self._normalised_weight()) if self.normalises else self(x)
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(own)
 
     def logits_of_whole(self, x: Tensor) -> Tensor:
@@ -183,10 +182,49 @@ class ParallelHead(ParallelLinear):
     @contextmanager
     def _weight_for_loss(self) -> Iterator[Tensor]:
         """Yield the weight whose product with a hidden state is the logits, [rows of this rank, H]."""
+        if self.normalises:
+            yield self._normalised_weight()
+            return
         # This bypasses the module's forward, whose hook would wait for the weight's all-gather.
         with self.communicator.weight_for_loss(wait_for_all_gather(self.weight)) as weight:
-            if not self.normalises:
-                yield weight
-                return
-            # Another tensor than the parameter, so autograd adds its gradient. Rows of padding stay 0.
-            yield F.normalize(weight.to(wide(weight.dtype)), dim=-1).to(weight.dtype)
+            yield weight
+
+    def _normalised_weight(self) -> Tensor:
+        weight: Tensor = _NormalisedWeight.apply(wait_for_all_gather(self.weight), self.communicator)
+        return weight
+
+
+class _NormalisedWeight(torch.autograd.Function):
+    """Autograd function that gathers a weight if it is split, and divides each of its rows by its length.
+
+    Nothing is saved. Backward reduces the gradient of the result to the rows of this rank first, and then needs only
+    these rows of the weight. The gradient is added to the main gradient if there is one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, comm: Communicator) -> Tensor:
+        ctx.weight, ctx.comm = weight, comm
+        whole = comm.gather_weight(weight)
+        normalised = torch.mul(whole, _inverse_lengths(whole), out=torch.empty_like(whole))
+        comm.release_weight(whole)
+        return normalised
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, None]:
+        """Compute dweight = r · (dw - y · (dw · y)) for each row, where y = weight · r and r is 1 / length."""
+
+        def deliver(own: Tensor) -> Tensor | None:
+            weight = ctx.weight.view_as(own)
+            inverse = _inverse_lengths(weight)
+            own = own.to(inverse.dtype)
+            along = (own * weight).sum(-1, keepdim=True) * inverse.square()
+            return add_grad(ctx.weight, torch.addcmul(own, weight, along, value=-1).mul_(inverse))
+
+        return ctx.comm.reduce_grad_weight(dw, deliver), None
+
+
+def _inverse_lengths(weight: Tensor) -> Tensor:
+    """Return 1 / length of each row: [V, H] → [V, 1]. Rows of padding have length 0, and stay 0."""
+    lengths = torch.linalg.vector_norm(weight, dim=-1, keepdim=True, dtype=wide(weight.dtype))
+    return lengths.clamp_min_(1e-12).reciprocal_()

@@ -38,7 +38,6 @@ from internlm.core.parallel.communicator import (
     ModelCommunicator,
 )
 from internlm.core.parallel.placement import ParamPlacement
-from internlm.utils.torch_private import uncompiled
 
 # -- columns and rows -------------------------------------------------------------------------------------------------
 
@@ -129,14 +128,9 @@ class SplitHeads(HeadsCommunicator):
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    @uncompiled("ranks sum over their heads")
     def sum_over_heads(self, sums: Tensor) -> Tensor:
-        """All-reduce the sums, and in backward their gradients: each rank uses the result for its own heads."""
-
-        def over_ranks(x: Tensor) -> Tensor:
-            return all_reduce(x.clone(), self.group)  # in place
-
-        return exchange(sums, over_ranks, over_ranks)
+        """All-reduce the sums, in place."""
+        return all_reduce(sums, self.group)
 
 
 # -- head and loss ----------------------------------------------------------------------------------------------------
