@@ -71,5 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             wide_dout, wide_x, weight.shape, torch.zeros_like(inverse), inverse, wide_weight, None, [True, True, False]
         )
-        mean = torch.matmul(wide_dout, wide_weight).div_(x.shape[-1]).unsqueeze(-1)  # mean(g): [T, 1]
+        # Not matmul, which expands the weight for some shapes of more than two dimensions.
+        sums = torch.mv(wide_dout.reshape(-1, x.shape[-1]), wide_weight)
+        mean = sums.div_(x.shape[-1]).view_as(inverse)  # mean(g): [T, 1]
         return dx.addcmul_(mean, inverse).to(x.dtype), dweight.to(weight.dtype), None, None

@@ -23,7 +23,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "QWEN3": ("QWEN3", {"num_kv_attention_heads": 2, "head_dim": 12}),
     "BAICHUAN2": ("BAICHUAN2", {}),
     "OLMO2, attention recomputed": ("OLMO2", {"checkpoint": "selective"}),
-    # With a kv head for each query head, torch folds a product with the weight of a norm into a matrix product.
     "GEMMA3": ("GEMMA3", {"num_kv_attention_heads": 2, "num_layers": 7, "sliding_window": 40, "checkpoint": 0.5}),
     "post-norm": ("LLAMA2", {"apply_post_layer_norm": True, "norm_type": "layernorm"}),
     "recompute": ("LLAMA2", {"checkpoint": True}),
