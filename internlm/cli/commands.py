@@ -24,7 +24,7 @@ from internlm.verify.compare import compare
 from internlm.verify.configs import Devices, make_plan
 from internlm.verify.processes import RankError, run_world
 from internlm.verify.report import as_json, as_text, heading
-from internlm.verify.run import run_rank
+from internlm.verify.run import run_file
 
 #: Width, in columns, of a timeline that is not printed on a terminal.
 WIDTH_OF_FILES = 120
@@ -144,8 +144,9 @@ def verify(arguments: argparse.Namespace) -> int:
     print(heading(plan), flush=True)
     try:
         reference = plan.reference, plan.seed, plan.steps, plan.data_size
-        (alone,) = run_world(1, run_rank, reference, a.timeout, a.device)
-        ranks = run_world(plan.world_size, run_rank, (plan.config, plan.seed, plan.steps), a.timeout, a.device)
+        (alone,) = run_world(1, run_file, (a.config, *reference), a.timeout, a.device)
+        run = a.config, plan.config, plan.seed, plan.steps
+        ranks = run_world(plan.world_size, run_file, run, a.timeout, a.device)
     except RankError as error:
         print(error, file=sys.stderr)
         return EXIT_DIFFERENT

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def load_file(path: str | Path) -> NestedDict:
 def execute_file(path: str | Path) -> NestedDict:
     """Execute a config file and return its config keys and variables: all names but modules, functions and classes.
 
+    The file can import modules that lie beside it, such as that of a model of the user's own.
+
     Raises:
         ConfigError: The file is missing, is not Python, or fails when executed.
     """
@@ -56,6 +59,9 @@ def execute_file(path: str | Path) -> NestedDict:
     code = _compile(path, _read(path))
     # Any name but ``__main__``, so that an ``if __name__ == "__main__":`` block of the file does not run.
     namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that no file of the folder hides an installed module
     try:
         exec(code, namespace)
     except EndedBySignal:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from internlm.config import Config
+from internlm.config.load import execute_file
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
 from internlm.core.parallel.blocks import is_compiled
@@ -122,6 +123,12 @@ def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 #: Parallel modes of the fields of :class:`RankCoordinates`, in their order.
 COORDINATES = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
+
+
+def run_file(rank: int, world_size: int, path: str, *run: Any) -> RankRecord:
+    """Call :func:`run_rank` after executing the config file, which may import and so register a user's own model."""
+    execute_file(path)
+    return run_rank(rank, world_size, *run)
 
 
 def run_rank(

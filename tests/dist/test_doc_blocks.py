@@ -1,6 +1,6 @@
 """Every Python block of the docs runs as it is printed.
 
-Those of doc/initialize.md run in tests/integration/test_initialize_doc.py. Commands are checked in
+Those of doc/initialize.md and doc/new_model.md run in tests/integration. Commands are checked in
 tests/unit/test_doc_commands.py.
 """
 
@@ -147,7 +147,7 @@ def _steps_and_weights(rank: int, world_size: int, step: str, load: str, folder:
 
 
 def elsewhere(text: str, folder: Path) -> None:
-    """Run by test_a_step_and_weights_by_hand."""
+    """Run by test_a_step_and_weights_by_hand, or in tests/integration/test_new_model_doc.py."""
 
 
 #: How each block runs, by page and number.
@@ -165,6 +165,8 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("data.md", 3): config,
     ("faults.md", 0): plain,
     ("memory.md", 0): memory,
+    ("new_model.md", 0): elsewhere,
+    ("new_model.md", 1): elsewhere,
     ("optimizer.md", 0): elsewhere,
     ("optimizer.md", 1): config,
     ("parallel.md", 0): communicator,

@@ -110,7 +110,7 @@ PROGRAMS = {check.__name__: check for check in (internlm, make, python, torchrun
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_docs_is_accepted(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = shlex.split(command)
-    for name in ("first.py", "my.py"):
+    for name in ("first.py", "my.py", "my_config.py"):
         (tmp_path / name).write_text(REST)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     if "internlm ckpt" in command:
