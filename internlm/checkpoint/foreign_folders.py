@@ -36,6 +36,7 @@ class ForeignFormat:
     """Folders in the save folder whose sub-folders ``steps`` is matched with."""
 
 
+HUGGING_FACE = "Hugging Face Transformers"
 #: The rows are tried in this order.
 FORMATS = (
     ForeignFormat(
@@ -58,7 +59,7 @@ FORMATS = (
         steps=r"iter_(\d+)|release",
     ),
     ForeignFormat(
-        software="Hugging Face Transformers",
+        software=HUGGING_FACE,
         files=(r"config\.json", r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?"),
         steps=r"checkpoint-(\d+)",
     ),
@@ -127,9 +128,10 @@ def foreign_source(folder: str, names_in: NamesIn) -> Problem | None:
     found = find_foreign(names_in)
     if found is None:
         return None
-    return Problem(
-        folder, f"not a checkpoint of this version: it holds {found}", "Choose a step-N folder that a run has saved"
-    )
+    todo = "Choose a step-N folder that a run has saved"
+    if found.software == HUGGING_FACE:
+        todo += ", or set ckpt.load_ckpt_info.ckpt_type='hf' (to make a checkpoint of it: internlm convert from-hf)"
+    return Problem(folder, f"not a checkpoint of this version: it holds {found}", todo)
 
 
 def _folders_of(row: ForeignFormat, names_in: NamesIn) -> Iterator[tuple[int | None, str]]:

@@ -14,6 +14,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
+from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_hf_folder
 from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
@@ -112,6 +113,8 @@ class CheckpointManager:
             return
         if due:
             self.save(state)
+            if self.config.enable_internevo2hf_ckpt and state.step == self.total_steps:
+                self._export(f"step-{state.step}")
         elif snapshot and state.step % snapshot == 0:
             self._save(state, self._snapshot_name())
 
@@ -193,6 +196,12 @@ class CheckpointManager:
         self._saver.save(save, self.content.tensors(), background=self.config.async_upload)
         return self.storage.path(name)
 
+    def _export(self, name: str) -> None:
+        """Write the checkpoint ``name`` as a Hugging Face folder too, on rank 0 while the others block."""
+        config = self.run_info["config"]
+        path = self._on_first_rank(lambda folder: export_of_run(folder.storage, name, config))
+        log_first(f"saved {path} for Hugging Face")
+
     def _snapshot_name(self) -> str:
         """Return the name of the next snapshot: that of the older one, then in turns."""
         if self._next_slot is None:
@@ -242,8 +251,12 @@ class CheckpointManager:
             self._warn_of(existing)
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
-            self.load(info.path, state, info.content)
-            message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}"
+            if info.ckpt_type == "hf":
+                found = f" (Hugging Face, {load_hf_folder(self.content, info.path)})"
+            else:
+                self.load(info.path, state, info.content)
+                found = ""
+            message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}{found}"
         message = message or "nothing to resume; starting from step 0"
         log_first(message)
         if self.config.enable_save_ckpt and state.step < self.total_steps:  # else nothing will be saved
@@ -320,6 +333,8 @@ class CheckpointManager:
             return []
         assert self.storage is not None, "the config check requires a folder if saving is enabled"
         check_saveable(self.run_info)
+        if self.config.enable_internevo2hf_ckpt:
+            check_run_exportable(self.run_info["config"])
         if self.config.async_upload:
             # Before the first step: a save must not need the launcher's store, which may be gone by then.
             self.exchange.separate()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import internlm
-from internlm.cli import ckpt_parsers, data_parsers, launch_options, parsers
+from internlm.cli import ckpt_parsers, convert_parsers, data_parsers, launch_options, parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
@@ -44,8 +44,12 @@ CKPT_COMMANDS = (
     Command("show", "show what a checkpoint contains", ckpt_parsers.show, f"{_CONTENT}:show"),
     Command("verify", "compare all bytes with their checksums", ckpt_parsers.verify, f"{_CONTENT}:verify"),
 )
-
-
+CONVERT_COMMANDS = (
+    Command(
+        "from-hf", "a Hugging Face folder as a checkpoint", convert_parsers.from_hf, "internlm.cli.converting:from_hf"
+    ),
+    Command("to-hf", "a checkpoint as a Hugging Face folder", convert_parsers.to_hf, "internlm.cli.converting:to_hf"),
+)
 DATA_COMMANDS = (
     Command(
         "convert", "convert token files to another format", data_parsers.convert, "internlm.cli.data_files:convert"
@@ -61,6 +65,12 @@ def ckpt(parser: argparse.ArgumentParser) -> None:
     _add_commands(parser, "ckpt_command", CKPT_COMMANDS)
 
 
+def convert(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of ``internlm convert``."""
+    parser.description = "Convert models from and to Hugging Face folders, without a GPU and in bounded memory."
+    _add_commands(parser, "convert_command", CONVERT_COMMANDS)
+
+
 def data(parser: argparse.ArgumentParser) -> None:
     """Add the commands of ``internlm data``."""
     parser.description = "Examine and convert data."
@@ -70,6 +80,7 @@ def data(parser: argparse.ArgumentParser) -> None:
 COMMANDS = (
     Command("ckpt", "list, show, verify, compare and delete checkpoints", ckpt, ""),
     Command("config", "show what a config resolves to", parsers.config, "internlm.cli.show_config:show_config"),
+    Command("convert", "convert from and to Hugging Face", convert, ""),
     Command("data", "show or replay the data of a step, convert token files", data, ""),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),

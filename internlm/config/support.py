@@ -26,8 +26,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_experts": (1,),
     "model.num_shared_experts": (0,),
     "data.type": ("tokenized", "streaming", "megatron"),
-    "ckpt.load_ckpt_info.ckpt_type": ("internevo",),
-    "ckpt.enable_internevo2hf_ckpt": (False,),
+    "ckpt.load_ckpt_info.ckpt_type": ("internevo", "hf"),
 }
 
 #: Built-in model types.
@@ -218,7 +217,7 @@ DUBIOUS_SETTINGS = (
         "no effect, since model.drop_rate is 0",
     ),
     DubiousSetting(
-        ("ckpt.save_ckpt_folder", "ckpt.oss_snapshot_freq", "ckpt.keep_last"),
+        ("ckpt.save_ckpt_folder", "ckpt.oss_snapshot_freq", "ckpt.keep_last", "ckpt.enable_internevo2hf_ckpt"),
         # If saving is switched off beside an interval, this is meant.
         lambda c: not c.ckpt.enable_save_ckpt and c.ckpt.checkpoint_every is None,
         "nothing is saved, since neither ckpt.checkpoint_every nor ckpt.enable_save_ckpt is set",

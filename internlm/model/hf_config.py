@@ -7,6 +7,7 @@ they do not know are written as the one whose formula is the same.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,6 +154,7 @@ def unsupported_by(model_type: str, spec: DecoderSpec) -> Iterator[Problem]:
         "mlp_bias": (spec.mlp_bias, spec.mlp_bias and not row.mlp_bias),
         "qk_norm": (c.qk_norm, c.qk_norm != standard.keys.get("qk_norm", "none")),
         "use_sliding_window": (c.use_sliding_window, c.use_sliding_window and not row.windows),
+        "norm_head": (f"{c.norm_head} with tie_word_embeddings = True", c.norm_head and c.tie_word_embeddings),
         "global_layers": (c.global_layers, bool(c.global_layers) and row.windows != "types"),
         "attention_scale": (c.attention_scale, not _has_scale(row, c)),
         "local_rope_base": (c.local_rope_base, c.local_rope_base is not None and row.model_type != "gemma3_text"),
@@ -176,16 +178,15 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: The architecture, or a setting, has no counterpart here.
     """
-    row = FORMATS.get(config.get("model_type", ""))
-    if row is None:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"model_type {config.get('model_type')!r} is not one of {known}")
+    row = _format_of(config)
+    _check(config)
     keys = {ours: config[theirs] for ours, theirs in SAME.items() if config.get(theirs) is not None}
+    keys["layer_norm_epsilon"] = float(config["rms_norm_eps"])
     keys |= _width(config["hidden_size"], config["intermediate_size"])
     activation = config.get(row.activation_key, "silu")
     by_theirs = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    if activation not in by_theirs:
-        raise ValueError(f"{row.activation_key} {activation!r} is not one of {', '.join(by_theirs)}")
+    if not isinstance(activation, str) or activation not in by_theirs:
+        raise ValueError(f"{row.activation_key}: {reprlib.repr(activation)} is not one of {', '.join(by_theirs)}")
     keys["activation"] = by_theirs[activation]
     for bias in ("qkv_bias", "o_bias"):
         keys[bias] = bias in row.always or (bias in row.biases and bool(config.get("attention_bias")))
@@ -193,35 +194,108 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return row.family, keys | _from_rope(row, config) | _from_windows(row, config)
 
 
+def _format_of(config: Mapping[str, Any]) -> HFFormat:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    row = FORMATS.get(model_type) if isinstance(model_type, str) else None
+    if row is None:
+        raise ValueError(f"model_type: {reprlib.repr(model_type)} is not one of {', '.join(FORMATS)}")
+    if architectures is not None and architectures != [row.architecture]:
+        raise ValueError(f"architectures: expected [{row.architecture!r}], got {reprlib.repr(architectures)}")
+    return row
+
+
+#: Keys that a decoder here does not have, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (None, 1, 1.0),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),
+    "attention_dropout": (None, 0, 0.0),
+}
+_COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+_COUNTS_OR_NONE = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "max_window_layers")
+_FLAGS_OR_NONE = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Check the types of values that are used, and that no setting is lost.
+
+    Raises:
+        ValueError: A value is missing or wrong, or has no counterpart.
+    """
+    for key in (*_COUNTS, *_COUNTS_OR_NONE):
+        value = config.get(key)
+        least = 0 if key == "max_window_layers" else 1
+        if (value is not None or key in _COUNTS) and not (type(value) is int and least <= value < 1 << 40):
+            raise ValueError(f"{key}: expected an integer of at least {least}, got {reprlib.repr(value)}")
+    for key in _FLAGS_OR_NONE:
+        if not (config.get(key) is None or isinstance(config[key], bool)):
+            raise ValueError(f"{key}: expected true or false, got {reprlib.repr(config[key])}")
+    _number(config, "rms_norm_eps")
+    for key, values in _NEUTRAL.items():
+        for section in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+            if isinstance(section, Mapping) and section.get(key) not in values:
+                raise ValueError(f"{key}: {reprlib.repr(section[key])} has no counterpart here")
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    if types is not None and not (isinstance(types, list) and len(types) == layers and all(t in known for t in types)):
+        raise ValueError(f"layer_types: expected {layers} of {' and '.join(known)}, got {reprlib.repr(types)}")
+
+
+def _number(section: Mapping[str, Any], key: str) -> float:
+    """Return a positive number of a section.
+
+    Raises:
+        ValueError: It is missing, or something else.
+    """
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}: expected a positive number, got {reprlib.repr(value)}")
+    return float(value)
+
+
+def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError(f"{key}: expected an object, got {reprlib.repr(value)}")
+    return dict(value or {})
+
+
 def _width(hidden: int, intermediate: int) -> dict[str, Any]:
     """Return keys that give exactly this feed-forward width, which is a product rounded up to a multiple."""
-    multiple = math.gcd(intermediate, 256)
-    # Half a multiple less than the width, so that no rounding of the product can miss it.
-    return {"multiple_of": multiple, "mlp_ratio": (intermediate - multiple / 2) / hidden}
+    ratio = intermediate / hidden
+    if int(hidden * ratio) != intermediate:
+        ratio = (intermediate + 0.5) / hidden  # which is cut off
+    return {"multiple_of": math.gcd(intermediate, 256), "mlp_ratio": ratio}
 
 
 def _from_rope(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of the rotary embedding, from those of any version of ``transformers``."""
-    rope = dict(config.get("rope_parameters") or {})
+    rope = _section(config, "rope_parameters")
     local = {}
     if "full_attention" in rope:  # one dict for each type of layer
-        if (base := (rope.get("sliding_attention") or {}).get("rope_theta")) is not None:
-            local = {"local_rope_base": float(base)}
-        rope = dict(rope["full_attention"])
+        of_windows, rope = _section(rope, "sliding_attention"), _section(rope, "full_attention")
+        if "rope_theta" in of_windows:
+            local = {"local_rope_base": _number(of_windows, "rope_theta")}
+        if of_windows.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type of sliding_attention: {reprlib.repr(of_windows['rope_type'])} is not 'default'")
     elif config.get("rope_local_base_freq") is not None:
-        local = {"local_rope_base": float(config["rope_local_base_freq"])}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **rope}
-    keys: dict[str, Any] = {"rope_base": float(rope["rope_theta"]), **local}
+        local = {"local_rope_base": _number(config, "rope_local_base_freq")}
+    if row.model_type != "gemma3_text":
+        local = {}
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **_section(config, "rope_scaling"), **rope}
+    keys: dict[str, Any] = {"rope_base": _number(rope, "rope_theta"), **local}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("linear", "dynamic"):
-        return keys | {"rope_scaling_factor": float(rope["factor"]), "use_dynamic_ntk_rope": kind == "dynamic"}
+        return keys | {"rope_scaling_factor": _number(rope, "factor"), "use_dynamic_ntk_rope": kind == "dynamic"}
     if kind in ("llama3", "yarn"):
         known = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        scaling = {name: float(rope[name]) for name in known if rope.get(name) is not None}
+        has_length = rope.get("original_max_position_embeddings") is not None
+        original = _number(*((rope, "original_max_position_embeddings") if has_length else (config, "max_position_embeddings")))
+        scaling = {name: _number(rope, name) for name in known if rope.get(name) is not None}
         return keys | {"rope_scaling": {"type": kind, "original_max_position": int(original), **scaling}}
     if kind != "default":
-        raise ValueError(f"rope_type {kind!r} is not one of default, linear, dynamic, llama3, yarn")
+        raise ValueError(f"rope_type: {reprlib.repr(kind)} is not one of default, linear, dynamic, llama3, yarn")
     return keys
 
 
@@ -229,7 +303,7 @@ def _from_windows(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of sliding windows, and of the scale of attention."""
     keys: dict[str, Any] = {}
     if row.model_type == "gemma3_text" and config.get("query_pre_attn_scalar") is not None:
-        keys["attention_scale"] = float(config["query_pre_attn_scalar"]) ** -0.5
+        keys["attention_scale"] = _number(config, "query_pre_attn_scalar") ** -0.5
     window, layers = config.get("sliding_window"), config["num_hidden_layers"]
     if not row.windows or window is None or config.get("use_sliding_window") is False:
         return keys | {"use_sliding_window": False}
@@ -244,7 +318,10 @@ def _global_by_rule(row: HFFormat, config: Mapping[str, Any], layers: int) -> li
     """Return for each layer whether it attends to all tokens, in configs without ``layer_types``."""
     if row.model_type == "gemma3_text":
         every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        if type(every) is not int or every < 1:
+            raise ValueError(f"sliding_window_pattern: expected an integer of at least 1, got {reprlib.repr(every)}")
         return [(layer + 1) % every == 0 for layer in range(layers)]
     if row.windows == "all":
         return [False] * layers
-    return [layer < config.get("max_window_layers", layers) for layer in range(layers)]
+    first = config.get("max_window_layers")
+    return [layer < (layers if first is None else first) for layer in range(layers)]

@@ -8,7 +8,8 @@ Shapes: G kv heads, Q query heads per kv head, D head dimension, H hidden size, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,22 @@ class HFTensor:
     @property
     def _head_axis(self) -> int:
         return -1 if self.is_vector else -2
+
+    def part_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the part that it is of the decoder's tensor of ``shape``."""
+        sizes = list(shape)
+        if self.part is not None:
+            sizes[self.part.axis] = self.part.length
+        return tuple(sizes)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return its shape in the checkpoint, for the decoder's tensor of ``shape``."""
+        sizes = self.part_shape(shape)
+        return (math.prod(sizes),) if self.is_vector else (math.prod(sizes[:-1]), sizes[-1])
+
+    def head_axis(self, dims: int) -> int:
+        """Return the axis of a head's elements in the decoder's tensor of ``dims`` axes."""
+        return dims + self._head_axis
 
     def place(self, theirs: Tensor, ours: Tensor) -> None:
         """Copy the tensor to its place in that of the decoder.
@@ -121,3 +138,31 @@ def _block_tensors(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[HFTens
             yield HFTensor(name, f"{ours}.attention.qk_norm.{kind}_weight", None, True, spec.qk_interleaved)
     for norm, name in _NORMS[spec.family.norms].items():
         yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", is_vector=True)
+
+
+def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Return the global shapes of a decoder's tensors that are in a checkpoint of Hugging Face, without building it."""
+    c = spec.config
+    heads, groups = c.num_attention_heads // c.kv_heads, c.kv_heads
+    of_block = {
+        "attention.wqkv": ((groups, heads + 2, c.head_size), c.hidden_size),
+        "attention.wo": ((c.hidden_size,), groups * heads * c.head_size),
+        "feed_forward.w13": ((2, c.intermediate_size), c.hidden_size),
+        "feed_forward.w2": ((c.hidden_size,), c.intermediate_size),
+    }
+    per_head = c.qk_norm == "head"
+    qk_norms = {
+        "q_weight": (c.head_size,) if per_head else (groups, heads, c.head_size),
+        "k_weight": (c.head_size,) if per_head else (groups, 1, c.head_size),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(row.ours for row in hf_tensors(spec)):
+        module, _, parameter = name.rpartition(".")
+        features, width = of_block.get(module.split(".", 2)[-1], ((), 0))
+        if module in ("embedding", "output"):
+            shapes[name] = (c.vocab_size, c.hidden_size)
+        elif features:
+            shapes[name] = features if parameter == "bias" else (*features, width)
+        else:
+            shapes[name] = qk_norms.get(parameter, (c.hidden_size,))
+    return shapes

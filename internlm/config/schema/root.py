@@ -145,11 +145,12 @@ class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
     path: PathText
-    """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``."""
+    """Folder of the checkpoint: ``local:FOLDER``, a plain path or, unless of Hugging Face, ``s3://BUCKET/FOLDER``."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
-    """Format of the checkpoint."""
+    """Format of the checkpoint: one that a run saved (``internevo``), or a Hugging Face folder with safetensors files
+    (``hf``), of which only the model can be loaded."""
 
 
 class CkptConfig(Section):
@@ -188,7 +189,8 @@ class CkptConfig(Section):
     """Path of a file polled for a step number: N saves and stops after step N, -N saves and goes on. It is read on rank
     0, and may appear and change during the run."""
     enable_internevo2hf_ckpt: bool = False
-    """Save checkpoints in the Hugging Face format too."""
+    """Write the checkpoint of the last step also as a Hugging Face folder, ``step-N-hf`` beside ``step-N``, with the
+    tokenizer at ``data.tokenizer_path``."""
 
 
 class AlertConfig(Section):

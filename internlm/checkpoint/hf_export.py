@@ -1,0 +1,284 @@
+"""Export of a checkpoint as a Hugging Face folder, which ``transformers`` and inference servers load.
+
+Tensors are read, converted and written one after the other, so memory is that of one of our tensors and of one of
+theirs that it holds, whatever the size of the model. The folder gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn import functional as F
+
+from internlm.checkpoint.hf_folder import CONFIG, COPIED, INDEX, ONE_FILE, shortened
+from internlm.checkpoint.hf_specs import NamedSpec
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.logical_tensors import LogicalTensor, cut
+from internlm.checkpoint.safetensors_files import header_of, write_tensors
+from internlm.checkpoint.saved_checkpoint import SavedCheckpoint
+from internlm.data.tokenizer import check_vocabulary, load_tokenizer
+from internlm.model.hf_config import to_hf_config, unsupported_by
+from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
+from internlm.utils.dtype import wide
+from internlm.utils.errors import CheckpointError, Problem
+
+#: Size limit of a file, in bytes; a larger tensor has a file of its own.
+SHARD_BYTES = 5 * 10**9
+#: Elements of a head that are normalised at a time.
+_FOLDED_ELEMENTS = 1 << 20
+_CHECKPOINT = "Pass --config with the config of the run, or choose another checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Settings of an export."""
+
+    dtype: torch.dtype | None = None
+    """Dtype of all tensors; None: that of each tensor in the checkpoint."""
+    shard_bytes: int = SHARD_BYTES
+    replaces: bool = False
+    """Whether a folder of the same name is replaced."""
+    tokenizer: Path | None = None
+    """Folder, or sentencepiece model, whose tokenizer is copied along."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Tensor to write."""
+
+    hf: HFTensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def export(checkpoint: SavedCheckpoint, model: NamedSpec, target: Path, settings: Export) -> list[Path]:
+    """Write the model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: The checkpoint.
+        model: Its decoder.
+        target: Folder to write, which must not exist.
+        settings: Dtype, size of files, and tokenizer.
+
+    Returns:
+        The files with tensors.
+
+    Raises:
+        CheckpointError: The format cannot express the model, the checkpoint does not match the model or is damaged, or
+            the folder exists.
+        OSError: It cannot be written.
+    """
+    check_exportable(model)
+    rows = _rows(checkpoint, model, settings.dtype)
+    config = hf_config(model, settings.tokenizer)
+    config["torch_dtype"] = _most_common(rows)
+    with new_folder(target, settings.replaces) as folder:
+        files = _write_shards(checkpoint, model, rows, settings.shard_bytes, LocalStorage(folder))
+        _write_json(folder / CONFIG, config)
+        _copy_tokenizer(settings.tokenizer, folder)
+    return [target / file for file in files]
+
+
+def check_exportable(model: NamedSpec) -> None:
+    """Check that the Hugging Face format of a family can express a decoder.
+
+    Raises:
+        CheckpointError: It cannot; every setting is named.
+    """
+    if problems := list(unsupported_by(model.model_type, model.spec)):
+        raise CheckpointError(*problems)
+
+
+def hf_config(model: NamedSpec, tokenizer: Path | None) -> dict[str, Any]:
+    """Return the content of ``config.json``, with the ids of special tokens if there is a tokenizer."""
+    # Without a value, transformers would assume the ids of Llama's tokenizer.
+    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        loaded = load_tokenizer(str(tokenizer))
+        check_vocabulary(loaded, model.spec.config.vocab_size)
+        ids |= {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+    return to_hf_config(model.model_type, model.spec) | ids
+
+
+# -- folder -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(target: Path, replaces: bool = False) -> Iterator[Path]:
+    """Yield a folder to write to, which is named ``target`` when the ``with`` block is complete, or removed otherwise.
+
+    Raises:
+        CheckpointError: ``target`` exists, and is not to be replaced.
+    """
+    if not replaces:
+        check_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        replaced = partial.with_name(f"{partial.name}-replaced")
+        if replaces and target.is_dir():
+            os.rename(target, replaced)
+        check_new(target)
+        os.rename(partial, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(partial)
+        raise
+
+
+def check_new(target: Path) -> None:
+    """Check that nothing is replaced.
+
+    Raises:
+        CheckpointError: ``target`` exists.
+    """
+    if os.path.lexists(target):
+        raise CheckpointError(Problem(str(target), "exists already", "Choose another name, or remove it"))
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(f"{json.dumps(content, indent=2)}\n")
+
+
+def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if not tokenizer.is_dir():
+        name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(tokenizer, folder / name)
+        return
+    for name in COPIED:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | None) -> list[_Row]:
+    """Return the tensors to write, those of one of ours beside one another.
+
+    Raises:
+        CheckpointError: The checkpoint has not the tensors of the decoder.
+    """
+    stored = {
+        name.removeprefix("model/"): found
+        for name, found in checkpoint.metadata.state_dict_metadata.items()
+        if name.startswith("model/") and isinstance(found, TensorStorageMetadata)
+    }
+    by_ours: dict[str, list[HFTensor]] = {}
+    for tensor in hf_tensors(model.spec):
+        by_ours.setdefault(tensor.ours, []).append(tensor)
+    shapes = tensor_shapes(model.spec)
+    problems = []
+    for name in {**by_ours, **stored}:
+        where = f"{checkpoint.where}: model/{name}"
+        if name not in stored:
+            problems.append(Problem(where, "is missing", _CHECKPOINT))
+        elif name not in by_ours:
+            problems.append(Problem(where, "the model has no such parameter or buffer", _CHECKPOINT))
+        elif tuple(stored[name].size) != shapes[name]:
+            message = f"expected shape {list(shapes[name])}, got {list(stored[name].size)}"
+            problems.append(Problem(where, message, _CHECKPOINT))
+        elif not stored[name].properties.dtype.is_floating_point:
+            problems.append(Problem(where, f"has dtype {stored[name].properties.dtype}", _CHECKPOINT))
+    if problems:
+        raise CheckpointError(*shortened(problems))
+    return [
+        _Row(tensor, dtype or stored[name].properties.dtype, tensor.shape(shapes[name]))
+        for name, tensors in by_ours.items()
+        for tensor in tensors
+    ]
+
+
+def _most_common(rows: Sequence[_Row]) -> str:
+    """Return the name of the dtype that most bytes have."""
+    sizes: dict[torch.dtype, int] = {}
+    for row in rows:
+        sizes[row.dtype] = sizes.get(row.dtype, 0) + row.bytes
+    return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
+
+
+def _shards(rows: Sequence[_Row], limit: int) -> list[list[_Row]]:
+    """Return the rows of each file."""
+    shards: list[list[_Row]] = []
+    size = limit
+    for row in rows:
+        size += row.bytes
+        if size > limit:
+            shards.append([])
+            size = row.bytes
+        shards[-1].append(row)
+    return shards
+
+
+def _write_shards(
+    checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[_Row], limit: int, storage: LocalStorage
+) -> list[str]:
+    shards = _shards(rows, limit)
+    count = len(shards)
+    files = [ONE_FILE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    tensors = _Tensors(checkpoint, model)
+    for file, shard in zip(files, shards, strict=True):
+        header = header_of({row.hf.name: (row.dtype, row.shape) for row in shard})
+        with storage.create(file) as sink:
+            write_tensors(sink, header, map(tensors.read, shard))
+    if count > 1:
+        weight_map = {row.hf.name: file for file, shard in zip(files, shards, strict=True) for row in shard}
+        index = {"metadata": {"total_size": sum(row.bytes for row in rows)}, "weight_map": weight_map}
+        _write_json(storage.root / INDEX, index)
+    return files
+
+
+class _Tensors:
+    """Tensors of a checkpoint by their names of Hugging Face; keeps the last one that was read."""
+
+    def __init__(self, checkpoint: SavedCheckpoint, model: NamedSpec) -> None:
+        self._checkpoint, self._config = checkpoint, model.spec.config
+        self._name, self._whole = "", torch.empty(0)
+
+    def read(self, row: _Row) -> Tensor:
+        """Return a contiguous tensor."""
+        if row.hf.ours != self._name:
+            self._whole = torch.empty(0)  # before there is a second one
+            self._whole, self._name = self._read_whole(row), row.hf.ours
+        return row.hf.of(self._whole).contiguous()
+
+    def _read_whole(self, row: _Row) -> Tensor:
+        name = f"model/{row.hf.ours}"
+        stored = self._checkpoint.metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        folds = row.hf.ours == "output.weight" and self._config.norm_head
+        # Reading converts; a head is normalised as the model does, which stores it in its own dtype.
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype if folds else row.dtype)
+        self._checkpoint.read({name: LogicalTensor.whole(whole)})
+        if folds:
+            for part in whole.split(max(_FOLDED_ELEMENTS // whole.shape[1], 1)):
+                part.copy_(F.normalize(part.to(wide(part.dtype)), dim=-1))
+            whole = whole.to(row.dtype)
+        if row.dtype.itemsize < stored.properties.dtype.itemsize and not _is_finite(whole):
+            message = f"has values that {str(row.dtype).removeprefix('torch.')} cannot hold"
+            raise CheckpointError(Problem(f"{self._checkpoint.where}: {name}", message, "Use --dtype bfloat16 or float32"))
+        return whole
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for _, part in cut((0,) * tensor.dim(), tensor, _FOLDED_ELEMENTS))

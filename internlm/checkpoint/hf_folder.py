@@ -1,0 +1,137 @@
+"""Hugging Face model folder: its config, and the tensors of its safetensors files. Nothing in it is trusted."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.safetensors_files import DOWNLOAD, StoredTensor, read_header
+from internlm.utils.errors import CheckpointError, Problem
+
+CONFIG, INDEX, ONE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+#: Files of a tokenizer, and of settings of generation, which are copied along.
+COPIED = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+#: Size limits in bytes.
+_LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 26
+#: Number of problems that an error lists.
+MOST_PROBLEMS = 8
+
+
+class HFFolder:
+    """Folder with a ``config.json`` and safetensors files.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: It is no such folder, a file is damaged or missing, or the index does not describe the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = self._config()
+        index = self._index()
+        files = sorted({*index.values()}) if index else [self._only_file()]
+        of_files = {file: read_header(path / file) for file in files}
+        problems = list(_doubles(path, of_files))
+        self.tensors: Mapping[str, StoredTensor] = {
+            name: stored for tensors in of_files.values() for name, stored in tensors.items()
+        }
+        problems += self._contradictions(index, of_files) if index else ()
+        if problems:
+            raise CheckpointError(*shortened(problems))
+
+    def _config(self) -> dict[str, Any]:
+        if not self.path.is_dir():
+            message = "is a file" if self.path.exists() else "does not exist"
+            raise CheckpointError(Problem(str(self.path), message, "Pass a folder with config.json and safetensors"))
+        config = _read_json(self.path / CONFIG, _LARGEST_CONFIG)
+        if config.get("quantization_config"):
+            message = "quantization_config is set, and quantised weights cannot be loaded"
+            raise CheckpointError(Problem(str(self.path / CONFIG), message, "Choose a folder with the original weights"))
+        return config
+
+    def _index(self) -> dict[str, str]:
+        """Return the file of each tensor by the index; empty if there is none."""
+        file = self.path / INDEX
+        if not file.exists():
+            return {}
+        files = _read_json(file, _LARGEST_INDEX).get("weight_map")
+        if not (isinstance(files, dict) and files):
+            raise CheckpointError(Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD))
+        for name, target in files.items():
+            if not (isinstance(target, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", target, re.ASCII)):
+                message = f"expected a safetensors file of this folder, got {reprlib.repr(target)}"
+                raise CheckpointError(Problem(f"{file}: {reprlib.repr(name)}", message, DOWNLOAD))
+        return files
+
+    def _only_file(self) -> str:
+        if (self.path / ONE_FILE).exists():
+            return ONE_FILE
+        if any(self.path.glob("pytorch_model*.bin")):
+            message = f"holds pickled files (pytorch_model*.bin) and no {ONE_FILE}"
+            todo = "Load it with transformers, which unpickles it, and save it with save_pretrained"
+        elif files := sorted(file.name for file in self.path.glob("*.safetensors")):
+            message, todo = f"holds {', '.join(files[:3])}, but neither {INDEX} nor {ONE_FILE}", DOWNLOAD
+        else:
+            message, todo = f"holds neither {INDEX} nor {ONE_FILE}", "Choose another folder"
+        raise CheckpointError(Problem(str(self.path), message, todo))
+
+    def _contradictions(
+        self, index: Mapping[str, str], of_files: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> Iterator[Problem]:
+        for name, file in index.items():
+            if name not in of_files[file]:
+                yield Problem(f"{self.path / file}: {reprlib.repr(name)}", f"is missing, but {INDEX} names it", DOWNLOAD)
+        for file, tensors in of_files.items():
+            for name in tensors.keys() - index.keys():
+                yield Problem(f"{self.path / file}: {reprlib.repr(name)}", f"is not listed in {INDEX}", DOWNLOAD)
+
+
+def _doubles(path: Path, of_files: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    for file, tensors in of_files.items():
+        for name in tensors:
+            if name in seen:
+                yield Problem(f"{path / file}: {reprlib.repr(name)}", f"is in {seen[name]} too", DOWNLOAD)
+            seen.setdefault(name, file)
+
+
+def shortened(problems: list[Problem]) -> list[Problem]:
+    """Return the first problems, and one that counts the others: of another model, every tensor differs."""
+    if len(problems) <= MOST_PROBLEMS:
+        return problems
+    rest = len(problems) - MOST_PROBLEMS
+    return [*problems[:MOST_PROBLEMS], Problem("…", f"and {rest} more", "Correct the first ones")]
+
+
+def _read_json(file: Path, limit: int) -> dict[str, Any]:
+    """Read a bounded JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or holds something else.
+    """
+    try:
+        if not file.is_file():
+            raise CheckpointError(Problem(str(file), "is missing", "Choose a folder that transformers has saved"))
+        with file.open("rb") as source:
+            content = source.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"larger than {limit} bytes")
+        found = json.loads(content.decode())
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {reprlib.repr(found)}")
+    except OSError as error:
+        raise CheckpointError(Problem(str(file), f"cannot be read ({reason_of(error)})", DOWNLOAD)) from None
+    except (ValueError, RecursionError) as error:
+        message = f"is not readable JSON ({error or 'nested too deeply'})"
+        raise CheckpointError(Problem(str(file), message, DOWNLOAD)) from None
+    return found

@@ -1,0 +1,120 @@
+"""Import of a Hugging Face folder as a checkpoint, which a run loads in any layout.
+
+Pieces of tensors are read, converted and written one after the other, so memory is that of one piece, a few megabytes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from internlm.checkpoint.hf_export import check_new
+from internlm.checkpoint.hf_folder import HFFolder
+from internlm.checkpoint.hf_reader import HFReader
+from internlm.checkpoint.hf_specs import NamedSpec, spec_of_folder
+from internlm.checkpoint.local_storage import LocalStorage
+from internlm.checkpoint.logical_tensors import LogicalTensor
+from internlm.checkpoint.manifest import FORMAT
+from internlm.checkpoint.planners import LogicalSavePlanner
+from internlm.checkpoint.run_state import LossScaleState, OptimizerCounters, RunState, TrainCounters, current_versions
+from internlm.checkpoint.tensor_writer import Save, TensorWriter
+
+
+def import_folder(source: Path, target: Path) -> str:
+    """Write the model of a Hugging Face folder as a checkpoint of step 0, without optimizer state.
+
+    Args:
+        source: The Hugging Face folder.
+        target: Folder of the checkpoint, which must not exist.
+
+    Returns:
+        The ``model`` section of a config for it, as Python.
+
+    Raises:
+        CheckpointError: The folder is damaged, or its model has no counterpart; or ``target`` exists.
+        OSError: The checkpoint cannot be written.
+    """
+    check_new(target)
+    folder = HFFolder(source)
+    model = spec_of_folder(folder)
+    with HFReader(folder, model.spec) as reader:
+        reader.check()
+        dtypes = {name: reader.dtype(name) for name in reader.rows}
+        section = {**model.keys, "dtype": str(_largest(reader, dtypes))}
+        _write(reader, dtypes, target, _state(model, section))
+    return "\n".join(_snippet(source, target, model.model_type, section)) + "\n"
+
+
+def _largest(reader: HFReader, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return the dtype of the largest tensor: norms may be stored with more precision."""
+    name = max(dtypes, key=lambda name: torch.Size(reader.shapes[name]).numel())
+    return dtypes[name]
+
+
+class _LazyPlanner(LogicalSavePlanner):
+    """Planner that reads a piece from the folder when it is written."""
+
+    def __init__(self, reader: HFReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """Return the piece at ``index``."""
+        logical = self.state_dict[index.fqn]
+        piece = torch.empty(logical.piece(index.offset).shape, dtype=logical.dtype)
+        assert index.offset is not None
+        self._reader.read_slice(index.fqn.removeprefix("model/"), tuple(index.offset), piece)
+        return piece
+
+
+def _write(reader: HFReader, dtypes: Mapping[str, torch.dtype], target: Path, state: RunState) -> None:
+    # Tensors on the meta device have a shape, and no memory.
+    tensors = {
+        f"model/{name}": LogicalTensor.whole(torch.empty(reader.shapes[name], dtype=dtype, device="meta"))
+        for name, dtype in dtypes.items()
+    }
+    storage, attempt = LocalStorage(target.parent), secrets.token_hex(4)
+    storage.prepare()
+    planner = _LazyPlanner(reader)
+    planner.set_up_planner(dict(tensors), is_coordinator=True)
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    writer = TensorWriter(storage, Save(checkpoint=target.name, step=0, state=state), attempt)
+    try:
+        results = writer.write_data(planner.finish_plan(plans[0]), planner).value()
+        # Again before it is published, which would replace a checkpoint.
+        writer.before_commit = lambda: check_new(target)
+        writer.finish(metadata, [results])
+    except BaseException:
+        storage.discard(target.name, attempt)
+        raise
+
+
+def _state(model: NamedSpec, section: Mapping[str, Any]) -> RunState:
+    resolved = {**model.spec.config.model_dump(mode="json"), "dtype": section["dtype"]}
+    return RunState(
+        format=FORMAT,
+        config={"model_type": model.model_type, "model": resolved, "data": {}},
+        train_state=TrainCounters(step=0, num_consumed_tokens=0, inf_nan_skip_batches=0),
+        optimizer=OptimizerCounters(
+            updates=0, skipped_in_a_row=0, loss_scale=LossScaleState(scale=1.0, good_steps=0, overflows=0)
+        ),
+        sampler=[0, 0, 0],
+        data="",
+        seed=0,
+        versions=current_versions(),
+    )
+
+
+def _snippet(source: Path, target: Path, model_type: str, section: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# The model of {str(source)!r}."
+    yield f"model_type = {model_type!r}"
+    yield "model = dict("
+    yield from (f"    {key}={value!r}," for key, value in section.items() if value is not None)
+    yield ")"
+    yield f"ckpt = dict(load_ckpt_info=dict(path={str(target)!r}, content=('model',)))"

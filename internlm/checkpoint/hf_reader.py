@@ -1,0 +1,153 @@
+"""Reader of a decoder's tensors from a Hugging Face folder, box by box: a rank reads only the slices that it holds."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.hf_folder import HFFolder, shortened
+from internlm.checkpoint.logical_tensors import PIECE_BYTES, LogicalTensors, Offsets, cut
+from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, OpenTensors, StoredTensor
+from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
+from internlm.model.spec import DecoderSpec
+from internlm.utils.errors import CheckpointError, Problem
+
+#: Tensors that old folders hold although they follow from the config.
+_COMPUTED = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.inv_freq")
+_MODEL = "Use a model section that matches its config.json"
+
+
+class HFReader:
+    """Tensors of a decoder in a Hugging Face folder. Use it as a context manager, which keeps the files open.
+
+    Args:
+        folder: The folder.
+        spec: The decoder that its tensors are read for.
+    """
+
+    def __init__(self, folder: HFFolder, spec: DecoderSpec) -> None:
+        self.folder = folder
+        self.is_tied = spec.config.tie_word_embeddings
+        self.rows: dict[str, list[HFTensor]] = {}
+        """Tensors of the folder that make up each tensor of the decoder."""
+        for row in hf_tensors(spec):
+            self.rows.setdefault(row.ours, []).append(row)
+        self.shapes = tensor_shapes(spec)
+        """Shape of each tensor of the decoder."""
+        self._files: dict[object, OpenTensors] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> HFReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()
+        self._open.close()
+
+    def check(self) -> None:
+        """Check that the folder has the decoder's tensors, with their shapes and floating-point dtypes, and no others.
+
+        Raises:
+            CheckpointError: It does not.
+        """
+        if problems := [*self._problems(), *self._unused()]:
+            raise CheckpointError(*shortened(problems))
+
+    def _problems(self) -> Iterator[Problem]:
+        for row in (row for rows in self.rows.values() for row in rows):
+            stored, where = self.folder.tensors.get(row.name), f"{self.folder.path}: {row.name}"
+            if stored is None:
+                yield Problem(where, "is missing", _MODEL)
+            elif stored.dtype not in DTYPES:
+                yield Problem(where, f"expected dtype {', '.join(DTYPES)}, got {stored.dtype}", DOWNLOAD)
+            elif stored.shape != (expected := row.shape(self.shapes[row.ours])):
+                yield Problem(where, f"expected shape {list(expected)}, got {list(stored.shape)}", _MODEL)
+
+    def _unused(self) -> Iterator[Problem]:
+        known = {row.name for rows in self.rows.values() for row in rows}
+        for name in self.folder.tensors:
+            if name in known or _COMPUTED.fullmatch(name):
+                continue
+            where = f"{self.folder.path}: {reprlib.repr(name)}"
+            if name == "lm_head.weight" and self.is_tied:
+                if self._differs_from_embedding(name):
+                    message = "differs from model.embed_tokens.weight, although tie_word_embeddings is true"
+                    yield Problem(where, message, "Set it to false in config.json and in the model section")
+                continue
+            yield Problem(where, "the model has no such tensor", _MODEL)
+
+    def _differs_from_embedding(self, name: str) -> bool:
+        one, other = (self.folder.tensors.get(key) for key in (name, "model.embed_tokens.weight"))
+        if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return True
+        whole = torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta")
+        for offsets, part in cut((0,) * len(one.shape), whole, PIECE_BYTES // whole.itemsize):
+            boxes = [self._box(stored, one.shape, offsets, part.shape) for stored in (one, other)]
+            if not torch.equal(*(box.view(torch.uint8) for box in boxes)):
+                return True
+        return False
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the narrowest dtype that holds the values of all tensors that make up the decoder's ``name``."""
+        first, *others = (DTYPES[self.folder.tensors[row.name].dtype] for row in self.rows[name])
+        for other in others:
+            first = torch.promote_types(first, other)
+        return first
+
+    def read(self, tensors: LogicalTensors) -> None:
+        """Read into the slices of ``tensors``, whose names begin with ``model/``.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                for offsets, target in tensor.slices.items():
+                    # Small enough that memory is bounded, large enough that reading dominates.
+                    for at, part in cut(offsets, target, PIECE_BYTES // tensor.dtype.itemsize):
+                        self.read_slice(name.removeprefix("model/"), at, part)
+
+    def read_slice(self, name: str, offsets: Offsets, target: Tensor) -> None:
+        """Read the slice of the decoder's tensor ``name`` that begins at ``offsets`` into ``target``.
+
+        Args:
+            name: Name of the tensor in the decoder.
+            offsets: Offsets of the slice.
+            target: Memory to read into, of the slice's shape and any floating-point dtype.
+        """
+        for row in self.rows[name]:
+            own_offsets, own = list(offsets), target
+            if row.part is not None:
+                axis, start, length = row.part
+                first = max(offsets[axis], start)
+                last = min(offsets[axis] + target.shape[axis], start + length)
+                if first >= last:
+                    continue
+                own = target.narrow(axis, first - offsets[axis], last - first)
+                own_offsets[axis] = first - start
+            self._read_part(row, row.part_shape(self.shapes[name]), own_offsets, own)
+
+    def _read_part(self, row: HFTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
+        stored = self.folder.tensors[row.name]
+        if not row.is_interleaved:
+            target.copy_(self._box(stored, shape, offsets, target.shape))
+            return
+        # Their head holds the elements of even index first. Whole heads are read, and what is needed of them is taken.
+        axis = row.head_axis(len(shape))
+        split = [*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :]]
+        sizes = [*target.shape[:axis], 2, shape[axis] // 2, *target.shape[axis + 1 :]]
+        box = self._box(stored, split, [*offsets[:axis], 0, 0, *offsets[axis + 1 :]], sizes)
+        heads = box.transpose(axis, axis + 1).flatten(axis, axis + 1)
+        target.copy_(heads.narrow(axis, offsets[axis], target.shape[axis]))
+
+    def _box(
+        self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Tensor:
+        if stored.file not in self._files:
+            self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
+        return self._files[stored.file].read_box(stored, shape, offsets, sizes)

@@ -1,0 +1,81 @@
+"""Hugging Face folders of runs: parameters that a run starts from, and its last checkpoint in this format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm.checkpoint.hf_export import Export, check_exportable, export, hf_config
+from internlm.checkpoint.hf_folder import HFFolder, shortened
+from internlm.checkpoint.hf_reader import HFReader
+from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
+from internlm.checkpoint.run_content import RunContent
+from internlm.checkpoint.saved_checkpoint import open_checkpoint
+from internlm.checkpoint.storage import Storage
+from internlm.utils.errors import CheckpointError, DataError
+
+
+def load_hf_folder(content: RunContent, path: str) -> str:
+    """Load the model of ``content`` from the Hugging Face folder ``path``, in any layout; collective.
+
+    Each rank reads only the slices that it holds. The ``model`` section of the config is compared with
+    ``config.json``, and all tensors with what the model needs, before anything is loaded.
+
+    Returns:
+        Model type of the folder.
+
+    Raises:
+        CheckpointError: On some rank, the folder cannot be read, or does not match the model. In the former case,
+            parameters may have been overwritten.
+    """
+    tensors = {name: x for name, x in content.tensors().items() if name.startswith("model/")}
+    with content.exchange.failing_together():
+        folder = HFFolder(Path(path.removeprefix("local:")))
+        theirs, ours = spec_of_folder(folder), spec_of_config(content.run_info["config"], "config")
+        if problems := list(differences(folder.path, theirs.spec, ours.spec, content.config.allow_model_changes)):
+            raise CheckpointError(*shortened(problems))
+        with HFReader(folder, ours.spec) as reader:
+            reader.check()
+    with content.exchange.failing_together(), reader:
+        reader.read(tensors)
+    # Main parameters still hold the initial values; the first update would write them back to the model.
+    content.optimizer.copy_model_to_main_params()
+    return str(folder.config["model_type"])
+
+
+def check_run_exportable(config: Mapping[str, Any]) -> None:
+    """Check, before a run trains, that its checkpoints can be written as Hugging Face folders.
+
+    Args:
+        config: Resolved config of the run, as a nested dict.
+
+    Raises:
+        CheckpointError: The format cannot express the model, or the tokenizer cannot be read.
+    """
+    model = spec_of_config(config, "ckpt.enable_internevo2hf_ckpt")
+    check_exportable(model)
+    try:
+        hf_config(model, _tokenizer(config))
+    except DataError as error:
+        raise CheckpointError(*error.problems) from None
+
+
+def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str:
+    """Write the checkpoint ``name`` of a run as the folder ``<name>-hf`` beside it, and return its path.
+
+    Such a folder of an earlier run is replaced, as the checkpoint itself was.
+
+    Raises:
+        CheckpointError: The checkpoint does not verify.
+        OSError: The folder cannot be written.
+    """
+    target = Path(storage.path(f"{name}-hf"))
+    model = spec_of_config(config, "config")
+    export(open_checkpoint(storage, name), model, target, Export(tokenizer=_tokenizer(config), replaces=True))
+    return str(target)
+
+
+def _tokenizer(config: Mapping[str, Any]) -> Path | None:
+    path = config["data"].get("tokenizer_path")
+    return Path(path) if path else None

@@ -1,0 +1,241 @@
+"""Reader and writer of safetensors files, which hold tensors as raw bytes after a JSON header.
+
+Files are read box by box, and written tensor by tensor, so memory is that of one box or tensor. Files that are read are
+not trusted: the header is bounded, and its tensors must cover the rest of the file exactly once. They are read rather
+than mapped into memory: a file that is cut short while it is read is an error, not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import reprlib
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.local_files import LocalSource
+from internlm.checkpoint.storage import Sink
+from internlm.checkpoint.tensor_writer import memory_of
+from internlm.utils.errors import CheckpointError, Problem
+
+#: Names of the dtypes whose tensors can be loaded.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Size in bits of an element of further dtypes, whose tensors are only listed.
+_BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16"), 16),
+    **dict.fromkeys(("U32", "I32"), 32),
+    **dict.fromkeys(("U64", "I64", "C64"), 64),
+}
+#: Limit of the header in bytes: enough for some 200 thousand tensors.
+LARGEST_HEADER = 1 << 25
+_MOST_AXES = 16
+DOWNLOAD = "Download the file again, or choose another folder"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Tensor of a safetensors file."""
+
+    file: Path
+    dtype: str
+    """Name of the dtype in the format, such as ``BF16``."""
+    shape: tuple[int, ...]
+    start: int
+    """Position of the first byte in the file."""
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its header is damaged or does not describe the file.
+    """
+    with OpenTensors(file) as source:
+        try:
+            return _parse(file, source.size, source.header())
+        except (ValueError, RecursionError) as error:
+            message = f"is not a whole safetensors file ({error or 'nested too deeply'})"
+            raise CheckpointError(Problem(str(file), message, DOWNLOAD)) from None
+
+
+class OpenTensors:
+    """Safetensors file that is open for reading, in a ``with`` block.
+
+    Raises:
+        CheckpointError: The file is missing, is no regular file, or cannot be read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> OpenTensors:
+        try:
+            # Without O_NONBLOCK, opening a named pipe would block. Links are followed: caches of downloads have them.
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckpointError(Problem(str(self.file), "is not a regular file", DOWNLOAD))
+        self._source = LocalSource(descriptor, str(self.file))
+        self.size = self._source.size
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._source.close()
+
+    def header(self) -> bytes:
+        """Read the JSON header.
+
+        Raises:
+            ValueError: There is none.
+        """
+        length = int.from_bytes(self._read_bytes(0, 8), "little")
+        if length > min(self.size - 8, LARGEST_HEADER):
+            raise ValueError(f"its header has {length} bytes by its first 8 bytes, and the file {self.size}")
+        return self._read_bytes(8, length)
+
+    def _read_bytes(self, position: int, length: int) -> bytes:
+        content = bytearray(length)
+        try:
+            count = self._source.read_into(position, memoryview(content))
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if count < length:
+            raise ValueError(f"it ends at byte {position + count}")
+        return bytes(content)
+
+    def read_box(
+        self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Tensor:
+        """Read a box of a tensor.
+
+        Args:
+            stored: Tensor of this file, with a dtype of :data:`DTYPES`.
+            shape: Shape that the tensor is viewed as.
+            offsets: First index of the box, by axis of ``shape``.
+            sizes: Sizes of the box.
+
+        Returns:
+            The box, on the host, in the dtype that is stored.
+        """
+        box = torch.empty(tuple(sizes), dtype=DTYPES[stored.dtype])
+        memory, filled = memory_of(box), 0
+        for first, count in runs_of_box(shape, offsets, sizes):
+            length = count * box.itemsize
+            target = memory[filled : filled + length]
+            try:
+                read = self._source.read_into(stored.start + first * box.itemsize, target)
+            except OSError as error:
+                raise self._unreadable(error) from None
+            if read < length:
+                raise CheckpointError(Problem(str(self.file), "was cut short while it was read", DOWNLOAD))
+            filled += length
+        return box
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(Problem(str(self.file), f"cannot be read ({reason_of(error)})", DOWNLOAD))
+
+
+def runs_of_box(
+    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Yield (first element, number of elements) of the runs in memory that make up a box of a row-major tensor."""
+    if math.prod(sizes) == 0:
+        return
+    # The axes from ``inner`` on are covered, so a run is a range of the axis before them.
+    inner = len(shape)
+    while inner > 0 and sizes[inner - 1] == shape[inner - 1]:
+        inner -= 1
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    outer = max(inner - 1, 0)
+    base = offsets[outer] * strides[outer] if shape else 0
+    count = math.prod(sizes[outer:])
+    for index in itertools.product(*(range(offsets[axis], offsets[axis] + sizes[axis]) for axis in range(outer))):
+        yield base + sum(i * stride for i, stride in zip(index, strides, strict=False)), count
+
+
+def header_of(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """Return the beginning of a file whose tensors (dtype, shape) follow in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(sink: Sink, header: bytes, tensors: Iterable[Tensor]) -> None:
+    """Write a file: its header, then contiguous tensors on the host, each of which is made when it is written."""
+    sink.write(memoryview(header))
+    for tensor in tensors:
+        sink.write(memory_of(tensor))
+
+
+# -- header -----------------------------------------------------------------------------------------------------------
+
+
+def _parse(file: Path, size: int, header: bytes) -> dict[str, StoredTensor]:
+    content = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object as header, got {reprlib.repr(content)}")
+    start = 8 + len(header)
+    tensors, ranges = {}, []
+    for name, entry in content.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (first, last) = _checked(entry)
+        except ValueError as error:
+            raise ValueError(f"{reprlib.repr(name)}: {error}") from None
+        tensors[name] = StoredTensor(file, dtype, shape, start + first)
+        ranges.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(ranges):
+        if first != end:
+            found = "overlaps another tensor" if first < end else f"does not begin at byte {end}, where the last ends"
+            raise ValueError(f"{reprlib.repr(name)} {found}")
+        end = last
+    if start + end != size:
+        raise ValueError(f"expected {start + end} bytes by its header, got {size}")
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{reprlib.repr(twice)} occurs twice")
+    return content
+
+
+def _checked(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Check the dtype, the shape and the range of bytes of a tensor, and return them."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {reprlib.repr(entry)}")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"unknown dtype {reprlib.repr(dtype)}")
+    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not (isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)):
+            raise ValueError(f"{key}: expected non-negative integers, got {reprlib.repr(numbers)}")
+    if len(shape) > _MOST_AXES or len(offsets) != 2:
+        raise ValueError(f"shape {reprlib.repr(shape)} with data_offsets {reprlib.repr(offsets)}")
+    expected = math.prod(shape) * _BITS[dtype] // 8
+    if offsets[1] - offsets[0] != expected:
+        raise ValueError(f"{dtype} of shape {shape} has {expected} bytes, but data_offsets are {offsets}")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
