@@ -276,7 +276,9 @@ class _Tensors:
             whole = whole.to(row.dtype)
         if row.dtype.itemsize < stored.properties.dtype.itemsize and not _is_finite(whole):
             message = f"has values that {str(row.dtype).removeprefix('torch.')} cannot hold"
-            raise CheckpointError(Problem(f"{self._checkpoint.where}: {name}", message, "Use --dtype bfloat16 or float32"))
+            raise CheckpointError(
+                Problem(f"{self._checkpoint.where}: {name}", message, "Use --dtype bfloat16 or float32")
+            )
         return whole
 
 

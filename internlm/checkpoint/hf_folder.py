@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.checkpoint.folder_checks import reason_of
-from internlm.checkpoint.safetensors_files import DOWNLOAD, StoredTensor, read_header
+from internlm.checkpoint.safetensors_files import DOWNLOAD, StoredTensor, quoted, read_header
 from internlm.utils.errors import CheckpointError, Problem
 
 CONFIG, INDEX, ONE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -56,7 +56,9 @@ class HFFolder:
         config = _read_json(self.path / CONFIG, _LARGEST_CONFIG)
         if config.get("quantization_config"):
             message = "quantization_config is set, and quantised weights cannot be loaded"
-            raise CheckpointError(Problem(str(self.path / CONFIG), message, "Choose a folder with the original weights"))
+            raise CheckpointError(
+                Problem(str(self.path / CONFIG), message, "Choose a folder with the original weights")
+            )
         return config
 
     def _index(self) -> dict[str, str]:
@@ -66,11 +68,13 @@ class HFFolder:
             return {}
         files = _read_json(file, _LARGEST_INDEX).get("weight_map")
         if not (isinstance(files, dict) and files):
-            raise CheckpointError(Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD))
+            raise CheckpointError(
+                Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD)
+            )
         for name, target in files.items():
             if not (isinstance(target, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", target, re.ASCII)):
                 message = f"expected a safetensors file of this folder, got {reprlib.repr(target)}"
-                raise CheckpointError(Problem(f"{file}: {reprlib.repr(name)}", message, DOWNLOAD))
+                raise CheckpointError(Problem(f"{file}: {quoted(name)}", message, DOWNLOAD))
         return files
 
     def _only_file(self) -> str:
@@ -90,10 +94,10 @@ class HFFolder:
     ) -> Iterator[Problem]:
         for name, file in index.items():
             if name not in of_files[file]:
-                yield Problem(f"{self.path / file}: {reprlib.repr(name)}", f"is missing, but {INDEX} names it", DOWNLOAD)
+                yield Problem(f"{self.path / file}: {quoted(name)}", f"is missing, but {INDEX} names it", DOWNLOAD)
         for file, tensors in of_files.items():
             for name in tensors.keys() - index.keys():
-                yield Problem(f"{self.path / file}: {reprlib.repr(name)}", f"is not listed in {INDEX}", DOWNLOAD)
+                yield Problem(f"{self.path / file}: {quoted(name)}", f"is not listed in {INDEX}", DOWNLOAD)
 
 
 def _doubles(path: Path, of_files: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[Problem]:
@@ -101,7 +105,7 @@ def _doubles(path: Path, of_files: Mapping[str, Mapping[str, StoredTensor]]) -> 
     for file, tensors in of_files.items():
         for name in tensors:
             if name in seen:
-                yield Problem(f"{path / file}: {reprlib.repr(name)}", f"is in {seen[name]} too", DOWNLOAD)
+                yield Problem(f"{path / file}: {quoted(name)}", f"is in {seen[name]} too", DOWNLOAD)
             seen.setdefault(name, file)
 
 

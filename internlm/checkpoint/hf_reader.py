@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from internlm.checkpoint.hf_folder import HFFolder, shortened
 from internlm.checkpoint.logical_tensors import PIECE_BYTES, LogicalTensors, Offsets, cut
-from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, OpenTensors, StoredTensor
+from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, OpenTensors, StoredTensor, quoted
 from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
 from internlm.model.spec import DecoderSpec
 from internlm.utils.errors import CheckpointError, Problem
@@ -73,7 +72,7 @@ class HFReader:
         for name in self.folder.tensors:
             if name in known or _COMPUTED.fullmatch(name):
                 continue
-            where = f"{self.folder.path}: {reprlib.repr(name)}"
+            where = f"{self.folder.path}: {quoted(name)}"
             if name == "lm_head.weight" and self.is_tied:
                 if self._differs_from_embedding(name):
                     message = "differs from model.embed_tokens.weight, although tie_word_embeddings is true"
@@ -145,9 +144,7 @@ class HFReader:
         heads = box.transpose(axis, axis + 1).flatten(axis, axis + 1)
         target.copy_(heads.narrow(axis, offsets[axis], target.shape[axis]))
 
-    def _box(
-        self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
-    ) -> Tensor:
+    def _box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         if stored.file not in self._files:
             self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
         return self._files[stored.file].read_box(stored, shape, offsets, sizes)

@@ -73,7 +73,11 @@ def _spec(model_type: str, keys: Mapping[str, Any], where: str, todo: str) -> De
             raise CheckpointError(Problem(where, str(error), todo)) from None
         details = error.errors(include_url=False)
         problems = [
-            Problem(f"{where}: model.{'.'.join(map(str, detail['loc']))}", f"{detail['msg']}, got {reprlib.repr(detail['input'])}", todo)
+            Problem(
+                f"{where}: model.{'.'.join(map(str, detail['loc']))}",
+                f"{detail['msg']}, got {reprlib.repr(detail['input'])}",
+                todo,
+            )
             for detail in details
         ]
         raise CheckpointError(*problems) from None
@@ -106,7 +110,9 @@ def _of_family(name: str) -> _Value:
 
 #: What decides the shapes and names of tensors, by the key that a user sets.
 SHAPES: dict[str, _Value] = {
-    **{f"model.{name}": _of_config(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")},
+    **{
+        f"model.{name}": _of_config(name) for name in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    },
     "model.num_kv_attention_heads": _of_config("kv_heads"),
     "model.head_dim": _of_config("head_size"),
     "model.mlp_ratio (feed-forward width)": _of_config("intermediate_size"),
@@ -143,9 +149,7 @@ def _local_base(spec: DecoderSpec) -> float | None:
     return spec.local_rotary.base if has_windows else None
 
 
-def differences(
-    folder: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False
-) -> Iterator[Problem]:
+def differences(folder: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False) -> Iterator[Problem]:
     """Yield a problem for each difference between the decoder of a Hugging Face folder and that of a run.
 
     Args:

@@ -41,7 +41,13 @@ _BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {
 #: Limit of the header in bytes: enough for some 200 thousand tensors.
 LARGEST_HEADER = 1 << 25
 _MOST_AXES = 16
+_LONGEST_NAME = 200
 DOWNLOAD = "Download the file again, or choose another folder"
+
+
+def quoted(name: str) -> str:
+    """Return the name of a tensor in quotes, with escapes, and not longer than any real one."""
+    return repr(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
 
 
 @dataclass(frozen=True)
@@ -149,9 +155,7 @@ class OpenTensors:
         return CheckpointError(Problem(str(self.file), f"cannot be read ({reason_of(error)})", DOWNLOAD))
 
 
-def runs_of_box(
-    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
-) -> Iterator[tuple[int, int]]:
+def runs_of_box(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield (first element, number of elements) of the runs in memory that make up a box of a row-major tensor."""
     if math.prod(sizes) == 0:
         return
@@ -184,6 +188,7 @@ def write_tensors(sink: Sink, header: bytes, tensors: Iterable[Tensor]) -> None:
     sink.write(memoryview(header))
     for tensor in tensors:
         sink.write(memory_of(tensor))
+        del tensor  # before the next one is made
 
 
 # -- header -----------------------------------------------------------------------------------------------------------
@@ -201,14 +206,14 @@ def _parse(file: Path, size: int, header: bytes) -> dict[str, StoredTensor]:
         try:
             dtype, shape, (first, last) = _checked(entry)
         except ValueError as error:
-            raise ValueError(f"{reprlib.repr(name)}: {error}") from None
+            raise ValueError(f"{quoted(name)}: {error}") from None
         tensors[name] = StoredTensor(file, dtype, shape, start + first)
         ranges.append((first, last, name))
     end = 0
     for first, last, name in sorted(ranges):
         if first != end:
             found = "overlaps another tensor" if first < end else f"does not begin at byte {end}, where the last ends"
-            raise ValueError(f"{reprlib.repr(name)} {found}")
+            raise ValueError(f"{quoted(name)} {found}")
         end = last
     if start + end != size:
         raise ValueError(f"expected {start + end} bytes by its header, got {size}")
@@ -219,7 +224,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{reprlib.repr(twice)} occurs twice")
+        raise ValueError(f"{quoted(twice)} occurs twice")
     return content
 
 
@@ -227,15 +232,19 @@ def _checked(entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     """Check the dtype, the shape and the range of bytes of a tensor, and return them."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {reprlib.repr(entry)}")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = entry.get("dtype"), _counts(entry, "shape"), _counts(entry, "data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"unknown dtype {reprlib.repr(dtype)}")
-    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not (isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)):
-            raise ValueError(f"{key}: expected non-negative integers, got {reprlib.repr(numbers)}")
     if len(shape) > _MOST_AXES or len(offsets) != 2:
         raise ValueError(f"shape {reprlib.repr(shape)} with data_offsets {reprlib.repr(offsets)}")
     expected = math.prod(shape) * _BITS[dtype] // 8
     if offsets[1] - offsets[0] != expected:
         raise ValueError(f"{dtype} of shape {shape} has {expected} bytes, but data_offsets are {offsets}")
     return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def _counts(entry: Mapping[str, Any], key: str) -> list[int]:
+    numbers = entry.get(key)
+    if not (isinstance(numbers, list) and all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)):
+        raise ValueError(f"{key}: expected non-negative integers, got {reprlib.repr(numbers)}")
+    return numbers

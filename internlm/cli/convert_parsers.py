@@ -28,9 +28,15 @@ def to_hf(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CKPT", help="checkpoint, such as llm_ckpts/first/step-1000")
     add("target", metavar="OUT", type=Path, help="folder to write, which must not exist")
     add("--config", metavar="CONFIG", help="config of the model (default: the one that the checkpoint holds)")
-    add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="dtype of all tensors (default: as saved)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "float64"),
+        help="dtype of all tensors (default: as saved)",
+    )
     add("--shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="size limit of a file (default: 5GB)")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="folder with tokenizer files to copy, or a sentencepiece model")
+    add(
+        "--tokenizer", type=Path, metavar="FOLDER", help="folder with tokenizer files to copy, or a sentencepiece model"
+    )
 
 
 def from_hf(parser: argparse.ArgumentParser) -> None:

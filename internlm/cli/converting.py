@@ -37,7 +37,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
     )
     target = Path(os.path.abspath(a.target.expanduser()))
     files = export(checkpoint, model, target, settings)
-    print(f"{target}: {len(files)} file{'s' if len(files) > 1 else ''} with tensors, {sum(f.stat().st_size for f in files)} bytes")
+    size = sum(file.stat().st_size for file in files)
+    print(f"{target}: {len(files)} {'file' if len(files) == 1 else 'files'} with tensors, {size} bytes")
 
 
 @reports_storage_errors

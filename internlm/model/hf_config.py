@@ -278,7 +278,9 @@ def _from_rope(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
         if "rope_theta" in of_windows:
             local = {"local_rope_base": _number(of_windows, "rope_theta")}
         if of_windows.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type of sliding_attention: {reprlib.repr(of_windows['rope_type'])} is not 'default'")
+            raise ValueError(
+                f"rope_type of sliding_attention: {reprlib.repr(of_windows['rope_type'])} is not 'default'"
+            )
     elif config.get("rope_local_base_freq") is not None:
         local = {"local_rope_base": _number(config, "rope_local_base_freq")}
     if row.model_type != "gemma3_text":
@@ -291,7 +293,9 @@ def _from_rope(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ("llama3", "yarn"):
         known = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
         has_length = rope.get("original_max_position_embeddings") is not None
-        original = _number(*((rope, "original_max_position_embeddings") if has_length else (config, "max_position_embeddings")))
+        original = _number(
+            *((rope, "original_max_position_embeddings") if has_length else (config, "max_position_embeddings"))
+        )
         scaling = {name: _number(rope, name) for name in known if rope.get(name) is not None}
         return keys | {"rope_scaling": {"type": kind, "original_max_position": int(original), **scaling}}
     if kind != "default":
