@@ -100,6 +100,7 @@ def check_exportable(model: NamedSpec) -> None:
     Raises:
         CheckpointError: It cannot; every setting is named.
     """
+    # Before anything is read: the largest of models would otherwise be refused after minutes.
     if problems := list(unsupported_by(model.model_type, model.spec)):
         raise CheckpointError(*problems)
 
@@ -135,6 +136,7 @@ def new_folder(target: Path, replaces: bool = False) -> Iterator[Path]:
         replaced = partial.with_name(f"{partial.name}-replaced")
         if replaces and target.is_dir():
             os.rename(target, replaced)
+        # Again: another process may have made it, and renaming replaces an empty folder.
         check_new(target)
         os.rename(partial, target)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -184,6 +186,7 @@ def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | No
         for name, found in checkpoint.metadata.state_dict_metadata.items()
         if name.startswith("model/") and isinstance(found, TensorStorageMetadata)
     }
+    # Beside one another, so that each of ours is read and verified once.
     by_ours: dict[str, list[HFTensor]] = {}
     for tensor in hf_tensors(model.spec):
         by_ours.setdefault(tensor.ours, []).append(tensor)
@@ -234,6 +237,7 @@ def _write_shards(
     checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[_Row], limit: int, storage: LocalStorage
 ) -> list[str]:
     shards = _shards(rows, limit)
+    # The number of files is in their names, so it is known before the first is written.
     count = len(shards)
     files = [ONE_FILE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
     tensors = _Tensors(checkpoint, model)

@@ -39,6 +39,7 @@ class HFFolder:
         self.path = path
         self.config = self._config()
         index = self._index()
+        # All headers are read, and no tensor: what is wrong is known before anything is written.
         files = sorted({*index.values()}) if index else [self._only_file()]
         of_files = {file: read_header(path / file) for file in files}
         problems = list(_doubles(path, of_files))
@@ -71,6 +72,7 @@ class HFFolder:
             raise CheckpointError(
                 Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD)
             )
+        # The names of files are joined to the folder's path, so each must be a plain name.
         for name, target in files.items():
             if not (isinstance(target, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", target, re.ASCII)):
                 message = f"expected a safetensors file of this folder, got {reprlib.repr(target)}"

@@ -67,6 +67,7 @@ class _LazyPlanner(LogicalSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """Return the piece at ``index``."""
         logical = self.state_dict[index.fqn]
+        # Pieces of whole fused tensors are made here, from several tensors of theirs.
         piece = torch.empty(logical.piece(index.offset).shape, dtype=logical.dtype)
         assert index.offset is not None
         self._reader.read_slice(index.fqn.removeprefix("model/"), tuple(index.offset), piece)

@@ -73,6 +73,7 @@ class HFReader:
             if name in known or _COMPUTED.fullmatch(name):
                 continue
             where = f"{self.folder.path}: {quoted(name)}"
+            # Some tools save a tied head too. If it is another tensor, the folder says two things.
             if name == "lm_head.weight" and self.is_tied:
                 if self._differs_from_embedding(name):
                     message = "differs from model.embed_tokens.weight, although tie_word_embeddings is true"
@@ -93,6 +94,7 @@ class HFReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the narrowest dtype that holds the values of all tensors that make up the decoder's ``name``."""
+        # Norms may be stored with more precision than matrices, and nothing of it is lost.
         first, *others = (DTYPES[self.folder.tensors[row.name].dtype] for row in self.rows[name])
         for other in others:
             first = torch.promote_types(first, other)
@@ -145,6 +147,7 @@ class HFReader:
         target.copy_(heads.narrow(axis, offsets[axis], target.shape[axis]))
 
     def _box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        # Opening a file for each box would take longer than reading it.
         if stored.file not in self._files:
             self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
         return self._files[stored.file].read_box(stored, shape, offsets, sizes)

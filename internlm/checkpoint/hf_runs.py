@@ -37,6 +37,7 @@ def load_hf_folder(content: RunContent, path: str) -> str:
             raise CheckpointError(*shortened(problems))
         with HFReader(folder, ours.spec) as reader:
             reader.check()
+    # A second phase, so that no rank has changed anything when another one finds that the folder does not match.
     with content.exchange.failing_together(), reader:
         reader.read(tensors)
     # Main parameters still hold the initial values; the first update would write them back to the model.

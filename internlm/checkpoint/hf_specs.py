@@ -60,6 +60,7 @@ def spec_of_config(config: Mapping[str, Any], where: str) -> NamedSpec:
     if not isinstance(model_type, str) or model_type not in FAMILIES or is_own or not isinstance(model, dict):
         message = f"{reprlib.repr(model_type)} is not a built-in model type, of which alone the tensors are known"
         raise CheckpointError(Problem(f"{where}: model_type", message, "Export another model"))
+    # Keys of other versions are left out: they cannot change the names and shapes of tensors, which are compared.
     keys = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
     return NamedSpec(model_type, _spec(model_type, keys, where, "Pass --config with the config of the run"), keys)
 
@@ -139,6 +140,7 @@ MATHEMATICS: dict[str, _Value] = {
 
 def _without_unused_length(spec: DecoderSpec) -> Any:
     """Return the rotary frequencies of global layers; the length that a model is designed for rarely decides them."""
+    # Users often lengthen it for their own data, which changes nothing else.
     rotary = spec.rotary
     length = rotary.max_position if rotary.dynamic_ntk else None
     return (rotary.base, rotary.factor, rotary.dynamic_ntk, length, rotary.context)
@@ -170,6 +172,7 @@ def differences(folder: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_chan
 
 
 def _same(one: Any, other: Any) -> bool:
+    # The scale of attention is a root in one config, and its square in the other.
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other) <= 1e-12 * max(abs(one), abs(other))
     return bool(one == other)

@@ -109,6 +109,7 @@ class OpenTensors:
             ValueError: There is none.
         """
         length = int.from_bytes(self._read_bytes(0, 8), "little")
+        # Before memory is allocated for it: the length may be any number.
         if length > min(self.size - 8, LARGEST_HEADER):
             raise ValueError(f"its header has {length} bytes by its first 8 bytes, and the file {self.size}")
         return self._read_bytes(8, length)
@@ -137,6 +138,7 @@ class OpenTensors:
         Returns:
             The box, on the host, in the dtype that is stored.
         """
+        # Read into the memory of the result: a buffer in between would double what is held.
         box = torch.empty(tuple(sizes), dtype=DTYPES[stored.dtype])
         memory, filled = memory_of(box), 0
         for first, count in runs_of_box(shape, offsets, sizes):
@@ -159,6 +161,7 @@ def runs_of_box(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[in
     """Yield (first element, number of elements) of the runs in memory that make up a box of a row-major tensor."""
     if math.prod(sizes) == 0:
         return
+    # The fewer runs, the fewer calls of the system: axes that are covered are joined with the one before them.
     # The axes from ``inner`` on are covered, so a run is a range of the axis before them.
     inner = len(shape)
     while inner > 0 and sizes[inner - 1] == shape[inner - 1]:
@@ -209,6 +212,7 @@ def _parse(file: Path, size: int, header: bytes) -> dict[str, StoredTensor]:
             raise ValueError(f"{quoted(name)}: {error}") from None
         tensors[name] = StoredTensor(file, dtype, shape, start + first)
         ranges.append((first, last, name))
+    # Exactly once: bytes that no tensor has could be anything, and those of two tensors are a trick.
     end = 0
     for first, last, name in sorted(ranges):
         if first != end:
@@ -221,6 +225,7 @@ def _parse(file: Path, size: int, header: bytes) -> dict[str, StoredTensor]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Readers differ in which of two entries they take, so that a folder could be two models.
     content = dict(pairs)
     if len(content) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)

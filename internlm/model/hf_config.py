@@ -232,6 +232,7 @@ def _check(config: Mapping[str, Any]) -> None:
         if not (config.get(key) is None or isinstance(config[key], bool)):
             raise ValueError(f"{key}: expected true or false, got {reprlib.repr(config[key])}")
     _number(config, "rms_norm_eps")
+    # A setting that is ignored would silently give another model.
     for key, values in _NEUTRAL.items():
         for section in (config, config.get("rope_parameters"), config.get("rope_scaling")):
             if isinstance(section, Mapping) and section.get(key) not in values:
@@ -263,6 +264,7 @@ def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _width(hidden: int, intermediate: int) -> dict[str, Any]:
     """Return keys that give exactly this feed-forward width, which is a product rounded up to a multiple."""
+    # The quotient is what a user would write, and mostly gives the width back.
     ratio = intermediate / hidden
     if int(hidden * ratio) != intermediate:
         ratio = (intermediate + 0.5) / hidden  # which is cut off

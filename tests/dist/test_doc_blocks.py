@@ -173,6 +173,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("pipeline.md", 0): config,
     ("testing.md", 0): distributed_test,
     ("traffic.md", 0): tables("traffic.md"),
+    ("huggingface.md", 0): config,
     ("usage.md", 0): config,
     ("usage.md", 1): config,
     ("usage.md", 2): config,

@@ -145,7 +145,7 @@ class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
     path: PathText
-    """Folder of the checkpoint: ``local:FOLDER``, a plain path or, unless of Hugging Face, ``s3://BUCKET/FOLDER``."""
+    """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``; of Hugging Face, a local one."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"

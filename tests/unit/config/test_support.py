@@ -28,8 +28,8 @@ def test_defaults_run(device: str | None) -> None:
     [
         ({"model.num_shared_experts": 1}, "model.num_shared_experts: 1 is not available in this version. Use 0"),
         (
-            {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
-            "ckpt.load_ckpt_info.ckpt_type: 'hf' is not available in this version. Use internevo",
+            {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "llama"}},
+            "ckpt.load_ckpt_info.ckpt_type: 'llama' is not available in this version. Use one of internevo, hf",
         ),
         (
             {"ckpt.stop_file_path": "s3://bucket/stop"},
