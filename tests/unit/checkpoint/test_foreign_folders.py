@@ -122,8 +122,8 @@ def test_the_error_of_a_source_names_its_format(tmp_path: Path) -> None:
     make(tmp_path, "config.json", "model.safetensors")
     assert str(foreign_source(str(tmp_path), names_in(tmp_path))) == (
         f"{tmp_path}: not a checkpoint of this version: it holds a checkpoint in the format of Hugging Face "
-        "Transformers. Choose a step-N folder that a run has saved, or set ckpt.load_ckpt_info.ckpt_type='hf' (to make a "
-        "checkpoint of it: internlm convert from-hf)"
+        "Transformers. Choose a step-N folder that a run has saved, or set ckpt.load_ckpt_info.ckpt_type='hf' (to make "
+        "a checkpoint of it: internlm convert from-hf)"
     )
 
 
