@@ -112,6 +112,7 @@ def hf_config(model: NamedSpec, tokenizer: Path | None) -> dict[str, Any]:
     if tokenizer is not None:
         loaded = load_tokenizer(str(tokenizer))
         check_vocabulary(loaded, model.spec.config.vocab_size)
+        # A tokenizer that the model cannot hold is refused before anything is written.
         ids |= {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
     return to_hf_config(model.model_type, model.spec) | ids
 
@@ -163,6 +164,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
     if tokenizer is None:
         return
+    # Only known names: the folder may be that of a model, with its weights.
     if not tokenizer.is_dir():
         name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(tokenizer, folder / name)
@@ -223,6 +225,7 @@ def _most_common(rows: Sequence[_Row]) -> str:
 def _shards(rows: Sequence[_Row], limit: int) -> list[list[_Row]]:
     """Return the rows of each file."""
     shards: list[list[_Row]] = []
+    # As if a file were full, so that the first tensor begins one.
     size = limit
     for row in rows:
         size += row.bytes
@@ -278,6 +281,7 @@ class _Tensors:
             for part in whole.split(max(_FOLDED_ELEMENTS // whole.shape[1], 1)):
                 part.copy_(F.normalize(part.to(wide(part.dtype)), dim=-1))
             whole = whole.to(row.dtype)
+        # Infinite weights would show in a server, long after the export.
         if row.dtype.itemsize < stored.properties.dtype.itemsize and not _is_finite(whole):
             message = f"has values that {str(row.dtype).removeprefix('torch.')} cannot hold"
             raise CheckpointError(

@@ -80,6 +80,7 @@ def _write(reader: HFReader, dtypes: Mapping[str, torch.dtype], target: Path, st
         f"model/{name}": LogicalTensor.whole(torch.empty(reader.shapes[name], dtype=dtype, device="meta"))
         for name, dtype in dtypes.items()
     }
+    # Written and published as any other checkpoint: a process that is killed leaves none that is half.
     storage, attempt = LocalStorage(target.parent), secrets.token_hex(4)
     storage.prepare()
     planner = _LazyPlanner(reader)
@@ -97,6 +98,7 @@ def _write(reader: HFReader, dtypes: Mapping[str, torch.dtype], target: Path, st
 
 
 def _state(model: NamedSpec, section: Mapping[str, Any]) -> RunState:
+    # All keys, with the defaults of today: a later version may have others.
     resolved = {**model.spec.config.model_dump(mode="json"), "dtype": section["dtype"]}
     return RunState(
         format=FORMAT,

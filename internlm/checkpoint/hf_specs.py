@@ -56,6 +56,7 @@ def spec_of_config(config: Mapping[str, Any], where: str) -> NamedSpec:
         CheckpointError: The model is not of a built-in family, or a value is wrong.
     """
     model_type, model = config.get("model_type"), config.get("model")
+    # A script may have registered its own model under a built-in name, whose tensors are then others.
     is_own = isinstance(model_type, str) and model_type in model_initializer and not is_built_in(model_type)
     if not isinstance(model_type, str) or model_type not in FAMILIES or is_own or not isinstance(model, dict):
         message = f"{reprlib.repr(model_type)} is not a built-in model type, of which alone the tensors are known"
@@ -89,6 +90,7 @@ def _spec(model_type: str, keys: Mapping[str, Any], where: str, todo: str) -> De
 
 def _impossible(model: ModelConfig) -> str:
     """Return why no decoder has these sizes, or an empty string."""
+    # As the rules of configs say it, which need the other sections too.
     if model.num_attention_heads % model.kv_heads:
         return f"{model.num_attention_heads} heads are not divisible by {model.kv_heads} kv heads"
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:

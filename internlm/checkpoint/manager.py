@@ -199,6 +199,7 @@ class CheckpointManager:
     def _export(self, name: str) -> None:
         """Write the checkpoint ``name`` as a Hugging Face folder too, on rank 0 while the others block."""
         config = self.run_info["config"]
+        # From what is committed, so that parameters need not be gathered on any rank.
         path = self._on_first_rank(lambda folder: export_of_run(folder.storage, name, config))
         log_first(f"saved {path} for Hugging Face")
 

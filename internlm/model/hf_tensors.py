@@ -143,6 +143,7 @@ def _block_tensors(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[HFTens
 def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Return the global shapes of a decoder's tensors that are in a checkpoint of Hugging Face, without building it."""
     c = spec.config
+    # A formula, since building the model would need the layout of the run, whose shards have other shapes.
     heads, groups = c.num_attention_heads // c.kv_heads, c.kv_heads
     of_block = {
         "attention.wqkv": ((groups, heads + 2, c.head_size), c.hidden_size),
