@@ -12,8 +12,8 @@ from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
 from internlm.checkpoint.run_state import RunState
-from internlm.checkpoint.saved_checkpoint import open_checkpoint
-from internlm.utils.errors import CheckpointError
+from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, open_checkpoint
+from internlm.utils.errors import CheckpointError, Problem
 
 
 def load_model(
@@ -52,3 +52,21 @@ def load_model(
     with exchange.failing_together():
         checkpoint.read(tensors)
     return saved
+
+
+def newest_checkpoint(location: str) -> str:
+    """Return ``location`` if it is a checkpoint, otherwise the newest committed checkpoint in this folder.
+
+    Raises:
+        CheckpointError: The folder has checkpoints, but none is committed.
+        OSError: The folder cannot be read.
+    """
+    storage = open_storage(location)
+    # A folder without any may be a checkpoint that cannot be recognised: opening it says what is wrong.
+    found = [] if OF_ONE_CHECKPOINT & {*storage.names()} else find_checkpoints(storage)
+    if not found:
+        return location
+    committed = [entry.name for entry in found if entry.is_committed]
+    if not committed:
+        raise CheckpointError(Problem(storage.location, "holds no committed checkpoint", "Choose another folder"))
+    return f"{location.rstrip('/')}/{committed[0]}"

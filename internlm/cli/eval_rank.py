@@ -11,8 +11,8 @@ from torch import nn
 
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.locations import open_storage, split_checkpoint
-from internlm.checkpoint.model_loading import load_model
-from internlm.cli.ckpt_output import checkpoints_of_folder, print_json, reports_storage_errors, say, table
+from internlm.checkpoint.model_loading import load_model, newest_checkpoint
+from internlm.cli.ckpt_output import print_json, reports_storage_errors, say, table
 from internlm.cli.rank import join_ranks
 from internlm.config import masked_dict
 from internlm.core.context import global_context as gpc
@@ -24,7 +24,7 @@ from internlm.initialize.launch import leave_at_exit
 from internlm.train.build_data import build_valid_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
-from internlm.utils.errors import CheckpointError, ConfigError, Problem, naming_lost_ranks
+from internlm.utils.errors import ConfigError, Problem, naming_lost_ranks
 from internlm.utils.logger import get_logger
 from internlm.utils.progress import in_phase
 
@@ -75,20 +75,8 @@ def find_checkpoint(location: str, exchange: Exchange) -> str:
     # Rank 0 decides for all: a run may be saving to the folder.
     with exchange.failing_together():
         if dist.get_rank() == 0:
-            found = [_newest(location)]
+            found = [reports_storage_errors(newest_checkpoint)(location)]
     return exchange.broadcast(found[0])
-
-
-@reports_storage_errors
-def _newest(location: str) -> str:
-    checkpoints = checkpoints_of_folder(location)
-    if not checkpoints:
-        return location
-    storage = open_storage(location)
-    committed = [entry.name for entry in checkpoints if entry.is_committed]
-    if not committed:
-        raise CheckpointError(Problem(storage.location, "holds no committed checkpoint", "Choose another folder"))
-    return f"{location.rstrip('/')}/{committed[0]}"
 
 
 def _print(location: str, step: int, results: Sequence[tuple[str, Measured]], as_json: bool) -> None:

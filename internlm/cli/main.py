@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import internlm
-from internlm.cli import ckpt_parsers, convert_parsers, data_parsers, launch_options, parsers
+from internlm.cli import ckpt_parsers, convert_parsers, data_parsers, generation, launch_options, parsers
 from internlm.utils.common import FriendlyParser
 from internlm.utils.errors import exit_on_user_error
 
@@ -84,6 +84,7 @@ COMMANDS = (
     Command("data", "show or replay the data of a step, convert token files", data, ""),
     Command("dryrun", "run ranks of any world on a pretended device", parsers.dryrun, "internlm.cli.dry:dry_run"),
     Command("eval", "evaluate a checkpoint", launch_options.evaluation, "internlm.cli.evaluation:evaluate"),
+    Command("generate", "continue texts by a checkpoint", generation.add_arguments, "internlm.cli.generation:generate"),
     Command("memory", "estimate the memory of each rank", parsers.memory, "internlm.cli.commands:estimate_memory"),
     Command("schedule", "draw or check a pipeline schedule", parsers.schedule, "internlm.cli.commands:draw_schedule"),
     Command("tokenize", "turn text into token files", parsers.tokenize, "internlm.cli.tokenizing:tokenize"),

@@ -147,7 +147,7 @@ def _steps_and_weights(rank: int, world_size: int, step: str, load: str, folder:
 
 
 def elsewhere(text: str, folder: Path) -> None:
-    """Run by test_a_step_and_weights_by_hand, or in tests/integration/test_new_model_doc.py."""
+    """Run by test_a_step_and_weights_by_hand, test_generate_command.py or test_new_model_doc.py."""
 
 
 #: How each block runs, by page and number.
@@ -164,6 +164,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("data.md", 2): config,
     ("data.md", 3): config,
     ("faults.md", 0): plain,
+    ("generation.md", 0): elsewhere,
     ("memory.md", 0): memory,
     ("new_model.md", 0): elsewhere,
     ("new_model.md", 1): elsewhere,

@@ -42,7 +42,7 @@ class ParsedError(Exception):
 def internlm(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     get_parser().parse_args(arguments)
     # The others start processes or read data.
-    if arguments[0] not in ("convert", "data", "dryrun", "eval", "verify", "tokenize", "train"):
+    if arguments[0] not in ("convert", "data", "dryrun", "eval", "generate", "verify", "tokenize", "train"):
         assert not main(arguments)
 
 

@@ -137,7 +137,7 @@ class ModelConfig(Section):
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None
     """Width of the attention window in tokens, the token itself included."""
-    global_layers: tuple[CountOrZero, ...] | None = None
+    global_layers: Annotated[tuple[CountOrZero, ...], Field(strict=False)] | None = None
     """Indices, from 0, of the layers that attend to all tokens in spite of ``use_sliding_window``."""
     mlp_layer_fusion: bool = True
     """Compute the gate and up projections as one GEMM."""
