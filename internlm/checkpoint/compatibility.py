@@ -15,6 +15,7 @@ from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.config.families import FAMILIES, Family
 from internlm.config.nested_dict import ABSENT
 from internlm.config.schema.model import Dtype
+from internlm.core.parallel.lora import is_adapter
 from internlm.data.fingerprint import file_changes, same_data
 from internlm.model.registry import is_built_in, model_initializer
 from internlm.utils.dtype import torch_dtype
@@ -24,7 +25,7 @@ from internlm.utils.errors import Problem
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
     "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings",
-    "qk_norm", "num_experts", "num_shared_experts",
+    "qk_norm", "lora", "num_experts", "num_shared_experts",
 )  # fmt: skip
 
 
@@ -140,6 +141,8 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
         yield Problem("model_type", message, todo)
     for key in ARCHITECTURE:
         old, new = then["model"].get(key, ABSENT), wanted["model"].get(key)
+        if key == "lora" and old is None:
+            continue  # adapters are added to the saved model, and start with their initial values
         if old not in (ABSENT, new):
             message = f"{_described(now, key, new)}, but {folder} was saved with {_described(saved, key, old)}"
             yield Problem(f"model.{key}", message, todo)
@@ -216,6 +219,13 @@ def other_samples(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 # -- tensors and files
+
+
+def without_new_adapters(tensors: LogicalTensors, saved: Mapping[str, Any]) -> LogicalTensors:
+    """Return ``tensors`` without the adapters of a run that starts from a checkpoint without any (``model.lora``)."""
+    if saved["model"].get("lora") is not None:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:

@@ -41,6 +41,7 @@ def load_model(
         location, name = split_checkpoint(source)
         checkpoint = open_checkpoint(open_storage(location), name)
         where, saved = checkpoint.where, checkpoint.state
+        tensors = compatibility.without_new_adapters(tensors, saved.config)
         problems = [*compatibility.other_architecture(where, saved.config, config)]
         if not allow_changes:
             problems += compatibility.other_mathematics(where, saved.config, config)

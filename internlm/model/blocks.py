@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from internlm.core.parallel import ParallelLinear, ParallelNorm
+from internlm.core.parallel import ParallelNorm
 from internlm.core.parallel.communicator import IDENTITY_ATTENTION, AttentionCommunicator
 from internlm.core.parallel.dropout import Drop, no_drop
 from internlm.core.parallel.linear import Before
@@ -38,13 +38,15 @@ class Attention(nn.Module):
         # One fused projection whose first axis is the kv head: splitting it over ranks keeps each kv head together
         # with its query heads.
         shape = (groups, per_group + 2, c.head_size)
-        self.wqkv = ParallelLinear(c.hidden_size, shape, normal(c.attn_wqkv_init_std), spec.qkv_bias)
+        self.wqkv = spec.linear("wqkv", c.hidden_size, shape, normal(c.attn_wqkv_init_std), spec.qkv_bias)
         self.qk_norm: nn.Module | None = None
         if c.qk_norm != "none":
             self.qk_norm = QKNorm(c.qk_norm, shape, c.layer_norm_epsilon, spec.family.norm_offset)
         # What is added to the residual stream starts small, or its variance would grow with the depth.
         out_init = normal(spec.output_std(c.attn_other_init_std, layer))
-        self.wo = ParallelLinear(c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row")
+        self.wo = spec.linear(
+            "wo", c.num_attention_heads * c.head_size, c.hidden_size, out_init, spec.o_bias, role="row"
+        )
         self.interleaved, self.backend = spec.qk_interleaved, spec.attention_backend
         self.scale, self.window = c.attention_scale, c.window(layer)
         self.recomputes = spec.recomputes_attention
@@ -84,9 +86,9 @@ class FeedForward(nn.Module):
         c = spec.config
         up_init = normal(c.ffn_uplayer_init_std)
         # Gate and up are fused, and split along axis 1, so that each rank has the same rows of both.
-        self.w13 = ParallelLinear(c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
+        self.w13 = spec.linear("w13", c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
         out_init = normal(spec.output_std(c.ffn_other_init_std, layer))
-        self.w2 = ParallelLinear(c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
+        self.w2 = spec.linear("w2", c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
         self.activate = partial(gated, activation=c.activation)
 
     def forward(self, x: Tensor, norm: Before | None) -> Tensor:

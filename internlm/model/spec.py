@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from internlm.config.families import Family
 from internlm.config.schema import ModelConfig
-from internlm.config.schema.model import AttentionBackend, RopeScalingConfig
+from internlm.config.schema.model import AttentionBackend, LoraTarget, RopeScalingConfig
+from internlm.core.parallel import ParallelLinear
+from internlm.core.parallel.lora import AdaptedLinear, Adapter
 from internlm.ops import ContextScaling, Llama3Scaling, RotaryScaling, YarnScaling
 
 
@@ -50,6 +53,13 @@ class DecoderSpec:
             return std
         layers = layer + 1 if self.family.scales_init_by_layer else self.config.num_layers
         return std / math.sqrt(2 * layers)
+
+    def linear(self, target: LoraTarget, *arguments: Any, **keywords: Any) -> ParallelLinear:
+        """Create a linear of a block, with an adapter if ``model.lora`` names it."""
+        lora = self.config.lora
+        if lora is None or target not in lora.targets:
+            return ParallelLinear(*arguments, **keywords)
+        return AdaptedLinear(Adapter(lora.rank, lora.alpha / lora.rank), *arguments, **keywords)
 
     @property
     def rotary(self) -> RotaryScaling:

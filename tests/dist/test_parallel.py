@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "a user's own model": ("model_type=PLAIN",),
     "means of micro-batches": ("loss.average=micro_batch",),
     "a rotary base for each document": DYNAMIC_NTK,
+    "adapters": ("model.lora.rank=3", "model_type=INTERNLM"),
 }
 
 

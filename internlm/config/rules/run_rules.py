@@ -74,6 +74,15 @@ def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> I
         yield Problem("model.checkpoint", message, "Use True, False or a fraction, or set model.compile to False")
 
 
+def attention_is_computed_once(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that ``checkpoint`` is not ``selective`` beside an adapter of ``wo``: its input would be computed twice."""
+    lora, checkpoint = config.model.lora, config.model.checkpoint
+    if lora is not None and "wo" in lora.targets and checkpoint == "selective":
+        message = "'selective' recomputes attention for wo, and again for its adapter"
+        todo = "Use True, False or a fraction, or leave wo out of model.lora.targets"
+        yield Problem("model.checkpoint", message, todo)
+
+
 def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that an attention kernel chosen by name supports the device and the dtype."""
     backend, dtype, device = config.model.attention_backend, config.model.dtype, run.device_type
@@ -215,6 +224,7 @@ RULES = (
     Rule(at("model", "num_experts", "top_k"), experts_suffice),
     Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
     Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
+    Rule(at("model", "checkpoint", "lora"), attention_is_computed_once),
     Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
     Rule(at("data", "type", "train_folder"), type_has_files),
     Rule(at("data", "type", "train_folder", "valid_folder", "cache_folder"), remote_data_is_cached),

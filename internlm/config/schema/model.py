@@ -37,6 +37,21 @@ class RopeScalingConfig(Section):
     """``yarn``: factor of rotated queries and of rotated keys. Default: 0.1 · ln(``factor``) + 1."""
 
 
+LoraTarget = Literal["wqkv", "wo", "w13", "w2"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters of linears (LoRA, arXiv 2106.09685): only they are trained, all else is frozen."""
+
+    rank: Count
+    """Rank of the adapters."""
+    alpha: Positive = 16.0
+    """The output of an adapter is multiplied by ``alpha`` ÷ ``rank``."""
+    targets: tuple[LoraTarget, ...] = ("wqkv", "wo", "w13", "w2")
+    """Linears of each block that have an adapter: the projections of attention, ``wqkv`` and ``wo``, and of the
+    feed-forward layer, ``w13`` (gate and up) and ``w2``."""
+
+
 class ModelConfig(Section):
     """Settings of the model. ``model_type`` may have other defaults; ``internlm config`` prints what applies."""
 
@@ -160,6 +175,8 @@ class ModelConfig(Section):
     """Initial standard deviation of the down projection."""
     out_head_init_std: NonNegative = 0.02
     """Initial standard deviation of the output head."""
+    lora: LoraConfig | None = None
+    """Adapters for fine-tuning a trained model, whose weights ``ckpt.load_ckpt_info`` loads."""
     num_experts: Count = 1
     """Number of experts per mixture-of-experts layer. 1: a dense model."""
     top_k: Count = 2

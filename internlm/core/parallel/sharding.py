@@ -8,7 +8,7 @@ The tensor mode and the *role* of a layer, its function in a decoder, determine 
 ``row``        a linear whose input is split: the projections that write into the residual stream
 ``head``       the linear from hidden states to the vocabulary
 ``embedding``  the table from the vocabulary to hidden states
-``replicated`` vectors that every rank holds whole: norms, biases of row linears
+``replicated`` what every rank holds whole: norms, biases of row linears, small linears of adapters
 =============  =====================================================================================
 
 The context manager :func:`building` sets the :class:`Sharding` that layers read, and the :class:`StageLayers` that
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -32,7 +32,7 @@ from internlm.utils.errors import Problem, UserError
 
 #: Built-in roles of layers; users may register others (:data:`CUSTOM_ROLES`).
 Role: TypeAlias = Literal[
-    "column", "row", "head", "embedding", "embedding by hidden units", "attention", "heads", "model"
+    "column", "row", "head", "embedding", "embedding by hidden units", "attention", "heads", "model", "replicated"
 ]
 
 #: Modes that split the activations between the linears along the sequence.
@@ -121,6 +121,8 @@ class Sharding:
             UserError: The role is neither built in nor registered.
         """
         like = CUSTOM_ROLES.get(role, role)
+        if like == "replicated":
+            return replace(self.replicated(shape, init), is_matrix=True, is_hidden=True)
         hidden = like in ("column", "row")
         if self.mode == "isp":
             # Rows of the weight as a matrix, padded if necessary: any group can split a weight of any role.
