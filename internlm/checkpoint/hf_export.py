@@ -27,6 +27,7 @@ from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor, cut
 from internlm.checkpoint.safetensors_files import header_of, write_tensors
 from internlm.checkpoint.saved_checkpoint import SavedCheckpoint
+from internlm.core.parallel.lora import is_adapter, merged
 from internlm.data.tokenizer import check_vocabulary, load_tokenizer
 from internlm.model.hf_config import to_hf_config, unsupported_by
 from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
@@ -198,6 +199,8 @@ def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | No
         where = f"{checkpoint.where}: model/{name}"
         if name not in stored:
             problems.append(Problem(where, "is missing", _CHECKPOINT))
+        elif is_adapter(name) and model.spec.config.lora is not None:
+            continue  # is added to the weight of its linear
         elif name not in by_ours:
             problems.append(Problem(where, "the model has no such parameter or buffer", _CHECKPOINT))
         elif tuple(stored[name].size) != shapes[name]:
@@ -269,14 +272,30 @@ class _Tensors:
             self._whole, self._name = self._read_whole(row), row.hf.ours
         return row.hf.of(self._whole).contiguous()
 
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor of the checkpoint, in its own dtype by default."""
+        stored = self._checkpoint.metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        whole = torch.empty(stored.size, dtype=dtype or stored.properties.dtype)
+        self._checkpoint.read({name: LogicalTensor.whole(whole)})
+        return whole
+
+    def _merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return the weight of a linear with its adapter added."""
+        assert self._config.lora is not None, "_rows refuses adapters that the config does not name"
+        a, b = (self._read(f"{name.removesuffix('.weight')}.lora_{half}.weight") for half in "ab")
+        return merged(weight, a, b, self._config.lora.alpha / self._config.lora.rank)
+
     def _read_whole(self, row: _Row) -> Tensor:
         name = f"model/{row.hf.ours}"
         stored = self._checkpoint.metadata.state_dict_metadata[name]
         assert isinstance(stored, TensorStorageMetadata)
         folds = row.hf.ours == "output.weight" and self._config.norm_head
+        merges = f"{name.removesuffix('.weight')}.lora_a.weight" in self._checkpoint.metadata.state_dict_metadata
         # Reading converts; a head is normalised as the model does, which stores it in its own dtype.
-        whole = torch.empty(stored.size, dtype=stored.properties.dtype if folds else row.dtype)
-        self._checkpoint.read({name: LogicalTensor.whole(whole)})
+        whole = self._read(name, None if folds or merges else row.dtype)
+        if merges:
+            whole = self._merged(name, whole).to(row.dtype)
         if folds:
             for part in whole.split(max(_FOLDED_ELEMENTS // whole.shape[1], 1)):
                 part.copy_(F.normalize(part.to(wide(part.dtype)), dim=-1))

@@ -166,6 +166,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("faults.md", 0): plain,
     ("generation.md", 0): elsewhere,
     ("memory.md", 0): memory,
+    ("models.md", 0): config,
     ("new_model.md", 0): elsewhere,
     ("new_model.md", 1): elsewhere,
     ("optimizer.md", 0): elsewhere,

@@ -20,9 +20,9 @@ LORA: dict[str, Any] = {"lora": {"rank": 3, "alpha": 6.0}, "num_kv_attention_hea
 TARGETS = ("wqkv", "wo", "w13", "w2")
 
 
-def adapted(**keys: Any) -> Decoder:
+def adapted(dtype: torch.dtype = torch.float64, **keys: Any) -> Decoder:
     """A decoder whose adapters are not zero any more."""
-    model = decoder(**{**LORA, **keys})
+    model = decoder(dtype=dtype, **{**LORA, **keys})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
