@@ -11,8 +11,9 @@ TEST_PROCESSES ?= 2
 PY := $(VENV)/bin/python
 # torch comes first and is a constraint of everything else, so that no other requirement brings in another build of it.
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements/torch.txt
-# What each process runs is decided in tests/conftest.py.
-PYTEST := $(PY) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadscope --no-loadscope-reorder
+# What each process runs is decided in tests/conftest.py. Tests start hundreds of processes, each of which would compile
+# all modules where the environment tells Python to write no bytecode.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(PY) -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadscope --no-loadscope-reorder
 DOC := doc/_build/html
 
 .DEFAULT_GOAL := help

@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read once, when torch is imported
 # The same kernels on all processors, and no measurement at the start of a run.
 os.environ["INTERNLM_CPU_KERNELS"] = "gemm=onednn,grad_weight=float32,attention=blocked"
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -68,6 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason := why_no_device("cuda"):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of all further collections of garbage, which look at nothing else."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -31,6 +31,7 @@ MOST_MARKS, RECENT_MARKS = 1 << 12, 1 << 6
 # A run whose epochs suffice by the estimate at its start must not end shortly before its last step: part of an epoch
 # has a few more items than its tokens suggest.
 TOLERANCE = 0.02
+LARGEST = 1 << 62  # bound of numbers of items and tokens
 ROUNDING = 1 + 1e-9
 
 
@@ -199,7 +200,10 @@ class Blend:
         # In blocks that end with an epoch: the permutation of the next one is another.
         dataset = self.datasets[number]
         size = len(dataset.items)
-        limit = None if dataset.max_epochs is None else int(dataset.max_epochs * size * (1 + TOLERANCE)) + 1
+        limit = None
+        if dataset.max_epochs is not None:
+            # The bound is that of a position; the product of large numbers may be infinite.
+            limit = int(min(dataset.max_epochs * size * (1 + TOLERANCE), LARGEST)) + 1
         # Few at first: of many datasets, a block of the blend has few items of each.
         count = FIRST_ITEMS
         while True:

@@ -13,7 +13,7 @@ import numpy as np
 from internlm.data.batch_plan import BatchPlan
 from internlm.data.best_fit import BinOrder, Bins
 from internlm.data.bins_cache import pack_source
-from internlm.data.blend import TOLERANCE, Blend, Dataset, Mark, Phase
+from internlm.data.blend import LARGEST, TOLERANCE, Blend, Dataset, Mark, Phase
 from internlm.data.order import SampleOrder
 from internlm.data.packing import PackingLayout, Row, RowShape, make_row, trace_row
 from internlm.data.provenance import TracedSpan
@@ -24,7 +24,6 @@ from internlm.utils.logger import get_logger
 
 #: Names in the state of a checkpoint: of the place in the sequence, and, followed by its name, of a dataset type.
 PLACE, TYPE = "blend", "blend/"
-LARGEST = 1 << 62  # bound of the numbers in a state
 ROUNDING = 0.001
 
 

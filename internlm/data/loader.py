@@ -24,7 +24,8 @@ from internlm.utils.errors import Problem, UserError
 
 Batch: TypeAlias = tuple[dict[str, Any], torch.Tensor]
 
-_batches = ArrayPool()
+#: For the batches that threads of several loaders have read ahead; four arrays are one batch.
+_batches = ArrayPool(most=64)
 
 
 # -- rows to tensors

@@ -87,7 +87,7 @@ class RandomSource:
         self.type_ids = np.zeros(samples, np.int16)  # [N]
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all."""
+        """Return the token ids [``begin``, ``stop``) of a sample, integers [stop - begin]; by default all."""
         return self._tokens(sample)[begin:stop]
 
     def _tokens(self, sample: int) -> np.ndarray:
@@ -125,7 +125,7 @@ class OneType:
         self.type_ids = np.zeros(len(samples), np.int16)  # [N]
 
     def read(self, sample: int, begin: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the token ids [``begin``, ``stop``) of a sample, int64 [stop - begin]; by default all."""
+        """Return the token ids [``begin``, ``stop``) of a sample, integers [stop - begin]; by default all."""
         return self._source.read(int(self._samples[sample]), begin, stop)
 
     def fingerprint(self) -> str:

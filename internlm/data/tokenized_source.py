@@ -75,7 +75,9 @@ class TokenizedSource:
         #: Dataset types that ``min_length`` leaves without a sample.
         self.emptied_types = sorted({file.type_name for file in self.index.files if file.size} - set(self.types))
         numbers = {name: number for number, name in enumerate(self.types)}
-        type_of_file = np.array([numbers.get(name, 0) for name in names], np.int16)
+        # One per sample, so as small as the number of types allows.
+        dtype = np.int16 if len(numbers) <= np.iinfo(np.int16).max else np.int32
+        type_of_file = np.array([numbers.get(name, 0) for name in names], dtype)
         self.type_ids = np.repeat(type_of_file, counts)  # [N]
         # Read one sample of each type now, so that a wrong tokenizer is found before the model is built.
         found: set[str] = set()

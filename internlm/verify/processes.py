@@ -233,11 +233,13 @@ def _serve(rank: int, world_size: int, environment: dict[str, str], connection: 
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     store = dist.TCPStore(HOST, int(environment["MASTER_PORT"]), is_master=False)
-    gc.freeze()  # what was imported stays: a collection need not look at it
     for call_index in itertools.count():
         try:
             while (call := connection.recv_bytes()) == LEAVE:
                 _leave_groups()
+                gc.collect()  # a model and its hooks refer to each other, and to groups
+            if not gc.get_freeze_count():
+                gc.freeze()  # what was imported stays: a collection need not look at it
         except EOFError:
             return
         connection.send_bytes(_answer(call, rank, world_size, environment, dist.PrefixStore(str(call_index), store)))
@@ -273,7 +275,6 @@ def _leave_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gpc.destroy()  # which keeps its groups while there is a default group
-    gc.collect()  # a model and its hooks refer to each other, and to groups
 
 
 def _die_with_parent() -> None:

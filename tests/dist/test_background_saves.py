@@ -225,7 +225,10 @@ class _OtherOwner(Hook):
         self.root = root
 
     def before_step(self, trainer: Trainer) -> None:
-        if trainer.state.step == 3 and dist.get_rank() == 0:
+        if trainer.state.step != 3:
+            return
+        wait_for_saves()  # of step 2, which is this run's
+        if dist.get_rank() == 0:
             lease = json.loads((self.root / "lease.json").read_text())
             (self.root / "lease.json").write_text(json.dumps({**lease, "pid": 1, "token": "another"}))
 

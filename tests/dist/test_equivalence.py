@@ -73,7 +73,7 @@ NARROW = [("float32", "INTERNLM"), ("bfloat16", "LLAMA2")]
 
 
 @pytest.mark.parametrize(("dtype", "family"), NARROW)
-@pytest.mark.parametrize(("ranks", "zero1"), LAYOUTS[1:])
+@pytest.mark.parametrize(("ranks", "zero1"), [pytest.param(2, 1, marks=pytest.mark.wide), *LAYOUTS[2:]])
 def test_narrower_types(dtype: str, family: str, ranks: int, zero1: int) -> None:
     assert_equal(ranks, (f"model_type={family}", _zero1(zero1)), dtype)
 

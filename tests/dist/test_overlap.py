@@ -40,14 +40,21 @@ def _trained(ranks: int, overrides: tuple[str, ...]) -> list[RankRecord]:
     return run_ranks(ranks, run, plan.config, plan.seed, plan.steps)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+#: Ranks, layout, and the kinds of shards (whole parameters or not) with which it is tried without ``--wide``.
+UNCHANGED: list[tuple[int, tuple[str, ...], tuple[bool, ...]]] = [
+    (2, (), (False, True)),
+    (4, ("parallel.zero1.size=2", "model.tie_word_embeddings=True", "model.checkpoint=True"), (True,)),
+    (4, ("parallel.tensor.mode=isp", "parallel.weight.size=2", "parallel.weight.overlap=True"), (False,)),
+    (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=4", "data.micro_num=4"), (True,)),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "whole"),
     [
-        (2, ()),
-        (4, ("parallel.zero1.size=2", "model.tie_word_embeddings=True", "model.checkpoint=True")),
-        (4, ("parallel.tensor.mode=isp", "parallel.weight.size=2", "parallel.weight.overlap=True")),
-        (4, ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_layers=4", "data.micro_num=4")),
+        pytest.param(ranks, layout, whole, marks=[] if whole in narrow else [pytest.mark.wide])
+        for ranks, layout, narrow in UNCHANGED
+        for whole in (False, True)
     ],
     ids=str,
 )

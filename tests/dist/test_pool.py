@@ -107,6 +107,7 @@ def _leave_groups(rank: int, world_size: int) -> None:
 
 def test_ranks_that_wait_for_a_call_have_no_group() -> None:
     """Each group of gloo has a thread that polls: the groups of idle ranks would slow down all others."""
+    close_pools()  # ranks that may have kept a group of a test before
     run_ranks(2, _leave_groups)
     deadline = time.monotonic() + 20
     while left := [thread for pid in pids(2) for thread in _threads(pid) if thread.startswith("gloo")]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from internlm.config.rules.rule import WORLD_SIZE, Rule, RunInfo, at
@@ -102,6 +103,8 @@ def weights_have_data(config: Config, run: RunInfo) -> Iterator[Problem]:
     for key, weights in (("weights", data.weights), *(("weight_changes", change["weights"]) for change in changes)):
         if weights and not any(weights.values()):
             yield Problem(f"data.{key}", "all weights are 0", "Give at least one dataset type a positive weight")
+        if sum(weights.values()) == math.inf:  # shares of it would all be 0
+            yield Problem(f"data.{key}", "the weights add up to inf", "Divide all of them by the largest one")
     steps = [change["step"] for change in changes]
     if steps != sorted(set(steps)):
         yield Problem("data.weight_changes", f"the steps {steps} are not ascending", "Sort the changes by step")

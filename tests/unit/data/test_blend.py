@@ -147,6 +147,12 @@ def test_a_dataset_that_is_used_up_is_named() -> None:
         made.samples(0, 10)
 
 
+def test_any_finite_number_of_epochs_may_be_allowed() -> None:
+    made = Blend([Dataset("en", np.arange(4), max_epochs=1e308)], np.full(4, 10), None, 0, by_items=True)
+    made.start(at_start(1), [Phase(0, (1.0,))])
+    assert len(items(made, 9)) == 9
+
+
 def test_items_are_truncated() -> None:
     made = Blend([Dataset("en", np.arange(2))], np.array([3, 9]), 5, 0, by_items=True)
     made.start(at_start(1), [Phase(0, (1.0,))])

@@ -306,6 +306,10 @@ def test_a_type_without_a_weight_for_some_time_goes_on(folder: str) -> None:
             "data.weights: needs tokenized files with dataset types, got data.type = ",
         ),
         ({"weights": {"en": 0}, "train_folder": "x"}, "data.weights: all weights are 0. Give at least one"),
+        (
+            {"weights": {"en": 1e308, "code": 1e308}, "train_folder": "x"},
+            "data.weights: the weights add up to inf. Divide",
+        ),
         ({"weights": {"en": -1}, "train_folder": "x"}, "data.weights: -1 is out of range"),
         ({"weights": ["en"], "train_folder": "x"}, "data.weights: ['en'] is of type list"),
         (

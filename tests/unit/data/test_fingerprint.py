@@ -142,13 +142,14 @@ def test_changed_files_are_named(tmp_path: Path) -> None:
     assert changes(before, opened(tmp_path, "stat")) is None
 
 
-BOMB = base64.b64encode(zlib.compress(bytes(1 << 28))).decode()
-FORGED = base64.b64encode(zlib.compress(b"0 a\x1b[2K.bin")).decode()
-
-
-@pytest.mark.parametrize(
-    "old", ["", "sampled:", "sampled:AAAA", "sampled:*", "x", f"sampled:{BOMB}", f"sampled:{FORGED}"]
-)
+@pytest.mark.parametrize("old", ["", "sampled:", "sampled:AAAA", "sampled:*", "x"])
 def test_a_list_that_is_damaged_is_not_compared(tmp_path: Path, old: str) -> None:
     write_bin(tmp_path / "a.bin", SAMPLES)
     assert file_changes(old, opened(tmp_path).files()) is None
+
+
+@pytest.mark.parametrize(("text", "times"), [("\0", 1 << 28), ("0 a\x1b[2K.bin", 1)], ids=["bomb", "forged"])
+def test_a_list_that_is_hostile_is_not_compared(tmp_path: Path, text: str, times: int) -> None:
+    write_bin(tmp_path / "a.bin", SAMPLES)
+    old = base64.b64encode(zlib.compress(text.encode() * times)).decode()
+    assert file_changes(f"sampled:{old}", opened(tmp_path).files()) is None
