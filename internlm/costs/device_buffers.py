@@ -6,7 +6,10 @@ an action, beside what its rank saved before:
 ==========================  ==========================================================================================
 F of the last chunk         what it saves, and the logits of a chunk of the loss: C·⌈V/t⌉·(g + e), under isp
                             C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and where the loss saves the
-                            gradient of the logits, which then has its memory already
+                            gradient of the logits, which then has its memory already; a normalised head,
+                            ⌈V/t⌉·H·e, under isp V·H·e
+B, at the loss              the gradient of a normalised head, of the same size; afterwards also twice the rows of it
+                            that the rank holds, in g bytes an element
 B, at each layer            its gradients: 4·T·F·e/t + S·H·x, S·H·e more with a norm of outputs or if x ≠ e, T·H·e more
                             under msp and fsp; 5·S·H for a mask of dropout if that is more; plus what a recomputed
                             layer would save. What head, loss and later layers saved has been freed; a B that defers
@@ -111,7 +114,7 @@ def transients(
     peaks = list(kept)
     for action, before, after in zip(table.actions[stage], [0, *kept], kept, strict=False):
         if action.type == FORWARD and s.stage_layers.is_last(action.chunk):
-            peaks.append(after + logits_of_chunk(s, tokens))
+            peaks.append(after + logits_of_chunk(s, tokens) + _normalised_head(s))
         elif action.type == BACKWARD:
             peaks.append(before + _backward_peak(s, action.chunk, tokens, table.defers_weight(stage, action)))
             if s.stage_layers.is_first(action.chunk):
@@ -126,9 +129,11 @@ def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> 
     if s.stage_layers.is_last(chunk):
         # fully_shard reduces the gradient of the head, which is in the root, at the end of the backward pass.
         held += unreduced * rows_per_rank(s.V, s.split)
-        peaks.append(held)
+        peaks += [held, _normalised_head(s)]
         held -= sum(loss(s, tokens).values()) + norm(s)
         peaks.append(held + (s.w.size > 1) * _vocab_gradient(s))  # else added to the main gradient at once
+        if normalised := _normalised_head(s):
+            peaks.append(held + normalised + 2 * rows_per_rank(s.V, s.split) * s.H * s.g)
     kept = defers * sum(block_for_weights(s).values())
     for position, layer in reversed(list(enumerate(layers))):
         # The layer before is fetched already.
@@ -136,6 +141,12 @@ def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> 
         peaks.append(held + fetched + gradients_of_block(s, layer) + unreduced * s.F // s.t.size)  # of w2
         held += kept - (position >= offloaded) * saved_by_layer(s, layer)
     return max(peaks)
+
+
+def _normalised_head(s: Symbols) -> int:
+    """Return the bytes of the normalised weight of the head (``model.norm_head``), whole under isp; 0 without it."""
+    rows = s.V if s.mode == "isp" else rows_per_rank(s.V, s.t)
+    return rows * s.H * s.e if s.config.model.norm_head else 0
 
 
 def _vocab_gradient(s: Symbols) -> int:

@@ -18,6 +18,7 @@ from tests.dist.tiny import DYNAMIC_NTK
 from tests.harness.pool import run_ranks
 
 ATTENTION, EXCHANGE = "attention depends on the sequence boundaries", "ranks exchange tokens and heads"
+HEADS = "ranks sum over their heads"
 MASKS = "the key of a mask changes with every step and micro-batch"
 
 #: Ranks, overrides, and of one block the graphs and the breaks.
@@ -47,6 +48,24 @@ ROWS: dict[str, tuple[int, tuple[str, ...], Compiled]] = {
             *("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBH1", "model.num_layers=4"),
         ),
         Compiled(2, {ATTENTION: 1}),
+    ),
+    "OLMO2, whose ranks sum over heads": (
+        2,
+        ("parallel.tensor.size=2", "model_type=OLMO2", "model.checkpoint=0.5"),
+        Compiled(3, {HEADS: 1, ATTENTION: 1}),
+    ),
+    "GEMMA3, with windows in one layer": (
+        2,
+        ("parallel.tensor.size=2", "parallel.tensor.mode=fsp", "model_type=GEMMA3", "model.global_layers=(1,)"),
+        Compiled(2, {ATTENTION: 1}),
+    ),
+    "QWEN3 with a normalised head, of isp": (
+        2,
+        (
+            *("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=2"),
+            *("model_type=QWEN3", "model.norm_head=True", "model.apply_post_layer_norm=True"),
+        ),
+        Compiled(4, {EXCHANGE: 2, ATTENTION: 1}),
     ),
     "ZeRO that gathers layer by layer": (
         2,

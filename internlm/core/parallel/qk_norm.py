@@ -107,7 +107,10 @@ class _ProjectionNorm(torch.autograd.Function):
 
 def _mean_over_heads(sums: Tensor, norm: QKNorm) -> Tensor:
     """Sum over the ranks that share the heads, for queries and keys at once, and divide by the counts: [T, 2]."""
-    return norm.communicator.sum_over_heads(sums) / sums.new_tensor(norm.counts)
+    sums = norm.communicator.sum_over_heads(sums)
+    for column, count in zip(sums.unbind(1), norm.counts, strict=True):
+        column.div_(count)  # numbers, of which no tensor has to be copied to a device
+    return sums
 
 
 def _queries_and_keys(qkv: Tensor) -> tuple[Tensor, Tensor]:

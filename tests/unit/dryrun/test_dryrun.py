@@ -62,6 +62,8 @@ def split_over(mode: str, tensor: int, weight: int = 1) -> tuple[str, ...]:
 
 ISP = (*split_over("isp", 2, 4), "parallel.weight.overlap=True")
 FSDP = "parallel.zero1.fsdp=True"
+#: Windows of 512 of 2048 tokens in the first of two layers.
+GEMMA3 = ("model_type=GEMMA3", "model.global_layers=(1,)")
 
 #: World, rank, and overrides. The dtype is bfloat16, as everywhere on a GPU.
 LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -105,6 +107,28 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "interleaved": (8, 0, stages(2, "model.num_chunks=2")),
     "ZB-H1 of isp": (32, 31, (*stages(2, "parallel.pipeline.mode=ZBH1"), *ISP)),
     "ZB-H1, half recomputed": (8, 0, stages(2, "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5")),
+    "OLMO2, mtp": (16, 3, ("model_type=OLMO2", *split_over("mtp", 4))),
+    "OLMO2, msp, half recomputed": (16, 3, ("model_type=OLMO2", *split_over("msp", 4), "model.checkpoint=0.5")),
+    "OLMO2, fsdp": (8, 1, (FSDP, "model_type=OLMO2")),
+    "GEMMA3": (8, 1, GEMMA3),
+    "GEMMA3, isp": (64, 5, (*ISP, *GEMMA3)),
+    "GEMMA3 by sdpa": (8, 1, (*GEMMA3, "model.attention_backend=sdpa")),
+    "GEMMA3 by sdpa, float32, grouped": (
+        8,
+        1,
+        (*GEMMA3, "model.attention_backend=sdpa", "model.dtype=torch.float32", "model.num_kv_attention_heads=4"),
+    ),
+    "QWEN3, selective": (8, 1, ("model_type=QWEN3", "model.checkpoint=selective")),
+    "BAICHUAN2": (8, 1, ("model_type=BAICHUAN2",)),
+    "BAICHUAN2, isp": (64, 5, (*ISP, "model_type=BAICHUAN2", "model.vocab_size=32001")),
+    "BAICHUAN2, msp, tied": (16, 3, (*split_over("msp", 4), "model_type=BAICHUAN2", "model.tie_word_embeddings=True")),
+    "wide residuals, middle stage": (64, 32, (*stages(4), *split_over("fsp", 2), "model.residual_in_fp32=True")),
+    "wide residuals, last stage": (8, 7, (*stages(2, "parallel.pipeline.mode=ZBH1"), "model.residual_in_fp32=True")),
+    "post-norm, wide residuals": (
+        8,
+        1,
+        ("model.apply_post_layer_norm=True", "model.norm_type=layernorm", "model.residual_in_fp32=True"),
+    ),
     "ZB-V": (8, 4, stages(2, "parallel.pipeline.mode=ZBV", "model.num_chunks=2")),
 }
 
@@ -168,6 +192,16 @@ WIDE = {
     "1F1B, first stage",
     "1F1B, last stage, tied",
     "ZB-H1, half recomputed",
+    "OLMO2, msp, half recomputed",
+    "OLMO2, fsdp",
+    "GEMMA3",
+    "GEMMA3 by sdpa",
+    "GEMMA3 by sdpa, float32, grouped",
+    "QWEN3, selective",
+    "BAICHUAN2",
+    "BAICHUAN2, isp",
+    "wide residuals, last stage",
+    "post-norm, wide residuals",
 }
 
 
