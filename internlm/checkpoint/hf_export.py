@@ -264,6 +264,8 @@ class _Tensors:
     def __init__(self, checkpoint: SavedCheckpoint, model: NamedSpec) -> None:
         self._checkpoint, self._config = checkpoint, model.spec.config
         self._name, self._whole = "", torch.empty(0)
+        # Used again for each tensor: the first use of new memory takes about as long as reading into it.
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def read(self, row: _Row) -> Tensor:
         """Return a contiguous tensor."""
@@ -272,11 +274,11 @@ class _Tensors:
             self._whole, self._name = self._read_whole(row), row.hf.ours
         return row.hf.of(self._whole).contiguous()
 
-    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read a tensor of the checkpoint, in its own dtype by default."""
+    def _read(self, name: str) -> Tensor:
+        """Read a tensor of the checkpoint into memory of its own."""
         stored = self._checkpoint.metadata.state_dict_metadata[name]
         assert isinstance(stored, TensorStorageMetadata)
-        whole = torch.empty(stored.size, dtype=dtype or stored.properties.dtype)
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
         self._checkpoint.read({name: LogicalTensor.whole(whole)})
         return whole
 
@@ -293,7 +295,8 @@ class _Tensors:
         folds = row.hf.ours == "output.weight" and self._config.norm_head
         merges = f"{name.removesuffix('.weight')}.lora_a.weight" in self._checkpoint.metadata.state_dict_metadata
         # Reading converts; a head is normalised as the model does, which stores it in its own dtype.
-        whole = self._read(name, None if folds or merges else row.dtype)
+        whole = self._empty(stored.size, stored.properties.dtype if folds or merges else row.dtype)
+        self._checkpoint.read({name: LogicalTensor.whole(whole)})
         if merges:
             whole = self._merged(name, whole).to(row.dtype)
         if folds:
@@ -307,6 +310,13 @@ class _Tensors:
                 Problem(f"{self._checkpoint.where}: {name}", message, "Use --dtype bfloat16 or float32")
             )
         return whole
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        size = shape.numel() * dtype.itemsize
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0)
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(shape)
 
 
 def _is_finite(tensor: Tensor) -> bool:

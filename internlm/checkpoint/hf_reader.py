@@ -87,7 +87,9 @@ class HFReader:
             return True
         whole = torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta")
         for offsets, part in cut((0,) * len(one.shape), whole, PIECE_BYTES // whole.itemsize):
-            boxes = [self._box(stored, one.shape, offsets, part.shape) for stored in (one, other)]
+            boxes = [torch.empty(part.shape, dtype=part.dtype) for _ in range(2)]
+            for stored, box in zip((one, other), boxes, strict=True):
+                self._box(stored, one.shape, offsets, box)
             if not torch.equal(*(box.view(torch.uint8) for box in boxes)):
                 return True
         return False
@@ -136,18 +138,19 @@ class HFReader:
     def _read_part(self, row: HFTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         stored = self.folder.tensors[row.name]
         if not row.is_interleaved:
-            target.copy_(self._box(stored, shape, offsets, target.shape))
+            self._box(stored, shape, offsets, target)
             return
         # Their head holds the elements of even index first. Whole heads are read, and what is needed of them is taken.
         axis = row.head_axis(len(shape))
         split = [*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :]]
         sizes = [*target.shape[:axis], 2, shape[axis] // 2, *target.shape[axis + 1 :]]
-        box = self._box(stored, split, [*offsets[:axis], 0, 0, *offsets[axis + 1 :]], sizes)
+        box = torch.empty(sizes, dtype=DTYPES[stored.dtype])
+        self._box(stored, split, [*offsets[:axis], 0, 0, *offsets[axis + 1 :]], box)
         heads = box.transpose(axis, axis + 1).flatten(axis, axis + 1)
         target.copy_(heads.narrow(axis, offsets[axis], target.shape[axis]))
 
-    def _box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    def _box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         # Opening a file for each box would take longer than reading it.
         if stored.file not in self._files:
             self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
-        return self._files[stored.file].read_box(stored, shape, offsets, sizes)
+        self._files[stored.file].read_box(stored, shape, offsets, target)

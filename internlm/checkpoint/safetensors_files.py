@@ -124,34 +124,31 @@ class OpenTensors:
             raise ValueError(f"it ends at byte {position + count}")
         return bytes(content)
 
-    def read_box(
-        self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
-    ) -> Tensor:
-        """Read a box of a tensor.
+    def read_box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
+        """Read a box of a tensor, and convert it to the dtype of ``target``.
 
         Args:
             stored: Tensor of this file, with a dtype of :data:`DTYPES`.
             shape: Shape that the tensor is viewed as.
             offsets: First index of the box, by axis of ``shape``.
-            sizes: Sizes of the box.
-
-        Returns:
-            The box, on the host, in the dtype that is stored.
+            target: Memory to read into, of the sizes of the box.
         """
-        # Read into the memory of the result: a buffer in between would double what is held.
-        box = torch.empty(tuple(sizes), dtype=DTYPES[stored.dtype])
+        dtype = DTYPES[stored.dtype]
+        # Read into the target where it has the same bytes: a buffer in between would double what is held.
+        is_same = target.is_contiguous() and target.dtype == dtype and target.is_cpu
+        box = target if is_same else torch.empty(target.shape, dtype=dtype)
         memory, filled = memory_of(box), 0
-        for first, count in runs_of_box(shape, offsets, sizes):
-            length = count * box.itemsize
-            target = memory[filled : filled + length]
+        for first, count in runs_of_box(shape, offsets, target.shape):
+            length = count * dtype.itemsize
             try:
-                read = self._source.read_into(stored.start + first * box.itemsize, target)
+                read = self._source.read_into(stored.start + first * dtype.itemsize, memory[filled : filled + length])
             except OSError as error:
                 raise self._unreadable(error) from None
             if read < length:
                 raise CheckpointError(Problem(str(self.file), "was cut short while it was read", DOWNLOAD))
             filled += length
-        return box
+        if not is_same:
+            target.copy_(box)
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(Problem(str(self.file), f"cannot be read ({reason_of(error)})", DOWNLOAD))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from internlm.checkpoint.hf_import import import_folder
 from internlm.model.decoder import Decoder
 from internlm.model.hf_tensors import hf_tensors
 from tests.dist.tiny import TINY
-from tests.dist.whole_runs import fit, resume, saving
+from tests.dist.whole_runs import Outcome, fit, resume, saving
 from tests.unit.checkpoint.hf_samples import exported, tensors_of, weights_of
 from tests.unit.model.samples import decoder
 
@@ -49,12 +50,8 @@ def _load(folder: Path, *more: str) -> list[str]:
     return [*load, "ckpt.load_ckpt_info.ckpt_type=hf", "model.vocab_size=67", "model.qk_interleaved=True", *more]
 
 
-@pytest.mark.parametrize(("ranks", "tied", "layout"), LAYOUTS)
-def test_every_layout_loads_the_same_model(ranks: int, tied: bool, layout: tuple[str, ...], tmp_path: Path) -> None:
-    model = _model(tied)
-    folder = exported(model, "INTERNLM2", tmp_path, shard_bytes=20000)
-    run = resume(ranks, _load(folder, f"model.tie_word_embeddings={tied}", *layout))
-    assert run.message == f"nothing to resume; loaded model from {folder} (Hugging Face, llama)"
+def _assert_loaded(run: Outcome, model: Decoder) -> None:
+    """Assert that a run has the parameters of ``model``, and that the next update starts from them."""
     loaded = {name.removeprefix("model/"): x for name, x in run.tensors.items() if name.startswith("model/")}
     expected = weights_of(model)
     assert loaded.keys() == expected.keys()
@@ -62,6 +59,29 @@ def test_every_layout_loads_the_same_model(ranks: int, tied: bool, layout: tuple
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
         if (main := run.tensors.get(f"optimizer/main/{name}")) is not None:
             assert torch.equal(main.to(tensor.dtype), tensor), name
+
+
+@pytest.mark.parametrize(("ranks", "tied", "layout"), LAYOUTS)
+def test_every_layout_loads_the_same_model(ranks: int, tied: bool, layout: tuple[str, ...], tmp_path: Path) -> None:
+    model = _model(tied)
+    folder = exported(model, "INTERNLM2", tmp_path, shard_bytes=20000)
+    run = resume(ranks, _load(folder, f"model.tie_word_embeddings={tied}", *layout))
+    assert run.message == f"nothing to resume; loaded model from {folder} (Hugging Face, llama)"
+    _assert_loaded(run, model)
+
+
+def test_an_imported_checkpoint_is_loaded_like_any_other(tmp_path: Path) -> None:
+    """In another layout and dtype, with the printed sections as config."""
+    keys = {**{key: value for key, value in KEYS.items() if key != "dtype"}, "qk_interleaved": False}
+    model = decoder("LLAMA2", torch.float64, **keys)
+    sections: dict[str, Any] = {}
+    exec(import_folder(exported(model, "LLAMA2", tmp_path), tmp_path / "imported"), sections)
+    overrides = [f"model.{key}={value}" for key, value in sections["model"].items() if value is not None]
+    info = sections["ckpt"]["load_ckpt_info"]
+    overrides += [f"ckpt.load_ckpt_info.{key}={value}" for key, value in info.items()]
+    run = resume(2, [f"model_type={sections['model_type']}", *overrides, *ISP, "model.dtype=torch.bfloat16"])
+    assert run.message == f"nothing to resume; loaded model from {tmp_path / 'imported'}"
+    _assert_loaded(run, model)
 
 
 def test_a_model_that_differs_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
