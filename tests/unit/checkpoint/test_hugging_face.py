@@ -187,7 +187,7 @@ class _Peak(TorchDispatchMode):
 
 
 def test_memory_is_that_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exporting holds one of our tensors and a part of it, and importing a few pieces, whatever the number and size of all tensors."""
+    """Exporting holds one of our tensors and a part of it, importing a few pieces, however large the model is."""
     monkeypatch.setattr(logical_tensors, "PIECE_BYTES", 2048)
     model = _model("LLAMA2", torch.float32, num_layers=4)
     checkpoint = opened(checkpoint_of(model, "LLAMA2", tmp_path / "step-3"))
