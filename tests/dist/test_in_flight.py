@@ -30,6 +30,7 @@ Case: TypeAlias = tuple[str, ...]
 
 STAGES = "parallel.pipeline.size=2", "data.micro_num=4", "model.num_layers=5", "model.num_kv_attention_heads=4"
 DROPOUT = "model.drop_rate=0.25", "model.dropout_selective_checkpoint=False"
+WIDE_RESIDUALS = "model.residual_in_fp32=True", "model.dtype=torch.bfloat16", "model.attention_backend=sdpa"
 SCHEDULES: list[Case] = [
     ("parallel.pipeline.mode=GPIPE", "model.norm_type=layernorm"),
     ("data.micro_num=5", "model.checkpoint=0.5"),
@@ -38,6 +39,9 @@ SCHEDULES: list[Case] = [
     ("data.micro_num=5", "parallel.pipeline.mode=ZBV"),
     ("model.checkpoint=0.5", "model.cpu_offloading=1", *DROPOUT),
     ("data.micro_num=5", "parallel.pipeline.mode=ZBH1", "model.checkpoint=selective", *DROPOUT),
+    ("parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5", "model_type=OLMO2", *WIDE_RESIDUALS),
+    ("parallel.pipeline.mode=ZBV", "model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(2,)"),
+    ("parallel.pipeline.mode=ZBH1", "model_type=BAICHUAN2", "model.apply_post_layer_norm=True", *WIDE_RESIDUALS),
 ]
 #: A tensor mode, ranks of the tensor group and of the weight group.
 LAYOUTS = [
