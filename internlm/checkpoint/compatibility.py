@@ -25,7 +25,7 @@ from internlm.utils.errors import Problem
 ARCHITECTURE = (
     "num_layers", "hidden_size", "num_attention_heads", "num_kv_attention_heads", "head_dim", "vocab_size",
     "mlp_ratio", "multiple_of", "norm_type", "no_bias", "qkv_bias", "o_bias", "mlp_bias", "tie_word_embeddings",
-    "qk_norm", "lora", "num_experts", "num_shared_experts",
+    "qk_norm", "hf", "lora", "num_experts", "num_shared_experts",
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ RENAMED = {
     "model.moe_gate_k": NewName("model.top_k"),
     "model.adapt_hf": NewName("model.qk_interleaved", _inverse),
     "data.gradient_accumulation": NewName("data.micro_num"),
+    "hf": NewName("model.hf"),
     "hybrid_zero_optimizer.zero_overlap_communication": NewName("hybrid_zero_optimizer.overlap_sync_grad"),
 }
 

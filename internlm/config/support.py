@@ -30,7 +30,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 #: Built-in model types.
-MODEL_TYPES = tuple(FAMILIES)
+MODEL_TYPES = (*FAMILIES, "hf")
 
 #: Model types of published configs that are not built in, with what they need. A script may register its own.
 MISSING_TYPES = {

@@ -169,6 +169,7 @@ HOW: dict[tuple[str, int], Callable[[str, Path], None]] = {
     ("models.md", 0): config,
     ("new_model.md", 0): elsewhere,
     ("new_model.md", 1): elsewhere,
+    ("new_model.md", 2): config,
     ("optimizer.md", 0): elsewhere,
     ("optimizer.md", 1): config,
     ("parallel.md", 0): communicator,

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.jobs import ROOT
 
 PAGE = (ROOT / "doc" / "new_model.md").read_text()
-MODEL, CONFIG = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
+MODEL, CONFIG, HF_CONFIG = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 (COMMANDS,) = re.findall(r"^```bash\n(.*?)^```", PAGE, re.S | re.M)
 TRAIN, *VERIFY = COMMANDS.splitlines()
 
@@ -36,6 +36,14 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_page_is_short() -> None:
     assert len((MODEL + CONFIG).splitlines()) <= 60
+
+
+@pytest.mark.wide
+def test_a_module_of_hugging_face_trains(folder: Path) -> None:
+    (folder / "hf_config.py").write_text(HF_CONFIG)
+    done = run(TRAIN.replace("my_config", "hf_config").partition(" --set")[0], folder)
+    assert done.returncode == 0, done.stderr
+    assert "step=19" in done.stderr
 
 
 def test_it_trains(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -50,6 +50,21 @@ class LoraConfig(Section):
     targets: tuple[LoraTarget, ...] = ("wqkv", "wo", "w13", "w2")
     """Linears of each block that have an adapter: the projections of attention, ``wqkv`` and ``wo``, and of the
     feed-forward layer, ``w13`` (gate and up) and ``w2``."""
+
+
+class HFModuleConfig(Section):
+    """Module of Hugging Face to train unmodified, with ``model_type="hf"``: its classes and the modules they are in."""
+
+    mod: str
+    """Python module of the model's class, such as ``transformers.models.llama.modeling_llama``."""
+    mod_cls: str
+    """Class of the model, which returns logits, such as ``LlamaForCausalLM``."""
+    cfg: str
+    """Python module of the config's class, such as ``transformers.models.llama.configuration_llama``."""
+    cfg_cls: str
+    """Class of the config, such as ``LlamaConfig``."""
+    cfg_extra_kwargs: dict[str, Any] = Field(default={})
+    """Arguments of the config's class; the others have the defaults of the class."""
 
 
 class ModelConfig(Section):
@@ -175,6 +190,8 @@ class ModelConfig(Section):
     """Initial standard deviation of the down projection."""
     out_head_init_std: NonNegative = 0.02
     """Initial standard deviation of the output head."""
+    hf: HFModuleConfig | None = None
+    """Module of Hugging Face, for ``model_type="hf"``."""
     lora: LoraConfig | None = None
     """Adapters for fine-tuning a trained model, whose weights ``ckpt.load_ckpt_info`` loads."""
     num_experts: Count = 1

@@ -66,6 +66,7 @@ ELSEWHERE = {
     "dtype": "tests/dist/test_precision.py",
     "use_flash_attn": "tests/dist/test_activations.py",
     "attention_backend": "tests/unit/model/test_decoder.py",
+    "hf": "tests/dist/test_hf_modules.py",
     "parallel_output": "tests/dist/test_split_models.py",
     "embed_split_hidden": "tests/dist/test_parallel.py",
 }
