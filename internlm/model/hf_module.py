@@ -17,12 +17,14 @@ from internlm.core.parallel.sharding import place_replicated
 from internlm.utils.errors import ConfigError, Problem
 
 HF_MODULE = "hf"  # model type
-#: Keys of the section ``model`` that must be what the module has, with the attribute of its config.
+#: Keys of the section ``model`` that must be what the module has: the attribute with the default applied, and that of
+#: the module's config.
 SIZES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
+    "num_layers": ("num_layers", "num_hidden_layers"),
+    "hidden_size": ("hidden_size", "hidden_size"),
+    "num_attention_heads": ("num_attention_heads", "num_attention_heads"),
+    "num_kv_attention_heads": ("kv_heads", "num_key_value_heads"),
+    "vocab_size": ("vocab_size", "vocab_size"),
 }
 
 
@@ -95,8 +97,8 @@ def _call(key: str, build: Any, keywords: dict[str, Any], *arguments: Any) -> An
 
 def _other_sizes(model: ModelConfig, config: Any) -> Iterator[Problem]:
     """Yield a problem for each size that the module and the section ``model``, which costs follow from, disagree on."""
-    for key, theirs in SIZES.items():
+    for key, (ours, theirs) in SIZES.items():
         found = getattr(config, theirs, None)
-        if found is not None and found != getattr(model, key):
-            message = f"{getattr(model, key)}, but {theirs} of {type(config).__name__} is {found}"
+        if found is not None and found != getattr(model, ours):
+            message = f"{getattr(model, ours)}, but {theirs} of {type(config).__name__} is {found}"
             yield Problem(f"model.{key}", message, "Make the two equal: model.hf.cfg_extra_kwargs has the module's")

@@ -13,7 +13,13 @@ from internlm.model.hf_module import build_hf_module
 from internlm.utils.errors import ConfigError
 from tests.dist.oracle import verify
 
-SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_kv_attention_heads": 2,
+    "vocab_size": 64,
+}
 EXTRA: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
