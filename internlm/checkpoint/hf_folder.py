@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from internlm.checkpoint.folder_checks import reason_of
-from internlm.checkpoint.safetensors_files import DOWNLOAD, StoredTensor, quoted, read_header
+from internlm.checkpoint.safetensors_files import DOWNLOAD, OpenTensors, StoredTensor, quoted, read_header
+from internlm.model.hf_tensors import HFTensor, hf_tensors
+from internlm.model.spec import DecoderSpec
 from internlm.utils.errors import CheckpointError, Problem
 
 CONFIG, INDEX, ONE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -20,9 +25,39 @@ COPIED = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
 #: Size limits in bytes.
-_LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 26
+LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 26
 #: Number of problems that an error lists.
 MOST_PROBLEMS = 8
+
+
+class TensorFolder(Protocol):
+    """Folder with the weights of a model, in a format of other software."""
+
+    path: Path
+    config: dict[str, Any]
+    """Config of the model with the keys of a Hugging Face ``config.json``."""
+    config_file: Path
+    """File of the config, for errors."""
+    tensors: Mapping[str, Any]
+    """Tensors by name, with a ``shape``, and a ``dtype`` named as in safetensors files."""
+    head: str
+    """Name of the output head."""
+
+    def table(self, spec: DecoderSpec) -> Iterator[HFTensor]:
+        """Yield the tensors that a decoder needs."""
+
+    def read_box(self, stored: Any, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
+        """Read a box of a tensor, and convert it to the dtype of ``target``.
+
+        Args:
+            stored: Tensor of this folder.
+            shape: Shape that the tensor is viewed as.
+            offsets: First index of the box, by axis of ``shape``.
+            target: Memory to read into, of the sizes of the box.
+        """
+
+    def close(self) -> None:
+        """Close the files, which the next read opens again."""
 
 
 class HFFolder:
@@ -35,26 +70,43 @@ class HFFolder:
         CheckpointError: It is no such folder, a file is damaged or missing, or the index does not describe the files.
     """
 
+    head = "lm_head.weight"
+    table = staticmethod(hf_tensors)
+
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.config_file = path, path / CONFIG
+        self._files: dict[Path, OpenTensors] = {}
+        self._open = ExitStack()
         self.config = self._config()
         index = self._index()
         # All headers are read, and no tensor: what is wrong is known before anything is written.
         files = sorted({*index.values()}) if index else [self._only_file()]
         of_files = {file: read_header(path / file) for file in files}
         problems = list(_doubles(path, of_files))
-        self.tensors: Mapping[str, StoredTensor] = {
+        self.tensors: Mapping[str, Any] = {
             name: stored for tensors in of_files.values() for name, stored in tensors.items()
         }
         problems += self._contradictions(index, of_files) if index else ()
         if problems:
             raise CheckpointError(*shortened(problems))
 
+    def read_box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
+        """Read a box of a tensor, as :class:`TensorFolder` says."""
+        # Opening a file for each box would take longer than reading it.
+        if stored.file not in self._files:
+            self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
+        self._files[stored.file].read_box(stored, shape, offsets, target)
+
+    def close(self) -> None:
+        """Close the files, which the next read opens again."""
+        self._files.clear()
+        self._open.close()
+
     def _config(self) -> dict[str, Any]:
         if not self.path.is_dir():
             message = "is a file" if self.path.exists() else "does not exist"
             raise CheckpointError(Problem(str(self.path), message, "Pass a folder with config.json and safetensors"))
-        config = _read_json(self.path / CONFIG, _LARGEST_CONFIG)
+        config = read_json(self.path / CONFIG, LARGEST_CONFIG)
         if config.get("quantization_config"):
             message = "quantization_config is set, and quantised weights cannot be loaded"
             raise CheckpointError(
@@ -67,7 +119,7 @@ class HFFolder:
         file = self.path / INDEX
         if not file.exists():
             return {}
-        files = _read_json(file, _LARGEST_INDEX).get("weight_map")
+        files = read_json(file, _LARGEST_INDEX).get("weight_map")
         if not (isinstance(files, dict) and files):
             raise CheckpointError(
                 Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD)
@@ -119,7 +171,7 @@ def shortened(problems: list[Problem]) -> list[Problem]:
     return [*problems[:MOST_PROBLEMS], Problem("…", f"and {rest} more", "Correct the first ones")]
 
 
-def _read_json(file: Path, limit: int) -> dict[str, Any]:
+def read_json(file: Path, limit: int) -> dict[str, Any]:
     """Read a bounded JSON object.
 
     Raises:

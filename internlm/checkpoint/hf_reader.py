@@ -1,52 +1,48 @@
-"""Reader of a decoder's tensors from a Hugging Face folder, box by box: a rank reads only the slices that it holds."""
+"""Reader of a decoder's tensors from a folder, box by box: a rank reads only the slices that it holds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.hf_folder import HFFolder, shortened
+from internlm.checkpoint.hf_folder import TensorFolder, shortened
 from internlm.checkpoint.logical_tensors import PIECE_BYTES, LogicalTensors, Offsets, cut
-from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, OpenTensors, StoredTensor, quoted
-from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
+from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, quoted
+from internlm.model.hf_tensors import HFTensor, tensor_shapes
 from internlm.model.spec import DecoderSpec
 from internlm.utils.errors import CheckpointError, Problem
 
 #: Tensors that old folders hold although they follow from the config.
-_COMPUTED = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.inv_freq")
+_COMPUTED = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.inv_freq|rope\.freqs")
 _MODEL = "Use a model section that matches its config.json"
 
 
 class HFReader:
-    """Tensors of a decoder in a Hugging Face folder. Use it as a context manager, which keeps the files open.
+    """Tensors of a decoder in a folder of Hugging Face or Meta. Use it as a context manager, which closes the files.
 
     Args:
         folder: The folder.
         spec: The decoder that its tensors are read for.
     """
 
-    def __init__(self, folder: HFFolder, spec: DecoderSpec) -> None:
+    def __init__(self, folder: TensorFolder, spec: DecoderSpec) -> None:
         self.folder = folder
         self.is_tied = spec.config.tie_word_embeddings
         self.rows: dict[str, list[HFTensor]] = {}
         """Tensors of the folder that make up each tensor of the decoder."""
-        for row in hf_tensors(spec):
+        for row in folder.table(spec):
             self.rows.setdefault(row.ours, []).append(row)
         self.shapes = tensor_shapes(spec)
         """Shape of each tensor of the decoder."""
-        self._files: dict[object, OpenTensors] = {}
-        self._open = ExitStack()
 
     def __enter__(self) -> HFReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._files.clear()
-        self._open.close()
+        self.folder.close()
 
     def check(self) -> None:
         """Check that the folder has the decoder's tensors, with their shapes and floating-point dtypes, and no others.
@@ -74,22 +70,23 @@ class HFReader:
                 continue
             where = f"{self.folder.path}: {quoted(name)}"
             # Some tools save a tied head too. If it is another tensor, the folder says two things.
-            if name == "lm_head.weight" and self.is_tied:
-                if self._differs_from_embedding(name):
-                    message = "differs from model.embed_tokens.weight, although tie_word_embeddings is true"
+            embedding = self.rows["embedding.weight"][0].name
+            if name == self.folder.head and self.is_tied:
+                if self._differ(name, embedding):
+                    message = f"differs from {embedding}, although tie_word_embeddings is true"
                     yield Problem(where, message, "Set it to false in config.json and in the model section")
                 continue
             yield Problem(where, "the model has no such tensor", _MODEL)
 
-    def _differs_from_embedding(self, name: str) -> bool:
-        one, other = (self.folder.tensors.get(key) for key in (name, "model.embed_tokens.weight"))
+    def _differ(self, name: str, embedding: str) -> bool:
+        one, other = (self.folder.tensors.get(key) for key in (name, embedding))
         if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
             return True
         whole = torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta")
         for offsets, part in cut((0,) * len(one.shape), whole, PIECE_BYTES // whole.itemsize):
             boxes = [torch.empty(part.shape, dtype=part.dtype) for _ in range(2)]
             for stored, box in zip((one, other), boxes, strict=True):
-                self._box(stored, one.shape, offsets, box)
+                self.folder.read_box(stored, one.shape, offsets, box)
             if not torch.equal(*(box.view(torch.uint8) for box in boxes)):
                 return True
         return False
@@ -137,20 +134,15 @@ class HFReader:
 
     def _read_part(self, row: HFTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         stored = self.folder.tensors[row.name]
-        if not row.is_interleaved:
-            self._box(stored, shape, offsets, target)
+        if not row.reorders:
+            self.folder.read_box(stored, shape, offsets, target)
             return
-        # Their head holds the elements of even index first. Whole heads are read, and what is needed of them is taken.
+        # Whole heads are read, in the order of theirs, and what is needed of them is taken.
         axis = row.head_axis(len(shape))
-        split = [*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :]]
-        sizes = [*target.shape[:axis], 2, shape[axis] // 2, *target.shape[axis + 1 :]]
+        halves = row.split_of_head(shape[axis])
+        split = [*shape[:axis], *halves, *shape[axis + 1 :]]
+        sizes = [*target.shape[:axis], *halves, *target.shape[axis + 1 :]]
         box = torch.empty(sizes, dtype=DTYPES[stored.dtype])
-        self._box(stored, split, [*offsets[:axis], 0, 0, *offsets[axis + 1 :]], box)
+        self.folder.read_box(stored, split, [*offsets[:axis], 0, 0, *offsets[axis + 1 :]], box)
         heads = box.transpose(axis, axis + 1).flatten(axis, axis + 1)
         target.copy_(heads.narrow(axis, offsets[axis], target.shape[axis]))
-
-    def _box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
-        # Opening a file for each box would take longer than reading it.
-        if stored.file not in self._files:
-            self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
-        self._files[stored.file].read_box(stored, shape, offsets, target)

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from internlm.checkpoint.hf_export import Export, check_exportable, export, hf_config
-from internlm.checkpoint.hf_folder import HFFolder, shortened
+from internlm.checkpoint.hf_folder import HFFolder, TensorFolder, shortened
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
+from internlm.checkpoint.llama_folder import LlamaFolder
 from internlm.checkpoint.run_content import RunContent
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.checkpoint.storage import Storage
+from internlm.config.schema.root import LoadInfo
+from internlm.core.parallel.lora import is_adapter
 from internlm.utils.errors import CheckpointError, DataError
 
+#: Formats of folders by ``ckpt.load_ckpt_info.ckpt_type``.
+FOLDERS: dict[str, Callable[[Path], TensorFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
 
-def load_hf_folder(content: RunContent, path: str) -> str:
-    """Load the model of ``content`` from the Hugging Face folder ``path``, in any layout; collective.
 
-    Each rank reads only the slices that it holds. The ``model`` section of the config is compared with
-    ``config.json``, and all tensors with what the model needs, before anything is loaded.
+def load_folder(content: RunContent, info: LoadInfo) -> str:
+    """Load the model of ``content`` from a folder of Hugging Face or Meta, in any layout; collective.
+
+    Each rank reads only the slices that it holds. The ``model`` section of the config is compared with that of the
+    folder, and all tensors with what the model needs, before anything is loaded. Adapters keep their initial values.
+
+    Args:
+        content: Content of the run.
+        info: Path and format of the folder.
 
     Returns:
-        Model type of the folder.
+        What was loaded, for the log.
 
     Raises:
         CheckpointError: On some rank, the folder cannot be read, or does not match the model. In the former case,
             parameters may have been overwritten.
     """
-    tensors = {name: x for name, x in content.tensors().items() if name.startswith("model/")}
+    own = content.tensors().items()
+    tensors = {name: x for name, x in own if name.startswith("model/") and not is_adapter(name)}
     with content.exchange.failing_together():
-        folder = HFFolder(Path(path.removeprefix("local:")))
+        folder: TensorFolder = FOLDERS[info.ckpt_type](Path(info.path.removeprefix("local:")))
         theirs, ours = spec_of_folder(folder), spec_of_config(content.run_info["config"], "config")
-        if problems := list(differences(folder.path, theirs.spec, ours.spec, content.config.allow_model_changes)):
+        if problems := list(
+            differences(folder.config_file, theirs.spec, ours.spec, content.config.allow_model_changes)
+        ):
             raise CheckpointError(*shortened(problems))
         with HFReader(folder, ours.spec) as reader:
             reader.check()
@@ -42,7 +55,7 @@ def load_hf_folder(content: RunContent, path: str) -> str:
         reader.read(tensors)
     # Main parameters still hold the initial values; the first update would write them back to the model.
     content.optimizer.copy_model_to_main_params()
-    return str(folder.config["model_type"])
+    return f"a model of type {folder.config['model_type']} in the format {info.ckpt_type}"
 
 
 def check_run_exportable(config: Mapping[str, Any]) -> None:

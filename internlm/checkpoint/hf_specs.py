@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from internlm.checkpoint.hf_folder import CONFIG, HFFolder
+from internlm.checkpoint.hf_folder import TensorFolder
 from internlm.config.families import FAMILIES
 from internlm.config.schema import ModelConfig
 from internlm.model.families import spec_of
@@ -31,13 +31,13 @@ class NamedSpec(NamedTuple):
     """Keys of the ``model`` section that were given."""
 
 
-def spec_of_folder(folder: HFFolder) -> NamedSpec:
+def spec_of_folder(folder: TensorFolder) -> NamedSpec:
     """Return the decoder that a Hugging Face folder's config describes.
 
     Raises:
         CheckpointError: It has no counterpart here, or a value is missing or wrong.
     """
-    file = folder.path / CONFIG
+    file = folder.config_file
     try:
         model_type, keys = from_hf_config(folder.config)
     except ValueError as error:
@@ -153,11 +153,11 @@ def _local_base(spec: DecoderSpec) -> float | None:
     return spec.local_rotary.base if has_windows else None
 
 
-def differences(folder: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False) -> Iterator[Problem]:
+def differences(file: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False) -> Iterator[Problem]:
     """Yield a problem for each difference between the decoder of a Hugging Face folder and that of a run.
 
     Args:
-        folder: The folder, for errors.
+        file: File of its config, for errors.
         theirs: Decoder by its config.json.
         ours: Decoder of the run.
         allow_changes: Whether the run may compute other values from the same tensors.
@@ -169,7 +169,7 @@ def differences(folder: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_chan
             todo = "Use the value of the folder"
             if key in MATHEMATICS:
                 todo += ", or set ckpt.allow_model_changes=True to load the weights into the changed model"
-            message = f"{reprlib.repr(found)}, but {folder / CONFIG} has {reprlib.repr(wanted)}"
+            message = f"{reprlib.repr(found)}, but {file} has {reprlib.repr(wanted)}"
             yield Problem(key, message, todo)
 
 

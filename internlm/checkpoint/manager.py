@@ -14,7 +14,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
-from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_hf_folder
+from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_folder
 from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
@@ -252,11 +252,11 @@ class CheckpointManager:
             self._warn_of(existing)
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info
-            if info.ckpt_type == "hf":
-                found = f" (Hugging Face, {load_hf_folder(self.content, info.path)})"
-            else:
+            found = ""
+            if info.ckpt_type == "internevo":
                 self.load(info.path, state, info.content)
-                found = ""
+            else:
+                found = f" ({load_folder(self.content, info)})"
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}{found}"
         message = message or "nothing to resume; starting from step 0"
         log_first(message)

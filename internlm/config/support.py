@@ -26,7 +26,6 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model.num_experts": (1,),
     "model.num_shared_experts": (0,),
     "data.type": ("tokenized", "streaming", "megatron"),
-    "ckpt.load_ckpt_info.ckpt_type": ("internevo", "hf"),
 }
 
 #: Built-in model types.

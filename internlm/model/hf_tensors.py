@@ -38,13 +38,25 @@ class HFTensor:
     is_vector: bool = False
     is_interleaved: bool = False
     """Whether the decoder pairs neighbouring elements of a head for rotary embedding; theirs pair its two halves."""
+    is_halved: bool = False
+    """Whether the decoder pairs the two halves of a head; theirs pair neighbouring elements."""
 
     def of(self, ours: Tensor) -> Tensor:
         """Return the tensor from that of the decoder."""
         own = ours if self.part is None else ours.narrow(*self.part)
-        if self.is_interleaved:
-            own = own.unflatten(self._head_axis, (-1, 2)).transpose(self._head_axis - 1, self._head_axis)
+        if self.reorders:
+            own = self._pairs(own)
         return own.reshape(-1) if self.is_vector else own.reshape(-1, own.shape[-1])
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the elements of a head have another order in the decoder."""
+        return self.is_interleaved or self.is_halved
+
+    def _pairs(self, own: Tensor) -> Tensor:
+        """Return a view of heads of the decoder with the two axes of their split, [2, D/2] or [D/2, 2]."""
+        split = (-1, 2) if self.is_interleaved else (2, -1)
+        return own.unflatten(self._head_axis, split).transpose(self._head_axis - 1, self._head_axis)
 
     @property
     def _head_axis(self) -> int:
@@ -66,6 +78,10 @@ class HFTensor:
         """Return the axis of a head's elements in the decoder's tensor of ``dims`` axes."""
         return dims + self._head_axis
 
+    def split_of_head(self, size: int) -> tuple[int, int]:
+        """Return the two sizes of a head of ``size`` elements of theirs, which are transposed in the decoder."""
+        return (2, size // 2) if self.is_interleaved else (size // 2, 2)
+
     def place(self, theirs: Tensor, ours: Tensor) -> None:
         """Copy the tensor to its place in that of the decoder.
 
@@ -77,8 +93,8 @@ class HFTensor:
         if theirs.shape != expected:
             raise ValueError(f"expected shape {list(expected)}, got {list(theirs.shape)}")
         # Copied through views, so that a tensor of ours is never assembled twice.
-        if self.is_interleaved:
-            pairs = own.unflatten(self._head_axis, (-1, 2)).transpose(self._head_axis - 1, self._head_axis)
+        if self.reorders:
+            pairs = self._pairs(own)
             pairs.copy_(theirs.view(pairs.shape))
         else:
             own.copy_(theirs.view(own.shape))
@@ -167,3 +183,27 @@ def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
         else:
             shapes[name] = qk_norms.get(parameter, (c.hidden_size,))
     return shapes
+
+
+def llama_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
+    """Yield the tensors of a decoder by their names in Meta's releases of Llama, in the order of the layers.
+
+    The releases pair neighbouring elements of a head for rotary embedding, and have no biases.
+    """
+    heads = spec.config.num_attention_heads // spec.config.kv_heads
+    is_halved = not spec.qk_interleaved
+    yield HFTensor("tok_embeddings.weight", "embedding.weight")
+    for layer in (f"layers.{index}" for index in range(spec.config.num_layers)):
+        wqkv, w13 = f"{layer}.attention.wqkv.weight", f"{layer}.feed_forward.w13.weight"
+        yield HFTensor(f"{layer}.attention.wq.weight", wqkv, Part(1, 0, heads), is_halved=is_halved)
+        yield HFTensor(f"{layer}.attention.wk.weight", wqkv, Part(1, heads, 1), is_halved=is_halved)
+        yield HFTensor(f"{layer}.attention.wv.weight", wqkv, Part(1, heads + 1, 1))
+        yield HFTensor(f"{layer}.feed_forward.w1.weight", w13, Part(0, 0, 1))
+        yield HFTensor(f"{layer}.feed_forward.w3.weight", w13, Part(0, 1, 1))
+        for name in ("attention.wo.weight", "feed_forward.w2.weight"):
+            yield HFTensor(f"{layer}.{name}", f"{layer}.{name}")
+        for name in ("attention_norm.weight", "ffn_norm.weight"):
+            yield HFTensor(f"{layer}.{name}", f"{layer}.{name}", is_vector=True)
+    yield HFTensor("norm.weight", "norm.weight", is_vector=True)
+    if not spec.config.tie_word_embeddings:
+        yield HFTensor("output.weight", "output.weight")

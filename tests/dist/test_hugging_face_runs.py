@@ -15,7 +15,7 @@ from internlm.model.decoder import Decoder
 from internlm.model.hf_tensors import hf_tensors
 from tests.dist.tiny import TINY
 from tests.dist.whole_runs import Outcome, fit, resume, saving
-from tests.unit.checkpoint.hf_samples import exported, tensors_of, weights_of
+from tests.unit.checkpoint.hf_samples import exported, llama_release, tensors_of, weights_of
 from tests.unit.model.samples import decoder
 
 #: A vocabulary that no size divides, so that ranks hold rows of padding.
@@ -66,7 +66,7 @@ def test_every_layout_loads_the_same_model(ranks: int, tied: bool, layout: tuple
     model = _model(tied)
     folder = exported(model, "INTERNLM2", tmp_path, shard_bytes=20000)
     run = resume(ranks, _load(folder, f"model.tie_word_embeddings={tied}", *layout))
-    assert run.message == f"nothing to resume; loaded model from {folder} (Hugging Face, llama)"
+    assert run.message == f"nothing to resume; loaded model from {folder} (a model of type llama in the format hf)"
     _assert_loaded(run, model)
 
 
@@ -82,6 +82,22 @@ def test_an_imported_checkpoint_is_loaded_like_any_other(tmp_path: Path) -> None
     run = resume(2, [f"model_type={sections['model_type']}", *overrides, *ISP, "model.dtype=torch.bfloat16"])
     assert run.message == f"nothing to resume; loaded model from {tmp_path / 'imported'}"
     _assert_loaded(run, model)
+
+
+@pytest.mark.parametrize("layout", [ISP, pytest.param(PIPELINE, marks=pytest.mark.wide)])
+def test_a_release_of_meta_is_loaded_with_new_adapters(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """Adapters, which no folder has, keep the values that they begin with."""
+    keys = {**{key: value for key, value in KEYS.items() if key != "dtype"}, "vocab_size": 66}
+    model = decoder("LLAMA2", torch.float64, **keys)
+    folder = llama_release(model, tmp_path, files=2)
+    more = ("model.vocab_size=66", "model.lora.rank=2", "ckpt.load_ckpt_info.ckpt_type=llama")
+    run = resume(2, _load(folder, *more, *layout))
+    assert run.message == f"nothing to resume; loaded model from {folder} (a model of type llama in the format llama)"
+    for name, weight in weights_of(model).items():
+        assert torch.equal(run.tensors[f"model/{name}"], weight), name
+    adapters = [tensor for name, tensor in run.tensors.items() if name.startswith("model/") and ".lora_a." in name]
+    assert adapters
+    assert all(tensor.any() for tensor in adapters)
 
 
 def test_a_model_that_differs_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

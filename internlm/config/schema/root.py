@@ -145,12 +145,12 @@ class LoadInfo(Section):
     """Checkpoint that a run starts from: its path, the parts to load, and its format."""
 
     path: PathText
-    """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``; of Hugging Face, a local one."""
+    """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``; of other formats, a local one."""
     content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
-    """Format of the checkpoint: one that a run saved (``internevo``), or a Hugging Face folder with safetensors files
-    (``hf``), of which only the model can be loaded."""
+    """Format of the checkpoint: one that a run saved (``internevo``), a Hugging Face folder with safetensors files
+    (``hf``) or a folder of Meta's releases (``llama``). Of the last two, only the model can be loaded."""
 
 
 class CkptConfig(Section):

@@ -89,3 +89,31 @@ def rewrite_header(file: Path, change: Any) -> None:
 def bytes_of(tensor: dict[str, Any]) -> int:
     """Return the size of a tensor by its header."""
     return math.prod(tensor["shape"]) * 4
+
+
+def llama_release(model: Decoder, folder: Path, files: int = 1, splits_hidden: bool = True, **params: Any) -> Path:
+    """Write ``model``, which pairs neighbouring elements, as Meta's releases have it, split over ``files``."""
+    c = model.spec.config
+    assert model.spec.qk_interleaved
+    heads = c.num_attention_heads // c.kv_heads
+    whole: dict[str, tuple[Tensor, int | None]] = {"rope.freqs": (torch.ones(c.head_size // 2), None)}
+    for name, weight in weights_of(model).items():
+        if name.endswith("wqkv.weight"):
+            for key, part in zip("qkv", weight.split([heads, 1, 1], dim=1), strict=True):
+                whole[name.replace("wqkv", f"w{key}")] = (part.flatten(0, -2), 0)
+        elif name.endswith("w13.weight"):
+            whole[name.replace("w13", "w1")], whole[name.replace("w13", "w3")] = ((part, 0) for part in weight)
+        elif name == "embedding.weight":
+            whole["tok_embeddings.weight"] = (weight, int(splits_hidden))
+        else:
+            whole[name] = (weight, {"wo": 1, "w2": 1, "output": 0}.get(name.split(".")[-2]))
+    for index in range(files):
+        shards = {
+            name: (tensor if axis is None else tensor.chunk(files, axis)[index]).clone().contiguous()
+            for name, (tensor, axis) in whole.items()
+        }
+        torch.save(shards, folder / f"consolidated.{index:02}.pth")
+    sizes = dict(dim=c.hidden_size, n_layers=c.num_layers, n_heads=c.num_attention_heads, n_kv_heads=c.kv_heads)
+    content = {**sizes, "vocab_size": -1, "norm_eps": c.layer_norm_epsilon, "multiple_of": 256, **params}
+    (folder / "params.json").write_text(json.dumps(content))
+    return folder
