@@ -62,6 +62,7 @@ class LlamaFolder:
             message = "is a file" if path.exists() else "does not exist"
             raise CheckpointError(Problem(str(path), message, f"Pass a folder with {PARAMS} and consolidated.*.pth"))
         params = read_json(self.config_file, LARGEST_CONFIG)
+        # Exact names: what lies beside them, such as a copy, is no shard.
         files = sorted(file for file in path.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", file.name))
         expected = [f"consolidated.{index:02}.pth" for index in range(len(files))]
         if not files or [file.name for file in files] != expected:
@@ -74,6 +75,7 @@ class LlamaFolder:
     def _joined(
         self, files: Sequence[Path], loaded: Sequence[dict[str, Tensor]], params: Mapping[str, Any]
     ) -> Iterator[tuple[str, ShardedTensor]]:
+        # Each file is a rank of a tensor-parallel model, so all have the same tensors.
         problems = [
             Problem(f"{file}: {quoted(name)}", f"is not in every one of the {len(files)} files", DOWNLOAD)
             for file, tensors in zip(files, loaded, strict=True)
@@ -97,6 +99,7 @@ class LlamaFolder:
     @staticmethod
     def _axis(name: str, first: Tensor, params: Mapping[str, Any]) -> int | None:
         module = name.removesuffix(".weight").rpartition(".")[2]
+        # Norms and the table of rotary frequencies are whole in each file.
         if first.dim() != 2:
             return None
         # Llama 3 splits the embedding by vocabulary entries, older releases split it over the hidden dimension.
@@ -104,6 +107,7 @@ class LlamaFolder:
 
     def _config(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the params with the keys of a Hugging Face config; sizes that they leave out are those of tensors."""
+        # Older releases leave it to the tokenizer, as -1.
         vocabulary = self._size("tok_embeddings.weight")
         if params.get("vocab_size") not in (None, -1, vocabulary):
             message = (
@@ -141,6 +145,7 @@ class LlamaFolder:
 
     def read_box(self, stored: ShardedTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         """Read a box of a tensor, as :class:`~internlm.checkpoint.hf_folder.TensorFolder` says."""
+        # Small, since boxes are; the mapped files themselves count as the cache of the system.
         box, filled = torch.empty(target.shape, dtype=stored.shards[0].dtype), 0
         flat = box.view(-1)
         for first, count in runs_of_box(shape, offsets, target.shape):
@@ -165,6 +170,7 @@ def _range(stored: ShardedTensor, first: int, count: int) -> Tensor:
             if start < stop:
                 pieces.append(shard.reshape(-1)[start:stop])
         return torch.cat(pieces)
+    # Whole rows of all files, of which the columns beside one another are taken.
     top, bottom = first // columns, -(-(first + count) // columns)
     rows = torch.cat([shard[top:bottom] for shard in stored.shards], dim=1)
     return rows.reshape(-1)[first - top * columns :][:count]
@@ -177,8 +183,10 @@ def _load(file: Path) -> dict[str, Tensor]:
         CheckpointError: It is no archive of tensors as ``torch.save`` writes it.
     """
     try:
+        # First: the unpickler itself has no bounds.
         _check_archive(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Storages stay on the host, wherever they were saved from.
+        content = torch.load(file, map_location=lambda storage, _: storage, weights_only=True, mmap=True)
         if not isinstance(content, dict):
             raise ValueError(f"expected a dict of tensors, got {type(content).__name__}")
         for name, tensor in content.items():

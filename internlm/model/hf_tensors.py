@@ -55,6 +55,7 @@ class HFTensor:
 
     def _pairs(self, own: Tensor) -> Tensor:
         """Return a view of heads of the decoder with the two axes of their split, [2, D/2] or [D/2, 2]."""
+        # Even elements before odd ones, or the reverse: the transpose of the split is the other order.
         split = (-1, 2) if self.is_interleaved else (2, -1)
         return own.unflatten(self._head_axis, split).transpose(self._head_axis - 1, self._head_axis)
 
@@ -191,6 +192,7 @@ def llama_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
     The releases pair neighbouring elements of a head for rotary embedding, and have no biases.
     """
     heads = spec.config.num_attention_heads // spec.config.kv_heads
+    # Values have no rotary embedding, and so no order of pairs.
     is_halved = not spec.qk_interleaved
     yield HFTensor("tok_embeddings.weight", "embedding.weight")
     for layer in (f"layers.{index}" for index in range(spec.config.num_layers)):

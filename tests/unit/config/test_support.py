@@ -29,7 +29,8 @@ def test_defaults_run(device: str | None) -> None:
         ({"model.num_shared_experts": 1}, "model.num_shared_experts: 1 is not available in this version. Use 0"),
         (
             {"ckpt.load_ckpt_info": {"path": "x", "ckpt_type": "hf"}},
-            "ckpt.load_ckpt_info.content: ('all',), but a folder of type 'hf' holds only the model. Set it to ('model',)",
+            "ckpt.load_ckpt_info.content: ('all',), but a folder of type 'hf' holds only the model. "
+            "Set it to ('model',)",
         ),
         (
             {"ckpt.stop_file_path": "s3://bucket/stop"},
