@@ -141,11 +141,14 @@ class Symbols(GroupSymbols):
             device_type: Type of the device.
 
         Raises:
-            NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family.
+            NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family, or the model
+                has adapters.
         """
         model = config.model
         if spec is None and config.model_type not in FAMILIES:
             raise NoCostFormulaError(config.model_type, f"which is not a built-in family ({', '.join(FAMILIES)})")
+        if model.lora is not None:
+            raise NoCostFormulaError(config.model_type, "because model.lora adds adapters to it")
         assert model.dtype is not None, "the resolver fills model.dtype"
         dtype, groups, tokens = torch_dtype(model.dtype), group_symbols(config, world_size), config.data.packed_length
         return cls(

@@ -42,9 +42,13 @@ def _model(config: Config) -> dict[str, Any]:
     heads = kv_heads * queries
     # Some families have heads whose sizes do not add up to the hidden size, a separate path in attention.
     usual = model.num_attention_heads * model.head_size == model.hidden_size
-    position_scale = model.max_position_embeddings / config.data.seq_len
+    position_scale, seq_len = model.max_position_embeddings / config.data.seq_len, _seq_len(config)
+    layers = max(LAYERS, config.parallel.pipeline.size * model.num_chunks)
     return {
-        "model.num_layers": max(LAYERS, config.parallel.pipeline.size * model.num_chunks),
+        "model.num_layers": layers,
+        # One of the layers that attend to all tokens is enough, and a window hides mistakes unless it is short.
+        "model.global_layers": (layers - 1,) if model.global_layers else (),
+        "model.sliding_window": model.sliding_window and min(model.sliding_window, seq_len // 2),
         "model.cpu_offloading": min(model.cpu_offloading, 1),
         "model.num_attention_heads": heads,
         "model.num_kv_attention_heads": kv_heads,
@@ -52,7 +56,7 @@ def _model(config: Config) -> dict[str, Any]:
         "model.hidden_size": heads * HEAD_DIM * (1 if usual else 2),
         "model.multiple_of": math.lcm(8, tensor),
         "model.vocab_size": VOCABULARY,
-        "model.max_position_embeddings": max(1, int(_seq_len(config) * position_scale)),
+        "model.max_position_embeddings": max(1, int(seq_len * position_scale)),
     }
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.dist.oracle import verify
+from internlm.verify.compare import compare
+from internlm.verify.configs import make_plan
+from tests.dist.oracle import reference, run, verify
+from tests.harness.pool import run_ranks
 
 GEMMA3 = ("model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(1,)")
 #: What a family brings to the layers, as overrides.
@@ -38,20 +42,19 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "ZB-V": ("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBV", "model.num_chunks=2", "model.num_layers=4"),
     "fsdp": ("parallel.zero1.fsdp=True",),
 }
-#: Each family and each layout once or twice; all others only in the widest sweep.
+#: What :func:`test_debug_configs` does not cover; all others only in the widest sweep.
 NARROW = {
-    ("OLMO2", "mtp"),
     ("OLMO2, half recomputed", "msp"),
-    ("GEMMA3", "fsp"),
     ("GEMMA3", "ZB-V"),
     ("GEMMA3, offloaded", "isp"),
-    ("QWEN3", "mtp"),
     ("QWEN3", "fsdp"),
-    ("MISTRAL", "data"),
     ("BAICHUAN2", "isp, weights alone, overlapped"),
     ("BAICHUAN2, tied", "1F1B"),
     ("post-norm", "msp"),
 }
+DEBUG = sorted((Path(__file__).parents[2] / "configs" / "debug").glob("*.py"))
+#: Layouts of the debug configs, of which each is tried in one, and in the widest sweep in all.
+IN_TURN = ("mtp", "isp", "1F1B", "fsp")
 
 
 def _rows() -> Iterator[object]:
@@ -68,6 +71,20 @@ def assert_equal(ranks: int, overrides: tuple[str, ...], dtype: str = "float64")
 @pytest.mark.parametrize(("family", "layout"), list(_rows()))
 def test_every_family_in_every_layout(family: str, layout: str) -> None:
     assert_equal(2, (*LAYOUTS[layout], *FAMILIES[family]))
+
+
+def _debug_rows() -> Iterator[object]:
+    for index, (config, layout) in enumerate(itertools.product(DEBUG, IN_TURN)):
+        marks = [] if index % len(IN_TURN) == index // len(IN_TURN) % len(IN_TURN) else [pytest.mark.wide]
+        yield pytest.param(config, layout, marks=marks, id=f"{config.stem}, {layout}")
+
+
+@pytest.mark.parametrize(("config", "layout"), list(_debug_rows()))
+def test_debug_configs(config: Path, layout: str) -> None:
+    """As ``internlm verify`` does by default: shrunk, in float64."""
+    plan = make_plan(config, LAYOUTS[layout], 2, steps=2, shrink=True)
+    report = compare(plan.config, reference(plan), run_ranks(2, run, plan.config, plan.seed, plan.steps))
+    assert report.failures == []
 
 
 #: Four ranks: both ways to split at once, a kv head on several ranks, and tensor groups in a pipeline.

@@ -6,6 +6,7 @@ They run in a process of their own, since the pretended device is registered for
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -215,6 +216,27 @@ def test_every_layout_agrees_with_its_formulas(layout: str, apart: Apart) -> Non
     assert run.traffic  # the comparison was not empty
     assert run.host_reads == {"metrics of a step": 1}
     assert run.has_attention_kernel
+
+
+DEBUG = sorted((ROOT / "configs" / "debug").glob("*.py"))
+DEBUG_LAYOUTS = {"mtp": split_over("mtp", 2), "isp": split_over("isp", 2, 2), "1F1B": stages(2)}
+
+
+def _debug_rows() -> Iterator[object]:
+    for file, layout in itertools.product(DEBUG, DEBUG_LAYOUTS):
+        marks = [] if (file.stem, layout) == ("olmo2", "mtp") else [pytest.mark.wide]
+        yield pytest.param(file, layout, marks=marks, id=f"{file.stem}, {layout}")
+
+
+@pytest.mark.parametrize(("file", "layout"), list(_debug_rows()))
+def test_debug_configs(file: Path, layout: str, apart: Apart) -> None:
+    run = apart.call(_dry_file, file, DEBUG_LAYOUTS[layout])
+    assert problems([run]) == []
+    assert not_compared(run) == []
+
+
+def _dry_file(file: Path, overrides: Sequence[str]) -> DryRun:
+    return run_rank(dry_config(file, overrides, 2), 2, 1, 2)
 
 
 def test_host_syncs_and_kernels_by_number_of_micro_batches(apart: Apart) -> None:
