@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from internlm.accelerator import is_host
 from internlm.config.schema.model import Activation
 from internlm.ops import reference
+from internlm.ops.cpu.cpu_gemm import runs_few_tokens
 from internlm.utils.torch_private import in_backward
 
 _BLOCK = 2**17  # elements of one tensor's block: 512 KiB in fp32, so the blocks of one pass fit into the cache
@@ -42,6 +43,9 @@ def gated(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
         return reference.gated(gate_up, activation)
+    if runs_few_tokens(gate_up):
+        gate, up = gate_up.unbind(1)
+        return _KERNELS[activation].forward(gate, out=torch.empty_like(gate)).mul_(up)
     return _Gated.apply(gate_up, activation)
 
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from internlm.accelerator import is_host
 from internlm.ops import reference
+from internlm.ops.cpu.cpu_gemm import runs_few_tokens
 from internlm.utils.dtype import wide
 
 
@@ -29,8 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         # The compiler fuses the plain formula better than it could a custom autograd function.
         width = wide(x.dtype)
         return reference.rms_norm(x.to(width), weight.to(width), eps, offset).to(x.dtype)
-    if not is_host(x) and x.dtype == weight.dtype:
-        # One fused kernel per pass; many small ones on the CPU.
+    if x.dtype == weight.dtype and (not is_host(x) or runs_few_tokens(x)):
+        # One fused kernel per pass; on the CPU a call of several small ones, which suits few tokens.
         return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
     return _RMSNorm.apply(x, weight, eps, offset)
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from internlm.accelerator import is_host
 from internlm.ops import reference
 from internlm.ops.cpu.blocked_attention import EqualLengthRun
+from internlm.ops.cpu.cpu_gemm import runs_few_tokens
 from internlm.ops.rope_scaling import ContextScaling
 from internlm.utils.dtype import wide
 
@@ -110,6 +111,10 @@ def split_qkv_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     if torch.compiler.is_compiling():
         # The compiler fuses the plain formula better than it could a custom autograd function.
         return reference.split_qkv_rotary(qkv, cos, sin, interleaved)
+    if runs_few_tokens(qkv):
+        q_and_k = torch.empty_like(qkv[:, :, :-1])
+        _rotate(qkv[:, :, :-1], cos, sin, interleaved, q_and_k)
+        return q_and_k[:, :, :-1].flatten(1, 2), q_and_k[:, :, -1], qkv[:, :, -1]
     return _SplitQKVRotary.apply(qkv, cos, sin, interleaved)
 
 
@@ -174,7 +179,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, out: Tensor,
     """Rotate ``x``, or rotate it back, and write the result to ``out``, both [T, ..., D]."""
     # One head at a time on a core: a head fits into its cache, and is read and written several times. With several
     # threads, each operation on a head would be a parallel region of its own: see ``ops.gated``.
-    if is_host(x) and x.dim() > 2 and torch.get_num_threads() == 1:
+    if is_host(x) and x.dim() > 2 and torch.get_num_threads() == 1 and not runs_few_tokens(x):
         for head, out_head in zip(x.unbind(1), out.unbind(1), strict=True):
             _rotate(head, cos, sin, interleaved, out_head, back)
         return

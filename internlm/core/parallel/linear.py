@@ -70,7 +70,11 @@ class ParallelLinear(nn.Module):
         whole = self.out_shape if self.communicator.splits_weight else self.own_out_shape
         if torch.compiler.is_compiling():
             return self._compiled(before(x) if before else x, math.prod(whole)).view(-1, *whole)
-        y: Tensor = _Linear.apply(x, self.weight, self.bias, self.communicator, before)
+        y: Tensor
+        if torch.is_grad_enabled():
+            y = _Linear.apply(x, self.weight, self.bias, self.communicator, before)
+        else:
+            y, _ = _output(x, self.weight, self.bias, self.communicator, before)
         return y.view(y.shape[0], *whole)
 
     def _compiled(self, x: Tensor, features: int) -> Tensor:
@@ -95,9 +99,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator, before: Before | None
     ) -> Tensor:
-        y, gathered = products.output(before(x) if before else x, weight, comm)
-        if bias is not None:  # after the communication: an all-reduce of the output would add it once for each rank
-            y += bias.view(-1)
+        y, gathered = _output(x, weight, bias, comm, before)
         ctx.save_for_backward(x, gathered if comm.keeps_gathered_input else None)
         # Parameters are not saved as tensors: offloading and other hooks on saved tensors would pack them.
         ctx.parameters, ctx.comm, ctx.before = (weight, bias), comm, before
@@ -118,6 +120,16 @@ class _Linear(torch.autograd.Function):
             inputs.backward(dx)  # a nested backward pass, which also accumulates the gradients of before's parameters
             dx = x.grad
         return dx, dw, db, None, None
+
+
+def _output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator, before: Before | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output of the layer and its gathered input."""
+    y, gathered = products.output(before(x) if before else x, weight, comm)
+    if bias is not None:  # after the communication: an all-reduce of the output would add it once for each rank
+        y += bias.view(-1)
+    return y, gathered
 
 
 def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:

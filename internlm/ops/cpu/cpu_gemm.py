@@ -21,6 +21,9 @@ from internlm.utils.torch_private import onednn_linear
 TOKEN_MULTIPLE = 64
 # Number of multiply-adds below which oneDNN is slower: its calls have an overhead of 15 us, those of torch.mm 4 us.
 _LEAST_WORK = 2**20
+# Most tokens of a pass whose time is that of reading the weights, as in generation. There, oneDNN reads faster.
+FEW_TOKENS = 16
+_LEAST_WEIGHTS = 2**18
 # Elements of one block of a weight gradient; bounds the memory of the temporary product.
 _BLOCK_ELEMENTS = 2**22
 
@@ -59,6 +62,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b.t()) if a.stride(1) == 1 else _transposed_product(a.t(), b)
 
 
+def runs_few_tokens(x: Tensor) -> bool:
+    """Return whether a pass without gradients has so few tokens, [T, …], that calls cost more than the work in them."""
+    return x.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled()
+
+
 def onednn_serves(x: Tensor) -> bool:
     """Return whether oneDNN supports the dtype and device of ``x``."""
     return (
@@ -71,7 +79,8 @@ def onednn_serves(x: Tensor) -> bool:
 
 def _kernel(operation: str, left: Tensor, columns: int) -> str:
     work = left.numel() * columns
-    if work < _LEAST_WORK or not onednn_serves(left):
+    reads_weights = left.shape[0] <= FEW_TOKENS and left.shape[-1] * columns >= _LEAST_WEIGHTS
+    if (work < _LEAST_WORK and not reads_weights) or not onednn_serves(left):
         return "torch"
     return kernel_for(operation, "float32", work)
 
