@@ -103,4 +103,4 @@ def test_a_compiled_run_is_that_of_one_process(row: str) -> None:
 
 def test_float32_with_dropout() -> None:
     """Of the number of a layer, of which masks depend, a graph of its own is made once."""
-    assert_equal(1, ("model.drop_rate=0.1",), Compiled(5, {ATTENTION: 2, MASKS: 2}), "float32")
+    assert_equal(1, ("model.drop_rate=0.1",), Compiled(4, {ATTENTION: 1, MASKS: 2}), "float32")

@@ -1,6 +1,7 @@
-"""Generation with a cache of keys and values by this framework and by ``transformers``, in turns, and its floor.
+"""Models beside ``transformers``: ``python -m bench.models generate``.
 
-The floor of a step is the time in which the cores read all weights once: every token needs each of them.
+``generate``: greedy generation with a cache of keys and values, in turns, and the floor of a step. That is the time in
+which the cores read all weights once, since every token needs each of them.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def floor_seconds(model: Decoder) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Print tokens per second of both, and the ratio of medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["generate"], help="what to measure")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts that run together")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
