@@ -185,6 +185,9 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     keys |= _width(config["hidden_size"], config["intermediate_size"])
     activation = config.get(row.activation_key, "silu")
     by_theirs = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    if row.model_type == "gemma":
+        # The first releases of Gemma say so, and mean the approximation by tanh.
+        by_theirs["gelu"] = "gelu_tanh"
     if not isinstance(activation, str) or activation not in by_theirs:
         raise ValueError(f"{row.activation_key}: {reprlib.repr(activation)} is not one of {', '.join(by_theirs)}")
     keys["activation"] = by_theirs[activation]

@@ -24,7 +24,7 @@ from internlm.checkpoint.hf_specs import spec_of_config
 from internlm.checkpoint.manager import load_weights
 from internlm.config.families import FAMILIES
 from internlm.core.parallel.param_state import placed_parameters
-from internlm.model.hf_config import to_hf_config
+from internlm.model.hf_config import from_hf_config, to_hf_config
 from internlm.model.hf_tensors import tensor_shapes
 from tests.unit.checkpoint.hf_samples import (
     GQA,
@@ -111,6 +111,22 @@ def test_folders_of_transformers(model_type: str, tmp_path: Path) -> None:
     ids = tokens(2, 24)
     expected = theirs(ids).logits
     assert (model(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_gelu_of_gemma_is_the_approximation_by_tanh(tmp_path: Path) -> None:
+    """As ``transformers`` reads the config of the first releases; of other models it is another function."""
+    folder = exported(_model("GEMMA", torch.float32), "GEMMA", tmp_path)
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace("gelu_pytorch_tanh", "gelu"))
+    section: dict[str, Any] = {}
+    exec(import_folder(folder, tmp_path / "back"), section)
+    model = _built(section, torch.float32)
+    load_weights(model, tmp_path / "back")
+    ids = tokens(2, 24)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(ids).logits
+    assert (model(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match="hidden_act: 'gelu' is not one of silu"):
+        from_hf_config({**json.loads(file.read_text()), "model_type": "llama", "architectures": None})
 
 
 def test_dtypes(tmp_path: Path) -> None:
