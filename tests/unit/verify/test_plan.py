@@ -114,6 +114,12 @@ def test_nothing_is_saved_or_told() -> None:
     assert not config.enable_tb
 
 
+def test_layers_of_both_sorts_remain_when_a_config_with_windows_is_shrunk() -> None:
+    windows = {"num_layers": 12, "use_sliding_window": True, "sliding_window": 4096, "global_layers": (5, 11)}
+    model = make_plan({**SMALL, "model": {**SMALL["model"], **windows}}, shrink=True).config.model
+    assert [model.window(layer) for layer in range(model.num_layers)] == [16, None]
+
+
 @pytest.mark.parametrize("key", ["load_ckpt_folder", "load_model_only_folder"])
 def test_the_folder_that_a_run_continues_from_is_not_loaded(key: str) -> None:
     ckpt = {"save_ckpt_folder": "local:ckpts", key: "local:ckpts", "auto_resume": True}
@@ -128,7 +134,7 @@ def test_the_folder_that_a_run_continues_from_is_not_loaded(key: str) -> None:
         ({"overrides": ("model.hiden_size=3",)}, "--set model.hiden_size: unknown key"),
         ({"overrides": ("parallel.tensor.size=2",), "world_size": 3}, "world size 3 is not divisible"),
         ({"steps": 6}, "--steps: must be at most data.total_steps = 5, got 6"),
-        ({"overrides": ("model.residual_in_fp32=True",)}, "model.residual_in_fp32"),
+        ({"overrides": ("model.num_experts=2",)}, "model.num_experts"),
         (
             {"world_size": 2, "devices": Devices("cuda", 1)},
             r"--world: 2 processes need a device each, but this machine has 1 \(cuda\). Lower it",
