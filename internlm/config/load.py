@@ -9,7 +9,8 @@ import ast
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -59,11 +60,9 @@ def execute_file(path: str | Path) -> NestedDict:
     code = _compile(path, _read(path))
     # Any name but ``__main__``, so that an ``if __name__ == "__main__":`` block of the file does not run.
     namespace: NestedDict = {"__name__": path.stem, "__file__": str(path)}
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that no file of the folder hides an installed module
     try:
-        exec(code, namespace)
+        with _importing_from(path.resolve().parent):
+            exec(code, namespace)
     except EndedBySignal:
         raise
     except (Exception, SystemExit) as error:  # any exception that the file raises is an error in the file
@@ -73,6 +72,16 @@ def execute_file(path: str | Path) -> NestedDict:
         for name, value in namespace.items()
         if not name.startswith("_") and not callable(value) and not isinstance(value, (ModuleType, FUTURE))
     }
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let imports in the ``with`` block find modules in ``folder``."""
+    sys.path.append(str(folder))  # last, so that no file of the folder hides an installed module
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> NestedDict:

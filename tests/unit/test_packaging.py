@@ -28,8 +28,12 @@ def _required(*names: str) -> list[Requirement]:
 
 
 def _imported(file: Path) -> set[str]:
-    """First components of the absolute imports of a file."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
+    """First components of the absolute imports of a file, but for those that only a type checker reads."""
+    tree = ast.parse(file.read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    nodes = list(ast.walk(tree))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names = plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     return {name.partition(".")[0] for name in names}
