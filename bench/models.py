@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.yardsticks import LLAMA_30M, YARDSTICKS
@@ -27,10 +29,11 @@ PROMPT = 64
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Return the duration of one call."""
-    start = time.perf_counter()
+    """Return the duration of one call: CPU time with one thread, which other work on the machine changes little."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def models() -> tuple[Decoder, LlamaForCausalLM]:
@@ -55,6 +58,12 @@ def models() -> tuple[Decoder, LlamaForCausalLM]:
     return ours, theirs
 
 
+def continuations(model: LlamaForCausalLM, prompts: Tensor, new_tokens: int) -> list[list[int]]:
+    """Generate by ``transformers``, greedily: ids [B, T] → ``new_tokens`` ids for each row."""
+    options = dict(max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(prompts))
+    return model.generate(prompts, **options)[:, prompts.shape[1] :].tolist()
+
+
 def floor_seconds(model: Decoder) -> float:
     """Return the median time of reading all weights of matrices once, as one sum of their bytes."""
     numel = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
@@ -77,14 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"floor: {floor * 1e3:.2f} ms a step, {1 / floor:.0f} tokens/s and sequence")
     for batch in args.batch:
         prompts = torch.randint(VOCAB, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
-
-        def by_ours() -> list[list[int]]:
-            return generate(ours, prompts, args.new_tokens, temperature=0, batch_size=batch)  # noqa: B023
-
-        def by_theirs() -> list[list[int]]:
-            options = dict(max_new_tokens=args.new_tokens, do_sample=False, attention_mask=torch.ones_like(prompts))  # noqa: B023
-            return theirs.generate(prompts, **options)[:, PROMPT:].tolist()  # noqa: B023
-
+        by_ours = partial(generate, ours, prompts, args.new_tokens, temperature=0, batch_size=batch)
+        by_theirs = partial(continuations, theirs, prompts, args.new_tokens)
         assert by_ours() == by_theirs()  # also warms up
         turns = [(seconds(by_ours), seconds(by_theirs)) for _ in range(args.rounds)]
         mine, peer = (batch * args.new_tokens / median(side) for side in zip(*turns, strict=True))
