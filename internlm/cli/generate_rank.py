@@ -121,7 +121,8 @@ class GrowingText:
         return self._decode()[len(self._shown) :]
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids)
+        # A padded vocabulary has ids without a token, which an untrained model may choose.
+        return self._tokenizer.decode([token for token in self._ids if token < self._tokenizer.vocab_size])
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def test_a_growing_text_is_the_text_of_all_tokens(saved: tuple[Path, Path]) -> N
     assert len(ids) > 200  # several windows
     assert "".join(pieces) + text.rest() == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
     assert sum(map(bool, pieces)) > len(ids) / 2
+    assert text.add(tokenizer.vocab_size) == text.rest() == ""  # a padded vocabulary has ids without a token
 
 
 def test_ranks_get_the_same_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
