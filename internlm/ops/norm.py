@@ -30,10 +30,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         # The compiler fuses the plain formula better than it could a custom autograd function.
         width = wide(x.dtype)
         return reference.rms_norm(x.to(width), weight.to(width), eps, offset).to(x.dtype)
-    if x.dtype == weight.dtype and (not is_host(x) or runs_few_tokens(x)):
-        # One fused kernel per pass; on the CPU a call of several small ones, which suits few tokens.
+    if not is_host(x) and x.dtype == weight.dtype:
+        # One fused kernel per pass; many small ones on the CPU.
         return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+    if runs_few_tokens(x):
+        # The same operations, since a linear calls this without gradients in forward, and with them in backward.
+        return _normalise(x, weight, eps, offset)[0]
     return _RMSNorm.apply(x, weight, eps, offset)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """Return RMSNorm of ``x``, and 1 / rms(x), [T, 1]."""
+    wide_x = x.to(wide(x.dtype))
+    # vector_norm reads x once; x.square().mean() would write and read a tensor of its size.
+    inverse = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide_x * inverse).mul_(weight + offset if offset else weight).to(x.dtype), inverse
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -50,12 +61,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        wide_x = x.to(wide(x.dtype))
-        # vector_norm reads x once; x.square().mean() would write and read a tensor of its size.
-        inverse = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)  # inverse: [T, 1]
+        y, inverse = _normalise(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
-        return (wide_x * inverse).mul_(weight + offset if offset else weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

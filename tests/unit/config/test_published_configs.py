@@ -54,7 +54,7 @@ def test_the_first_layers_without_window_are_global() -> None:
 
 
 def test_the_list_of_model_types_is_that_of_the_families() -> None:
-    assert sorted(MODEL_TYPES) == sorted(FAMILIES)
+    assert sorted(MODEL_TYPES) == sorted([*FAMILIES, "hf"])
 
 
 @pytest.mark.parametrize(
