@@ -13,6 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from internlm.model.decoder import Decoder
 from internlm.model.families import FAMILIES, FamilyBuilder
 from internlm.model.hf_config import FORMAT_OF, to_hf_config
 from internlm.model.hf_tensors import hf_tensors
+from internlm.ops.cpu.kernel_start import choose_kernels
 
 VOCAB = 8192
 #: Sizes that families differ in; a window shorter than the sequences, or it would change nothing.
@@ -94,6 +96,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    choose_kernels(torch.float32)  # those that a run would have on this processor
     print(f"{processor.processor_name()}, one thread, float32, {given.sequences} sequences of {given.length} tokens")
     for family in given.families:
         one, other = compare(family, given.rounds, given.sequences, given.length)
