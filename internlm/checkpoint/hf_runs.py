@@ -76,7 +76,7 @@ def check_run_exportable(config: Mapping[str, Any]) -> None:
 
 
 def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str:
-    """Write the checkpoint ``name`` of a run as the folder ``<name>-hf`` beside it, and return its path.
+    """Write a checkpoint of a run as a Hugging Face folder beside it, ``NAME-hf``, and return the path of the folder.
 
     Such a folder of an earlier run is replaced, as the checkpoint itself was.
 

@@ -32,7 +32,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. The logits are adjusted in the order of the attributes, as in ``transformers``.
+    """Settings of the choice of the next token, applied to the logits in this order, as in ``transformers``.
 
     Attributes:
         repetition_penalty: Divisor of the positive logits, and factor of the negative ones, of tokens that occur in

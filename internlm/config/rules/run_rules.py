@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from internlm.config.families import FAMILIES
 from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors, listed
 from internlm.config.schema import Config
 from internlm.config.schema.fields import floor_share, is_remote
@@ -38,6 +39,35 @@ def dynamic_ntk_has_frequencies(config: Config, run: RunInfo) -> Iterator[Proble
     if (config.model.use_dynamic_ntk_rope, config.model.head_dim) == (True, 2):
         message = "True requires model.head_dim of at least 4, got 2: a single frequency cannot be scaled"
         yield Problem("model.use_dynamic_ntk_rope", message, "Set it to False, or use wider heads")
+
+
+def one_scaling_of_rotary_frequencies(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that ``rope_scaling`` has a transition, and excludes linear and dynamic scaling."""
+    scaling, factor = config.model.rope_scaling, config.model.rope_scaling_factor
+    is_scaled = config.model.use_dynamic_ntk_rope or factor != 1
+    if scaling is not None and is_scaled:
+        message = "is given beside use_dynamic_ntk_rope or rope_scaling_factor, which are other ways to do the same"
+        yield Problem("model.rope_scaling", message, "Keep one of them")
+    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
+        message = f"low_freq_factor = {scaling.low_freq_factor} is not less than high_freq_factor"
+        yield Problem("model.rope_scaling", f"{message} = {scaling.high_freq_factor}", "Change one of the two")
+
+
+def windows_have_a_width(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that a sliding window has a width."""
+    has_windows, width = config.model.use_sliding_window, config.model.sliding_window
+    if has_windows and width is None:
+        message = "True, but model.sliding_window is not given"
+        yield Problem("model.use_sliding_window", message, "Set model.sliding_window, or use_sliding_window=False")
+
+
+def adapters_have_a_family(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that the model with adapters is of a built-in family: only its blocks have linears of these names."""
+    lora, model_type = config.model.lora, config.model_type
+    if lora is not None and model_type not in FAMILIES:
+        message = f"is given, but the model type {model_type!r} is not a built-in family"
+        todo = "Remove it, or build your model from internlm.core.parallel.lora.AdaptedLinear"
+        yield Problem("model.lora", message, todo)
 
 
 def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -220,6 +250,9 @@ RULES = (
     Rule(at("model", "hidden_size", "num_attention_heads", "head_dim"), heads_divide_hidden_size),
     Rule(at("model", "head_dim"), head_dim_is_even),
     Rule(at("model", "head_dim", "use_dynamic_ntk_rope"), dynamic_ntk_has_frequencies),
+    Rule(at("model", "rope_scaling", "use_dynamic_ntk_rope", "rope_scaling_factor"), one_scaling_of_rotary_frequencies),
+    Rule(at("model", "use_sliding_window", "sliding_window"), windows_have_a_width),
+    Rule(("model_type", "model.lora"), adapters_have_a_family),
     Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
     Rule(at("model", "num_experts", "top_k"), experts_suffice),
     Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
