@@ -160,13 +160,7 @@ def _upper(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    if isinstance(value, str):
-        return (value,)
-    return _list_as_tuple(value)
-
-
-def _list_as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if isinstance(value, str) else value
 
 
 def _batch_list(value: Any) -> Any:
@@ -198,9 +192,6 @@ UNSET_BY_ZERO = (
 RESPELLED: dict[str, Callable[[Any], Any]] = {
     "data.skip_batches": _batch_list,
     "parallel.pipeline.mode": _upper,
-    "parallel.pipeline.partition": _list_as_tuple,
-    "optimizer.param_groups": _list_as_tuple,
-    "parallel.elastic": _list_as_tuple,
     "model.dtype": _dtype_name,
     "optimizer.ns_dtype": _dtype_name,
     "reduce_comm_dtype": _dtype_name,

@@ -19,9 +19,7 @@ def split_weights(raw: NestedDict) -> None:
     for the schema to report: also those that name a type twice, or give changes beside ``data.weight_changes``.
     """
     # Values of any type: the schema is checked afterwards, and names what is wrong in the words of its keys.
-    given = nested_dict.get(raw, WEIGHTS)
-    if isinstance(changes := nested_dict.get(raw, CHANGES), list):
-        nested_dict.put(raw, CHANGES, tuple(changes))
+    given, changes = nested_dict.get(raw, WEIGHTS), nested_dict.get(raw, CHANGES)
     if not isinstance(given, (list, tuple)) or not given:
         return
     rows = [tuple(row) if isinstance(row, (list, tuple)) else () for row in given]

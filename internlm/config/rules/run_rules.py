@@ -206,7 +206,7 @@ def folders_of_other_formats_are_local_models(config: Config, run: RunInfo) -> I
     """Check that folders of other formats are on a file system, and that only the model is loaded from one."""
     info, ckpt = config.ckpt.load_ckpt_info, config.ckpt
     if info is not None and info.ckpt_type != "internevo":
-        if info.content != ("model",):
+        if tuple(info.content) != ("model",):
             message = f"{info.content}, but a folder of type {info.ckpt_type!r} holds only the model"
             yield Problem("ckpt.load_ckpt_info.content", message, "Set it to ('model',)")
         if is_remote(info.path):

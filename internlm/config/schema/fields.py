@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from internlm.utils.compat import DictAccess, frozen
@@ -60,6 +60,13 @@ class Section(DictAccess, BaseModel):  # type: ignore[misc]  # __iter__ yields k
             yield name, mask(value) if mask and isinstance(value, str) else value
 
 
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Item = TypeVar("Item")
+#: Several values, given as a tuple or a list. Strict types alone would refuse the list.
+Items = Annotated[tuple[Item, ...], BeforeValidator(_list_as_tuple)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 LastStep = Annotated[int, Field(ge=-1)]  # index of a step, counted from 0; -1: no step yet

@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Positive, Section, floor_share
+from internlm.config.schema.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Items,
+    NonNegative,
+    Positive,
+    Section,
+    floor_share,
+)
 
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 NormType = Literal["rmsnorm", "layernorm"]
@@ -47,7 +56,7 @@ class LoraConfig(Section):
     """Rank of the adapters."""
     alpha: Positive = 16.0
     """The output of an adapter is multiplied by ``alpha`` ÷ ``rank``."""
-    targets: tuple[LoraTarget, ...] = ("wqkv", "wo", "w13", "w2")
+    targets: Items[LoraTarget] = ("wqkv", "wo", "w13", "w2")
     """Linears of each block that have an adapter: the projections of attention, ``wqkv`` and ``wo``, and of the
     feed-forward layer, ``w13`` (gate and up) and ``w2``."""
 
@@ -167,7 +176,7 @@ class ModelConfig(Section):
     """Attend to the last ``sliding_window`` tokens only."""
     sliding_window: Count | None = None
     """Width of the attention window in tokens, the token itself included."""
-    global_layers: Annotated[tuple[CountOrZero, ...], Field(strict=False)] | None = None
+    global_layers: Items[CountOrZero] | None = None
     """Indices, from 0, of the layers that attend to all tokens in spite of ``use_sliding_window``."""
     mlp_layer_fusion: bool = True
     """Compute the gate and up projections as one GEMM."""

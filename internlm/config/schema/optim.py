@@ -10,6 +10,7 @@ from internlm.config.schema.fields import (
     Decay,
     Finite,
     Fraction,
+    Items,
     LastStep,
     MoreThanOne,
     NonNegative,
@@ -75,7 +76,7 @@ class OptimizerConfig(Section):
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor on Muon's learning rate for a matrix [O, I]. ``match_rms_adamw``: 0.2·√max(O, I), which suits a learning
     rate tuned for AdamW (arXiv 2502.16982); ``original``: √max(1, O/I)."""
-    param_groups: tuple[ParamGroupConfig, ...] = ()
+    param_groups: Items[ParamGroupConfig] = ()
     """Settings for parameters selected by name. If several patterns match a name, the first one applies."""
 
 

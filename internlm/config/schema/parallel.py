@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from internlm.config.schema.fields import Count, PathText, Positive, Section
+from internlm.config.schema.fields import Count, Items, PathText, Positive, Section
 
 TensorMode = Literal["mtp", "msp", "fsp", "isp"]
 PipelineMode = Literal["1F1B", "ZBH1", "ZBV", "GPIPE"]
@@ -47,7 +47,7 @@ class PipelineConfig(Section):
     mode: PipelineMode = "1F1B"
     """Schedule: ``1F1B`` (interleaved if ``model.num_chunks`` > 1, arXiv 2104.04473), zero-bubble ``ZBH1`` or
     ``ZBV`` (arXiv 2401.10241), or ``GPIPE`` (arXiv 1811.06965)."""
-    partition: PartitionRule | tuple[int, ...] = "uniform"
+    partition: PartitionRule | Items[int] = "uniform"
     """Assignment of layers to the ``size`` · ``model.num_chunks`` virtual stages: ``uniform``, ``parameters`` or
     ``flops`` (minimise the largest stage, with embedding and head counted), or explicit layer counts in the order of
     the model."""
@@ -117,7 +117,7 @@ class Sequence2DConfig(Section):
 class ElasticLayout(Section):
     """Entry of ``parallel.elastic``: the layout of a job that has been started with certain numbers of processes."""
 
-    worlds: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    worlds: Annotated[Items[Count], Field(min_length=1)]
     """Numbers of processes."""
     layout: dict[str, int | str | bool]
     """Values of keys in ``parallel`` for these numbers, such as ``{"tensor.size": 2}``."""
@@ -138,7 +138,7 @@ class ParallelConfig(Section):
     """Settings of expert parallelism, which distributes experts over ranks."""
     expert_weight: WeightConfig = WeightConfig()
     """Settings for sharding expert weights; needs isp."""
-    elastic: tuple[ElasticLayout, ...] = ()
+    elastic: Items[ElasticLayout] = ()
     """Layouts by the number of processes, for jobs that are restarted with fewer or more of them. The first entry that
     names the number applies; without one, the other keys do, and the data-parallel size follows."""
     # Not much shorter: the first step may compile and read data for minutes.

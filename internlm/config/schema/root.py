@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from internlm.config.schema.fields import Count, CountOrZero, NonNegative, PathText, Positive, Section, WebAddress
+from internlm.config.schema.fields import (
+    Count,
+    CountOrZero,
+    Items,
+    NonNegative,
+    PathText,
+    Positive,
+    Section,
+    WebAddress,
+)
 from internlm.config.schema.model import ModelConfig
 from internlm.config.schema.optim import (
     AdamConfig,
@@ -71,7 +80,7 @@ class DataConfig(Section):
     ``max_epochs`` too, a list of ``(step, weights)`` sets ``weight_changes``."""
     max_epochs: dict[str, Positive] = Field(default_factory=dict)
     """Largest number of epochs of a dataset type, with ``weights``; a run that needs more is refused."""
-    weight_changes: tuple[WeightChange, ...] = ()
+    weight_changes: Items[WeightChange] = ()
     """Other weights, each from a step on."""
     skip_batches: str = ""
     """Batches to skip, counted from 0: ``"a-b,c"`` skips a to b, both included, and c."""
@@ -146,7 +155,7 @@ class LoadInfo(Section):
 
     path: PathText
     """Checkpoint folder: ``local:FOLDER``, a plain path or ``s3://BUCKET/FOLDER``; of other formats, a local one."""
-    content: Annotated[tuple[CheckpointContent, ...], Field(strict=False, min_length=1)] = ("all",)
+    content: Annotated[Items[CheckpointContent], Field(min_length=1)] = ("all",)
     """Parts of the checkpoint to load. ``("model",)`` starts a new run from the checkpoint's parameters."""
     ckpt_type: Literal["internevo", "hf", "llama"] = "internevo"
     """Format of the checkpoint: one that a run saved (``internevo``), a Hugging Face folder with safetensors files

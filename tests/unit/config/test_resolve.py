@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from internlm.config import Config, config_hash, load_config, resolve, to_json
-from internlm.config.keys import values
+from internlm.config.keys import fields, values
 from internlm.utils.compat import FrozenConfigError
 from tests.unit.config.samples import BUSIEST, SMALLEST, config_of
 
@@ -83,6 +84,27 @@ def test_json_round_trip() -> None:
     config = load_config(config_of(changes))
     assert Config.model_validate_json(to_json(config)) == config
     assert load_config(json.loads(to_json(config))) == config
+
+
+#: A list for each key that takes several values, and the keys that it needs beside it.
+LISTS: dict[str, tuple[list[Any], dict[str, Any]]] = {
+    "model.lora.targets": (["wo"], {"model.lora.rank": 2}),
+    "model.global_layers": ([1], {"model.use_sliding_window": True, "model.sliding_window": 4}),
+    "optimizer.param_groups": ([{"pattern": "norm", "lr_scale": 0.5}], {}),
+    "parallel.pipeline.partition": ([3, 1], {"parallel.pipeline.size": 2}),
+    "parallel.elastic": ([{"worlds": [2], "layout": {"tensor.size": 1}}], {}),
+    "data.weight_changes": ([{"step": 2, "weights": {"en": 1}}], {"data.weights": {"en": 1}, "data.train_folder": "x"}),
+    "ckpt.load_ckpt_info.content": (["model"], {"ckpt.load_ckpt_info.path": "x"}),
+}
+
+
+def test_every_key_with_several_values_takes_a_list() -> None:
+    in_items = {"parallel.elastic.worlds"}
+    assert {key for key, field in fields().items() if "tuple[" in str(field.annotation)} == {*LISTS, *in_items}
+    for key, (value, beside) in LISTS.items():
+        as_list, as_tuple = (load_config(config_of({**beside, key: kind(value)})) for kind in (list, tuple))
+        assert as_list == as_tuple
+        assert isinstance(dict(values(as_list))[key], tuple)
 
 
 def test_configs_with_different_values_have_different_hashes() -> None:
