@@ -54,7 +54,7 @@ NARROW = {
 }
 DEBUG = sorted((Path(__file__).parents[2] / "configs" / "debug").glob("*.py"))
 #: Layouts of the debug configs, of which each is tried in one, and in the widest sweep in all.
-IN_TURN = ("mtp", "isp", "1F1B", "fsp")
+IN_TURN = ("mtp", "isp", "1F1B", "fsp", "msp", "ZB-V", "fsdp")
 
 
 def _rows() -> Iterator[object]:
