@@ -24,7 +24,8 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
-#: Of families that ``transformers`` lacks, its Llama model has the weights, as exported: a normalised head is folded in.
+#: Families that ``transformers`` lacks are its Llama, as they are exported. Embeddings are small where they are tied or
+#: not normalised: otherwise each token would be the most probable one after itself.
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("INTERNLM", {}),
     ("INTERNLM2", {"num_kv_attention_heads": 2}),
@@ -40,9 +41,9 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("QWEN2", {"num_kv_attention_heads": 2, "tie_word_embeddings": True}),
     ("QWEN3", {"head_dim": 10}),
     ("BAICHUAN2", {}),
-    ("OLMO2", {}),
-    ("GEMMA", {"num_kv_attention_heads": 1}),
-    ("GEMMA3", {"num_layers": 7, "sliding_window": 5}),
+    ("OLMO2", {"embedding_init_std": 0.1}),
+    ("GEMMA", {"num_kv_attention_heads": 1, "embedding_init_std": 0.05}),
+    ("GEMMA3", {"num_layers": 7, "sliding_window": 5, "embedding_init_std": 0.05}),
 ]
 
 
