@@ -140,7 +140,7 @@ class TrainerBuilder:
             *([self._log_metrics(writer, data_size)] if writer else []),
             hooks.WarnOfSkippedSteps(self.config.hybrid_zero_optimizer.max_skipped_steps, is_logging=bool(writer)),
             hooks.Upkeep(data.empty_cache_and_diag_interval, data.diag_outlier_ratio, accelerator.current_device()),
-            hooks.Validate(self._val_dls, data.valid_every, data.total_steps, writer, self._token_bytes()),
+            self._validate(writer),
             *self.options.extra_hooks,  # before SaveCheckpoints, because they may set stop_requested
             self.requests,
             hooks.SaveCheckpoints(self.checkpoints, self.requests),
@@ -148,6 +148,11 @@ class TrainerBuilder:
             *([self._recorder(folder)] if self.options.pipeline_trace else []),
             *([hooks.ProfileRun(folder, dist.get_rank())] if self.options.profiling else []),
         ]
+
+    def _validate(self, writer: MetricsWriter | None) -> hooks.Validate:
+        data, stop_is_asked = self.config.data, self.requests.stop_is_asked
+        loaders, token_bytes = self._val_dls, self._token_bytes()
+        return hooks.Validate(loaders, data.valid_every, data.total_steps, writer, token_bytes, stop_is_asked)
 
     def _log_metrics(self, writer: MetricsWriter, data_size: int) -> hooks.LogMetrics:
         world_size = dist.get_world_size()

@@ -8,7 +8,7 @@ Shapes: K dataset types.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,7 +67,10 @@ class Measured:
 
 
 def evaluate(
-    trainer: Evaluated, loaders: Mapping[str, Iterable[Batch]], token_bytes: Tensor | None = None
+    trainer: Evaluated,
+    loaders: Mapping[str, Iterable[Batch]],
+    token_bytes: Tensor | None = None,
+    ends_early: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Compute loss, accuracy, perplexity and bits per byte over the valid tokens of all loaders.
 
@@ -77,12 +80,14 @@ def evaluate(
         trainer: Trainer of the model. The model runs in evaluation mode and is set to training mode at the end.
         loaders: Validation loaders by dataset type.
         token_bytes: Bytes of text of each token id, as :func:`token_bytes_of` returns them; None: unknown.
+        ends_early: Function called before each batch, on all ranks, with one result on all of them; if it returns
+            True, the evaluation ends without metrics.
 
     Returns:
         ``valid/loss``, ``valid/acc``, ``valid/perplexity`` and, with ``token_bytes``, ``valid/bits_per_byte`` in
         total, and with suffix ``/{type}`` for each dataset type.
     """
-    total, by_type = measure(trainer, loaders, token_bytes)
+    total, by_type = measure(trainer, loaders, token_bytes, ends_early)
     metrics = _metrics("", total) if by_type else {}
     for name, measured in by_type.items():
         metrics |= _metrics(f"/{name}", measured)
@@ -90,15 +95,20 @@ def evaluate(
 
 
 def measure(
-    trainer: Evaluated, loaders: Mapping[str, Iterable[Batch]], token_bytes: Tensor | None = None
+    trainer: Evaluated,
+    loaders: Mapping[str, Iterable[Batch]],
+    token_bytes: Tensor | None = None,
+    ends_early: Callable[[], bool] | None = None,
 ) -> tuple[Measured, dict[str, Measured]]:
     """Measure a model on all loaders, as :func:`evaluate` does.
 
     Returns:
-        Measurements of all dataset types together, and by dataset type; equal on all ranks.
+        Measurements of all dataset types together, and by dataset type; equal on all ranks. Without loaders, or after
+        an early end, there are none by dataset type.
     """
+    nothing = _measured([0.0] * 5, with_bytes=token_bytes is not None), dict[str, Measured]()
     if not loaders:
-        return _measured([0.0] * 5, with_bytes=token_bytes is not None), {}
+        return nothing
     scheduler, types = trainer.scheduler, len(loaders)
     # In fp64, because the number of batches is unlimited. The device never waits for the host between batches.
     sums = torch.zeros(4, types, dtype=torch.float64, device=scheduler.device)
@@ -106,6 +116,9 @@ def measure(
     # Dropout and label smoothing are off in evaluation mode.
     trainer.model.eval()
     for batch in _typed_batches(loaders):
+        if ends_early is not None and ends_early():
+            trainer.model.train()
+            return nothing
         result = scheduler.forward_backward_step(
             trainer, iter([batch]), forward_only=True, training=TrainingStep(types=types)
         )

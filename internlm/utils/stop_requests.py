@@ -67,6 +67,11 @@ class Inbox:
         with self._lock:
             self._requests.add(request)
 
+    def asks_to_stop(self) -> bool:
+        """Return whether a request in the inbox stops the run; the requests stay there."""
+        with self._lock:
+            return any(request.value.stops for request in self._requests)
+
     def take(self) -> set[Request]:
         """Return all requests and empty the inbox."""
         with self._lock:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from internlm.utils.stop_signals import REPEAT_SECONDS
 from tests.dist.whole_runs import Outcome, Rank, assert_same_tensors, build_run, finish_run, fit, saving, take_signals
 from tests.harness.pool import run_ranks
 
-SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=1"]
+SIGNALLED = ["data.valid_every=2", "data.valid_max_batches=2"]
 
 
 class _Signal(Hook):
@@ -85,6 +86,11 @@ def _saved_steps(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "ckpts").glob("step-*"))
 
 
+def _records(folder: Path) -> list[dict[str, Any]]:
+    (records,) = (folder / "logs" / "internlm").iterdir()
+    return [json.loads(line) for line in (records / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run that nobody stops."""
@@ -115,6 +121,8 @@ def test_a_signal_to_one_rank(number: int, where: str, step: int, last: int, str
     name = signal.Signals(number).name
     assert stopped.ranks[0].warnings == [f"{name} on rank 1: saved step {last}, exiting {code}"]
     assert _saved_steps(tmp_path) == ["step-3", f"step-{last}"]
+    # A validation ends before the next batch: a long one would outlast the patience of whoever sent the signal.
+    assert [record["step"] for record in _records(tmp_path) if "valid/loss" in record] == [1, *[3] * (where == "after")]
     resumed = fit(2, overrides)
     assert stopped.log + resumed.log == straight.log
     assert_same_tensors(resumed.tensors, straight.tensors)
@@ -129,9 +137,7 @@ def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     assert _saved_steps(tmp_path) == ["step-3"]
     resumed = fit(1, saving(tmp_path, every=3, total=8))
     assert stopped.log[:3] + resumed.log == straight.log
-    (records,) = (tmp_path / "logs" / "internlm").iterdir()
-    lines = [json.loads(line) for line in (records / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(len(stopped.log)), *range(3, 8)]
+    assert [line["step"] for line in _records(tmp_path) if "loss" in line] == [*range(len(stopped.log)), *range(3, 8)]
 
 
 def test_signals_in_quick_succession_are_one_request(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -62,6 +62,8 @@ class Validate(Hook):
         total_steps: Last step of the run.
         writer: Writer of the metrics; None on ranks that do not log.
         token_bytes: Bytes of text of each token id, for bits per byte; None: these are not reported.
+        stop_is_asked: Function called before each batch, which returns on all ranks whether any rank is asked to stop;
+            the validation then ends, so that a long one does not delay the save.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class Validate(Hook):
         total_steps: int,
         writer: MetricsWriter | None,
         token_bytes: Tensor | None = None,
+        stop_is_asked: Callable[[], bool] | None = None,
     ) -> None:
         self.loaders, self.every, self.total_steps, self.writer = loaders, every, total_steps, writer
-        self.token_bytes = token_bytes
+        self.token_bytes, self.stop_is_asked = token_bytes, stop_is_asked
 
     def before_run(self, trainer: Trainer) -> None:
         """Log what is not reported."""
@@ -85,9 +88,11 @@ class Validate(Hook):
         done = trainer.state.step
         if self.every and (done % self.every == 0 or done == self.total_steps):
             with in_phase("evaluation"):
-                metrics = evaluate(trainer, self.loaders, self.token_bytes)
+                metrics = evaluate(trainer, self.loaders, self.token_bytes, self.stop_is_asked)
             if self.writer and metrics:
                 self.writer.write(report.step, {"step": report.step, **metrics})
+            elif self.writer and self.loaders:
+                log.info(f"the validation after step {done} is not finished, since the run is asked to stop")
 
 
 class Upkeep(Hook):

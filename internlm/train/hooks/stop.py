@@ -49,6 +49,7 @@ class FollowRequests(Hook):
         self._stop_file = StopFile(stop_file) if stop_file else None
         self._patience = LauncherPatience(os.environ)
         self._exchanged: HostValues | None = None  # result of the last exchange that was not read
+        self._asked: HostValues | None = None  # the same for exchanges within a step
 
     def request(self, request: Request) -> None:
         """Ask all ranks to follow ``request`` after a step; any thread of any rank may call this at any time."""
@@ -61,11 +62,7 @@ class FollowRequests(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Exchange the requests of all ranks, and follow them."""
-        flags = self._flags(trainer.state.step)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        exchanged = HostValues(flags, "requests")
-        exchanged.begin_copy()
-        arrived, self._exchanged = (exchanged, None) if is_host(flags) else (self._exchanged, exchanged)
+        arrived, self._exchanged = _exchange(self._flags(trainer.state.step), self._exchanged)
         self.agreed = _read(arrived)
         if not self.agreed:
             return
@@ -75,15 +72,33 @@ class FollowRequests(Hook):
         trainer.stop_requested |= any(request.value.stops for request in self.agreed)
         trainer.save_requested |= any(request.value.saves for request in self.agreed)
 
-    def _flags(self, step: int) -> torch.Tensor:
-        """Return a vector with an entry for each kind of request: 1 + this rank if this rank has one, else 0."""
-        rank, flags = dist.get_rank(), torch.zeros(len(REQUESTS), dtype=torch.int64, device=self.device)
+    def stop_is_asked(self) -> bool:
+        """Return whether any rank has received a request to stop, other than by the stop file, since the last step.
+
+        Collective: all ranks must call it, and get the same result; on an accelerator, that of the previous call. The
+        request remains to be followed after the step, which work within it need not delay.
+        """
+        self._receive()
+        flag = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self._inbox.asks_to_stop():
+            flag.fill_(1)  # no copy from the host, which would be a host sync
+        arrived, self._asked = _exchange(flag, self._asked)
+        return arrived is not None and any(arrived.read_arrived())
+
+    def _receive(self) -> None:
+        """Collect in the inbox what this rank has received so far."""
         stop_signals().settle()
         if launcher_has_died():
             self._inbox.add(Request.LAUNCHER_DIED)
-        if rank == 0:
+        if dist.get_rank() == 0:
             self._patience.note_step()
-            request = self._stop_file.due(step if is_host(flags) else step + 1) if self._stop_file else None
+
+    def _flags(self, step: int) -> torch.Tensor:
+        """Return a vector with an entry for each kind of request: 1 + this rank if this rank has one, else 0."""
+        rank, flags = dist.get_rank(), torch.zeros(len(REQUESTS), dtype=torch.int64, device=self.device)
+        self._receive()
+        if rank == 0 and self._stop_file:
+            request = self._stop_file.due(step if is_host(flags) else step + 1)
             if request:
                 self._inbox.add(request)
         for request in self._inbox.take():
@@ -141,6 +156,17 @@ class FollowRequests(Hook):
             self.exit_code = late[0].value.exit_code
             signals.end_training(saved, self.exit_code)
             log.warning(f"{late[0].value.source.format(rank=dist.get_rank())}: {saved}, exiting {self.exit_code}")
+
+
+def _exchange(flags: torch.Tensor, previous: HostValues | None) -> tuple[HostValues | None, HostValues | None]:
+    """Start the all-reduce of ``flags``; return the exchange whose result has arrived, and the one that goes on.
+
+    On the CPU the first is this exchange, on an accelerator ``previous``.
+    """
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    exchanged = HostValues(flags, "requests")
+    exchanged.begin_copy()
+    return (exchanged, None) if is_host(flags) else (previous, exchanged)
 
 
 def _read(values: HostValues | None) -> dict[Request, int]:

@@ -122,7 +122,10 @@ class LauncherPatience:
         self._warned = False
 
     def note_step(self) -> None:
-        """Warn once if a step takes nearly as long as the launcher waits for a rank after a signal."""
+        """Warn once if the time since the last call is nearly as long as the launcher waits for a rank after a signal.
+
+        It is called after each step, and between the batches of a validation, which a request to stop ends.
+        """
         now, last = monotonic(), self._last_step
         self._last_step = now
         if not self.launched or last is None or self._warned or now - last < self.seconds * 2 / 3:
