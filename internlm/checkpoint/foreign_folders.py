@@ -37,6 +37,7 @@ class ForeignFormat:
 
 
 HUGGING_FACE = "Hugging Face Transformers"
+META = "Llama's release"
 #: The rows are tried in this order.
 FORMATS = (
     ForeignFormat(
@@ -63,7 +64,7 @@ FORMATS = (
         files=(r"config\.json", r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?"),
         steps=r"checkpoint-(\d+)",
     ),
-    ForeignFormat(software="Llama's release", files=(r"consolidated\.\d+\.pth", r"params\.json")),
+    ForeignFormat(software=META, files=(r"consolidated\.\d+\.pth", r"params\.json")),
     # With state.json it is a checkpoint of format 1.
     ForeignFormat(
         software="torch.distributed.checkpoint",

@@ -46,15 +46,9 @@ def import_folder(source: Path, target: Path) -> str:
     with HFReader(folder, model.spec) as reader:
         reader.check()
         dtypes = {name: reader.dtype(name) for name in reader.rows}
-        section = {**model.keys, "dtype": str(_largest(reader, dtypes))}
+        section = {**model.keys, "dtype": str(reader.main_dtype)}
         _write(reader, dtypes, target, _state(model, section))
     return "\n".join(_snippet(source, target, model.model_type, section)) + "\n"
-
-
-def _largest(reader: HFReader, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """Return the dtype of the largest tensor: norms may be stored with more precision."""
-    name = max(dtypes, key=lambda name: torch.Size(reader.shapes[name]).numel())
-    return dtypes[name]
 
 
 class _LazyPlanner(LogicalSavePlanner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -98,6 +99,11 @@ class HFReader:
         for other in others:
             first = torch.promote_types(first, other)
         return first
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """Dtype of the largest tensor: norms may be stored with more precision."""
+        return self.dtype(max(self.rows, key=lambda name: math.prod(self.shapes[name])))
 
     def read(self, tensors: LogicalTensors) -> None:
         """Read into the slices of ``tensors``, whose names begin with ``model/``.

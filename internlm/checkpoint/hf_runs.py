@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from internlm.checkpoint.hf_export import Export, check_exportable, export, hf_config
-from internlm.checkpoint.hf_folder import HFFolder, TensorFolder, shortened
-from internlm.checkpoint.hf_reader import HFReader
-from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
-from internlm.checkpoint.llama_folder import LlamaFolder
+from internlm.checkpoint.hf_specs import spec_of_config
+from internlm.checkpoint.model_folders import load_folder, path_of
 from internlm.checkpoint.run_content import RunContent
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.checkpoint.storage import Storage
 from internlm.config.schema.root import LoadInfo
-from internlm.core.parallel.lora import is_adapter
 from internlm.utils.errors import CheckpointError, DataError
 
-#: Formats of folders by ``ckpt.load_ckpt_info.ckpt_type``.
-FOLDERS: dict[str, Callable[[Path], TensorFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
 
-
-def load_folder(content: RunContent, info: LoadInfo) -> str:
+def load_run_from_folder(content: RunContent, info: LoadInfo) -> str:
     """Load the model of ``content`` from a folder of Hugging Face or Meta, in any layout; collective.
-
-    Each rank reads only the slices that it holds. The ``model`` section of the config is compared with that of the
-    folder, and all tensors with what the model needs, before anything is loaded. Adapters keep their initial values.
 
     Args:
         content: Content of the run.
@@ -39,20 +30,14 @@ def load_folder(content: RunContent, info: LoadInfo) -> str:
         CheckpointError: On some rank, the folder cannot be read, or does not match the model. In the former case,
             parameters may have been overwritten.
     """
-    own = content.tensors().items()
-    tensors = {name: x for name, x in own if name.startswith("model/") and not is_adapter(name)}
-    with content.exchange.failing_together():
-        folder: TensorFolder = FOLDERS[info.ckpt_type](Path(info.path.removeprefix("local:")))
-        theirs, ours = spec_of_folder(folder), spec_of_config(content.run_info["config"], "config")
-        if problems := list(
-            differences(folder.config_file, theirs.spec, ours.spec, content.config.allow_model_changes)
-        ):
-            raise CheckpointError(*shortened(problems))
-        with HFReader(folder, ours.spec) as reader:
-            reader.check()
-    # A second phase, so that no rank has changed anything when another one finds that the folder does not match.
-    with content.exchange.failing_together(), reader:
-        reader.read(tensors)
+    folder = load_folder(
+        info.ckpt_type,
+        path_of(info.path),
+        content.tensors(),
+        content.run_info["config"],
+        exchange=content.exchange,
+        allow_changes=content.config.allow_model_changes,
+    )
     # Main parameters still hold the initial values; the first update would write them back to the model.
     content.optimizer.copy_model_to_main_params()
     return f"a model of type {folder.config['model_type']} in the format {info.ckpt_type}"

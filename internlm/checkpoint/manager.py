@@ -14,7 +14,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
-from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_folder
+from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_run_from_folder
 from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
@@ -256,7 +256,7 @@ class CheckpointManager:
             if info.ckpt_type == "internevo":
                 self.load(info.path, state, info.content)
             else:
-                found = f" ({load_folder(self.content, info)})"
+                found = f" ({load_run_from_folder(self.content, info)})"
             message = f"nothing to resume; loaded {', '.join(info.content)} from {info.path}{found}"
         message = message or "nothing to resume; starting from step 0"
         log_first(message)

@@ -1,4 +1,4 @@
-"""Load the parameters of a checkpoint into a model of any layout, without an optimizer."""
+"""Load the parameters of a checkpoint, or of a model of Hugging Face or Meta, into a model of any layout."""
 
 from __future__ import annotations
 
@@ -11,9 +11,37 @@ from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
+from internlm.checkpoint.model_folders import folder_type, load_folder, path_of
 from internlm.checkpoint.run_state import RunState
 from internlm.checkpoint.saved_checkpoint import OF_ONE_CHECKPOINT, find_checkpoints, open_checkpoint
 from internlm.utils.errors import CheckpointError, Problem
+
+
+def load_parameters(
+    model: nn.Module, source: str, config: Mapping[str, Any], exchange: Exchange, allow_changes: bool = False
+) -> int | None:
+    """Load this rank's parameters and buffers of ``model`` from what ``source`` holds; collective.
+
+    Args:
+        model: Model of this rank, with a placement for each parameter.
+        source: Path or address of a checkpoint, or path of a folder of Hugging Face or Meta.
+        config: Resolved config of the model, as a nested dict.
+        exchange: Exchange between all ranks.
+        allow_changes: Whether ``config`` may change what the model computes from the parameters.
+
+    Returns:
+        Step of the checkpoint; None for a folder of Hugging Face or Meta.
+
+    Raises:
+        CheckpointError: On some rank, ``source`` is no such checkpoint or folder, does not verify, or does not match.
+    """
+    # Rank 0 decides for all, which would otherwise call different collectives.
+    found = exchange.broadcast(folder_type(source))
+    if found is None:
+        return load_model(model, source, config, exchange, allow_changes).train_state.step
+    tensors = model_tensors(model)
+    load_folder(found, path_of(source), tensors, config, exchange=exchange, allow_changes=allow_changes)
+    return None
 
 
 def load_model(

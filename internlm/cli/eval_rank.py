@@ -11,7 +11,7 @@ from torch import nn
 
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.locations import open_storage, split_checkpoint
-from internlm.checkpoint.model_loading import load_model, newest_checkpoint
+from internlm.checkpoint.model_loading import load_parameters, newest_checkpoint
 from internlm.cli.ckpt_output import print_json, reports_storage_errors, say, table
 from internlm.cli.rank import join_ranks
 from internlm.config import masked_dict
@@ -56,13 +56,14 @@ def evaluate_rank(arguments: argparse.Namespace) -> None:
     exchange = Exchange()
     location = find_checkpoint(arguments.ckpt, exchange)
     with naming_lost_ranks():
-        model, _ = initialize_model_and_parallel_communicator(create_model(deferred=True, trains=False))
+        model = create_model(deferred=True, trains=False)
+        model, _ = initialize_model_and_parallel_communicator(model, loads_all=True)
         scheduler = build_scheduler(TokenCrossEntropy(model), types=1)
-        saved = load_model(model, location, masked_dict(config), exchange, config.ckpt.allow_model_changes)
+        step = load_parameters(model, location, masked_dict(config), exchange, config.ckpt.allow_model_changes)
         with in_phase("evaluation"):
             total, by_type = measure(_Evaluated(model, scheduler), loaders, token_bytes)
     if dist.get_rank() == 0:
-        _print(location, saved.train_state.step, [*by_type.items(), ("total", total)], arguments.json)
+        _print(location, step, [*by_type.items(), ("total", total)], arguments.json)
 
 
 def find_checkpoint(location: str, exchange: Exchange) -> str:
@@ -79,14 +80,14 @@ def find_checkpoint(location: str, exchange: Exchange) -> str:
     return exchange.broadcast(found[0])
 
 
-def _print(location: str, step: int, results: Sequence[tuple[str, Measured]], as_json: bool) -> None:
+def _print(location: str, step: int | None, results: Sequence[tuple[str, Measured]], as_json: bool) -> None:
     outer, name = split_checkpoint(location)
     path = open_storage(outer).path(name)
     if as_json:
         *types, total = ({"type": name, **_values(measured)} for name, measured in results)
         print_json({"checkpoint": path, "step": step, "types": types, "total": total})
         return
-    say(f"{path} (step {step})")
+    say(path if step is None else f"{path} (step {step})")
     for line in table([*_rows(results)], right=range(1, 6)):
         say(line)
     if results[-1][1].bytes is None:

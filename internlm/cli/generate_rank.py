@@ -11,7 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from internlm.checkpoint.exchange import Exchange
-from internlm.checkpoint.model_loading import load_model
+from internlm.checkpoint.model_folders import folder_type
+from internlm.checkpoint.model_loading import load_parameters
 from internlm.cli.ckpt_output import printable
 from internlm.cli.eval_rank import find_checkpoint
 from internlm.cli.rank import join_ranks
@@ -41,14 +42,15 @@ def generate_rank(arguments: argparse.Namespace) -> None:
     config, exchange = gpc.config, Exchange()
     # Before the model is built, which takes long for a large one.
     with exchange.failing_together():
-        tokenizer = _tokenizer(arguments.tokenizer, config.data.tokenizer_path, config.model.vocab_size)
+        tokenizer = _tokenizer(arguments, config.data.tokenizer_path, config.model.vocab_size)
         prompts = _prompts(arguments)
         encoded = [_encode(tokenizer, prompt, arguments.bos) for prompt in prompts]
         stop = _stop_tokens(arguments, tokenizer)
     location = find_checkpoint(arguments.ckpt, exchange)
     with naming_lost_ranks():
-        model, _ = initialize_model_and_parallel_communicator(create_model(deferred=True, trains=False))
-        load_model(model, location, masked_dict(config), exchange, config.ckpt.allow_model_changes)
+        model = create_model(deferred=True, trains=False)
+        model, _ = initialize_model_and_parallel_communicator(model, loads_all=True)
+        load_parameters(model, location, masked_dict(config), exchange, config.ckpt.allow_model_changes)
         tokens = stream(
             model,
             encoded,
@@ -126,9 +128,11 @@ class GrowingText:
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
-def _tokenizer(given: str | None, configured: str | None, vocab_size: int) -> Tokenizer:
-    path, where = (given, "--tokenizer") if given else (configured, "data.tokenizer_path")
-    if not path:
+def _tokenizer(arguments: argparse.Namespace, configured: str | None, vocab_size: int) -> Tokenizer:
+    path, where = (configured, "data.tokenizer_path") if configured else (arguments.ckpt, "--ckpt")
+    if arguments.tokenizer:
+        path, where = arguments.tokenizer, "--tokenizer"
+    elif not configured and folder_type(path) is None:  # a folder of other software has its own tokenizer
         raise ConfigError(Problem("--tokenizer", "is not given", "Pass it, or set data.tokenizer_path in the config"))
     tokenizer = load_tokenizer(path, parse_special_tokens=True)
     if tokenizer.vocab_size > vocab_size:

@@ -39,7 +39,10 @@ def probability(text: str) -> float:
 #: Options with one value: flag, placeholder, help, parser and default.
 _OPTIONS = (
     (LauncherOption("--prompt-file", "FILE", "text file with a prompt on each line"), None),
-    (LauncherOption("--tokenizer", "PATH", "tokenizer (default: data.tokenizer_path of the config)"), None),
+    (
+        LauncherOption("--tokenizer", "PATH", "tokenizer (default: data.tokenizer_path, or that of --ckpt)"),
+        None,
+    ),
     (LauncherOption("--max-new-tokens", "N", "most tokens to generate for a prompt (default: 128)", natural), 128),
     (
         LauncherOption("--temperature", "T", "divisor of the logits; 0: the most probable (default: 1)", number),
@@ -67,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="Python config file; it is executed")
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="CHECKPOINT|FOLDER", help="checkpoint, or folder whose newest one is used")
+    folder = "checkpoint, or folder whose newest one is used, or folder of Hugging Face or Meta"
+    add("--ckpt", required=True, metavar="CHECKPOINT|FOLDER", help=folder)
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
     for option, default in _OPTIONS:
         add(option.flag, metavar=option.metavar, help=option.help, type=option.parse, default=default)

@@ -119,9 +119,8 @@ def evaluation(parser: argparse.ArgumentParser) -> None:
         "Processes are started as by internlm train. Exit code: 0, or 2 for an error that you can fix."
     )
     parser.add_argument("config", metavar="CONFIG", help="Python config file; it is executed")
-    parser.add_argument(
-        "--ckpt", required=True, metavar="CHECKPOINT|FOLDER", help="checkpoint, or folder whose newest one is evaluated"
-    )
+    folder = "checkpoint, or folder whose newest one is evaluated, or folder of Hugging Face or Meta"
+    parser.add_argument("--ckpt", required=True, metavar="CHECKPOINT|FOLDER", help=folder)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_overrides(parser)
     add_process_arguments(parser)

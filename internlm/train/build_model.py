@@ -34,9 +34,9 @@ def create_model(model_type: str | None = None, *, deferred: bool = False, train
 
     Args:
         model_type: Registered name of the model type; default: ``model_type`` of the config.
-        deferred: Under ``parallel.zero1.fsdp``, leave the parameters of a built-in model on the meta device.
-            :func:`initialize_model_and_parallel_communicator` then allocates and initialises this rank's shards only.
-            Do not set it in a script that sets parameter values before that call.
+        deferred: Under ``parallel.zero1.fsdp``, or if the model is not trained, leave the parameters of a built-in
+            model on the meta device. :func:`initialize_model_and_parallel_communicator` then allocates and initialises
+            this rank's shards only. Do not set it in a script that sets parameter values before that call.
         trains: Whether the model is trained. False: it is only evaluated, which needs less memory.
 
     Raises:
@@ -45,9 +45,10 @@ def create_model(model_type: str | None = None, *, deferred: bool = False, train
     config, name = gpc.config, model_type or gpc.config.model_type
     sharding = Sharding(config.parallel.tensor.mode, _position(ParallelMode.TENSOR), _position(ParallelMode.WEIGHT))
     register_model_initializer()
-    # Without fsdp a rank keeps all the memory that it allocates here, so deferring would save none. A user's function
-    # may read or move the parameters that it creates, so these must not be on the meta device.
-    deferred = deferred and config.parallel.zero1.fsdp and is_built_in(name)
+    # Without fsdp a rank keeps all the memory that it allocates here, so deferring would save none, but a model that is
+    # not trained is loaded, and needs no initial values. A user's function may read or move the parameters that it
+    # creates, so these must not be on the meta device.
+    deferred = deferred and (config.parallel.zero1.fsdp or not trains) and is_built_in(name)
     if name == config.model_type:
         stage, zero_rank = gpc.get_local_rank(ParallelMode.PIPELINE), gpc.get_local_rank(ParallelMode.ZERO1)
         check_memory(config, dist.get_world_size(), stage, zero_rank, trains=trains)

@@ -16,6 +16,7 @@ from internlm.core.parallel.block_forward import checkpoint_and_offload_blocks
 from internlm.core.parallel.collectives import broadcast
 from internlm.core.parallel.fully_sharded import local_shard, shard_fully
 from internlm.core.parallel.initialization import materialize
+from internlm.core.parallel.lora import is_adapter
 from internlm.core.parallel.param_state import placed_parameters, placement_of, state_buffers
 from internlm.core.parallel.weight_gatherer import LAUNCH_POSITIONS, Overlap, WeightGatherer
 from internlm.model.decoder import Decoder
@@ -26,7 +27,7 @@ from internlm.utils.errors import Problem, UserError
 
 
 def initialize_model_and_parallel_communicator(
-    model: nn.Module | None = None,
+    model: nn.Module | None = None, *, loads_all: bool = False
 ) -> tuple[nn.Module, WeightGatherer | None]:
     """Prepare ``model`` for parallel training with the global config.
 
@@ -34,6 +35,8 @@ def initialize_model_and_parallel_communicator(
 
     Args:
         model: Model to prepare; default: the model that :func:`create_model` builds.
+        loads_all: Whether the caller loads all parameters but adapters afterwards. If so, those on the meta device get
+            memory without initial values, which take long to draw.
 
     Returns:
         The prepared model, and its weight gatherer for :func:`initialize_optimizer`: None unless isp splits weights.
@@ -62,7 +65,11 @@ def initialize_model_and_parallel_communicator(
     shard(model)
 
     # 6. Now the shards are final: allocate and initialise only the elements that this rank holds.
-    synchronize_parameters(model, materialize(model, gpc.seed, accelerator.current_device()))
+    device = accelerator.current_device()
+    if loads_all:
+        materialize(model, gpc.seed, device, draws=is_adapter)
+    else:
+        synchronize_parameters(model, materialize(model, gpc.seed, device))
     return model, gatherer
 
 

@@ -22,6 +22,7 @@ from internlm.utils.errors import UserError
 from tests.dist.tiny import TINY
 from tests.dist.whole_runs import fit, saving
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.hf_samples import converted
 from tests.unit.data.files import write_bin
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "über naïve café"] * 4
@@ -106,6 +107,9 @@ def test_the_table_has_a_line_for_each_type(saved: tuple[Path, list[str]]) -> No
     assert title == f"{folder}/ckpts/step-2 (step 2)"
     assert head.split("  ")[-1] == "bits per byte"
     assert [row.split()[0] for row in rows] == ["cn", "en", "total"]
+    hf = converted(folder / "ckpts" / "step-2", folder / "hf")
+    ((of_folder, _),) = _evaluated(1, hf, keys)
+    assert of_folder.splitlines() == [str(hf), head, *rows]
 
 
 def test_a_damaged_checkpoint_is_refused_on_all_ranks(saved: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from internlm.cli import training
 from internlm.cli.generate_rank import GrowingText, generate_rank
 from internlm.cli.generation import generate as command
 from internlm.cli.main import get_parser
+from internlm.core.parallel import initialization
 from internlm.data.tokenizer import load_tokenizer
 from internlm.eval import generate, load_model
 from internlm.utils.errors import UserError
@@ -23,6 +25,7 @@ from tests.dist.test_doc_blocks import ROOT, blocks
 from tests.dist.tiny import TINY
 from tests.dist.whole_runs import fit, saving
 from tests.harness.pool import run_ranks
+from tests.unit.checkpoint.hf_samples import converted, same_bits, tensors_of, weights_of
 from tests.unit.data.files import write_bin
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "über naïve café"] * 4
@@ -47,6 +50,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     write_bin(folder / "data" / "en" / "a.bin", [model.encode(text) for text in TEXT])
     fit(2, saving(folder, *MODEL, f"data.train_folder={folder / 'data'}", "parallel.pipeline.size=2", total=2))
     return folder / "ckpts", tokenizer
+
+
+@pytest.fixture(scope="module")
+def hugging_face(saved: tuple[Path, Path]) -> Path:
+    """The same model and tokenizer as a folder of Hugging Face, in several files."""
+    return converted(saved[0] / "step-2", saved[0].parent / "hf", tokenizer=saved[1], shard_bytes=50000)
 
 
 def _command(rank: int, world_size: int, words: list[str]) -> tuple[str, str]:
@@ -85,6 +94,32 @@ def test_texts_are_those_of_a_script_in_any_layout(saved: tuple[Path, Path], tmp
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in texts[1])
     assert first == (f"--- prompt 1\n{texts[0]}\n--- prompt 2\n{shown}\n", "")
     assert second == ("", "")
+
+
+def test_a_folder_of_hugging_face_is_continued_by_its_own_tokenizer(
+    saved: tuple[Path, Path], hugging_face: Path
+) -> None:
+    options = [f"--prompt={PROMPT}", "--max-new-tokens=12", "--temperature=0", "--stop=319"]
+    (expected,) = _generated(1, saved[0], f"--tokenizer={saved[1]}", *options)
+    layout = (*MODEL, "parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=2")
+    assert _generated(2, hugging_face, *options, keys=layout)[0] == expected
+    ((output, error),) = _generated(1, hugging_face, *options, keys=(*MODEL, "model.rope_base=7.0"))
+    assert not output
+    assert error.startswith("model.rope_base, rope_scaling or their neighbours: ")
+
+
+def test_all_of_a_model_is_loaded_and_nothing_is_drawn(
+    saved: tuple[Path, Path], hugging_face: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initialization, "draw", lambda *_: pytest.fail("values were drawn"))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **keywords: torch.full_like(x, torch.nan, **keywords))
+    expected = tensors_of(saved[0] / "step-2")
+    for model in (load_model(saved[0]), load_model(hugging_face), load_model(f"local:{hugging_face}/")):
+        assert same_bits(weights_of(model), expected)
+    narrow = load_model(hugging_face, ["model.dtype=torch.float32"])
+    assert same_bits(weights_of(narrow), {name: x.float() for name, x in expected.items()})
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight: expected shape \[400, 32\], got \[320, 32\]\. "):
+        load_model(hugging_face, ["model.vocab_size=400"])
 
 
 @pytest.mark.parametrize(

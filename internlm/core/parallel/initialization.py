@@ -17,7 +17,7 @@ are drawn together. The logarithms and sines of vector libraries do not guarante
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -41,10 +41,19 @@ _MASK = 2**64 - 1
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
-def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Parameter]:
+def materialize(
+    model: nn.Module, seed: int, device: torch.device, draws: Callable[[str], bool] = lambda name: True
+) -> list[nn.Parameter]:
     """Allocate all meta parameters of ``model`` on ``device``, draw their initial values, and return them.
 
     Parameters keep their identity, so tied weights stay tied, and placements and communicators stay valid.
+
+    Args:
+        model: Model with parameters on the meta device.
+        seed: Seed of the run.
+        device: Device to allocate on.
+        draws: Whether to draw the values of the parameter with a logical name. Others have undefined values, so the
+            caller must load all of them; only padding, which no checkpoint has, is zero.
 
     Raises:
         UserError: The placement of a parameter on the meta device specifies no initial values.
@@ -61,7 +70,10 @@ def materialize(model: nn.Module, seed: int, device: torch.device) -> list[nn.Pa
     if deferred:
         adopt_new_shards(model)  # before values are written: fully_shard may move a shard to pad it
     for name, parameter in deferred:
-        draw(parameter, name, seed)
+        if draws(name):
+            draw(parameter, name, seed)
+        else:
+            _clear_padding(parameter, name)
     return [parameter for _, parameter in deferred]
 
 
@@ -100,6 +112,14 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
             flat[offset : offset + len(values)].copy_(rounded)
             offset += len(values)
     flat[end:].zero_()
+
+
+@torch.no_grad()
+def _clear_padding(parameter: nn.Parameter, name: str) -> None:
+    """Set the padding at the end of this rank's shard of ``parameter`` to zero."""
+    flat, start = local_shard(parameter)
+    slices = placement_of(parameter, name).slices(start, start + len(flat))
+    flat[max((held.stop - start for held in slices), default=0) :].zero_()
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------

@@ -40,9 +40,14 @@ def opened(path: Path) -> SavedCheckpoint:
 
 def exported(model: Decoder, family: str, folder: Path, **settings: Any) -> Path:
     """Write ``model`` as a Hugging Face folder, by way of a checkpoint."""
-    checkpoint = opened(checkpoint_of(model, family, folder / "step-3"))
-    export(checkpoint, spec_of_config(checkpoint.state.config, "here"), folder / "hf", Export(**settings))
-    return folder / "hf"
+    return converted(checkpoint_of(model, family, folder / "step-3"), folder / "hf", **settings)
+
+
+def converted(path: Path, target: Path, **settings: Any) -> Path:
+    """Write a checkpoint as a Hugging Face folder."""
+    checkpoint = opened(path)
+    export(checkpoint, spec_of_config(checkpoint.state.config, "here"), target, Export(**settings))
+    return target
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

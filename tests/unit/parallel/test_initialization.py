@@ -17,8 +17,10 @@ from internlm.core.context.layout import ParallelMode
 from internlm.core.context.random import derived_seed
 from internlm.core.parallel import ParallelLinear, ParamPlacement, place, place_replicated
 from internlm.core.parallel.initialization import CHUNK, draw, initialize_parameters, materialize, normal_chunks
+from internlm.core.parallel.layers import ParallelHead
 from internlm.core.parallel.param_state import deferred_memory, set_compute_dtype
 from internlm.core.parallel.placement import Init, ShardSpec, TensorSlice, constant, normal
+from internlm.core.parallel.sharding import GroupPosition, Sharding, building
 from internlm.utils.errors import UserError
 
 COUNT = 1_000_000
@@ -222,3 +224,12 @@ def test_a_users_model_on_the_meta_device_is_refused() -> None:
     linear = place_replicated(nn.Linear(3, 2, device="meta"))
     with pytest.raises(UserError, match=r"'weight': is on the meta device and has no initial values"):
         materialize(linear, 1, CPU)
+
+
+def test_of_a_model_that_is_loaded_only_the_padding_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    with building(Sharding("mtp", GroupPosition(1, 2))), deferred_memory():
+        model = nn.ModuleDict({"a": ParallelLinear(8, 4, normal(0.1)), "head": ParallelHead(8, 5, normal(0.1))})
+    monkeypatch.setattr(torch, "empty_like", lambda x, **keywords: torch.full_like(x, torch.nan, **keywords))
+    materialize(model, 1, CPU, draws=lambda name: False)
+    assert model["a"].weight.isnan().all()
+    assert model["head"].weight.isnan().any(1).tolist() == [True, True, False]
