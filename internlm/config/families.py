@@ -46,9 +46,9 @@ class Family:
         """Return the keys that a ``model`` section ``given`` does not set, with the defaults of the family."""
         # None stands for a key that is not given.
         defaults = {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_interleaved": False, **self.keys}
-        if self.global_every and given.get("num_layers"):
-            last = range(self.global_every - 1, given["num_layers"], self.global_every)
-            defaults["global_layers"] = tuple(last)
+        layers = given.get("num_layers")
+        if self.global_every and type(layers) is int:  # the schema, which is checked next, names another type
+            defaults["global_layers"] = tuple(range(self.global_every - 1, layers, self.global_every))
         return {key: value for key, value in defaults.items() if given.get(key) is None}
 
 

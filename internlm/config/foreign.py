@@ -92,15 +92,15 @@ MISSING = (
     Missing("selective_checkpoint_offload", "offloading of selected activations", "Set it to False"),
 )
 
-UNIT_OFFSET = "model.add_unit_offset"
-FOREIGN_KEYS = frozenset((*(row.key for row in (*IGNORED, *MISSING)), UNIT_OFFSET, "model.max_window_layers"))
+UNIT_OFFSET, WINDOW_LAYERS = "model.add_unit_offset", "model.max_window_layers"
+FOREIGN_KEYS = frozenset((*(row.key for row in (*IGNORED, *MISSING)), UNIT_OFFSET, WINDOW_LAYERS))
 
 
 def drop_foreign_keys(config: NestedDict, findings: Findings) -> None:
     """Remove all foreign keys from ``config`` in place; record those that ask for something in ``findings``."""
     requested: dict[str, Problem] = {}
     _drop_unit_offset(config, findings)
-    _replace_window_layers(config)
+    _replace_window_layers(config, findings)
     for missing in MISSING:
         value = pop(config, missing.key)
         if value is not ABSENT and not missing.asks_nothing(value):
@@ -125,12 +125,22 @@ def _drop_unit_offset(config: NestedDict, findings: Findings) -> None:
         findings.problems.append(Problem(UNIT_OFFSET, message, "Remove it, or change model_type"))
 
 
-def _replace_window_layers(config: NestedDict) -> None:
+def _replace_window_layers(config: NestedDict, findings: Findings) -> None:
     """Replace ``model.max_window_layers``, the number of first layers that attend to all tokens."""
-    layers = pop(config, "model.max_window_layers")
-    has_windows = get(config, "model.use_sliding_window") is True
-    if has_windows and isinstance(layers, int) and get(config, "model.global_layers") in (ABSENT, None):
-        put(config, "model.global_layers", tuple(range(layers)))
+    layers, total = pop(config, WINDOW_LAYERS), get(config, "model.num_layers")
+    family, given = FAMILIES.get(str(get(config, "model_type"))), get(config, "model.use_sliding_window")
+    has_windows = family and family.keys.get("use_sliding_window") if given in (ABSENT, None) else given
+    if layers in (ABSENT, None) or has_windows is not True:  # without windows the number has no meaning
+        return
+    if type(layers) is not int or layers < 0:
+        message, todo = f"expected a number of layers, got {_short(layers)}", "Set model.global_layers instead"
+        findings.problems.append(Problem(WINDOW_LAYERS, message, todo))
+    elif get(config, "model.global_layers") not in (ABSENT, None):
+        message = "is given beside model.global_layers, which is another way to name the layers without a window"
+        findings.problems.append(Problem(WINDOW_LAYERS, message, "Remove one of the two"))
+    else:
+        # It is often more than the number of layers, which means all of them.
+        put(config, "model.global_layers", tuple(range(min(layers, total) if type(total) is int else 0)))
 
 
 def _short(value: Any) -> str:

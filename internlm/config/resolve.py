@@ -172,7 +172,7 @@ def resolve(
     config = Config.model_validate(raw)
     config._variables = variables_of(names)
     sources = _sources(config, set(nested_dict.leaves(raw)) - derived, overridden, derived)
-    return Resolved(config, sources, warnings_about(config, findings.ignored))
+    return Resolved(config, sources, warnings_about(config, findings.ignored, derived))
 
 
 def _choose_layout(raw: NestedDict, world_size: int | None, overridden: set[str]) -> None:

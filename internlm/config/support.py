@@ -14,7 +14,7 @@ from typing import Any
 
 from internlm.config import keys
 from internlm.config.families import FAMILIES
-from internlm.config.schema import Config, OptimizerConfig
+from internlm.config.schema import Config, ModelConfig, OptimizerConfig
 from internlm.config.schema.fields import parse_object_address
 from internlm.utils.errors import ConfigError, Problem, known_names
 from internlm.utils.registry import MODEL_INITIALIZER
@@ -182,6 +182,23 @@ MUON_KEYS = (
     "optimizer.adjust_lr",
 )
 
+BIASES = ("qkv_bias", "o_bias", "mlp_bias")
+
+
+def _is_overruled(bias: str) -> Callable[[Config], bool]:
+    return lambda c: bool(c.model.no_bias and getattr(c.model, bias))
+
+
+def _turns_by_local_base(model: ModelConfig) -> bool:
+    """Return whether all layers have a window and the rotary base of such layers."""
+    windows = map(model.window, range(model.num_layers))
+    return model.local_rope_base is not None and all(width is not None for width in windows)
+
+
+ROTARY_KEYS = tuple(
+    f"model.{name}" for name in ("rope_base", "use_dynamic_ntk_rope", "rope_scaling_factor", "rope_scaling")
+)
+
 STREAM_KEYS = (
     *("data.content_name", "data.subset", "data.train_split", "data.valid_split"),
     *("data.stream_shards", "data.shuffle_buffer", "data.on_bad_row"),
@@ -216,6 +233,35 @@ DUBIOUS_SETTINGS = (
         "no effect, since model.drop_rate is 0",
     ),
     DubiousSetting(
+        ("model.sliding_window", "model.global_layers", "model.local_rope_base"),
+        lambda c: not c.model.use_sliding_window,
+        "no effect, since model.use_sliding_window is False",
+    ),
+    DubiousSetting(
+        ROTARY_KEYS,
+        lambda c: _turns_by_local_base(c.model),
+        "no effect, since all layers have a window, and model.local_rope_base is set",
+    ),
+    DubiousSetting(
+        ("model.out_head_init_std",),
+        lambda c: c.model.tie_word_embeddings,
+        "no effect, since model.tie_word_embeddings is True: model.embedding_init_std applies",
+    ),
+    DubiousSetting(
+        ("model.embed_grad_scale",),
+        lambda c: c.model.lora is not None,
+        "no effect, since model.lora freezes the embedding",
+    ),
+    DubiousSetting(
+        ("model.top_k", "model.moe_type", "model.moe_layer_kwargs"),
+        lambda c: c.model.num_experts == 1,
+        "no effect, since model.num_experts is 1",
+    ),
+    *(
+        DubiousSetting((f"model.{key}",), _is_overruled(key), "no effect, since model.no_bias is True")
+        for key in BIASES
+    ),
+    DubiousSetting(
         ("ckpt.save_ckpt_folder", "ckpt.oss_snapshot_freq", "ckpt.keep_last", "ckpt.enable_internevo2hf_ckpt"),
         # If saving is switched off beside an interval, this is meant.
         lambda c: not c.ckpt.enable_save_ckpt and c.ckpt.checkpoint_every is None,
@@ -234,19 +280,25 @@ DUBIOUS_SETTINGS = (
 )
 
 
-def warnings_about(config: Config, ignored: Sequence[str] = ()) -> list[str]:
+#: Stands for a section that is set, of which a config holds only the keys.
+SET = object()
+
+
+def warnings_about(config: Config, ignored: Sequence[str] = (), derived: Collection[str] = ()) -> list[str]:
     """Return warnings: one about all settings without effect in this version, and one per dubious setting.
 
     Args:
         config: Resolved config.
         ignored: Keys without a field in the schema that were dropped, each with the reason.
+        derived: Keys whose values nobody has given.
     """
     given = dict(keys.values(config))
     idle = [f"{row.key} ({row.instead})" for row in NO_EFFECT if row.requested(given[row.key])]
     without_effect = ", ".join([*ignored, *idle])
     warnings = [f"No effect in this version: {without_effect}"] if without_effect else []
     for setting in DUBIOUS_SETTINGS:
-        changed = [key for key in setting.keys if given[key] != keys.fields()[key].default]
+        given_keys = [key for key in setting.keys if key not in derived]
+        changed = [key for key in given_keys if given.get(key, SET) != keys.fields()[key].default]
         if changed and setting.applies(config):
             warnings.append(f"{', '.join(changed)}: {setting.message.format(c=config)}")
     return warnings

@@ -32,7 +32,7 @@ NAMING_DEVICES = {
     "cli/launch_options.py": "what a user types; it must not import torch",
     "cli/parsers.py": "what a user types; it must not import torch",
     "config/resolve.py": "what a user has named; it must not import torch",
-    "config/rules/run_rules.py": "what a user has named; it must not import torch",
+    "config/rules/model_rules.py": "what a user has named; it must not import torch",
 }
 
 #: Functions whose longer signature is published, and why.

@@ -1,128 +1,18 @@
-"""Rules about the model and the run: shapes, learning rate, loss scale, checkpoints, alerts."""
+"""Rules about the run: folders of data, learning rate, loss scale, checkpoints, alerts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from internlm.config.families import FAMILIES
-from internlm.config.rules.rule import DEVICE_TYPE, Rule, RunInfo, at, divisors, listed
+from internlm.config.rules.rule import Rule, RunInfo, at
 from internlm.config.schema import Config
 from internlm.config.schema.fields import floor_share, is_remote
 from internlm.utils.errors import Problem
 from internlm.utils.secrets import is_web_address, mask_credentials, mask_url
 
 
-# -- model ------------------------------------------------------------------------------------------------------------
-def heads_divide_hidden_size(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the hidden size is divisible by the number of heads, unless ``head_dim`` is given."""
-    model = config.model
-    # head_dim is None if it is not given and cannot be derived. A given head_dim need not divide the hidden size: Gemma
-    # and Qwen3 have such models.
-    if model.head_dim is None:
-        message = f"{model.hidden_size} is not divisible by num_attention_heads = {model.num_attention_heads}"
-        yield Problem("model.hidden_size", message, "Change one of the two, or set model.head_dim")
-
-
-def head_dim_is_even(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``head_dim`` is even: rotary embedding rotates pairs of elements."""
-    if (config.model.head_dim or 0) % 2:
-        yield Problem(
-            "model.head_dim",
-            f"{config.model.head_dim} is odd, but rotary embedding rotates pairs of elements",
-            "Use an even number",
-        )
-
-
-def dynamic_ntk_has_frequencies(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``head_dim`` is more than 2 for dynamic NTK scaling, whose exponent is head_dim / (head_dim - 2)."""
-    if (config.model.use_dynamic_ntk_rope, config.model.head_dim) == (True, 2):
-        message = "True requires model.head_dim of at least 4, got 2: a single frequency cannot be scaled"
-        yield Problem("model.use_dynamic_ntk_rope", message, "Set it to False, or use wider heads")
-
-
-def one_scaling_of_rotary_frequencies(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``rope_scaling`` has a transition, and excludes linear and dynamic scaling."""
-    scaling, factor = config.model.rope_scaling, config.model.rope_scaling_factor
-    is_scaled = config.model.use_dynamic_ntk_rope or factor != 1
-    if scaling is not None and is_scaled:
-        message = "is given beside use_dynamic_ntk_rope or rope_scaling_factor, which are other ways to do the same"
-        yield Problem("model.rope_scaling", message, "Keep one of them")
-    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
-        message = f"low_freq_factor = {scaling.low_freq_factor} is not less than high_freq_factor"
-        yield Problem("model.rope_scaling", f"{message} = {scaling.high_freq_factor}", "Change one of the two")
-
-
-def windows_have_a_width(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that a sliding window has a width."""
-    has_windows, width = config.model.use_sliding_window, config.model.sliding_window
-    if has_windows and width is None:
-        message = "True, but model.sliding_window is not given"
-        yield Problem("model.use_sliding_window", message, "Set model.sliding_window, or use_sliding_window=False")
-
-
-def adapters_have_a_family(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that the model with adapters is of a built-in family: only its blocks have linears of these names."""
-    lora, model_type = config.model.lora, config.model_type
-    if lora is not None and model_type not in FAMILIES:
-        message = f"is given, but the model type {model_type!r} is not a built-in family"
-        todo = "Remove it, or build your model from internlm.core.parallel.lora.AdaptedLinear"
-        yield Problem("model.lora", message, todo)
-
-
-def kv_heads_divide_heads(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that each key/value head serves the same number of query heads."""
-    heads, kv_heads = config.model.num_attention_heads, config.model.kv_heads
-    if heads % kv_heads:
-        message = f"num_attention_heads = {heads} is not divisible by {kv_heads}"
-        yield Problem("model.num_kv_attention_heads", message, f"Use one of {listed(divisors(heads))}")
-
-
-def experts_suffice(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``top_k`` is at most the number of experts."""
-    experts, top_k = config.model.num_experts, config.model.top_k
-    # A dense model has one expert and does not read top_k.
-    if experts > 1 and top_k > experts:
-        yield Problem("model.top_k", f"{top_k} is more than num_experts = {experts}", f"Use at most {experts}")
-
-
-def layers_to_offload_exist(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``cpu_offloading`` is at most ``num_layers``.
-
-    A model chunk may have fewer than ``cpu_offloading`` blocks; the activations of all its blocks are then offloaded.
-    """
-    offloaded, layers = config.model.cpu_offloading, config.model.num_layers
-    if offloaded > layers:
-        message = f"{offloaded} is more than num_layers = {layers}"
-        yield Problem("model.cpu_offloading", message, f"Use at most {layers}")
-
-
-def compiled_blocks_are_recomputed_as_a_whole(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``checkpoint`` is not ``selective`` for compiled blocks: the compiler chooses what they save."""
-    if (config.model.compile, config.model.checkpoint) == (True, "selective"):
-        message = "'selective' has no effect with model.compile = True: the compiler chooses the saved activations"
-        yield Problem("model.checkpoint", message, "Use True, False or a fraction, or set model.compile to False")
-
-
-def attention_is_computed_once(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that ``checkpoint`` is not ``selective`` beside an adapter of ``wo``: its input would be computed twice."""
-    lora, checkpoint = config.model.lora, config.model.checkpoint
-    if lora is not None and "wo" in lora.targets and checkpoint == "selective":
-        message = "'selective' recomputes attention for wo, and again for its adapter"
-        todo = "Use True, False or a fraction, or leave wo out of model.lora.targets"
-        yield Problem("model.checkpoint", message, todo)
-
-
-def attention_kernel_serves(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that an attention kernel chosen by name supports the device and the dtype."""
-    backend, dtype, device = config.model.attention_backend, config.model.dtype, run.device_type
-    on_host, dtypes = ATTENTION_NEEDS.get(backend, (device == "cpu", (dtype,)))
-    if on_host != (device == "cpu") or dtype not in dtypes:
-        where = "the CPU" if on_host else "a CUDA device"
-        message = f"{backend!r} requires {where} and {' or '.join(map(str, dtypes))}, got {device} and {dtype}"
-        yield Problem("model.attention_backend", message, "Set it to 'auto'")
-
-
+# -- data -------------------------------------------------------------------------------------------------------------
 def type_has_files(config: Config, run: RunInfo) -> Iterator[Problem]:
     """Check that data of Megatron-LM have a folder: only ``tokenized`` stands for random data without one."""
     if config.data.train_folder is None and config.data.type == "megatron":
@@ -235,30 +125,9 @@ def job_name_is_a_folder_name(config: Config, run: RunInfo) -> Iterator[Problem]
         yield Problem("JOB_NAME", f"{name!r} is not a valid folder name", "Use letters, digits, '-' and '_'")
 
 
-HALF = ("torch.float16", "torch.bfloat16")
-#: Whether an attention kernel runs on the CPU or on accelerators, and the values of ``model.dtype`` that it supports.
-#: Kernels that support everything are left out. A test compares the table with ``internlm.ops``, which imports torch.
-ATTENTION_NEEDS: dict[str, tuple[bool, tuple[str | None, ...]]] = {
-    "flash": (False, HALF),
-    "varlen": (False, HALF),
-    "blocked": (True, ("torch.float32", "torch.tf32", "torch.float64")),
-}
-
 LOSS_SCALES = ("fp16.min_scale", "fp16.initial_scale", "max_scale")
 
 RULES = (
-    Rule(at("model", "hidden_size", "num_attention_heads", "head_dim"), heads_divide_hidden_size),
-    Rule(at("model", "head_dim"), head_dim_is_even),
-    Rule(at("model", "head_dim", "use_dynamic_ntk_rope"), dynamic_ntk_has_frequencies),
-    Rule(at("model", "rope_scaling", "use_dynamic_ntk_rope", "rope_scaling_factor"), one_scaling_of_rotary_frequencies),
-    Rule(at("model", "use_sliding_window", "sliding_window"), windows_have_a_width),
-    Rule(("model_type", "model.lora"), adapters_have_a_family),
-    Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
-    Rule(at("model", "num_experts", "top_k"), experts_suffice),
-    Rule(at("model", "cpu_offloading", "num_layers"), layers_to_offload_exist),
-    Rule(at("model", "compile", "checkpoint"), compiled_blocks_are_recomputed_as_a_whole),
-    Rule(at("model", "checkpoint", "lora"), attention_is_computed_once),
-    Rule((*at("model", "attention_backend", "dtype"), DEVICE_TYPE), attention_kernel_serves),
     Rule(at("data", "type", "train_folder"), type_has_files),
     Rule(at("data", "type", "train_folder", "valid_folder", "cache_folder"), remote_data_is_cached),
     Rule(("JOB_NAME",), job_name_is_a_folder_name),

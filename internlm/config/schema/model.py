@@ -56,7 +56,7 @@ class LoraConfig(Section):
     """Rank of the adapters."""
     alpha: Positive = 16.0
     """The output of an adapter is multiplied by ``alpha`` ÷ ``rank``."""
-    targets: Items[LoraTarget] = ("wqkv", "wo", "w13", "w2")
+    targets: Annotated[Items[LoraTarget], Field(min_length=1)] = ("wqkv", "wo", "w13", "w2")
     """Linears of each block that have an adapter: the projections of attention, ``wqkv`` and ``wo``, and of the
     feed-forward layer, ``w13`` (gate and up) and ``w2``."""
 

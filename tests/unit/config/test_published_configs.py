@@ -18,11 +18,13 @@ from tests.unit.config.samples import config_of, found, problems_of
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_dense_families_resolve_with_one_warning(family: str) -> None:
+def test_dense_families_resolve_with_warnings_only(family: str) -> None:
     resolved = resolve(published(DENSE[family]), world_size=8, device_type="cuda")
     check_runnable(resolved.config)
     check_registered(resolved.config)
-    (warning,) = resolved.warnings
+    warning, *others = resolved.warnings
+    off = "model.sliding_window: no effect, since model.use_sliding_window is False"
+    assert others == [off] * bool(DENSE[family].get("model.sliding_window"))
     assert "ckpt.load_ckpt_info (its path 'local:llm_ckpts/xxxx' is a placeholder)" in warning
     assert ("generation (settings of text generation" in warning) == ("generation" in DENSE[family])
     assert ("ckpt.load_ckpt_folder (a run continues" in warning) == ("ckpt.load_ckpt_folder" in DENSE[family])
@@ -49,7 +51,7 @@ def test_the_offset_of_norms_is_that_of_the_family(family: str, value: bool) -> 
 
 def test_the_first_layers_without_window_are_global() -> None:
     changes = {"model_type": "QWEN2", "model.use_sliding_window": True, "model.sliding_window": 64}
-    model = resolve(published({**changes, "model.max_window_layers": 3})).config.model
+    model = resolve(published({**changes, "model.max_window_layers": 3, "model.num_layers": 5})).config.model
     assert [model.window(layer) for layer in range(5)] == [None, None, None, 64, 64]
 
 

@@ -93,11 +93,31 @@ def test_a_key_changes_parameters_logits_or_gradients(key: str) -> None:
     assert before.keys() != after.keys() or any(not same(before[name], after[name]) for name in before)
 
 
-def observed(keys: dict[str, Any]) -> dict[str, torch.Tensor]:
+#: Values for families whose default is the value of :data:`NUMBERS`.
+OTHERS = {"qk_norm": "none", "activation": "silu", "local_rope_base": 50.0}
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"INTERNLM2"}))
+def test_a_key_changes_every_family(family: str) -> None:
+    ignored, row = set(), FAMILIES[family]
+    for key, (value, beside) in NUMBERS.items():
+        default = row.keys.get(key)
+        other = (not value if isinstance(value, bool) else OTHERS[key]) if default == value else value
+        # With one layer that attends to all tokens: the small model has none of those of the family.
+        beside = {"global_layers": (1,), **beside} if row.global_every else beside
+        before, after = observed(beside, family), observed({**beside, key: other}, family)
+        if before.keys() == after.keys() and all(same(before[name], after[name]) for name in before):
+            ignored.add(key)
+    # A tied head has no initial values, and a key that sets them is warned about.
+    assert ignored == ({"out_head_init_std"} if row.keys.get("tie_word_embeddings") else set())
+
+
+def observed(keys: dict[str, Any], family: str = "INTERNLM2") -> dict[str, torch.Tensor]:
     """Initial parameters, logits and gradients of a small decoder."""
     config = ModelConfig.model_validate({**SMALL, **keys})
     with default_dtype(torch.bfloat16 if config.dtype == "torch.bfloat16" else torch.float32):
-        model = FamilyBuilder(FAMILIES["INTERNLM2"])(config)
+        model = FamilyBuilder(FAMILIES[family])(config)
     initialize_parameters(model, seed=1)
     found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     ids = tokens(1, 24)

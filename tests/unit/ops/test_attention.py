@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from internlm.accelerator import DeviceKind
-from internlm.config.rules.run_rules import ATTENTION_NEEDS
+from internlm.config.rules.model_rules import ATTENTION_NEEDS
 from internlm.ops import PackedSequences, attention, reference, why_unavailable
 from internlm.ops.attention import BACKENDS, FLASH_LIMITS, VARLEN_LIMITS, Limits, groups_heads
 from internlm.utils.dtype import torch_dtype
