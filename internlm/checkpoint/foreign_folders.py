@@ -36,12 +36,15 @@ class ForeignFormat:
     """Folders in the save folder whose sub-folders ``steps`` is matched with."""
 
 
-HUGGING_FACE = "Hugging Face Transformers"
+HUGGING_FACE, INTERNEVO = "Hugging Face Transformers", "older versions of InternEvo"
 META = "Llama's release"
+#: Commands of ``internlm convert`` that make a checkpoint of a folder, and values of ``ckpt_type`` that load it.
+_COMMANDS = {HUGGING_FACE: "from-hf", META: "from-llama", INTERNEVO: "from-internevo"}
+_TYPES = {HUGGING_FACE: "hf", META: "llama"}
 #: The rows are tried in this order.
 FORMATS = (
     ForeignFormat(
-        software="older versions of InternEvo",
+        software=INTERNEVO,
         files=(
             # The scheduler's file is misspelt.
             r"(model|optimizer|topo)_(tp|wp|dp)\d+_.*\.(pt|json)|(context|schedulder|model_config|sampler_\d+)\.pt",
@@ -130,8 +133,10 @@ def foreign_source(folder: str, names_in: NamesIn) -> Problem | None:
     if found is None:
         return None
     todo = "Choose a step-N folder that a run has saved"
-    if found.software == HUGGING_FACE:
-        todo += ", or set ckpt.load_ckpt_info.ckpt_type='hf' (to make a checkpoint of it: internlm convert from-hf)"
+    if found.software in _TYPES:
+        todo += f", or set ckpt.load_ckpt_info.ckpt_type={_TYPES[found.software]!r}"
+    if found.software in _COMMANDS:
+        todo += f" (to make a checkpoint of it: internlm convert {_COMMANDS[found.software]})"
     return Problem(folder, f"not a checkpoint of this version: it holds {found}", todo)
 
 

@@ -26,6 +26,7 @@ COPIED = (
 )
 #: Size limits in bytes.
 LARGEST_CONFIG, _LARGEST_INDEX = 1 << 20, 1 << 26
+MATCH_CONFIG = "Use a model section that matches its config.json"
 #: Number of problems that an error lists.
 MOST_PROBLEMS = 8
 
@@ -34,14 +35,12 @@ class TensorFolder(Protocol):
     """Folder with the weights of a model, in a format of other software."""
 
     path: Path
-    config: dict[str, Any]
-    """Config of the model with the keys of a Hugging Face ``config.json``."""
-    config_file: Path
-    """File of the config, for errors."""
     tensors: Mapping[str, Any]
     """Tensors by name, with a ``shape``, and a ``dtype`` named as in safetensors files."""
     head: str
     """Name of the output head."""
+    todo: str
+    """What to do where the tensors are not those of the model, for errors."""
 
     def table(self, spec: DecoderSpec) -> Iterator[HFTensor]:
         """Yield the tensors that a decoder needs."""
@@ -60,6 +59,15 @@ class TensorFolder(Protocol):
         """Close the files, which the next read opens again."""
 
 
+class ModelFolder(TensorFolder, Protocol):
+    """Folder with the weights of a model, and its config."""
+
+    config: dict[str, Any]
+    """Config of the model with the keys of a Hugging Face ``config.json``."""
+    config_file: Path
+    """File of the config, for errors."""
+
+
 class HFFolder:
     """Folder with a ``config.json`` and safetensors files.
 
@@ -70,7 +78,7 @@ class HFFolder:
         CheckpointError: It is no such folder, a file is damaged or missing, or the index does not describe the files.
     """
 
-    head = "lm_head.weight"
+    head, todo = "lm_head.weight", MATCH_CONFIG
     table = staticmethod(hf_tensors)
 
     def __init__(self, path: Path) -> None:

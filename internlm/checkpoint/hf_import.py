@@ -1,4 +1,4 @@
-"""Import of a Hugging Face folder as a checkpoint, which a run loads in any layout.
+"""Import of a folder of other software as a checkpoint, which a run loads in any layout.
 
 Pieces of tensors are read, converted and written one after the other, so memory is that of one piece, a few megabytes.
 """
@@ -6,7 +6,7 @@ Pieces of tensors are read, converted and written one after the other, so memory
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from internlm.checkpoint.hf_export import check_new
-from internlm.checkpoint.hf_folder import HFFolder
+from internlm.checkpoint.hf_folder import HFFolder, ModelFolder, TensorFolder
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import NamedSpec, spec_of_folder
 from internlm.checkpoint.local_storage import LocalStorage
@@ -26,12 +26,13 @@ from internlm.checkpoint.run_state import LossScaleState, OptimizerCounters, Run
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 
 
-def import_folder(source: Path, target: Path) -> str:
-    """Write the model of a Hugging Face folder as a checkpoint of step 0, without optimizer state.
+def import_folder(source: Path, target: Path, opened: Callable[[Path], ModelFolder] = HFFolder) -> str:
+    """Write the model of a folder with a config as a checkpoint of step 0, without optimizer state.
 
     Args:
-        source: The Hugging Face folder.
+        source: The folder.
         target: Folder of the checkpoint, which must not exist.
+        opened: Function that opens the folder: by default, one of Hugging Face.
 
     Returns:
         The ``model`` section of a config for it, as Python.
@@ -41,14 +42,19 @@ def import_folder(source: Path, target: Path) -> str:
         OSError: The checkpoint cannot be written.
     """
     check_new(target)
-    folder = HFFolder(source)
-    model = spec_of_folder(folder)
+    folder = opened(source)
+    return import_model(folder, spec_of_folder(folder), target)
+
+
+def import_model(folder: TensorFolder, model: NamedSpec, target: Path) -> str:
+    """Write ``model``, whose tensors are in ``folder``, as :func:`import_folder` does."""
+    check_new(target)
     with HFReader(folder, model.spec) as reader:
         reader.check()
         dtypes = {name: reader.dtype(name) for name in reader.rows}
         section = {**model.keys, "dtype": str(reader.main_dtype)}
         _write(reader, dtypes, target, _state(model, section))
-    return "\n".join(_snippet(source, target, model.model_type, section)) + "\n"
+    return "\n".join(_snippet(folder.path, target, model.model_type, section)) + "\n"
 
 
 class _LazyPlanner(LogicalSavePlanner):

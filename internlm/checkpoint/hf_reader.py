@@ -18,11 +18,10 @@ from internlm.utils.errors import CheckpointError, Problem
 
 #: Tensors that old folders hold although they follow from the config.
 _COMPUTED = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.inv_freq|rope\.freqs")
-_MODEL = "Use a model section that matches its config.json"
 
 
 class HFReader:
-    """Tensors of a decoder in a folder of Hugging Face or Meta. Use it as a context manager, which closes the files.
+    """Tensors of a decoder in a folder of other software. Use it as a context manager, which closes the files.
 
     Args:
         folder: The folder.
@@ -58,11 +57,11 @@ class HFReader:
         for row in (row for rows in self.rows.values() for row in rows):
             stored, where = self.folder.tensors.get(row.name), f"{self.folder.path}: {row.name}"
             if stored is None:
-                yield Problem(where, "is missing", _MODEL)
+                yield Problem(where, "is missing", self.folder.todo)
             elif stored.dtype not in DTYPES:
                 yield Problem(where, f"expected dtype {', '.join(DTYPES)}, got {stored.dtype}", DOWNLOAD)
             elif stored.shape != (expected := row.shape(self.shapes[row.ours])):
-                yield Problem(where, f"expected shape {list(expected)}, got {list(stored.shape)}", _MODEL)
+                yield Problem(where, f"expected shape {list(expected)}, got {list(stored.shape)}", self.folder.todo)
 
     def _unused(self) -> Iterator[Problem]:
         known = {row.name for rows in self.rows.values() for row in rows}
@@ -77,7 +76,7 @@ class HFReader:
                     message = f"differs from {embedding}, although tie_word_embeddings is true"
                     yield Problem(where, message, "Set it to false in config.json and in the model section")
                 continue
-            yield Problem(where, "the model has no such tensor", _MODEL)
+            yield Problem(where, "the model has no such tensor", self.folder.todo)
 
     def _differ(self, name: str, embedding: str) -> bool:
         one, other = (self.folder.tensors.get(key) for key in (name, embedding))

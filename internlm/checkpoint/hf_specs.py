@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from internlm.checkpoint.hf_folder import TensorFolder
+from internlm.checkpoint.hf_folder import ModelFolder
 from internlm.config.families import FAMILIES
 from internlm.config.schema import ModelConfig
 from internlm.model.families import spec_of
@@ -31,7 +31,7 @@ class NamedSpec(NamedTuple):
     """Keys of the ``model`` section that were given."""
 
 
-def spec_of_folder(folder: TensorFolder) -> NamedSpec:
+def spec_of_folder(folder: ModelFolder) -> NamedSpec:
     """Return the decoder that a Hugging Face folder's config describes.
 
     Raises:

@@ -7,40 +7,25 @@ from __future__ import annotations
 
 import re
 import reprlib
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from internlm.checkpoint.hf_folder import LARGEST_CONFIG, read_json, shortened
-from internlm.checkpoint.safetensors_files import DOWNLOAD, DTYPES, quoted, runs_of_box
+from internlm.checkpoint.pickled_files import load_tensors
+from internlm.checkpoint.safetensors_files import DOWNLOAD, quoted
+from internlm.checkpoint.sharded_tensors import ShardedTensor
 from internlm.model.hf_tensors import llama_tensors
 from internlm.utils.errors import CheckpointError, Problem
 
 PARAMS = "params.json"
-#: Size limit of the pickle in a file, which lists its tensors, in bytes.
-_LARGEST_PICKLE = 1 << 24
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Axis that the files split, by the module of a tensor; others are whole in each file.
 _AXES = {
     **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
 }
-
-
-@dataclass(frozen=True)
-class ShardedTensor:
-    """Tensor of several files."""
-
-    dtype: str
-    """Name of the dtype in safetensors files, or torch's for others."""
-    shape: tuple[int, ...]
-    shards: tuple[Tensor, ...]
-    axis: int
 
 
 class LlamaFolder:
@@ -53,7 +38,7 @@ class LlamaFolder:
         CheckpointError: It is no such folder, a file is damaged, or the files do not fit one another.
     """
 
-    head = "output.weight"
+    head, todo = "output.weight", f"Use a model section that matches its {PARAMS}"
     table = staticmethod(llama_tensors)
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +53,7 @@ class LlamaFolder:
         if not files or [file.name for file in files] != expected:
             found = ", ".join(file.name for file in files) or "none"
             raise CheckpointError(Problem(str(path), f"expected consolidated.00.pth and so on, got {found}", DOWNLOAD))
-        loaded = [_load(file) for file in files]
+        loaded = [load_tensors(file) for file in files]
         self.tensors: Mapping[str, Any] = dict(self._joined(files, loaded, params))
         self.config = self._config(params)
 
@@ -93,8 +78,7 @@ class LlamaFolder:
             shape = list(first.shape)
             if axis is not None:
                 shape[axis] *= len(shards)
-            dtype = _NAMES.get(first.dtype, str(first.dtype))
-            yield name, ShardedTensor(dtype, tuple(shape), shards, axis or 0)
+            yield name, ShardedTensor(tuple(shape), shards, axis or 0)
 
     @staticmethod
     def _axis(name: str, first: Tensor, params: Mapping[str, Any]) -> int | None:
@@ -145,68 +129,7 @@ class LlamaFolder:
 
     def read_box(self, stored: ShardedTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         """Read a box of a tensor, as :class:`~internlm.checkpoint.hf_folder.TensorFolder` says."""
-        # Small, since boxes are; the mapped files themselves count as the cache of the system.
-        box, filled = torch.empty(target.shape, dtype=stored.shards[0].dtype), 0
-        flat = box.view(-1)
-        for first, count in runs_of_box(shape, offsets, target.shape):
-            flat[filled : filled + count] = _range(stored, first, count)
-            filled += count
-        target.copy_(box)
+        stored.read_box(shape, offsets, target)
 
     def close(self) -> None:
         """Do nothing: the files stay mapped as long as the tensors are referred to."""
-
-
-def _range(stored: ShardedTensor, first: int, count: int) -> Tensor:
-    """Return ``count`` elements of the flattened tensor from ``first`` on."""
-    columns = stored.shape[-1]
-    if len(stored.shards) == 1:
-        return stored.shards[0].reshape(-1)[first : first + count]
-    if stored.axis == 0:
-        size = stored.shards[0].numel()
-        pieces = []
-        for index, shard in enumerate(stored.shards):
-            start, stop = max(first - index * size, 0), min(first + count - index * size, size)
-            if start < stop:
-                pieces.append(shard.reshape(-1)[start:stop])
-        return torch.cat(pieces)
-    # Whole rows of all files, of which the columns beside one another are taken.
-    top, bottom = first // columns, -(-(first + count) // columns)
-    rows = torch.cat([shard[top:bottom] for shard in stored.shards], dim=1)
-    return rows.reshape(-1)[first - top * columns :][:count]
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, mapped into memory.
-
-    Raises:
-        CheckpointError: It is no archive of tensors as ``torch.save`` writes it.
-    """
-    try:
-        # First: the unpickler itself has no bounds.
-        _check_archive(file)
-        # Storages stay on the host, wherever they were saved from.
-        content = torch.load(file, map_location=lambda storage, _: storage, weights_only=True, mmap=True)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a dict of tensors, got {type(content).__name__}")
-        for name, tensor in content.items():
-            if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided):
-                raise ValueError(f"expected a tensor as {reprlib.repr(name)}, got {type(tensor).__name__}")
-            # A view with strides of 0 could have any shape.
-            if not tensor.is_contiguous() or tensor.nbytes > file.stat().st_size:
-                raise ValueError(f"{quoted(name)} is not stored as a whole")
-    except Exception as error:  # unpickling what is not trusted raises nearly anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(Problem(str(file), f"cannot be loaded ({reason[0][:300]})", DOWNLOAD)) from None
-    return content
-
-
-def _check_archive(file: Path) -> None:
-    """Check that nothing in an archive is compressed, which could be of any size, and that its pickle is small."""
-    if not file.is_file():
-        raise ValueError("expected a regular file")
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            is_pickle = entry.filename.endswith(".pkl")
-            if entry.compress_type != zipfile.ZIP_STORED or (is_pickle and entry.file_size > _LARGEST_PICKLE):
-                raise ValueError(f"{quoted(entry.filename)} is compressed or too large")

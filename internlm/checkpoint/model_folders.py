@@ -9,7 +9,7 @@ from typing import Any
 
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.foreign_folders import HUGGING_FACE, META, find_foreign
-from internlm.checkpoint.hf_folder import HFFolder, TensorFolder, shortened
+from internlm.checkpoint.hf_folder import HFFolder, ModelFolder, shortened
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
 from internlm.checkpoint.llama_folder import LlamaFolder
@@ -18,7 +18,7 @@ from internlm.core.parallel.lora import is_adapter
 from internlm.utils.errors import CheckpointError
 
 #: Formats of folders by ``ckpt.load_ckpt_info.ckpt_type``.
-FOLDERS: dict[str, Callable[[Path], TensorFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
+FOLDERS: dict[str, Callable[[Path], ModelFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
 _TYPES = {HUGGING_FACE: "hf", META: "llama"}
 
 
@@ -46,7 +46,7 @@ def load_folder(
     *,
     exchange: Exchange,
     allow_changes: bool,
-) -> TensorFolder:
+) -> ModelFolder:
     """Load the parameters of a model, in any layout, from a folder of Hugging Face or Meta; collective.
 
     Each rank reads only the slices that it holds. The ``model`` section of the config is compared with that of the

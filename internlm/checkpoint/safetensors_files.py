@@ -7,14 +7,13 @@ than mapped into memory: a file that is cut short while it is read is an error, 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from internlm.checkpoint.folder_checks import reason_of
 from internlm.checkpoint.local_files import LocalSource
 from internlm.checkpoint.storage import Sink
+from internlm.checkpoint.tensor_boxes import Segments, runs_of_box
 from internlm.checkpoint.tensor_writer import memory_of
 from internlm.utils.errors import CheckpointError, Problem
 
@@ -60,6 +60,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     """Position of the first byte in the file."""
+    segments: Segments | None = None
+    """Where the tensor lies in the fused one that begins there; None: it is all of it."""
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -138,7 +140,7 @@ class OpenTensors:
         is_same = target.is_contiguous() and target.dtype == dtype and target.is_cpu
         box = target if is_same else torch.empty(target.shape, dtype=dtype)
         memory, filled = memory_of(box), 0
-        for first, count in runs_of_box(shape, offsets, target.shape):
+        for first, count in runs_of_box(shape, offsets, target.shape, stored.segments):
             length = count * dtype.itemsize
             try:
                 read = self._source.read_into(stored.start + first * dtype.itemsize, memory[filled : filled + length])
@@ -152,23 +154,6 @@ class OpenTensors:
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(Problem(str(self.file), f"cannot be read ({reason_of(error)})", DOWNLOAD))
-
-
-def runs_of_box(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (first element, number of elements) of the runs in memory that make up a box of a row-major tensor."""
-    if math.prod(sizes) == 0:
-        return
-    # The fewer runs, the fewer calls of the system: axes that are covered are joined with the one before them.
-    # The axes from ``inner`` on are covered, so a run is a range of the axis before them.
-    inner = len(shape)
-    while inner > 0 and sizes[inner - 1] == shape[inner - 1]:
-        inner -= 1
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    outer = max(inner - 1, 0)
-    base = offsets[outer] * strides[outer] if shape else 0
-    count = math.prod(sizes[outer:])
-    for index in itertools.product(*(range(offsets[axis], offsets[axis] + sizes[axis]) for axis in range(outer))):
-        yield base + sum(i * stride for i, stride in zip(index, strides, strict=False)), count
 
 
 def header_of(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:

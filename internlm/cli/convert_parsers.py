@@ -39,11 +39,44 @@ def to_hf(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_IMPORTS = (
+    "as a checkpoint that runs of any layout load, and print the model section of a config for it. Exit code: 0, or 2 "
+    "for an error; then nothing is left."
+)
+
+
 def from_hf(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm convert from-hf``."""
-    parser.description = (
-        "Write the model of a Hugging Face folder as a checkpoint that runs of any layout load, and print the model "
-        "section of a config for it. Exit code: 0, or 2 for an error; then nothing is left."
-    )
+    parser.description = f"Write the model of a Hugging Face folder {_IMPORTS}"
     parser.add_argument("source", metavar="HF_FOLDER", type=Path, help="folder with config.json and safetensors files")
+    _add_target(parser)
+
+
+def from_internevo(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm convert from-internevo``."""
+    parser.description = (
+        f"Write the model of a checkpoint of InternEvo's earlier versions, or of InternLM, {_IMPORTS} Optimizer state "
+        "is left behind."
+    )
+    add = parser.add_argument
+    add("source", metavar="FOLDER", type=Path, help="folder with model_tp0_pp0.pt, … or model_wp0_pp0.pt, …")
+    _add_target(parser)
+    add("--config", metavar="CONFIG", type=Path, help="config of the run (default: the folder's model_config.pt)")
+    add("--model-type", metavar="NAME", help="model type, if there is no config: model_config.pt does not hold it")
+    add(
+        "--trust",
+        action="store_true",
+        help="unpickle files that hold more than tensors, which runs any code that they name",
+    )
+
+
+def from_llama(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``internlm convert from-llama``."""
+    parser.description = f"Write the model of a release of Meta {_IMPORTS}"
+    add = parser.add_argument
+    add("source", metavar="LLAMA_FOLDER", type=Path, help="folder with params.json and consolidated.00.pth, …")
+    _add_target(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write, which must not exist")

@@ -1,21 +1,31 @@
-"""Subcommands of ``internlm convert``: models as Hugging Face folders, and back."""
+"""Subcommands of ``internlm convert``: models as folders of other software, and back."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from internlm.checkpoint.hf_export import Export, export
-from internlm.checkpoint.hf_import import import_folder
+from internlm.checkpoint.hf_export import Export, check_new, export
+from internlm.checkpoint.hf_folder import HFFolder, ModelFolder
+from internlm.checkpoint.hf_import import import_folder, import_model
 from internlm.checkpoint.hf_specs import spec_of_config
+from internlm.checkpoint.internevo_config import is_stacked, spec_of_files
+from internlm.checkpoint.internevo_files import read_files
+from internlm.checkpoint.internevo_folder import InternEvoFolder
+from internlm.checkpoint.llama_folder import LlamaFolder
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.cli.ckpt_output import reports_storage_errors
 from internlm.config import masked_dict, resolve
+from internlm.utils.errors import Problem, UserError
+
+#: Number of files that are listed.
+_MOST_NAMES = 8
 
 
 @reports_storage_errors
@@ -35,10 +45,43 @@ def to_hf(arguments: argparse.Namespace) -> None:
     settings = Export(
         dtype=getattr(torch, a.dtype) if a.dtype else None, shard_bytes=a.shard_size, tokenizer=_expanded(a.tokenizer)
     )
-    target = Path(os.path.abspath(a.target.expanduser()))
+    target = _absolute(a.target)
     files = export(checkpoint, model, target, settings)
     size = sum(file.stat().st_size for file in files)
     print(f"{target}: {len(files)} {'file' if len(files) == 1 else 'files'} with tensors, {size} bytes")
+
+
+@reports_storage_errors
+def from_internevo(arguments: argparse.Namespace) -> None:
+    """Write the model of a checkpoint of InternEvo's earlier versions as one of this version; print its model section.
+
+    Raises:
+        UserError: The checkpoint or the config cannot be used, or the new checkpoint cannot be written.
+    """
+    a = arguments
+    if a.config and a.model_type:
+        raise UserError(Problem("--model-type", "cannot be combined with --config, which says it", "Remove it"))
+    source, target = a.source.expanduser(), _absolute(a.target)
+    check_new(target)
+    files = read_files(source, a.trust)
+    model = spec_of_files(files, _expanded(a.config), a.model_type, a.trust)
+    folder = InternEvoFolder(files, model.spec, is_stacked(model.model_type))
+    print(import_model(folder, model, target), end="")
+    if files.left_behind:
+        names = ", ".join(files.left_behind[:_MOST_NAMES])
+        more = f" and {len(files.left_behind) - _MOST_NAMES} more" if len(files.left_behind) > _MOST_NAMES else ""
+        print(f"left behind, with the optimizer state and the position in the data: {names}{more}", file=sys.stderr)
+    print(f"{target}: written", file=sys.stderr)
+
+
+@reports_storage_errors
+def from_llama(arguments: argparse.Namespace) -> None:
+    """Write the model of a release of Meta as a checkpoint, and print its model section.
+
+    Raises:
+        UserError: The folder cannot be used, or the checkpoint cannot be written.
+    """
+    _import(arguments, LlamaFolder)
 
 
 @reports_storage_errors
@@ -48,9 +91,17 @@ def from_hf(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: The folder cannot be used, or the checkpoint cannot be written.
     """
-    target = Path(os.path.abspath(arguments.target.expanduser()))
-    print(import_folder(arguments.source.expanduser(), target), end="")
+    _import(arguments, HFFolder)
+
+
+def _import(arguments: argparse.Namespace, opened: Callable[[Path], ModelFolder]) -> None:
+    target = _absolute(arguments.target)
+    print(import_folder(arguments.source.expanduser(), target, opened), end="")
     print(f"{target}: written", file=sys.stderr)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
 
 
 def _expanded(path: Path | None) -> Path | None:

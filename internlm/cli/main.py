@@ -44,11 +44,17 @@ CKPT_COMMANDS = (
     Command("show", "show what a checkpoint contains", ckpt_parsers.show, f"{_CONTENT}:show"),
     Command("verify", "compare all bytes with their checksums", ckpt_parsers.verify, f"{_CONTENT}:verify"),
 )
+_CONVERTING = "internlm.cli.converting"
 CONVERT_COMMANDS = (
+    Command("from-hf", "a Hugging Face folder as a checkpoint", convert_parsers.from_hf, f"{_CONVERTING}:from_hf"),
     Command(
-        "from-hf", "a Hugging Face folder as a checkpoint", convert_parsers.from_hf, "internlm.cli.converting:from_hf"
+        "from-internevo",
+        "a checkpoint of InternEvo's earlier versions",
+        convert_parsers.from_internevo,
+        f"{_CONVERTING}:from_internevo",
     ),
-    Command("to-hf", "a checkpoint as a Hugging Face folder", convert_parsers.to_hf, "internlm.cli.converting:to_hf"),
+    Command("from-llama", "a release of Meta as a checkpoint", convert_parsers.from_llama, f"{_CONVERTING}:from_llama"),
+    Command("to-hf", "a checkpoint as a Hugging Face folder", convert_parsers.to_hf, f"{_CONVERTING}:to_hf"),
 )
 DATA_COMMANDS = (
     Command(

@@ -182,7 +182,7 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     _check(config)
     keys = {ours: config[theirs] for ours, theirs in SAME.items() if config.get(theirs) is not None}
     keys["layer_norm_epsilon"] = float(config["rms_norm_eps"])
-    keys |= _width(config["hidden_size"], config["intermediate_size"])
+    keys |= feed_forward_keys(config["hidden_size"], config["intermediate_size"])
     activation = config.get(row.activation_key, "silu")
     by_theirs = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     if row.model_type == "gemma":
@@ -265,7 +265,7 @@ def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _width(hidden: int, intermediate: int) -> dict[str, Any]:
+def feed_forward_keys(hidden: int, intermediate: int) -> dict[str, Any]:
     """Return keys that give exactly this feed-forward width, which is a product rounded up to a multiple."""
     # The quotient is what a user would write, and mostly gives the width back.
     ratio = intermediate / hidden

@@ -18,6 +18,8 @@ from torch import Tensor
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import differences, spec_of_folder
 from internlm.checkpoint.llama_folder import LlamaFolder
+from internlm.checkpoint.manager import load_weights
+from internlm.cli.main import main
 from internlm.utils.errors import CheckpointError
 from tests.unit.checkpoint.hf_samples import GQA, llama_release, weights_of
 from tests.unit.checkpoint.samples import Evil
@@ -52,6 +54,18 @@ def test_equal_logits(release: str, paired: bool, releases: dict[str, Path]) -> 
         reader.check()
         for name, weight in weights_of(model).items():
             reader.read_slice(name, (0,) * weight.dim(), weight)
+    ids = tokens(2, 24)
+    assert torch.allclose(model(ids), PAIRED(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_command(releases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``from-llama`` writes a checkpoint, and prints a section that builds the same model."""
+    assert main(["convert", "from-llama", str(releases["two files"]), str(tmp_path / "out")]) is None
+    section: dict[str, Any] = {}
+    exec(capsys.readouterr().out, section)
+    keys = {key: value for key, value in section["model"].items() if key != "dtype"}
+    model = decoder(section["model_type"], torch.float32, **keys)
+    load_weights(model, tmp_path / "out")
     ids = tokens(2, 24)
     assert torch.allclose(model(ids), PAIRED(ids), rtol=1e-5, atol=1e-5)
 
@@ -114,7 +128,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file is missing": (lambda f: (f / "consolidated.00.pth").unlink(), "expected consolidated.00.pth and so on"),
     "a pickle that makes a folder": (
         lambda f: torch.save({"x": Evil(f / "proof")}, f / "consolidated.01.pth"),
-        "consolidated.01.pth: cannot be loaded (Weights only load failed",
+        "consolidated.01.pth: cannot be loaded (its pickle names posix.mkdir, and not only tensors",
     ),
     "no archive": (lambda f: (f / "consolidated.00.pth").write_bytes(b"x" * 99), "cannot be loaded (File is not a zip"),
     "compressed": (_compressed, "'archive/data.pkl' is compressed or too large"),
