@@ -38,9 +38,10 @@ class ForeignFormat:
 
 HUGGING_FACE, INTERNEVO = "Hugging Face Transformers", "older versions of InternEvo"
 META = "Llama's release"
-#: Commands of ``internlm convert`` that make a checkpoint of a folder, and values of ``ckpt_type`` that load it.
+#: Commands of ``internlm convert`` that make a checkpoint of a folder.
 _COMMANDS = {HUGGING_FACE: "from-hf", META: "from-llama", INTERNEVO: "from-internevo"}
-_TYPES = {HUGGING_FACE: "hf", META: "llama"}
+#: Values of ``ckpt.load_ckpt_info.ckpt_type`` by which a folder is loaded as it is.
+CKPT_TYPES = {HUGGING_FACE: "hf", META: "llama"}
 #: The rows are tried in this order.
 FORMATS = (
     ForeignFormat(
@@ -133,8 +134,8 @@ def foreign_source(folder: str, names_in: NamesIn) -> Problem | None:
     if found is None:
         return None
     todo = "Choose a step-N folder that a run has saved"
-    if found.software in _TYPES:
-        todo += f", or set ckpt.load_ckpt_info.ckpt_type={_TYPES[found.software]!r}"
+    if found.software in CKPT_TYPES:
+        todo += f", or set ckpt.load_ckpt_info.ckpt_type={CKPT_TYPES[found.software]!r}"
     if found.software in _COMMANDS:
         todo += f" (to make a checkpoint of it: internlm convert {_COMMANDS[found.software]})"
     return Problem(folder, f"not a checkpoint of this version: it holds {found}", todo)

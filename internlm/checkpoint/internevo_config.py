@@ -37,6 +37,7 @@ def spec_of_files(files: InternEvoFiles, config: Path | None, model_type: str | 
     else:
         section = _section(files, trust)
         model_type = model_type or _model_type(files)
+        # Only the section of the model matters, and nothing of it depends on the others.
         others = {"data": {"seq_len": 2, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 1e-4}}
         try:
             resolved = resolve({"model_type": model_type, "model": section, **others})
@@ -44,6 +45,7 @@ def spec_of_files(files: InternEvoFiles, config: Path | None, model_type: str | 
         except ConfigError as error:
             raise CheckpointError(*(replace(p, where=f"{file}: {p.where}") for p in error.problems)) from None
     given = masked_dict(resolved.config)
+    # What was given is printed, rather than all keys with their defaults.
     in_file = {
         name.split(".")[1]
         for name, source in resolved.sources.items()

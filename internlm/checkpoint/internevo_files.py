@@ -29,6 +29,7 @@ _SHARD = re.compile(r"model_(?P<split>tp|wp)(?P<rank>\d{1,5})_pp(?P<stage>\d{1,5
 #: Wrappers of the model, and the index of a chunk where a stage has several.
 _PREFIX = re.compile(r"(module\.|model\.)*((?P<chunk>\d{1,3})\.)?(module\.|model\.)*")
 _LAYER = re.compile(r"(layers|blocks)\.(?P<layer>\d{1,6})\.(?P<rest>.+)")
+# Buffers that follow from the config.
 _COMPUTED = re.compile(r"(.+\.)?(inv_freq|rotary_emb\.scale)")
 _WHOLE = {
     **dict.fromkeys(("tok_embeddings", "embedding"), "embedding"),
@@ -110,6 +111,7 @@ def read_files(path: Path, trust: bool) -> InternEvoFiles:
     ranks = 1 + max(int(match["rank"]) for match in shards.values())
     stages = 1 + max(int(match["stage"]) for match in shards.values())
     split = next(iter(shards.values()))["split"]
+    # All files are opened first: what is wrong with one is known before anything is written.
     of_stages = []
     for stage in range(stages):
         files = [path / f"model_{split}{rank}_pp{stage}.pt" for rank in range(ranks)]

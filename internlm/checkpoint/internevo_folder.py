@@ -55,6 +55,7 @@ class InternEvoFolder:
         shapes = tensor_shapes(spec)
         self._expected = {row.name: row.shape(shapes[row.ours]) for row in self.table(spec)}
         self._problems: list[Problem] = []
+        # Layers have the same names, so the first decides for all.
         swaps = self._swaps()
         self.tensors: Mapping[str, ShardedTensor] = {}
         for name, shards in files.tensors.items():
@@ -101,10 +102,12 @@ class InternEvoFolder:
         """Return a tensor of shape ``expected``, or None if its shards do not make up one."""
         first, *others = shards.tensors
         if first.shape == expected:
+            # Ranks compute the same updates of what they all hold; files of two saves differ.
             if not all(same_bits(first, other) for other in others):
                 self._problems.append(self._problem(shards, "differs between the files of one stage", DOWNLOAD))
             return ShardedTensor(expected, (first,))
         count = len(shards.tensors)
+        # Shapes differ along one axis at most, so the shapes alone say how a tensor was split.
         for axis in range(first.dim()):
             sizes = [size * (count if axis == index else 1) for index, size in enumerate(first.shape)]
             if tuple(sizes) == expected and all((x.shape, x.dtype) == (first.shape, first.dtype) for x in others):
@@ -131,7 +134,8 @@ class InternEvoFolder:
         count, start = len(whole.shards), 0
         for name in names:
             shape = self._expected[name]
-            if self._files.is_isp:  # ranks hold parts of the whole stack
+            # Under isp ranks hold parts of the whole stack, which may end between two heads, or two of the tensors.
+            if self._files.is_isp:
                 size = math.prod(shape)
                 yield name, ShardedTensor(shape, whole.shards, 0, Segments(start, size, size))
             else:

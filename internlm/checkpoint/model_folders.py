@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm.checkpoint.exchange import Exchange
-from internlm.checkpoint.foreign_folders import HUGGING_FACE, META, find_foreign
+from internlm.checkpoint.foreign_folders import CKPT_TYPES, find_foreign
 from internlm.checkpoint.hf_folder import HFFolder, ModelFolder, shortened
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
@@ -19,7 +19,6 @@ from internlm.utils.errors import CheckpointError
 
 #: Formats of folders by ``ckpt.load_ckpt_info.ckpt_type``.
 FOLDERS: dict[str, Callable[[Path], ModelFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
-_TYPES = {HUGGING_FACE: "hf", META: "llama"}
 
 
 def path_of(location: str) -> Path:
@@ -35,7 +34,7 @@ def folder_type(location: str) -> str | None:
         return os.listdir(path / inner) if (path / inner).is_dir() else []
 
     found = find_foreign(names_in)
-    return None if found is None or found.path else _TYPES.get(found.software)
+    return None if found is None or found.path else CKPT_TYPES.get(found.software)
 
 
 def load_folder(

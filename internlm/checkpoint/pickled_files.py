@@ -71,6 +71,7 @@ def _unpickled(file: Path, trust: bool | None) -> Any:
     try:
         return torch.load(file, map_location=_on_host, weights_only=True, mmap=True)
     except pickle.UnpicklingError:
+        # A flag that is not needed changes nothing: tensors alone are never loaded by the other unpickler.
         if not trust:
             raise
         return torch.load(file, map_location=_on_host, weights_only=False, mmap=True)

@@ -133,7 +133,7 @@ def test_the_error_of_a_source_names_its_format(tmp_path: Path) -> None:
         (
             "7",
             ("model_tp0_pp0.pt",),
-            f"it holds a checkpoint in the format of {OLDER}.*internlm convert from-internevo",
+            f"it holds a checkpoint in the format of {OLDER}.*from-internevo",
         ),
         ("dcp", (".metadata", "__0_0.distcp"), f"it holds a checkpoint in the format of {DCP}"),
         ("step-7", (".metadata", "__0_0.distcp"), "unfinished: the save was interrupted"),
