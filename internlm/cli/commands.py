@@ -20,11 +20,12 @@ from internlm.costs.activations import peak_on_host
 from internlm.costs.memory_plan import ACTIVATIONS, format_bytes
 from internlm.train.inventory import plans_of_stages
 from internlm.utils.errors import ConfigError, Problem, UserError
-from internlm.verify.compare import compare
-from internlm.verify.configs import Devices, make_plan
-from internlm.verify.processes import RankError, run_world
+from internlm.verify import locate
+from internlm.verify.configs import Devices
+from internlm.verify.processes import RankError
 from internlm.verify.report import as_json, as_text, heading
-from internlm.verify.run import run_file
+from internlm.verify.session import Session
+from internlm.verify.shrink import Attempt
 
 #: Width, in columns, of a timeline that is not printed on a terminal.
 WIDTH_OF_FILES = 120
@@ -139,19 +140,29 @@ def verify(arguments: argparse.Namespace) -> int:
     """
     a = arguments
     devices = Devices.of_this_machine(a.device)
-    plan = make_plan(a.config, a.set, a.world, steps=a.steps, dtype=a.dtype, shrink=a.debug_size, devices=devices)
-    plan = replace(plan, seed=a.seed)
+    attempt = Attempt(
+        source=a.config,
+        overrides=tuple(a.set),
+        world_size=a.world,
+        steps=a.steps,
+        dtype=a.dtype,
+        shrink=a.debug_size,
+        devices=devices,
+        seed=a.seed,
+    )
+    plan = attempt.plan()
+    attempt = replace(attempt, world_size=plan.world_size)
     print(heading(plan), flush=True)
-    try:
-        reference = plan.reference, plan.seed, plan.steps, plan.data_size
-        (alone,) = run_world(1, run_file, (a.config, *reference), a.timeout, a.device)
-        run = a.config, plan.config, plan.seed, plan.steps
-        ranks = run_world(plan.world_size, run_file, run, a.timeout, a.device)
-    except RankError as error:
-        print(error, file=sys.stderr)
-        return EXIT_DIFFERENT
-    report = compare(plan.config, alone, ranks)
-    print(as_text(report))
+    with Session(a.config, a.timeout, a.device) as session:
+        try:
+            report = session.compare(plan)
+            print(as_text(report), flush=True)
+            location = None if report.passed or a.no_locate else locate.locate(session, attempt)
+        except RankError as error:
+            print(error, file=sys.stderr)
+            return EXIT_DIFFERENT
+    if location is not None:
+        print(locate.as_text(location))
     if a.json:
-        write_file(a.json, as_json(plan, report))
+        write_file(a.json, as_json(plan, report, location and locate.as_dict(location)))
     return 0 if report.passed else EXIT_DIFFERENT

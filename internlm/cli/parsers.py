@@ -249,7 +249,8 @@ def verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm verify``."""
     parser.description = (
         "Train a few steps on several processes of this machine, and the same model on one, from one seed and one "
-        "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. Nothing is saved. "
+        "global batch; compare loss, gradients, parameters, outputs of modules, and bytes sent. If they differ, find "
+        "the smallest layout that still differs, and the module with the first tensor that does. Nothing is saved. "
         "Exit code: 0 if both agree, 1 if they differ or a process failed, 2 for a mistake in config or arguments."
     )
     add = parser.add_argument
@@ -271,10 +272,15 @@ def verify(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=1024, help="seed of parameters and data (default: %(default)s)")
     add("--debug-size", action="store_true", help="shrink model and data, keep the architecture; data are random")
     add(
+        "--no-locate",
+        action="store_true",
+        help="do not search for the smallest layout that differs and the first tensor that differs in it",
+    )
+    add(
         "--timeout",
         type=count,
         default=600,
         metavar="S",
-        help="seconds for each of the two runs (default: %(default)s)",
+        help="seconds for each run (default: %(default)s)",
     )
     add("--json", type=file_to_write, metavar="FILE", help="write all numbers to FILE")

@@ -139,5 +139,5 @@ def _receive(model: Decoder, ids: Tensor, source: int, group: Group) -> Tensor:
 
 
 def _send(x: Tensor, target: int, group: Group) -> None:
-    LEDGER.record(group.mode, "send", x.nbytes)
+    LEDGER.record(group.mode, "send", x.nbytes, x)
     dist.send(x.contiguous(), group=group.handle, group_dst=target)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from internlm.accelerator import to_host
-from internlm.core.parallel.ledger import Traffic
+from internlm.core.parallel.ledger import Collective, Traffic
 from internlm.core.parallel.placement import TensorSlice
 
 Offsets: TypeAlias = tuple[int, ...]
@@ -27,12 +27,77 @@ class TensorShards:
 ShardsByName: TypeAlias = dict[str, TensorShards]
 
 
+#: Name of the whole model in reports; its name as a module is empty.
+THE_MODEL = "the model"
+
+
+class Site(NamedTuple):
+    """Place of a tensor in a forward or backward pass: an input or output of a module, or the gradient of one."""
+
+    module: str
+    """Name of the module; empty for the model itself."""
+    slot: str
+    """Which of the module's tensors: ``""`` if it returns one, else ``.FIELD`` or ``[INDEX]``."""
+    is_input: bool = False
+    is_gradient: bool = False
+
+    @property
+    def tensor(self) -> str:
+        """Name of the tensor: that of the module, followed by the slot."""
+        return f"{self.module or THE_MODEL}{self.slot}"
+
+    def __str__(self) -> str:
+        return f"{'gradient of the ' * self.is_gradient}{'input' if self.is_input else 'output'}{self.slot}"
+
+
+class Call(NamedTuple):
+    """Collective that a rank called during a pass."""
+
+    module: str | None
+    """Module that was running; None: none was, the pass was over or had not begun."""
+    in_backward: bool
+    mode: str
+    """Parallel mode of the group."""
+    collective: Collective
+    sent: Tensor | None = None
+    """Copy of the tensor that the rank passed in; None: it was not kept."""
+
+
 @dataclass
 class Pass:
-    """Module outputs of one micro-batch, in the order in which the modules returned, and the outputs' gradients."""
+    """Tensors of one micro-batch in order of execution, and the collectives that were called meanwhile."""
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[Site, Tensor] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """Outputs of modules by name, in the order in which the modules returned."""
+        return self._of_outputs(gradients=False)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the outputs of modules by the name of the output, in the order in which they were computed."""
+        return self._of_outputs(gradients=True)
+
+    def _of_outputs(self, gradients: bool) -> dict[str, Tensor]:
+        of_outputs = ((site, tensor) for site, tensor in self.tensors.items() if not site.is_input)
+        return {site.tensor: tensor for site, tensor in of_outputs if site.is_gradient == gradients}
+
+
+@dataclass
+class Details:
+    """What the search for a culprit needs beyond the record of a comparison."""
+
+    initial: ShardsByName = field(default_factory=dict)
+    """Parameters before the first step."""
+    accumulated: list[dict[str, Tensor]] = field(default_factory=list)
+    """Gradients that this rank has accumulated when each micro-batch begins, by logical name: only whole tensors, so
+    of one process."""
+    order: list[str] = field(default_factory=list)
+    """Logical names of the parameters in module order."""
+    calls: list[Call] = field(default_factory=list)
+    """Collectives outside of the recorded passes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +125,7 @@ class RankRecord:
     parameters: ShardsByName
     """Parameters after the last step."""
     passes: list[Pass]
-    """Module outputs and their gradients for each recorded micro-batch of the first step."""
+    """Tensors of each recorded micro-batch of the first step."""
     traffic: list[Traffic]
     """Traffic of each step."""
     tokens: list[list[int]]
@@ -69,6 +134,8 @@ class RankRecord:
     """Number of dataset types."""
     peak_in_flight: int
     """Largest number of (chunk, micro-batch) pairs whose activations were stored at once."""
+    details: Details | None = None
+    """Present if they were asked for."""
 
 
 def host_copy(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -96,8 +96,8 @@ def _format_verdict(report: Report) -> Iterator[str]:
         yield f"  ... and {len(report.failures) - WORST} more"
 
 
-def as_json(plan: Plan, report: Report) -> str:
-    """Format plan and report as JSON, with non-finite numbers as text (``"nan"``, ``"inf"``)."""
+def as_json(plan: Plan, report: Report, location: Mapping[str, Any] | None = None) -> str:
+    """Format plan, report and the location of a mistake as JSON, with non-finite numbers as text (``"nan"``)."""
     run_info = {
         "passed": report.passed,
         "failures": report.failures,
@@ -110,7 +110,7 @@ def as_json(plan: Plan, report: Report) -> str:
     }
     found = asdict(report)
     found["forward"]["first"], found["backward"]["first"] = report.forward.first, report.backward.first
-    return json.dumps(_finite({**run_info, **found}), indent=2)
+    return json.dumps(_finite({**run_info, **found, "location": location}), indent=2)
 
 
 def _finite(value: Any) -> Any:

@@ -1,25 +1,20 @@
-"""Train a few steps on one rank, as a user's script would, and record them for a comparison.
-
-Hooks record the outputs of modules in the forward pass, and the gradients of those outputs in the backward pass.
-"""
+"""Train a few steps on one rank, as a user's script would, and record them for a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from internlm.config import Config
 from internlm.config.load import execute_file
 from internlm.core.context import ParallelMode
 from internlm.core.context import global_context as gpc
-from internlm.core.parallel.blocks import is_compiled
 from internlm.core.parallel.fully_sharded import local_shard
 from internlm.core.parallel.ledger import LEDGER, Traffic, sum_traffic
-from internlm.core.parallel.param_state import compute_dtype, placed_parameters
+from internlm.core.parallel.param_state import accumulated_grad, compute_dtype, placed_parameters
 from internlm.core.scheduler.actions import FORWARD
 from internlm.core.scheduler.loss import WEIGHTED
 from internlm.core.trainer import StepReport, Trainer
@@ -31,95 +26,8 @@ from internlm.train.build_data import build_train_loader_with_data_type
 from internlm.train.build_model import create_model
 from internlm.train.build_optimizer import initialize_optimizer
 from internlm.train.parallelize import initialize_model_and_parallel_communicator
-from internlm.verify.record import Pass, RankCoordinates, RankRecord, ShardsByName, add_shards, host_copy
-
-
-@contextmanager
-def watching(model: nn.Module, micro_batches: Iterable[int], calls: Iterable[int]) -> Iterator[list[Pass]]:
-    """Record the outputs of the modules of ``model`` in the ``with`` block, and the gradients of those outputs.
-
-    Args:
-        model: Model to record. A model with several chunks must be called with the keyword ``chunk``.
-        micro_batches: Micro-batches to record.
-        calls: Micro-batch of each forward call of the model.
-
-    Yields:
-        One :class:`~internlm.verify.record.Pass` for each of ``micro_batches``, filled as the model runs.
-    """
-    watch = _Watch(micro_batches, calls)
-    handles = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
-    for name, module in watchable_modules(model):
-        handles.append(module.register_forward_hook(partial(watch.called, name)))
-    try:
-        yield list(watch.passes.values())
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for each module of ``model`` that is not inside a compiled block.
-
-    A compiled block inlines the modules inside it instead of calling them, and hooks on them would change the
-    compiled code.
-    """
-    blocks = tuple(f"{name}." for name, module in model.named_modules() if is_compiled(module))
-    return ((name, module) for name, module in model.named_modules() if not name.startswith(blocks))
-
-
-class _Watch:
-    """State of the hooks that record module outputs and their gradients.
-
-    If a module is called several times for one micro-batch, the output of the first call is recorded: a checkpointed
-    layer is called again in the backward pass, and so is a norm that a linear recomputes. The gradient of the output
-    comes from whichever of the calls is differentiated.
-    """
-
-    def __init__(self, micro_batches: Iterable[int], calls: Iterable[int]) -> None:
-        self.passes, self._calls = {micro_batch: Pass() for micro_batch in micro_batches}, iter(calls)
-        self._current, self._forward, self._returns_loss = Pass(), False, True
-
-    def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
-        stage_layers = getattr(model, "stage_layers", None)
-        # Any other chunk returns hidden states, which have no equivalent on one process.
-        self._returns_loss = stage_layers is None or stage_layers.is_last(inputs.get("chunk", 0))
-
-    def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if name or self._returns_loss:
-            self._note(name or "the model", output)
-        if not name:  # the model itself has returned: whatever is called from here on is recomputation
-            self._forward = False
-
-    def _note(self, name: str, output: Any) -> None:
-        for key, tensor in tensors_in(output, name):
-            if self._forward:
-                self._current.outputs.setdefault(key, host_copy(tensor))
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._differentiated, self._current, key))
-
-    def _differentiated(self, its_pass: Pass, key: str, gradient: Tensor) -> None:
-        # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
-        # belong to the micro-batch of this gradient.
-        self._current = its_pass
-        its_pass.gradients.setdefault(key, host_copy(gradient))
-
-
-def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for each tensor in a module's output that can be compared element by element.
-
-    Scalars are left out, since they may be partial sums, and so are boolean and integer tensors.
-    """
-    if isinstance(output, Tensor):
-        if output.dim() and output.is_floating_point():
-            yield name, output
-    elif isinstance(output, dict) or hasattr(output, "_asdict"):
-        for key, value in (output if isinstance(output, dict) else output._asdict()).items():
-            yield from tensors_in(value, f"{name}.{key}")
-    elif isinstance(output, (tuple, list)):
-        for index, value in enumerate(output):
-            yield from tensors_in(value, f"{name}[{index}]")
-
+from internlm.verify.record import Details, RankCoordinates, RankRecord, ShardsByName, add_shards, host_copy
+from internlm.verify.watch import watching
 
 #: Parallel modes of the fields of :class:`RankCoordinates`, in their order.
 COORDINATES = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, ParallelMode.ZERO1
@@ -132,19 +40,26 @@ def run_file(rank: int, world_size: int, path: str, *run: Any) -> RankRecord:
 
 
 def run_rank(
-    rank: int, world_size: int, config: Config | Mapping[str, Any], seed: int, steps: int, parts: int = 1
+    rank: int,
+    world_size: int,
+    config: Config | Mapping[str, Any],
+    seed: int,
+    steps: int,
+    parts: int = 1,
+    detailed: bool = False,
 ) -> RankRecord:
     """Train ``steps`` steps of ``config`` on this rank, without saving, logging or validating anything.
 
     Args:
         rank: Unused; read from the environment, as set by torchrun.
-        world_size: Unused; read from the environment too.
+        world_size: Number of ranks.
         config: Resolved config, or a dict of config keys.
         seed: Seed of parameters and data.
         steps: Number of steps to train.
         parts: Number of equal parts into which the micro-batches of the first step are split; module outputs are
             recorded in the first micro-batch of each part. For the one-process reference, pass the number of
             data-parallel ranks, so that each part contains the micro-batches of one of these ranks.
+        detailed: Whether to record every micro-batch of the first step, with all that the search for a culprit needs.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))
@@ -154,7 +69,10 @@ def run_rank(
     trainer.train()
     meter = _Meter(trainer, loader)
     micro_num = loader.plan.micro_batches(0)
-    with watching(model, range(0, micro_num, micro_num // parts), _forward_calls(trainer, micro_num)) as passes:
+    details = _details(model) if detailed else None
+    watched, calls = range(0, micro_num, 1 if detailed else micro_num // parts), _forward_calls(trainer, micro_num)
+    before_pass = partial(_add_accumulated, model, details) if details and world_size == 1 else lambda: None
+    with watching(model, watched, calls, details, before_pass) as passes:
         reports = [meter.step()]
     # Before the second step, which overwrites the buffers.
     gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.config.clip_grad_norm))
@@ -172,7 +90,18 @@ def run_rank(
         tokens=meter.tokens,
         types=len(types),
         peak_in_flight=trainer.scheduler.peak_in_flight,
+        details=details,
     )
+
+
+def _details(model: nn.Module) -> Details:
+    return Details(initial=_parameters(model), order=[name for name, _, _ in placed_parameters(model)])
+
+
+def _add_accumulated(model: nn.Module, details: Details) -> None:
+    """Add a copy of the gradients that have been accumulated so far."""
+    gradients = ((name, accumulated_grad(parameter)) for name, parameter, _ in placed_parameters(model))
+    details.accumulated.append({name: host_copy(grad) for name, grad in gradients if grad is not None})
 
 
 def _forward_calls(trainer: Trainer, micro_num: int) -> list[int]:

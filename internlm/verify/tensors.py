@@ -161,17 +161,19 @@ def trace_modules(
     """Compare the module outputs of several ranks, or the outputs' gradients, with those of the reference run.
 
     Args:
-        reference: Record of one process, with one pass for each data-parallel rank, in the order of these ranks.
-        ranks: Record of each rank, with one pass, which contains the modules of the rank's pipeline stage.
+        reference: Record of one process, with one or more passes for each data-parallel rank, in their order.
+        ranks: Record of each rank, whose first pass contains the modules of the rank's pipeline stage.
         tensors_of: Function that returns the outputs or the gradients of a pass.
         limit: Relative difference above which a module is reported as different.
     """
-    wanted = [tensors_of(watched) for watched in reference.passes]
     by_data_rank = [
         [[tensors_of(record.passes[0]) for record in group] for group in stages.values()]
         for stages in by_sample(ranks).values()
     ]
-    assert len(wanted) == len(by_data_rank), f"expected {len(by_data_rank)} passes, got {len(wanted)}"
+    # A detailed record has all micro-batches of each data-parallel rank; compare the first.
+    micro_batches, rest = divmod(len(reference.passes), len(by_data_rank))
+    assert micro_batches and not rest, f"expected {len(by_data_rank)} passes, got {len(reference.passes)}"
+    wanted = [tensors_of(watched) for watched in reference.passes[::micro_batches]]
     names = dict.fromkeys(name for tensors in wanted for name in tensors)
     return ModuleTrace(limit, {name: _difference(name, wanted, by_data_rank) for name in names})
 

@@ -60,7 +60,7 @@ def begin_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType =
     """Start an all-reduce of ``tensor`` over the group with ``op``, in place."""
     if group.size == 1:
         return Pending(tensor)
-    LEDGER.record(group.mode, "all-reduce", 2 * (group.size - 1) * tensor.nbytes // group.size)
+    LEDGER.record(group.mode, "all-reduce", 2 * (group.size - 1) * tensor.nbytes // group.size, tensor)
     return Pending(tensor, dist.all_reduce(tensor, op, group=group.handle, async_op=True))
 
 
@@ -76,7 +76,7 @@ def begin_reduce_scatter(whole: Tensor, group: Group, shard: Tensor | None = Non
         return Pending(whole if shard is None or same_memory(shard, whole) else shard.copy_(whole))
     if shard is None:
         shard = whole.new_empty(whole.shape[0] // group.size, *whole.shape[1:])
-    LEDGER.record(group.mode, "reduce-scatter", (group.size - 1) * shard.nbytes)
+    LEDGER.record(group.mode, "reduce-scatter", (group.size - 1) * shard.nbytes, whole)
     whole = whole.contiguous()
     if whole.is_cpu:
         return Pending(shard, GlooReduceScatter(shard, whole, group.handle, group.size))
@@ -95,7 +95,7 @@ def begin_all_gather(shard: Tensor, group: Group, whole: Tensor | None = None) -
         return Pending(shard if whole is None or same_memory(shard, whole) else whole.copy_(shard))
     if whole is None:
         whole = shard.new_empty(shard.shape[0] * group.size, *shard.shape[1:])
-    LEDGER.record(group.mode, "all-gather", (group.size - 1) * shard.nbytes)
+    LEDGER.record(group.mode, "all-gather", (group.size - 1) * shard.nbytes, shard)
     shard = shard.contiguous()
     if whole.is_cpu:
         return Pending(whole, gloo_all_gather(whole, shard, group.handle, group.rank, group.size))
@@ -109,7 +109,7 @@ def begin_reduce(tensor: Tensor, group: Group, root: int) -> Pending:
     """
     if group.size == 1:
         return Pending(tensor)
-    LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes)
+    LEDGER.record(group.mode, "reduce", 0 if group.rank == root else tensor.nbytes, tensor)
     return Pending(tensor, dist.reduce(tensor, group=group.handle, group_dst=root, async_op=True))
 
 
@@ -117,7 +117,7 @@ def begin_broadcast(tensor: Tensor, group: Group, root: int) -> Pending:
     """Start a broadcast of ``tensor`` from rank ``root`` of the group to all other ranks, in place."""
     if group.size == 1:
         return Pending(tensor)
-    LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0)
+    LEDGER.record(group.mode, "broadcast", tensor.nbytes if group.rank == root else 0, tensor)
     return Pending(tensor, dist.broadcast(tensor, group=group.handle, group_src=root, async_op=True))
 
 
@@ -128,7 +128,7 @@ def begin_all_to_all(slices: Tensor, group: Group) -> Pending:
     """
     if group.size == 1:
         return Pending(slices)
-    LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size)
+    LEDGER.record(group.mode, "all-to-all", (group.size - 1) * slices.nbytes // group.size, slices)
     received = torch.empty_like(slices, memory_format=torch.contiguous_format)
     work = dist.all_to_all_single(received, slices.contiguous(), group=group.handle, async_op=True)
     return Pending(received, work)

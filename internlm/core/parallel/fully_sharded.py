@@ -215,15 +215,15 @@ class _Counted:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _count(self, name: Collective, shard: Tensor) -> None:
-        LEDGER.record(self.group.mode, name, (self.group.size - 1) * shard.nbytes)
+    def _count(self, name: Collective, shard: Tensor, sent: Tensor) -> None:
+        LEDGER.record(self.group.mode, name, (self.group.size - 1) * shard.nbytes, sent)
 
 
 class _AllGather(_Counted):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        self._count("all-gather", input_tensor)
+        self._count("all-gather", input_tensor, input_tensor)
         return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -247,7 +247,7 @@ class _ReduceScatter(_Counted):
     ) -> dist.Work | None:
         sent = input_tensor.to(self.dtype)
         shard = output_tensor if sent is input_tensor else torch.empty_like(output_tensor, dtype=self.dtype)
-        self._count("reduce-scatter", shard)
+        self._count("reduce-scatter", shard, sent)
         work = dist.reduce_scatter_single(shard, sent, op=op, group=group, async_op=async_op)
         if shard is not output_tensor:
             if work is not None:

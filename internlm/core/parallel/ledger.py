@@ -17,8 +17,10 @@ send               N
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
 
 from internlm.core.context.layout import ParallelMode
 
@@ -38,14 +40,21 @@ class Entry(NamedTuple):
 Traffic = Mapping[tuple[ParallelMode, Collective], Entry]
 
 
+Observer = Callable[[ParallelMode, Collective, Tensor], None]
+
+
 class Ledger:
     """Counter of the collectives that this process calls, and of the bytes that it sends."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[ParallelMode, Collective], Entry] = {}
+        self.observer: Observer | None = None
+        """Function called with mode, collective and input tensor before each collective."""
 
-    def record(self, mode: ParallelMode, collective: Collective, sent: int) -> None:
-        """Count one call of ``collective`` in ``mode``, in which this rank sends ``sent`` bytes."""
+    def record(self, mode: ParallelMode, collective: Collective, sent: int, tensor: Tensor | None = None) -> None:
+        """Count one call of ``collective`` on ``tensor`` in ``mode``, in which this rank sends ``sent`` bytes."""
+        if self.observer is not None and tensor is not None:
+            self.observer(mode, collective, tensor)
         calls, before = self._entries.get((mode, collective), (0, 0))
         self._entries[mode, collective] = Entry(calls + 1, before + sent)
 

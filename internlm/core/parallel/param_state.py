@@ -218,6 +218,13 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
     return _state(parameter).main_grad
 
 
+def accumulated_grad(parameter: Tensor) -> Tensor | None:
+    """Return what the main gradient of ``parameter`` has accumulated in this step; None if it has no main gradient."""
+    state = _state(parameter)
+    stale = state.main_grad is not None and parameter in state.stale
+    return torch.zeros_like(state.main_grad) if stale and state.main_grad is not None else state.main_grad
+
+
 def attach_main_grad(parameter: nn.Parameter, main_grad: Tensor) -> None:
     """Attach ``main_grad``, in which autograd and parallel layers then accumulate the gradient of ``parameter``.
 

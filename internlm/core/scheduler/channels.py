@@ -158,7 +158,7 @@ class Channels:
 
     def _isend(self, target: int, message: Message, tensor: Tensor, may_block: bool) -> None:
         group = self.outgoing[target]
-        LEDGER.record(group.mode, "send", tensor.nbytes)
+        LEDGER.record(group.mode, "send", tensor.nbytes, tensor)
         with self._attributing(target, message, "receive"):
             work = dist.isend(tensor, group=group.handle, group_dst=1 - group.rank)
         assert work is not None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from internlm.core.parallel.sharding import StageLayers
-from internlm.verify.run import tensors_in, watching
+from internlm.verify.watch import tensors_in, watching
 
 
 class Model(nn.Module):

@@ -1,0 +1,259 @@
+"""Search for the first tensor that differs from one process, in order of execution.
+
+The order is that of a step: initial values, the inputs of the model, the forward passes, the backward passes, the
+reduced gradients, their norm, the update. :mod:`internlm.verify.walk` walks along the tensors of the passes,
+:mod:`internlm.verify.gradient_parts` explains gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from internlm.verify.compare import GRADIENT, PARAMETER, Report, Row
+from internlm.verify.gradient_parts import explain_gradient
+from internlm.verify.record import THE_MODEL, Call, RankRecord, Site, by_sample
+from internlm.verify.relations import factor_of
+from internlm.verify.tensors import assemble, relative_l2
+from internlm.verify.walk import Found, Walk, explain_found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Culprit:
+    """First tensor that differs, the module that computes it, and what is wrong with it."""
+
+    module: str
+    """Name of a module, or of a part of the step, such as ``the gradient norm``."""
+    phase: str
+    """``initial values``, ``batch``, ``forward``, ``backward``, ``gradients``, ``loss``, ``norm``, ``update`` or
+    ``communication``."""
+    tensor: str
+    """What differs."""
+    difference: float
+    after: str = ""
+    """Last tensor before it that agrees."""
+    explanation: str = ""
+    """What is wrong, if a simple relation between the values of the ranks and of one process says so."""
+    calls: list[str] = field(default_factory=list)
+    """Collectives that were called there."""
+
+    def __str__(self) -> str:
+        return f"{self.module}, {self.phase}"
+
+
+def find_culprit(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Culprit | None:
+    """Return the first tensor that differs and what is wrong with it; None if no tensor differs.
+
+    Args:
+        report: Comparison of the records.
+        reference: Detailed record of one process.
+        ranks: Detailed record of each rank.
+        limit: Relative difference up to which the tensors of a pass count as equal.
+    """
+    return next(_culprits(report, reference, ranks, limit), None)
+
+
+def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Iterator[Culprit]:
+    yield from _initial(reference, ranks)
+    walk = Walk(reference, ranks, limit)
+    if (missing := walk.never_run()) is not None:
+        yield Culprit(module="the schedule", phase="forward", tensor=missing, difference=1.0)
+    for backward in (False, True):
+        if (found := walk.first(backward)) is not None:
+            yield _of_pass(found, walk, limit)
+    yield from _gradients(report, reference, ranks)
+    yield from _metrics(report.losses[:1] + report.sums, "the loss", "loss")
+    yield from _metrics(report.norms[:1], "the gradient norm", "norm", _explain_norm(report, reference))
+    yield from _update(report, reference, ranks)
+    yield from _metrics(report.losses + report.norms, "the update", "update")
+    yield from _communication(report, ranks)
+
+
+def _initial(reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
+    """Yield the first parameter whose initial values differ."""
+    if reference.details is None or any(record.details is None for record in ranks):
+        return
+    wanted = assemble([reference.details.initial]).tensors
+    found = assemble([record.details.initial for record in ranks if record.details])
+    wrong = {each.name: str(each) for each in found.disagreements}
+    for name in reference.details.order:
+        difference = relative_l2(found.tensors[name], wanted[name]) if name in found.tensors else float("inf")
+        if difference or name in wrong:
+            same = [n for n in wanted if n != name and name in found.tensors and _same(found.tensors[name], wanted[n])]
+            explanation = f"they are those of {same[0]}" if same else wrong.get(name, "")
+            tensor, module = f"initial values of {name}", module_of(name)
+            yield Culprit(
+                module=module, phase="initial values", tensor=tensor, difference=difference, explanation=explanation
+            )
+
+
+def _same(a: object, b: object) -> bool:
+    return relative_l2(a, b) == 0  # type: ignore[arg-type]
+
+
+def module_of(parameter: str) -> str:
+    """Return the name of the module that has a parameter, by the parameter's logical name."""
+    return parameter.rpartition(".")[0] or THE_MODEL
+
+
+# -- forward and backward ---------------------------------------------------------------------------------------------
+def _of_pass(found: Found, walk: Walk, limit: float) -> Culprit:
+    site, after = found.site, found.after
+    explanation = explain_found(found, walk, limit)
+    if found.crosses_stages:
+        explanation = f"it arrives wrong from another stage{': ' * bool(explanation)}{explanation}"
+    return Culprit(
+        module=_module(site, after, walk.modules),
+        phase=_phase(site),
+        tensor=f"{site} of {site.module or THE_MODEL}" + found.where,
+        difference=found.difference,
+        after=f"{after} of {after.module or THE_MODEL}" if after else "",
+        explanation=explanation,
+        calls=[_in_words(call) for call in found.calls],
+    )
+
+
+def _phase(site: Site) -> str:
+    if not site.module and site.is_input and not site.is_gradient:
+        return "loss" if site.slot == ".grad_scale" else "batch"
+    return "backward" if site.is_gradient else "forward"
+
+
+def _module(site: Site, after: Site | None, modules: set[str]) -> str:
+    """Return the module whose code computes the tensor at ``site``.
+
+    A module computes its output and the gradient of its input. What comes before its input, or after its output in the
+    backward pass, is code of the module around it and around the last tensor that agrees.
+    """
+    if site.is_input == site.is_gradient:
+        return site.module or THE_MODEL
+    if not site.module:
+        return {"loss": "the loss", "batch": "the batch"}.get(_phase(site), THE_MODEL)
+    around = site.module.rpartition(".")[0]
+    if after is not None:
+        mine, other = site.module.split("."), after.module.split(".")
+        same = [a for a, b in zip(mine, other, strict=False) if a == b]
+        around = min(around, ".".join(same[: len(around.split("."))]), key=len)
+    while around and around not in modules:
+        around = around.rpartition(".")[0]  # a list of modules, which is never called
+    return around or THE_MODEL
+
+
+def _in_words(call: Call) -> str:
+    return f"{call.collective} over {call.mode}"
+
+
+# -- after the passes -------------------------------------------------------------------------------------------------
+def _gradients(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
+    """Yield the first gradient that differs, in the order in which a backward pass computes them."""
+    wrong = {row.name.removeprefix(f"{GRADIENT} "): row.difference for row in report.gradients if not row.passed}
+    unequal = {
+        each.name.removeprefix(f"{GRADIENT} ") for each in report.disagreements if each.name.startswith(GRADIENT)
+    }
+    order = reference.details.order if reference.details else sorted({*wrong, *unequal})
+    names = [name for name in reversed(order) if name in wrong or name in unequal]
+    for name in names[:1]:
+        more = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+        yield Culprit(
+            module=module_of(name),
+            phase="gradients",
+            tensor=f"gradient of {name}{more}",
+            difference=wrong.get(name, 0.0),
+            after="all tensors of the passes",
+            explanation=explain_gradient(name, reference, ranks),
+            calls=_calls_outside(ranks),
+        )
+
+
+def _calls_outside(ranks: Sequence[RankRecord]) -> list[str]:
+    """Return the collectives that ranks call outside of the passes, each once."""
+    calls = (call for record in ranks if record.details for call in record.details.calls)
+    inside = (call for record in ranks for each in record.passes for call in each.calls)
+    of_gradients = (call for call in inside if call.collective.startswith("reduce") or call.mode != "tensor")
+    return list(dict.fromkeys(map(_in_words, (*calls, *of_gradients))))
+
+
+def _metrics(rows: Sequence[Row], module: str, phase: str, explanation: str = "") -> Iterator[Culprit]:
+    for row in rows:
+        if not row.passed:
+            if row.value is not None and row.reference and not explanation:
+                explanation = f"it is multiplied by {row.value / row.reference:.6g}"
+            yield Culprit(
+                module=module, phase=phase, tensor=row.name, difference=row.difference, explanation=explanation
+            )
+
+
+def _explain_norm(report: Report, reference: RankRecord) -> str:
+    """Say which gradients explain the difference between the squares of the norms, if those of one parameter do."""
+    row = report.norms[0]
+    if row.passed or row.value is None or row.reference is None:
+        return ""
+    extra, gradients = row.value**2 - row.reference**2, assemble([reference.gradients]).tensors
+    for name, gradient in gradients.items():
+        square = gradient.double().square().sum().item()
+        for times in (1, -1, 2, 3):
+            if abs(extra - times * square) <= 1e-8 * row.reference**2 and square > 1e-6 * row.reference**2:
+                return f"the gradient of {name} counts {times + 1} times"
+    return f"its square is multiplied by {(row.value / row.reference) ** 2:.6g}" if row.reference else ""
+
+
+def _update(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
+    """Yield the first parameter that differs after the last step although its gradients agree."""
+    wrong = {row.name.removeprefix(f"{PARAMETER} "): row.difference for row in report.parameters if not row.passed}
+    unequal = [each for each in report.disagreements if each.name.startswith(PARAMETER)]
+    names = [*wrong, *(each.name.removeprefix(f"{PARAMETER} ") for each in unequal)]
+    order = reference.details.order if reference.details else names
+    for name in [name for name in order if name in names][:1]:
+        more = f" (and {len(set(names)) - 1} others)" if len(set(names)) > 1 else ""
+        yield Culprit(
+            module=module_of(name),
+            phase="update",
+            tensor=f"parameter {name}{more}",
+            difference=wrong.get(name, 0.0),
+            after="gradients and their norm",
+            explanation=_explain_update(name, reference, ranks),
+            calls=_calls_outside(ranks),
+        )
+
+
+def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord]) -> str:
+    if reference.details is None:
+        return ""
+    before, after = (assemble([shards]).tensors[name] for shards in (reference.details.initial, reference.parameters))
+    stale = []
+    for rank, record in enumerate(ranks):
+        for offsets, values in record.parameters[name].slices.items() if name in record.parameters else ():
+            index = tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
+            if not _same(before[index], after[index]) and _same(values, before[index]):
+                stale.append(rank)
+    if stale:
+        return (
+            f"rank {', '.join(map(str, dict.fromkeys(stale)))} still has the initial values: an all-gather is missing"
+        )
+    found = assemble([record.parameters for record in ranks])
+    factor = factor_of(found.tensors[name] - before, after - before, 1e-6)
+    if factor is not None and abs(factor - 1) > 1e-6:
+        return f"the update is multiplied by {factor:.6g}"
+    return next((str(each) for each in found.disagreements if each.name == name), "")
+
+
+def _communication(report: Report, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
+    """Yield the module that calls a collective more often than the traffic formula says, although all values agree."""
+    for error in report.traffic or ():
+        record = ranks[error.rank]
+        counts: dict[str, int] = {}
+        for call in (call for each in record.passes for call in each.calls):
+            if (call.mode, call.collective) == (error.mode, error.collective) and call.module is not None:
+                counts[call.module] = counts.get(call.module, 0) + 1
+        module = max(counts, key=counts.__getitem__, default="") if error.counted.calls > error.expected.calls else ""
+        yield Culprit(
+            module=module or "the step",
+            phase="communication",
+            tensor="no tensor differs",
+            difference=0.0,
+            explanation=f"{error}",
+            calls=[f"{count} in {name or THE_MODEL}" for name, count in counts.items()],
+        )
+
+
+__all__ = ["Culprit", "by_sample", "find_culprit", "module_of"]

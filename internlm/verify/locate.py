@@ -1,0 +1,74 @@
+"""Location of a mistake: the smallest layout that still differs, and the first tensor that differs in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from internlm.verify.compare import LIMITS, Report
+from internlm.verify.configs import Plan
+from internlm.verify.culprit import Culprit, find_culprit
+from internlm.verify.report import heading
+from internlm.verify.session import Session
+from internlm.verify.shrink import Attempt, smallest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """Where a layout differs from one process."""
+
+    attempt: Attempt
+    """Smallest layout that still differs."""
+    plan: Plan
+    report: Report
+    culprit: Culprit | None
+    """First tensor that differs; None: nothing differed while the tensors were recorded."""
+
+
+def locate(session: Session, attempt: Attempt) -> Location:
+    """Return the smallest layout that still differs, and the first tensor that differs in it.
+
+    Args:
+        session: Processes to run on.
+        attempt: Layout whose ranks differ from one process.
+
+    Raises:
+        UserError: A rank raised a UserError.
+        RankError: A rank raised another exception, died, or did not finish in time.
+    """
+    found = smallest(attempt, lambda plan: not session.compare(plan).passed)
+    plan = found.plan()
+    report, alone, ranks = session.compare_records(plan, detailed=True)
+    culprit = find_culprit(report, alone, ranks, LIMITS[str(plan.config.model.dtype)].modules)
+    return Location(attempt=found, plan=plan, report=report, culprit=culprit)
+
+
+def as_dict(location: Location) -> dict[str, Any]:
+    """Return the command of the smallest layout, and the culprit, as plain data."""
+    culprit = None if location.culprit is None else asdict(location.culprit)
+    return {"command": location.attempt.command(), "world_size": location.plan.world_size, "culprit": culprit}
+
+
+def as_text(location: Location) -> str:
+    """Format a location as the last lines of a report."""
+    return "\n".join(_lines(location))
+
+
+def _lines(location: Location) -> Iterator[str]:
+    yield f"smallest layout that still differs: {heading(location.plan)}"
+    yield f"  {location.attempt.command()}"
+    culprit = location.culprit
+    if culprit is None:
+        yield "culprit: none while tensors are recorded, so it depends on timing: look for a missing wait"
+        return
+    yield f"culprit: {culprit.module}, {culprit.phase}"
+    difference = f" by {culprit.difference:.2g}" if culprit.difference else ""
+    yield f"  first to differ: {culprit.tensor}{difference}"
+    if culprit.after:
+        yield f"  last to agree: {culprit.after}"
+    if culprit.explanation:
+        yield f"  {culprit.explanation}"
+    if culprit.phase in ("forward", "backward", "gradients", "update", "communication"):
+        yield f"  collectives called there: {', '.join(culprit.calls) or 'none'}"
+    yield from (f"  against the formula: {error}" for error in (location.report.traffic or ())[:3])

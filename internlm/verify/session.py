@@ -1,0 +1,70 @@
+"""Runs of plans on the processes of this machine, and the comparison of each with one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from internlm.accelerator import CPU
+from internlm.verify.compare import Report, compare
+from internlm.verify.configs import Plan
+from internlm.verify.processes import RankError, RankProcesses
+from internlm.verify.record import RankRecord
+from internlm.verify.run import run_file
+
+
+@dataclass
+class Session:
+    """Processes that run one plan after the other: starting them takes longer than a small plan.
+
+    Args:
+        source: Path of the config file, which each rank executes: it may register a user's own model.
+        timeout: Seconds for each run.
+        device_type: Type of the devices on which the ranks compute.
+    """
+
+    source: str
+    timeout: float
+    device_type: str = CPU.name
+    _worlds: dict[int, RankProcesses] = field(default_factory=dict)
+    _references: dict[tuple[Any, ...], RankRecord] = field(default_factory=dict)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for world in self._worlds.values():
+            world.close()
+
+    def compare(self, plan: Plan) -> Report:
+        """Run ``plan`` on its ranks and on one process, and compare the records.
+
+        Raises:
+            UserError: A rank raised a UserError.
+            RankError: A rank raised another exception, died, or did not finish in time.
+        """
+        return self.compare_records(plan)[0]
+
+    def compare_records(self, plan: Plan, detailed: bool = False) -> tuple[Report, RankRecord, list[RankRecord]]:
+        """Do the same, and return the records too: that of one process, and those of the ranks."""
+        key = plan.reference.model_dump_json(), plan.seed, plan.steps, plan.data_size, detailed
+        if key not in self._references:
+            reference = plan.reference, plan.seed, plan.steps, plan.data_size, detailed
+            self._references[key] = self._run(1, reference)[0]
+        ranks = self._run(plan.world_size, (plan.config, plan.seed, plan.steps, 1, detailed))
+        alone = self._references[key]
+        return compare(plan.config, alone, ranks), alone, ranks
+
+    def _run(self, world_size: int, args: tuple[Any, ...]) -> list[RankRecord]:
+        if world_size not in self._worlds:
+            self._worlds[world_size] = RankProcesses(world_size, device_type=self.device_type)
+        try:
+            return self._worlds[world_size].run(run_file, (self.source, *args), self.timeout)
+        except RankError as error:
+            self._worlds.pop(world_size).close()
+            if error.user_error is not None:
+                raise error.user_error from None
+            raise

@@ -1,0 +1,161 @@
+"""Walk along the tensors of the forward and backward passes, in the order in which one process computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internlm.verify.record import Call, Pass, RankRecord, Site, by_sample
+from internlm.verify.relations import Relation, explain, is_close, relate
+from internlm.verify.tensors import join_shards, relative_l2
+
+#: Tensors smaller than this, relative to the largest of their pass, are compared as if they were as large: they are
+#: rounding of sums that cancel.
+SMALLEST = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """First tensor of a pass that differs."""
+
+    site: Site
+    after: Site | None
+    """Last tensor before it that agrees."""
+    micro_batch: int
+    data_rank: int
+    shards: list[Tensor]
+    """Tensor of each rank of the tensor group."""
+    reference: Tensor
+    calls: list[Call]
+    """Collectives called between the two, by the first rank of the tensor group."""
+    crosses_stages: bool
+    """Whether the two are on different stages of a pipeline."""
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference of the tensors, or of the tensor that they are shards of."""
+        wholes = join_shards(self.shards, self.reference.shape)
+        return max((relative_l2(whole, self.reference) for whole in wholes), default=float("inf"))
+
+    @property
+    def where(self) -> str:
+        """Micro-batch and data rank, if they are not the first."""
+        parts = [f"micro-batch {self.micro_batch}"] * bool(self.micro_batch)
+        parts += [f"data rank {self.data_rank}"] * bool(self.data_rank)
+        return f" ({', '.join(parts)})" if parts else ""
+
+
+class Walk:
+    """Walk along the passes of the first step of several ranks, beside those of one process.
+
+    Args:
+        reference: Detailed record of one process: the micro-batches of the first data rank, then of the second, ...
+        ranks: Detailed record of each rank.
+        limit: Relative difference up to which tensors count as equal.
+    """
+
+    def __init__(self, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> None:
+        self.reference, self.limit = reference, limit
+        self.groups = [list(stages.values()) for stages in by_sample(ranks).values()]
+        """Records by data rank, stage and tensor rank."""
+        self.micro_batches = len(reference.passes) // max(1, len(self.groups))
+        self.modules = {site.module for each in reference.passes for site in each.tensors}
+
+    def passes(self) -> Iterator[tuple[int, int, Pass]]:
+        """Yield micro-batch, data rank and the pass of one process, first micro-batches first."""
+        for micro_batch in range(self.micro_batches):
+            for data_rank in range(len(self.groups)):
+                yield micro_batch, data_rank, self.reference.passes[data_rank * self.micro_batches + micro_batch]
+
+    def never_run(self) -> str | None:
+        """Return the first micro-batch that some rank has never run, in words."""
+        for micro_batch, data_rank, _ in self.passes():
+            for stage, group in enumerate(self.groups[data_rank]):
+                if any(len(r.passes) <= micro_batch or not r.passes[micro_batch].tensors for r in group):
+                    return f"micro-batch {micro_batch} of data rank {data_rank} never runs on stage {stage}"
+        return None
+
+    def first(self, backward: bool) -> Found | None:
+        """Return the first tensor that differs in any forward pass, or in any backward pass."""
+        found = (self._first_of(m, d, wanted, backward) for m, d, wanted in self.passes())
+        return next((each for each in found if each is not None), None)
+
+    def _first_of(self, micro_batch: int, data_rank: int, wanted: Pass, backward: bool) -> Found | None:
+        """Walk along one pass.
+
+        Parts of a sum may be on the ranks for a while: they are a mistake only if what follows from them is wrong.
+        """
+        floor = self._floor(wanted, backward)
+        agreeing, stage_before = None, 0
+        partial: list[Found] = []
+        for site in (site for site in wanted.tensors if site.is_gradient == backward):
+            for stage, group in enumerate(self.groups[data_rank]):
+                passes = [record.passes[micro_batch] for record in group]
+                if not all(site in each.tensors for each in passes):
+                    continue
+                shards = [each.tensors[site] for each in passes]
+                relation = relate(shards, wanted.tensors[site], self.limit, floor)
+                if relation is Relation.EQUAL:
+                    agreeing, stage_before = site, stage
+                    partial.clear()
+                elif relation is not Relation.UNKNOWN:
+                    found = Found(
+                        site=site,
+                        after=agreeing,
+                        micro_batch=micro_batch,
+                        data_rank=data_rank,
+                        shards=shards,
+                        reference=wanted.tensors[site],
+                        calls=_calls_at(site, passes[0], backward),
+                        crosses_stages=agreeing is not None and stage != stage_before,
+                    )
+                    if relation is Relation.DIFFERENT:
+                        return partial[0] if partial else found
+                    partial.append(found)
+        return None
+
+    def _floor(self, wanted: Pass, backward: bool) -> float:
+        tensors = (t for site, t in wanted.tensors.items() if site.is_gradient == backward and t.is_floating_point())
+        return SMALLEST * max((tensor.double().norm().item() for tensor in tensors), default=0.0)
+
+    def same_place(self, found: Found) -> list[tuple[str, Tensor]]:
+        """Return the tensors of one process at the same place in other micro-batches, with their names in words."""
+        return [
+            (f"micro-batch {micro_batch} of data rank {data_rank}", each.tensors[found.site])
+            for micro_batch, data_rank, each in self.passes()
+            if (micro_batch, data_rank) != (found.micro_batch, found.data_rank) and found.site in each.tensors
+        ]
+
+
+def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:
+    return [call for call in its_pass.calls if call.module == site.module and call.in_backward == backward]
+
+
+def explain_found(found: Found, walk: Walk, limit: float) -> str:
+    """Return in words how a tensor differs; empty if no simple relation holds."""
+    return _by_calls(found, walk, limit) or explain(found.shards, found.reference, walk.same_place(found), limit)
+
+
+def _by_calls(found: Found, walk: Walk, limit: float) -> str:
+    """Explain a difference by what the collectives of the module were given."""
+    group = next(g for g in walk.groups[found.data_rank] if found.site in g[0].passes[found.micro_batch].tensors)
+    backward = found.site.is_gradient
+    by_rank = [_calls_at(found.site, record.passes[found.micro_batch], backward) for record in group]
+    for calls in zip(*by_rank, strict=False):
+        sent = [call.sent for call in calls if call.sent is not None]
+        collective, mode = calls[0].collective, calls[0].mode
+        if len(sent) != len(group) or not collective.endswith(("reduce", "reduce-scatter")):
+            continue
+        wanted = found.reference.reshape(-1)
+        flat = [tensor.double().reshape(-1) for tensor in sent]
+        if any(tensor.shape != wanted.shape for tensor in flat):
+            continue
+        complete = all(is_close(tensor, wanted, limit * 100) for tensor in flat)
+        if complete and len(group) > 1:
+            return f"the {collective} over {mode} is given what is already complete: it is doubled"
+        if len(group) > 1 and is_close(torch.stack(flat).sum(0), wanted, limit * 100) and mode != "tensor":
+            return f"the {collective} is over {mode}, but the parts of the sum are on the ranks of tensor"
+    return ""
