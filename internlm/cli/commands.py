@@ -164,5 +164,5 @@ def verify(arguments: argparse.Namespace) -> int:
     if location is not None:
         print(locate.as_text(location))
     if a.json:
-        write_file(a.json, as_json(plan, report, location and locate.as_dict(location)))
+        write_file(a.json, as_json(plan, report, None if location is None else locate.as_dict(location)))
     return 0 if report.passed else EXIT_DIFFERENT

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from internlm.verify.compare import GRADIENT, PARAMETER, Report, Row
 from internlm.verify.gradient_parts import explain_gradient
-from internlm.verify.record import THE_MODEL, Call, RankRecord, Site, by_sample
+from internlm.verify.record import THE_MODEL, Call, RankRecord, Site
 from internlm.verify.relations import factor_of
 from internlm.verify.tensors import assemble, relative_l2
 from internlm.verify.walk import Found, Walk, explain_found
@@ -87,8 +89,8 @@ def _initial(reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Cul
             )
 
 
-def _same(a: object, b: object) -> bool:
-    return relative_l2(a, b) == 0  # type: ignore[arg-type]
+def _same(a: Tensor, b: Tensor) -> bool:
+    return relative_l2(a, b) == 0
 
 
 def module_of(parameter: str) -> str:
@@ -147,13 +149,12 @@ def _in_words(call: Call) -> str:
 def _gradients(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
     """Yield the first gradient that differs, in the order in which a backward pass computes them."""
     wrong = {row.name.removeprefix(f"{GRADIENT} "): row.difference for row in report.gradients if not row.passed}
-    unequal = {
-        each.name.removeprefix(f"{GRADIENT} ") for each in report.disagreements if each.name.startswith(GRADIENT)
-    }
+    names = (each.name for each in report.disagreements if each.name.startswith(GRADIENT))
+    unequal = {name.removeprefix(f"{GRADIENT} ") for name in names}
     order = reference.details.order if reference.details else sorted({*wrong, *unequal})
-    names = [name for name in reversed(order) if name in wrong or name in unequal]
-    for name in names[:1]:
-        more = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+    found = [name for name in reversed(order) if name in wrong or name in unequal]
+    for name in found[:1]:
+        more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
         yield Culprit(
             module=module_of(name),
             phase="gradients",
@@ -227,9 +228,8 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
             if not _same(before[index], after[index]) and _same(values, before[index]):
                 stale.append(rank)
     if stale:
-        return (
-            f"rank {', '.join(map(str, dict.fromkeys(stale)))} still has the initial values: an all-gather is missing"
-        )
+        listed = ", ".join(map(str, dict.fromkeys(stale)))
+        return f"rank {listed} still has the initial values: an all-gather is missing"
     found = assemble([record.parameters for record in ranks])
     factor = factor_of(found.tensors[name] - before, after - before, 1e-6)
     if factor is not None and abs(factor - 1) > 1e-6:
@@ -254,6 +254,3 @@ def _communication(report: Report, ranks: Sequence[RankRecord]) -> Iterator[Culp
             explanation=f"{error}",
             calls=[f"{count} in {name or THE_MODEL}" for name, count in counts.items()],
         )
-
-
-__all__ = ["Culprit", "by_sample", "find_culprit", "module_of"]

@@ -1,4 +1,4 @@
-"""Explanation of a reduced gradient by its parts: the gradients of the micro-batches, and the copies of several ranks."""
+"""Explanation of a reduced gradient by its parts: gradients of the micro-batches, and copies of several ranks."""
 
 from __future__ import annotations
 
@@ -94,9 +94,8 @@ def _combination(values: Tensor, parts: Sequence[Tensor]) -> list[float] | None:
         return None
     matrix = torch.stack([part.flatten() for part in parts], 1)
     scale = matrix.norm(dim=0).clamp(min=1e-300)
-    solved = (
-        torch.linalg.lstsq(matrix / scale, values.double().flatten()[:, None], driver="gelsd").solution[:, 0] / scale
-    )
+    wanted = values.double().flatten()[:, None]
+    solved = torch.linalg.lstsq(matrix / scale, wanted, driver="gelsd").solution[:, 0] / scale
     factors: list[float] = solved.tolist()
     return factors if is_close(matrix @ solved, values.flatten(), LIMIT) else None
 

@@ -99,7 +99,8 @@ def _explanations(
     yield from _explain_order(shards, reference, limit)
     equal = [rank for rank, whole in enumerate(wholes) if is_close(whole, reference, limit)]
     if len(wholes) == ranks > 1 and equal:
-        yield f"{_tensor_ranks(rank for rank in range(ranks) if rank not in equal)} differ, {_tensor_ranks(equal)} agree"
+        differing = [rank for rank in range(ranks) if rank not in equal]
+        yield f"{_tensor_ranks(differing)} differ, {_tensor_ranks(equal)} agree"
 
 
 def factor_of(tensor: Tensor, reference: Tensor, limit: float) -> float | None:
@@ -143,6 +144,5 @@ def _explain_order(shards: Sequence[Tensor], reference: Tensor, limit: float) ->
                     yield f"the slices of axis {axis} are in the order {list(order)}"
 
 
-def _tensor_ranks(ranks: Sequence[int] | Iterator[int]) -> str:
-    listed = list(ranks)
-    return f"tensor rank{'s' * (len(listed) > 1)} {', '.join(map(str, listed))}"
+def _tensor_ranks(ranks: Sequence[int]) -> str:
+    return f"tensor rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

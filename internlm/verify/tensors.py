@@ -172,7 +172,7 @@ def trace_modules(
     ]
     # A detailed record has all micro-batches of each data-parallel rank; compare the first.
     micro_batches, rest = divmod(len(reference.passes), len(by_data_rank))
-    assert micro_batches and not rest, f"expected {len(by_data_rank)} passes, got {len(reference.passes)}"
+    assert rest == 0 < micro_batches, f"expected {len(by_data_rank)} passes, got {len(reference.passes)}"
     wanted = [tensors_of(watched) for watched in reference.passes[::micro_batches]]
     names = dict.fromkeys(name for tensors in wanted for name in tensors)
     return ModuleTrace(limit, {name: _difference(name, wanted, by_data_rank) for name in names})

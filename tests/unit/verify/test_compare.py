@@ -11,7 +11,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.parallel.ledger import Entry
 from internlm.verify.compare import Report, compare, compare_traffic
 from internlm.verify.configs import make_plan
-from internlm.verify.record import Pass, RankCoordinates, RankRecord, TensorShards
+from internlm.verify.record import Pass, RankCoordinates, RankRecord, Site, TensorShards
 from internlm.verify.report import as_json, as_text, heading
 from tests.unit.verify.test_plan import SMALL
 
@@ -19,9 +19,21 @@ PLAN = make_plan(SMALL, ("model_type=MINE",), world_size=2, steps=1)
 W = torch.arange(1.0, 5.0, dtype=torch.float64)
 
 
+def _pass(outputs: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> Pass:
+    return Pass({_output(k): v for k, v in outputs.items()} | {_gradient(k): v for k, v in gradients.items()})
+
+
+def _output(module: str) -> Site:
+    return Site(module, "")
+
+
+def _gradient(module: str) -> Site:
+    return Site(module, "", is_gradient=True)
+
+
 def _record(data: int = 0, *, loss: float = 2.0, norm: float = 1.0, w: torch.Tensor = W, rows: int = 1) -> RankRecord:
     shards = {"w": TensorShards((4,), {(0,): w})}
-    passes = [Pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
+    passes = [_pass({"a": W + row, "b": W + row}, {"b": W, "a": W}) for row in range(data, data + rows)]
     return RankRecord(
         coordinates=RankCoordinates(data, 0, 0),
         losses=[loss],
@@ -85,8 +97,8 @@ def test_a_tensor_that_is_missing_fails() -> None:
 
 def test_the_first_module_to_differ() -> None:
     ranks = [_record(0), _record(1)]
-    ranks[1].passes[0].outputs["b"] = W * 2
-    ranks[1].passes[0].gradients["b"] = W * math.nan
+    ranks[1].passes[0].tensors[_output("b")] = W * 2
+    ranks[1].passes[0].tensors[_gradient("b")] = W * math.nan
     report = _compare(*ranks)
     assert (report.forward.first, report.forward.last_equal) == ("b", "a")
     assert (report.backward.first, report.backward.last_equal) == ("b", None)
@@ -96,7 +108,7 @@ def test_the_first_module_to_differ() -> None:
 
 def test_a_module_that_cannot_be_compared() -> None:
     ranks = [_record(0), _record(1)]
-    ranks[0].passes[0].outputs["b"] = W.view(2, 2)
+    ranks[0].passes[0].tensors[_output("b")] = W.view(2, 2)
     trace = _compare(*ranks).forward
     assert trace.compared == ["a"]
     assert trace.first is None
@@ -104,10 +116,10 @@ def test_a_module_that_cannot_be_compared() -> None:
 
 def test_stages_have_a_module_each() -> None:
     """A module is compared where the ranks of one stage have it: here its halves lie on the second."""
-    first = replace(_record(), coordinates=RankCoordinates(0, 0, 0), passes=[Pass({"a": W}, {"a": W})])
+    first = replace(_record(), coordinates=RankCoordinates(0, 0, 0), passes=[_pass({"a": W}, {"a": W})])
     second = replace(first, coordinates=RankCoordinates(0, 1, 0))
     halves = [
-        replace(_record(), coordinates=RankCoordinates(0, tensor, 1), passes=[Pass({"b": half}, {"b": half})])
+        replace(_record(), coordinates=RankCoordinates(0, tensor, 1), passes=[_pass({"b": half}, {"b": half})])
         for tensor, half in enumerate(W.split(2))
     ]
     forward = compare(PLAN.config, _record(), [first, second, *halves]).forward
@@ -115,7 +127,7 @@ def test_stages_have_a_module_each() -> None:
     astray = replace(halves[0], coordinates=RankCoordinates(0, 1, 0))
     forward = compare(PLAN.config, _record(), [first, astray, *halves]).forward
     assert forward.compared == ["b"]
-    halves[1].passes[0].outputs["b"] = W[:2]
+    halves[1].passes[0].tensors[_output("b")] = W[:2]
     forward = compare(PLAN.config, _record(), [first, second, *halves]).forward
     assert (forward.first, forward.last_equal) == ("b", "a")
 
