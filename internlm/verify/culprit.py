@@ -7,8 +7,10 @@ reduced gradients, their norm, the update. :mod:`internlm.verify.walk` walks alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]
             yield _of_pass(found, walk, limit)
     yield from _gradients(report, reference, ranks)
     yield from _metrics(report.losses[:1] + report.sums, "the loss", "loss")
-    yield from _metrics(report.norms[:1], "the gradient norm", "norm", _explain_norm(report, reference))
+    yield from _metrics(report.norms[:1], "the gradient norm", "norm", _explain_norm(report, reference, ranks))
     yield from _update(report, reference, ranks)
     yield from _metrics(report.losses + report.norms, "the update", "update")
     yield from _communication(report, ranks)
@@ -79,14 +81,20 @@ def _initial(reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Cul
     found = assemble([record.details.initial for record in ranks if record.details])
     wrong = {each.name: str(each) for each in found.disagreements}
     for name in reference.details.order:
-        difference = relative_l2(found.tensors[name], wanted[name]) if name in found.tensors else float("inf")
+        difference = relative_l2(found.tensors[name], wanted[name]) if name in found.tensors else math.inf
         if difference or name in wrong:
-            same = [n for n in wanted if n != name and name in found.tensors and _same(found.tensors[name], wanted[n])]
-            explanation = f"they are those of {same[0]}" if same else wrong.get(name, "")
+            explanation = wrong.get(name) or _same_as(found.tensors.get(name), wanted)
             tensor, module = f"initial values of {name}", module_of(name)
             yield Culprit(
                 module=module, phase="initial values", tensor=tensor, difference=difference, explanation=explanation
             )
+
+
+def _same_as(values: Tensor | None, others: Mapping[str, Tensor]) -> str:
+    if values is None:
+        return "no rank has them"
+    varied = values.min() < values.max()  # ones and zeros are those of many
+    return next((f"they are those of {name}" for name, other in others.items() if varied and _same(values, other)), "")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -101,16 +109,13 @@ def module_of(parameter: str) -> str:
 # -- forward and backward ---------------------------------------------------------------------------------------------
 def _of_pass(found: Found, walk: Walk, limit: float) -> Culprit:
     site, after = found.site, found.after
-    explanation = explain_found(found, walk, limit)
-    if found.crosses_stages:
-        explanation = f"it arrives wrong from another stage{': ' * bool(explanation)}{explanation}"
     return Culprit(
-        module=_module(site, after, walk.modules),
+        module=_module(found),
         phase=_phase(site),
         tensor=f"{site} of {site.module or THE_MODEL}" + found.where,
         difference=found.difference,
         after=f"{after} of {after.module or THE_MODEL}" if after else "",
-        explanation=explanation,
+        explanation=explain_found(found, walk, limit),
         calls=[_in_words(call) for call in found.calls],
     )
 
@@ -121,24 +126,24 @@ def _phase(site: Site) -> str:
     return "backward" if site.is_gradient else "forward"
 
 
-def _module(site: Site, after: Site | None, modules: set[str]) -> str:
-    """Return the module whose code computes the tensor at ``site``.
+def _module(found: Found) -> str:
+    """Return the module whose code computes the tensor that was found.
 
     A module computes its output and the gradient of its input. What comes before its input, or after its output in the
-    backward pass, is code of the module around it and around the last tensor that agrees.
+    backward pass, is code of its caller, or of the pipeline.
     """
+    site = found.site
     if site.is_input == site.is_gradient:
         return site.module or THE_MODEL
     if not site.module:
         return {"loss": "the loss", "batch": "the batch"}.get(_phase(site), THE_MODEL)
-    around = site.module.rpartition(".")[0]
-    if after is not None:
-        mine, other = site.module.split("."), after.module.split(".")
-        same = [a for a, b in zip(mine, other, strict=False) if a == b]
-        around = min(around, ".".join(same[: len(around.split("."))]), key=len)
-    while around and around not in modules:
-        around = around.rpartition(".")[0]  # a list of modules, which is never called
-    return around or THE_MODEL
+    if found.crosses_stages and found.after is not None:
+        ends = (site.module, found.after.module) if site.is_gradient else (found.after.module, site.module)
+        return f"the pipeline between {ends[0]} and {ends[1]}"
+    caller = found.callers.get(site.module)
+    while not site.is_input and caller and caller in found.same:
+        caller = found.callers.get(caller)  # it returns what the module returned
+    return caller or THE_MODEL
 
 
 def _in_words(call: Call) -> str:
@@ -184,18 +189,30 @@ def _metrics(rows: Sequence[Row], module: str, phase: str, explanation: str = ""
             )
 
 
-def _explain_norm(report: Report, reference: RankRecord) -> str:
-    """Say which gradients explain the difference between the squares of the norms, if those of one parameter do."""
+def _explain_norm(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> str:
+    """Say which gradients explain the difference between the squares of the norms."""
     row = report.norms[0]
-    if row.passed or row.value is None or row.reference is None:
+    if row.passed or not row.value or not row.reference:
         return ""
-    extra, gradients = row.value**2 - row.reference**2, assemble([reference.gradients]).tensors
-    for name, gradient in gradients.items():
-        square = gradient.double().square().sum().item()
+    gradients = assemble([reference.gradients]).tensors
+    squares = {f"the gradient of {name}": _square(gradient) for name, gradient in gradients.items()}
+    copied = [name for name in gradients if sum(_has_whole(record, name) for record in ranks) > 1]
+    squares["every gradient that several ranks hold"] = sum(_square(gradients[name]) for name in copied)
+    extra, tolerance = row.value**2 - row.reference**2, 1e-9 * row.reference**2
+    for name, square in squares.items():
         for times in (1, -1, 2, 3):
-            if abs(extra - times * square) <= 1e-8 * row.reference**2 and square > 1e-6 * row.reference**2:
-                return f"the gradient of {name} counts {times + 1} times"
-    return f"its square is multiplied by {(row.value / row.reference) ** 2:.6g}" if row.reference else ""
+            if square > 10 * tolerance and abs(extra - times * square) <= tolerance:
+                return f"{name} counts {times + 1} times"
+    return f"its square is multiplied by {(row.value / row.reference) ** 2:.6g}"
+
+
+def _square(tensor: Tensor) -> float:
+    return tensor.double().square().sum().item()
+
+
+def _has_whole(record: RankRecord, name: str) -> bool:
+    shards = record.parameters.get(name)
+    return shards is not None and any(values.shape == shards.shape for values in shards.slices.values())
 
 
 def _update(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
@@ -240,17 +257,25 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
 def _communication(report: Report, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
     """Yield the module that calls a collective more often than the traffic formula says, although all values agree."""
     for error in report.traffic or ():
-        record = ranks[error.rank]
-        counts: dict[str, int] = {}
-        for call in (call for each in record.passes for call in each.calls):
-            if (call.mode, call.collective) == (error.mode, error.collective) and call.module is not None:
-                counts[call.module] = counts.get(call.module, 0) + 1
-        module = max(counts, key=counts.__getitem__, default="") if error.counted.calls > error.expected.calls else ""
+        by_module: dict[str | None, list[Call]] = {}
+        for call in (call for each in ranks[error.rank].passes for call in each.calls):
+            if (call.mode, call.collective) == (error.mode, error.collective):
+                by_module.setdefault(call.module, []).append(call)
+        twice = [
+            module
+            for module, calls in by_module.items()
+            if error.counted.calls > error.expected.calls and _repeats(calls)
+        ]
         yield Culprit(
-            module=module or "the step",
+            module=(twice[0] or THE_MODEL) if twice else "the step",
             phase="communication",
             tensor="no tensor differs",
             difference=0.0,
-            explanation=f"{error}",
-            calls=[f"{count} in {name or THE_MODEL}" for name, count in counts.items()],
+            explanation=f"{'it sends the same tensor twice: ' * bool(twice)}{error}",
+            calls=[f"{len(calls)} in {module or THE_MODEL}" for module, calls in by_module.items()],
         )
+
+
+def _repeats(calls: Sequence[Call]) -> bool:
+    """Return whether two calls in a row are given the same tensor."""
+    return any(a.sent is not None and b.sent is not None and a.sent.equal(b.sent) for a, b in pairwise(calls))

@@ -69,6 +69,8 @@ class Pass:
 
     tensors: dict[Site, Tensor] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    callers: dict[str, str | None] = field(default_factory=dict)
+    """Module that was running when a module was first called; None for the model."""
 
     @property
     def outputs(self) -> dict[str, Tensor]:

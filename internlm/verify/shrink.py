@@ -117,7 +117,15 @@ def _changed(attempt: Attempt, plan: Plan, changes: Values, data_size: int) -> A
     }
     isp = changes.get("parallel.tensor.mode", parallel.tensor.mode) == "isp"
     world_size = sizes["pipeline"] * math.lcm(sizes["tensor"] * data_size, sizes["weight"] if isp else 1)
+    changes = {key: value for key, value in changes.items() if value != _value(plan.config, key)}
     return replace(attempt, world_size=world_size, changed={**attempt.changed, **changes})
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 #: Values that take a part of the layout away, with those that need it.

@@ -31,6 +31,10 @@ class Found:
     reference: Tensor
     calls: list[Call]
     """Collectives called between the two, by the first rank of the tensor group."""
+    callers: dict[str, str | None]
+    """Module that called a module."""
+    same: frozenset[str]
+    """Modules whose output is the same tensor, if it is an output."""
     crosses_stages: bool
     """Whether the two are on different stages of a pipeline."""
 
@@ -62,7 +66,6 @@ class Walk:
         self.groups = [list(stages.values()) for stages in by_sample(ranks).values()]
         """Records by data rank, stage and tensor rank."""
         self.micro_batches = len(reference.passes) // max(1, len(self.groups))
-        self.modules = {site.module for each in reference.passes for site in each.tensors}
 
     def passes(self) -> Iterator[tuple[int, int, Pass]]:
         """Yield micro-batch, data rank and the pass of one process, first micro-batches first."""
@@ -77,6 +80,17 @@ class Walk:
                 if any(len(r.passes) <= micro_batch or not r.passes[micro_batch].tensors for r in group):
                     return f"micro-batch {micro_batch} of data rank {data_rank} never runs on stage {stage}"
         return None
+
+    def compared(self) -> int:
+        """Return the number of tensors of one process that some stage has, whole or as shards that fit together."""
+        return sum(
+            relate([record.passes[micro_batch].tensors[site] for record in group], tensor, self.limit)
+            is not Relation.UNKNOWN
+            for micro_batch, data_rank, wanted in self.passes()
+            for group in self.groups[data_rank]
+            for site, tensor in wanted.tensors.items()
+            if all(site in record.passes[micro_batch].tensors for record in group)
+        )
 
     def first(self, backward: bool) -> Found | None:
         """Return the first tensor that differs in any forward pass, or in any backward pass."""
@@ -110,6 +124,8 @@ class Walk:
                         shards=shards,
                         reference=wanted.tensors[site],
                         calls=_calls_at(site, passes[0], backward),
+                        callers=wanted.callers,
+                        same=_same_outputs(site, wanted),
                         crosses_stages=agreeing is not None and stage != stage_before,
                     )
                     if relation is Relation.DIFFERENT:
@@ -128,6 +144,11 @@ class Walk:
             for micro_batch, data_rank, each in self.passes()
             if (micro_batch, data_rank) != (found.micro_batch, found.data_rank) and found.site in each.tensors
         ]
+
+
+def _same_outputs(site: Site, wanted: Pass) -> frozenset[str]:
+    others = ((other, tensor) for other, tensor in wanted.tensors.items() if other._replace(module=site.module) == site)
+    return frozenset(other.module for other, tensor in others if tensor.equal(wanted.tensors[site]))
 
 
 def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:

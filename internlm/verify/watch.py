@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from internlm.core.context import ParallelMode
 from internlm.core.parallel.blocks import is_compiled
 from internlm.core.parallel.ledger import LEDGER, Collective
+from internlm.verify.foreign_calls import observing
 from internlm.verify.record import Call, Details, Pass, Site, host_copy
 
-#: Modes whose collectives are part of a layer: what they send is kept.
-WITHIN_LAYERS = ParallelMode.TENSOR, ParallelMode.DATA, ParallelMode.WEIGHT, ParallelMode.MODEL, ParallelMode.GLOBAL
-#: Largest number of elements of a sent tensor that is kept.
+#: Largest number of elements of a tensor whose copy is kept when it is sent within a module.
 MOST_ELEMENTS = 2**22
 
 
@@ -48,13 +46,23 @@ def watching(
         if details is not None:
             handles.append(module.register_forward_pre_hook(partial(watch.entered, name), with_kwargs=True))
         handles.append(module.register_forward_hook(partial(watch.called, name)))
-    LEDGER.observer = None if details is None else watch.communicated
     try:
-        yield list(watch.passes.values())
+        with nullcontext() if details is None else _observing(watch):
+            yield list(watch.passes.values())
     finally:
-        LEDGER.observer = None
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _observing(watch: _Watch) -> Iterator[None]:
+    """Report all collectives to ``watch``, those of this package and those of other code."""
+    LEDGER.observer = lambda mode, collective, tensor: watch.communicated(mode.value, collective, tensor)
+    try:
+        with observing(watch.communicated):
+            yield
+    finally:
+        LEDGER.observer = None
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,6 +99,7 @@ class _Watch:
     def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         self._before_pass()
         self._current, self._forward = self.passes.get(next(self._calls), Pass()), True
+        self._module = None
         stage_layers = getattr(model, "stage_layers", None)
         # Any other chunk returns hidden states, which have no equivalent on one process.
         self._returns_loss = stage_layers is None or stage_layers.is_last(inputs.get("chunk", 0))
@@ -100,6 +109,7 @@ class _Watch:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._forward:
+            self._current.callers.setdefault(name, self._module)
             self._module = name
         given = tuple(self._note_input(Site(name, f"[{i}]", is_input=True), value) for i, value in enumerate(args))
         named = {key: self._note_input(Site(name, f".{key}", is_input=True), value) for key, value in kwargs.items()}
@@ -121,7 +131,7 @@ class _Watch:
             for slot, tensor in tensors_in(output, ""):
                 self._note_output(Site(name, slot), tensor)
         if self._forward:
-            self._module = _parent(name)
+            self._module = self._current.callers.get(name)
         if not name:  # the model itself has returned: whatever is called from here on is recomputation
             self._forward = False
 
@@ -135,19 +145,15 @@ class _Watch:
         # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
         # belong to the micro-batch of this gradient.
         self._current, self._forward = its_pass, False
-        self._module = _parent(site.module) if site.is_input else site.module
+        self._module = its_pass.callers.get(site.module) if site.is_input else site.module
         its_pass.tensors.setdefault(site._replace(is_gradient=True), host_copy(gradient))
 
     # -- a collective -------------------------------------------------------------------------------------------------
-    def communicated(self, mode: ParallelMode, collective: Collective, tensor: Tensor) -> None:
+    def communicated(self, mode: str, collective: Collective, tensor: Tensor) -> None:
         assert self._details is not None, "the observer is only set with details"
-        kept = mode in WITHIN_LAYERS and tensor.numel() <= MOST_ELEMENTS and self._module is not None
-        call = Call(self._module, not self._forward, mode.value, collective, host_copy(tensor) if kept else None)
+        kept = tensor.numel() <= MOST_ELEMENTS and self._module is not None
+        call = Call(self._module, not self._forward, mode, collective, host_copy(tensor) if kept else None)
         (self._details.calls if self._module is None else self._current.calls).append(call)
-
-
-def _parent(name: str) -> str | None:
-    return name.rpartition(".")[0] if name else None
 
 
 def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -26,8 +26,9 @@ from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
-from internlm.verify.compare import Report, compare
+from internlm.verify.compare import LIMITS, Report, compare
 from internlm.verify.configs import make_plan
+from internlm.verify.culprit import Culprit, find_culprit
 from internlm.verify.record import RankRecord
 from internlm.verify.run import run_rank
 from tests.dist.tiny import TINY
@@ -38,12 +39,25 @@ OTHER_MODULES = 3  # embedding, norm, the model
 
 
 @functools.cache
-def verify(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> Report:
+def located(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> tuple[Report, Culprit | None]:
     """What the oracle says of :data:`TINY` with overrides, a fault planted in the ranks."""
     plan = make_plan(TINY, ("data.micro_num=2", *overrides), world_size, steps=2, dtype=dtype)
-    (alone,) = run_ranks(1, _run, "", plan.reference, plan.seed, plan.steps, plan.data_size)
-    ranks = run_ranks(world_size, _run, fault, plan.config, plan.seed, plan.steps)
-    return compare(plan.config, alone, ranks)
+    (alone,) = run_ranks(1, _run, "", plan.reference, plan.seed, plan.steps, plan.data_size, True)
+    ranks = run_ranks(world_size, _run, fault, plan.config, plan.seed, plan.steps, 1, True)
+    report = compare(plan.config, alone, ranks)
+    return report, find_culprit(report, alone, ranks, LIMITS[str(plan.config.model.dtype)].modules)
+
+
+def verify(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> Report:
+    """The report alone."""
+    return located(world_size, *overrides, fault=fault, dtype=dtype)[0]
+
+
+def culprit(world_size: int, *overrides: str, fault: str) -> tuple[str, str]:
+    """What is named, and what is said of it."""
+    found = located(world_size, *overrides, fault=fault)[1]
+    assert found is not None
+    return f"{found.module}, {found.phase}", found.explanation
 
 
 def _run(rank: int, world_size: int, fault: str, *args: Any) -> RankRecord:
