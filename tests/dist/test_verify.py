@@ -97,6 +97,7 @@ def test_equal_runs_pass(name: str) -> None:
     assert report.failures == []
     assert report.forward.first is None
     assert report.backward.first is None
+    assert located(world_size, *overrides)[1] is None
     modules = MODULES_OF_LAYER * (4 if "model.num_layers=4" in overrides else 2) + OTHER_MODULES
     assert len(report.forward.compared) == len(report.forward.differences) == modules
     assert len(report.backward.compared) == len(report.backward.differences) == modules - 1
@@ -138,6 +139,9 @@ def test_row_keeps_its_part() -> None:
     assert report.forward.first == "layers.0.attention.wo"
     assert report.forward.last_equal == "layers.0.attention.wqkv"
     assert not report.losses[0].passed
+    named, said = culprit(2, *layout("mtp"), fault="row_keeps_its_part")
+    assert named == "layers.0.attention.wo, forward"
+    assert "an all-reduce over tensor is missing" in said
 
 
 @planted
@@ -151,6 +155,9 @@ def test_column_keeps_its_part() -> None:
     assert report.backward.first == "layers.1.ffn_norm"
     assert report.backward.last_equal == "layers.1.feed_forward.w13"
     assert "gradient of layers.1.ffn_norm.weight" in {row.name for row in report.gradients if not row.passed}
+    named, said = culprit(2, *layout("mtp"), fault="column_keeps_its_part")
+    assert named == "layers.1.feed_forward.w13, backward"
+    assert "an all-reduce over tensor is missing" in said
 
 
 @planted
@@ -169,6 +176,9 @@ def test_norms_stay_partial() -> None:
     assert {row.name for row in report.gradients if not row.passed} == {f"gradient of {name}" for name in norms}
     assert {each.name for each in report.disagreements} >= {f"gradient of {name}" for name in norms}
     assert {error.collective for error in report.traffic or ()} == {"all-reduce"}
+    named, said = culprit(2, *layout("msp"), fault="norms_stay_partial")
+    assert named == "norm, gradients"
+    assert "not summed over tensor" in said
 
 
 @planted
@@ -192,6 +202,9 @@ def test_one_rank_is_perturbed() -> None:
     ]
     assert wrong.rank == 1
     assert wrong.largest >= 1e-3 / 2
+    named, said = culprit(2, *layout("mtp", zero1=1), fault="one_rank_is_perturbed")
+    assert named == "layers.1.ffn_norm, initial values"
+    assert "rank 1 differs" in said
 
 
 @planted
@@ -210,6 +223,9 @@ def test_loss_counts_own_tokens() -> None:
     assert report.backward.first == "norm"
     assert not any(row.passed for row in report.gradients)
     assert all(row.difference == pytest.approx(1, rel=0.1) for row in report.gradients)
+    named, said = culprit(2, fault="loss_counts_own_tokens")
+    assert named == "the loss, loss"
+    assert "multiplied by 1.9" in said
 
 
 @planted
@@ -228,6 +244,8 @@ def test_norm_counts_twice() -> None:
     assert not report.norms[0].passed
     assert all(row.passed for row in report.gradients)  # clipping by the wrong norm comes after them
     assert not all(row.passed for row in report.parameters)
+    named, said = culprit(2, *layout("mtp"), fault="norm_counts_twice")
+    assert (named, said) == ("the gradient norm, norm", "every gradient that several ranks hold counts 2 times")
 
 
 @planted
@@ -239,6 +257,8 @@ def test_positions_start_anew() -> None:
     report = verify(2, *layout("isp", 2, 2), "data.micro_bsz=1", fault="positions_start_anew")
     assert report.forward.first == "layers.0.attention.wo"
     assert "all-gather over tensor" in str(report.traffic[0] if report.traffic else "")
+    named, _ = culprit(2, *layout("isp", 2, 2), "data.micro_bsz=1", fault="positions_start_anew")
+    assert named == "layers.0.attention, forward"
 
 
 @planted
@@ -250,6 +270,7 @@ def test_last_micro_batch_is_dropped() -> None:
     report = verify(2, fault="last_micro_batch_is_dropped")
     assert not report.losses[0].passed
     assert report.forward.first is None  # of the first micro-batch
+    assert culprit(2, fault="last_micro_batch_is_dropped")[0] == "the schedule, forward"
 
 
 @planted
@@ -266,6 +287,9 @@ def test_speaks_too_often() -> None:
     assert all(row.passed for row in report.rows)
     assert report.failures[0].startswith("traffic: all-reduce over tensor, step 1, rank 0: ")
     assert not report.passed
+    named, said = culprit(2, *layout("mtp"), fault="speaks_too_often")
+    assert named == "layers.0.attention.wo, communication"
+    assert "sends the same tensor twice" in said
 
 
 # -- in a pipeline
@@ -281,6 +305,8 @@ def test_last_stage_keeps_its_part(mode: str) -> None:
     assert report.forward.first == "layers.2.attention.wo"
     assert report.forward.last_equal == "layers.2.attention.wqkv"
     assert not report.losses[0].passed
+    named, _ = culprit(4, *pipeline(2, mode, layers=4), *layout("mtp"), fault="last_stage_keeps_its_part")
+    assert named == "layers.2.attention.wo, forward"
 
 
 @planted
@@ -302,6 +328,8 @@ def test_gradients_are_halved_on_their_way() -> None:
     wrong = {row.name for row in report.gradients if not row.passed}
     assert "gradient of layers.1.attention.wo.weight" in wrong
     assert "gradient of layers.2.attention.wo.weight" not in wrong
+    named, said = culprit(2, *pipeline(2, "1F1B", 2, 4), fault="gradients_are_halved_on_their_way")
+    assert (named, said) == ("the pipeline between layers.1 and layers.2, backward", "it is multiplied by 0.5")
 
 
 @planted
@@ -315,6 +343,8 @@ def test_weights_are_put_off_for_ever() -> None:
     wrong = {row.name for row in report.gradients if not row.passed}
     assert wrong >= {f"gradient of layers.{i}.feed_forward.w2.weight" for i in range(2)}
     assert "gradient of layers.0.ffn_norm.weight" not in wrong
+    named, said = culprit(2, *pipeline(2, "ZBH1"), fault="weights_are_put_off_for_ever")
+    assert (named, said) == ("layers.1.feed_forward.w2, gradients", "it is zero on rank 1")
 
 
 @planted
@@ -331,3 +361,7 @@ def test_ends_forget_one_another() -> None:
     report = verify(2, *pipeline(2), "model.tie_word_embeddings=True", fault="ends_forget_one_another")
     assert "gradient of embedding.weight" in {each.name for each in report.disagreements}
     assert "gradient of embedding.weight" in {row.name for row in report.gradients if not row.passed}
+    tied = (*pipeline(2), "model.tie_word_embeddings=True")
+    named, said = culprit(2, *tied, fault="ends_forget_one_another")
+    assert named == "embedding, gradients"
+    assert "not summed over pipeline" in said
