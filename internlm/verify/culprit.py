@@ -65,6 +65,8 @@ def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]
     for backward in (False, True):
         if (found := walk.first(backward)) is not None:
             yield _of_pass(found, walk, limit)
+    if walk.unresolved and any(not row.passed for row in report.gradients):
+        yield _of_pass(walk.unresolved[0], walk, limit)
     yield from _gradients(report, reference, ranks)
     yield from _metrics(report.losses[:1] + report.sums, "the loss", "loss")
     yield from _metrics(report.norms[:1], "the gradient norm", "norm", _explain_norm(report, reference, ranks))
@@ -140,10 +142,7 @@ def _module(found: Found) -> str:
     if found.crosses_stages and found.after is not None:
         ends = (site.module, found.after.module) if site.is_gradient else (found.after.module, site.module)
         return f"the pipeline between {ends[0]} and {ends[1]}"
-    caller = found.callers.get(site.module)
-    while not site.is_input and caller and caller in found.same:
-        caller = found.callers.get(caller)  # it returns what the module returned
-    return caller or THE_MODEL
+    return found.caller or THE_MODEL
 
 
 def _in_words(call: Call) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +29,29 @@ class Found:
     data_rank: int
     shards: list[Tensor]
     """Tensor of each rank of the tensor group."""
-    reference: Tensor
+    wanted: Pass
+    """Pass of one process."""
     calls: list[Call]
     """Collectives called between the two, by the first rank of the tensor group."""
-    callers: dict[str, str | None]
-    """Module that called a module."""
-    same: frozenset[str]
-    """Modules whose output is the same tensor, if it is an output."""
     crosses_stages: bool
     """Whether the two are on different stages of a pipeline."""
+
+    @property
+    def reference(self) -> Tensor:
+        """Tensor of one process."""
+        return self.wanted.tensors[self.site]
+
+    @property
+    def caller(self) -> str | None:
+        """Module in whose code the tensor is between its own module and another; None for the model's caller."""
+        caller = self.wanted.callers.get(self.site.module)
+        while not self.site.is_input and caller and self._is_output_of(caller):
+            caller = self.wanted.callers.get(caller)  # it returns what the module returned
+        return caller
+
+    def _is_output_of(self, module: str) -> bool:
+        tensor = self.wanted.tensors.get(self.site._replace(module=module))
+        return tensor is not None and tensor.equal(self.reference)
 
     @property
     def difference(self) -> float:
@@ -52,6 +67,11 @@ class Found:
         return f" ({', '.join(parts)})" if parts else ""
 
 
+class _Last(NamedTuple):
+    site: Site | None
+    stage: int
+
+
 class Walk:
     """Walk along the passes of the first step of several ranks, beside those of one process.
 
@@ -65,6 +85,8 @@ class Walk:
         self.reference, self.limit = reference, limit
         self.groups = [list(stages.values()) for stages in by_sample(ranks).values()]
         """Records by data rank, stage and tensor rank."""
+        self.unresolved: list[Found] = []
+        """Parts of a sum after which no tensor of the pass agrees: a mistake if gradients are wrong too."""
         self.micro_batches = len(reference.passes) // max(1, len(self.groups))
 
     def passes(self) -> Iterator[tuple[int, int, Pass]]:
@@ -83,14 +105,20 @@ class Walk:
 
     def compared(self) -> int:
         """Return the number of tensors of one process that some stage has, whole or as shards that fit together."""
-        return sum(
-            relate([record.passes[micro_batch].tensors[site] for record in group], tensor, self.limit)
-            is not Relation.UNKNOWN
+        relations = (
+            relate([each.tensors[site] for each in passes], wanted.tensors[site], self.limit)
             for micro_batch, data_rank, wanted in self.passes()
-            for group in self.groups[data_rank]
-            for site, tensor in wanted.tensors.items()
-            if all(site in record.passes[micro_batch].tensors for record in group)
+            for site, _, passes in self._sites(micro_batch, data_rank, wanted)
         )
+        return sum(relation is not Relation.UNKNOWN for relation in relations)
+
+    def _sites(self, micro_batch: int, data_rank: int, wanted: Pass) -> Iterator[tuple[Site, int, list[Pass]]]:
+        """Yield each site of a pass of one process, with each stage that has it and the passes of its ranks."""
+        stages = [[record.passes[micro_batch] for record in group] for group in self.groups[data_rank]]
+        for site in wanted.tensors:
+            for stage, passes in enumerate(stages):
+                if all(site in each.tensors for each in passes):
+                    yield site, stage, passes
 
     def first(self, backward: bool) -> Found | None:
         """Return the first tensor that differs in any forward pass, or in any backward pass."""
@@ -102,35 +130,30 @@ class Walk:
 
         Parts of a sum may be on the ranks for a while: they are a mistake only if what follows from them is wrong.
         """
-        floor = self._floor(wanted, backward)
-        agreeing, stage_before = None, 0
-        partial: list[Found] = []
-        for site in (site for site in wanted.tensors if site.is_gradient == backward):
-            for stage, group in enumerate(self.groups[data_rank]):
-                passes = [record.passes[micro_batch] for record in group]
-                if not all(site in each.tensors for each in passes):
-                    continue
-                shards = [each.tensors[site] for each in passes]
-                relation = relate(shards, wanted.tensors[site], self.limit, floor)
-                if relation is Relation.EQUAL:
-                    agreeing, stage_before = site, stage
-                    partial.clear()
-                elif relation is not Relation.UNKNOWN:
-                    found = Found(
-                        site=site,
-                        after=agreeing,
-                        micro_batch=micro_batch,
-                        data_rank=data_rank,
-                        shards=shards,
-                        reference=wanted.tensors[site],
-                        calls=_calls_at(site, passes[0], backward),
-                        callers=wanted.callers,
-                        same=_same_outputs(site, wanted),
-                        crosses_stages=agreeing is not None and stage != stage_before,
-                    )
-                    if relation is Relation.DIFFERENT:
-                        return partial[0] if partial else found
-                    partial.append(found)
+        floor, agreeing, partial = self._floor(wanted, backward), _Last(None, 0), list[Found]()
+        for site, stage, passes in self._sites(micro_batch, data_rank, wanted):
+            if site.is_gradient != backward:
+                continue
+            shards = [each.tensors[site] for each in passes]
+            relation = relate(shards, wanted.tensors[site], self.limit, floor)
+            if relation is Relation.EQUAL:
+                agreeing = _Last(site, stage)
+                partial.clear()
+            elif relation is not Relation.UNKNOWN:
+                found = Found(
+                    site=site,
+                    after=agreeing.site,
+                    micro_batch=micro_batch,
+                    data_rank=data_rank,
+                    shards=shards,
+                    wanted=wanted,
+                    calls=_calls_at(site, passes[0], backward),
+                    crosses_stages=agreeing.site is not None and stage != agreeing.stage,
+                )
+                if relation is Relation.DIFFERENT:
+                    return partial[0] if partial else found
+                partial.append(found)
+        self.unresolved += partial[:1]
         return None
 
     def _floor(self, wanted: Pass, backward: bool) -> float:
@@ -144,11 +167,6 @@ class Walk:
             for micro_batch, data_rank, each in self.passes()
             if (micro_batch, data_rank) != (found.micro_batch, found.data_rank) and found.site in each.tensors
         ]
-
-
-def _same_outputs(site: Site, wanted: Pass) -> frozenset[str]:
-    others = ((other, tensor) for other, tensor in wanted.tensors.items() if other._replace(module=site.module) == site)
-    return frozenset(other.module for other, tensor in others if tensor.equal(wanted.tensors[site]))
 
 
 def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:
