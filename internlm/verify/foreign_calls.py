@@ -31,8 +31,8 @@ FUNCTIONS: dict[str, tuple[Collective, int]] = {
 #: Modes whose name is given to a group of the same ranks, the first that fits.
 MODES = (
     ParallelMode.TENSOR,
-    ParallelMode.WEIGHT,
     ParallelMode.DATA,
+    ParallelMode.WEIGHT,
     ParallelMode.PIPELINE,
     ParallelMode.ZERO1,
     ParallelMode.GLOBAL,
@@ -78,7 +78,9 @@ def _observed(
 
 
 def _mode_of(group: dist.ProcessGroup | None) -> str:
-    """Return the name of the parallel mode whose group has the ranks of ``group``, or else the ranks."""
+    """Return the name of the parallel mode whose group has the ranks of ``group``, or else name the ranks."""
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    if len(ranks) == 1:
+        return "this rank alone"  # as groups of several modes may be
     modes = (mode for mode in MODES if gpc.is_initialized(mode) and gpc.get_ranks_in_group(mode) == ranks)
     return next((mode.value for mode in modes), f"ranks {', '.join(map(str, ranks))}")

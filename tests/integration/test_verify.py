@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,6 +119,93 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[object
     error = capfd.readouterr().err
     assert "Traceback" not in error
     return ended.value.code, error
+
+
+#: A user's model: features are split over the tensor group, and normalised by their mean square over all of them.
+OWN_MODEL = """
+import torch.distributed as dist
+from torch import nn
+
+from internlm.core.context import ParallelMode
+from internlm.core.context import global_context as gpc
+from internlm.core.parallel import ParallelEmbedding, ParallelHead, ParallelLinear
+from internlm.core.parallel.placement import normal
+from internlm.model.registry import model_initializer
+
+
+class WholeNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x):
+        square = x.detach().square().sum(-1, keepdim=True)
+        dist.all_reduce(square, group=gpc.get_group(ParallelMode.MODE))
+        return x / (square / self.size).sqrt()
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.up = ParallelLinear(c.hidden_size, c.intermediate_size, normal(0.02))
+        self.norm = WholeNorm(c.intermediate_size)
+        self.down = ParallelLinear(c.intermediate_size, c.hidden_size, normal(0.02), role="row")
+
+    def forward(self, x):
+        return x + self.down(self.norm(self.up(x)))
+
+
+@model_initializer.register_module(module_name="OVER_MODE")
+class Model(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embedding = ParallelEmbedding(c.vocab_size, c.hidden_size, std=0.02, split_hidden=True)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.output = ParallelHead(c.hidden_size, c.vocab_size, normal(0.02))
+
+    def forward(self, input_ids, cu_seqlens=None, indexes=None, labels=None, *, label_smoothing=0.0, grad_scale=1.0):
+        x = self.embedding(input_ids.flatten())
+        for layer in self.layers:
+            x = layer(x)
+        return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)
+
+"""
+CONFIG_OF_IT = """
+import over_MODE
+
+model_type = "OVER_MODE"
+model = dict(num_layers=3, hidden_size=16, num_attention_heads=4, vocab_size=32, multiple_of=8)
+data = dict(seq_len=16, micro_bsz=2, micro_num=2, total_steps=20)
+adam = dict(lr=1e-3)
+"""
+
+
+def _own_model(folder: Path, mode: str) -> str:
+    """Write a model whose sum is over the group of ``mode``, and its config; return the path of the config."""
+    (folder / f"over_{mode}.py").write_text(OWN_MODEL.replace("MODE", mode))
+    config = folder / f"config_{mode}.py"
+    config.write_text(CONFIG_OF_IT.replace("MODE", mode))
+    return str(config)
+
+
+def test_the_culprit_in_a_model_of_the_users_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("--world", "4", "--steps", "2", "--set", "parallel.tensor.size=2")
+    assert main(["verify", _own_model(tmp_path, "TENSOR"), *options]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "PASS"
+    wrong = _own_model(tmp_path, "DATA")
+    assert main(["verify", wrong, *options, "--json", str(tmp_path / "report.json")]) == 1
+    out = capfd.readouterr().out
+    # As small as it gets: one layer, one micro-batch, and no data parallelism.
+    assert "smallest layout that still differs: OVER_DATA, torch.float64, seed 1024, on cpu: 2 ranks (mtp" in out
+    assert "culprit: layers.0.norm, forward\n  first to differ: output of layers.0.norm" in out
+    assert "last to agree: input[0] of layers.0.norm" in out
+    assert "collectives called there: all-reduce over this rank alone\n" in out
+    location = json.loads((tmp_path / "report.json").read_text())["location"]
+    assert location["culprit"]["module"] == "layers.0.norm"
+    assert location["world_size"] == 2
+    assert "--set model.num_layers=1" in location["command"]
+    arguments = shlex.split(location["command"])[1:]
+    assert main([*arguments, "--no-locate"]) == 1  # as the command says
 
 
 # -- a process of its own
