@@ -87,7 +87,8 @@ def _explanations(
     if any(shard.is_floating_point() and not shard.isfinite().all() for shard in shards):
         bad = [rank for rank, shard in enumerate(shards) if not shard.isfinite().all()]
         yield f"not finite on {_tensor_ranks(bad)}"
-    if _is_partial(shards, reference, limit):
+    copies = all(is_close(shard, shards[0], limit) for shard in shards)
+    if _is_partial(shards, reference, limit) and not copies:
         yield f"each of {ranks} tensor ranks has a part of the sum: an all-reduce over tensor is missing"
     wholes = join_shards(shards, reference.shape)
     for name, other in others:
@@ -126,7 +127,7 @@ def times(factor: float, ranks: int, mode: str) -> str:
     if ranks > 1 and abs(factor - ranks) < 1e-6 * ranks:
         return f"{text}, the size of the {mode} group: what every rank has already is summed over {mode} once more"
     if ranks > 1 and abs(factor * ranks - 1) < 1e-6:
-        return f"{text}, one by the size of the {mode} group: it is averaged over {mode}, or never summed"
+        return f"{text}, one by the size of the {mode} group: it is averaged over {mode}"
     return text
 
 
