@@ -58,6 +58,7 @@ def find_culprit(report: Report, reference: RankRecord, ranks: Sequence[RankReco
 
 
 def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Iterator[Culprit]:
+    # In the order of a step: what is wrong first makes everything after it wrong.
     yield from _initial(reference, ranks)
     walk = Walk(reference, ranks, limit)
     if (missing := walk.never_run()) is not None:
@@ -84,6 +85,7 @@ def _initial(reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Cul
     wrong = {each.name: str(each) for each in found.disagreements}
     for name in reference.details.order:
         difference = relative_l2(found.tensors[name], wanted[name]) if name in found.tensors else math.inf
+        # Initial values are a function of seed and name, whatever the layout: they are equal bit by bit.
         if difference or name in wrong:
             explanation = wrong.get(name) or _same_as(found.tensors.get(name), wanted)
             tensor, module = f"initial values of {name}", module_of(name)
@@ -173,6 +175,7 @@ def _gradients(report: Report, reference: RankRecord, ranks: Sequence[RankRecord
 def _calls_outside(ranks: Sequence[RankRecord]) -> list[str]:
     """Return the collectives that ranks call outside of the passes, each once."""
     calls = (call for record in ranks if record.details for call in record.details.calls)
+    # With overlap, buckets are reduced while the last backward pass runs.
     inside = (call for record in ranks for each in record.passes for call in each.calls)
     of_gradients = (call for call in inside if call.collective.startswith("reduce") or call.mode != "tensor")
     return list(dict.fromkeys(map(_in_words, (*calls, *of_gradients))))
@@ -197,6 +200,7 @@ def _explain_norm(report: Report, reference: RankRecord, ranks: Sequence[RankRec
     squares = {f"the gradient of {name}": _square(gradient) for name, gradient in gradients.items()}
     copied = [name for name in gradients if sum(_has_whole(record, name) for record in ranks) > 1]
     squares["every gradient that several ranks hold"] = sum(_square(gradients[name]) for name in copied)
+    # The square of the norm is a sum over parameters, so what counts too often or not at all is a term of it.
     extra, tolerance = row.value**2 - row.reference**2, 1e-9 * row.reference**2
     for name, square in squares.items():
         for times in (1, -1, 2, 3):
@@ -237,6 +241,7 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
     if reference.details is None:
         return ""
     before, after = (assemble([shards]).tensors[name] for shards in (reference.details.initial, reference.parameters))
+    # An all-gather that a rank missed leaves the values from before the update.
     stale = []
     for rank, record in enumerate(ranks):
         for offsets, values in record.parameters[name].slices.items() if name in record.parameters else ():

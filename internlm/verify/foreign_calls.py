@@ -70,6 +70,7 @@ def _observed(
         caller = sys._getframe(1).f_globals.get("__name__", "")
         tensor = args[position] if len(args) > position else None
         if isinstance(tensor, Tensor) and not caller.startswith("internlm."):
+            # By type, since its position differs between the functions.
             group = next((a for a in (*args, *kwargs.values()) if isinstance(a, dist.ProcessGroup)), None)
             observe(_mode_of(group), collective, tensor)
         return original(*args, **kwargs)

@@ -32,6 +32,7 @@ def _explanations(name: str, whole: Tensor, reference: RankRecord, ranks: Sequen
     wrong = [(rank, at, v) for rank, at, v in _slices(name, ranks) if not is_close(v, whole[_index(at, v)], LIMIT)]
     if wrong and all(not values.any() for _, _, values in wrong):
         yield f"it is zero on rank {_listed(rank for rank, _, _ in wrong)}"
+    # Copies first: what one rank has may look like a multiple of the gradient by chance of a symmetric model.
     yield from _copies(name, whole, ranks)
     parts = _parts(name, reference, whole)
     data_ranks = len(by_sample(ranks))
@@ -61,6 +62,7 @@ def _copies(name: str, whole: Tensor, ranks: Sequence[RankRecord]) -> Iterator[s
     for offsets, by_rank in copies.items():
         for mode, groups in _groups(ranks).items():
             held = [[by_rank[rank] for rank in group if rank in by_rank] for group in groups]
+            # Groups of one rank add nothing, and neither do ranks that hold other slices, as shards of ZeRO are.
             held = [values for values in held if len(values) > 1]
             wanted = whole[_index(offsets, next(iter(by_rank.values())))]
             sums = [torch.stack([v.double() for v in values]).sum(0) for values in held]
@@ -83,6 +85,8 @@ def _groups(ranks: Sequence[RankRecord]) -> Mapping[str, list[list[int]]]:
 
 def _parts(name: str, reference: RankRecord, whole: Tensor) -> list[Tensor]:
     """Return the gradient of each micro-batch of one process: differences of what it has accumulated."""
+    # What has been accumulated when the next micro-batch begins contains the last one whole: one process has no
+    # pipeline, so backward follows forward at once.
     steps = [each[name] for each in reference.details.accumulated if name in each] if reference.details else []
     ends = [*steps[1:], whole]
     return [end.double() - start.double() for start, end in zip(steps, ends, strict=True)]
@@ -90,9 +94,11 @@ def _parts(name: str, reference: RankRecord, whole: Tensor) -> list[Tensor]:
 
 def _combination(values: Tensor, parts: Sequence[Tensor]) -> list[float] | None:
     """Return the factors with which the sum of ``parts`` is ``values``; None if there are none, or many."""
+    # Fewer elements than factors can be explained by any factors.
     if not parts or values.numel() < len(parts):
         return None
     matrix = torch.stack([part.flatten() for part in parts], 1)
+    # Columns of equal norm, since micro-batches with few valid tokens have small gradients.
     scale = matrix.norm(dim=0).clamp(min=1e-300)
     wanted = values.double().flatten()[:, None]
     solved = torch.linalg.lstsq(matrix / scale, wanted, driver="gelsd").solution[:, 0] / scale

@@ -36,6 +36,7 @@ def is_close(tensor: Tensor, reference: Tensor, limit: float, floor: float = 0.0
     """
     if tensor.shape != reference.shape:
         return False
+    # In fp64: norms of half-precision tensors overflow, and whole numbers have none.
     a, b = tensor.double(), reference.double()
     if torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()):
         return True
@@ -64,6 +65,7 @@ def relate(shards: Sequence[Tensor], reference: Tensor, limit: float, floor: flo
 def _is_partial(shards: Sequence[Tensor], reference: Tensor, limit: float, floor: float = 0.0) -> bool:
     if len(shards) < 2 or not reference.is_floating_point() or any(s.shape != reference.shape for s in shards):
         return False
+    # The sum over ranks is computed here in another order than a collective would, hence the wider limit.
     return is_close(torch.stack([shard.double() for shard in shards]).sum(0), reference, limit * 10, floor)
 
 
@@ -87,10 +89,12 @@ def _explanations(
     if any(shard.is_floating_point() and not shard.isfinite().all() for shard in shards):
         bad = [rank for rank, shard in enumerate(shards) if not shard.isfinite().all()]
         yield f"not finite on {_tensor_ranks(bad)}"
+    # Copies that add up to it are averages: what is missing is not a sum but a factor.
     copies = all(is_close(shard, shards[0], limit) for shard in shards)
     if _is_partial(shards, reference, limit) and not copies:
         yield f"each of {ranks} tensor ranks has a part of the sum: an all-reduce over tensor is missing"
     wholes = join_shards(shards, reference.shape)
+    # Before factors: a tensor of another micro-batch may be nearly parallel to this one.
     for name, other in others:
         if wholes and all(is_close(whole, other, limit) for whole in wholes):
             yield f"it is that of {name}"
@@ -110,6 +114,7 @@ def factor_of(tensor: Tensor, reference: Tensor, limit: float) -> float | None:
     square = torch.dot(b, b).item()
     if a.shape != b.shape or not square:
         return None
+    # The factor of least squares; whether it is one of all elements is checked below.
     factor = torch.dot(a, b).item() / square
     return factor if factor and is_close(a, factor * b, limit) else None
 
@@ -136,9 +141,11 @@ def _explain_order(shards: Sequence[Tensor], reference: Tensor, limit: float) ->
     ranks, axes = len(shards), [a for a in range(reference.dim()) if shards[0].dim() == reference.dim()]
     for axis in (axis for axis in axes if shards[0].shape[axis] * ranks == reference.shape[axis]):
         wanted = reference.chunk(ranks, axis)
+        # Slices of which several ranks have the same cannot be found by reordering.
         found = [next((i for i, w in enumerate(wanted) if is_close(s, w, limit)), None) for s in shards]
         if None not in found:
             yield f"the tensor ranks have slices {found} of axis {axis}: they are sent to the wrong ranks"
+        # Of more ranks there are too many orders, and a smaller layout mostly has the same mistake.
         if ranks <= 4:
             for order in permutations(range(ranks)):
                 if is_close(torch.cat([shards[i] for i in order], axis), reference, limit):

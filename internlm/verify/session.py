@@ -50,6 +50,7 @@ class Session:
 
     def compare_records(self, plan: Plan, detailed: bool = False) -> tuple[Report, RankRecord, list[RankRecord]]:
         """Do the same, and return the records too: that of one process, and those of the ranks."""
+        # Many smaller layouts have the same model and the same global batch.
         key = plan.reference.model_dump_json(), plan.seed, plan.steps, plan.data_size, detailed
         if key not in self._references:
             reference = plan.reference, plan.seed, plan.steps, plan.data_size, detailed
@@ -64,6 +65,7 @@ class Session:
         try:
             return self._worlds[world_size].run(run_file, (self.source, *args), self.timeout)
         except RankError as error:
+            # Ranks that failed may wait for one another: the next run starts others.
             self._worlds.pop(world_size).close()
             if error.user_error is not None:
                 raise error.user_error from None

@@ -77,6 +77,7 @@ def smallest(attempt: Attempt, still_differs: Callable[[Plan], bool], limit: flo
         limit: Seconds after which the search ends with what it has.
     """
     end = time.monotonic() + limit
+    # After each success from the start: with one part gone, another may no longer be needed.
     found = True
     while found:
         found = False
@@ -115,6 +116,7 @@ def _changed(attempt: Attempt, plan: Plan, changes: Values, data_size: int) -> A
         name: changes.get(f"parallel.{name}.size", getattr(parallel, name).size)
         for name in ("pipeline", "tensor", "weight")
     }
+    # The data-parallel size is kept, so that each change takes away one part of the layout only.
     isp = changes.get("parallel.tensor.mode", parallel.tensor.mode) == "isp"
     world_size = sizes["pipeline"] * math.lcm(sizes["tensor"] * data_size, sizes["weight"] if isp else 1)
     changes = {key: value for key, value in changes.items() if value != _value(plan.config, key)}

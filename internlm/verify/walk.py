@@ -130,6 +130,7 @@ class Walk:
 
         Parts of a sum may be on the ranks for a while: they are a mistake only if what follows from them is wrong.
         """
+        # A mistake in one tensor makes all tensors after it wrong, so the walk ends at the first.
         floor, agreeing, partial = self._floor(wanted, backward), _Last(None, 0), list[Found]()
         for site, stage, passes in self._sites(micro_batch, data_rank, wanted):
             if site.is_gradient != backward:
@@ -138,6 +139,7 @@ class Walk:
             relation = relate(shards, wanted.tensors[site], self.limit, floor)
             if relation is Relation.EQUAL:
                 agreeing = _Last(site, stage)
+                # What follows from the parts agrees, so something has added them.
                 partial.clear()
             elif relation is not Relation.UNKNOWN:
                 found = Found(
@@ -182,6 +184,7 @@ def _by_calls(found: Found, walk: Walk, limit: float) -> str:
     """Explain a difference by what the collectives of the module were given."""
     group = next(g for g in walk.groups[found.data_rank] if found.site in g[0].passes[found.micro_batch].tensors)
     backward = found.site.is_gradient
+    # Ranks of one group call the same collectives in the same order, or else they hang.
     by_rank = [_calls_at(found.site, record.passes[found.micro_batch], backward) for record in group]
     for calls in zip(*by_rank, strict=False):
         sent = [call.sent for call in calls if call.sent is not None]
@@ -192,6 +195,7 @@ def _by_calls(found: Found, walk: Walk, limit: float) -> str:
         flat = [tensor.double().reshape(-1) for tensor in sent]
         if any(tensor.shape != wanted.shape for tensor in flat):
             continue
+        # A sum of what is complete is the mistake, even if a later division hid it from the values of one process.
         complete = all(is_close(tensor, wanted, limit * 100) for tensor in flat)
         if complete and len(group) > 1:
             return f"the {collective} over {mode} is given what is already complete: it is doubled"

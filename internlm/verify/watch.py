@@ -117,11 +117,13 @@ class _Watch:
 
     def _note_input(self, site: Site, value: Any) -> Any:
         """Record an input, and return a view of it: its gradient is what this module alone contributes."""
+        # A view of a parameter has neither its state nor its main gradient.
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return value
         if self._forward:
             self._current.tensors.setdefault(site, host_copy(value))
         if value.requires_grad and torch.is_grad_enabled():
+            # A hook on the tensor itself would get the sum over all modules that use it.
             value = value.view_as(value)
             value.register_hook(partial(self._differentiated, self._current, site))
         return value
@@ -151,6 +153,7 @@ class _Watch:
     # -- a collective -------------------------------------------------------------------------------------------------
     def communicated(self, mode: str, collective: Collective, tensor: Tensor) -> None:
         assert self._details is not None, "the observer is only set with details"
+        # Copied before the collective, which may write to it; large ones are shards of weights.
         kept = tensor.numel() <= MOST_ELEMENTS and self._module is not None
         call = Call(self._module, not self._forward, mode, collective, host_copy(tensor) if kept else None)
         (self._details.calls if self._module is None else self._current.calls).append(call)
