@@ -47,8 +47,8 @@ def _model(config: Config) -> dict[str, Any]:
     return {
         "model.num_layers": layers,
         # One of the layers that attend to all tokens is enough, and a window hides mistakes unless it is short.
-        "model.global_layers": (layers - 1,) if model.global_layers else (),
-        "model.sliding_window": model.sliding_window and min(model.sliding_window, seq_len // 2),
+        **({"model.global_layers": (layers - 1,)} if model.global_layers else {}),
+        **({"model.sliding_window": min(model.sliding_window, seq_len // 2)} if model.sliding_window else {}),
         "model.cpu_offloading": min(model.cpu_offloading, 1),
         "model.num_attention_heads": heads,
         "model.num_kv_attention_heads": kv_heads,

@@ -68,11 +68,16 @@ def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]
             yield _of_pass(found, walk, limit)
     if walk.unresolved and any(not row.passed for row in report.gradients):
         yield _of_pass(walk.unresolved[0], walk, limit)
-    yield from _gradients(report, reference, ranks)
-    yield from _metrics(report.losses[:1] + report.sums, "the loss", "loss")
-    yield from _metrics(report.norms[:1], "the gradient norm", "norm", _explain_norm(report, reference, ranks))
+    wrong = {row.name.removeprefix(f"{GRADIENT} "): row.difference for row in report.gradients if not row.passed}
+    yield from _gradients(wrong, reference, ranks)
+    yield from _metrics(report, report.losses[:1] + report.sums, "the loss", "loss")
+    norm = _explain_norm(report, reference, ranks)
+    yield from _metrics(report, report.norms[:1], "the gradient norm", "norm", norm)
+    # After the norm: the gradients were divided by it, so ranks that disagree on it have other bits.
+    names = (each.name for each in report.disagreements if each.name.startswith(GRADIENT))
+    yield from _gradients({name.removeprefix(f"{GRADIENT} "): 0.0 for name in names}, reference, ranks)
     yield from _update(report, reference, ranks)
-    yield from _metrics(report.losses + report.norms, "the update", "update")
+    yield from _metrics(report, report.losses + report.norms, "the update", "update")
     yield from _communication(report, ranks)
 
 
@@ -152,20 +157,17 @@ def _in_words(call: Call) -> str:
 
 
 # -- after the passes -------------------------------------------------------------------------------------------------
-def _gradients(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
-    """Yield the first gradient that differs, in the order in which a backward pass computes them."""
-    wrong = {row.name.removeprefix(f"{GRADIENT} "): row.difference for row in report.gradients if not row.passed}
-    names = (each.name for each in report.disagreements if each.name.startswith(GRADIENT))
-    unequal = {name.removeprefix(f"{GRADIENT} ") for name in names}
-    order = reference.details.order if reference.details else sorted({*wrong, *unequal})
-    found = [name for name in reversed(order) if name in wrong or name in unequal]
+def _gradients(wrong: Mapping[str, float], reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
+    """Yield the first of the gradients that are wrong, in the order in which a backward pass computes them."""
+    order = reference.details.order if reference.details else list(wrong)
+    found = [name for name in reversed(order) if name in wrong]
     for name in found[:1]:
         more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
         yield Culprit(
             module=module_of(name),
             phase="gradients",
             tensor=f"gradient of {name}{more}",
-            difference=wrong.get(name, 0.0),
+            difference=wrong[name],
             after="all tensors of the passes",
             explanation=explain_gradient(name, reference, ranks),
             calls=_calls_outside(ranks),
@@ -181,14 +183,17 @@ def _calls_outside(ranks: Sequence[RankRecord]) -> list[str]:
     return list(dict.fromkeys(map(_in_words, (*calls, *of_gradients))))
 
 
-def _metrics(rows: Sequence[Row], module: str, phase: str, explanation: str = "") -> Iterator[Culprit]:
+def _metrics(report: Report, rows: Sequence[Row], module: str, phase: str, explanation: str = "") -> Iterator[Culprit]:
+    """Yield the first metric that differs from that of one process, or between ranks."""
     for row in rows:
-        if not row.passed:
-            if row.value is not None and row.reference and not explanation:
-                explanation = f"it is multiplied by {row.value / row.reference:.6g}"
-            yield Culprit(
-                module=module, phase=phase, tensor=row.name, difference=row.difference, explanation=explanation
-            )
+        unequal = next((str(each) for each in report.disagreements if each.name == row.name), "")
+        if row.passed and not unequal:
+            continue
+        if not row.passed and row.value is not None and row.reference:
+            explanation = explanation or f"it is multiplied by {row.value / row.reference:.6g}"
+        yield Culprit(
+            module=module, phase=phase, tensor=row.name, difference=row.difference, explanation=explanation or unequal
+        )
 
 
 def _explain_norm(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> str:

@@ -165,4 +165,6 @@ def _lowered(config: Config) -> Iterator[Values]:
     if config.data.micro_bsz > 1:
         yield {"data.micro_bsz": 1}
     if model.num_layers > stages:
-        yield {"model.num_layers": stages, "model.global_layers": ()}
+        # Layers that attend to all tokens are named by their index.
+        fewer: Values = {"model.num_layers": stages}
+        yield {**fewer, "model.global_layers": ()} if model.global_layers else fewer

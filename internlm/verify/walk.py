@@ -96,8 +96,10 @@ class Walk:
                 yield micro_batch, data_rank, self.reference.passes[data_rank * self.micro_batches + micro_batch]
 
     def never_run(self) -> str | None:
-        """Return the first micro-batch that some rank has never run, in words."""
-        for micro_batch, data_rank, _ in self.passes():
+        """Return the first micro-batch that some rank, or the one process, has never run, in words."""
+        for micro_batch, data_rank, wanted in self.passes():
+            if not wanted.tensors:
+                return f"micro-batch {micro_batch} of data rank {data_rank} never runs on one process"
             for stage, group in enumerate(self.groups[data_rank]):
                 if any(len(r.passes) <= micro_batch or not r.passes[micro_batch].tensors for r in group):
                     return f"micro-batch {micro_batch} of data rank {data_rank} never runs on stage {stage}"
