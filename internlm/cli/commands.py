@@ -157,7 +157,7 @@ def verify(arguments: argparse.Namespace) -> int:
         try:
             report = session.compare(plan)
             print(as_text(report), flush=True)
-            location = None if report.passed or a.no_locate else locate.locate(session, attempt)
+            location = None if report.passed or a.no_locate else locate.locate(session, attempt, report)
         except RankError as error:
             print(error, file=sys.stderr)
             return EXIT_DIFFERENT

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import permutations
 from typing import Any
 
-from internlm.verify.compare import LIMITS, Report
+from internlm.verify.compare import LIMITS, Report, TrafficError
 from internlm.verify.configs import Plan
 from internlm.verify.culprit import Culprit, find_culprit
 from internlm.verify.report import heading
@@ -24,14 +25,17 @@ class Location:
     report: Report
     culprit: Culprit | None
     """First tensor that differs; None: nothing differed while the tensors were recorded."""
+    wrong_groups: list[str]
+    """Collectives that the layout as it was given calls over one mode instead of another."""
 
 
-def locate(session: Session, attempt: Attempt) -> Location:
+def locate(session: Session, attempt: Attempt, given: Report) -> Location:
     """Return the smallest layout that still differs, and the first tensor that differs in it.
 
     Args:
         session: Processes to run on.
         attempt: Layout whose ranks differ from one process.
+        given: Report on this layout.
 
     Raises:
         UserError: A rank raised a UserError.
@@ -41,13 +45,34 @@ def locate(session: Session, attempt: Attempt) -> Location:
     plan = found.plan()
     report, alone, ranks = session.compare_records(plan, detailed=True)
     culprit = find_culprit(report, alone, ranks, LIMITS[str(plan.config.model.dtype)].modules)
-    return Location(attempt=found, plan=plan, report=report, culprit=culprit)
+    return Location(
+        attempt=found, plan=plan, report=report, culprit=culprit, wrong_groups=wrong_groups(given.traffic or ())
+    )
+
+
+def wrong_groups(errors: Sequence[TrafficError]) -> list[str]:
+    """Return, in words, collectives that are called over one mode as often as calls over another are missing.
+
+    In a smaller layout the wrong group may have one rank, and then the collective seems to be missing.
+    """
+    found: dict[str, None] = {}
+    for less, more in permutations(errors, 2):
+        same = (less.rank, less.step, less.collective) == (more.rank, more.step, more.collective)
+        missing = less.expected.calls - less.counted.calls
+        if same and missing > 0 and missing == more.counted.calls - more.expected.calls:
+            found[f"{missing} calls of {less.collective} are over {more.mode} instead of {less.mode}"] = None
+    return list(found)
 
 
 def as_dict(location: Location) -> dict[str, Any]:
     """Return the command of the smallest layout, and the culprit, as plain data."""
     culprit = None if location.culprit is None else asdict(location.culprit)
-    return {"command": location.attempt.command(), "world_size": location.plan.world_size, "culprit": culprit}
+    return {
+        "command": location.attempt.command(),
+        "world_size": location.plan.world_size,
+        "culprit": culprit,
+        "wrong_groups": location.wrong_groups,
+    }
 
 
 def as_text(location: Location) -> str:
@@ -71,4 +96,5 @@ def _lines(location: Location) -> Iterator[str]:
         yield f"  {culprit.explanation}"
     if culprit.phase in ("forward", "backward", "gradients", "update", "communication"):
         yield f"  collectives called there: {', '.join(culprit.calls) or 'none'}"
+    yield from (f"  in the layout given, {words}: the wrong group" for words in location.wrong_groups)
     yield from (f"  against the formula: {error}" for error in (location.report.traffic or ())[:3])
