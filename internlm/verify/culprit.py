@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from torch import Tensor
@@ -54,7 +54,22 @@ def find_culprit(report: Report, reference: RankRecord, ranks: Sequence[RankReco
         ranks: Detailed record of each rank.
         limit: Relative difference up to which the tensors of a pass count as equal.
     """
-    return next(_culprits(report, reference, ranks, limit), None)
+    found = next(_culprits(report, reference, ranks, limit), None)
+    if found is None or found.explanation:
+        return found
+    return replace(found, explanation=_by_traffic(report))
+
+
+def _by_traffic(report: Report) -> str:
+    """Say which collectives are missing in a step, or called too often, by the formula of its traffic."""
+    differences = {
+        (error.collective, error.mode): error.counted.calls - error.expected.calls for error in report.traffic or ()
+    }
+    return ", ".join(
+        f"{abs(count)} calls of {collective} over {mode} are {'missing' if count < 0 else 'too many'} in the step"
+        for (collective, mode), count in differences.items()
+        if count
+    )
 
 
 def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Iterator[Culprit]:

@@ -47,7 +47,7 @@ def watching(
             handles.append(module.register_forward_pre_hook(partial(watch.entered, name), with_kwargs=True))
         handles.append(module.register_forward_hook(partial(watch.called, name)))
     try:
-        with nullcontext() if details is None else _observing(watch):
+        with nullcontext() if details is None else _observing(watch, model):
             yield list(watch.passes.values())
     finally:
         for handle in handles:
@@ -55,14 +55,23 @@ def watching(
 
 
 @contextmanager
-def _observing(watch: _Watch) -> Iterator[None]:
-    """Report all collectives to ``watch``, those of this package and those of other code."""
+def _observing(watch: _Watch, model: nn.Module) -> Iterator[None]:
+    """Report to ``watch`` what hooks do not see: all collectives, and methods that are called instead of forward."""
     LEDGER.observer = lambda mode, collective, tensor: watch.communicated(mode.value, collective, tensor)
+    entries = [
+        (name, module, method)
+        for name, module in watchable_modules(model)
+        for method in getattr(module, "entry_points", ())
+    ]
+    for name, module, method in entries:
+        setattr(module, method, partial(watch.method_called, name, module, getattr(module, method)))
     try:
         with observing(watch.communicated):
             yield
     finally:
         LEDGER.observer = None
+        for _, module, method in entries:
+            delattr(module, method)  # and so uncover that of its class
 
 
 def watchable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -136,6 +145,12 @@ class _Watch:
             self._module = self._current.callers.get(name)
         if not name:  # the model itself has returned: whatever is called from here on is recomputation
             self._forward = False
+
+    def method_called(self, name: str, module: nn.Module, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.entered(name, module, args, kwargs)
+        output = method(*args, **kwargs)
+        self.called(name, module, args, output)
+        return output
 
     def _note_output(self, site: Site, tensor: Tensor) -> None:
         if self._forward:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ class ParallelHead(ParallelLinear):
     """
 
     communicator: HeadCommunicator = IDENTITY_HEAD
+    #: Methods that are called instead of ``forward``, so that hooks do not see them.
+    entry_points: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(
         self, hidden_size: int, vocab_size: int, init: Init, parallel_output: bool = True, normalises: bool = False
