@@ -45,16 +45,15 @@ class Culprit:
         return f"{self.module}, {self.phase}"
 
 
-def find_culprit(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Culprit | None:
+def find_culprit(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Culprit | None:
     """Return the first tensor that differs and what is wrong with it; None if no tensor differs.
 
     Args:
         report: Comparison of the records.
-        reference: Detailed record of one process.
-        ranks: Detailed record of each rank.
-        limit: Relative difference up to which the tensors of a pass count as equal.
+        reference: Record of one process, with details.
+        ranks: Record of each rank, with details.
     """
-    found = next(_culprits(report, reference, ranks, limit), None)
+    found = next(_culprits(report, reference, ranks), None)
     if found is None or found.explanation:
         return found
     return replace(found, explanation=_by_traffic(report))
@@ -72,22 +71,23 @@ def _by_traffic(report: Report) -> str:
     )
 
 
-def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Iterator[Culprit]:
+def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
     # In the order of a step: what is wrong first makes everything after it wrong.
-    yield from _initial(reference, ranks)
+    limit, step = report.forward.limit, reference.details.step if reference.details else 0
+    yield from _before(reference, ranks, limit)
     walk = Walk(reference, ranks, limit)
     if (missing := walk.never_run()) is not None:
         yield Culprit(module="the schedule", phase="forward", tensor=missing, difference=1.0)
     for backward in (False, True):
         if (found := walk.first(backward)) is not None:
-            yield _of_pass(found, walk, limit)
+            yield _of_pass(found, walk)
     if walk.unresolved and any(not row.passed for row in report.gradients):
-        yield _of_pass(walk.unresolved[0], walk, limit)
+        yield _of_pass(walk.unresolved[0], walk)
     wrong = {row.name.removeprefix(f"{GRADIENT} "): row.difference for row in report.gradients if not row.passed}
     yield from _gradients(wrong, reference, ranks)
-    yield from _metrics(report, report.losses[:1] + report.sums, "the loss", "loss")
+    yield from _metrics(report, report.losses[step : step + 1] + report.sums * (step == 0), "the loss", "loss")
     norm = _explain_norm(report, reference, ranks)
-    yield from _metrics(report, report.norms[:1], "the gradient norm", "norm", norm)
+    yield from _metrics(report, report.norms[step : step + 1], "the gradient norm", "norm", norm)
     # After the norm: the gradients were divided by it, so ranks that disagree on it have other bits.
     names = (each.name for each in report.disagreements if each.name.startswith(GRADIENT))
     yield from _gradients({name.removeprefix(f"{GRADIENT} "): 0.0 for name in names}, reference, ranks)
@@ -96,21 +96,24 @@ def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]
     yield from _communication(report, ranks)
 
 
-def _initial(reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
-    """Yield the first parameter whose initial values differ."""
+def _before(reference: RankRecord, ranks: Sequence[RankRecord], limit: float) -> Iterator[Culprit]:
+    """Yield the first parameter that differs before the recorded step."""
     if reference.details is None or any(record.details is None for record in ranks):
         return
+    step = reference.details.step
     wanted = assemble([reference.details.initial]).tensors
     found = assemble([record.details.initial for record in ranks if record.details])
     wrong = {each.name: str(each) for each in found.disagreements}
     for name in reference.details.order:
         difference = relative_l2(found.tensors[name], wanted[name]) if name in found.tensors else math.inf
         # Initial values are a function of seed and name, whatever the layout: they are equal bit by bit.
-        if difference or name in wrong:
-            explanation = wrong.get(name) or _same_as(found.tensors.get(name), wanted)
-            tensor, module = f"initial values of {name}", module_of(name)
+        if difference > (limit if step else 0) or name in wrong:
             yield Culprit(
-                module=module, phase="initial values", tensor=tensor, difference=difference, explanation=explanation
+                module=module_of(name),
+                phase="update" if step else "initial values",
+                tensor=f"parameter {name} after step {step}" if step else f"initial values of {name}",
+                difference=difference,
+                explanation=wrong.get(name) or _same_as(found.tensors.get(name), wanted),
             )
 
 
@@ -131,7 +134,7 @@ def module_of(parameter: str) -> str:
 
 
 # -- forward and backward ---------------------------------------------------------------------------------------------
-def _of_pass(found: Found, walk: Walk, limit: float) -> Culprit:
+def _of_pass(found: Found, walk: Walk) -> Culprit:
     site, after = found.site, found.after
     return Culprit(
         module=_module(found),
@@ -139,7 +142,7 @@ def _of_pass(found: Found, walk: Walk, limit: float) -> Culprit:
         tensor=f"{site} of {site.module or THE_MODEL}" + found.where,
         difference=found.difference,
         after=f"{after} of {after.module or THE_MODEL}" if after else "",
-        explanation=explain_found(found, walk, limit),
+        explanation=explain_found(found, walk),
         calls=[_in_words(call) for call in found.calls],
     )
 
@@ -213,7 +216,7 @@ def _metrics(report: Report, rows: Sequence[Row], module: str, phase: str, expla
 
 def _explain_norm(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]) -> str:
     """Say which gradients explain the difference between the squares of the norms."""
-    row = report.norms[0]
+    row = report.norms[reference.details.step if reference.details else 0]
     if row.passed or not row.value or not row.reference:
         return ""
     gradients = assemble([reference.gradients]).tensors
@@ -270,7 +273,7 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
                 stale.append(rank)
     if stale:
         listed = ", ".join(map(str, dict.fromkeys(stale)))
-        return f"rank {listed} still has the initial values: an all-gather is missing"
+        return f"rank {listed} still has the values from before the update: an all-gather is missing"
     found = assemble([record.parameters for record in ranks])
     factor = factor_of(found.tensors[name] - before, after - before, 1e-6)
     if factor is not None and abs(factor - 1) > 1e-6:

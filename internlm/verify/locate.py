@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from typing import Any
 
-from internlm.verify.compare import LIMITS, Report, TrafficError
+from internlm.verify.compare import Report, TrafficError
 from internlm.verify.configs import Plan
 from internlm.verify.culprit import Culprit, find_culprit
 from internlm.verify.report import heading
@@ -25,8 +25,6 @@ class Location:
     report: Report
     culprit: Culprit | None
     """First tensor that differs; None: nothing differed while the tensors were recorded."""
-    wrong_groups: list[str]
-    """Collectives that the layout as it was given calls over one mode instead of another."""
 
 
 def locate(session: Session, attempt: Attempt, given: Report) -> Location:
@@ -43,11 +41,14 @@ def locate(session: Session, attempt: Attempt, given: Report) -> Location:
     """
     found = smallest(attempt, lambda plan: not session.compare(plan).passed)
     plan = found.plan()
-    report, alone, ranks = session.compare_records(plan, detailed=True)
-    culprit = find_culprit(report, alone, ranks, LIMITS[str(plan.config.model.dtype)].modules)
-    return Location(
-        attempt=found, plan=plan, report=report, culprit=culprit, wrong_groups=wrong_groups(given.traffic or ())
-    )
+    # The last step: with one step less, nothing differs.
+    report, alone, ranks = session.compare_records(plan, details_of=plan.steps - 1)
+    culprit = find_culprit(report, alone, ranks)
+    groups = wrong_groups(given.traffic or ())
+    if culprit is not None and groups:
+        said = f"{culprit.explanation}; " * bool(culprit.explanation)
+        culprit = replace(culprit, explanation=f"{said}in the layout given, {', '.join(groups)}: the wrong group")
+    return Location(attempt=found, plan=plan, report=report, culprit=culprit)
 
 
 def wrong_groups(errors: Sequence[TrafficError]) -> list[str]:
@@ -67,12 +68,7 @@ def wrong_groups(errors: Sequence[TrafficError]) -> list[str]:
 def as_dict(location: Location) -> dict[str, Any]:
     """Return the command of the smallest layout, and the culprit, as plain data."""
     culprit = None if location.culprit is None else asdict(location.culprit)
-    return {
-        "command": location.attempt.command(),
-        "world_size": location.plan.world_size,
-        "culprit": culprit,
-        "wrong_groups": location.wrong_groups,
-    }
+    return {"command": location.attempt.command(), "world_size": location.plan.world_size, "culprit": culprit}
 
 
 def as_text(location: Location) -> str:
@@ -96,5 +92,4 @@ def _lines(location: Location) -> Iterator[str]:
         yield f"  {culprit.explanation}"
     if culprit.phase in ("forward", "backward", "gradients", "update", "communication"):
         yield f"  collectives called there: {', '.join(culprit.calls) or 'none'}"
-    yield from (f"  in the layout given, {words}: the wrong group" for words in location.wrong_groups)
     yield from (f"  against the formula: {error}" for error in (location.report.traffic or ())[:3])

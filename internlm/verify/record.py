@@ -91,8 +91,10 @@ class Pass:
 class Details:
     """What the search for a culprit needs beyond the record of a comparison."""
 
+    step: int = 0
+    """Index of the step that is recorded."""
     initial: ShardsByName = field(default_factory=dict)
-    """Parameters before the first step."""
+    """Parameters before the recorded step."""
     accumulated: list[dict[str, Tensor]] = field(default_factory=list)
     """Gradients that this rank has accumulated when each micro-batch begins, by logical name: only whole tensors, so
     of one process."""
@@ -119,15 +121,15 @@ class RankRecord:
     coordinates: RankCoordinates
     losses: list[float]
     sums: list[list[float]]
-    """Sums over the first step's global batch, [3, types]: summed loss, correct predictions and valid tokens."""
+    """Sums over the batch of the recorded step, [3, types]: summed loss, correct predictions and valid tokens."""
     norms: list[float]
     """Global gradient norms, before clipping."""
     gradients: ShardsByName
-    """Gradients after the backward pass of the first step: reduced over the ranks, not clipped."""
+    """Gradients after the backward pass of the recorded step: reduced over the ranks, not clipped."""
     parameters: ShardsByName
     """Parameters after the last step."""
     passes: list[Pass]
-    """Tensors of each recorded micro-batch of the first step."""
+    """Tensors of each recorded micro-batch of the recorded step."""
     traffic: list[Traffic]
     """Traffic of each step."""
     tokens: list[list[int]]

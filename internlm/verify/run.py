@@ -46,7 +46,7 @@ def run_rank(
     seed: int,
     steps: int,
     parts: int = 1,
-    detailed: bool = False,
+    details_of: int | None = None,
 ) -> RankRecord:
     """Train ``steps`` steps of ``config`` on this rank, without saving, logging or validating anything.
 
@@ -59,7 +59,8 @@ def run_rank(
         parts: Number of equal parts into which the micro-batches of the first step are split; module outputs are
             recorded in the first micro-batch of each part. For the one-process reference, pass the number of
             data-parallel ranks, so that each part contains the micro-batches of one of these ranks.
-        detailed: Whether to record every micro-batch of the first step, with all that the search for a culprit needs.
+        details_of: Index of a step to record instead of the first, in every micro-batch and with all that the search
+            for a culprit needs; None: none.
     """
     initialize_distributed_env(config if isinstance(config, Config) else dict(config), seed=seed)
     model, communicator = initialize_model_and_parallel_communicator(create_model(deferred=True))
@@ -68,20 +69,24 @@ def run_rank(
     trainer = initialize_trainer(model, optimizer, lr_schedule, beta2_schedule, types=len(types))
     trainer.train()
     meter = _Meter(trainer, loader)
-    micro_num = loader.plan.micro_batches(0)
-    details = _details(model) if detailed else None
-    watched, calls = range(0, micro_num, 1 if detailed else micro_num // parts), _forward_calls(trainer, micro_num)
+    recorded = details_of or 0
+    reports = [meter.step() for _ in range(recorded)]
+    if reports:
+        meter.finish()  # the parameters are read now
+    details = None if details_of is None else _details(model, details_of)
+    micro_num = loader.plan.micro_batches(recorded)
+    watched, calls = range(0, micro_num, 1 if details else micro_num // parts), _forward_calls(trainer, micro_num)
     before_pass = partial(_add_accumulated, model, details) if details and world_size == 1 else lambda: None
     with watching(model, watched, calls, details, before_pass) as passes:
-        reports = [meter.step()]
-    # Before the second step, which overwrites the buffers.
-    gradients = _gradients(optimizer, _clipped_by(reports[0], optimizer.config.clip_grad_norm))
-    reports += [meter.step() for _ in range(steps - 1)]
+        reports.append(meter.step())
+    # Before the next step, which overwrites the buffers.
+    gradients = _gradients(optimizer, _clipped_by(reports[-1], optimizer.config.clip_grad_norm))
+    reports += [meter.step() for _ in range(steps - len(reports))]
     meter.finish()
     return RankRecord(
         coordinates=RankCoordinates(*map(gpc.get_local_rank, COORDINATES)),
         losses=[report.result.loss for report in reports],
-        sums=reports[0].result.sums[:WEIGHTED].tolist(),  # the losses are compared themselves
+        sums=reports[recorded].result.sums[:WEIGHTED].tolist(),  # the losses are compared themselves
         norms=[report.update.grad_norm for report in reports],
         gradients=gradients,
         parameters=_parameters(model),
@@ -94,8 +99,8 @@ def run_rank(
     )
 
 
-def _details(model: nn.Module) -> Details:
-    return Details(initial=_parameters(model), order=[name for name, _, _ in placed_parameters(model)])
+def _details(model: nn.Module, step: int) -> Details:
+    return Details(step=step, initial=_parameters(model), order=[name for name, _, _ in placed_parameters(model)])
 
 
 def _add_accumulated(model: nn.Module, details: Details) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from internlm.accelerator import CPU
-from internlm.verify.compare import Report, compare
+from internlm.verify.compare import LIMITS, Report, compare
 from internlm.verify.configs import Plan
 from internlm.verify.processes import RankError, RankProcesses
 from internlm.verify.record import RankRecord
@@ -48,16 +48,22 @@ class Session:
         """
         return self.compare_records(plan)[0]
 
-    def compare_records(self, plan: Plan, detailed: bool = False) -> tuple[Report, RankRecord, list[RankRecord]]:
-        """Do the same, and return the records too: that of one process, and those of the ranks."""
+    def compare_records(self, plan: Plan, details_of: int | None = None) -> tuple[Report, RankRecord, list[RankRecord]]:
+        """Do the same, and return the records too: that of one process, and those of the ranks.
+
+        Args:
+            plan: Plan to run.
+            details_of: Index of a step to record in detail; None: none.
+        """
         # Many smaller layouts have the same model and the same global batch.
-        key = plan.reference.model_dump_json(), plan.seed, plan.steps, plan.data_size, detailed
+        key = plan.reference.model_dump_json(), plan.seed, plan.steps, plan.data_size, details_of
         if key not in self._references:
-            reference = plan.reference, plan.seed, plan.steps, plan.data_size, detailed
+            reference = plan.reference, plan.seed, plan.steps, plan.data_size, details_of
             self._references[key] = self._run(1, reference)[0]
-        ranks = self._run(plan.world_size, (plan.config, plan.seed, plan.steps, 1, detailed))
+        ranks = self._run(plan.world_size, (plan.config, plan.seed, plan.steps, 1, details_of))
         alone = self._references[key]
-        return compare(plan.config, alone, ranks), alone, ranks
+        limits = LIMITS[str(plan.config.model.dtype)]
+        return compare(plan.config, alone, ranks, limits.of_later_steps if details_of else limits), alone, ranks
 
     def _run(self, world_size: int, args: tuple[Any, ...]) -> list[RankRecord]:
         if world_size not in self._worlds:

@@ -102,8 +102,8 @@ def _smaller(attempt: Attempt) -> Iterator[Attempt]:
     if not attempt.shrink:
         yield replace(attempt, shrink=True)
     plan = attempt.plan()
-    if attempt.steps > 1:
-        yield replace(attempt, steps=1)
+    for steps in (steps for steps in (1, 2) if steps < attempt.steps):
+        yield replace(attempt, steps=steps)
     for data_size in (size for size in (1, 2) if size < plan.data_size):
         yield _changed(attempt, plan, {}, data_size)
     for changes in _lowered(plan.config):

@@ -73,7 +73,7 @@ class _Last(NamedTuple):
 
 
 class Walk:
-    """Walk along the passes of the first step of several ranks, beside those of one process.
+    """Walk along the passes of one step of several ranks, beside those of one process.
 
     Args:
         reference: Detailed record of one process: the micro-batches of the first data rank, then of the second, ...
@@ -177,12 +177,12 @@ def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:
     return [call for call in its_pass.calls if call.module == site.module and call.in_backward == backward]
 
 
-def explain_found(found: Found, walk: Walk, limit: float) -> str:
+def explain_found(found: Found, walk: Walk) -> str:
     """Return in words how a tensor differs; empty if no simple relation holds."""
-    return _by_calls(found, walk, limit) or explain(found.shards, found.reference, walk.same_place(found), limit)
+    return _by_calls(found, walk) or explain(found.shards, found.reference, walk.same_place(found), walk.limit)
 
 
-def _by_calls(found: Found, walk: Walk, limit: float) -> str:
+def _by_calls(found: Found, walk: Walk) -> str:
     """Explain a difference by what the collectives of the module were given."""
     group = next(g for g in walk.groups[found.data_rank] if found.site in g[0].passes[found.micro_batch].tensors)
     backward = found.site.is_gradient
@@ -198,9 +198,9 @@ def _by_calls(found: Found, walk: Walk, limit: float) -> str:
         if any(tensor.shape != wanted.shape for tensor in flat):
             continue
         # A sum of what is complete is the mistake, even if a later division hid it from the values of one process.
-        complete = all(is_close(tensor, wanted, limit * 100) for tensor in flat)
+        complete = all(is_close(tensor, wanted, walk.limit * 100) for tensor in flat)
         if complete and len(group) > 1:
             return f"the {collective} over {mode} is given what is already complete: it is doubled"
-        if len(group) > 1 and is_close(torch.stack(flat).sum(0), wanted, limit * 100) and mode != "tensor":
+        if len(group) > 1 and is_close(torch.stack(flat).sum(0), wanted, walk.limit * 100) and mode != "tensor":
             return f"the {collective} is over {mode}, but the parts of the sum are on the ranks of tensor"
     return ""

@@ -26,7 +26,7 @@ from internlm.core.scheduler.micro_batches import MicroBatches
 from internlm.core.scheduler.schedulers import Scheduler
 from internlm.solver.optimizer import ProcessGroups
 from internlm.solver.optimizer.flat_buffers import FlatParamGroup
-from internlm.verify.compare import LIMITS, Report, compare
+from internlm.verify.compare import Report, compare
 from internlm.verify.configs import make_plan
 from internlm.verify.culprit import Culprit, find_culprit
 from internlm.verify.record import RankRecord
@@ -42,10 +42,10 @@ OTHER_MODULES = 4  # embedding, norm, the head, the model
 def located(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> tuple[Report, Culprit | None]:
     """What the oracle says of :data:`TINY` with overrides, a fault planted in the ranks."""
     plan = make_plan(TINY, ("data.micro_num=2", *overrides), world_size, steps=2, dtype=dtype)
-    (alone,) = run_ranks(1, _run, "", plan.reference, plan.seed, plan.steps, plan.data_size, True)
-    ranks = run_ranks(world_size, _run, fault, plan.config, plan.seed, plan.steps, 1, True)
+    (alone,) = run_ranks(1, _run, "", plan.reference, plan.seed, plan.steps, plan.data_size, 0)
+    ranks = run_ranks(world_size, _run, fault, plan.config, plan.seed, plan.steps, 1, 0)
     report = compare(plan.config, alone, ranks)
-    return report, find_culprit(report, alone, ranks, LIMITS[str(plan.config.model.dtype)].modules)
+    return report, find_culprit(report, alone, ranks)
 
 
 def verify(world_size: int, *overrides: str, fault: str = "", dtype: str = "float64") -> Report:
