@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from internlm.verify.record import Call, Pass, RankRecord, Site, by_sample
-from internlm.verify.relations import Relation, explain, is_close, relate
-from internlm.verify.tensors import join_shards, relative_l2
+from internlm.verify.relations import Relation, explain, factor_of, is_close, relate
+from internlm.verify.tensors import assemble, join_shards, relative_l2
 
 #: Tensors smaller than this, relative to the largest of their pass, are compared as if they were as large: they are
 #: rounding of sums that cancel.
@@ -179,7 +179,28 @@ def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:
 
 def explain_found(found: Found, walk: Walk) -> str:
     """Return in words how a tensor differs; empty if no simple relation holds."""
-    return _by_calls(found, walk) or explain(found.shards, found.reference, walk.same_place(found), walk.limit)
+    return (
+        _by_calls(found, walk)
+        or _by_bias(found, walk)
+        or explain(found.shards, found.reference, walk.same_place(found), walk.limit)
+    )
+
+
+def _by_bias(found: Found, walk: Walk) -> str:
+    """Say how often a bias of the module is added, if that is all that differs."""
+    details, wholes = walk.reference.details, join_shards(found.shards, found.reference.shape)
+    if details is None or found.site.is_gradient or not wholes:
+        return ""
+    for name in details.order:
+        if name.rpartition(".")[0] != found.site.module:
+            continue
+        bias = assemble([{name: details.initial[name]}]).tensors[name].double()
+        if bias.dim() == 1 and bias.shape[-1:] == found.reference.shape[-1:]:
+            excess = wholes[0].double() - found.reference.double()
+            factor = factor_of(excess, bias.expand_as(excess), walk.limit * 1e4)
+            if factor is not None:
+                return f"{name} is added {1 + factor:.6g} times"
+    return ""
 
 
 def _by_calls(found: Found, walk: Walk) -> str:
