@@ -34,7 +34,9 @@ from internlm.costs.block_activations import (
     block_for_weights,
     mask,
     norm_input,
+    saves_input,
 )
+from internlm.costs.flops import attention_has_grad
 from internlm.costs.stages import table_of
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import keeps_dlogits
@@ -123,7 +125,7 @@ def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int
     _, on_device = _offloaded_and_not(s, chunk)
     saved = {
         TOKEN_IDS: first * token_ids(s),
-        MASK: first * mask(s),
+        MASK: first * s.trains_base * mask(s),
         ROTARY: rotary(s, s.stage_layers.chunks[chunk]),
         **_layers(s, on_device),
         NORM: last * norm(s),
@@ -137,7 +139,7 @@ def _saved_by_chunk(s: Symbols, chunk: int, tokens: int | None) -> dict[str, int
 def _offloaded_by_chunk(s: Symbols, chunk: int) -> dict[str, int]:
     offloaded, _ = _offloaded_and_not(s, chunk)
     on_device = _received_input(s, chunk)
-    return {name: size - on_device.get(name, 0) for name, size in _layers(s, offloaded).items()}
+    return {name: max(size - on_device.get(name, 0), 0) for name, size in _layers(s, offloaded).items()}
 
 
 def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
@@ -147,15 +149,17 @@ def _offloaded_and_not(s: Symbols, chunk: int) -> tuple[range, range]:
 
 
 def _received_input(s: Symbols, chunk: int) -> dict[str, int]:
-    """Return the bytes, by tensor, of the received hidden states that a chunk keeps on the device despite offloading.
+    """Return the bytes, by tensor, of the received hidden states that a chunk keeps, but none of its layers saves.
 
-    They are the input of the chunk's first layer, and take S·H·x. The result is empty if that layer is not offloaded,
-    or is the first layer of the model.
+    They are the input of the chunk's first layer, and take S·H·x. The result is empty if that layer saves them on the
+    device, or is the first layer of the model.
     """
     offloaded, _ = _offloaded_and_not(s, chunk)
+    recomputes = s.config.model.recomputes(s.stage_layers.chunks[chunk][0])
     # The scheduler keeps the received tensor, because its gradient is sent back: offloading a copy would free nothing.
-    name = RECOMPUTED if offloaded and s.config.model.recomputes(offloaded[0]) else RESIDUAL
-    return {name: s.S * s.H * s.x} if offloaded and not s.stage_layers.is_first(chunk) else {}
+    if s.stage_layers.is_first(chunk) or (not offloaded and (recomputes or saves_input(s))):
+        return {}
+    return {RECOMPUTED if recomputes else RESIDUAL: s.S * s.H * s.x}
 
 
 def _layers(s: Symbols, layers: range) -> dict[str, int]:
@@ -182,8 +186,10 @@ def token_ids(s: Symbols) -> int:
     """Return the bytes that the embedding lookup saves: token ids, 8·T (isp: 8·T/t), and possibly a mask, T.
 
     Only an embedding that is split by vocabulary entries has the mask, which marks the tokens whose entries other ranks
-    hold.
+    hold. A frozen embedding saves nothing.
     """
+    if not s.trains_base:
+        return 0
     if s.mode == "isp":
         return 8 * s.S
     by_entries = s.config.model.tie_word_embeddings or not s.config.model.embed_split_hidden
@@ -197,7 +203,8 @@ def rotary(s: Symbols, layers: Iterable[int]) -> int:
     layers with a sliding window, and one for the other layers.
     """
     model = s.config.model
-    bases = {model.window(layer) is not None and model.local_rope_base is not None for layer in layers}
+    used = [layer for layer in layers if attention_has_grad(model, layer)]
+    bases = {model.window(layer) is not None and model.local_rope_base is not None for layer in used}
     return len(bases) * s.T * s.D * s.e
 
 
@@ -212,7 +219,8 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
     They save the gradients of the head, which are computed together with the loss, but neither its input nor the
     logits. The gradient of the input takes K·H·e, plus 8·K for token positions if some labels are ignored. The gradient
     of the weight takes ⌈V/t⌉·H·g, under isp V·H·g. An accelerator saves the input and the gradient of the logits
-    instead, K·(H + ⌈V/t⌉)·e, if they take no more memory (:func:`internlm.ops.cross_entropy.keeps_dlogits`).
+    instead, K·(H + ⌈V/t⌉)·e, if they take no more memory (:func:`internlm.ops.cross_entropy.keeps_dlogits`). A frozen
+    head has no gradient of the weight.
     """
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     kept = labels if tokens is None else tokens
@@ -221,7 +229,7 @@ def loss(s: Symbols, tokens: int | None) -> dict[str, int]:
     keeps = saves_logits_gradient(s, tokens)
     return {
         LOSS_INPUT: kept * s.H * s.e + positions,
-        LOSS_WEIGHT: (not keeps) * rows * s.H * s.g,
+        LOSS_WEIGHT: (s.trains_base and not keeps) * rows * s.H * s.g,
         LOSS_LOGITS: keeps * kept * (s.H + rows) * s.e,
     }
 
@@ -230,7 +238,7 @@ def saves_logits_gradient(s: Symbols, tokens: int | None) -> bool:
     """Return whether the loss saves its input and the gradient of the logits; see :func:`loss`."""
     rows, labels = (s.V, s.S) if s.mode == "isp" else (rows_per_rank(s.V, s.t), s.T)
     dtype = torch_dtype(str(s.config.model.dtype))
-    return keeps_dlogits(s.on_host, dtype, labels if tokens is None else tokens, rows, s.H)
+    return s.trains_base and keeps_dlogits(s.on_host, dtype, labels if tokens is None else tokens, rows, s.H)
 
 
 # -- activations in flight

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
+from internlm.costs.flops import BlockLinear, attention_has_grad, linears_of_layer
 from internlm.costs.symbols import Symbols
 from internlm.ops.attention import groups_heads
 from internlm.utils.dtype import torch_dtype
@@ -18,6 +22,7 @@ HEADS = "block: attention output"
 KERNEL = "block: sums and output of the attention kernel"
 GATE_UP = "block: gate and up"
 MASKS = "block: masks of dropout"
+ADAPTERS = "block: inputs of the second factors of adapters"
 
 NORMALISED = "block: normalised inputs"
 SWIGLU = "block: input of w2"
@@ -41,15 +46,35 @@ def block(s: Symbols, layer: int) -> dict[str, int]:
     attention kernel         see :func:`kernel`; nothing if attention is recomputed
     gate and up              2·T·F·e/t in every mode
     masks, if kept           2·T·H        2·T·H/t      2·T·H/t      2·T·H/t
+    adapters                 see :func:`adapters`
     =======================  ===========  ===========  ===========  =========================
 
-    msp gathers nothing if t is 1. Under isp with fewer kv heads than t, several ranks hold each kv head.
+    msp gathers nothing if t is 1; without a norm before wqkv and w13, it saves only what it gathers. Under isp with
+    fewer kv heads than t, several ranks hold each kv head. Beside adapters, the first layer of the model saves nothing
+    before the first of them, and msp keeps gathered inputs of adapters only, which :func:`adapters` counts.
     """
+    whole = _whole_block(s, layer)
+    wqkv, wo, w13, w2 = linears_of_layer(s.config.model, layer)
+    # The input of a linear is saved if its own gradient is needed, or that of a weight.
+    saves = {linear.target: linear.needs_input_grad or bool(linear.adapter) for linear in (wqkv, wo, w13, w2)}
+    if not attention_has_grad(s.config.model, layer):
+        whole |= dict.fromkeys((QK_NORM, QKV, KERNEL), 0)
+        whole[HEADS] *= saves["wo"]
+    branches = (wo.needs_input_grad or bool(wo.adapter)) + 1  # whose output has a gradient
+    for name in (NORMS, MASKS):
+        whole[name] = whole[name] * branches // 2
+    whole[RESIDUAL] = whole[RESIDUAL] * (saves["wqkv"] + saves["w13"]) // 2
+    whole[GATE_UP] *= saves["w2"]
+    return whole
+
+
+def _whole_block(s: Symbols, layer: int) -> dict[str, int]:
+    """Return what :func:`block` does for a layer in which all inputs have a gradient."""
     heads = s.G * s.Q
     return {
         # Inputs of the two norms, which the following linears recompute; additions to the residual stream save nothing.
-        # Without norms there, the inputs of the linears.
-        RESIDUAL: 2 * s.S * s.H * s.x,
+        # Without norms there, the inputs of the linears, unless gathered inputs are kept.
+        RESIDUAL: 2 * s.S * s.H * s.x * saves_input(s),
         GATHERED: gathered(s),
         NORMS: norms(s),
         QK_NORM: qk_norm(s),
@@ -60,7 +85,24 @@ def block(s: Symbols, layer: int) -> dict[str, int]:
         # The output of SwiGLU is not saved: w2 recomputes it from these.
         GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
         MASKS: 2 * mask(s),
+        ADAPTERS: sum(adapters(s, linear) for linear in linears_of_layer(s.config.model, layer)),
     }
+
+
+def saves_input(s: Symbols) -> bool:
+    """Return whether wqkv and w13 save the input of a rank, and not only the gathered input, which msp keeps."""
+    return s.spec.normalises_input or s.config.model.residual_in_fp32 or not gathered(s)
+
+
+def adapters(s: Symbols, linear: BlockLinear) -> int:
+    """Return the bytes that the adapter of a linear saves: the input of its second factor, S·r·e; 0 without one.
+
+    The input of the first factor is that of the linear. msp saves the gathered input of a column, T·r·e, instead.
+    """
+    if not linear.adapter:
+        return 0
+    _, up = linear.adapter
+    return (s.T if s.mode == "msp" and up.role == "column" else s.S) * up.inputs * s.e
 
 
 def block_for_weights(s: Symbols) -> dict[str, int]:
@@ -80,9 +122,13 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
     output gradients of wo and w2    2·T·H·e      2·T·H·e      2·T·H·e      2·T·H·e/t
     ===============================  ===========  ===========  ===========  ===========
 
-    msp gathers nothing if t is 1. Recomputed blocks keep the same bytes.
+    msp gathers nothing if t is 1. Recomputed blocks keep the same bytes. Frozen weights have no gradients, but those of
+    adapters: see :func:`adapters_for_weights`.
     """
     tokens = s.S if s.mode == "isp" else s.T  # msp and fsp keep gathered output gradients
+    if not s.trains_base:
+        # The linears of all layers have the same adapters.
+        return _total(adapters_for_weights(s, linear, tokens) for linear in linears_of_layer(s.config.model, 0))
     return {
         # W computes products only: it recomputes no norm, no SwiGLU and no gather.
         NORMALISED: 0 if gathered(s) else 2 * s.S * s.H * s.e,
@@ -93,6 +139,32 @@ def block_for_weights(s: Symbols) -> dict[str, int]:
         GRAD_GATE_UP: 2 * s.T * s.F * s.e // s.t.size,
         GRAD_RESIDUAL: 2 * tokens * s.H * s.e,
     }
+
+
+def adapters_for_weights(s: Symbols, linear: BlockLinear, tokens: int) -> dict[str, int]:
+    """Return the bytes, by tensor, that the adapter of a linear keeps for its deferred weight gradients.
+
+    They are the inputs and the output gradients of its two factors. The output gradient of the second is that of the
+    linear, multiplied by a factor. ``tokens`` are those of an output gradient of a row.
+    """
+    if not linear.adapter:
+        return {}
+    down, _ = linear.adapter
+    is_row = linear.shape.role == "row"
+    # The first factor of a row is a row itself, whose output gradient msp and fsp gather.
+    kept = {ADAPTERS: (tokens if is_row else s.S) * down.outputs * s.e + adapters(s, linear)}
+    if is_row:
+        name = HEADS if linear.target == "wo" else SWIGLU
+        return {**kept, name: s.T * linear.shape.inputs * s.e // s.t.size, GRAD_RESIDUAL: s.S * s.H * s.e}
+    name = GRAD_QKV if linear.target == "wqkv" else GRAD_GATE_UP
+    return {**kept, NORMALISED: s.S * s.H * s.e, name: s.T * linear.shape.outputs * s.e // s.t.size}
+
+
+def _total(tables: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = Counter[str]()
+    for table in tables:
+        total.update(table)
+    return dict(total)
 
 
 def norms(s: Symbols) -> int:
@@ -181,8 +253,12 @@ def pieces(window: int | None, length: int) -> list[tuple[int, int]]:
 
 
 def gathered(s: Symbols) -> int:
-    """Return the bytes of the two gathered inputs that msp keeps per block, 2·T·H·e; other modes keep none."""
-    return 2 * s.T * s.H * s.e if s.mode == "msp" and s.t.size > 1 else 0
+    """Return the bytes of the two gathered inputs that msp keeps per block, 2·T·H·e; other modes keep none.
+
+    Those of frozen weights are not kept.
+    """
+    keeps = s.mode == "msp" and s.t.size > 1 and s.trains_base
+    return 2 * s.T * s.H * s.e if keeps else 0
 
 
 def mask(s: Symbols) -> int:

@@ -6,8 +6,9 @@ an action, beside what its rank saved before:
 ==========================  ==========================================================================================
 F of the last chunk         what it saves, and the logits of a chunk of the loss: C·⌈V/t⌉·(g + e), under isp
                             C·V·(g + e); C·⌈V/t⌉·g in float32, as nothing is converted, and where the loss saves the
-                            gradient of the logits, which then has its memory already; a normalised head,
-                            ⌈V/t⌉·H·e, under isp V·H·e
+                            gradient of the logits, which then has its memory already; else the input of the loss,
+                            T·H·e (isp: S·H·e), under msp and fsp S·H·e more; a normalised head, ⌈V/t⌉·H·e, under isp
+                            V·H·e
 B, at the loss              the gradient of a normalised head, of the same size; afterwards also twice the rows of it
                             that the rank holds, in g bytes an element
 B, at each layer            its gradients: 4·T·F·e/t + S·H·x, S·H·e more with a norm of outputs or if x ≠ e, T·H·e more
@@ -18,6 +19,9 @@ B, at each layer            its gradients: 4·T·F·e/t + S·H·x, S·H·e more 
                             and H·F·g, wait for their reduction
 B of the first chunk        at its end, the gradient of the embedding, ⌈V/t⌉·H·e, and of its output
 ==========================  ==========================================================================================
+
+Beside adapters, embedding, head and w2 have no gradients. If w2 has an adapter, 6·T·F·e/t takes the place of
+4·T·F·e/t: both compute a gradient of the input, one after the other.
 
 Buffers of NCCL take :data:`NCCL_BYTES` for each communicator of more than one rank, an estimate. C is the number of
 tokens of a chunk of the loss. Other symbols: :mod:`internlm.costs.symbols`.
@@ -97,7 +101,9 @@ def gradients_of_block(s: Symbols, layer: int) -> int:
     gathered = s.T * s.H * s.e if s.mode in ("msp", "fsp") and s.t.size > 1 else 0  # the gradient of w2's output
     # That of the output of w2, where it is not that of the block.
     branch = s.S * s.H * s.e if s.spec.normalises_output or s.x != s.e else 0
-    gradients = 4 * s.T * s.F * s.e // s.t.size + s.S * s.H * s.x + branch + gathered
+    lora = s.config.model.lora
+    twice = lora is not None and "w2" in lora.targets
+    gradients = (6 if twice else 4) * s.T * s.F * s.e // s.t.size + s.S * s.H * s.x + branch + gathered
     masks = 5 * s.S * s.H if s.config.model.drop_rate else 0  # random numbers of 16 bits as int64, and the mask
     return max(gradients, masks) + saved
 
@@ -114,10 +120,10 @@ def transients(
     peaks = list(kept)
     for action, before, after in zip(table.actions[stage], [0, *kept], kept, strict=False):
         if action.type == FORWARD and s.stage_layers.is_last(action.chunk):
-            peaks.append(after + logits_of_chunk(s, tokens) + _normalised_head(s))
+            peaks.append(after + logits_of_chunk(s, tokens) + _normalised_head(s) + _loss_input(s, tokens))
         elif action.type == BACKWARD:
             peaks.append(before + _backward_peak(s, action.chunk, tokens, table.defers_weight(stage, action)))
-            if s.stage_layers.is_first(action.chunk):
+            if s.stage_layers.is_first(action.chunk) and s.trains_base:
                 peaks.append(after + _vocab_gradient(s) + s.S * s.H * s.x)
     return max(peaks) - max(kept)
 
@@ -125,14 +131,15 @@ def transients(
 def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> int:
     """Return the peak bytes in the backward pass of a chunk, beside those that are saved before it."""
     layers, offloaded = s.stage_layers.chunks[chunk], s.config.model.cpu_offloading
-    held, peaks, unreduced = 0, [0], s.shares_parameters * s.H * s.g
+    held, peaks, unreduced = 0, [0], s.trains_base * s.shares_parameters * s.H * s.g
     if s.stage_layers.is_last(chunk):
         # fully_shard reduces the gradient of the head, which is in the root, at the end of the backward pass.
         held += unreduced * rows_per_rank(s.V, s.split)
-        peaks += [held, _normalised_head(s)]
+        peaks += [held, s.trains_base * _normalised_head(s)]
         held -= sum(loss(s, tokens).values()) + norm(s)
-        peaks.append(held + (s.w.size > 1) * _vocab_gradient(s))  # else added to the main gradient at once
-        if normalised := _normalised_head(s):
+        # Else it is added to the main gradient at once.
+        peaks.append(held + (s.trains_base and s.w.size > 1) * _vocab_gradient(s))
+        if normalised := s.trains_base * _normalised_head(s):
             peaks.append(held + normalised + 2 * rows_per_rank(s.V, s.split) * s.H * s.g)
     kept = defers * sum(block_for_weights(s).values())
     for position, layer in reversed(list(enumerate(layers))):
@@ -141,6 +148,12 @@ def _backward_peak(s: Symbols, chunk: int, tokens: int | None, defers: bool) -> 
         peaks.append(held + fetched + gradients_of_block(s, layer) + unreduced * s.F // s.t.size)  # of w2
         held += kept - (position >= offloaded) * saved_by_layer(s, layer)
     return max(peaks)
+
+
+def _loss_input(s: Symbols, tokens: int | None) -> int:
+    """Return the bytes of the output of the final norm, and of its gathered copy; 0 if the loss saves its input."""
+    gathered = s.T if s.S < s.T and s.mode != "isp" else 0
+    return 0 if saves_logits_gradient(s, tokens) else (s.S + gathered) * s.H * s.e
 
 
 def _normalised_head(s: Symbols) -> int:
@@ -179,5 +192,5 @@ def communicators(config: Config, world_size: int, stage: int) -> int:
     own_of_weights = len(groups[ParallelMode.WEIGHT]) > 1 and groups[ParallelMode.WEIGHT] == groups[ParallelMode.TENSOR]
     has_ring = config.parallel.pipeline.mode == "1F1B" and config.model.num_chunks > 1 and stages > 2
     neighbours = 2 if has_ring else (stage > 0) + (stage < stages - 1)
-    ends = config.model.tie_word_embeddings and stages > 1 and stage in (0, stages - 1)
+    ends = config.model.tie_word_embeddings and config.model.lora is None and stages > 1 and stage in (0, stages - 1)
     return len({ranks for ranks in groups.values() if len(ranks) > 1}) + own_of_weights + 2 * neighbours + ends

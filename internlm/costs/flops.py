@@ -7,10 +7,14 @@ balance of pipeline stages derive from it. Symbols: :mod:`internlm.costs.symbols
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from internlm.config.schema import ModelConfig
+from internlm.config.schema.model import LoraTarget
 from internlm.core.parallel.sharding import Role
+
+#: Linears of a block that may have adapters, in forward order.
+TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 
 class LinearShape(NamedTuple):
@@ -19,6 +23,67 @@ class LinearShape(NamedTuple):
     role: Role
     inputs: int
     outputs: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the weight."""
+        return self.inputs * self.outputs
+
+
+class BlockLinear(NamedTuple):
+    """Linear of a block: its weight, its adapter if it has one, and which gradients the backward pass computes."""
+
+    target: LoraTarget
+    shape: LinearShape
+    adapter: tuple[LinearShape, ...]
+    """Factors A, [r, I], and B, [O, r], of its adapter (Hu et al. 2021, arXiv 2106.09685); empty without one."""
+    is_trained: bool
+    """Whether the gradient of its weight is computed; False for all weights beside adapters."""
+    needs_input_grad: bool
+    """Whether the gradient of its input is computed; False up to the first adapter of the model."""
+
+    @property
+    def weights(self) -> int:
+        """Number of elements of the weight and the adapter."""
+        return self.shape.numel + sum(factor.numel for factor in self.adapter)
+
+    @property
+    def products(self) -> list[tuple[LinearShape, int]]:
+        """Each weight with its number of matmuls: the output, the gradient of the input, and that of the weight."""
+        found = [(self.shape, 1 + self.needs_input_grad + self.is_trained)]
+        if self.adapter:
+            down, up = self.adapter
+            found += [(down, 2 + self.needs_input_grad), (up, 3)]
+        return found
+
+
+def linears_of_layer(model: ModelConfig, layer: int) -> list[BlockLinear]:
+    """Return the linears of the block of index ``layer``, in forward order."""
+    targets = () if model.lora is None else model.lora.targets
+    # Embedding and norms are frozen beside adapters, so no gradient flows to what is before the first adapter.
+    first = min(map(TARGETS.index, targets)) if targets and layer == 0 else -1
+    return [
+        BlockLinear(
+            target=target,
+            shape=shape,
+            adapter=_adapter(shape, model.lora.rank) if model.lora and target in targets else (),
+            is_trained=not targets,
+            needs_input_grad=TARGETS.index(target) > first,
+        )
+        for target, shape in zip(TARGETS, block_linears(model), strict=True)
+    ]
+
+
+def _adapter(shape: LinearShape, rank: int) -> tuple[LinearShape, ...]:
+    # As in internlm.core.parallel.lora: the factor that touches the split features of the linear is split with them.
+    down: Role = "row" if shape.role == "row" else "replicated"
+    up: Role = "column" if shape.role == "column" else "replicated"
+    return LinearShape(down, shape.inputs, rank), LinearShape(up, rank, shape.outputs)
+
+
+def attention_has_grad(model: ModelConfig, layer: int) -> bool:
+    """Return whether the backward pass goes through attention in ``layer``, and not only through what follows it."""
+    return next(linear for linear in linears_of_layer(model, layer) if linear.target == "wo").needs_input_grad
 
 
 def block_linears(model: ModelConfig) -> list[LinearShape]:
@@ -47,7 +112,8 @@ def vocab_weights(model: ModelConfig) -> int:
 
 def block_forward_flops(model: ModelConfig, seq_len: int, layer: int) -> float:
     """Return the forward FLOPs per token of the block of index ``layer``, for sequences of ``seq_len`` tokens."""
-    return 2 * block_weights(model) + attention_forward_flops(model, seq_len, layer)
+    weights = sum(linear.weights for linear in linears_of_layer(model, layer))
+    return 2 * weights + attention_forward_flops(model, seq_len, layer)
 
 
 def attention_forward_flops(model: ModelConfig, seq_len: int, layer: int) -> float:
@@ -74,9 +140,16 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the forward and backward FLOPs per token of the whole model, without recomputation.
 
-    Each matmul of the forward pass takes two in the backward pass, one for the gradient of each operand.
+    Each matmul of the forward pass takes two in the backward pass, one for the gradient of each operand. Beside
+    adapters, the weights have no gradient, and neither has what is before the first adapter.
     """
-    return 3 * forward_flops_per_token(model, seq_len)
+    total = (2 if model.lora else 3) * head_forward_flops(model)
+    for layer in range(model.num_layers):
+        for linear in linears_of_layer(model, layer):
+            total += 2 * sum(shape.numel * count for shape, count in linear.products)
+        passes = 3 if attention_has_grad(model, layer) else 1
+        total += passes * attention_forward_flops(model, seq_len, layer)
+    return total
 
 
 def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -88,5 +161,6 @@ def hardware_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     layers = range(model.num_layers)
     recomputed = sum(block_forward_flops(model, seq_len, layer) for layer in layers if model.recomputes(layer))
     if model.checkpoint == "selective":
-        recomputed = sum(attention_forward_flops(model, seq_len, layer) for layer in layers)
+        again = (layer for layer in layers if attention_has_grad(model, layer))
+        recomputed = sum(attention_forward_flops(model, seq_len, layer) for layer in again)
     return model_flops_per_token(model, seq_len) + recomputed

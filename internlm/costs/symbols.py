@@ -141,14 +141,11 @@ class Symbols(GroupSymbols):
             device_type: Type of the device.
 
         Raises:
-            NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family, or the model
-                has adapters.
+            NoCostFormulaError: ``spec`` is not given and ``config.model_type`` is not a built-in family.
         """
         model = config.model
         if spec is None and config.model_type not in FAMILIES:
             raise NoCostFormulaError(config.model_type, f"which is not a built-in family ({', '.join(FAMILIES)})")
-        if model.lora is not None:
-            raise NoCostFormulaError(config.model_type, "because model.lora adds adapters to it")
         assert model.dtype is not None, "the resolver fills model.dtype"
         dtype, groups, tokens = torch_dtype(model.dtype), group_symbols(config, world_size), config.data.packed_length
         return cls(
@@ -173,6 +170,11 @@ class Symbols(GroupSymbols):
             x=(wide(dtype) if model.residual_in_fp32 else dtype).itemsize,
             g=wide(dtype).itemsize,
         )
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether all weights are trained, rather than adapters alone (``model.lora``)."""
+        return self.config.model.lora is None
 
     @property
     def chunks(self) -> range:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from internlm.accelerator import HOST
 from internlm.core.parallel.ledger import Traffic
+from internlm.costs.flops import attention_has_grad
 from internlm.costs.param_shards import FlatBuffer, ParamInventory, ParamShard, partial_sum_group, reduced_itemsize
 from internlm.costs.symbols import GroupSymbols, Symbols
 from internlm.costs.traffic_model import (
@@ -94,14 +95,15 @@ def _chunk(s: Symbols, chunk: int, tokens: int, device_type: str) -> PassCalls:
     The result covers positions, blocks and stage messages. For the first chunk of the model it also covers the
     embedding, and for the last chunk the head and the loss.
     """
-    layers, one = len(s.stage_layers.chunks[chunk]), block(s)
-    # Recomputing a block repeats all products, and so all collectives, of its forward pass. Weight gradients that the
-    # schedule defers (zero bubble) are sent later, but the traffic is the same.
-    recomputed = one.forward * s.recomputed(chunk)
-    if s.spec.recomputes_attention:
-        recomputed = heads_to_tokens(s).forward * layers
-    blocks = PassCalls(one.forward * layers, one.backward * layers + recomputed)
-    parts = [positions(s), blocks, _stage_messages(s, chunk)]
+    model, parts = s.config.model, [positions(s), _stage_messages(s, chunk)]
+    for layer in s.stage_layers.chunks[chunk]:
+        one = block(s, layer)
+        # Recomputing a block repeats all products, and so all collectives, of its forward pass. Weight gradients that
+        # the schedule defers (zero bubble) are sent later, but the traffic is the same.
+        recomputed = one.forward if model.recomputes(layer) else []
+        if s.spec.recomputes_attention and attention_has_grad(model, layer):
+            recomputed = heads_to_tokens(s).forward
+        parts.append(PassCalls(one.forward, one.backward + recomputed))
     if s.stage_layers.is_first(chunk):
         parts.append(embedding(s))
     if s.stage_layers.is_last(chunk):
@@ -204,25 +206,27 @@ def fsdp_units(inventory: ParamInventory) -> PassCalls:
     a block   all-gather over z of U·e   all-gather over z of U·e; reduce-scatter over z of U·c
     the root  all-gather over z of U·e   reduce-scatter over z of U·c
     ========  =========================  =========================================================
+
+    Frozen parameters are not counted in the reduce-scatter.
     """
     s, sizes = inventory.symbols, unit_sizes(inventory)
     reduced = reduced_itemsize(s.config, torch_dtype(str(s.config.model.dtype)))
     forward = [call for size in sizes.values() for call in calls_on(s.z, AG, size * s.e)]
     # The root stays gathered from forward to backward: its backward pass comes right after its forward pass.
     regathered = [call for unit, size in sizes.items() if unit for call in calls_on(s.z, AG, size * s.e)]
-    return PassCalls(
-        forward, regathered + [call for size in sizes.values() for call in calls_on(s.z, RS, size * reduced)]
-    )
+    trained = [size for size in unit_sizes(inventory, trained=True).values() if size]
+    return PassCalls(forward, regathered + [call for size in trained for call in calls_on(s.z, RS, size * reduced)])
 
 
-def unit_sizes(inventory: ParamInventory) -> dict[str, int]:
+def unit_sizes(inventory: ParamInventory, *, trained: bool = False) -> dict[str, int]:
     """Return the number of elements, U, of each FSDP unit, by block name; the name of the root is empty.
 
-    The rows of each parameter are padded to a multiple of z.
+    The rows of each parameter are padded to a multiple of z. With ``trained``, frozen parameters are not counted.
     """
     sizes: dict[str, int] = {}
     for shard in inventory.shards:
-        sizes[shard.block] = sizes.get(shard.block, 0) + shard.padded_numel(inventory.groups.z)
+        counted = shard.trainable or not trained
+        sizes[shard.block] = sizes.get(shard.block, 0) + counted * shard.padded_numel(inventory.groups.z)
     return sizes
 
 

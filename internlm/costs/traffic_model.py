@@ -18,7 +18,7 @@ from internlm.core.context import ParallelMode
 from internlm.core.context.group import Group
 from internlm.core.parallel.ledger import Collective, Ledger, Traffic
 from internlm.core.parallel.sharding import Role, TensorMode
-from internlm.costs.flops import LinearShape, block_linears
+from internlm.costs.flops import BlockLinear, LinearShape, attention_has_grad, linears_of_layer
 from internlm.costs.symbols import Symbols, rows_per_rank
 from internlm.ops.cross_entropy import default_chunk_tokens
 
@@ -95,12 +95,44 @@ TABLE: dict[tuple[TensorMode, Role], tuple[tuple[Collective, ...], tuple[Collect
 }
 
 
-def block(s: Symbols) -> PassCalls:
-    """Return the collectives of one block: four linears, attention, and a norm of all queries and keys together."""
-    return merge(*(linear(s, weight) for weight in block_linears(s.config.model)), attention(s), qk_norm(s))
+#: Collectives in backward that only the gradient of the weight needs, so that a frozen weight has none of them.
+OF_WEIGHT: dict[tuple[TensorMode, Role], tuple[Collective, ...]] = {
+    ("msp", "embedding"): (AG,),
+    ("msp", "embedding by hidden units"): (A2A,),
+    ("fsp", "column"): (AG,),
+    ("fsp", "embedding"): (AG,),
+    ("fsp", "embedding by hidden units"): (A2A,),
+    ("isp", "column"): (RS,),
+    ("isp", "row"): (RS,),
+    ("isp", "embedding"): (RS,),
+    ("isp", "head"): (RS,),
+}
 
 
-def linear(s: Symbols, weight: LinearShape) -> PassCalls:
+def block(s: Symbols, layer: int) -> PassCalls:
+    """Return the collectives of the block of index ``layer``.
+
+    They are those of its linears and their adapters, of attention, and of a norm of all queries and keys together.
+    """
+    model = s.config.model
+    around = merge(attention(s), qk_norm(s))
+    if not attention_has_grad(model, layer):
+        around = PassCalls(around.forward, [])
+    return merge(*(_block_linear(s, weight) for weight in linears_of_layer(model, layer)), around)
+
+
+def _block_linear(s: Symbols, weight: BlockLinear) -> PassCalls:
+    """Return the collectives of a linear of a block and of its adapter, whose weights are replicated under isp."""
+    base = linear(s, weight.shape, is_trained=weight.is_trained)
+    if not weight.needs_input_grad:
+        # With overlap, isp has started to gather the weight when the backward pass ends.
+        prefetched = s.mode == "isp" and weight.adapter and s.config.parallel.weight.overlap
+        base = PassCalls(base.forward, base.backward if prefetched else [])
+    adapter = () if s.mode == "isp" else weight.adapter
+    return merge(base, *(linear(s, factor) for factor in adapter))
+
+
+def linear(s: Symbols, weight: LinearShape, *, is_trained: bool = True) -> PassCalls:
     """Return the collectives of a linear: on its weight under isp, otherwise on its activation of width H.
 
     ===========  ============================================  ==============================================
@@ -113,12 +145,15 @@ def linear(s: Symbols, weight: LinearShape) -> PassCalls:
     fsp          as msp                                        as msp, and one more all-gather if column
     isp          all-gather over w of w⌈outputs/w⌉·inputs·e    all-gather and reduce-scatter of the same size
     ===========  ============================================  ==============================================
+
+    A weight that is not trained has no second all-gather under fsp, and no reduce-scatter under isp.
     """
     if s.mode == "isp":
-        padded = s.w.size * rows_per_rank(weight.outputs, s.w)
-        return _role_calls(s, weight.role, s.w, padded * weight.inputs * s.e)
-    # Between a column linear and its row linear the activation is split by features, so nothing is sent.
-    return _role_calls(s, weight.role, s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e)
+        group, nbytes = s.w, s.w.size * rows_per_rank(weight.outputs, s.w) * weight.inputs * s.e
+    else:
+        # Between a column linear and its row linear the activation is split by features, so nothing is sent.
+        group, nbytes = s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e
+    return _role_calls(s, weight.role, group, nbytes, is_trained)
 
 
 def attention(s: Symbols) -> PassCalls:
@@ -169,9 +204,9 @@ def embedding(s: Symbols) -> PassCalls:
     model = s.config.model
     # A tied embedding is also the head's weight, which is split by vocabulary entries.
     if s.mode == "isp" or not model.embed_split_hidden or model.tie_word_embeddings:
-        return linear(s, LinearShape("embedding", s.H, s.V))
+        return linear(s, LinearShape("embedding", s.H, s.V), is_trained=s.trains_base)
     hidden = s.H if s.mode == "mtp" else s.H // s.t.size
-    return _role_calls(s, "embedding by hidden units", s.t, s.T * hidden * s.e)
+    return _role_calls(s, "embedding by hidden units", s.t, s.T * hidden * s.e, s.trains_base)
 
 
 def head(s: Symbols) -> PassCalls:
@@ -185,7 +220,7 @@ def head(s: Symbols) -> PassCalls:
     isp       all-gather over w of w⌈V/w⌉·H·e         reduce-scatter of the same size
     ========  ======================================  ================================
     """
-    return linear(s, LinearShape("head", s.H, s.V))
+    return linear(s, LinearShape("head", s.H, s.V), is_trained=s.trains_base)
 
 
 def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
@@ -202,9 +237,11 @@ def loss(s: Symbols, tokens: int, device_type: str) -> list[Call]:
     return [call for length in lengths for rows in (1, sums) for call in calls_on(s.t, AR, rows * length * s.g)]
 
 
-def _role_calls(s: Symbols, role: Role, group: Group, nbytes: int) -> PassCalls:
+def _role_calls(s: Symbols, role: Role, group: Group, nbytes: int, is_trained: bool = True) -> PassCalls:
     """Return the collectives of ``role`` in the tensor mode of ``s``, each on a tensor of ``nbytes`` bytes."""
     forward, backward = TABLE.get((s.mode, role), ((), ()))
+    if not is_trained:
+        backward = tuple(collective for collective in backward if collective not in OF_WEIGHT.get((s.mode, role), ()))
     return PassCalls(
         [call for collective in forward for call in calls_on(group, collective, nbytes)],
         [call for collective in backward for call in calls_on(group, collective, nbytes)],

@@ -127,8 +127,6 @@ def inventory_of(model: nn.Module, config: Config, world_size: int, stage: int) 
         )
         shards.append(shard)
     spec = model.spec if isinstance(model, Decoder) and model.spec.config == config.model else None
-    if config.model.lora is not None:  # adapters have no formula
-        spec = None
     return ParamInventory(config=config, world_size=world_size, stage=stage, shards=tuple(shards), spec=spec)
 
 

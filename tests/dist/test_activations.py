@@ -42,6 +42,7 @@ from internlm.costs.activations import (
     saved_on_host,
 )
 from internlm.costs.block_activations import (
+    ADAPTERS,
     GATE_UP,
     GATHERED,
     HEADS,
@@ -83,6 +84,7 @@ SAVED_BY = {
     HEADS: "wo",
     KERNEL: "attention",
     GATE_UP: "w2",
+    ADAPTERS: "lora_b",
     RECOMPUTED: "block",
     NORM: "norm",
     LOSS_INPUT: "",
@@ -123,6 +125,8 @@ WIDE_RESIDUALS = (*HALF, "model.residual_in_fp32=True")
 POST_NORM = "model.apply_post_layer_norm=True"
 #: Windows of 24 of 64 tokens, in all layers but one.
 GEMMA3 = "model_type=GEMMA3", "model.sliding_window=24", "model.global_layers=(1,)", GROUPED
+ADAPTED = "model.lora.rank=4"
+OF_ROWS, OF_W13 = 'model.lora.targets=["wo", "w2"]', 'model.lora.targets=["w13"]'
 #: Recompute × heads × dtype, and what else the formula knows of.
 CASES = [
     *(
@@ -157,6 +161,9 @@ CASES = [
     (POST_NORM, "model.norm_type=layernorm", GROUPED),
     (POST_NORM, GROUPED, *WIDE_RESIDUALS),
     ("model.checkpoint=0.5", *WIDE_RESIDUALS),
+    (GROUPED, ADAPTED),
+    (ADAPTED, OF_ROWS, DROPOUT, KEPT, "model.checkpoint=0.5", "model.cpu_offloading=2"),
+    ("model_type=OLMO2", ADAPTED, OF_W13, SELECTIVE),
 ]
 ISP_CASES = [(f"model.num_kv_attention_heads={kv}",) for kv in (1, 2)]  # fewer than ranks
 
@@ -169,6 +176,8 @@ CUTS: list[Case] = [
     ("parallel.pipeline.size=2", "model.num_layers=5", SELECTIVE, "model.cpu_offloading=2"),
     ("parallel.pipeline.size=2", "model.num_layers=6", "model.checkpoint=0.5", *GEMMA3),  # one table; both
     ("parallel.pipeline.size=2", "model.num_layers=3", "model.cpu_offloading=1", "model_type=OLMO2", *WIDE_RESIDUALS),
+    ("parallel.pipeline.size=2", "model.num_layers=3", "model_type=OLMO2"),
+    ("parallel.pipeline.size=2", "model.num_layers=3", ADAPTED, OF_ROWS),
 ]
 CUT_LAYOUTS = [Layout("mtp", 1), *(Layout(mode, 2) for mode in ("mtp", "msp", "fsp")), Layout("isp", 2, 2)]
 
@@ -305,7 +314,7 @@ def _names_of_running(model: nn.Module) -> list[str]:
     """A list that holds, while ``model`` runs, the names of the modules that are in their forward, innermost last."""
     running: list[str] = []
     for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
+        name = path.removesuffix(".lora_a").rpartition(".")[2]  # which has the input of the linear
         label = "columns" if name in ("wqkv", "w13") else "block" if name.isdigit() else name
         label = "norms" if name.endswith(("out_norm", "sum_norm")) else label
         module.register_forward_pre_hook(lambda *_, label=label: running.append(label))
@@ -386,7 +395,7 @@ def test_modes_among_each_other(t: int) -> None:
 def test_half_of_the_matrices_under_isp(t: int) -> None:
     whole, half = _measured(Layout("isp", t)), _measured(Layout("isp", t, 2))
     for case in whole:
-        if "model.vocab_size=97" not in case:  # there the halves are padded
+        if not {"model.vocab_size=97", ADAPTED} & {*case}:  # there the halves are padded, or adapters whole
             assert half[case][0].matrices * 2 == whole[case][0].matrices
 
 

@@ -103,6 +103,8 @@ CASES: Table = {
     "projections, attention recomputed": ("model_type=OLMO2", "model.checkpoint=selective"),
     "norms at both ends and of heads": ("model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(0,)"),
     "normalised head": ("model_type=BAICHUAN2", "model.vocab_size=67"),
+    "adapters": ("model.lora.rank=2",),
+    "adapters of w13": ("model.lora.rank=2", 'model.lora.targets=["w13"]', "model.checkpoint=0.5", "model_type=OLMO2"),
     "wide residuals, post-norm": (
         "model.apply_post_layer_norm=True",
         "model.residual_in_fp32=True",
@@ -113,6 +115,7 @@ CASES: Table = {
 ISP_CASES: Table = {
     "one kv head": ("model.num_kv_attention_heads=1",),
     "multi-head": ("model.num_kv_attention_heads=4",),
+    "adapters, overlap": ("model.lora.rank=2", 'model.lora.targets=["wo"]', "parallel.weight.overlap=True"),
     "rows that are not divisible": ("model.multiple_of=1", "model.mlp_ratio=2.72", "model.num_kv_attention_heads=1"),
     **{
         f"overlap, {per} before {place}, recompute {recompute}": (
@@ -157,6 +160,7 @@ PIPELINE_CASES: Table = {
         "layer norm, biases, bfloat16": (*CASES["layer norm and biases"], *CASES["bfloat16"]),
         "by parameters": ("parallel.pipeline.partition=parameters", "model.vocab_size=2048"),
         "OLMO2, wide residuals": ("model_type=OLMO2", "model.residual_in_fp32=True", "model.dtype=torch.bfloat16"),
+        "adapters": ("model.lora.rank=2", "model.checkpoint=0.5"),
         "normalised head, tied": ("model_type=BAICHUAN2", "model.tie_word_embeddings=True"),
         "reduced early": ("hybrid_zero_optimizer.overlap_sync_grad=True", "parallel.zero1.size=1"),
     }.items()
@@ -364,7 +368,7 @@ LAYER = (3 * 4096 * 4096 + 4096 * 4096 + 3 * 4096 * 11008) * 2 * 7 // 8  # all w
     ],
 )
 def test_bytes_of_a_layer_by_hand(mode: str, forward: int, backward: int) -> None:
-    layer = block(Symbols.of(_seven_b(mode), 8))
+    layer = block(Symbols.of(_seven_b(mode), 8), 0)
     assert (_sent(layer.forward), _sent(layer.backward)) == (forward, backward)
 
 
@@ -373,7 +377,7 @@ def test_recomputed_blocks_run_forward_once_more() -> None:
         plain, again = (
             sum(entry.sent for entry in _step_of_seven_b(mode, recompute).values()) for recompute in (False, True)
         )
-        assert again - plain == 32 * _sent(block(Symbols.of(_seven_b(mode), 8)).forward)
+        assert again - plain == 32 * _sent(block(Symbols.of(_seven_b(mode), 8), 0).forward)
 
 
 def test_only_isp_exchanges_heads_and_gathers_embedding_and_head() -> None:

@@ -65,7 +65,7 @@ def _linear_backward(dy: Tensor, kept: Tensor, layer: LinearHandle, tokens: int,
         # The compiler reuses the memory of a saved tensor after its last use in the graph; a task reads it later.
         dy, kept = dy.clone(), kept.clone()
     dy = comm.gather_grad_output(dy)
-    dx, dw = products.gradients(dy, kept, kept if keeps else None, weight, comm, True, weight.requires_grad)
+    dx, dw = products.gradients(dy, kept, keeps, weight, comm, True, weight.requires_grad)
     if dw is not None:  # there is no main gradient; the op returns only dx, whose shape the compiler can infer
         weight.grad = dw if weight.grad is None else weight.grad + dw
     assert dx is not None

@@ -100,7 +100,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, comm: Communicator, before: Before | None
     ) -> Tensor:
         y, gathered = _output(x, weight, bias, comm, before)
-        ctx.save_for_backward(x, gathered if comm.keeps_gathered_input else None)
+        keeps = comm.keeps_gathered_input and ctx.needs_input_grad[1]  # only the gradient of the weight needs it
+        # The input is saved for before, and for the gradient of the weight.
+        ctx.save_for_backward(None if keeps and before is None else x, gathered if keeps else None)
         # Parameters are not saved as tensors: offloading and other hooks on saved tensors would pack them.
         ctx.parameters, ctx.comm, ctx.before = (weight, bias), comm, before
         return y
@@ -113,10 +115,11 @@ class _Linear(torch.autograd.Function):
         # Before dy is gathered: a row's bias is added to this rank's tokens only.
         db = add_grad(bias, dy.sum(0)) if needs_bias else None
         dy = comm.gather_grad_output(dy)  # [T, O]
-        x, inputs = _recompute(ctx.before, x)
-        needs_dx = needs_x or inputs is not x
-        dx, dw = products.gradients(dy, inputs.detach(), gathered, weight, comm, needs_dx, needs_weight)
-        if inputs is not x:
+        x, inputs = _recompute(ctx.before, x, needs_x)
+        needs_dx = needs_x if inputs is x else inputs.requires_grad  # parameters of before may need it
+        kept = inputs.detach() if gathered is None else gathered
+        dx, dw = products.gradients(dy, kept, gathered is not None, weight, comm, needs_dx, needs_weight)
+        if inputs is not x and needs_dx:
             inputs.backward(dx)  # a nested backward pass, which also accumulates the gradients of before's parameters
             dx = x.grad
         return dx, dw, db, None, None
@@ -132,13 +135,13 @@ def _output(
     return y, gathered
 
 
-def _recompute(before: Before | None, x: Tensor) -> tuple[Tensor, Tensor]:
+def _recompute(before: Before | None, x: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
     """Detach ``x`` and recompute ``before(x)`` with autograd enabled; return the detached ``x`` and the result.
 
-    If ``before`` is None, return ``x`` twice.
+    If ``before`` is None, return ``x`` twice. ``needs_x`` tells whether the gradient of ``x`` is needed.
     """
     if before is None:
         return x, x
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = x.detach().requires_grad_(needs_x)
         return x, before(x)

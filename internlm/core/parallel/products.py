@@ -65,7 +65,7 @@ def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tenso
 def gradients(
     dy: Tensor,
     x: Tensor,
-    gathered: Tensor | None,
+    is_gathered: bool,
     weight: Tensor,
     comm: Communicator,
     needs_x: bool,
@@ -75,8 +75,8 @@ def gradients(
 
     Args:
         dy: Gradient of the output, [T, O], as returned by ``comm.gather_grad_output``.
-        x: Input of the layer, [tokens of this rank, I].
-        gathered: Gathered input, [T, I], if it was saved for backward. None: gather ``x`` again.
+        x: Input of the layer: gathered, [T, I], or that of this rank, [tokens of this rank, I], to be gathered again.
+        is_gathered: Whether ``x`` is gathered, since it was saved so for backward.
         weight: Weight of the layer, as this rank holds it.
         comm: Communicator of the layer.
         needs_x: Whether dx is needed.
@@ -86,16 +86,16 @@ def gradients(
         dx, [tokens of this rank, I], and dw, of the shape of ``weight``; None for a gradient that is not needed. dw is
         also None if the weight has a main gradient: dw is then added to it, now or by a task of :func:`deferring`.
     """
-    gather, kept = (Pending, gathered) if gathered is not None else (comm.gather_input, x)
+    gather = Pending if is_gathered else comm.gather_input
     tasks = deferred_tasks(weight) if needs_weight else None
     # Each collective starts before the matmul that hides it: the gather of the input before the matmul for dx, the
     # reduction of dx before the matmul for dw.
-    pending_input = gather(kept) if needs_weight and tasks is None else None
+    pending_input = gather(x) if needs_weight and tasks is None else None
     pending_dx = _grad_input(dy, weight, comm) if needs_x else None
     dw = _grad_weight(weight, dy, pending_input.wait(), comm) if pending_input else None
     if tasks is not None:
         # A deferred gradient gathers its input when its task runs; until then it holds only this rank's shard.
-        tasks.append(partial(_grad_weight_later, weight, dy, kept, gather, comm))
+        tasks.append(partial(_grad_weight_later, weight, dy, x, gather, comm))
     return pending_dx.wait() if pending_dx else None, dw
 
 

@@ -28,6 +28,7 @@ def split_over(mode: str, tensor: int, weight: int = 1) -> tuple[str, ...]:
 
 ISP = (*split_over("isp", 2, 4), "parallel.weight.overlap=True")
 FSDP = "parallel.zero1.fsdp=True"
+LORA, OF_ROWS = "model.lora.rank=16", 'model.lora.targets=["wo", "w2"]'
 #: Windows of 512 of 2048 tokens in the first of two layers.
 GEMMA3 = ("model_type=GEMMA3", "model.global_layers=(1,)")
 
@@ -95,6 +96,15 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
         1,
         ("model.apply_post_layer_norm=True", "model.norm_type=layernorm", "model.residual_in_fp32=True"),
     ),
+    "adapters": (8, 2, (LORA, "model.drop_rate=0.1", "model.dropout_selective_checkpoint=False")),
+    "adapters, fsdp": (16, 9, (LORA, FSDP, "parallel.zero1.size=4")),
+    "adapters, mtp": (16, 3, (LORA, OF_ROWS, *split_over("mtp", 4))),
+    "adapters, msp, OLMO2": (16, 3, (LORA, "model_type=OLMO2", *split_over("msp", 4))),
+    "adapters, fsp, middle stage": (64, 20, (LORA, *stages(4, "model.checkpoint=0.5"), *split_over("fsp", 2))),
+    "adapters, isp": (64, 5, (LORA, *ISP)),
+    "adapters, ZB-H1 of isp": (32, 3, (LORA, OF_ROWS, *stages(2, "parallel.pipeline.mode=ZBH1"), *ISP)),
+    "adapters, last stage, tied": (8, 7, (LORA, *stages(2, "model.tie_word_embeddings=True"), "use_fp32_norm=True")),
+    "adapters, selective": (8, 0, (LORA, 'model.lora.targets=["w13"]', "model.checkpoint=selective")),
     "ZB-V": (8, 4, stages(2, "parallel.pipeline.mode=ZBV", "model.num_chunks=2")),
 }
 
@@ -120,6 +130,12 @@ WIDE = {
     "GEMMA3 by sdpa",
     "GEMMA3 by sdpa, float32, grouped",
     "QWEN3, selective",
+    "adapters, fsdp",
+    "adapters, mtp",
+    "adapters, fsp, middle stage",
+    "adapters, isp",
+    "adapters, last stage, tied",
+    "adapters, selective",
     "BAICHUAN2",
     "BAICHUAN2, isp",
     "wide residuals, last stage",
