@@ -54,13 +54,13 @@ def block(s: Symbols, layer: int) -> dict[str, int]:
     before the first of them, and msp keeps gathered inputs of adapters only, which :func:`adapters` counts.
     """
     whole = _whole_block(s, layer)
-    wqkv, wo, w13, w2 = linears_of_layer(s.config.model, layer)
     # The input of a linear is saved if its own gradient is needed, or that of a weight.
-    saves = {linear.target: linear.needs_input_grad or bool(linear.adapter) for linear in (wqkv, wo, w13, w2)}
+    linears = linears_of_layer(s.config.model, layer)
+    saves = {linear.target: linear.needs_input_grad or bool(linear.adapter) for linear in linears}
     if not attention_has_grad(s.config.model, layer):
         whole |= dict.fromkeys((QK_NORM, QKV, KERNEL), 0)
         whole[HEADS] *= saves["wo"]
-    branches = (wo.needs_input_grad or bool(wo.adapter)) + 1  # whose output has a gradient
+    branches = saves["wo"] + 1  # whose output has a gradient
     for name in (NORMS, MASKS):
         whole[name] = whole[name] * branches // 2
     whole[RESIDUAL] = whole[RESIDUAL] * (saves["wqkv"] + saves["w13"]) // 2

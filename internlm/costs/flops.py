@@ -7,6 +7,8 @@ balance of pipeline stages derive from it. Symbols: :mod:`internlm.costs.symbols
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple, get_args
 
 from internlm.config.schema import ModelConfig
@@ -62,6 +64,7 @@ def linears_of_layer(model: ModelConfig, layer: int) -> list[BlockLinear]:
     targets = () if model.lora is None else model.lora.targets
     # Embedding and norms are frozen beside adapters, so no gradient flows to what is before the first adapter.
     first = min(map(TARGETS.index, targets)) if targets and layer == 0 else -1
+    # Columns and rows alternate: what projects to heads or features, and what projects back.
     return [
         BlockLinear(
             target=target,
@@ -70,7 +73,8 @@ def linears_of_layer(model: ModelConfig, layer: int) -> list[BlockLinear]:
             is_trained=not targets,
             needs_input_grad=TARGETS.index(target) > first,
         )
-        for target, shape in zip(TARGETS, block_linears(model), strict=True)
+        for target, (_, shapes) in zip(TARGETS, groupby(block_linears(model), attrgetter("role")), strict=True)
+        for shape in shapes
     ]
 
 
