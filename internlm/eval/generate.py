@@ -14,7 +14,7 @@ from internlm.core.parallel import ParallelEmbedding
 from internlm.core.parallel.communicator import IDENTITY, IDENTITY_HEAD, IDENTITY_MODEL
 from internlm.core.parallel.linear import ParallelLinear
 from internlm.core.parallel.param_state import has_placement, placement_of
-from internlm.eval.next_logits import BatchRun, CachedDecoder, WholeSequences
+from internlm.eval.next_logits import BatchRun, CachedDecoder, Precomputed, WholeSequences
 from internlm.eval.sampling import NAN_TOKEN, Sampler, Sampling, SamplingOptions, out_of_range
 from internlm.model.decoder import Decoder
 from internlm.utils.errors import Problem, UserError
@@ -126,6 +126,8 @@ def _stream(
     model: nn.Module, prompts: list[list[int]], new_tokens: int, stops: set[int], options: Sampling, batch_size: int
 ) -> Iterator[tuple[int, int]]:
     device, was_training = next(model.parameters()).device, model.training
+    steps = new_tokens * math.ceil(len(prompts) / batch_size)
+    precomputed = Precomputed(model, steps, min(len(prompts), batch_size)) if isinstance(model, Decoder) else None
     model.eval()
     try:
         for first in range(0, len(prompts) if new_tokens else 0, batch_size):
@@ -133,8 +135,8 @@ def _stream(
             seeds = [options.seed_of(first + index) for index in range(len(batch))]
             sampler = Sampler(options, batch, seeds, device)
             run: BatchRun
-            if isinstance(model, Decoder):
-                run = CachedDecoder(model, batch, new_tokens, device)
+            if isinstance(model, Decoder) and precomputed is not None:
+                run = CachedDecoder(model, batch, new_tokens, device, precomputed)
             else:
                 run = WholeSequences(model, batch, device)
             for index, token in _batch(run, sampler, len(batch), new_tokens, stops):
@@ -145,21 +147,26 @@ def _stream(
 
 def _batch(run: BatchRun, sampler: Sampler, count: int, new_tokens: int, stops: set[int]) -> Iterator[tuple[int, int]]:
     """Yield the tokens of one batch until each of its ``count`` sequences has stopped."""
-    # A batch runs until its last sequence has stopped: leaving rows out would cost a copy of the cache.
-    unfinished = dict.fromkeys(range(count))
+    rows, finished = list(range(count)), set[int]()  # sequences of the run, and those that have stopped
     tokens: list[int] | None = None
     for _ in range(new_tokens):
         tokens = run.step(tokens, sampler.next_tokens)
-        for index in list(unfinished):
-            if tokens[index] == NAN_TOKEN:
-                raise UserError(
-                    Problem("generate(model=…)", "its logits are NaN", "Check the checkpoint and the dtype")
-                )
-            yield index, tokens[index]
-            if tokens[index] in stops:
-                del unfinished[index]
-        if not unfinished:
+        for index, token in zip(rows, tokens, strict=True):
+            if index in finished:
+                continue
+            if token == NAN_TOKEN:
+                message = "its logits are NaN"
+                raise UserError(Problem("generate(model=…)", message, "Check the checkpoint and the dtype"))
+            yield index, token
+            if token in stops:
+                finished.add(index)
+        kept = [row for row, index in enumerate(rows) if index not in finished]
+        if not kept:
             return
+        if len(kept) < len(rows) and len(kept) <= run.kept_share * len(rows):
+            run.keep(kept)
+            sampler.keep(kept)
+            rows, tokens = [rows[row] for row in kept], [tokens[row] for row in kept]
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from internlm.accelerator import to_device, to_host
 from internlm.core.context.group import Group
 from internlm.core.parallel.collectives import all_gather, all_reduce
+from internlm.core.parallel.fully_sharded import is_fully_sharded
 from internlm.core.parallel.ledger import LEDGER
+from internlm.core.parallel.linear import ParallelLinear
 from internlm.model.decoder import Decoder
 from internlm.model.kv_cache import KVCache
+from internlm.ops.cpu.packed_weights import PackedWeights
 
+#: Most sequences of which a step needs no packed weights.
+_FEW = 2
 #: Function that chooses the next token of each sequence from logits [B, V].
 Choose = Callable[[Tensor], list[int]]
 
@@ -37,6 +42,12 @@ class BatchRun(Protocol):
             choose: Called with the logits of all sequences, on the ranks that have them.
         """
 
+    kept_share: float
+    """Largest share of the sequences for which :meth:`keep` pays."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences with the indices ``rows``, which the next step then has in this order."""
+
 
 class WholeSequences:
     """Generation with a user's own model, which has no cache: each token takes a pass over its whole sequence."""
@@ -51,6 +62,33 @@ class WholeSequences:
             sequence.append(token)
         logits = [self.model(to_device(torch.tensor([ids]), self.device))[0, -1] for ids in self.sequences]
         return choose(torch.stack(logits))
+
+    kept_share = 1.0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences with the indices ``rows``."""
+        self.sequences = [self.sequences[row] for row in rows]
+
+
+class Precomputed:
+    """What is computed from the parameters of a decoder once for all tokens: a normalised head, and packed weights.
+
+    Args:
+        model: Decoder, or this rank's part of one.
+        steps: Number of steps of all batches.
+        batch: Number of sequences that run together.
+    """
+
+    def __init__(self, model: Decoder, steps: int, batch: int) -> None:
+        self.normalised_head: Tensor | None = None
+        linears = [module for module in model.modules() if isinstance(module, ParallelLinear)]
+        # Where a communicator or fully_shard gathers weights, a rank has no memory for whole copies.
+        if is_fully_sharded(model) or any(linear.communicator.splits_weight for linear in linears):
+            linears = []
+        weights: dict[ParallelLinear, Tensor] = {linear: linear.weight for linear in linears}
+        if linears and model.stage_layers.has_head and (head := model.output.normalised_weight()) is not None:
+            self.normalised_head = weights[model.output] = head
+        self.weights = PackedWeights(weights.values(), steps if batch > _FEW else 0)
 
 
 class _VirtualStage(NamedTuple):
@@ -68,16 +106,29 @@ class CachedDecoder:
         prompts: Token ids of each prompt.
         new_tokens: Largest number of steps.
         device: Device of the model.
+        precomputed: What was computed from the parameters.
     """
 
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int, device: torch.device) -> None:
+    #: A copy of half of the cache takes the time of a few steps, and happens at most log2(sequences) times.
+    kept_share = 0.5
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        device: torch.device,
+        precomputed: Precomputed,
+    ) -> None:
         self.model, self.device, self.batch = model, device, len(prompts)
+        self.packed_weights = precomputed.weights
         # Modes that split a row over ranks need equal parts, of the prompts and of one token per sequence.
         padding = _padding(prompts, model.communicator.token_multiple)
         self.padding = [0] * len(padding)  # next token of each sequence of padding
         rows = [*prompts, *padding]
         self.row = to_device(torch.tensor([token for row in rows for token in row]), device)  # [T]
         self.cache = KVCache([len(row) for row in rows], new_tokens, device)
+        self.cache.normalised_head = precomputed.normalised_head
         self.stages = _virtual_stages(model, device)
 
     def step(self, tokens: Sequence[int] | None, choose: Choose) -> list[int]:
@@ -93,7 +144,8 @@ class CachedDecoder:
             before = self.stages[index - 1].rank if index else group.rank
             if before != group.rank:
                 x = _receive(model, ids, before, group)
-            x = model(ids, hidden=x, chunk=stage.chunk, cache=self.cache)
+            with self.packed_weights.in_use():
+                x = model(ids, hidden=x, chunk=stage.chunk, cache=self.cache)
             if index + 1 < len(self.stages) and self.stages[index + 1].rank != group.rank:
                 _send(x, self.stages[index + 1].rank, group)
         self.cache.advance()
@@ -107,6 +159,14 @@ class CachedDecoder:
             chosen = to_device(torch.tensor(choose(x[: self.batch])), self.device)
         chosen_ids: list[int] = to_host(all_reduce(chosen, group), "tokens of the last stage").tolist()
         return chosen_ids
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences with the indices ``rows``."""
+        count = -len(rows) % self.model.communicator.token_multiple
+        # Any other sequence serves as padding: there were enough to make the multiple before.
+        others = [row for row in range(len(self.cache.lengths)) if row not in {*rows}]
+        self.cache.keep([*rows, *others[:count]])
+        self.padding, self.batch = [0] * count, len(rows)
 
 
 def _padding(prompts: Sequence[Sequence[int]], multiple: int) -> list[list[int]]:

@@ -120,6 +120,11 @@ class Sampler:
             self._note([[token] for token in tokens])
         return tokens
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences with the indices ``rows``, in this order; not before the first tokens."""
+        self._generators = [self._generators[row] for row in rows]
+        self._seen = None if self._seen is None else self._seen[list(rows)]
+
     def _draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """Sample one token from ``logits`` [V]."""
         top_k, top_p = self.sampling.top_k, self.sampling.top_p

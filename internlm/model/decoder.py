@@ -131,7 +131,8 @@ class Decoder(ReplacedNames, nn.Module):
         if not self.stage_layers.is_last(chunk):
             return x
         if cache is not None:
-            return self.output.logits_of_whole(self.norm(self.communicator.whole_tokens(x)[cache.last]))
+            last = self.communicator.whole_tokens(x)[cache.last]
+            return self.output.logits_of_whole(self.norm(last), cache.normalised_head)
         x = self.norm(x)  # [T, H]
         if labels is not None:
             return self.output.loss(x, labels.flatten(), label_smoothing, grad_scale)

@@ -37,6 +37,8 @@ class KVCache:
         self.lengths = list(prompts)  # of each sequence, including the tokens of the next forward pass
         self.most = max(prompts) + new_tokens
         self.is_prefill = True
+        self.normalised_head: Tensor | None = None
+        """Weight of the head with rows of length 1, or None; kept, since it would be computed for each token."""
         self._layers: dict[int, LayerCache] = {}
         self._slots: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         bounds = [0, *accumulate(prompts)]
@@ -59,11 +61,32 @@ class KVCache:
         self.lengths = [length + 1 for length in self.lengths]
         self._slots.clear()
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the sequences with the indices ``rows``, in this order, and forget the others; not before the prompts.
+
+        Each layer copies their keys and values.
+        """
+        assert not self.is_prefill
+        index = to_device(torch.tensor(rows), self.device)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.sequences = PackedSequences.uniform(len(rows), 1, self.device)
+        self.positions = self.positions[index]
+        self.last = self._owner = torch.arange(len(rows), device=self.device)
+        self._slots.clear()
+        for layer in self._layers.values():
+            layer.keep(index)
+
     def layer(self, index: int) -> LayerCache:
         """Return the cache of the layer with ``index`` in the whole model."""
         if index not in self._layers:
             self._layers[index] = LayerCache(self)
         return self._layers[index]
+
+    def common_slot(self, count: int) -> int | None:
+        """Return the slot of the new tokens in a layer of ``count`` slots; None if sequences differ, or for prompts."""
+        if self.is_prefill or min(self.lengths) < max(self.lengths):
+            return None
+        return (self.lengths[0] - 1) % count
 
     def slots(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return which new tokens a layer of ``count`` slots stores: their indices, sequences and slots, each [n].
@@ -115,11 +138,20 @@ class LayerCache:
         filled = [min(length, count) for length in cache.lengths]
         return cached_attention(q, keys, values, filled, scale=scale)
 
+    def keep(self, index: Tensor) -> None:
+        """Copy the keys and values of the sequences at ``index``, and forget the others."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[index], self.values[index]
+
     def _store(self, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             shape = (len(self.cache.lengths), k.shape[1], count, k.shape[2])
             # Zeros: a masked slot has weight 0, but 0 · NaN is NaN.
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        if (slot := self.cache.common_slot(count)) is not None:
+            self.keys.select(2, slot).copy_(k)  # a fifth of the time of an assignment by indices
+            self.values.select(2, slot).copy_(v)
+            return self.keys, self.values
         tokens, owners, slots = self.cache.slots(count)
         if len(tokens) < len(k):
             k, v = k[tokens], v[tokens]

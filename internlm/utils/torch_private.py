@@ -69,6 +69,17 @@ def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def onednn_weight(weight: Tensor) -> Tensor:
+    """Return a copy of ``weight``, [N, K], in the layout in which :func:`onednn_linear` is fastest for few rows of x.
+
+    The compiler packs the weights of a frozen graph with this operator.
+
+    Remove this function once torch has a public function that packs the weight of a linear.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 16)  # for about 16 rows
+    return packed
+
+
 def softmax_backward(dprobs: Tensor, probs: Tensor) -> Tensor:
     """Compute the gradient of a softmax over the last dimension from its output ``probs``, in one kernel.
 

@@ -39,7 +39,9 @@ def _generated(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[l
     model, _ = initialize_model_and_parallel_communicator(create_model(trains=False))
     greedy = generate(model, PROMPTS, 9, temperature=0, batch_size=3)
     sampled = generate(model, PROMPTS, 9, top_k=20, repetition_penalty=1.2, seed=[1, 2, 3, 4], stop=7)
-    return [greedy, sampled]
+    # Sequences stop one after the other, so that those that have stopped are left out, of padded batches too.
+    stops = {greedy[0][1], greedy[1][3], greedy[2][5]}
+    return [greedy, sampled, generate(model, PROMPTS, 9, temperature=0, stop=stops)]
 
 
 @pytest.fixture(scope="module")

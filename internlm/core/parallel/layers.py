@@ -6,7 +6,7 @@ Shapes: T tokens, H hidden size, V vocabulary entries.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.qk_norm import QKNorm
 from internlm.core.parallel.sharding import current_sharding
 from internlm.ops import LossOptions, TokenLoss, gemm, layer_norm, linear_cross_entropy, rms_norm
+from internlm.ops.cpu.packed_weights import packed_linear
 from internlm.utils.dtype import wide
 
 
@@ -143,10 +144,16 @@ class ParallelHead(ParallelLinear):
         own = F.linear(comm.enter(x), self._normalised_weight()) if self.normalises else self(x)
         return (comm.real_logits if self.parallel_output else comm.whole_logits)(own)
 
-    def logits_of_whole(self, x: Tensor) -> Tensor:
-        """Compute all logits of hidden states that every rank holds, without a gradient: [T, H] → [T, V]."""
-        with self._weight_for_loss() as weight:
-            own = gemm.linear(x, weight)
+    def logits_of_whole(self, x: Tensor, normalised: Tensor | None = None) -> Tensor:
+        """Compute all logits of hidden states that every rank holds, without a gradient: [T, H] → [T, V].
+
+        Args:
+            x: Hidden states, [T, H].
+            normalised: Result of :meth:`normalised_weight`, which is computed if it is None and needed.
+        """
+        with self._weight_for_loss() if normalised is None else nullcontext(normalised) as weight:
+            own = packed_linear(x, weight)
+            own = gemm.linear(x, weight) if own is None else own
         # Ranks that split tokens, but not the vocabulary, have all logits already.
         return own if self.communicator.vocab is None else self.communicator.whole_logits(own)
 
@@ -180,6 +187,10 @@ class ParallelHead(ParallelLinear):
                     adds=partial(begin_accumulation, self.weight),
                 ),
             )
+
+    def normalised_weight(self) -> Tensor | None:
+        """Return the weight with rows of length 1, [rows of this rank, H]; None if this head does not normalise it."""
+        return self._normalised_weight() if self.normalises else None
 
     @contextmanager
     def _weight_for_loss(self) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from internlm.core.parallel.collectives import Pending
 from internlm.core.parallel.communicator import Communicator
 from internlm.core.parallel.param_state import add_grad, add_weight_grad, main_grad_of, weight_grad
 from internlm.ops import gemm
+from internlm.ops.cpu.packed_weights import packed_linear
 
 #: Function that computes one deferred weight gradient and adds it to the main gradient.
 Task = Callable[[], object]
@@ -56,6 +57,9 @@ def output(x: Tensor, weight: Tensor, comm: Communicator) -> tuple[Tensor, Tenso
         y, [tokens of the output, O], and the gathered input, [T, I].
     """
     gathered = comm.gather_input(x).wait()
+    packed = packed_linear(gathered, weight)
+    if packed is not None:
+        return comm.reduce_output(packed), gathered
     matrix = comm.gather_weight(weight)
     y = comm.reduce_output(gemm.linear(gathered, matrix))
     comm.release_weight(matrix)

@@ -23,14 +23,20 @@ TOKEN_MULTIPLE = 64
 _LEAST_WORK = 2**20
 # Most tokens of a pass whose time is that of reading the weights, as in generation. There, oneDNN reads faster.
 FEW_TOKENS = 16
-_LEAST_WEIGHTS = 2**18
+LEAST_WEIGHTS = 2**18
+# Most tokens of which MKL reads weights fastest if these are the left factor, and the tokens two columns: on one thread
+# at 16 GB/s, as fast as a sum of the weights. With one column, or as the right factor, it reads 10 GB/s.
+_COLUMNS = 2
 # Elements of one block of a weight gradient; bounds the memory of the temporary product.
 _BLOCK_ELEMENTS = 2**22
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Compute ``x @ weight.T``: [T, I], [O, I] → [T, O]."""
-    return LINEAR[_kernel("linear", x, weight.shape[0])](x, weight)
+    kernel = _kernel("linear", x, weight.shape[0])
+    if kernel == "onednn" and serves_columns(x):
+        return _linear_of_columns(x, weight)
+    return LINEAR[kernel](x, weight)
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
@@ -67,6 +73,11 @@ def runs_few_tokens(x: Tensor) -> bool:
     return x.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled()
 
 
+def serves_columns(x: Tensor) -> bool:
+    """Return whether ``x``, [T, I], has so few tokens that a product with these as columns is the fastest."""
+    return x.shape[0] <= _COLUMNS and torch.backends.mkl.is_available()
+
+
 def onednn_serves(x: Tensor) -> bool:
     """Return whether oneDNN supports the dtype and device of ``x``."""
     return (
@@ -79,7 +90,7 @@ def onednn_serves(x: Tensor) -> bool:
 
 def _kernel(operation: str, left: Tensor, columns: int) -> str:
     work = left.numel() * columns
-    reads_weights = left.shape[0] <= FEW_TOKENS and left.shape[-1] * columns >= _LEAST_WEIGHTS
+    reads_weights = left.shape[0] <= FEW_TOKENS and left.shape[-1] * columns >= LEAST_WEIGHTS
     if (work < _LEAST_WORK and not reads_weights) or not onednn_serves(left):
         return "torch"
     return kernel_for(operation, "float32", work)
@@ -90,13 +101,22 @@ def _torch_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t())
 
 
-def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+def product_of_few(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``x @ weight.T`` with oneDNN for less than ``TOKEN_MULTIPLE`` tokens; the weight may be packed."""
     tokens = x.shape[0]
-    if tokens < TOKEN_MULTIPLE:  # generation: padding to a power of 2 bounds the number of shapes, too
-        padded = F.pad(x, (0, 0, 0, (1 << (tokens - 1).bit_length()) - tokens))
-    else:
-        padded = _pad_tokens(x)
-    return _onednn(padded, weight)[:tokens]
+    surplus = (1 << (tokens - 1).bit_length()) - tokens  # a power of 2 bounds the number of shapes, too
+    return onednn_linear(F.pad(x, (0, 0, 0, surplus)), weight)[:tokens] if surplus else onednn_linear(x, weight)
+
+
+def _linear_of_columns(x: Tensor, weight: Tensor) -> Tensor:
+    columns = x.expand(_COLUMNS, -1).contiguous() if x.shape[0] < _COLUMNS else x
+    return torch.mm(weight, columns.t()).t()[: x.shape[0]].contiguous()
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
+    if x.shape[0] < TOKEN_MULTIPLE:  # generation
+        return product_of_few(x, _without_gaps(weight))
+    return _onednn(_pad_tokens(x), weight)[: x.shape[0]]
 
 
 def _torch_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
@@ -154,9 +174,12 @@ def _by_blocks(out: Tensor, dy: Tensor, product: Callable[[Tensor], Tensor], acc
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a @ b.T``: [M, K], [N, K] → [M, N]; a transposed ``a`` is copied, a transposed ``b`` is not."""
-    if not (b.is_contiguous() or b.t().is_contiguous()):  # oneDNN has no fast kernel for rows with gaps
-        b = b.contiguous()
-    return onednn_linear(a, b)
+    return onednn_linear(a, _without_gaps(b))
+
+
+def _without_gaps(b: Tensor) -> Tensor:
+    # oneDNN has no fast kernel for rows with gaps.
+    return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:

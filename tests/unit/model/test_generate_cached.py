@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from internlm.eval import generate, stream
 from internlm.model.decoder import Decoder
+from internlm.ops.cpu import cpu_gemm, packed_weights
 from tests.unit.model.hf_models import hf_model_of
 from tests.unit.model.samples import VOCAB, decoder
 
@@ -122,6 +123,42 @@ def test_each_sequence_ends_with_its_own_stop_token() -> None:
         return ids[: ends[0] + 1] if ends else ids
 
     assert generate(model, PROMPTS, 16, temperature=0, stop=stops) == [cut(ids) for ids in free]
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 0.9, "repetition_penalty": 1.3, "seed": [*range(8)]}], ids=str
+)
+@torch.no_grad()
+def test_sequences_that_have_stopped_are_left_out(options: dict[str, Any]) -> None:
+    """The others go on: of unequal lengths, in windows that are full or not, each with its own random numbers."""
+    model = decoder("MISTRAL", sliding_window=5, global_layers=(1,), num_kv_attention_heads=2)
+    prompts = [[*range(1, 2 + index)] for index in range(8)]
+    free = generate(model, prompts, 20, **options)
+    stops = {ids[2 + 2 * index] for index, ids in enumerate(free[:7])}
+    expected = [ids[: next((i for i, token in enumerate(ids) if token in stops), 20) + 1] for ids in free]
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    assert generate(model, prompts, 20, stop=stops, **options) == expected
+    running = [sum(len(ids) > step for ids in expected) for step in range(1, len(rows))]
+    assert all(many <= 2 * needed for many, needed in zip(rows[1:], running, strict=True))
+    assert len(set(rows[1:])) > 2  # more than once
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@torch.no_grad()
+def test_packed_weights_and_a_head_that_is_normalised_once_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder("BAICHUAN2", torch.float32, num_layers=1, hidden_size=512, vocab_size=1024, embedding_init_std=0.1)
+    products, normalised = [], []
+    monkeypatch.setattr(
+        packed_weights, "product_of_few", lambda x, w: products.append(w) or cpu_gemm.product_of_few(x, w)
+    )
+    once = model.output.normalised_weight
+    monkeypatch.setattr(model.output, "normalised_weight", lambda: normalised.append(1) or once())
+    found = generate(model, [*PROMPTS, [7]], 16, temperature=0)
+    assert len(products) == 5 * 16
+    assert len({id(weight) for weight in products}) == 5  # wqkv, wo, w13, w2 and the head
+    assert len(normalised) == 1
+    assert found == [by_whole_sequences(model, prompt, 16) for prompt in (*PROMPTS, [7])]
 
 
 def test_tokens_are_yielded_when_they_are_chosen() -> None:

@@ -8,7 +8,15 @@ from internlm.ops import gemm
 from internlm.ops.cpu import cpu_gemm
 from tests.unit.ops.parity import TOLERANCE, randn, relative_error
 
-SHAPES = [(256, 64, 192), (200, 96, 320), (2, 512, 2048), (1, 3, 2), (70, 512, 64), (4096, 64, 64)]  # T, I, O
+SHAPES = [
+    (256, 64, 192),
+    (200, 96, 320),
+    (2, 512, 2048),
+    (1, 512, 1024),
+    (1, 3, 2),
+    (70, 512, 64),
+    (4096, 64, 64),
+]  # T, I, O
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 

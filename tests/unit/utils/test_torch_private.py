@@ -82,6 +82,7 @@ def test_onednn_multiplies_by_the_transposed_weight() -> None:
     x, weight = torch.randn(64, 8), torch.randn(5, 8)
     torch.testing.assert_close(torch_private.onednn_linear(x, weight), x @ weight.t())
     torch.testing.assert_close(torch_private.onednn_linear(x, weight.t().contiguous().t()), x @ weight.t())
+    torch.testing.assert_close(torch_private.onednn_linear(x, torch_private.onednn_weight(weight)), x @ weight.t())
 
 
 def test_the_gradient_of_a_softmax_is_that_of_autograd() -> None:
