@@ -92,12 +92,16 @@ def modules_of_hugging_face_have_their_own_settings(config: Config, run: RunInfo
 
     What applies to any module is left: sizes, which costs follow from, and what is done around its blocks.
     """
-    model, is_module = config.model, config.model_type == "hf"
-    given = {name: getattr(model, name) for name in NOT_OF_HF_MODULES}
-    for name, value in given.items():
-        if is_module and value != keys.fields()[f"model.{name}"].default:
-            message = f"{value!r} has no effect on the module of Hugging Face, which has its own settings"
-            yield Problem(f"model.{name}", message, "Remove it, and set model.hf.cfg_extra_kwargs")
+    model, defaults = config.model, keys.fields()
+    given = {f"model.{name}": getattr(model, name) for name in NOT_OF_HF_MODULES}
+    given["use_fp32_norm"] = config.use_fp32_norm
+    ignored = {key: value for key, value in given.items() if value != defaults[key].default}
+    if model.checkpoint == "selective":  # which recomputes the attention of the built-in decoder
+        ignored["model.checkpoint"] = model.checkpoint
+    for key, value in ignored.items() if config.model_type == "hf" else ():
+        message = f"{value!r} has no effect on the module of Hugging Face, which has its own settings"
+        todo = "Use True, False or a fraction" if key == "model.checkpoint" else "Set model.hf.cfg_extra_kwargs instead"
+        yield Problem(key, message, todo)
     if model.hf is not None and config.model_type in FAMILIES and not is_replaced(config.model_type):
         message = f"is given, but model_type = {config.model_type!r} is a family of its own"
         yield Problem("model.hf", message, "Remove it, or set model_type to 'hf'")
@@ -209,7 +213,10 @@ RULES = (
     Rule(at("model", "rope_scaling", "rope_base"), yarn_has_wavelengths),
     Rule(at("model", "use_sliding_window", "sliding_window"), windows_have_a_width),
     Rule(at("model", "global_layers", "num_layers"), global_layers_exist),
-    Rule(("model_type", *at("model", "hf", *NOT_OF_HF_MODULES)), modules_of_hugging_face_have_their_own_settings),
+    Rule(
+        ("model_type", "use_fp32_norm", *at("model", "hf", "checkpoint", *NOT_OF_HF_MODULES)),
+        modules_of_hugging_face_have_their_own_settings,
+    ),
     Rule(("model_type", "model.lora"), adapters_have_a_family),
     Rule(at("model", "num_attention_heads", "num_kv_attention_heads"), kv_heads_divide_heads),
     Rule(at("model", "num_experts", "top_k"), experts_suffice),

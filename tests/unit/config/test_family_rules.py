@@ -50,6 +50,14 @@ HF = dict.fromkeys(("mod", "mod_cls", "cfg", "cfg_cls"), "x")
         ({"model.lora": {"rank": 2, "targets": []}}, "model.lora.targets: [] is out of range"),
         ({"model.hf": HF}, "model.hf: is given, but model_type = 'INTERNLM' is a family of its own. Remove it, or"),
         ({"model_type": "hf", "model.hf": HF, "model.drop_rate": 0.1}, "model.drop_rate: 0.1 has no effect on the mod"),
+        (
+            {"model_type": "hf", "model.hf": HF, "model.checkpoint": "selective"},
+            "model.checkpoint: 'selective' has no e",
+        ),
+        (
+            {"model_type": "hf", "model.hf": HF, "use_fp32_norm": True},
+            "use_fp32_norm: True has no effect on the module",
+        ),
         ({"model_type": "hf", "model.lora": {"rank": 2}}, "model.lora: is given, but the model type 'hf' is not"),
     ],
     ids=str,
