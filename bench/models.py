@@ -1,7 +1,9 @@
-"""Models beside ``transformers``: ``python -m bench.models generate``.
+"""Models beside ``transformers``: ``python -m bench.models generate`` and ``convert``.
 
 ``generate``: greedy generation with a cache of keys and values, in turns, and the floor of a step. That is the time in
 which the cores read all weights once, since every token needs each of them.
+
+``convert``: Hugging Face folders as checkpoints, and back, beside a copy of the same bytes (``bench/convert.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import convert
 from bench.yardsticks import LLAMA_30M, YARDSTICKS
 from internlm.config import load_config
 from internlm.eval import generate
@@ -72,14 +75,29 @@ def floor_seconds(model: Decoder) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print tokens per second of both, and the ratio of medians."""
+    """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["generate"], help="what to measure")
+    parts = parser.add_subparsers(required=True, metavar="PART")
+    generation = parts.add_parser("generate", help="greedy generation")
+    add_arguments(generation)
+    generation.set_defaults(run=run)
+    conversion = parts.add_parser("convert", help="conversion of Hugging Face folders")
+    convert.add_arguments(conversion)
+    conversion.set_defaults(run=convert.run)
+    args = parser.parse_args(arguments)
+    args.run(args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``python -m bench.models generate``."""
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts that run together")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print tokens per second of both, and the ratio of medians."""
     torch.set_num_threads(args.threads)
     ours, theirs = models()
     floor = floor_seconds(ours)

@@ -1,7 +1,7 @@
 """Export of a checkpoint as a Hugging Face folder, which ``transformers`` and inference servers load.
 
-Tensors are read, converted and written one after the other, so memory is that of one of our tensors and of one of
-theirs that it holds, whatever the size of the model. The folder gets its name when it is complete.
+Tensors are read, converted and written piece by piece, or as a whole where theirs is no run in the memory of ours, so
+memory is that of one such tensor, whatever the size of the model. The folder gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -17,27 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.nn import functional as F
 
+from internlm.checkpoint.exported_tensors import ExportedTensor, ExportReader
 from internlm.checkpoint.hf_folder import CONFIG, COPIED, INDEX, ONE_FILE, shortened
 from internlm.checkpoint.hf_specs import NamedSpec
 from internlm.checkpoint.local_storage import LocalStorage
-from internlm.checkpoint.logical_tensors import LogicalTensor, cut
 from internlm.checkpoint.safetensors_files import header_of, write_tensors
 from internlm.checkpoint.saved_checkpoint import SavedCheckpoint
-from internlm.core.parallel.lora import is_adapter, merged
+from internlm.core.parallel.lora import is_adapter
 from internlm.data.tokenizer import check_vocabulary, load_tokenizer
 from internlm.model.hf_config import to_hf_config, unsupported_by
 from internlm.model.hf_tensors import HFTensor, hf_tensors, tensor_shapes
-from internlm.utils.dtype import wide
 from internlm.utils.errors import CheckpointError, Problem
 
 #: Size limit of a file, in bytes; a larger tensor has a file of its own.
 SHARD_BYTES = 5 * 10**9
-#: Elements of a head that are normalised at a time.
-_FOLDED_ELEMENTS = 1 << 20
 _CHECKPOINT = "Pass --config with the config of the run, or choose another checkpoint"
 
 
@@ -52,19 +47,6 @@ class Export:
     """Whether a folder of the same name is replaced."""
     tokenizer: Path | None = None
     """Folder, or sentencepiece model, whose tokenizer is copied along."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Tensor to write."""
-
-    hf: HFTensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def export(checkpoint: SavedCheckpoint, model: NamedSpec, target: Path, settings: Export) -> list[Path]:
@@ -178,7 +160,7 @@ def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | None) -> list[_Row]:
+def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | None) -> list[ExportedTensor]:
     """Return the tensors to write, those of one of ours beside one another.
 
     Raises:
@@ -211,13 +193,13 @@ def _rows(checkpoint: SavedCheckpoint, model: NamedSpec, dtype: torch.dtype | No
     if problems:
         raise CheckpointError(*shortened(problems))
     return [
-        _Row(tensor, dtype or stored[name].properties.dtype, tensor.shape(shapes[name]))
+        ExportedTensor(tensor, dtype or stored[name].properties.dtype, tensor.shape(shapes[name]))
         for name, tensors in by_ours.items()
         for tensor in tensors
     ]
 
 
-def _most_common(rows: Sequence[_Row]) -> str:
+def _most_common(rows: Sequence[ExportedTensor]) -> str:
     """Return the name of the dtype that most bytes have."""
     sizes: dict[torch.dtype, int] = {}
     for row in rows:
@@ -225,9 +207,9 @@ def _most_common(rows: Sequence[_Row]) -> str:
     return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
 
 
-def _shards(rows: Sequence[_Row], limit: int) -> list[list[_Row]]:
+def _shards(rows: Sequence[ExportedTensor], limit: int) -> list[list[ExportedTensor]]:
     """Return the rows of each file."""
-    shards: list[list[_Row]] = []
+    shards: list[list[ExportedTensor]] = []
     # As if a file were full, so that the first tensor begins one.
     size = limit
     for row in rows:
@@ -240,84 +222,19 @@ def _shards(rows: Sequence[_Row], limit: int) -> list[list[_Row]]:
 
 
 def _write_shards(
-    checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[_Row], limit: int, storage: LocalStorage
+    checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[ExportedTensor], limit: int, storage: LocalStorage
 ) -> list[str]:
     shards = _shards(rows, limit)
     # The number of files is in their names, so it is known before the first is written.
     count = len(shards)
     files = [ONE_FILE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    tensors = _Tensors(checkpoint, model)
+    tensors = ExportReader(checkpoint, model.spec.config)
     for file, shard in zip(files, shards, strict=True):
         header = header_of({row.hf.name: (row.dtype, row.shape) for row in shard})
         with storage.create(file) as sink:
-            write_tensors(sink, header, map(tensors.read, shard))
+            write_tensors(sink, header, (block for row in shard for block in tensors.blocks(row)))
     if count > 1:
         weight_map = {row.hf.name: file for file, shard in zip(files, shards, strict=True) for row in shard}
         index = {"metadata": {"total_size": sum(row.bytes for row in rows)}, "weight_map": weight_map}
         _write_json(storage.root / INDEX, index)
     return files
-
-
-class _Tensors:
-    """Tensors of a checkpoint by their names of Hugging Face; keeps the last one that was read."""
-
-    def __init__(self, checkpoint: SavedCheckpoint, model: NamedSpec) -> None:
-        self._checkpoint, self._config = checkpoint, model.spec.config
-        self._name, self._whole = "", torch.empty(0)
-        # Used again for each tensor: the first use of new memory takes about as long as reading into it.
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def read(self, row: _Row) -> Tensor:
-        """Return a contiguous tensor."""
-        if row.hf.ours != self._name:
-            self._whole = torch.empty(0)  # before there is a second one
-            self._whole, self._name = self._read_whole(row), row.hf.ours
-        return row.hf.of(self._whole).contiguous()
-
-    def _read(self, name: str) -> Tensor:
-        """Read a tensor of the checkpoint into memory of its own."""
-        stored = self._checkpoint.metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
-        self._checkpoint.read({name: LogicalTensor.whole(whole)})
-        return whole
-
-    def _merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight of a linear with its adapter added."""
-        assert self._config.lora is not None, "_rows refuses adapters that the config does not name"
-        a, b = (self._read(f"{name.removesuffix('.weight')}.lora_{half}.weight") for half in "ab")
-        return merged(weight, a, b, self._config.lora.alpha / self._config.lora.rank)
-
-    def _read_whole(self, row: _Row) -> Tensor:
-        name = f"model/{row.hf.ours}"
-        stored = self._checkpoint.metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        folds = row.hf.ours == "output.weight" and self._config.norm_head
-        merges = f"{name.removesuffix('.weight')}.lora_a.weight" in self._checkpoint.metadata.state_dict_metadata
-        # Reading converts; a head is normalised as the model does, which stores it in its own dtype.
-        whole = self._empty(stored.size, stored.properties.dtype if folds or merges else row.dtype)
-        self._checkpoint.read({name: LogicalTensor.whole(whole)})
-        if merges:
-            whole = self._merged(name, whole).to(row.dtype)
-        if folds:
-            for part in whole.split(max(_FOLDED_ELEMENTS // whole.shape[1], 1)):
-                part.copy_(F.normalize(part.to(wide(part.dtype)), dim=-1))
-            whole = whole.to(row.dtype)
-        # Infinite weights would show in a server, long after the export.
-        if row.dtype.itemsize < stored.properties.dtype.itemsize and not _is_finite(whole):
-            message = f"has values that {str(row.dtype).removeprefix('torch.')} cannot hold"
-            raise CheckpointError(
-                Problem(f"{self._checkpoint.where}: {name}", message, "Use --dtype bfloat16 or float32")
-            )
-        return whole
-
-    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        size = shape.numel() * dtype.itemsize
-        if self._memory.numel() < size:
-            self._memory = torch.empty(0)
-            self._memory = torch.empty(size, dtype=torch.uint8)
-        return self._memory[:size].view(dtype).view(shape)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(part.isfinite().all()) for _, part in cut((0,) * tensor.dim(), tensor, _FOLDED_ELEMENTS))

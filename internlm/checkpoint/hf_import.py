@@ -63,12 +63,18 @@ class _LazyPlanner(LogicalSavePlanner):
     def __init__(self, reader: HFReader) -> None:
         super().__init__()
         self._reader = reader
+        # Used again for each piece: the first use of new memory takes about as long as reading into it.
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """Return the piece at ``index``."""
+        """Return the piece at ``index``, which is valid until the next is read."""
         logical = self.state_dict[index.fqn]
         # Pieces of whole fused tensors are made here, from several tensors of theirs.
-        piece = torch.empty(logical.piece(index.offset).shape, dtype=logical.dtype)
+        shape = logical.piece(index.offset).shape
+        size = shape.numel() * logical.dtype.itemsize
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        piece = self._memory[:size].view(logical.dtype).view(shape)
         assert index.offset is not None
         self._reader.read_slice(index.fqn.removeprefix("model/"), tuple(index.offset), piece)
         return piece
