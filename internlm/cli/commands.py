@@ -21,6 +21,7 @@ from internlm.costs.memory_plan import ACTIVATIONS, format_bytes
 from internlm.train.inventory import plans_of_stages
 from internlm.utils.errors import ConfigError, Problem, UserError
 from internlm.verify import locate
+from internlm.verify.compare import Report
 from internlm.verify.configs import Devices
 from internlm.verify.processes import RankError
 from internlm.verify.report import as_json, as_text, heading
@@ -156,13 +157,24 @@ def verify(arguments: argparse.Namespace) -> int:
     with Session(a.config, a.timeout, a.device) as session:
         try:
             report = session.compare(plan)
-            print(as_text(report), flush=True)
-            location = None if report.passed or a.no_locate else locate.locate(session, attempt, report)
         except RankError as error:
             print(error, file=sys.stderr)
             return EXIT_DIFFERENT
-    if location is not None:
-        print(locate.as_text(location))
+        print(as_text(report), flush=True)
+        location = None if report.passed or a.no_locate else _locate(session, attempt, report)
     if a.json:
         write_file(a.json, as_json(plan, report, None if location is None else locate.as_dict(location)))
     return 0 if report.passed else EXIT_DIFFERENT
+
+
+def _locate(session: Session, attempt: Attempt, report: Report) -> locate.Location | None:
+    """Print where a layout differs; None if the run that records the tensors failed."""
+    print("searching for the smallest layout that differs ...", file=sys.stderr, flush=True)
+    try:
+        location = locate.locate(session, attempt, report)
+    except (RankError, UserError) as error:
+        # The comparison itself is done: its report and exit code do not depend on the search.
+        print(f"no culprit, since the run that records all tensors failed: {error}", file=sys.stderr)
+        return None
+    print(locate.as_text(location))
+    return location

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from internlm.verify.compare import GRADIENT, PARAMETER, Report, Row
@@ -65,7 +66,7 @@ def _by_traffic(report: Report) -> str:
         (error.collective, error.mode): error.counted.calls - error.expected.calls for error in report.traffic or ()
     }
     return ", ".join(
-        f"{abs(count)} calls of {collective} over {mode} are {'missing' if count < 0 else 'too many'} in the step"
+        f"{abs(count)} x {collective} over {mode}: {'missing' if count < 0 else 'too many'} in the step"
         for (collective, mode), count in differences.items()
         if count
     )
@@ -78,8 +79,9 @@ def _culprits(report: Report, reference: RankRecord, ranks: Sequence[RankRecord]
     walk = Walk(reference, ranks, limit)
     if (missing := walk.never_run()) is not None:
         yield Culprit(module="the schedule", phase="forward", tensor=missing, difference=1.0)
-    for backward in (False, True):
-        if (found := walk.first(backward)) is not None:
+    # The weight of a token in the loss is an input of each pass, but depends on the batches of all.
+    for selects in (_is_batch, _is_forward, _is_backward):
+        if (found := walk.first(selects)) is not None:
             yield _of_pass(found, walk)
     if walk.unresolved and any(not row.passed for row in report.gradients):
         yield _of_pass(walk.unresolved[0], walk)
@@ -134,6 +136,18 @@ def module_of(parameter: str) -> str:
 
 
 # -- forward and backward ---------------------------------------------------------------------------------------------
+def _is_batch(site: Site) -> bool:
+    return site.is_batch
+
+
+def _is_forward(site: Site) -> bool:
+    return not site.is_gradient
+
+
+def _is_backward(site: Site) -> bool:
+    return site.is_gradient
+
+
 def _of_pass(found: Found, walk: Walk) -> Culprit:
     site, after = found.site, found.after
     return Culprit(
@@ -148,17 +162,15 @@ def _of_pass(found: Found, walk: Walk) -> Culprit:
 
 
 def _phase(site: Site) -> str:
+    if site.is_batch:
+        return "batch"
     if not site.module and site.is_input and not site.is_gradient:
-        return "loss" if site.slot == ".grad_scale" else "batch"
+        return "loss"
     return "backward" if site.is_gradient else "forward"
 
 
 def _module(found: Found) -> str:
-    """Return the module whose code computes the tensor that was found.
-
-    A module computes its output and the gradient of its input. What comes before its input, or after its output in the
-    backward pass, is code of its caller, or of the pipeline.
-    """
+    """Return the module whose code computes the tensor that was found, or the part of the step outside of modules."""
     site = found.site
     if site.is_input == site.is_gradient:
         return site.module or THE_MODEL
@@ -276,7 +288,7 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
         return f"rank {listed} still has the values from before the update: an all-gather is missing"
     found = assemble([record.parameters for record in ranks])
     factor = factor_of(found.tensors[name] - before, after - before, 1e-6)
-    if factor is not None and abs(factor - 1) > 1e-6:
+    if factor is not None and abs(factor - 1) > 1e-6 and before.dtype == torch.float64:
         return f"the update is multiplied by {factor:.6g}"
     return next((str(each) for each in found.disagreements if each.name == name), "")
 

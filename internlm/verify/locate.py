@@ -12,7 +12,12 @@ from internlm.verify.configs import Plan
 from internlm.verify.culprit import Culprit, find_culprit
 from internlm.verify.report import heading
 from internlm.verify.session import Session
-from internlm.verify.shrink import Attempt, smallest
+from internlm.verify.shrink import DTYPE, Attempt, smallest
+
+#: A smaller layout counts as hung after this many times the time of the slowest run that has finished, and ``SLACK``.
+EXPECTED = 2.0
+#: Seconds in which the processes of a run start.
+SLACK = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ def locate(session: Session, attempt: Attempt, given: Report) -> Location:
         UserError: A rank raised a UserError.
         RankError: A rank raised another exception, died, or did not finish in time.
     """
-    found = smallest(attempt, lambda plan: not session.compare(plan).passed)
+    timeout = min(session.timeout, EXPECTED * session.slowest + SLACK)
+    found = smallest(attempt, lambda plan: not session.compare(plan, timeout).passed)
     plan = found.plan()
     # The last step: with one step less, nothing differs.
     report, alone, ranks = session.compare_records(plan, details_of=plan.steps - 1)
@@ -81,7 +87,8 @@ def _lines(location: Location) -> Iterator[str]:
     yield f"  {location.attempt.command()}"
     culprit = location.culprit
     if culprit is None:
-        yield "culprit: none while tensors are recorded, so it depends on timing: look for a missing wait"
+        timing = "none while tensors are recorded, so it depends on timing: look for a missing wait"
+        yield f"culprit: {timing if location.report.passed else f'unknown. {location.report.failures[0]}'}"
         return
     yield f"culprit: {culprit.module}, {culprit.phase}"
     difference = f" by {culprit.difference:.2g}" if culprit.difference else ""
@@ -90,6 +97,9 @@ def _lines(location: Location) -> Iterator[str]:
         yield f"  last to agree: {culprit.after}"
     if culprit.explanation:
         yield f"  {culprit.explanation}"
+    if location.attempt.dtype != DTYPE:
+        rounding = f"this may be rounding to {location.attempt.dtype}"
+        yield f"  with --dtype {DTYPE} nothing differs, or it does not run: {rounding}"
     if culprit.phase in ("forward", "backward", "gradients", "update", "communication"):
         yield f"  collectives called there: {', '.join(culprit.calls) or 'none'}"
     yield from (f"  against the formula: {error}" for error in (location.report.traffic or ())[:3])

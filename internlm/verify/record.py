@@ -46,6 +46,11 @@ class Site(NamedTuple):
         """Name of the tensor: that of the module, followed by the slot."""
         return f"{self.module or THE_MODEL}{self.slot}"
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether the loader reads the tensor: an input of the model, other than the weight of a token in the loss."""
+        return not self.module and self.is_input and not self.is_gradient and self.slot != ".grad_scale"
+
     def __str__(self) -> str:
         return f"{'gradient of the ' * self.is_gradient}{'input' if self.is_input else 'output'}{self.slot}"
 

@@ -78,8 +78,13 @@ def explain(shards: Sequence[Tensor], reference: Tensor, others: Sequence[tuple[
         others: Names and tensors of the reference at the same place in other micro-batches.
         limit: Largest relative difference of tensors that count as equal.
     """
-    limit *= 100  # the operations below round
-    return next(_explanations(shards, reference, others, limit), "")
+    return next(_explanations(shards, reference, others, widened(limit)), "")
+
+
+def widened(limit: float) -> float:
+    """Return the limit of tensors that are added or scaled before they are compared, which rounds them once more."""
+    # A limit of half precision is not widened: near 1, any relation would seem to hold.
+    return max(limit, min(100 * limit, 1e-4))
 
 
 def _explanations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ COORDINATES = ParallelMode.DATA, ParallelMode.TENSOR, ParallelMode.PIPELINE, Par
 
 def run_file(rank: int, world_size: int, path: str, *run: Any) -> RankRecord:
     """Call :func:`run_rank` after executing the config file, which may import and so register a user's own model."""
+    # A search runs dozens of times: what a training run logs would hide the report.
+    logging.disable(logging.INFO)
     execute_file(path)
     return run_rank(rank, world_size, *run)
 

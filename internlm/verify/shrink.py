@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from internlm.accelerator import CPU
 from internlm.config import Config
 from internlm.utils.errors import UserError
 from internlm.verify.configs import Devices, Plan, Values, as_overrides, make_plan
@@ -15,6 +17,8 @@ from internlm.verify.processes import RankError
 
 #: Seconds after which the search ends with the smallest layout found so far.
 LIMIT = 120.0
+#: Dtype in which rounding hides hardly any mistake, and is taken for none.
+DTYPE = "float64"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +56,24 @@ class Attempt:
 
     def command(self) -> str:
         """Return the command that compares this layout."""
-        sets = " ".join(f"--set {_quoted(each)}" for each in self._merged())
-        size = " --debug-size" if self.shrink else ""
-        dtype = "" if self.dtype == "float64" else f" --dtype {self.dtype}"
-        run = f"--world {self.world_size} --steps {self.steps}{dtype} --seed {self.seed}{size}"
-        return f"internlm verify {self.source} {run} {sets}".rstrip()
+        words = ["internlm", "verify", self.source, "--world", str(self.world_size), "--steps", str(self.steps)]
+        words += [] if self.dtype == DTYPE else ["--dtype", self.dtype]
+        words += ["--seed", str(self.seed)]
+        words += [] if self.devices.type == CPU.name else ["--device", self.devices.type]
+        words += ["--debug-size"] * self.shrink
+        words += [word for override in self._merged() for word in ("--set", override)]
+        return " ".join(map(_quoted, words))
 
     def _merged(self) -> list[str]:
         kept = [each for each in self.overrides if each.partition("=")[0] not in self.changed]
         return [*kept, *as_overrides(self.changed)]
 
 
-def _quoted(text: str) -> str:
-    return f'"{text}"' if any(character in text for character in " '()[]") else text
+def _quoted(word: str) -> str:
+    """Quote a word for a POSIX shell."""
+    # In double quotes if the shell replaces nothing there, since values often have single quotes.
+    quoted = shlex.quote(word)
+    return f'"{word}"' if quoted != word and not set(word) & set('"$`\\!') else quoted
 
 
 def smallest(attempt: Attempt, still_differs: Callable[[Plan], bool], limit: float = LIMIT) -> Attempt:
@@ -99,6 +108,8 @@ def _differs(attempt: Attempt, still_differs: Callable[[Plan], bool]) -> bool:
 
 def _smaller(attempt: Attempt) -> Iterator[Attempt]:
     """Yield layouts that are smaller in one respect, those that remove most first."""
+    if attempt.dtype != DTYPE:
+        yield replace(attempt, dtype=DTYPE)
     if not attempt.shrink:
         yield replace(attempt, shrink=True)
     plan = attempt.plan()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from internlm.verify.record import Call, Pass, RankRecord, Site, by_sample
-from internlm.verify.relations import Relation, explain, factor_of, is_close, relate
+from internlm.verify.relations import Relation, explain, factor_of, is_close, relate, widened
 from internlm.verify.tensors import assemble, join_shards, relative_l2
 
 #: Tensors smaller than this, relative to the largest of their pass, are compared as if they were as large: they are
@@ -31,8 +32,8 @@ class Found:
     """Tensor of each rank of the tensor group."""
     wanted: Pass
     """Pass of one process."""
-    calls: list[Call]
-    """Collectives called between the two, by the first rank of the tensor group."""
+    found: Pass
+    """Pass of the first rank of the tensor group."""
     crosses_stages: bool
     """Whether the two are on different stages of a pipeline."""
 
@@ -48,6 +49,25 @@ class Found:
         while not self.site.is_input and caller and self._is_output_of(caller):
             caller = self.wanted.callers.get(caller)  # it returns what the module returned
         return caller
+
+    @property
+    def module(self) -> str | None:
+        """Module whose code computes the tensor; None: the model's caller.
+
+        A module computes its output and the gradient of its input. What comes before its input, or after its output in
+        the backward pass, is code of its caller.
+        """
+        return self.site.module if self.site.is_input == self.site.is_gradient else self.caller
+
+    @property
+    def calls(self) -> list[Call]:
+        """Collectives called in the code of this module."""
+        return self.calls_of(self.found)
+
+    def calls_of(self, its_pass: Pass) -> list[Call]:
+        """Return the collectives that this module called in the pass of a rank."""
+        backward = self.site.is_gradient
+        return [call for call in its_pass.calls if call.module == self.module and call.in_backward == backward]
 
     def _is_output_of(self, module: str) -> bool:
         tensor = self.wanted.tensors.get(self.site._replace(module=module))
@@ -65,6 +85,9 @@ class Found:
         parts = [f"micro-batch {self.micro_batch}"] * bool(self.micro_batch)
         parts += [f"data rank {self.data_rank}"] * bool(self.data_rank)
         return f" ({', '.join(parts)})" if parts else ""
+
+
+Selects = Callable[[Site], bool]
 
 
 class _Last(NamedTuple):
@@ -122,27 +145,28 @@ class Walk:
                 if all(site in each.tensors for each in passes):
                     yield site, stage, passes
 
-    def first(self, backward: bool) -> Found | None:
-        """Return the first tensor that differs in any forward pass, or in any backward pass."""
-        found = (self._first_of(m, d, wanted, backward) for m, d, wanted in self.passes())
+    def first(self, selects: Selects) -> Found | None:
+        """Return the first tensor that differs in any pass, of those at the sites that ``selects`` returns true for."""
+        found = (self._first_of(m, d, wanted, selects) for m, d, wanted in self.passes())
         return next((each for each in found if each is not None), None)
 
-    def _first_of(self, micro_batch: int, data_rank: int, wanted: Pass, backward: bool) -> Found | None:
+    def _first_of(self, micro_batch: int, data_rank: int, wanted: Pass, selects: Selects) -> Found | None:
         """Walk along one pass.
 
         Parts of a sum may be on the ranks for a while: they are a mistake only if what follows from them is wrong.
         """
         # A mistake in one tensor makes all tensors after it wrong, so the walk ends at the first.
-        floor, agreeing, partial = self._floor(wanted, backward), _Last(None, 0), list[Found]()
+        floor, agreeing, partial = _floor(wanted, selects), _Last(None, 0), list[Found]()
         for site, stage, passes in self._sites(micro_batch, data_rank, wanted):
-            if site.is_gradient != backward:
+            if not selects(site):
                 continue
             shards = [each.tensors[site] for each in passes]
             relation = relate(shards, wanted.tensors[site], self.limit, floor)
             if relation is Relation.EQUAL:
                 agreeing = _Last(site, stage)
-                # What follows from the parts agrees, so something has added them.
-                partial.clear()
+                if partial and _is_new(site, wanted):
+                    # What follows from the parts agrees, so something has added them.
+                    partial.clear()
             elif relation is not Relation.UNKNOWN:
                 found = Found(
                     site=site,
@@ -151,7 +175,7 @@ class Walk:
                     data_rank=data_rank,
                     shards=shards,
                     wanted=wanted,
-                    calls=_calls_at(site, passes[0], backward),
+                    found=passes[0],
                     crosses_stages=agreeing.site is not None and stage != agreeing.stage,
                 )
                 if relation is Relation.DIFFERENT:
@@ -159,10 +183,6 @@ class Walk:
                 partial.append(found)
         self.unresolved += partial[:1]
         return None
-
-    def _floor(self, wanted: Pass, backward: bool) -> float:
-        tensors = (t for site, t in wanted.tensors.items() if site.is_gradient == backward and t.is_floating_point())
-        return SMALLEST * max((tensor.double().norm().item() for tensor in tensors), default=0.0)
 
     def same_place(self, found: Found) -> list[tuple[str, Tensor]]:
         """Return the tensors of one process at the same place in other micro-batches, with their names in words."""
@@ -173,8 +193,16 @@ class Walk:
         ]
 
 
-def _calls_at(site: Site, its_pass: Pass, backward: bool) -> list[Call]:
-    return [call for call in its_pass.calls if call.module == site.module and call.in_backward == backward]
+def _floor(wanted: Pass, selects: Selects) -> float:
+    tensors = (t for site, t in wanted.tensors.items() if selects(site) and t.is_floating_point())
+    return SMALLEST * max((tensor.double().norm().item() for tensor in tensors), default=0.0)
+
+
+def _is_new(site: Site, wanted: Pass) -> bool:
+    """Return whether a tensor is computed here, rather than passed on from before, as masks and rotary tables are."""
+    tensor = wanted.tensors[site]
+    earlier = takewhile(lambda other: other != site, wanted.tensors)
+    return tensor.is_floating_point() and not any(wanted.tensors[other].equal(tensor) for other in earlier)
 
 
 def explain_found(found: Found, walk: Walk) -> str:
@@ -189,8 +217,8 @@ def explain_found(found: Found, walk: Walk) -> str:
 def _by_bias(found: Found, walk: Walk) -> str:
     """Say how often a bias of the module is added, if that is all that differs."""
     details, wholes = walk.reference.details, join_shards(found.shards, found.reference.shape)
-    if details is None or found.site.is_gradient or not wholes:
-        return ""
+    if details is None or found.site.is_gradient or not wholes or found.reference.dtype != torch.float64:
+        return ""  # in lower precision, rounding is as large as a bias
     for name in details.order:
         if name.rpartition(".")[0] != found.site.module:
             continue
@@ -206,9 +234,8 @@ def _by_bias(found: Found, walk: Walk) -> str:
 def _by_calls(found: Found, walk: Walk) -> str:
     """Explain a difference by what the collectives of the module were given."""
     group = next(g for g in walk.groups[found.data_rank] if found.site in g[0].passes[found.micro_batch].tensors)
-    backward = found.site.is_gradient
     # Ranks of one group call the same collectives in the same order, or else they hang.
-    by_rank = [_calls_at(found.site, record.passes[found.micro_batch], backward) for record in group]
+    by_rank = [found.calls_of(record.passes[found.micro_batch]) for record in group]
     for calls in zip(*by_rank, strict=False):
         sent = [call.sent for call in calls if call.sent is not None]
         collective, mode = calls[0].collective, calls[0].mode
@@ -219,9 +246,9 @@ def _by_calls(found: Found, walk: Walk) -> str:
         if any(tensor.shape != wanted.shape for tensor in flat):
             continue
         # A sum of what is complete is the mistake, even if a later division hid it from the values of one process.
-        complete = all(is_close(tensor, wanted, walk.limit * 100) for tensor in flat)
+        complete = all(is_close(tensor, wanted, widened(walk.limit)) for tensor in flat)
         if complete and len(group) > 1:
             return f"the {collective} over {mode} is given what is already complete: it is doubled"
-        if len(group) > 1 and is_close(torch.stack(flat).sum(0), wanted, walk.limit * 100) and mode != "tensor":
+        if len(group) > 1 and is_close(torch.stack(flat).sum(0), wanted, widened(walk.limit)) and mode != "tensor":
             return f"the {collective} is over {mode}, but the parts of the sum are on the ranks of tensor"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 from internlm.core.parallel.blocks import is_compiled
 from internlm.core.parallel.ledger import LEDGER, Collective
+from internlm.utils.errors import Problem, UserError
 from internlm.verify.foreign_calls import observing
 from internlm.verify.record import Call, Details, Pass, Site, host_copy
 
 #: Largest number of elements of a tensor whose copy is kept when it is sent within a module.
 MOST_ELEMENTS = 2**22
+#: Most bytes that the tensors of a detailed record may take, which are in memory several times when they are sent.
+MOST_BYTES = 2**32
+#: Attribute of an output: name of the innermost module that returns it.
+MADE_BY = "made_by"
 
 
 @contextmanager
@@ -102,6 +108,7 @@ class _Watch:
         self.passes, self._calls = {micro_batch: Pass() for micro_batch in micro_batches}, iter(calls)
         self._details, self._before_pass = details, before_pass
         self._current, self._forward, self._returns_loss = Pass(), False, True
+        self._bytes = 0
         # Where the pass is: name of the module, and whether it is in its backward.
         self._module: str | None = None
 
@@ -130,11 +137,12 @@ class _Watch:
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return value
         if self._forward:
-            self._current.tensors.setdefault(site, host_copy(value))
+            self._note(self._current, site, value)
         if value.requires_grad and torch.is_grad_enabled():
             # A hook on the tensor itself would get the sum over all modules that use it.
             value = value.view_as(value)
-            value.register_hook(partial(self._differentiated, self._current, site))
+            caller = self._current.callers.get(site.module)
+            value.register_hook(partial(self._differentiated, self._current, site, caller))
         return value
 
     def called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -154,16 +162,31 @@ class _Watch:
 
     def _note_output(self, site: Site, tensor: Tensor) -> None:
         if self._forward:
-            self._current.tensors.setdefault(site, host_copy(tensor))
-        if tensor.requires_grad:
-            tensor.register_hook(partial(self._differentiated, self._current, site))
+            self._note(self._current, site, tensor)
+        # The hook of a parameter, which a module may return, would outlive the pass.
+        if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            # A module that returns the output of an inner one returns the same tensor, whose hooks run one by one:
+            # it is the backward of the inner module that comes next.
+            inner: str = tensor.__dict__.setdefault(MADE_BY, site.module)
+            tensor.register_hook(partial(self._differentiated, self._current, site, inner))
 
-    def _differentiated(self, its_pass: Pass, site: Site, gradient: Tensor) -> None:
+    def _differentiated(self, its_pass: Pass, site: Site, next_module: str | None, gradient: Tensor) -> None:
+        """Record the gradient at ``site``, after which the backward of ``next_module`` runs."""
         # Schedules run other micro-batches between forward and backward of this one. Modules that are recomputed next
         # belong to the micro-batch of this gradient.
-        self._current, self._forward = its_pass, False
-        self._module = its_pass.callers.get(site.module) if site.is_input else site.module
-        its_pass.tensors.setdefault(site._replace(is_gradient=True), host_copy(gradient))
+        self._current, self._forward, self._module = its_pass, False, next_module
+        self._note(its_pass, site._replace(is_gradient=True), gradient)
+
+    def _note(self, its_pass: Pass, site: Site, tensor: Tensor) -> None:
+        """Add a copy of the first tensor at ``site`` to a pass."""
+        if site in its_pass.tensors:
+            return
+        its_pass.tensors[site] = host_copy(tensor)
+        self._bytes += tensor.nbytes
+        if self._details is not None and self._bytes > MOST_BYTES:
+            message = f"the inputs and outputs of all modules take more than {MOST_BYTES / 2**30:g} GiB in a process"
+            todo = "Use --debug-size, or lower data.seq_len or data.micro_num"
+            raise UserError(Problem("internlm verify", message, todo))
 
     # -- a collective -------------------------------------------------------------------------------------------------
     def communicated(self, mode: str, collective: Collective, tensor: Tensor) -> None:
@@ -185,6 +208,9 @@ def tensors_in(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, dict) or hasattr(output, "_asdict"):
         for key, value in (output if isinstance(output, dict) else output._asdict()).items():
             yield from tensors_in(value, f"{name}.{key}")
+    elif is_dataclass(output):
+        for entry in fields(output):
+            yield from tensors_in(getattr(output, entry.name), f"{name}.{entry.name}")
     elif isinstance(output, (tuple, list)):
         for index, value in enumerate(output):
             yield from tensors_in(value, f"{name}[{index}]")

@@ -73,6 +73,11 @@ def test_zeros() -> None:
     assert _sharded(TOP, BOTTOM * 0) == "it is zero on rank 1"
 
 
+def test_what_is_not_finite_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.WHOLE", WHOLE / 0)
+    assert _sharded(TOP / 0, BOTTOM / 0) == "it is not finite on one process either"
+
+
 def test_copies_that_were_never_summed() -> None:
     part = torch.rand(6, 2, dtype=torch.float64)
     ranks = [(RankCoordinates(0, tensor, 0), _held(values)) for tensor, values in enumerate((part, WHOLE - part))]

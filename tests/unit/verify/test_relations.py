@@ -54,6 +54,11 @@ def test_rounding_of_what_cancels_is_no_difference() -> None:
     assert is_close(X * 1e-20, X * 2e-20, LIMIT, floor=1e-3)
 
 
+def test_half_precision_has_no_relations_by_chance() -> None:
+    # Nearer to one another than 100 times the limit, which is that of half precision.
+    assert explain([X + NOISE / 4, X - NOISE / 2], X, [("micro-batch 1", X + NOISE / 8)], 1e-2) == ""
+
+
 @pytest.mark.parametrize(
     ("shards", "words"),
     [

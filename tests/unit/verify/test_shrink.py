@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from internlm.cli import parsers
 from internlm.config import Config
 from internlm.utils.errors import ConfigError, Problem
-from internlm.verify.configs import HOST_CORES, Plan
+from internlm.verify.configs import HOST_CORES, Devices, Plan
 from internlm.verify.shrink import Attempt, smallest
 from tests.unit.config.test_cli import SFT
 
@@ -69,6 +70,22 @@ def test_a_smaller_layout_that_fails_is_left_out() -> None:
 
 def test_the_search_ends_in_time() -> None:
     assert smallest(LARGE, lambda plan: True, limit=0.0) == LARGE
+
+
+@pytest.mark.parametrize(("differs_in_float64", "dtype"), [(True, "float64"), (False, "bfloat16")])
+def test_half_precision_is_left_if_float64_differs_too(differs_in_float64: bool, dtype: str) -> None:
+    def differs(plan: Plan) -> bool:
+        return differs_in_float64 or str(plan.config.model.dtype) == "torch.bfloat16"
+
+    assert smallest(replace(LARGE, dtype="bfloat16"), differs).dtype == dtype
+
+
+def test_the_command_is_quoted_for_a_shell() -> None:
+    overrides = ("job_name='it is'", 'data.train_folder="a b"', "model.lora={'rank': 2}", "a=$HOME", "b=`c`;d!", "e=\\")
+    attempt = replace(LARGE, source="my configs/a.py", overrides=overrides, devices=Devices("cuda", 8), shrink=False)
+    words = ["internlm", "verify", "my configs/a.py", "--world", "16", "--steps", "3", "--seed", "1"]
+    words += ["--device", "cuda", *(word for each in overrides for word in ("--set", each))]
+    assert shlex.split(attempt.command()) == words
 
 
 def test_the_command_leads_to_the_same_plan() -> None:

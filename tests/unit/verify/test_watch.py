@@ -1,12 +1,19 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from internlm.core.context import ParallelMode
+from internlm.core.parallel.ledger import LEDGER
 from internlm.core.parallel.sharding import StageLayers
+from internlm.utils.errors import UserError
+from internlm.verify import watch
+from internlm.verify.record import Details
 from internlm.verify.watch import tensors_in, watching
 
 
@@ -99,6 +106,85 @@ def test_gradients_of_what_is_called_again() -> None:
         torch.testing.assert_close(seen.gradients["0.norm"], inner.norm(x).exp())
 
 
+class SumsBack(torch.autograd.Function):
+    """A collective in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        LEDGER.record(ParallelMode.TENSOR, "all-reduce", 0, dy)
+        return dy
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return SumsBack.apply(x)
+
+
+class Outer(nn.Module):
+    """Module that returns what its inner module returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_collective_in_backward_belongs_to_the_inner_module() -> None:
+    model = nn.Sequential(Outer(), nn.Tanh())
+    with watching(model, [0], [0], Details()) as passes:
+        model(torch.ones(3, requires_grad=True)).sum().backward()
+    assert [(call.module, call.in_backward) for call in passes[0].calls] == [("0.inner", True)]
+
+
+class GivesItsWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class UsesAWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = GivesItsWeight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.given()
+
+
+def test_a_parameter_that_is_an_output_keeps_no_hook() -> None:
+    model = UsesAWeight()
+    with watching(model, [0], [0], Details()) as passes:
+        model(torch.ones(2, 3)).sum().backward()
+    assert "given" in passes[0].outputs
+    assert not model.given.weight._backward_hooks
+
+
+def test_a_record_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_BYTES", 200)
+    model, x = Model(), torch.ones(5, 3)
+    with watching(model, [0], [0]):
+        model(x)  # without details as before
+    with pytest.raises(UserError, match="--debug-size"), watching(model, [0], [0], Details()):
+        model(x)
+    assert LEDGER.observer is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@dataclass
+class Hidden:
+    x: Tensor
+    layers: int = 2
+
+
 class Output(NamedTuple):
     loss: Tensor
     tokens: Tensor
@@ -108,4 +194,5 @@ class Output(NamedTuple):
 def test_what_can_be_compared() -> None:
     x = torch.ones(2)
     assert [name for name, _ in tensors_in((x, {"a": [x]}, None), "m")] == ["m[0]", "m[1].a[0]"]
+    assert [name for name, _ in tensors_in(Hidden(x), "m")] == ["m.x"]
     assert [name for name, _ in tensors_in(Output(x.sum(), x, x > 0), "m")] == ["m.tokens"]
