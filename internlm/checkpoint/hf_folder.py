@@ -7,12 +7,14 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.hf_names import LLAMA, NAMINGS
 from internlm.checkpoint.safetensors_files import DOWNLOAD, OpenTensors, StoredTensor, quoted, read_header
 from internlm.model.hf_tensors import HFTensor, hf_tensors
 from internlm.model.spec import DecoderSpec
@@ -78,8 +80,7 @@ class HFFolder:
         CheckpointError: It is no such folder, a file is damaged or missing, or the index does not describe the files.
     """
 
-    head, todo = "lm_head.weight", MATCH_CONFIG
-    table = staticmethod(hf_tensors)
+    todo = MATCH_CONFIG
 
     def __init__(self, path: Path) -> None:
         self.path, self.config_file = path, path / CONFIG
@@ -97,6 +98,25 @@ class HFFolder:
         problems += self._contradictions(index, of_files) if index else ()
         if problems:
             raise CheckpointError(*shortened(problems))
+        self._naming = NAMINGS.get(str(self.config.get("model_type")), LLAMA)
+        self.head = self._naming.of("lm_head.weight")
+        if self._naming.fused:
+            self.tensors = self._without_fused()
+
+    def table(self, spec: DecoderSpec) -> Iterator[HFTensor]:
+        """Yield the tensors that a decoder needs."""
+        for row in hf_tensors(spec):
+            yield replace(row, name=self._naming.of(row.name))
+
+    def _without_fused(self) -> dict[str, StoredTensor]:
+        """Return the tensors with queries, keys and values as three instead of one."""
+        try:
+            parts = dict(self._naming.parts(self.tensors, self.config))
+        except ValueError as error:
+            name, _, message = str(error).partition(": ")
+            raise CheckpointError(Problem(f"{self.path}: {name}", message, self.todo)) from None
+        fused = {name.partition("[")[0] for name in parts}
+        return {**{name: stored for name, stored in self.tensors.items() if name not in fused}, **parts}
 
     def read_box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         """Read a box of a tensor, as :class:`TensorFolder` says."""

@@ -17,7 +17,7 @@ from internlm.model.spec import DecoderSpec
 from internlm.utils.errors import CheckpointError, Problem
 
 #: Tensors that old folders hold although they follow from the config.
-_COMPUTED = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.inv_freq|rope\.freqs")
+_COMPUTED = re.compile(r"model(\.layers\.\d+\.(self_attn|attention))?\.rotary_emb\.inv_freq|rope\.freqs")
 
 
 class HFReader:

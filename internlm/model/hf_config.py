@@ -46,10 +46,13 @@ class HFFormat:
     """Biases that the architecture always has."""
     mlp_bias: bool = False
     """Whether the config has the key ``mlp_bias``."""
+    is_only_read: bool = False
+    """Whether folders are read, while models of the family are written as Llama."""
+    bias_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys that switch biases, where they are not ``attention_bias`` and ``mlp_bias``, by ours."""
     windows: str = ""
     """How sliding windows are expressed: ``all`` layers by ``sliding_window``; ``types``, by ``layer_types``."""
     activation_key: str = "hidden_act"
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 _QKVO = ("qkv_bias", "o_bias")
@@ -76,12 +79,35 @@ FORMATS = {
             windows="types",
             activation_key="hidden_activation",
         ),
+        # Releases with code of their own, which transformers has not.
+        HFFormat(
+            model_type="internlm",
+            architecture="InternLMForCausalLM",
+            family="INTERNLM",
+            is_only_read=True,
+            bias_keys=dict.fromkeys(_QKVO, "bias"),
+        ),
+        HFFormat(
+            model_type="internlm2",
+            architecture="InternLM2ForCausalLM",
+            family="INTERNLM2",
+            is_only_read=True,
+            bias_keys=dict.fromkeys(_QKVO, "bias"),
+        ),
+        HFFormat(
+            model_type="internlm3",
+            architecture="InternLM3ForCausalLM",
+            family="INTERNLM3",
+            is_only_read=True,
+            bias_keys={"qkv_bias": "qkv_bias", "o_bias": "bias", "mlp_bias": "bias"},
+        ),
+        HFFormat(model_type="baichuan", architecture="BaichuanForCausalLM", family="BAICHUAN2", is_only_read=True),
     )
 }
 #: Formats of the families; those that Hugging Face does not have are written as Llama.
 FORMAT_OF = {
     **dict.fromkeys(FAMILIES, "llama"),
-    **{row.family: name for name, row in FORMATS.items() if name != "llama"},
+    **{row.family: name for name, row in FORMATS.items() if name != "llama" and not row.is_only_read},
 }
 
 
@@ -191,9 +217,12 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not isinstance(activation, str) or activation not in by_theirs:
         raise ValueError(f"{row.activation_key}: {reprlib.repr(activation)} is not one of {', '.join(by_theirs)}")
     keys["activation"] = by_theirs[activation]
-    for bias in ("qkv_bias", "o_bias"):
-        keys[bias] = bias in row.always or (bias in row.biases and bool(config.get("attention_bias")))
-    keys["mlp_bias"] = bool(config.get("mlp_bias")) and row.mlp_bias
+    switches = {**dict.fromkeys(row.biases, "attention_bias"), **({"mlp_bias": "mlp_bias"} if row.mlp_bias else {})}
+    switches |= row.bias_keys
+    for bias in (*_QKVO, "mlp_bias"):
+        keys[bias] = bias in row.always or (bias in switches and bool(config.get(switches[bias])))
+    if row.model_type == "baichuan" and config.get("max_position_embeddings") is None:
+        raise ValueError("max_position_embeddings: is missing, as in releases with ALiBi, which no model here has")
     return row.family, keys | _from_rope(row, config) | _from_windows(row, config)
 
 
@@ -217,7 +246,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
 _COUNTS_OR_NONE = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "max_window_layers")
-_FLAGS_OR_NONE = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_FLAGS_OR_NONE = ("tie_word_embeddings", "attention_bias", "mlp_bias", "bias", "qkv_bias", "use_sliding_window")
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -290,6 +319,10 @@ def _from_rope(row: HFFormat, config: Mapping[str, Any]) -> dict[str, Any]:
         local = {"local_rope_base": _number(config, "rope_local_base_freq")}
     if row.model_type != "gemma3_text":
         local = {}
+    if own := _section(config, "rotary"):  # InternLM's first releases
+        kind = own.get("type", "origin")
+        rope |= {"rope_type": "default" if kind == "origin" else kind, "factor": own.get("scaling_factor", 1.0)}
+        rope |= {"rope_theta": own["base"]} if "base" in own else {}
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **_section(config, "rope_scaling"), **rope}
     keys: dict[str, Any] = {"rope_base": _number(rope, "rope_theta"), **local}
     kind = rope.get("rope_type", rope.get("type", "default"))
