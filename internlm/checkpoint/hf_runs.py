@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from internlm.checkpoint.hf_export import Export, check_exportable, export, hf_config
+from internlm.checkpoint.hf_folder import CONFIG
 from internlm.checkpoint.hf_specs import spec_of_config
 from internlm.checkpoint.model_folders import load_folder, path_of
 from internlm.checkpoint.run_content import RunContent
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
-from internlm.checkpoint.storage import Storage
+from internlm.checkpoint.storage import MANIFEST, Storage
 from internlm.config.schema.root import LoadInfo
 from internlm.utils.errors import CheckpointError, DataError
 
@@ -60,6 +62,18 @@ def check_run_exportable(config: Mapping[str, Any]) -> None:
         raise CheckpointError(*error.problems) from None
 
 
+def lacks_export(storage: Storage, name: str) -> bool:
+    """Return whether a checkpoint of a run is there, but not its Hugging Face folder, or only an older one."""
+    if f"{name}/" not in storage.names():
+        return False
+    try:
+        return storage.written(f"{name}-hf/{CONFIG}") < storage.written(f"{name}/{MANIFEST}")
+    except FileNotFoundError:
+        return True
+    except OSError:  # something else has its name, such as a link that the user has made
+        return False
+
+
 def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str:
     """Write a checkpoint of a run as a Hugging Face folder beside it, ``NAME-hf``, and return the path of the folder.
 
@@ -70,6 +84,9 @@ def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str
         OSError: The folder cannot be written.
     """
     target = Path(storage.path(f"{name}-hf"))
+    # What a process left that was killed while it exported: the run owns the folder, so no other one is at work.
+    for partial in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
     model = spec_of_config(config, "config")
     export(open_checkpoint(storage, name), model, target, Export(tokenizer=_tokenizer(config), replaces=True))
     return str(target)

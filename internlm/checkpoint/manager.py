@@ -14,7 +14,7 @@ from torch import nn
 from internlm.checkpoint import compatibility
 from internlm.checkpoint.exchange import Exchange
 from internlm.checkpoint.folder_checks import check_shared, check_space, explain, on_first_rank, reason_of, todo_at
-from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, load_run_from_folder
+from internlm.checkpoint.hf_runs import check_run_exportable, export_of_run, lacks_export, load_run_from_folder
 from internlm.checkpoint.lease import is_restart, this_launcher
 from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import model_tensors
@@ -203,6 +203,14 @@ class CheckpointManager:
         path = self._on_first_rank(lambda folder: export_of_run(folder.storage, name, config))
         log_first(f"saved {path} for Hugging Face")
 
+    def _make_up_export(self, step: int) -> None:
+        """Export the last checkpoint, if the run ended after it was saved and before its export was complete."""
+        config, name = self.config, f"step-{step}"
+        if not (config.enable_save_ckpt and config.enable_internevo2hf_ckpt and step == self.total_steps):
+            return
+        if self._on_first_rank(lambda folder: lacks_export(folder.storage, name)):
+            self._export(name)
+
     def _snapshot_name(self) -> str:
         """Return the name of the next snapshot: that of the older one, then in turns."""
         if self._next_slot is None:
@@ -248,7 +256,9 @@ class CheckpointManager:
         """
         existing = self._prepare() if self.config.enable_save_ckpt else []
         message = self._resume(state)
-        if not message:
+        if message:
+            self._make_up_export(state.step)
+        else:
             self._warn_of(existing)
         if not message and self.config.load_ckpt_info is not None:
             info = self.config.load_ckpt_info

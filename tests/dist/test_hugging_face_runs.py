@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,26 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     )
 
 
+def _folders(path: Path) -> list[str]:
+    return sorted(path.name for path in (path / "ckpts").iterdir() if path.is_dir())
+
+
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.wide)])
 def test_the_last_checkpoint_is_a_hugging_face_folder_too(background: bool, tmp_path: Path) -> None:
     """Transformers loads it; and a run that starts from it has its parameters."""
     keys = ("model_type=INTERNLM", "model.vocab_size=67", "ckpt.enable_internevo2hf_ckpt=True")
     more = ("parallel.tensor.size=2", f"ckpt.async_upload={background}")
-    run = fit(2, saving(tmp_path, *keys, *more, every=1, total=2))
+    overrides = saving(tmp_path, *keys, *more, every=1, total=2)
+    run = fit(2, overrides)
     assert run.log[-1][0] == 1
-    folders = sorted(path.name for path in (tmp_path / "ckpts").iterdir() if path.is_dir())
-    assert folders == ["step-1", "step-2", "step-2-hf"]
+    assert _folders(tmp_path) == ["step-1", "step-2", "step-2-hf"]
+    # As a process leaves them that is killed while it exports, and where an earlier run had the same step.
+    exported = tmp_path / "ckpts" / "step-2-hf"
+    (tmp_path / "ckpts" / ".step-2-hf.partial-0a1b2c3d").mkdir()
+    (exported / "model.safetensors").write_bytes(b"")
+    os.utime(exported / "config.json", (0, 0))
+    assert "resumed from" in resume(2, overrides).message
+    assert _folders(tmp_path) == ["step-1", "step-2", "step-2-hf"]
     ours = tensors_of(tmp_path / "ckpts" / "step-2")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ckpts" / "step-2-hf", dtype="auto").state_dict()
     spec = decoder(
