@@ -154,11 +154,25 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
             message = f"{path} cannot be read ({error.strerror or error})"
             raise DataError(Problem("--prompt-file", message, "Pass a text file with one prompt per line")) from None
         prompts += [line for line in lines if line.strip()]
+    for prompt in prompts:
+        _check_text("--prompt", prompt)
     if not prompts:
         message = "is not given" if path is None else f"{path} has no line with text"
         where = "--prompt" if path is None else "--prompt-file"
         raise ConfigError(Problem(where, message, 'Pass --prompt "TEXT", or --prompt-file FILE with a prompt per line'))
     return prompts
+
+
+def _check_text(where: str, text: str) -> None:
+    """Check that a text of the command line is one: Python puts surrogates for bytes that are not UTF-8.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(Problem(where, f"{text!r} is not UTF-8", "Convert it to UTF-8")) from None
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, begins_with_bos: bool) -> list[int]:
@@ -179,6 +193,7 @@ def _stop_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[in
         return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     stops, problems = [], []
     for text in arguments.stop:
+        _check_text("--stop", text)
         is_id = text.isascii() and text.isdecimal()
         ids = [int(text)] if is_id else tokenizer.encode(text)
         stops += ids

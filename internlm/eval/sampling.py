@@ -67,6 +67,14 @@ class Sampling:
         if not isinstance(self.seed, int) and len(self.seed) != prompts:
             message = f"expected one seed for each of {prompts} prompts, got {len(self.seed)}"
             problems.append(Problem("generate(seed=…)", message, "Pass one number, or one for each prompt"))
+        seeds = [self.seed] if isinstance(self.seed, int) else self.seed
+        problems += [
+            Problem(
+                "generate(seed=…)", f"must be less than 2**64 and at least -2**63, got {seed}", "Choose another seed"
+            )
+            for seed in seeds
+            if not -(2**63) <= seed < 2**64
+        ]
         if problems:
             raise UserError(*problems)
 

@@ -20,6 +20,9 @@ from internlm.config.schema.model import AttentionBackend
 from internlm.ops import PackedSequences, attention
 from internlm.ops.cached_attention import cached_attention
 
+#: Slots that a layer allocates beyond the prompts at first.
+_SPARE = 256
+
 
 class KVCache:
     """Keys and values of a batch of sequences of unequal lengths, by layer, and the positions of the next tokens.
@@ -105,7 +108,7 @@ class KVCache:
 class LayerCache:
     """Keys and values of one layer, of this rank's heads; a ring buffer if the layer has a sliding window.
 
-    Memory for the longest possible sequences is allocated by the first forward pass, in the dtype of the keys.
+    Memory has the dtype of the keys. It is doubled whenever the sequences outgrow it.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -145,9 +148,12 @@ class LayerCache:
 
     def _store(self, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
-            shape = (len(self.cache.lengths), k.shape[1], count, k.shape[2])
-            # Zeros: a masked slot has weight 0, but 0 · NaN is NaN.
+            shape = (len(self.cache.lengths), k.shape[1], 0, k.shape[2])
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        used, have = min(max(self.cache.lengths), count), self.keys.shape[2]
+        if used > have:
+            size = min(count, max(used + _SPARE, 2 * have))
+            self.keys, self.values = (_grown(x, size) for x in (self.keys, self.values))
         if (slot := self.cache.common_slot(count)) is not None:
             self.keys.select(2, slot).copy_(k)  # a fifth of the time of an assignment by indices
             self.values.select(2, slot).copy_(v)
@@ -158,3 +164,11 @@ class LayerCache:
         self.keys[owners, :, slots] = k
         self.values[owners, :, slots] = v
         return self.keys, self.values
+
+
+def _grown(x: Tensor, slots: int) -> Tensor:
+    """Return a copy of ``x`` [B, G, S, D] with more slots."""
+    # Zeros: a masked slot has weight 0, but 0 · NaN is NaN.
+    grown = x.new_zeros(*x.shape[:2], slots, x.shape[3])
+    grown[:, :, : x.shape[2]] = x
+    return grown

@@ -128,6 +128,8 @@ def test_all_of_a_model_is_loaded_and_nothing_is_drawn(
         (["--prompt=a", "--tokenizer="], r"^--tokenizer: is not given\. Pass it, or set data\.tokenizer_path"),
         (["--prompt=a", "--tokenizer=/none.model"], r"^/none\.model: no such file or folder\. Pass a sentencepiece"),
         ([], r'^--prompt: is not given\. Pass --prompt "TEXT", or'),
+        (["--prompt=a\udcff"], r"^--prompt: 'a\\udcff' is not UTF-8\. Convert it to UTF-8$"),
+        (["--prompt=a", "--seed=18446744073709551616"], r"^generate\(seed=…\): must be less than 2\*\*64"),
         (["--prompt="], r"^--prompt: '' has no tokens\. Pass a text, or --bos"),
         (["--prompt-file=/none.txt"], r"^--prompt-file: /none\.txt cannot be read \(No such file or directory\)\. "),
         (["--prompt=a", "--stop=x y"], r"^--stop: expected the text of one token, got 'x y' of \d+ tokens\. "),

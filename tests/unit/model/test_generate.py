@@ -92,6 +92,10 @@ def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> 
         ({"top_k": 0}, r"^generate\(top_k=…\): must be at least 1, got 0\."),
         ({"repetition_penalty": 0.0}, r"^generate\(repetition_penalty=…\): must be a positive number, got 0\.0\."),
         ({"seed": [1, 2]}, r"^generate\(seed=…\): expected one seed for each of 1 prompts, got 2\."),
+        (
+            {"seed": 2**64},
+            r"^generate\(seed=…\): must be less than 2\*\*64 and at least -2\*\*63, got 18446744073709551616\.",
+        ),
         ({"batch_size": 0}, r"^generate\(batch_size=…\): must be at least 1, got 0\."),
         ({"new_tokens": -1}, r"^generate\(new_tokens=…\): must be at least 0, got -1\."),
     ],

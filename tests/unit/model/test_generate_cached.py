@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm.eval import generate, stream
+from internlm.model import kv_cache
 from internlm.model.decoder import Decoder
 from internlm.ops.cpu import cpu_gemm, packed_weights
 from tests.unit.model.hf_models import hf_model_of
@@ -86,13 +87,16 @@ def test_a_repetition_penalty_is_that_of_transformers() -> None:
     window=st.integers(1, 16),
     kv_heads=st.sampled_from([1, 2, 4]),
     new_tokens=st.integers(1, 14),
+    spare=st.integers(0, 4),
 )
 @torch.no_grad()
-def test_a_cache_changes_no_token(lengths: list[int], window: int, kv_heads: int, new_tokens: int) -> None:
+def test_a_cache_changes_no_token(lengths: list[int], window: int, kv_heads: int, new_tokens: int, spare: int) -> None:
     model = decoder("MISTRAL", sliding_window=window, global_layers=(1,), num_kv_attention_heads=kv_heads)
     prompts = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
     expected = [by_whole_sequences(model, prompt, new_tokens) for prompt in prompts]
-    assert generate(model, prompts, new_tokens, temperature=0, batch_size=3) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "_SPARE", spare)
+        assert generate(model, prompts, new_tokens, temperature=0, batch_size=3) == expected
 
 
 def test_a_prompt_is_continued_as_if_it_were_alone() -> None:
