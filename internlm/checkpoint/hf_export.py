@@ -6,12 +6,7 @@ memory is that of one such tensor, whatever the size of the model. The folder ge
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +14,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from internlm.checkpoint.export_folder import NewFolder, new_folder
 from internlm.checkpoint.exported_tensors import ExportedTensor, ExportReader
 from internlm.checkpoint.hf_folder import CONFIG, COPIED, INDEX, ONE_FILE, shortened
 from internlm.checkpoint.hf_specs import NamedSpec
-from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.safetensors_files import header_of, write_tensors
 from internlm.checkpoint.saved_checkpoint import SavedCheckpoint
 from internlm.core.parallel.lora import is_adapter
@@ -49,17 +44,17 @@ class Export:
     """Folder, or sentencepiece model, whose tokenizer is copied along."""
 
 
-def export(checkpoint: SavedCheckpoint, model: NamedSpec, target: Path, settings: Export) -> list[Path]:
+def export(checkpoint: SavedCheckpoint, model: NamedSpec, target: Path | str, settings: Export) -> dict[str, int]:
     """Write the model of a checkpoint as a Hugging Face folder.
 
     Args:
         checkpoint: The checkpoint.
         model: Its decoder.
-        target: Folder to write, which must not exist.
+        target: Path of the folder to write, or its address in an object store; it must not exist.
         settings: Dtype, size of files, and tokenizer.
 
     Returns:
-        The files with tensors.
+        The sizes of the files with tensors, in bytes, by their names.
 
     Raises:
         CheckpointError: The format cannot express the model, the checkpoint does not match the model or is damaged, or
@@ -71,10 +66,10 @@ def export(checkpoint: SavedCheckpoint, model: NamedSpec, target: Path, settings
     config = hf_config(model, settings.tokenizer)
     config["torch_dtype"] = _most_common(rows)
     with new_folder(target, settings.replaces) as folder:
-        files = _write_shards(checkpoint, model, rows, settings.shard_bytes, LocalStorage(folder))
-        _write_json(folder / CONFIG, config)
+        files = _write_shards(checkpoint, model, rows, settings.shard_bytes, folder)
         _copy_tokenizer(settings.tokenizer, folder)
-    return [target / file for file in files]
+        folder.write_json(CONFIG, config)
+    return files
 
 
 def check_exportable(model: NamedSpec) -> None:
@@ -100,61 +95,17 @@ def hf_config(model: NamedSpec, tokenizer: Path | None) -> dict[str, Any]:
     return to_hf_config(model.model_type, model.spec) | ids
 
 
-# -- folder -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_folder(target: Path, replaces: bool = False) -> Iterator[Path]:
-    """Yield a folder to write to, which is named ``target`` when the ``with`` block is complete, or removed otherwise.
-
-    Raises:
-        CheckpointError: ``target`` exists, and is not to be replaced.
-    """
-    if not replaces:
-        check_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
-        yield partial
-        replaced = partial.with_name(f"{partial.name}-replaced")
-        if replaces and target.is_dir():
-            os.rename(target, replaced)
-        # Again: another process may have made it, and renaming replaces an empty folder.
-        check_new(target)
-        os.rename(partial, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        with suppress(OSError):
-            shutil.rmtree(partial)
-        raise
-
-
-def check_new(target: Path) -> None:
-    """Check that nothing is replaced.
-
-    Raises:
-        CheckpointError: ``target`` exists.
-    """
-    if os.path.lexists(target):
-        raise CheckpointError(Problem(str(target), "exists already", "Choose another name, or remove it"))
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(f"{json.dumps(content, indent=2)}\n")
-
-
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+def _copy_tokenizer(tokenizer: Path | None, folder: NewFolder) -> None:
     if tokenizer is None:
         return
     # Only known names: the folder may be that of a model, with its weights.
     if not tokenizer.is_dir():
         name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-        shutil.copyfile(tokenizer, folder / name)
+        folder.write(name, tokenizer.read_bytes())
         return
     for name in COPIED:
         if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+            folder.write(name, (tokenizer / name).read_bytes())
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -222,19 +173,20 @@ def _shards(rows: Sequence[ExportedTensor], limit: int) -> list[list[ExportedTen
 
 
 def _write_shards(
-    checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[ExportedTensor], limit: int, storage: LocalStorage
-) -> list[str]:
+    checkpoint: SavedCheckpoint, model: NamedSpec, rows: Sequence[ExportedTensor], limit: int, folder: NewFolder
+) -> dict[str, int]:
     shards = _shards(rows, limit)
     # The number of files is in their names, so it is known before the first is written.
     count = len(shards)
     files = [ONE_FILE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    tensors = ExportReader(checkpoint, model.spec.config)
+    tensors, sizes = ExportReader(checkpoint, model.spec.config), {}
     for file, shard in zip(files, shards, strict=True):
         header = header_of({row.hf.name: (row.dtype, row.shape) for row in shard})
-        with storage.create(file) as sink:
+        sizes[file] = len(header) + sum(row.bytes for row in shard)
+        with folder.create(file) as sink:
             write_tensors(sink, header, (block for row in shard for block in tensors.blocks(row)))
     if count > 1:
         weight_map = {row.hf.name: file for file, shard in zip(files, shards, strict=True) for row in shard}
         index = {"metadata": {"total_size": sum(row.bytes for row in rows)}, "weight_map": weight_map}
-        _write_json(storage.root / INDEX, index)
-    return files
+        folder.write_json(INDEX, index)
+    return sizes

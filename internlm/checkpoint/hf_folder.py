@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import reprlib
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from internlm.checkpoint.folder_checks import reason_of
+from internlm.checkpoint.folder_checks import reason_of, todo_at
+from internlm.checkpoint.folder_files import FolderFiles, files_of
 from internlm.checkpoint.hf_names import LLAMA, NAMINGS
 from internlm.checkpoint.safetensors_files import DOWNLOAD, OpenTensors, StoredTensor, quoted, read_header
 from internlm.model.hf_tensors import HFTensor, hf_tensors
@@ -36,7 +38,8 @@ MOST_PROBLEMS = 8
 class TensorFolder(Protocol):
     """Folder with the weights of a model, in a format of other software."""
 
-    path: Path
+    path: str
+    """Path or address of the folder, for errors."""
     tensors: Mapping[str, Any]
     """Tensors by name, with a ``shape``, and a ``dtype`` named as in safetensors files."""
     head: str
@@ -66,15 +69,15 @@ class ModelFolder(TensorFolder, Protocol):
 
     config: dict[str, Any]
     """Config of the model with the keys of a Hugging Face ``config.json``."""
-    config_file: Path
-    """File of the config, for errors."""
+    config_file: str
+    """Path of the file of the config, for errors."""
 
 
 class HFFolder:
     """Folder with a ``config.json`` and safetensors files.
 
     Args:
-        path: The folder.
+        location: Path of the folder, or its address in an object store.
 
     Raises:
         CheckpointError: It is no such folder, a file is damaged or missing, or the index does not describe the files.
@@ -82,16 +85,18 @@ class HFFolder:
 
     todo = MATCH_CONFIG
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.config_file = path, path / CONFIG
-        self._files: dict[Path, OpenTensors] = {}
+    def __init__(self, location: Path | str) -> None:
+        self._files = files_of(location)
+        self.path, self.config_file = self._files.location, self._files.path(CONFIG)
+        self._opened: dict[str, OpenTensors] = {}
         self._open = ExitStack()
+        self._names = self._names_of_files()
         self.config = self._config()
         index = self._index()
         # All headers are read, and no tensor: what is wrong is known before anything is written.
         files = sorted({*index.values()}) if index else [self._only_file()]
-        of_files = {file: read_header(path / file) for file in files}
-        problems = list(_doubles(path, of_files))
+        of_files = {file: read_header(self._files, file) for file in files}
+        problems = list(self._doubles(of_files))
         self.tensors: Mapping[str, Any] = {
             name: stored for tensors in of_files.values() for name, stored in tensors.items()
         }
@@ -121,33 +126,40 @@ class HFFolder:
     def read_box(self, stored: StoredTensor, shape: Sequence[int], offsets: Sequence[int], target: Tensor) -> None:
         """Read a box of a tensor, as :class:`TensorFolder` says."""
         # Opening a file for each box would take longer than reading it.
-        if stored.file not in self._files:
-            self._files[stored.file] = self._open.enter_context(OpenTensors(stored.file))
-        self._files[stored.file].read_box(stored, shape, offsets, target)
+        if stored.file not in self._opened:
+            self._opened[stored.file] = self._open.enter_context(OpenTensors(self._files, stored.file))
+        self._opened[stored.file].read_box(stored, shape, offsets, target)
 
     def close(self) -> None:
         """Close the files, which the next read opens again."""
-        self._files.clear()
+        self._opened.clear()
         self._open.close()
 
+    def _names_of_files(self) -> list[str]:
+        try:
+            return self._files.names()
+        except FileNotFoundError:
+            message = "does not exist"
+        except NotADirectoryError:
+            message = "is a file"
+        except OSError as error:
+            message = f"cannot be read ({reason_of(error)})"
+        todo = "Pass a folder with config.json and safetensors"
+        raise CheckpointError(Problem(self.path, message, todo))
+
     def _config(self) -> dict[str, Any]:
-        if not self.path.is_dir():
-            message = "is a file" if self.path.exists() else "does not exist"
-            raise CheckpointError(Problem(str(self.path), message, "Pass a folder with config.json and safetensors"))
-        config = read_json(self.path / CONFIG, LARGEST_CONFIG)
+        config = read_json(self._files, CONFIG, LARGEST_CONFIG)
         if config.get("quantization_config"):
             message = "quantization_config is set, and quantised weights cannot be loaded"
-            raise CheckpointError(
-                Problem(str(self.path / CONFIG), message, "Choose a folder with the original weights")
-            )
+            raise CheckpointError(Problem(self.config_file, message, "Choose a folder with the original weights"))
         return config
 
     def _index(self) -> dict[str, str]:
         """Return the file of each tensor by the index; empty if there is none."""
-        file = self.path / INDEX
-        if not file.exists():
+        if INDEX not in self._names:
             return {}
-        files = read_json(file, _LARGEST_INDEX).get("weight_map")
+        file = self._files.path(INDEX)
+        files = read_json(self._files, INDEX, _LARGEST_INDEX).get("weight_map")
         if not (isinstance(files, dict) and files):
             raise CheckpointError(
                 Problem(f"{file}: weight_map", f"expected an object, got {reprlib.repr(files)}", DOWNLOAD)
@@ -160,35 +172,36 @@ class HFFolder:
         return files
 
     def _only_file(self) -> str:
-        if (self.path / ONE_FILE).exists():
+        if ONE_FILE in self._names:
             return ONE_FILE
-        if any(self.path.glob("pytorch_model*.bin")):
+        if fnmatch.filter(self._names, "pytorch_model*.bin"):
             message = f"holds pickled files (pytorch_model*.bin) and no {ONE_FILE}"
             todo = "Load it with transformers, which unpickles it, and save it with save_pretrained"
-        elif files := sorted(file.name for file in self.path.glob("*.safetensors")):
+        elif files := fnmatch.filter(self._names, "*.safetensors"):
             message, todo = f"holds {', '.join(files[:3])}, but neither {INDEX} nor {ONE_FILE}", DOWNLOAD
         else:
             message, todo = f"holds neither {INDEX} nor {ONE_FILE}", "Choose another folder"
-        raise CheckpointError(Problem(str(self.path), message, todo))
+        raise CheckpointError(Problem(self.path, message, todo))
 
     def _contradictions(
         self, index: Mapping[str, str], of_files: Mapping[str, Mapping[str, StoredTensor]]
     ) -> Iterator[Problem]:
         for name, file in index.items():
             if name not in of_files[file]:
-                yield Problem(f"{self.path / file}: {quoted(name)}", f"is missing, but {INDEX} names it", DOWNLOAD)
+                yield Problem(
+                    f"{self._files.path(file)}: {quoted(name)}", f"is missing, but {INDEX} names it", DOWNLOAD
+                )
         for file, tensors in of_files.items():
             for name in tensors.keys() - index.keys():
-                yield Problem(f"{self.path / file}: {quoted(name)}", f"is not listed in {INDEX}", DOWNLOAD)
+                yield Problem(f"{self._files.path(file)}: {quoted(name)}", f"is not listed in {INDEX}", DOWNLOAD)
 
-
-def _doubles(path: Path, of_files: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[Problem]:
-    seen: dict[str, str] = {}
-    for file, tensors in of_files.items():
-        for name in tensors:
-            if name in seen:
-                yield Problem(f"{path / file}: {quoted(name)}", f"is in {seen[name]} too", DOWNLOAD)
-            seen.setdefault(name, file)
+    def _doubles(self, of_files: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[Problem]:
+        seen: dict[str, str] = {}
+        for file, tensors in of_files.items():
+            for name in tensors:
+                if name in seen:
+                    yield Problem(f"{self._files.path(file)}: {quoted(name)}", f"is in {seen[name]} too", DOWNLOAD)
+                seen.setdefault(name, file)
 
 
 def shortened(problems: list[Problem]) -> list[Problem]:
@@ -199,25 +212,31 @@ def shortened(problems: list[Problem]) -> list[Problem]:
     return [*problems[:MOST_PROBLEMS], Problem("…", f"and {rest} more", "Correct the first ones")]
 
 
-def read_json(file: Path, limit: int) -> dict[str, Any]:
+def read_json(files: FolderFiles, name: str, limit: int) -> dict[str, Any]:
     """Read a bounded JSON object.
 
     Raises:
         CheckpointError: The file is missing, too large, or holds something else.
     """
+    path = files.path(name)
     try:
-        if not file.is_file():
-            raise CheckpointError(Problem(str(file), "is missing", "Choose a folder that transformers has saved"))
-        with file.open("rb") as source:
-            content = source.read(limit + 1)
-        if len(content) > limit:
-            raise ValueError(f"larger than {limit} bytes")
+        source = files.open(name)
+        try:
+            if source.size > limit:
+                raise ValueError(f"larger than {limit} bytes")
+            content = bytearray(source.size)
+            source.read_into(0, memoryview(content))
+        finally:
+            source.close()
         found = json.loads(content.decode())
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {reprlib.repr(found)}")
+    except FileNotFoundError:
+        raise CheckpointError(Problem(path, "is missing", "Choose a folder that transformers has saved")) from None
     except OSError as error:
-        raise CheckpointError(Problem(str(file), f"cannot be read ({reason_of(error)})", DOWNLOAD)) from None
+        todo = todo_at(path, error.errno, DOWNLOAD)
+        raise CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", todo)) from None
     except (ValueError, RecursionError) as error:
         message = f"is not readable JSON ({error or 'nested too deeply'})"
-        raise CheckpointError(Problem(str(file), message, DOWNLOAD)) from None
+        raise CheckpointError(Problem(path, message, DOWNLOAD)) from None
     return found

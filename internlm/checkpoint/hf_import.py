@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from internlm.checkpoint.hf_export import check_new
+from internlm.checkpoint.export_folder import check_new, storage_of
 from internlm.checkpoint.hf_folder import HFFolder, ModelFolder, TensorFolder
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import NamedSpec, spec_of_folder
-from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensor
 from internlm.checkpoint.manifest import FORMAT
 from internlm.checkpoint.planners import LogicalSavePlanner
 from internlm.checkpoint.run_state import LossScaleState, OptimizerCounters, RunState, TrainCounters, current_versions
+from internlm.checkpoint.storage import MANIFEST
 from internlm.checkpoint.tensor_writer import Save, TensorWriter
 
 
-def import_folder(source: Path, target: Path, opened: Callable[[Path], ModelFolder] = HFFolder) -> str:
+def import_folder(
+    source: Path | str, target: Path | str, opened: Callable[[Path | str], ModelFolder] = HFFolder
+) -> str:
     """Write the model of a folder with a config as a checkpoint of step 0, without optimizer state.
 
     Args:
-        source: The folder.
-        target: Folder of the checkpoint, which must not exist.
+        source: Path of the folder, or of a Hugging Face folder its address in an object store.
+        target: Path or address of the checkpoint, which must not exist.
         opened: Function that opens the folder: by default, one of Hugging Face.
 
     Returns:
@@ -46,7 +48,7 @@ def import_folder(source: Path, target: Path, opened: Callable[[Path], ModelFold
     return import_model(folder, spec_of_folder(folder), target)
 
 
-def import_model(folder: TensorFolder, model: NamedSpec, target: Path) -> str:
+def import_model(folder: TensorFolder, model: NamedSpec, target: Path | str) -> str:
     """Write ``model``, whose tensors are in ``folder``, as :func:`import_folder` does."""
     check_new(target)
     with HFReader(folder, model.spec) as reader:
@@ -80,26 +82,26 @@ class _LazyPlanner(LogicalSavePlanner):
         return piece
 
 
-def _write(reader: HFReader, dtypes: Mapping[str, torch.dtype], target: Path, state: RunState) -> None:
+def _write(reader: HFReader, dtypes: Mapping[str, torch.dtype], target: Path | str, state: RunState) -> None:
     # Tensors on the meta device have a shape, and no memory.
     tensors = {
         f"model/{name}": LogicalTensor.whole(torch.empty(reader.shapes[name], dtype=dtype, device="meta"))
         for name, dtype in dtypes.items()
     }
     # Written and published as any other checkpoint: a process that is killed leaves none that is half.
-    storage, attempt = LocalStorage(target.parent), secrets.token_hex(4)
+    (storage, name), attempt = storage_of(target), secrets.token_hex(4)
     storage.prepare()
     planner = _LazyPlanner(reader)
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     plans, metadata = planner.create_global_plan([planner.create_local_plan()])
-    writer = TensorWriter(storage, Save(checkpoint=target.name, step=0, state=state), attempt)
+    writer = TensorWriter(storage, Save(checkpoint=name, step=0, state=state), attempt)
     try:
         results = writer.write_data(planner.finish_plan(plans[0]), planner).value()
         # Again before it is published, which would replace a checkpoint.
-        writer.before_commit = lambda: check_new(target)
+        writer.before_commit = lambda: check_new(target, MANIFEST)
         writer.finish(metadata, [results])
     except BaseException:
-        storage.discard(target.name, attempt)
+        storage.discard(name, attempt)
         raise
 
 
@@ -120,8 +122,8 @@ def _state(model: NamedSpec, section: Mapping[str, Any]) -> RunState:
     )
 
 
-def _snippet(source: Path, target: Path, model_type: str, section: Mapping[str, Any]) -> Iterator[str]:
-    yield f"# The model of {str(source)!r}."
+def _snippet(source: str, target: Path | str, model_type: str, section: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# The model of {source!r}."
     yield f"model_type = {model_type!r}"
     yield "model = dict("
     yield from (f"    {key}={value!r}," for key, value in section.items() if value is not None)

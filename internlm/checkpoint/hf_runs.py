@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from internlm.checkpoint.export_folder import remove_partial
 from internlm.checkpoint.hf_export import Export, check_exportable, export, hf_config
 from internlm.checkpoint.hf_folder import CONFIG
 from internlm.checkpoint.hf_specs import spec_of_config
@@ -83,13 +83,12 @@ def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str
         CheckpointError: The checkpoint does not verify.
         OSError: The folder cannot be written.
     """
-    target = Path(storage.path(f"{name}-hf"))
-    # What a process left that was killed while it exported: the run owns the folder, so no other one is at work.
-    for partial in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    target = storage.path(f"{name}-hf")
+    # The run owns the folder, so no other process is at work.
+    remove_partial(target)
     model = spec_of_config(config, "config")
     export(open_checkpoint(storage, name), model, target, Export(tokenizer=_tokenizer(config), replaces=True))
-    return str(target)
+    return target
 
 
 def _tokenizer(config: Mapping[str, Any]) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -41,8 +40,8 @@ def spec_of_folder(folder: ModelFolder) -> NamedSpec:
     try:
         model_type, keys = from_hf_config(folder.config)
     except ValueError as error:
-        raise CheckpointError(Problem(str(file), str(error), _OTHER)) from None
-    return NamedSpec(model_type, _spec(model_type, keys, str(file), _OTHER), keys)
+        raise CheckpointError(Problem(file, str(error), _OTHER)) from None
+    return NamedSpec(model_type, _spec(model_type, keys, file, _OTHER), keys)
 
 
 def spec_of_config(config: Mapping[str, Any], where: str) -> NamedSpec:
@@ -153,7 +152,7 @@ def _local_base(spec: DecoderSpec) -> float | None:
     return spec.local_rotary.base if has_windows else None
 
 
-def differences(file: Path, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False) -> Iterator[Problem]:
+def differences(file: str, theirs: DecoderSpec, ours: DecoderSpec, allow_changes: bool = False) -> Iterator[Problem]:
     """Yield a problem for each difference between the decoder of a Hugging Face folder and that of a run.
 
     Args:

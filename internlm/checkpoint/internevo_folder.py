@@ -50,7 +50,7 @@ class InternEvoFolder:
     head, todo = "output.weight", CONFIG_NEEDED
 
     def __init__(self, files: InternEvoFiles, spec: DecoderSpec, is_stacked: bool) -> None:
-        self.path = files.path
+        self.path = str(files.path)
         self._files, self._spec, self._is_stacked = files, spec, is_stacked
         shapes = tensor_shapes(spec)
         self._expected = {row.name: row.shape(shapes[row.ours]) for row in self.table(spec)}

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from internlm.checkpoint.folder_files import LocalFolder
 from internlm.checkpoint.hf_folder import LARGEST_CONFIG, read_json, shortened
 from internlm.checkpoint.pickled_files import load_tensors
 from internlm.checkpoint.safetensors_files import DOWNLOAD, quoted
 from internlm.checkpoint.sharded_tensors import ShardedTensor
+from internlm.config.schema.fields import is_remote
 from internlm.model.hf_tensors import llama_tensors
 from internlm.utils.errors import CheckpointError, Problem
 
@@ -41,20 +43,25 @@ class LlamaFolder:
     head, todo = "output.weight", f"Use a model section that matches its {PARAMS}"
     table = staticmethod(llama_tensors)
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.config_file = path, path / PARAMS
+    def __init__(self, path: Path | str) -> None:
+        if isinstance(path, str) and is_remote(path):
+            message = "is in an object store, where releases of Meta cannot be read"
+            raise CheckpointError(Problem(path, message, "Copy the folder to a file system"))
+        path = Path(path)
+        files = LocalFolder(path)
+        self.path, self.config_file = str(path), files.path(PARAMS)
         if not path.is_dir():
             message = "is a file" if path.exists() else "does not exist"
             raise CheckpointError(Problem(str(path), message, f"Pass a folder with {PARAMS} and consolidated.*.pth"))
-        params = read_json(self.config_file, LARGEST_CONFIG)
+        params = read_json(files, PARAMS, LARGEST_CONFIG)
         # Exact names: what lies beside them, such as a copy, is no shard.
-        files = sorted(file for file in path.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", file.name))
-        expected = [f"consolidated.{index:02}.pth" for index in range(len(files))]
-        if not files or [file.name for file in files] != expected:
-            found = ", ".join(file.name for file in files) or "none"
+        shards = sorted(file for file in path.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", file.name))
+        expected = [f"consolidated.{index:02}.pth" for index in range(len(shards))]
+        if not shards or [file.name for file in shards] != expected:
+            found = ", ".join(file.name for file in shards) or "none"
             raise CheckpointError(Problem(str(path), f"expected consolidated.00.pth and so on, got {found}", DOWNLOAD))
-        loaded = [load_tensors(file) for file in files]
-        self.tensors: Mapping[str, Any] = dict(self._joined(files, loaded, params))
+        loaded = [load_tensors(file) for file in shards]
+        self.tensors: Mapping[str, Any] = dict(self._joined(shards, loaded, params))
         self.config = self._config(params)
 
     def _joined(
@@ -97,7 +104,7 @@ class LlamaFolder:
             message = (
                 f"vocab_size: expected {vocabulary}, as the embedding has, got {reprlib.repr(params['vocab_size'])}"
             )
-            raise CheckpointError(Problem(str(self.config_file), message, DOWNLOAD))
+            raise CheckpointError(Problem(self.config_file, message, DOWNLOAD))
         config = {
             "model_type": "llama",
             "hidden_size": params.get("dim"),

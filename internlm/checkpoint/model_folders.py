@@ -13,33 +13,42 @@ from internlm.checkpoint.hf_folder import HFFolder, ModelFolder, shortened
 from internlm.checkpoint.hf_reader import HFReader
 from internlm.checkpoint.hf_specs import differences, spec_of_config, spec_of_folder
 from internlm.checkpoint.llama_folder import LlamaFolder
+from internlm.checkpoint.locations import open_storage, split_checkpoint
 from internlm.checkpoint.logical_tensors import LogicalTensors
+from internlm.checkpoint.saved_checkpoint import plain_names
+from internlm.config.schema.fields import is_remote
 from internlm.core.parallel.lora import is_adapter
 from internlm.utils.errors import CheckpointError
 
 #: Formats of folders by ``ckpt.load_ckpt_info.ckpt_type``.
-FOLDERS: dict[str, Callable[[Path], ModelFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
+FOLDERS: dict[str, Callable[[Path | str], ModelFolder]] = {"hf": HFFolder, "llama": LlamaFolder}
 
 
-def path_of(location: str) -> Path:
-    """Return the path of a local folder, which may begin with ``local:`` or ``~``."""
+def path_of(location: str) -> Path | str:
+    """Return the path of a local folder, which may begin with ``local:`` or ``~``; or an address as it is."""
+    if is_remote(location):
+        return location
     return Path(os.path.expanduser(location.removeprefix("local:")))
 
 
 def folder_type(location: str) -> str | None:
     """Return the key of :data:`FOLDERS` of the folder at ``location``; None if it is no such folder."""
     path = path_of(location)
-
-    def names_in(inner: str) -> list[str]:
-        return os.listdir(path / inner) if (path / inner).is_dir() else []
-
-    found = find_foreign(names_in)
+    if isinstance(path, str):
+        outer, name = split_checkpoint(path)
+        storage = open_storage(outer)
+        try:
+            found = find_foreign(lambda inner: plain_names(storage, f"{name}/{inner}"))
+        except OSError:
+            return None  # whoever opens it as a checkpoint says what is wrong
+    else:
+        found = find_foreign(lambda inner: os.listdir(path / inner) if (path / inner).is_dir() else [])
     return None if found is None or found.path else CKPT_TYPES.get(found.software)
 
 
 def load_folder(
     folder_type: str,
-    path: Path,
+    path: Path | str,
     tensors: LogicalTensors,
     config: Mapping[str, Any],
     *,

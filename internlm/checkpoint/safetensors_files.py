@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
-import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internlm.checkpoint.folder_checks import reason_of
-from internlm.checkpoint.local_files import LocalSource
+from internlm.checkpoint.folder_checks import reason_of, todo_at
+from internlm.checkpoint.folder_files import FolderFiles
 from internlm.checkpoint.storage import Sink
 from internlm.checkpoint.tensor_boxes import Segments, runs_of_box
 from internlm.checkpoint.tensor_writer import memory_of
@@ -54,7 +51,8 @@ def quoted(name: str) -> str:
 class StoredTensor:
     """Tensor of a safetensors file."""
 
-    file: Path
+    file: str
+    """Name of its file in the folder."""
     dtype: str
     """Name of the dtype in the format, such as ``BF16``."""
     shape: tuple[int, ...]
@@ -64,40 +62,39 @@ class StoredTensor:
     """Where the tensor lies in the fused one that begins there; None: it is all of it."""
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(files: FolderFiles, name: str) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name.
 
     Raises:
         CheckpointError: The file cannot be read, or its header is damaged or does not describe the file.
     """
-    with OpenTensors(file) as source:
+    with OpenTensors(files, name) as source:
         try:
-            return _parse(file, source.size, source.header())
+            return _parse(name, source.size, source.header())
         except (ValueError, RecursionError) as error:
             message = f"is not a whole safetensors file ({error or 'nested too deeply'})"
-            raise CheckpointError(Problem(str(file), message, DOWNLOAD)) from None
+            raise CheckpointError(Problem(source.path, message, DOWNLOAD)) from None
 
 
 class OpenTensors:
     """Safetensors file that is open for reading, in a ``with`` block.
 
+    Args:
+        files: Files of its folder.
+        name: Its name there.
+
     Raises:
         CheckpointError: The file is missing, is no regular file, or cannot be read.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, files: FolderFiles, name: str) -> None:
+        self._files, self._name, self.path = files, name, files.path(name)
 
     def __enter__(self) -> OpenTensors:
         try:
-            # Without O_NONBLOCK, opening a named pipe would block. Links are followed: caches of downloads have them.
-            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._source = self._files.open(self._name)
         except OSError as error:
             raise self._unreadable(error) from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise CheckpointError(Problem(str(self.file), "is not a regular file", DOWNLOAD))
-        self._source = LocalSource(descriptor, str(self.file))
         self.size = self._source.size
         return self
 
@@ -147,13 +144,14 @@ class OpenTensors:
             except OSError as error:
                 raise self._unreadable(error) from None
             if read < length:
-                raise CheckpointError(Problem(str(self.file), "was cut short while it was read", DOWNLOAD))
+                raise CheckpointError(Problem(self.path, "was cut short while it was read", DOWNLOAD))
             filled += length
         if not is_same:
             target.copy_(box)
 
     def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(Problem(str(self.file), f"cannot be read ({reason_of(error)})", DOWNLOAD))
+        todo = todo_at(self.path, error.errno, DOWNLOAD)
+        return CheckpointError(Problem(self.path, f"cannot be read ({reason_of(error)})", todo))
 
 
 def header_of(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
@@ -179,7 +177,7 @@ def write_tensors(sink: Sink, header: bytes, tensors: Iterable[Tensor]) -> None:
 # -- header -----------------------------------------------------------------------------------------------------------
 
 
-def _parse(file: Path, size: int, header: bytes) -> dict[str, StoredTensor]:
+def _parse(file: str, size: int, header: bytes) -> dict[str, StoredTensor]:
     content = json.loads(header.decode(), object_pairs_hook=_without_duplicates)
     if not isinstance(content, dict):
         raise ValueError(f"expected an object as header, got {reprlib.repr(content)}")

@@ -26,7 +26,7 @@ def to_hf(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint, such as llm_ckpts/first/step-1000")
-    add("target", metavar="OUT", type=Path, help="folder to write, which must not exist")
+    add("target", metavar="OUT", help="folder or s3:// address to write, which must not exist")
     add("--config", metavar="CONFIG", help="config of the model (default: the one that the checkpoint holds)")
     add(
         "--dtype",
@@ -48,7 +48,7 @@ _IMPORTS = (
 def from_hf(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm convert from-hf``."""
     parser.description = f"Write the model of a Hugging Face folder {_IMPORTS}"
-    parser.add_argument("source", metavar="HF_FOLDER", type=Path, help="folder with config.json and safetensors files")
+    parser.add_argument("source", metavar="HF_FOLDER", help="folder or s3:// address with config.json and safetensors")
     _add_target(parser)
 
 
@@ -59,7 +59,7 @@ def from_internevo(parser: argparse.ArgumentParser) -> None:
         "is left behind."
     )
     add = parser.add_argument
-    add("source", metavar="FOLDER", type=Path, help="folder with model_tp0_pp0.pt, … or model_wp0_pp0.pt, …")
+    add("source", metavar="FOLDER", help="folder with model_tp0_pp0.pt, … or model_wp0_pp0.pt, …")
     _add_target(parser)
     add("--config", metavar="CONFIG", type=Path, help="config of the run (default: the folder's model_config.pt)")
     add("--model-type", metavar="NAME", help="model type, if there is no config: model_config.pt does not hold it")
@@ -74,9 +74,9 @@ def from_llama(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``internlm convert from-llama``."""
     parser.description = f"Write the model of a release of Meta {_IMPORTS}"
     add = parser.add_argument
-    add("source", metavar="LLAMA_FOLDER", type=Path, help="folder with params.json and consolidated.00.pth, …")
+    add("source", metavar="LLAMA_FOLDER", help="folder with params.json and consolidated.00.pth, …")
     _add_target(parser)
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint to write, which must not exist")
+    parser.add_argument("target", metavar="OUT", help="path or s3:// address of the checkpoint, which must not exist")

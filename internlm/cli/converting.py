@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from internlm.checkpoint.hf_export import Export, check_new, export
+from internlm.checkpoint.export_folder import check_new
+from internlm.checkpoint.hf_export import Export, export
 from internlm.checkpoint.hf_folder import HFFolder, ModelFolder
 from internlm.checkpoint.hf_import import import_folder, import_model
 from internlm.checkpoint.hf_specs import spec_of_config
@@ -19,6 +20,7 @@ from internlm.checkpoint.internevo_files import read_files
 from internlm.checkpoint.internevo_folder import InternEvoFolder
 from internlm.checkpoint.llama_folder import LlamaFolder
 from internlm.checkpoint.locations import open_storage, split_checkpoint
+from internlm.checkpoint.model_folders import path_of
 from internlm.checkpoint.saved_checkpoint import open_checkpoint
 from internlm.cli.ckpt_output import reports_storage_errors
 from internlm.config import masked_dict, resolve
@@ -47,8 +49,8 @@ def to_hf(arguments: argparse.Namespace) -> None:
     )
     target = _absolute(a.target)
     files = export(checkpoint, model, target, settings)
-    size = sum(file.stat().st_size for file in files)
-    print(f"{target}: {len(files)} {'file' if len(files) == 1 else 'files'} with tensors, {size} bytes")
+    count = f"{len(files)} {'file' if len(files) == 1 else 'files'}"
+    print(f"{target}: {count} with tensors, {sum(files.values())} bytes")
 
 
 @reports_storage_errors
@@ -61,7 +63,10 @@ def from_internevo(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.config and a.model_type:
         raise UserError(Problem("--model-type", "cannot be combined with --config, which says it", "Remove it"))
-    source, target = a.source.expanduser(), _absolute(a.target)
+    source, target = path_of(a.source), _absolute(a.target)
+    if isinstance(source, str):
+        message = "is in an object store, where pickled files cannot be read"
+        raise UserError(Problem(source, message, "Copy the folder to a file system"))
     check_new(target)
     files = read_files(source, a.trust)
     model = spec_of_files(files, _expanded(a.config), a.model_type, a.trust)
@@ -94,14 +99,15 @@ def from_hf(arguments: argparse.Namespace) -> None:
     _import(arguments, HFFolder)
 
 
-def _import(arguments: argparse.Namespace, opened: Callable[[Path], ModelFolder]) -> None:
+def _import(arguments: argparse.Namespace, opened: Callable[[Path | str], ModelFolder]) -> None:
     target = _absolute(arguments.target)
-    print(import_folder(arguments.source.expanduser(), target, opened), end="")
+    print(import_folder(path_of(arguments.source), target, opened), end="")
     print(f"{target}: written", file=sys.stderr)
 
 
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))
+def _absolute(target: str) -> Path | str:
+    path = path_of(target)
+    return path if isinstance(path, str) else Path(os.path.abspath(path))
 
 
 def _expanded(path: Path | None) -> Path | None:

@@ -92,19 +92,16 @@ def saving_knows_where_and_when(config: Config, run: RunInfo) -> Iterator[Proble
         yield Problem("ckpt.checkpoint_every", message, "Set it to a number of steps")
 
 
-def folders_of_other_formats_are_local_models(config: Config, run: RunInfo) -> Iterator[Problem]:
-    """Check that folders of other formats are on a file system, and that only the model is loaded from one."""
-    info, ckpt = config.ckpt.load_ckpt_info, config.ckpt
+def folders_of_other_formats_hold_models(config: Config, run: RunInfo) -> Iterator[Problem]:
+    """Check that only the model is loaded from a folder of another format, and that one of Meta is on a file system."""
+    info = config.ckpt.load_ckpt_info
     if info is not None and info.ckpt_type != "internevo":
         if tuple(info.content) != ("model",):
             message = f"{info.content}, but a folder of type {info.ckpt_type!r} holds only the model"
             yield Problem("ckpt.load_ckpt_info.content", message, "Set it to ('model',)")
-        if is_remote(info.path):
-            message = "names an object store, where folders of other formats cannot be read"
+        if info.ckpt_type == "llama" and is_remote(info.path):
+            message = "names an object store, where releases of Meta cannot be read"
             yield Problem("ckpt.load_ckpt_info.path", message, "Copy the folder to a file system")
-    if ckpt.enable_internevo2hf_ckpt and is_remote(ckpt.save_ckpt_folder or ""):
-        message = "True, but ckpt.save_ckpt_folder names an object store, where no Hugging Face folder can be written"
-        yield Problem("ckpt.enable_internevo2hf_ckpt", message, "Use internlm convert to-hf after the run")
 
 
 def alerts_have_an_address(config: Config, run: RunInfo) -> Iterator[Problem]:
@@ -136,6 +133,6 @@ RULES = (
     Rule(("optimizer.param_groups",), patterns_compile),
     Rule(("reduce_comm_dtype", "model.dtype"), gradients_fit),
     Rule(at("ckpt", "enable_save_ckpt", "save_ckpt_folder", "checkpoint_every"), saving_knows_where_and_when),
-    Rule(at("ckpt", "load_ckpt_info", "enable_internevo2hf_ckpt"), folders_of_other_formats_are_local_models),
+    Rule(at("ckpt", "load_ckpt_info"), folders_of_other_formats_hold_models),
     Rule(at("monitor.alert", "enable_feishu_alert", "feishu_alert_address"), alerts_have_an_address),
 )
