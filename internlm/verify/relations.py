@@ -135,9 +135,9 @@ def times(factor: float, ranks: int, mode: str) -> str:
     """Describe a factor on what should be a sum over ``ranks`` ranks of ``mode``."""
     text = f"multiplied by {factor:.6g}"
     if ranks > 1 and abs(factor - ranks) < 1e-6 * ranks:
-        return f"{text}, the size of the {mode} group: what every rank has already is summed over {mode} once more"
+        return f"{text}, the size of the {mode} group, as if what every rank has were summed over {mode} again"
     if ranks > 1 and abs(factor * ranks - 1) < 1e-6:
-        return f"{text}, one by the size of the {mode} group: it is averaged over {mode}"
+        return f"{text}, one by the size of the {mode} group, as if it were averaged over {mode}"
     return text
 
 

@@ -152,6 +152,9 @@ def _lowered(config: Config) -> Iterator[Values]:
     """Yield changes of one size each that make a layout smaller."""
     parallel, model = config.parallel, config.model
     stages = parallel.pipeline.size * model.num_chunks
+    if model.compile:
+        # First: it takes longest, and inside a compiled block no module can be named.
+        yield {"model.compile": False}
     if stages > 1:
         yield _NO_PIPELINE
     if model.num_chunks > 1:
@@ -167,6 +170,8 @@ def _lowered(config: Config) -> Iterator[Values]:
             yield {f"parallel.{name}.size": 2}
     if parallel.zero1.size != 1 or parallel.zero1.fsdp:
         yield _NO_ZERO
+    if model.cpu_offloading:
+        yield {"model.cpu_offloading": 0}
     if model.checkpoint:
         yield {"model.checkpoint": False}
     if config.data.micro_num > 1:

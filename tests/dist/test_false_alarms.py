@@ -44,7 +44,7 @@ OPTIONS = (
     "data.micro_bsz=1",
     "data.use_packed_dataset=False",
     "model.drop_rate=0.1",
-    "model.lora=dict(rank=2,alpha=4)",
+    "model.lora={'rank':2,'alpha':4}",
 )
 
 
@@ -62,6 +62,7 @@ def draw(seed: int) -> Plan:
             "parallel.pipeline.size": stages,
             "parallel.pipeline.mode": schedule if stages > 1 else "1F1B",
             "model.num_chunks": chunks if stages > 1 else 1,
+            "model.num_layers": max(2, stages * chunks),
             "parallel.zero1.size": rng.choice([-1, 1, 2]),
         }
         options = [option for option in OPTIONS if rng.random() < 0.25]

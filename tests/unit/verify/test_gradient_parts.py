@@ -47,7 +47,7 @@ def _sum(factors: Sequence[float]) -> Tensor:
     ("factors", "words"),
     [
         ([2] * 4, "it is multiplied by 2, the size of the data group"),
-        ([0.5] * 4, "it is averaged over data"),
+        ([0.5] * 4, "as if it were averaged over data"),
         ([0.3] * 4, "it is multiplied by 0.3"),
         ([1, 0, 1, 1], "on rank 0 it lacks micro-batch 1 of data rank 0"),
         ([0.8, 0.8, 1.2, 1.2], "the micro-batches of the data ranks are multiplied by 0.8, 1.2"),

@@ -63,7 +63,7 @@ def test_half_precision_has_no_relations_by_chance() -> None:
     ("shards", "words"),
     [
         ([NOISE, X - NOISE], "an all-reduce over tensor is missing"),
-        ([2 * X, 2 * X], "multiplied by 2, the size of the tensor group: what every rank has already is summed over"),
+        ([2 * X, 2 * X], "multiplied by 2, the size of the tensor group, as if what every rank has were summed"),
         ([X / 2, X / 2], "one by the size of the tensor group"),
         ([3 * X, 3 * X], "it is multiplied by 3"),
         ([3 * X, X], "it is multiplied by 3, 1 on the tensor ranks"),

@@ -68,6 +68,13 @@ def test_a_smaller_layout_that_fails_is_left_out() -> None:
     assert smallest(LARGE, only_as_large) == LARGE
 
 
+def test_compilation_and_offloading_are_taken_away() -> None:
+    overrides = ("model.compile=True", "model.cpu_offloading=1")
+    model = smallest(replace(LARGE, overrides=overrides, world_size=1), lambda plan: True).plan().config.model
+    assert not model.compile
+    assert model.cpu_offloading == 0
+
+
 def test_the_search_ends_in_time() -> None:
     assert smallest(LARGE, lambda plan: True, limit=0.0) == LARGE
 
