@@ -208,6 +208,22 @@ def test_the_culprit_in_a_model_of_the_users_own(tmp_path: Path, capfd: pytest.C
     assert main([*arguments, "--no-locate"]) == 1  # as the command says
 
 
+def test_a_search_that_fails_leaves_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config, module = _own_model(tmp_path, "DATA"), tmp_path / "over_DATA.py"
+    raises = "if LEDGER.observer is not None:\n            raise RuntimeError('recorded')\n        "
+    code = module.read_text().replace("square = ", f"{raises}square = ")
+    module.write_text(f"from internlm.core.parallel.ledger import LEDGER\n{code}")
+    options = ("--world", "2", "--steps", "1", "--set", "parallel.tensor.size=2", "--set", "model.num_layers=1")
+    assert main(["verify", config, *options, "--debug-size", "--json", str(tmp_path / "report.json")]) == 1
+    captured = capfd.readouterr()
+    assert "FAIL, " in captured.out
+    assert "no culprit, since the run that records all tensors failed: rank 0 of 1:" in captured.err
+    assert "recorded" in captured.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["passed"]
+    assert report["location"] is None
+
+
 # -- a process of its own
 
 
