@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from internlm.checkpoint.object_storage import ObjectStorage
 from internlm.config.schema.fields import ObjectAddress
@@ -19,6 +20,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
         for name, value in environment(running.endpoint).items():
             monkeypatch.setenv(name, value)
         yield running
+
+
+def _model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in tensors.items() if name.startswith("model/")}
 
 
 def test_a_run_saves_to_a_failing_store_and_is_resumed_past_a_damaged_checkpoint(
@@ -36,14 +41,19 @@ def test_a_run_saves_to_a_failing_store_and_is_resumed_past_a_damaged_checkpoint
         Fault("PUT .*step-6/.*/rank", "lost", times=2),
     ]
     broken_off = fit(2, overrides, stop_after=4, environment=variables)
-    resumed = fit(2, [*overrides, "ckpt.async_upload=True"], environment=variables)
+    more = ("ckpt.async_upload=True", "ckpt.enable_internevo2hf_ckpt=True")
+    resumed = fit(2, [*overrides, *more], environment=variables)
     assert [fault.times for fault in server.faults] == [0] * 5
     assert broken_off.log + resumed.log == straight.log
     assert_same_tensors(resumed.tensors, straight.tensors)
 
     storage = ObjectStorage(ObjectAddress(BUCKET, "runs/tiny"))
-    assert [name for name in storage.names() if name.endswith("/")] == ["step-2/", "step-4/", "step-6/"]
+    assert [name for name in storage.names() if name.endswith("/")] == ["step-2/", "step-4/", "step-6-hf/", "step-6/"]
     assert storage.leftovers() == {}
+    load = {"path": f"{remote}/step-6-hf", "content": "('model',)", "ckpt_type": "hf"}
+    loaded = resume(2, [f"ckpt.load_ckpt_info.{key}={value}" for key, value in load.items()], environment=variables)
+    assert loaded.message.startswith(f"nothing to resume; loaded model from {remote}/step-6-hf")
+    assert_same_tensors(_model(loaded.tensors), _model(straight.tensors))
     (attempt,) = (name for name in storage.names("step-6") if name.endswith("/"))
     file = f"step-6/{attempt}rank-00001.bin"
     content = bytearray(storage.read(file, 1 << 24))

@@ -76,6 +76,7 @@ def test_second_generation(
     assert again.intermediate_size == model.spec.config.intermediate_size
     assert (again.kv_heads, again.head_size, again.vocab_size) == (4, 8, 64)
     assert opened(tmp_path / "out").state.config["model_type"] == "INTERNLM2"
+    assert not main(["ckpt", "verify", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(("ranks", "stages"), LAYOUTS)
