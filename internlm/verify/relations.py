@@ -110,7 +110,7 @@ def _explanations(
     equal = [rank for rank, whole in enumerate(wholes) if is_close(whole, reference, limit)]
     if len(wholes) == ranks > 1 and equal:
         differing = [rank for rank in range(ranks) if rank not in equal]
-        yield f"{_tensor_ranks(differing)} differ, {_tensor_ranks(equal)} agree"
+        yield f"{_tensor_ranks(differing, 'differ')}, {_tensor_ranks(equal, 'agree')}"
 
 
 def factor_of(tensor: Tensor, reference: Tensor, limit: float) -> float | None:
@@ -157,5 +157,7 @@ def _explain_order(shards: Sequence[Tensor], reference: Tensor, limit: float) ->
                     yield f"the slices of axis {axis} are in the order {list(order)}"
 
 
-def _tensor_ranks(ranks: Sequence[int]) -> str:
-    return f"tensor rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+def _tensor_ranks(ranks: Sequence[int], verb: str = "") -> str:
+    several = len(ranks) > 1
+    text = f"tensor rank{'s' * several} {', '.join(map(str, ranks))}"
+    return f"{text} {verb}{'s' * (not several)}" if verb else text

@@ -31,7 +31,7 @@ def heading(plan: Plan) -> str:
     )
     batches = f"{plan.data_size} x {config.data.micro_num} micro-batches"
     model = f"{config.model_type}, {config.model.dtype}, seed {plan.seed}, on {plan.device_type}"
-    return f"{model}: {plan.world_size} ranks ({layout}; {batches}) against one process"
+    return f"{model}: {plan.world_size} rank{'s' * (plan.world_size > 1)} ({layout}; {batches}) against one process"
 
 
 def _pipeline(config: Config) -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_half_precision_has_no_relations_by_chance() -> None:
         ([LEFT * 3, RIGHT * 3], "it is multiplied by 3"),
         ([RIGHT, LEFT], "they are sent to the wrong ranks"),
         ([LEFT, LEFT], "the tensor ranks have slices [0, 0] of axis 1"),
-        ([X, NOISE], "tensor rank 1 differ, tensor rank 0 agree"),
+        ([X, NOISE], "tensor rank 1 differs, tensor rank 0 agrees"),
         ([NOISE, NOISE], "it is that of micro-batch 1"),
         ([X, X / 0], "not finite on tensor rank 1"),
         ([X + NOISE, X * NOISE], ""),
