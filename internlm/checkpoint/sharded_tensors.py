@@ -38,27 +38,33 @@ class ShardedTensor:
             offsets: First index of the box, by axis of ``shape``.
             target: Memory to read into, of the sizes of the box.
         """
-        # Small, since boxes are; the mapped files themselves count as the cache of the system.
-        box, filled = torch.empty(target.shape, dtype=self.shards[0].dtype), 0
+        # A box is small; the mapped files themselves count as the cache of the system.
+        is_same = target.is_contiguous() and target.dtype == self.shards[0].dtype and target.is_cpu
+        box, filled = target if is_same else torch.empty(target.shape, dtype=self.shards[0].dtype), 0
         flat = box.view(-1)
         for first, count in runs_of_box(shape, offsets, target.shape, self.segments):
-            flat[filled : filled + count] = self._range(first, count)
+            self._copy_range(first, flat[filled : filled + count])
             filled += count
-        target.copy_(box)
+        if not is_same:
+            target.copy_(box)
 
-    def _range(self, first: int, count: int) -> Tensor:
-        """Return ``count`` elements of the flattened tensor of the shards from ``first`` on."""
-        if len(self.shards) == 1:
-            return self.shards[0].reshape(-1)[first : first + count]
-        if self.axis == 0:
-            size = self.shards[0].numel()
-            pieces = []
+    def _copy_range(self, first: int, target: Tensor) -> None:
+        """Copy elements of the flattened tensor of the shards, from ``first`` on, to the vector ``target``."""
+        count = len(target)
+        if self.axis == 0 or len(self.shards) == 1:
+            size, filled = self.shards[0].numel(), 0
             for index in range(first // size, -(-(first + count) // size)):
                 start, stop = max(first - index * size, 0), min(first + count - index * size, size)
-                pieces.append(self.shards[index].reshape(-1)[start:stop])
-            return torch.cat(pieces)
-        # Whole rows of all files, of which the columns beside one another are taken.
-        columns = self.shards[0].shape[-1] * len(self.shards)
+                target[filled : filled + stop - start] = self.shards[index].reshape(-1)[start:stop]
+                filled += stop - start
+            return
+        # Whole rows of all files, of which the columns lie beside one another.
+        width = self.shards[0].shape[-1]
+        columns = width * len(self.shards)
         top, bottom = first // columns, -(-(first + count) // columns)
-        rows = torch.cat([shard[top:bottom] for shard in self.shards], dim=1)
-        return rows.reshape(-1)[first - top * columns :][:count]
+        is_whole = first % columns == 0 and count % columns == 0
+        rows = target.view(-1, columns) if is_whole else target.new_empty(bottom - top, columns)
+        for index, shard in enumerate(self.shards):
+            rows[:, index * width : (index + 1) * width] = shard[top:bottom]
+        if not is_whole:
+            target.copy_(rows.view(-1)[first - top * columns :][:count])
