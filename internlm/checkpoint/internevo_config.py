@@ -43,7 +43,11 @@ def spec_of_files(files: InternEvoFiles, config: Path | None, model_type: str | 
             resolved = resolve({"model_type": model_type, "model": section, **others})
             check_runnable(resolved.config)
         except ConfigError as error:
-            raise CheckpointError(*(replace(p, where=f"{file}: {p.where}") for p in error.problems)) from None
+            # A key of a saved section can be changed in a config alone.
+            found = [
+                replace(problem, where=f"{file}: {problem.where}", todo=CONFIG_NEEDED) for problem in error.problems
+            ]
+            raise CheckpointError(*found) from None
     given = masked_dict(resolved.config)
     # What was given is printed, rather than all keys with their defaults.
     in_file = {

@@ -200,6 +200,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "model_config.pt").unlink(), "model_config.pt: is missing, so that the model's sizes"),
     "a config without sizes": (lambda f: save_config(f, {}), "model_config.pt: model.num_layers: "),
     "a config with experts": (_config(num_experts=4), "model_config.pt: model.num_experts: 4"),
+    "an unknown key": (_config(mine=3), "model_config.pt: model.mine: unknown key. Pass --config with the config of"),
     "post-norm": (
         _config(apply_post_layer_norm=True),
         "model_config.pt: model.apply_post_layer_norm: True",
