@@ -17,6 +17,7 @@ from internlm.config.nested_dict import ABSENT
 from internlm.config.schema.model import Dtype
 from internlm.core.parallel.lora import is_adapter
 from internlm.data.fingerprint import file_changes, same_data
+from internlm.model.projections import GATE_UP, QKV
 from internlm.model.registry import is_built_in, model_initializer
 from internlm.utils.dtype import torch_dtype
 from internlm.utils.errors import Problem
@@ -146,6 +147,16 @@ def other_architecture(folder: str, saved: Mapping[str, Any], now: Mapping[str, 
         if old not in (ABSENT, new):
             message = f"{_described(now, key, new)}, but {folder} was saved with {_described(saved, key, old)}"
             yield Problem(f"model.{key}", message, todo)
+    yield from _other_adapters(folder, then["model"], wanted["model"])
+
+
+def _other_adapters(folder: str, then: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each projection with adapters that is fused in one of two models and not in the other."""
+    for projection in (QKV, GATE_UP) if then.get("lora") else ():
+        old, new = (model.get(projection.key, True) for model in (then, wanted))
+        if old != new and projection.name in then["lora"]["targets"]:
+            message = f"{new!r}, but {folder} was saved with {old!r}, by which {projection.name} has other adapters"
+            yield Problem(f"model.{projection.key}", message, "Use the config of the checkpoint")
 
 
 def other_mathematics(folder: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:

@@ -67,8 +67,6 @@ WITHOUT_EFFECT = frozenset(
         "model.attention_backend",
         "model.parallel_output",
         "model.embed_split_hidden",
-        "model.mlp_layer_fusion",
-        "model.enable_qkv_fusion",
         "model.use_scaled_init",
         "model.embedding_init_std",
         "model.attn_wqkv_init_std",

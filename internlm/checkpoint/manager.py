@@ -382,7 +382,7 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     """
     location, name = split_checkpoint(str(source))
     checkpoint = open_checkpoint(open_storage(location), name)
-    tensors = model_tensors(model)
+    tensors = checkpoint.as_stored(model_tensors(model))
     # Without a config to compare, only the tensors are checked.
     problems = [
         *compatibility.missing_tensors(checkpoint.where, checkpoint.metadata, tensors),

@@ -69,7 +69,8 @@ def load_model(
         location, name = split_checkpoint(source)
         checkpoint = open_checkpoint(open_storage(location), name)
         where, saved = checkpoint.where, checkpoint.state
-        tensors = compatibility.without_new_adapters(tensors, saved.config)
+        tensors = checkpoint.as_stored(compatibility.without_new_adapters(tensors, saved.config))
+        known = checkpoint.names_as_stored(known)
         problems = [*compatibility.other_architecture(where, saved.config, config)]
         if not allow_changes:
             problems += compatibility.other_mathematics(where, saved.config, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from internlm.checkpoint import format_1
 from internlm.checkpoint.folder_checks import is_damage, reason_of, todo_at
 from internlm.checkpoint.foreign_folders import foreign_source
+from internlm.checkpoint.fused_tensors import as_stored, names_as_stored
 from internlm.checkpoint.local_storage import LocalStorage
 from internlm.checkpoint.logical_tensors import LogicalTensors
 from internlm.checkpoint.manifest import (
@@ -58,6 +59,14 @@ class SavedCheckpoint:
     reader: StorageReader
     manifest: Manifest | None = None
     """None in format 1."""
+
+    def as_stored(self, tensors: LogicalTensors) -> LogicalTensors:
+        """Return views of ``tensors`` of a run by the names under which the checkpoint has them."""
+        return as_stored(tensors, self.metadata.state_dict_metadata)
+
+    def names_as_stored(self, names: Iterable[str]) -> set[str]:
+        """Return the names under which the checkpoint has tensors of a run."""
+        return names_as_stored(names, self.metadata.state_dict_metadata)
 
     def read(self, tensors: LogicalTensors) -> None:
         """Read into the slices of ``tensors``.

@@ -60,10 +60,6 @@ class NoEffect:
 
 
 NO_EFFECT = (
-    NoEffect("model.mlp_layer_fusion", "gate and up projections are always one GEMM", lambda fused: not fused),
-    NoEffect(
-        "model.enable_qkv_fusion", "query, key and value projections are always one GEMM", lambda fused: not fused
-    ),
     NoEffect("monitor.alert.light_monitor_address", "no heartbeats are sent"),
     # What it is for is done in another way, so there is nothing to warn about.
     NoEffect("ckpt.async_upload_tmp_folder", "host memory holds what is not written yet", lambda folder: False),

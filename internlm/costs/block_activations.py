@@ -157,7 +157,9 @@ def adapters_for_weights(s: Symbols, linear: BlockLinear, tokens: int) -> dict[s
         name = HEADS if linear.target == "wo" else SWIGLU
         return {**kept, name: s.T * linear.shape.inputs * s.e // s.t.size, GRAD_RESIDUAL: s.S * s.H * s.e}
     name = GRAD_QKV if linear.target == "wqkv" else GRAD_GATE_UP
-    return {**kept, NORMALISED: s.S * s.H * s.e, name: s.T * linear.shape.outputs * s.e // s.t.size}
+    # Linears with one input have that in common.
+    normalised = (not linear.shape.shares_input) * s.S * s.H * s.e
+    return {**kept, NORMALISED: normalised, name: s.T * linear.shape.outputs * s.e // s.t.size}
 
 
 def _total(tables: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -25,6 +25,8 @@ class LinearShape(NamedTuple):
     role: Role
     inputs: int
     outputs: int
+    shares_input: bool = False
+    """Whether its input is that of the linear before it, so that it is not communicated again."""
 
     @property
     def numel(self) -> int:
@@ -60,7 +62,10 @@ class BlockLinear(NamedTuple):
 
 
 def linears_of_layer(model: ModelConfig, layer: int) -> list[BlockLinear]:
-    """Return the linears of the block of index ``layer``, in forward order."""
+    """Return the linears of the block of index ``layer``, in forward order.
+
+    Those of a projection that is not fused have its target, and each has an adapter of its own.
+    """
     targets = () if model.lora is None else model.lora.targets
     # Embedding and norms are frozen beside adapters, so no gradient flows to what is before the first adapter.
     first = min(map(TARGETS.index, targets)) if targets and layer == 0 else -1
@@ -82,7 +87,7 @@ def _adapter(shape: LinearShape, rank: int) -> tuple[LinearShape, ...]:
     # As in internlm.core.parallel.lora: the factor that touches the split features of the linear is split with them.
     down: Role = "row" if shape.role == "row" else "replicated"
     up: Role = "column" if shape.role == "column" else "replicated"
-    return LinearShape(down, shape.inputs, rank), LinearShape(up, rank, shape.outputs)
+    return LinearShape(down, shape.inputs, rank, shape.shares_input), LinearShape(up, rank, shape.outputs)
 
 
 def attention_has_grad(model: ModelConfig, layer: int) -> bool:
@@ -91,21 +96,28 @@ def attention_has_grad(model: ModelConfig, layer: int) -> bool:
 
 
 def block_linears(model: ModelConfig) -> list[LinearShape]:
-    """Return the shapes of a block's four weights, in forward order.
+    """Return the shapes of a block's weights, in forward order.
 
-    They are wqkv (H → G·(Q + 2)·D), wo (G·Q·D → H), w13 (H → 2·F) and w2 (F → H).
+    They are wqkv (H → G·(Q + 2)·D), wo (G·Q·D → H), w13 (H → 2·F) and w2 (F → H). Without ``enable_qkv_fusion`` the
+    first is wq (H → G·Q·D), wk and wv (H → G·D), without ``mlp_layer_fusion`` the third is w1 and w3 (H → F).
     """
-    heads = model.num_attention_heads * model.head_size  # G·Q·D
+    width, gate = model.hidden_size, model.intermediate_size
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.kv_heads))
     return [
-        LinearShape("column", model.hidden_size, heads + 2 * model.kv_heads * model.head_size),
-        LinearShape("row", heads, model.hidden_size),
-        LinearShape("column", model.hidden_size, 2 * model.intermediate_size),
-        LinearShape("row", model.intermediate_size, model.hidden_size),
+        *_projection(width, (queries, keys, keys), model.enable_qkv_fusion),
+        LinearShape("row", queries, width),
+        *_projection(width, (gate, gate), model.mlp_layer_fusion),
+        LinearShape("row", gate, width),
     ]
 
 
+def _projection(inputs: int, outputs: tuple[int, ...], is_fused: bool) -> list[LinearShape]:
+    sizes = (sum(outputs),) if is_fused else outputs
+    return [LinearShape("column", inputs, size, shares_input=index > 0) for index, size in enumerate(sizes)]
+
+
 def block_weights(model: ModelConfig) -> int:
-    """Return the number of elements of a block's four weights, without biases and norms, which are small."""
+    """Return the number of elements of a block's weights, without biases and norms, which are small."""
     return sum(linear.inputs * linear.outputs for linear in block_linears(model))
 
 

@@ -2,7 +2,7 @@
 
 Under isp a weight [O, I] is gathered whole, in w·⌈O/w⌉·I·e bytes. The settings of ``parallel.weight`` decide which
 weights :class:`~internlm.core.parallel.weight_gatherer.WeightGatherer` holds at the same time. A block has the weights
-wqkv, wo, w13 and w2:
+wqkv, wo, w13 and w2; if wqkv is wq, wk and wv, or w13 is w1 and w3, each of these is a weight:
 
 ==============================  ======================================================================================
 overlap=False                   one weight
@@ -11,8 +11,8 @@ overlap, forward, per "layer"   all weights of the next block (or the head), and
                                 ``launch_allgather_before`` on; the first block is not prefetched, so only one of
                                 its weights is held at a time
 overlap, backward               two neighbouring weights
-overlap, recomputed block       first backward pass, before the order of recomputation is recorded: w2, wqkv and wo,
-                                then w2, wo and w13; later passes: wqkv of this block and wqkv of the next block
+overlap, recomputed block       first backward pass, before the order of recomputation is recorded: w2 and two
+                                neighbours of the others; later passes: the first weights of this block and the next
 ==============================  ======================================================================================
 
 With ``memory_pool``, the pool keeps as many buffers of each shape as were ever held at once. The embedding has a buffer
@@ -75,7 +75,8 @@ def _gathered(s: Symbols, rows: int, columns: int) -> WeightShape:
 def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
     """Yield each set of weights that is held at the same time in forward or backward of a chunk."""
     layers = s.stage_layers.chunks[chunk]
-    block = [_gathered(s, linear.outputs, linear.inputs) for linear in block_linears(s.config.model)]
+    linears = block_linears(s.config.model)
+    block = [_gathered(s, linear.outputs, linear.inputs) for linear in linears]
     head = [[_gathered(s, s.V, s.H)]] if s.stage_layers.is_last(chunk) else []
     blocks, weight = [block] * len(layers), s.config.parallel.weight
     yield from ([shape] for shape in chain(*blocks, *head))
@@ -84,19 +85,21 @@ def _held_in_chunk(s: Symbols, chunk: int) -> Iterator[HeldWeights]:
     if weight.forward_overlap_per == "module":
         yield from pairwise(chain(*blocks, *head))
     else:
-        yield from _held_per_layer([*blocks, *head], LAUNCH_POSITIONS[weight.launch_allgather_before])
+        # Only the query/key/value projection is used before the attention kernel.
+        position = abs(LAUNCH_POSITIONS[weight.launch_allgather_before])
+        first_of_position = [index for index, linear in enumerate(linears) if not linear.shares_input]
+        yield from _held_per_layer([*blocks, *head], first_of_position[position])
     yield from pairwise(chain(*blocks))
     # The last block runs backward first, so it is never recomputed while the prefetch of another block is in flight.
     if any(map(s.config.model.recomputes, layers[:-1])):
         yield from _held_recomputing(block)
 
 
-def _held_per_layer(blocks: Sequence[HeldWeights], launch_position: int) -> Iterator[HeldWeights]:
+def _held_per_layer(blocks: Sequence[HeldWeights], first: int) -> Iterator[HeldWeights]:
     """Yield each set of gathered weights that is held while forward prefetches a whole block.
 
-    The prefetch starts at ``launch_position`` of the current block, whose remaining weights are held at the same time.
+    The prefetch starts at weight ``first`` of the current block, whose remaining weights are held at the same time.
     """
-    first = launch_position if launch_position >= 0 else 1  # only wqkv is used before the attention kernel
     for index, (block, following) in enumerate(pairwise(blocks)):
         rest = block[first:]
         # The first block is not prefetched, so it gathers and releases its weights one by one.

@@ -118,15 +118,21 @@ def block(s: Symbols, layer: int) -> PassCalls:
     around = merge(attention(s), qk_norm(s))
     if not attention_has_grad(model, layer):
         around = PassCalls(around.forward, [])
-    return merge(*(_block_linear(s, weight) for weight in linears_of_layer(model, layer)), around)
+    linears = linears_of_layer(model, layer)
+    is_last = [not following.shape.shares_input for following in linears[1:]] + [True]
+    calls = (_block_linear(s, weight, last) for weight, last in zip(linears, is_last, strict=True))
+    return merge(*calls, around)
 
 
-def _block_linear(s: Symbols, weight: BlockLinear) -> PassCalls:
-    """Return the collectives of a linear of a block and of its adapter, whose weights are replicated under isp."""
+def _block_linear(s: Symbols, weight: BlockLinear, is_last: bool) -> PassCalls:
+    """Return the collectives of a linear of a block and of its adapter, whose weights are replicated under isp.
+
+    ``is_last`` tells whether it is the last of the linears with its input.
+    """
     base = linear(s, weight.shape, is_trained=weight.is_trained)
     if not weight.needs_input_grad:
         # With overlap, isp has started to gather the weight when the backward pass ends.
-        prefetched = s.mode == "isp" and weight.adapter and s.config.parallel.weight.overlap
+        prefetched = s.mode == "isp" and is_last and weight.adapter and s.config.parallel.weight.overlap
         base = PassCalls(base.forward, base.backward if prefetched else [])
     adapter = () if s.mode == "isp" else weight.adapter
     return merge(base, *(linear(s, factor) for factor in adapter))
@@ -146,10 +152,13 @@ def linear(s: Symbols, weight: LinearShape, *, is_trained: bool = True) -> PassC
     isp          all-gather over w of w⌈outputs/w⌉·inputs·e    all-gather and reduce-scatter of the same size
     ===========  ============================================  ==============================================
 
-    A weight that is not trained has no second all-gather under fsp, and no reduce-scatter under isp.
+    A weight that is not trained has no second all-gather under fsp, and no reduce-scatter under isp. Except under isp,
+    linears with one input communicate it once.
     """
     if s.mode == "isp":
         group, nbytes = s.w, s.w.size * rows_per_rank(weight.outputs, s.w) * weight.inputs * s.e
+    elif weight.shares_input:
+        return PassCalls([], [])
     else:
         # Between a column linear and its row linear the activation is split by features, so nothing is sent.
         group, nbytes = s.t, s.T * (weight.outputs if weight.role == "row" else weight.inputs) * s.e

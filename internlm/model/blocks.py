@@ -18,6 +18,7 @@ from internlm.core.parallel.linear import Before
 from internlm.core.parallel.placement import normal
 from internlm.core.parallel.qk_norm import QKNorm
 from internlm.model.kv_cache import LayerCache
+from internlm.model.projections import GATE_UP, QKV
 from internlm.model.spec import DecoderSpec
 from internlm.ops import PackedSequences, attention, gated, split_qkv_rotary
 
@@ -30,15 +31,16 @@ class Attention(nn.Module):
 
     role = "attention"
     communicator: AttentionCommunicator = IDENTITY_ATTENTION
+    wqkv: nn.Module
 
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         c = spec.config
         groups, per_group = c.kv_heads, c.num_attention_heads // c.kv_heads
-        # One fused projection whose first axis is the kv head: splitting it over ranks keeps each kv head together
-        # with its query heads.
+        # The first axis of the projection is the kv head: splitting it over ranks keeps each kv head together with its
+        # query heads.
         shape = (groups, per_group + 2, c.head_size)
-        self.wqkv = spec.linear("wqkv", c.hidden_size, shape, normal(c.attn_wqkv_init_std), spec.qkv_bias)
+        spec.add_projection(self, QKV, shape, normal(c.attn_wqkv_init_std), spec.qkv_bias)
         self.qk_norm: nn.Module | None = None
         if c.qk_norm != "none":
             self.qk_norm = QKNorm(c.qk_norm, shape, c.layer_norm_epsilon, spec.family.norm_offset)
@@ -81,12 +83,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Gated feed-forward layer (arXiv 2002.05202): w2 · (activation(w1 · x) * (w3 · x))."""
 
+    w13: nn.Module
+
     def __init__(self, spec: DecoderSpec, layer: int) -> None:
         super().__init__()
         c = spec.config
         up_init = normal(c.ffn_uplayer_init_std)
-        # Gate and up are fused, and split along axis 1, so that each rank has the same rows of both.
-        self.w13 = spec.linear("w13", c.hidden_size, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
+        # Gate and up are split along axis 1, so that each rank has the same rows of both.
+        spec.add_projection(self, GATE_UP, (2, c.intermediate_size), up_init, spec.mlp_bias, split_axis=1)
         out_init = normal(spec.output_std(c.ffn_other_init_std, layer))
         self.w2 = spec.linear("w2", c.intermediate_size, c.hidden_size, out_init, spec.mlp_bias, role="row")
         self.activate = partial(gated, activation=c.activation)

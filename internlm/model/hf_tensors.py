@@ -1,7 +1,7 @@
 """Tensors of a decoder by their names in Hugging Face checkpoints.
 
-Ours are fused: wqkv and w13 hold several tensors of theirs. Each row of the table is one of their tensors, with the
-slice of ours that it is. Both directions of conversion read the same table.
+Ours may be fused: wqkv and w13 then hold several tensors of theirs. Each row of the table is one of their tensors, with
+the slice of ours that it is. Both directions of conversion read the same table.
 
 Shapes: G kv heads, Q query heads per kv head, D head dimension, H hidden size, F intermediate size.
 """
@@ -11,19 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
+from internlm.model.projections import GATE_UP, QKV, Part, Projection
 from internlm.model.spec import DecoderSpec
-
-
-class Part(NamedTuple):
-    """Range of a tensor along an axis."""
-
-    axis: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -126,29 +118,22 @@ def hf_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
 
 
 def _block_tensors(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[HFTensor]:
-    heads = spec.config.num_attention_heads // spec.config.kv_heads
-    fused: dict[str, dict[str, Part | None]] = {
-        "attention.wqkv": {
-            "self_attn.q_proj": Part(1, 0, heads),
-            "self_attn.k_proj": Part(1, heads, 1),
-            "self_attn.v_proj": Part(1, heads + 1, 1),
-        },
-        "attention.wo": {"self_attn.o_proj": None},
-        "feed_forward.w13": {"mlp.gate_proj": Part(0, 0, 1), "mlp.up_proj": Part(0, 1, 1)},
-        "feed_forward.w2": {"mlp.down_proj": None},
-    }
-    has_bias = {
-        "attention.wqkv": spec.qkv_bias,
-        "attention.wo": spec.o_bias,
-        "feed_forward.w13": spec.mlp_bias,
-        "feed_forward.w2": spec.mlp_bias,
-    }
-    for linear, parts in fused.items():
-        for name, part in parts.items():
-            paired = spec.qk_interleaved and name.endswith(("q_proj", "k_proj"))
-            yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{linear}.weight", part, False, paired)
-            if has_bias[linear]:
-                yield HFTensor(f"{theirs}.{name}.bias", f"{ours}.{linear}.bias", part, True, paired)
+    q, k, v = _linears(spec, QKV, "attention")
+    gate, up = _linears(spec, GATE_UP, "feed_forward")
+    rows = [
+        ("self_attn.q_proj", q, spec.qkv_bias),
+        ("self_attn.k_proj", k, spec.qkv_bias),
+        ("self_attn.v_proj", v, spec.qkv_bias),
+        ("self_attn.o_proj", ("attention.wo", None), spec.o_bias),
+        ("mlp.gate_proj", gate, spec.mlp_bias),
+        ("mlp.up_proj", up, spec.mlp_bias),
+        ("mlp.down_proj", ("feed_forward.w2", None), spec.mlp_bias),
+    ]
+    for name, (linear, part), has_bias in rows:
+        paired = spec.qk_interleaved and name.endswith(("q_proj", "k_proj"))
+        yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{linear}.weight", part, False, paired)
+        if has_bias:
+            yield HFTensor(f"{theirs}.{name}.bias", f"{ours}.{linear}.bias", part, True, paired)
     if spec.config.qk_norm != "none":
         for kind in "qk":
             name = f"{theirs}.self_attn.{kind}_norm.weight"
@@ -157,17 +142,35 @@ def _block_tensors(spec: DecoderSpec, ours: str, theirs: str) -> Iterator[HFTens
         yield HFTensor(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight", is_vector=True)
 
 
+def _linears(spec: DecoderSpec, projection: Projection, module: str) -> Iterator[tuple[str, Part | None]]:
+    """Yield, for each linear of a projection, the decoder's linear that holds it, and the part of that; None: all."""
+    is_fused = projection.is_fused(spec.config)
+    for name, part in projection.parts(_shape(spec, projection)[projection.axis]):
+        yield (f"{module}.{projection.name}", part) if is_fused else (f"{module}.{name}", None)
+
+
+def _shape(spec: DecoderSpec, projection: Projection) -> tuple[int, ...]:
+    """Return the shape of the output of a projection for one token."""
+    c = spec.config
+    if projection is QKV:
+        return (c.kv_heads, c.num_attention_heads // c.kv_heads + 2, c.head_size)
+    return (2, c.intermediate_size)
+
+
 def tensor_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Return the global shapes of a decoder's tensors that are in a checkpoint of Hugging Face, without building it."""
     c = spec.config
     # A formula, since building the model would need the layout of the run, whose shards have other shapes.
     heads, groups = c.num_attention_heads // c.kv_heads, c.kv_heads
-    of_block = {
-        "attention.wqkv": ((groups, heads + 2, c.head_size), c.hidden_size),
+    of_block: dict[str, tuple[tuple[int, ...], int]] = {
         "attention.wo": ((c.hidden_size,), groups * heads * c.head_size),
-        "feed_forward.w13": ((2, c.intermediate_size), c.hidden_size),
         "feed_forward.w2": ((c.hidden_size,), c.intermediate_size),
     }
+    for module, projection in (("attention", QKV), ("feed_forward", GATE_UP)):
+        shape, axis = _shape(spec, projection), projection.axis
+        of_block[f"{module}.{projection.name}"] = (shape, c.hidden_size)
+        for own, part in projection.parts(shape[axis]):
+            of_block[f"{module}.{own}"] = ((*shape[:axis], part.length, *shape[axis + 1 :]), c.hidden_size)
     per_head = c.qk_norm == "head"
     qk_norms = {
         "q_weight": (c.head_size,) if per_head else (groups, heads, c.head_size),
@@ -191,17 +194,15 @@ def llama_tensors(spec: DecoderSpec) -> Iterator[HFTensor]:
 
     The releases pair neighbouring elements of a head for rotary embedding, and have no biases.
     """
-    heads = spec.config.num_attention_heads // spec.config.kv_heads
-    # Values have no rotary embedding, and so no order of pairs.
-    is_halved = not spec.qk_interleaved
     yield HFTensor("tok_embeddings.weight", "embedding.weight")
     for layer in (f"layers.{index}" for index in range(spec.config.num_layers)):
-        wqkv, w13 = f"{layer}.attention.wqkv.weight", f"{layer}.feed_forward.w13.weight"
-        yield HFTensor(f"{layer}.attention.wq.weight", wqkv, Part(1, 0, heads), is_halved=is_halved)
-        yield HFTensor(f"{layer}.attention.wk.weight", wqkv, Part(1, heads, 1), is_halved=is_halved)
-        yield HFTensor(f"{layer}.attention.wv.weight", wqkv, Part(1, heads + 1, 1))
-        yield HFTensor(f"{layer}.feed_forward.w1.weight", w13, Part(0, 0, 1))
-        yield HFTensor(f"{layer}.feed_forward.w3.weight", w13, Part(0, 1, 1))
+        # Our names of single linears are theirs.
+        for module, projection in (("attention", QKV), ("feed_forward", GATE_UP)):
+            rows = zip(projection.ranges, _linears(spec, projection, f"{layer}.{module}"), strict=True)
+            for name, (linear, part) in rows:
+                # Values have no rotary embedding, and so no order of pairs.
+                is_halved = name in ("wq", "wk") and not spec.qk_interleaved
+                yield HFTensor(f"{layer}.{module}.{name}.weight", f"{linear}.weight", part, is_halved=is_halved)
         for name in ("attention.wo.weight", "feed_forward.w2.weight"):
             yield HFTensor(f"{layer}.{name}", f"{layer}.{name}")
         for name in ("attention_norm.weight", "ffn_norm.weight"):

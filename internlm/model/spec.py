@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from internlm.config.families import Family
 from internlm.config.schema import ModelConfig
 from internlm.config.schema.model import AttentionBackend, LoraTarget, RopeScalingConfig
 from internlm.core.parallel import ParallelLinear
-from internlm.core.parallel.lora import AdaptedLinear, Adapter
+from internlm.core.parallel.lora import AdaptedLinear, Adapter, group_of
+from internlm.core.parallel.placement import FusedTensor, Init
+from internlm.model.projections import Projection
 from internlm.ops import ContextScaling, Llama3Scaling, RotaryScaling, YarnScaling
 
 
@@ -60,6 +64,37 @@ class DecoderSpec:
         if lora is None or target not in lora.targets:
             return ParallelLinear(*arguments, **keywords)
         return AdaptedLinear(Adapter(lora.rank, lora.alpha / lora.rank), *arguments, **keywords)
+
+    def add_projection(
+        self,
+        module: nn.Module,
+        projection: Projection,
+        shape: tuple[int, ...],
+        init: Init,
+        bias: bool,
+        split_axis: int = 0,
+    ) -> None:
+        """Set the attribute of ``module`` that is named as ``projection`` to a linear or a group of linears.
+
+        Args:
+            module: Module whose hidden states are projected. It also gets the linears of the group.
+            projection: The projection.
+            shape: Shape of its output for one token.
+            init: Distribution of the initial values of its weight.
+            bias: Whether it has a bias.
+            split_axis: Axis of ``shape`` along which mtp, msp and fsp split it.
+        """
+        name, axis, width = projection.name, projection.axis, self.config.hidden_size
+        if projection.is_fused(self.config):
+            setattr(module, name, self.linear(name, width, shape, init, bias, split_axis=split_axis))
+            return
+        linears = []
+        for own, part in projection.parts(shape[axis]):
+            own_shape = (*shape[:axis], part.length, *shape[axis + 1 :])
+            own_init = replace(init, fused=FusedTensor(name, axis, part.start, shape[axis]))
+            linears.append(self.linear(name, width, own_shape, own_init, bias, split_axis=split_axis))
+            module.add_module(own, linears[-1])
+        setattr(module, name, group_of(linears, axis))
 
     @property
     def rotary(self) -> RotaryScaling:

@@ -36,6 +36,11 @@ def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
     return cpu_gemm.grad_input(dy, weight) if is_host(dy) else torch.mm(dy, weight)
 
 
+def add_grad_input(out: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """Add the gradient of :func:`linear` with respect to its input to ``out`` in place, and return ``out``: [T, I]."""
+    return out.add_(cpu_gemm.grad_input(dy, weight)) if is_host(dy) else out.addmm_(dy, weight)
+
+
 def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
     """Accumulate the gradient of :func:`linear` with respect to its weight in place: ``out += dy.T @ x``.
 

@@ -70,7 +70,7 @@ def _of_checkpoint(location: str, overrides: Iterable[str]) -> nn.Module:
     config = _config(saved.state.config, overrides)
     # On the meta device first: a damaged config must not allocate more than the checkpoint holds.
     model = build_model(config, seed=0, deferred=is_built_in(config.model_type))
-    tensors = model_tensors(model)
+    tensors = saved.as_stored(model_tensors(model))
     problems = [
         *compatibility.missing_tensors(saved.where, saved.metadata, tensors),
         *compatibility.unexpected_tensors(saved.where, saved.metadata, tensors),
@@ -81,7 +81,7 @@ def _of_checkpoint(location: str, overrides: Iterable[str]) -> nn.Module:
     materialize(model, 0, accelerator.current_device(), draws=lambda name: False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        saved.read(model_tensors(model))
+        saved.read(saved.as_stored(model_tensors(model)))
     return model
 
 

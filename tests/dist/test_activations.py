@@ -122,6 +122,7 @@ DROPOUT, KEPT = "model.drop_rate=0.25", "model.dropout_selective_checkpoint=Fals
 GROUPED = "model.num_kv_attention_heads=4"
 HALF = "model.dtype=torch.bfloat16", "model.attention_backend=sdpa"
 WIDE_RESIDUALS = (*HALF, "model.residual_in_fp32=True")
+UNFUSED = "model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False", GROUPED
 POST_NORM = "model.apply_post_layer_norm=True"
 #: Windows of 24 of 64 tokens, in all layers but one.
 GEMMA3 = "model_type=GEMMA3", "model.sliding_window=24", "model.global_layers=(1,)", GROUPED
@@ -164,6 +165,7 @@ CASES = [
     (GROUPED, ADAPTED),
     (ADAPTED, OF_ROWS, DROPOUT, KEPT, "model.checkpoint=0.5", "model.cpu_offloading=2"),
     ("model_type=OLMO2", ADAPTED, OF_W13, SELECTIVE),
+    (*UNFUSED, "model_type=OLMO2", SELECTIVE, *HALF),
 ]
 ISP_CASES = [(f"model.num_kv_attention_heads={kv}",) for kv in (1, 2)]  # fewer than ranks
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.dist.tiny import TINY
 from tests.dist.whole_runs import Outcome, assert_same_tensors, fit, resave, resume, saving
+from tests.unit.model.test_unfused import fuse
 
 #: Micro-batches of a global batch: every number of data-parallel ranks below divides it.
 MICRO_BATCHES = 12
@@ -168,6 +169,28 @@ def test_any_layout_loads_what_another_saved(kind: str, writer: str, reader: str
     for batch, expected in zip(loaded.samples, run.samples, strict=True):
         assert len(_parts(batch)) == 2 * MICRO_BATCHES
         assert torch.equal(_parts(batch), _parts(expected))
+
+
+UNFUSED = ("model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False")
+
+
+@pytest.mark.parametrize(
+    ("writer", "unfused", "reader"), [("isp", "fully sharded msp", "one process"), ("one process", "isp", "ZB-V")]
+)
+def test_projections_may_be_fused_in_another_way(
+    writer: str, unfused: str, reader: str, saved: Saved, tmp_path: Path
+) -> None:
+    """Loaded into an unfused model, saved by it, and loaded into a fused one: all bits, of the optimizer too."""
+    folder, run = saved("bfloat16", writer)
+    load = f"ckpt.load_ckpt_info.path={folder / 'ckpts' / 'step-2'}", "ckpt.load_ckpt_info.content=('all',)"
+    loaded = resave(*_overrides(tmp_path, "bfloat16", unfused, *load, *UNFUSED))
+    assert {
+        "model/layers.4.attention.wk.bias",
+        "optimizer/main/layers.4.feed_forward.w3.weight",
+    } <= loaded.tensors.keys()
+    assert_same_tensors(fuse(loaded.tensors), run.tensors)
+    again = resume(*_overrides(tmp_path, "bfloat16", reader))
+    assert_same_tensors(again.tensors, run.tensors)
 
 
 #: Kind and layout that save, kind and layout that load the model alone.

@@ -41,11 +41,12 @@ ROWS: dict[str, tuple[int, tuple[str, ...], Compiled]] = {
         ("parallel.tensor.mode=fsp", "parallel.tensor.size=2", "model.checkpoint=True", "model.cpu_offloading=1"),
         Compiled(2, {ATTENTION: 1}),
     ),
-    "msp in a pipeline that puts weights off": (
+    "msp in a pipeline that puts off weights that are not fused": (
         4,
         (
             *("parallel.tensor.mode=msp", "parallel.tensor.size=2"),
             *("parallel.pipeline.size=2", "parallel.pipeline.mode=ZBH1", "model.num_layers=4"),
+            *("model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False", "model.qkv_bias=True"),
         ),
         Compiled(2, {ATTENTION: 1}),
     ),

@@ -16,6 +16,7 @@ from internlm.verify.configs import make_plan
 from tests.dist.oracle import reference, run, verify
 from tests.harness.pool import run_ranks
 
+UNFUSED = ("model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False")
 GEMMA3 = ("model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(1,)")
 #: What a family brings to the layers, as overrides.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -27,6 +28,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "MISTRAL": ("model_type=MISTRAL", "model.sliding_window=7"),
     "BAICHUAN2": ("model_type=BAICHUAN2", "model.vocab_size=67", "model.embed_split_hidden=False"),
     "BAICHUAN2, tied": ("model_type=BAICHUAN2", "model.tie_word_embeddings=True", "loss.label_smoothing=0.1"),
+    "unfused": (*UNFUSED, "model.qkv_bias=True", "model.mlp_bias=True", "model.checkpoint=0.5"),
+    "OLMO2, unfused": (*UNFUSED, "model_type=OLMO2"),
     "post-norm": ("model.apply_post_layer_norm=True", "model.norm_type=layernorm", "model.o_bias=True"),
 }
 #: Sizes, as overrides; two ranks each.
@@ -50,6 +53,10 @@ NARROW = {
     ("QWEN3", "fsdp"),
     ("BAICHUAN2", "isp, weights alone, overlapped"),
     ("BAICHUAN2, tied", "1F1B"),
+    ("unfused", "fsp"),
+    ("unfused", "ZB-V"),
+    ("unfused", "fsdp"),
+    ("OLMO2, unfused", "isp, weights alone, overlapped"),
     ("post-norm", "msp"),
 }
 DEBUG = sorted((Path(__file__).parents[2] / "configs" / "debug").glob("*.py"))
@@ -97,6 +104,11 @@ FOUR_RANKS: dict[str, tuple[str, ...]] = {
     "OLMO2, fsdp of fsp": (*FAMILIES["OLMO2, half recomputed"], *LAYOUTS["fsp"], *LAYOUTS["fsdp"]),
     "GEMMA3, ZB-V of mtp": (*GEMMA3, *LAYOUTS["mtp"], *LAYOUTS["ZB-V"]),
     "QWEN3, isp": ("model_type=QWEN3", "parallel.tensor.mode=isp", "parallel.tensor.size=4", "parallel.weight.size=2"),
+    "unfused, isp": (
+        *(*FAMILIES["unfused"], "parallel.tensor.mode=isp", "parallel.tensor.size=4", "parallel.weight.size=2"),
+        *("parallel.weight.overlap=True", "model.num_kv_attention_heads=2"),
+    ),
+    "unfused, fsdp of msp": (*FAMILIES["OLMO2, unfused"], *LAYOUTS["msp"], *LAYOUTS["fsdp"]),
     "BAICHUAN2, isp": (
         *(*FAMILIES["BAICHUAN2, tied"], "model.vocab_size=65"),
         *("parallel.tensor.mode=isp", "parallel.tensor.size=2", "parallel.weight.size=4"),

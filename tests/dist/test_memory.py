@@ -52,6 +52,7 @@ REDUCED = "reduce_comm_dtype=torch.bfloat16"
 BUCKETS = f"{ZERO}.reduce_bucket_size=20000"
 WHOLE = f"{ZERO}.use_split_tensor_optim=False"
 LAYERNORM = "model.norm_type=layernorm", "model_type=INTERNLM"
+UNFUSED = "model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False"
 TIED = "model.tie_word_embeddings=True"
 OVERLAP, POOL = f"{WEIGHT}.overlap=True", f"{WEIGHT}.memory_pool=True"
 
@@ -93,6 +94,14 @@ ROWS: dict[str, Row] = {
     "isp, by layer from wqkv, pool, half recomputed": (
         2,
         (*split_over("isp", 2, 2), *per_layer("wqkv"), POOL, "model.checkpoint=0.5"),
+    ),
+    "isp, by layer from w1, unfused": (
+        2,
+        (*split_over("isp", 2, 2), *per_layer("w1"), POOL, *UNFUSED, "model.num_kv_attention_heads=2"),
+    ),
+    "isp, by layer from wo, unfused, half recomputed": (
+        2,
+        (*split_over("isp", 2, 2), *per_layer("wo"), *UNFUSED, "model.checkpoint=0.5"),
     ),
     "isp, by layer from attention, pipeline": (
         4,

@@ -75,6 +75,7 @@ LAYOUTS = [
 #: Each mode on four ranks.
 FEW = [Layout(mode, 2, data=2) for mode in ("mtp", "msp", "fsp")] + [Layout("isp", 4, 2)]
 
+UNFUSED = ("model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False")
 CASES: Table = {
     "half recomputed": ("model.checkpoint=0.5",),
     "all recomputed": ("model.checkpoint=True",),
@@ -102,6 +103,7 @@ CASES: Table = {
     "projections recomputed": ("model_type=OLMO2", "model.checkpoint=0.5", "model.dtype=torch.bfloat16"),
     "projections, attention recomputed": ("model_type=OLMO2", "model.checkpoint=selective"),
     "norms at both ends and of heads": ("model_type=GEMMA3", "model.sliding_window=5", "model.global_layers=(0,)"),
+    "unfused": (*UNFUSED, "model.qkv_bias=True", "model.checkpoint=0.5"),
     "normalised head": ("model_type=BAICHUAN2", "model.vocab_size=67"),
     "adapters": ("model.lora.rank=2",),
     "adapters of w13": ("model.lora.rank=2", 'model.lora.targets=["w13"]', "model.checkpoint=0.5", "model_type=OLMO2"),
@@ -116,6 +118,10 @@ ISP_CASES: Table = {
     "one kv head": ("model.num_kv_attention_heads=1",),
     "multi-head": ("model.num_kv_attention_heads=4",),
     "adapters, overlap": ("model.lora.rank=2", 'model.lora.targets=["wo"]', "parallel.weight.overlap=True"),
+    "unfused rows that are not divisible": (
+        *(*UNFUSED, "model.multiple_of=1", "model.mlp_ratio=2.72", "model.num_kv_attention_heads=1"),
+        *("parallel.weight.overlap=True", "model.checkpoint=0.5"),
+    ),
     "rows that are not divisible": ("model.multiple_of=1", "model.mlp_ratio=2.72", "model.num_kv_attention_heads=1"),
     **{
         f"overlap, {per} before {place}, recompute {recompute}": (

@@ -58,7 +58,7 @@ class LoraConfig(Section):
     """The output of an adapter is multiplied by ``alpha`` ÷ ``rank``."""
     targets: Annotated[Items[LoraTarget], Field(min_length=1)] = ("wqkv", "wo", "w13", "w2")
     """Linears of each block that have an adapter: the projections of attention, ``wqkv`` and ``wo``, and of the
-    feed-forward layer, ``w13`` (gate and up) and ``w2``."""
+    feed-forward layer, ``w13`` (gate and up) and ``w2``. Where these are not fused, each of their weights has one."""
 
 
 class HFModuleConfig(Section):
@@ -179,9 +179,11 @@ class ModelConfig(Section):
     global_layers: Items[CountOrZero] | None = None
     """Indices, from 0, of the layers that attend to all tokens in spite of ``use_sliding_window``."""
     mlp_layer_fusion: bool = True
-    """Compute the gate and up projections as one GEMM."""
+    """Store the gate and up projections as one weight, ``w13``, and compute them as one GEMM. False: as ``w1`` and
+    ``w3``, with the same values."""
     enable_qkv_fusion: bool = True
-    """Compute the query, key and value projections as one GEMM."""
+    """Store the query, key and value projections as one weight, ``wqkv``, and compute them as one GEMM. False: as
+    ``wq``, ``wk`` and ``wv``, with the same values."""
     norm_head: bool = False
     """Normalise each row of the output head's weight (Baichuan 2, arXiv 2309.10305)."""
     # Makes the initial variance of the residual stream independent of depth.

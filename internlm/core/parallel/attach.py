@@ -190,14 +190,15 @@ def _gathering_context(model: nn.Module, tensor: Group, weight: Group, overlap: 
     declared = declared_blocks(model)
     enclosing = {name: containing_block(name, declared) for name in names.values()}
     linear_index: dict[nn.Module, int] = {}
-    linears_in: dict[str, int] = {}  # number of linears of each block so far, in the order of the blocks
+    linears_in: dict[str, int] = {}  # number of positions of each block so far, in the order of the blocks
     linears: list[GatheredLinear] = []
     for module, name in names.items():
         role = getattr(module, "role", "")
         if CUSTOM_ROLES.get(role, role) not in GATHERED_ROLES:
             continue
         parameter, block = cast(nn.Parameter, module.weight), enclosing[name]
-        position = linears_in.get(block, 0)
+        # Linears with one input have one position, whatever their number.
+        position = linears_in.get(block, 0) - getattr(module, "shares_input", False)
         linears_in[block] = position + 1
         linear_index[module] = len(linears)
         linears.append(

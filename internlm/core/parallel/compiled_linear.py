@@ -3,40 +3,44 @@
 The compiler cannot trace a parallel linear: it communicates, adds the gradient of its weight to the main gradient, and
 may defer this gradient. A custom op does not break the graph, so the code before and after it is compiled together.
 
-The layer is passed to the op as a :class:`LinearHandle`. A graph does not depend on the layer that a handle refers to,
-so all blocks share one graph.
+The layer, or several that have one input, is passed to the op as a :class:`LinearHandle`. A graph does not depend on
+the layers that a handle refers to, so all blocks share one graph.
 
 Shapes: T tokens, I input features, O output features.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from internlm.core.parallel import products
-from internlm.core.parallel.communicator import Communicator
-from internlm.core.parallel.products import deferred_tasks
+from internlm.core.parallel.products import LinearModule, Outputs, deferred_tasks
 from internlm.utils.torch_private import OpaqueBase, register_opaque_type
 
 
-class LinearModule(Protocol):
-    """Protocol for a linear layer that the custom op can run."""
-
-    weight: nn.Parameter
-    communicator: Communicator
-
-
 class LinearHandle(OpaqueBase):
-    """Custom-op handle of a linear: an opaque argument that refers to the layer."""
+    """Custom-op handle of linears: an opaque argument that refers to the layers.
 
-    def __init__(self, linear: LinearModule) -> None:
-        self.linear = linear
+    Args:
+        linears: One linear, or several that have one input.
+        axis: Axis along which their outputs are joined.
+    """
+
+    def __init__(self, linears: Sequence[LinearModule], axis: int = 0) -> None:
+        self.linears, self.axis = linears, axis
+
+    @property
+    def outputs(self) -> Outputs:
+        """Outputs of the linears."""
+        return Outputs.of(self.linears, self.axis)
 
     def __getstate__(self) -> None:
-        """Return None, so that the compiler's cache key of a graph does not depend on the layer."""
+        """Return None, so that the compiler's cache key of a graph does not depend on the layers."""
 
 
 register_opaque_type(LinearHandle, typ="reference")
@@ -49,7 +53,7 @@ register_opaque_type(LinearHandle, typ="reference")
 def _linear(
     x: Tensor, weight: Tensor, layer: LinearHandle, tokens: int, features: int, keeps: bool
 ) -> tuple[Tensor, Tensor]:
-    y, gathered = products.output(x, layer.linear.weight.detach(), layer.linear.communicator)
+    y, gathered = products.output(x, [linear.weight.detach() for linear in layer.linears], layer.outputs)
     return y, gathered if keeps else x.new_empty(0)
 
 
@@ -60,14 +64,16 @@ def _(x: Tensor, weight: Tensor, layer: LinearHandle, tokens: int, features: int
 
 @torch.library.custom_op("internlm::linear_backward", mutates_args=())
 def _linear_backward(dy: Tensor, kept: Tensor, layer: LinearHandle, tokens: int, keeps: bool) -> Tensor:
-    weight, comm = layer.linear.weight, layer.linear.communicator
-    if weight.requires_grad and deferred_tasks(weight) is not None:
+    weights, outputs = [linear.weight for linear in layer.linears], layer.outputs
+    if any(weight.requires_grad and deferred_tasks(weight) is not None for weight in weights):
         # The compiler reuses the memory of a saved tensor after its last use in the graph; a task reads it later.
         dy, kept = dy.clone(), kept.clone()
-    dy = comm.gather_grad_output(dy)
-    dx, dw = products.gradients(dy, kept, keeps, weight, comm, True, weight.requires_grad)
-    if dw is not None:  # there is no main gradient; the op returns only dx, whose shape the compiler can infer
-        weight.grad = dw if weight.grad is None else weight.grad + dw
+    dy = outputs.comms[0].gather_grad_output(dy)
+    needs = [weight.requires_grad for weight in weights]
+    dx, dws = products.gradients(dy, kept, keeps, weights, outputs, True, needs)
+    for weight, dw in zip(weights, dws, strict=True):
+        if dw is not None:  # there is no main gradient; the op returns only dx, whose shape the compiler can infer
+            weight.grad = dw if weight.grad is None else weight.grad + dw
     assert dx is not None
     return dx
 
@@ -95,16 +101,17 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def linear(x: Tensor, layer: LinearHandle, weight: Tensor, features: int, comm: Communicator) -> Tensor:
-    """Run a parallel linear without its bias as a custom op: [T, I] → [tokens of the output, O].
+def linear(x: Tensor, layer: LinearHandle, weights: Sequence[Tensor], outputs: Outputs) -> Tensor:
+    """Run parallel linears without their biases as a custom op: [T, I] → [tokens of the output, O].
 
     Args:
         x: Input, [T, I].
-        layer: Handle of the layer.
-        weight: Weight of the layer, from which autograd infers whether the output requires a gradient.
-        features: Number of output features, O.
-        comm: Communicator of the layer.
+        layer: Handle of the layers.
+        weights: Their weights, from which autograd infers whether the output requires a gradient.
+        outputs: Their outputs.
     """
-    # Shapes are passed as numbers: the fake kernel cannot read the layer of a handle.
+    # Shapes are passed as numbers: the fake kernel cannot read the layers of a handle.
+    comm, features = outputs.comms[0], math.prod(outputs.shape)
+    weight = next((weight for weight in weights if weight.requires_grad), weights[0])
     y: Tensor = _linear(x, weight, layer, comm.output_tokens(x.shape[0]), features, comm.keeps_gathered_input)[0]
     return y

@@ -99,6 +99,9 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
     if placement.init is None or not kind_of(parameter.device).has_values:
         return
     flat, start = local_shard(parameter)
+    fused, shape = placement.init.fused, placement.global_shape
+    if fused is not None:
+        name, shape = fused.name_of(name), fused.shape_of(shape)
     key = derived_seed(seed, "parameter", name)
     end = 0  # end of the elements that are not padding
     for tensor_slice in placement.slices(start, start + flat.numel()):
@@ -107,7 +110,8 @@ def draw(parameter: nn.Parameter, name: str, seed: int) -> None:
             flat[tensor_slice.start - start : end].fill_(placement.init.mean)
             continue
         offset = tensor_slice.start - start
-        for values in normal_chunks(key, placement.global_shape, tensor_slice, placement.init.mean, placement.init.std):
+        drawn = tensor_slice if fused is None else fused.slice_of(tensor_slice)
+        for values in normal_chunks(key, shape, drawn, placement.init.mean, placement.init.std):
             rounded = torch.from_numpy(values).to(compute_dtype(parameter))
             flat[offset : offset + len(values)].copy_(rounded)
             offset += len(values)

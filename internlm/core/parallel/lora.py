@@ -19,12 +19,13 @@ Shapes: T tokens, I input features, O output features (the product of ``out_shap
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from internlm.core.parallel.linear import Before, ParallelLinear
+from internlm.core.parallel.linear import Before, LinearGroup, ParallelLinear
 from internlm.core.parallel.placement import Init, constant, normal
 from internlm.core.parallel.sharding import current_sharding
 
@@ -74,6 +75,32 @@ class AdaptedLinear(ParallelLinear):
         """Apply the linear and its adapter: [T, I] → [T, *out_shape], or this rank's shard of the output."""
         low = self.lora_a(x, before)  # [T, r]
         return torch.add(super().forward(x, before), self.lora_b(low), alpha=self.scale)
+
+
+class AdaptedGroup(LinearGroup):
+    """Group of linears with one input, each of which has an adapter of its own.
+
+    Args:
+        linears: The linears, in the order of their outputs.
+        axis: Axis of ``out_shape`` along which the outputs are joined.
+    """
+
+    def __init__(self, linears: Sequence[AdaptedLinear], axis: int) -> None:
+        super().__init__(linears, axis)
+        self.adapted = tuple(linears)
+        self.downs = LinearGroup([linear.lora_a for linear in linears], axis=0)
+
+    def forward(self, x: Tensor, before: Before | None = None) -> Tensor:
+        """Apply the linears and their adapters: [T, I] → [T, *joint shape], or this rank's shard of the output."""
+        lows = self.downs(x, before).chunk(len(self.adapted), 1)  # [T, r] of each
+        ups = [linear.lora_b(low.contiguous()) for linear, low in zip(self.adapted, lows, strict=True)]
+        return torch.add(super().forward(x, before), torch.cat(ups, self.axis + 1), alpha=self.adapted[0].scale)
+
+
+def group_of(linears: Sequence[ParallelLinear], axis: int) -> LinearGroup:
+    """Return the group of ``linears``, of which all have an adapter or none has."""
+    adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    return AdaptedGroup(adapted, axis) if adapted else LinearGroup(linears, axis)
 
 
 def is_adapter(name: str) -> bool:

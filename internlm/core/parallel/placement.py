@@ -57,11 +57,44 @@ def _slices_within_row(shape: Sequence[int], row: int, start: int, stop: int, ro
 
 
 @dataclass(frozen=True)
+class FusedTensor:
+    """Larger tensor of which a parameter is a range along one axis, as wk is of wqkv.
+
+    The parameter has the initial values of its range, so that they do not depend on whether a model is fused.
+    """
+
+    module: str
+    """Name of its module, which would be in the place of the parameter's own module."""
+    axis: int
+    start: int
+    """Start of the range."""
+    size: int
+    """Size of the axis."""
+
+    def name_of(self, name: str) -> str:
+        """Return the logical name of the tensor for the parameter with logical name ``name``."""
+        *outer, _, own = name.split(".")
+        return ".".join((*outer, self.module, own))
+
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the tensor for a parameter of ``shape``."""
+        return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
+
+    def slice_of(self, own: TensorSlice) -> TensorSlice:
+        """Return a slice of the parameter as a slice of the tensor; ``start`` and ``stop`` stay."""
+        offsets = list(own.offsets)
+        offsets[self.axis] += self.start
+        return replace(own, offsets=tuple(offsets))
+
+
+@dataclass(frozen=True)
 class Init:
     """Distribution of a parameter's initial values: normal, or constant if ``std`` is 0."""
 
     mean: float = 0.0
     std: float = 0.0
+    fused: FusedTensor | None = None
+    """Tensor whose initial values it takes; None: it has values of its own."""
 
 
 def normal(std: float) -> Init:

@@ -29,7 +29,7 @@ from internlm.core.parallel.param_state import main_grad_of, wait_for_all_gather
 from internlm.utils.torch_private import at_end_of_backward, in_backward
 
 #: Position in a block at which the all-gathers of the next block are launched, by value of ``launch_allgather_before``:
-#: the index of a linear within the block; -1: the attention kernel.
+#: that of a linear or a group of linears within the block; -1: the attention kernel.
 LAUNCH_POSITIONS = {"wqkv": 0, "attn": -1, "wo": 1, "w1": 2}
 
 
@@ -55,7 +55,7 @@ class GatheredLinear:
     block: int
     """Index of the block that contains the linear."""
     position: int
-    """Index of the linear within its block."""
+    """Index within the block of the linear, or of the group of linears with one input."""
     chunk: int = 0
     """Index of the chunk in the pipeline stage."""
 

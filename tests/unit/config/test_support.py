@@ -72,7 +72,6 @@ def test_folders_of_checkpoints_may_be_local_or_in_an_object_store(folder: str |
 def test_settings_without_effect_give_one_warning() -> None:
     changes = {
         "monitor.alert.light_monitor_address": "http://localhost/",
-        "model.mlp_layer_fusion": False,
     }
     resolved = resolve(config_of(changes))
     check_runnable(resolved.config)

@@ -28,6 +28,7 @@ def split_over(mode: str, tensor: int, weight: int = 1) -> tuple[str, ...]:
 
 ISP = (*split_over("isp", 2, 4), "parallel.weight.overlap=True")
 FSDP = "parallel.zero1.fsdp=True"
+UNFUSED = "model.enable_qkv_fusion=False", "model.mlp_layer_fusion=False"
 LORA, OF_ROWS = "model.lora.rank=16", 'model.lora.targets=["wo", "w2"]'
 #: Windows of 512 of 2048 tokens in the first of two layers.
 GEMMA3 = ("model_type=GEMMA3", "model.global_layers=(1,)")
@@ -74,6 +75,20 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "interleaved": (8, 0, stages(2, "model.num_chunks=2")),
     "ZB-H1 of isp": (32, 31, (*stages(2, "parallel.pipeline.mode=ZBH1"), *ISP)),
     "ZB-H1, half recomputed": (8, 0, stages(2, "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5")),
+    "unfused": (8, 2, UNFUSED),
+    "unfused, fsp": (16, 3, (*UNFUSED, *split_over("fsp", 4), "model.num_kv_attention_heads=4")),
+    "unfused, isp": (64, 5, (*UNFUSED, *ISP)),
+    "unfused, fsdp": (8, 7, (*UNFUSED, FSDP)),
+    "unfused, ZB-H1, half recomputed": (
+        *(8, 0),
+        (*UNFUSED, *stages(2, "parallel.pipeline.mode=ZBH1", "model.checkpoint=0.5")),
+    ),
+    "unfused with adapters, msp": (16, 3, (*UNFUSED, *split_over("msp", 4), "model.lora.rank=8")),
+    "unfused with adapters, isp": (64, 5, (*UNFUSED, *ISP, "model.lora.rank=8")),
+    "unfused with adapters, ZB-H1": (
+        *(8, 0),
+        (*UNFUSED, *stages(2, "parallel.pipeline.mode=ZBH1"), "model.lora.rank=8"),
+    ),
     "OLMO2, mtp": (16, 3, ("model_type=OLMO2", *split_over("mtp", 4))),
     "OLMO2, msp, half recomputed": (16, 3, ("model_type=OLMO2", *split_over("msp", 4), "model.checkpoint=0.5")),
     "OLMO2, fsdp": (8, 1, (FSDP, "model_type=OLMO2")),
@@ -124,6 +139,12 @@ WIDE = {
     "1F1B, first stage",
     "1F1B, last stage, tied",
     "ZB-H1, half recomputed",
+    "unfused",
+    "unfused, fsp",
+    "unfused, fsdp",
+    "unfused, ZB-H1, half recomputed",
+    "unfused with adapters, msp",
+    "unfused with adapters, ZB-H1",
     "OLMO2, msp, half recomputed",
     "OLMO2, fsdp",
     "GEMMA3",

@@ -51,6 +51,8 @@ NUMBERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sliding_window": (7, WINDOW),
     "global_layers": ((0,), WINDOW),
     "norm_head": (True, {}),
+    "enable_qkv_fusion": (False, {}),
+    "mlp_layer_fusion": (False, {}),
     "lora": ({"rank": 2}, {}),
     "use_scaled_init": (True, {}),
     **{key: (0.5, {}) for key in ModelConfig.model_fields if key.endswith("_init_std")},

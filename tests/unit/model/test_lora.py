@@ -17,6 +17,7 @@ from tests.unit.config.samples import problems_of
 from tests.unit.model.samples import decoder, tokens
 
 LORA: dict[str, Any] = {"lora": {"rank": 3, "alpha": 6.0}, "num_kv_attention_heads": 2, "qkv_bias": True}
+UNFUSED = {"enable_qkv_fusion": False, "mlp_layer_fusion": False}
 TARGETS = ("wqkv", "wo", "w13", "w2")
 
 
@@ -36,9 +37,12 @@ def test_at_first_the_model_is_the_one_without_adapters() -> None:
     assert torch.equal(decoder(**LORA)(ids), decoder(**{**LORA, "lora": None})(ids))
 
 
-@pytest.mark.parametrize("keys", [{}, {"checkpoint": True}, {"checkpoint": 0.5, "cpu_offloading": 1}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"checkpoint": True}, {"checkpoint": 0.5, "cpu_offloading": 1}, UNFUSED], ids=str)
 def test_logits_and_gradients_are_those_of_merged_weights(keys: dict[str, Any]) -> None:
-    model, plain = adapted(**keys), decoder(**{**LORA, "lora": None})
+    model, plain = (
+        adapted(**keys),
+        decoder(**{**LORA, **{key: keys[key] for key in UNFUSED if key in keys}, "lora": None}),
+    )
     weights = dict(model.named_parameters())
     leaves = {name: p.detach().clone().requires_grad_() for name, p in weights.items() if is_adapter(name)}
     whole = {name: p.detach() for name, p in weights.items() if not is_adapter(name)}

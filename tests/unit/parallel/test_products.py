@@ -80,9 +80,13 @@ def test_gradients_are_bitwise_the_same_once_the_tasks_have_run(dtype: torch.dty
     assert_equal(main_grads(later), wanted)
 
 
-def test_deferred_gradients_of_a_whole_model() -> None:
-    """All linears but the head, whose gradient is computed with the loss."""
-    models = [decoder(), decoder()]
+QKV, GATE_UP = ("wq", "wk", "wv"), ("w1", "w3")
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_deferred_gradients_of_a_whole_model(is_fused: bool) -> None:
+    """All linears but the head, whose gradient is computed with the loss; those with one input by one task."""
+    models = [decoder(enable_qkv_fusion=is_fused, mlp_layer_fusion=is_fused) for _ in range(2)]
     for model in models:
         for parameter in model.parameters():
             attach_main_grad(parameter, torch.zeros_like(parameter))
@@ -92,10 +96,10 @@ def test_deferred_gradients_of_a_whole_model() -> None:
         losses[1].backward()
     assert len(tasks) == 8
     untouched = {name for name, grad in main_grads(models[1]).items() if not grad.any()}
-    linears = [
-        f"{linear}.weight" for linear in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
-    ]
-    assert untouched == {f"layers.{index}.{name}" for index in range(2) for name in linears}
+    attention, feed_forward = (("wqkv",), ("w13",)) if is_fused else (QKV, GATE_UP)
+    linears = [*(f"attention.{name}" for name in (*attention, "wo"))]
+    linears += [f"feed_forward.{name}" for name in (*feed_forward, "w2")]
+    assert untouched == {f"layers.{index}.{name}.weight" for index in range(2) for name in linears}
     for task in tasks:
         task()
     assert_equal(main_grads(models[1]), main_grads(models[0]))

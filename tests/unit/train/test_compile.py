@@ -142,7 +142,7 @@ def test_what_is_put_off_has_factors_of_its_own() -> None:
     dy, x = torch.randn(5, 3), torch.randn(5, 4)
     expected = dy.t() @ x
     with deferring() as tasks:
-        torch.ops.internlm.linear_backward(dy, x, LinearHandle(linear), 5, False)
+        torch.ops.internlm.linear_backward(dy, x, LinearHandle((linear,)), 5, False)
     for given in (dy, x):
         given.fill_(torch.nan)
     for task in tasks:
