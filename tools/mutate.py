@@ -146,12 +146,12 @@ MISTAKES = (
         name="msp, fsp: the gradient of a row's bias is that of all tokens",
         file="core/parallel/linear.py",
         old=(
-            "        db = add_grad(bias, dy.sum(0)) if needs_bias else None\n"
-            "        dy = comm.gather_grad_output(dy)  # [T, O]\n"
+            "        dbs = _grad_biases(dy, ctx.biases, outputs, needs_biases)\n"
+            "        dy = outputs.comms[0].gather_grad_output(dy)  # [T, O]\n"
         ),
         new=(
-            "        dy = comm.gather_grad_output(dy)  # [T, O]\n"
-            "        db = add_grad(bias, dy.sum(0)) if needs_bias else None\n"
+            "        dy = outputs.comms[0].gather_grad_output(dy)  # [T, O]\n"
+            "        dbs = _grad_biases(dy, ctx.biases, outputs, needs_biases)\n"
         ),
     ),
     Mistake(
