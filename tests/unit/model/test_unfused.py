@@ -13,6 +13,7 @@ from internlm.core.parallel.initialization import initialize_parameters
 from internlm.core.parallel.param_state import placement_of
 from internlm.core.parallel.placement import TensorSlice
 from internlm.core.parallel.sharding import GroupPosition, Sharding, building
+from internlm.eval import generate
 from internlm.model.decoder import Decoder
 from internlm.model.hf_tensors import hf_tensors, llama_tensors, tensor_shapes
 from internlm.model.projections import GATE_UP, QKV
@@ -120,6 +121,17 @@ def test_training_is_the_same() -> None:
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
     assert losses[0][3] < 0.99 * losses[0][0]
+
+
+def test_generated_tokens_are_the_same() -> None:
+    prompts, found = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3]], []
+    for model in pair("QWEN3", BIASES):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)  # so that each position has another token
+        found.append(generate(model, prompts, 24, temperature=0))
+    assert found[0] == found[1]
+    assert min(len(set(ids)) for ids in found[0]) > 8
 
 
 @pytest.mark.parametrize("table", [hf_tensors, llama_tensors])
