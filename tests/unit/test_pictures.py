@@ -59,7 +59,7 @@ def test_the_picture_is_current(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_picture_has_every_collective_of_a_block_and_no_other(mode: str) -> None:
     parameters = inventory(mode)
-    traffic = block(parameters.symbols)
+    traffic = block(parameters.symbols, 0)
     expected = Counter(f"forward: {call.collective}" for call in traffic.forward)
     expected += Counter(f"backward: {call.collective}" for call in traffic.backward)
     norms_are_summed = any(group.partial_over for group in parameters.param_groups)
