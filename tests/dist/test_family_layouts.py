@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "BAICHUAN2": ("model_type=BAICHUAN2", "model.vocab_size=67", "model.embed_split_hidden=False"),
     "BAICHUAN2, tied": ("model_type=BAICHUAN2", "model.tie_word_embeddings=True", "loss.label_smoothing=0.1"),
     "unfused": (*UNFUSED, "model.qkv_bias=True", "model.mlp_bias=True", "model.checkpoint=0.5"),
+    "unfused, adapters": (*UNFUSED, "model.qkv_bias=True", "model.lora.rank=2", "model.norm_type=layernorm"),
     "OLMO2, unfused": (*UNFUSED, "model_type=OLMO2"),
     "post-norm": ("model.apply_post_layer_norm=True", "model.norm_type=layernorm", "model.o_bias=True"),
 }
@@ -56,6 +57,7 @@ NARROW = {
     ("unfused", "fsp"),
     ("unfused", "ZB-V"),
     ("unfused", "fsdp"),
+    ("unfused, adapters", "isp, weights alone, overlapped"),
     ("OLMO2, unfused", "isp, weights alone, overlapped"),
     ("post-norm", "msp"),
 }
