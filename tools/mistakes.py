@@ -132,9 +132,6 @@ TESTED: tuple[Mistake, ...] = (
         file="core/scheduler/micro_batches.py",
         old="return len(self._labels)\n",
         new="return max(len(self._labels) - 1, 1)\n",
-        verify=DATA,
-        module="the schedule, forward",
-        says="never",
     ),
     Mistake(
         name="isp: rotary positions begin anew on every rank",

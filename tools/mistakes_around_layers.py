@@ -205,4 +205,13 @@ AROUND_LAYERS: tuple[Mistake, ...] = (
         config="configs/debug/gemma3.py",
         module=r"layers.1.attention(.wo)?, forward",
     ),
+    Mistake(
+        name="a pipeline does not run its last micro-batch",
+        file="core/scheduler/schedulers.py",
+        old="executor = Executor(self._plan(len(micro_batches), backward)",
+        new="count = max(len(micro_batches) - (self.pipeline.group.size > 1), 1)\n"
+        "        executor = Executor(self._plan(count, backward)",
+        verify=STAGES,
+        module="the schedule, forward",
+    ),
 )
