@@ -80,8 +80,9 @@ def main() -> int:
         if args.verify:
             named = {mistake: culprit_of(mistake, copy) for mistake in chosen}
             lines = {mistake.name: outcome.row(mistake) for mistake, outcome in named.items()}
-            count = sum(outcome.verdict == "NAMED" for outcome in named.values())
-            print(f"{count} of {len(named)} named at the right module")
+            count = sum(outcome.is_named for outcome in named.values())
+            explained = sum(outcome.verdict == "NAMED" for outcome in named.values())
+            print(f"{count} of {len(named)} named at the right module, {explained} with the right explanation")
         else:
             if failed := _failing(sorted({mistake.tests for mistake in chosen}), copy):
                 sys.exit(f"these fail without any mistake, so they can't catch one: {failed}")
@@ -151,7 +152,8 @@ class Outcome:
     """What ``internlm verify`` said of a planted mistake."""
 
     verdict: str
-    """``NAMED``, ``MISNAMED``, ``NOT CAUGHT`` or ``FAILED`` (no comparison was made)."""
+    """``NAMED``, ``MISEXPLAINED`` (the right module, but not what is wrong there), ``MISNAMED``, ``NOT CAUGHT``, or
+    ``FAILED``: no comparison was made."""
     found: str
     """Module and phase."""
     explanation: str
@@ -159,10 +161,14 @@ class Outcome:
     output: str
     """Last lines of the command."""
 
+    @property
+    def is_named(self) -> bool:
+        return self.verdict in ("NAMED", "MISEXPLAINED")
+
     def row(self, mistake: Mistake) -> str:
         """Return the row of the table."""
         layout = ", ".join(each for each in mistake.verify if not each.startswith("world="))
-        found = f"`{self.found}`" if self.verdict == "NAMED" else f"**{self.found or self.verdict.lower()}**"
+        found = f"`{self.found}`" if self.is_named else f"**{self.found or self.verdict.lower()}**"
         return f"| {mistake.name} | {f'`{layout}`' if layout else '2 data ranks'} | {found} | {self.explanation} |"
 
 
@@ -190,13 +196,14 @@ def _judge(mistake: Mistake, report: Mapping[str, Any], seconds: float, text: st
     culprit = (report.get("location") or {}).get("culprit") or {}
     found = f"{culprit['module']}, {culprit['phase']}" if culprit else ""
     explanation = culprit.get("explanation", "")
-    right = re.fullmatch(mistake.module, found) and re.search(mistake.says, explanation)
     if not report:
         verdict = "FAILED"
     elif report["passed"]:
         verdict = "NOT CAUGHT"
+    elif not re.fullmatch(mistake.module, found):
+        verdict = "MISNAMED"
     else:
-        verdict = "NAMED" if right else "MISNAMED"
+        verdict = "NAMED" if re.search(mistake.says, explanation) else "MISEXPLAINED"
     lines = text.splitlines()[-9:] if verdict != "FAILED" else text.splitlines()[-25:]
     return Outcome(verdict=verdict, found=found, explanation=explanation, seconds=seconds, output="\n".join(lines))
 
