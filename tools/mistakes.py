@@ -51,7 +51,7 @@ MSP = (*MTP, "tensor.mode=msp")
 FSP = (*MTP, "tensor.mode=fsp")
 ISP = (*MTP, "tensor.mode=isp", "weight.size=2")
 STAGES = ("world=2", "pipeline.size=2")
-CHUNKS = (*STAGES, "model.num_chunks=2")
+CHUNKS = (*STAGES, "model.num_chunks=2", "model.num_layers=4")
 
 TESTED: tuple[Mistake, ...] = (
     Mistake(
