@@ -351,8 +351,7 @@ TESTED: tuple[Mistake, ...] = (
         new="receives[bisect_left(ends, time)].insert(0, receive)",
         tests=PIPELINE,
         verify=(*CHUNKS, "data.micro_num=4"),
-        module=r"(the model|the schedule|layers.\d), forward",
-        says="another stage",
+        module=r"(the pipeline between layers.\d and layers.\d|the schedule), forward",
     ),
     Mistake(
         name="chunks of a V are assigned as if interleaved",

@@ -150,8 +150,7 @@ AROUND_LAYERS: tuple[Mistake, ...] = (
         old="layout.virtual(stage, chunk) for chunk",
         new="stage * layout.chunks + chunk for chunk",
         verify=CHUNKS,
-        module=r"(the model|layers.\d), forward",
-        says="another stage",
+        module=r"the pipeline between layers.0 and layers.\d, forward",
     ),
     Mistake(
         name="the gradient sent to the stage before is divided by the number of stages",
@@ -159,8 +158,8 @@ AROUND_LAYERS: tuple[Mistake, ...] = (
         old="return None if hidden is None else hidden.grad",
         new="return None if hidden is None or hidden.grad is None else hidden.grad / 2",
         verify=STAGES,
-        module=r"(the model|layers.\d), backward",
-        says="another stage",
+        module="the pipeline between layers.0 and layers.1, backward",
+        says="multiplied by 0.5",
     ),
     Mistake(
         name="later stages have the inputs of the first micro-batch",
