@@ -150,7 +150,7 @@ AROUND_LAYERS: tuple[Mistake, ...] = (
         old="layout.virtual(stage, chunk) for chunk",
         new="stage * layout.chunks + chunk for chunk",
         verify=CHUNKS,
-        module=r"the pipeline between layers.0 and layers.\d, forward",
+        module=r"(the model|the pipeline between layers.0 and layers.\d), forward",
     ),
     Mistake(
         name="the gradient sent to the stage before is divided by the number of stages",
