@@ -17,14 +17,16 @@ IN_LAYERS: tuple[Mistake, ...] = (
         name="mtp: the bias of a row is added by each rank before the sum",
         file="core/parallel/linear.py",
         old=(
-            "    y, gathered = products.output(before(x) if before else x, weight, comm)\n"
-            "    if bias is not None:  # after the communication: "
-            "an all-reduce of the output would add it once for each rank\n"
-            "        y += bias.view(-1)\n"
+            "    y, gathered = products.output(before(x) if before else x, weights, outputs)\n"
+            "    # After the communication: an all-reduce of the output would add a bias once for each rank.\n"
+            "    for own, bias in zip(outputs.split(y), biases, strict=True):\n"
+            "        if bias is not None:\n"
+            "            own += bias.view(own.shape[1:])\n"
         ),
         new=(
+            "    comm, bias = outputs.comms[0], biases[0]\n"
             "    gathered = comm.gather_input(before(x) if before else x).wait()\n"
-            "    matrix = comm.gather_weight(weight)\n"
+            "    matrix = comm.gather_weight(weights[0])\n"
             "    product = products.gemm.linear(gathered, matrix)\n"
             "    y = comm.reduce_output(product if bias is None else product + bias.view(-1))\n"
             "    comm.release_weight(matrix)\n"

@@ -8,9 +8,10 @@ reduced gradients, their norm, the update. :mod:`internlm.verify.walk` walks alo
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -296,25 +297,28 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
 def _communication(report: Report, ranks: Sequence[RankRecord]) -> Iterator[Culprit]:
     """Yield the module that calls a collective more often than the traffic formula says, although all values agree."""
     for error in report.traffic or ():
-        by_module: dict[str | None, list[Call]] = {}
-        for call in (call for each in ranks[error.rank].passes for call in each.calls):
-            if (call.mode, call.collective) == (error.mode, error.collective):
-                by_module.setdefault(call.module, []).append(call)
-        twice = [
-            module
-            for module, calls in by_module.items()
-            if error.counted.calls > error.expected.calls and _repeats(calls)
+        by_pass = [
+            [call for call in each.calls if (call.mode, call.collective) == (error.mode, error.collective)]
+            for each in ranks[error.rank].passes
         ]
+        too_many = error.counted.calls > error.expected.calls
+        twice = [call.module for calls in by_pass for call in _repeated(calls) if too_many]
+        counts = Counter(call.module or THE_MODEL for calls in by_pass for call in calls)
         yield Culprit(
             module=(twice[0] or THE_MODEL) if twice else "the step",
             phase="communication",
             tensor="no tensor differs",
             difference=0.0,
-            explanation=f"{'it sends the same tensor twice: ' * bool(twice)}{error}",
-            calls=[f"{len(calls)} in {module or THE_MODEL}" for module, calls in by_module.items()],
+            explanation=f"{'it sends what is sent twice: ' * bool(twice)}{error}",
+            calls=[f"{count} in {module}" for module, count in counts.items()],
         )
 
 
-def _repeats(calls: Sequence[Call]) -> bool:
-    """Return whether two calls in a row are given the same tensor."""
-    return any(a.sent is not None and b.sent is not None and a.sent.equal(b.sent) for a, b in pairwise(calls))
+def _repeated(calls: Sequence[Call]) -> Iterator[Call]:
+    """Yield each call of a pass that is given the same tensor as another one of the same direction."""
+    for one, other in combinations(calls, 2):
+        if one.sent is None or other.sent is None or one.in_backward != other.in_backward:
+            continue
+        # Tensors of one value, such as the zeros of new biases, are equal by chance.
+        if one.sent.numel() > 1 and one.sent.min() < one.sent.max() and one.sent.equal(other.sent):
+            yield one

@@ -289,7 +289,7 @@ def test_speaks_too_often() -> None:
     assert not report.passed
     named, said = culprit(2, *layout("mtp"), fault="speaks_too_often")
     assert named == "layers.0.attention.wo, communication"
-    assert "sends the same tensor twice" in said
+    assert "it sends what is sent twice" in said
 
 
 # -- in a pipeline
