@@ -232,7 +232,7 @@ def read_json(files: FolderFiles, name: str, limit: int) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {reprlib.repr(found)}")
     except FileNotFoundError:
-        raise CheckpointError(Problem(path, "is missing", "Choose a folder that transformers has saved")) from None
+        raise CheckpointError(Problem(path, "is missing", "Choose another folder")) from None
     except OSError as error:
         todo = todo_at(path, error.errno, DOWNLOAD)
         raise CheckpointError(Problem(path, f"cannot be read ({reason_of(error)})", todo)) from None

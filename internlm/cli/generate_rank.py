@@ -146,7 +146,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts, path = [*arguments.prompt], arguments.prompt_file
     if path is not None:
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            # Not splitlines, which cuts at form feeds and Unicode's separators too; some editors begin with a mark.
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             message = f"{path} is not UTF-8 (byte {error.start})"
             raise DataError(Problem("--prompt-file", message, "Convert it to UTF-8")) from None

@@ -209,8 +209,8 @@ def from_hf_config(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     keys = {ours: config[theirs] for ours, theirs in SAME.items() if config.get(theirs) is not None}
     keys["layer_norm_epsilon"] = float(config["rms_norm_eps"])
     keys |= feed_forward_keys(config["hidden_size"], config["intermediate_size"])
-    activation = config.get(row.activation_key, "silu")
     by_theirs = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    activation = config.get(row.activation_key, ACTIVATIONS[FAMILIES[row.family].keys.get("activation", "silu")])
     if row.model_type == "gemma":
         # The first releases of Gemma say so, and mean the approximation by tanh.
         by_theirs["gelu"] = "gelu_tanh"
@@ -245,6 +245,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (None, 0, 0.0),
 }
 _COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+#: Largest number of layers: lists with an entry for each are built before the model section is checked.
+_MOST_LAYERS = 10_000
 _COUNTS_OR_NONE = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "max_window_layers")
 _FLAGS_OR_NONE = ("tie_word_embeddings", "attention_bias", "mlp_bias", "bias", "qkv_bias", "use_sliding_window")
 
@@ -260,6 +262,8 @@ def _check(config: Mapping[str, Any]) -> None:
         least = 0 if key == "max_window_layers" else 1
         if (value is not None or key in _COUNTS) and not (type(value) is int and least <= value < 1 << 40):
             raise ValueError(f"{key}: expected an integer of at least {least}, got {reprlib.repr(value)}")
+    if config["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers: must be at most {_MOST_LAYERS}, got {config['num_hidden_layers']}")
     for key in _FLAGS_OR_NONE:
         if not (config.get(key) is None or isinstance(config[key], bool)):
             raise ValueError(f"{key}: expected true or false, got {reprlib.repr(config[key])}")

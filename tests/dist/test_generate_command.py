@@ -83,7 +83,7 @@ def test_texts_are_those_of_a_script_in_any_layout(saved: tuple[Path, Path], tmp
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     ids = generate(model, encoded, 8, temperature=0.7, top_k=50, seed=[7, 8])
     texts = [tokenizer.decode(start + new) for start, new in zip(encoded, ids, strict=True)]
-    (tmp_path / "prompts.txt").write_text(f"\n{prompts[1]}\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(f"\n{prompts[1]}\r\n", encoding="utf-8-sig")
     words = [f"--tokenizer={path}", f"--prompt={PROMPT}", "--max-new-tokens=8", "--temperature=0.7", "--top-k=50"]
     words += ["--seed=7", "--stop=319"]
     both = [*words, f"--prompt-file={tmp_path / 'prompts.txt'}"]

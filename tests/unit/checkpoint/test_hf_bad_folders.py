@@ -110,7 +110,7 @@ def _pickle(folder: Path) -> None:
 
 DEEP = b"[" * 100_000
 BROKEN: dict[str, tuple[Break, str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing. Choose another folder"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not readable JSON"),
     "config is nested deeply": (lambda f: (f / "config.json").write_bytes(DEEP), "config.json: is not readable JSON"),
     "config is large": (lambda f: (f / "config.json").write_bytes(b" " * 2_000_000), "larger than"),
@@ -119,7 +119,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "quantised": (_config("quantization_config", {"bits": 4}), "quantization_config is set"),
     "no layers": (_config("num_hidden_layers", None), "num_hidden_layers: expected an integer of at least 1, got None"),
     "layers as text": (_config("num_hidden_layers", "2"), "num_hidden_layers: expected an integer"),
-    "absurd layers": (_config("num_hidden_layers", 10**9), "model.num_layers"),
+    "absurd layers": (_config("num_hidden_layers", 10**9), "num_hidden_layers: must be at most 10000, got 1000000000"),
     "absurd width": (_config("hidden_size", 2**39), "expected shape"),
     "heads do not divide": (_config("num_key_value_heads", 3), "4 heads are not divisible by 3 kv heads"),
     "another activation": (_config("hidden_act", ["silu"]), "hidden_act: ['silu'] is not one of silu"),

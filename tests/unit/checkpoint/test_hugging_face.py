@@ -128,6 +128,8 @@ def test_gelu_of_gemma_is_the_approximation_by_tanh(tmp_path: Path) -> None:
     ids = tokens(2, 24)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(ids).logits
     assert (model(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    without = {key: value for key, value in json.loads(file.read_text()).items() if key != "hidden_act"}
+    assert from_hf_config(without)[1]["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match="hidden_act: 'gelu' is not one of silu"):
         from_hf_config({**json.loads(file.read_text()), "model_type": "llama", "architectures": None})
 
