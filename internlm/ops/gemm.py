@@ -41,6 +41,18 @@ def add_grad_input(out: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     return out.add_(cpu_gemm.grad_input(dy, weight)) if is_host(dy) else out.addmm_(dy, weight)
 
 
+def grad_weight(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute the gradient of :func:`linear` with respect to its weight, ``dy.T @ x``: [T, O], [T, I] → [O, I].
+
+    The result has ``dtype``, by default that of ``dy``. Its bits are those that :func:`accumulate_grad_weight` writes.
+    """
+    if is_host(dy) and dtype in (None, dy.dtype):
+        return cpu_gemm.grad_weight(dy, x)
+    out = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
+    accumulate_grad_weight(out, dy, x, accumulate=False)
+    return out
+
+
 def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
     """Accumulate the gradient of :func:`linear` with respect to its weight in place: ``out += dy.T @ x``.
 

@@ -293,9 +293,7 @@ def add_weight_grad(parameter: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
 
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Compute dyᵀ·x as a new tensor of ``dtype``, by default that of ``dy``: [T, O], [T, I] → [O, I]."""
-    grad = dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
-    gemm.accumulate_grad_weight(grad, dy, x, accumulate=False)
-    return grad
+    return gemm.grad_weight(dy, x, dtype)
 
 
 def add_grad(parameter: Tensor, grad: Tensor) -> Tensor | None:

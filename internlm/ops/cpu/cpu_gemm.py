@@ -44,6 +44,16 @@ def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
     return LINEAR[_kernel("grad_input", dy, weight.shape[1])](dy, weight.t())
 
 
+def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """Compute ``dy.T @ x`` as a new tensor: [T, O], [T, I] → [O, I]."""
+    kernel = _kernel("grad_weight", dy, x.shape[1])
+    if kernel == "onednn" and dy.shape[1] <= _rows_of_block(x.shape[1]):
+        return _transposed_product(dy, x).contiguous()  # all of it is one block, which need not be copied
+    out = dy.new_empty(dy.shape[1], x.shape[1])
+    GRAD_WEIGHT[kernel](out, dy, x, False)
+    return out
+
+
 def accumulate_grad_weight(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool = True) -> None:
     """Compute ``out += dy.T @ x`` in place, or overwrite ``out``: [O, I], [T, O], [T, I]; ``out`` may be wider."""
     if out.dtype == dy.dtype:
@@ -164,12 +174,16 @@ WIDE_GRAD_WEIGHT: dict[str, Callable[[Tensor, Tensor, Tensor, bool], None]] = {
 def _by_blocks(out: Tensor, dy: Tensor, product: Callable[[Tensor], Tensor], accumulate: bool) -> None:
     """Add ``product(columns of dy)`` to the rows of ``out``, block by block, or overwrite them."""
     # These products cannot add to their output; blocks bound the size of the temporary.
-    rows = max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // out.shape[1])
+    rows = _rows_of_block(out.shape[1])
     for block, columns in zip(out.split(rows), dy.split(rows, dim=1), strict=True):
         if accumulate:
             block.add_(product(columns))
         else:
             block.copy_(product(columns))
+
+
+def _rows_of_block(columns: int) -> int:
+    return max(TOKEN_MULTIPLE, _BLOCK_ELEMENTS // columns)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

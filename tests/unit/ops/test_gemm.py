@@ -53,12 +53,14 @@ def test_products_of_a_linear_layer(tokens: int, inputs: int, outputs: int, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [4, 300])
+@pytest.mark.parametrize("tokens", [4, 300, 3000])
 def test_weight_gradient_without_accumulation_overwrites(tokens: int, dtype: torch.dtype) -> None:
     x, dy = values(tokens, 64, dtype=dtype), values(tokens, 96, dtype=dtype, seed=1)
     out = torch.full((96, 64), float("nan"), dtype=dtype)
     gemm.accumulate_grad_weight(out, dy, x, accumulate=False)
     assert relative_error(out, dy.double().t() @ x.double()) < TOLERANCE[dtype]
+    assert torch.equal(gemm.grad_weight(dy, x), out)
+    assert gemm.grad_weight(dy, x).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
