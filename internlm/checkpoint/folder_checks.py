@@ -60,6 +60,9 @@ _STORE_TODOS = {
 }
 STORE_TODO = "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
+#: What to do about an error of a local file that a change of its path or permissions does not solve.
+_LOCAL_TODOS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free space there, or choose another folder")
+
 #: Errors of the way to a file, which say nothing about its content.
 _NOT_OF_CONTENT = {
     errno.EACCES, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EMFILE, errno.ENETDOWN,
@@ -93,8 +96,10 @@ def problem_of(error: OSError, storage: Storage, todo: str = "Choose a writable 
 
 
 def todo_at(where: str, number: int | None, local: str) -> str:
-    """Return what to do about an error, ``local`` if ``where`` is not the address of an object."""
-    return _STORE_TODOS.get(number or 0, STORE_TODO) if where.startswith("s3://") else local
+    """Return what to do about an error; ``local`` for most errors where ``where`` is not the address of an object."""
+    if where.startswith("s3://"):
+        return _STORE_TODOS.get(number or 0, STORE_TODO)
+    return _LOCAL_TODOS.get(number or 0, local)
 
 
 def on_first_rank(action: Callable[[], T], exchange: Exchange) -> T:

@@ -23,6 +23,8 @@ from internlm.utils.logger import get_logger
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11 on
 
+#: Largest number of tokens of a continuation, beyond any memory; numbers that are too large for a tensor are refused.
+_MOST_TOKENS = 10**9
 #: Token ids of one prompt.
 Prompt = Sequence[int] | torch.Tensor | np.ndarray
 
@@ -109,7 +111,7 @@ def stream(
     vocabulary = _vocabulary(model)
     checked = [_checked(prompt, vocabulary) for prompt in prompts]
     problems = [
-        *out_of_range("new_tokens", new_tokens, 0, math.inf),
+        *out_of_range("new_tokens", new_tokens, 0, _MOST_TOKENS),
         *out_of_range("batch_size", batch_size, 1, math.inf),
     ]
     if problems:

@@ -59,11 +59,10 @@ class Sampling:
         problems = [
             *out_of_range("temperature", self.temperature, 0, math.inf),
             *out_of_range("top_p", self.top_p, 0, 1),
+            # Beyond these, products with logits could overflow.
+            *out_of_range("repetition_penalty", self.repetition_penalty, 1e-6, 1e6),
             *out_of_range("top_k", 1 if self.top_k is None else self.top_k, 1, math.inf),
         ]
-        if not 0 < self.repetition_penalty < math.inf:
-            message = f"must be a positive number, got {self.repetition_penalty}"
-            problems.append(Problem("generate(repetition_penalty=…)", message, "Correct the argument"))
         if not isinstance(self.seed, int) and len(self.seed) != prompts:
             message = f"expected one seed for each of {prompts} prompts, got {len(self.seed)}"
             problems.append(Problem("generate(seed=…)", message, "Pass one number, or one for each prompt"))
@@ -138,7 +137,9 @@ class Sampler:
         top_k, top_p = self.sampling.top_k, self.sampling.top_p
         # Kept in descending order, so that a draw with one seed selects the same token with and without top_p.
         values, order = logits.topk(top_k) if top_k and top_k < len(logits) else logits.sort(descending=True)
-        probabilities = torch.softmax((values - values[0]) / self.sampling.temperature, 0)
+        # A smaller temperature would be rounded to 0, and the difference of the first value is 0.
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)
+        probabilities = torch.softmax((values - values[0]) / temperature, 0)
         outside = probabilities.cumsum(0) - probabilities >= top_p
         probabilities[1:][outside[1:]] = 0.0  # keep the most probable token for any top_p
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from internlm.checkpoint.folder_checks import todo_at
 from internlm.checkpoint.hf_folder import INDEX
 from internlm.cli.main import main
 from tests.unit.checkpoint.hf_samples import GQA, checkpoint_of, exported, rewrite_header, tiny_folder
@@ -182,6 +184,13 @@ def test_broken_folders(case: str, good: Path, tmp_path: Path, capsys: pytest.Ca
     assert "Traceback" not in output.err
     assert all(line.startswith((str(tmp_path / "hf"), "…")) for line in output.err.splitlines())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_needs_space_rather_than_another_path() -> None:
+    assert (
+        todo_at("out/model.safetensors", errno.ENOSPC, "Check the path") == "Free space there, or choose another folder"
+    )
+    assert todo_at("out/model.safetensors", errno.EACCES, "Check the path") == "Check the path"
 
 
 def test_the_good_folder(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

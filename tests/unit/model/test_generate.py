@@ -75,6 +75,11 @@ def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> 
     assert sum(tokens) / 1000 == pytest.approx(share, abs=0.04)
 
 
+def test_the_smallest_temperatures_take_the_likeliest_token() -> None:
+    for temperature in (1e-300, 5e-324):
+        assert generate(Fixed(0.2, 0.8), [0], 3, temperature=temperature) == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,14 +95,19 @@ def test_temperature_sharpens_and_flattens(temperature: float, share: float) -> 
         ({"temperature": float("nan")}, r"^generate\(temperature=…\): must be at least 0, got nan\."),
         ({"top_p": 1.5}, r"^generate\(top_p=…\): must be from 0 to 1, got 1\.5\."),
         ({"top_k": 0}, r"^generate\(top_k=…\): must be at least 1, got 0\."),
-        ({"repetition_penalty": 0.0}, r"^generate\(repetition_penalty=…\): must be a positive number, got 0\.0\."),
+        ({"repetition_penalty": 0.0}, r"^generate\(repetition_penalty=…\): must be from 1e-06 to 1e\+06, got 0\.0\."),
+        (
+            {"repetition_penalty": 1e-300},
+            r"^generate\(repetition_penalty=…\): must be from 1e-06 to 1e\+06, got 1e-300",
+        ),
         ({"seed": [1, 2]}, r"^generate\(seed=…\): expected one seed for each of 1 prompts, got 2\."),
         (
             {"seed": 2**64},
             r"^generate\(seed=…\): must be less than 2\*\*64 and at least -2\*\*63, got 18446744073709551616\.",
         ),
         ({"batch_size": 0}, r"^generate\(batch_size=…\): must be at least 1, got 0\."),
-        ({"new_tokens": -1}, r"^generate\(new_tokens=…\): must be at least 0, got -1\."),
+        ({"new_tokens": -1}, r"^generate\(new_tokens=…\): must be from 0 to 1e\+09, got -1\."),
+        ({"new_tokens": 10**20}, r"^generate\(new_tokens=…\): must be from 0 to 1e\+09, got 100000000000000000000\."),
     ],
     ids=str,
 )
