@@ -5,7 +5,7 @@ Each function yields one :class:`Problem` per difference, so that all difference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -237,6 +237,14 @@ def without_new_adapters(tensors: LogicalTensors, saved: Mapping[str, Any]) -> L
     if saved["model"].get("lora") is not None:
         return tensors
     return {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
+
+
+def adapters_without_state(where: str, tensors: Iterable[str], saved: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield a problem if optimizer state is requested of adapters that the checkpoint does not have."""
+    requested = any(is_adapter(name) and name.startswith("optimizer/") for name in tensors)
+    if requested and saved["model"].get("lora") is None:
+        message = "model.lora is set, but the checkpoint has no adapters, and so no optimizer state of them"
+        yield Problem(where, message, FROM_WEIGHTS)
 
 
 def missing_tensors(folder: str, metadata: Metadata, wanted: LogicalTensors) -> Iterator[Problem]:

@@ -178,10 +178,12 @@ class RunContent:
             checkpoint = open_checkpoint(storage, name)
             saved = checkpoint.state
             where = checkpoint.where
+            problems = list(compatibility.adapters_without_state(where, tensors, saved.config))
             tensors = checkpoint.as_stored(compatibility.without_new_adapters(tensors, saved.config))
             known = checkpoint.names_as_stored(known)
             other_data = list(compatibility.other_samples(where, saved.model_dump(), self.run_info))
-            problems = list(self._tensor_problems(checkpoint, saved, tensors, known, wanted))
+            # Instead of the differences that follow from it, tensor by tensor.
+            problems = problems or list(self._tensor_problems(checkpoint, saved, tensors, known, wanted))
             if "sampler" in wanted and not self.config.allow_data_changes:
                 problems += other_data
             if problems:

@@ -37,3 +37,10 @@ def test_a_model_without_adapters_does_not_load_those_of_a_checkpoint(tmp_path: 
     message = resume(1, saving(tmp_path, total=4)).message
     assert "model.lora: None, but" in message
     assert "was saved with" in message
+
+
+def test_a_full_run_does_not_go_on_with_adapters_that_it_never_had(tmp_path: Path) -> None:
+    fit(1, saving(tmp_path, total=2))
+    message = resume(1, saving(tmp_path, *LORA, total=4)).message
+    assert "model.lora is set, but the checkpoint has no adapters, and so no optimizer state of them." in message
+    assert "load content=('model',)" in message
