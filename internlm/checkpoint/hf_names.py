@@ -85,6 +85,15 @@ def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 
 LLAMA = Naming()
+#: Modules of a block by those of Llama, as InternLM has named them since its first checkpoints.
+INTERNLM_BLOCK = {
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 #: Architectures with other names than Llama's, by ``model_type``.
 NAMINGS = {
     # arXiv 2403.17297, section 2
@@ -92,12 +101,7 @@ NAMINGS = {
         modules={
             "model.embed_tokens": "model.tok_embeddings",
             "lm_head": "output",
-            "self_attn.o_proj": "attention.wo",
-            "mlp.gate_proj": "feed_forward.w1",
-            "mlp.up_proj": "feed_forward.w3",
-            "mlp.down_proj": "feed_forward.w2",
-            "input_layernorm": "attention_norm",
-            "post_attention_layernorm": "ffn_norm",
+            **INTERNLM_BLOCK,
         },
         fused="attention.wqkv",
         is_by_heads=True,

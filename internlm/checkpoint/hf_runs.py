@@ -75,7 +75,7 @@ def lacks_export(storage: Storage, name: str) -> bool:
 
 
 def export_of_run(storage: Storage, name: str, config: Mapping[str, Any]) -> str:
-    """Write a checkpoint of a run as a Hugging Face folder beside it, ``NAME-hf``, and return the path of the folder.
+    """Write the Hugging Face folder of a checkpoint, ``NAME-hf`` beside it, and return its path.
 
     Such a folder of an earlier run is replaced, as the checkpoint itself was.
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from internlm.checkpoint.hf_folder import shortened
+from internlm.checkpoint.hf_names import INTERNLM_BLOCK
 from internlm.checkpoint.internevo_files import CONFIG_NEEDED, InternEvoFiles, Shards, same_bits
 from internlm.checkpoint.safetensors_files import DOWNLOAD, quoted
 from internlm.checkpoint.sharded_tensors import ShardedTensor
@@ -26,12 +27,7 @@ _MODULES = {
     "self_attn.q_proj": "attention.wq",
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
+    **INTERNLM_BLOCK,
 }
 
 

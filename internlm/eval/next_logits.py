@@ -71,7 +71,7 @@ class WholeSequences:
 
 
 class Precomputed:
-    """What is computed from the parameters of a decoder once for all tokens: a normalised head, and packed weights.
+    """Tensors computed once from the parameters of a decoder: a normalised head and packed weights.
 
     Args:
         model: Decoder, or this rank's part of one.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from internlm.verify.compare import GRADIENT, PARAMETER, Report, Row
 from internlm.verify.gradient_parts import explain_gradient
-from internlm.verify.record import THE_MODEL, Call, RankRecord, Site
+from internlm.verify.record import THE_MODEL, Call, RankRecord, Site, index_of
 from internlm.verify.relations import factor_of
 from internlm.verify.tensors import assemble, relative_l2
 from internlm.verify.walk import Found, Walk, explain_found
@@ -281,7 +281,7 @@ def _explain_update(name: str, reference: RankRecord, ranks: Sequence[RankRecord
     stale = []
     for rank, record in enumerate(ranks):
         for offsets, values in record.parameters[name].slices.items() if name in record.parameters else ():
-            index = tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
+            index = index_of(offsets, values)
             if not _same(before[index], after[index]) and _same(values, before[index]):
                 stale.append(rank)
     if stale:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from internlm.verify.record import Offsets, RankRecord, by_sample
+from internlm.verify.record import Offsets, RankRecord, by_sample, index_of
 from internlm.verify.relations import is_close, times
 
 #: Relative difference up to which a combination of gradients counts as equal, in float64.
@@ -31,7 +31,7 @@ def explain_gradient(name: str, reference: RankRecord, ranks: Sequence[RankRecor
 def _explanations(name: str, whole: Tensor, reference: RankRecord, ranks: Sequence[RankRecord]) -> Iterator[str]:
     if not whole.isfinite().all():
         yield "it is not finite on one process either"
-    wrong = [(rank, at, v) for rank, at, v in _slices(name, ranks) if not is_close(v, whole[_index(at, v)], LIMIT)]
+    wrong = [(rank, at, v) for rank, at, v in _slices(name, ranks) if not is_close(v, whole[index_of(at, v)], LIMIT)]
     if wrong and all(not values.any() for _, _, values in wrong):
         yield f"it is zero on rank {_listed(rank for rank, _, _ in wrong)}"
     # Copies first: what one rank has may look like a multiple of the gradient by chance of a symmetric model.
@@ -40,7 +40,7 @@ def _explanations(name: str, whole: Tensor, reference: RankRecord, ranks: Sequen
     parts = _parts(name, reference, whole) if whole.dtype == torch.float64 else []
     data_ranks = len(by_sample(ranks))
     for rank, offsets, values in wrong[:1]:
-        factors = _combination(values, [part[_index(offsets, values)] for part in parts])
+        factors = _combination(values, [part[index_of(offsets, values)] for part in parts])
         if factors is not None:
             yield _in_words(factors, data_ranks, ranks[rank].coordinates.data, rank)
         elif parts:
@@ -53,10 +53,6 @@ def _slices(name: str, ranks: Sequence[RankRecord]) -> Iterator[tuple[int, Offse
             yield from ((rank, offsets, values) for offsets, values in record.gradients[name].slices.items())
 
 
-def _index(offsets: Offsets, values: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
-
-
 def _copies(name: str, whole: Tensor, ranks: Sequence[RankRecord]) -> Iterator[str]:
     """Yield which sum is missing, if the copies of one slice on the ranks of a group add up to the gradient."""
     copies: dict[Offsets, dict[int, Tensor]] = {}
@@ -67,7 +63,7 @@ def _copies(name: str, whole: Tensor, ranks: Sequence[RankRecord]) -> Iterator[s
             held = [[by_rank[rank] for rank in group if rank in by_rank] for group in groups]
             # Groups of one rank add nothing, and neither do ranks that hold other slices, as shards of ZeRO are.
             held = [values for values in held if len(values) > 1]
-            wanted = whole[_index(offsets, next(iter(by_rank.values())))]
+            wanted = whole[index_of(offsets, next(iter(by_rank.values())))]
             sums = [torch.stack([v.double() for v in values]).sum(0) for values in held]
             if sums and all(is_close(s, wanted, LIMIT) for s in sums):
                 same = all(is_close(v, values[0], LIMIT) for values in held for v in values[1:])

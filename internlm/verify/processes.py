@@ -1,6 +1,6 @@
 """Local processes that form a process group, of gloo or NCCL, and run functions on request.
 
-``internlm verify`` starts new processes for each run (:func:`run_world`); the tests reuse processes for many calls.
+:func:`run_world` starts new processes for one call; ``internlm verify`` and the tests reuse processes for many calls.
 All processes exit on :meth:`RankProcesses.close`, or when their parent exits.
 """
 

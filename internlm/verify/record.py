@@ -94,7 +94,7 @@ class Pass:
 
 @dataclass
 class Details:
-    """What the search for a culprit needs beyond the record of a comparison."""
+    """Details of one step, recorded only for the search for a culprit."""
 
     step: int = 0
     """Index of the step that is recorded."""
@@ -151,6 +151,11 @@ def host_copy(tensor: Tensor) -> Tensor:
     """Return a copy of ``tensor`` in host memory, which can be sent to another process."""
     # A copy also of a host tensor: buffers go on changing, and pickling a view would send its whole storage.
     return to_host(tensor, "record of a comparison").clone()
+
+
+def index_of(offsets: Offsets, values: Tensor) -> tuple[slice, ...]:
+    """Return the index of a slice in its logical tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
 
 
 def add_shards(

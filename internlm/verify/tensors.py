@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from internlm.verify.record import Pass, RankRecord, ShardsByName, by_sample
+from internlm.verify.record import Pass, RankRecord, ShardsByName, by_sample, index_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _assemble(name: str, ranks: Sequence[ShardsByName], result: Assembled) -> No
         for offsets, values in shards[name].slices.items():
             if not whole.numel():
                 whole, known = torch.zeros(shards[name].shape, dtype=values.dtype), torch.zeros(shards[name].shape)
-            index = tuple(slice(start, start + size) for start, size in zip(offsets, values.shape, strict=True))
+            index = index_of(offsets, values)
             again = known[index].bool()
             other = again & ~_same(whole[index], values)
             shared = shared or bool(again.any())

@@ -109,7 +109,7 @@ class _Watch:
         self._details, self._before_pass = details, before_pass
         self._current, self._forward, self._returns_loss = Pass(), False, True
         self._bytes = 0
-        # Where the pass is: name of the module, and whether it is in its backward.
+        # Module that is running, forward or backward; None: none is.
         self._module: str | None = None
 
     def begin(self, model: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
